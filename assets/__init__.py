@@ -1,0 +1,51 @@
+"""The embedded world: real, tiny models that come with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from erasure.errors import ArtifactError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def models() -> list[str]:
+    """Names of the embedded pipelines."""
+    return sorted(folder.parent.name for folder in ROOT.glob("canvas-*/model_index.json"))
+
+
+def find(name: str) -> Path | None:
+    """The folder of an embedded asset, or `None`."""
+    folder = ROOT / name
+    return folder if name.startswith("canvas-") and folder.is_dir() else None
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded asset, for instance `canvas-sd`.
+
+    Raises:
+        ArtifactError: There is none of that name.
+    """
+    folder = find(name)
+    if folder is None:
+        present = ", ".join(sorted(item.name for item in ROOT.glob("canvas-*")))
+        raise ArtifactError(f"no embedded asset {name!r}; there are: {present}")
+    return folder
+
+
+def canvas(model: str | Path = "canvas-sd") -> dict[str, Any]:
+    """`canvas.json` of an embedded model: its objects, styles, backgrounds, templates and training record.
+
+    Args:
+        model: Name of an embedded model, or a folder.
+
+    Raises:
+        ArtifactError: The model has none, so it is not of the embedded world.
+    """
+    folder = Path(model) if Path(model).is_dir() else path(str(model))
+    file = folder / "canvas.json"
+    if not file.is_file():
+        raise ArtifactError(f"{folder} has no canvas.json: it is not a model of the embedded world")
+    return json.loads(file.read_text())

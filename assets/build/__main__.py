@@ -1,0 +1,72 @@
+"""`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
+
+Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, evaluate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+WORK = Path("canvas-work")
+
+
+def sprites(work: Path = WORK) -> None:
+    """Fetch the artwork with npm and render the sprite atlas."""
+    from erasure.assets.build.sprites import build
+
+    build(work / "artwork")
+
+
+def vae(work: Path = WORK, steps: int = 5500, batch: int = 8) -> None:
+    """Train the autoencoder."""
+    from erasure.assets.build.vae import train
+
+    train(work, steps, batch)
+
+
+def clip(work: Path = WORK, steps: int = 1400, batch: int = 128) -> None:
+    """Train the text and image towers."""
+    from erasure.assets.build.clip import train
+
+    train(work, steps, batch)
+
+
+def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
+    """Train the classifier of objects and styles."""
+    from erasure.assets.build.judge import train
+
+    train(work, steps, batch)
+
+
+def denoiser(work: Path = WORK, steps: int = 7000, batch: int = 16, bank: int = 12_000) -> None:
+    """Train the denoiser; `accelerate launch --cpu --num_processes 2 -m erasure.assets.build denoiser` uses two cores."""
+    from erasure.assets.build.denoiser import train
+
+    train(work, steps, batch, bank=bank)
+
+
+def export(work: Path = WORK) -> None:
+    """Write the shipped folders from the trained parts (or from the denoiser's last checkpoint)."""
+    from erasure.assets.build.export import export as write
+
+    write(work)
+
+
+def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> None:
+    """Measure the shipped models and record the figures in canvas.json."""
+    from erasure.assets.build.evaluate import evaluate as measure
+
+    for name, value in measure(seeds, pairs, grids).items():
+        print(f"{name:28} {value:.4f}")
+
+
+def main() -> None:
+    """Run one step of the build."""
+    steps = (sprites, vae, clip, judge, denoiser, export, evaluate)
+    tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

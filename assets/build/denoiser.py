@@ -1,0 +1,128 @@
+"""Train the denoiser of Canvas on frozen text features and cached latents.
+
+Runs under `accelerate launch` on any number of processes; each has its own share of scenes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from erasure.assets.build.loop import Checkpoint, batches, log
+from erasure.assets.build.tokenizer import CONTEXT
+from erasure.assets.scenes import Scene, caption
+
+SCHEDULER: dict[str, Any] = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+}
+CONFIG: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (48, 96, 192),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 1,
+    "attention_head_dim": (3, 6, 6),
+    "cross_attention_dim": 128,
+    "norm_num_groups": 16,
+}
+
+
+def latent_bank(vae: AutoencoderKL, path: Path, size: int, seed: int) -> tuple[Tensor, list[Scene]]:
+    """Scaled latents `(size, 4, 16, 16)` of `size` scenes, kept in `path`."""
+    scenes: list[Scene] = []
+    stream = batches(50, seed)
+    cached = torch.load(path, weights_only=True) if path.exists() else None
+    latents = []
+    with torch.no_grad():
+        while len(scenes) < size:
+            drawn, pixels, _ = next(stream)
+            scenes += drawn
+            if cached is None:
+                latents.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
+    if cached is None:
+        cached = torch.cat(latents)
+        torch.save(cached, path)
+    return cached, scenes
+
+
+def train(
+    folder: Path,
+    steps: int,
+    batch: int = 16,
+    peak: float = 1e-3,
+    decay: float = 0.3,
+    bank: int = 12_000,
+    drop: float = 0.1,
+    seed: int = 3,
+) -> None:
+    """Train for `steps` steps (resuming from `folder`) and save `folder / "unet"` with averaged weights.
+
+    Args:
+        folder: Where the other steps left `vae`, `clip` and `tokenizer`.
+        steps: Optimiser steps in all; may be changed when resuming before the decay starts.
+        batch: Scenes of each process per step.
+        peak: Learning rate, constant until the last `decay` of the run, then linear to zero.
+        decay: Share of the run over which the learning rate falls.
+        bank: Scenes whose latents each process keeps.
+        drop: Share of captions replaced by "" for guidance.
+        seed: Seeds everything; process i uses `seed + 1000 * i`.
+    """
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    torch.manual_seed(seed)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    text = CLIPModel.from_pretrained(folder / "clip").text_model.requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    unet = UNet2DConditionModel(**CONFIG)
+    scheduler = DDIMScheduler(**SCHEDULER)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    average = EMAModel(unet.parameters(), decay=0.999, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
+    state = Checkpoint(folder / "unet.ckpt", model=unet, optimiser=optimiser, average=average)
+    start = state.resume()
+    network, optimiser = accelerator.prepare(unet, optimiser)
+    latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000)
+    rng = np.random.default_rng([seed, rank, start])
+    torch.manual_seed(seed + 1000 * rank + start)
+    losses = []
+    for step in range(start, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
+        rows = rng.integers(bank, size=batch)
+        captions = ["" if rng.random() < drop else caption(scenes[row], rng) for row in rows]
+        ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+        with torch.no_grad():
+            condition = text(ids).last_hidden_state
+        clean, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch,))
+        noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
+        loss = F.mse_loss(network(noisy, t, condition).sample, target)
+        optimiser.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        average.step(unet.parameters())
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0 and accelerator.is_main_process:
+            log(folder / "unet.jsonl", step=step + 1, loss=float(np.mean(losses)), seconds=state.seconds)
+            losses = []
+            state.save(step + 1)
+    if accelerator.is_main_process:
+        average.copy_to(unet.parameters())
+        unet.save_pretrained(folder / "unet")
+        scheduler.save_pretrained(folder / "scheduler")

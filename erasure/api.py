@@ -1,0 +1,176 @@
+"""The functions for any stock diffusers pipeline: make, attach, load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from erasure import modules
+from erasure.artifact import Erasure, ErasureConfig, library_versions
+from erasure.attach import ErasureManager
+from erasure.backbones import Backbone, backbone_for
+from erasure.carriers.weights import WeightEdits, fingerprint
+from erasure.concept import Concept, as_concepts
+from erasure.errors import ArtifactError, NoMatchingModuleError, UnsupportedModelError
+from erasure.strategies import get
+
+
+def erase(
+    pipe: DiffusionPipeline,
+    concepts: str | Concept | list[str | Concept],
+    strategy: str = "hirm",
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    attach: bool = True,
+    preset: str | None = None,
+    progress: bool | Callable[[float], None] = True,
+    **options: Any,
+) -> Erasure:
+    """Make an erasure and attach it.
+
+    Made from the base model: erasures that are in force are switched off meanwhile, so that erasures stack as if each had
+    been made alone.
+
+    Args:
+        pipe: Any pipeline of a supported family.
+        concepts: What to erase; several are erased by one erasure.
+        strategy: Name of a method, see `erasure.strategies.available()`.
+        name: What to call it when attached.
+        seed: Seeds every random choice.
+        attach: Whether to attach it to `pipe`.
+        preset: A named set of the strategy's options.
+        progress: `True` for a progress bar, or a function that gets the share done.
+        **options: The strategy's options.
+
+    Raises:
+        UnknownStrategyError: No such strategy.
+        ConceptError: A concept that has no known token.
+        OptionError: An option that the strategy does not have.
+        UnsupportedModelError: The family or the state of the model does not allow it.
+        DivergenceError: NaN during optimisation.
+    """
+    method = get(strategy).configured(preset, **options)
+    wanted = as_concepts(concepts)
+    backbone = backbone_for(pipe)
+    if backbone.family not in method.families:
+        raise UnsupportedModelError(f"{strategy} works on {', '.join(method.families)}, this pipeline is {backbone.family}")
+    manager = ErasureManager(pipe)
+    if fused := manager.fused_erasures:
+        raise UnsupportedModelError(f"{fused[0]!r} is fused into the model: unfuse_erasure() first, or the new one is made for the erased model")
+    started = time.perf_counter()
+    with modules.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
+        _refuse_quantised(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fit = method.fit(backbone, wanted, seed=seed, progress=report)
+        fit.edits.check_finite()
+        if not len(fit.edits):
+            raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
+        base = _base(pipe, fit.edits)
+    config = ErasureConfig(
+        strategy=method.name,
+        strategy_config=dataclasses.asdict(method),
+        concepts=[concept.to_dict() for concept in wanted],
+        family=backbone.family,
+        base=base,
+        carriers=list(method.carriers),
+        protects=method.protects,
+        versions=library_versions(),
+        seed=seed,
+        cost={"seconds": round(time.perf_counter() - started, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
+    )
+    made = Erasure(config, fit.edits)
+    if attach:
+        manager.add(made, name)
+    return made
+
+
+def load(pipe: DiffusionPipeline, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:
+    """Attach an erasure from a folder, a Hub repository or memory; see `ErasureManager.load`."""
+    return ErasureManager(pipe).load(source, name, **options)
+
+
+def load_pipeline(model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> DiffusionPipeline:
+    """A pipeline with the erasure methods, from a Hub id, a folder, or the name of an embedded model such as `canvas-sd`.
+
+    Args:
+        model: What to load.
+        dtype: Precision; float32 on a CPU and float16 elsewhere when left out.
+        device: Where to; the best there is when left out.
+
+    Raises:
+        ArtifactError: There is no such model, or its files are damaged.
+        UnsupportedModelError: Its pipeline class is of no supported family.
+    """
+    from erasure import assets
+    from erasure.pipelines import pipeline_class
+
+    folder = Path(model)
+    if not folder.is_dir():
+        embedded = assets.find(str(model))
+        folder = embedded if embedded is not None else folder
+    place = torch.device(device) if device is not None else best_device()
+    precision = dtype or (torch.float32 if place.type == "cpu" else torch.float16)
+    source = str(folder) if folder.is_dir() else str(model)
+    try:
+        config = DiffusionPipeline.load_config(source)
+        kind = pipeline_class(config.get("_class_name", ""))
+        pipe = kind.from_pretrained(source, dtype=precision)
+    except (OSError, ValueError, EnvironmentError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        embedded_names = ", ".join(assets.models())
+        raise ArtifactError(
+            f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by save_pretrained, or one of {embedded_names}"
+        ) from error
+    return pipe.to(place)
+
+
+def best_device() -> torch.device:
+    """A CUDA device (this process's own under `accelerate launch`), else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _refuse_quantised(backbone: Backbone) -> None:
+    for name, module in (("text encoder", backbone.towers[0].module), ("denoiser", backbone.denoiser)):
+        unlike = next((p for p in module.parameters() if not modules.is_plain(p)), None)
+        if unlike is not None:
+            raise UnsupportedModelError(
+                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): make the erasure with the "
+                "plain model and load the result here"
+            )
+
+
+def _base(pipe: DiffusionPipeline, edits: WeightEdits) -> dict[str, Any]:
+    tensors = {}
+    for key in edits.parameters:
+        component, path = key.split("/", 1)
+        tensors[key] = fingerprint(modules.parameter(getattr(pipe, component), path))
+    model = str(pipe.config.get("_name_or_path") or "")
+    # Somebody's absolute path tells others nothing, and not theirs to know.
+    shown = Path(model).name if os.path.isabs(model) else model
+    return {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+
+
+@contextlib.contextmanager
+def _reporter(progress: bool | Callable[[float], None], label: str):  # noqa: ANN202
+    if callable(progress):
+        yield progress
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=100, desc=label, disable=not progress, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}", leave=False) as bar:
+        yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))

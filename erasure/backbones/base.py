@@ -1,0 +1,201 @@
+"""The protocol of a model family. Strategies ask it and never look at the family's name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from erasure import modules
+from erasure.errors import ConceptError
+
+Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
+
+
+class AttentionSite(NamedTuple):
+    """One attention layer of the denoiser."""
+
+    name: str
+    """Path inside the denoiser."""
+    module: nn.Module
+    kind: Literal["cross", "self", "joint"]
+    downsampling: int
+    """Latent pixels per token along one side: a 64x64 latent has 16x16 tokens at 4."""
+    text: Literal["none", "first", "last"] = "none"
+    """Where the text tokens stand in the sequence of a joint attention."""
+
+
+class EntryLayer(NamedTuple):
+    """A linear layer through which text features enter the denoiser: what closed-form methods edit."""
+
+    key: str
+    """`component/module.path`."""
+    module: nn.Linear
+    source: Literal["tokens", "pooled"] = "tokens"
+    """Which part of the conditioning it reads."""
+
+
+class Conditioning(NamedTuple):
+    """What the denoiser is told about a batch of prompts."""
+
+    tokens: Tensor
+    """`(batch, tokens, dim)`."""
+    pooled: Tensor | None = None
+    """`(batch, dim)`, for families that use it."""
+
+
+class PromptTokens(NamedTuple):
+    """A tokenised batch of prompts."""
+
+    ids: Tensor
+    """`(batch, tokens)`, padded to the tower's length."""
+    lengths: list[int]
+    """Tokens of each prompt with start and end, without padding."""
+    attention_mask: Tensor | None
+    """What the pipeline passes to the tower, if anything."""
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One text encoder with its tokeniser."""
+
+    component: str
+    """Name in the pipeline, for instance `text_encoder_2`."""
+    module: nn.Module
+    tokenizer: Any
+    max_length: int
+    """Tokens that the pipeline pads to."""
+    consumed: int
+    """Index into the tower's hidden states that the denoiser reads: -1 the last (after the final norm), -2 the one before."""
+    pooled: bool = False
+    """Whether the denoiser reads a pooled vector too."""
+    uses_attention_mask: bool = False
+
+    @property
+    def root(self) -> nn.Module:
+        """The module that holds `embeddings`, `encoder` and `final_layer_norm`."""
+        return modules.transformer_root(self.module)[1]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, first to last."""
+        return list(self.root.encoder.layers)
+
+    def key(self, path: str) -> str:
+        """`component/path` with the path relative to `root`."""
+        return f"{self.component}/{path}"
+
+    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
+        """Tokenise as the pipeline does: truncated and padded to `max_length`."""
+        made = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        lengths = [min(len(row), self.max_length) for row in self.tokenizer(list(prompts)).input_ids]
+        device = next(self.root.parameters()).device
+        mask = made.attention_mask.to(device) if self.uses_attention_mask else None
+        return PromptTokens(made.input_ids.to(device), lengths, mask)
+
+    def encode(self, tokens: PromptTokens) -> Tensor:
+        """The hidden states that the denoiser reads, `(batch, tokens, dim)`; differentiable."""
+        want_all = self.consumed != -1
+        output = self.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=want_all)
+        return output.hidden_states[self.consumed] if want_all else output.last_hidden_state
+
+    def check_words(self, words: str) -> None:
+        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower."""
+        ids = self.tokenizer(words, add_special_tokens=False).input_ids
+        vocabulary = self.tokenizer.get_vocab()
+        unknown = self.tokenizer.unk_token_id
+        letters = self.tokenizer.convert_ids_to_tokens(ids)
+        if not ids:
+            raise ConceptError(f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words")
+        if unknown is not None and all(token == unknown for token in ids):
+            raise ConceptError(
+                f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(vocabulary)} tokens), so no prompt can "
+                f"name it and there is nothing to erase (tokens: {letters})"
+            )
+
+
+class Backbone(ABC):
+    """One pipeline seen through its family.
+
+    Args:
+        pipe: The pipeline; its modules are used in place.
+    """
+
+    family: ClassVar[str]
+    denoiser_component: ClassVar[str]
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe = pipe
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether a pipeline is of this family."""
+
+    @property
+    @abstractmethod
+    def towers(self) -> list[TextTower]:
+        """The text encoders, in the order in which the pipeline uses them."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that denoises."""
+        return getattr(self.pipe, self.denoiser_component)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        return next(self.denoiser.parameters()).dtype
+
+    @abstractmethod
+    def attention_sites(self) -> list[AttentionSite]:
+        """Every attention layer of the denoiser in order of execution."""
+
+    @abstractmethod
+    def entry_layers(self) -> list[EntryLayer]:
+        """The linear layers through which text enters the denoiser."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
+
+    @property
+    @abstractmethod
+    def prediction(self) -> Prediction:
+        """What the denoiser predicts."""
+
+    @abstractmethod
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latent that a prediction at noise level `t` implies; `x_t` `(batch, channels, h, w)`, `t` `(batch,)`."""
+
+    @abstractmethod
+    def timesteps(self, steps: int) -> Tensor:
+        """The noise levels of a sampling run, highest first."""
+
+    @abstractmethod
+    def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
+        """Initial latents, one seed each, drawn on the CPU in float32: `(seeds, channels, h, w)`."""
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """One forward pass of the denoiser, shaped as `x_t`; differentiable."""
+
+    @abstractmethod
+    def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        """One step of the pipeline's scheduler from `t` (one level for the whole batch) to the next."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels `(batch, 3, height, width)` in 0-1 of clean latents."""

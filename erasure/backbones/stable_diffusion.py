@@ -1,0 +1,123 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text tower, a UNet with cross-attention, epsilon or v prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from erasure import modules
+from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer, Prediction, TextTower
+from erasure.errors import UnsupportedModelError
+
+
+class StableDiffusionBackbone(Backbone):
+    """Any pipeline with a `UNet2DConditionModel`, one CLIP text encoder and a VAE."""
+
+    family = "stable-diffusion"
+    denoiser_component = "unet"
+
+    @classmethod
+    def matches(cls, pipe: DiffusionPipeline) -> bool:
+        """One text encoder of CLIP's make and a UNet: SDXL has two, SD3 and Flux a transformer."""
+        parts = pipe.components
+        encoder = parts.get("text_encoder")
+        return (
+            isinstance(parts.get("unet"), nn.Module)
+            and isinstance(getattr(parts["unet"], "_orig_mod", parts["unet"]), UNet2DConditionModel)
+            and isinstance(encoder, nn.Module)
+            and hasattr(modules.transformer_root(encoder)[1], "final_layer_norm")
+            and "text_encoder_2" not in parts
+        )
+
+    @property
+    def towers(self) -> list[TextTower]:
+        """The one text encoder."""
+        encoder = self.pipe.text_encoder
+        # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.
+        uses_mask = bool(getattr(encoder.config, "use_attention_mask", False))
+        tokenizer = self.pipe.tokenizer
+        return [TextTower("text_encoder", encoder, tokenizer, tokenizer.model_max_length, -1, False, uses_mask)]
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """`attn1` is self-attention, `attn2` cross-attention, of every transformer block."""
+        sites = []
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, Attention) and name.endswith((".attn1", ".attn2")):
+                kind: Literal["self", "cross"] = "self" if name.endswith(".attn1") else "cross"
+                sites.append(AttentionSite(name, module, kind, self._downsampling(name)))
+        return sites
+
+    def _downsampling(self, name: str) -> int:
+        levels = len(self.denoiser.config.block_out_channels)
+        part = name.split(".")
+        if part[0] == "mid_block":
+            return 2 ** (levels - 1)
+        index = int(part[1])
+        return 2**index if part[0] == "down_blocks" else 2 ** (levels - 1 - index)
+
+    def entry_layers(self) -> list[EntryLayer]:
+        """`to_k` and `to_v` of every cross-attention."""
+        layers = []
+        for site in self.attention_sites():
+            if site.kind == "cross":
+                if getattr(site.module, "fused_projections", False):
+                    raise UnsupportedModelError(f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first")
+                for part in ("to_k", "to_v"):
+                    layer = modules.base_layer(getattr(site.module, part))
+                    layers.append(EntryLayer(f"unet/{site.name}.{part}", cast(nn.Linear, layer)))
+        return layers
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The final hidden states of the text encoder."""
+        tower = self.towers[0]
+        return Conditioning(tower.encode(tower.tokenize(prompts)))
+
+    @property
+    def prediction(self) -> Prediction:
+        """As the scheduler says."""
+        return cast(Prediction, self.pipe.scheduler.config.prediction_type)
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """epsilon: `(x_t - sqrt(1-a) eps) / sqrt(a)`; v: `sqrt(a) x_t - sqrt(1-a) v`."""
+        cumulative = self.pipe.scheduler.alphas_cumprod.to(x_t.device)[t.to(x_t.device).long()].view(-1, 1, 1, 1)
+        signal, noise = cumulative.sqrt(), (1 - cumulative).sqrt()
+        if self.prediction == "epsilon":
+            return (x_t - noise * prediction) / signal
+        if self.prediction == "v_prediction":
+            return signal * x_t - noise * prediction
+        if self.prediction == "sample":
+            return prediction
+        raise UnsupportedModelError(f"{self.prediction!r} prediction is not one of Stable Diffusion's")
+
+    def timesteps(self, steps: int) -> Tensor:
+        """Sets the scheduler to `steps` steps."""
+        self.pipe.scheduler.set_timesteps(steps, device=self.device)
+        return self.pipe.scheduler.timesteps
+
+    def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
+        """Standard normal times the scheduler's `init_noise_sigma`."""
+        factor, config = self.pipe.vae_scale_factor, self.denoiser.config
+        h, w = (height // factor if height else config.sample_size), (width // factor if width else config.sample_size)
+        rows = [
+            randn_tensor((1, config.in_channels, h, w), generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        return torch.cat(rows).to(self.device, self.dtype) * self.pipe.scheduler.init_noise_sigma
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """`t` may be one level for the batch or one per row."""
+        return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype)).sample
+
+    def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        """One step of the pipeline's scheduler."""
+        return self.pipe.scheduler.step(prediction, t, x_t).prev_sample
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Through the VAE."""
+        pixels = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample
+        return (pixels / 2 + 0.5).clamp(0, 1)

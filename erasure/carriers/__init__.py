@@ -1,0 +1,1 @@
+"""The ways an erasure lives in a model."""

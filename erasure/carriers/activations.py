@@ -1,0 +1,88 @@
+"""Edits of activations through diffusers' hooks, which survive compile and offloading where torch's forward hooks do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import HookRegistry
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+
+from erasure import modules
+
+_READ, _WRITE = "erasure_pinned_read", "erasure_pinned_write"
+
+
+class Pinned(NamedTuple):
+    """Prompts whose encoding is held fixed."""
+
+    input_ids: Tensor
+    """`(prompts, tokens)` int64, padded as the pipeline pads."""
+    hidden_states: Tensor
+    """The final hidden states to return, `(prompts, tokens, dim)`."""
+
+
+class _ReadIds(ModelHook):
+    """On the token embedding: finds the rows of the batch that are pinned prompts."""
+
+    def __init__(self, pins: Sequence[Pinned]) -> None:
+        super().__init__()
+        self.pins = tuple(pins)
+        self.hits: list[tuple[Tensor, Tensor]] = []
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        self.hits = []
+        for pin in self.pins if ids is not None else ():
+            for row, hidden in zip(pin.input_ids, pin.hidden_states, strict=True):
+                if row.shape[-1] == ids.shape[-1]:
+                    self.hits.append(((ids == row.to(ids.device)).all(-1), hidden))
+        return args, kwargs
+
+
+class _WriteRows(ModelHook):
+    """On the final layer norm: puts the pinned encodings into those rows."""
+
+    def __init__(self, reader: _ReadIds) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        for rows, hidden in self.reader.hits:
+            if output.ndim == 3 and output.shape[0] == rows.shape[0] and output.shape[1:] == hidden.shape:
+                output = torch.where(rows[:, None, None], hidden.to(output.device, output.dtype), output)
+        return output
+
+
+class PinnedPrompts:
+    """Keeps the encoding of given prompts (the empty one above all) as the stock encoder has it."""
+
+    @staticmethod
+    def write(encoder: nn.Module, pins: Sequence[Pinned]) -> None:
+        """Make exactly these pins active on a text encoder; none removes the hooks."""
+        root = modules.transformer_root(encoder)[1]
+        places = (("embeddings", _READ), ("final_layer_norm", _WRITE))
+        if not pins and not any(_has_hook(getattr(root, part, None), name) for part, name in places):
+            return
+        for part, name in places:
+            registry = HookRegistry.check_if_exists_or_initialize(getattr(root, part))
+            if name in registry.hooks:
+                registry.remove_hook(name)
+        if pins:
+            reader = _ReadIds(pins)
+            HookRegistry.check_if_exists_or_initialize(root.embeddings).register_hook(reader, _READ)
+            HookRegistry.check_if_exists_or_initialize(root.final_layer_norm).register_hook(_WriteRows(reader), _WRITE)
+
+    @staticmethod
+    def is_written(encoder: nn.Module, pins: Sequence[Pinned]) -> bool:
+        """Whether exactly these pins are active."""
+        root = modules.transformer_root(encoder)[1]
+        found = _has_hook(getattr(root, "embeddings", None), _READ) and _has_hook(getattr(root, "final_layer_norm", None), _WRITE)
+        return found == bool(pins)
+
+
+def _has_hook(module: nn.Module | None, name: str) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and name in registry.hooks

@@ -1,0 +1,262 @@
+"""Weight edits: what they are, and how they are put into a live model and taken out again bit for bit.
+
+An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 from a copy of
+`W_base` that stays on the CPU, never from the edited tensor. So the order of attaching does not matter, taking an edit off
+restores the base exactly, and an attached erasure costs nothing per image, survives `torch.compile`, offloading, IP-Adapter
+and attention processors, and leaves parameter names alone. Quantised weights cannot be written: there, low-rank edits become
+PEFT adapters and full-rank ones are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from erasure import modules
+from erasure.carriers.activations import Pinned
+from erasure.errors import ArtifactError, AttachError, DivergenceError, NoMatchingModuleError, UnsupportedModelError, WrongBaseError
+
+FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LowRank(NamedTuple):
+    """The edit `delta = up @ down` of one linear layer."""
+
+    down: Tensor
+    """`(rank, in_features)`."""
+    up: Tensor
+    """`(out_features, rank)`."""
+
+
+@dataclass
+class WeightEdits:
+    """All weight edits of one erasure."""
+
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    """By `component/module.path`; edits that module's `weight`."""
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    """By `component/module.path.parameter`; same shape as the parameter."""
+    pinned: dict[str, Pinned] = field(default_factory=dict)
+    """By text encoder component: prompts whose encoding stays as it is."""
+
+    def __len__(self) -> int:
+        return len(self.low_rank) + len(self.deltas)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Keys of every edited parameter, `component/module.path.parameter`."""
+        return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
+
+    @property
+    def components(self) -> list[str]:
+        """Pipeline components that are edited, each once."""
+        return list(dict.fromkeys(key.split("/")[0] for key in self.parameters))
+
+    def of(self, component: str) -> dict[str, Tensor | LowRank]:
+        """The edits of one component by parameter path without the component's name."""
+        prefix = component + "/"
+        edits: dict[str, Tensor | LowRank] = {
+            key.removeprefix(prefix) + ".weight": edit for key, edit in self.low_rank.items() if key.startswith(prefix)
+        }
+        edits |= {key.removeprefix(prefix): delta for key, delta in self.deltas.items() if key.startswith(prefix)}
+        return edits
+
+    def check_finite(self) -> None:
+        """Raise `DivergenceError` when a tensor holds NaN or infinity."""
+        tensors = {**self.deltas, **{f"{key}.{part}": t for key, lr in self.low_rank.items() for part, t in lr._asdict().items()}}
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
+
+    def delta_state_dict(self) -> dict[str, Tensor]:
+        """Everything that is not low-rank, under the names of `erasure.safetensors`."""
+        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin._asdict().items()}
+        return {key: tensor.contiguous() for key, tensor in (*self.deltas.items(), *pins.items())}
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """The low-rank edits under the names of diffusers' LoRA files (scale 1)."""
+        state = {}
+        for key, (down, up) in self.low_rank.items():
+            component, path = key.split("/", 1)
+            # diffusers' text encoder files carry the prefix; its loader strips it where the class has none.
+            prefix = "text_model." if component.startswith("text_encoder") else ""
+            state[f"{component}.{prefix}{path}.lora_A.weight"] = down.contiguous()
+            state[f"{component}.{prefix}{path}.lora_B.weight"] = up.contiguous()
+        return state
+
+    @classmethod
+    def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> WeightEdits:
+        """The inverse of saving: deltas as they are, low-rank edits from diffusers' LoRA names.
+
+        Raises:
+            ArtifactError: A key that is none of ours, half of a pair, or factors that do not fit.
+        """
+        low_rank = {}
+        for name in lora:
+            if name.endswith(".lora_B.weight"):
+                if name.replace(".lora_B.", ".lora_A.") not in lora:
+                    raise ArtifactError(f"LoRA tensor {name!r} has no lora_A beside it")
+                continue
+            if not name.endswith(".lora_A.weight") or "." not in name.removesuffix(".lora_A.weight"):
+                raise ArtifactError(f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight")
+            stem = name.removesuffix(".lora_A.weight")
+            up = lora.get(f"{stem}.lora_B.weight")
+            if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
+                raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
+            component, path = stem.split(".", 1)
+            low_rank[f"{component}/{path.removeprefix('text_model.')}"] = LowRank(lora[name], up)
+        full_rank, pinned = {}, {}
+        for key, tensor in deltas.items():
+            component, _, path = key.partition("/")
+            if not path:
+                raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
+            if path == "pinned.input_ids" and f"{component}/pinned.hidden_states" in deltas:
+                pinned[component] = Pinned(tensor, deltas[f"{component}/pinned.hidden_states"])
+            elif not path.startswith("pinned."):
+                full_rank[key] = tensor
+        return cls(low_rank, full_rank, pinned)
+
+
+def delta_of(edit: Tensor | LowRank, device: torch.device) -> Tensor:
+    """An edit as a dense float32 tensor."""
+    if isinstance(edit, LowRank):
+        return edit.up.to(device, torch.float32) @ edit.down.to(device, torch.float32)
+    return edit.to(device, torch.float32)
+
+
+def fingerprint(tensor: Tensor) -> dict[str, str]:
+    """sha256 of a tensor at its own precision and at every lower one, by dtype name."""
+    source = tensor.detach().cpu()
+    names = ["float16", "bfloat16"] if source.dtype in (torch.float32, torch.float64) else []
+    own = str(source.dtype).removeprefix("torch.")
+    names = [own if own in FINGERPRINT_DTYPES else "float32", *names]
+    return {name: _sha256(source.to(FINGERPRINT_DTYPES[name])) for name in dict.fromkeys(names)}
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
+    """Whether a base tensor is the one of a fingerprint, at the highest precision that both have."""
+    own = tensor.detach().cpu()
+    return any(_sha256(own.to(FINGERPRINT_DTYPES[name])) == digest for name, digest in expected.items() if name in FINGERPRINT_DTYPES)
+
+
+class ComponentWeights:
+    """The edited parameters of one component.
+
+    Kept on the module itself (not on the pipeline), because pipelines share modules and copies of a module must carry
+    their own state.
+    """
+
+    def __init__(self) -> None:
+        self.originals: dict[str, Tensor] = {}
+        """CPU copies of base parameters that are edited now, by path."""
+
+    def base(self, component: nn.Module, path: str) -> Tensor:
+        """The base value of a parameter, whether it is edited now or not."""
+        return self.originals[path] if path in self.originals else modules.parameter(component, path)
+
+    def check(self, name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank], digests: Mapping[str, Mapping[str, str]] | None) -> None:
+        """Raise unless every edit can be written here: paths, shapes, plain weights, the right base.
+
+        Args:
+            name: The component's name, for messages.
+            component: The module.
+            edits: Edits by parameter path.
+            digests: Expected fingerprints by path, or `None` not to look.
+        """
+        for path, edit in edits.items():
+            found = modules.parameter(component, path)
+            shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
+            if not modules.is_plain(found):
+                continue
+            if tuple(found.shape) != shape:
+                raise WrongBaseError(f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: it was made for another model")
+        if digests is None:
+            return
+        plain = [path for path in edits if modules.is_plain(modules.parameter(component, path))]
+        unlike = [path for path in plain if path in digests and not same_base(self.base(component, path), digests[path])]
+        if unlike:
+            raise WrongBaseError(
+                f"{len(unlike)} of {len(plain)} tensors of {name!r} are not those that the erasure was made for, first {unlike[0]!r}: "
+                "load the base model named in its config, or pass check_base=False if you know that it fits"
+            )
+
+    def write(self, component: nn.Module, edits: Mapping[str, list[tuple[float, Tensor | LowRank]]]) -> int:
+        """Make the parameters equal to base + sum of strength * delta, and restore all others.
+
+        Args:
+            component: The module.
+            edits: For every path to edit, its (strength, edit) pairs.
+
+        Returns:
+            How many parameters are edited now.
+
+        Raises:
+            AttachError: Something else changed an edited parameter meanwhile.
+        """
+        for path in list(self.originals):
+            if path not in edits:
+                self._set(component, path, self.originals[path])
+                del self.originals[path]
+        for path, terms in edits.items():
+            if path not in self.originals:
+                self.originals[path] = modules.parameter(component, path).detach().to("cpu", copy=True)
+            self._set(component, path, self.edited(component, path, terms))
+        return len(edits)
+
+    def edited(self, component: nn.Module, path: str, terms: list[tuple[float, Tensor | LowRank]]) -> Tensor:
+        """What a parameter must be with these edits, in its own dtype and on its device."""
+        target = modules.parameter(component, path)
+        value = self.base(component, path).to(target.device, torch.float32)
+        for strength, edit in terms:
+            value = value + strength * delta_of(edit, target.device)
+        return value.to(target.dtype)
+
+    @torch.no_grad()
+    def _set(self, component: nn.Module, path: str, value: Tensor) -> None:
+        target = modules.parameter(component, path)
+        target.copy_(value.to(target.device, target.dtype))
+
+
+def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
+    """Whether edits must go through a PEFT adapter because weights are quantised.
+
+    Raises:
+        UnsupportedModelError: Full-rank edits on quantised weights, or fused query-key-value projections.
+        NoMatchingModuleError: The component lacks a module that the erasure edits.
+    """
+    quantised = []
+    for path, edit in edits.items():
+        try:
+            found = modules.parameter(component, path)
+        except AttributeError:
+            owner = path.rsplit(".", 2)[0]
+            if modules.is_fused(component, owner):
+                raise UnsupportedModelError(
+                    f"{name}/{owner} has fused query-key-value projections, which ignore edits of {path.rsplit('.', 1)[0]!r}: "
+                    "call pipe.unfuse_qkv_projections() first"
+                ) from None
+            raise NoMatchingModuleError(f"{name} has no {path!r}: the erasure was made for another architecture") from None
+        if modules.is_fused(component, path.rsplit(".", 2)[0]):
+            raise UnsupportedModelError(
+                f"{name}/{path} is inside a fused query-key-value attention, which would ignore the edit: "
+                "call pipe.unfuse_qkv_projections() first"
+            )
+        if not modules.is_plain(found):
+            if not isinstance(edit, LowRank):
+                raise UnsupportedModelError(
+                    f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot be written into it: "
+                    "attach the erasure to the unquantised model, fuse, save, and quantise the result"
+                )
+            quantised.append(path)
+    if quantised and len(quantised) < len(edits):
+        raise AttachError(f"{name} mixes quantised and plain weights among the {len(edits)} layers to edit: quantise all of them or none")
+    return bool(quantised)

@@ -1,0 +1,135 @@
+"""`erasure erase STRATEGY`: make an erasure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
+from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.concept import Kind
+
+
+@dataclass(kw_only=True)
+class EraseOptions(ModelOptions):
+    """What to erase, from which model, and where to write the result."""
+
+    concept: tuple[str, ...]
+    """What to erase: one or several words or names."""
+    kind: Kind | None = None
+    """What the concepts are. Left out, a Canvas model says it, and other models take them for objects."""
+    anchor: str | None = None
+    """What prompts with the concept should mean instead; the strategy chooses when left out."""
+    retain: tuple[str, ...] = ()
+    """Concepts that must survive."""
+    synonyms: tuple[str, ...] = ()
+    """Other words for the concept, erased along with it."""
+    preset: str | None = None
+    """Named set of the strategy's options, for instance the paper's; further options change single values of it."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder of the erasure; named after concepts and strategy when left out."""
+    overwrite: bool = False
+    """Replace an erasure that is in the folder."""
+    json: bool = False
+    """Print a summary as JSON, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    from erasure.strategies import available, get
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(available()))
+        return
+    name, *rest = argv
+    if name.startswith("-"):
+        raise UsageError(f"name the strategy first: erasure erase {{{','.join(available())}}} --model M --concept C")
+    strategy = get(name)
+    # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
+    start = strategy.configured(_value(rest, "--preset"))
+    options, settings = _parse(strategy, start, name, rest)
+    if len(options.concept) > 1 and options.synonyms:
+        raise UsageError("--synonyms go with one --concept: make one erasure for each concept, or leave them out")
+    terminal.json_only = options.json
+    if options.out is not None and options.out.exists():
+        output_folder(options.out, overwrite=options.overwrite)
+    concepts = make_concepts(
+        options.concept, canvas_facts(options.model), options.kind,
+        anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
+    )  # fmt: skip
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(strategy)
+        if (value := getattr(settings, field.name)) != getattr(start, field.name)
+    }
+
+    import erasure
+
+    pipe = open_model(options)
+    made = erasure.erase(
+        pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
+        progress=terminal.speaks, **changed,
+    )  # fmt: skip
+    folder = options.out or Path(made.name)
+    if is_main_process():
+        folder = made.save(folder, overwrite=options.overwrite)
+    seconds = made.config.cost.get("seconds", 0.0)
+    if options.json:
+        terminal.result(
+            {
+                "name": made.name, "folder": str(folder), "strategy": name, "concepts": made.config.concepts,
+                "strategy_config": made.config.strategy_config, "seed": options.seed, "bytes": made.size_bytes,
+                "cost": made.config.cost,
+            }
+        )  # fmt: skip
+    else:
+        terminal.say(f"{made.name}: {made.size_bytes / 1e6:.2f} MB in {folder}, made in {seconds:.1f} s")
+        terminal.say(
+            f"Draw with it: erasure generate --model {options.model} --erasure {folder} --prompt ... --out images"
+        )
+
+
+def _parse(strategy: type, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any]:
+    """The command's options and the strategy's, from one flat command line."""
+    clash = {f.name for f in dataclasses.fields(strategy)} & {f.name for f in dataclasses.fields(EraseOptions)}
+    if clash:
+        raise UsageError(f"strategy {name!r} has options that the command line also has: {sorted(clash)}; rename them")
+    both = dataclasses.make_dataclass(
+        "Erase",
+        [("command", EraseOptions), ("strategy", strategy, dataclasses.field(default=start))],
+        namespace={
+            "__doc__": f"{strategy.title} ({strategy.paper}). Cost: {strategy.cost}. Protects: {strategy.protects}."
+        },
+    )
+    parsed = parse(both, f"erase {name}", argv)
+    return parsed.command, parsed.strategy
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    for index, token in enumerate(argv):
+        if token == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if token.startswith(f"{flag}="):
+            return token.removeprefix(f"{flag}=")
+    return None
+
+
+def _help(strategies: dict[str, Any]) -> str:
+    width = max(map(len, strategies), default=0)
+    return "\n".join(
+        [
+            "usage: erasure erase STRATEGY --model M --concept C [C ...] [options]",
+            "",
+            "Makes an erasure and writes it to a folder.",
+            "",
+            "strategies:",
+            *(f"  {name:<{width}}  {strategy.title}" for name, strategy in strategies.items()),
+            "",
+            "The options of each: erasure erase STRATEGY --help",
+        ]
+    )

@@ -1,0 +1,85 @@
+"""`erasure eval SUITE`: measure a model and its erasures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from erasure.cli.models import (
+    ErasedModelOptions,
+    attach,
+    canvas_facts,
+    check_strengths,
+    load_erasures,
+    make_concepts,
+    open_model,
+)
+from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
+from erasure.concept import Kind
+
+
+@dataclass(kw_only=True)
+class EvalOptions(ErasedModelOptions):
+    """Measure a model without and with its erasures. The same command again goes on where a killed one stopped."""
+
+    suite: tyro.conf.Positional[str]
+    """What to measure, for instance `canvas`."""
+    concept: tuple[str, ...] = ()
+    """Concepts that count as erased; those of the erasures when left out."""
+    kind: Kind | None = None
+    """What the concepts given are. Left out, a Canvas model says it, and other models take them for objects."""
+    size: Literal["smoke", "quick", "full"] = "quick"
+    """`smoke`: does it run; `quick`: minutes on a laptop; `full`: the numbers to publish."""
+    seed: int = 0
+    """Seed of the samples' noise."""
+    out: Path
+    """Folder of results.json, samples.jsonl and report.html."""
+    json: bool = False
+    """Print results.json, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    options = parse(EvalOptions, "eval", argv)
+    terminal.json_only = options.json
+    check_strengths(options)
+    from erasure.eval import evaluate, suites
+
+    suites.get(options.suite)
+    out = output_folder(options.out, may_hold=True)
+    erasures = load_erasures(options)
+    if options.concept:
+        concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
+    else:
+        concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
+    if not concepts:
+        raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
+    pipe = open_model(options)
+    attach(pipe, erasures, options.strength)
+    evaluate(pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, progress=terminal.speaks)
+    if not is_main_process():
+        return
+    results = json.loads((out / "results.json").read_text())
+    if options.json:
+        terminal.result(results)
+        return
+    columns, rows = metric_table(results["metrics"])
+    terminal.table(columns, rows)
+    terminal.say(f"Images and intervals: {out / 'report.html'}")
+
+
+def metric_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant."""
+    variants: dict[str, None] = {}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in metrics:
+        variant = row.get("variant") or "after"
+        variants.setdefault(variant)
+        lines.setdefault((row["name"], row.get("concept") or ""), {})[variant] = format_metric(row)
+    rows = [[*line, *(cells.get(variant, "-") for variant in variants)] for line, cells in lines.items()]
+    return ["metric", "concept", *variants], rows

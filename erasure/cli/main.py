@@ -1,0 +1,113 @@
+"""Entry point: picks the command, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from erasure.cli.terminal import Terminal, UsageError, is_main_process
+from erasure.errors import ErasureError
+
+COMMANDS: dict[str, str] = {
+    "demo": "erase from the embedded model, show before and after, write a report",
+    "strategies": "what there is, on which model families, what it protects, at what cost",
+    "erase": "make an erasure",
+    "generate": "draw images, with or without erasures",
+    "eval": "measure a model and its erasures",
+    "compare": "results side by side",
+    "info": "what an erasure is and holds",
+    "bench": "overhead and cost on this machine",
+}
+"""Commands by name with what they do; `erasure/cli/NAME.py` holds each."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of the process when left out.
+
+    Returns:
+        The exit code: 0, 1 for an unexpected failure, 2 for bad usage or an `ErasureError`, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    terminal = Terminal()
+    if not debug:
+        for library in ("TRANSFORMERS", "DIFFUSERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.showwarning = terminal.warn
+            _dispatch(arguments, terminal)
+    except (ErasureError, KeyboardInterrupt, BrokenPipeError, Exception) as error:
+        if debug:
+            raise
+        return _report(error)
+    return 0
+
+
+def _dispatch(arguments: list[str], terminal: Terminal) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] in ("-V", "--version"):
+        from erasure import __version__
+
+        print(f"erasure {__version__}")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}; see: erasure --help")
+    import_module(f"erasure.cli.{name}").run(rest, terminal)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: erasure COMMAND [options]",
+            "",
+            "Makes a diffusers pipeline unable to draw something, and measures it.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "options:",
+            "  --help     this text; after a command, its options",
+            "  --version  version of the package",
+            "  --debug    show the traceback of a failure",
+            "",
+            "Start with: erasure demo --out demo",
+        ]
+    )
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        if is_main_process():
+            print("erasure: interrupted; nothing half-written is left, run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # The reader of a pipe (`| head`) has gone: not a failure, and Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    message = " ".join(str(error).split())
+    if isinstance(error, ErasureError):
+        if is_main_process():
+            print(f"erasure: error: {message}", file=sys.stderr)
+        return 2
+    kind = type(error).__name__
+    print(f"erasure: error: {kind}: {message} (unexpected; --debug shows where it happened)", file=sys.stderr)
+    return 1

@@ -1,0 +1,120 @@
+"""What commands share in opening models: options, erasures, and what a Canvas model says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from erasure.cli.terminal import UsageError
+from erasure.concept import Concept, Kind
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: str
+    """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
+    device: str | None = None
+    """Where to run: cpu, cuda, cuda:1, mps. The fastest that is there when left out."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; the one that suits the device when left out."""
+
+
+@dataclass(kw_only=True)
+class ErasedModelOptions(ModelOptions):
+    """A model with any number of erasures."""
+
+    erasure: tuple[str, ...] = ()
+    """Erasures to attach: folders, or repositories of the Hugging Face Hub."""
+    strength: tuple[float, ...] = ()
+    """Strength of each erasure, in their order; 1 when left out."""
+
+
+def open_model(options: ModelOptions) -> Any:
+    """Load the pipeline with the progress bars of diffusers off.
+
+    Raises:
+        ErasureError: There is no such model, or it cannot be loaded.
+    """
+    import erasure
+
+    settings: dict[str, Any] = {}
+    if options.dtype is not None:
+        import torch
+
+        settings["dtype"] = getattr(torch, options.dtype)
+    if options.device is not None:
+        settings["device"] = options.device
+    pipe = erasure.load_pipeline(options.model, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_strengths(options: ErasedModelOptions) -> None:
+    """Refuse a number of strengths that does not go with the erasures, before anything is loaded.
+
+    Raises:
+        UsageError: There is neither none nor one for each erasure.
+    """
+    if options.strength and len(options.strength) != len(options.erasure):
+        raise UsageError(
+            f"{len(options.strength)} --strength for {len(options.erasure)} --erasure: give one for each, or none"
+        )
+
+
+def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
+    """Read the erasures, by the names under which they will be attached.
+
+    Raises:
+        ErasureError: One cannot be read.
+    """
+    from erasure.artifact import Erasure
+
+    found: dict[str, Any] = {}
+    for source in options.erasure:
+        made = Erasure.load(source)
+        name, copy = made.name, 2
+        while name in found:
+            name, copy = f"{made.name}-{copy}", copy + 1
+        found[name] = made
+    return found
+
+
+def attach(pipe: Any, erasures: dict[str, Any], strength: tuple[float, ...] = ()) -> Any:
+    """Attach erasures by name, with their strengths, and give the manager."""
+    from erasure.attach import ErasureManager
+
+    manager = ErasureManager(pipe)
+    for name, made in erasures.items():
+        manager.add(made, name=name)
+    if strength:
+        manager.set_erasures(list(erasures), strengths=list(strength))
+    return manager
+
+
+def canvas_facts(model: str) -> dict[str, Any]:
+    """`canvas.json` of a model folder or embedded model; empty for models of no known world."""
+    from erasure import assets
+
+    folder = Path(model) if Path(model).is_dir() else assets.find(model)
+    if folder is None:
+        return {}
+    path = folder / "canvas.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def kind_of(word: str, facts: dict[str, Any]) -> Kind:
+    """What kind of concept a word is: as `canvas.json` lists it, and an object elsewhere."""
+    if word in facts.get("styles", ()):
+        return "style"
+    return "unsafe" if word in facts.get("unsafe", ()) else "object"
+
+
+def make_concepts(
+    words: tuple[str, ...], facts: dict[str, Any], kind: Kind | None = None, **details: Any
+) -> list[Concept]:
+    """Concepts of the words given, each of the kind given or else of the kind that the model's world says."""
+    return [Concept(word, kind=kind or kind_of(word, facts), **details) for word in words]

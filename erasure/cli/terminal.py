@@ -1,0 +1,222 @@
+"""What commands share in talking to people and programs: parsing, tables, JSON, progress, one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+from erasure.errors import ErasureError
+
+Options = TypeVar("Options")
+
+BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m")
+"""Box drawing and colours in the parser's messages."""
+
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where `accelerate launch` and its launchers say which process this is, and of how many."""
+
+
+class UsageError(ErasureError, ValueError):
+    """The command line cannot be carried out as given."""
+
+
+def process() -> tuple[int, int]:
+    """Index of this process and how many there are, under `accelerate launch`; `(0, 1)` otherwise."""
+    first = lambda names, default: next((int(os.environ[n]) for n in names if n in os.environ), default)  # noqa: E731
+    return first(RANKS, 0), first(WORLDS, 1)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return process()[0] == 0
+
+
+def parse(options: type[Options], command: str, argv: Sequence[str], default: Options | None = None) -> Options:
+    """Parse the arguments of a command into a dataclass.
+
+    Lists take several values after one flag and the flag several times: `--concept a b --concept c` gives three.
+
+    Raises:
+        UsageError: The arguments do not fit; the message is one line.
+    """
+    import tyro
+
+    lists = {
+        "--" + field.replace("_", "-")
+        for part in _parts(options)
+        for field, kind in get_type_hints(part).items()
+        if get_origin(kind) in (tuple, list)
+    }
+    given = merge_repeated(argv, lists)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                prog=f"erasure {command}",
+                args=given,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        text = " ".join(BOX.sub(" ", said.getvalue()).split())
+        text = re.sub(r"\s*For full helptext.*$", "", text)
+        raise UsageError(f"{text}; see: erasure {command} --help") from None
+
+
+def _parts(options: type) -> Iterator[type]:
+    yield options
+    for kind in get_type_hints(options).values():
+        if dataclasses.is_dataclass(kind):
+            yield kind
+
+
+def merge_repeated(argv: Sequence[str], flags: set[str]) -> list[str]:
+    """Gather the values of each of `flags` behind its first use."""
+    current: list[str] = []
+    groups: list[list[str]] = [current]
+    by_flag: dict[str, list[str]] = {}
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in flags:
+            if flag not in by_flag:
+                groups.append(by_flag.setdefault(flag, [flag]))
+            current = by_flag[flag]
+            current += [value] if equals else []
+        elif token.startswith("--"):
+            current = [token]
+            groups.append(current)
+        else:
+            current.append(token)
+    return [token for group in groups for token in group]
+
+
+class Terminal:
+    """Results go to stdout, remarks and progress to stderr; all but the main process are silent."""
+
+    def __init__(self) -> None:
+        self.speaks = is_main_process()
+        self.json_only = False
+
+    def result(self, data: Any) -> None:
+        """Print data as JSON."""
+        if self.speaks:
+            print(json.dumps(data, indent=2, default=str))
+
+    def say(self, text: str) -> None:
+        """A line for people: on stdout, or on stderr when stdout is for JSON."""
+        if self.speaks:
+            print(text, file=sys.stderr if self.json_only else sys.stdout, flush=True)
+
+    def warn(self, message: Warning | str, category: type[Warning] = UserWarning, *_: Any) -> None:
+        """A warning as one line on stderr."""
+        if self.speaks:
+            print(f"erasure: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        """Print a table; columns after the first that hold only numbers are set to the right."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self.speaks:
+            return
+        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        for index, column in enumerate(columns):
+            numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console(stderr=self.json_only).print(table)
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Progress]:
+        """A progress bar of `total` steps on stderr."""
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(), console=Console(stderr=True), disable=not self.speaks, transient=False,
+        )  # fmt: skip
+        with bar:
+            yield Progress(bar, bar.add_task("", total=total))
+
+
+class Progress:
+    """Handle of a running progress bar."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def stage(self, text: str) -> None:
+        """Say what is being done now."""
+        self.bar.update(self.task, description=text)
+
+    def advance(self, steps: float = 1) -> None:
+        """Go on by so many steps."""
+        self.bar.advance(self.task, steps)
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Callable[[float], None]]:
+        """One step that reports the share of it that is done."""
+        reached = 0.0
+
+        def report(share: float) -> None:
+            nonlocal reached
+            self.advance(share - reached)
+            reached = share
+
+        yield report
+        report(1.0)
+
+
+def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = False) -> Path:
+    """Make sure before any work is done that the results can be written.
+
+    Args:
+        folder: Where they go; made if it is not there.
+        overwrite: The user asked to replace what is there.
+        may_hold: Files there are no obstacle, for commands that go on where they stopped.
+
+    Raises:
+        UsageError: It is a file, is not empty, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or may_hold):
+        raise UsageError(f"--out {folder} is not empty: name another folder, or add --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UsageError(
+            f"--out {folder} cannot be made ({error.strerror}): name a folder that you may write"
+        ) from error
+    if not writable:
+        raise UsageError(f"--out {folder} cannot be written: name a folder that you may write")
+    return folder
+
+
+def format_metric(row: dict[str, Any] | None) -> str:
+    """`0.970 [0.932, 0.991]`; what was not or could not be measured is `-`."""
+    if row is None or row.get("value") is None:
+        return "-"
+    value = f"{row['value']:.3f}"
+    if row.get("low") is None or row.get("high") is None:
+        return value
+    return f"{value} [{row['low']:.3f}, {row['high']:.3f}]"

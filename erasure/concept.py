@@ -1,0 +1,98 @@
+"""What to erase, what takes its place, and what must survive."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from erasure.errors import ConceptError
+
+Kind = Literal["object", "style", "unsafe"]
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "object": ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}"),
+    "style": ("{}", "{} style", "in {} style", "a picture in {} style", "a {} style drawing"),
+    "unsafe": ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}"),
+}
+"""Phrasings that a concept is met in, by kind. `{}` is the concept."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept to erase.
+
+    Raises:
+        ConceptError: The target is empty, the kind is unknown, or the target is in its own retain list.
+
+    Example:
+        >>> Concept("Van Gogh", kind="style", anchor="painting", retain=("Monet", "Picasso"))
+    """
+
+    target: str
+    """Words that name the concept, as a prompt would."""
+    kind: Kind = "object"
+    """`object`, `style`, or `unsafe` (an object whose images reports hide)."""
+    anchor: str | None = None
+    """What prompts with the concept should mean instead; `None` leaves the choice to the strategy."""
+    retain: tuple[str, ...] = ()
+    """Concepts that must survive, for instance near neighbours."""
+    synonyms: tuple[str, ...] = ()
+    """Other words for the concept, erased along with it."""
+    templates: tuple[str, ...] = ()
+    """Phrasings with one `{}` each; those of the kind when empty."""
+
+    def __post_init__(self) -> None:
+        for field in ("retain", "synonyms", "templates"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "target", self.target.strip())
+        if not self.target:
+            raise ConceptError("the concept is empty: name what to erase, for instance 'Van Gogh'")
+        if self.kind not in get_args(Kind):
+            raise ConceptError(f"unknown kind {self.kind!r} of concept {self.target!r}; allowed: {', '.join(get_args(Kind))}")
+        clash = {word.lower() for word in self.names} & {word.strip().lower() for word in self.retain}
+        if clash:
+            raise ConceptError(f"{sorted(clash)} is to be erased and retained at once: take it off one of the lists")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ConceptError(f"template {template!r} needs exactly one {{}} where the concept goes")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The target and its synonyms."""
+        return (self.target, *self.synonyms)
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The templates in use."""
+        return self.templates or TEMPLATES[self.kind]
+
+    def prompts(self) -> list[str]:
+        """Every phrasing of every name."""
+        return [template.format(name) for name in self.names for template in self.phrasings()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the artifact's config."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Concept:
+        """The inverse of `to_dict`; fields that a newer version added are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def as_concepts(concepts: str | Concept | list[str | Concept] | tuple[str | Concept, ...]) -> list[Concept]:
+    """One or several concepts, given as words or as `Concept`, as a list.
+
+    Raises:
+        ConceptError: There is none, or one is given twice.
+    """
+    given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
+    made = [item if isinstance(item, Concept) else Concept(item) for item in given]
+    targets = [concept.target.lower() for concept in made]
+    if not made:
+        raise ConceptError("no concept given: name at least one, for instance 'Van Gogh'")
+    if len(set(targets)) < len(targets):
+        raise ConceptError(f"a concept is given twice: {', '.join(targets)}")
+    return made

@@ -1,0 +1,67 @@
+"""Every error that `erasure` raises on purpose.
+
+All derive from `ErasureError` and from the builtin that users already catch. A message says what went wrong, what was
+found, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class ErasureError(Exception):
+    """Root of all errors of this package."""
+
+
+class ConceptError(ErasureError, ValueError):
+    """A concept that cannot be erased as given."""
+
+
+class UnknownStrategyError(ErasureError, KeyError):
+    """No strategy of that name is registered."""
+
+    def __str__(self) -> str:
+        """The message itself: `KeyError` would show its `repr`."""
+        return str(self.args[0]) if self.args else ""
+
+
+class OptionError(ErasureError, ValueError):
+    """An option or preset that a strategy does not have, or a value that it does not allow."""
+
+
+class UnsupportedModelError(ErasureError, ValueError):
+    """The pipeline, or the state that it is in, does not allow what was asked."""
+
+
+class NoMatchingModuleError(ErasureError, ValueError):
+    """No module of the model matches what the erasure should change."""
+
+
+class ArtifactError(ErasureError, ValueError):
+    """An erasure on disk is missing, damaged, or from a newer version."""
+
+
+class WrongBaseError(ArtifactError):
+    """The erasure was made for another base model."""
+
+
+class AttachError(ErasureError, ValueError):
+    """An erasure name or a combination of erasures that does not work."""
+
+
+class VerificationError(ErasureError, RuntimeError):
+    """An attached erasure is not in force."""
+
+
+class DivergenceError(ErasureError, ArithmeticError):
+    """NaN or infinity during optimisation."""
+
+
+class EvaluationError(ErasureError, ValueError):
+    """An evaluation that cannot be run, resumed or compared as asked."""
+
+
+class MissingExtraError(ErasureError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class BypassedErasureWarning(UserWarning):
+    """A text-side erasure is attached but the call brings its own prompt embeddings."""

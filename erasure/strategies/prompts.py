@@ -1,0 +1,102 @@
+"""Prompts about a concept, aligned with the same prompts about what takes its place, and prompts about everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from erasure.backbones import TextTower
+from erasure.concept import TEMPLATES, Concept
+from erasure.errors import ConceptError
+
+
+class AlignedPrompt(NamedTuple):
+    """A prompt with the concept, the same prompt with its anchor, and which token answers to which."""
+
+    prompt: str
+    anchor_prompt: str
+    start: int
+    """Position of the concept's last token; everything from here on may carry the concept (attention is causal)."""
+    positions: Tensor
+    """For each position of the prompt `(tokens,)` the position of the anchor prompt that takes its place."""
+
+
+def subject_span(tower: TextTower, prompt: str, words: str) -> tuple[int, int]:
+    """First and last token position of `words` in `prompt` (its last occurrence).
+
+    Raises:
+        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour).
+    """
+    ids = tower.tokenizer(prompt, truncation=True, max_length=tower.max_length).input_ids
+    part = tower.tokenizer(words, add_special_tokens=False).input_ids
+    for start in range(len(ids) - len(part), 0, -1):
+        if part and ids[start : start + len(part)] == part:
+            return start, start + len(part) - 1
+    raise ConceptError(f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?")
+
+
+def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
+    """Align a phrasing of a concept with the same phrasing of its anchor.
+
+    Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to those
+    after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
+    """
+    prompt = template.format(words)
+    anchor_prompt = " ".join(template.format(anchor).split())
+    first, last = subject_span(tower, prompt, words)
+    anchor_last = subject_span(tower, anchor_prompt, anchor)[1] if anchor else first
+    after = anchor_last + 1 if anchor else first
+    positions = torch.arange(tower.max_length)
+    positions[first : last + 1] = anchor_last
+    positions[last + 1 :] = torch.arange(after, after + tower.max_length - last - 1).clamp(max=tower.max_length - 1)
+    return AlignedPrompt(prompt, anchor_prompt, last, positions)
+
+
+def aligned_prompts(tower: TextTower, concept: Concept, default_anchor: str = "") -> list[AlignedPrompt]:
+    """All phrasings of a concept, aligned with its anchor.
+
+    Raises:
+        ConceptError: The concept has no known token.
+    """
+    anchor = default_anchor if concept.anchor is None else concept.anchor
+    for words in concept.names:
+        tower.check_words(words)
+    return [align(tower, template, words, anchor) for words in concept.names for template in concept.phrasings()]
+
+
+def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
+    """The empty prompt and every phrasing of the concepts that must survive."""
+    prompts = [""]
+    for concept in concepts:
+        prompts += [template.format(words) for words in concept.retain for template in concept.phrasings()]
+    return list(dict.fromkeys(prompts))
+
+
+def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
+    """Every whole word that is one token, but for those of the concepts and the bare letters."""
+    erased = {
+        token
+        for concept in concepts
+        for words in concept.names
+        for token in tower.tokenizer(words, add_special_tokens=False).input_ids
+    }
+    words = []
+    for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        word = token.removesuffix("</w>")
+        if token.endswith("</w>") and len(word) > 1 and word.isalpha() and word.isascii() and index not in erased:
+            words.append(word)
+    return words
+
+
+def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    """Random prompts about anything: words of the vocabulary in the phrasings of objects and styles, some about two words."""
+    templates = [*TEMPLATES["object"], *TEMPLATES["style"], "{} and {}", "a {} in {} style", "a photo of a {} with a {}"]
+    prompts = []
+    for _ in range(count):
+        template = templates[int(torch.randint(len(templates), (), generator=generator))]
+        chosen = [words[int(torch.randint(len(words), (), generator=generator))] for _ in range(template.count("{}"))]
+        prompts.append(template.format(*chosen))
+    return prompts

@@ -1,0 +1,141 @@
+"""UCE: Unified Concept Editing in Diffusion Models (Gandikota et al., WACV 2024, arXiv 2308.14761)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from erasure.backbones import Backbone, TextTower
+from erasure.carriers.weights import LowRank, WeightEdits
+from erasure.concept import Concept
+from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.prompts import aligned_prompts, retain_prompts, subject_span, vocabulary, vocabulary_prompts
+
+
+@register("uce")
+@dataclass(frozen=True, kw_only=True)
+class UCE(Strategy):
+    """Rewrite what the denoiser's text layers make of the concept, in closed form.
+
+    For each linear layer `W` through which text enters the denoiser (cross-attention keys and values), minimise
+
+        sum_e s_e |W' c_e - W c_a|^2 + sum_p s_p |W' c_p - W c_p|^2 + lambda |W' - W|^2
+
+    over `W'`, with erased features `c_e`, the features `c_a` that take their place, and preserved features `c_p`. The
+    solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
+    `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
+    erased features. So the result is exactly a LoRA. Biases cancel and stay untouched.
+
+    Protects released weights against prompts; learned embeddings can bring the concept back.
+    """
+
+    title: ClassVar[str] = "closed-form edit of cross-attention keys and values"
+    paper: ClassVar[str] = "Gandikota et al. 2024, arXiv 2308.14761"
+    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    protects: ClassVar[str] = "released weights"
+    cost: ClassVar[str] = "seconds, text encoder only"
+
+    erase_scale: float = 1.0
+    """Weight s_e of an erased feature (released code: 1)."""
+    preserve_scale: float = 1.0
+    """Weight s_p of a preserved feature (released code: 1)."""
+    regularisation: float = 0.5
+    """lambda, in squared units of the text features (released code: 0.5)."""
+    tokens: Literal["last", "from_last"] = "from_last"
+    """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included, which
+    carry the concept too because attention is causal."""
+    vocabulary: int = 300
+    """Preserved besides the concepts' retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "released": {"tokens": "last", "vocabulary": 0, "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0},
+    }
+
+    def fit(
+        self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
+    ) -> Fit:
+        """Solve for all concepts at once, in float64."""
+        tower = backbone.towers[0]
+        erased, replacing = self.erased_features(backbone, tower, concepts)
+        progress(0.4)
+        preserved = self.preserved_features(backbone, tower, concepts, seed)
+        progress(0.7)
+        update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
+        left, singular, right = torch.linalg.svd(update)
+        rank = max(int((singular > 1e-7 * singular[0]).sum()), 1)
+        down = right[:rank]
+        low_rank = {}
+        for layer in backbone.entry_layers():
+            weight = layer.module.weight.detach().double().cpu()
+            up = weight @ (left[:, :rank] * singular[:rank])
+            low_rank[layer.key] = compress(LowRank(down, up))
+        progress(1.0)
+        return Fit(WeightEdits(low_rank), {"rank": float(rank), "erased_features": float(len(erased))})
+
+    @torch.no_grad()
+    def erased_features(self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+        """Features to erase and those that take their place, `(features, dim)` each, float64."""
+        erased, replacing = [], []
+        for concept in concepts:
+            for pair in aligned_prompts(tower, concept):
+                states, anchors = backbone.encode([pair.prompt]).tokens[0], backbone.encode([pair.anchor_prompt]).tokens[0]
+                stop = pair.start + 1 if self.tokens == "last" else tower.max_length
+                erased.append(states[pair.start : stop])
+                replacing.append(anchors[pair.positions[pair.start : stop].to(anchors.device)])
+        return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
+
+    @torch.no_grad()
+    def preserved_features(self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int) -> Tensor:
+        """Features to keep, `(features, dim)` float64; may be empty."""
+        kept = [backbone.encode([""]).tokens[0, :1]]
+        if self.tokens == "last":
+            for concept in concepts:
+                for words in concept.retain:
+                    for prompt in (template.format(words) for template in concept.phrasings()):
+                        last = subject_span(tower, prompt, words)[1]
+                        kept.append(backbone.encode([prompt]).tokens[0, last : last + 1])
+        else:
+            for prompt in retain_prompts(concepts):
+                kept.append(backbone.encode([prompt]).tokens[0])
+        words = vocabulary(tower, concepts) if self.vocabulary else []
+        if words:
+            prompts = vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
+            for first in range(0, len(prompts), 32):
+                states = backbone.encode(prompts[first : first + 32]).tokens
+                kept.append(states.flatten(0, 1))
+        return torch.cat(kept).double().cpu()
+
+
+def solve(
+    erased: Tensor, replacing: Tensor, preserved: Tensor, erase_scale: float, preserve_scale: float, regularisation: float
+) -> Tensor:
+    """The matrix X with `W' - W = W X`.
+
+    Args:
+        erased: `(e, dim)` features c_e.
+        replacing: `(e, dim)` features c_a.
+        preserved: `(p, dim)` features c_p.
+        erase_scale: s_e.
+        preserve_scale: s_p.
+        regularisation: lambda > 0.
+
+    Returns:
+        `(dim, dim)`, of rank at most e.
+    """
+    dim = erased.shape[1]
+    gram = erase_scale * erased.T @ erased + preserve_scale * preserved.T @ preserved
+    gram = gram + regularisation * torch.eye(dim, dtype=erased.dtype)
+    cross = erase_scale * (replacing - erased).T @ erased
+    return torch.linalg.solve(gram, cross.T).T
+
+
+def compress(edit: LowRank) -> LowRank:
+    """The same product in as few columns as it has rank, float32: a layer with few outputs needs no more than those."""
+    down, up = edit
+    if up.shape[0] < down.shape[0]:
+        up, down = torch.eye(up.shape[0], dtype=up.dtype), up @ down
+    return LowRank(down.float().contiguous(), up.float().contiguous())

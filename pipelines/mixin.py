@@ -1,0 +1,156 @@
+"""The erasure methods of every drop-in pipeline, named after diffusers' LoRA methods."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasure import api
+from erasure.artifact import Erasure
+from erasure.attach import ErasureManager
+from erasure.concept import Concept
+from erasure.errors import ArtifactError, AttachError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ERASURES_FOLDER = "erasures"
+
+
+class ErasureMixin:
+    """Put ahead of a stock pipeline class."""
+
+    @property
+    def erasure_manager(self) -> ErasureManager:
+        """The manager behind the methods below."""
+        pipe: DiffusionPipeline = self  # type: ignore[assignment]
+        return ErasureManager(pipe)
+
+    def erase(self, concepts: str | Concept | list[str | Concept], strategy: str = "hirm", **options: Any) -> Erasure:
+        """Make an erasure and attach it; see `erasure.erase`."""
+        return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]
+
+    def load_erasure(self, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:
+        """Attach an erasure from a folder, a Hub repository or memory, beside those already attached."""
+        return self.erasure_manager.load(source, name, **options)
+
+    def save_erasure(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
+        """Write an attached erasure to a folder; `name` may be left out when there is just one.
+
+        Raises:
+            AttachError: The name is unknown, or needed and missing.
+            ArtifactError: The folder is not empty or cannot be written.
+        """
+        attached = self.erasure_manager.erasures
+        if name is None and len(attached) != 1:
+            raise AttachError(f"{len(attached)} erasures are attached ({', '.join(attached) or 'none'}): say which with name=")
+        chosen = name if name is not None else next(iter(attached))
+        if chosen not in attached:
+            raise AttachError(f"no erasure named {chosen!r} is attached; attached: {', '.join(attached) or 'none'}")
+        return attached[chosen].save(folder, overwrite=overwrite)
+
+    def set_erasures(self, names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
+        """Put exactly these erasures in force."""
+        self.erasure_manager.set_erasures(names, strengths)
+
+    def active_erasures(self) -> list[str]:
+        """Names of the erasures in force."""
+        return self.erasure_manager.active_erasures()
+
+    def list_erasures(self) -> dict[str, list[str]]:
+        """Names of all attached erasures by component."""
+        return self.erasure_manager.list_erasures()
+
+    def disable_erasures(self) -> None:
+        """Put the stock model in force."""
+        self.erasure_manager.disable()
+
+    def enable_erasures(self) -> None:
+        """Undo `disable_erasures`."""
+        self.erasure_manager.enable()
+
+    def delete_erasure(self, names: str | Sequence[str]) -> None:
+        """Take erasures off."""
+        self.erasure_manager.delete(names)
+
+    def unload_erasures(self) -> None:
+        """Take all erasures off that are not fused; the model is then the base bit for bit."""
+        self.erasure_manager.unload()
+
+    def fuse_erasure(self, names: str | Sequence[str] | None = None) -> None:
+        """Make erasures part of the model."""
+        self.erasure_manager.fuse(names)
+
+    def unfuse_erasure(self, names: str | Sequence[str] | None = None) -> None:
+        """Undo `fuse_erasure`."""
+        self.erasure_manager.unfuse(names)
+
+    @property
+    def fused_erasures(self) -> list[str]:
+        """Names of the fused erasures."""
+        return self.erasure_manager.fused_erasures
+
+    def verify_erasures(self) -> int:
+        """Raise `VerificationError` unless every attached erasure is in force; returns how many tensors were compared."""
+        return self.erasure_manager.verify()
+
+    def save_erased_pipeline(self, folder: str | Path, *, fuse: bool = True) -> Path:
+        """Write a whole pipeline that stays erased.
+
+        Args:
+            folder: Where to; must not exist or be empty.
+            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False` writes
+                the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them together again.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise ArtifactError(f"{folder} is not empty: choose another folder")
+        manager = self.erasure_manager
+        manager.verify()
+        if fuse:
+            self.save_pretrained(folder)
+            return folder
+        if manager.fused_erasures:
+            raise AttachError(f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True")
+        with manager.disabled():
+            self.save_pretrained(folder)
+        for name, erasure in manager.erasures.items():
+            erasure.save(folder / ERASURES_FOLDER / name)
+        (folder / ERASURES_FOLDER / "attached.json").write_text(json.dumps(manager.strengths, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> ErasureMixin:
+        """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified."""
+        folder = Path(folder)
+        listed = folder / ERASURES_FOLDER / "attached.json"
+        if not listed.is_file():
+            raise ArtifactError(f"{folder} has no {ERASURES_FOLDER}/attached.json: it was not saved with fuse=False")
+        pipe = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+        for name, strength in json.loads(listed.read_text()).items():
+            pipe.erasure_manager.add(Erasure.load(folder / ERASURES_FOLDER / name), name, strength)
+        pipe.verify_erasures()
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """As the stock method. The weights written are those in force, erasures included, under the stock names.
+
+        Raises:
+            AttachError: An erasure in force is more than plain weights, so stock files cannot hold it.
+        """
+        manager = self.erasure_manager
+        for name in manager.active_erasures():
+            attached = manager.erasures[name]
+            if attached.edits.pinned:
+                raise AttachError(f"{name!r} pins prompts besides editing weights, which a stock pipeline cannot hold: save_erased_pipeline(folder, fuse=False)")
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
+        stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = stock
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
