@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from erasure import modules
-from erasure.artifact import Erasure, ErasureConfig, library_versions
+from erasure.artifact import Erasure, ErasureConfig, default_name, library_versions
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.weights import WeightEdits, fingerprint
 from erasure.concept import Concept, as_concepts
-from erasure.errors import ArtifactError, NoMatchingModuleError, UnsupportedModelError
+from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, UnsupportedModelError
 from erasure.strategies import get
 
 
 def erase(
     pipe: DiffusionPipeline,
-    concepts: str | Concept | list[str | Concept],
+    concepts: str | Concept | Sequence[str | Concept],
     strategy: str = "hirm",
     *,
     name: str | None = None,
@@ -37,8 +37,8 @@ def erase(
 ) -> Erasure:
     """Make an erasure and attach it.
 
-    Made from the base model: erasures that are in force are switched off meanwhile, so that erasures stack as if each had
-    been made alone.
+    Made from the base model: erasures that are in force are switched off meanwhile, so that erasures stack as if each
+    had been made alone.
 
     Args:
         pipe: Any pipeline of a supported family.
@@ -54,7 +54,8 @@ def erase(
     Raises:
         UnknownStrategyError: No such strategy.
         ConceptError: A concept that has no known token.
-        OptionError: An option that the strategy does not have.
+        OptionError: An option that the strategy does not have, or a value that it does not allow.
+        AttachError: The name is taken.
         UnsupportedModelError: The family or the state of the model does not allow it.
         DivergenceError: NaN during optimisation.
     """
@@ -62,10 +63,17 @@ def erase(
     wanted = as_concepts(concepts)
     backbone = backbone_for(pipe)
     if backbone.family not in method.families:
-        raise UnsupportedModelError(f"{strategy} works on {', '.join(method.families)}, this pipeline is {backbone.family}")
+        raise UnsupportedModelError(
+            f"{strategy} works on {', '.join(method.families)}, this pipeline is {backbone.family}"
+        )
     manager = ErasureManager(pipe)
     if fused := manager.fused_erasures:
-        raise UnsupportedModelError(f"{fused[0]!r} is fused into the model: unfuse_erasure() first, or the new one is made for the erased model")
+        raise UnsupportedModelError(
+            f"{fused[0]!r} is fused, so the new one would be made for the erased model: unfuse_erasure() first"
+        )
+    if attach:
+        # Known before the work, not after it.
+        manager.check_name(name or default_name(wanted, method.name))
     started = time.perf_counter()
     with modules.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
@@ -82,7 +90,7 @@ def erase(
         concepts=[concept.to_dict() for concept in wanted],
         family=backbone.family,
         base=base,
-        carriers=list(method.carriers),
+        carriers=fit.edits.carriers,
         protects=method.protects,
         versions=library_versions(),
         seed=seed,
@@ -99,8 +107,12 @@ def load(pipe: DiffusionPipeline, source: str | Path | Erasure, name: str | None
     return ErasureManager(pipe).load(source, name, **options)
 
 
-def load_pipeline(model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> DiffusionPipeline:
-    """A pipeline with the erasure methods, from a Hub id, a folder, or the name of an embedded model such as `canvas-sd`.
+def load_pipeline(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> DiffusionPipeline:
+    """A pipeline with the erasure methods, from a Hub id, a folder, or the name of an embedded model (`canvas-sd`).
+
+    A folder written by `save_erased_pipeline(fuse=False)` comes with its erasures attached.
 
     Args:
         model: What to load.
@@ -112,7 +124,7 @@ def load_pipeline(model: str | Path, *, dtype: torch.dtype | None = None, device
         UnsupportedModelError: Its pipeline class is of no supported family.
     """
     from erasure import assets
-    from erasure.pipelines import pipeline_class
+    from erasure.pipelines import ATTACHED_FILE, pipeline_class
 
     folder = Path(model)
     if not folder.is_dir():
@@ -124,15 +136,17 @@ def load_pipeline(model: str | Path, *, dtype: torch.dtype | None = None, device
     try:
         config = DiffusionPipeline.load_config(source)
         kind = pipeline_class(config.get("_class_name", ""))
-        pipe = kind.from_pretrained(source, dtype=precision)
-    except (OSError, ValueError, EnvironmentError) as error:
-        if isinstance(error, UnsupportedModelError):
+        erased = (folder / ATTACHED_FILE).is_file()
+        pipe = (kind.load_erased_pipeline if erased else kind.from_pretrained)(source, dtype=precision)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ErasureError):
             raise
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         embedded_names = ", ".join(assets.models())
         raise ArtifactError(
-            f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by save_pretrained, or one of {embedded_names}"
+            f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by "
+            f"save_pretrained, or one of {embedded_names}"
         ) from error
     return pipe.to(place)
 
@@ -145,12 +159,13 @@ def best_device() -> torch.device:
 
 
 def _refuse_quantised(backbone: Backbone) -> None:
-    for name, module in (("text encoder", backbone.towers[0].module), ("denoiser", backbone.denoiser)):
+    parts = {tower.component: tower.module for tower in backbone.towers}
+    for name, module in {**parts, backbone.denoiser_component: backbone.denoiser}.items():
         unlike = next((p for p in module.parameters() if not modules.is_plain(p)), None)
         if unlike is not None:
             raise UnsupportedModelError(
-                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): make the erasure with the "
-                "plain model and load the result here"
+                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): "
+                "make the erasure with the plain model and load the result here"
             )
 
 
@@ -166,11 +181,17 @@ def _base(pipe: DiffusionPipeline, edits: WeightEdits) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reporter(progress: bool | Callable[[float], None], label: str):  # noqa: ANN202
+def _reporter(progress: bool | Callable[[float], None], label: str) -> Iterator[Callable[[float], None]]:
     if callable(progress):
         yield progress
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=100, desc=label, disable=not progress, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}", leave=False) as bar:
+    with tqdm(
+        total=100,
+        desc=label,
+        disable=not progress,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
+        leave=False,
+    ) as bar:
         yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from erasure.carriers.weights import LowRank, WeightEdits
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, DivergenceError
+from erasure.errors import ArtifactError, ConceptError, DivergenceError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "erasure_config.json"
@@ -59,13 +60,13 @@ class ErasureConfig:
     """Version of the folder's layout."""
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], where: str) -> ErasureConfig:
+    def from_dict(cls, data: Any, where: str) -> ErasureConfig:
         """Validate and read plain data.
 
         Raises:
-            ArtifactError: A newer format, a missing key or an unknown key.
+            ArtifactError: A newer format, a missing key, an unknown key, or something else than a config.
         """
-        found = data.get("format_version")
+        found = data.get("format_version") if isinstance(data, dict) else None
         if not isinstance(found, int):
             raise ArtifactError(f"{where}: key 'format_version' is missing or no whole number; is this an erasure?")
         if found > FORMAT_VERSION:
@@ -80,7 +81,15 @@ class ErasureConfig:
             raise ArtifactError(f"{where} lacks {missing}: the file is damaged or no erasure config; make it again")
         if unknown:
             raise ArtifactError(f"{where} has unknown keys {unknown}; allowed: {sorted(fields)}")
-        return cls(**data)
+        config = cls(**data)
+        try:
+            named = [Concept.from_dict(concept).target for concept in config.concepts]
+            readable = bool(named) and isinstance(config.base.get("tensors", {}), dict)
+        except (AttributeError, TypeError, ConceptError):
+            readable = False
+        if not readable:
+            raise ArtifactError(f"{where}: 'concepts' or 'base' cannot be read: the file is damaged; make it again")
+        return config
 
 
 def library_versions() -> dict[str, str]:
@@ -96,6 +105,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def default_name(concepts: Sequence[Concept], strategy: str) -> str:
+    """What an erasure is called when nobody says otherwise."""
+    targets = [concept.target for concept in concepts]
+    label = "-".join(targets) if len(targets) <= 3 else f"{targets[0]}-and-{len(targets) - 1}-more"
+    return re.sub(r"[^a-z0-9]+", "-", f"{label}-{strategy}".lower()).strip("-")
+
+
 class Erasure:
     """The result of a strategy: a config and weight edits.
 
@@ -108,6 +124,7 @@ class Erasure:
         self.config, self.edits = config, edits
 
     def __repr__(self) -> str:
+        """Name and size."""
         return f"Erasure({self.name!r}, {len(self.edits)} tensors, {self.size_bytes / 1e6:.2f} MB)"
 
     @property
@@ -128,9 +145,7 @@ class Erasure:
     @property
     def name(self) -> str:
         """Default name: concepts and strategy, for instance `van-gogh-hirm`."""
-        targets = [concept.target for concept in self.concepts]
-        label = "-".join(targets) if len(targets) <= 3 else f"{targets[0]}-and-{len(targets) - 1}-more"
-        return re.sub(r"[^a-z0-9]+", "-", f"{label}-{self.config.strategy}".lower()).strip("-")
+        return default_name(self.concepts, self.config.strategy)
 
     @property
     def components(self) -> list[str]:
@@ -169,24 +184,32 @@ class Erasure:
             if not overwrite:
                 raise ArtifactError(f"{folder} is not empty: choose another folder, or overwrite (--overwrite)")
             if not (folder / CONFIG_FILE).is_file():
-                raise ArtifactError(f"{folder} holds something that is no erasure and is left alone: choose another folder")
+                raise ArtifactError(
+                    f"{folder} holds something that is no erasure and is left alone: choose another folder"
+                )
         self.edits.check_finite()
         contents = self._contents()
         temporary: Path | None = None
+        retired: Path | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             for name, content in contents.items():
                 (temporary / name).write_bytes(content)
             temporary.chmod(0o755)
-            retired = temporary.with_name(temporary.name + ".old")
             if folder.exists():
-                os.replace(folder, retired)
+                aside = temporary.with_name(temporary.name + ".old")
+                os.replace(folder, aside)
+                retired = aside
             os.replace(temporary, folder)
-            shutil.rmtree(retired, ignore_errors=True)
         except OSError as error:
             raise ArtifactError(f"cannot write the erasure to {folder}: {error.strerror or error}") from error
         finally:
+            if retired is not None:
+                if folder.exists():
+                    shutil.rmtree(retired, ignore_errors=True)
+                else:
+                    os.replace(retired, folder)
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
         return folder
@@ -207,12 +230,19 @@ class Erasure:
             raise ArtifactError(f"{folder} is no erasure: {CONFIG_FILE} is missing (found: {present})")
         try:
             config = ErasureConfig.from_dict(json.loads(path.read_text()), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path} is no valid JSON ({error}): the file is damaged; fetch or make it again") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read as JSON ({error}): the file is damaged; fetch or make it again"
+            ) from error
         deltas = _read_tensors(folder / DELTA_FILE) if (folder / DELTA_FILE).is_file() else {}
         lora = _read_tensors(folder / LORA_FILE) if (folder / LORA_FILE).is_file() else {}
         edits = WeightEdits.from_state_dicts(deltas, lora)
         expected, found = set(config.base.get("tensors", {})), set(edits.parameters)
+        if sorted(config.carriers) != sorted(edits.carriers):
+            raise ArtifactError(
+                f"{folder}: the config names the carriers {config.carriers}, the tensors are {edits.carriers}: "
+                "files of different erasures are mixed or one is missing; fetch or make it again"
+            )
         if expected != found:
             lost, extra = sorted(expected - found), sorted(found - expected)
             raise ArtifactError(
@@ -265,7 +295,7 @@ class Erasure:
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [CONFIG_FILE, DELTA_FILE, LORA_FILE, CARD_FILE]
     try:

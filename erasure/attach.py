@@ -6,75 +6,34 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure import modules
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
-from erasure.carriers.activations import PinnedPrompts
-from erasure.carriers.weights import ComponentWeights, LowRank, refuse_unwritable
-from erasure.errors import AttachError, BypassedErasureWarning, NoMatchingModuleError, VerificationError, WrongBaseError
+from erasure.carriers.weights import refuse_unwritable
+from erasure.errors import (
+    AttachError,
+    BypassedErasureWarning,
+    NoMatchingModuleError,
+    VerificationError,
+    WrongBaseError,
+)
+from erasure.state import Attached, ComponentState
 
-_STATE = "_erasures"
 _NAMES = "_erasure_names"
-
-
-@dataclass
-class Attached:
-    """One erasure on one or several components."""
-
-    erasure: Erasure
-    strength: float = 1.0
-    active: bool = True
-    """Whether `set_erasures` chose it."""
-    fused: bool = False
-    """Whether it counts as part of the model: not touched by `set_erasures`, `disable` and `unload`."""
-    adapters: set[str] = field(default_factory=set)
-    """Components where it is a PEFT adapter, because their weights are quantised."""
-
-
-class ComponentState:
-    """All erasures of one component. Lives on the module, so pipelines that share the module share it."""
-
-    def __init__(self) -> None:
-        self.attached: dict[str, Attached] = {}
-        self.enabled = True
-        self.weights = ComponentWeights()
-
-    def in_force(self) -> dict[str, Attached]:
-        """What must be in force now, by name."""
-        return {name: a for name, a in self.attached.items() if a.fused or (self.enabled and a.active)}
-
-    def terms(self, component: str) -> dict[str, list[tuple[float, Any]]]:
-        """The (strength, edit) pairs of every parameter to write, in the order of attaching."""
-        found: dict[str, list[tuple[float, Any]]] = {}
-        for attached in self.in_force().values():
-            if component not in attached.adapters:
-                for path, edit in attached.erasure.edits.of(component).items():
-                    found.setdefault(path, []).append((attached.strength, edit))
-        return found
-
-    def refresh(self, component: str, module: nn.Module) -> None:
-        """Bring the module in line with what must be in force."""
-        self.weights.write(module, self.terms(component))
-        current = self.in_force()
-        for name, attached in self.attached.items():
-            if component in attached.adapters:
-                modules.scale_lora(module, name, attached.strength if name in current else 0.0)
-        PinnedPrompts.write(module, [a.erasure.edits.pinned[component] for a in current.values() if component in a.erasure.edits.pinned])
+"""Attribute of a pipeline: the components of every attached erasure, to notice one that is lost with its component."""
 
 
 class ErasureManager:
     """The erasures of one pipeline.
 
-    A view: the state lives on the pipeline's modules, so any number of managers of the same pipeline, and pipelines made
-    from it with `from_pipe`, agree.
+    A view: the state lives on the pipeline's modules, so any number of managers of the same pipeline, and pipelines
+    made from it with `from_pipe`, agree.
 
     Args:
         pipe: Any diffusers pipeline of a supported family.
@@ -86,10 +45,15 @@ class ErasureManager:
     # What there is ------------------------------------------------------------------------------------------------
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.pipe.components.items() if isinstance(module, nn.Module)}
+        parts = self.pipe.components.items()
+        return {name: modules.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
     def _states(self) -> dict[str, ComponentState]:
-        return {name: vars(module)[_STATE] for name, module in self._modules().items() if _STATE in vars(module)}
+        found = {name: ComponentState.of(module) for name, module in self._modules().items()}
+        return {name: state for name, state in found.items() if state is not None}
+
+    def _remembered(self) -> dict[str, list[str]]:
+        return vars(self.pipe).setdefault(_NAMES, {})
 
     def _attached(self) -> dict[str, Attached]:
         return {name: attached for state in self._states().values() for name, attached in state.attached.items()}
@@ -127,7 +91,7 @@ class ErasureManager:
         return erasure
 
     def add(self, erasure: Erasure, name: str | None = None, strength: float = 1.0, *, check_base: bool = True) -> int:
-        """Attach an erasure.
+        """Attach an erasure and put all attached ones in force that `set_erasures` did not leave out.
 
         Args:
             erasure: What to attach.
@@ -139,20 +103,19 @@ class ErasureManager:
             How many parameters it edits.
 
         Raises:
-            AttachError: The name is taken or unusable.
+            AttachError: The name is taken or unusable, or something else changed an edited parameter meanwhile.
             WrongBaseError: The pipeline is not the model that the erasure was made for.
             UnsupportedModelError: Quantised weights under a full-rank edit, or fused projections.
             NoMatchingModuleError: Nothing to change.
             DivergenceError: It holds NaN or infinity.
         """
         name = name or erasure.name
-        if not re.fullmatch(r"[\w-]+", name):
-            raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_'")
-        if name in self._attached():
-            raise AttachError(f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first")
+        self.check_name(name)
         family = backbone_for(self.pipe).family
         if erasure.config.family != family:
-            raise WrongBaseError(f"the erasure {name!r} is for {erasure.config.family}, the pipeline {type(self.pipe).__name__} is {family}")
+            raise WrongBaseError(
+                f"the erasure {name!r} is for {erasure.config.family}, this {type(self.pipe).__name__} is {family}"
+            )
         if not len(erasure.edits):
             raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: it holds no tensors")
         erasure.edits.check_finite()
@@ -161,54 +124,67 @@ class ErasureManager:
             available = self._modules()
             for component in erasure.components:
                 if component not in available:
-                    raise WrongBaseError(f"the erasure {name!r} edits {component!r}, which this pipeline lacks (it has {', '.join(available)})")
+                    raise WrongBaseError(
+                        f"the erasure {name!r} edits {component!r}, which this pipeline lacks "
+                        f"(it has {', '.join(available)})"
+                    )
                 self._check(component, available[component], attached, check_base)
-            written: list[str] = []
             try:
                 for component in erasure.components:
-                    written.append(component)
                     self._put(component, available[component], name, attached)
             except BaseException:
-                for component in written:
-                    self._take(component, available[component], name)
+                for component in erasure.components:
+                    self._take(available[component], name)
                 raise
-        vars(self.pipe).setdefault(_NAMES, {})[name] = list(erasure.components)
-        self._guard()
+        self._remembered()[name] = list(erasure.components)
+        self._switch(True)
         return len(erasure.edits)
+
+    def check_name(self, name: str) -> None:
+        """Raise `AttachError` when a name is taken, or cannot name an erasure."""
+        if not re.fullmatch(r"[\w-]+", name):
+            raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_'")
+        if name in self._attached():
+            raise AttachError(
+                f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first"
+            )
 
     def _check(self, component: str, module: nn.Module, attached: Attached, check_base: bool) -> None:
         edits = attached.erasure.edits.of(component)
         if refuse_unwritable(component, module, edits):
             attached.adapters.add(component)
-        state = vars(module).get(_STATE, ComponentState())
+        state = ComponentState.of(module) or ComponentState(component)
         prefix = component + "/"
         digests = attached.erasure.config.base.get("tensors", {})
         expected = {key.removeprefix(prefix): value for key, value in digests.items() if key.startswith(prefix)}
+        state.weights.check_intact(module)
         state.weights.check(component, module, edits, expected if check_base else None)
 
     def _put(self, component: str, module: nn.Module, name: str, attached: Attached) -> None:
-        state = vars(module).setdefault(_STATE, ComponentState())
+        state = ComponentState.of(module) or ComponentState(component)
         state.attached[name] = attached
+        state.bind(module)
         if component in attached.adapters:
             lora = attached.erasure.edits.lora_state_dict()
             modules.add_lora(self.pipe, component, name, lora, attached.strength)
-        state.refresh(component, module)
+        state.refresh(module)
 
-    def _take(self, component: str, module: nn.Module, name: str) -> None:
-        state = vars(module).get(_STATE)
+    def _take(self, module: nn.Module, name: str) -> None:
+        state = ComponentState.of(module)
         if state is None or name not in state.attached:
             return
+        state.weights.check_intact(module)
         attached = state.attached.pop(name)
-        if component in attached.adapters:
+        if state.component in attached.adapters:
             modules.delete_lora(module, name)
-        state.refresh(component, module)
-        if not state.attached:
-            del vars(module)[_STATE]
+        state.refresh(module)
+        state.bind(module)
 
     def _refresh(self) -> None:
         with modules.without_offloading(self.pipe):
+            available = self._modules()
             for component, state in self._states().items():
-                state.refresh(component, self._modules()[component])
+                state.refresh(available[component])
         self._guard()
 
     def _known(self, names: str | Sequence[str] | None) -> list[str]:
@@ -216,8 +192,17 @@ class ErasureManager:
         chosen = list(attached) if names is None else [names] if isinstance(names, str) else list(names)
         unknown = [name for name in chosen if name not in attached]
         if unknown:
-            raise AttachError(f"no erasure named {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
+            raise AttachError(
+                f"no erasure named {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}"
+            )
         return chosen
+
+    def adopt(self) -> None:
+        """Take charge of the erasures that components of another pipeline brought along."""
+        for component, names in self.list_erasures().items():
+            for name in names:
+                self._remembered().setdefault(name, []).append(component)
+        self._guard()
 
     # Changing -----------------------------------------------------------------------------------------------------
 
@@ -228,17 +213,19 @@ class ErasureManager:
             AttachError: An unknown or fused name, or another number of strengths than of names.
         """
         chosen = self._known(names)
-        factors = [1.0 if strengths is None else float(strengths)] * len(chosen) if not isinstance(strengths, Sequence) else list(strengths)
+        factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(chosen)
         if len(factors) != len(chosen):
-            raise AttachError(f"{len(factors)} strengths for {len(chosen)} erasures: give one for each, or a single number")
+            raise AttachError(
+                f"{len(factors)} strengths for {len(chosen)} erasures: give one for each, or a single number"
+            )
         fused = [name for name in chosen if name in self.fused_erasures]
         if fused:
             raise AttachError(f"{fused[0]!r} is fused and always in force: unfuse_erasure() first")
-        wanted = dict(zip(chosen, factors, strict=True))
+        wanted = {name: 1.0 if factor is None else float(factor) for name, factor in zip(chosen, factors, strict=True)}
         for name, attached in self._attached().items():
             if not attached.fused:
                 attached.active, attached.strength = name in wanted, wanted.get(name, attached.strength)
-        self._refresh()
+        self._switch(True)
 
     def disable(self) -> None:
         """Put the stock model in force (fused erasures stay); `enable` undoes it."""
@@ -270,14 +257,16 @@ class ErasureManager:
         chosen = self._known(names)
         with modules.without_offloading(self.pipe):
             for name in chosen:
-                for component, module in self._modules().items():
-                    self._take(component, module, name)
-                vars(self.pipe).get(_NAMES, {}).pop(name, None)
+                for module in self._modules().values():
+                    self._take(module, name)
+                self._remembered().pop(name, None)
         self._guard()
 
     def unload(self) -> None:
         """Take every erasure off that is not fused."""
         self.delete([name for name, attached in self._attached().items() if not attached.fused])
+        for name in set(self._remembered()) - set(self._attached()):
+            del self._remembered()[name]
 
     def fuse(self, names: str | Sequence[str] | None = None) -> None:
         """Make erasures part of the model: they stay through `set_erasures`, `disable` and `unload`.
@@ -285,13 +274,16 @@ class ErasureManager:
         Raises:
             AttachError: One is not in force, or lives in PEFT adapters on quantised weights.
         """
-        for name in self._known(names):
-            attached = self._attached()[name]
-            if name not in self.active_erasures():
+        chosen, in_force = self._known(names), self.active_erasures()
+        for name in chosen:
+            if name not in in_force:
                 raise AttachError(f"{name!r} is not in force: enable it or set_erasures([{name!r}]) before fusing")
-            if attached.adapters:
-                raise AttachError(f"{name!r} is an adapter on quantised weights and cannot be fused: fuse into the unquantised model")
-            attached.fused = True
+            if self._attached()[name].adapters:
+                raise AttachError(
+                    f"{name!r} is an adapter on quantised weights and cannot be fused: fuse into the unquantised model"
+                )
+        for name in chosen:
+            self._attached()[name].fused = True
 
     def unfuse(self, names: str | Sequence[str] | None = None) -> None:
         """Undo `fuse`."""
@@ -310,56 +302,59 @@ class ErasureManager:
         Raises:
             VerificationError: None is attached; one is switched off, lost with a replaced component, or overwritten.
         """
-        states, compared = self._states(), 0
-        remembered: dict[str, list[str]] = vars(self.pipe).get(_NAMES, {})
-        if not remembered and not self._attached():
+        states, remembered = self._states(), self._remembered()
+        if not remembered and not states:
             raise VerificationError("no erasure is attached: load_erasure() or erase() first")
         for name, components in remembered.items():
-            lost = [c for c in components if c not in states or name not in states[c].attached]
+            lost = [part for part in components if part not in states or name not in states[part].attached]
             if lost:
-                raise VerificationError(f"{name!r} is gone from {', '.join(lost)}: the component was replaced; load the erasure again")
-        for component, state in states.items():
-            idle = [name for name in state.attached if name not in state.in_force()]
-            if idle:
-                raise VerificationError(f"{idle[0]!r} is attached to {component} but switched off: enable_erasures() or set_erasures()")
-            module = self._modules()[component]
-            for path, terms in state.terms(component).items():
-                compared += 1
-                found = modules.parameter(module, path)
-                if found.device.type == "meta":
-                    raise VerificationError(f"{component}/{path} is offloaded and cannot be read: verify before enabling sequential offload")
-                if modules.is_fused(module, path.rsplit(".", 2)[0]):
-                    raise VerificationError(f"{component}/{path} is bypassed by fused query-key-value projections: unfuse_qkv_projections()")
-                if not torch.equal(found, state.weights.edited(module, path, terms)):
-                    raise VerificationError(f"{component}/{path} is not what the erasures make of it: something else changed it")
-            for name, attached in state.attached.items():
-                if component in attached.adapters:
-                    layers = sum(name in layer.lora_A and name in layer.active_adapters for layer in modules.lora_layers(module))
-                    expected = sum(isinstance(edit, LowRank) for edit in attached.erasure.edits.of(component).values())
-                    if layers != expected:
-                        raise VerificationError(f"adapter {name!r} is active in {layers} of {expected} layers of {component}")
-                    compared += layers
-            pins = [a.erasure.edits.pinned[component] for a in state.in_force().values() if component in a.erasure.edits.pinned]
-            if not PinnedPrompts.is_written(module, pins):
-                raise VerificationError(f"the pinned prompts of {component} are not in force: something removed their hooks")
-        return compared
+                raise VerificationError(
+                    f"{name!r} is gone from {', '.join(lost)}: the component was replaced; load the erasure again"
+                )
+        return sum(state.verify(self._modules()[component]) for component, state in states.items())
+
+    def check_saveable(self) -> None:
+        """Raise `AttachError` when stock files cannot hold what is in force, because it is more than plain weights."""
+        for name in self.active_erasures():
+            attached = self._attached()[name]
+            what = "pins prompts" if attached.erasure.edits.pinned else "is an adapter" if attached.adapters else None
+            if what is not None:
+                raise AttachError(
+                    f"{name!r} {what} besides the weights, which the files of a stock pipeline cannot hold: use "
+                    "save_erased_pipeline(folder, fuse=False), or disable_erasures() to save the base"
+                )
 
     def _guard(self) -> None:
-        """Warn about `prompt_embeds=` exactly while a text-side erasure is in force."""
-        text_side = any(component.startswith("text_encoder") and state.in_force() for component, state in self._states().items())
-        if text_side and hasattr(type(self.pipe), "encode_prompt"):
-            modules.CallGuard.install(self.pipe, "encode_prompt", warn_if_bypassed)
-        else:
-            modules.CallGuard.remove(self.pipe, "encode_prompt")
+        """Guard the pipeline's methods exactly while erasures are in force that they could bypass or corrupt."""
+        states = self._states()
+        guards = {
+            "encode_prompt": (warn_if_bypassed, any(map(_is_text_side, states.values()))),
+            "save_pretrained": (refuse_unsaveable, bool(self.active_erasures())),
+        }
+        for method, (check, needed) in guards.items():
+            if needed and hasattr(type(self.pipe), method):
+                modules.CallGuard.install(self.pipe, method, check)
+            else:
+                modules.CallGuard.remove(self.pipe, method)
+
+
+def _is_text_side(state: ComponentState) -> bool:
+    return state.component.startswith("text_encoder") and bool(state.in_force())
 
 
 def warn_if_bypassed(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
     """Warn when a call brings its own prompt embeddings past an erasure in the text encoder."""
     if kwargs.get("prompt_embeds") is not None:
-        names = [name for part, found in ErasureManager(pipe).list_erasures().items() if part.startswith("text_encoder") for name in found]
+        found = [state.in_force() for state in ErasureManager(pipe)._states().values() if _is_text_side(state)]
+        names = ", ".join(dict.fromkeys(name for in_force in found for name in in_force))
         warnings.warn(
-            f"prompt_embeds= bypasses the text-side erasures {', '.join(dict.fromkeys(names))}: unless these embeddings come from this "
-            "pipeline's own encode_prompt, nothing is erased. Pass prompt=, or use a strategy that edits the denoiser.",
+            f"prompt_embeds= bypasses the text-side erasures {names}: unless these embeddings come from this "
+            "pipeline's own encode_prompt, nothing is erased. Pass prompt=, or a strategy that edits the denoiser.",
             BypassedErasureWarning,
             stacklevel=3,
         )
+
+
+def refuse_unsaveable(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
+    """Raise `AttachError` rather than write files that lack a part of what is in force."""
+    ErasureManager(pipe).check_saveable()

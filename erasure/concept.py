@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,8 @@ class Concept:
     """One concept to erase.
 
     Raises:
-        ConceptError: The target is empty, the kind is unknown, or the target is in its own retain list.
+        ConceptError: The target is empty, the kind is unknown, a name is in the retain list, or a template has not
+            exactly one `{}`.
 
     Example:
         >>> Concept("Van Gogh", kind="style", anchor="painting", retain=("Monet", "Picasso"))
@@ -43,6 +45,7 @@ class Concept:
     """Phrasings with one `{}` each; those of the kind when empty."""
 
     def __post_init__(self) -> None:
+        """Check the fields, and take a single word for a list of one."""
         for field in ("retain", "synonyms", "templates"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
@@ -50,12 +53,14 @@ class Concept:
         if not self.target:
             raise ConceptError("the concept is empty: name what to erase, for instance 'Van Gogh'")
         if self.kind not in get_args(Kind):
-            raise ConceptError(f"unknown kind {self.kind!r} of concept {self.target!r}; allowed: {', '.join(get_args(Kind))}")
+            raise ConceptError(
+                f"unknown kind {self.kind!r} of concept {self.target!r}; allowed: {', '.join(get_args(Kind))}"
+            )
         clash = {word.lower() for word in self.names} & {word.strip().lower() for word in self.retain}
         if clash:
             raise ConceptError(f"{sorted(clash)} is to be erased and retained at once: take it off one of the lists")
         for template in self.templates:
-            if template.count("{}") != 1:
+            if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
                 raise ConceptError(f"template {template!r} needs exactly one {{}} where the concept goes")
 
     @property
@@ -82,7 +87,7 @@ class Concept:
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
-def as_concepts(concepts: str | Concept | list[str | Concept] | tuple[str | Concept, ...]) -> list[Concept]:
+def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Concept]:
     """One or several concepts, given as words or as `Concept`, as a list.
 
     Raises:

@@ -1,25 +1,36 @@
-"""Finding modules and parameters, and the private parts of diffusers, transformers and PEFT that this package relies on.
+"""Finding modules and parameters, and the private parts of diffusers, transformers and PEFT that are relied on.
 
-Everything that reaches behind a public interface of those libraries is in this file, so that a change there costs one file.
+Everything that reaches behind a public interface of those libraries is in this file: a change there costs one file.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, HookRegistry
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def transformer_root(module: nn.Module) -> tuple[str, nn.Module]:
-    """Where the blocks of a text encoder hang: `CLIPTextModel` is flat, `CLIPTextModelWithProjection` nests `text_model`."""
+    """Where the blocks of a text encoder hang, as prefix and module.
+
+    `CLIPTextModel` is flat, `CLIPTextModelWithProjection` nests `text_model`.
+    """
     inner = getattr(module, "text_model", None)
     return ("text_model.", inner) if isinstance(inner, nn.Module) else ("", module)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside the wrapper that `torch.compile` returns."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -27,6 +38,13 @@ def base_layer(module: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
+
+
+def canonical_parameters(component: nn.Module) -> dict[str, str]:
+    """The path now, by canonical path, of every parameter of a text encoder's root but PEFT's own."""
+    root = transformer_root(component)[1]
+    names = [name for name, _ in root.named_parameters() if ".lora_" not in name]
+    return {name.replace(".base_layer.", "."): name for name in names}
 
 
 def parameter(component: nn.Module, path: str) -> Tensor:
@@ -60,7 +78,7 @@ def is_fused(component: nn.Module, path: str) -> bool:
 
 @contextmanager
 def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Take accelerate's offloading off while modules are changed, and put it back: diffusers' LoRA loader does the same."""
+    """Take accelerate's offloading off while modules are changed, and put it back, as diffusers' LoRA loader does."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
     from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 
@@ -78,6 +96,42 @@ def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
             for component in pipe.components.values():
                 if isinstance(component, nn.Module):
                     _maybe_remove_and_reapply_group_offloading(component)
+
+
+class _HookedForward:
+    """What a hooked module runs. An object where `HookRegistry` has a closure, which a deep copy would share."""
+
+    def __init__(self, hook: ModelHook) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The hook's part before, the forward that was there, the hook's part after."""
+        chain = self.hook.fn_ref
+        args, kwargs = chain.pre_forward(module, *args, **kwargs)
+        return chain.post_forward(module, chain.forward(*args, **kwargs))
+
+
+def register_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
+    """Register a diffusers hook so that a deep copy of the module runs the copy, not the original."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    forward = functools.partial(_HookedForward(hook), module)
+    module.forward = functools.update_wrapper(forward, hook.fn_ref.forward)  # type: ignore[method-assign]
+
+
+def find_hook(module: nn.Module | None, name: str) -> ModelHook | None:
+    """A hook that is registered on a module, if it is."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
+def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
+    """Let `AutoPipelineFor...from_pipe` know a drop-in: it goes by class name and has no public way to add one."""
+    from diffusers.pipelines import auto_pipeline
+
+    model = auto_pipeline._get_model(stock.__name__)
+    for mapping in auto_pipeline.SUPPORTED_TASKS_MAPPINGS:
+        if model in mapping:
+            mapping.setdefault(f"{model}-erasure", pipeline if mapping[model] is stock else mapping[model])
 
 
 class CallGuard:
@@ -132,12 +186,20 @@ def lora_layers(component: nn.Module) -> list[Any]:
     return [layer for layer in component.modules() if hasattr(layer, "lora_A") and hasattr(layer, "set_scale")]
 
 
-def scale_lora(component: nn.Module, name: str, strength: float) -> int:
-    """Set an adapter's strength; returns how many layers have it."""
-    layers = [layer for layer in lora_layers(component) if name in layer.lora_A]
-    for layer in layers:
-        layer.set_scale(name, strength)
-    return len(layers)
+def scale_lora(component: nn.Module, name: str, strength: float) -> None:
+    """Set an adapter's strength."""
+    for layer in lora_layers(component):
+        if name in layer.lora_A:
+            layer.set_scale(name, strength)
+
+
+def active_lora(component: nn.Module, name: str, strength: float) -> int:
+    """In how many layers an adapter is in force with this strength."""
+    return sum(
+        name in layer.active_adapters and not layer.disable_adapters and abs(layer.scaling[name] - strength) < 1e-6
+        for layer in lora_layers(component)
+        if name in layer.lora_A
+    )
 
 
 def delete_lora(component: Any, name: str) -> None:

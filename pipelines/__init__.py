@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from erasure.errors import UnsupportedModelError
-from erasure.pipelines.mixin import ErasureMixin
+from erasure.modules import register_auto_pipeline
+from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
@@ -13,6 +14,8 @@ PIPELINES: dict[str, type[DiffusionPipeline]] = {
     "StableDiffusionErasurePipeline": StableDiffusionErasurePipeline,
 }
 """Which class stands in for which stock class."""
+
+register_auto_pipeline(StableDiffusionErasurePipeline, StableDiffusionPipeline)
 
 
 def pipeline_class(stock: str) -> type[DiffusionPipeline]:
@@ -22,8 +25,10 @@ def pipeline_class(stock: str) -> type[DiffusionPipeline]:
         UnsupportedModelError: There is none yet.
     """
     if stock not in PIPELINES:
-        raise UnsupportedModelError(f"no drop-in for {stock or 'a folder without a pipeline class'}; supported: {', '.join(PIPELINES)}")
+        raise UnsupportedModelError(
+            f"no drop-in for {stock or 'a folder without a pipeline class'}; supported: {', '.join(PIPELINES)}"
+        )
     return PIPELINES[stock]
 
 
-__all__ = ["PIPELINES", "ErasureMixin", "StableDiffusionErasurePipeline", "pipeline_class"]
+__all__ = ["ATTACHED_FILE", "PIPELINES", "ErasureMixin", "StableDiffusionErasurePipeline", "pipeline_class"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 ERASURES_FOLDER = "erasures"
+ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
+"""Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
 
 class ErasureMixin:
@@ -29,7 +30,9 @@ class ErasureMixin:
         pipe: DiffusionPipeline = self  # type: ignore[assignment]
         return ErasureManager(pipe)
 
-    def erase(self, concepts: str | Concept | list[str | Concept], strategy: str = "hirm", **options: Any) -> Erasure:
+    def erase(
+        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: Any
+    ) -> Erasure:
         """Make an erasure and attach it; see `erasure.erase`."""
         return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]
 
@@ -46,7 +49,9 @@ class ErasureMixin:
         """
         attached = self.erasure_manager.erasures
         if name is None and len(attached) != 1:
-            raise AttachError(f"{len(attached)} erasures are attached ({', '.join(attached) or 'none'}): say which with name=")
+            raise AttachError(
+                f"{len(attached)} erasures are attached ({', '.join(attached) or 'none'}): say which with name="
+            )
         chosen = name if name is not None else next(iter(attached))
         if chosen not in attached:
             raise AttachError(f"no erasure named {chosen!r} is attached; attached: {', '.join(attached) or 'none'}")
@@ -94,7 +99,10 @@ class ErasureMixin:
         return self.erasure_manager.fused_erasures
 
     def verify_erasures(self) -> int:
-        """Raise `VerificationError` unless every attached erasure is in force; returns how many tensors were compared."""
+        """Raise `VerificationError` unless every attached erasure is in force.
+
+        Returns how many tensors were compared; see `ErasureManager.verify`.
+        """
         return self.erasure_manager.verify()
 
     def save_erased_pipeline(self, folder: str | Path, *, fuse: bool = True) -> Path:
@@ -102,51 +110,49 @@ class ErasureMixin:
 
         Args:
             folder: Where to; must not exist or be empty.
-            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False` writes
-                the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them together again.
+            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False`
+                writes the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them
+                together again.
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError(f"{folder} is not empty: choose another folder")
         manager = self.erasure_manager
         manager.verify()
         if fuse:
-            self.save_pretrained(folder)
+            manager.pipe.save_pretrained(folder)
             return folder
         if manager.fused_erasures:
-            raise AttachError(f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True")
-        with manager.disabled():
-            self.save_pretrained(folder)
+            raise AttachError(
+                f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True"
+            )
         for name, erasure in manager.erasures.items():
             erasure.save(folder / ERASURES_FOLDER / name)
-        (folder / ERASURES_FOLDER / "attached.json").write_text(json.dumps(manager.strengths, indent=2) + "\n")
+        (folder / ATTACHED_FILE).write_text(json.dumps(manager.strengths, indent=2) + "\n")
+        # The base last, and its model_index.json at the end of it: half a folder is never taken for the base alone.
+        with manager.disabled():
+            manager.pipe.save_pretrained(folder)
         return folder
 
     @classmethod
     def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> ErasureMixin:
         """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified."""
         folder = Path(folder)
-        listed = folder / ERASURES_FOLDER / "attached.json"
+        listed = folder / ATTACHED_FILE
         if not listed.is_file():
-            raise ArtifactError(f"{folder} has no {ERASURES_FOLDER}/attached.json: it was not saved with fuse=False")
+            raise ArtifactError(f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False")
         pipe = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
         for name, strength in json.loads(listed.read_text()).items():
             pipe.erasure_manager.add(Erasure.load(folder / ERASURES_FOLDER / name), name, strength)
         pipe.verify_erasures()
         return pipe
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
-        """As the stock method. The weights written are those in force, erasures included, under the stock names.
-
-        Raises:
-            AttachError: An erasure in force is more than plain weights, so stock files cannot hold it.
-        """
-        manager = self.erasure_manager
-        for name in manager.active_erasures():
-            attached = manager.erasures[name]
-            if attached.edits.pinned:
-                raise AttachError(f"{name!r} pins prompts besides editing weights, which a stock pipeline cannot hold: save_erased_pipeline(folder, fuse=False)")
-        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+        """As the stock method; erasures come along with the components that are shared."""
+        made = super().from_pipe(pipeline, **options)  # type: ignore[misc]
+        made.erasure_manager.adopt()
+        return made
 
     def to_json_string(self) -> str:
         """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""

@@ -71,18 +71,18 @@ class TextTower:
     max_length: int
     """Tokens that the pipeline pads to."""
     consumed: int
-    """Index into the tower's hidden states that the denoiser reads: -1 the last (after the final norm), -2 the one before."""
+    """Index into the hidden states that the denoiser reads: -1 the last (after the final norm), -2 the one before."""
     pooled: bool = False
     """Whether the denoiser reads a pooled vector too."""
     uses_attention_mask: bool = False
 
     @property
-    def root(self) -> nn.Module:
+    def root(self) -> Any:
         """The module that holds `embeddings`, `encoder` and `final_layer_norm`."""
         return modules.transformer_root(self.module)[1]
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         """The transformer blocks, first to last."""
         return list(self.root.encoder.layers)
 
@@ -109,15 +109,16 @@ class TextTower:
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower."""
         ids = self.tokenizer(words, add_special_tokens=False).input_ids
-        vocabulary = self.tokenizer.get_vocab()
         unknown = self.tokenizer.unk_token_id
         letters = self.tokenizer.convert_ids_to_tokens(ids)
         if not ids:
-            raise ConceptError(f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words")
+            raise ConceptError(
+                f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words"
+            )
         if unknown is not None and all(token == unknown for token in ids):
             raise ConceptError(
-                f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(vocabulary)} tokens), so no prompt can "
-                f"name it and there is nothing to erase (tokens: {letters})"
+                f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(self.tokenizer)} tokens), so no "
+                f"prompt can name it and there is nothing to erase (tokens: {letters})"
             )
 
 
@@ -145,8 +146,8 @@ class Backbone(ABC):
         """The text encoders, in the order in which the pipeline uses them."""
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The network that denoises."""
+    def denoiser(self) -> Any:
+        """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
 
     @property
@@ -178,7 +179,13 @@ class Backbone(ABC):
 
     @abstractmethod
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction at noise level `t` implies; `x_t` `(batch, channels, h, w)`, `t` `(batch,)`."""
+        """The clean latent that a prediction at noise level `t` implies.
+
+        Args:
+            prediction: What the denoiser predicted, shaped as `x_t`.
+            x_t: `(batch, channels, h, w)`, noised as in training (not as a scheduler that works in sigmas scales it).
+            t: `(batch,)`.
+        """
 
     @abstractmethod
     def timesteps(self, steps: int) -> Tensor:
@@ -187,6 +194,10 @@ class Backbone(ABC):
     @abstractmethod
     def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """Initial latents, one seed each, drawn on the CPU in float32: `(seeds, channels, h, w)`."""
+
+    @abstractmethod
+    def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Latents of a sampling run as the denoiser wants them: some schedulers carry them at another scale."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

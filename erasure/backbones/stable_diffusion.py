@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -47,11 +47,17 @@ class StableDiffusionBackbone(Backbone):
     def attention_sites(self) -> list[AttentionSite]:
         """`attn1` is self-attention, `attn2` cross-attention, of every transformer block."""
         sites = []
-        for name, module in self.denoiser.named_modules():
+        parts = ("down_blocks", "mid_block", "up_blocks")
+        for name, module in ((f"{part}.{name}", m) for part in parts for name, m in self._named_modules(part)):
             if isinstance(module, Attention) and name.endswith((".attn1", ".attn2")):
                 kind: Literal["self", "cross"] = "self" if name.endswith(".attn1") else "cross"
                 sites.append(AttentionSite(name, module, kind, self._downsampling(name)))
         return sites
+
+    def _named_modules(self, part: str) -> Iterator[tuple[str, nn.Module]]:
+        # The class registers the middle last; a UNet may have none.
+        found = getattr(self.denoiser, part, None)
+        return iter(()) if found is None else found.named_modules()
 
     def _downsampling(self, name: str) -> int:
         levels = len(self.denoiser.config.block_out_channels)
@@ -67,7 +73,9 @@ class StableDiffusionBackbone(Backbone):
         for site in self.attention_sites():
             if site.kind == "cross":
                 if getattr(site.module, "fused_projections", False):
-                    raise UnsupportedModelError(f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first")
+                    raise UnsupportedModelError(
+                        f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first"
+                    )
                 for part in ("to_k", "to_v"):
                     layer = modules.base_layer(getattr(site.module, part))
                     layers.append(EntryLayer(f"unet/{site.name}.{part}", cast(nn.Linear, layer)))
@@ -105,9 +113,14 @@ class StableDiffusionBackbone(Backbone):
         factor, config = self.pipe.vae_scale_factor, self.denoiser.config
         h, w = (height // factor if height else config.sample_size), (width // factor if width else config.sample_size)
         rows = [
-            randn_tensor((1, config.in_channels, h, w), generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            randn_tensor((1, config.in_channels, h, w), generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
         ]
         return torch.cat(rows).to(self.device, self.dtype) * self.pipe.scheduler.init_noise_sigma
+
+    def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """As the scheduler scales it."""
+        return self.pipe.scheduler.scale_model_input(x_t, t)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """`t` may be one level for the batch or one per row."""

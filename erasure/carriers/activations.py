@@ -1,4 +1,4 @@
-"""Edits of activations through diffusers' hooks, which survive compile and offloading where torch's forward hooks do not."""
+"""Edits of activations through diffusers' hooks: torch's forward hooks do not survive compile and offloading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _ReadIds(ModelHook):
         self.hits: list[tuple[Tensor, Tensor]] = []
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        ids: Any = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
         self.hits = []
         for pin in self.pins if ids is not None else ():
             for row, hidden in zip(pin.input_ids, pin.hidden_states, strict=True):
@@ -62,27 +62,29 @@ class PinnedPrompts:
     @staticmethod
     def write(encoder: nn.Module, pins: Sequence[Pinned]) -> None:
         """Make exactly these pins active on a text encoder; none removes the hooks."""
-        root = modules.transformer_root(encoder)[1]
-        places = (("embeddings", _READ), ("final_layer_norm", _WRITE))
-        if not pins and not any(_has_hook(getattr(root, part, None), name) for part, name in places):
+        if PinnedPrompts.is_written(encoder, pins):
             return
-        for part, name in places:
-            registry = HookRegistry.check_if_exists_or_initialize(getattr(root, part))
-            if name in registry.hooks:
-                registry.remove_hook(name)
+        embeddings, final_norm = _places(encoder)
+        for module, name in ((embeddings, _READ), (final_norm, _WRITE)):
+            if modules.find_hook(module, name) is not None:
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
         if pins:
             reader = _ReadIds(pins)
-            HookRegistry.check_if_exists_or_initialize(root.embeddings).register_hook(reader, _READ)
-            HookRegistry.check_if_exists_or_initialize(root.final_layer_norm).register_hook(_WriteRows(reader), _WRITE)
+            modules.register_hook(embeddings, reader, _READ)
+            modules.register_hook(final_norm, _WriteRows(reader), _WRITE)
 
     @staticmethod
     def is_written(encoder: nn.Module, pins: Sequence[Pinned]) -> bool:
         """Whether exactly these pins are active."""
-        root = modules.transformer_root(encoder)[1]
-        found = _has_hook(getattr(root, "embeddings", None), _READ) and _has_hook(getattr(root, "final_layer_norm", None), _WRITE)
-        return found == bool(pins)
+        embeddings, final_norm = _places(encoder)
+        reader, writer = modules.find_hook(embeddings, _READ), modules.find_hook(final_norm, _WRITE)
+        if not isinstance(reader, _ReadIds) or not isinstance(writer, _WriteRows):
+            return not pins and reader is None and writer is None
+        same = len(reader.pins) == len(pins) and all(a is b for a, b in zip(reader.pins, pins, strict=True))
+        return same and writer.reader is reader
 
 
-def _has_hook(module: nn.Module | None, name: str) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and name in registry.hooks
+def _places(encoder: nn.Module) -> tuple[Any, Any]:
+    """Where token ids go in and where hidden states come out; both nothing in a module that is no text encoder."""
+    root = modules.transformer_root(encoder)[1]
+    return getattr(root, "embeddings", None), getattr(root, "final_layer_norm", None)

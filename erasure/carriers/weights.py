@@ -1,10 +1,10 @@
 """Weight edits: what they are, and how they are put into a live model and taken out again bit for bit.
 
-An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 from a copy of
-`W_base` that stays on the CPU, never from the edited tensor. So the order of attaching does not matter, taking an edit off
-restores the base exactly, and an attached erasure costs nothing per image, survives `torch.compile`, offloading, IP-Adapter
-and attention processors, and leaves parameter names alone. Quantised weights cannot be written: there, low-rank edits become
-PEFT adapters and full-rank ones are refused.
+An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 on the CPU
+from a copy of `W_base` that stays there, never from the edited tensor. So taking an edit off restores the base bit for
+bit, and an attached erasure costs nothing per image, survives `torch.compile`, offloading, IP-Adapter and attention
+processors, and leaves parameter names alone. Quantised weights cannot be written: there, low-rank edits become PEFT
+adapters and full-rank ones are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from erasure import modules
 from erasure.carriers.activations import Pinned
-from erasure.errors import ArtifactError, AttachError, DivergenceError, NoMatchingModuleError, UnsupportedModelError, WrongBaseError
+from erasure.errors import (
+    ArtifactError,
+    AttachError,
+    DivergenceError,
+    NoMatchingModuleError,
+    UnsupportedModelError,
+    WrongBaseError,
+)
 
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,6 +52,7 @@ class WeightEdits:
     """By text encoder component: prompts whose encoding stays as it is."""
 
     def __len__(self) -> int:
+        """Number of edited parameters."""
         return len(self.low_rank) + len(self.deltas)
 
     @property
@@ -66,9 +74,14 @@ class WeightEdits:
         edits |= {key.removeprefix(prefix): delta for key, delta in self.deltas.items() if key.startswith(prefix)}
         return edits
 
+    @property
+    def carriers(self) -> list[str]:
+        """Where the erasure lives, as its config says it."""
+        return [*(["weights"] if len(self) else []), *(["activations"] if self.pinned else [])]
+
     def check_finite(self) -> None:
         """Raise `DivergenceError` when a tensor holds NaN or infinity."""
-        tensors = {**self.deltas, **{f"{key}.{part}": t for key, lr in self.low_rank.items() for part, t in lr._asdict().items()}}
+        tensors = {**self.delta_state_dict(), **self.lora_state_dict()}
         broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
@@ -103,30 +116,36 @@ class WeightEdits:
                     raise ArtifactError(f"LoRA tensor {name!r} has no lora_A beside it")
                 continue
             if not name.endswith(".lora_A.weight") or "." not in name.removesuffix(".lora_A.weight"):
-                raise ArtifactError(f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight")
+                raise ArtifactError(
+                    f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight"
+                )
             stem = name.removesuffix(".lora_A.weight")
             up = lora.get(f"{stem}.lora_B.weight")
             if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
             component, path = stem.split(".", 1)
             low_rank[f"{component}/{path.removeprefix('text_model.')}"] = LowRank(lora[name], up)
-        full_rank, pinned = {}, {}
-        for key, tensor in deltas.items():
-            component, _, path = key.partition("/")
-            if not path:
+        full_rank = {key: tensor for key, tensor in deltas.items() if "/pinned." not in key}
+        for key in full_rank:
+            if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
-            if path == "pinned.input_ids" and f"{component}/pinned.hidden_states" in deltas:
-                pinned[component] = Pinned(tensor, deltas[f"{component}/pinned.hidden_states"])
-            elif not path.startswith("pinned."):
-                full_rank[key] = tensor
+        pinned = {}
+        pins = {key: tensor for key, tensor in deltas.items() if key not in full_rank}
+        for component in dict.fromkeys(key.partition("/")[0] for key in pins):
+            ids, states = (pins.pop(f"{component}/pinned.{part}", None) for part in Pinned._fields)
+            if ids is None or states is None or states.ndim != 3 or ids.shape != states.shape[:2]:
+                raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
+            pinned[component] = Pinned(ids, states)
+        if pins:
+            raise ArtifactError(f"unknown keys {sorted(pins)}; pinned prompts have {list(Pinned._fields)}")
         return cls(low_rank, full_rank, pinned)
 
 
-def delta_of(edit: Tensor | LowRank, device: torch.device) -> Tensor:
-    """An edit as a dense float32 tensor."""
+def delta_of(edit: Tensor | LowRank) -> Tensor:
+    """An edit as a dense float32 tensor on the CPU."""
     if isinstance(edit, LowRank):
-        return edit.up.to(device, torch.float32) @ edit.down.to(device, torch.float32)
-    return edit.to(device, torch.float32)
+        return edit.up.float().cpu() @ edit.down.float().cpu()
+    return edit.float().cpu()
 
 
 def fingerprint(tensor: Tensor) -> dict[str, str]:
@@ -139,13 +158,25 @@ def fingerprint(tensor: Tensor) -> dict[str, str]:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
-    """Whether a base tensor is the one of a fingerprint, at the highest precision that both have."""
+    """Whether a base tensor is the one of a fingerprint.
+
+    Compared at the fingerprint's highest precision, and at a lower one if the tensor holds no more than that: the same
+    model loaded in float16 is the same base, a fine-tuned one that float16 could not tell apart is not.
+    """
     own = tensor.detach().cpu()
-    return any(_sha256(own.to(FINGERPRINT_DTYPES[name])) == digest for name, digest in expected.items() if name in FINGERPRINT_DTYPES)
+    for rank, name in enumerate(name for name in FINGERPRINT_DTYPES if name in expected):
+        rounded = own.to(FINGERPRINT_DTYPES[name])
+        if (rank == 0 or torch.equal(rounded.to(own.dtype), own)) and _sha256(rounded) == expected[name]:
+            return True
+    return False
+
+
+Terms = list[tuple[float, Tensor | LowRank]]
+"""(strength, edit) pairs of one parameter."""
 
 
 class ComponentWeights:
@@ -158,12 +189,20 @@ class ComponentWeights:
     def __init__(self) -> None:
         self.originals: dict[str, Tensor] = {}
         """CPU copies of base parameters that are edited now, by path."""
+        self.written: dict[str, Terms] = {}
+        """The terms that were last written, by path."""
 
     def base(self, component: nn.Module, path: str) -> Tensor:
         """The base value of a parameter, whether it is edited now or not."""
         return self.originals[path] if path in self.originals else modules.parameter(component, path)
 
-    def check(self, name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank], digests: Mapping[str, Mapping[str, str]] | None) -> None:
+    def check(
+        self,
+        name: str,
+        component: nn.Module,
+        edits: Mapping[str, Tensor | LowRank],
+        digests: Mapping[str, Mapping[str, str]] | None,
+    ) -> None:
         """Raise unless every edit can be written here: paths, shapes, plain weights, the right base.
 
         Args:
@@ -175,55 +214,70 @@ class ComponentWeights:
         for path, edit in edits.items():
             found = modules.parameter(component, path)
             shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
-            if not modules.is_plain(found):
-                continue
-            if tuple(found.shape) != shape:
-                raise WrongBaseError(f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: it was made for another model")
+            if modules.is_plain(found) and tuple(found.shape) != shape:
+                raise WrongBaseError(
+                    f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: "
+                    "it was made for another model"
+                )
         if digests is None:
             return
         plain = [path for path in edits if modules.is_plain(modules.parameter(component, path))]
-        unlike = [path for path in plain if path in digests and not same_base(self.base(component, path), digests[path])]
+        unlike = [
+            path for path in plain if path in digests and not same_base(self.base(component, path), digests[path])
+        ]
         if unlike:
             raise WrongBaseError(
-                f"{len(unlike)} of {len(plain)} tensors of {name!r} are not those that the erasure was made for, first {unlike[0]!r}: "
-                "load the base model named in its config, or pass check_base=False if you know that it fits"
+                f"{len(unlike)} of {len(plain)} tensors of {name!r} are not those that the erasure was made for, "
+                f"first {unlike[0]!r}: load the base model named in its config, or pass check_base=False if you know "
+                "that it fits"
             )
 
-    def write(self, component: nn.Module, edits: Mapping[str, list[tuple[float, Tensor | LowRank]]]) -> int:
+    def write(self, component: nn.Module, edits: Mapping[str, Terms]) -> None:
         """Make the parameters equal to base + sum of strength * delta, and restore all others.
 
         Args:
             component: The module.
-            edits: For every path to edit, its (strength, edit) pairs.
-
-        Returns:
-            How many parameters are edited now.
+            edits: For every path to edit, its terms.
 
         Raises:
-            AttachError: Something else changed an edited parameter meanwhile.
+            AttachError: Something else changed an edited parameter meanwhile; nothing is written then.
         """
+        self.check_intact(component)
         for path in list(self.originals):
             if path not in edits:
-                self._set(component, path, self.originals[path])
-                del self.originals[path]
+                self._set(component, path, self.originals.pop(path))
         for path, terms in edits.items():
             if path not in self.originals:
                 self.originals[path] = modules.parameter(component, path).detach().to("cpu", copy=True)
             self._set(component, path, self.edited(component, path, terms))
-        return len(edits)
+        self.written = dict(edits)
 
-    def edited(self, component: nn.Module, path: str, terms: list[tuple[float, Tensor | LowRank]]) -> Tensor:
-        """What a parameter must be with these edits, in its own dtype and on its device."""
-        target = modules.parameter(component, path)
-        value = self.base(component, path).to(target.device, torch.float32)
+    def edited(self, component: nn.Module, path: str, terms: Terms) -> Tensor:
+        """What a parameter must be with these terms, in its base's dtype, on the CPU."""
+        base = self.base(component, path)
+        value = base.detach().float().cpu()
         for strength, edit in terms:
-            value = value + strength * delta_of(edit, target.device)
-        return value.to(target.dtype)
+            value = value + strength * delta_of(edit)
+        return value.to(base.dtype)
+
+    def holds(self, component: nn.Module, path: str, terms: Terms) -> bool:
+        """Whether a parameter is what these terms make of it, but for a cast of the whole model since."""
+        found, expected = modules.parameter(component, path).detach().cpu(), self.edited(component, path, terms)
+        routes = (found.dtype, torch.float16, torch.bfloat16)
+        return any(torch.equal(expected.to(route).to(found.dtype).float(), found.float()) for route in routes)
+
+    def check_intact(self, component: nn.Module) -> None:
+        """Raise `AttachError` when an edited parameter is not what was written into it."""
+        for path, terms in self.written.items():
+            if not self.holds(component, path, terms):
+                raise AttachError(
+                    f"{path} was changed by something else since the erasure was attached, and that change would be "
+                    "lost: undo it first (for instance unfuse_lora()), or load the model again"
+                )
 
     @torch.no_grad()
     def _set(self, component: nn.Module, path: str, value: Tensor) -> None:
-        target = modules.parameter(component, path)
-        target.copy_(value.to(target.device, target.dtype))
+        modules.parameter(component, path).copy_(value)
 
 
 def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
@@ -235,28 +289,27 @@ def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tenso
     """
     quantised = []
     for path, edit in edits.items():
+        if modules.is_fused(component, path.rsplit(".", 2)[0]):
+            raise UnsupportedModelError(
+                f"{name}/{path} is inside an attention with fused query-key-value projections, which would ignore the "
+                "edit: call pipe.unfuse_qkv_projections() first"
+            )
         try:
             found = modules.parameter(component, path)
         except AttributeError:
-            owner = path.rsplit(".", 2)[0]
-            if modules.is_fused(component, owner):
-                raise UnsupportedModelError(
-                    f"{name}/{owner} has fused query-key-value projections, which ignore edits of {path.rsplit('.', 1)[0]!r}: "
-                    "call pipe.unfuse_qkv_projections() first"
-                ) from None
-            raise NoMatchingModuleError(f"{name} has no {path!r}: the erasure was made for another architecture") from None
-        if modules.is_fused(component, path.rsplit(".", 2)[0]):
-            raise UnsupportedModelError(
-                f"{name}/{path} is inside a fused query-key-value attention, which would ignore the edit: "
-                "call pipe.unfuse_qkv_projections() first"
-            )
+            raise NoMatchingModuleError(
+                f"{name} has no {path!r}: the erasure was made for another architecture"
+            ) from None
         if not modules.is_plain(found):
             if not isinstance(edit, LowRank):
                 raise UnsupportedModelError(
-                    f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot be written into it: "
-                    "attach the erasure to the unquantised model, fuse, save, and quantise the result"
+                    f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot "
+                    "be written into it: attach the erasure to the unquantised model, save that, and quantise the result"
                 )
             quantised.append(path)
     if quantised and len(quantised) < len(edits):
-        raise AttachError(f"{name} mixes quantised and plain weights among the {len(edits)} layers to edit: quantise all of them or none")
+        raise AttachError(
+            f"{name} mixes quantised and plain weights among the {len(edits)} layers to edit: "
+            "quantise all of them or none"
+        )
     return bool(quantised)

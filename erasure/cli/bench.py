@@ -22,6 +22,7 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.concept import Concept
 
 PROMPT = "a photo of a dog"
 STAGES = ("stock", "attached", "fused")
@@ -67,19 +68,19 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.result({"model": options.model, "device": str(pipe.device), **settings, "erasures": rows})
         return
     title = f"{options.model} on {pipe.device}: ratios to the stock pipeline, medians of {options.repeats} rounds"
-    columns = {
-        "erasure": lambda row: row["name"],
-        "stock s/image": lambda row: f"{row['seconds_per_image']['stock']:.3f}",
-        "attached": lambda row: f"{row['time_ratio']['attached']:.3f}x",
-        "fused": lambda row: f"{row['time_ratio']['fused']:.3f}x",
-        "memory attached": lambda row: ratio(row["memory_ratio"], "attached"),
-        "memory fused": lambda row: ratio(row["memory_ratio"], "fused"),
-        "attach ms": lambda row: f"{1e3 * row['attach_seconds']:.1f}",
-        "detach ms": lambda row: f"{1e3 * row['detach_seconds']:.1f}",
-        "made in s": lambda row: "-" if row["erase_seconds"] is None else f"{row['erase_seconds']:.1f}",
-        "MB": lambda row: f"{row['bytes'] / 1e6:.2f}",
+    lines = {
+        "stock, seconds per image": lambda row: f"{row['seconds_per_image']['stock']:.3f}",
+        "attached, time": lambda row: f"{row['time_ratio']['attached']:.3f}x",
+        "fused, time": lambda row: f"{row['time_ratio']['fused']:.3f}x",
+        "attached, peak memory": lambda row: ratio(row["memory_ratio"], "attached"),
+        "fused, peak memory": lambda row: ratio(row["memory_ratio"], "fused"),
+        "attaching, ms": lambda row: f"{1e3 * row['attach_seconds']:.1f}",
+        "detaching, ms": lambda row: f"{1e3 * row['detach_seconds']:.1f}",
+        "making it, s": lambda row: "-" if row["erase_seconds"] is None else f"{row['erase_seconds']:.1f}",
+        "size, MB": lambda row: f"{row['bytes'] / 1e6:.2f}",
     }
-    terminal.table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], title=title)
+    columns = ["", *(row["name"] for row in rows)]
+    terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
 def make_each(pipe: Any, options: BenchOptions, terminal: Terminal) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def make_each(pipe: Any, options: BenchOptions, terminal: Terminal) -> dict[str,
     import erasure
     from erasure.strategies import available
 
-    concepts = make_concepts((options.concept,), canvas_facts(options.model))
+    concepts: list[str | Concept] = [*make_concepts((options.concept,), canvas_facts(options.model))]
     return {
         made.name: made
         for name in available()

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
-from erasure.concept import Kind
+from erasure.concept import Concept, Kind
 
 
 @dataclass(kw_only=True)
@@ -58,10 +60,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.out is not None and options.out.exists():
         output_folder(options.out, overwrite=options.overwrite)
-    concepts = make_concepts(
-        options.concept, canvas_facts(options.model), options.kind,
-        anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
-    )  # fmt: skip
+    details = {"anchor": options.anchor, "retain": options.retain, "synonyms": options.synonyms}
+    facts = canvas_facts(options.model)
+    concepts: list[str | Concept] = [*make_concepts(options.concept, facts, options.kind, **details)]
     changed = {
         field.name: value
         for field in dataclasses.fields(strategy)
@@ -94,19 +95,22 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         )
 
 
-def _parse(strategy: type, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any]:
+def _parse(strategy: Any, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any]:
     """The command's options and the strategy's, from one flat command line."""
     clash = {f.name for f in dataclasses.fields(strategy)} & {f.name for f in dataclasses.fields(EraseOptions)}
     if clash:
         raise UsageError(f"strategy {name!r} has options that the command line also has: {sorted(clash)}; rename them")
     both = dataclasses.make_dataclass(
         "Erase",
-        [("command", EraseOptions), ("strategy", strategy, dataclasses.field(default=start))],
+        [
+            ("command", Annotated[EraseOptions, tyro.conf.FlagCreatePairsOff]),
+            ("strategy", strategy, dataclasses.field(default=start)),
+        ],
         namespace={
             "__doc__": f"{strategy.title} ({strategy.paper}). Cost: {strategy.cost}. Protects: {strategy.protects}."
         },
     )
-    parsed = parse(both, f"erase {name}", argv)
+    parsed: Any = parse(both, f"erase {name}", argv, negatable=True)
     return parsed.command, parsed.strategy
 
 

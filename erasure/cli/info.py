@@ -28,7 +28,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.artifact import Erasure
 
     made = Erasure.load(options.erasure)
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {"name": name, "form": "low-rank", "shape": [edit.up.shape[0], edit.down.shape[1]], "rank": edit.down.shape[0]}
         for name, edit in made.low_rank.items()
     ] + [

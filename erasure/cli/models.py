@@ -39,8 +39,13 @@ def open_model(options: ModelOptions) -> Any:
     Raises:
         ErasureError: There is no such model, or it cannot be loaded.
     """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
     import erasure
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     settings: dict[str, Any] = {}
     if options.dtype is not None:
         import torch

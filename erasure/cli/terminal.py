@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
 
@@ -19,6 +19,12 @@ Options = TypeVar("Options")
 
 BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m")
 """Box drawing and colours in the parser's messages."""
+
+WIDE = 200
+"""Columns of tables that go to a file or a pipe."""
+
+PACKAGE = Path(__file__).resolve().parents[1]
+"""Where this package is."""
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -40,10 +46,24 @@ def is_main_process() -> bool:
     return process()[0] == 0
 
 
-def parse(options: type[Options], command: str, argv: Sequence[str], default: Options | None = None) -> Options:
+def parse(
+    options: type[Options],
+    command: str,
+    argv: Sequence[str],
+    default: Options | None = None,
+    *,
+    negatable: bool = False,
+) -> Options:
     """Parse the arguments of a command into a dataclass.
 
     Lists take several values after one flag and the flag several times: `--concept a b --concept c` gives three.
+
+    Args:
+        options: The dataclass, or one whose fields are dataclasses; their options are all on one level.
+        command: What the user called, without the program.
+        argv: What came after it.
+        default: Where options start from that are not given; the defaults of the dataclass when left out.
+        negatable: Whether each boolean has a `--no-` form too.
 
     Raises:
         UsageError: The arguments do not fit; the message is one line.
@@ -64,8 +84,8 @@ def parse(options: type[Options], command: str, argv: Sequence[str], default: Op
                 options,
                 prog=f"erasure {command}",
                 args=given,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-                **({} if default is None else {"default": default}),
+                config=(tyro.conf.OmitArgPrefixes, *(() if negatable else (tyro.conf.FlagCreatePairsOff,))),
+                default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit as end:
         if not end.code:
@@ -78,7 +98,7 @@ def parse(options: type[Options], command: str, argv: Sequence[str], default: Op
 def _parts(options: type) -> Iterator[type]:
     yield options
     for kind in get_type_hints(options).values():
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield kind
 
 
@@ -120,9 +140,18 @@ class Terminal:
         if self.speaks:
             print(text, file=sys.stderr if self.json_only else sys.stdout, flush=True)
 
-    def warn(self, message: Warning | str, category: type[Warning] = UserWarning, *_: Any) -> None:
-        """A warning as one line on stderr."""
-        if self.speaks:
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int = 0,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """A warning of this package as one line on stderr, in place of `warnings.showwarning`; others are left out."""
+        ours = category.__module__.startswith("erasure.") or Path(filename).is_relative_to(PACKAGE)
+        if self.speaks and ours:
             print(f"erasure: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
@@ -134,13 +163,18 @@ class Terminal:
 
         if not self.speaks:
             return
-        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in rows)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
-        Console(stderr=self.json_only).print(table)
+        console = Console(stderr=self.json_only)
+        if not console.is_terminal:
+            console.width = WIDE
+        if title:
+            console.print(Text(title))
+        console.print(table)
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Progress]:

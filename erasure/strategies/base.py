@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from erasure.backbones import Backbone
 from erasure.carriers.weights import WeightEdits
@@ -57,6 +59,21 @@ class Strategy(ABC):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named sets of options, for instance those of the paper."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow.
+
+        Raises:
+            OptionError: A choice that is none of the listed ones, or something else than a number.
+        """
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                allowed = ", ".join(map(repr, get_args(hint)))
+                raise OptionError(f"{self.name}: option {name!r} is {value!r}; allowed: {allowed}")
+            numeric = {int: Integral, float: Real}.get(hint)
+            if numeric and (not isinstance(value, numeric) or not math.isfinite(value) or value < 0):
+                raise OptionError(f"{self.name}: option {name!r} is {value!r}; allowed: {hint.__name__}, 0 or more")
+
     @abstractmethod
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -75,7 +92,7 @@ class Strategy(ABC):
         """An instance from a preset with single options changed.
 
         Raises:
-            OptionError: An unknown preset or option.
+            OptionError: An unknown preset or option, or a value that an option does not allow.
         """
         if preset is not None and preset not in cls.presets:
             raise OptionError(f"{cls.name} has no preset {preset!r}; there are: {', '.join(cls.presets) or 'none'}")
@@ -98,7 +115,9 @@ def register(name: str) -> Callable[[type[S]], type[S]]:
     def add(strategy: type[S]) -> type[S]:
         taken = _registered.get(name)
         if taken is not None and taken.__qualname__ != strategy.__qualname__:
-            raise ValueError(f"a strategy named {name!r} is registered already: {taken.__module__}.{taken.__qualname__}")
+            raise ValueError(
+                f"a strategy named {name!r} is registered already: {taken.__module__}.{taken.__qualname__}"
+            )
         strategy.name = name
         _registered[name] = strategy
         return strategy

@@ -15,7 +15,7 @@ from erasure.concept import Concept
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.hirm import tapped
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
-from erasure.strategies.uce import compress, solve
+from erasure.strategies.uce import compress, factors, solve
 
 
 @register("diff_quickfix")
@@ -24,7 +24,8 @@ class DiffQuickFix(Strategy):
     """Rewrite the first self-attention output projection of the text encoder, in closed form.
 
     Causal tracing finds a concept's visual attributes in the first attention block of CLIP's text encoder. Its output
-    projection `W` is changed so that the inputs `k` it gets for the concept give the outputs `v` it gives for the anchor:
+    projection `W` is changed so that the inputs `k` it gets for the concept give the outputs `v` it gives for the
+    anchor:
 
         W' = argmin sum_e |W' k_e - v_e|^2 + sum_p |W' k_p - W k_p|^2 + lambda |W' - W|^2
 
@@ -42,7 +43,7 @@ class DiffQuickFix(Strategy):
     regularisation: float = 0.01
     """lambda, in squared units of the layer's inputs (released code: 0.01)."""
     vocabulary: int = 300
-    """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0, as in the paper, for none."""
+    """Random prompts from the tokeniser's own words, preserved with the retain lists. 0: nothing is (paper)."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"released": {"vocabulary": 0, "regularisation": 0.01}}
 
@@ -52,7 +53,7 @@ class DiffQuickFix(Strategy):
         """Solve for all concepts at once in each text tower, in float64."""
         edits = WeightEdits()
         for tower in backbone.towers:
-            layer: nn.Linear = tower.blocks[0].self_attn.out_proj
+            layer = tower.blocks[0].self_attn.out_proj
             keys, values = [], []
             for concept in concepts:
                 for pair in aligned_prompts(tower, concept):
@@ -64,14 +65,16 @@ class DiffQuickFix(Strategy):
             words = vocabulary(tower, concepts) if self.vocabulary else []
             if words:
                 prompts = vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
-                kept += [first_inputs(tower, layer, prompts[i : i + 32]).flatten(0, 1) for i in range(0, len(prompts), 32)]
+                kept += [
+                    first_inputs(tower, layer, prompts[i : i + 32]).flatten(0, 1) for i in range(0, len(prompts), 32)
+                ]
             erased_keys, anchors = torch.cat(keys), torch.cat(values)
             preserved = torch.cat(kept) if kept else erased_keys[:0]
             update = solve(erased_keys, anchors, preserved, 1.0, 1.0, self.regularisation)
-            left, singular, right = torch.linalg.svd(update)
-            rank = max(int((singular > 1e-7 * singular[0]).sum()), 1)
-            up = layer.weight.detach().double().cpu() @ (left[:, :rank] * singular[:rank])
-            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = compress(LowRank(right[:rank], up))
+            left, down = factors(update)
+            edit = LowRank(down, layer.weight.detach().double().cpu() @ left)
+            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = compress(edit)
+            rank = len(down)
             progress(1.0)
         return Fit(edits, {"rank": float(rank)})
 

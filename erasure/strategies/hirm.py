@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from erasure import modules
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.activations import Pinned
 from erasure.carriers.weights import WeightEdits
 from erasure.concept import Concept
-from erasure.errors import DivergenceError
+from erasure.errors import DivergenceError, OptionError
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import AlignedPrompt, aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
@@ -26,18 +27,18 @@ from erasure.strategies.prompts import AlignedPrompt, aligned_prompts, retain_pr
 class HiRM(Strategy):
     """Misdirect what the text encoder makes of the concept by training its first block only.
 
-    The loss is on the output `h` of the last block's attention output projection, at every token position t of a prompt
-    with the concept:
+    The loss is on the output `h` of the last block's attention output projection, at every token position t of a
+    prompt with the concept:
 
         variant random:    mean_t |h_t - c r_t|^2     r_t a fixed random direction
         variant semantic:  mean_t |h_t - c s_t|^2     s_t the stock encoder's h for the prompt with the anchor instead
 
-    plus `retain_weight` times the mean squared change of the encoder's output on prompts that must survive. Several
-    concepts are trained jointly, one target each. Where the denoiser reads a hidden state before the last block, the loss
-    is on the last block that it reads.
+    each divided by the width of `h`, plus `retain_weight` times the mean squared change of the encoder's output on
+    prompts that must survive. Several concepts are trained jointly, one target each. Where the denoiser reads a hidden
+    state before the last block, the loss is on the last block that it reads.
 
-    Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back, and
-    `prompt_embeds=` bypasses it.
+    Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
+    and `prompt_embeds=` bypasses it.
     """
 
     title: ClassVar[str] = "misdirection of the text encoder's first block"
@@ -51,11 +52,11 @@ class HiRM(Strategy):
     steps: int = 60
     """Optimiser steps (paper: 15 to 50)."""
     lr: float = 1e-3
-    """Learning rate of AdamW. With Adam this times `steps` is the real strength; the paper's 5e-5 is for CLIP ViT-L/14."""
+    """Learning rate of AdamW. This times `steps` is the real strength; the paper's 5e-5 is for CLIP ViT-L/14."""
     coefficient: float = 1.0
     """c: length of the target per token; in `norm="tensor"` of the whole target."""
     distribution: Literal["gaussian", "uniform"] = "gaussian"
-    """Of the random directions; `uniform` on [0, 1) makes all positions share one direction, as in the released code."""
+    """Of the random directions; `uniform` on [0, 1) makes all positions share one direction (released code)."""
     norm: Literal["token", "tensor"] = "token"
     """Whether each token's random direction has length 1 or all of them together (released code)."""
     skip_start: bool = True
@@ -71,18 +72,24 @@ class HiRM(Strategy):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper-r": {
-            "variant": "random", "steps": 25, "lr": 5e-5, "coefficient": 500.0, "distribution": "uniform", "norm": "token",
-            "skip_start": False, "templates": False, "retain_weight": 0.0,
+            "variant": "random", "steps": 25, "lr": 5e-5, "coefficient": 500.0, "distribution": "uniform",
+            "norm": "token", "skip_start": False, "templates": False, "retain_weight": 0.0,
         },
         "paper-s": {
-            "variant": "semantic", "steps": 15, "lr": 5e-5, "coefficient": 1.0, "skip_start": False, "templates": False,
-            "retain_weight": 0.0,
+            "variant": "semantic", "steps": 15, "lr": 5e-5, "coefficient": 1.0,
+            "skip_start": False, "templates": False, "retain_weight": 0.0,
         },
         "released": {
             "variant": "random", "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "distribution": "uniform",
             "norm": "tensor", "skip_start": False, "templates": False, "retain_weight": 0.0,
         },
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow."""
+        super().__post_init__()
+        if self.steps < 1:
+            raise OptionError(f"hirm: option 'steps' is {self.steps}; allowed: 1 or more")
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -91,6 +98,7 @@ class HiRM(Strategy):
         edits, log = WeightEdits(), {}
         towers = backbone.towers
         for index, tower in enumerate(towers):
+
             def report(share: float, index: int = index) -> None:
                 progress((index + share) / len(towers))
 
@@ -113,7 +121,8 @@ class HiRM(Strategy):
         """
         generator = torch.Generator().manual_seed(seed)
         stock = {name: p.detach().float() for name, p in tower.root.named_parameters()}
-        trained = {name: p.clone().requires_grad_() for name, p in stock.items() if is_trained(name)}
+        paths = {now: path for path, now in modules.canonical_parameters(tower.root).items() if is_trained(path)}
+        trained = {name: stock[name].clone().requires_grad_() for name in paths}
         pairs = [pair for concept in concepts for pair in self.prompts(tower, concept)]
         inputs = tower.tokenize([pair.prompt for pair in pairs])
         targets = self.targets(tower, stock, pairs, generator)
@@ -126,7 +135,9 @@ class HiRM(Strategy):
             tapped, _ = run(tower, {**stock, **trained}, inputs.ids)
             loss = F.mse_loss(tapped[:, first:], targets[:, first:])
             if self.retain_weight:
-                sample = [listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)]
+                sample = [
+                    listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
+                ]
                 extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
                 ids = tower.tokenize(["", *sample, *extra]).ids
                 with torch.no_grad():
@@ -135,12 +146,14 @@ class HiRM(Strategy):
                 loss = loss + self.retain_weight * F.mse_loss(after, before)
             value = loss.item()
             if not math.isfinite(value):
-                raise DivergenceError(f"the loss is {value} at step {step} of {self.steps}: lower lr (now {self.lr:g})")
+                raise DivergenceError(
+                    f"the loss is {value} at step {step} of {self.steps}: lower lr (now {self.lr:g})"
+                )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             progress((step + 1) / self.steps)
-        return {name: (p.detach() - stock[name]).half().cpu() for name, p in trained.items()}, value
+        return {paths[name]: (p.detach() - stock[name]).half().cpu() for name, p in trained.items()}, value
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
         """The prompts to misdirect."""

@@ -1,4 +1,4 @@
-"""Prompts about a concept, aligned with the same prompts about what takes its place, and prompts about everything else."""
+"""Prompts about a concept, aligned with the same prompts about what takes its place, and prompts about the rest."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ def subject_span(tower: TextTower, prompt: str, words: str) -> tuple[int, int]:
     for start in range(len(ids) - len(part), 0, -1):
         if part and ids[start : start + len(part)] == part:
             return start, start + len(part) - 1
-    raise ConceptError(f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?")
+    raise ConceptError(
+        f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?"
+    )
 
 
 def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
     """Align a phrasing of a concept with the same phrasing of its anchor.
 
-    Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to those
-    after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
+    Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to
+    those after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
     """
     prompt = template.format(words)
     anchor_prompt = " ".join(template.format(anchor).split())
@@ -92,8 +94,9 @@ def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """Random prompts about anything: words of the vocabulary in the phrasings of objects and styles, some about two words."""
-    templates = [*TEMPLATES["object"], *TEMPLATES["style"], "{} and {}", "a {} in {} style", "a photo of a {} with a {}"]
+    """Random prompts: words of the vocabulary in the phrasings of objects and styles, some about two of them."""
+    about_two = ("{} and {}", "a {} in {} style", "a photo of a {} with a {}")
+    templates = [*TEMPLATES["object"], *TEMPLATES["style"], *about_two]
     prompts = []
     for _ in range(count):
         template = templates[int(torch.randint(len(templates), (), generator=generator))]

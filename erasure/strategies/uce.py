@@ -12,6 +12,7 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.weights import LowRank, WeightEdits
 from erasure.concept import Concept
+from erasure.errors import DivergenceError
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, subject_span, vocabulary, vocabulary_prompts
 
@@ -46,13 +47,19 @@ class UCE(Strategy):
     regularisation: float = 0.5
     """lambda, in squared units of the text features (released code: 0.5)."""
     tokens: Literal["last", "from_last"] = "from_last"
-    """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included, which
-    carry the concept too because attention is causal."""
+    """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included,
+    which carry the concept too because attention is causal."""
     vocabulary: int = 300
-    """Preserved besides the concepts' retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
+    """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "released": {"tokens": "last", "vocabulary": 0, "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0},
+        "released": {
+            "tokens": "last",
+            "vocabulary": 0,
+            "regularisation": 0.5,
+            "erase_scale": 1.0,
+            "preserve_scale": 1.0,
+        },
     }
 
     def fit(
@@ -65,31 +72,35 @@ class UCE(Strategy):
         preserved = self.preserved_features(backbone, tower, concepts, seed)
         progress(0.7)
         update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
-        left, singular, right = torch.linalg.svd(update)
-        rank = max(int((singular > 1e-7 * singular[0]).sum()), 1)
-        down = right[:rank]
+        left, down = factors(update)
         low_rank = {}
         for layer in backbone.entry_layers():
             weight = layer.module.weight.detach().double().cpu()
-            up = weight @ (left[:, :rank] * singular[:rank])
-            low_rank[layer.key] = compress(LowRank(down, up))
+            low_rank[layer.key] = compress(LowRank(down, weight @ left))
         progress(1.0)
-        return Fit(WeightEdits(low_rank), {"rank": float(rank), "erased_features": float(len(erased))})
+        return Fit(WeightEdits(low_rank), {"rank": float(len(down)), "erased_features": float(len(erased))})
 
     @torch.no_grad()
-    def erased_features(self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+    def erased_features(
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept]
+    ) -> tuple[Tensor, Tensor]:
         """Features to erase and those that take their place, `(features, dim)` each, float64."""
         erased, replacing = [], []
         for concept in concepts:
             for pair in aligned_prompts(tower, concept):
-                states, anchors = backbone.encode([pair.prompt]).tokens[0], backbone.encode([pair.anchor_prompt]).tokens[0]
+                states, anchors = (
+                    backbone.encode([pair.prompt]).tokens[0],
+                    backbone.encode([pair.anchor_prompt]).tokens[0],
+                )
                 stop = pair.start + 1 if self.tokens == "last" else tower.max_length
                 erased.append(states[pair.start : stop])
                 replacing.append(anchors[pair.positions[pair.start : stop].to(anchors.device)])
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
 
     @torch.no_grad()
-    def preserved_features(self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int) -> Tensor:
+    def preserved_features(
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int
+    ) -> Tensor:
         """Features to keep, `(features, dim)` float64; may be empty."""
         kept = [backbone.encode([""]).tokens[0, :1]]
         if self.tokens == "last":
@@ -101,9 +112,9 @@ class UCE(Strategy):
         else:
             for prompt in retain_prompts(concepts):
                 kept.append(backbone.encode([prompt]).tokens[0])
-        words = vocabulary(tower, concepts) if self.vocabulary else []
-        if words:
-            prompts = vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
+        known = vocabulary(tower, concepts) if self.vocabulary else []
+        if known:
+            prompts = vocabulary_prompts(known, self.vocabulary, torch.Generator().manual_seed(seed))
             for first in range(0, len(prompts), 32):
                 states = backbone.encode(prompts[first : first + 32]).tokens
                 kept.append(states.flatten(0, 1))
@@ -111,7 +122,12 @@ class UCE(Strategy):
 
 
 def solve(
-    erased: Tensor, replacing: Tensor, preserved: Tensor, erase_scale: float, preserve_scale: float, regularisation: float
+    erased: Tensor,
+    replacing: Tensor,
+    preserved: Tensor,
+    erase_scale: float,
+    preserve_scale: float,
+    regularisation: float,
 ) -> Tensor:
     """The matrix X with `W' - W = W X`.
 
@@ -133,8 +149,23 @@ def solve(
     return torch.linalg.solve(gram, cross.T).T
 
 
+def factors(update: Tensor) -> tuple[Tensor, Tensor]:
+    """The least factors `left @ right` of a matrix, `(dim, rank)` and `(rank, dim)`.
+
+    Raises:
+        DivergenceError: The matrix holds NaN or infinity.
+    """
+    if not torch.isfinite(update).all():
+        raise DivergenceError(
+            "the closed form gives NaN or infinity: are the model's weights sound? Raise regularisation"
+        )
+    left, singular, right = torch.linalg.svd(update)
+    rank = max(int((singular > 1e-7 * singular[0]).sum()), 1)
+    return left[:, :rank] * singular[:rank], right[:rank]
+
+
 def compress(edit: LowRank) -> LowRank:
-    """The same product in as few columns as it has rank, float32: a layer with few outputs needs no more than those."""
+    """The same product in float32 and in no more columns than the layer has outputs."""
     down, up = edit
     if up.shape[0] < down.shape[0]:
         up, down = torch.eye(up.shape[0], dtype=up.dtype), up @ down

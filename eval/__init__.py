@@ -1,0 +1,35 @@
+"""Measure erasures: before against after, on the same noise, with intervals.
+
+Example:
+    >>> from erasure.eval import evaluate
+    >>> results = evaluate(pipe, "canvas", ["cat"], size="quick", out="cat-hirm-eval")
+    >>> results.get("UA")["value"]
+    0.95
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erasure.eval.report import write_report
+    from erasure.eval.results import Results, compare
+    from erasure.eval.runner import evaluate
+
+__all__ = ["Results", "compare", "evaluate", "write_report"]
+
+_HOMES = {
+    "Results": "erasure.eval.results",
+    "compare": "erasure.eval.results",
+    "evaluate": "erasure.eval.runner",
+    "write_report": "erasure.eval.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line compares results without loading torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

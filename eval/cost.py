@@ -1,0 +1,46 @@
+"""What an evaluation and the erasures in it cost."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from erasure.eval.suites import Rows
+
+
+def evaluation_cost(rows: Rows, erasures: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The `cost` block of results.
+
+    Times per image come from the rows, so they hold for a run that was killed and resumed, and for several processes.
+
+    Args:
+        rows: Result rows by variant.
+        erasures: Entries of the attached erasures.
+        seconds: Wall time of this run.
+    """
+    times = {variant: [row["seconds"] for row in table if row.get("seconds")] for variant, table in rows.items()}
+    return {
+        "seconds": seconds,
+        "generation_seconds": sum(sum(values) for values in times.values()),
+        "seconds_per_image": {variant: sum(v) / len(v) if v else None for variant, v in times.items()},
+        "images_generated": sum(len(values) for values in times.values()),
+        "baseline_from_cache": sum(not row.get("seconds") for row in rows.get("before", [])),
+        "peak_memory_mb": peak_memory_mb(),
+        "erase_seconds": sum(entry["seconds"] or 0 for entry in erasures),
+        "artifact_bytes": sum(entry["size_bytes"] or 0 for entry in erasures),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Most memory in use so far: of the GPU when one is used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    # The unit of ru_maxrss is kilobytes on Linux and bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

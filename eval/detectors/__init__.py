@@ -1,0 +1,5 @@
+"""Detectors: what is in an image."""
+
+from erasure.eval.detectors.canvas import CanvasJudge, Judgement
+
+__all__ = ["CanvasJudge", "Judgement"]

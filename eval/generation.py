@@ -1,0 +1,76 @@
+"""Generate samples in batches, each with its own noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+from erasure.errors import EvaluationError
+from erasure.eval.samples import Sample, initial_noise, latent_shape
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bar is off inside."""
+    previous = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(previous or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if previous is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = previous
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Split into batches of equal settings, in the order in which the settings first appear."""
+    groups: dict[tuple[int, float, int, int], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.settings, []).append(sample)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def generate(
+    pipe: Any, samples: Sequence[Sample], batch_size: int = 16
+) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
+    """Yield `(samples, images)` batch by batch.
+
+    Args:
+        pipe: A text-to-image pipeline of diffusers whose call takes `latents`.
+        samples: What to generate.
+        batch_size: Images per call of the pipeline.
+
+    Raises:
+        EvaluationError: The pipeline has a safety checker, whose black images would pass for erased ones.
+        UnsupportedModelError: The pipeline does not take a latent image as its noise.
+    """
+    if getattr(pipe, "safety_checker", None) is not None:
+        raise EvaluationError(
+            "the pipeline has a safety checker, whose black images would count as erased: load the pipeline with "
+            "safety_checker=None to measure the model itself"
+        )
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    for batch in batches(samples, batch_size):
+        drawn = [initial_noise(sample, latent_shape(pipe, sample)) for sample in batch]
+        steps, guidance, height, width = batch[0].settings
+        with torch.no_grad(), quiet(pipe):
+            images = pipe(
+                prompt=[sample.prompt for sample in batch],
+                negative_prompt=[sample.negative_prompt for sample in batch],
+                latents=torch.stack([noise for noise, _ in drawn]).to(pipe.device, denoiser.dtype),
+                # Ancestral samplers go on drawing from the generator of each sample.
+                generator=[generator for _, generator in drawn],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=height,
+                width=width,
+                output_type="pil",
+            ).images
+        yield batch, images

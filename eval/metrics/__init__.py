@@ -1,0 +1,1 @@
+"""Metrics: one module each, pure functions on rows, images or features."""

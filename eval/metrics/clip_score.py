@@ -1,0 +1,81 @@
+"""CLIP score: how well an image fits its prompt, through open_clip."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from erasure.errors import ArtifactError
+
+
+def cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Cosine of paired features, both `(pairs, dim)` -> `(pairs,)`, -1 to 1."""
+    x, y = np.asarray(images, dtype=np.float64), np.asarray(texts, dtype=np.float64)
+    return (x * y).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1), 1e-12)
+
+
+def clip_score(cosines: Sequence[float] | np.ndarray) -> float:
+    """Mean of `max(cos, 0)`, 0 to 1: CLIPScore without the factors 2.5 or 100 that papers put before it."""
+    return float(np.clip(np.asarray(cosines, dtype=np.float64), 0, 1).mean())
+
+
+class ClipModel:
+    """An open_clip model in a local folder, loaded on first use.
+
+    Args:
+        folder: Holds `open_clip_config.json` and the weights.
+        device: Where to run.
+
+    Raises:
+        ArtifactError: There is no open_clip model in the folder.
+    """
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        self._texts: dict[str, np.ndarray] = {}
+        if not (self.folder / "open_clip_config.json").is_file():
+            raise ArtifactError(
+                f"no open_clip model at {self.folder}: expected open_clip_config.json and "
+                "open_clip_model.safetensors; give the folder of one, or leave CLIP out"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of config and weights, 16 hex digits."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("open_clip_*")):
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _model(self) -> tuple[Any, Any, Any]:
+        import open_clip
+
+        name = f"local-dir:{self.folder}"
+        model, _, transform = open_clip.create_model_and_transforms(name, device=self.device)
+        return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Unnormalised image features, `(images, dim)` float32."""
+        model, transform, _ = self._model
+        pixels = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
+        return model.encode_image(pixels).float().cpu().numpy()
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Unnormalised text features, `(prompts, dim)` float32. Longer prompts are cut at the context length."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if missing:
+            model, _, tokenizer = self._model
+            features = model.encode_text(tokenizer(missing).to(self.device)).float().cpu().numpy()
+            self._texts.update(zip(missing, features, strict=True))
+        return np.stack([self._texts[prompt] for prompt in prompts])

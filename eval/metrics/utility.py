@@ -1,0 +1,127 @@
+"""What the erasure costs elsewhere: drift, CLIP score and feature distances on retained prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from erasure.errors import EvaluationError
+from erasure.eval.metrics import distances
+from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap
+from erasure.eval.suites import Plan, Rows
+
+SPACE = "canvas-clip"
+"""Name of the embedded feature space."""
+Row = Mapping[str, Any]
+
+
+def utility_metrics(
+    plan: Plan,
+    rows: Rows,
+    features: Mapping[tuple[str, str], np.ndarray],
+    clip: str | None,
+    clip_missing: str | None = None,
+    space: str = SPACE,
+) -> list[dict[str, Any]]:
+    """Metric rows `clip_score`, `clip_score_target`, `drift`, `drift_feature`, `fid[...]`, `cmmd[...]`, `kid[...]`.
+
+    Args:
+        plan: Samples and recipe.
+        rows: Result rows by variant.
+        features: Image features by sample id and variant.
+        clip: Fingerprint of the CLIP model.
+        clip_missing: Why there is none.
+        space: Name of the feature space, part of the metrics' names.
+    """
+    found: list[dict[str, Any]] = []
+    stamp = plan.recipe | {"clip": f"{space} ({clip})" if clip else None}
+
+    def add(
+        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], dict[str, Any]], **more: Any
+    ) -> None:
+        row: dict[str, Any] = {"name": name, "concept": plan.concept, "variant": variant}
+        recipe = stamp | {"metric": definition, "prompts": prompts} | more
+        try:
+            row |= compute()
+        except EvaluationError as error:
+            reason = clip_missing or str(error) if name != "drift" else str(error)
+            row |= {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
+        found.append(row | {"recipe": recipe})
+
+    before = rows.get("before", [])
+    for variant, table in rows.items():
+        kept, target = _split(table)
+        cosine = "mean of max(cosine of image and prompt, 0)"
+        old = before if variant == "after" else []
+        for name, part, prompts in (("clip_score", kept, "retained"), ("clip_score_target", target, "target")):
+            if part:
+                add(name, variant, prompts, cosine, lambda part=part, old=old: _clip_mean(part, old, plan.seed))
+    if "after" not in rows:
+        return found
+    kept, _ = _split(rows["after"])
+    add("drift", "after", "retained", "mean absolute pixel difference, 0-1, same noise",
+        lambda: _mean(kept, _drift_value("pixel"), plan.seed))  # fmt: skip
+    add("drift_feature", "after", "retained", "1 - cosine of image features, same noise",
+        lambda: _mean(kept, _drift_value("feature"), plan.seed))  # fmt: skip
+    pairs = [
+        (features[row["sample_id"], "before"], features[row["sample_id"], "after"])
+        for row in kept
+        if (row["sample_id"], "before") in features and (row["sample_id"], "after") in features
+    ]
+    reference = "images of the stock model for the same prompts and noise"
+    small = plan.size == "full"
+
+    def distance(compute: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Any]:
+        if not pairs:
+            raise EvaluationError("no image features")
+        first, second = (np.stack(side) for side in zip(*pairs, strict=True))
+        return {"value": compute(first, second), "low": None, "high": None, "n": len(pairs)}
+
+    add(f"fid[{space}]", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
+        lambda: distance(lambda a, b: distances.frechet(a, b, allow_small=small)),
+        reference=reference, small_samples="accepted" if small else "refused")  # fmt: skip
+    add(f"cmmd[{space}]", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, unit-norm features",
+        lambda: distance(distances.cmmd), reference=reference)  # fmt: skip
+    add(f"kid[{space}]", "after", "retained", "unbiased MMD^2, cubic kernel, all images, no subsets",
+        lambda: distance(distances.kid), reference=reference)  # fmt: skip
+    return found
+
+
+def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Retained and target rows."""
+    return [row for row in rows if row["role"] != "target"], [row for row in rows if row["role"] == "target"]
+
+
+def _clip_value(row: Row) -> float | None:
+    value = row.get("clip_score")
+    return None if value is None else min(max(value, 0.0), 1.0)
+
+
+def _drift_value(kind: str) -> Callable[[Row], float | None]:
+    return lambda row: (row.get("drift") or {}).get(kind)
+
+
+def _mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
+    """Mean with a bootstrap interval that draws prompts."""
+    measured = [(value(row), row["prompt"]) for row in rows]
+    values = np.array([v for v, _ in measured if v is not None], dtype=np.float64)
+    if not len(values):
+        raise EvaluationError("not measured on any sample")
+    prompts = [prompt for v, prompt in measured if v is not None]
+    interval = cluster_bootstrap(lambda picked: float(values[picked].mean()), prompts, seed=seed)
+    found = {**interval._asdict(), "n": len(values), "interval": "cluster bootstrap by prompt"}
+    return found | ({"missing": len(rows) - len(values)} if len(values) < len(rows) else {})
+
+
+def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Mean CLIP score, with its paired change (after minus before) where there is a before."""
+    found = _mean(rows, _clip_value, seed)
+    first = {row["sample_id"]: _clip_value(row) for row in before}
+    pairs = [(first.get(row["sample_id"]), _clip_value(row), row["prompt"]) for row in rows]
+    pairs = [pair for pair in pairs if None not in pair]
+    if pairs:
+        old, new, prompts = zip(*pairs, strict=True)
+        found["change"] = paired_bootstrap(old, new, clusters=prompts, seed=seed)._asdict()
+    return found

@@ -1,0 +1,116 @@
+"""Fingerprints: what a number depends on, so that unlike ones are never mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.eval.suites import Plan
+
+SAMPLED = 2048
+"""Values of each tensor that enter a model's fingerprint."""
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data, 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def model_fingerprint(pipe: Any) -> str:
+    """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
+
+    Reading every byte of a large model would take longer than many an evaluation. Call it with erasures off: adapter
+    weights are left out, and a wrapped layer counts as the layer inside.
+    """
+    found = hashlib.sha256(type(pipe).__name__.encode())
+    for name, component in sorted(pipe.components.items()):
+        if not isinstance(component, nn.Module):
+            continue
+        for key, tensor in sorted(component.state_dict().items()):
+            if "lora_" in key:
+                continue
+            found.update(f"{name}/{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            found.update(_some_bytes(tensor))
+    return found.hexdigest()[:16]
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    if tensor.device.type == "meta":  # offloaded to disk: name and shape have to do
+        return b""
+    flat = tensor.detach().flatten()
+    stride = max(1, flat.numel() // SAMPLED)
+    return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def sampler_recipe(pipe: Any) -> dict[str, Any]:
+    """The scheduler of a pipeline and the precision it runs in."""
+    scheduler = pipe.scheduler
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    return {
+        "scheduler": f"{type(scheduler).__name__} ({digest(config)[:8]})",
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "noise": "one CPU generator per sample, float32",
+    }
+
+
+def judge_fingerprint(judge: Any) -> str:
+    """Name of a detector, and sha256 of its weights when it has a folder."""
+    name = getattr(judge, "__name__", None) or type(judge).__name__
+    folder = getattr(judge, "folder", None)
+    if folder is None:
+        return str(getattr(judge, "version", name))
+    found = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".onnx"):
+            found.update(file.read_bytes())
+    return f"{name} ({found.hexdigest()[:12]})"
+
+
+def erasure_entry(name: str, erasure: Any, strength: float) -> dict[str, Any]:
+    """What results say about an attached erasure."""
+    config = erasure.config
+    return {
+        "name": name,
+        "strategy": config.strategy,
+        "concepts": [concept.get("target") for concept in config.concepts],
+        "strength": strength,
+        "seed": config.seed,
+        "size_bytes": erasure.size_bytes,
+        "seconds": config.cost.get("seconds"),
+        "fingerprint": erasure_fingerprint(erasure),
+    }
+
+
+def erasure_fingerprint(erasure: Any) -> str:
+    """sha256 of the tensors of an erasure and of the options it was made with, 16 hex digits."""
+    found = hashlib.sha256(digest([erasure.config.strategy, erasure.config.strategy_config]).encode())
+    tensors = erasure.edits.delta_state_dict() | erasure.edits.lora_state_dict()
+    for key, tensor in sorted(tensors.items()):
+        found.update(key.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def run_recipe(
+    plan: Plan, model: str, sampler: dict[str, Any], judge: str, clip: str | None, erasures: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """All that a folder of samples depends on; a run resumes only when it is the same."""
+    import diffusers
+
+    return {
+        "suite": plan.recipe,
+        "concepts": [[target.name, target.domain, list(target.members)] for target in plan.targets],
+        "samples": digest([sample.row() for sample in plan.samples]),
+        "model": model,
+        "sampler": sampler,
+        "judge": judge,
+        "clip": clip,
+        "erasures": [{key: entry[key] for key in ("name", "strength", "fingerprint")} for entry in erasures],
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }

@@ -1,0 +1,219 @@
+"""`results.json`: one row per metric, and tables of several of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from erasure.errors import EvaluationError
+
+SCHEMA_VERSION = 1
+FILE = "results.json"
+REQUIRED = {
+    "schema_version": int,
+    "suite": str,
+    "size": str,
+    "model": dict,
+    "erasures": list,
+    "metrics": list,
+    "cost": dict,
+}
+METRIC_KEYS = ("name", "concept", "value", "low", "high", "n", "recipe")
+
+
+@dataclass
+class Results:
+    """What an evaluation found."""
+
+    suite: str
+    size: str
+    model: dict[str, Any]
+    """`name`, `fingerprint`, `dtype`."""
+    erasures: list[dict[str, Any]]
+    """One entry per erasure that was attached: `name`, `strategy`, `concepts`, `strength`, `size_bytes`, `seconds`."""
+    metrics: list[dict[str, Any]]
+    """Rows with `name`, `concept`, `variant` (`before` or `after`), `value`, `low`, `high`, `n`, `recipe`; a value is
+    `None` when it could not be had, with a `reason`."""
+    cost: dict[str, Any]
+    """Seconds, images, peak memory, artifact size."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where the samples and images are."""
+
+    def get(self, name: str, variant: str = "after", concept: str | None = None) -> dict[str, Any]:
+        """The first row of a metric.
+
+        Raises:
+            EvaluationError: There is none.
+        """
+        for row in self.metrics:
+            if row["name"] == name and row.get("variant", variant) == variant and concept in (None, row["concept"]):
+                return row
+        names = ", ".join(sorted({row["name"] for row in self.metrics}))
+        raise EvaluationError(f"no metric {name!r} ({variant}) in these results; there are: {names}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the stable schema."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "suite": self.suite,
+            "size": self.size,
+            "model": self.model,
+            "erasures": self.erasures,
+            "metrics": self.metrics,
+            "cost": self.cost,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `results.json`, atomically."""
+        path = Path(folder) / FILE
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a `results.json`, or the one in a folder.
+
+        Raises:
+            EvaluationError: It is missing, damaged, incomplete, or of a newer schema.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise EvaluationError(
+                f"{path} is no valid JSON ({error}): run the evaluation again, it resumes"
+            ) from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise EvaluationError(
+                f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade"
+            )
+        wrong = [k for k, kind in REQUIRED.items() if not isinstance(data, dict) or not isinstance(data.get(k), kind)]
+        if wrong:
+            raise EvaluationError(f"{path} is no results file: {', '.join(wrong)} missing or of the wrong type")
+        for row in data["metrics"]:
+            absent = [key for key in METRIC_KEYS if key not in row]
+            if absent:
+                raise EvaluationError(f"{path}: metric row {row.get('name')!r} lacks {', '.join(absent)}")
+        return cls(**{key: data[key] for key in REQUIRED if key != "schema_version"}, folder=path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several results side by side."""
+
+    columns: tuple[str, ...]
+    """Metric names."""
+    rows: tuple[dict[str, Any], ...]
+    """`label`, `variant`, `concept`, `model`, `cells` (metric name -> value, low, high, n; missing ones left out),
+    `seconds` (of making the erasures) and `size_bytes`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"columns": list(self.columns), "rows": list(self.rows)}
+
+    def means(self) -> list[dict[str, Any]]:
+        """Per label and variant: the plain mean of every column over its concepts, and how many there are."""
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault((row["label"], row["variant"]), []).append(row)
+        table = []
+        for (label, variant), rows in groups.items():
+            cells = {}
+            for column in self.columns:
+                values = [row["cells"][column]["value"] for row in rows if column in row["cells"]]
+                if values:
+                    cells[column] = sum(values) / len(values)
+            table.append({"label": label, "variant": variant, "concepts": len(rows), "cells": cells})
+        return table
+
+
+def label(results: Results) -> str:
+    """Strategies of the attached erasures, with a strength that is not 1; `base` without any."""
+    parts = []
+    for erasure in results.erasures:
+        strength = erasure.get("strength", 1.0)
+        part = str(erasure.get("strategy") or erasure.get("name"))
+        parts.append(part if strength == 1 else f"{part} x{strength:g}")
+    return " + ".join(dict.fromkeys(parts)) or "base"
+
+
+def compare(results: Sequence[Results | str | Path]) -> Comparison:
+    """Put results side by side, one row per result, concept and variant.
+
+    Equal rows of the base model (several methods measured against one baseline) appear once.
+
+    Args:
+        results: Results, or paths to them.
+
+    Raises:
+        EvaluationError: A metric was computed by different recipes; the message says which field differs and where.
+    """
+    loaded = [item if isinstance(item, Results) else Results.load(item) for item in results]
+    if not loaded:
+        raise EvaluationError("nothing to compare: give at least one results.json")
+    recipes: dict[str, tuple[Any, str]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    columns: dict[str, None] = {}
+    for index, result in enumerate(loaded):
+        where = str(result.folder or f"result {index + 1}")
+        for metric in result.metrics:
+            name = metric["name"]
+            known, first = recipes.setdefault(name, (metric["recipe"], where))
+            changed = differences(known, metric["recipe"])
+            if changed:
+                raise EvaluationError(
+                    f"{name} was measured differently in {first} and {where}: {'; '.join(changed)}. "
+                    "Measure both the same way, or compare them apart"
+                )
+            columns.setdefault(name)
+            variant = metric.get("variant", "after")
+            who = label(result) if variant == "after" else "base"
+            # Rows of the base model do not depend on which erasure was attached.
+            owner = str(index) if variant == "after" else str(result.model.get("fingerprint"))
+            key = json.dumps([variant, owner, metric["concept"]])
+            row = rows.setdefault(key, _row(result, who, variant, metric["concept"]))
+            if metric["value"] is not None:
+                row["cells"].setdefault(name, {k: metric.get(k) for k in ("value", "low", "high", "n")})
+    return Comparison(tuple(columns), tuple(rows.values()))
+
+
+def _row(result: Results, who: str, variant: str, concept: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "label": who,
+        "variant": variant,
+        "concept": concept,
+        "model": result.model.get("name"),
+        "cells": {},
+    }
+    if variant == "after":
+        for key in ("seconds", "size_bytes"):
+            row[key] = sum(erasure.get(key) or 0 for erasure in result.erasures)
+    return row
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return [
+            line
+            for key in sorted({*first, *second})
+            for line in differences(first.get(key), second.get(key), f"{path}.{key}" if path else key)
+        ]
+    if json.dumps(first) == json.dumps(second):
+        return []
+    return [f"{path or 'recipe'}: {json.dumps(first)} in the first, {json.dumps(second)} in the second"]

@@ -1,0 +1,98 @@
+"""The sample table: everything that one generated image depends on, and the noise that belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from erasure.errors import UnsupportedModelError
+
+Role = Literal["target", "retain", "cross", "utility", "pair"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to generate and what is expected on it."""
+
+    sample_id: str
+    """Unique within a suite; also the name of the image file."""
+    prompt: str
+    seed: int
+    """Of the initial noise and of the sampler's noise. Up to 64 bits."""
+    role: Role
+    """`target`: the prompt holds what is erased. The others must survive."""
+    objects: tuple[str, ...] = ()
+    """Objects that the prompt asks for."""
+    style: str | None = None
+    """Style that the prompt asks for."""
+    erased: tuple[str, ...] = ()
+    """Those of the objects and the style that must not be seen."""
+    weight: float = 1.0
+    """How many samples of the full answer set this one stands for, relative to the others."""
+    unsafe: bool = False
+    """Whether a report hides the image until asked."""
+    negative_prompt: str = ""
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    height: int = 64
+    """In pixels."""
+    width: int = 64
+    """In pixels."""
+
+    @property
+    def settings(self) -> tuple[int, float, int, int]:
+        """What all samples of one batch share."""
+        return self.num_inference_steps, self.guidance_scale, self.height, self.width
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of all that determines the image, whatever the suite, role or order."""
+        content = [self.prompt, self.negative_prompt, self.seed, *self.settings]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+    def row(self) -> dict[str, Any]:
+        """The sample as a JSON object."""
+        return asdict(self) | {"objects": list(self.objects), "erased": list(self.erased)}
+
+
+def sample_seed(seed: int, prompt: str, index: int) -> int:
+    """A 32-bit seed for the `index`-th image of a prompt: the same in every suite and size that asks for it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{prompt}".encode()).digest()[:4], "big")
+
+
+def latent_shape(pipe: Any, sample: Sample) -> tuple[int, ...]:
+    """Shape of the initial noise of one sample, `(channels, height, width)` in latent pixels.
+
+    Raises:
+        UnsupportedModelError: The pipeline does not diffuse a latent image.
+    """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if denoiser is None or not scale or getattr(pipe, "_pack_latents", None):
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} cannot be measured yet: the evaluation hands the pipeline its initial noise as a "
+            "latent image, which needs a unet or transformer and a vae_scale_factor, and no packing of latents"
+        )
+    return denoiser.config.in_channels, sample.height // scale, sample.width // scale
+
+
+def initial_noise(sample: Sample, shape: tuple[int, ...]) -> tuple[Tensor, torch.Generator]:
+    """Standard normal noise of a sample, and the generator behind it, from which the sampler may go on drawing.
+
+    Always drawn on the CPU in float32, one generator per sample: batch size, order, process count, device and
+    precision of the model do not change it.
+
+    Args:
+        sample: The sample.
+        shape: `(channels, height, width)`.
+
+    Returns:
+        Float32 noise `(channels, height, width)` and its generator.
+    """
+    generator = torch.Generator("cpu").manual_seed(sample.seed)
+    return torch.randn((1, *shape), generator=generator, dtype=torch.float32)[0], generator

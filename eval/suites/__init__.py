@@ -1,0 +1,99 @@
+"""Suites: what to generate, and how to score it. One module each, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+from erasure.errors import EvaluationError
+from erasure.eval.samples import Sample
+
+SIZES = ("smoke", "quick", "full")
+"""`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A concept to erase, in the words of a suite."""
+
+    name: str
+    """As the user gave it."""
+    domain: str
+    """`object` or `style`: which classifier is asked."""
+    members: tuple[str, ...]
+    """The classes of the suite that it stands for: one, or those of a group."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite expanded for some targets, a size and a seed."""
+
+    suite: str
+    size: str
+    seed: int
+    targets: tuple[Target, ...]
+    samples: tuple[Sample, ...]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What a reader must know to compare numbers; the same for every target, so that tables can hold several."""
+
+    @property
+    def concept(self) -> str | None:
+        """Label of all targets together."""
+        return ", ".join(target.name for target in self.targets) or None
+
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Result rows by variant (`before`, `after`), each in the order of the plan's samples."""
+
+
+class Suite(Protocol):
+    """What a suite module registers."""
+
+    title: str
+    """One line for lists."""
+
+    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+        """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
+        ...
+
+    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """The detector that the suite is scored with."""
+        ...
+
+    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+        """Metric rows from result rows."""
+        ...
+
+
+_SUITES: dict[str, Suite] = {}
+_BUILT_IN = {"canvas": "erasure.eval.suites.canvas"}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a suite known under a name."""
+
+    def add(cls: type) -> type:
+        _SUITES[name] = cls()
+        return cls
+
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all suites."""
+    return tuple(sorted({*_SUITES, *_BUILT_IN}))
+
+
+def get(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        EvaluationError: There is none.
+    """
+    if name not in _SUITES and name in _BUILT_IN:
+        import_module(_BUILT_IN[name])
+    if name not in _SUITES:
+        raise EvaluationError(f"unknown suite {name!r}; there are: {', '.join(available())}")
+    return _SUITES[name]

@@ -1,0 +1,230 @@
+"""Suite `canvas`: UnlearnCanvas in miniature, on the embedded world whose classes a judge tells apart.
+
+Every object in every style, captioned "a cat image in noto style". Numbers rank methods on Canvas, not on Stable
+Diffusion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erasure.assets.world import IMAGE_SIZE, OBJECTS, STYLES, UNSAFE, noun_phrase
+from erasure.errors import EvaluationError
+from erasure.eval.detectors import CanvasJudge
+from erasure.eval.metrics.unlearncanvas import canvas_metrics
+from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.suites import SIZES, Plan, Rows, Target, register
+
+TEMPLATE = "{object} image in {style} style"
+"""The caption of UnlearnCanvas. Its released scripts disagree on article and full stop."""
+FULL_SEEDS = 2
+QUICK_SEEDS = 4
+"""Images per caption that holds an object to erase, in the quick size; one per caption for a style."""
+QUICK_RETAINED = 48
+SMOKE_SAMPLES = 8
+"""Of each, target and retained."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The classes of a Canvas model."""
+
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+    unsafe: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    """Members of every super-category."""
+    synonyms: dict[str, str]
+    """Object that another word stands for."""
+    num_inference_steps: int
+    guidance_scale: float
+    side: int
+    """Of an image, in pixels."""
+
+    @classmethod
+    def of(cls, pipe: Any) -> World:
+        """Read `canvas.json` beside the pipeline's model; the embedded world when it has none."""
+        from erasure import assets
+
+        folders = [getattr(pipe, "name_or_path", None), assets.find("canvas-sd")]
+        files = [Path(folder) / "canvas.json" for folder in folders if folder]
+        facts = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+        return cls._from_facts(facts)
+
+    @classmethod
+    def _from_facts(cls, facts: dict[str, Any]) -> World:
+        group_of = {name: thing.group for name, thing in OBJECTS.items()}
+        groups: dict[str, tuple[str, ...]] = {}
+        for name, value in (facts.get("groups") or group_of).items():
+            if isinstance(value, str):  # object -> group
+                groups[value] = (*groups.get(value, ()), name)
+            else:  # group -> objects
+                groups[name] = tuple(value)
+        words = facts.get("synonyms") or {name: thing.synonyms for name, thing in OBJECTS.items()}
+        generation = facts.get("generation", {})
+        return cls(
+            objects=tuple(facts.get("objects", OBJECTS)),
+            styles=tuple(facts.get("styles", STYLES)),
+            unsafe=tuple(facts.get("unsafe", UNSAFE)),
+            groups=groups,
+            synonyms={other: name for name, others in words.items() for other in others},
+            num_inference_steps=int(generation.get("num_inference_steps", 20)),
+            guidance_scale=float(generation.get("guidance_scale", 3.0)),
+            side=int(generation.get("height", IMAGE_SIZE)),
+        )
+
+    def find(self, concept: Any) -> Target:
+        """The classes that a concept stands for.
+
+        Args:
+            concept: A name, or anything with `target` and `kind`.
+
+        Raises:
+            EvaluationError: The world has no such object, style, group or synonym.
+        """
+        name = str(getattr(concept, "target", concept)).strip()
+        kind = getattr(concept, "kind", None)
+        word = name.lower().removeprefix("a ").removeprefix("an ")
+        style = word.removesuffix(" style")
+        candidates: list[tuple[str, tuple[str, ...]]] = []
+        if word in self.objects:
+            candidates.append(("object", (word,)))
+        if style in self.styles:
+            candidates.append(("style", (style,)))
+        if word in self.synonyms:
+            candidates.append(("object", (self.synonyms[word],)))
+        if word in ("unsafe", "unsafe content"):
+            candidates.append(("object", self.unsafe))
+        for group in (word, word.removesuffix("s")):
+            if group in self.groups:
+                candidates.append(("object", self.groups[group]))
+        # A `Concept` is an object unless told otherwise, so the kind decides only where the name is ambiguous.
+        candidates.sort(key=lambda found: (found[0] == "style") != (kind == "style"))
+        if not candidates:
+            raise EvaluationError(
+                f"suite canvas has no concept {name!r}; objects: {', '.join(self.objects)}; "
+                f"styles: {', '.join(self.styles)}; groups: {', '.join(self.groups)}"
+            )
+        return Target(name, *candidates[0])
+
+
+@register("canvas")
+class CanvasSuite:
+    """UA, IRA, CRA and their mean on the embedded world."""
+
+    title = "UnlearnCanvas in miniature: every object in every style of the embedded world"
+
+    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """The embedded classifier."""
+        return CanvasJudge()
+
+    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+        """Expand to samples; see `Suite.plan`."""
+        if size not in SIZES:
+            raise EvaluationError(f"suite canvas has no size {size!r}; there are: {', '.join(SIZES)}")
+        world = World.of(pipe)
+        targets = tuple(world.find(concept) for concept in concepts)
+        samples = _samples(world, targets, size, seed)
+        classes = hashlib.sha256(json.dumps([world.objects, world.styles]).encode()).hexdigest()[:12]
+        recipe = {
+            "suite": "canvas",
+            "size": size,
+            "seed": seed,
+            "prompt": TEMPLATE,
+            "classes": f"{len(world.objects)} objects x {len(world.styles)} styles ({classes})",
+            "num_inference_steps": world.num_inference_steps,
+            "guidance_scale": world.guidance_scale,
+            "resolution": f"{world.side}x{world.side}",
+        }
+        return Plan("canvas", size, seed, targets, samples, recipe)
+
+    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+        """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""
+        return canvas_metrics(plan, rows)
+
+
+def _samples(world: World, targets: Sequence[Target], size: str, seed: int) -> tuple[Sample, ...]:
+    """The answer set: target samples first in importance, but in the order of the world.
+
+    Sizes below full are stratified: target and retained captions are drawn at different rates, and the weights undo
+    that, so that a rate over the whole set estimates the rate over the full one.
+    """
+    erased: dict[str, set[str]] = {"object": set(), "style": set()}
+    for target in targets:
+        erased[target.domain].update(target.members)
+    cells = [(name, style) for name in world.objects for style in world.styles]
+    # A cell holds an erased object, an erased style, or nothing erased.
+    stratum = {
+        c: "object" if c[0] in erased["object"] else "style" if c[1] in erased["style"] else None for c in cells
+    }
+    counts = _counts(cells, stratum, size, seed)
+    share = {}
+    for kind in set(stratum.values()):
+        members = [cell for cell in cells if stratum[cell] == kind]
+        drawn = sum(counts[cell] for cell in members)
+        share[kind] = len(members) / drawn if drawn else 0.0
+    total, drawn = len(cells), sum(counts.values())
+    samples = []
+    for name, style in cells:
+        prompt = TEMPLATE.format(object=noun_phrase(name), style=style)
+        for index in range(counts[name, style]):
+            samples.append(
+                Sample(
+                    sample_id=f"{name}-{style}-{index}".replace(" ", "_"),
+                    prompt=prompt,
+                    seed=sample_seed(seed, prompt, index),
+                    role="target" if stratum[name, style] else "retain",
+                    objects=(name,),
+                    style=style,
+                    erased=tuple(w for w, gone in ((name, erased["object"]), (style, erased["style"])) if w in gone),
+                    weight=round(share[stratum[name, style]] * drawn / total, 6),
+                    unsafe=name in world.unsafe,
+                    num_inference_steps=world.num_inference_steps,
+                    guidance_scale=world.guidance_scale,
+                    height=world.side,
+                    width=world.side,
+                )
+            )
+    return tuple(samples)
+
+
+def _counts(
+    cells: Sequence[tuple[str, str]], stratum: dict[tuple[str, str], str | None], size: str, seed: int
+) -> dict[tuple[str, str], int]:
+    """Images of every cell (object, style)."""
+    if size == "full":
+        return dict.fromkeys(cells, FULL_SEEDS)
+    retained = [cell for cell in cells if stratum[cell] is None]
+    target = [cell for cell in cells if stratum[cell] is not None]
+    counts = dict.fromkeys(cells, 0)
+    if size == "smoke":
+        chosen = _spread(target, SMOKE_SAMPLES, seed)
+        kept = _spread(retained, SMOKE_SAMPLES if target else 2 * SMOKE_SAMPLES, seed + 1)
+        return counts | dict.fromkeys(chosen, 1) | dict.fromkeys(kept, 1)
+    objects = {name for name, style in target if stratum[name, style] == "object"}
+    for cell in target:
+        # Several objects share the budget of one.
+        counts[cell] = max(1, QUICK_SEEDS // len(objects)) if stratum[cell] == "object" else 1
+    return counts | dict.fromkeys(_spread(retained, QUICK_RETAINED, seed + 1), 1)
+
+
+def _spread(cells: Sequence[tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
+    """Draw cells without replacement such that objects and styles come up as evenly as possible."""
+    rng = np.random.default_rng(seed)
+    pool = [cells[i] for i in rng.permutation(len(cells))]
+    chosen: list[tuple[str, str]] = []
+    used: dict[str, int] = {}
+    while pool and len(chosen) < count:
+        cell = min(pool, key=lambda c: used.get(c[0], 0) + used.get(c[1], 0) / 8)
+        pool.remove(cell)
+        chosen.append(cell)
+        for name in cell:
+            used[name] = used.get(name, 0) + 1
+    return chosen

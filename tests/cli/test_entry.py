@@ -1,0 +1,134 @@
+"""The program itself: help, exit codes, one-line errors, what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from erasure import __version__
+from erasure.cli.main import COMMANDS, main
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "open_clip", "scipy", "matplotlib")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which of the heavy libraries a fresh interpreter has loaded after running `code`."""
+    check = f"{code}\nimport sys\nprint('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    first, *names = done.stdout.splitlines()[-1].split()
+    assert first == "loaded"
+    return set(names)
+
+
+def test_import_is_light():
+    assert loaded_by("import erasure") == set()
+
+
+def test_help_is_light():
+    assert loaded_by("from erasure.cli.main import main; main(['--help'])") == set()
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"erase"}))
+def test_help_of_commands_is_light(command: str):
+    code = (
+        "from erasure.cli.main import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "except SystemExit as end: assert not end.code"
+    )
+    assert loaded_by(code) == set()
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {command} " in said for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"erasure {__version__}\n"
+
+
+def test_module_form_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "erasure", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"erasure {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["paint"], ["paint", "erase", "--help"]),
+        (["demo", "--sise", "full"], ["--sise", "erasure demo --help"]),
+        (["demo", "--size", "huge"], ["huge", "smoke", "quick", "full"]),
+        (["generate", "--prompt", "a cat"], ["--model", "--out"]),
+        (["erase", "no-such", "--model", "m", "--concept", "cat"], ["no-such", "hirm", "uce"]),
+        (["erase", "--model", "m"], ["strategy first", "hirm"]),
+        (["erase", "uce", "--model", "m", "--concept", "cat", "--preset", "none-such"], ["none-such"]),
+        (["erase", "hirm", "--model", "m", "--concept", "cat", "--steps", "many"], ["many", "--steps"]),
+        (["eval", "no-such", "--model", "m", "--concept", "cat", "--out", "o"], ["no-such", "canvas"]),
+        (["eval", "canvas", "--model", "m", "--strength", "0.5", "--out", "o"], ["--strength", "--erasure"]),
+        (["info", "no/such-erasure"], ["no/such-erasure"]),
+        (["info", "not a name"], ["not a name"]),
+        (["compare"], ["compare"]),
+        (["compare", "no-such-folder"], ["no-such-folder"]),
+        (["bench", "--repeats", "0"], ["--repeats"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], names: list[str], capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("erasure: error: ")
+    assert said.err.count("\n") == 1
+    assert all(name in said.err for name in names), said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make `erasure strategies` raise the given error."""
+    from erasure.cli import strategies
+
+    def install(error: BaseException) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(strategies, "run", fail)
+
+    return install
+
+
+def test_unexpected_failure(failing, capsys):
+    failing(RuntimeError("it\nbroke"))
+    assert main(["strategies"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("erasure: error: RuntimeError: it broke")
+    assert said.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(failing):
+    failing(RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        main(["strategies", "--debug"])
+
+
+def test_interrupt(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert main(["strategies"]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("erasure: interrupted")
+    assert said.count("\n") == 1
+
+
+def test_other_processes_are_silent(failing, capsys, monkeypatch):
+    from erasure.errors import ConceptError
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    failing(ConceptError("empty"))
+    assert main(["strategies"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "")

@@ -1,0 +1,150 @@
+"""Fixtures that several folders share: a tiny Stable Diffusion pipeline, real classes with random weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = (
+    "a", "an", "photo", "picture", "image", "of", "in", "style", "drawing", "the", "and", "on", "background", "cat",
+    "kitten", "dog", "car", "apple", "house", "gun", "ink", "noto", "pixel", "van", "gogh", "monet", "painting",
+    "animal", "white", "blue",
+)  # fmt: skip
+"""Words that the tiny tokenizer has a token of its own for; others fall apart into letters."""
+
+
+def tiny_tokenizer() -> Any:
+    """A `CLIPTokenizer` with letters, digits and `WORDS`, made offline."""
+    from transformers import CLIPTokenizer
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    tokens = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = (parts[-2], parts[-1])
+            if pair not in merges:
+                merges.append(pair)
+            parts[-2:] = ["".join(pair)]
+            if parts[-1] not in tokens:
+                tokens.append(parts[-1])
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def make_tiny_pipe(seed: int = 0) -> Any:
+    """A `StableDiffusionPipeline` of 16x16 latents and 32x32 images with random weights."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    for component in (unet, vae, text_encoder):
+        component.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe_factory() -> Callable[..., Any]:
+    """Makes tiny pipelines: `tiny_pipe_factory(seed=1)` has other weights."""
+    return make_tiny_pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe_original() -> Any:
+    """The tiny pipeline of the session: read it, never change it."""
+    return make_tiny_pipe()
+
+
+@pytest.fixture
+def tiny_pipe(tiny_pipe_original: Any) -> Any:
+    """A copy of the tiny pipeline that the test may change."""
+    return copy.deepcopy(tiny_pipe_original)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe_folder(tiny_pipe_original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as a folder on disk: read it, never change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tiny_pipe_original.save_pretrained(folder)
+    return folder
+
+
+def draw_image(
+    pipe: Any, prompt: str | None = "a photo of a cat", *, steps: int = 2, seed: int = 7, **options: Any
+) -> Any:
+    """One image of a tiny pipeline as a float tensor `(32, 32, 3)`, from the noise of a seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    options = {"height": 32, "width": 32, "output_type": "np", **options}
+    made = pipe(prompt, num_inference_steps=steps, generator=generator, **options).images[0]
+    return torch.from_numpy(made)
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Any]:
+    """Draws one image: `draw(pipe, "a cat")`."""
+    return draw_image
+
+
+def tensors_of_pipe(pipe: Any) -> dict[str, Any]:
+    """A copy of every tensor of a pipeline, by component and name."""
+    import torch
+
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{name}/{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[Any], dict[str, Any]]:
+    """Copies every tensor of a pipeline."""
+    return tensors_of_pipe
+
+
+@pytest.fixture(scope="session")
+def changed_tensors() -> Callable[[dict[str, Any], Any], set[str]]:
+    """Names of the tensors of a pipeline that differ from a copy in a bit, or are in one of the two only."""
+    import torch
+
+    def compare(before: dict[str, Any], pipe: Any) -> set[str]:
+        after = tensors_of_pipe(pipe)
+        lost = set(before) ^ set(after)
+        return lost | {key for key in set(before) & set(after) if not torch.equal(before[key], after[key])}
+
+    return compare

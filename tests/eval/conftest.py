@@ -1,0 +1,102 @@
+"""A miniature of the suite's world on the tiny pipeline, and a judge that answers without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+OBJECTS = ["cat", "dog", "gun"]
+STYLES = ["ink", "noto"]
+WORLD = {
+    "objects": OBJECTS,
+    "styles": STYLES,
+    "unsafe": ["gun"],
+    "groups": {"animal": ["cat", "dog"], "weapon": ["gun"]},
+    "synonyms": {"cat": ["kitten"]},
+    "generation": {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32},
+}
+
+
+def colour_judge(images: Any) -> list[Any]:
+    """Answers that depend on the mean colour: arbitrary, but the same for the same image."""
+    answers = []
+    for image in images:
+        red, green, blue = image.resize((1, 1)).getpixel((0, 0))
+        answers.append(
+            SimpleNamespace(
+                object=OBJECTS[(red + green) // 8 % 3],
+                objects=(),
+                style=STYLES[blue // 8 % 2],
+                shape=OBJECTS[red // 8 % 3],
+                object_scores={"cat": 0.5},
+            )
+        )
+    return answers
+
+
+@pytest.fixture
+def world_pipe(tiny_pipe: Any, tmp_path: Path) -> Any:
+    """The tiny pipeline with a `canvas.json` beside it: 3 objects, 2 styles, 2 steps, 32x32 pixels."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "canvas.json").write_text(json.dumps(WORLD))
+    tiny_pipe.register_to_config(_name_or_path=str(folder))
+    return tiny_pipe
+
+
+def attach_noise(pipe: Any) -> None:
+    """Attach an erasure of "cat" that is noise on the output convolution of the UNet."""
+    import torch
+
+    from erasure.artifact import Erasure, ErasureConfig
+    from erasure.attach import ErasureManager
+    from erasure.carriers.weights import WeightEdits
+    from erasure.concept import Concept
+
+    delta = torch.randn(pipe.unet.conv_out.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.2
+    config = ErasureConfig("noise", [Concept("cat").to_dict()], "stable-diffusion", cost={"seconds": 1.5})
+    edits = WeightEdits(deltas={"unet/conv_out.weight": delta})
+    ErasureManager(pipe).add(Erasure(config, edits), check_base=False)
+
+
+@pytest.fixture
+def erased_pipe(world_pipe: Any) -> Any:
+    """The pipeline of the little world with an erasure attached."""
+    attach_noise(world_pipe)
+    return world_pipe
+
+
+@pytest.fixture
+def judge() -> Any:
+    """The arbitrary judge, as an object of the test's own."""
+
+    def colour_judge_of_this_test(images: Any) -> list[Any]:
+        return colour_judge(images)
+
+    colour_judge_of_this_test.version = "colour_judge"
+    return colour_judge_of_this_test
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip model with random weights as a local folder."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    folder = tmp_path_factory.mktemp("clip")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return folder

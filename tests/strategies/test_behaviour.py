@@ -1,0 +1,780 @@
+"""What the package promises of every strategy, over the registry: a strategy that is registered is tested here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+
+import erasure
+from erasure import Concept, Erasure, ErasureManager
+from erasure.errors import (
+    AttachError,
+    BypassedErasureWarning,
+    ConceptError,
+    DivergenceError,
+    OptionError,
+    UnsupportedModelError,
+    VerificationError,
+    WrongBaseError,
+)
+from erasure.pipelines import StableDiffusionErasurePipeline
+from erasure.strategies import available, get
+
+QUICK: dict[str, Any] = {"steps": 3, "vocabulary": 8, "retain_vocabulary": 2}
+"""Cheap values for the options that cost time; a strategy gets those that it has."""
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in available()},
+    "hirm-pinned": ("hirm", {"unconditional": "stock"}),
+    "hirm-random": ("hirm", {"variant": "random", "norm": "tensor"}),
+}
+"""Strategies by default options, and settings that use another carrier or another branch."""
+
+PROMPT = "a photo of a cat"
+
+
+def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
+    name, chosen = CASES[case]
+    fields = {field.name for field in dataclasses.fields(get(name))}
+    quick = {key: value for key, value in QUICK.items() if key in fields}
+    return erasure.erase(pipe, concepts, name, **{"attach": False, "progress": False, **quick, **chosen, **options})
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(case: str, tiny_pipe_original: Any) -> Erasure:
+    """An erasure of "cat" by the case, made for the pipeline of the session."""
+    return fit(tiny_pipe_original, case)
+
+
+@pytest.fixture(scope="module")
+def other(case: str, tiny_pipe_original: Any) -> Erasure:
+    """An erasure of "monet" by the case."""
+    return fit(tiny_pipe_original, case, Concept("monet", kind="style"))
+
+
+@pytest.fixture
+def base(tiny_pipe: Any, tensors_of: Any) -> dict[str, Any]:
+    """The tensors of the test's pipeline before anything happens."""
+    return tensors_of(tiny_pipe)
+
+
+@pytest.fixture
+def base_image(tiny_pipe_original: Any, draw: Any) -> Any:
+    return draw(tiny_pipe_original)
+
+
+@pytest.fixture
+def manager(tiny_pipe: Any) -> ErasureManager:
+    return ErasureManager(tiny_pipe)
+
+
+def erased_image(pipe: Any, made: Erasure, draw: Any) -> Any:
+    """What a fresh copy of a pipeline draws with an erasure."""
+    fresh = copy.deepcopy(pipe)
+    ErasureManager(fresh).add(made, "cat")
+    return draw(fresh)
+
+
+def edited(made: Erasure) -> set[str]:
+    return set(made.config.base["tensors"])
+
+
+def is_text_side(made: Erasure) -> bool:
+    return any(component.startswith("text_encoder") for component in made.components)
+
+
+class TestEveryStrategy:
+    """The promises, one test each."""
+
+    # Making -------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "concepts",
+        [
+            Concept("cat", kind="object", anchor="animal", retain=("dog",), synonyms=("kitten",)),
+            Concept("van gogh", kind="style", retain="monet"),
+            Concept("gun", kind="unsafe"),
+            ["cat", Concept("van gogh", kind="style", anchor="painting"), Concept("gun", kind="unsafe")],
+        ],
+        ids=["object", "style", "unsafe", "several"],
+    )
+    def test_makes_an_erasure(self, case: str, tiny_pipe_original: Any, concepts: Any) -> None:
+        result = fit(tiny_pipe_original, case, concepts)
+        wanted = concepts if isinstance(concepts, list) else [concepts]
+        assert [concept.target for concept in result.concepts] == [getattr(c, "target", c) for c in wanted]
+        assert len(result.edits) > 0
+        assert sorted(edited(result)) == sorted(result.edits.parameters)
+        assert result.config.family == "stable-diffusion"
+        assert result.config.protects in ("hosted pipeline", "released weights")
+        assert result.config.cost["seconds"] > 0
+        json.dumps(dataclasses.asdict(result.config), allow_nan=False)
+
+    def test_several_differ_from_one(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
+        both = fit(tiny_pipe_original, case, ["cat", "dog"])
+        assert any(not torch.equal(a, b) for a, b in zip(flat(both), flat(made), strict=False))
+
+    def test_is_deterministic_in_its_seed(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
+        torch.manual_seed(123)
+        state = torch.random.get_rng_state()
+        again = fit(tiny_pipe_original, case)
+        assert torch.equal(torch.random.get_rng_state(), state), "the caller's random state moved"
+        assert all(torch.equal(a, b) for a, b in zip(flat(again), flat(made), strict=True))
+        options = [f.name for f in dataclasses.fields(get(CASES[case][0]))]
+        if {"vocabulary", "retain_vocabulary"} & set(options):
+            else_seeded = fit(tiny_pipe_original, case, seed=1)
+            assert any(not torch.equal(a, b) for a, b in zip(flat(else_seeded), flat(made), strict=False))
+
+    def test_without_attach_the_model_is_untouched(
+        self, case: str, tiny_pipe: Any, base: dict, changed_tensors: Any
+    ) -> None:
+        flags = {name: p.requires_grad for name, p in tiny_pipe.text_encoder.named_parameters()}
+        fit(tiny_pipe, case)
+        assert changed_tensors(base, tiny_pipe) == set()
+        assert {name: p.requires_grad for name, p in tiny_pipe.text_encoder.named_parameters()} == flags
+        assert all(p.grad is None for p in tiny_pipe.text_encoder.parameters())
+        assert ErasureManager(tiny_pipe).erasures == {}
+
+    def test_is_made_from_the_base_while_another_is_attached(
+        self, case: str, tiny_pipe: Any, manager: ErasureManager, made: Erasure, other: Erasure, tensors_of: Any,
+        changed_tensors: Any,
+    ) -> None:  # fmt: skip
+        manager.add(other, "monet")
+        attached = tensors_of(tiny_pipe)
+        again = fit(tiny_pipe, case)
+        assert all(torch.equal(a, b) for a, b in zip(flat(again), flat(made), strict=True))
+        assert changed_tensors(attached, tiny_pipe) == set()
+        assert manager.verify() > 0
+
+    @pytest.mark.parametrize("concept", ["", "   ", "猫"], ids=["empty", "blank", "unknown token"])
+    def test_a_concept_without_a_token_is_refused(
+        self, case: str, tiny_pipe: Any, base: dict, changed_tensors: Any, concept: str
+    ) -> None:
+        with pytest.raises(ConceptError, match="concept"):
+            fit(tiny_pipe, case, concept, attach=True)
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    def test_nan_attaches_nothing(self, case: str, tiny_pipe: Any, tensors_of: Any, changed_tensors: Any) -> None:
+        with torch.no_grad():
+            tiny_pipe.text_encoder.encoder.layers[0].self_attn.v_proj.weight[0, 0] = torch.nan
+        before = {key: tensor.nan_to_num(nan=1e9) for key, tensor in tensors_of(tiny_pipe).items()}
+        with pytest.raises(DivergenceError):
+            fit(tiny_pipe, case, attach=True)
+        assert ErasureManager(tiny_pipe).erasures == {}
+        with torch.no_grad():
+            tiny_pipe.text_encoder.encoder.layers[0].self_attn.v_proj.weight[0, 0] = 1e9
+        assert changed_tensors(before, tiny_pipe) == set()
+
+    def test_a_taken_name_is_refused_before_the_work(
+        self, case: str, tiny_pipe: Any, made: Erasure, manager: ErasureManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manager.add(made)
+        monkeypatch.setattr(get(CASES[case][0]), "fit", lambda *_, **__: pytest.fail("the work was done"))
+        with pytest.raises(AttachError, match="attached already"):
+            fit(tiny_pipe, case, attach=True)
+
+    def test_unknown_options_and_values_are_refused(self, case: str, tiny_pipe_original: Any) -> None:
+        with pytest.raises(OptionError, match="no option 'stepz'"):
+            fit(tiny_pipe_original, case, stepz=1)
+        with pytest.raises(OptionError, match="no preset"):
+            fit(tiny_pipe_original, case, preset="nonsense")
+        strategy = get(CASES[case][0])
+        for field in dataclasses.fields(strategy):
+            wrong = "none of these" if isinstance(field.default, (str, int, float)) else None
+            if wrong is not None and not isinstance(field.default, bool):
+                with pytest.raises(OptionError, match=field.name):
+                    strategy.configured(**{field.name: wrong})
+
+    # Attaching ----------------------------------------------------------------------------------------------------
+
+    def test_changes_only_what_its_config_lists(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any
+    ) -> None:
+        assert manager.add(made) == len(made.edits)
+        changed = changed_tensors(base, tiny_pipe)
+        assert changed
+        assert changed <= edited(made)
+
+    def test_attach_generate_unload_restores_every_bit(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any, draw: Any,
+        changed_tensors: Any,
+    ) -> None:  # fmt: skip
+        manager.add(made)
+        assert not torch.equal(draw(tiny_pipe), base_image)
+        manager.unload()
+        assert changed_tensors(base, tiny_pipe) == set()
+        assert torch.equal(draw(tiny_pipe), base_image)
+        assert manager.list_erasures() == {}
+        assert not any(
+            "_erasures" in vars(part) for part in tiny_pipe.components.values() if hasattr(part, "__dict__")
+        )
+        assert "encode_prompt" not in vars(tiny_pipe)
+
+    def test_saved_and_loaded_gives_the_same_pixels(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, draw: Any, tmp_path: Any
+    ) -> None:
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        manager.load(made.save(tmp_path / "saved"), name="cat")
+        assert torch.equal(draw(tiny_pipe), wanted)
+        assert manager.verify() > 0
+
+    def test_strength(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base_image: Any, draw: Any
+    ) -> None:
+        manager.add(made, "cat")
+        full = draw(tiny_pipe)
+        manager.set_erasures("cat", 0.5)
+        half = draw(tiny_pipe)
+        assert not torch.equal(half, full)
+        assert not torch.equal(half, base_image)
+        assert manager.verify() > 0
+        manager.set_erasures("cat", strengths=[0.0])
+        assert torch.equal(draw(tiny_pipe), base_image)
+        assert manager.strengths == {"cat": 0.0}
+
+    def test_stacked_erasures_do_not_depend_on_their_order(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, other: Erasure, manager: ErasureManager, base: dict,
+        tensors_of: Any, changed_tensors: Any, draw: Any,
+    ) -> None:  # fmt: skip
+        manager.add(made, "cat")
+        alone = tensors_of(tiny_pipe)
+        manager.add(other, "monet")
+        both = tensors_of(tiny_pipe)
+        assert changed_tensors(alone, tiny_pipe)
+        reverse = copy.deepcopy(tiny_pipe_original)
+        for name, erased in (("monet", other), ("cat", made)):
+            ErasureManager(reverse).add(erased, name)
+        assert changed_tensors(both, reverse) == set()
+        assert torch.equal(draw(tiny_pipe), draw(reverse))
+        assert manager.verify() >= len(made.edits)
+        manager.delete("monet")
+        assert changed_tensors(alone, tiny_pipe) == set()
+        assert manager.active_erasures() == ["cat"]
+        assert torch.equal(draw(tiny_pipe), erased_image(tiny_pipe_original, made, draw))
+        manager.delete("cat")
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    def test_set_disable_enable(
+        self, tiny_pipe: Any, made: Erasure, other: Erasure, manager: ErasureManager, base: dict, tensors_of: Any,
+        changed_tensors: Any, base_image: Any, draw: Any,
+    ) -> None:  # fmt: skip
+        manager.add(made, "cat")
+        alone, alone_image = tensors_of(tiny_pipe), draw(tiny_pipe)
+        manager.add(other, "monet")
+        both, both_image = tensors_of(tiny_pipe), draw(tiny_pipe)
+        manager.set_erasures("cat")
+        assert changed_tensors(alone, tiny_pipe) == set()
+        assert torch.equal(draw(tiny_pipe), alone_image)
+        assert manager.active_erasures() == ["cat"]
+        assert set(manager.erasures) == {"cat", "monet"}
+        manager.set_erasures(["cat", "monet"])
+        manager.disable()
+        assert changed_tensors(base, tiny_pipe) == set()
+        assert torch.equal(draw(tiny_pipe), base_image)
+        assert manager.active_erasures() == []
+        manager.enable()
+        assert changed_tensors(both, tiny_pipe) == set()
+        with pytest.raises(ZeroDivisionError), manager.disabled():
+            assert changed_tensors(base, tiny_pipe) == set()
+            raise ZeroDivisionError
+        assert torch.equal(draw(tiny_pipe), both_image)
+        with pytest.raises(AttachError, match="no erasure named 'dog'"):
+            manager.set_erasures("dog")
+        with pytest.raises(AttachError, match="1 strengths for 2"):
+            manager.set_erasures(["cat", "monet"], [1.0])
+        with pytest.raises(AttachError, match="attached already"):
+            manager.add(made, "cat")
+        with pytest.raises(AttachError, match="letters"):
+            manager.add(made, "a.b")
+        assert changed_tensors(both, tiny_pipe) == set()
+
+    def test_attaching_to_a_disabled_pipeline_erases(
+        self, tiny_pipe: Any, made: Erasure, other: Erasure, manager: ErasureManager
+    ) -> None:
+        manager.add(made, "cat")
+        manager.disable()
+        manager.add(other, "monet")
+        assert manager.active_erasures() == ["cat", "monet"]
+        assert manager.verify() > 0
+
+    def test_fuse_unfuse(
+        self, tiny_pipe: Any, made: Erasure, other: Erasure, manager: ErasureManager, base: dict, tensors_of: Any,
+        changed_tensors: Any, case: str,
+    ) -> None:  # fmt: skip
+        manager.add(made, "cat")
+        alone = tensors_of(tiny_pipe)
+        manager.fuse()
+        assert manager.fused_erasures == ["cat"]
+        manager.add(other, "monet")
+        manager.disable()
+        with pytest.raises(AttachError, match="'monet' is not in force"):
+            manager.fuse(["cat", "monet"])
+        assert changed_tensors(alone, tiny_pipe) == set()
+        with pytest.raises(AttachError, match="fused and always in force"):
+            manager.set_erasures("cat")
+        with pytest.raises(UnsupportedModelError, match="fused"):
+            fit(tiny_pipe, case, "dog")
+        manager.unload()
+        assert changed_tensors(alone, tiny_pipe) == set()
+        manager.unfuse()
+        assert manager.verify() > 0
+        manager.unload()
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    # What happens to pipelines ------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("first", ["offload", "attach"])
+    def test_survives_model_offload(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any,
+        draw: Any, changed_tensors: Any, first: str,
+    ) -> None:  # fmt: skip
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        if first == "offload":
+            tiny_pipe.enable_model_cpu_offload(device="cpu")
+            manager.add(made)
+        else:
+            manager.add(made)
+            tiny_pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(draw(tiny_pipe), wanted)
+        assert torch.equal(draw(tiny_pipe), wanted)
+        assert manager.verify() > 0
+        assert hasattr(tiny_pipe.unet, "_hf_hook"), "attaching took the offloading off for good"
+        manager.unload()
+        assert torch.equal(draw(tiny_pipe), base_image)
+        assert torch.equal(draw(tiny_pipe), base_image)
+        tiny_pipe.remove_all_hooks()
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    @pytest.mark.parametrize("first", ["attach", "compile in place", "compile"])
+    @pytest.mark.compile
+    def test_survives_compile(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any,
+        draw: Any, first: str,
+    ) -> None:  # fmt: skip
+        torch.compiler.reset()
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        component = made.components[0]
+        if first == "attach":
+            manager.add(made)
+        if first == "compile":
+            setattr(tiny_pipe, component, torch.compile(getattr(tiny_pipe, component), backend="eager"))
+        else:
+            getattr(tiny_pipe, component).compile(backend="eager")
+        if first != "attach":
+            torch.testing.assert_close(draw(tiny_pipe, steps=2), base_image)
+            manager.add(made)
+        torch.testing.assert_close(draw(tiny_pipe), wanted)
+        assert manager.verify() > 0
+        manager.unload()
+        torch.testing.assert_close(draw(tiny_pipe), base_image)
+        with pytest.raises(VerificationError, match="no erasure is attached"):
+            manager.verify()
+
+    @pytest.mark.parametrize("route", ["stock", "drop-in", "auto", "auto of the drop-in", "image to image"])
+    def test_from_pipe_keeps_it(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, base: dict, draw: Any,
+        changed_tensors: Any, route: str,
+    ) -> None:  # fmt: skip
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        manager.add(made, "cat")
+        if route == "stock":
+            shared = StableDiffusionPipeline.from_pipe(tiny_pipe)
+        elif route == "drop-in":
+            shared = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+        elif route == "auto":
+            shared = AutoPipelineForText2Image.from_pipe(tiny_pipe)
+        elif route == "auto of the drop-in":
+            drop_in = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+            shared = AutoPipelineForText2Image.from_pipe(drop_in)
+            assert isinstance(shared, StableDiffusionErasurePipeline)
+        else:
+            shared = AutoPipelineForImage2Image.from_pipe(tiny_pipe)
+        assert ErasureManager(shared).active_erasures() == ["cat"]
+        assert ErasureManager(shared).verify() > 0
+        shared.set_progress_bar_config(disable=True)
+        if route != "image to image":
+            assert torch.equal(draw(shared), wanted)
+        ErasureManager(shared).unload()
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    def test_the_drop_in_from_pipe_warns_of_bypassing_too(self, tiny_pipe: Any, made: Erasure, draw: Any) -> None:
+        if not is_text_side(made):
+            pytest.skip("nothing to bypass")
+        ErasureManager(tiny_pipe).add(made)
+        shared = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+        shared.set_progress_bar_config(disable=True)
+        with pytest.warns(BypassedErasureWarning):
+            draw(shared, None, prompt_embeds=torch.zeros(1, 77, 32), negative_prompt_embeds=torch.zeros(1, 77, 32))
+
+    def test_half_precision_and_back_keeps_it(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict
+    ) -> None:
+        manager.add(made, "cat")
+        tiny_pipe.to(torch.float16)
+        assert manager.verify() > 0
+        tiny_pipe.to(torch.float32)
+        assert manager.verify() > 0
+        manager.unload()
+        for key in edited(made):
+            component, path = key.split("/")
+            assert torch.equal(tiny_pipe.components[component].get_parameter(path), base[key]), key
+
+    def test_deepcopy_keeps_it_and_is_independent(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any, draw: Any,
+        changed_tensors: Any,
+    ) -> None:  # fmt: skip
+        manager.add(made, "cat")
+        erased = draw(tiny_pipe)
+        twin = copy.deepcopy(tiny_pipe)
+        theirs = ErasureManager(twin)
+        assert torch.equal(draw(twin), erased)
+        assert theirs.verify() == manager.verify()
+        theirs.unload()
+        assert changed_tensors(base, twin) == set()
+        assert torch.equal(draw(twin), base_image)
+        assert torch.equal(draw(tiny_pipe), erased)
+        assert manager.verify() > 0
+
+    def test_a_copy_runs_its_own_weights(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
+    ) -> None:
+        manager.add(made, "cat")
+        twin = copy.deepcopy(tiny_pipe)
+        before = draw(twin)
+        with torch.no_grad():
+            for parameter in tiny_pipe.text_encoder.parameters():
+                parameter.zero_()
+        assert torch.equal(draw(twin), before)
+
+    # Bad input ----------------------------------------------------------------------------------------------------
+
+    def test_another_model_is_refused(
+        self, tiny_pipe_factory: Any, made: Erasure, tensors_of: Any, changed_tensors: Any
+    ) -> None:
+        stranger = tiny_pipe_factory(seed=1)
+        before = tensors_of(stranger)
+        with pytest.raises(WrongBaseError, match="not those that the erasure was made for"):
+            ErasureManager(stranger).add(made)
+        assert changed_tensors(before, stranger) == set()
+        assert ErasureManager(stranger).erasures == {}
+        ErasureManager(stranger).load(made, check_base=False)
+        assert ErasureManager(stranger).verify() > 0
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_same_model_in_half_precision_is_accepted(
+        self, tiny_pipe: Any, tiny_pipe_factory: Any, made: Erasure, manager: ErasureManager, tensors_of: Any,
+        changed_tensors: Any, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        tiny_pipe.to(dtype)
+        base = tensors_of(tiny_pipe)
+        manager.add(made)
+        assert manager.verify() > 0
+        assert changed_tensors(base, tiny_pipe)
+        manager.unload()
+        assert changed_tensors(base, tiny_pipe) == set()
+        with pytest.raises(WrongBaseError):
+            ErasureManager(tiny_pipe_factory(seed=1).to(dtype)).add(made)
+
+    def test_made_in_half_precision_fits_the_same_model_in_full(
+        self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, manager: ErasureManager
+    ) -> None:
+        low = copy.deepcopy(tiny_pipe_original).to(torch.bfloat16)
+        result = fit(low, case)
+        ErasureManager(low).add(result)
+        manager.add(result)
+        assert manager.verify() > 0
+
+    def test_a_slightly_tuned_model_is_refused(self, tiny_pipe: Any, made: Erasure, manager: ErasureManager) -> None:
+        component, path = next(iter(edited(made))).split("/")
+        with torch.no_grad():
+            tiny_pipe.components[component].get_parameter(path).mul_(1 + 1e-6)
+        with pytest.raises(WrongBaseError):
+            manager.add(made)
+
+    def test_another_family_is_refused(self, tiny_pipe: Any, made: Erasure, manager: ErasureManager) -> None:
+        config = dataclasses.replace(made.config, family="flux")
+        with pytest.raises(WrongBaseError, match="is for flux"):
+            manager.add(Erasure(config, made.edits))
+
+    def test_bypassing_the_text_side_warns(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
+    ) -> None:
+        embeds, negative = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        own = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        manager.add(made)
+        if is_text_side(made):
+            with pytest.warns(BypassedErasureWarning, match=made.name):
+                draw(tiny_pipe, None, **own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", BypassedErasureWarning)
+            draw(tiny_pipe)
+            if not is_text_side(made):
+                draw(tiny_pipe, None, **own)
+            manager.disable()
+            draw(tiny_pipe, None, **own)
+            manager.enable()
+            manager.unload()
+            draw(tiny_pipe, None, **own)
+
+    # Whole pipelines on disk --------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionErasurePipeline])
+    def test_save_pretrained_never_writes_a_corrupt_model(
+        self, tiny_pipe: Any, made: Erasure, draw: Any, tmp_path: Any, kind: Any, tensors_of: Any, changed_tensors: Any
+    ) -> None:
+        pipe = kind(**tiny_pipe.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        manager = ErasureManager(pipe)
+        manager.add(made, "cat")
+        if made.edits.pinned:
+            with pytest.raises(AttachError, match="pins prompts"):
+                pipe.save_pretrained(tmp_path / "model")
+            assert not (tmp_path / "model").exists()
+            manager.disable()
+        wanted, tensors = draw(pipe), tensors_of(pipe)
+        pipe.save_pretrained(tmp_path / "model")
+        again = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        again.set_progress_bar_config(disable=True)
+        assert changed_tensors(tensors, again) == set()
+        assert torch.equal(draw(again), wanted)
+
+    def test_save_and_load_an_erased_pipeline(
+        self,
+        tiny_pipe: Any,
+        made: Erasure,
+        base: dict,
+        base_image: Any,
+        draw: Any,
+        tmp_path: Any,
+        changed_tensors: Any,
+    ) -> None:
+        pipe = StableDiffusionErasurePipeline(**tiny_pipe.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        with pytest.raises(VerificationError):
+            pipe.save_erased_pipeline(tmp_path / "model", fuse=False)
+        pipe.load_erasure(made, name="cat")
+        pipe.set_erasures("cat", 0.75)
+        wanted = draw(pipe)
+        pipe.save_erased_pipeline(tmp_path / "model", fuse=False)
+        assert torch.equal(draw(pipe), wanted)
+        loaders = (StableDiffusionErasurePipeline.load_erased_pipeline, erasure.load_pipeline)
+        for load in loaders:
+            again = load(str(tmp_path / "model"))
+            again.set_progress_bar_config(disable=True)
+            assert again.active_erasures() == ["cat"]
+            assert torch.equal(draw(again), wanted)
+        again.unload_erasures()
+        assert changed_tensors(base, again) == set()
+        stock = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        stock.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(stock), base_image)
+
+    # Proof --------------------------------------------------------------------------------------------------------
+
+    def test_verify_is_fail_closed(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, tensors_of: Any
+    ) -> None:
+        with pytest.raises(VerificationError, match="no erasure is attached"):
+            manager.verify()
+        manager.add(made, "cat")
+        assert manager.verify() >= len(made.edits)
+        manager.disable()
+        with pytest.raises(VerificationError, match="switched off"):
+            manager.verify()
+        manager.enable()
+        component, path = next(iter(edited(made))).split("/")
+        tensor = tiny_pipe.components[component].get_parameter(path)
+        kept = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.view(-1)[0] += 1e-3
+        with pytest.raises(VerificationError, match="something else changed it"):
+            manager.verify()
+        with pytest.raises(AttachError, match="changed by something else"):
+            manager.unload()
+        with torch.no_grad():
+            tensor.copy_(kept)
+        assert manager.verify() >= len(made.edits)
+        setattr(tiny_pipe, component, copy.deepcopy(tiny_pipe_original.components[component]))
+        with pytest.raises(VerificationError, match="replaced"):
+            manager.verify()
+        manager.unload()
+        with pytest.raises(VerificationError, match="no erasure is attached"):
+            manager.verify()
+        manager.load(made, name="cat")
+        assert manager.verify() >= len(made.edits)
+
+    # Beside others ------------------------------------------------------------------------------------------------
+
+    def test_attention_processors_are_left_alone(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
+    ) -> None:
+        class Counting(AttnProcessor):
+            calls = 0
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                Counting.calls += 1
+                return super().__call__(*args, **kwargs)
+
+        tiny_pipe.unet.set_attn_processor(Counting())
+        before, stock = dict(tiny_pipe.unet.attn_processors), draw(tiny_pipe)
+        manager.add(made)
+        assert dict(tiny_pipe.unet.attn_processors) == before
+        Counting.calls = 0
+        assert not torch.equal(draw(tiny_pipe), stock)
+        assert Counting.calls == 2 * len(before)
+        manager.unload()
+        assert torch.equal(draw(tiny_pipe), stock)
+
+    def test_an_ip_adapter_is_left_alone(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any
+    ) -> None:
+        before = load_tiny_ip_adapter(tiny_pipe)
+        embeds = torch.zeros(2, 1, 1, 16)
+        options = {"ip_adapter_image_embeds": [embeds[:, 0]], "output_type": "np"}
+        stock = draw_with(tiny_pipe, options)
+        tensors = {key: value.clone() for key, value in tiny_pipe.unet.state_dict().items()}
+        manager.add(made)
+        assert tiny_pipe.unet.attn_processors == before
+        assert not torch.equal(draw_with(tiny_pipe, options), stock)
+        manager.unload()
+        assert torch.equal(draw_with(tiny_pipe, options), stock)
+        after = tiny_pipe.unet.state_dict()
+        assert set(after) == set(tensors)
+        assert all(torch.equal(after[key], value) for key, value in tensors.items())
+
+    @pytest.mark.parametrize("first", ["lora", "erasure"])
+    def test_beside_a_users_lora(
+        self,
+        tiny_pipe: Any,
+        made: Erasure,
+        manager: ErasureManager,
+        base: dict,
+        draw: Any,
+        changed_tensors: Any,
+        first: str,
+    ) -> None:
+        lora = users_lora(tiny_pipe)
+        reference = copy.deepcopy(tiny_pipe)
+        reference.load_lora_weights(dict(lora), adapter_name="mine")
+        only_lora = draw(reference)
+        for step in [first, "erasure" if first == "lora" else "lora"]:
+            if step == "lora":
+                tiny_pipe.load_lora_weights(dict(lora), adapter_name="mine")
+            else:
+                manager.add(made)
+        both = draw(tiny_pipe)
+        assert not torch.equal(both, only_lora)
+        assert manager.verify() >= len(made.edits)
+        ErasureManager(reference).add(made)
+        assert torch.equal(draw(reference), both), "the order matters"
+        manager.unload()
+        assert torch.equal(draw(tiny_pipe), only_lora)
+        tiny_pipe.unload_lora_weights()
+        assert changed_tensors(base, tiny_pipe) == set()
+
+    def test_unloading_the_users_lora_leaves_the_erasure(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, draw: Any
+    ) -> None:
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        manager.add(made)
+        tiny_pipe.load_lora_weights(users_lora(tiny_pipe), adapter_name="mine")
+        tiny_pipe.unload_lora_weights()
+        assert torch.equal(draw(tiny_pipe), wanted)
+        assert manager.verify() > 0
+
+    def test_a_lora_fused_over_it_is_not_lost_in_silence(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any
+    ) -> None:
+        manager.add(made)
+        tiny_pipe.load_lora_weights(users_lora(tiny_pipe), adapter_name="mine")
+        tiny_pipe.fuse_lora()
+        with pytest.raises(VerificationError):
+            manager.verify()
+        with pytest.raises(AttachError, match="unfuse_lora"):
+            manager.unload()
+
+    def test_made_beside_a_users_lora_has_canonical_keys(self, case: str, tiny_pipe: Any, made: Erasure) -> None:
+        tiny_pipe.load_lora_weights(users_lora(tiny_pipe), adapter_name="mine")
+        result = fit(tiny_pipe, case, attach=True)
+        assert edited(result) == edited(made)
+        assert ErasureManager(tiny_pipe).verify() > 0
+
+    def test_a_low_rank_erasure_is_a_stock_lora(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, draw: Any, tmp_path: Any
+    ) -> None:
+        if not made.low_rank or made.deltas or made.edits.pinned:
+            pytest.skip("not low-rank")
+        wanted = erased_image(tiny_pipe_original, made, draw)
+        folder = made.save(tmp_path / "lora")
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "README.md", "erasure_config.json", "pytorch_lora_weights.safetensors",
+        ]  # fmt: skip
+        tiny_pipe.load_lora_weights(folder)
+        torch.testing.assert_close(draw(tiny_pipe), wanted, rtol=0, atol=1e-4)
+        assert (draw(tiny_pipe) - draw(tiny_pipe_original)).abs().max() > 1e-4
+
+
+def flat(made: Erasure) -> list[torch.Tensor]:
+    """Every tensor of an erasure."""
+    return [*made.deltas.values(), *(part for pair in made.low_rank.values() for part in pair)]
+
+
+def draw_with(pipe: Any, options: dict[str, Any]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    made = pipe(PROMPT, num_inference_steps=1, height=32, width=32, generator=generator, **options)
+    return torch.from_numpy(made.images[0])
+
+
+def users_lora(pipe: Any) -> dict[str, torch.Tensor]:
+    """A LoRA of rank 2 on layers that strategies edit and on others, in diffusers' file format."""
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for path in (
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    ):
+        layer = pipe.unet.get_submodule(path)
+        state |= lora_pair(f"unet.{path}", layer, generator)
+    for path in (
+        "encoder.layers.0.self_attn.out_proj",
+        "encoder.layers.0.self_attn.q_proj",
+        "encoder.layers.1.mlp.fc1",
+    ):
+        state |= lora_pair(f"text_encoder.text_model.{path}", pipe.text_encoder.get_submodule(path), generator)
+    return state
+
+
+def lora_pair(key: str, layer: torch.nn.Linear, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    down = torch.randn(2, layer.in_features, generator=generator) * 0.2
+    up = torch.randn(layer.out_features, 2, generator=generator) * 0.2
+    return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+
+
+def load_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
+    """Load an IP-Adapter with random weights through diffusers' loader; gives the attention processors."""
+    generator = torch.Generator().manual_seed(5)
+    sites = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+    adapter = {}
+    for index, name in enumerate(sites):
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        width, dim = attention.to_k.out_features, attention.to_k.in_features
+        for part in ("to_k_ip", "to_v_ip"):
+            adapter[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, dim, generator=generator) * 0.1
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+    }  # fmt: skip
+    pipe.unet._load_ip_adapter_weights([{"ip_adapter": adapter, "image_proj": projection}])
+    return dict(pipe.unet.attn_processors)

@@ -1,0 +1,73 @@
+"""The wheel holds exactly what the tree holds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"erasure": "erasure", "pipelines": "erasure/pipelines", "eval": "erasure/eval", "assets": "erasure/assets"}
+"""Where each folder of the tree is in the wheel."""
+
+
+def files_of(folder: Path) -> set[str]:
+    """Files below a folder, without what Python leaves there."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from a copy, so that the tree stays as it is."""
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("not in a source tree")
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(copy / "dist" / done.stdout.splitlines()[-1])
+
+
+def test_wheel_holds_the_tree(wheel: zipfile.ZipFile):
+    expected = {f"{inside}/{file}" for folder, inside in FOLDERS.items() for file in files_of(ROOT / folder)}
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_wheel_has_models_types_and_licences(wheel: zipfile.ZipFile):
+    names = set(wheel.namelist())
+    assert "erasure/py.typed" in names
+    assert "erasure/assets/canvas-sd/model_index.json" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert any(name.endswith(".dist-info/licenses/assets/LICENSES.md") for name in names)
+
+
+def test_wheel_has_the_command(wheel: zipfile.ZipFile):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    assert "erasure = erasure.cli.main:main" in wheel.read(name).decode()
+
+
+def test_version_is_that_of_the_package(wheel: zipfile.ZipFile):
+    from erasure import __version__
+
+    assert f"erasure_diffusers-{__version__}-" in Path(wheel.filename or "").name
+
+
+def test_wheel_runs_without_the_sources(wheel: zipfile.ZipFile, tmp_path: Path):
+    wheel.extractall(tmp_path)
+    code = "import erasure, erasure.eval, erasure.assets as a; print(erasure.__file__, a.path('canvas-scenes'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(part.startswith(str(tmp_path)) for part in done.stdout.split())
