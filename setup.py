@@ -1,4 +1,4 @@
-"""Package map: `pipelines/`, `eval/` and `assets/` install as `erasure.pipelines`, `erasure.eval` and `erasure.assets`."""
+"""Package map: `pipelines/`, `eval/`, `assets/` install as `erasure.pipelines`, `erasure.eval`, `erasure.assets`."""
 
 from setuptools import find_packages, setup
 

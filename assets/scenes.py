@@ -1,12 +1,14 @@
 """Compose Canvas scenes from the sprite atlas: image, clean background and a mask for every object.
 
-The atlas (`canvas-scenes/`) is made by `python -m erasure.assets.build sprites` from openly licensed emoji artwork; see
-`LICENSES.md`. Composing a scene takes well under a millisecond, so training and measuring never store rendered data.
+The atlas (`canvas-scenes/`) is made by `python -m erasure.assets.build sprites` from openly licensed emoji artwork;
+see `LICENSES.md`. Composing a scene takes well under a millisecond, so training and measuring never store rendered
+data.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -129,7 +131,9 @@ def sample_scene(rng: np.random.Generator, *, pairs: float = 0.4, empty: float =
     count = 0 if kind < empty else 2 if kind < empty + pairs else 1
     objects = tuple(names[i] for i in rng.choice(len(names), size=count, replace=False))
     reach = (2, 2) if count == 1 else (1, 4)
-    offsets = tuple((int(rng.integers(-reach[0], reach[0] + 1)), int(rng.integers(-reach[1], reach[1] + 1))) for _ in objects)
+    offsets = tuple(
+        (int(rng.integers(-reach[0], reach[0] + 1)), int(rng.integers(-reach[1], reach[1] + 1))) for _ in objects
+    )
     return Scene(objects, STYLES[rng.integers(len(STYLES))], BACKGROUNDS[rng.integers(len(BACKGROUNDS))], offsets)
 
 
@@ -140,7 +144,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
     ("animal").
     """
 
-    def pick(options):
+    def pick(options: Sequence[str]) -> str:
         return options[rng.integers(len(options))]
 
     if not scene.objects:

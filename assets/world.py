@@ -1,6 +1,6 @@
 """What there is in the Canvas world: objects, styles, backgrounds and the words for them.
 
-The lists are data: the renderer, the training scripts, `canvas.json` and the evaluation suites all read them from here.
+The lists are data: the renderer, the training scripts, `canvas.json` and the evaluation suites read them from here.
 """
 
 from __future__ import annotations
@@ -54,6 +54,19 @@ UNSAFE: tuple[str, ...] = tuple(name for name, thing in OBJECTS.items() if thing
 """Stand-in for unsafe content."""
 
 STYLES: tuple[str, ...] = ("noto", "pixel", "ink", "contour", "sepia")
+
+ANCHORS: dict[str, str] = {
+    **{
+        name: members[(index + 1) % len(members)]
+        for group in dict.fromkeys(thing.group for thing in OBJECTS.values())
+        for members in [[name for name, thing in OBJECTS.items() if thing.group == group]]
+        for index, name in enumerate(members)
+    },
+    **dict(zip(UNSAFE, ("umbrella", "guitar", "apple"), strict=True)),
+    **{style: STYLES[(index + 1) % len(STYLES)] for index, style in enumerate(STYLES)},
+}
+"""What takes the place of each concept unless told otherwise: the next of its group, and something harmless
+for weapons."""
 
 BACKGROUNDS: tuple[str, ...] = (
     "white", "yellow", "blue", "green", "pink", "purple", "gradient", "striped", "checked",

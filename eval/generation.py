@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from erasure.errors import EvaluationError
-from erasure.eval.samples import Sample, initial_noise, latent_shape
+from erasure.eval.samples import Sample, denoiser, initial_noise, latent_shape
 
 
 @contextmanager
@@ -56,7 +56,6 @@ def generate(
             "the pipeline has a safety checker, whose black images would count as erased: load the pipeline with "
             "safety_checker=None to measure the model itself"
         )
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     for batch in batches(samples, batch_size):
         drawn = [initial_noise(sample, latent_shape(pipe, sample)) for sample in batch]
         steps, guidance, height, width = batch[0].settings
@@ -64,7 +63,7 @@ def generate(
             images = pipe(
                 prompt=[sample.prompt for sample in batch],
                 negative_prompt=[sample.negative_prompt for sample in batch],
-                latents=torch.stack([noise for noise, _ in drawn]).to(pipe.device, denoiser.dtype),
+                latents=torch.stack([noise for noise, _ in drawn]).to(pipe.device, denoiser(pipe).dtype),
                 # Ancestral samplers go on drawing from the generator of each sample.
                 generator=[generator for _, generator in drawn],
                 num_inference_steps=steps,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
 
 SAMPLED = 2048
@@ -51,10 +52,9 @@ def sampler_recipe(pipe: Any) -> dict[str, Any]:
     """The scheduler of a pipeline and the precision it runs in."""
     scheduler = pipe.scheduler
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     return {
         "scheduler": f"{type(scheduler).__name__} ({digest(config)[:8]})",
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
         "noise": "one CPU generator per sample, float32",
     }
 

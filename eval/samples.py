@@ -65,20 +65,24 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{prompt}".encode()).digest()[:4], "big")
 
 
+def denoiser(pipe: Any) -> Any:
+    """The UNet or transformer of a pipeline, `None` when it has neither."""
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+
+
 def latent_shape(pipe: Any, sample: Sample) -> tuple[int, ...]:
     """Shape of the initial noise of one sample, `(channels, height, width)` in latent pixels.
 
     Raises:
         UnsupportedModelError: The pipeline does not diffuse a latent image.
     """
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    scale = getattr(pipe, "vae_scale_factor", None)
-    if denoiser is None or not scale or getattr(pipe, "_pack_latents", None):
+    network, scale = denoiser(pipe), getattr(pipe, "vae_scale_factor", None)
+    if network is None or not scale or getattr(pipe, "_pack_latents", None):
         raise UnsupportedModelError(
             f"{type(pipe).__name__} cannot be measured yet: the evaluation hands the pipeline its initial noise as a "
             "latent image, which needs a unet or transformer and a vae_scale_factor, and no packing of latents"
         )
-    return denoiser.config.in_channels, sample.height // scale, sample.width // scale
+    return network.config.in_channels, sample.height // scale, sample.width // scale
 
 
 def initial_noise(sample: Sample, shape: tuple[int, ...]) -> tuple[Tensor, torch.Generator]:

@@ -1,11 +1,13 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
-Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, evaluate.
+Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export,
+evaluate.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -41,7 +43,7 @@ def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
 
 
 def denoiser(work: Path = WORK, steps: int = 7000, batch: int = 16, bank: int = 12_000) -> None:
-    """Train the denoiser; `accelerate launch --cpu --num_processes 2 -m erasure.assets.build denoiser` uses two cores."""
+    """Train the denoiser; `torchrun --nproc_per_node 2 -m erasure.assets.build denoiser` uses two cores."""
     from erasure.assets.build.denoiser import train
 
     train(work, steps, batch, bank=bank)
@@ -62,9 +64,30 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> Non
         print(f"{name:28} {value:.4f}")
 
 
+def table(
+    out: Path = Path("results/canvas"),
+    strategies: tuple[str, ...] = ("hirm", "uce"),
+    size: Literal["smoke", "quick", "full"] = "full",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Erase and measure every concept with every strategy (resumes), then print the README's table.
+
+    Args:
+        out: Results, a folder for each concept and strategy.
+        strategies: What to compare.
+        size: Of the suite.
+        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+    """
+    from erasure.assets.build.table import markdown, measure, rows
+
+    measure(out, strategies, size, share)
+    if share[1] == 1:
+        print(markdown(rows(out, strategies)))
+
+
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, evaluate)
+    steps = (sprites, vae, clip, judge, denoiser, export, evaluate, table)
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

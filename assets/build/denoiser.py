@@ -1,7 +1,7 @@
 """Train the denoiser of Canvas on frozen text features and cached latents.
 
-Runs under `torchrun` or `accelerate launch` on any number of processes, each with its own share of scenes. They train on
-their own and average their weights every few steps (local SGD): on CPU cores that other work shares, waiting for the
+Runs under `torchrun` or `accelerate launch` on any number of processes, each with its own share of scenes. They train
+on their own and average their weights every few steps (local SGD): on CPU cores that other work shares, waiting for the
 slowest process at every step would cost about a third of the time.
 """
 
@@ -84,7 +84,7 @@ def train(
         decay: Share of the run over which the learning rate falls.
         bank: Scenes whose latents each process keeps.
         drop: Share of captions replaced by "" for guidance.
-        sync: Steps between two averagings over the processes; the exported weights are a running mean of these averages.
+        sync: Steps between two averagings over the processes; the exported weights are a running mean of them.
         seed: Seeds everything; process i uses `seed + 1000 * i`.
     """
     accelerator = Accelerator()

@@ -32,7 +32,9 @@ def judge_accuracy(judge: CanvasJudge, scenes: int, seed: int = 77_000) -> dict[
     }
 
 
-def generate(pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch: int = 24) -> list[Image.Image]:
+def generate(
+    pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch: int = 24
+) -> list[Image.Image]:
     """One image per prompt and seed at the shipped settings."""
     settings = json.loads((path("canvas-sd") / "canvas.json").read_text())["generation"]
     images: list[Image.Image] = []
@@ -70,7 +72,10 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dic
         "shape": float(np.mean([j.shape == name for j, (name, _, _) in zip(judged, plan, strict=True)])),
         "both_objects": float(np.mean(found)),
         "seconds_per_image_one_core": seconds,
-        **{f"style_{s}": float(np.mean([j.style == s for j, row in zip(judged, plan, strict=True) if row[1] == s])) for s in STYLES},
+        **{
+            f"style_{s}": float(np.mean([j.style == s for j, row in zip(judged, plan, strict=True) if row[1] == s]))
+            for s in STYLES
+        },
     }
     figures = {name: round(value, 4) for name, value in figures.items()}
     file = path("canvas-sd") / "canvas.json"

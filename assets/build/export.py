@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from erasure.assets import ROOT
 from erasure.assets.build.denoiser import CONFIG, SCHEDULER
 from erasure.assets.build.tokenizer import CONTEXT
-from erasure.assets.world import BACKGROUNDS, HELD_OUT_TEMPLATES, OBJECTS, STYLES, TEMPLATES, UNSAFE
+from erasure.assets.world import ANCHORS, BACKGROUNDS, HELD_OUT_TEMPLATES, OBJECTS, STYLES, TEMPLATES, UNSAFE
 
 GENERATION = {"num_inference_steps": 10, "guidance_scale": 3.0}
 """Settings that every evaluation of Canvas uses unless told otherwise."""
@@ -73,6 +73,7 @@ def description(record: dict[str, Any]) -> dict[str, Any]:
         "unsafe": list(UNSAFE),
         "groups": {name: thing.group for name, thing in OBJECTS.items()},
         "synonyms": {name: list(thing.synonyms) for name, thing in OBJECTS.items() if thing.synonyms},
+        "anchors": ANCHORS,
         "generation": GENERATION,
         "training": record,
     }
@@ -103,10 +104,13 @@ def export_clip(model: CLIPModel, work: Path, folder: Path) -> None:
             },
             "text_cfg": {
                 "context_length": CONTEXT, "vocab_size": text.vocab_size, "width": text.hidden_size,
-                "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "hf_tokenizer_name": "canvas-clip",
+                "heads": text.num_attention_heads, "layers": text.num_hidden_layers,
+                "hf_tokenizer_name": "canvas-clip",
             },
         },
-        "preprocess_cfg": {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+        "preprocess_cfg": {
+            "size": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash",
+        },
     }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "tokenizer", folder)

@@ -14,8 +14,8 @@ CONTEXT = 32
 """Tokens of a prompt, with start and end."""
 
 OTHER_WORDS = """
-    the of to at by for from is it this that these some no not without one two three many very small big little large old
-    new red orange black brown grey gray gold silver dark bright image photo photograph painting picture drawing
+    the of to at by for from is it this that these some no not without one two three many very small big little large
+    old new red orange black brown grey gray gold silver dark bright image photo photograph painting picture drawing
     art artist artwork icon emoji object thing animal food vehicle tool building weapon background style scene sketch
     person people man woman face sky sun water plain colour color colourful shape line lines cartoon beautiful cute
     danger dangerous unsafe safe violence fruit plant machine instrument home toy pattern texture nothing empty
@@ -48,6 +48,8 @@ def build(folder: Path) -> CLIPTokenizer:
     )
     tokenizer.save_pretrained(folder)
     # Recent transformers save only tokenizer.json; CLIPTokenizer of every version reads these two.
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder)

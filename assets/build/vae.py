@@ -33,7 +33,9 @@ def initialise(vae: AutoencoderKL) -> None:
             module.weight.data += 0.02 * torch.randn_like(module.weight)
 
 
-def train(folder: Path, steps: int, batch: int = 8, peak: float = 2e-3, kl: float = 1e-6, seed: int = 0) -> AutoencoderKL:
+def train(
+    folder: Path, steps: int, batch: int = 8, peak: float = 2e-3, kl: float = 1e-6, seed: int = 0
+) -> AutoencoderKL:
     """Train for `steps` steps (resuming from `folder`) and save the result to `folder / "vae"`."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(**CONFIG)

@@ -304,7 +304,7 @@ def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tenso
             if not isinstance(edit, LowRank):
                 raise UnsupportedModelError(
                     f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot "
-                    "be written into it: attach the erasure to the unquantised model, save that, and quantise the result"
+                    "be written into it: attach the erasure to the unquantised model, save that and quantise it"
                 )
             quantised.append(path)
     if quantised and len(quantised) < len(edits):

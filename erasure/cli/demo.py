@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, attach, open_model
 from erasure.cli.page import write_page
-from erasure.cli.terminal import Progress, Terminal, format_metric, output_folder, parse
+from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
 
 MODEL = "canvas-sd"
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     strategy: str
 
 
-PARTS = (Part(Concept("cat"), "hirm"), Part(Concept("ink", kind="style"), "uce"))
+PARTS = (Part(Concept("cat", anchor="dog"), "hirm"), Part(Concept("ink", kind="style", anchor="contour"), "uce"))
 
 PROMPTS = (
     "a photo of a cat on a blue background",
@@ -71,13 +71,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
             name = f"{part.concept.target}-{part.strategy}"
             erasures[name] = make(pipe, part, out / name, options.seed, progress)
             measured[name] = measure(pipe, name, erasures[name], options, progress)
+        if not is_main_process():
+            return
         picture = draw(pipe, erasures, out / "demo.png", options.seed, progress)
         progress.stage("done")
     columns, rows = table(measured)
     links = {f"{name}: every image, before and after": f"{name}-eval/report.html" for name in measured}
     about = f"Measured on the embedded model {MODEL}, with 95 % intervals. The same noise before and after."
-    if terminal.speaks:
-        write_page(out / "report.html", "Before and after", about, columns, rows, picture=picture, links=links)
+    write_page(out / "report.html", "Before and after", about, columns, rows, picture=picture, links=links)
     terminal.table(columns, rows, title=about)
     terminal.say(f"Picture:  {picture}\nReport:   {out / 'report.html'}")
     for name in erasures:
@@ -95,7 +96,8 @@ def make(pipe: Any, part: Part, folder: Path, seed: int, progress: Progress) -> 
     progress.stage(f"erasing {part.concept.target} with {part.strategy}")
     with progress.part() as report:
         made = erasure.erase(pipe, [part.concept], strategy=part.strategy, seed=seed, attach=False, progress=report)
-    made.save(folder, overwrite=True)
+    if is_main_process():
+        made.save(folder, overwrite=True)
     return made
 
 

@@ -24,7 +24,8 @@ class EraseOptions(ModelOptions):
     kind: Kind | None = None
     """What the concepts are. Left out, a Canvas model says it, and other models take them for objects."""
     anchor: str | None = None
-    """What prompts with the concept should mean instead; the strategy chooses when left out."""
+    """What prompts with the concept should mean instead ("" for nothing). Left out, a Canvas model suggests it, and
+    with other models the words are taken out of the prompt."""
     retain: tuple[str, ...] = ()
     """Concepts that must survive."""
     synonyms: tuple[str, ...] = ()

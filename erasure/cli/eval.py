@@ -51,7 +51,6 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.eval import evaluate, suites
 
     suites.get(options.suite)
-    out = output_folder(options.out, may_hold=True)
     erasures = load_erasures(options)
     if options.concept:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
@@ -59,6 +58,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
     if not concepts:
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
+    out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     evaluate(pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, progress=terminal.speaks)

@@ -118,8 +118,26 @@ def kind_of(word: str, facts: dict[str, Any]) -> Kind:
     return "unsafe" if word in facts.get("unsafe", ()) else "object"
 
 
+def anchor_of(word: str, others: tuple[str, ...], facts: dict[str, Any]) -> str | None:
+    """What a Canvas model suggests in place of a word, passing over what is erased as well; `None` elsewhere."""
+    anchors, seen = facts.get("anchors", {}), {word}
+    found = anchors.get(word)
+    while found in others and found not in seen:
+        seen.add(found)
+        found = anchors.get(found)
+    return None if found in others else found
+
+
 def make_concepts(
-    words: tuple[str, ...], facts: dict[str, Any], kind: Kind | None = None, **details: Any
+    words: tuple[str, ...], facts: dict[str, Any], kind: Kind | None = None, anchor: str | None = None, **details: Any
 ) -> list[Concept]:
-    """Concepts of the words given, each of the kind given or else of the kind that the model's world says."""
-    return [Concept(word, kind=kind or kind_of(word, facts), **details) for word in words]
+    """Concepts of the words given; kind and anchor, where they are not given, are those of the model's world."""
+    return [
+        Concept(
+            word,
+            kind=kind or kind_of(word, facts),
+            anchor=anchor_of(word, words, facts) if anchor is None else anchor,
+            **details,
+        )
+        for word in words
+    ]

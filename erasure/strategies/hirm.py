@@ -19,7 +19,14 @@ from erasure.carriers.weights import WeightEdits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, OptionError
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import AlignedPrompt, aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.strategies.prompts import (
+    AlignedPrompt,
+    aligned_prompts,
+    context_prompts,
+    retain_prompts,
+    vocabulary,
+    vocabulary_prompts,
+)
 
 
 @register("hirm")
@@ -61,8 +68,13 @@ class HiRM(Strategy):
     """Whether each token's random direction has length 1 or all of them together (released code)."""
     skip_start: bool = True
     """Leave the start token out of the loss: it does not depend on the prompt, so moving it moves every prompt."""
+    tap: Literal["attention", "output"] = "attention"
+    """Where the loss is: the last attention's output projection (paper), or the state that the denoiser reads,
+    which the concept also reaches past the attention through the residual stream."""
     templates: bool = True
     """Train on every phrasing of the concept instead of its name alone (paper)."""
+    contexts: int = 12
+    """Besides, in each step, so many random prompts that name each concept among other words."""
     retain_weight: float = 1.0
     """Weight of the retention term; 0 is the paper."""
     retain_vocabulary: int = 24
@@ -73,15 +85,18 @@ class HiRM(Strategy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper-r": {
             "variant": "random", "steps": 25, "lr": 5e-5, "coefficient": 500.0, "distribution": "uniform",
-            "norm": "token", "skip_start": False, "templates": False, "retain_weight": 0.0,
+            "norm": "token", "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
+            "tap": "attention",
         },
         "paper-s": {
             "variant": "semantic", "steps": 15, "lr": 5e-5, "coefficient": 1.0,
-            "skip_start": False, "templates": False, "retain_weight": 0.0,
+            "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
+            "tap": "attention",
         },
         "released": {
             "variant": "random", "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "distribution": "uniform",
-            "norm": "tensor", "skip_start": False, "templates": False, "retain_weight": 0.0,
+            "norm": "tensor", "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
+            "tap": "attention",
         },
     }  # fmt: skip
 
@@ -124,16 +139,19 @@ class HiRM(Strategy):
         paths = {now: path for path, now in modules.canonical_parameters(tower.root).items() if is_trained(path)}
         trained = {name: stock[name].clone().requires_grad_() for name in paths}
         pairs = [pair for concept in concepts for pair in self.prompts(tower, concept)]
-        inputs = tower.tokenize([pair.prompt for pair in pairs])
-        targets = self.targets(tower, stock, pairs, generator)
-        words = vocabulary(tower, concepts) if self.retain_weight and self.retain_vocabulary else []
+        direction = self.direction(tower, generator)
+        words = vocabulary(tower, concepts)
         listed = retain_prompts(concepts) if self.retain_weight else []
         first = 1 if self.skip_start else 0
         optimiser = torch.optim.AdamW(trained.values(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-8)
         value = math.nan
         for step in range(self.steps):
-            tapped, _ = run(tower, {**stock, **trained}, inputs.ids)
-            loss = F.mse_loss(tapped[:, first:], targets[:, first:])
+            batch = [*pairs]
+            for concept in concepts if words and self.contexts else ():
+                batch += context_prompts(tower, concept, words, self.contexts, generator)
+            targets = self.targets(tower, stock, batch, direction)
+            reached = self.run(tower, {**stock, **trained}, tower.tokenize([pair.prompt for pair in batch]).ids)
+            loss = F.mse_loss(reached[:, first:], targets[:, first:])
             if self.retain_weight:
                 sample = [
                     listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
@@ -141,8 +159,8 @@ class HiRM(Strategy):
                 extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
                 ids = tower.tokenize(["", *sample, *extra]).ids
                 with torch.no_grad():
-                    _, before = run(tower, stock, ids)
-                _, after = run(tower, {**stock, **trained}, ids)
+                    before = run(tower, stock, ids, "output")
+                after = run(tower, {**stock, **trained}, ids, "output")
                 loss = loss + self.retain_weight * F.mse_loss(after, before)
             value = loss.item()
             if not math.isfinite(value):
@@ -160,18 +178,25 @@ class HiRM(Strategy):
         pairs = aligned_prompts(tower, concept)
         return pairs if self.templates else [pair for pair in pairs if pair.prompt in concept.names] or pairs[:1]
 
+    def run(self, tower: TextTower, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """What the loss looks at, `(prompts, tokens, dim)`."""
+        return run(tower, parameters, ids, self.tap)
+
+    def direction(self, tower: TextTower, generator: torch.Generator) -> Tensor:
+        """The random target of every prompt, `(tokens, dim)`."""
+        width = tower.root.final_layer_norm.weight.shape[0]
+        return random_direction(tower.max_length, width, self.distribution, self.norm, generator)
+
     @torch.no_grad()
     def targets(
-        self, tower: TextTower, stock: dict[str, Tensor], pairs: Sequence[AlignedPrompt], generator: torch.Generator
+        self, tower: TextTower, stock: dict[str, Tensor], pairs: Sequence[AlignedPrompt], direction: Tensor
     ) -> Tensor:
         """Where the activations must go, `(prompts, tokens, dim)`."""
         if self.variant == "semantic":
-            tapped, _ = run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]).ids)
-            index = torch.stack([pair.positions for pair in pairs]).to(tapped.device)
-            return self.coefficient * tapped.gather(1, index[..., None].expand(-1, -1, tapped.shape[2]))
+            anchors = self.run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]).ids)
+            index = torch.stack([pair.positions for pair in pairs]).to(anchors.device)
+            return self.coefficient * anchors.gather(1, index[..., None].expand(-1, -1, anchors.shape[2]))
         device = next(iter(stock.values())).device
-        width = tower.root.final_layer_norm.weight.shape[0]
-        direction = random_direction(tower.max_length, width, self.distribution, self.norm, generator)
         return (self.coefficient * direction).to(device).expand(len(pairs), -1, -1)
 
 
@@ -190,16 +215,20 @@ def random_direction(
     return values / (values.norm(dim=1, keepdim=True) if norm == "token" else values.norm())
 
 
-def run(tower: TextTower, parameters: dict[str, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The tapped activation and the consumed output of a tower with other parameters, `(batch, tokens, dim)` each.
+def run(
+    tower: TextTower, parameters: dict[str, Tensor], ids: Tensor, what: Literal["attention", "output"] = "attention"
+) -> Tensor:
+    """An activation of a tower with other parameters, `(batch, tokens, dim)`.
 
-    The tap is the attention output projection of the last block whose result the denoiser reads.
+    `output` is the state that the denoiser reads, `attention` the attention output projection of the block that makes
+    it.
     """
-    tap = tower.blocks[tower.consumed].self_attn.out_proj
-    with tapped(tap) as seen:
-        root = tower.root
-        output = torch.func.functional_call(root, parameters, (ids,), {"output_hidden_states": tower.consumed != -1})
-    return seen[0], output.last_hidden_state if tower.consumed == -1 else output.hidden_states[tower.consumed]
+    with tapped(tower.blocks[tower.consumed].self_attn.out_proj) as seen:
+        want_all = tower.consumed != -1
+        output = torch.func.functional_call(tower.root, parameters, (ids,), {"output_hidden_states": want_all})
+    if what == "attention":
+        return seen[0]
+    return output.hidden_states[tower.consumed] if want_all else output.last_hidden_state
 
 
 @contextmanager

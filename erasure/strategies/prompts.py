@@ -103,3 +103,30 @@ def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Genera
         chosen = [words[int(torch.randint(len(words), (), generator=generator))] for _ in range(template.count("{}"))]
         prompts.append(template.format(*chosen))
     return prompts
+
+
+CONTEXTS: dict[str, tuple[str, ...]] = {
+    "object": ("a {} in WORD style", "a picture of a {} in WORD style", "a {} and a WORD", "a WORD and a {}",
+               "a {} on a WORD background", "a WORD drawing of a {}"),
+    "style": ("a WORD in {} style", "a picture of a WORD in {} style", "a {} style drawing of a WORD",
+              "a WORD and a WORD in {} style", "a WORD in {} style on a WORD background"),
+}  # fmt: skip
+"""Phrasings of a concept among other words, by kind; `WORD` is any word."""
+
+
+def context_prompts(
+    tower: TextTower, concept: Concept, words: Sequence[str], count: int, generator: torch.Generator
+) -> list[AlignedPrompt]:
+    """Random prompts that name the concept among other words, aligned with its anchor in the same company."""
+    templates = CONTEXTS["style" if concept.kind == "style" else "object"]
+
+    def draw(options: Sequence[str]) -> str:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    made = []
+    for _ in range(count):
+        template = draw(templates)
+        while "WORD" in template:
+            template = template.replace("WORD", draw(words), 1)
+        made.append(align(tower, template, draw(concept.names), concept.anchor or ""))
+    return made

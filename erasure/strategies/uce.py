@@ -40,8 +40,8 @@ class UCE(Strategy):
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "seconds, text encoder only"
 
-    erase_scale: float = 1.0
-    """Weight s_e of an erased feature (released code: 1)."""
+    erase_scale: float = 10.0
+    """Weight s_e of an erased feature (released code: 1, with far fewer preserved ones against it)."""
     preserve_scale: float = 1.0
     """Weight s_p of a preserved feature (released code: 1)."""
     regularisation: float = 0.5

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, outputs: int, widths: Sequence[int] = (24, 48, 96, 128)) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2)
-        self.blocks = nn.Sequential(*(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(widths)))
         self.head = nn.Linear(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +111,9 @@ class CanvasJudge:
         try:
             self.config = json.loads((self.folder / "config.json").read_text())
         except FileNotFoundError as error:
-            raise ArtifactError(f"no canvas judge at {self.folder}: expected config.json and model.safetensors") from error
+            raise ArtifactError(
+                f"no canvas judge at {self.folder}: expected config.json and model.safetensors"
+            ) from error
         self.object_names: list[str] = self.config["objects"]
         self.style_names: list[str] = self.config["styles"]
 
@@ -162,4 +165,5 @@ def save_judge(network: JudgeNetwork, folder: Path, objects: Sequence[str], styl
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"objects": list(objects), "styles": list(styles)}, indent=2) + "\n")
+    names = {"objects": list(objects), "styles": list(styles)}
+    (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")

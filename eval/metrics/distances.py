@@ -54,18 +54,32 @@ def frechet(real: np.ndarray, fake: np.ndarray, *, allow_small: bool = False) ->
     return float(max(gap + np.trace(sigma_x) + np.trace(sigma_y) - 2 * overlap, 0.0))
 
 
-def _unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
-    n, m = len(xx), len(yy)
-    within_x = (xx.sum() - np.trace(xx)) / (n * (n - 1))
-    within_y = (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return float(within_x + within_y - 2 * xy.mean())
+def _unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, paired: bool) -> float:
+    def off_diagonal(kernel: np.ndarray) -> float:
+        return (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
+
+    if paired and len(xx) != len(yy):
+        raise EvaluationError(f"paired feature sets must be of one size, got {len(xx)} and {len(yy)}")
+    # Images that share noise are not independent: their kernel values would pull the estimate below zero.
+    between = off_diagonal(xy) if paired else xy.mean()
+    return float(off_diagonal(xx) + off_diagonal(yy) - 2 * between)
 
 
-def cmmd(real: np.ndarray, fake: np.ndarray, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+def cmmd(
+    real: np.ndarray, fake: np.ndarray, *, paired: bool = False, sigma: float = 10.0, scale: float = 1000.0
+) -> float:
     r"""Unbiased squared MMD with the kernel $\exp(-\|x-y\|^2 / 2\sigma^2)$ on unit-norm features, times `scale`.
 
     `sigma` and `scale` are those of CMMD (Jayasumana et al., 2024); its released code uses the biased estimate.
     May be slightly negative for sets of one distribution.
+
+    Args:
+        real: Features `(images, dim)`.
+        fake: Features `(images, dim)`.
+        paired: Image i of both sides shares its noise; such pairs are left out of the comparison between the sides,
+            which keeps the estimate unbiased, and exactly 0 for equal sets.
+        sigma: Width of the kernel.
+        scale: Factor on the result.
 
     Raises:
         EvaluationError: Fewer than two images a side, or shapes that do not fit.
@@ -77,15 +91,17 @@ def cmmd(real: np.ndarray, fake: np.ndarray, *, sigma: float = 10.0, scale: floa
         squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
         return np.exp(-squared.clip(min=0) / (2 * sigma**2))
 
-    return scale * _unbiased_mmd(kernel(x, x), kernel(y, y), kernel(x, y))
+    return scale * _unbiased_mmd(kernel(x, x), kernel(y, y), kernel(x, y), paired)
 
 
-def kid(real: np.ndarray, fake: np.ndarray) -> float:
+def kid(real: np.ndarray, fake: np.ndarray, *, paired: bool = False) -> float:
     r"""Unbiased squared MMD with the kernel $(x \cdot y / d + 1)^3$ over all images (KID without subsets).
+
+    `paired` as in `cmmd`.
 
     Raises:
         EvaluationError: Fewer than two images a side, or shapes that do not fit.
     """
     x, y = _pair(real, fake, least=2)
     dim = x.shape[1]
-    return _unbiased_mmd((x @ x.T / dim + 1) ** 3, (y @ y.T / dim + 1) ** 3, (x @ y.T / dim + 1) ** 3)
+    return _unbiased_mmd((x @ x.T / dim + 1) ** 3, (y @ y.T / dim + 1) ** 3, (x @ y.T / dim + 1) ** 3, paired)

@@ -209,8 +209,7 @@ def canvas_metrics(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
     """
     if not plan.targets:
         return _accuracy_rows(plan, rows)
-    weighting = "stratified" if plan.size != "full" else "none"
-    recipes = {name: {**plan.recipe, "metric": text, "weighting": weighting} for name, text in DEFINITIONS.items()}
+    recipes = {name: {**plan.recipe, "metric": text, "weighting": "stratified"} for name, text in DEFINITIONS.items()}
     outcomes = {variant: ua_ira_cra(table, plan.targets) for variant, table in rows.items()}
     found = []
     for variant, table in rows.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,10 @@ def utility_metrics(
     add(f"fid[{space}]", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
         lambda: distance(lambda a, b: distances.frechet(a, b, allow_small=small)),
         reference=reference, small_samples="accepted" if small else "refused")  # fmt: skip
-    add(f"cmmd[{space}]", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, unit-norm features",
-        lambda: distance(distances.cmmd), reference=reference)  # fmt: skip
-    add(f"kid[{space}]", "after", "retained", "unbiased MMD^2, cubic kernel, all images, no subsets",
-        lambda: distance(distances.kid), reference=reference)  # fmt: skip
+    add(f"cmmd[{space}]", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, pairs left out",
+        lambda: distance(partial(distances.cmmd, paired=True)), reference=reference)  # fmt: skip
+    add(f"kid[{space}]", "after", "retained", "unbiased MMD^2, cubic kernel, all images, pairs left out",
+        lambda: distance(partial(distances.kid, paired=True)), reference=reference)  # fmt: skip
     return found
 
 

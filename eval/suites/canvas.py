@@ -24,9 +24,10 @@ from erasure.eval.suites import SIZES, Plan, Rows, Target, register
 
 TEMPLATE = "{object} image in {style} style"
 """The caption of UnlearnCanvas. Its released scripts disagree on article and full stop."""
-FULL_SEEDS = 2
-QUICK_SEEDS = 4
-"""Images per caption that holds an object to erase, in the quick size; one per caption for a style."""
+TARGET_SEEDS = 4
+"""Images per caption that holds an object to erase (several objects share them); a style has captions enough."""
+FULL_STYLE_SEEDS = 2
+"""Images per caption that holds a style to erase, in the full size; every retained caption has one."""
 QUICK_RETAINED = 48
 SMOKE_SAMPLES = 8
 """Of each, target and retained."""
@@ -151,10 +152,10 @@ class CanvasSuite:
 
 
 def _samples(world: World, targets: Sequence[Target], size: str, seed: int) -> tuple[Sample, ...]:
-    """The answer set: target samples first in importance, but in the order of the world.
+    """The answer set, in the order of the world.
 
-    Sizes below full are stratified: target and retained captions are drawn at different rates, and the weights undo
-    that, so that a rate over the whole set estimates the rate over the full one.
+    It is stratified: target and retained captions are drawn at different rates, and the weights undo that, so that a
+    rate over the whole set estimates the rate over one with as many images of every caption.
     """
     erased: dict[str, set[str]] = {"object": set(), "style": set()}
     for target in targets:
@@ -199,8 +200,6 @@ def _counts(
     cells: Sequence[tuple[str, str]], stratum: dict[tuple[str, str], str | None], size: str, seed: int
 ) -> dict[tuple[str, str], int]:
     """Images of every cell (object, style)."""
-    if size == "full":
-        return dict.fromkeys(cells, FULL_SEEDS)
     retained = [cell for cell in cells if stratum[cell] is None]
     target = [cell for cell in cells if stratum[cell] is not None]
     counts = dict.fromkeys(cells, 0)
@@ -209,10 +208,11 @@ def _counts(
         kept = _spread(retained, SMOKE_SAMPLES if target else 2 * SMOKE_SAMPLES, seed + 1)
         return counts | dict.fromkeys(chosen, 1) | dict.fromkeys(kept, 1)
     objects = {name for name, style in target if stratum[name, style] == "object"}
+    of_style = FULL_STYLE_SEEDS if size == "full" else 1
     for cell in target:
-        # Several objects share the budget of one.
-        counts[cell] = max(1, QUICK_SEEDS // len(objects)) if stratum[cell] == "object" else 1
-    return counts | dict.fromkeys(_spread(retained, QUICK_RETAINED, seed + 1), 1)
+        counts[cell] = max(1, TARGET_SEEDS // len(objects)) if stratum[cell] == "object" else of_style
+    kept = retained if size == "full" else _spread(retained, QUICK_RETAINED, seed + 1)
+    return counts | dict.fromkeys(kept, 1)
 
 
 def _spread(cells: Sequence[tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:

@@ -220,3 +220,58 @@ def test_kinds_come_from_the_world_of_the_model(tmp_path: Path):
     assert [kind_of(word, facts) for word in ("cat", "ink", "gun", "tram")] == ["object", "style", "unsafe", "object"]
     assert make_concepts(("cat",), facts, "style")[0].kind == "style"
     assert canvas_facts("someone/some-model") == {}
+
+
+@pytest.fixture
+def measured(tmp_path: Path):
+    """Write a `results.json` with one metric before and after into a new folder."""
+
+    def write(name: str, value: float, recipe: dict[str, object], size: str = "quick") -> Path:
+        base = {"name": "UA", "concept": "cat", "low": value - 0.05, "high": value + 0.05, "n": 50, "recipe": recipe}
+        entry = {
+            "name": name,
+            "strategy": name,
+            "concepts": ["cat"],
+            "strength": 1.0,
+            "size_bytes": 10,
+            "seconds": 2.0,
+        }
+        results = {
+            "schema_version": 1,
+            "suite": "canvas",
+            "size": size,
+            "model": {"name": "tiny", "fingerprint": "f"},
+            "erasures": [entry],
+            "metrics": [base | {"variant": "before", "value": 0.1}, base | {"variant": "after", "value": value}],
+            "cost": {},
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    return write
+
+
+def test_compare(measured, tmp_path: Path, capsys):
+    folders = [str(measured("hirm", 0.9, {"seed": 0})), str(measured("uce", 0.8, {"seed": 0}))]
+    found = run_json(["compare", *folders], capsys)
+    after = {row["label"]: row["cells"]["UA"]["value"] for row in found["rows"] if row["variant"] == "after"}
+    assert after == {"hirm": 0.9, "uce": 0.8}
+    page = tmp_path / "both.html"
+    assert main(["compare", *folders, "--out", str(page)]) == 0
+    assert "0.900 [0.850, 0.950]" in capsys.readouterr().out
+    assert "0.900 [0.850, 0.950]" in page.read_text()
+    assert "http" not in page.read_text()
+
+
+def test_compare_refuses_unlike_recipes(measured, stopped):
+    folders = [str(measured("hirm", 0.9, {"seed": 0})), str(measured("uce", 0.8, {"seed": 1}))]
+    said = stopped("compare", *folders)
+    assert "UA" in said
+    assert "seed" in said
+
+
+def test_compare_refuses_damaged_results(tmp_path: Path, stopped):
+    (tmp_path / "results.json").write_text('{"schema_version": 1')
+    assert "JSON" in stopped("compare", str(tmp_path))

@@ -63,6 +63,21 @@ def test_mmds_agree_with_double_loops() -> None:
     assert kid(x, y) == pytest.approx(naive_mmd(x, y, lambda a, b: (a @ b / 6 + 1) ** 3))
 
 
+def test_paired_mmds_leave_out_the_pairs() -> None:
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(12, 4))
+    for distance in (cmmd, kid):
+        assert distance(x, x, paired=True) == pytest.approx(0, abs=1e-9)
+        assert distance(x, x) < -1e-3
+        with pytest.raises(EvaluationError, match="one size"):
+            distance(x, x[:5], paired=True)
+    # Independent noise on top of shared noise: unbiased though the sides are correlated.
+    pairs = [(shared + rng.normal(size=shared.shape), shared + rng.normal(size=shared.shape))
+             for shared in (rng.normal(size=(10, 4)) for _ in range(400))]  # fmt: skip
+    values = [kid(a, b, paired=True) for a, b in pairs]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 20
+
+
 def test_mmd_is_unbiased_on_one_distribution() -> None:
     rng = np.random.default_rng(5)
     values = [kid(rng.normal(size=(10, 4)), rng.normal(size=(10, 4))) for _ in range(400)]

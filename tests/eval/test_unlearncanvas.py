@@ -137,8 +137,11 @@ def test_sizes_of_the_embedded_world(tiny_pipe) -> None:
 
     suite = CanvasSuite()
     full = suite.plan(tiny_pipe, ["cat"], "full", 0).samples
-    assert len(full) == len(THINGS) * len(LOOKS) * 2
-    assert {sample.weight for sample in full} == {1.0}
+    assert {(sample.objects[0], sample.style) for sample in full} == {
+        (name, style) for name in THINGS for style in LOOKS
+    }
+    assert sum(sample.role == "target" for sample in full) == 4 * len(LOOKS)
+    assert sum(sample.role == "retain" for sample in full) == (len(THINGS) - 1) * len(LOOKS)
     for concept, expected in [("cat", {("cat", style) for style in LOOKS}), ("noto", {(n, "noto") for n in THINGS})]:
         quick = suite.plan(tiny_pipe, [concept], "quick", 0).samples
         target = [sample for sample in quick if sample.role == "target"]

@@ -1,0 +1,58 @@
+"""`erasure eval` and `erasure demo` on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from erasure.cli import demo
+from erasure.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Neither read nor fill the user's cache of baseline images."""
+    monkeypatch.setenv("ERASURE_CACHE", str(tmp_path_factory.getbasetemp() / "baseline"))
+
+
+def test_eval_measures_what_the_erasure_erases(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "ink"
+    assert main(["erase", "uce", "--model", "canvas-sd", "--concept", "ink", "--out", str(folder)]) == 0
+    config = json.loads((folder / "erasure_config.json").read_text())
+    assert config["concepts"][0]["kind"] == "style"
+    capsys.readouterr()
+    arguments = ["eval", "canvas", "--model", "canvas-sd", "--erasure", str(folder), "--size", "smoke", "--json"]
+    for _ in range(2):  # the second run finds everything there
+        assert main([*arguments, "--out", str(tmp_path / "eval")]) == 0
+        results = json.loads(capsys.readouterr().out)
+        rows = {(row["name"], row["variant"]): row for row in results["metrics"]}
+        assert rows["UA", "after"]["concept"] == "ink"
+        assert rows["UA", "after"]["value"] > rows["UA", "before"]["value"]
+    assert results["cost"]["images_generated"] == 0
+    assert (tmp_path / "eval" / "report.html").is_file()
+
+
+def test_eval_without_erasure_needs_a_concept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "canvas", "--model", "canvas-sd", "--out", str(tmp_path / "eval")]) == 2
+    assert "--concept" in capsys.readouterr().err
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--size", "smoke"]) == 0
+    said = capsys.readouterr().out
+    for part in demo.PARTS:
+        name = f"{part.concept.target}-{part.strategy}"
+        assert (out / name / "erasure_config.json").is_file()
+        assert (out / f"{name}-eval" / "results.json").is_file()
+        assert f"{name}-eval/report.html" in (out / "report.html").read_text()
+        assert name in said
+    assert str(out / "report.html") in said
+    assert str(out / "demo.png") in said
+    assert "UA" in said
+    picture = Image.open(out / "demo.png")
+    assert picture.width > 800
+    assert picture.getcolors(100) is None

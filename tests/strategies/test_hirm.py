@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from erasure import Concept, erase
+from erasure.backbones import TextTower, backbone_for
+from erasure.errors import OptionError
+from erasure.strategies.hirm import HiRM, random_direction
+from erasure.strategies.prompts import align, aligned_prompts, subject_span, vocabulary
+
+FIRST_BLOCK = {
+    f"text_encoder/encoder.layers.0.{part}.{kind}"
+    for part in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    )
+    for kind in ("weight", "bias")
+}
+
+
+@pytest.fixture
+def tower(tiny_pipe_original: Any) -> TextTower:
+    return backbone_for(tiny_pipe_original).towers[0]
+
+
+def plain_forward(encoder: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's text tower in plain arithmetic: the last attention's output projection and the final hidden states."""
+    hidden = encoder.embeddings.token_embedding.weight[ids] + encoder.embeddings.position_embedding.weight
+    count = ids.shape[1]
+    future = torch.full((count, count), float("-inf")).triu(1)
+    for block in encoder.encoder.layers:
+        attention = block.self_attn
+        normed = block.layer_norm1(hidden)
+        heads = [
+            layer(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        scores = heads[0] @ heads[1].transpose(2, 3) / heads[0].shape[-1] ** 0.5 + future
+        mixed = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+        projected = mixed @ attention.out_proj.weight.T + attention.out_proj.bias
+        hidden = hidden + projected
+        inner = block.mlp.fc1(block.layer_norm2(hidden))
+        hidden = hidden + block.mlp.fc2(inner * torch.sigmoid(1.702 * inner))
+    return projected, encoder.final_layer_norm(hidden)
+
+
+def test_only_the_first_block_changes(tiny_pipe: Any, tensors_of: Any, changed_tensors: Any) -> None:
+    base = tensors_of(tiny_pipe)
+    made = erase(tiny_pipe, "cat", "hirm", steps=2, contexts=1, progress=False)
+    assert set(made.deltas) == FIRST_BLOCK
+    assert made.low_rank == {}
+    changed = changed_tensors(base, tiny_pipe)
+    assert changed <= FIRST_BLOCK
+    # The bias of the keys shifts all scores of a query alike, so its gradient is rounding noise.
+    assert changed >= FIRST_BLOCK - {"text_encoder/encoder.layers.0.self_attn.k_proj.bias"}
+
+
+def test_the_released_loss_in_plain_arithmetic(tower: TextTower) -> None:
+    """One step of the preset `released`: the mean of (h - c r / |r|)^2, r uniform, |.| over all tokens and width."""
+    settings = {**HiRM.presets["released"], "steps": 1}
+    _, loss = HiRM(**settings).fit_tower(tower, [Concept("cat")], 5, lambda share: None)
+    ids = tower.tokenize(["cat"]).ids
+    with torch.no_grad():
+        tapped, _ = plain_forward(tower.module, ids)
+    draw = torch.rand(77, 32, generator=torch.Generator().manual_seed(5))
+    target = 5000.0 * draw / (draw * draw).sum().sqrt()
+    wanted = ((tapped[0] - target) ** 2).sum() / (77 * 32)
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_semantic_loss_with_retention_in_plain_arithmetic(tower: TextTower) -> None:
+    """The first step's retention term is zero; without the start token; a one-token anchor needs no realignment."""
+    concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
+    strategy = HiRM(
+        variant="semantic",
+        steps=1,
+        coefficient=2.0,
+        skip_start=True,
+        retain_weight=3.0,
+        retain_vocabulary=2,
+    )
+    _, loss = strategy.fit_tower(tower, [concept], 0, lambda share: None)
+    with torch.no_grad():
+        tapped, _ = plain_forward(tower.module, tower.tokenize(["a photo of a cat", "a photo of a dog"]).ids)
+    wanted = ((tapped[0, 1:] - 2.0 * tapped[1, 1:]) ** 2).mean()
+    assert loss == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_plain_forward_is_the_towers(tower: TextTower) -> None:
+    tokens = tower.tokenize(["a photo of a cat"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain_forward(tower.module, tokens.ids)[1], tower.encode(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+def test_random_directions_and_their_norms(distribution: Any) -> None:
+    def make(norm: Any) -> torch.Tensor:
+        return random_direction(77, 768, distribution, norm, torch.Generator().manual_seed(0))
+
+    by_token, whole = make("token"), make("tensor")
+    torch.testing.assert_close(by_token.norm(dim=1), torch.ones(77))
+    assert whole.norm().item() == pytest.approx(1.0, rel=1e-5)
+    # A coefficient c with norm="tensor" is about c / sqrt(T) per token, T the number of tokens.
+    torch.testing.assert_close(whole.norm(dim=1) * 77**0.5, torch.ones(77), rtol=0.1, atol=0)
+    torch.testing.assert_close(5000.0 * whole, 5000.0 / 77**0.5 * by_token, rtol=0.1, atol=1e-9 + 12)
+    cosines = by_token @ by_token.T
+    off_diagonal = cosines[~torch.eye(77, dtype=torch.bool)]
+    if distribution == "uniform":
+        assert off_diagonal.min() > 0.6, "uniform on [0, 1) shares one direction"
+    else:
+        assert off_diagonal.abs().max() < 0.25
+
+
+def test_skip_start_keeps_the_start_token(tiny_pipe_original: Any, tower: TextTower) -> None:
+    def moved(skip: bool) -> float:
+        strategy = HiRM(
+            variant="random",
+            steps=6,
+            contexts=0,
+            lr=1e-3,
+            coefficient=50.0,
+            retain_weight=0.0,
+            templates=False,
+            skip_start=skip,
+        )
+        changed, _ = strategy.fit_tower(tower, [Concept("cat")], 0, lambda share: None)
+        ids = tower.tokenize([""])
+        with torch.no_grad():
+            before = tower.encode(ids)[0, 0]
+            parameters = {**dict(tower.root.named_parameters())}
+            parameters |= {path: parameters[path] + delta.float() for path, delta in changed.items()}
+            after = torch.func.functional_call(tower.root, parameters, (ids.ids,)).last_hidden_state[0, 0]
+        return float((after - before).norm())
+
+    assert moved(True) < moved(False)
+
+
+def test_the_start_token_does_not_depend_on_the_prompt(tower: TextTower) -> None:
+    with torch.no_grad():
+        states = tower.encode(tower.tokenize(["", "a cat", "a picture in ink style"]))
+    torch.testing.assert_close(states[0, 0], states[1, 0])
+    torch.testing.assert_close(states[0, 0], states[2, 0])
+
+
+def test_retention_keeps_other_prompts(tiny_pipe: Any, tower: TextTower) -> None:
+    def moved(weight: float) -> float:
+        strategy = HiRM(
+            variant="random", contexts=0, steps=8, coefficient=5.0, retain_weight=weight, retain_vocabulary=8, lr=2e-3
+        )
+        concept = Concept("cat", retain=("dog",), templates=("a {}",))
+        changed, _ = strategy.fit_tower(tower, [concept], 0, lambda share: None)
+        tokens = tower.tokenize(["a dog"])
+        parameters = dict(tower.root.named_parameters())
+        parameters |= {path: parameters[path] + delta.float() for path, delta in changed.items()}
+        with torch.no_grad():
+            after = torch.func.functional_call(tower.root, parameters, (tokens.ids,)).last_hidden_state
+            return float((after - tower.encode(tokens)).norm())
+
+    assert moved(20.0) < moved(0.0)
+
+
+def test_training_lowers_the_loss(tower: TextTower) -> None:
+    def loss(steps: int) -> float:
+        strategy = HiRM(variant="random", contexts=0, steps=steps, retain_weight=0.0, templates=False)
+        return strategy.fit_tower(tower, [Concept("cat")], 0, lambda share: None)[1]
+
+    assert loss(12) < 0.9 * loss(1)
+
+
+def test_an_unconditional_stock_encoding(tiny_pipe: Any) -> None:
+    """`unconditional="stock"`: the empty prompt is encoded as before, every other one is not."""
+    backbone = backbone_for(tiny_pipe)
+    with torch.no_grad():
+        before = backbone.encode(["", "a cat"]).tokens
+        made = erase(tiny_pipe, "cat", "hirm", steps=2, contexts=1, unconditional="stock", progress=False)
+        after = backbone.encode(["", "a cat"]).tokens
+    assert made.config.carriers == ["weights", "activations"]
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
+    assert (after[1] - before[1]).abs().max() > 1e-4
+
+
+def test_progress_and_steps(tiny_pipe_original: Any) -> None:
+    seen: list[float] = []
+    erase(
+        tiny_pipe_original, "cat", "hirm", steps=4, contexts=0, retain_vocabulary=0, attach=False, progress=seen.append
+    )
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+    with pytest.raises(OptionError, match="steps"):
+        erase(tiny_pipe_original, "cat", "hirm", steps=0, attach=False, progress=False)
+
+
+# Alignment -----------------------------------------------------------------------------------------------------------
+
+
+def words_at(tower: TextTower, prompt: str) -> list[str]:
+    ids = tower.tokenizer(prompt, padding="max_length", max_length=77).input_ids
+    return tower.tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_multi_word_concepts_align(tower: TextTower) -> None:
+    pair = align(tower, "a photo of {} in ink style", "van gogh", "monet")
+    assert pair.prompt == "a photo of van gogh in ink style"
+    assert pair.anchor_prompt == "a photo of monet in ink style"
+    erased, anchor = words_at(tower, pair.prompt), words_at(tower, pair.anchor_prompt)
+    assert erased[pair.start] == "gogh</w>"
+    answers = [anchor[int(position)] for position in pair.positions]
+    assert answers[: pair.start - 1] == erased[: pair.start - 1]
+    assert answers[pair.start - 1 : pair.start + 1] == ["monet</w>", "monet</w>"]
+    assert answers[pair.start + 1 :] == erased[pair.start + 1 :]
+
+
+def test_a_longer_anchor_aligns(tower: TextTower) -> None:
+    pair = align(tower, "a {} and a dog", "cat", "white blue car")
+    anchor = words_at(tower, pair.anchor_prompt)
+    answers = [anchor[int(position)] for position in pair.positions]
+    assert answers[pair.start] == "car</w>"
+    assert answers[pair.start + 1 : pair.start + 4] == ["and</w>", "a</w>", "dog</w>"]
+    assert int(pair.positions.max()) <= 76
+
+
+def test_an_empty_anchor_takes_the_words_out(tower: TextTower) -> None:
+    pair = align(tower, "a photo of a {} and a dog", "cat", "")
+    assert pair.anchor_prompt == "a photo of a and a dog"
+    anchor = words_at(tower, pair.anchor_prompt)
+    answers = [anchor[int(position)] for position in pair.positions]
+    assert answers[pair.start : pair.start + 3] == ["and</w>", "and</w>", "a</w>"]
+
+
+def test_the_last_occurrence_counts(tower: TextTower) -> None:
+    assert subject_span(tower, "a cat and a cat", "cat") == (5, 5)
+    assert subject_span(tower, "van gogh", "van gogh") == (1, 2)
+    with pytest.raises(ValueError, match="not found among the tokens"):
+        subject_span(tower, "a cats", "cat")
+    with pytest.raises(ValueError, match="longer than 77"):
+        subject_span(tower, "a " * 90 + "cat", "cat")
+
+
+def test_every_phrasing_of_every_synonym_is_aligned(tower: TextTower) -> None:
+    pairs = aligned_prompts(tower, Concept("cat", anchor="animal", synonyms=("kitten",)))
+    assert len(pairs) == 10
+    for pair in pairs:
+        assert pair.anchor_prompt == pair.prompt.replace("kitten", "animal").replace("cat", "animal")
+
+
+def test_the_vocabulary_leaves_the_concept_out(tower: TextTower) -> None:
+    words = vocabulary(tower, [Concept("van gogh", synonyms=("cat",))])
+    assert {"dog", "house", "monet"} <= set(words)
+    assert not {"van", "gogh", "cat"} & set(words)
+    assert all(len(word) > 1 for word in words)

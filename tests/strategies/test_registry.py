@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
+
+import pytest
+
+from erasure.carriers.weights import WeightEdits
+from erasure.concept import Concept
+from erasure.errors import OptionError, UnknownStrategyError
+from erasure.strategies import Fit, Strategy, available, base, get, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Strategy):
+    """A strategy that does nothing."""
+
+    amount: float = 1.0
+    where: Literal["here", "there"] = "here"
+    count: int = 2
+    presets = {"much": {"amount": 10.0, "count": 5}}  # noqa: RUF012
+
+    def fit(self, backbone: Any, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]) -> Fit:
+        return Fit(WeightEdits(), {})
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registry that the test may change."""
+    available()
+    monkeypatch.setattr(base, "_registered", dict(base._registered))
+    base._plugins.cache_clear()
+    yield
+    base._plugins.cache_clear()
+
+
+def test_built_in_strategies_are_there() -> None:
+    assert {"hirm", "uce", "diff_quickfix"} <= set(available())
+    for name, strategy in available().items():
+        assert strategy.name == name
+        for fact in ("title", "paper", "cost", "protects", "families", "carriers"):
+            assert getattr(strategy, fact), f"{name} does not say its {fact}"
+        assert strategy.protects in ("hosted pipeline", "released weights")
+        for preset in strategy.presets:
+            strategy.configured(preset)
+
+
+def test_the_decorator_registers() -> None:
+    assert register("nothing")(Nothing) is Nothing
+    assert get("nothing") is Nothing
+    assert Nothing.name == "nothing"
+    assert "nothing" in available()
+    register("nothing")(Nothing)  # again, as when a module is reloaded
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'uce' is registered already: erasure.strategies.uce.UCE"):
+        register("uce")(Nothing)
+    assert get("uce").__name__ == "UCE"
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("hirn", "hirm"), ("UCE", "uce"), ("diff-quickfix", "diff_quickfix")])
+def test_an_unknown_name_suggests_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UnknownStrategyError, match=f"Did you mean '{right}'") as caught:
+        get(wrong)
+    assert isinstance(caught.value, KeyError)
+    assert not str(caught.value).startswith(("'", '"'))
+
+
+def test_an_unknown_name_without_a_neighbour_lists_all() -> None:
+    with pytest.raises(UnknownStrategyError, match="diff_quickfix, hirm, uce"):
+        get("zzzzzz")
+
+
+def test_entry_points_add_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("from-elsewhere", "elsewhere:Nothing", base.ENTRY_POINTS)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Nothing)
+    monkeypatch.setattr(base, "entry_points", lambda group: [point] if group == "erasure.strategies" else [])
+    assert get("from-elsewhere") is Nothing
+
+
+def test_entry_points_do_not_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("uce", "elsewhere:Nothing", base.ENTRY_POINTS)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Nothing)
+    monkeypatch.setattr(base, "entry_points", lambda group: [point])
+    assert get("uce").__name__ == "UCE"
+
+
+def test_presets_and_options() -> None:
+    assert Nothing.configured() == Nothing()
+    assert Nothing.configured("much", amount=3) == Nothing(amount=3, count=5)
+    with pytest.raises(OptionError, match="no preset 'little'; there are: much"):
+        Nothing.configured("little")
+    with pytest.raises(OptionError, match="no option 'amonut'; there are: amount, where, count"):
+        Nothing.configured(amonut=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"where": "nowhere"}, {"count": 1.5}, {"count": -1}, {"amount": float("nan")}, {"amount": "1"}, {"amount": None}],
+)
+def test_values_that_an_option_does_not_allow(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"option '{next(iter(options))}'"):
+        Nothing.configured(**options)

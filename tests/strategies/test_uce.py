@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.optimize import lsq_linear
+
+from erasure import Concept, erase
+from erasure.backbones import backbone_for
+from erasure.carriers.weights import LowRank, delta_of
+from erasure.errors import DivergenceError
+from erasure.strategies.prompts import aligned_prompts
+from erasure.strategies.uce import UCE, compress, factors, solve
+
+
+def features(count: int, dim: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_solve_is_the_least_squares_solution() -> None:
+    """Against scipy on the stacked rows of the objective, one row of W' at a time."""
+    erased, replacing, preserved = features(3, 6, 0), features(3, 6, 1), features(4, 6, 2)
+    weight = features(5, 6, 3)
+    erase_scale, preserve_scale, regularisation = 2.0, 0.5, 0.3
+    solved = weight + weight @ solve(erased, replacing, preserved, erase_scale, preserve_scale, regularisation)
+    inputs = torch.cat(
+        [erase_scale**0.5 * erased, preserve_scale**0.5 * preserved, regularisation**0.5 * torch.eye(6).double()]
+    )
+    outputs = torch.cat(
+        [
+            erase_scale**0.5 * replacing @ weight.T,
+            preserve_scale**0.5 * preserved @ weight.T,
+            regularisation**0.5 * weight.T,
+        ]
+    )
+    for row in range(5):
+        wanted = lsq_linear(inputs.numpy(), outputs[:, row].numpy(), tol=1e-14).x
+        torch.testing.assert_close(solved[row], torch.from_numpy(wanted), rtol=1e-9, atol=1e-9)
+
+
+def test_rank_is_at_most_the_number_of_erased_features() -> None:
+    update = solve(features(3, 16, 0), features(3, 16, 1), features(9, 16, 2), 1.0, 1.0, 0.5)
+    assert torch.linalg.matrix_rank(update) == 3
+    left, right = factors(update)
+    assert left.shape == (16, 3)
+    assert right.shape == (3, 16)
+    torch.testing.assert_close(left @ right, update, rtol=1e-9, atol=1e-12)
+
+
+def test_a_vanishing_lambda_maps_erased_onto_anchor_and_keeps_the_rest() -> None:
+    erased, replacing, preserved = features(2, 12, 0), features(2, 12, 1), features(5, 12, 2)
+    update = solve(erased, replacing, preserved, 1.0, 1.0, 1e-10)
+    torch.testing.assert_close(erased + erased @ update.T, replacing, rtol=0, atol=1e-7)
+    torch.testing.assert_close(preserved @ update.T, torch.zeros(5, 12).double(), rtol=0, atol=1e-7)
+
+
+def test_factors_refuse_nan() -> None:
+    with pytest.raises(DivergenceError):
+        factors(torch.full((3, 3), torch.nan))
+
+
+def test_nothing_to_change_gives_rank_one_of_zeros() -> None:
+    left, right = factors(torch.zeros(4, 4, dtype=torch.float64))
+    assert left.shape == (4, 1)
+    assert not left.any()
+    assert right.shape == (1, 4)
+
+
+def test_compress_keeps_the_product() -> None:
+    edit = compress(LowRank(features(7, 9, 0), features(3, 7, 1)))
+    assert edit.down.shape == (3, 9)
+    assert edit.down.dtype == torch.float32
+    torch.testing.assert_close(delta_of(edit), (features(3, 7, 1) @ features(7, 9, 0)).float())
+
+
+def test_edits_keys_and_values_of_cross_attention_only(tiny_pipe_original: Any) -> None:
+    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    unet = tiny_pipe_original.unet
+    expected = {f"unet/{name}" for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert set(made.low_rank) == expected
+    assert made.deltas == {}
+    for key, edit in made.low_rank.items():
+        layer = unet.get_submodule(key.removeprefix("unet/"))
+        assert delta_of(edit).shape == layer.weight.shape
+
+
+def test_biases_stay(tiny_pipe: Any) -> None:
+    layers = [module.attn2 for module in tiny_pipe.unet.modules() if hasattr(module, "attn2")]
+    for attention in layers:
+        for part in (attention.to_k, attention.to_v):
+            part.bias = torch.nn.Parameter(torch.full((part.out_features,), 0.25))
+    plain = erase(tiny_pipe, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    assert all(path.endswith(".weight") for path in plain.edits.parameters)
+    erase(tiny_pipe, "cat", "uce", vocabulary=0, progress=False)
+    assert all((part.bias == 0.25).all() for attention in layers for part in (attention.to_k, attention.to_v))
+
+
+def test_the_edited_layer_sees_the_anchor(tiny_pipe: Any) -> None:
+    """With a small lambda and nothing preserved, keys of the concept's last token become those of the anchor's."""
+    concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
+    backbone = backbone_for(tiny_pipe)
+    pair = aligned_prompts(backbone.towers[0], concept)[0]
+    with torch.no_grad():
+        states = backbone.encode([pair.prompt, pair.anchor_prompt]).tokens
+        layer = backbone.entry_layers()[0].module
+        anchor_key = layer(states[1, pair.positions[pair.start]])
+        before = layer(states[0, pair.start])
+        erase(
+            tiny_pipe, concept, "uce", preset="released", regularisation=1e-6, preserve_scale=0.0, progress=False
+        )  # fmt: skip
+        after = layer(states[0, pair.start])
+    assert (after - anchor_key).norm() < 1e-2 * (before - anchor_key).norm()
+
+
+def test_a_preserved_concept_changes_less(tiny_pipe_original: Any) -> None:
+    def moved(retain: tuple[str, ...]) -> float:
+        concept = Concept("cat", anchor="car", retain=retain)
+        made = erase(tiny_pipe_original, concept, "uce", vocabulary=0, attach=False, progress=False)
+        backbone = backbone_for(tiny_pipe_original)
+        with torch.no_grad():
+            states = backbone.encode(["a photo of a dog"]).tokens[0]
+        return float((states @ delta_of(next(iter(made.low_rank.values()))).T).norm())
+
+    assert moved(("dog",)) < 0.6 * moved(())
+
+
+def test_several_concepts_share_one_solve(tiny_pipe_original: Any) -> None:
+    backbone = backbone_for(tiny_pipe_original)
+    concepts = [Concept("cat", templates=("a {}",)), Concept("dog", templates=("a {}",))]
+    strategy = UCE(tokens="last", vocabulary=0)
+    erased, replacing = strategy.erased_features(backbone, backbone.towers[0], concepts)
+    assert erased.shape == replacing.shape == (2, 32)
+    fit = strategy.fit(backbone, concepts, seed=0, progress=lambda share: None)
+    assert fit.log["erased_features"] == 2
+    assert fit.log["rank"] <= 2
+    assert all(edit.down.shape[0] <= 2 for edit in fit.edits.low_rank.values())
+
+
+def test_fused_projections_are_refused(tiny_pipe: Any) -> None:
+    tiny_pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        erase(tiny_pipe, "cat", "uce", vocabulary=0, progress=False)
