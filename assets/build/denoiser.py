@@ -1,8 +1,8 @@
 """Train the denoiser of Canvas on frozen text features and cached latents.
 
 Runs under `torchrun` or `accelerate launch` on any number of processes, each with its own share of scenes. They train
-on their own and average their weights every few steps (local SGD): on CPU cores that other work shares, waiting for the
-slowest process at every step would cost about a third of the time.
+on their own and average their weights every few steps (local SGD): on CPU cores that other work shares, waiting for
+the slowest process at every step would cost about a third of the time.
 """
 
 from __future__ import annotations
