@@ -77,7 +77,8 @@ def erase(
     started = time.perf_counter()
     with modules.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
-        with torch.random.fork_rng(devices=[]):
+        # A caller may have switched gradients off for the sake of generation.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fit = method.fit(backbone, wanted, seed=seed, progress=report)
         fit.edits.check_finite()

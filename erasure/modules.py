@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, HookRegistry
 from diffusers.hooks import ModelHook
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def transformer_root(module: nn.Module) -> tuple[str, nn.Module]:
-    """Where the blocks of a text encoder hang, as prefix and module.
-
-    `CLIPTextModel` is flat, `CLIPTextModelWithProjection` nests `text_model`.
-    """
+def transformer_root(module: nn.Module) -> nn.Module:
+    """Where the blocks of a text encoder hang: `CLIPTextModelWithProjection` nests them, `CLIPTextModel` does not."""
     inner = getattr(module, "text_model", None)
-    return ("text_model.", inner) if isinstance(inner, nn.Module) else ("", module)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -42,7 +40,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 def canonical_parameters(component: nn.Module) -> dict[str, str]:
     """The path now, by canonical path, of every parameter of a text encoder's root but PEFT's own."""
-    root = transformer_root(component)[1]
+    root = transformer_root(component)
     names = [name for name, _ in root.named_parameters() if ".lora_" not in name]
     return {name.replace(".base_layer.", "."): name for name in names}
 
@@ -54,7 +52,7 @@ def parameter(component: nn.Module, path: str) -> Tensor:
         AttributeError: There is none.
     """
     owner, name = path.rsplit(".", 1)
-    module = base_layer(transformer_root(component)[1].get_submodule(owner))
+    module = base_layer(transformer_root(component).get_submodule(owner))
     found = getattr(module, name, None)
     if not isinstance(found, Tensor):
         raise AttributeError(f"{type(module).__name__} at {owner!r} has no parameter {name!r}")
@@ -68,11 +66,14 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_fused(component: nn.Module, path: str) -> bool:
-    """Whether an attention module runs with fused query-key-value projections."""
+    """Whether the attention module at a path runs with fused query-key-value projections."""
     try:
-        attention = transformer_root(component)[1].get_submodule(path)
+        attention = transformer_root(component).get_submodule(path)
     except AttributeError:
         return False
+    if isinstance(attention, Attention):
+        # Unfusing puts the processor back but leaves `fused_projections` set.
+        return type(attention.processor).__name__.startswith("Fused")
     return bool(getattr(attention, "fused_projections", False))
 
 

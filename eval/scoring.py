@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ Judge = Callable[[Sequence[Image.Image]], Sequence[Any]]
 
 def is_blank(image: Image.Image) -> bool:
     """Whether an image is of one colour: what a safety checker or a collapsed model gives, and detectors pass."""
-    return all(low == high for low, high in image.convert("RGB").getextrema())
+    return all(low == high for low, high in cast(Any, image.convert("RGB").getextrema()))
 
 
 def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Any]:

@@ -19,7 +19,7 @@ from erasure.assets.build.denoiser import CONFIG, SCHEDULER
 from erasure.assets.build.tokenizer import CONTEXT
 from erasure.assets.world import ANCHORS, BACKGROUNDS, HELD_OUT_TEMPLATES, OBJECTS, STYLES, TEMPLATES, UNSAFE
 
-GENERATION = {"num_inference_steps": 10, "guidance_scale": 3.0}
+GENERATION = {"num_inference_steps": 10, "guidance_scale": 2.0}
 """Settings that every evaluation of Canvas uses unless told otherwise."""
 
 

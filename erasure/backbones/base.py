@@ -79,7 +79,7 @@ class TextTower:
     @property
     def root(self) -> Any:
         """The module that holds `embeddings`, `encoder` and `final_layer_norm`."""
-        return modules.transformer_root(self.module)[1]
+        return modules.transformer_root(self.module)
 
     @property
     def blocks(self) -> list[Any]:

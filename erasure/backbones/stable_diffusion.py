@@ -31,7 +31,7 @@ class StableDiffusionBackbone(Backbone):
             isinstance(parts.get("unet"), nn.Module)
             and isinstance(getattr(parts["unet"], "_orig_mod", parts["unet"]), UNet2DConditionModel)
             and isinstance(encoder, nn.Module)
-            and hasattr(modules.transformer_root(encoder)[1], "final_layer_norm")
+            and hasattr(modules.transformer_root(encoder), "final_layer_norm")
             and "text_encoder_2" not in parts
         )
 
@@ -72,7 +72,7 @@ class StableDiffusionBackbone(Backbone):
         layers = []
         for site in self.attention_sites():
             if site.kind == "cross":
-                if getattr(site.module, "fused_projections", False):
+                if modules.is_fused(self.denoiser, site.name):
                     raise UnsupportedModelError(
                         f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first"
                     )

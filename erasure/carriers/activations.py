@@ -86,5 +86,5 @@ class PinnedPrompts:
 
 def _places(encoder: nn.Module) -> tuple[Any, Any]:
     """Where token ids go in and where hidden states come out; both nothing in a module that is no text encoder."""
-    root = modules.transformer_root(encoder)[1]
+    root = modules.transformer_root(encoder)
     return getattr(root, "embeddings", None), getattr(root, "final_layer_norm", None)

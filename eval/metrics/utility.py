@@ -58,7 +58,7 @@ def utility_metrics(
         old = before if variant == "after" else []
         for name, part, prompts in (("clip_score", kept, "retained"), ("clip_score_target", target, "target")):
             if part:
-                add(name, variant, prompts, cosine, lambda part=part, old=old: _clip_mean(part, old, plan.seed))
+                add(name, variant, prompts, cosine, partial(_clip_mean, part, old, plan.seed))
     if "after" not in rows:
         return found
     kept, _ = _split(rows["after"])

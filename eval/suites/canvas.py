@@ -56,7 +56,7 @@ class World:
 
         folders = [getattr(pipe, "name_or_path", None), assets.find("canvas-sd")]
         files = [Path(folder) / "canvas.json" for folder in folders if folder]
-        facts = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+        facts: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
         return cls._from_facts(facts)
 
     @classmethod

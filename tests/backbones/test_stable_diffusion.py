@@ -192,3 +192,5 @@ def test_entry_layers(tiny_pipe: Any, backbone: Backbone) -> None:
     tiny_pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(UnsupportedModelError, match="unfuse_qkv_projections"):
         backbone.entry_layers()
+    tiny_pipe.unfuse_qkv_projections(vae=False)
+    assert len(backbone.entry_layers()) == 8

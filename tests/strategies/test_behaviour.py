@@ -35,9 +35,8 @@ QUICK: dict[str, Any] = {"steps": 3, "vocabulary": 8, "retain_vocabulary": 2, "c
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in available()},
     "hirm-pinned": ("hirm", {"unconditional": "stock"}),
-    "hirm-random": ("hirm", {"variant": "random", "norm": "tensor"}),
 }
-"""Strategies by default options, and settings that use another carrier or another branch."""
+"""Strategies by default options, and settings that use another carrier."""
 
 PROMPT = "a photo of a cat"
 
@@ -126,6 +125,13 @@ class TestEveryStrategy:
     def test_several_differ_from_one(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
         both = fit(tiny_pipe_original, case, ["cat", "dog"])
         assert any(not torch.equal(a, b) for a, b in zip(flat(both), flat(made), strict=False))
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_works_where_gradients_are_off(self, case: str, tiny_pipe_original: Any, made: Erasure, mode: Any) -> None:
+        with mode():
+            again = fit(tiny_pipe_original, case)
+        assert all(torch.equal(a, b) for a, b in zip(flat(again), flat(made), strict=True))
+        assert not any(tensor.is_inference() for tensor in flat(again))
 
     def test_is_deterministic_in_its_seed(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
         torch.manual_seed(123)
@@ -347,20 +353,21 @@ class TestEveryStrategy:
         if first == "offload":
             tiny_pipe.enable_model_cpu_offload(device="cpu")
             manager.add(made)
+            assert hasattr(tiny_pipe.unet, "_hf_hook"), "attaching took the offloading off for good"
         else:
             manager.add(made)
             tiny_pipe.enable_model_cpu_offload(device="cpu")
         assert torch.equal(draw(tiny_pipe), wanted)
         assert torch.equal(draw(tiny_pipe), wanted)
         assert manager.verify() > 0
-        assert hasattr(tiny_pipe.unet, "_hf_hook"), "attaching took the offloading off for good"
         manager.unload()
+        assert hasattr(tiny_pipe.unet, "_hf_hook")
         assert torch.equal(draw(tiny_pipe), base_image)
         assert torch.equal(draw(tiny_pipe), base_image)
         tiny_pipe.remove_all_hooks()
         assert changed_tensors(base, tiny_pipe) == set()
 
-    @pytest.mark.parametrize("first", ["attach", "compile in place", "compile"])
+    @pytest.mark.parametrize("first", ["attach", "compile"])
     @pytest.mark.compile
     def test_survives_compile(
         self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, base_image: Any,
@@ -371,12 +378,11 @@ class TestEveryStrategy:
         component = made.components[0]
         if first == "attach":
             manager.add(made)
-        if first == "compile":
-            setattr(tiny_pipe, component, torch.compile(getattr(tiny_pipe, component), backend="eager"))
-        else:
+        if first == "attach":
             getattr(tiny_pipe, component).compile(backend="eager")
-        if first != "attach":
-            torch.testing.assert_close(draw(tiny_pipe, steps=2), base_image)
+        else:
+            setattr(tiny_pipe, component, torch.compile(getattr(tiny_pipe, component), backend="eager"))
+            torch.testing.assert_close(draw(tiny_pipe), base_image)
             manager.add(made)
         torch.testing.assert_close(draw(tiny_pipe), wanted)
         assert manager.verify() > 0
@@ -500,7 +506,7 @@ class TestEveryStrategy:
         assert manager.verify() > 0
 
     def test_a_slightly_tuned_model_is_refused(self, tiny_pipe: Any, made: Erasure, manager: ErasureManager) -> None:
-        component, path = next(iter(edited(made))).split("/")
+        component, path = next(key for key in edited(made) if key.endswith(".weight")).split("/")
         with torch.no_grad():
             tiny_pipe.components[component].get_parameter(path).mul_(1 + 1e-6)
         with pytest.raises(WrongBaseError):

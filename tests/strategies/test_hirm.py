@@ -79,13 +79,9 @@ def test_the_semantic_loss_with_retention_in_plain_arithmetic(tower: TextTower) 
     """The first step's retention term is zero; without the start token; a one-token anchor needs no realignment."""
     concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
     strategy = HiRM(
-        variant="semantic",
-        steps=1,
-        coefficient=2.0,
-        skip_start=True,
-        retain_weight=3.0,
-        retain_vocabulary=2,
-    )
+        variant="semantic", steps=1, coefficient=2.0, skip_start=True, retain_weight=3.0, retain_vocabulary=2,
+        contexts=0, tap="attention",
+    )  # fmt: skip
     _, loss = strategy.fit_tower(tower, [concept], 0, lambda share: None)
     with torch.no_grad():
         tapped, _ = plain_forward(tower.module, tower.tokenize(["a photo of a cat", "a photo of a dog"]).ids)
