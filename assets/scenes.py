@@ -85,9 +85,9 @@ def background_pixels(name: str) -> np.ndarray:
     side = IMAGE_SIZE
     y, x = np.mgrid[0:side, 0:side]
     if name in PLAIN_COLOURS:
-        return np.broadcast_to(np.float32(PLAIN_COLOURS[name]), (side, side, 3)).copy()
+        return np.full((side, side, 3), PLAIN_COLOURS[name], np.float32)
     if name == "gradient":
-        top, bottom = np.float32((120, 170, 250)), np.float32((255, 205, 170))
+        top, bottom = np.array((120, 170, 250), np.float32), np.array((255, 205, 170), np.float32)
         share = (y / (side - 1)).astype(np.float32)[..., None]
         return top * (1 - share) + bottom * share
     if name == "striped":
@@ -96,7 +96,7 @@ def background_pixels(name: str) -> np.ndarray:
         first, second, choice = (226, 232, 238), (182, 204, 220), (x // 8 + y // 8) % 2
     else:
         raise ValueError(f"unknown background {name!r}; there are {', '.join(BACKGROUNDS)}")
-    return np.where(choice[..., None] == 0, np.float32(first), np.float32(second)).astype(np.float32)
+    return np.where(choice[..., None] == 0, first, second).astype(np.float32)
 
 
 def render(scene: Scene) -> RenderedScene:
@@ -145,7 +145,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
     """
 
     def pick(options: Sequence[str]) -> str:
-        return options[rng.integers(len(options))]
+        return options[int(rng.integers(len(options)))]
 
     if not scene.objects:
         return pick(EMPTY_TEMPLATES).format(background=scene.background)

@@ -42,11 +42,11 @@ def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
     train(work, steps, batch)
 
 
-def denoiser(work: Path = WORK, steps: int = 7000, batch: int = 16, bank: int = 12_000) -> None:
+def denoiser(work: Path = WORK, steps: int = 7000, batch: int = 16, bank: int = 12_000, pairs: float = 0.4) -> None:
     """Train the denoiser; `torchrun --nproc_per_node 2 -m erasure.assets.build denoiser` uses two cores."""
     from erasure.assets.build.denoiser import train
 
-    train(work, steps, batch, bank=bank)
+    train(work, steps, batch, bank=bank, pairs=pairs)
 
 
 def export(work: Path = WORK) -> None:

@@ -71,6 +71,7 @@ def train(
     decay: float = 0.3,
     bank: int = 12_000,
     drop: float = 0.1,
+    pairs: float = 0.4,
     sync: int = 8,
     seed: int = 3,
 ) -> None:
@@ -84,6 +85,7 @@ def train(
         decay: Share of the run over which the learning rate falls.
         bank: Scenes whose latents each process keeps.
         drop: Share of captions replaced by "" for guidance.
+        pairs: Share of two-object scenes in a batch; more of them late in the run teach which object is where.
         sync: Steps between two averagings over the processes; the exported weights are a running mean of them.
         seed: Seeds everything; process i uses `seed + 1000 * i`.
     """
@@ -100,13 +102,15 @@ def train(
     state = Checkpoint(folder / "unet.ckpt", model=unet, optimiser=optimiser, average=average)
     start = state.resume()
     latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000)
+    double = np.array([len(scene.objects) == 2 for scene in scenes])
+    odds = np.where(double, pairs / double.sum(), (1 - pairs) / (~double).sum())
     rng = np.random.default_rng([seed, rank, start])
     torch.manual_seed(seed + 1000 * rank + start)
     losses = []
     for step in range(start, steps):
         for group in optimiser.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
-        rows = rng.integers(bank, size=batch)
+        rows = rng.choice(bank, size=batch, p=odds)
         captions = ["" if rng.random() < drop else caption(scenes[row], rng) for row in rows]
         ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         with torch.no_grad():

@@ -12,7 +12,7 @@ import tyro
 
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
-from erasure.concept import Concept, Kind
+from erasure.concept import Kind
 
 
 @dataclass(kw_only=True)
@@ -61,9 +61,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.out is not None and options.out.exists():
         output_folder(options.out, overwrite=options.overwrite)
-    details = {"anchor": options.anchor, "retain": options.retain, "synonyms": options.synonyms}
-    facts = canvas_facts(options.model)
-    concepts: list[str | Concept] = [*make_concepts(options.concept, facts, options.kind, **details)]
+    concepts = make_concepts(
+        options.concept, canvas_facts(options.model), options.kind, options.anchor,
+        retain=options.retain, synonyms=options.synonyms,
+    )  # fmt: skip
     changed = {
         field.name: value
         for field in dataclasses.fields(strategy)
