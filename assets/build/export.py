@@ -52,6 +52,7 @@ def export(work: Path, out: Path = ROOT) -> None:
     record = training_record(work)
     kept = (folder / "canvas.json").read_text() if (folder / "canvas.json").is_file() else None
     pipe.to(torch.float16).save_pretrained(folder)
+    set_dtype(folder / "text_encoder" / "config.json", "float32")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
     if kept is not None and json.loads(kept).get("training", {}).get("steps") == record["steps"]:
@@ -60,6 +61,12 @@ def export(work: Path, out: Path = ROOT) -> None:
     export_clip(CLIPModel.from_pretrained(work / "clip"), work, out / "canvas-clip")
     shutil.rmtree(out / "canvas-judge", ignore_errors=True)
     shutil.copytree(work / "judge", out / "canvas-judge")
+
+
+def set_dtype(config: Path, dtype: str) -> None:
+    """Name the dtype to load in: transformers takes it from the config, diffusers loads its parts in float32."""
+    described = json.loads(config.read_text())
+    config.write_text(json.dumps(described | {"dtype": dtype}, indent=2) + "\n")
 
 
 def description(record: dict[str, Any]) -> dict[str, Any]:

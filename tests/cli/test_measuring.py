@@ -25,13 +25,15 @@ def test_eval_measures_what_the_erasure_erases(tmp_path: Path, capsys: pytest.Ca
     assert config["concepts"][0]["kind"] == "style"
     capsys.readouterr()
     arguments = ["eval", "canvas", "--model", "canvas-sd", "--erasure", str(folder), "--size", "smoke", "--json"]
+    seen = []
     for _ in range(2):  # the second run finds everything there
         assert main([*arguments, "--out", str(tmp_path / "eval")]) == 0
         results = json.loads(capsys.readouterr().out)
         rows = {(row["name"], row["variant"]): row for row in results["metrics"]}
         assert rows["UA", "after"]["concept"] == "ink"
         assert rows["UA", "after"]["value"] > rows["UA", "before"]["value"]
-    assert results["cost"]["images_generated"] == 0
+        seen.append((tmp_path / "eval" / "samples.jsonl").read_bytes())
+    assert seen[0] == seen[1]
     assert (tmp_path / "eval" / "report.html").is_file()
 
 
