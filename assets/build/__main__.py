@@ -70,7 +70,7 @@ def table(
     size: Literal["smoke", "quick", "full"] = "full",
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Erase and measure every concept with every strategy (resumes), then print the README's table.
+    """Erase and measure every concept with every strategy (resumes), then print the README's tables.
 
     Args:
         out: Results, a folder for each concept and strategy.
@@ -78,11 +78,11 @@ def table(
         size: Of the suite.
         share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
     """
-    from erasure.assets.build.table import markdown, measure, rows
+    from erasure.assets.build.table import markdown, measure, per_concept, rows
 
     measure(out, strategies, size, share)
     if share[1] == 1:
-        print(markdown(rows(out, strategies)))
+        print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Erase every concept of Canvas, one at a time, with every strategy, measure each, and make the README's table."""
+"""Erase every concept of Canvas, one at a time, with every strategy, measure each, and make the README's tables."""
 
 from __future__ import annotations
 
@@ -80,8 +80,23 @@ def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
     return made
 
 
+def per_concept(out: Path, strategies: tuple[str, ...]) -> str:
+    """One row for each concept: UA / IRA / CRA and AA with its 95 % interval, by strategy, as Markdown."""
+    lines = ["| concept | " + " | ".join(f"`{s}` UA / IRA / CRA | AA" for s in strategies) + " |"]
+    lines.append("|---" * (1 + 2 * len(strategies)) + "|")
+    for concept in concepts():
+        cells = []
+        for strategy in strategies:
+            found = Results.load(out / f"{concept.target}-{strategy}" / "results.json")
+            mean = found.get("AA")
+            cells.append(" / ".join(f"{found.get(rate)['value']:.2f}" for rate in RATES[:3]))
+            cells.append(f"{mean['value']:.3f} ({mean['low']:.2f}-{mean['high']:.2f})")
+        lines.append(f"| {concept.target} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The table as it stands in the README."""
+    """The means over concepts, as they stand in the README."""
     lines = ["| method | concepts | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|---|"]
     for row in table:
         rates = " | ".join(f"{row[k][0]:.3f} ({row[k][1]:.2f}-{row[k][2]:.2f})" for k in RATES)
