@@ -17,7 +17,7 @@ small { display: block; color: var(--dim); font-size: 12px; font-weight: 400; }
 .chip { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 1px 10px;
   margin: 0 6px 4px 0; font-size: 12px; color: var(--dim); background: var(--card); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; background: var(--card); 
+table { border-collapse: collapse; width: 100%; background: var(--card);
   border: 1px solid var(--line); border-radius: 8px; }
 th, td { text-align: left; padding: 8px 12px; vertical-align: top; border-top: 1px solid var(--line); }
 thead th { border: 0; color: var(--dim); font-size: 12px; font-weight: 500; }

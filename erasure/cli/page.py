@@ -15,20 +15,15 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #202028; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }}
-img {{ max-width: 100%; }}
-</style>
+<style>{css}</style>
 </head>
-<body>
+<body><main>
 <h1>{title}</h1>
-<p>{about}</p>
-{picture}<table><thead>{head}</thead><tbody>
+<p class="note">{about}</p>
+{picture}<div class="scroll"><table><thead>{head}</thead><tbody>
 {body}
-</tbody></table>
-{links}</body>
+</tbody></table></div>
+{links}</main></body>
 </html>
 """
 
@@ -57,13 +52,17 @@ def write_page(
     Raises:
         UsageError: The file cannot be written.
     """
+    from erasure.eval.report_style import CSS
+
     image = ""
     if picture is not None:
-        image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"></p>\n'
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        image = f'<p><img alt="" style="max-width: 100%" src="data:image/png;base64,{encoded}"></p>\n'
     listed = "".join(
         f'<li><a href="{html.escape(to)}">{html.escape(text)}</a></li>\n' for text, to in (links or {}).items()
     )
     content = PAGE.format(
+        css=CSS,
         title=html.escape(title),
         about=html.escape(about),
         picture=image,
