@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from erasure.assets.build import tokenizer as bpe
-from erasure.assets.build.loop import Checkpoint, batches, cosine, log
+from erasure.assets.build.loop import batches, cosine, log
 from erasure.assets.world import IMAGE_SIZE
+from erasure.training.checkpoint import Checkpoint
 
 WIDTH = 128
 

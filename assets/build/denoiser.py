@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from erasure.assets.build.loop import Checkpoint, batches, log
+from erasure.assets.build.loop import batches, log
 from erasure.assets.build.tokenizer import CONTEXT
 from erasure.assets.scenes import Scene, caption
+from erasure.training.checkpoint import Checkpoint
 
 SCHEDULER: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",

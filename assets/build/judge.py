@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.assets.build.loop import Checkpoint, batches, cosine, log
+from erasure.assets.build.loop import batches, cosine, log
 from erasure.assets.scenes import Scene
 from erasure.assets.world import OBJECTS, STYLES
 from erasure.eval.detectors.canvas import JudgeNetwork, save_judge
+from erasure.training.checkpoint import Checkpoint
 
 
 def labels(scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:

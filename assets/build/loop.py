@@ -1,11 +1,9 @@
-"""What every training script of Canvas shares: seeding, batches of scenes, learning rate, checkpoints."""
+"""What every training script of Canvas shares: batches of scenes, learning rate, log."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,39 +30,6 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 100, floor: float =
         return peak * (step + 1) / warmup
     share = min((step - warmup) / max(steps - warmup, 1), 1.0)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-class Checkpoint:
-    """Resumable training state in one file, written atomically.
-
-    Args:
-        path: The file.
-        parts: Everything with `state_dict` and `load_state_dict`, by name.
-    """
-
-    def __init__(self, path: Path, **parts: Any) -> None:
-        self.path, self.parts = path, parts
-        self.step, self.seconds = 0, 0.0
-        self._started = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def resume(self) -> int:
-        """Load the last saved state, if there is one, and give the step to go on from."""
-        if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.seconds = state["step"], state["seconds"]
-        self._started = time.monotonic() - self.seconds
-        return self.step
-
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps."""
-        self.step, self.seconds = step, time.monotonic() - self._started
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
-        temporary = self.path.with_suffix(".partial")
-        torch.save({**state, "step": step, "seconds": self.seconds}, temporary)
-        os.replace(temporary, self.path)
 
 
 def log(path: Path, **row: Any) -> None:

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
-from erasure.assets.build.loop import Checkpoint, batches, cosine, log
+from erasure.assets.build.loop import batches, cosine, log
+from erasure.training.checkpoint import Checkpoint
 
 CONFIG = {
     "block_out_channels": (16, 32, 64),

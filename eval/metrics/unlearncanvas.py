@@ -15,6 +15,7 @@ retained concepts of a domain are those that are no target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,13 @@ def ua_ira_cra(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> 
 
 
 def average_accuracy(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], seed: int = 0) -> dict[str, Any]:
-    """AA = (UA + IRA + CRA) / 3 with an interval from a bootstrap that draws prompts, targets and others apart."""
+    """AA = (UA + IRA + CRA) / 3 with an interval: the outer bounds of a cluster bootstrap and of MOVER.
+
+    The bootstrap draws prompts, targets and others apart, and so knows that images of a prompt are alike; but it has
+    no width where no image fails, which proves nothing about the next one. MOVER (Zou and Donner 2008) takes its width
+    from the Wilson intervals of the three rates: UA is of other images than the rest, IRA and CRA count as fully
+    correlated.
+    """
     usable = [row for row in rows if row.get("judged") is not None]
     found = ua_ira_cra(usable, targets)
     parts = {name: found[name] for name in ("UA", "IRA", "CRA")}
@@ -153,8 +160,13 @@ def average_accuracy(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target
         return float((totals[:, 1] / totals[:, 0]).mean())
 
     strata = [tuple(sorted(target.name for target in holds(row, targets))) for row in usable]
-    interval = cluster_bootstrap(mean, [row["prompt"] for row in usable], strata=strata, seed=seed)
-    return {**interval._asdict(), "n": len(usable), "interval": "cluster bootstrap by prompt"}
+    drawn = cluster_bootstrap(mean, [row["prompt"] for row in usable], strata=strata, seed=seed)
+    unlearning, inside, across = (weighted_rate(outcomes.hits, outcomes.weights) for outcomes in parts.values())
+    below = math.hypot(unlearning.value - unlearning.low, inside.value - inside.low + across.value - across.low) / 3
+    above = math.hypot(unlearning.high - unlearning.value, inside.high - inside.value + across.high - across.value) / 3
+    low, high = min(drawn.low, drawn.value - below), max(drawn.high, drawn.value + above)
+    row = {"value": drawn.value, "low": max(low, 0.0), "high": min(high, 1.0)}
+    return row | {"n": len(usable), "interval": "outer of cluster bootstrap by prompt and MOVER of Wilson"}
 
 
 def _rate_row(

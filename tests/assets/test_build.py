@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from erasure.assets.build.loop import Checkpoint, batches, cosine
+from erasure.assets.build.loop import batches, cosine
 from erasure.assets.build.tokenizer import words
+from erasure.training.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("step", ["sprites", "vae", "clip", "judge", "denoiser", "export", "evaluate"])

@@ -6,6 +6,7 @@ import pytest
 
 from erasure.errors import EvaluationError
 from erasure.eval.metrics.unlearncanvas import average_accuracy, canvas_metrics, ua_ira_cra
+from erasure.eval.statistics import weighted_rate
 from erasure.eval.suites import Plan, Target
 from erasure.eval.suites.canvas import CanvasSuite
 
@@ -115,6 +116,16 @@ def test_aa_interval_holds_the_value_and_has_width() -> None:
     found = average_accuracy(rows, [CAT])
     assert found["low"] <= found["value"] <= found["high"]
     assert found["low"] < found["high"]
+
+
+def test_aa_interval_has_width_where_nothing_fails_and_no_more_than_the_rates_allow() -> None:
+    rows = oracle({"cat"})
+    found = average_accuracy(rows, [CAT])
+    parts = [
+        weighted_rate(o.hits, o.weights) for name, o in ua_ira_cra(rows, [CAT]).items() if name in ("UA", "IRA", "CRA")
+    ]
+    assert found["value"] == found["high"] == 1
+    assert sum(part.low for part in parts) / 3 < found["low"] < 1
 
 
 def test_suite_finds_concepts_and_groups(world_pipe) -> None:

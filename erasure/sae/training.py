@@ -1,0 +1,255 @@
+"""Train a sparse autoencoder on a stream of activations that is never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import DivergenceError, OptionError
+from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
+from erasure.training.checkpoint import Checkpoint
+
+Stream = Callable[[int], Tensor]
+"""Gives the activations `(tokens, d_in)` of a step: the same whenever asked, so that training resumes exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How an autoencoder is trained."""
+
+    d_sae: int = 8192
+    """Number of latents."""
+    k: int = 32
+    """Latents per token."""
+    batch_topk: bool = True
+    """Keep the k x tokens largest latents of a whole batch, so that rich tokens get more of them, and use thresholds
+    (JumpReLU) afterwards (Bussmann et al. 2024, arXiv 2412.06410). Without it, exactly k of every token."""
+    steps: int = 2000
+    """Optimiser steps."""
+    learning_rate: float = 4e-4
+    """Peak of Adam's learning rate."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.2
+    """Share of the run over which the learning rate falls to zero at its end."""
+    aux_k: int | None = None
+    """Dead latents that reconstruct the error of a token; half of d_in when left out (Gao et al. 2024, A.2)."""
+    aux_coefficient: float = 1 / 32
+    """Weight of that loss (Gao et al. 2024)."""
+    dead_after: int = 200_000
+    """Tokens without firing after which a latent counts as dead."""
+    threshold_decay: float = 0.99
+    """Of the running mean of the least latent kept, which becomes the threshold."""
+    clip: float = 1.0
+    """Greatest norm of the gradient."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Seeds the initial directions."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            OptionError: No steps, or shares outside 0 to 1.
+        """
+        if self.steps < 1 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_decay < 1:
+            raise OptionError(
+                f"steps {self.steps}, decay {self.decay} and threshold_decay {self.threshold_decay}: steps are 1 or "
+                "more, the others shares of 1"
+            )
+
+
+class Losses(NamedTuple):
+    """What a batch gives."""
+
+    total: Tensor
+    """The loss to minimise."""
+    fvu: Tensor
+    """Fraction of variance unexplained, detached."""
+    fired: Tensor
+    """`(d_sae,)` bool: latents that fired on the batch."""
+    least: Tensor
+    """The least latent that was kept, detached: see `TrainingLoss.least_kept`."""
+
+
+class TrainingLoss(nn.Module):
+    """Reconstruction loss of a batch, with dead latents taught to reconstruct what is left of it.
+
+    Args:
+        sae: The autoencoder.
+        options: Of the training.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, options: TrainingOptions) -> None:
+        super().__init__()
+        self.sae, self.options = sae, options
+        self.silent: Tensor
+        self.register_buffer("silent", torch.zeros(sae.config.d_sae, dtype=torch.int64))
+        self.least: Tensor
+        self.register_buffer("least", torch.tensor(-1.0))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Losses:
+        """Of activations `(tokens, d_in)`, scaled to a mean square of 1 per dimension."""
+        x = x * self.scale
+        before = self.sae.pre_activations(x)
+        values, indices, offsets = keep_largest(before, self.sae.config.k, self.options.batch_topk)
+        error = x - (sparse_decode(values, indices, offsets, self.sae.W_dec) + self.sae.b_dec)
+        fvu = variance_share(error, x)
+        total = fvu + self.options.aux_coefficient * self.dead_loss(before, error.detach())
+        fired = torch.zeros(self.sae.config.d_sae, dtype=torch.bool, device=x.device)
+        fired[indices[values > 0]] = True
+        return Losses(total, fvu.detach(), fired, self.least_kept(values.detach()))
+
+    def least_kept(self, values: Tensor) -> Tensor:
+        """Where latents start to be kept: the least of the batch, or the mean over tokens of each one's least."""
+        if not self.options.batch_topk:
+            return values.view(-1, self.sae.config.k).min(1).values.mean()
+        kept = values[values > 0]
+        return kept.min() if len(kept) else values.new_tensor(0.0)
+
+    def dead_loss(self, before: Tensor, error: Tensor) -> Tensor:
+        """How badly the best dead latents reconstruct `error`, the target minus the reconstruction; 0 with none dead.
+
+        Args:
+            before: Latents before the activation function, `(tokens, d_sae)`.
+            error: `(tokens, d_in)`, detached.
+        """
+        dead = self.silent > self.options.dead_after
+        count = int(dead.sum())
+        if count == 0:
+            return before.new_tensor(0.0)
+        wanted = self.options.aux_k or max(self.sae.config.d_in // 2, 1)
+        k = min(wanted, count)
+        values, indices, offsets = keep_largest(before.masked_fill(~dead, -torch.inf), k, batch=False)
+        left = error - sparse_decode(values, indices, offsets, self.sae.W_dec)
+        return min(count / wanted, 1.0) * variance_share(left, error).nan_to_num(0.0)
+
+    @torch.no_grad()
+    def count(self, fired: Tensor, tokens: int, least: Tensor) -> None:
+        """Note which latents fired among so many tokens, and the least value kept."""
+        self.silent += tokens
+        self.silent[fired] = 0
+        first = self.least < 0
+        decay = self.options.threshold_decay
+        self.least.copy_(torch.where(first, least, decay * self.least + (1 - decay) * least))
+
+
+def keep_largest(before: Tensor, k: int, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest latents, as `sparse_decode` takes them: values, indices, offsets.
+
+    Args:
+        before: `(tokens, d_sae)` before the activation function.
+        k: How many per token.
+        batch: On average over the batch instead of exactly.
+    """
+    tokens, width = before.shape
+    starts = torch.arange(tokens, device=before.device)
+    if not batch:
+        values, indices = before.topk(k, dim=1, sorted=False)
+        return values.relu().flatten(), indices.flatten(), starts * k
+    flat = before.flatten()
+    _, chosen = flat.topk(min(k * tokens, flat.numel()), sorted=False)
+    chosen = chosen.sort().values
+    return flat[chosen].relu(), chosen % width, torch.searchsorted(chosen // width, starts)
+
+
+def variance_share(error: Tensor, target: Tensor) -> Tensor:
+    """Fraction of the variance of `target` that is left in `error`, both `(tokens, dim)`."""
+    return error.pow(2).sum() / (target - target.mean(0)).pow(2).sum()
+
+
+class SAETrainer:
+    """Train an autoencoder, on one process or under `accelerate launch` on many.
+
+    Args:
+        stream: Activations by step; with several processes each one's own.
+        options: How.
+        folder: Where checkpoints go; none are written when left out.
+        accelerator: Of accelerate; a new one when left out. Its trackers are told of every step.
+    """
+
+    def __init__(
+        self, stream: Stream, options: TrainingOptions, *, folder: Path | None = None, accelerator: Any = None
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.stream, self.options = stream, options
+        self.accelerator = accelerator or Accelerator()
+        sample = stream(0)
+        architecture = "jumprelu" if options.batch_topk else "topk"
+        config = SAEConfig(d_in=sample.shape[1], d_sae=options.d_sae, k=options.k, architecture=architecture)  # type: ignore[arg-type]
+        self.sae = SparseAutoencoder(config)
+        self.losses = TrainingLoss(self.sae, options)
+        self.losses.scale.copy_((sample.shape[1] / sample.float().pow(2).sum(1).mean()).sqrt())
+        self.sae.initialise(sample.float().cpu() * self.losses.scale, torch.Generator().manual_seed(options.seed))
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=options.learning_rate, betas=(0.9, 0.999))
+        self.state = None
+        if folder is not None:
+            self.state = Checkpoint(folder / "training.ckpt", losses=self.losses, optimiser=self.optimiser)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, constant, then linear to zero."""
+        options = self.options
+        rise = (step + 1) / max(options.warmup, 1)
+        fall = (options.steps - step) / max(options.decay * options.steps, 1)
+        return options.learning_rate * min(1.0, rise, fall)
+
+    def train(self, progress: Callable[[float], None] = lambda share: None) -> SparseAutoencoder:
+        """Train to the end, from the last checkpoint on if there is one.
+
+        Returns:
+            The autoencoder for unscaled activations, with thresholds and, in its metadata, the last figures.
+
+        Raises:
+            DivergenceError: The loss is NaN or infinite.
+        """
+        start = self.state.resume() if self.state else 0
+        losses, optimiser = self.accelerator.prepare(self.losses, self.optimiser)
+        row: dict[str, float] = {}
+        for step in range(start, self.options.steps):
+            row = self.step(losses, optimiser, self.stream(step), step)
+            self.accelerator.log(row, step=step)
+            progress((step + 1) / self.options.steps)
+            if self.state and self.accelerator.is_main_process and (step + 1) % self.options.save_every == 0:
+                self.state.save(step + 1)
+        self.sae.threshold.fill_(max(float(self.losses.least), 0.0))
+        self.sae.fold_scale(float(self.losses.scale))
+        self.sae.config.metadata.update({**row, "steps": self.options.steps})
+        return self.sae.eval().requires_grad_(False)
+
+    def step(self, losses: nn.Module, optimiser: Any, x: Tensor, step: int) -> dict[str, float]:
+        """One optimiser step; returns its figures."""
+        for group in optimiser.param_groups:
+            group["lr"] = self.learning_rate(step)
+        found: Losses = losses(x.to(self.accelerator.device, torch.float32))
+        if not torch.isfinite(found.total):
+            raise DivergenceError(
+                f"the loss is {found.total.item()} at step {step}: lower learning_rate (now "
+                f"{self.options.learning_rate:g}), or look for NaN in the activations"
+            )
+        optimiser.zero_grad()
+        self.accelerator.backward(found.total)
+        decoder = self.sae.W_dec
+        assert decoder.grad is not None
+        # What would change the length of a row is undone by the renormalisation, and would only fill Adam's moments.
+        with torch.no_grad():
+            decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
+        self.accelerator.clip_grad_norm_(self.sae.parameters(), self.options.clip)
+        optimiser.step()
+        self.sae.normalise()
+        tokens = torch.tensor(len(x), device=x.device)
+        fired, least = found.fired.long(), found.least
+        if self.accelerator.num_processes > 1:
+            fired, tokens = self.accelerator.reduce(fired), self.accelerator.reduce(tokens)
+            least = self.accelerator.reduce(least, reduction="mean")
+        self.losses.count(fired > 0, int(tokens), least)
+        dead = (self.losses.silent > self.options.dead_after).float().mean()
+        return {"fvu": float(found.fvu), "loss": float(found.total.detach()), "dead": float(dead)}
