@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from erasure.assets.world import ANCHORS, OBJECTS, STYLES, UNSAFE
 from erasure.attach import ErasureManager
 from erasure.concept import Concept, Kind
 from erasure.eval import evaluate
+from erasure.eval.metrics.unlearncanvas import average_interval
 from erasure.eval.results import Results
+from erasure.eval.statistics import Interval, cluster_bootstrap, wilson
 
 TUNED_ON = ("cat", "gun", "ink")
 """Concepts that defaults were chosen on; the table reports the others separately."""
@@ -52,32 +54,41 @@ def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int,
 
 
 def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Means over concepts with 95 % intervals (bootstrap over concepts), by strategy and group of concepts."""
+    """Means over concepts with 95 % intervals, by strategy and group of concepts.
+
+    Intervals are the outer bounds of a bootstrap over concepts and of Wilson's interval over all their images, because
+    a bootstrap has no width where nothing fails.
+    """
     groups = {
         "objects": [name for name in OBJECTS if name not in TUNED_ON],
         "styles": [name for name in STYLES if name not in TUNED_ON],
-        "weapons": [name for name in UNSAFE if name not in TUNED_ON],
+        "weapons, counted above too": [name for name in UNSAFE if name not in TUNED_ON],
         f"tuned on ({', '.join(TUNED_ON)})": list(TUNED_ON),
     }
-    rng, made = np.random.default_rng(0), []
+    made = []
     for strategy in strategies:
         for group, names in groups.items():
-            values: dict[str, list[float]] = defaultdict(list)
-            for name in names:
-                folder = out / f"{name}-{strategy}"
-                found = Results.load(folder / "results.json")
-                for rate in RATES:
-                    values[rate].append(found.get(rate)["value"])
-                config = json.loads((folder / "erasure" / "erasure_config.json").read_text())
-                values["seconds"].append(config["cost"]["seconds"])
-                values["kB"].append(sum(f.stat().st_size for f in (folder / "erasure").iterdir()) / 1000)
+            folders = [out / f"{name}-{strategy}" for name in names]
+            results = [Results.load(folder / "results.json") for folder in folders]
             row: dict[str, Any] = {"strategy": strategy, "concepts": f"{group}: {len(names)}"}
-            for key, found_values in values.items():
-                sample = np.asarray(found_values)
-                means = sample[rng.integers(len(sample), size=(2000, len(sample)))].mean(1)
-                row[key] = (float(sample.mean()), *np.quantile(means, [0.025, 0.975]).tolist())
+            pooled: list[Interval] = []
+            for rate in RATES:
+                found = [result.get(rate) for result in results]
+                values, images = [part["value"] for part in found], sum(part["n"] for part in found)
+                spread = average_interval(*pooled) if rate == "AA" else wilson(float(np.mean(values)) * images, images)
+                pooled.append(spread)
+                drawn = cluster_bootstrap(partial(_mean_at, np.asarray(values)), range(len(names)))
+                row[rate] = Interval(drawn.value, min(drawn.low, spread.low), max(drawn.high, spread.high))
+            costs = [json.loads((f / "erasure" / "erasure_config.json").read_text())["cost"] for f in folders]
+            row["seconds"] = float(np.mean([cost["seconds"] for cost in costs]))
+            sizes = [sum(f.stat().st_size for f in (folder / "erasure").iterdir()) for folder in folders]
+            row["kB"] = float(np.mean(sizes)) / 1000
             made.append(row)
     return made
+
+
+def _mean_at(values: np.ndarray, index: np.ndarray) -> float:
+    return float(values[index].mean())
 
 
 def per_concept(out: Path, strategies: tuple[str, ...]) -> str:
@@ -99,8 +110,6 @@ def markdown(table: list[dict[str, Any]]) -> str:
     """The means over concepts, as they stand in the README."""
     lines = ["| method | concepts | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|---|"]
     for row in table:
-        rates = " | ".join(f"{row[k][0]:.3f} ({row[k][1]:.2f}-{row[k][2]:.2f})" for k in RATES)
-        lines.append(
-            f"| `{row['strategy']}` | {row['concepts']} | {rates} | {row['seconds'][0]:.1f} | {row['kB'][0]:.0f} |"
-        )
+        rates = " | ".join(f"{row[k].value:.3f} ({row[k].low:.2f}-{row[k].high:.2f})" for k in RATES)
+        lines.append(f"| `{row['strategy']}` | {row['concepts']} | {rates} | {row['seconds']:.1f} | {row['kB']:.0f} |")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from erasure.errors import EvaluationError
-from erasure.eval.statistics import cluster_bootstrap, holm, mcnemar_exact, transitions, weighted_rate
+from erasure.eval.statistics import Interval, cluster_bootstrap, holm, mcnemar_exact, transitions, weighted_rate
 from erasure.eval.suites import Plan, Rows, Target
 
 OTHER = {"object": "style", "style": "object"}
@@ -139,9 +139,8 @@ def average_accuracy(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target
     """AA = (UA + IRA + CRA) / 3 with an interval: the outer bounds of a cluster bootstrap and of MOVER.
 
     The bootstrap draws prompts, targets and others apart, and so knows that images of a prompt are alike; but it has
-    no width where no image fails, which proves nothing about the next one. MOVER (Zou and Donner 2008) takes its width
-    from the Wilson intervals of the three rates: UA is of other images than the rest, IRA and CRA count as fully
-    correlated.
+    no width where no image fails, which proves nothing about the next one. MOVER takes its width from the Wilson
+    intervals of the three rates.
     """
     usable = [row for row in rows if row.get("judged") is not None]
     found = ua_ira_cra(usable, targets)
@@ -161,12 +160,21 @@ def average_accuracy(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target
 
     strata = [tuple(sorted(target.name for target in holds(row, targets))) for row in usable]
     drawn = cluster_bootstrap(mean, [row["prompt"] for row in usable], strata=strata, seed=seed)
-    unlearning, inside, across = (weighted_rate(outcomes.hits, outcomes.weights) for outcomes in parts.values())
-    below = math.hypot(unlearning.value - unlearning.low, inside.value - inside.low + across.value - across.low) / 3
-    above = math.hypot(unlearning.high - unlearning.value, inside.high - inside.value + across.high - across.value) / 3
-    low, high = min(drawn.low, drawn.value - below), max(drawn.high, drawn.value + above)
-    row = {"value": drawn.value, "low": max(low, 0.0), "high": min(high, 1.0)}
-    return row | {"n": len(usable), "interval": "outer of cluster bootstrap by prompt and MOVER of Wilson"}
+    spread = average_interval(*(weighted_rate(outcomes.hits, outcomes.weights) for outcomes in parts.values()))
+    low, high = min(drawn.low, spread.low), max(drawn.high, spread.high)
+    interval = "outer of cluster bootstrap by prompt and MOVER of Wilson"
+    return {"value": drawn.value, "low": low, "high": high, "n": len(usable), "interval": interval}
+
+
+def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
+    """Mean of the three rates with MOVER's interval (Zou and Donner 2008), from the intervals of each.
+
+    UA is of other images than the rest and so independent; IRA and CRA count as fully correlated.
+    """
+    value = (ua.value + ira.value + cra.value) / 3
+    below = math.hypot(ua.value - ua.low, ira.value - ira.low + cra.value - cra.low) / 3
+    above = math.hypot(ua.high - ua.value, ira.high - ira.value + cra.high - cra.value) / 3
+    return Interval(value, max(value - below, 0.0), min(value + above, 1.0))
 
 
 def _rate_row(
