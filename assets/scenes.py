@@ -159,3 +159,9 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
         words.append(noun_phrase(name))
     phrase = words[0] if len(words) == 1 else pick(PAIR_PHRASES).format(left=words[0], right=words[1])
     return pick(TEMPLATES).format(object=phrase, style=scene.style, background=scene.background)
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """Captions of random scenes, and now and then the empty prompt: what a text tower of Canvas sees."""
+    rng = np.random.default_rng(seed)
+    return ["" if rng.random() < 0.01 else caption(sample_scene(rng), rng) for _ in range(count)]

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "compare": "results side by side",
     "info": "what an erasure is and holds",
     "bench": "overhead and cost on this machine",
+    "sae": "train or look at a sparse autoencoder of a text tower",
 }
 """Commands by name with what they do; `erasure/cli/NAME.py` holds each."""
 

@@ -225,6 +225,11 @@ class SAETrainer:
         self.sae.config.metadata.update({**row, "steps": self.options.steps})
         return self.sae.eval().requires_grad_(False)
 
+    def discard_checkpoint(self) -> None:
+        """Remove the checkpoint, once the result is kept."""
+        if self.state:
+            self.state.path.unlink(missing_ok=True)
+
     def step(self, losses: nn.Module, optimiser: Any, x: Tensor, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures."""
         for group in optimiser.param_groups:

@@ -1,0 +1,180 @@
+"""`erasure sae`: train a sparse autoencoder of a text tower, and look at one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from erasure.cli.models import ModelOptions, canvas_facts, open_model
+from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+
+ACTIONS = {"train": "train one on the prompts of a file", "info": "what one is, and how well it describes a model"}
+HELD_OUT = 1_000_000
+"""Step of the stream from which on nothing is trained on."""
+
+
+@dataclass(kw_only=True)
+class TowerOptions:
+    """Where activations come from."""
+
+    prompts: Path | None = None
+    """Text file, one prompt per line. An embedded model brings its own."""
+    tower: str = "text_encoder"
+    """Component of the pipeline: text_encoder, text_encoder_2, ..."""
+    layer: int | None = None
+    """Block whose output is read, from 0 on; two thirds of the way when left out."""
+    prompts_per_step: int = 64
+    """Prompts encoded at each step."""
+
+
+@dataclass(kw_only=True)
+class InfoOptions(TowerOptions):
+    """Show what an autoencoder is; with --model, measure it on held-out draws of the prompts."""
+
+    sae: tyro.conf.Positional[Path]
+    """Folder of the autoencoder: of sae-lens, sparsify or OpenAI's layout."""
+    model: str | None = None
+    """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(kw_only=True)
+class OutOptions(ModelOptions):
+    """Train a sparse autoencoder on the activations of a text tower; run again, it goes on where it stopped."""
+
+    out: Path
+    """Folder of the autoencoder, in sae-lens' layout."""
+    precision: Literal["float32", "float16"] = "float16"
+    """Of the file."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<6} {what}" for name, what in ACTIONS.items())
+        usage = "usage: erasure sae ACTION [options]"
+        print(f"{usage}\n\nactions:\n{rows}\n\nThe options of each: erasure sae ACTION --help")
+        return
+    action, *rest = argv
+    if action not in ACTIONS:
+        raise UsageError(f"unknown action {action!r}; there are {', '.join(ACTIONS)}; see: erasure sae --help")
+    (train if action == "train" else info)(rest, terminal)
+
+
+def train(argv: Sequence[str], terminal: Terminal) -> None:
+    """`erasure sae train`."""
+    import torch
+
+    from erasure.sae import SAETrainer, TrainingOptions, save
+    from erasure.sae.quality import quality
+
+    every = dataclasses.make_dataclass(
+        "Train",
+        [
+            ("command", Annotated[OutOptions, tyro.conf.FlagCreatePairsOff]),
+            ("tower", TowerOptions),
+            ("training", TrainingOptions, field(default_factory=TrainingOptions)),
+        ],
+        namespace={"__doc__": OutOptions.__doc__},
+    )
+    parsed: Any = parse(every, "sae train", argv, negatable=True)
+    options: OutOptions = parsed.command
+    terminal.json_only = options.json
+    output_folder(options.out, may_hold=True)
+    pipe = open_model(options)
+    stream, place = open_stream(pipe, options.model, parsed.tower, parsed.training.seed + process()[0])
+    with terminal.progress(1) as progress:
+        progress.stage("training")
+        trainer = SAETrainer(stream, parsed.training, folder=options.out)
+        with progress.part() as report:
+            sae = trainer.train(report)
+    sae.config.metadata.update(place)
+    found = quality(sae, lambda step: stream(HELD_OUT + step))._asdict()
+    sae.config.metadata.update(found)
+    if is_main_process():
+        save(sae, options.out, getattr(torch, options.precision))
+        trainer.discard_checkpoint()
+    show(options.out, sae.config, found, terminal, as_json=options.json)
+
+
+def info(argv: Sequence[str], terminal: Terminal) -> None:
+    """`erasure sae info`."""
+    options = parse(InfoOptions, "sae info", argv)
+    terminal.json_only = options.json
+    from erasure.sae import load
+    from erasure.sae.quality import quality
+
+    sae = load(options.sae)
+    found = {}
+    if options.model is not None:
+        layer = sae.config.metadata.get("layer") if options.layer is None else options.layer
+        tower = dataclasses.replace(options, layer=layer)
+        stream, _ = open_stream(open_model(ModelOptions(model=options.model)), options.model, tower, 0)
+        found = quality(sae, lambda step: stream(HELD_OUT + step))._asdict()
+    show(options.sae, sae.config, found, terminal, as_json=options.json)
+
+
+def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The activations of a pipeline, and what to write down about where they come from.
+
+    Raises:
+        UsageError: No such tower, no prompts, or a file that cannot be read.
+    """
+    from erasure.backbones import backbone_for
+    from erasure.sae.stream import TokenStream
+
+    towers = {tower.component: tower for tower in backbone_for(pipe).towers}
+    if options.tower not in towers:
+        raise UsageError(f"--tower {options.tower} is not in this pipeline; there are {', '.join(towers)}")
+    tower = towers[options.tower]
+    layer = 2 * len(tower.blocks) // 3 if options.layer is None else options.layer
+    prompts = read_prompts(options.prompts, bool(canvas_facts(model)))
+    stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
+    place = {
+        "model_name": Path(model).name if Path(model).is_absolute() else model,
+        "hook_name": f"{options.tower}/encoder.layers.{layer}", "layer": layer,
+        "positions": "all but the start token, 10 % of padding", "pad_policy": "max_length",
+    }  # fmt: skip
+    return stream, place
+
+
+def read_prompts(file: Path | None, embedded: bool) -> list[str]:
+    """The prompts of a file, or captions of the embedded world.
+
+    Raises:
+        UsageError: Neither, or the file cannot be read.
+    """
+    if file is None:
+        if not embedded:
+            raise UsageError("--prompts FILE is needed: a text file, one prompt per line")
+        from erasure.assets.scenes import captions
+
+        return captions(20_000, seed=0)
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {file} cannot be read: {error}") from error
+    if not found:
+        raise UsageError(f"--prompts {file} holds no prompt")
+    return found
+
+
+def show(folder: Path, config: Any, found: dict[str, Any], terminal: Terminal, *, as_json: bool) -> None:
+    """Print what an autoencoder is and how good."""
+    facts = {
+        "folder": str(folder), "architecture": config.architecture, "d_in": config.d_in, "d_sae": config.d_sae,
+        "k": config.k, **config.metadata, **found,
+    }  # fmt: skip
+    if as_json:
+        terminal.result(facts)
+        return
+    rows = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in facts.items()]
+    terminal.table(("autoencoder", ""), rows)

@@ -1,0 +1,79 @@
+"""`erasure sae` on a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from erasure.cli.main import main
+from erasure.sae import load
+
+SMALL = ["--d-sae", "64", "--k", "4", "--steps", "30", "--prompts-per-step", "4", "--layer", "0"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\na photo of a dog\nvan gogh painting\na house in ink style\n")
+    return file
+
+
+def test_train_and_info(
+    tiny_pipe_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sae"
+    arguments = ["sae", "train", "--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--out", str(out)]
+    assert main([*arguments, *SMALL, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert sorted(file.name for file in out.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert (made["d_sae"], made["k"], made["layer"], made["architecture"]) == (64, 4, 0, "jumprelu")
+    assert made["model_name"] == tiny_pipe_folder.name
+    assert 0 < made["fvu"] < 1
+    assert load(out).config.metadata["hook_name"] == "text_encoder/encoder.layers.0"
+
+    assert main(["sae", "info", str(out)]) == 0
+    assert "jumprelu" in capsys.readouterr().out
+    measured = ["sae", "info", str(out), "--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--json"]
+    assert main([*measured, "--prompts-per-step", "4"]) == 0
+    # The file holds half precision.
+    assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(made["fvu"], rel=0.05)
+
+
+def test_topk_can_be_asked_for(tiny_pipe_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--out", str(tmp_path / "sae")]
+    assert main(["sae", "train", *arguments, *SMALL, "--no-batch-topk"]) == 0
+    assert load(tmp_path / "sae").config.architecture == "topk"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sae", "melt"], "unknown action 'melt'"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT"], "--prompts FILE is needed"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "gone.txt"], "cannot be read"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--layer", "9"], "no block 9"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--tower", "x"], "--tower x"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--k", "0"], "cannot be"),
+        (["sae", "info", "OUT"], "holds no autoencoder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    tiny_pipe_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"MODEL": str(tiny_pipe_folder), "OUT": str(tmp_path / "out"), "FILE": str(prompts)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("erasure: error:")
+    assert message in said
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae", "--help"]) == 0
+    assert "train" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""Activations of a text tower as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from erasure.backbones import TextTower, backbone_for
+from erasure.errors import NoMatchingModuleError, OptionError, WrongBaseError
+from erasure.sae import SparseAutoencoder
+from erasure.sae.quality import quality
+from erasure.sae.stream import TokenStream, activations, captured, token_mask
+
+PROMPTS = ["a cat", "a photo of a dog on a white background", "", "van gogh"]
+
+
+@pytest.fixture
+def tower(tiny_pipe: Any) -> TextTower:
+    return backbone_for(tiny_pipe).towers[0]
+
+
+@torch.no_grad()
+def test_activations_are_the_hidden_states_of_transformers(tower: TextTower) -> None:
+    tokens = tower.tokenize(PROMPTS)
+    expected = tower.module(tokens.ids, output_hidden_states=True).hidden_states
+    for layer in range(len(tower.blocks) - 1):
+        torch.testing.assert_close(activations(tower, layer, tokens), expected[layer + 1], rtol=0, atol=0)
+
+
+def test_the_tower_is_left_as_it_was(tower: TextTower) -> None:
+    tokens = tower.tokenize(PROMPTS)
+    before = tower.encode(tokens)
+    TokenStream(tower, 0, PROMPTS, batch_size=2)(0)
+    assert torch.equal(tower.encode(tokens), before)
+    with pytest.raises(RuntimeError), captured(tower.blocks[0]):
+        raise RuntimeError
+    assert torch.equal(tower.encode(tokens), before)
+
+
+def test_a_step_gives_the_same_tokens_whenever_it_is_asked(tower: TextTower) -> None:
+    stream = TokenStream(tower, 0, PROMPTS, batch_size=3, seed=4)
+    first, other, again = stream(7), stream(8), TokenStream(tower, 0, PROMPTS, batch_size=3, seed=4)(7)
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert not torch.equal(TokenStream(tower, 0, PROMPTS, batch_size=3, seed=5)(7)[:2], first[:2])
+
+
+def test_words_and_the_end_are_kept_the_start_is_not(tower: TextTower) -> None:
+    tokens = tower.tokenize(PROMPTS)
+    mask = token_mask(tokens)
+    assert mask.sum(1).tolist() == [length - 1 for length in tokens.lengths]
+    assert not mask[:, 0].any()
+    only = TokenStream(tower, 0, PROMPTS[:1], batch_size=1, pad_share=0)(0)
+    torch.testing.assert_close(only, activations(tower, 0, tower.tokenize(PROMPTS[:1]))[0, 1 : tokens.lengths[0]])
+
+
+def test_a_share_of_the_padding_is_kept(tower: TextTower) -> None:
+    whole = TokenStream(tower, 0, PROMPTS[:1], batch_size=8, pad_share=1)(0)
+    assert len(whole) == 8 * (tower.max_length - 1)
+    words = tower.tokenize(PROMPTS[:1]).lengths[0] - 1
+    some = len(TokenStream(tower, 0, PROMPTS[:1], batch_size=64, pad_share=0.1)(0)) / 64
+    assert words + 3 < some < words + 12
+
+
+@pytest.mark.parametrize("layer", [-1, 99])
+def test_a_layer_that_is_not_there_is_refused(tower: TextTower, layer: int) -> None:
+    with pytest.raises(NoMatchingModuleError, match=f"no block {layer}"):
+        TokenStream(tower, layer, PROMPTS)
+
+
+def test_no_prompts_are_refused(tower: TextTower) -> None:
+    with pytest.raises(OptionError, match="prompts"):
+        TokenStream(tower, 0, [])
+
+
+def test_quality_against_plain_arithmetic(make_sae: Callable[..., SparseAutoencoder]) -> None:
+    sae = make_sae("jumprelu")
+    stream = lambda step: torch.randn(50, 12, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    found = quality(sae, stream, 3)
+    x = torch.cat([stream(i) for i in range(3)]).double()
+    latents = sae.encode(x.float())
+    assert found.fvu == pytest.approx(
+        float((x - sae.decode(latents)).pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-4
+    )
+    assert found.latents_per_token == pytest.approx(float((latents > 0).sum(1).double().mean()))
+    assert found.silent == pytest.approx(float((latents == 0).all(0).double().mean()))
+    assert found.tokens == 150
+
+
+def test_a_dictionary_of_another_width_is_refused(make_sae: Callable[..., SparseAutoencoder]) -> None:
+    with pytest.raises(WrongBaseError, match="width 12"):
+        quality(make_sae(), lambda step: torch.randn(4, 13), 1)
