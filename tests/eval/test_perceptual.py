@@ -45,7 +45,6 @@ def test_lpips_with_a_module_averages_over_pairs() -> None:
 
 
 def test_fid_of_torchmetrics_agrees_with_ours_on_the_same_features() -> None:
-    pytest.importorskip("torchmetrics.image.fid")
     real, fake = noise(40, 0), noise(30, 1, shift=60)
     value, recipe = inception_fid(real, fake, feature=Means())
     features = [np.stack([np.asarray(i, dtype=np.float64).mean((0, 1)) for i in images]) for images in (real, fake)]
@@ -56,7 +55,6 @@ def test_fid_of_torchmetrics_agrees_with_ours_on_the_same_features() -> None:
 
 
 def test_few_images_are_refused_unless_told() -> None:
-    pytest.importorskip("torchmetrics.image.fid")
     with pytest.raises(EvaluationError, match="at least 6 images"):
         inception_fid(noise(5, 0), noise(5, 1), feature=Means())
     assert inception_fid(noise(5, 0), noise(5, 1), feature=Means(), allow_small=True)[1]["small_sample"] is True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from erasure.attach import ErasureManager
@@ -224,7 +225,16 @@ evaluate(pipe, size="full", judge=helpers.colour_judge, baseline_cache=work / "c
 """
 
 
-def test_two_processes_give_what_one_gives(erased_pipe, measure, tmp_path) -> None:
+@pytest.fixture
+def one_thread():
+    """As many threads as each of several processes has: more of them add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_give_what_one_gives(erased_pipe, measure, tmp_path, one_thread) -> None:
     single = measure(erased_pipe, batch_size=1)
     work = tmp_path / "two"
     work.mkdir()
