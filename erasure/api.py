@@ -17,7 +17,8 @@ from erasure import modules
 from erasure.artifact import Erasure, ErasureConfig, default_name, library_versions
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
-from erasure.carriers.weights import WeightEdits, fingerprint
+from erasure.carriers.edits import Edits
+from erasure.carriers.weights import fingerprint
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, UnsupportedModelError
 from erasure.strategies import get
@@ -170,15 +171,25 @@ def _refuse_quantised(backbone: Backbone) -> None:
             )
 
 
-def _base(pipe: DiffusionPipeline, edits: WeightEdits) -> dict[str, Any]:
+def _base(pipe: DiffusionPipeline, edits: Edits) -> dict[str, Any]:
     tensors = {}
-    for key in edits.parameters:
+    for key in (*edits.parameters, *_read_parameters(pipe, edits)):
         component, path = key.split("/", 1)
         tensors[key] = fingerprint(modules.parameter(getattr(pipe, component), path))
     model = str(pipe.config.get("_name_or_path") or "")
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
     return {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+
+
+def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
+    """The parameters of the blocks whose output is edited: features mean nothing in another model's."""
+    found = []
+    for key in edits.features:
+        component, block = key.split("/", 1)
+        known = modules.canonical_parameters(getattr(pipe, component))
+        found += [f"{component}/{path}" for path in known if path.startswith(block + ".")]
+    return found
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from erasure.carriers.weights import LowRank, WeightEdits
+from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, ConceptError, DivergenceError
 
@@ -120,7 +120,7 @@ class Erasure:
         edits: The tensors.
     """
 
-    def __init__(self, config: ErasureConfig, edits: WeightEdits) -> None:
+    def __init__(self, config: ErasureConfig, edits: Edits) -> None:
         self.config, self.edits = config, edits
 
     def __repr__(self) -> str:
@@ -236,13 +236,17 @@ class Erasure:
             ) from error
         deltas = _read_tensors(folder / DELTA_FILE) if (folder / DELTA_FILE).is_file() else {}
         lora = _read_tensors(folder / LORA_FILE) if (folder / LORA_FILE).is_file() else {}
-        edits = WeightEdits.from_state_dicts(deltas, lora)
+        edits = Edits.from_state_dicts(deltas, lora)
         expected, found = set(config.base.get("tensors", {})), set(edits.parameters)
         if sorted(config.carriers) != sorted(edits.carriers):
             raise ArtifactError(
                 f"{folder}: the config names the carriers {config.carriers}, the tensors are {edits.carriers}: "
                 "files of different erasures are mixed or one is missing; fetch or make it again"
             )
+        # Feature edits know their base by the parameters of their block.
+        below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
+        expected -= set().union(*below.values()) - found
+        found |= {block for block, known in below.items() if not known}
         if expected != found:
             lost, extra = sorted(expected - found), sorted(found - expected)
             raise ArtifactError(

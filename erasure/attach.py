@@ -23,6 +23,7 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
+from erasure.sae.detection import Detection, prompt_scores
 from erasure.state import Attached, ComponentState
 
 _NAMES = "_erasure_names"
@@ -153,6 +154,8 @@ class ErasureManager:
         edits = attached.erasure.edits.of(component)
         if refuse_unwritable(component, module, edits):
             attached.adapters.add(component)
+        for path in attached.erasure.edits.features_of(component):
+            modules.require_block(module, path, component)
         state = ComponentState.of(module) or ComponentState(component)
         prefix = component + "/"
         digests = attached.erasure.config.base.get("tensors", {})
@@ -291,6 +294,28 @@ class ErasureManager:
             self._attached()[name].fused = False
         self._refresh()
 
+    def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
+        """How surely prompts hold the concepts of the attached feature erasures (`itd`), by concept, for each prompt.
+
+        Raises:
+            AttachError: None of the attached erasures can tell.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        towers = {tower.component: tower for tower in backbone_for(self.pipe).towers}
+        found: list[dict[str, Detection]] = [{} for _ in texts]
+        known = [erasure for erasure in self.erasures.values() if erasure.edits.features]
+        if not known:
+            raise AttachError("no attached erasure can tell concepts in prompts: attach one that was made with itd")
+        with modules.without_offloading(self.pipe), self.disabled():
+            for erasure in known:
+                for key, edit in erasure.edits.features.items():
+                    component, path = key.split("/", 1)
+                    scores = prompt_scores(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
+                    for row, each in zip(scores.tolist(), found, strict=True):
+                        for concept, score, gate in zip(erasure.concepts, row, edit.gate.tolist(), strict=True):
+                            each[concept.target] = Detection(score, gate)
+        return found
+
     # Proof --------------------------------------------------------------------------------------------------------
 
     def verify(self) -> int:
@@ -317,7 +342,7 @@ class ErasureManager:
         """Raise `AttachError` when stock files cannot hold what is in force, because it is more than plain weights."""
         for name in self.active_erasures():
             attached = self._attached()[name]
-            what = "pins prompts" if attached.erasure.edits.pinned else "is an adapter" if attached.adapters else None
+            what = "is an adapter" if attached.adapters else attached.erasure.edits.beyond_weights
             if what is not None:
                 raise AttachError(
                     f"{name!r} {what} besides the weights, which the files of a stock pipeline cannot hold: use "

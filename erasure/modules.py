@@ -16,6 +16,8 @@ from diffusers.hooks import ModelHook
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from erasure.errors import NoMatchingModuleError
+
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,6 +59,18 @@ def parameter(component: nn.Module, path: str) -> Tensor:
     if not isinstance(found, Tensor):
         raise AttributeError(f"{type(module).__name__} at {owner!r} has no parameter {name!r}")
     return found
+
+
+def require_block(component: nn.Module, path: str, name: str) -> nn.Module:
+    """A block of a text encoder by path.
+
+    Raises:
+        NoMatchingModuleError: There is none.
+    """
+    try:
+        return transformer_root(component).get_submodule(path)
+    except AttributeError:
+        raise NoMatchingModuleError(f"{name} has no {path!r}: the erasure was made for another architecture") from None
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -9,7 +9,10 @@ from torch import nn
 from erasure import modules
 from erasure.artifact import Erasure
 from erasure.carriers.activations import Pinned, PinnedPrompts
-from erasure.carriers.weights import ComponentWeights, LowRank, Terms
+from erasure.carriers.edits import LowRank
+from erasure.carriers.features import EditedFeatures
+from erasure.carriers.features import Terms as FeatureTerms
+from erasure.carriers.weights import ComponentWeights, Terms
 from erasure.errors import VerificationError
 
 _ATTRIBUTE = "_erasures"
@@ -72,6 +75,14 @@ class ComponentState:
         pinned = (attached.erasure.edits.pinned for attached in self.in_force().values())
         return [pins[self.component] for pins in pinned if self.component in pins]
 
+    def features(self) -> dict[str, FeatureTerms]:
+        """The feature edits of every block, by name of the erasure."""
+        found: dict[str, FeatureTerms] = {}
+        for _, attached in sorted(self.in_force().items()):
+            for path, edit in attached.erasure.edits.features_of(self.component).items():
+                found.setdefault(path, []).append((attached.strength, edit))
+        return found
+
     def refresh(self, module: nn.Module) -> None:
         """Bring the module in line with what must be in force.
 
@@ -84,6 +95,7 @@ class ComponentState:
             if self.component in attached.adapters:
                 modules.scale_lora(module, name, attached.strength if name in current else 0.0)
         PinnedPrompts.write(module, self.pins())
+        EditedFeatures.write(module, self.features())
 
     def verify(self, module: nn.Module) -> int:
         """Compare everything that must be in force with what is; returns how many tensors were compared.
@@ -125,4 +137,8 @@ class ComponentState:
             raise VerificationError(
                 f"the pinned prompts of {self.component} are not in force: something removed their hooks"
             )
-        return compared
+        if not EditedFeatures.is_written(module, self.features()):
+            raise VerificationError(
+                f"the feature edits of {self.component} are not in force: something removed their hooks"
+            )
+        return compared + sum(map(len, self.features().values()))

@@ -12,6 +12,7 @@ from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
+from erasure.sae.detection import Detection
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,6 +105,10 @@ class ErasureMixin:
         Returns how many tensors were compared; see `ErasureManager.verify`.
         """
         return self.erasure_manager.verify()
+
+    def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
+        """How surely prompts hold the concepts of attached feature erasures; see `ErasureManager.detect_concepts`."""
+        return self.erasure_manager.detect_concepts(prompts)
 
     def save_erased_pipeline(self, folder: str | Path, *, fuse: bool = True) -> Path:
         """Write a whole pipeline that stays erased.

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from erasure import Concept, Erasure, ErasureConfig
 from erasure.artifact import CARD_FILE, CONFIG_FILE, DELTA_FILE, LORA_FILE, default_name
 from erasure.carriers.activations import Pinned
-from erasure.carriers.weights import LowRank, WeightEdits, fingerprint
+from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.weights import fingerprint
 from erasure.errors import ArtifactError, DivergenceError
 
 UNET, TEXT = "unet/mid_block.attn2.to_k", "text_encoder/encoder.layers.0.mlp.fc1.bias"
@@ -22,7 +23,7 @@ UNET, TEXT = "unet/mid_block.attn2.to_k", "text_encoder/encoder.layers.0.mlp.fc1
 def make(*, pinned: bool = True, low_rank: bool = True) -> Erasure:
     """An erasure of every kind of tensor, for no model in particular."""
     generator = torch.Generator().manual_seed(0)
-    edits = WeightEdits(deltas={TEXT: torch.randn(6, generator=generator).half()})
+    edits = Edits(deltas={TEXT: torch.randn(6, generator=generator).half()})
     if low_rank:
         edits.low_rank[UNET] = LowRank(torch.randn(2, 4, generator=generator), torch.randn(5, 2, generator=generator))
     if pinned:

@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
-Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export,
-evaluate.
+Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
+evaluate, table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from erasure.assets import ROOT
 
 WORK = Path("canvas-work")
 
@@ -56,6 +58,14 @@ def export(work: Path = WORK) -> None:
     write(work)
 
 
+def sae(out: Path = ROOT / "canvas-sae") -> None:
+    """Train the sparse autoencoder of the shipped text encoder, as a user would with `erasure sae train`."""
+    from erasure.cli.main import main as erasure
+
+    settings = "--d-sae 512 --k 8 --steps 2000 --learning-rate 1e-3 --dead-after 50000"
+    raise SystemExit(erasure(["sae", "train", "--model", "canvas-sd", "--out", str(out), *settings.split()]))
+
+
 def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> None:
     """Measure the shipped models and record the figures in canvas.json."""
     from erasure.assets.build.evaluate import evaluate as measure
@@ -87,7 +97,7 @@ def table(
 
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, evaluate, table)
+    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table)
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

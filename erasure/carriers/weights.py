@@ -1,4 +1,4 @@
-"""Weight edits: what they are, and how they are put into a live model and taken out again bit for bit.
+"""Weight edits in a live model: put in, and taken out again bit for bit.
 
 An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 on the CPU
 from a copy of `W_base` that stays there, never from the edited tensor. So taking an edit off restores the base bit for
@@ -11,134 +11,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from erasure import modules
-from erasure.carriers.activations import Pinned
+from erasure.carriers.edits import LowRank
 from erasure.errors import (
-    ArtifactError,
     AttachError,
-    DivergenceError,
     NoMatchingModuleError,
     UnsupportedModelError,
     WrongBaseError,
 )
 
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class LowRank(NamedTuple):
-    """The edit `delta = up @ down` of one linear layer."""
-
-    down: Tensor
-    """`(rank, in_features)`."""
-    up: Tensor
-    """`(out_features, rank)`."""
-
-
-@dataclass
-class WeightEdits:
-    """All weight edits of one erasure."""
-
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
-    """By `component/module.path`; edits that module's `weight`."""
-    deltas: dict[str, Tensor] = field(default_factory=dict)
-    """By `component/module.path.parameter`; same shape as the parameter."""
-    pinned: dict[str, Pinned] = field(default_factory=dict)
-    """By text encoder component: prompts whose encoding stays as it is."""
-
-    def __len__(self) -> int:
-        """Number of edited parameters."""
-        return len(self.low_rank) + len(self.deltas)
-
-    @property
-    def parameters(self) -> list[str]:
-        """Keys of every edited parameter, `component/module.path.parameter`."""
-        return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
-
-    @property
-    def components(self) -> list[str]:
-        """Pipeline components that are edited, each once."""
-        return list(dict.fromkeys(key.split("/")[0] for key in self.parameters))
-
-    def of(self, component: str) -> dict[str, Tensor | LowRank]:
-        """The edits of one component by parameter path without the component's name."""
-        prefix = component + "/"
-        edits: dict[str, Tensor | LowRank] = {
-            key.removeprefix(prefix) + ".weight": edit for key, edit in self.low_rank.items() if key.startswith(prefix)
-        }
-        edits |= {key.removeprefix(prefix): delta for key, delta in self.deltas.items() if key.startswith(prefix)}
-        return edits
-
-    @property
-    def carriers(self) -> list[str]:
-        """Where the erasure lives, as its config says it."""
-        return [*(["weights"] if len(self) else []), *(["activations"] if self.pinned else [])]
-
-    def check_finite(self) -> None:
-        """Raise `DivergenceError` when a tensor holds NaN or infinity."""
-        tensors = {**self.delta_state_dict(), **self.lora_state_dict()}
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
-
-    def delta_state_dict(self) -> dict[str, Tensor]:
-        """Everything that is not low-rank, under the names of `erasure.safetensors`."""
-        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin._asdict().items()}
-        return {key: tensor.contiguous() for key, tensor in (*self.deltas.items(), *pins.items())}
-
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """The low-rank edits under the names of diffusers' LoRA files (scale 1)."""
-        state = {}
-        for key, (down, up) in self.low_rank.items():
-            component, path = key.split("/", 1)
-            # diffusers' text encoder files carry the prefix; its loader strips it where the class has none.
-            prefix = "text_model." if component.startswith("text_encoder") else ""
-            state[f"{component}.{prefix}{path}.lora_A.weight"] = down.contiguous()
-            state[f"{component}.{prefix}{path}.lora_B.weight"] = up.contiguous()
-        return state
-
-    @classmethod
-    def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> WeightEdits:
-        """The inverse of saving: deltas as they are, low-rank edits from diffusers' LoRA names.
-
-        Raises:
-            ArtifactError: A key that is none of ours, half of a pair, or factors that do not fit.
-        """
-        low_rank = {}
-        for name in lora:
-            if name.endswith(".lora_B.weight"):
-                if name.replace(".lora_B.", ".lora_A.") not in lora:
-                    raise ArtifactError(f"LoRA tensor {name!r} has no lora_A beside it")
-                continue
-            if not name.endswith(".lora_A.weight") or "." not in name.removesuffix(".lora_A.weight"):
-                raise ArtifactError(
-                    f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight"
-                )
-            stem = name.removesuffix(".lora_A.weight")
-            up = lora.get(f"{stem}.lora_B.weight")
-            if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
-                raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
-            component, path = stem.split(".", 1)
-            low_rank[f"{component}/{path.removeprefix('text_model.')}"] = LowRank(lora[name], up)
-        full_rank = {key: tensor for key, tensor in deltas.items() if "/pinned." not in key}
-        for key in full_rank:
-            if not key.partition("/")[2]:
-                raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
-        pinned = {}
-        pins = {key: tensor for key, tensor in deltas.items() if key not in full_rank}
-        for component in dict.fromkeys(key.partition("/")[0] for key in pins):
-            ids, states = (pins.pop(f"{component}/pinned.{part}", None) for part in Pinned._fields)
-            if ids is None or states is None or states.ndim != 3 or ids.shape != states.shape[:2]:
-                raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
-            pinned[component] = Pinned(ids, states)
-        if pins:
-            raise ArtifactError(f"unknown keys {sorted(pins)}; pinned prompts have {list(Pinned._fields)}")
-        return cls(low_rank, full_rank, pinned)
 
 
 def delta_of(edit: Tensor | LowRank) -> Tensor:
@@ -221,13 +107,14 @@ class ComponentWeights:
                 )
         if digests is None:
             return
-        plain = [path for path in edits if modules.is_plain(modules.parameter(component, path))]
+        # Besides what is edited, the blocks whose output is.
+        paths = [path for path in {**edits, **digests} if modules.is_plain(modules.parameter(component, path))]
         unlike = [
-            path for path in plain if path in digests and not same_base(self.base(component, path), digests[path])
+            path for path in paths if path in digests and not same_base(self.base(component, path), digests[path])
         ]
         if unlike:
             raise WrongBaseError(
-                f"{len(unlike)} of {len(plain)} tensors of {name!r} are not those that the erasure was made for, "
+                f"{len(unlike)} of {len(paths)} tensors of {name!r} are not those that the erasure was made for, "
                 f"first {unlike[0]!r}: load the base model named in its config, or pass check_base=False if you know "
                 "that it fits"
             )

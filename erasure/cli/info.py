@@ -35,6 +35,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()
     ]
+    tensors += [
+        {"name": name, "form": "features", "shape": list(edit.w_dec.shape), "rank": None}
+        for name, edit in made.edits.features.items()
+    ]
     if options.json:
         config = dataclasses.asdict(made.config)
         terminal.result({"name": made.name, "bytes": made.size_bytes, "config": config, "tensors": tensors})

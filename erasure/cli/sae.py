@@ -129,7 +129,7 @@ def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tupl
         UsageError: No such tower, no prompts, or a file that cannot be read.
     """
     from erasure.backbones import backbone_for
-    from erasure.sae.stream import TokenStream
+    from erasure.sae.stream import TokenStream, block_fingerprint
 
     towers = {tower.component: tower for tower in backbone_for(pipe).towers}
     if options.tower not in towers:
@@ -142,6 +142,7 @@ def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tupl
         "model_name": Path(model).name if Path(model).is_absolute() else model,
         "hook_name": f"{options.tower}/encoder.layers.{layer}", "layer": layer,
         "positions": "all but the start token, 10 % of padding", "pad_policy": "max_length",
+        "fingerprint": block_fingerprint(tower, layer),
     }  # fmt: skip
     return stream, place
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from erasure import modules
 from erasure.backbones import TextTower
 from erasure.backbones.base import PromptTokens
+from erasure.carriers.weights import fingerprint, same_base
 from erasure.errors import NoMatchingModuleError, OptionError
 
 _CAPTURE = "erasure_capture"
@@ -56,6 +57,20 @@ def block_of(tower: TextTower, layer: int) -> nn.Module:
             f"{tower.component} has no block {layer} that reaches the denoiser; there are 0 to {last}"
         )
     return tower.blocks[layer]
+
+
+def block_fingerprint(tower: TextTower, layer: int) -> dict[str, str]:
+    """By which an autoencoder knows the text encoder it was made for: that of the block's first matrix."""
+    return fingerprint(_first_matrix(tower, layer))
+
+
+def reads_from(tower: TextTower, layer: int, known: Mapping[str, str]) -> bool:
+    """Whether a fingerprint is this tower's."""
+    return same_base(_first_matrix(tower, layer), known)
+
+
+def _first_matrix(tower: TextTower, layer: int) -> Tensor:
+    return next(p for p in block_of(tower, layer).parameters() if p.ndim == 2)
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from erasure.backbones import Backbone
-from erasure.carriers.weights import WeightEdits
+from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import OptionError, UnknownStrategyError
 
 ENTRY_POINTS = "erasure.strategies"
-BUILTIN = ("hirm", "uce", "diff_quickfix")
+BUILTIN = ("hirm", "uce", "diff_quickfix", "itd")
 
 _registered: dict[str, type[Strategy]] = {}
 
@@ -28,7 +28,7 @@ _registered: dict[str, type[Strategy]] = {}
 class Fit(NamedTuple):
     """What a strategy makes."""
 
-    edits: WeightEdits
+    edits: Edits
     """Tensors on the CPU."""
     log: dict[str, float]
     """Figures worth keeping, for instance the last loss."""
@@ -58,6 +58,8 @@ class Strategy(ABC):
     """Where the result lives."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named sets of options, for instance those of the paper."""
+    signed: ClassVar[tuple[str, ...]] = ()
+    """Options that may be negative."""
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow.
@@ -71,8 +73,10 @@ class Strategy(ABC):
                 allowed = ", ".join(map(repr, get_args(hint)))
                 raise OptionError(f"{self.name}: option {name!r} is {value!r}; allowed: {allowed}")
             numeric = {int: Integral, float: Real}.get(hint)
-            if numeric and (not isinstance(value, numeric) or not math.isfinite(value) or value < 0):
-                raise OptionError(f"{self.name}: option {name!r} is {value!r}; allowed: {hint.__name__}, 0 or more")
+            least = -math.inf if name in self.signed else 0
+            if numeric and (not isinstance(value, numeric) or not math.isfinite(value) or value < least):
+                allowed = hint.__name__ + ("" if name in self.signed else ", 0 or more")
+                raise OptionError(f"{self.name}: option {name!r} is {value!r}; allowed: {allowed}")
 
     @abstractmethod
     def fit(

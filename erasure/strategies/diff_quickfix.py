@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone, TextTower
-from erasure.carriers.weights import LowRank, WeightEdits
+from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.hirm import tapped
@@ -51,7 +51,7 @@ class DiffQuickFix(Strategy):
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Solve for all concepts at once in each text tower, in float64."""
-        edits = WeightEdits()
+        edits = Edits()
         for tower in backbone.towers:
             layer = tower.blocks[0].self_attn.out_proj
             keys, values = [], []

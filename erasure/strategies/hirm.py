@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from erasure import modules
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.activations import Pinned
-from erasure.carriers.weights import WeightEdits
+from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, OptionError
 from erasure.strategies.base import Fit, Strategy, register
@@ -110,7 +110,7 @@ class HiRM(Strategy):
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Train each text tower that the denoiser reads."""
-        edits, log = WeightEdits(), {}
+        edits, log = Edits(), {}
         towers = backbone.towers
         for index, tower in enumerate(towers):
 

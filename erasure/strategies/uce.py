@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
-from erasure.carriers.weights import LowRank, WeightEdits
+from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
 from erasure.strategies.base import Fit, Strategy, register
@@ -78,7 +78,7 @@ class UCE(Strategy):
             weight = layer.module.weight.detach().double().cpu()
             low_rank[layer.key] = compress(LowRank(down, weight @ left))
         progress(1.0)
-        return Fit(WeightEdits(low_rank), {"rank": float(len(down)), "erased_features": float(len(erased))})
+        return Fit(Edits(low_rank), {"rank": float(len(down)), "erased_features": float(len(erased))})
 
     @torch.no_grad()
     def erased_features(

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from erasure import Erasure, ErasureManager, erase
-from erasure.carriers.weights import LowRank, WeightEdits, delta_of, fingerprint, same_base
+from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.weights import delta_of, fingerprint, same_base
 from erasure.errors import (
     ArtifactError,
     AttachError,
@@ -55,7 +56,7 @@ def test_low_rank_equals_its_dense_delta(
     tiny_pipe: Any, tiny_pipe_original: Any, uce: Erasure, tensors_of: Any, changed_tensors: Any
 ) -> None:
     dense = {f"{key}.weight": delta_of(edit) for key, edit in uce.low_rank.items()}
-    ErasureManager(tiny_pipe).add(Erasure(uce.config, WeightEdits(deltas=dense)), "dense", strength=0.7)
+    ErasureManager(tiny_pipe).add(Erasure(uce.config, Edits(deltas=dense)), "dense", strength=0.7)
     reference = tensors_of(tiny_pipe)
     other = copy.deepcopy(tiny_pipe_original)
     ErasureManager(other).add(uce, "low-rank", strength=0.7)
@@ -179,11 +180,11 @@ def test_fused_projections_are_refused(tiny_pipe: Any, uce: Erasure, manager: Er
         manager.verify()
 
 
-def edits(**changes: Any) -> WeightEdits:
-    return WeightEdits(deltas={"text_encoder/final_layer_norm.weight": torch.ones(32), **changes})
+def edits(**changes: Any) -> Edits:
+    return Edits(deltas={"text_encoder/final_layer_norm.weight": torch.ones(32), **changes})
 
 
-def with_edits(made: Erasure, changed: WeightEdits) -> Erasure:
+def with_edits(made: Erasure, changed: Edits) -> Erasure:
     return Erasure(made.config, changed)
 
 
@@ -192,7 +193,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     base = tensors_of(tiny_pipe)
     cases = [
-        (WeightEdits(), NoMatchingModuleError, "changes nothing"),
+        (Edits(), NoMatchingModuleError, "changes nothing"),
         (
             edits(**{"text_encoder/encoder.layers.9.mlp.fc1.weight": torch.ones(1)}),
             NoMatchingModuleError,
@@ -268,7 +269,7 @@ def test_canonical_paths(tiny_pipe: Any) -> None:
 
 
 def test_state_dicts_round_trip() -> None:
-    made = WeightEdits(
+    made = Edits(
         {
             "unet/a.to_k": LowRank(torch.rand(2, 4), torch.rand(3, 2)),
             "text_encoder/b.q": LowRank(torch.rand(1, 4), torch.rand(4, 1)),
@@ -280,7 +281,7 @@ def test_state_dicts_round_trip() -> None:
         "unet.a.to_k.lora_A.weight", "unet.a.to_k.lora_B.weight",
         "text_encoder.text_model.b.q.lora_A.weight", "text_encoder.text_model.b.q.lora_B.weight",
     }  # fmt: skip
-    again = WeightEdits.from_state_dicts(made.delta_state_dict(), lora)
+    again = Edits.from_state_dicts(made.delta_state_dict(), lora)
     assert set(again.parameters) == set(made.parameters)
     for key, edit in made.low_rank.items():
         assert torch.equal(again.low_rank[key].down, edit.down)
@@ -310,4 +311,4 @@ def test_state_dicts_round_trip() -> None:
 )
 def test_damaged_state_dicts_are_refused(deltas: dict, lora: dict, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
-        WeightEdits.from_state_dicts(deltas, lora)
+        Edits.from_state_dicts(deltas, lora)

@@ -54,12 +54,12 @@ def attach_noise(pipe: Any) -> None:
 
     from erasure.artifact import Erasure, ErasureConfig
     from erasure.attach import ErasureManager
-    from erasure.carriers.weights import WeightEdits
+    from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
     delta = torch.randn(pipe.unet.conv_out.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.2
     config = ErasureConfig("noise", [Concept("cat").to_dict()], "stable-diffusion", cost={"seconds": 1.5})
-    edits = WeightEdits(deltas={"unet/conv_out.weight": delta})
+    edits = Edits(deltas={"unet/conv_out.weight": delta})
     ErasureManager(pipe).add(Erasure(config, edits), check_base=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from erasure.carriers.weights import WeightEdits
+from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import OptionError, UnknownStrategyError
 from erasure.strategies import Fit, Strategy, available, base, get, register
@@ -23,7 +23,7 @@ class Nothing(Strategy):
     presets = {"much": {"amount": 10.0, "count": 5}}  # noqa: RUF012
 
     def fit(self, backbone: Any, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]) -> Fit:
-        return Fit(WeightEdits(), {})
+        return Fit(Edits(), {})
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_an_unknown_name_suggests_the_nearest(wrong: str, right: str) -> None:
 
 
 def test_an_unknown_name_without_a_neighbour_lists_all() -> None:
-    with pytest.raises(UnknownStrategyError, match="diff_quickfix, hirm, uce"):
+    with pytest.raises(UnknownStrategyError, match="diff_quickfix, hirm, itd, uce"):
         get("zzzzzz")
 
 

@@ -8,7 +8,8 @@ from scipy.optimize import lsq_linear
 
 from erasure import Concept, erase
 from erasure.backbones import backbone_for
-from erasure.carriers.weights import LowRank, delta_of
+from erasure.carriers.edits import LowRank
+from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
 from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.uce import UCE, compress, factors, solve
