@@ -76,7 +76,7 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> Non
 
 def table(
     out: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("hirm", "uce"),
+    strategies: tuple[str, ...] = ("hirm", "uce", "itd"),
     size: Literal["smoke", "quick", "full"] = "full",
     share: tuple[int, int] = (0, 1),
 ) -> None:

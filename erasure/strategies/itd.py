@@ -95,12 +95,12 @@ class ItD(Strategy):
     retain_rate: float = 0.25
     """And on at most this share of the others: what a concept shares with a few neighbours is part of what draws it,
     and is changed only behind its gate."""
-    false_positive_cost: float = 5.0
+    false_positive_cost: float = 20.0
     """Weight of the false positive rate against the true positive rate when the gate is set, on prompts that chose no
     feature. Words of the tokeniser that mean the concept, but are not given as synonyms, count as false positives."""
     contexts: int = 96
     """Random prompts that name the concept among other words."""
-    vocabulary: int = 1200
+    vocabulary: int = 2400
     """Random prompts from the tokeniser's own words that do not name it."""
     d_sae: int = 1024
     """Latents of a dictionary that is trained first."""
