@@ -14,11 +14,14 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from erasure import assets
+from erasure import assets, sae
 from erasure.assets import scenes, world
 from erasure.assets.build.evaluate import generate, judge_accuracy
+from erasure.backbones import backbone_for
 from erasure.errors import ArtifactError
 from erasure.eval.detectors import CanvasJudge
+from erasure.sae.quality import quality
+from erasure.sae.stream import TokenStream, reads_from
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,16 @@ def test_open_clip_tower_equals_transformers_tower() -> None:
     images = model.encode_image(torch.stack([preprocess(image) for image in shown]), normalize=True)
     texts = model.encode_text(tokenizer(["a cat in noto style", "a car in noto style"]), normalize=True)
     assert (images @ texts.T).argmax(1).tolist() == [0, 1]
+
+
+def test_dictionary_describes_the_text_encoder_on_captions_it_never_saw() -> None:
+    tower = backbone_for(StableDiffusionPipeline.from_pretrained(assets.path("canvas-sd"))).towers[0]
+    dictionary = sae.load(assets.path("canvas-sae"))
+    layer = dictionary.config.metadata["layer"]
+    assert reads_from(tower, layer, dictionary.config.metadata["fingerprint"])
+    found = quality(dictionary, TokenStream(tower, layer, scenes.captions(300, seed=123)), 3)
+    assert found.fvu < 0.05
+    assert found.latents_per_token < 12
 
 
 def test_every_word_of_the_world_is_one_token() -> None:
