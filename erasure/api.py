@@ -97,6 +97,7 @@ def erase(
         versions=library_versions(),
         seed=seed,
         cost={"seconds": round(time.perf_counter() - started, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
+        gates=dict(fit.gates),
     )
     made = Erasure(config, fit.edits)
     if attach:

@@ -54,6 +54,8 @@ class ErasureConfig:
     """Seed it was made with."""
     cost: dict[str, float] = field(default_factory=dict)
     """`seconds` it took."""
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By concept: rates and ROC curve of its gate, and of a linear probe, on prompts that calibrated them."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """Summary of a measurement, empty when never measured."""
     format_version: int = FORMAT_VERSION
@@ -292,9 +294,31 @@ class Erasure:
                 f"Makes `{base}` unable to draw: {listed}. Made with the strategy `{config.strategy}` of erasure.",
                 "", f"Protects: {config.protects or 'unknown'}.", "", "```python", "import erasure",
                 "erasure.load(pipe, folder)", "```", *lora, "",
+                *self._gates_card(),
                 *(["## Measured", "", "| metric | value |", "|---|---|", *rows, ""] if rows else []),
             ]
         )  # fmt: skip
+
+    def _gates_card(self) -> list[str]:
+        """The gates of feature edits, as a table and as ROC curves."""
+        if not self.config.gates:
+            return []
+        lines = [
+            "## Gates", "", "True (TPR) and false (FPR) positive rates on prompts that chose nothing, of the score of "
+            "latents and of a linear probe of the same activations; below, TPR at given FPR.", "",
+            "| concept | by | TPR | FPR | AUC |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        curves: list[str] = []
+        for concept, gate in self.config.gates.items():
+            for kind in ("features", "probe"):
+                found = gate[kind]
+                decides = " (decides)" if kind == gate["decides"] else ""
+                lines.append(f"| {concept} | {kind}{decides} | {found['tpr']} | {found['fpr']} | {found['auc']} |")
+                if not curves:
+                    rates = [str(rate) for rate, _ in found["roc"]]
+                    curves = ["| concept | by | " + " | ".join(rates) + " |", "|---" * (2 + len(rates)) + "|"]
+                curves.append(f"| {concept} | {kind} | " + " | ".join(str(tpr) for _, tpr in found["roc"]) + " |")
+        return [*lines, "", *curves, ""]
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

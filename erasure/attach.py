@@ -23,7 +23,7 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
-from erasure.sae.detection import Detection, prompt_scores
+from erasure.sae.detection import Detection, detect
 from erasure.state import Attached, ComponentState
 
 _NAMES = "_erasure_names"
@@ -310,10 +310,11 @@ class ErasureManager:
             for erasure in known:
                 for key, edit in erasure.edits.features.items():
                     component, path = key.split("/", 1)
-                    scores = prompt_scores(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
-                    for row, each in zip(scores.tolist(), found, strict=True):
-                        for concept, score, gate in zip(erasure.concepts, row, edit.gate.tolist(), strict=True):
-                            each[concept.target] = Detection(score, gate)
+                    rows = detect(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
+                    for row, each in zip(rows, found, strict=True):
+                        # The released code has one gate for all concepts.
+                        answers = row * len(erasure.concepts) if len(row) == 1 else row
+                        each |= {c.target: answer for c, answer in zip(erasure.concepts, answers, strict=True)}
         return found
 
     # Proof --------------------------------------------------------------------------------------------------------

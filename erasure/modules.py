@@ -27,6 +27,20 @@ def transformer_root(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def token_entry(root: nn.Module) -> nn.Module:
+    """What a text encoder hands its token ids to: CLIP's `embeddings`, T5's `encoder.embed_tokens`."""
+    found = getattr(root, "embeddings", None)
+    return found if isinstance(found, nn.Module) else root.get_submodule("encoder.embed_tokens")
+
+
+def token_table(root: nn.Module) -> nn.Embedding:
+    """The embedding of a text encoder's tokens."""
+    entry = token_entry(root)
+    found = getattr(entry, "token_embedding", entry)
+    assert isinstance(found, nn.Embedding)
+    return found
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside the wrapper that `torch.compile` returns."""
     inner = getattr(module, "_orig_mod", None)

@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: a tiny Stable Diffusion pipeline, real classes with random weights."""
+"""Fixtures that several folders share: tiny pipelines and autoencoders, real classes with random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS = (
 """Words that the tiny tokenizer has a token of its own for; others fall apart into letters."""
 
 
-def tiny_tokenizer() -> Any:
+def make_tiny_tokenizer() -> Any:
     """A `CLIPTokenizer` with letters, digits and `WORDS`, made offline."""
     from transformers import CLIPTokenizer
 
@@ -47,7 +47,7 @@ def make_tiny_pipe(seed: int = 0) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = make_tiny_tokenizer()
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
@@ -77,6 +77,12 @@ def make_tiny_pipe(seed: int = 0) -> Any:
         component.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """The tokeniser of the tiny pipeline: read it, never change it."""
+    return make_tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -148,3 +154,24 @@ def changed_tensors() -> Callable[[dict[str, Any], Any], set[str]]:
         return lost | {key for key in set(before) & set(after) if not torch.equal(before[key], after[key])}
 
     return compare
+
+
+@pytest.fixture
+def make_sae() -> Callable[..., Any]:
+    """Makes a sparse autoencoder of random weights, thresholds 0.8."""
+
+    import torch
+
+    from erasure.sae import SAEConfig, SparseAutoencoder
+
+    def make(architecture: str = "topk", d_in: int = 12, d_sae: int = 40, k: int = 5) -> Any:
+        sae = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=d_sae, k=k, architecture=architecture))
+        generator = torch.Generator().manual_seed(1)
+        sae.initialise(torch.randn(200, d_in, generator=generator), generator)
+        with torch.no_grad():
+            sae.W_enc.add_(0.1 * torch.randn(d_in, d_sae, generator=generator))
+            sae.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
+        sae.threshold.fill_(0.8)
+        return sae.requires_grad_(False)
+
+    return make

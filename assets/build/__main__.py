@@ -62,7 +62,7 @@ def sae(out: Path = ROOT / "canvas-sae") -> None:
     """Train the sparse autoencoder of the shipped text encoder, as a user would with `erasure sae train`."""
     from erasure.cli.main import main as erasure
 
-    settings = "--d-sae 512 --k 8 --steps 2000 --learning-rate 1e-3 --dead-after 50000"
+    settings = "--layer 0 --d-sae 512 --k 8 --steps 3000 --learning-rate 1e-3 --dead-after 50000"
     raise SystemExit(erasure(["sae", "train", "--model", "canvas-sd", "--out", str(out), *settings.split()]))
 
 
@@ -95,9 +95,31 @@ def table(
         print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
 
 
+def gates(told: bool = True) -> None:
+    """Print how surely itd's gates tell every concept, on phrasings that nothing has seen.
+
+    Args:
+        told: Whether the strategy is given the concepts' synonyms.
+    """
+    from erasure.assets.build.gates import markdown, measure
+
+    print(markdown(measure(told)))
+
+
+def controls(size: Literal["smoke", "quick", "full"] = "quick") -> None:
+    """Print what random features, and those of another concept, erase behind a concept's gate.
+
+    Args:
+        size: Of the suite.
+    """
+    from erasure.assets.build.controls import markdown, measure
+
+    print(markdown(measure(size)))
+
+
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table)
+    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, gates, controls)
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer, TextTower
+from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
+from erasure.backbones.towers import PromptTokens, TextTower, text_towers
 from erasure.errors import UnsupportedModelError
 
 FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone,)
@@ -25,4 +26,14 @@ def backbone_for(pipe: DiffusionPipeline) -> Backbone:
     raise UnsupportedModelError(f"{type(pipe).__name__} belongs to no supported family ({known})")
 
 
-__all__ = ["FAMILIES", "AttentionSite", "Backbone", "Conditioning", "EntryLayer", "TextTower", "backbone_for"]
+__all__ = [
+    "FAMILIES",
+    "AttentionSite",
+    "Backbone",
+    "Conditioning",
+    "EntryLayer",
+    "PromptTokens",
+    "TextTower",
+    "backbone_for",
+    "text_towers",
+]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erasure import modules
-from erasure.errors import ConceptError
+from erasure.backbones.towers import TextTower
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
 
@@ -47,79 +45,6 @@ class Conditioning(NamedTuple):
     """`(batch, tokens, dim)`."""
     pooled: Tensor | None = None
     """`(batch, dim)`, for families that use it."""
-
-
-class PromptTokens(NamedTuple):
-    """A tokenised batch of prompts."""
-
-    ids: Tensor
-    """`(batch, tokens)`, padded to the tower's length."""
-    lengths: list[int]
-    """Tokens of each prompt with start and end, without padding."""
-    attention_mask: Tensor | None
-    """What the pipeline passes to the tower, if anything."""
-
-
-@dataclass(frozen=True)
-class TextTower:
-    """One text encoder with its tokeniser."""
-
-    component: str
-    """Name in the pipeline, for instance `text_encoder_2`."""
-    module: nn.Module
-    tokenizer: Any
-    max_length: int
-    """Tokens that the pipeline pads to."""
-    consumed: int
-    """Index into the hidden states that the denoiser reads: -1 the last (after the final norm), -2 the one before."""
-    pooled: bool = False
-    """Whether the denoiser reads a pooled vector too."""
-    uses_attention_mask: bool = False
-
-    @property
-    def root(self) -> Any:
-        """The module that holds `embeddings`, `encoder` and `final_layer_norm`."""
-        return modules.transformer_root(self.module)
-
-    @property
-    def blocks(self) -> list[Any]:
-        """The transformer blocks, first to last."""
-        return list(self.root.encoder.layers)
-
-    def key(self, path: str) -> str:
-        """`component/path` with the path relative to `root`."""
-        return f"{self.component}/{path}"
-
-    def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Tokenise as the pipeline does: truncated and padded to `max_length`."""
-        made = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        lengths = [min(len(row), self.max_length) for row in self.tokenizer(list(prompts)).input_ids]
-        device = next(self.root.parameters()).device
-        mask = made.attention_mask.to(device) if self.uses_attention_mask else None
-        return PromptTokens(made.input_ids.to(device), lengths, mask)
-
-    def encode(self, tokens: PromptTokens) -> Tensor:
-        """The hidden states that the denoiser reads, `(batch, tokens, dim)`; differentiable."""
-        want_all = self.consumed != -1
-        output = self.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=want_all)
-        return output.hidden_states[self.consumed] if want_all else output.last_hidden_state
-
-    def check_words(self, words: str) -> None:
-        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower."""
-        ids = self.tokenizer(words, add_special_tokens=False).input_ids
-        unknown = self.tokenizer.unk_token_id
-        letters = self.tokenizer.convert_ids_to_tokens(ids)
-        if not ids:
-            raise ConceptError(
-                f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words"
-            )
-        if unknown is not None and all(token == unknown for token in ids):
-            raise ConceptError(
-                f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(self.tokenizer)} tokens), so no "
-                f"prompt can name it and there is nothing to erase (tokens: {letters})"
-            )
 
 
 class Backbone(ABC):

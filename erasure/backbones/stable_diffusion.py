@@ -12,7 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from erasure import modules
-from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer, Prediction, TextTower
+from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer, Prediction
+from erasure.backbones.towers import TextTower, text_towers
 from erasure.errors import UnsupportedModelError
 
 
@@ -38,11 +39,7 @@ class StableDiffusionBackbone(Backbone):
     @property
     def towers(self) -> list[TextTower]:
         """The one text encoder."""
-        encoder = self.pipe.text_encoder
-        # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.
-        uses_mask = bool(getattr(encoder.config, "use_attention_mask", False))
-        tokenizer = self.pipe.tokenizer
-        return [TextTower("text_encoder", encoder, tokenizer, tokenizer.model_max_length, -1, False, uses_mask)]
+        return text_towers(self.pipe)
 
     def attention_sites(self) -> list[AttentionSite]:
         """`attn1` is self-attention, `attn2` cross-attention, of every transformer block."""

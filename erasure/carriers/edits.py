@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from erasure.carriers.activations import Pinned
-from erasure.carriers.features import FeatureEdit
+from erasure.carriers.features import BlockEdit, FeatureEdit, ReconstructionEdit
 from erasure.errors import ArtifactError, DivergenceError
+
+KINDS: dict[type[FeatureEdit] | type[ReconstructionEdit], str] = {
+    FeatureEdit: "features",
+    ReconstructionEdit: "reconstruction",
+}
+"""What edits of blocks are called on disk."""
 
 
 class LowRank(NamedTuple):
@@ -33,7 +39,7 @@ class Edits:
     """By `component/module.path.parameter`; same shape as the parameter."""
     pinned: dict[str, Pinned] = field(default_factory=dict)
     """By text encoder component: prompts whose encoding stays as it is."""
-    features: dict[str, FeatureEdit] = field(default_factory=dict)
+    features: dict[str, BlockEdit] = field(default_factory=dict)
     """By `component/block.path`: autoencoder latents to change at that block's output."""
 
     def __len__(self) -> int:
@@ -64,7 +70,7 @@ class Edits:
         edits |= {key.removeprefix(prefix): delta for key, delta in self.deltas.items() if key.startswith(prefix)}
         return edits
 
-    def features_of(self, component: str) -> dict[str, FeatureEdit]:
+    def features_of(self, component: str) -> dict[str, BlockEdit]:
         """The feature edits of one component by block path."""
         prefix = component + "/"
         return {key.removeprefix(prefix): edit for key, edit in self.features.items() if key.startswith(prefix)}
@@ -84,7 +90,11 @@ class Edits:
     def delta_state_dict(self) -> dict[str, Tensor]:
         """Everything that is not low-rank, under the names of `erasure.safetensors`."""
         pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin._asdict().items()}
-        slices = {f"{k}/features.{part}": t for k, edit in self.features.items() for part, t in edit._asdict().items()}
+        slices = {
+            f"{key}/{KINDS[type(edit)]}.{part}": tensor
+            for key, edit in self.features.items()
+            for part, tensor in edit._asdict().items()
+        }
         return {key: tensor.contiguous() for key, tensor in (*self.deltas.items(), *pins.items(), *slices.items())}
 
     def lora_state_dict(self) -> dict[str, Tensor]:
@@ -121,7 +131,8 @@ class Edits:
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
             component, path = stem.split(".", 1)
             low_rank[f"{component}/{path.removeprefix('text_model.')}"] = LowRank(lora[name], up)
-        full_rank = {key: t for key, t in deltas.items() if "/pinned." not in key and "/features." not in key}
+        kinds = ("pinned", *KINDS.values())
+        full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
@@ -130,11 +141,12 @@ class Edits:
             if states.ndim != 3 or ids.shape != states.shape[:2]:
                 raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
             pinned[component] = Pinned(ids, states)
-        features = {}
-        for key, parts in _grouped(deltas, "features", FeatureEdit._fields).items():
-            features[key] = edit = FeatureEdit(*parts)
-            if not edit.fits():
-                raise ArtifactError(f"the features of {key!r} do not fit together")
+        features: dict[str, BlockEdit] = {}
+        for form, kind in KINDS.items():
+            for key, parts in _grouped(deltas, kind, form._fields).items():
+                features[key] = edit = form(*parts)
+                if not edit.fits():
+                    raise ArtifactError(f"the {kind} of {key!r} do not fit together")
         return cls(low_rank, full_rank, pinned, features)
 
 

@@ -3,13 +3,12 @@
 For a token vector `x` at the output of a block, with the latents `z_i` of some features (JumpReLU) and their decoder
 rows `d_i`, the edited vector is
 
-    x' = x + sum_i g_c(i) (gain_i z_i + offset_i [z_i > 0]) d_i
+    x' = x + sum_i g_i (gain_i z_i + offset_i [z_i > 0]) d_i
 
-What the autoencoder does not explain stays, so nothing changes where nothing fires. `g_c` is 1 when concept `c` is in
-the prompt: when on some word enough of the concept's features fire together, `max over words of
-sum_{i of c} vote_i min(z_i / level_i, 1)` reaching the concept's threshold. The score looks at words and the end token
-only, so it does not depend on padding or on what else is in the batch; below all thresholds the output is the input,
-bit for bit.
+What the autoencoder does not explain stays, so nothing changes where nothing fires. `g_i` is 1 when the gate of a
+concept that feature `i` belongs to is open: when on some word a logistic score of the latents reaches the concept's
+threshold. The score looks at words and the end token only, so it does not depend on padding or on what else is in the
+batch; below all thresholds the output is the input, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ from torch import Tensor, nn
 from erasure import modules
 
 _READ, _EDIT = "erasure_features_read", "erasure_features_edit"
+MEMORY = 8
+"""Inputs whose edit a block remembers: a prompt that is drawn again is not scored again."""
 
 
 class FeatureEdit(NamedTuple):
-    """What becomes of some latents at one block."""
+    """What becomes of some latents at one block. Latents that concepts share are stored, and changed, once."""
 
     w_enc: Tensor
     """`(dim, features)`."""
@@ -42,76 +43,236 @@ class FeatureEdit(NamedTuple):
     """`(features,)`: -1 takes a latent away, `tau - 1` multiplies it by tau."""
     offset: Tensor
     """`(features,)`: added where the latent fires, so gain -1 and offset -c clamp it to -c."""
-    concept: Tensor
-    """`(features,)` int64: which concept each feature belongs to."""
-    level: Tensor
-    """`(features,)`: what a latent usually reaches where the concept is."""
-    vote: Tensor
-    """`(features,)`: weight of each feature in the score of its concept; they add up to 1 for each concept."""
+    edits: Tensor
+    """`(2, n)` int64: concept and feature of each pair that is edited when the concept's gate is open."""
+    votes: Tensor
+    """`(2, n)` int64: concept and feature of each pair that counts in the concept's score."""
+    weight: Tensor
+    """`(n,)`: how much it counts. The score of a token is `sum weight z + bias`, a logit."""
+    bias: Tensor
+    """`(concepts,)`."""
     gate: Tensor
-    """`(concepts,)`: the least score that opens a concept's gate, 0-1."""
+    """`(concepts,)`: the least score, as a logit, that opens a concept's gate."""
+    probe: Tensor
+    """`(dim, concepts)`: the same by a linear probe of the activations, `x @ probe + probe_bias`."""
+    probe_bias: Tensor
+    """`(concepts,)`."""
+    probe_gate: Tensor
+    """`(concepts,)`."""
+    filler: Tensor
+    """`(tokens, dim)`: what takes the place of the tokens whose own score opens the gate, and of the end token and
+    padding behind them, instead of any change of latents; `(0, dim)` when latents are changed."""
+    rule: Tensor
+    """`()` int64: 0 when the latents' score decides, 1 when the probe's does."""
+    local: Tensor
+    """`()` int64: 1 when only tokens whose own score opens the gate are edited, 0 when all of the prompt are."""
+    first: Tensor
+    """`()` int64: position of the first word; what is ahead of it never depends on the prompt."""
     end: Tensor
     """`()` int64: the token that ends a prompt; what follows its first place is padding."""
 
+    def fits(self) -> bool:
+        """Whether the shapes go together and every pair names a concept and a feature."""
+        dim, features = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
+        concepts = self.gate.numel()
+        return (
+            self.w_dec.shape == (features, dim)
+            and all(v.shape == (features,) for v in (self.b_enc, self.threshold, self.gain, self.offset))
+            and all(v.shape == (concepts,) for v in (self.gate, self.bias, self.probe_gate, self.probe_bias))
+            and self.probe.shape == (dim, concepts)
+            and all(p.ndim == 2 and p.shape[0] == 2 for p in (self.edits, self.votes))
+            and self.weight.shape == self.votes.shape[1:]
+            and self.filler.ndim == 2
+            and self.filler.shape[1] == dim
+            and all(number.ndim == 0 for number in (self.rule, self.local, self.first, self.end))
+            and all(_within(pairs, concepts, features) for pairs in (self.edits, self.votes))
+        )
+
+    @property
+    def gates(self) -> Tensor:
+        """`(concepts,)` the least score that opens each gate, 0-1."""
+        return torch.where(self.rule == 1, self.probe_gate, self.gate).double().sigmoid()
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> GatedEdit:
+        """Ready to be used on a device."""
+        return GatedEdit(self, device, dtype)
+
+
+class GatedEdit:
+    """A feature edit on a device, with the pairs as matrices.
+
+    Args:
+        edit: What to do.
+        device: Where.
+        dtype: Precision of the arithmetic.
+    """
+
+    def __init__(self, edit: FeatureEdit, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        e = FeatureEdit(*(t.to(device, dtype if t.is_floating_point() else None) for t in edit))
+        self.edit, self.device = e, device
+        concepts, features = len(e.gate), len(e.b_enc)
+        self.belongs = torch.zeros(concepts, features, device=device, dtype=dtype)
+        self.belongs[e.edits[0], e.edits[1]] = 1
+        self.votes = torch.zeros(features, concepts, device=device, dtype=dtype)
+        self.votes[e.votes[1], e.votes[0]] = e.weight
+        # Read once: what is asked of a tensor on every call would break a compiled graph.
+        self.by_probe, self.local = bool(e.rule == 1), bool(e.local == 1)
+        self.first, self.end = int(e.first), int(e.end)
+        self.gate = e.probe_gate if self.by_probe else e.gate
+        self.filler = e.filler if len(e.filler) else None
+
     def latents(self, x: Tensor) -> Tensor:
         """`(..., features)` of activations `(..., dim)`."""
-        before = x @ self.w_enc + self.b_enc
-        return torch.where((before > self.threshold) & (before > 0), before, torch.zeros_like(before))
+        before = x @ self.edit.w_enc + self.edit.b_enc
+        return torch.where((before > self.edit.threshold) & (before > 0), before, torch.zeros_like(before))
 
-    def scores(self, latents: Tensor, words: Tensor) -> Tensor:
+    def logits(self, x: Tensor, latents: Tensor, by_probe: bool) -> Tensor:
+        """How surely each token holds each concept, `(batch, tokens, concepts)`."""
+        if by_probe:
+            return x @ self.edit.probe + self.edit.probe_bias
+        return latents @ self.votes + self.edit.bias
+
+    def scores(self, x: Tensor, words: Tensor, by_probe: bool | None = None) -> Tensor:
         """How surely each concept is in each prompt, `(batch, concepts)` in 0-1.
 
         Args:
-            latents: `(batch, tokens, features)`.
+            x: Activations `(batch, tokens, dim)`.
             words: `(batch, tokens)` bool, see `word_mask`.
+            by_probe: Ask the probe, or the latents; whichever decides when left out.
         """
-        present = latents.new_zeros((*latents.shape[:2], len(self.gate)))
-        present = present.index_add(2, self.concept, self.vote * (latents / self.level).clamp(max=1))
-        return (present * words[..., None]).amax(1)
+        logits = self.logits(x, self.latents(x), self.by_probe if by_probe is None else by_probe)
+        return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
 
     def delta(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to activations `(batch, tokens, dim)`, and in which prompts a gate is open `(batch,)`."""
         latents = self.latents(x)
-        opened = self.scores(latents, words) >= self.gate
-        change = self.gain * latents + self.offset * (latents > 0)
-        return (change * opened[:, None, self.concept]) @ self.w_dec, opened.any(1)
+        own = self.logits(x, latents, self.by_probe) >= self.gate
+        opened = (own & words[..., None]).any(1, keepdim=True)
+        where = own & opened if self.local else opened
+        if self.filler is not None:
+            # The end token and the padding sum up the whole prompt, the concept included.
+            tail = words.flip(1).cumsum(1).flip(1) <= 1
+            flagged = where.any(-1) | (opened.any(-1) & tail)
+            change = flagged[..., None] * (self.filler[: x.shape[1]] - x)
+        else:
+            on = (where.to(x.dtype) @ self.belongs).clamp(max=1)
+            change = (on * (self.edit.gain * latents + self.edit.offset * (latents > 0))) @ self.edit.w_dec
+        after = torch.arange(x.shape[1], device=x.device) >= self.first
+        return change * after[:, None], opened.any(-1)[:, 0]
+
+
+class ReconstructionEdit(NamedTuple):
+    """The edit of the released code of ItD (Tian et al. 2025).
+
+    The autoencoder's reconstruction takes the place of every token vector, with the chosen latents multiplied by a
+    factor, in prompts that this changes much.
+    """
+
+    w_enc: Tensor
+    """`(dim, d_sae)`."""
+    b_enc: Tensor
+    """`(d_sae,)`, with the dictionary's input offset folded in."""
+    w_dec: Tensor
+    """`(d_sae, dim)`."""
+    b_dec: Tensor
+    """`(dim,)`."""
+    k: Tensor
+    """`()` int64: latents kept per token."""
+    factor: Tensor
+    """`(d_sae,)`: tau for the chosen latents, 1 for the others."""
+    gate: Tensor
+    """`()`: the least mean square of the change over all tokens and dimensions that is made."""
+    first: Tensor
+    """`()` int64: position from which on latents are multiplied."""
+    end: Tensor
+    """`()` int64: the token that ends a prompt."""
 
     def fits(self) -> bool:
-        """Whether the shapes go together and every feature belongs to a concept."""
-        dim, features = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
-        vectors = (self.b_enc, self.threshold, self.gain, self.offset, self.concept, self.level, self.vote)
+        """Whether the shapes go together."""
+        dim, d_sae = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
         return (
-            self.w_dec.shape == (features, dim)
-            and all(vector.shape == (features,) for vector in vectors)
-            and self.gate.ndim == 1
-            and self.end.ndim == 0
-            and bool(((self.concept >= 0) & (self.concept < len(self.gate))).all())
+            self.w_dec.shape == (d_sae, dim)
+            and self.b_enc.shape == self.factor.shape == (d_sae,)
+            and self.b_dec.shape == (dim,)
+            and all(number.ndim == 0 for number in (self.k, self.gate, self.first, self.end))
+            and 1 <= int(self.k) <= d_sae
         )
 
-    def to(self, device: torch.device) -> FeatureEdit:
-        """In float32 on a device."""
-        return FeatureEdit(*(t.to(device, torch.float32 if t.is_floating_point() else None) for t in self))
+    @property
+    def gates(self) -> Tensor:
+        """`(1,)`: one gate for all concepts together."""
+        return self.gate[None]
+
+    def on(self, device: torch.device) -> PlacedReconstruction:
+        """Ready to be used on a device."""
+        return PlacedReconstruction(self, device)
 
 
-def word_mask(ids: Tensor, end: Tensor) -> Tensor:
+class PlacedReconstruction:
+    """A reconstruction edit on a device, in float32.
+
+    Args:
+        edit: What to do.
+        device: Where.
+    """
+
+    def __init__(self, edit: ReconstructionEdit, device: torch.device) -> None:
+        e = ReconstructionEdit(*(t.to(device, torch.float32 if t.is_floating_point() else None) for t in edit))
+        self.edit, self.device = e, device
+        self.k, self.first, self.end = int(e.k), int(e.first), int(e.end)
+
+    def edited(self, x: Tensor) -> Tensor:
+        """What takes the place of activations `(batch, tokens, dim)`."""
+        before = x @ self.edit.w_enc + self.edit.b_enc
+        values, indices = before.topk(self.k, dim=-1)
+        latents = torch.zeros_like(before).scatter(-1, indices, values.relu())
+        after = torch.arange(x.shape[1], device=x.device) >= self.first
+        factor = torch.where(after[:, None], self.edit.factor, torch.ones_like(self.edit.factor))
+        return (latents * factor) @ self.edit.w_dec + self.edit.b_dec
+
+    def scores(self, x: Tensor, words: Tensor) -> Tensor:
+        """Mean square of the change, `(batch, 1)`; every token counts, padding too."""
+        return (self.edited(x) - x).square().mean((1, 2))[:, None]
+
+    def delta(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to activations `(batch, tokens, dim)`, and in which prompts `(batch,)`."""
+        change = self.edited(x) - x
+        opened = change.square().mean((1, 2)) >= self.edit.gate
+        return change * opened[:, None, None], opened
+
+
+BlockEdit = FeatureEdit | ReconstructionEdit
+"""What is done at the output of one block."""
+Terms = list[tuple[float, BlockEdit]]
+"""(strength, edit) pairs of one block."""
+
+
+def word_mask(ids: Tensor, end: int, first: int = 1) -> Tensor:
     """Positions of words and of the first end token, `(batch, tokens)` bool: no start token, no padding.
 
     Args:
         ids: `(batch, tokens)`.
-        end: `()`, the end token.
+        end: The end token.
+        first: Position of the first word.
     """
     ends = (ids == end).long()
     mask = (ends.cumsum(1) - ends) == 0
-    mask[:, 0] = False
-    return mask
+    return mask & (torch.arange(ids.shape[1], device=ids.device) >= first)
 
 
-Terms = list[tuple[float, FeatureEdit]]
-"""(strength, edit) pairs of one block."""
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _within(pairs: Tensor, concepts: int, features: int) -> bool:
+    limits = torch.tensor([[concepts], [features]])
+    return bool(((pairs >= 0) & (pairs < limits)).all())
 
 
 class _ReadIds(ModelHook):
-    """On the token embedding: keeps the token ids of the batch."""
+    """Where token ids come in: keeps those of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,37 +286,49 @@ class _ReadIds(ModelHook):
 class _EditBlock(ModelHook):
     """On a block: edits its output. Differentiable, so that an attack can see through it."""
 
-    def __init__(self, reader: _ReadIds, terms: Sequence[tuple[float, FeatureEdit]]) -> None:
+    def __init__(self, reader: _ReadIds, terms: Sequence[tuple[float, BlockEdit]]) -> None:
         super().__init__()
         self.reader, self.terms = reader, tuple(terms)
-        self._placed: tuple[FeatureEdit, ...] = ()
+        self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
+        self._memory: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
-        edited = self.edit(states)
+        edited = self.edit(states) if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.recall(states)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def place(self, device: torch.device) -> None:
+        """Bring the tensors to a device."""
+        if device.type != "meta":
+            self._placed = tuple(edit.on(device) for _, edit in self.terms)
+
+    def recall(self, states: Tensor) -> Tensor:
+        """The edit of `states`, from memory when it was asked for lately."""
+        ids = self.reader.ids
+        for seen, seen_ids, edited in self._memory:
+            if _same(seen, states) and _same(seen_ids, ids):
+                return edited
+        edited = self.edit(states)
+        self._memory = [(states, ids, edited), *self._memory[: MEMORY - 1]]
+        return edited
 
     def edit(self, states: Tensor) -> Tensor:
         """`(batch, tokens, dim)`, in the dtype it came in."""
-        if not self._placed or self._placed[0].w_enc.device != states.device:
-            self._placed = tuple(edit.to(states.device) for _, edit in self.terms)
+        if not self._placed or self._placed[0].device != states.device:
+            self.place(states.device)
         x = states.float()
         change, touched = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for (strength, _), edit in zip(self.terms, self._placed, strict=True):
             delta, opened = edit.delta(x, self.words(states, edit))
             change, touched = change + strength * delta, touched | opened
-        # The start token never depends on the prompt.
-        change = torch.cat([torch.zeros_like(change[:, :1]), change[:, 1:]], 1)
         return torch.where(touched[:, None, None], (x + change).to(states.dtype), states)
 
-    def words(self, states: Tensor, edit: FeatureEdit) -> Tensor:
-        """Which positions the gate looks at; all but the first when the caller brought embeddings, not tokens."""
+    def words(self, states: Tensor, edit: GatedEdit | PlacedReconstruction) -> Tensor:
+        """Which positions the gate looks at; all words and padding when the caller brought embeddings, not tokens."""
         ids = self.reader.ids
-        if ids is not None and ids.shape == states.shape[:2]:
-            return word_mask(ids, edit.end)
-        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        mask[:, 0] = False
-        return mask
+        if ids is None or ids.shape != states.shape[:2]:
+            ids = torch.full(states.shape[:2], -1, device=states.device)
+        return word_mask(ids, edit.end, edit.first)
 
 
 class EditedFeatures:
@@ -171,18 +344,21 @@ class EditedFeatures:
         if terms:
             root = modules.transformer_root(encoder)
             reader = _ReadIds()
-            modules.register_hook(root.get_submodule("embeddings"), reader, _READ)
+            modules.register_hook(modules.token_entry(root), reader, _READ)
             for path, edits in terms.items():
-                modules.register_hook(root.get_submodule(path), _EditBlock(reader, edits), _EDIT)
+                block = root.get_submodule(path)
+                hook = _EditBlock(reader, edits)
+                hook.place(next(block.parameters()).device)
+                modules.register_hook(block, hook, _EDIT)
 
     @staticmethod
     def is_written(encoder: nn.Module, terms: Mapping[str, Terms]) -> bool:
         """Whether exactly these edits are active."""
         found = {id(module): modules.find_hook(module, name) for module, name in EditedFeatures._hooked(encoder)}
-        root = modules.transformer_root(encoder)
         if not terms:
             return not found
-        reader = found.pop(id(root.get_submodule("embeddings")), None)
+        root = modules.transformer_root(encoder)
+        reader = found.pop(id(modules.token_entry(root)), None)
         for path, edits in terms.items():
             hook = found.pop(id(root.get_submodule(path)), None)
             if not isinstance(hook, _EditBlock) or hook.reader is not reader or len(hook.terms) != len(edits):

@@ -30,7 +30,10 @@ STAGES = ("stock", "attached", "fused")
 
 @dataclass(kw_only=True)
 class BenchOptions(ErasedModelOptions):
-    """Measure the overhead of an erasure: images attached and fused, memory, attaching, making."""
+    """Measure the overhead of an erasure: images attached and fused, memory, attaching, making.
+
+    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training.
+    """
 
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
@@ -46,6 +49,11 @@ class BenchOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
+    if argv and argv[0] == "itd":
+        from erasure.cli import bench_itd
+
+        bench_itd.run(argv[1:], terminal)
+        return
     options = parse(BenchOptions, "bench", argv)
     terminal.json_only = options.json
     if options.repeats < 1:

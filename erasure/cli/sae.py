@@ -14,8 +14,10 @@ from erasure.cli.models import ModelOptions, canvas_facts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
 
 ACTIONS = {"train": "train one on the prompts of a file", "info": "what one is, and how well it describes a model"}
+KEPT = 2000
+"""Prompts that are kept with the autoencoder, for strategies to calibrate on."""
 HELD_OUT = 1_000_000
-"""Step of the stream from which on nothing is trained on."""
+"""Seed of draws that nothing is trained on."""
 
 
 @dataclass(kw_only=True)
@@ -24,6 +26,12 @@ class TowerOptions:
 
     prompts: Path | None = None
     """Text file, one prompt per line. An embedded model brings its own."""
+    dataset: str | None = None
+    """Instead, a dataset of the Hugging Face Hub or a folder or file of one, read as a stream."""
+    column: str = "text"
+    """Column of the dataset that holds the prompts."""
+    split: str = "train"
+    """Part of the dataset."""
     tower: str = "text_encoder"
     """Component of the pipeline: text_encoder, text_encoder_2, ..."""
     layer: int | None = None
@@ -97,10 +105,10 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
         with progress.part() as report:
             sae = trainer.train(report)
     sae.config.metadata.update(place)
-    found = quality(sae, lambda step: stream(HELD_OUT + step))._asdict()
+    found = quality(sae, stream.reseeded(HELD_OUT))._asdict()
     sae.config.metadata.update(found)
     if is_main_process():
-        save(sae, options.out, getattr(torch, options.precision))
+        save(sae, options.out, getattr(torch, options.precision), stream.sample(KEPT))
         trainer.discard_checkpoint()
     show(options.out, sae.config, found, terminal, as_json=options.json)
 
@@ -118,7 +126,7 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
         layer = sae.config.metadata.get("layer") if options.layer is None else options.layer
         tower = dataclasses.replace(options, layer=layer)
         stream, _ = open_stream(open_model(ModelOptions(model=options.model)), options.model, tower, 0)
-        found = quality(sae, lambda step: stream(HELD_OUT + step))._asdict()
+        found = quality(sae, stream.reseeded(HELD_OUT))._asdict()
     show(options.sae, sae.config, found, terminal, as_json=options.json)
 
 
@@ -126,46 +134,47 @@ def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tupl
     """The activations of a pipeline, and what to write down about where they come from.
 
     Raises:
-        UsageError: No such tower, no prompts, or a file that cannot be read.
+        UsageError: No such tower, or no prompts.
     """
-    from erasure.backbones import backbone_for
+    from erasure.backbones import text_towers
     from erasure.sae.stream import TokenStream, block_fingerprint
 
-    towers = {tower.component: tower for tower in backbone_for(pipe).towers}
+    towers = {tower.component: tower for tower in text_towers(pipe)}
     if options.tower not in towers:
         raise UsageError(f"--tower {options.tower} is not in this pipeline; there are {', '.join(towers)}")
     tower = towers[options.tower]
     layer = 2 * len(tower.blocks) // 3 if options.layer is None else options.layer
-    prompts = read_prompts(options.prompts, bool(canvas_facts(model)))
+    prompts = open_prompts(options, bool(canvas_facts(model)))
     stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
     place = {
         "model_name": Path(model).name if Path(model).is_absolute() else model,
-        "hook_name": f"{options.tower}/encoder.layers.{layer}", "layer": layer,
+        "hook_name": tower.key(tower.block_path(layer)), "layer": layer,
         "positions": "all but the start token, 10 % of padding", "pad_policy": "max_length",
         "fingerprint": block_fingerprint(tower, layer),
     }  # fmt: skip
     return stream, place
 
 
-def read_prompts(file: Path | None, embedded: bool) -> list[str]:
-    """The prompts of a file, or captions of the embedded world.
+def open_prompts(options: TowerOptions, embedded: bool) -> Any:
+    """The prompts of a file or a dataset, or captions of the embedded world.
 
     Raises:
-        UsageError: Neither, or the file cannot be read.
+        UsageError: None of them, or both.
     """
-    if file is None:
-        if not embedded:
-            raise UsageError("--prompts FILE is needed: a text file, one prompt per line")
-        from erasure.assets.scenes import captions
+    from erasure.sae import read_prompts
+    from erasure.sae.stream import DatasetPrompts
 
-        return captions(20_000, seed=0)
-    try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {file} cannot be read: {error}") from error
-    if not found:
-        raise UsageError(f"--prompts {file} holds no prompt")
-    return found
+    if options.prompts is not None and options.dataset is not None:
+        raise UsageError("--prompts and --dataset: give one of them")
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
+    if options.dataset is not None:
+        return DatasetPrompts.open(options.dataset, options.column, options.split)
+    if not embedded:
+        raise UsageError("--prompts FILE is needed, a text file with one prompt per line, or --dataset NAME")
+    from erasure.assets.scenes import captions
+
+    return captions(20_000, seed=0)
 
 
 def show(folder: Path, config: Any, found: dict[str, Any], terminal: Terminal, *, as_json: bool) -> None:

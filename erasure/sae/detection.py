@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from erasure.backbones import TextTower
-from erasure.carriers.features import FeatureEdit, word_mask
+from erasure.carriers.features import BlockEdit, GatedEdit, word_mask
+from erasure.sae.gates import CHUNK
 from erasure.sae.stream import activations
-
-CHUNK = 64
-"""Prompts encoded at once."""
 
 
 class Detection(NamedTuple):
     """One concept in one prompt."""
 
     score: float
-    """How much of the concept's features fires together on a word, 0-1."""
+    """How surely a word of the prompt holds the concept, 0-1 (a mean square with `parity="itd"`)."""
     gate: float
     """The least score that opens the gate."""
+    probe: float | None = None
+    """The same by the linear probe."""
 
     @property
     def present(self) -> bool:
@@ -31,12 +30,21 @@ class Detection(NamedTuple):
 
 
 @torch.no_grad()
-def prompt_scores(tower: TextTower, layer: int, edit: FeatureEdit, prompts: Sequence[str]) -> Tensor:
-    """What the gates of an edit see in prompts, `(prompts, concepts)` on the CPU; no edit may be in force."""
-    made = []
-    placed = edit.to(next(tower.root.parameters()).device)
+def detect(tower: TextTower, layer: int, edit: BlockEdit, prompts: Sequence[str]) -> list[list[Detection]]:
+    """What the gates of an edit say of prompts, for each prompt and gate; no edit may be in force."""
+    placed = edit.on(next(tower.root.parameters()).device)
+    gates = edit.gates.tolist()
+    found: list[list[Detection]] = []
     for first in range(0, len(prompts), CHUNK):
         tokens = tower.tokenize(prompts[first : first + CHUNK])
         states = activations(tower, layer, tokens).float()
-        made.append(placed.scores(placed.latents(states), word_mask(tokens.ids, placed.end)).cpu())
-    return torch.cat(made)
+        words = word_mask(tokens.ids, placed.end, placed.first)
+        scores = placed.scores(states, words).tolist()
+        probes: list[list[float | None]] = [[None] * len(row) for row in scores]
+        if isinstance(placed, GatedEdit):
+            probes = placed.scores(states, words, by_probe=True).tolist()
+        found += [
+            [Detection(*each) for each in zip(row, gates, asked, strict=True)]
+            for row, asked in zip(scores, probes, strict=True)
+        ]
+    return found

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from erasure.errors import ArtifactError, OptionError
 from erasure.sae.model import SAEConfig, SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+PROMPTS_FILE = "prompts.txt"
 SPARSIFY_FILE = "sae.safetensors"
 OPENAI_CONFIG, OPENAI_FILE = "config.json", "state_dict.pth"
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-def save(sae: SparseAutoencoder, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+def save(
+    sae: SparseAutoencoder, folder: str | Path, dtype: torch.dtype = torch.float32, prompts: Sequence[str] = ()
+) -> Path:
     """Write `cfg.json` and `sae_weights.safetensors` as sae-lens does; each file appears whole or not at all.
+
+    Args:
+        sae: The autoencoder.
+        folder: Where to.
+        dtype: Of the tensors.
+        prompts: Ordinary prompts of the model, kept as `prompts.txt`: strategies calibrate on them.
 
     Raises:
         ArtifactError: The folder cannot be written.
@@ -45,7 +55,10 @@ def save(sae: SparseAutoencoder, folder: str | Path, dtype: torch.dtype = torch.
         with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as partial:
             save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata={"format": "pt"})
             (Path(partial) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
+            if prompts:
+                text = "\n".join(" ".join(prompt.split()) for prompt in prompts)
+                (Path(partial) / PROMPTS_FILE).write_text(text + "\n", encoding="utf-8")
+            for name in (*((PROMPTS_FILE,) if prompts else ()), WEIGHTS_FILE, CONFIG_FILE):
                 os.replace(Path(partial) / name, target / name)
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written ({error.strerror}): name another folder") from error
@@ -82,6 +95,26 @@ def load(folder: str | Path) -> SparseAutoencoder:
         f"{source} holds no autoencoder: expected {CONFIG_FILE} with {WEIGHTS_FILE} (sae-lens), {CONFIG_FILE} with "
         f"{SPARSIFY_FILE} (sparsify) or {OPENAI_CONFIG} with {OPENAI_FILE} (OpenAI)"
     )
+
+
+def read_prompts(source: str | Path) -> list[str]:
+    """Prompts from a text file, one per line, or those that came with the autoencoder of a folder, if any.
+
+    Raises:
+        OptionError: The file cannot be read or holds none.
+    """
+    file = Path(source)
+    if file.is_dir():
+        file /= PROMPTS_FILE
+        if not file.is_file():
+            return []
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"prompts {file} cannot be read: {error}") from error
+    if not found:
+        raise OptionError(f"prompts {file}: the file holds no prompt")
+    return found
 
 
 def _json(file: Path) -> dict[str, Any]:

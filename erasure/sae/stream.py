@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,33 +16,46 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from erasure import modules
-from erasure.backbones import TextTower
-from erasure.backbones.base import PromptTokens
+from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.weights import fingerprint, same_base
 from erasure.errors import NoMatchingModuleError, OptionError
+from erasure.extras import require
 
 _CAPTURE = "erasure_capture"
 
 
-class _Capture(ModelHook):
-    """Keeps the last output of a block."""
+class _Enough(Exception):
+    """Ends a forward pass whose remainder nobody needs."""
 
-    def __init__(self) -> None:
+
+class _Capture(ModelHook):
+    """Keeps the last output of a block, and ends the forward pass there if nobody needs more."""
+
+    def __init__(self, stop: bool) -> None:
         super().__init__()
+        self.stop = stop
         self.output: Tensor | None = None
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.output = output[0] if isinstance(output, tuple) else output
+        if self.stop:
+            raise _Enough
         return output
 
 
 @contextmanager
-def captured(block: nn.Module) -> Iterator[_Capture]:
-    """What a transformer block gives, `(batch, tokens, dim)`, of CLIP (a tensor) and T5 (a tuple) alike."""
-    hook = _Capture()
+def captured(block: nn.Module, *, stop: bool = False) -> Iterator[_Capture]:
+    """What a transformer block gives, `(batch, tokens, dim)`, of CLIP (a tensor) and T5 (a tuple) alike.
+
+    Args:
+        block: Of a text encoder.
+        stop: Leave the rest of the encoder out, and the `with` block with it.
+    """
+    hook = _Capture(stop)
     modules.register_hook(block, hook, _CAPTURE)
     try:
-        yield hook
+        with suppress(_Enough):
+            yield hook
     finally:
         HookRegistry.check_if_exists_or_initialize(block).remove_hook(_CAPTURE)
 
@@ -76,10 +92,65 @@ def _first_matrix(tower: TextTower, layer: int) -> Tensor:
 @torch.no_grad()
 def activations(tower: TextTower, layer: int, tokens: PromptTokens) -> Tensor:
     """Output of a block for tokenised prompts, `(batch, tokens, dim)`."""
-    with captured(block_of(tower, layer)) as capture:
+    with captured(block_of(tower, layer), stop=True) as capture:
         tower.encode(tokens)
     assert capture.output is not None
     return capture.output
+
+
+class DatasetPrompts:
+    """Prompts of a dataset that is read as a stream, shuffled in a buffer: too many to hold, the same at every run.
+
+    Args:
+        rows: An iterable dataset of the `datasets` library, each row a dict.
+        column: Which of its columns holds the prompts.
+        buffer: Rows that are shuffled at a time.
+
+    Raises:
+        OptionError: No such column, or no rows.
+    """
+
+    def __init__(self, rows: Any, column: str = "text", *, buffer: int = 10_000) -> None:
+        first = next(iter(rows), None)
+        if first is None:
+            raise OptionError("the dataset has no rows")
+        if not isinstance(first.get(column), str):
+            texts = [name for name, value in first.items() if isinstance(value, str)]
+            raise OptionError(f"the dataset has no column {column!r} of text; there are: {', '.join(texts) or 'none'}")
+        self.rows, self.column, self.buffer = rows, column, buffer
+        self._place: tuple[int, int] | None = None
+        self._reader: Iterator[Mapping[str, Any]] = iter(())
+
+    @classmethod
+    def open(cls, source: str, column: str = "text", split: str = "train") -> DatasetPrompts:
+        """A dataset of the Hugging Face Hub, or a local folder, CSV, JSON-lines, Parquet or text file.
+
+        Raises:
+            MissingExtraError: `datasets` is not installed.
+            OptionError: It cannot be opened.
+        """
+        datasets = require("datasets", "data")
+        formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+        form = formats.get(Path(source).suffix.lower()) if Path(source).is_file() else None
+        try:
+            if form is not None:
+                return cls(datasets.load_dataset(form, data_files=source, split=split, streaming=True), column)
+            return cls(datasets.load_dataset(source, split=split, streaming=True), column)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"dataset {source!r} cannot be opened: {str(error).splitlines()[0]}") from error
+
+    def draw(self, step: int, count: int, seed: int) -> list[str]:
+        """The prompts of a step. Steps in turn go on reading; any other is looked for from the beginning."""
+        if self._place != (seed, step * count):
+            self._reader = self._endless(seed)
+            for _ in range(step * count):
+                next(self._reader)
+        self._place = (seed, (step + 1) * count)
+        return [str(next(self._reader)[self.column]) for _ in range(count)]
+
+    def _endless(self, seed: int) -> Iterator[Mapping[str, Any]]:
+        for epoch in itertools.count():
+            yield from self.rows.shuffle(seed=seed + 1000 * epoch, buffer_size=self.buffer)
 
 
 class TokenStream:
@@ -90,7 +161,7 @@ class TokenStream:
     Args:
         tower: The text tower, frozen.
         layer: Which block's output.
-        prompts: What to draw from.
+        prompts: What to draw from: a list, or a dataset read as a stream.
         batch_size: Prompts per step.
         pad_share: Share of the padding positions that is kept: they are many and much alike.
         seed: Seeds the draw; give each process its own.
@@ -101,11 +172,11 @@ class TokenStream:
     """
 
     def __init__(
-        self, tower: TextTower, layer: int, prompts: Sequence[str], *, batch_size: int = 64, pad_share: float = 0.1,
-        seed: int = 0,
+        self, tower: TextTower, layer: int, prompts: Sequence[str] | DatasetPrompts, *, batch_size: int = 64,
+        pad_share: float = 0.1, seed: int = 0,
     ) -> None:  # fmt: skip
         block_of(tower, layer)
-        if not len(prompts):
+        if not isinstance(prompts, DatasetPrompts) and not len(prompts):
             raise OptionError("an autoencoder needs prompts to be trained on, and there are none")
         self.tower, self.layer, self.prompts = tower, layer, prompts
         self.batch_size, self.pad_share, self.seed = batch_size, pad_share, seed
@@ -113,17 +184,34 @@ class TokenStream:
     def __call__(self, step: int) -> Tensor:
         """Activations `(tokens, dim)` of a step, float32."""
         rng = np.random.default_rng([self.seed, step])
-        rows = rng.integers(len(self.prompts), size=self.batch_size)
-        tokens = self.tower.tokenize([self.prompts[int(row)] for row in rows])
+        tokens = self.tower.tokenize(self._draw(step, rng))
         states = activations(self.tower, self.layer, tokens)
-        keep = token_mask(tokens)
+        keep = token_mask(tokens, self.tower.leading)
         pads = torch.from_numpy(rng.random(keep.shape) < self.pad_share)
-        pads[:, 0] = False
+        pads[:, : self.tower.leading] = False
         return states[(keep | pads).to(states.device)].float()
 
+    def _draw(self, step: int, rng: np.random.Generator) -> list[str]:
+        if isinstance(self.prompts, DatasetPrompts):
+            return self.prompts.draw(step, self.batch_size, self.seed)
+        return [self.prompts[int(row)] for row in rng.integers(len(self.prompts), size=self.batch_size)]
 
-def token_mask(tokens: PromptTokens) -> Tensor:
+    def reseeded(self, seed: int) -> TokenStream:
+        """Other draws of the same prompts."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def sample(self, count: int) -> list[str]:
+        """Prompts of the first steps, each once, at most `count`."""
+        found: dict[str, None] = {}
+        for step in range(2 * count // self.batch_size + 1):
+            found.update(dict.fromkeys(self._draw(step, np.random.default_rng([self.seed, step]))))
+        return list(found)[:count]
+
+
+def token_mask(tokens: PromptTokens, first: int = 1) -> Tensor:
     """Which positions hold words or the end token, `(batch, tokens)` bool on the CPU: no start token, no padding."""
     position = torch.arange(tokens.ids.shape[1])
     lengths = torch.tensor(tokens.lengths)
-    return (position > 0) & (position < lengths[:, None])
+    return (position >= first) & (position < lengths[:, None])

@@ -101,12 +101,16 @@ class TrainingLoss(nn.Module):
         x = x * self.scale
         before = self.sae.pre_activations(x)
         values, indices, offsets = keep_largest(before, self.sae.config.k, self.options.batch_topk)
-        error = x - (sparse_decode(values, indices, offsets, self.sae.W_dec) + self.sae.b_dec)
+        error = x - (self.decode(values, indices, offsets) + self.sae.b_dec)
         fvu = variance_share(error, x)
         total = fvu + self.options.aux_coefficient * self.dead_loss(before, error.detach())
         fired = torch.zeros(self.sae.config.d_sae, dtype=torch.bool, device=x.device)
         fired[indices[values > 0]] = True
         return Losses(total, fvu.detach(), fired, self.least_kept(values.detach()))
+
+    def decode(self, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+        """What latents write, from the non-zero ones alone; see `sparse_decode`."""
+        return sparse_decode(values, indices, offsets, self.sae.W_dec)
 
     def least_kept(self, values: Tensor) -> Tensor:
         """Where latents start to be kept: the least of the batch, or the mean over tokens of each one's least."""
@@ -129,7 +133,7 @@ class TrainingLoss(nn.Module):
         wanted = self.options.aux_k or max(self.sae.config.d_in // 2, 1)
         k = min(wanted, count)
         values, indices, offsets = keep_largest(before.masked_fill(~dead, -torch.inf), k, batch=False)
-        left = error - sparse_decode(values, indices, offsets, self.sae.W_dec)
+        left = error - self.decode(values, indices, offsets)
         return min(count / wanted, 1.0) * variance_share(left, error).nan_to_num(0.0)
 
     @torch.no_grad()

@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from erasure.backbones import Backbone
@@ -32,6 +33,8 @@ class Fit(NamedTuple):
     """Tensors on the CPU."""
     log: dict[str, float]
     """Figures worth keeping, for instance the last loss."""
+    gates: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    """By concept, how well its gate tells it, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,21 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
-from erasure.carriers.features import FeatureEdit, word_mask
+from erasure.carriers.features import BlockEdit, FeatureEdit, ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.sae import SAETrainer, SparseAutoencoder, TrainingOptions, load
-from erasure.sae.detection import CHUNK, prompt_scores
+from erasure.sae import SAETrainer, SparseAutoencoder, TrainingOptions, load, read_prompts
+from erasure.sae.gates import (
+    Labels,
+    WordStates,
+    area,
+    calibrate,
+    joined,
+    locate,
+    logistic,
+    read_words,
+    roc,
+)
+from erasure.sae.mining import mine
 from erasure.sae.stream import TokenStream, activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+
+CANDIDATES = 512
+"""Latents that a gate is chosen from."""
+PENALTY = {"features": 1e-4, "probe": 1e-3}
+"""Of the squared weights of a gate's score."""
 
 
 class Evidence(NamedTuple):
@@ -38,15 +54,36 @@ class Evidence(NamedTuple):
         return self.target_rate - self.retain_rate
 
 
-class Choice(NamedTuple):
-    """The features of one concept."""
+class Gate(NamedTuple):
+    """How a concept is told from the rest: by latents, and by a probe."""
 
     features: list[int]
-    """Indices in the dictionary."""
-    level: Tensor
-    """`(features,)`: what each usually reaches in prompts with the concept."""
+    """Latents that count."""
     weight: Tensor
-    """`(features,)`: how well each tells the concept from the rest."""
+    """`(features,)`."""
+    bias: float
+    """Of the latents' score."""
+    level: float
+    """The least score that opens it."""
+    probe: Tensor
+    """`(dim,)`."""
+    probe_bias: float
+    """Of the probe's score."""
+    probe_level: float
+    """The least score that opens it."""
+    figures: dict[str, Any]
+    """Rates on the prompts that calibrated it."""
+
+
+class Choice(NamedTuple):
+    """What an erasure holds of one concept."""
+
+    features: list[int]
+    """Latents to edit."""
+    magnitude: Tensor
+    """`(features,)`: what each usually reaches in prompts with the concept."""
+    gate: Gate
+    """When to."""
 
 
 @register("itd")
@@ -55,18 +92,22 @@ class ItD(Strategy):
     """Turn off the latents that only prompts with the concept fire, in prompts that hold it.
 
     A sparse autoencoder of the text encoder's residual stream gives latents `z` with decoder rows `d`. Those that fire
-    on most prompts with the concept and on next to none of the others are its features F. In use,
+    on most prompts with the concept and on few of the others are its features F. In use,
 
         x' = x + sum_{i in F} (tau - 1) z_i d_i
 
-    at every token but the first, in prompts where enough of the features fire together on one word (see
-    `erasure.carriers.features`). What the autoencoder does not explain is left as it is, prompts below the threshold
-    too, bit for bit. The paper's released code instead puts in the whole reconstruction, takes the features by a
-    difference of top-K sets, and sets the threshold on the prompts that it is tested on.
+    at every token but the first, in prompts where the concept's gate is open: a logistic score of latents on some word
+    (see `erasure.carriers.features`). What the autoencoder does not explain is left as it is, prompts below the
+    threshold too, bit for bit. A linear probe of the same activations is fitted and calibrated beside it.
 
-    Several concepts are as many slices of the same dictionary, each behind its own threshold; adding one trains
-    nothing. Protects a hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses
-    them.
+    Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
+    hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
+
+    The paper's released code (preset `released`) instead puts in the whole reconstruction, so that what the
+    autoencoder cannot say is lost in every prompt that is touched; takes the features by a difference of top-K sets;
+    and sets one threshold, on the prompts that it is tested on, at 0.99 of their least change, with another statistic
+    for celebrities (the greatest token) than the gate then compares (the mean). Its results depend on what else is in
+    the batch, because it pads to the longest prompt; here every prompt is padded as the pipeline pads.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -76,32 +117,51 @@ class ItD(Strategy):
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
     signed: ClassVar[tuple[str, ...]] = ("tau",)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"released": {"parity": "itd", "tau": -8.0}}
 
     dictionary: str = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
     taken for the embedded model, and else a small one is trained first, on random prompts of the tokeniser's words."""
     layer: int | None = None
     """Block whose output is read and edited, from 0 on; the dictionary's own, or two thirds of the way."""
-    mode: Literal["scale", "clamp"] = "scale"
-    """`scale` multiplies a latent by tau; `clamp` sets it to tau wherever it fires, however weakly."""
+    prompts: str = ""
+    """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
+    dictionary when left out, and random prompts of the tokeniser's words when there are none."""
+    mode: Literal["scale", "ablate", "clamp", "replace"] = "scale"
+    """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
+    wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
+    concept, of the end token and of the padding, whatever fires there."""
     tau: float = -2.0
-    """What a latent is multiplied by or set to: 0 takes it away, below 0 pushes the other way (released code: -8)."""
+    """What a latent is multiplied by: 0 takes it away, below 0 pushes the other way (released code: -8)."""
     features: int = 32
-    """At most so many latents of a concept."""
+    """At most so many latents of a concept are edited."""
     floor: float = 0.25
-    """A latent counts, and is edited, only above this share of what it usually reaches in prompts with the concept."""
+    """A latent counts as firing only above this share of what it usually reaches in prompts with the concept."""
     target_rate: float = 0.5
     """A feature fires on at least this share of the prompts with the concept."""
-    retain_rate: float = 0.25
-    """And on at most this share of the others: what a concept shares with a few neighbours is part of what draws it,
-    and is changed only behind its gate."""
-    false_positive_cost: float = 20.0
-    """Weight of the false positive rate against the true positive rate when the gate is set, on prompts that chose no
-    feature. Words of the tokeniser that mean the concept, but are not given as synonyms, count as false positives."""
+    retain_rate: float = 0.5
+    """And on at most this share of the others: what a concept shares with its neighbours is part of what draws it, and
+    is changed only behind its gate."""
+    gate: Literal["features", "probe"] = "features"
+    """What opens a gate: the score of latents, or the linear probe's."""
+    votes: int = 32
+    """Latents in a gate's score."""
+    tokens: Literal["prompt", "word"] = "prompt"
+    """Edit every token of a prompt whose gate is open, or only those whose own score would open it."""
+    false_positive_rate: float = 0.01
+    """Share of ordinary prompts without the concept that may open its gate, measured on prompts that chose nothing.
+    Words that mean the concept, but are not given as synonyms, count as such."""
     contexts: int = 96
     """Random prompts that name the concept among other words."""
     vocabulary: int = 2400
-    """Random prompts from the tokeniser's own words that do not name it."""
+    """Random prompts from the tokeniser's own words, where there are no ordinary ones."""
+    mining_steps: int = 0
+    """Steps of adversarial feature mining: embeddings are trained to bring the concept's images back past the edit,
+    and what fires on them joins the features. 0 leaves it out; the released code takes 5000."""
+    parity: Literal["", "itd"] = ""
+    """`itd` edits and gates as the paper's released code does."""
+    top: int = 128
+    """With `parity`: latents of a prompt that count as active (released code: 128, for styles 256)."""
     d_sae: int = 1024
     """Latents of a dictionary that is trained first."""
     k: int = 8
@@ -114,49 +174,58 @@ class ItD(Strategy):
     ) -> Fit:
         """Find the features of every concept in the first tower's dictionary, and calibrate the gates."""
         tower = backbone.towers[0]
-        for words in (name for concept in concepts for name in concept.names):
-            tower.check_words(words)
-        sae, layer = self.open_dictionary(tower, seed, lambda share: progress(0.8 * share))
+        for name in (name for concept in concepts for name in concept.names):
+            tower.check_words(name)
         generator = torch.Generator().manual_seed(seed)
+        sae, layer, ordinary = self.open_dictionary(tower, seed, lambda share: progress(0.7 * share))
+        if not ordinary:
+            ordinary = vocabulary_prompts(vocabulary(tower, concepts), self.vocabulary, generator)
+        corpus = read_words(tower, layer, ["", *ordinary])
+        key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
-        choices: list[Choice] = []
-        held_out = []
+        if self.parity:
+            own = [read_words(tower, layer, self.target_prompts(tower, concept, generator)) for concept in concepts]
+            return Fit(Edits(features={key: self.released(tower, sae, corpus, own, concepts)}), log)
+        activity = strongest(sae, corpus)
+        choices = []
         for index, concept in enumerate(concepts):
-            target, retain = self.prompts(tower, concept, generator)
-            # Every second prompt chooses features, the others calibrate the gate.
-            choosing = [strongest(tower, layer, sae, part[::2]) for part in (target, retain)]
-            found = evidence(choosing[0], choosing[1], self.floor)
-            features = select(found, self, concept.target)
-            choices.append(Choice(features, found.magnitude[features], found.score[features].clamp_min(1e-3)))
-            held_out.append((target[1::2], retain[1::2]))
-            progress(0.8 + 0.15 * (index + 1) / len(concepts))
-        edit = self.edit(tower, sae, choices)
-        gates = []
-        for index, (concept, parts) in enumerate(zip(concepts, held_out, strict=True)):
-            target_scores, retain_scores = (prompt_scores(tower, layer, edit, part)[:, index] for part in parts)
-            gates.append(gate := calibrate(target_scores, retain_scores, self.false_positive_cost))
-            log |= {
-                f"{concept.target}_features": float(len(choices[index].features)),
-                f"{concept.target}_tpr": (target_scores >= gate).float().mean().item(),
-                f"{concept.target}_fpr": (retain_scores >= gate).float().mean().item(),
-                f"{concept.target}_auc": area(target_scores, retain_scores),
-            }
-        edit = edit._replace(gate=torch.tensor(gates, dtype=torch.float32))
+            words, labels, extra = self.labelled(tower, layer, corpus, concept, generator)
+            chooses = torch.rand(words.prompts, generator=generator) < 0.5
+            found = torch.cat([activity, strongest(sae, extra)])
+            choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
+            if self.mining_steps:
+                active = self.edit(tower, layer, sae, [choice])
+                share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
+                mined = mine(
+                    backbone, concept, key, active, self.mining_steps, seed,
+                    lambda part, share=share: progress(share[0] + share[1] * part),  # type: ignore[misc]
+                )  # fmt: skip
+                new = self.mined_features(sae, mined.states, found[~labels.holds], choice)
+                log[f"{concept.target}_mined"] = float(len(new.features) - len(choice.features))
+                words, labels = with_mined(words, labels, mined.states, mined.learned)
+                chooses = torch.cat([chooses, torch.arange(mined.states.prompts) % 2 == 0])
+                choice = new._replace(gate=self.fit_gate(sae, words, labels, chooses))
+            choices.append(choice)
+            log[f"{concept.target}_features"] = float(len(choice.features))
+            progress(0.7 + 0.29 * (index + 1) / len(concepts))
+        gates = {concept.target: choice.gate.figures for concept, choice in zip(concepts, choices, strict=True)}
         progress(1.0)
-        return Fit(Edits(features={tower.key(f"encoder.layers.{layer}"): edit}), log)
+        return Fit(Edits(features={key: self.edit(tower, layer, sae, choices)}), log, gates)
+
+    # The dictionary and prompts --------------------------------------------------------------------------------------
 
     def open_dictionary(
         self, tower: TextTower, seed: int, progress: Callable[[float], None]
-    ) -> tuple[SparseAutoencoder, int]:
-        """The autoencoder and the block it reads.
+    ) -> tuple[SparseAutoencoder, int, list[str]]:
+        """The autoencoder, the block it reads, and ordinary prompts.
 
         Raises:
             OptionError: It does not say which block it reads.
             WrongBaseError: It was made for another text encoder.
         """
-        folder = Path(self.dictionary) if self.dictionary else embedded_dictionary(tower)
+        folder = named_dictionary(self.dictionary) if self.dictionary else embedded_dictionary(tower)
         if folder is None:
-            return self.train_dictionary(tower, seed, progress)
+            return *self.train_dictionary(tower, seed, progress), read_prompts(self.prompts) if self.prompts else []
         sae = load(folder)
         layer = sae.config.metadata.get("layer") if self.layer is None else self.layer
         if layer is None:
@@ -169,7 +238,8 @@ class ItD(Strategy):
                 f"{sae.config.d_in}) was made for another text encoder than this {tower.component} of width {width}: "
                 "train one with erasure sae train"
             )
-        return sae.to(next(tower.root.parameters()).device), layer
+        ordinary = read_prompts(self.prompts or folder)
+        return sae.to(next(tower.root.parameters()).device), layer, ordinary
 
     def train_dictionary(
         self, tower: TextTower, seed: int, progress: Callable[[float], None]
@@ -183,30 +253,183 @@ class ItD(Strategy):
         sae = SAETrainer(TokenStream(tower, layer, prompts, seed=seed), options).train(progress)
         return sae.to(next(tower.root.parameters()).device), layer
 
-    def prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> tuple[list[str], list[str]]:
-        """Prompts with a concept, and prompts without it (other concepts that are erased may be in them)."""
+    def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
+        """Phrasings of a concept, and random prompts that name it among other words."""
+        prompts = [template.format(words) for words in concept.names for template in concept.phrasings()]
         known = vocabulary(tower, [concept])
-        target = [template.format(words) for words in concept.names for template in concept.phrasings()]
-        target += [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
-        retain = retain_prompts([concept])
-        retain += [t.format(concept.anchor) for t in concept.phrasings() if concept.anchor]
-        retain += vocabulary_prompts(known, self.vocabulary, generator)
-        order = [torch.randperm(len(part), generator=generator).tolist() for part in (target, retain)]
-        return [target[i] for i in order[0]], [retain[i] for i in order[1]]
+        return prompts + [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
 
-    def edit(self, tower: TextTower, sae: SparseAutoencoder, choices: Sequence[Choice]) -> FeatureEdit:
-        """The slices of all concepts, one after the other, in float16, with all gates open."""
-        part = sae.slice([feature for choice in choices for feature in choice.features])
-        count = len(part.b_enc)
-        level = torch.cat([choice.level for choice in choices])
-        vote = torch.cat([choice.weight / choice.weight.sum() for choice in choices])
-        gain = torch.full((count,), self.tau - 1 if self.mode == "scale" else -1.0)
-        offset = torch.full((count,), 0.0 if self.mode == "scale" else self.tau)
-        concept = torch.tensor([index for index, choice in enumerate(choices) for _ in choice.features])
-        tensors = (part.w_enc, part.b_enc, part.w_dec, part.threshold.cpu().maximum(self.floor * level), gain, offset)
-        half = [tensor.cpu().to(torch.float16) for tensor in tensors]
-        end = torch.tensor(tower.tokenizer.eos_token_id)
-        return FeatureEdit._make([*half, concept, level, vote, torch.zeros(len(choices)), end])
+    def labelled(
+        self, tower: TextTower, layer: int, corpus: WordStates, concept: Concept, generator: torch.Generator
+    ) -> tuple[WordStates, Labels, WordStates]:
+        """Words of prompts with a concept and without it, and which of them are not the corpus'."""
+        prompts = self.target_prompts(tower, concept, generator)
+        prompts += retain_prompts([concept])
+        prompts += [t.format(concept.anchor) for t in concept.phrasings() if concept.anchor]
+        extra = read_words(tower, layer, prompts)
+        words = joined([corpus, extra])
+        return words, locate(tower, words, concept.names), extra
+
+    # Features and gates ----------------------------------------------------------------------------------------------
+
+    def choose(
+        self, tower: TextTower, sae: SparseAutoencoder, words: WordStates, labels: Labels, activity: Tensor,
+        chooses: Tensor, name: str,
+    ) -> Choice:  # fmt: skip
+        """The features of a concept and its gate.
+
+        Args:
+            tower: To name words.
+            sae: The dictionary.
+            words: Of all prompts.
+            labels: Where the concept is.
+            activity: `(prompts, d_sae)`, see `strongest`.
+            chooses: `(prompts,)` bool: prompts that choose; the others calibrate.
+            name: Of the concept.
+        """
+        found = evidence(activity[labels.holds & chooses], activity[~labels.holds & chooses], self.floor)
+        features = select(found, self)
+        if not features:
+            raise ConceptError(no_feature(tower, sae, words, labels, found, name))
+        return Choice(features, found.magnitude[features], self.fit_gate(sae, words, labels, chooses))
+
+    def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
+        """Fit the scores of latents and probe on the prompts that choose, set both thresholds on the others."""
+        train = (labels.positive | labels.negative) & chooses[words.prompt]
+        x, y = words.states[train], labels.positive[train]
+        device = sae.W_enc.device
+        wide = most_telling(sae, x, y)
+        latents = sae.slice(wide).encode(x.to(device)).cpu()
+        scale = latents.amax(0).clamp_min(1e-6)
+        first, _ = logistic(latents / scale, y, PENALTY["features"])
+        telling = (first.abs() * (latents / scale).std(0)).topk(min(self.votes, len(wide))).indices
+        features = [wide[i] for i in telling.tolist()]
+        weight, bias = logistic(latents[:, telling] / scale[telling], y, PENALTY["features"])
+        weight = weight / scale[telling]
+        centre, spread = x[~y].mean(0), x[~y].std(0).clamp_min(1e-6)
+        slope, shift = logistic((x - centre) / spread, y, PENALTY["probe"])
+        probe = slope / spread
+        probe_bias = shift - centre @ probe
+        part = sae.slice(features)
+        scores = {
+            "features": words.greatest(part.encode(words.states.to(device)).cpu() @ weight + bias),
+            "probe": words.greatest(words.states @ probe + probe_bias),
+        }
+        levels, figures = {}, {}
+        for kind, score in scores.items():
+            target, retain = score[labels.holds & ~chooses], score[~labels.holds & ~chooses]
+            levels[kind] = level = calibrate(target, retain, self.false_positive_rate)
+            figures[kind] = {
+                "tpr": round((target >= level).double().mean().item(), 4),
+                "fpr": round((retain >= level).double().mean().item(), 4),
+                "auc": round(area(target, retain), 5),
+                "roc": roc(target, retain),
+            }
+        counted = {"prompts_with": int((labels.holds & ~chooses).sum()),
+                   "prompts_without": int((~labels.holds & ~chooses).sum())}  # fmt: skip
+        return Gate(
+            features, weight, bias.item(), levels["features"], probe, probe_bias.item(), levels["probe"],
+            {"decides": self.gate, **counted, **figures},
+        )  # fmt: skip
+
+    def edit(self, tower: TextTower, layer: int, sae: SparseAutoencoder, choices: Sequence[Choice]) -> FeatureEdit:
+        """The latents of all concepts, each once, with who edits and who counts them; dictionary rows in float16."""
+        used = sorted({i for choice in choices for i in (*choice.features, *choice.gate.features)})
+        place = {feature: index for index, feature in enumerate(used)}
+        part = sae.slice(used)
+
+        def pairs(of: Callable[[Choice], list[int]]) -> Tensor:
+            listed = [(c, place[i]) for c, choice in enumerate(choices) for i in of(choice)]
+            return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
+
+        reached = torch.zeros(len(used))
+        for choice in choices:
+            index = torch.tensor([place[i] for i in choice.features])
+            reached[index] = torch.maximum(reached[index], choice.magnitude)
+        clamp, tau = self.mode == "clamp", 0.0 if self.mode == "ablate" else self.tau
+        dim = part.w_enc.shape[0]
+        filler = torch.zeros(0, dim)
+        if self.mode == "replace":
+            filler = activations(tower, layer, tower.tokenize([""]))[0].float().cpu()
+        gates = [choice.gate for choice in choices]
+        half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
+                "gain": torch.full((len(used),), -1.0 if clamp else tau - 1),
+                "offset": tau * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
+        return FeatureEdit(
+            **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
+            edits=pairs(lambda choice: choice.features),
+            votes=pairs(lambda choice: choice.gate.features),
+            weight=torch.cat([gate.weight for gate in gates]),
+            bias=torch.tensor([gate.bias for gate in gates]),
+            gate=torch.tensor([gate.level for gate in gates]),
+            probe=torch.stack([gate.probe for gate in gates], 1),
+            probe_bias=torch.tensor([gate.probe_bias for gate in gates]),
+            probe_gate=torch.tensor([gate.probe_level for gate in gates]),
+            rule=torch.tensor(int(self.gate == "probe")),
+            local=torch.tensor(int(self.tokens == "word" or self.mode == "replace")),
+            first=torch.tensor(tower.leading),
+            end=torch.tensor(tower.tokenizer.eos_token_id),
+        )
+
+    def mined_features(self, sae: SparseAutoencoder, mined: WordStates, retain: Tensor, choice: Choice) -> Choice:
+        """The choice with what fires on mined words and on next to no ordinary prompt.
+
+        Args:
+            sae: The dictionary.
+            mined: Words of mined prompts.
+            retain: `(prompts, d_sae)` activity of prompts without the concept.
+            choice: What was chosen by words.
+        """
+        active = strongest(sae, mined)
+        rate, magnitude = (active > 0).float().mean(0), active.amax(0)
+        new = (magnitude > 0) & ((retain > 0).float().mean(0) <= self.false_positive_rate)
+        new[choice.features] = False
+        order = (rate * magnitude).masked_fill(~new, -1).topk(min(self.features, int(new.sum()))).indices
+        return choice._replace(
+            features=[*choice.features, *order.tolist()], magnitude=torch.cat([choice.magnitude, magnitude[order]])
+        )
+
+    # The released code -----------------------------------------------------------------------------------------------
+
+    def released(
+        self, tower: TextTower, sae: SparseAutoencoder, corpus: WordStates, own: Sequence[WordStates],
+        concepts: Sequence[Concept],
+    ) -> BlockEdit:  # fmt: skip
+        """Features by a difference of top-K sets, the whole reconstruction, one threshold (card of the method above).
+
+        Raises:
+            ConceptError: A concept has no latent to itself.
+        """
+        holds = locate(tower, corpus, [name for concept in concepts for name in concept.names]).holds
+        common = top_sets(strongest(sae, corpus.of(~holds)), self.top).any(0)
+        chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)
+        for words, concept in zip(own, concepts, strict=True):
+            mine_only = top_sets(strongest(sae, words), self.top).any(0) & ~common
+            if not mine_only.any():
+                raise ConceptError(
+                    f"parity='itd': every latent among the {self.top} largest of a prompt with {concept.target!r} is "
+                    "among those of some prompt without it: lower 'top', or leave parity out"
+                )
+            chosen |= mine_only
+        part = sae.slice(range(sae.config.d_sae))
+        factor = torch.where(chosen, self.tau, 1.0)
+        edit = ReconstructionEdit(
+            part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(),
+            torch.tensor(sae.config.k), factor, torch.tensor(0.0), torch.tensor(tower.leading),
+            torch.tensor(tower.tokenizer.eos_token_id),
+        )  # fmt: skip
+        layer = int(sae.config.metadata["layer"] if self.layer is None else self.layer)
+        prompts = [t.format(words) for c in concepts for words in c.names for t in c.phrasings()]
+        states = activations(tower, layer, tower.tokenize(prompts)).float()
+        least = edit.on(states.device).scores(states, torch.ones(states.shape[:2], dtype=torch.bool)).min()
+        return edit._replace(gate=(0.99 * least).cpu())
+
+
+def named_dictionary(name: str) -> Path:
+    """A folder, or an embedded dictionary by name."""
+    from erasure import assets
+
+    return assets.find(name) or Path(name)
 
 
 def embedded_dictionary(tower: TextTower) -> Path | None:
@@ -222,15 +445,38 @@ def embedded_dictionary(tower: TextTower) -> Path | None:
 
 
 @torch.no_grad()
-def strongest(tower: TextTower, layer: int, sae: SparseAutoencoder, prompts: Sequence[str]) -> Tensor:
-    """The greatest value of each latent at the words of a prompt, `(prompts, d_sae)` on the CPU."""
-    made = []
-    for first in range(0, len(prompts), CHUNK):
-        tokens = tower.tokenize(prompts[first : first + CHUNK])
-        mask = word_mask(tokens.ids, torch.tensor(tower.tokenizer.eos_token_id, device=tokens.ids.device))
-        latents = sae.encode(activations(tower, layer, tokens).float())
-        made.append((latents * mask[..., None]).amax(1).cpu())
-    return torch.cat(made)
+def strongest(sae: SparseAutoencoder, words: WordStates) -> Tensor:
+    """The greatest value of each latent at the words of a prompt, `(prompts, d_sae)`."""
+    made = words.states.new_zeros(words.prompts, sae.config.d_sae)
+    for part in torch.arange(len(words.ids)).split(4096):
+        latents = sae.encode(words.states[part].to(sae.W_enc.device)).cpu()
+        made.scatter_reduce_(0, words.prompt[part][:, None].expand_as(latents), latents, "amax")
+    return made
+
+
+def top_sets(activity: Tensor, top: int) -> Tensor:
+    """Whether each latent is among the largest of each prompt, `(prompts, d_sae)` bool; silent ones never are."""
+    largest = activity.topk(min(top, activity.shape[1]), dim=1).indices
+    return torch.zeros_like(activity, dtype=torch.bool).scatter(1, largest, True) & (activity > 0)
+
+
+@torch.no_grad()
+def most_telling(sae: SparseAutoencoder, x: Tensor, y: Tensor) -> list[int]:
+    """The latents whose mean differs most between the words of a concept and others, in units of their spread.
+
+    Args:
+        sae: The dictionary.
+        x: `(words, dim)`.
+        y: `(words,)` bool.
+    """
+    total = torch.zeros(3, sae.config.d_sae)
+    for part in torch.arange(len(x)).split(4096):
+        latents = sae.encode(x[part].to(sae.W_enc.device)).cpu()
+        total += torch.stack([latents[y[part]].sum(0), latents.sum(0), latents.square().sum(0)])
+    inside, mean, square = total[0] / y.sum(), total[1] / len(x), total[2] / len(x)
+    spread = (square - mean.square()).clamp_min(0).sqrt()
+    contrast = (inside - mean).abs() / (spread + 1e-6)
+    return contrast.topk(min(CANDIDATES, sae.config.d_sae)).indices.tolist()
 
 
 def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
@@ -240,49 +486,47 @@ def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
     return Evidence(fires[0], fires[1], magnitude)
 
 
-def select(found: Evidence, options: ItD, concept: str) -> list[int]:
-    """The features of a concept, those that say most first.
-
-    Raises:
-        ConceptError: No latent tells the concept from the rest.
-    """
+def select(found: Evidence, options: ItD) -> list[int]:
+    """The features of a concept, those that say most first; none when no latent tells it from the rest."""
     fits = (found.target_rate >= options.target_rate) & (found.retain_rate <= options.retain_rate)
     fits &= found.magnitude > 0
-    if not fits.any():
-        near = found.score.topk(min(3, len(found.score))).indices.tolist()
-        listed = "; ".join(
-            f"latent {i} fires on {found.target_rate[i]:.0%} of them and on {found.retain_rate[i]:.1%} of the others"
-            for i in near
-        )
-        raise ConceptError(
-            f"no feature of the dictionary tells {concept!r} from the rest. The nearest: {listed}. Raise retain_rate "
-            "if that is acceptable, or train a larger dictionary on prompts with the concept"
-        )
     value = torch.where(fits, found.score * found.magnitude, torch.full_like(found.score, -torch.inf))
     return value.topk(min(options.features, int(fits.sum()))).indices.tolist()
 
 
-def calibrate(target: Tensor, retain: Tensor, cost: float) -> float:
-    """The least score of an open gate: the greatest `true positive rate - cost * false positive rate`.
+def no_feature(
+    tower: TextTower, sae: SparseAutoencoder, words: WordStates, labels: Labels, found: Evidence, name: str
+) -> str:
+    """Why a concept cannot be erased with this dictionary, and what the nearest latents would hit."""
+    others = words.of(~labels.holds)
+    listed = []
+    for i in found.score.topk(min(3, len(found.score))).indices.tolist():
+        values = sae.slice([i]).encode(others.states.to(sae.W_enc.device))[:, 0].cpu()
+        order = values.argsort(descending=True)[:200]
+        tokens = [tower.tokenizer.decode([token]).strip() for token in others.ids[order[values[order] > 0]].tolist()]
+        hit = ", ".join(list(dict.fromkeys(token for token in tokens if token.isalnum()))[:3]) or "nothing else"
+        listed.append(
+            f"latent {i} fires on {found.target_rate[i]:.0%} of its prompts and on {found.retain_rate[i]:.1%} of the "
+            f"others, most on: {hit}"
+        )
+    return (
+        f"no feature of the dictionary tells {name!r} from the rest. The nearest: {'; '.join(listed)}. Raise "
+        "retain_rate if losing those is acceptable, or train a larger dictionary on prompts with the concept"
+    )
 
-    Of several that are as good, the one in the middle of the widest gap between scores.
+
+def with_mined(words: WordStates, labels: Labels, mined: WordStates, learned: Tensor) -> tuple[WordStates, Labels]:
+    """Mined prompts counted among those that hold the concept.
 
     Args:
-        target: `(prompts,)` scores of prompts with the concept.
-        retain: `(prompts,)` of others.
-        cost: Weight of a false positive.
+        words: Of all prompts.
+        labels: Of these words.
+        mined: Words of mined prompts.
+        learned: `(words,)` bool: which of them are learned.
     """
-    levels = torch.cat([target, retain]).double().unique()
-    if len(levels) == 1:
-        return 0.5
-    gates, gaps = (levels[1:] + levels[:-1]) / 2, levels[1:] - levels[:-1]
-    rates = [(part.double()[None] >= gates[:, None]).double().mean(1) for part in (target, retain)]
-    gain = rates[0] - cost * rates[1]
-    best = gain >= gain.max() - 1e-9
-    return gates[torch.where(best, gaps, -torch.inf).argmax()].item()
-
-
-def area(target: Tensor, retain: Tensor) -> float:
-    """Area under the ROC curve: the chance that a prompt with the concept scores higher than one without."""
-    wins = (target[:, None] > retain[None]).double() + 0.5 * (target[:, None] == retain[None]).double()
-    return wins.mean().item()
+    neither = torch.zeros(len(mined.ids), dtype=torch.bool)
+    return joined([words, mined]), Labels(
+        torch.cat([labels.holds, torch.ones(mined.prompts, dtype=torch.bool)]),
+        torch.cat([labels.positive, learned]),
+        torch.cat([labels.negative, neither]),
+    )

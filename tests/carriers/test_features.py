@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from erasure.backbones import TextTower, backbone_for
-from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
+from erasure.carriers.features import (
+    BlockEdit,
+    EditedFeatures,
+    FeatureEdit,
+    ReconstructionEdit,
+    word_mask,
+)
 from erasure.sae.stream import activations
 
 LAYER, PATH = 1, "encoder.layers.1"
 PROMPTS = ["a photo of a cat", "a dog", ""]
+OPEN, SHUT = -99.0, 99.0
 
 
 @pytest.fixture
@@ -20,45 +28,66 @@ def tower(tiny_pipe: Any) -> TextTower:
     return backbone_for(tiny_pipe).towers[0]
 
 
-def make_edit(tower: TextTower, gate: tuple[float, ...] = (0.0, 0.0), features: int = 6, seed: int = 0) -> FeatureEdit:
+def make_edit(tower: TextTower, gate: tuple[float, ...] = (OPEN, OPEN), seed: int = 0, **changed: Any) -> FeatureEdit:
+    """Eight random latents; concepts own those of their parity, share the last, and count all but the first."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return FeatureEdit(
+    features, concepts = 8, len(gate)
+    edits = [(i % concepts, i) for i in range(features - 1)] + [(c, features - 1) for c in range(concepts)]
+    votes = [(c, i) for c in range(concepts) for i in range(1, features)]
+    made = FeatureEdit(
         w_enc=draw(32, features), b_enc=draw(features), w_dec=draw(features, 32), threshold=draw(features).abs() * 0.1,
-        gain=draw(features), offset=draw(features), concept=torch.arange(features) % len(gate),
-        level=draw(features).abs() + 0.5, vote=torch.full((features,), len(gate) / features),
-        gate=torch.tensor(gate), end=torch.tensor(tower.tokenizer.eos_token_id),
+        gain=draw(features), offset=draw(features), edits=torch.tensor(edits).T, votes=torch.tensor(votes).T,
+        weight=draw(len(votes)), bias=draw(concepts), gate=torch.tensor(gate), probe=draw(32, concepts),
+        probe_bias=draw(concepts), probe_gate=torch.tensor(gate), filler=torch.zeros(0, 32), rule=torch.tensor(0),
+        local=torch.tensor(0), first=torch.tensor(tower.leading), end=torch.tensor(tower.tokenizer.eos_token_id),
     )  # fmt: skip
+    return made._replace(**changed)
 
 
 def plain(edit: FeatureEdit, x: torch.Tensor, words: list[int], strength: float = 1.0) -> torch.Tensor:
     """The formulas of the module, written out in float64 for one prompt `(tokens, dim)`."""
     x = x.double()
+    count, first = len(edit.b_enc), int(edit.first)
     latents = []
     for token in x:
-        before = [float(token @ edit.w_enc[:, i].double() + edit.b_enc[i]) for i in range(len(edit.b_enc))]
+        before = [float(token @ edit.w_enc[:, i].double() + edit.b_enc[i]) for i in range(count)]
         latents.append([value if value > max(float(edit.threshold[i]), 0) else 0.0 for i, value in enumerate(before)])
+
+    def score(token: int, concept: int) -> float:
+        if edit.rule:
+            return float(x[token] @ edit.probe[:, concept].double() + edit.probe_bias[concept])
+        mine = [n for n in range(len(edit.weight)) if edit.votes[0, n] == concept]
+        counted = sum(float(edit.weight[n]) * latents[token][int(edit.votes[1, n])] for n in mine)
+        return counted + float(edit.bias[concept])
+
+    gates = edit.probe_gate if edit.rule else edit.gate
     result = x.clone()
-    for concept, gate in enumerate(edit.gate.tolist()):
-        mine = [i for i in range(len(edit.b_enc)) if edit.concept[i] == concept]
-        present = [
-            sum(float(edit.vote[i]) * min(latents[t][i] / float(edit.level[i]), 1) for i in mine) for t in words
-        ]
-        if max(present) < gate:
+    opened = [c for c in range(len(gates)) if max(score(t, c) for t in words) >= gates[c]]
+    for t in range(first, len(x)):
+        active = [c for c in opened if not edit.local or score(t, c) >= gates[c]]
+        if len(edit.filler):
+            # The end token and the padding sum up the prompt.
+            if active or (opened and t >= words[-1]):
+                result[t] += strength * (edit.filler[t].double() - x[t])
             continue
-        for t in range(1, len(x)):
-            for i in mine:
-                change = float(edit.gain[i]) * latents[t][i] + float(edit.offset[i]) * (latents[t][i] > 0)
-                result[t] += strength * change * edit.w_dec[i].double()
+        # A latent that several open concepts own is changed once.
+        owned = {int(i) for c, i in edit.edits.T.tolist() if c in active}
+        for i in owned:
+            change = float(edit.gain[i]) * latents[t][i] + float(edit.offset[i]) * (latents[t][i] > 0)
+            result[t] += strength * change * edit.w_dec[i].double()
     return result
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", [(0.0, 0.0), (0.5, 2.0), (2.0, 0.4)])
-def test_equals_the_formulas(tower: TextTower, gate: tuple[float, float]) -> None:
+@pytest.mark.parametrize("gate", [(OPEN, OPEN), (4.0, SHUT), (SHUT, 6.0)])
+@pytest.mark.parametrize("rule", [0, 1])
+@pytest.mark.parametrize("form", ["all tokens", "own tokens", "filler"])
+def test_equals_the_formulas(tower: TextTower, gate: tuple[float, float], rule: int, form: str) -> None:
     tokens = tower.tokenize(PROMPTS)
     stock = activations(tower, LAYER, tokens)
-    edit = make_edit(tower, gate)
+    local, filler = int(form != "all tokens"), stock[2] if form == "filler" else torch.zeros(0, 32)
+    edit = make_edit(tower, gate, rule=torch.tensor(rule), local=torch.tensor(local), filler=filler)
     EditedFeatures.write(tower.module, {PATH: [(0.7, edit)]})
     found = activations(tower, LAYER, tokens)
     for row, length in enumerate(tokens.lengths):
@@ -70,12 +99,12 @@ def test_equals_the_formulas(tower: TextTower, gate: tuple[float, float]) -> Non
 def test_a_closed_gate_changes_no_bit_and_does_not_ask_the_neighbours(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
     stock = tower.encode(tokens)
-    scores = make_edit(tower).scores(make_edit(tower).latents(activations(tower, LAYER, tokens)), word_mask(
-        tokens.ids, torch.tensor(tower.tokenizer.eos_token_id)))  # fmt: skip
-    first, second = scores[:2, 0].tolist()
+    words = word_mask(tokens.ids, tower.tokenizer.eos_token_id)
+    scores = make_edit(tower).on(torch.device("cpu")).scores(activations(tower, LAYER, tokens), words)
+    first, second = scores[:2, 0].logit().tolist()
     assert first != second
     gate = (first + second) / 2
-    EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower, (gate, 9.0)))]})
+    EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower, (gate, SHUT)))]})
     together = tower.encode(tokens)
     changed = [not torch.equal(a, b) for a, b in zip(together[:2], stock[:2], strict=True)]
     assert changed == [first > gate, second > gate]
@@ -85,27 +114,31 @@ def test_a_closed_gate_changes_no_bit_and_does_not_ask_the_neighbours(tower: Tex
 
 @torch.no_grad()
 def test_the_score_does_not_depend_on_padding(tower: TextTower) -> None:
-    edit = make_edit(tower)
+    edit = make_edit(tower).on(torch.device("cpu"))
     long = tower.tokenize(["a photo of a cat"])
     short = long.ids[:, : long.lengths[0]]
     scores = []
     for ids in (long.ids, short):
         states = tower.module(ids, output_hidden_states=True).hidden_states[LAYER + 1]
-        scores.append(edit.scores(edit.latents(states), word_mask(ids, edit.end)))
+        scores.append(edit.scores(states, word_mask(ids, edit.end)))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 
 def test_words_and_the_first_end_are_looked_at() -> None:
     ids = torch.tensor([[7, 1, 2, 9, 9, 9], [7, 9, 9, 9, 9, 9], [7, 1, 2, 3, 4, 5]])
-    assert word_mask(ids, torch.tensor(9)).long().tolist() == [
-        [0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1],
-    ]  # fmt: skip
+    assert word_mask(ids, 9).long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    # T5 has no start token, and another token for padding.
+    assert word_mask(torch.tensor([[1, 2, 9, 0, 0]]), 9, first=0).long().tolist() == [[1, 1, 1, 0, 0]]
 
 
-def test_gradients_equal_finite_differences(tower: TextTower) -> None:
-    edit = FeatureEdit(*(t.double() if t.is_floating_point() else t for t in make_edit(tower)))
+@pytest.mark.parametrize("local", [0, 1])
+def test_gradients_equal_finite_differences(tower: TextTower, local: int) -> None:
+    edit = make_edit(tower, (-1.0, SHUT), local=torch.tensor(local)).on(torch.device("cpu"), torch.float64)
     words = torch.ones(1, 4, dtype=torch.bool)
     x = torch.randn(1, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    change, opened = edit.delta(x, words)
+    assert opened.all()
+    assert change.abs().sum() > 0
     assert torch.autograd.gradcheck(lambda value: value + edit.delta(value, words)[0], (x,))
 
 
@@ -147,11 +180,107 @@ def test_edits_of_one_block_add_up_from_the_stock_state(tower: TextTower) -> Non
     torch.testing.assert_close(activations(tower, LAYER, tokens), stock + parts[0] + parts[1], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_prompt_that_comes_again_is_not_scored_again(tower: TextTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    from erasure.carriers.features import MEMORY, GatedEdit
+
+    scored: list[int] = []
+    real = GatedEdit.delta
+    monkeypatch.setattr(GatedEdit, "delta", lambda self, x, words: (scored.append(len(x)), real(self, x, words))[1])
+    EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower))]})
+    first = [tower.encode(tower.tokenize([prompt])) for prompt in PROMPTS]
+    again = [tower.encode(tower.tokenize([prompt])) for prompt in PROMPTS]
+    assert len(scored) == len(PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    # Weights ahead of the block have changed: what is remembered no longer holds.
+    tower.root.embeddings.token_embedding.weight.mul_(1.5)
+    assert not torch.equal(tower.encode(tower.tokenize(PROMPTS[:1])), first[0])
+    for index in range(MEMORY + 3):
+        tower.encode(tower.tokenize([f"a {'cat ' * index}"]))
+    from erasure import modules
+
+    hook = modules.find_hook(tower.blocks[LAYER], "erasure_features_edit")
+    assert len(hook._memory) == MEMORY  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     "broken",
-    [{"w_dec": torch.zeros(5, 32)}, {"gain": torch.zeros(7)}, {"concept": torch.full((6,), 2)},
-     {"concept": torch.full((6,), -1)}, {"gate": torch.zeros(2, 1)}, {"end": torch.zeros(1)}],
+    [{"w_dec": torch.zeros(5, 32)}, {"gain": torch.zeros(7)}, {"edits": torch.tensor([[2], [0]])},
+     {"votes": torch.tensor([[0], [-1]])}, {"gate": torch.zeros(2, 1)}, {"end": torch.zeros(1)},
+     {"probe": torch.zeros(32, 3)}, {"filler": torch.zeros(0, 31)}, {"weight": torch.zeros(3)}],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_noticed(tower: TextTower, broken: dict[str, torch.Tensor]) -> None:
     assert make_edit(tower).fits()
     assert not make_edit(tower)._replace(**broken).fits()
+
+
+def make_reconstruction(tower: TextTower, gate: float = 0.0) -> ReconstructionEdit:
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    factor = torch.ones(40)
+    factor[[1, 5, 9, 30]] = -8.0
+    return ReconstructionEdit(
+        draw(32, 40), draw(40), draw(40, 32), draw(32), torch.tensor(6), factor, torch.tensor(gate),
+        torch.tensor(tower.leading), torch.tensor(tower.tokenizer.eos_token_id),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_reconstruction_equals_the_released_code_s_arithmetic(tower: TextTower) -> None:
+    """Encode, keep the k largest, multiply the chosen ones at all tokens but the first, decode; per prompt."""
+    tokens = tower.tokenize(PROMPTS)
+    stock = activations(tower, LAYER, tokens).double()
+    edit = make_reconstruction(tower)
+    chosen = [i for i, factor in enumerate(edit.factor.tolist()) if factor != 1]
+    expected, change = [], []
+    for x in stock:
+        rows = []
+        for position, token in enumerate(x):
+            before = (token @ edit.w_enc.double() + edit.b_enc.double()).tolist()
+            kept = sorted(range(40), key=lambda i: -before[i])[:6]
+            z = [max(before[i], 0.0) if i in kept else 0.0 for i in range(40)]
+            if position >= 1:
+                z = [value * -8.0 if i in chosen else value for i, value in enumerate(z)]
+            rows.append(torch.tensor(z, dtype=torch.float64) @ edit.w_dec.double() + edit.b_dec.double())
+        expected.append(torch.stack(rows))
+        change.append(float((expected[-1] - x).square().mean()))
+    order = sorted(change)
+    gate = (order[0] + order[1]) / 2
+    EditedFeatures.write(tower.module, {PATH: [(1.0, make_reconstruction(tower, gate))]})
+    found = activations(tower, LAYER, tokens).double()
+    for row, difference in enumerate(change):
+        wanted = expected[row] if difference >= gate else stock[row]
+        torch.testing.assert_close(found[row], wanted, atol=1e-4, rtol=1e-5)
+    assert 0 < sum(difference >= gate for difference in change) < len(change)
+
+
+def test_a_reconstruction_that_does_not_fit_is_noticed(tower: TextTower) -> None:
+    assert make_reconstruction(tower).fits()
+    for broken in ({"factor": torch.ones(39)}, {"k": torch.tensor(41)}, {"gate": torch.zeros(1)}):
+        assert not make_reconstruction(tower)._replace(**broken).fits()
+
+
+def test_gates_are_shares(tower: TextTower) -> None:
+    edit = make_edit(tower, (0.0, 2.0), probe_gate=torch.tensor([1.0, -1.0]))
+    assert edit.gates.tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])
+    assert edit._replace(rule=torch.tensor(1)).gates.tolist() == pytest.approx(
+        [1 / (1 + math.exp(-1)), 1 / (1 + math.e)]
+    )
+
+
+def both_kinds(tower: TextTower) -> list[BlockEdit]:
+    return [make_edit(tower), make_reconstruction(tower)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [0, 1])
+def test_both_kinds_survive_the_disk(tower: TextTower, kind: int) -> None:
+    from erasure.carriers.edits import Edits
+
+    edit = both_kinds(tower)[kind]
+    stored = Edits(features={f"text_encoder/{PATH}": edit})
+    read = Edits.from_state_dicts(stored.delta_state_dict(), {})
+    (back,) = read.features.values()
+    assert type(back) is type(edit)
+    assert all(torch.equal(a, b) for a, b in zip(edit, back, strict=True))
+    assert read.carriers == ["activations"]

@@ -27,7 +27,12 @@ def test_train_and_info(
     arguments = ["sae", "train", "--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--out", str(out)]
     assert main([*arguments, *SMALL, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert sorted(file.name for file in out.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "cfg.json", "prompts.txt", "sae_weights.safetensors",
+    ]  # fmt: skip
+    assert set((out / "prompts.txt").read_text().splitlines()) == {
+        line for line in prompts.read_text().splitlines() if line
+    }
     assert (made["d_sae"], made["k"], made["layer"], made["architecture"]) == (64, 4, 0, "jumprelu")
     assert made["model_name"] == tiny_pipe_folder.name
     assert 0 < made["fvu"] < 1
@@ -39,6 +44,17 @@ def test_train_and_info(
     assert main([*measured, "--prompts-per-step", "4"]) == 0
     # The file holds half precision.
     assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(made["fvu"], rel=0.05)
+
+
+def test_prompts_of_a_dataset(tiny_pipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "captions.jsonl", tmp_path / "sae"
+    file.write_text("".join(json.dumps({"caption": f"a {word}"}) + "\n" for word in ("cat", "dog", "house")))
+    arguments = ["sae", "train", "--model", str(tiny_pipe_folder), "--dataset", str(file), "--out", str(out)]
+    assert main([*arguments, "--column", "caption", *SMALL]) == 0
+    assert set((out / "prompts.txt").read_text().split("\n")) == {"a cat", "a dog", "a house", ""}
+    capsys.readouterr()
+    assert main([*arguments, *SMALL]) == 2
+    assert "no column 'text'" in capsys.readouterr().err
 
 
 def test_topk_can_be_asked_for(tiny_pipe_folder: Path, prompts: Path, tmp_path: Path) -> None:
@@ -56,6 +72,7 @@ def test_topk_can_be_asked_for(tiny_pipe_folder: Path, prompts: Path, tmp_path: 
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--layer", "9"], "no block 9"),
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--tower", "x"], "--tower x"),
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--k", "0"], "cannot be"),
+        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--dataset", "x"], "one of them"),
         (["sae", "info", "OUT"], "holds no autoencoder"),
     ],
 )

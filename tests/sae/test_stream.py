@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from erasure.backbones import TextTower, backbone_for
 from erasure.errors import NoMatchingModuleError, OptionError, WrongBaseError
 from erasure.sae import SparseAutoencoder
 from erasure.sae.quality import quality
-from erasure.sae.stream import TokenStream, activations, captured, token_mask
+from erasure.sae.stream import DatasetPrompts, TokenStream, activations, captured, token_mask
 
 PROMPTS = ["a cat", "a photo of a dog on a white background", "", "van gogh"]
 
@@ -55,6 +56,58 @@ def test_words_and_the_end_are_kept_the_start_is_not(tower: TextTower) -> None:
     assert not mask[:, 0].any()
     only = TokenStream(tower, 0, PROMPTS[:1], batch_size=1, pad_share=0)(0)
     torch.testing.assert_close(only, activations(tower, 0, tower.tokenize(PROMPTS[:1]))[0, 1 : tokens.lengths[0]])
+
+
+@torch.no_grad()
+def test_the_pass_ends_at_the_block_whose_output_is_wanted(tower: TextTower) -> None:
+    ran: list[int] = []
+    handle = tower.blocks[2].register_forward_hook(lambda *given: ran.append(1))
+    try:
+        activations(tower, 1, tower.tokenize(PROMPTS))
+        assert ran == []
+        tower.encode(tower.tokenize(PROMPTS))
+        assert ran == [1]
+    finally:
+        handle.remove()
+
+
+def make_dataset(tmp_path: Path, count: int = 40) -> Path:
+    file = tmp_path / "prompts.csv"
+    file.write_text("caption,likes\n" + "".join(f"a cat number {i},{i}\n" for i in range(count)))
+    return file
+
+
+def test_a_dataset_is_read_as_a_stream_and_resumed_anywhere(tower: TextTower, tmp_path: Path) -> None:
+    prompts = DatasetPrompts.open(str(make_dataset(tmp_path)), "caption")
+    steps = [prompts.draw(step, 8, 0) for step in range(12)]
+    # Every row once an epoch, in another order each time.
+    epochs = [[prompt for step in part for prompt in step] for part in (steps[:5], steps[5:10])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"a cat number {i}" for i in range(40))
+    assert epochs[0] != epochs[1]
+    again = DatasetPrompts.open(str(make_dataset(tmp_path)), "caption")
+    assert again.draw(7, 8, 0) == steps[7]
+    assert again.draw(8, 8, 0) == steps[8]
+    assert again.draw(7, 8, 0) == steps[7]
+    assert again.draw(7, 8, 1) != steps[7]
+    first, second = (TokenStream(tower, 0, source, batch_size=4)(3) for source in (prompts, again))
+    assert torch.equal(first, second)
+    assert len(TokenStream(tower, 0, prompts, batch_size=4).sample(10)) == 10
+
+
+def test_a_dataset_without_such_a_column_or_rows_is_refused(tmp_path: Path) -> None:
+    file = str(make_dataset(tmp_path))
+    with pytest.raises(OptionError, match="no column 'text' of text; there are: caption"):
+        DatasetPrompts.open(file)
+    with pytest.raises(OptionError, match="no column 'likes' of text"):
+        DatasetPrompts.open(file, "likes")
+    with pytest.raises(OptionError, match="cannot be opened"):
+        DatasetPrompts.open(file, "caption", split="validation")
+    with pytest.raises(OptionError, match="no rows"):
+        DatasetPrompts([], "caption")
+
+
+def test_a_sample_holds_every_prompt_once(tower: TextTower) -> None:
+    assert sorted(TokenStream(tower, 0, PROMPTS, batch_size=3).sample(50)) == sorted(PROMPTS)
 
 
 def test_a_share_of_the_padding_is_kept(tower: TextTower) -> None:

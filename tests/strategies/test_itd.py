@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import erasure
-from erasure import Concept, ErasureManager
+from erasure import Concept, Erasure, ErasureManager
 from erasure.backbones import backbone_for
+from erasure.carriers.features import ReconstructionEdit
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save
-from erasure.strategies.itd import Evidence, ItD, area, calibrate, evidence, select
+from erasure.sae.gates import Labels, WordStates
+from erasure.strategies.itd import Evidence, ItD, evidence, most_telling, select, strongest, top_sets, with_mined
 
 
 def test_evidence_counts_what_is_above_the_floor() -> None:
@@ -28,30 +31,45 @@ def test_the_features_that_say_most_come_first_and_common_ones_not_at_all() -> N
     found = Evidence(
         torch.tensor([1.0, 1.0, 0.9, 0.2]), torch.tensor([0.0, 0.9, 0.1, 0.0]), torch.tensor([1.0, 9.0, 5.0, 9.0])
     )
-    assert select(found, ItD(), "cat") == [2, 0]
-    assert select(found, ItD(features=1), "cat") == [2]
-    with pytest.raises(ConceptError, match=r"latent 0 fires on 100% of them"):
-        select(found, ItD(retain_rate=0.0, target_rate=1.01), "cat")
+    assert select(found, ItD()) == [2, 0]
+    assert select(found, ItD(features=1)) == [2]
+    assert select(found, ItD(retain_rate=0.0, target_rate=1.01)) == []
 
 
-def test_the_gate_stands_in_the_middle_of_the_gap() -> None:
-    target, retain = torch.tensor([0.8, 0.9, 1.0]), torch.tensor([0.0, 0.1, 0.2])
-    assert calibrate(target, retain, 5.0) == pytest.approx(0.5)
+def test_the_greatest_of_each_prompt_is_taken(make_sae: Any) -> None:
+    sae = make_sae("jumprelu")
+    states = torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
+    words = WordStates(states, torch.arange(7), torch.tensor([0, 0, 0, 2, 2, 3, 3]), 4)
+    latents = sae.encode(states)
+    expected = [latents[:3].amax(0), torch.zeros(40), latents[3:5].amax(0), latents[5:].amax(0)]
+    torch.testing.assert_close(strongest(sae, words), torch.stack(expected))
 
 
-def test_the_gate_weighs_false_positives() -> None:
-    target = torch.tensor([0.5] * 50 + [0.9] * 50)
-    retain = torch.tensor([0.0] * 98 + [0.6] * 2)  # two words that nobody said were synonyms
-    assert calibrate(target, retain, 5.0) < 0.5
-    assert 0.6 < calibrate(target, retain, 50.0) < 0.9
+def test_what_differs_most_is_most_telling(make_sae: Any) -> None:
+    sae = make_sae("jumprelu")
+    states = torch.randn(300, 12, generator=torch.Generator().manual_seed(2))
+    latents = sae.encode(states)
+    y = latents[:, 17] > latents[:, 17].quantile(0.8)
+    assert most_telling(sae, states, y)[0] == 17
 
 
-def test_a_gate_without_any_difference_stays_above_nothing() -> None:
-    assert calibrate(torch.zeros(3), torch.zeros(4), 5.0) > 0
+def test_silent_latents_are_in_no_set() -> None:
+    activity = torch.tensor([[0.0, 3.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
+    assert top_sets(activity, 1).tolist() == [[False, True, False, False], [True, False, False, False]]
+    assert top_sets(activity, 3).sum(1).tolist() == [2, 1]
 
 
-def test_area_under_the_curve_is_the_share_of_right_pairs() -> None:
-    assert area(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+def test_mined_words_count_as_the_concept() -> None:
+    words = WordStates(torch.zeros(3, 4), torch.arange(3), torch.tensor([0, 0, 1]), 2)
+    flags = lambda *values: torch.tensor(values, dtype=torch.bool)  # noqa: E731
+    labels = Labels(flags(1, 0), flags(0, 1, 0), flags(1, 0, 1))
+    mined = WordStates(torch.ones(2, 4), torch.arange(2), torch.tensor([0, 0]), 1)
+    both, found = with_mined(words, labels, mined, flags(0, 1))
+    assert both.prompts == 3
+    assert both.prompt.tolist() == [0, 0, 1, 2, 2]
+    assert found.holds.tolist() == [True, False, True]
+    assert found.positive.tolist() == [False, True, False, False, True]
+    assert found.negative.tolist() == [True, False, True, False, False]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +84,7 @@ def image_of(pipe: Any, prompt: str, seed: int = 0) -> Any:
     return pipe(prompt, num_inference_steps=10, guidance_scale=2.0, generator=generator).images[0]
 
 
-def test_erases_the_concept_and_no_bit_of_anything_else(canvas: Any) -> None:
+def test_erases_the_concept_and_no_bit_of_anything_else(canvas: Any, tmp_path: Path) -> None:
     from erasure.eval.detectors import CanvasJudge
 
     prompts = ["a dog in noto style", "a castle in pixel style", ""]
@@ -82,21 +100,33 @@ def test_erases_the_concept_and_no_bit_of_anything_else(canvas: Any) -> None:
         manager.unload()
     assert made.size_bytes < 100_000
     assert made.config.carriers == ["activations"]
-    assert made.config.cost["gun_tpr"] >= 0.95
-    assert made.config.cost["gun_fpr"] <= 0.02
+    gate = made.config.gates["gun"]
+    assert gate["features"]["tpr"] >= 0.95
+    assert gate["features"]["fpr"] <= 0.01
+    assert gate["probe"]["auc"] >= 0.99
+    rates = [tpr for _, tpr in gate["features"]["roc"]]
+    assert rates == sorted(rates)
+    made.save(tmp_path / "made")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert f"| gun | features (decides) | {gate['features']['tpr']} |" in card
+    assert Erasure.load(tmp_path / "made").config.gates["gun"]["decides"] == "features"
 
 
 def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
     manager = ErasureManager(canvas)
-    prompts = ["an apple on a blue background", "a car in noto style", "a house in ink style", "a house in noto style"]
+    prompts = ["an apple on a blue background", "a car in noto style", "a house in ink style", "a house in noto style",
+               "an apple and a car in ink style"]  # fmt: skip
     try:
         erasure.erase(canvas, ["apple", Concept("ink", kind="style")], "itd", name="two", progress=False)
-        erasure.erase(canvas, "car", "itd", name="one", progress=False)
+        erasure.erase(canvas, "car", "itd", name="one", gate="probe", progress=False)
         found = manager.detect_concepts(prompts)
         assert [{name for name, one in each.items() if one.present} for each in found] == [
-            {"apple"}, {"car"}, {"ink"}, set(),
+            {"apple"}, {"car"}, {"ink"}, set(), {"apple", "car", "ink"},
         ]  # fmt: skip
-        assert all(0 <= one.score <= 1 for each in found for one in each.values())
+        assert all(0 <= one.score <= 1 and 0 <= one.probe <= 1 for each in found for one in each.values())
+        # Where the probe decides, its score is the score.
+        assert found[1]["car"].score == found[1]["car"].probe
+        assert found[3]["apple"].score != found[3]["apple"].probe
         assert manager.verify() == 2
         assert manager.detect_concepts(prompts[1]) == [found[1]]
     finally:
@@ -105,20 +135,89 @@ def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
         manager.detect_concepts(prompts)
 
 
-def test_more_features_of_other_concepts_do_not_erase(canvas: Any) -> None:
-    """The control: the features of a gun, put behind a gate that a cat opens, leave the cat a cat."""
-    from erasure.eval.detectors import CanvasJudge
-
-    gun = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
-    ((key, edit),) = gun.edits.features.items()
-    gun.edits.features[key] = edit._replace(gate=torch.tensor([-1.0]))
-    manager = ErasureManager(canvas)
-    manager.add(gun)
+@pytest.mark.parametrize(
+    "options", [{"mode": "ablate"}, {"mode": "clamp"}, {"mode": "replace"}, {"tokens": "word"}, {"gate": "probe"}]
+)
+def test_every_way_of_editing_changes_the_concept_alone(canvas: Any, options: dict[str, Any]) -> None:
+    prompts = ["a gun in noto style", "a dog in noto style"]
+    before = [image_of(canvas, prompt) for prompt in prompts]
+    made = erasure.erase(canvas, "gun", "itd", progress=False, **options)
     try:
-        image = image_of(canvas, "a cat in ink style", seed=2)
+        after = [image_of(canvas, prompt) for prompt in prompts]
+    finally:
+        ErasureManager(canvas).unload()
+    assert before[0].tobytes() != after[0].tobytes()
+    assert before[1].tobytes() == after[1].tobytes()
+    (edit,) = made.edits.features.values()
+    assert (edit.filler.shape[0] > 0) == (options.get("mode") == "replace")
+    assert int(edit.local) == int(options.get("tokens") == "word" or options.get("mode") == "replace")
+
+
+def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(canvas: Any) -> None:
+    alone = erasure.erase(canvas, "cat", "itd", attach=False, progress=False)
+    both = erasure.erase(canvas, ["cat", "dog"], "itd", attach=False, progress=False)
+    (single,), (pair,) = alone.edits.features.values(), both.edits.features.values()
+    used = {int(i) for part in (pair.edits, pair.votes) for i in part[1]}
+    assert used == set(range(pair.w_enc.shape[1]))
+    assert len({tuple(column) for column in pair.w_enc.T.tolist()}) == pair.w_enc.shape[1]
+    assert pair.w_enc.shape[1] < single.w_enc.shape[1] + 32 + 10
+    assert (pair.edits[0] == 0).sum() == single.edits.shape[1]
+
+
+def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
+    prompts = ["a gun in ink style", "a dog in noto style"]
+    before = [image_of(canvas, prompt).tobytes() for prompt in prompts]
+    made = erasure.erase(canvas, "gun", "itd", preset="released", top=8, progress=False)
+    manager = ErasureManager(canvas)
+    try:
+        (edit,) = made.edits.features.values()
+        assert isinstance(edit, ReconstructionEdit)
+        assert set(edit.factor.tolist()) == {-8.0, 1.0}
+        found = manager.detect_concepts(prompts)
+        assert found[0]["gun"].score > found[1]["gun"].score
+        assert found[0]["gun"].probe is None
+        assert image_of(canvas, prompts[0]).tobytes() != before[0]
+        # Target prompts open the gate by construction.
+        assert all(each["gun"].present for each in manager.detect_concepts(["a gun", "a photo of a gun"]))
     finally:
         manager.unload()
-    assert CanvasJudge()([image])[0].object == "cat"
+
+
+def test_mining_adds_features_that_words_do_not_reach(canvas: Any) -> None:
+    made = erasure.erase(canvas, "gun", "itd", mining_steps=50, attach=False, progress=False)
+    plain = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
+    (mined,), (first,) = made.edits.features.values(), plain.edits.features.values()
+    added = int(made.config.cost["gun_mined"])
+    assert mined.edits.shape[1] == first.edits.shape[1] + added
+    assert added > 0
+    assert made.config.gates["gun"]["features"]["fpr"] <= 0.01
+    again = erasure.erase(canvas, "gun", "itd", mining_steps=50, attach=False, progress=False)
+    ((key, other),) = again.edits.features.items()
+    assert all(torch.equal(a, b) for a, b in zip(mined, other, strict=True)), key
+
+
+def test_random_features_and_those_of_another_concept_do_not_erase(canvas: Any) -> None:
+    """The controls: as many features behind a gate that the concept opens."""
+    from erasure.assets.build.controls import lively_latents, with_features_of, with_random_features
+    from erasure.eval.detectors import CanvasJudge
+
+    judge, manager = CanvasJudge(), ErasureManager(canvas)
+    cat = erasure.erase(canvas, "cat", "itd", attach=False, progress=False)
+    gun = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
+    prompts = [f"a cat in {style} style" for style in ("ink", "noto", "pixel", "sepia")]
+    kept = {}
+    random = with_random_features(cat, lively_latents(canvas), 0)
+    for name, made in (("own", cat), ("gun's", with_features_of(cat, gun)), ("random", random)):
+        manager.add(made, "x")
+        try:
+            images = [image_of(canvas, prompt, seed=2) for prompt in prompts]
+            assert all(each["cat"].present for each in manager.detect_concepts(prompts))
+        finally:
+            manager.unload()
+        kept[name] = sum(answer.object == "cat" for answer in judge(images))
+    assert kept["own"] == 0
+    assert kept["gun's"] >= 3
+    assert kept["random"] >= 3
 
 
 def test_a_dictionary_of_another_encoder_is_refused(tiny_pipe_factory: Any, make_dictionary: Any) -> None:
@@ -129,12 +228,38 @@ def test_a_dictionary_of_another_encoder_is_refused(tiny_pipe_factory: Any, make
         erasure.erase(tiny_pipe_factory(seed=1), "cat", "itd", dictionary=str(folder), **settings)
     with pytest.raises(ArtifactError, match="holds no autoencoder"):
         erasure.erase(tiny_pipe_factory(), "cat", "itd", dictionary=str(folder / "gone"), **settings)
+    with pytest.raises(WrongBaseError, match="another text encoder"):
+        erasure.erase(tiny_pipe_factory(), "cat", "itd", dictionary="canvas-sae", **settings)
+
+
+def test_a_concept_without_a_feature_is_refused_and_what_would_be_hit_is_named(
+    tiny_pipe_factory: Any, make_dictionary: Any
+) -> None:
+    folder = make_dictionary(tiny_pipe_factory(), layer=0)
+    settings = {"progress": False, "attach": False, "vocabulary": 40, "dictionary": str(folder)}
+    with pytest.raises(ConceptError, match=r"no feature .*'cat'.* latent \d+ fires on \d+% .* most on: \w+"):
+        erasure.erase(tiny_pipe_factory(), "cat", "itd", retain_rate=0.0, **settings)
 
 
 def test_a_dictionary_that_does_not_say_its_block_needs_it_told(tiny_pipe_factory: Any, make_dictionary: Any) -> None:
     folder = make_dictionary(tiny_pipe_factory(), layer=None)
     with pytest.raises(OptionError, match="give option 'layer'"):
         erasure.erase(tiny_pipe_factory(), "cat", "itd", dictionary=str(folder), progress=False)
+
+
+def test_ordinary_prompts_come_from_a_file_or_with_the_dictionary(
+    tiny_pipe_factory: Any, make_dictionary: Any, tmp_path: Path
+) -> None:
+    pipe = tiny_pipe_factory()
+    folder = make_dictionary(pipe, layer=0)
+    settings = {"progress": False, "attach": False, "retain_rate": 1.0, "target_rate": 0.0, "dictionary": str(folder)}
+    (tmp_path / "few.txt").write_text("a dog\n\na house in ink style\na cat on a white background\n")
+    few = erasure.erase(pipe, "cat", "itd", prompts=str(tmp_path / "few.txt"), **settings)
+    assert few.config.gates["cat"]["prompts_without"] <= 3
+    (folder / "prompts.txt").write_text("a dog\n" * 40)
+    assert erasure.erase(pipe, "cat", "itd", **settings).config.gates["cat"]["prompts_without"] > 10
+    with pytest.raises(OptionError, match="cannot be read"):
+        erasure.erase(pipe, "cat", "itd", prompts=str(tmp_path / "gone.txt"), **settings)
 
 
 @pytest.fixture

@@ -1,0 +1,228 @@
+"""`erasure bench itd`: what feature edits and the training of dictionaries cost on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from erasure.cli.bench import draw, median_ratio, peak_memory, timed
+from erasure.cli.generate import call_settings
+from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.terminal import Terminal, UsageError, parse
+
+CONCEPTS = (1, 10, 100, 1000)
+EDITED, COUNTED = 8, 32
+"""Latents that a concept edits, and that its gate counts."""
+WIDTH, FEATURES, TOKENS = 768, 300, 77
+"""Of the edit that is timed alone: Stable Diffusion 1.x's text encoder."""
+D_SAE, K, BATCH = 8192, 32, 2048
+"""Of the dictionary whose training is timed."""
+
+
+@dataclass(kw_only=True)
+class BenchItDOptions(ModelOptions):
+    """Measure features: images with 1 to 1000 erased concepts, the edit of one prompt, training tokens per second."""
+
+    model: str = "canvas-sd"
+    """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
+    dictionary: str = "canvas-sae"
+    """Folder of the model's autoencoder, or the embedded one."""
+    repeats: int = 7
+    """Rounds of stock and each number of concepts in turn; medians are reported."""
+    steps: int | None = None
+    """Denoising steps of an image; the model's own number when left out."""
+    json: bool = False
+    """Print JSON, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    options = parse(BenchItDOptions, "bench itd", argv)
+    terminal.json_only = options.json
+    if options.repeats < 1:
+        raise UsageError("--repeats is at least 1")
+    pipe = open_model(options)
+    with terminal.progress(options.repeats + 2) as progress:
+        progress.stage("images")
+        images = time_images(pipe, options, progress.advance)
+        progress.stage("edit")
+        edit = time_edit()
+        progress.advance()
+        progress.stage("training")
+        training = time_training()
+        progress.advance()
+    if options.json:
+        terminal.result({"model": options.model, "device": str(pipe.device), "images": images, "edit": edit,
+                         "training": training})  # fmt: skip
+        return
+    title = f"{options.model} on {pipe.device}, medians of {options.repeats} rounds; each image is a prompt's first"
+    rows = [[str(row["concepts"]), f"{row['time_ratio']:.3f}x", f"{row['bytes'] / 1e6:.2f}"] for row in images]
+    terminal.table(("concepts attached", "time of an image", "size, MB"), rows, title=title)
+    slice_rows = [[name, f"{value:.3f}"] for name, value in edit.items()]
+    title = f"{FEATURES} features of width {WIDTH}, a prompt of {TOKENS} tokens, one CPU thread"
+    terminal.table(("edit", "ms or MB"), slice_rows, title=title)
+    both = [
+        [name, f"{row['tokens_per_second']:.0f}", "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"]
+        for name, row in training.items()
+    ]
+    title = f"training of {D_SAE} latents, k {K}, width {WIDTH}, {BATCH} tokens per step"
+    terminal.table(("decoder", "tokens per second", "peak memory, MB"), both, title=title)
+
+
+def time_images(pipe: Any, options: BenchItDOptions, advance: Callable[[], None]) -> list[dict[str, Any]]:
+    """An image with each number of concepts, against the stock pipeline in the same round."""
+    from erasure.attach import ErasureManager
+
+    settings, manager = call_settings(options.model, options.steps), ErasureManager(pipe)
+    erasures = [many_concepts(pipe, options.dictionary, count) for count in CONCEPTS]
+    stock: list[float] = []
+    found: list[list[float]] = [[] for _ in erasures]
+    draw(pipe, settings)
+    for _ in range(options.repeats):
+        stock.append(timed(pipe, lambda: draw(pipe, settings)))
+        for seconds, made in zip(found, erasures, strict=True):
+            # A new hook each time: nothing is remembered from the round before.
+            manager.add(made, "many")
+            seconds.append(timed(pipe, lambda: draw(pipe, settings)))
+            manager.delete("many")
+        advance()
+    return [
+        {"concepts": count, "time_ratio": median_ratio(seconds, stock), "seconds": statistics.median(seconds),
+         "bytes": made.size_bytes}
+        for count, seconds, made in zip(CONCEPTS, found, erasures, strict=True)
+    ]  # fmt: skip
+
+
+def many_concepts(pipe: Any, dictionary: str, count: int) -> Any:
+    """An erasure of so many concepts, each with random features of a dictionary."""
+    import torch
+
+    from erasure.artifact import Erasure, ErasureConfig
+    from erasure.backbones import backbone_for
+    from erasure.carriers.edits import Edits
+    from erasure.strategies.itd import ItD
+
+    backbone = backbone_for(pipe)
+    tower = backbone.towers[0]
+    sae, layer, _ = ItD(dictionary=dictionary).open_dictionary(tower, 0, lambda share: None)
+    generator = torch.Generator().manual_seed(0)
+    edit = random_edit(sae, count, EDITED, COUNTED, generator)._replace(
+        first=torch.tensor(tower.leading), end=torch.tensor(tower.tokenizer.eos_token_id)
+    )
+    key = tower.key(tower.block_path(layer))
+    names = [{"target": f"concept {index}"} for index in range(count)]
+    config = ErasureConfig("itd", names, backbone.family, carriers=["activations"])
+    return Erasure(config, Edits(features={key: edit}))
+
+
+def random_edit(sae: Any, concepts: int, edited: int, counted: int, generator: Any) -> Any:
+    """So many concepts with random latents of an autoencoder, each stored once; all gates but the first are shut."""
+    import torch
+
+    from erasure.carriers.features import FeatureEdit
+
+    def draws(each: int) -> torch.Tensor:
+        rows = [torch.randperm(sae.config.d_sae, generator=generator)[:each] for _ in range(concepts)]
+        return torch.stack([torch.arange(concepts).repeat_interleave(each), torch.cat(rows)])
+
+    edits, votes = draws(edited), draws(counted)
+    used, place = torch.cat([edits[1], votes[1]]).unique(return_inverse=True)
+    edits[1], votes[1] = place.split([edits.shape[1], votes.shape[1]])
+    part, n = sae.slice(used.tolist()), len(used)
+    half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
+            "gain": torch.full((n,), -3.0), "offset": torch.zeros(n), "probe": torch.zeros(sae.config.d_in, concepts),
+            "filler": torch.zeros(0, sae.config.d_in)}  # fmt: skip
+    gate = torch.full((concepts,), 1e4)
+    gate[0] = -1e4
+    return FeatureEdit(
+        **{name: tensor.cpu().half() for name, tensor in half.items()},
+        edits=edits, votes=votes, weight=torch.randn(votes.shape[1], generator=generator), gate=gate,
+        bias=torch.zeros(concepts), probe_bias=torch.zeros(concepts), probe_gate=torch.zeros(concepts),
+        rule=torch.tensor(0), local=torch.tensor(0), first=torch.tensor(1), end=torch.tensor(0),
+    )  # fmt: skip
+
+
+def time_edit(repeats: int = 50) -> dict[str, float]:
+    """The edit of one prompt by one concept, beside encoding it with the whole dictionary."""
+    import torch
+    from safetensors.torch import save
+
+    from erasure.carriers.edits import Edits
+    from erasure.sae import SAEConfig, SparseAutoencoder
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        sae = SparseAutoencoder(SAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K)).requires_grad_(False)
+        x = torch.randn(1, TOKENS, WIDTH, generator=generator)
+        sae.initialise(x[0], generator)
+        edit = random_edit(sae, 1, FEATURES, 0, generator)
+        placed, words = edit.on(torch.device("cpu")), torch.ones(1, TOKENS, dtype=torch.bool)
+        size = len(save(Edits(features={"text_encoder/encoder.layers.8": edit}).delta_state_dict()))
+        with torch.no_grad():
+            own = best(lambda: placed.delta(x, words), repeats)
+            whole = best(lambda: sae(x), max(repeats // 5, 3))
+        return {
+            "edit, ms": 1e3 * own,
+            "whole dictionary, dense decode, ms": 1e3 * whole,
+            "size in float16, MB": size / 1e6,
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def best(action: Callable[[], Any], repeats: int) -> float:
+    """Least seconds of an action."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def time_training(steps: int = 6) -> dict[str, dict[str, float | None]]:
+    """Training steps with the sparse decoder, and with a dense one, in turn."""
+    import torch
+    from torch import Tensor
+
+    from erasure.sae import SAEConfig, SparseAutoencoder, TrainingOptions
+    from erasure.sae.training import TrainingLoss
+
+    class Dense(TrainingLoss):
+        """Decodes from the full matrix of latents."""
+
+        def decode(self, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
+            rows = torch.searchsorted(offsets, torch.arange(len(indices)), right=True) - 1
+            latents = values.new_zeros(len(offsets), self.sae.config.d_sae).index_put((rows, indices), values)
+            return latents @ self.sae.W_dec
+
+    class Pipe:
+        """What `peak_memory` asks for."""
+
+        device = torch.device("cpu")
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, WIDTH, generator=generator)
+    sae = SparseAutoencoder(SAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K))
+    sae.initialise(x, generator)
+    options = TrainingOptions(d_sae=D_SAE, k=K)
+    kinds: dict[str, Any] = {"sparse": TrainingLoss(sae, options), "dense": Dense(sae, options)}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    memory: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(steps):
+        for name, losses in kinds.items():
+            sae.zero_grad(set_to_none=True)
+            with peak_memory(Pipe(), memory[name]):
+                start = time.perf_counter()
+                losses(x).total.backward()
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {"tokens_per_second": BATCH / statistics.median(seconds[name]),
+               "peak_mb": statistics.median(memory[name]) if memory[name] else None}
+        for name in kinds
+    }  # fmt: skip

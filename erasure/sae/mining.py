@@ -1,0 +1,184 @@
+"""Adversarial feature mining: learned embeddings show latents that the words of a concept do not reach.
+
+After the released code of ItD (Tian et al. 2025, June 2025 addition): placeholder tokens are trained by the denoising
+loss on images of the concept while the edit is in force, kept within the vocabulary's range, and drawn anew now and
+then; what they fire joins the concept's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import HookRegistry
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from erasure import modules
+from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
+from erasure.concept import Concept
+from erasure.errors import DivergenceError, UnsupportedModelError
+from erasure.sae.gates import WordStates
+from erasure.sae.stream import activations
+
+_INJECT = "erasure_injected_embeddings"
+TOKENS = 4
+"""Learned tokens in a prompt."""
+IMAGES = 16
+"""Images of the concept, drawn by the stock model."""
+BATCH = 8
+"""Noised images per step."""
+SNAPSHOTS = 50
+"""How often in a run the learned prompts are kept."""
+RENEWALS = 10
+"""How often in a run they are drawn anew."""
+LEARNING_RATE = 1e-2
+"""Of Adam on embeddings in units of the vocabulary's spread."""
+
+
+class Mined(NamedTuple):
+    """Prompts that were learned."""
+
+    states: WordStates
+    """Their words in the stock tower."""
+    learned: Tensor
+    """`(words,)` bool: which of them are learned tokens."""
+
+
+class _Inject(ModelHook):
+    """On the token embedding: puts learned vectors in place of some tokens."""
+
+    def __init__(self, place: Tensor, vectors: Tensor) -> None:
+        super().__init__()
+        self.place, self.vectors = place, vectors
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        rows = self.vectors.to(output.dtype)[None].expand(len(output), -1, -1)
+        return output.index_copy(1, self.place, rows)
+
+
+@contextmanager
+def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]:
+    """Read `vectors` `(tokens, dim)` instead of the tokens at `place` `(tokens,)`, in every prompt; differentiable."""
+    table = modules.token_table(tower.root)
+    modules.register_hook(table, _Inject(place, vectors), _INJECT)
+    try:
+        yield
+    finally:
+        HookRegistry.check_if_exists_or_initialize(table).remove_hook(_INJECT)
+
+
+def mine(
+    backbone: Backbone, concept: Concept, key: str, edit: FeatureEdit, steps: int, seed: int,
+    progress: Callable[[float], None],
+) -> Mined:  # fmt: skip
+    """Learn prompts that bring a concept's images back past an edit.
+
+    Args:
+        backbone: The stock model.
+        concept: What they must show.
+        key: `component/block.path` of the edit.
+        edit: To be overcome; its gate is held open.
+        steps: Training steps.
+        seed: Seeds images, noise and embeddings.
+        progress: Called with the share that is done.
+
+    Raises:
+        UnsupportedModelError: The scheduler is of another kind than epsilon or v prediction.
+        DivergenceError: The loss is NaN or infinite.
+    """
+    if backbone.prediction not in ("epsilon", "v_prediction"):
+        raise UnsupportedModelError(f"feature mining knows epsilon and v prediction, not {backbone.prediction}")
+    component, path = key.split("/", 1)
+    tower = next(tower for tower in backbone.towers if tower.component == component)
+    layer = int(path.rsplit(".", 1)[1])
+    generator = torch.Generator().manual_seed(seed)
+    clean = concept_latents(backbone, concept, seed)
+    table = modules.token_table(tower.root).weight.detach().float()
+    low, high, mean, spread = table.amin(0), table.amax(0), table.mean(0), table.std(0)
+    # Any word keeps the place of a learned token: the end token would end the prompt.
+    phrase = concept.phrasings()[-1].format(" ".join(["a"] * TOKENS))
+    tokens = tower.tokenize([phrase])
+    words = word_mask(tokens.ids, tower.tokenizer.eos_token_id, tower.leading)
+    place = learned_places(tower, phrase).to(tokens.ids.device)
+    opened = edit._replace(
+        gate=torch.full_like(edit.gate, -torch.inf), probe_gate=torch.full_like(edit.probe_gate, -torch.inf)
+    )
+    shape = (TOKENS, table.shape[1])
+    draw = lambda: (mean + spread * torch.randn(shape, generator=generator).to(mean)).clamp(low, high)  # noqa: E731
+    vectors = draw().requires_grad_()
+    optimiser = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(spread.mean()))
+    states, learned = [], []
+    scheduler = backbone.pipe.scheduler
+    count = scheduler.config.num_train_timesteps
+    was_training = [parameter for parameter in backbone.denoiser.parameters() if parameter.requires_grad]
+    for parameter in was_training:
+        parameter.requires_grad_(False)
+    try:
+        for step in range(steps):
+            rows = torch.randint(len(clean), (BATCH,), generator=generator)
+            x = clean[rows.to(clean.device)]
+            t = torch.randint(count, (BATCH,), generator=generator).to(x.device)
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            EditedFeatures.write(tower.module, {path: [(1.0, opened)]})
+            try:
+                with injected(tower, place, vectors):
+                    encoded = tower.encode(tokens)
+            finally:
+                EditedFeatures.write(tower.module, {})
+            noised = scheduler.add_noise(x, noise, t)
+            target = noise if backbone.prediction == "epsilon" else scheduler.get_velocity(x, noise, t)
+            found = backbone.predict(noised, t, Conditioning(encoded.expand(BATCH, -1, -1)))
+            loss = F.mse_loss(found.float(), target.float())
+            if not torch.isfinite(loss):
+                raise DivergenceError(f"feature mining: the loss is {loss.item()} at step {step}")
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                vectors.copy_(vectors.clamp(low, high))
+            if (step + 1) % max(steps // SNAPSHOTS, 1) == 0:
+                with torch.no_grad(), injected(tower, place, vectors):
+                    states.append(activations(tower, layer, tokens)[words].float().cpu())
+                mask = torch.zeros(tokens.ids.shape[1], dtype=torch.bool)
+                mask[place.cpu()] = True
+                learned.append(mask[words[0].cpu()])
+            if (step + 1) % max(steps // RENEWALS, 1) == 0:
+                with torch.no_grad():
+                    vectors.copy_(draw())
+                optimiser.state.clear()
+            progress((step + 1) / steps)
+    finally:
+        for parameter in was_training:
+            parameter.requires_grad_(True)
+    ids = tokens.ids[words].cpu()
+    owner = torch.arange(len(states)).repeat_interleave(len(ids))
+    return Mined(WordStates(torch.cat(states), ids.repeat(len(states)), owner, len(states)), torch.cat(learned))
+
+
+def learned_places(tower: TextTower, phrase: str) -> Tensor:
+    """Positions of the last `TOKENS` words "a" of a phrase."""
+    ids = tower.tokenizer(phrase).input_ids
+    word = tower.tokenizer("a", add_special_tokens=False).input_ids[-1]
+    return torch.tensor([position for position, token in enumerate(ids) if token == word][-TOKENS:])
+
+
+@torch.no_grad()
+def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
+    """Clean latents of images of a concept by the stock model, `(images, channels, h, w)`."""
+    phrasings = concept.phrasings()
+    made = []
+    bar = dict(getattr(backbone.pipe, "_progress_bar_config", {}))
+    backbone.pipe.set_progress_bar_config(disable=True)
+    try:
+        for index in range(IMAGES):
+            prompt = phrasings[index % len(phrasings)].format(concept.target)
+            noise = torch.Generator().manual_seed(seed + index)
+            made.append(backbone.pipe(prompt, generator=noise, num_inference_steps=15, output_type="latent").images)
+    finally:
+        backbone.pipe.set_progress_bar_config(**bar)
+    return torch.cat(made)

@@ -1,0 +1,83 @@
+"""Adversarial feature mining on the tiny pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from erasure import Concept
+from erasure.backbones import Backbone, backbone_for
+from erasure.carriers.features import EditedFeatures, FeatureEdit
+from erasure.cli.bench_itd import random_edit
+from erasure.errors import DivergenceError, UnsupportedModelError
+from erasure.sae.mining import TOKENS, injected, learned_places, mine
+
+KEY = "text_encoder/encoder.layers.1"
+CAT = Concept("cat")
+
+
+@pytest.fixture
+def backbone(tiny_pipe: Any) -> Backbone:
+    return backbone_for(tiny_pipe)
+
+
+@pytest.fixture
+def edit(backbone: Backbone, make_sae: Callable[..., Any]) -> FeatureEdit:
+    made = random_edit(make_sae("jumprelu", d_in=32), 1, 6, 6, torch.Generator().manual_seed(0))
+    return made._replace(end=torch.tensor(backbone.towers[0].tokenizer.eos_token_id))
+
+
+@torch.no_grad()
+def test_injecting_a_token_s_own_embedding_changes_nothing(backbone: Backbone) -> None:
+    tower = backbone.towers[0]
+    phrase = "a photo of a a a a"
+    tokens, place = tower.tokenize([phrase, phrase]), learned_places(tower, phrase)
+    assert len(place) == TOKENS
+    table = tower.root.embeddings.token_embedding.weight
+    stock = tower.encode(tokens)
+    with injected(tower, place, table[tokens.ids[0, place]]):
+        torch.testing.assert_close(tower.encode(tokens), stock)
+    with injected(tower, place, table[:TOKENS] + 1):
+        assert not torch.equal(tower.encode(tokens), stock)
+    assert torch.equal(tower.encode(tokens), stock)
+
+
+def test_the_injected_vectors_get_a_gradient(backbone: Backbone) -> None:
+    tower = backbone.towers[0]
+    vectors = torch.zeros(TOKENS, 32, requires_grad=True)
+    phrase = "a a a a"
+    with injected(tower, learned_places(tower, phrase), vectors):
+        tower.encode(tower.tokenize([phrase])).square().sum().backward()
+    assert (vectors.grad.abs().sum(1) > 0).all()  # type: ignore[union-attr]
+
+
+def test_mining_gives_learned_words_and_leaves_the_model_as_it_was(backbone: Backbone, edit: FeatureEdit) -> None:
+    shares: list[float] = []
+    tower = backbone.towers[0]
+    before = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
+    backbone.denoiser.requires_grad_(True)
+    found = mine(backbone, CAT, KEY, edit, 6, 0, shares.append)
+    assert shares == pytest.approx([(step + 1) / 6 for step in range(6)])
+    assert found.states.prompts == 6
+    assert [int(found.learned[found.states.prompt == row].sum()) for row in range(6)] == [TOKENS] * 6
+    first, second = (found.states.states[found.states.prompt == row] for row in (0, 1))
+    assert not torch.equal(first, second)
+    assert EditedFeatures.is_written(tower.module, {})
+    assert all(torch.equal(before[name], value) for name, value in backbone.denoiser.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.denoiser.parameters())
+    again = mine(backbone, CAT, KEY, edit, 6, 0, lambda share: None)
+    assert torch.equal(found.states.states, again.states.states)
+
+
+def test_flow_models_and_nan_are_refused(
+    backbone: Backbone, edit: FeatureEdit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(backbone), "predict", lambda self, x, t, conditioning: x * torch.nan)
+    with pytest.raises(DivergenceError, match="at step 0"):
+        mine(backbone, CAT, KEY, edit, 2, 0, lambda share: None)
+    backbone.pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(UnsupportedModelError, match="not sample"):
+        mine(backbone, CAT, KEY, edit, 2, 0, lambda share: None)
