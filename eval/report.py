@@ -99,7 +99,7 @@ def header(results: Results, title: str) -> str:
     chips = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
     chips += [f"{e['name']} ({e['strategy']}, strength {e.get('strength', 1):g})" for e in results.erasures]
     note = ""
-    if results.suite == "canvas":
+    if results.suite.startswith("canvas"):
         text = "Measured on Canvas, the small embedded world: numbers rank methods there, not on Stable Diffusion."
         note = f'<p class="note">{text}</p>'
     spans = "".join(f'<span class="chip">{escape(chip)}</span>' for chip in chips)

@@ -79,6 +79,7 @@ def table(
     strategies: tuple[str, ...] = ("hirm", "uce", "itd"),
     size: Literal["smoke", "quick", "full"] = "full",
     share: tuple[int, int] = (0, 1),
+    suite: Literal["canvas", "canvas-unseen"] = "canvas",
 ) -> None:
     """Erase and measure every concept with every strategy (resumes), then print the README's tables.
 
@@ -87,10 +88,11 @@ def table(
         strategies: What to compare.
         size: Of the suite.
         share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+        suite: Phrasings of training, or unseen ones.
     """
     from erasure.assets.build.table import markdown, measure, per_concept, rows
 
-    measure(out, strategies, size, share)
+    measure(out, strategies, size, share, suite)
     if share[1] == 1:
         print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
 

@@ -33,7 +33,7 @@ def concepts() -> list[Concept]:
     return [Concept(name, kind=kind(name), anchor=ANCHORS[name]) for name in (*OBJECTS, *STYLES)]
 
 
-def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int, int]) -> None:
+def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int, int], suite: str = "canvas") -> None:
     """Make and measure; `share` (i, n) takes every n-th concept from the i-th on, for several processes at once."""
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
@@ -44,9 +44,7 @@ def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int,
             if (folder / "results.json").is_file():
                 continue
             made = erasure.erase(pipe, concept, strategy, progress=False)
-            found = evaluate(
-                pipe, "canvas", [concept], size=size, out=folder, images=False, report=False, progress=False
-            )
+            found = evaluate(pipe, suite, [concept], size=size, out=folder, images=False, report=False, progress=False)
             ErasureManager(pipe).unload()
             made.save(folder / "erasure", overwrite=True)
             rates = {name: round(found.get(name)["value"], 3) for name in RATES}

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, canvas_facts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
 
 ACTIONS = {"train": "train one on the prompts of a file", "info": "what one is, and how well it describes a model"}
+TOWER = "text_encoder"
 KEPT = 2000
 """Prompts that are kept with the autoencoder, for strategies to calibrate on."""
 HELD_OUT = 1_000_000
@@ -32,8 +34,8 @@ class TowerOptions:
     """Column of the dataset that holds the prompts."""
     split: str = "train"
     """Part of the dataset."""
-    tower: str = "text_encoder"
-    """Component of the pipeline: text_encoder, text_encoder_2, ..."""
+    tower: str | None = None
+    """Component of the pipeline: text_encoder (the default of a new autoencoder), text_encoder_2, ..."""
     layer: int | None = None
     """Block whose output is read, from 0 on; two thirds of the way when left out."""
     prompts_per_step: int = 64
@@ -48,6 +50,11 @@ class InfoOptions(TowerOptions):
     """Folder of the autoencoder: of sae-lens, sparsify or OpenAI's layout."""
     model: str | None = None
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
+    clip: Path | None = None
+    """Folder of an open_clip model: tells what images lose in CLIP score when the text encoder runs on the
+    reconstruction. An embedded model brings its own."""
+    images: int = 32
+    """Images for that; 0 leaves it out."""
     json: bool = False
     """Print JSON."""
 
@@ -117,21 +124,45 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
     """`erasure sae info`."""
     options = parse(InfoOptions, "sae info", argv)
     terminal.json_only = options.json
-    from erasure.sae import load
-    from erasure.sae.quality import quality
+    from erasure import assets
+    from erasure.eval.metrics.clip_score import ClipModel, clip_score, cosine
+    from erasure.sae import load, read_prompts
+    from erasure.sae.quality import clip_loss, quality
 
     sae = load(options.sae)
-    found = {}
+    about, found = sae.config.metadata, {}
     if options.model is not None:
-        layer = sae.config.metadata.get("layer") if options.layer is None else options.layer
-        tower = dataclasses.replace(options, layer=layer)
-        stream, _ = open_stream(open_model(ModelOptions(model=options.model)), options.model, tower, 0)
-        found = quality(sae, stream.reseeded(HELD_OUT))._asdict()
+        pipe = open_model(ModelOptions(model=options.model))
+        place = dataclasses.replace(
+            options,
+            layer=about.get("layer") if options.layer is None else options.layer,
+            tower=options.tower or about.get("hook_name", TOWER).split("/")[0],
+        )
+        stream, _ = open_stream(pipe, options.model, place, HELD_OUT, read_prompts(options.sae))
+        found = quality(sae, stream)._asdict()
+        folder = assets.find("canvas-clip") if options.clip is None and canvas_facts(options.model) else options.clip
+        if folder is not None and options.images:
+            scored = ClipModel(folder)
+            lost = clip_loss(
+                pipe, stream.tower, stream.layer, sae, stream.sample(options.images),
+                lambda images, texts: clip_score(cosine(scored.images(images), scored.texts(texts))),
+                **call_settings(options.model),
+            )  # fmt: skip
+            found |= lost._asdict()
     show(options.sae, sae.config, found, terminal, as_json=options.json)
 
 
-def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tuple[Any, dict[str, Any]]:
+def open_stream(
+    pipe: Any, model: str, options: TowerOptions, seed: int, kept: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any]]:
     """The activations of a pipeline, and what to write down about where they come from.
+
+    Args:
+        pipe: The pipeline.
+        model: What it was opened from.
+        options: Which tower, block and prompts.
+        seed: Of the draws.
+        kept: Prompts that came with an autoencoder, for when no others are named.
 
     Raises:
         UsageError: No such tower, or no prompts.
@@ -140,11 +171,12 @@ def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tupl
     from erasure.sae.stream import TokenStream, block_fingerprint
 
     towers = {tower.component: tower for tower in text_towers(pipe)}
-    if options.tower not in towers:
-        raise UsageError(f"--tower {options.tower} is not in this pipeline; there are {', '.join(towers)}")
-    tower = towers[options.tower]
+    name = options.tower or TOWER
+    if name not in towers:
+        raise UsageError(f"--tower {name} is not in this pipeline; there are {', '.join(towers)}")
+    tower = towers[name]
     layer = 2 * len(tower.blocks) // 3 if options.layer is None else options.layer
-    prompts = open_prompts(options, bool(canvas_facts(model)))
+    prompts = open_prompts(options, bool(canvas_facts(model)), kept)
     stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
     place = {
         "model_name": Path(model).name if Path(model).is_absolute() else model,
@@ -155,8 +187,8 @@ def open_stream(pipe: Any, model: str, options: TowerOptions, seed: int) -> tupl
     return stream, place
 
 
-def open_prompts(options: TowerOptions, embedded: bool) -> Any:
-    """The prompts of a file or a dataset, or captions of the embedded world.
+def open_prompts(options: TowerOptions, embedded: bool, kept: Sequence[str]) -> Any:
+    """The prompts of a file or a dataset, those that were kept, or captions of the embedded world.
 
     Raises:
         UsageError: None of them, or both.
@@ -170,6 +202,8 @@ def open_prompts(options: TowerOptions, embedded: bool) -> Any:
         return read_prompts(options.prompts)
     if options.dataset is not None:
         return DatasetPrompts.open(options.dataset, options.column, options.split)
+    if kept:
+        return kept
     if not embedded:
         raise UsageError("--prompts FILE is needed, a text file with one prompt per line, or --dataset NAME")
     from erasure.assets.scenes import captions

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import HookRegistry
+from diffusers.hooks import ModelHook
+from torch import nn
 
+from erasure import modules
+from erasure.backbones import TextTower
 from erasure.errors import WrongBaseError
 from erasure.sae.model import SparseAutoencoder
+from erasure.sae.stream import block_of
 from erasure.sae.training import Stream
 
 
@@ -48,3 +56,67 @@ def quality(sae: SparseAutoencoder, stream: Stream, steps: int = 20) -> Quality:
         active += float((latents > 0).sum())
         fired |= (latents > 0).any(0)
     return Quality(left / total, active / len(sample), float((~fired).float().mean()), len(sample))
+
+
+_RECONSTRUCT = "erasure_reconstruct"
+
+
+class _Reconstruct(ModelHook):
+    """On a block: puts the reconstruction in place of every token vector but those ahead of the first word."""
+
+    def __init__(self, sae: SparseAutoencoder, leading: int) -> None:
+        super().__init__()
+        self.sae, self.leading = sae, leading
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        made = torch.cat([states[:, : self.leading], self.sae(states[:, self.leading :].float()).to(states)], 1)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+
+@contextmanager
+def reconstructed(tower: TextTower, layer: int, sae: SparseAutoencoder) -> Iterator[None]:
+    """Run a text tower on what the autoencoder makes of a block's output."""
+    block = block_of(tower, layer)
+    modules.register_hook(block, _Reconstruct(sae, tower.leading), _RECONSTRUCT)
+    try:
+        yield
+    finally:
+        HookRegistry.check_if_exists_or_initialize(block).remove_hook(_RECONSTRUCT)
+
+
+class ClipLoss(NamedTuple):
+    """What images lose when the text encoder runs on reconstructions."""
+
+    clip_score: float
+    """Of the stock model's images: mean cosine with their prompts."""
+    clip_score_reconstructed: float
+    """Of the images that the reconstruction gives, same noise."""
+    images: int
+    """How many of each."""
+
+
+def clip_loss(
+    pipe: Any, tower: TextTower, layer: int, sae: SparseAutoencoder, prompts: Sequence[str],
+    score: Callable[[Sequence[Any], Sequence[str]], float], **settings: Any,
+) -> ClipLoss:  # fmt: skip
+    """Draw prompts with the stock text encoder and with the reconstruction, from the same noise.
+
+    Args:
+        pipe: A diffusers pipeline.
+        tower: One of its text encoders.
+        layer: The block that the autoencoder reads.
+        sae: The autoencoder.
+        prompts: One image each.
+        score: CLIP score of images and their prompts.
+        settings: Of the pipeline's call.
+    """
+
+    def draw() -> list[Any]:
+        noise = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        pairs = zip(prompts, noise, strict=True)
+        return [pipe(prompt, generator=generator, **settings).images[0] for prompt, generator in pairs]
+
+    stock = score(draw(), prompts)
+    with reconstructed(tower, layer, sae.to(next(tower.root.parameters()).device)):
+        return ClipLoss(stock, score(draw(), prompts), len(prompts))

@@ -68,7 +68,7 @@ class Suite(Protocol):
 
 
 _SUITES: dict[str, Suite] = {}
-_BUILT_IN = {"canvas": "erasure.eval.suites.canvas"}
+_BUILT_IN = dict.fromkeys(("canvas", "canvas-unseen"), "erasure.eval.suites.canvas")
 
 
 def register(name: str) -> Callable[[type], type]:

@@ -1,7 +1,7 @@
-"""Suite `canvas`: UnlearnCanvas in miniature, on the embedded world whose classes a judge tells apart.
+"""Suites `canvas` and `canvas-unseen`: UnlearnCanvas in miniature, on the embedded world whose classes a judge knows.
 
-Every object in every style, captioned "a cat image in noto style". Numbers rank methods on Canvas, not on Stable
-Diffusion.
+Every object in every style, captioned "a cat image in noto style", or in phrasings that the model was never trained
+on. Numbers rank methods on Canvas, not on Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from erasure.assets.world import IMAGE_SIZE, OBJECTS, STYLES, UNSAFE, noun_phrase
+from erasure.assets.world import (
+    HELD_OUT_TEMPLATES,
+    IMAGE_SIZE,
+    OBJECTS,
+    STYLES,
+    UNSAFE,
+    noun_phrase,
+)
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
@@ -120,7 +127,9 @@ class World:
 class CanvasSuite:
     """UA, IRA, CRA and their mean on the embedded world."""
 
+    name = "canvas"
     title = "UnlearnCanvas in miniature: every object in every style of the embedded world"
+    templates: tuple[str, ...] = (TEMPLATE,)
 
     def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
         """The embedded classifier."""
@@ -129,29 +138,45 @@ class CanvasSuite:
     def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
         """Expand to samples; see `Suite.plan`."""
         if size not in SIZES:
-            raise EvaluationError(f"suite canvas has no size {size!r}; there are: {', '.join(SIZES)}")
+            raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
         world = World.of(pipe)
         targets = tuple(world.find(concept) for concept in concepts)
-        samples = _samples(world, targets, size, seed)
+        samples = _samples(world, targets, size, seed, self.templates)
         classes = hashlib.sha256(json.dumps([world.objects, world.styles]).encode()).hexdigest()[:12]
         recipe = {
-            "suite": "canvas",
+            "suite": self.name,
             "size": size,
             "seed": seed,
-            "prompt": TEMPLATE,
+            "prompt": " | ".join(self.templates),
             "classes": f"{len(world.objects)} objects x {len(world.styles)} styles ({classes})",
             "num_inference_steps": world.num_inference_steps,
             "guidance_scale": world.guidance_scale,
             "resolution": f"{world.side}x{world.side}",
         }
-        return Plan("canvas", size, seed, targets, samples, recipe)
+        return Plan(self.name, size, seed, targets, samples, recipe)
 
     def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
         """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""
         return canvas_metrics(plan, rows)
 
 
-def _samples(world: World, targets: Sequence[Target], size: str, seed: int) -> tuple[Sample, ...]:
+@register("canvas-unseen")
+class UnseenCanvasSuite(CanvasSuite):
+    """The same in phrasings that neither the model nor any strategy was trained on, in turn.
+
+    Only those that the stock model follows: of "a blue background with a cat in noto style" it draws one in five.
+    """
+
+    name = "canvas-unseen"
+    title = "the same in phrasings that the model was never trained on"
+    templates = tuple(
+        template for template in HELD_OUT_TEMPLATES if "{style}" in template and "{background}" not in template
+    )
+
+
+def _samples(
+    world: World, targets: Sequence[Target], size: str, seed: int, templates: Sequence[str]
+) -> tuple[Sample, ...]:
     """The answer set, in the order of the world.
 
     It is stratified: target and retained captions are drawn at different rates, and the weights undo that, so that a
@@ -173,9 +198,10 @@ def _samples(world: World, targets: Sequence[Target], size: str, seed: int) -> t
         share[kind] = len(members) / drawn if drawn else 0.0
     total, drawn = len(cells), sum(counts.values())
     samples = []
-    for name, style in cells:
-        prompt = TEMPLATE.format(object=noun_phrase(name), style=style)
+    for number, (name, style) in enumerate(cells):
         for index in range(counts[name, style]):
+            turn = number + index
+            prompt = templates[turn % len(templates)].format(object=noun_phrase(name), style=style)
             samples.append(
                 Sample(
                     sample_id=f"{name}-{style}-{index}".replace(" ", "_"),

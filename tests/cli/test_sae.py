@@ -42,8 +42,19 @@ def test_train_and_info(
     assert "jumprelu" in capsys.readouterr().out
     measured = ["sae", "info", str(out), "--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--json"]
     assert main([*measured, "--prompts-per-step", "4"]) == 0
-    # The file holds half precision.
+    # The file holds half precision, and the prompts that were kept serve as well.
     assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(made["fvu"], rel=0.05)
+
+
+def test_info_tells_what_images_lose(capsys: pytest.CaptureFixture[str]) -> None:
+    from erasure import assets
+
+    folder = assets.path("canvas-sae")
+    assert main(["sae", "info", str(folder), "--model", "canvas-sd", "--images", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 3
+    assert found["fvu"] < 0.03
+    assert abs(found["clip_score_reconstructed"] - found["clip_score"]) < 0.1 < found["clip_score"]
 
 
 def test_prompts_of_a_dataset(tiny_pipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,3 +178,18 @@ def test_the_same_prompt_has_the_same_noise_in_every_size(tiny_pipe) -> None:
     assert all(full[key] == quick[key] for key in shared)
     assert set(full) & set(other)
     assert all(full[key] != other[key] for key in set(full) & set(other))
+
+
+def test_the_unseen_suite_asks_the_same_in_phrasings_of_its_own() -> None:
+    from erasure.assets.world import HELD_OUT_TEMPLATES, TEMPLATES
+    from erasure.eval import suites
+
+    known, unseen = (suites.get(name).plan(None, ["cat"], "full", 0) for name in ("canvas", "canvas-unseen"))
+    assert unseen.suite == "canvas-unseen"
+    assert [s.sample_id for s in known.samples] == [s.sample_id for s in unseen.samples]
+    assert [s.weight for s in known.samples] == [s.weight for s in unseen.samples]
+    assert not {s.prompt for s in known.samples} & {s.prompt for s in unseen.samples}
+    for sample in unseen.samples:
+        assert sample.objects[0] in sample.prompt
+        assert sample.style in sample.prompt
+    assert not set(HELD_OUT_TEMPLATES) & set(TEMPLATES)

@@ -12,7 +12,7 @@ import torch
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import NoMatchingModuleError, OptionError, WrongBaseError
 from erasure.sae import SparseAutoencoder
-from erasure.sae.quality import quality
+from erasure.sae.quality import quality, reconstructed
 from erasure.sae.stream import DatasetPrompts, TokenStream, activations, captured, token_mask
 
 PROMPTS = ["a cat", "a photo of a dog on a white background", "", "van gogh"]
@@ -69,6 +69,19 @@ def test_the_pass_ends_at_the_block_whose_output_is_wanted(tower: TextTower) -> 
         assert ran == [1]
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def test_a_tower_runs_on_reconstructions(tower: TextTower, make_sae: Callable[..., SparseAutoencoder]) -> None:
+    sae, tokens = make_sae("jumprelu", d_in=32), tower.tokenize(PROMPTS)
+    stock, states = tower.encode(tokens), activations(tower, 1, tokens)
+    with reconstructed(tower, 1, sae):
+        found = tower.encode(tokens)
+        made = tower.module(tokens.ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(made[:, 0], states[:, 0])
+    torch.testing.assert_close(made[:, 1:], sae(states[:, 1:]))
+    assert not torch.equal(found, stock)
+    assert torch.equal(tower.encode(tokens), stock)
 
 
 def make_dataset(tmp_path: Path, count: int = 40) -> Path:
