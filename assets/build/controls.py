@@ -20,8 +20,7 @@ from erasure.carriers.features import FeatureEdit
 from erasure.eval import evaluate
 from erasure.eval.statistics import wilson
 from erasure.sae import FeatureSlice, load, read_prompts
-from erasure.sae.gates import read_words
-from erasure.strategies.itd import strongest
+from erasure.sae.gates import read_words, strongest
 
 
 class Row(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from torch.nn import functional as F
 
 from erasure.backbones import TextTower
 from erasure.carriers.features import word_mask
+from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
 
 CHUNK = 64
 """Prompts encoded at once."""
+CANDIDATES = 512
+"""Latents that a gate is chosen from."""
+PENALTY = {"features": 1e-4, "probe": 1e-3}
+"""Of the squared weights of a gate's score."""
 ROC_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """False positive rates at which a curve is written down."""
 
@@ -96,6 +101,27 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
     return Labels(holds, positive, ~holds[words.prompt] | (position < begins[words.prompt]))
 
 
+class Gate(NamedTuple):
+    """How a concept is told from the rest: by latents, and by a probe."""
+
+    features: list[int]
+    """Latents that count."""
+    weight: Tensor
+    """`(features,)`."""
+    bias: float
+    """Of the latents' score."""
+    level: float
+    """The least score that opens it."""
+    probe: Tensor
+    """`(dim,)`."""
+    probe_bias: float
+    """Of the probe's score."""
+    probe_level: float
+    """The least score that opens it."""
+    figures: dict[str, Any]
+    """Rates on the prompts that calibrated it."""
+
+
 def logistic(x: Tensor, y: Tensor, penalty: float, steps: int = 100) -> tuple[Tensor, Tensor]:
     """Logistic regression with both classes weighing the same, by L-BFGS.
 
@@ -154,3 +180,119 @@ def roc(target: Tensor, retain: Tensor) -> list[tuple[float, float]]:
     return [
         (rate, round((target > level).double().mean().item(), 4)) for rate, level in zip(ROC_RATES, at, strict=True)
     ]
+
+
+def fit_gate(
+    sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor, *, votes: int, rate: float
+) -> Gate:
+    """Fit the scores of latents and probe on the prompts that choose, set both thresholds on the others.
+
+    Args:
+        sae: The dictionary.
+        words: Of all prompts.
+        labels: Where the concept is.
+        chooses: `(prompts,)` bool.
+        votes: Latents in the score.
+        rate: Share of the prompts without the concept that may open the gate.
+    """
+    train = (labels.positive | labels.negative) & chooses[words.prompt]
+    x, y = words.states[train], labels.positive[train]
+    device = sae.W_enc.device
+    wide = most_telling(sae, x, y)
+    latents = sae.slice(wide).encode(x.to(device)).cpu()
+    scale = latents.amax(0).clamp_min(1e-6)
+    first, _ = logistic(latents / scale, y, PENALTY["features"])
+    telling = (first.abs() * (latents / scale).std(0)).topk(min(votes, len(wide))).indices
+    features = [wide[i] for i in telling.tolist()]
+    weight, bias = logistic(latents[:, telling] / scale[telling], y, PENALTY["features"])
+    weight = weight / scale[telling]
+    centre, spread = x[~y].mean(0), x[~y].std(0).clamp_min(1e-6)
+    slope, shift = logistic((x - centre) / spread, y, PENALTY["probe"])
+    probe = _stored(slope / spread)
+    probe_bias = shift - centre @ probe
+    part = FeatureSlice(*(_stored(tensor) for tensor in sae.slice(features)))
+    scores = {
+        "features": words.greatest(part.encode(words.states.to(device)).cpu() @ weight + bias),
+        "probe": words.greatest(words.states @ probe + probe_bias),
+    }
+    levels, figures = {}, {}
+    for kind, score in scores.items():
+        target, retain = (held_out(score, part, chooses) for part in (labels.holds, ~labels.holds))
+        levels[kind] = level = calibrate(target, retain, rate)
+        figures[kind] = {
+            "tpr": round((target >= level).double().mean().item(), 4),
+            "fpr": round((retain >= level).double().mean().item(), 4),
+            "auc": round(area(target, retain), 5),
+            "roc": roc(target, retain),
+        }
+    counted = {"prompts_with": len(target), "prompts_without": len(retain)}
+    return Gate(
+        features, weight, bias.item(), levels["features"], probe, probe_bias.item(), levels["probe"],
+        {**counted, **figures},
+    )  # fmt: skip
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """As it is once it has been in the file: thresholds are set with what is used."""
+    return tensor.half().to(tensor.dtype)
+
+
+def held_out(score: Tensor, part: Tensor, chooses: Tensor) -> Tensor:
+    """Scores of the prompts of a part that chose nothing; of all of the part when there are none."""
+    calibrates = part & ~chooses
+    return score[calibrates if calibrates.any() else part]
+
+
+def halves(labels: Labels, generator: torch.Generator) -> Tensor:
+    """Which prompts choose, `(prompts,)` bool: a random half of those with the concept, and of those without."""
+    chooses = torch.zeros(len(labels.holds), dtype=torch.bool)
+    for part in (labels.holds, ~labels.holds):
+        index = part.nonzero()[:, 0]
+        chooses[index[torch.randperm(len(index), generator=generator)[: (len(index) + 1) // 2]]] = True
+    return chooses
+
+
+@torch.no_grad()
+def strongest(sae: SparseAutoencoder, words: WordStates) -> Tensor:
+    """The greatest value of each latent at the words of a prompt, `(prompts, d_sae)`."""
+    made = words.states.new_zeros(words.prompts, sae.config.d_sae)
+    for part in torch.arange(len(words.ids)).split(4096):
+        latents = sae.encode(words.states[part].to(sae.W_enc.device)).cpu()
+        made.scatter_reduce_(0, words.prompt[part][:, None].expand_as(latents), latents, "amax")
+    return made
+
+
+@torch.no_grad()
+def most_telling(sae: SparseAutoencoder, x: Tensor, y: Tensor) -> list[int]:
+    """The latents whose mean differs most between the words of a concept and others, in units of their spread.
+
+    Args:
+        sae: The dictionary.
+        x: `(words, dim)`.
+        y: `(words,)` bool.
+    """
+    total = torch.zeros(3, sae.config.d_sae)
+    for part in torch.arange(len(x)).split(4096):
+        latents = sae.encode(x[part].to(sae.W_enc.device)).cpu()
+        total += torch.stack([latents[y[part]].sum(0), latents.sum(0), latents.square().sum(0)])
+    inside, mean, square = total[0] / y.sum(), total[1] / len(x), total[2] / len(x)
+    spread = (square - mean.square()).clamp_min(0).sqrt()
+    contrast = (inside - mean).abs() / (spread + 1e-6)
+    return contrast.topk(min(CANDIDATES, sae.config.d_sae)).indices.tolist()
+
+
+def with_mined(words: WordStates, labels: Labels, mined: WordStates, learned: Tensor) -> tuple[WordStates, Labels]:
+    """Mined prompts counted among those that hold the concept.
+
+    Args:
+        words: Of all prompts.
+        labels: Of these words.
+        mined: Words of mined prompts.
+        learned: `(words,)` bool: which of them are learned.
+    """
+    neither = torch.zeros(len(mined.ids), dtype=torch.bool)
+    return joined([words, mined]), Labels(
+        torch.cat([labels.holds, torch.ones(mined.prompts, dtype=torch.bool)]),
+        torch.cat([labels.positive, learned]),
+        torch.cat([labels.negative, neither]),
+    )

@@ -12,67 +12,28 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
-from erasure.carriers.features import BlockEdit, FeatureEdit, ReconstructionEdit
+from erasure.carriers.features import FeatureEdit, ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
 from erasure.sae import SAETrainer, SparseAutoencoder, TrainingOptions, load, read_prompts
 from erasure.sae.gates import (
+    CHUNK,
+    Gate,
     Labels,
     WordStates,
-    area,
-    calibrate,
+    fit_gate,
+    halves,
     joined,
     locate,
-    logistic,
     read_words,
-    roc,
+    strongest,
+    with_mined,
 )
 from erasure.sae.mining import mine
+from erasure.sae.selection import Evidence, evidence, no_feature, top_sets
 from erasure.sae.stream import TokenStream, activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
-
-CANDIDATES = 512
-"""Latents that a gate is chosen from."""
-PENALTY = {"features": 1e-4, "probe": 1e-3}
-"""Of the squared weights of a gate's score."""
-
-
-class Evidence(NamedTuple):
-    """How often and how strongly each latent fires on the words of prompts with and without a concept."""
-
-    target_rate: Tensor
-    """`(d_sae,)` share of the prompts with the concept."""
-    retain_rate: Tensor
-    """`(d_sae,)` share of the others."""
-    magnitude: Tensor
-    """`(d_sae,)` mean of the greatest value in a prompt with the concept."""
-
-    @property
-    def score(self) -> Tensor:
-        """Difference of the rates, `(d_sae,)`."""
-        return self.target_rate - self.retain_rate
-
-
-class Gate(NamedTuple):
-    """How a concept is told from the rest: by latents, and by a probe."""
-
-    features: list[int]
-    """Latents that count."""
-    weight: Tensor
-    """`(features,)`."""
-    bias: float
-    """Of the latents' score."""
-    level: float
-    """The least score that opens it."""
-    probe: Tensor
-    """`(dim,)`."""
-    probe_bias: float
-    """Of the probe's score."""
-    probe_level: float
-    """The least score that opens it."""
-    figures: dict[str, Any]
-    """Rates on the prompts that calibrated it."""
 
 
 class Choice(NamedTuple):
@@ -139,7 +100,7 @@ class ItD(Strategy):
     """A latent counts as firing only above this share of what it usually reaches in prompts with the concept."""
     target_rate: float = 0.5
     """A feature fires on at least this share of the prompts with the concept."""
-    retain_rate: float = 0.5
+    retain_rate: float = 0.35
     """And on at most this share of the others: what a concept shares with its neighbours is part of what draws it, and
     is changed only behind its gate."""
     gate: Literal["features", "probe"] = "features"
@@ -184,13 +145,13 @@ class ItD(Strategy):
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
         if self.parity:
-            own = [read_words(tower, layer, self.target_prompts(tower, concept, generator)) for concept in concepts]
-            return Fit(Edits(features={key: self.released(tower, sae, corpus, own, concepts)}), log)
+            own = [self.target_prompts(tower, concept, generator) for concept in concepts]
+            return Fit(Edits(features={key: self.released(tower, layer, sae, corpus, own, concepts)}), log)
         activity = strongest(sae, corpus)
         choices = []
         for index, concept in enumerate(concepts):
             words, labels, extra = self.labelled(tower, layer, corpus, concept, generator)
-            chooses = torch.rand(words.prompts, generator=generator) < 0.5
+            chooses = halves(labels, generator)
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
             if self.mining_steps:
@@ -208,7 +169,10 @@ class ItD(Strategy):
             choices.append(choice)
             log[f"{concept.target}_features"] = float(len(choice.features))
             progress(0.7 + 0.29 * (index + 1) / len(concepts))
-        gates = {concept.target: choice.gate.figures for concept, choice in zip(concepts, choices, strict=True)}
+        gates = {
+            concept.target: {"decides": self.gate, **choice.gate.figures}
+            for concept, choice in zip(concepts, choices, strict=True)
+        }
         progress(1.0)
         return Fit(Edits(features={key: self.edit(tower, layer, sae, choices)}), log, gates)
 
@@ -294,43 +258,8 @@ class ItD(Strategy):
         return Choice(features, found.magnitude[features], self.fit_gate(sae, words, labels, chooses))
 
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
-        """Fit the scores of latents and probe on the prompts that choose, set both thresholds on the others."""
-        train = (labels.positive | labels.negative) & chooses[words.prompt]
-        x, y = words.states[train], labels.positive[train]
-        device = sae.W_enc.device
-        wide = most_telling(sae, x, y)
-        latents = sae.slice(wide).encode(x.to(device)).cpu()
-        scale = latents.amax(0).clamp_min(1e-6)
-        first, _ = logistic(latents / scale, y, PENALTY["features"])
-        telling = (first.abs() * (latents / scale).std(0)).topk(min(self.votes, len(wide))).indices
-        features = [wide[i] for i in telling.tolist()]
-        weight, bias = logistic(latents[:, telling] / scale[telling], y, PENALTY["features"])
-        weight = weight / scale[telling]
-        centre, spread = x[~y].mean(0), x[~y].std(0).clamp_min(1e-6)
-        slope, shift = logistic((x - centre) / spread, y, PENALTY["probe"])
-        probe = slope / spread
-        probe_bias = shift - centre @ probe
-        part = sae.slice(features)
-        scores = {
-            "features": words.greatest(part.encode(words.states.to(device)).cpu() @ weight + bias),
-            "probe": words.greatest(words.states @ probe + probe_bias),
-        }
-        levels, figures = {}, {}
-        for kind, score in scores.items():
-            target, retain = score[labels.holds & ~chooses], score[~labels.holds & ~chooses]
-            levels[kind] = level = calibrate(target, retain, self.false_positive_rate)
-            figures[kind] = {
-                "tpr": round((target >= level).double().mean().item(), 4),
-                "fpr": round((retain >= level).double().mean().item(), 4),
-                "auc": round(area(target, retain), 5),
-                "roc": roc(target, retain),
-            }
-        counted = {"prompts_with": int((labels.holds & ~chooses).sum()),
-                   "prompts_without": int((~labels.holds & ~chooses).sum())}  # fmt: skip
-        return Gate(
-            features, weight, bias.item(), levels["features"], probe, probe_bias.item(), levels["probe"],
-            {"decides": self.gate, **counted, **figures},
-        )  # fmt: skip
+        """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
+        return fit_gate(sae, words, labels, chooses, votes=self.votes, rate=self.false_positive_rate)
 
     def edit(self, tower: TextTower, layer: int, sae: SparseAutoencoder, choices: Sequence[Choice]) -> FeatureEdit:
         """The latents of all concepts, each once, with who edits and who counts them; dictionary rows in float16."""
@@ -391,11 +320,20 @@ class ItD(Strategy):
 
     # The released code -----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def released(
-        self, tower: TextTower, sae: SparseAutoencoder, corpus: WordStates, own: Sequence[WordStates],
+        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, own: Sequence[list[str]],
         concepts: Sequence[Concept],
-    ) -> BlockEdit:  # fmt: skip
-        """Features by a difference of top-K sets, the whole reconstruction, one threshold (card of the method above).
+    ) -> ReconstructionEdit:  # fmt: skip
+        """Features by a difference of top-K sets, the whole reconstruction, one threshold below all target prompts.
+
+        Args:
+            tower: The text encoder.
+            layer: The block.
+            sae: The dictionary.
+            corpus: Words of ordinary prompts.
+            own: Prompts that name each concept.
+            concepts: To erase.
 
         Raises:
             ConceptError: A concept has no latent to itself.
@@ -403,26 +341,29 @@ class ItD(Strategy):
         holds = locate(tower, corpus, [name for concept in concepts for name in concept.names]).holds
         common = top_sets(strongest(sae, corpus.of(~holds)), self.top).any(0)
         chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)
-        for words, concept in zip(own, concepts, strict=True):
-            mine_only = top_sets(strongest(sae, words), self.top).any(0) & ~common
-            if not mine_only.any():
+        for prompts, concept in zip(own, concepts, strict=True):
+            found = top_sets(strongest(sae, read_words(tower, layer, prompts)), self.top).any(0) & ~common
+            if not found.any():
                 raise ConceptError(
                     f"parity='itd': every latent among the {self.top} largest of a prompt with {concept.target!r} is "
                     "among those of some prompt without it: lower 'top', or leave parity out"
                 )
-            chosen |= mine_only
+            chosen |= found
         part = sae.slice(range(sae.config.d_sae))
-        factor = torch.where(chosen, self.tau, 1.0)
         edit = ReconstructionEdit(
             part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(),
-            torch.tensor(sae.config.k), factor, torch.tensor(0.0), torch.tensor(tower.leading),
-            torch.tensor(tower.tokenizer.eos_token_id),
+            torch.tensor(sae.config.k), torch.where(chosen, self.tau, 1.0), torch.tensor(0.0),
+            torch.tensor(tower.leading), torch.tensor(tower.tokenizer.eos_token_id),
         )  # fmt: skip
-        layer = int(sae.config.metadata["layer"] if self.layer is None else self.layer)
-        prompts = [t.format(words) for c in concepts for words in c.names for t in c.phrasings()]
-        states = activations(tower, layer, tower.tokenize(prompts)).float()
-        least = edit.on(states.device).scores(states, torch.ones(states.shape[:2], dtype=torch.bool)).min()
-        return edit._replace(gate=(0.99 * least).cpu())
+        placed = edit.on(next(tower.root.parameters()).device)
+        least = torch.inf
+        for prompts in own:
+            for first in range(0, len(prompts), CHUNK):
+                tokens = tower.tokenize(prompts[first : first + CHUNK])
+                states = activations(tower, layer, tokens).float()
+                scores = placed.scores(states, torch.ones(tokens.ids.shape, dtype=torch.bool, device=states.device))
+                least = min(least, scores.min().item())
+        return edit._replace(gate=torch.tensor(0.99 * least))
 
 
 def named_dictionary(name: str) -> Path:
@@ -444,89 +385,9 @@ def embedded_dictionary(tower: TextTower) -> Path | None:
     return folder if fits else None
 
 
-@torch.no_grad()
-def strongest(sae: SparseAutoencoder, words: WordStates) -> Tensor:
-    """The greatest value of each latent at the words of a prompt, `(prompts, d_sae)`."""
-    made = words.states.new_zeros(words.prompts, sae.config.d_sae)
-    for part in torch.arange(len(words.ids)).split(4096):
-        latents = sae.encode(words.states[part].to(sae.W_enc.device)).cpu()
-        made.scatter_reduce_(0, words.prompt[part][:, None].expand_as(latents), latents, "amax")
-    return made
-
-
-def top_sets(activity: Tensor, top: int) -> Tensor:
-    """Whether each latent is among the largest of each prompt, `(prompts, d_sae)` bool; silent ones never are."""
-    largest = activity.topk(min(top, activity.shape[1]), dim=1).indices
-    return torch.zeros_like(activity, dtype=torch.bool).scatter(1, largest, True) & (activity > 0)
-
-
-@torch.no_grad()
-def most_telling(sae: SparseAutoencoder, x: Tensor, y: Tensor) -> list[int]:
-    """The latents whose mean differs most between the words of a concept and others, in units of their spread.
-
-    Args:
-        sae: The dictionary.
-        x: `(words, dim)`.
-        y: `(words,)` bool.
-    """
-    total = torch.zeros(3, sae.config.d_sae)
-    for part in torch.arange(len(x)).split(4096):
-        latents = sae.encode(x[part].to(sae.W_enc.device)).cpu()
-        total += torch.stack([latents[y[part]].sum(0), latents.sum(0), latents.square().sum(0)])
-    inside, mean, square = total[0] / y.sum(), total[1] / len(x), total[2] / len(x)
-    spread = (square - mean.square()).clamp_min(0).sqrt()
-    contrast = (inside - mean).abs() / (spread + 1e-6)
-    return contrast.topk(min(CANDIDATES, sae.config.d_sae)).indices.tolist()
-
-
-def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
-    """Of the strongest latents `(prompts, d_sae)` of prompts with the concept and without it; see `ItD.floor`."""
-    magnitude = target.mean(0)
-    fires = [(part > floor * magnitude).float().mean(0) for part in (target, retain)]
-    return Evidence(fires[0], fires[1], magnitude)
-
-
 def select(found: Evidence, options: ItD) -> list[int]:
     """The features of a concept, those that say most first; none when no latent tells it from the rest."""
     fits = (found.target_rate >= options.target_rate) & (found.retain_rate <= options.retain_rate)
     fits &= found.magnitude > 0
     value = torch.where(fits, found.score * found.magnitude, torch.full_like(found.score, -torch.inf))
     return value.topk(min(options.features, int(fits.sum()))).indices.tolist()
-
-
-def no_feature(
-    tower: TextTower, sae: SparseAutoencoder, words: WordStates, labels: Labels, found: Evidence, name: str
-) -> str:
-    """Why a concept cannot be erased with this dictionary, and what the nearest latents would hit."""
-    others = words.of(~labels.holds)
-    listed = []
-    for i in found.score.topk(min(3, len(found.score))).indices.tolist():
-        values = sae.slice([i]).encode(others.states.to(sae.W_enc.device))[:, 0].cpu()
-        order = values.argsort(descending=True)[:200]
-        tokens = [tower.tokenizer.decode([token]).strip() for token in others.ids[order[values[order] > 0]].tolist()]
-        hit = ", ".join(list(dict.fromkeys(token for token in tokens if token.isalnum()))[:3]) or "nothing else"
-        listed.append(
-            f"latent {i} fires on {found.target_rate[i]:.0%} of its prompts and on {found.retain_rate[i]:.1%} of the "
-            f"others, most on: {hit}"
-        )
-    return (
-        f"no feature of the dictionary tells {name!r} from the rest. The nearest: {'; '.join(listed)}. Raise "
-        "retain_rate if losing those is acceptable, or train a larger dictionary on prompts with the concept"
-    )
-
-
-def with_mined(words: WordStates, labels: Labels, mined: WordStates, learned: Tensor) -> tuple[WordStates, Labels]:
-    """Mined prompts counted among those that hold the concept.
-
-    Args:
-        words: Of all prompts.
-        labels: Of these words.
-        mined: Words of mined prompts.
-        learned: `(words,)` bool: which of them are learned.
-    """
-    neither = torch.zeros(len(mined.ids), dtype=torch.bool)
-    return joined([words, mined]), Labels(
-        torch.cat([labels.holds, torch.ones(mined.prompts, dtype=torch.bool)]),
-        torch.cat([labels.positive, learned]),
-        torch.cat([labels.negative, neither]),
-    )

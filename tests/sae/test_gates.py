@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from erasure.backbones import TextTower, backbone_for
-from erasure.sae.gates import WordStates, area, calibrate, joined, locate, logistic, read_words, roc
+from erasure.sae.gates import (
+    Labels,
+    WordStates,
+    area,
+    calibrate,
+    fit_gate,
+    halves,
+    joined,
+    locate,
+    logistic,
+    read_words,
+    roc,
+)
 from erasure.sae.stream import activations
 
 PROMPTS = ["a photo of a cat", "", "a van gogh painting of a cat and a dog", "a dog", "van", "a gogh van"]
@@ -117,3 +129,23 @@ def test_the_curve_counts_what_is_above_each_level() -> None:
     assert curve[0.2] == 0.25
     assert curve[0.5] == 0.5
     assert list(curve.values()) == sorted(curve.values())
+
+
+def test_a_half_of_each_kind_chooses() -> None:
+    flags = torch.zeros(9, dtype=torch.bool)
+    for with_concept in (1, 4, 5):
+        holds = torch.arange(9) < with_concept
+        chooses = halves(Labels(holds, flags, flags), torch.Generator().manual_seed(0))
+        assert int((chooses & holds).sum()) == (with_concept + 1) // 2
+        assert int((chooses & ~holds).sum()) == (9 - with_concept + 1) // 2
+
+
+def test_a_gate_is_fitted_even_to_one_prompt(tower: TextTower, words: WordStates, make_sae: Any) -> None:
+    labels = locate(tower, words, ["gogh van"])
+    assert labels.holds.sum() == 1
+    chooses = halves(labels, torch.Generator().manual_seed(0))
+    gate = fit_gate(make_sae("jumprelu", d_in=32), words, labels, chooses, votes=4, rate=0.01)
+    assert len(gate.features) == 4
+    assert gate.figures["prompts_with"] == 1
+    assert gate.figures["probe"]["tpr"] == 1.0
+    assert torch.isfinite(torch.tensor([gate.level, gate.bias, gate.probe_level, *gate.weight.tolist()])).all()

@@ -14,8 +14,9 @@ from erasure.backbones import backbone_for
 from erasure.carriers.features import ReconstructionEdit
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save
-from erasure.sae.gates import Labels, WordStates
-from erasure.strategies.itd import Evidence, ItD, evidence, most_telling, select, strongest, top_sets, with_mined
+from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
+from erasure.sae.selection import Evidence, evidence, top_sets
+from erasure.strategies.itd import ItD, select
 
 
 def test_evidence_counts_what_is_above_the_floor() -> None:
