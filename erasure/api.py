@@ -126,21 +126,53 @@ def load_pipeline(
         ArtifactError: There is no such model, or its files are damaged.
         UnsupportedModelError: Its pipeline class is of no supported family.
     """
-    from erasure import assets
     from erasure.pipelines import ATTACHED_FILE, pipeline_class
 
-    folder = Path(model)
-    if not folder.is_dir():
-        embedded = assets.find(str(model))
-        folder = embedded if embedded is not None else folder
-    place = torch.device(device) if device is not None else best_device()
-    precision = dtype or (torch.float32 if place.type == "cpu" else torch.float16)
-    source = str(folder) if folder.is_dir() else str(model)
-    try:
+    source, settings = _source(model), _settings(dtype, device)
+    with _clear_errors(model):
         config = DiffusionPipeline.load_config(source)
         kind = pipeline_class(config.get("_class_name", ""))
-        erased = (folder / ATTACHED_FILE).is_file()
-        pipe = (kind.load_erased_pipeline if erased else kind.from_pretrained)(source, dtype=precision)
+        erased = (Path(source) / ATTACHED_FILE).is_file()
+        pipe = (kind.load_erased_pipeline if erased else kind.from_pretrained)(source, dtype=settings[0])
+    return pipe.to(settings[1])
+
+
+def load_text_encoders(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> DiffusionPipeline:
+    """A stock pipeline of any family with nothing but its text encoders and tokenisers loaded; see `load_pipeline`.
+
+    Raises:
+        ArtifactError: There is no such model, or its files are damaged.
+    """
+    source, settings = _source(model), _settings(dtype, device)
+    with _clear_errors(model):
+        config = DiffusionPipeline.load_config(source)
+        parts = [name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == 2]
+        left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=settings[0], **dict.fromkeys(left_out))
+    return pipe.to(settings[1])
+
+
+def _source(model: str | Path) -> str:
+    from erasure import assets
+
+    embedded = None if Path(model).is_dir() else assets.find(str(model))
+    return str(embedded or model)
+
+
+def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, torch.device]:
+    place = torch.device(device) if device is not None else best_device()
+    return dtype or (torch.float32 if place.type == "cpu" else torch.float16), place
+
+
+@contextlib.contextmanager
+def _clear_errors(model: str | Path) -> Iterator[None]:
+    """Say what diffusers' loaders complain of in words that help."""
+    from erasure import assets
+
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, ErasureError):
             raise
@@ -151,7 +183,6 @@ def load_pipeline(
             f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by "
             f"save_pretrained, or one of {embedded_names}"
         ) from error
-    return pipe.to(place)
 
 
 def best_device() -> torch.device:

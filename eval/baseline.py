@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,6 @@ from erasure.eval.recipe import digest
 from erasure.eval.results import write_atomically
 from erasure.eval.samples import Sample
 from erasure.eval.table import decode_vector, encode_vector
-
-
-def default_folder() -> Path:
-    """`$ERASURE_CACHE`, or `~/.cache/erasure`."""
-    return Path(os.environ.get("ERASURE_CACHE") or Path.home() / ".cache" / "erasure")
 
 
 class BaselineCache:

@@ -14,9 +14,10 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from erasure.cache import cache_folder
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval import suites
-from erasure.eval.baseline import BaselineCache, default_folder
+from erasure.eval.baseline import BaselineCache
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import ClipModel
@@ -95,7 +96,7 @@ def evaluate(
     clip_name = None if scorer is None else scorer.fingerprint
     recipe = run_recipe(plan, fingerprint, sampler, judge_name, clip_name, erasures)
     shared = {"sampler": sampler, "judge": judge_name, "clip": clip_name, "versions": recipe["versions"]}
-    cache = BaselineCache(Path(baseline_cache or default_folder()), fingerprint, shared)
+    cache = BaselineCache(Path(baseline_cache or cache_folder()), fingerprint, shared)
 
     folder = Path(tempfile.mkdtemp(prefix="erasure-eval-") if out is None else out)
     table = SampleTable(folder, processes.rank, processes.count)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import copy
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests keep what they cache to themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERASURE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 WORDS = (
     "a", "an", "photo", "picture", "image", "of", "in", "style", "drawing", "the", "and", "on", "background", "cat",

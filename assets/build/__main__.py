@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, table.
+evaluate, table, gates, controls.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def gates(told: bool = True) -> None:
     print(markdown(measure(told)))
 
 
-def controls(size: Literal["smoke", "quick", "full"] = "quick") -> None:
+def controls(size: Literal["smoke", "quick", "full"] = "smoke") -> None:
     """Print what random features, and those of another concept, erase behind a concept's gate.
 
     Args:

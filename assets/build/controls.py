@@ -84,7 +84,7 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
     return with_edited(made, sae.slice([others[i] for i in order.tolist()]), float(gain[0]))
 
 
-def measure(size: str = "quick") -> list[Row]:
+def measure(size: str) -> list[Row]:
     """Every concept with its own features, those of the next concept of the list, and random ones."""
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")

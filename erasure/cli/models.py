@@ -33,8 +33,12 @@ class ErasedModelOptions(ModelOptions):
     """Strength of each erasure, in their order; 1 when left out."""
 
 
-def open_model(options: ModelOptions) -> Any:
+def open_model(options: ModelOptions, *, text_only: bool = False) -> Any:
     """Load the pipeline with the progress bars of diffusers off.
+
+    Args:
+        options: Which, in what precision, and where to.
+        text_only: Only its text encoders, of any family.
 
     Raises:
         ErasureError: There is no such model, or it cannot be loaded.
@@ -42,7 +46,7 @@ def open_model(options: ModelOptions) -> Any:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    import erasure
+    import erasure.api
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -53,7 +57,8 @@ def open_model(options: ModelOptions) -> Any:
         settings["dtype"] = getattr(torch, options.dtype)
     if options.device is not None:
         settings["device"] = options.device
-    pipe = erasure.load_pipeline(options.model, **settings)
+    load = erasure.api.load_text_encoders if text_only else erasure.load_pipeline
+    pipe = load(options.model, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

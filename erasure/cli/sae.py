@@ -67,6 +67,10 @@ class OutOptions(ModelOptions):
     """Folder of the autoencoder, in sae-lens' layout."""
     precision: Literal["float32", "float16"] = "float16"
     """Of the file."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Of the arithmetic in training; what `accelerate launch` or its config says when left out."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where figures of every step go, beside the progress bar."""
     json: bool = False
     """Print JSON."""
 
@@ -104,13 +108,15 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
     options: OutOptions = parsed.command
     terminal.json_only = options.json
     output_folder(options.out, may_hold=True)
-    pipe = open_model(options)
+    pipe = open_model(options, text_only=True)
     stream, place = open_stream(pipe, options.model, parsed.tower, parsed.training.seed + process()[0])
     with terminal.progress(1) as progress:
         progress.stage("training")
-        trainer = SAETrainer(stream, parsed.training, folder=options.out)
+        accelerator = make_accelerator(options)
+        trainer = SAETrainer(stream, parsed.training, folder=options.out, accelerator=accelerator)
         with progress.part() as report:
             sae = trainer.train(report)
+    accelerator.end_training()
     sae.config.metadata.update(place)
     found = quality(sae, stream.reseeded(HELD_OUT))._asdict()
     sae.config.metadata.update(found)
@@ -118,6 +124,26 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
         save(sae, options.out, getattr(torch, options.precision), stream.sample(KEPT))
         trainer.discard_checkpoint()
     show(options.out, sae.config, found, terminal, as_json=options.json)
+
+
+def make_accelerator(options: OutOptions) -> Any:
+    """Accelerate, with the tracker that was asked for.
+
+    Raises:
+        MissingExtraError: The tracker is not installed.
+    """
+    from accelerate import Accelerator
+
+    from erasure.extras import require
+
+    if options.tracker is None:
+        return Accelerator(mixed_precision=options.mixed_precision)
+    require(options.tracker, "track")
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision, log_with=options.tracker, project_dir=str(options.out)
+    )
+    accelerator.init_trackers("erasure-sae")
+    return accelerator
 
 
 def info(argv: Sequence[str], terminal: Terminal) -> None:
@@ -132,7 +158,9 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
     sae = load(options.sae)
     about, found = sae.config.metadata, {}
     if options.model is not None:
-        pipe = open_model(ModelOptions(model=options.model))
+        folder = assets.find("canvas-clip") if options.clip is None and canvas_facts(options.model) else options.clip
+        draws = folder is not None and options.images > 0
+        pipe = open_model(ModelOptions(model=options.model), text_only=not draws)
         place = dataclasses.replace(
             options,
             layer=about.get("layer") if options.layer is None else options.layer,
@@ -140,8 +168,7 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
         )
         stream, _ = open_stream(pipe, options.model, place, HELD_OUT, read_prompts(options.sae))
         found = quality(sae, stream)._asdict()
-        folder = assets.find("canvas-clip") if options.clip is None and canvas_facts(options.model) else options.clip
-        if folder is not None and options.images:
+        if folder is not None and draws:
             scored = ClipModel(folder)
             lost = clip_loss(
                 pipe, stream.tower, stream.layer, sae, stream.sample(options.images),

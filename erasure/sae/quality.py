@@ -14,7 +14,7 @@ from torch import nn
 from erasure import modules
 from erasure.backbones import TextTower
 from erasure.errors import WrongBaseError
-from erasure.sae.model import SparseAutoencoder
+from erasure.sae.model import SparseAutoencoder, jump_relu
 from erasure.sae.stream import block_of
 from erasure.sae.training import Stream
 
@@ -28,6 +28,9 @@ class Quality(NamedTuple):
     """Latents that fire on a token, on average."""
     silent: float
     """Share of latents that fired on no token of the sample."""
+    topk_agreement: float
+    """Of the latents that fire above their threshold or are among a token's k largest, the share that do both: how far
+    a slice, which sees no other latents, selects as the whole dictionary does."""
     tokens: int
     """Size of the sample."""
 
@@ -47,7 +50,7 @@ def quality(sae: SparseAutoencoder, stream: Stream, steps: int = 20) -> Quality:
             "to another model or another tower"
         )
     mean = sample.mean(0)
-    left = total = active = 0.0
+    left = total = active = both = either = 0.0
     fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=sample.device)
     for x in batches:
         latents = sae.encode(x)
@@ -55,7 +58,13 @@ def quality(sae: SparseAutoencoder, stream: Stream, steps: int = 20) -> Quality:
         total += float((x - mean).pow(2).sum())
         active += float((latents > 0).sum())
         fired |= (latents > 0).any(0)
-    return Quality(left / total, active / len(sample), float((~fired).float().mean()), len(sample))
+        before = sae.pre_activations(x)
+        above = jump_relu(before, sae.threshold) > 0
+        values, indices = before.topk(sae.config.k, dim=-1)
+        largest = torch.zeros_like(above).scatter(-1, indices, values > 0)
+        both, either = both + float((above & largest).sum()), either + float((above | largest).sum())
+    silent = float((~fired).float().mean())
+    return Quality(left / total, active / len(sample), silent, both / max(either, 1.0), len(sample))
 
 
 _RECONSTRUCT = "erasure_reconstruct"

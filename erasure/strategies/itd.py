@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.features import FeatureEdit, ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.sae import SAETrainer, SparseAutoencoder, TrainingOptions, load, read_prompts
+from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
     CHUNK,
     Gate,
@@ -31,7 +30,7 @@ from erasure.sae.gates import (
 )
 from erasure.sae.mining import mine
 from erasure.sae.selection import Evidence, evidence, no_feature, top_sets
-from erasure.sae.stream import TokenStream, activations, reads_from
+from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
@@ -82,7 +81,8 @@ class ItD(Strategy):
 
     dictionary: str = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
-    taken for the embedded model, and else a small one is trained first, on random prompts of the tokeniser's words."""
+    taken for the embedded model; else a small one is trained first on random prompts of the tokeniser's words, and is
+    kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
     layer: int | None = None
     """Block whose output is read and edited, from 0 on; the dictionary's own, or two thirds of the way."""
     prompts: str = ""
@@ -187,9 +187,17 @@ class ItD(Strategy):
             OptionError: It does not say which block it reads.
             WrongBaseError: It was made for another text encoder.
         """
-        folder = named_dictionary(self.dictionary) if self.dictionary else embedded_dictionary(tower)
+        folder = dictionaries.named(self.dictionary) if self.dictionary else dictionaries.embedded(tower)
         if folder is None:
-            return *self.train_dictionary(tower, seed, progress), read_prompts(self.prompts) if self.prompts else []
+            options = TrainingOptions(
+                d_sae=self.d_sae, k=self.k, steps=self.steps, learning_rate=1e-3, dead_after=50_000, save_every=100,
+                seed=seed,
+            )  # fmt: skip
+            middle = 2 * len(tower.blocks) // 3
+            prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
+            folder = dictionaries.trained(
+                tower, middle if self.layer is None else self.layer, prompts, options, progress
+            )
         sae = load(folder)
         layer = sae.config.metadata.get("layer") if self.layer is None else self.layer
         if layer is None:
@@ -204,18 +212,6 @@ class ItD(Strategy):
             )
         ordinary = read_prompts(self.prompts or folder)
         return sae.to(next(tower.root.parameters()).device), layer, ordinary
-
-    def train_dictionary(
-        self, tower: TextTower, seed: int, progress: Callable[[float], None]
-    ) -> tuple[SparseAutoencoder, int]:
-        """A small autoencoder from random prompts."""
-        layer = 2 * len(tower.blocks) // 3 if self.layer is None else self.layer
-        prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
-        options = TrainingOptions(
-            d_sae=self.d_sae, k=self.k, steps=self.steps, learning_rate=1e-3, dead_after=50_000, seed=seed
-        )
-        sae = SAETrainer(TokenStream(tower, layer, prompts, seed=seed), options).train(progress)
-        return sae.to(next(tower.root.parameters()).device), layer
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
         """Phrasings of a concept, and random prompts that name it among other words."""
@@ -364,25 +360,6 @@ class ItD(Strategy):
                 scores = placed.scores(states, torch.ones(tokens.ids.shape, dtype=torch.bool, device=states.device))
                 least = min(least, scores.min().item())
         return edit._replace(gate=torch.tensor(0.99 * least))
-
-
-def named_dictionary(name: str) -> Path:
-    """A folder, or an embedded dictionary by name."""
-    from erasure import assets
-
-    return assets.find(name) or Path(name)
-
-
-def embedded_dictionary(tower: TextTower) -> Path | None:
-    """The autoencoder that comes with the package, when it was made for this text encoder."""
-    from erasure import assets
-
-    folder = assets.find("canvas-sae")
-    if folder is None:
-        return None
-    about = load(folder).config.metadata
-    fits = about["layer"] < len(tower.blocks) and reads_from(tower, about["layer"], about["fingerprint"])
-    return folder if fits else None
 
 
 def select(found: Evidence, options: ItD) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +68,53 @@ def test_prompts_of_a_dataset(tiny_pipe_folder: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main([*arguments, *SMALL]) == 2
     assert "no column 'text'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the process; these tests want their own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_half_precision_and_a_tracker(tiny_pipe_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--out", str(tmp_path / "sae")]
+    asked = ["--mixed-precision", "bf16", "--tracker", "tensorboard"]
+    assert main(["sae", "train", *arguments, *SMALL, *asked]) == 0
+    assert load(tmp_path / "sae").config.metadata["fvu"] < 1
+    (events,) = (tmp_path / "sae" / "erasure-sae").glob("events*")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(events))
+    read.Reload()
+    assert [event.step for event in read.Scalars("fvu")] == list(range(30))
+
+
+def test_any_tower_of_any_family(prompts: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """SDXL has no drop-in pipeline here, and its denoiser is not needed for this."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=32, bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=None, unet=None, scheduler=EulerDiscreteScheduler(), text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config), tokenizer=tiny_tokenizer, tokenizer_2=tiny_tokenizer,
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path / "sdxl")
+    out = tmp_path / "sae"
+    arguments = ["--model", str(tmp_path / "sdxl"), "--prompts", str(prompts), "--out", str(out)]
+    assert main(["sae", "train", *arguments, *SMALL, "--tower", "text_encoder_2"]) == 0
+    assert load(out).config.metadata["hook_name"] == "text_encoder_2/encoder.layers.0"
+    # The tower is the one it was made for, unless told otherwise.
+    assert main(["sae", "info", str(out), "--model", str(tmp_path / "sdxl")]) == 0
 
 
 def test_topk_can_be_asked_for(tiny_pipe_folder: Path, prompts: Path, tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_a_dataset_without_such_a_column_or_rows_is_refused(tmp_path: Path) -> N
         DatasetPrompts([], "caption")
 
 
+def test_quality_counts_what_both_ways_of_selecting_choose(make_sae: Callable[..., SparseAutoencoder]) -> None:
+    sae = make_sae("jumprelu")
+    x = torch.randn(200, 12, generator=torch.Generator().manual_seed(4))
+    before = sae.pre_activations(x)
+    both = either = 0
+    for row in before.tolist():
+        above = {i for i, value in enumerate(row) if value > 0.8}
+        largest = {i for i in sorted(range(40), key=lambda i: -row[i])[:5] if row[i] > 0}
+        both, either = both + len(above & largest), either + len(above | largest)
+    assert quality(sae, lambda step: x, steps=1).topk_agreement == pytest.approx(both / either)
+    assert 0 < both < either
+
+
 def test_a_sample_holds_every_prompt_once(tower: TextTower) -> None:
     assert sorted(TokenStream(tower, 0, PROMPTS, batch_size=3).sample(50)) == sorted(PROMPTS)
 

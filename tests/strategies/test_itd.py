@@ -242,6 +242,37 @@ def test_a_concept_without_a_feature_is_refused_and_what_would_be_hit_is_named(
         erasure.erase(tiny_pipe_factory(), "cat", "itd", retain_rate=0.0, **settings)
 
 
+def test_a_dictionary_that_was_trained_first_is_kept_and_resumed(
+    tiny_pipe_factory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from erasure.sae import SAETrainer
+
+    monkeypatch.setenv("ERASURE_CACHE", str(tmp_path))
+    steps: list[int] = []
+    real = SAETrainer.step
+
+    def counted(self: Any, losses: Any, optimiser: Any, x: Any, step: int) -> Any:
+        if len(steps) == 150:
+            steps.append(-1)
+            raise KeyboardInterrupt
+        steps.append(step)
+        return real(self, losses, optimiser, x, step)
+
+    monkeypatch.setattr(SAETrainer, "step", counted)
+    pipe = tiny_pipe_factory()
+    settings = {"progress": False, "attach": False, "steps": 200, "d_sae": 64, "k": 4, "retain_rate": 1.0,
+                "target_rate": 0.0, "vocabulary": 40}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        erasure.erase(pipe, "cat", "itd", **settings)
+    made = erasure.erase(pipe, "cat", "itd", **settings)
+    assert steps[151:] == list(range(100, 200))
+    erasure.erase(pipe, "dog", "itd", **settings)
+    assert len(steps) == 251
+    monkeypatch.setenv("ERASURE_CACHE", str(tmp_path / "other"))
+    ((key, through),) = erasure.erase(pipe, "cat", "itd", **settings).edits.features.items()
+    assert all(torch.equal(a, b) for a, b in zip(through, made.edits.features[key], strict=True))
+
+
 def test_a_dictionary_that_does_not_say_its_block_needs_it_told(tiny_pipe_factory: Any, make_dictionary: Any) -> None:
     folder = make_dictionary(tiny_pipe_factory(), layer=None)
     with pytest.raises(OptionError, match="give option 'layer'"):
