@@ -11,6 +11,9 @@ import tyro
 
 from erasure.cli.terminal import Terminal, parse
 
+GATE_RATES = ("tpr", "fpr", "auc")
+"""What is shown of a gate; the JSON has its curve too."""
+
 
 @dataclass(kw_only=True)
 class InfoOptions:
@@ -53,6 +56,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         for row in tensors
     ]
     terminal.table(("changes", "form", "shape"), shown)
+    gates = [
+        [concept, kind + (" (decides)" if kind == gate["decides"] else ""), *map(str, map(gate[kind].get, GATE_RATES))]
+        for concept, gate in made.config.gates.items()
+        for kind in ("features", "probe")
+    ]
+    if gates:
+        terminal.table(("gate", "by", *map(str.upper, GATE_RATES)), gates)
     if made.config.evaluation:
         terminal.table(("measured", "value"), [[key, format_value(v)] for key, v in made.config.evaluation.items()])
 

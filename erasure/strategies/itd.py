@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -334,6 +335,9 @@ class ItD(Strategy):
         Raises:
             ConceptError: A concept has no latent to itself.
         """
+        # The k largest of a token, also where the dictionary has thresholds of its own.
+        sae = copy.copy(sae)
+        sae.config = replace(sae.config, architecture="topk")
         holds = locate(tower, corpus, [name for concept in concepts for name in concept.names]).holds
         common = top_sets(strongest(sae, corpus.of(~holds)), self.top).any(0)
         chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)

@@ -12,6 +12,7 @@ import erasure
 from erasure import Concept, Erasure, ErasureManager
 from erasure.backbones import backbone_for
 from erasure.carriers.features import ReconstructionEdit
+from erasure.cli.main import main
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save
 from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
@@ -85,7 +86,9 @@ def image_of(pipe: Any, prompt: str, seed: int = 0) -> Any:
     return pipe(prompt, num_inference_steps=10, guidance_scale=2.0, generator=generator).images[0]
 
 
-def test_erases_the_concept_and_no_bit_of_anything_else(canvas: Any, tmp_path: Path) -> None:
+def test_erases_the_concept_and_no_bit_of_anything_else(
+    canvas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from erasure.eval.detectors import CanvasJudge
 
     prompts = ["a dog in noto style", "a castle in pixel style", ""]
@@ -111,6 +114,10 @@ def test_erases_the_concept_and_no_bit_of_anything_else(canvas: Any, tmp_path: P
     card = (tmp_path / "made" / "README.md").read_text()
     assert f"| gun | features (decides) | {gate['features']['tpr']} |" in card
     assert Erasure.load(tmp_path / "made").config.gates["gun"]["decides"] == "features"
+    assert main(["info", str(tmp_path / "made")]) == 0
+    shown = capsys.readouterr().out
+    assert "features (decides)" in shown
+    assert str(gate["probe"]["auc"]) in shown
 
 
 def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
@@ -182,6 +189,56 @@ def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
         assert all(each["gun"].present for each in manager.detect_concepts(["a gun", "a photo of a gun"]))
     finally:
         manager.unload()
+
+
+@torch.no_grad()
+def test_the_released_choice_and_threshold_equal_plain_loops(
+    tiny_pipe_factory: Any, make_dictionary: Any, tmp_path: Path
+) -> None:
+    """Top-K sets of target prompts less those of the others, and 0.99 of the least change of a target prompt."""
+    from erasure.sae import load
+
+    pipe = tiny_pipe_factory()
+    folder = make_dictionary(pipe, layer=1, d_sae=512)
+    others = ["a dog", "a white car"]
+    (tmp_path / "others.txt").write_text("\n".join(others))
+    concept = Concept("cat", templates=("a {}", "a photo of a {} in ink style"))
+    made = erasure.erase(
+        pipe, concept, "itd", dictionary=str(folder), prompts=str(tmp_path / "others.txt"), preset="released", top=5,
+        contexts=0, attach=False, progress=False,
+    )  # fmt: skip
+    sae, encoder = load(folder), pipe.text_encoder
+
+    def states(prompt: str, padded: bool) -> torch.Tensor:
+        ids = pipe.tokenizer(prompt, padding="max_length" if padded else False, return_tensors="pt").input_ids
+        return encoder(ids, output_hidden_states=True).hidden_states[2][0]
+
+    def kept(token: torch.Tensor) -> dict[int, float]:
+        before = ((token - sae.b_dec) @ sae.W_enc + sae.b_enc).tolist()
+        return {i: before[i] for i in sorted(range(512), key=lambda i: -before[i])[:4] if before[i] > 0}
+
+    def active(prompt: str) -> set[int]:
+        greatest: dict[int, float] = {}
+        for token in states(prompt, padded=False)[1:]:
+            for i, value in kept(token).items():
+                greatest[i] = max(value, greatest.get(i, 0.0))
+        return set(sorted(greatest, key=lambda i: -greatest[i])[:5])
+
+    targets = [template.format("cat") for template in concept.templates]
+    chosen = set().union(*map(active, targets)) - set().union(*map(active, ["", *others]))
+    ((_, edit),) = made.edits.features.items()
+    assert {i for i, factor in enumerate(edit.factor.tolist()) if factor == -8.0} == chosen
+    assert chosen
+    change = []
+    for prompt in targets:
+        total = 0.0
+        for position, token in enumerate(states(prompt, padded=True)):
+            row = sae.b_dec.clone()
+            for i, value in kept(token).items():
+                row += value * (-8.0 if i in chosen and position else 1.0) * sae.W_dec[i]
+            total += float((row - token).square().mean()) / 77
+        change.append(total)
+    assert float(edit.gate) == pytest.approx(0.99 * min(change), rel=1e-5)
 
 
 def test_mining_adds_features_that_words_do_not_reach(canvas: Any) -> None:
@@ -300,12 +357,12 @@ def make_dictionary(tmp_path: Any) -> Any:
     from erasure.sae import SAEConfig, SparseAutoencoder
     from erasure.sae.stream import block_fingerprint
 
-    def make(pipe: Any, layer: int | None) -> Any:
+    def make(pipe: Any, layer: int | None, d_sae: int = 64) -> Any:
         metadata: dict[str, Any] = {}
         if layer is not None:
             tower = backbone_for(pipe).towers[0]
             metadata = {"layer": layer, "fingerprint": block_fingerprint(tower, layer)}
-        sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=64, k=4, architecture="jumprelu", metadata=metadata))
+        sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=d_sae, k=4, architecture="jumprelu", metadata=metadata))
         generator = torch.Generator().manual_seed(0)
         sae.initialise(torch.randn(50, 32, generator=generator), generator)
         return save(sae, tmp_path / "sae")
