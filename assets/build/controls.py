@@ -85,7 +85,7 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
 
 
 def measure(size: str) -> list[Row]:
-    """Every concept with its own features, those of the next concept of the list, and random ones."""
+    """Every concept with its own features, those of the next of the list and of one far from it, and random ones."""
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
@@ -94,10 +94,11 @@ def measure(size: str) -> list[Row]:
     made = [erasure.erase(pipe, concept, "itd", attach=False, progress=False) for concept in wanted]
     found: dict[str, list[tuple[float, int]]] = {}
     for index, concept in enumerate(wanted):
-        next_one = made[(index + 1) % len(made)]
+        neighbour, stranger = (made[(index + step) % len(made)] for step in (1, len(made) // 2))
         choices = {
             "its own": made[index],
-            "of another concept": with_features_of(made[index], next_one),
+            "of the next concept, mostly of its group": with_features_of(made[index], neighbour),
+            "of an unrelated concept": with_features_of(made[index], stranger),
             "random": with_random_features(made[index], lively, index),
         }
         for name, choice in choices.items():

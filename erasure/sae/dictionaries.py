@@ -10,8 +10,9 @@ from pathlib import Path
 
 from erasure.backbones import TextTower
 from erasure.cache import cache_folder
+from erasure.carriers.weights import fingerprint
 from erasure.sae.formats import CONFIG_FILE, load, save
-from erasure.sae.stream import TokenStream, block_fingerprint, reads_from
+from erasure.sae.stream import TokenStream, activations, block_fingerprint, reads_from
 from erasure.sae.training import SAETrainer, TrainingOptions
 
 
@@ -47,7 +48,9 @@ def trained(
         progress: Called with the share that is done.
     """
     known = block_fingerprint(tower, layer)
-    recipe = json.dumps([known, layer, dataclasses.asdict(options), list(prompts)])
+    # One matrix is the same in many a fine-tuned encoder; what it gives is not.
+    given = fingerprint(activations(tower, layer, tower.tokenize(prompts[:4])).float())
+    recipe = json.dumps([given, layer, dataclasses.asdict(options), list(prompts)])
     folder = cache_folder() / "dictionaries" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if (folder / CONFIG_FILE).is_file():
         return folder

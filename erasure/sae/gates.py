@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from erasure.backbones import TextTower
 from erasure.carriers.features import word_mask
+from erasure.errors import DivergenceError
 from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
 
@@ -61,7 +62,11 @@ class Labels(NamedTuple):
 
 
 def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStates:
-    """Encode prompts with the stock tower and keep what their words give at a block."""
+    """Encode prompts with the stock tower and keep what their words give at a block.
+
+    Raises:
+        DivergenceError: The tower gives NaN or infinity.
+    """
     states, ids, owner = [], [], []
     for first in range(0, len(prompts), CHUNK):
         tokens = tower.tokenize(prompts[first : first + CHUNK])
@@ -69,7 +74,10 @@ def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStat
         states.append(activations(tower, layer, tokens)[words].float().cpu())
         ids.append(tokens.ids[words].cpu())
         owner.append(first + words.nonzero()[:, 0].cpu())
-    return WordStates(torch.cat(states), torch.cat(ids), torch.cat(owner), len(prompts))
+    every = torch.cat(states)
+    if not torch.isfinite(every).all():
+        raise DivergenceError(f"{tower.component} gives NaN or infinity at block {layer}: its weights are damaged")
+    return WordStates(every, torch.cat(ids), torch.cat(owner), len(prompts))
 
 
 def joined(parts: Sequence[WordStates]) -> WordStates:
