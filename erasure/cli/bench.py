@@ -192,9 +192,17 @@ def peak_memory(pipe: Any, into: list[float]) -> Iterator[None]:
         yield
         return
     yield
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found:
-        into.append(int(found[1]) * 1024 / 1e6)
+    if (peak := process_mb("VmHWM")) is not None:
+        into.append(peak)
+
+
+def process_mb(field: str) -> float | None:
+    """Memory of this process in MB as Linux tells it: `VmRSS` now, `VmHWM` the peak."""
+    try:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 / 1e6 if found else None
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:

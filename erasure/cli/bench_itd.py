@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from erasure.cli.bench import draw, median_ratio, peak_memory, timed
+from erasure.cli.bench import draw, median_ratio, peak_memory, process_mb, timed
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
@@ -177,15 +176,6 @@ def time_edit(repeats: int = 50) -> dict[str, float]:
         torch.set_num_threads(threads)
 
 
-def resident_mb() -> float:
-    """Memory of this process now, 0 where Linux does not tell it."""
-    try:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return 0.0
-    return int(found[1]) * 1024 / 1e6 if found else 0.0
-
-
 def best(action: Callable[[], Any], repeats: int) -> float:
     """Least seconds of an action."""
     seconds = []
@@ -212,11 +202,7 @@ def time_training(steps: int = 6) -> dict[str, dict[str, float | None]]:
             latents = values.new_zeros(len(offsets), self.sae.config.d_sae).index_put((rows, indices), values)
             return latents @ self.sae.W_dec
 
-    class Pipe:
-        """What `peak_memory` asks for."""
-
-        device = torch.device("cpu")
-
+    here = SimpleNamespace(device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, WIDTH, generator=generator)
     sae = SparseAutoencoder(SAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K))
@@ -228,8 +214,8 @@ def time_training(steps: int = 6) -> dict[str, dict[str, float | None]]:
     for _ in range(steps):
         for name, losses in kinds.items():
             sae.zero_grad(set_to_none=True)
-            start_mb = resident_mb()
-            with peak_memory(Pipe(), memory[name]):
+            start_mb = process_mb("VmRSS") or 0.0
+            with peak_memory(here, memory[name]):
                 start = time.perf_counter()
                 losses(x).total.backward()
                 seconds[name].append(time.perf_counter() - start)

@@ -136,13 +136,13 @@ def make_accelerator(options: OutOptions) -> Any:
 
     from erasure.extras import require
 
-    if options.tracker is None:
-        return Accelerator(mixed_precision=options.mixed_precision)
-    require(options.tracker, "track")
+    if options.tracker is not None:
+        require(options.tracker, "track")
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, log_with=options.tracker, project_dir=str(options.out)
     )
-    accelerator.init_trackers("erasure-sae")
+    if options.tracker is not None:
+        accelerator.init_trackers("erasure-sae")
     return accelerator
 
 

@@ -45,6 +45,12 @@ def test_injecting_a_token_s_own_embedding_changes_nothing(backbone: Backbone) -
     assert torch.equal(tower.encode(tokens), stock)
 
 
+def test_learned_tokens_stand_where_the_concept_stood(backbone: Backbone) -> None:
+    tower = backbone.towers[0]
+    for phrase, start in (("a a a a", 1), ("a photo of a a a a a", 5), ("a a a a on a background", 1)):
+        assert learned_places(tower, phrase).tolist() == list(range(start, start + TOKENS))
+
+
 def test_the_injected_vectors_get_a_gradient(backbone: Backbone) -> None:
     tower = backbone.towers[0]
     vectors = torch.zeros(TOKENS, 32, requires_grad=True)
