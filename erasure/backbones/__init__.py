@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer
+from erasure.backbones.base import Backbone, Conditioning, EntryLayer
+from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
 from erasure.backbones.towers import PromptTokens, TextTower, text_towers
 from erasure.errors import UnsupportedModelError
@@ -34,6 +35,7 @@ __all__ = [
     "EntryLayer",
     "PromptTokens",
     "TextTower",
+    "attention_sites",
     "backbone_for",
     "text_towers",
 ]

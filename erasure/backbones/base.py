@@ -10,22 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
-
-
-class AttentionSite(NamedTuple):
-    """One attention layer of the denoiser."""
-
-    name: str
-    """Path inside the denoiser."""
-    module: nn.Module
-    kind: Literal["cross", "self", "joint"]
-    downsampling: int
-    """Latent pixels per token along one side: a 64x64 latent has 16x16 tokens at 4."""
-    text: Literal["none", "first", "last"] = "none"
-    """Where the text tokens stand in the sequence of a joint attention."""
 
 
 class EntryLayer(NamedTuple):
@@ -85,9 +73,9 @@ class Backbone(ABC):
         """Precision of the denoiser."""
         return next(self.denoiser.parameters()).dtype
 
-    @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:
         """Every attention layer of the denoiser in order of execution."""
+        return attention_sites(self.denoiser)
 
     @abstractmethod
     def entry_layers(self) -> list[EntryLayer]:

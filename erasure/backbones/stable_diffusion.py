@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from erasure import modules
-from erasure.backbones.base import AttentionSite, Backbone, Conditioning, EntryLayer, Prediction
+from erasure.backbones.base import Backbone, Conditioning, EntryLayer, Prediction
 from erasure.backbones.towers import TextTower, text_towers
 from erasure.errors import UnsupportedModelError
 
@@ -40,29 +39,6 @@ class StableDiffusionBackbone(Backbone):
     def towers(self) -> list[TextTower]:
         """The one text encoder."""
         return text_towers(self.pipe)
-
-    def attention_sites(self) -> list[AttentionSite]:
-        """`attn1` is self-attention, `attn2` cross-attention, of every transformer block."""
-        sites = []
-        parts = ("down_blocks", "mid_block", "up_blocks")
-        for name, module in ((f"{part}.{name}", m) for part in parts for name, m in self._named_modules(part)):
-            if isinstance(module, Attention) and name.endswith((".attn1", ".attn2")):
-                kind: Literal["self", "cross"] = "self" if name.endswith(".attn1") else "cross"
-                sites.append(AttentionSite(name, module, kind, self._downsampling(name)))
-        return sites
-
-    def _named_modules(self, part: str) -> Iterator[tuple[str, nn.Module]]:
-        # The class registers the middle last; a UNet may have none.
-        found = getattr(self.denoiser, part, None)
-        return iter(()) if found is None else found.named_modules()
-
-    def _downsampling(self, name: str) -> int:
-        levels = len(self.denoiser.config.block_out_channels)
-        part = name.split(".")
-        if part[0] == "mid_block":
-            return 2 ** (levels - 1)
-        index = int(part[1])
-        return 2**index if part[0] == "down_blocks" else 2 ** (levels - 1 - index)
 
     def entry_layers(self) -> list[EntryLayer]:
         """`to_k` and `to_v` of every cross-attention."""

@@ -1,0 +1,109 @@
+"""Guidance by a second branch of the denoiser: both branches run in one batch, and leave as one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from diffusers import HookRegistry, UNet2DConditionModel
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+
+from erasure import modules
+from erasure.backbones import AttentionSite
+
+_GUIDANCE = "erasure_branch_guidance"
+TRUNK = ("down_blocks.", "mid_block.")
+"""Parts of a UNet that run ahead of the decoder."""
+
+
+def can_share_trunk(denoiser: nn.Module, changed: Sequence[AttentionSite]) -> bool:
+    """Whether both branches are equal up to the decoder: a UNet of which no layer ahead of that is changed."""
+    is_unet = isinstance(modules.uncompiled(denoiser), UNet2DConditionModel)
+    return is_unet and not any(site.name.startswith(TRUNK) for site in changed)
+
+
+def twice(value: Any, batch: int) -> Any:
+    """Every tensor of `batch` rows in nested tuples, lists and dictionaries, with its rows repeated once."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: twice(item, batch) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(twice(item, batch) for item in value)
+    return value
+
+
+class BranchGuidance(AbstractContextManager["BranchGuidance"]):
+    """`e = e_ordinary + scale (e_changed - e_ordinary)` in place of the denoiser's prediction, while the block runs.
+
+    The caller sees a denoiser of the usual shapes. Inside, rows come twice: ordinary ones, then those that an
+    `AttentionController` with two branches changes. With a shared trunk they are repeated only where the decoder
+    begins: the blocks ahead of it run once, residuals of a ControlNet included.
+
+    Args:
+        denoiser: UNet or transformer.
+        scale: Of the guidance.
+        shared_trunk: See `can_share_trunk`.
+    """
+
+    def __init__(self, denoiser: nn.Module, scale: float, *, shared_trunk: bool) -> None:
+        self.denoiser, self.scale, self.shared_trunk = modules.uncompiled(denoiser), scale, shared_trunk
+        self._stack = ExitStack()
+
+    def __enter__(self) -> BranchGuidance:
+        """Put the hooks in place."""
+        with ExitStack() as stack:
+            outer = _Combine(self.scale, repeats=not self.shared_trunk)
+            self._hook(stack, self.denoiser, outer)
+            if self.shared_trunk:
+                blocks: Any = self.denoiser.up_blocks
+                for block in blocks:
+                    self._hook(stack, block, _Repeat(outer))
+            self._stack = stack.pop_all()
+        return self
+
+    def _hook(self, stack: ExitStack, module: Any, hook: ModelHook) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        stack.callback(registry.remove_hook, _GUIDANCE, recurse=False)
+        modules.register_hook(module, hook, _GUIDANCE)
+
+    def __exit__(self, *failure: Any) -> None:
+        """Take them off again."""
+        self._stack.close()
+
+
+class _Combine(ModelHook):
+    """On the denoiser: repeats what goes in, unless the decoder does, and combines what comes out."""
+
+    def __init__(self, scale: float, *, repeats: bool) -> None:
+        super().__init__()
+        self.scale, self.repeats = scale, repeats
+        self.batch = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        first = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
+        self.batch = first.shape[0]
+        return twice((args, kwargs), self.batch) if self.repeats else (args, kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.combined(output[0]), *output[1:])
+        return type(output)(sample=self.combined(output.sample))
+
+    def combined(self, both: Tensor) -> Tensor:
+        ordinary, changed = both.chunk(2)
+        return ordinary + self.scale * (changed - ordinary)
+
+
+class _Repeat(ModelHook):
+    """On a block of the decoder: repeats what has not been repeated yet."""
+
+    def __init__(self, outer: _Combine) -> None:
+        super().__init__()
+        self.outer = outer
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return twice((args, kwargs), self.outer.batch)
