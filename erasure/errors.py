@@ -55,6 +55,10 @@ class DivergenceError(ErasureError, ArithmeticError):
     """NaN or infinity during optimisation."""
 
 
+class MaskError(ErasureError, ValueError):
+    """A mask that does not go with its image, or leaves nothing of it."""
+
+
 class EvaluationError(ErasureError, ValueError):
     """An evaluation that cannot be run, resumed or compared as asked."""
 

@@ -195,7 +195,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
 
     @property
     def maps(self) -> Mapping[str, Tensor]:
-        """What the last forward pass paid, mean over heads, by layer: `(rows, maps, grid rows, grid columns)` float32."""
+        """What the last pass paid, mean over heads, by layer: `(rows, maps, grid rows, grid columns)` float32."""
         return {name: c.map for name, (_, c) in self._captures.items() if c.map is not None}
 
     def spread(self, maps: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""Masks of named things from the attention that a denoiser pays to their words, without a segmentation model.
+
+After the localiser of AttenCraft (Shentu et al. 2024, arXiv 2405.17965): cross-attention maps, with the start token's
+as that of the background, are refined by self-attention and compared. Two things differ, both measured on Canvas:
+every name has a prompt of its own, because in a common one each word's attention falls on its neighbours' things as
+well; and its map counts the end of the prompt and the padding too, which have read the name and draw most attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+
+from erasure.backbones import AttentionSite, attention_sites
+from erasure.carriers.attention import AttentionController, Layout
+from erasure.errors import MaskError
+
+GRIDS = (8, 32)
+"""Least and greatest shorter side of the token grids whose attention is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizationSettings:
+    """How things are found. Values without a source are those that did best on Canvas."""
+
+    num_inference_steps: int = 10
+    """Steps of the schedule, of which the last `strength` are looked at."""
+    strength: float = 0.5
+    """How much noise the image has at first, as a share of the schedule; maps are averaged from there to none."""
+    power: int = 4
+    """How often self-attention is applied to the maps (AttenCraft: 4)."""
+    threshold: float = 0.5
+    """What a map, between 0 and 1 over the image, must reach on what is named."""
+    smoothing: float = 0.2
+    """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
+
+
+class Localization(NamedTuple):
+    """Where things are."""
+
+    masks: Tensor
+    """`(images, names, height, width)` bool, on the CPU: first the words, then the others."""
+    scores: Tensor
+    """The same shape, 0-1: how much of each pixel's attention a name draws, over the greatest of the image."""
+    images: Tensor
+    """`(images, 3, height, width)` in 0-1: what was looked at."""
+
+
+class LocalizationMixin:
+    """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
+
+    @torch.no_grad()
+    def localize(
+        self,
+        image: Any,
+        words: str | Sequence[str],
+        *,
+        others: Sequence[str] = (),
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Localization:
+        """Find what words name in images.
+
+        Args:
+            image: One image or several of one size, as `ObjectRemovalMixin.__call__` takes them.
+            words: What to find, in every image; each gets a mask.
+            others: What else is there: a pixel belongs to one name only, so the masks get surer the more is named.
+            generator: Of the noise; seed 0 when left out.
+            **options: See `LocalizationSettings`.
+
+        Raises:
+            MaskError: A name is empty or has no token of its own.
+        """
+        settings = LocalizationSettings(**options)
+        names = [words] if isinstance(words, str) else list(words)
+        names += list(others)
+        if not names:
+            raise MaskError("nothing to find: name it with words=")
+        source = self.read_images(image)
+        latents = self.encode_images(source)
+        generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
+        state = generator.get_state()
+        raw, refined = [], []
+        for name in names:
+            generator.set_state(state)  # the same noise for all names
+            maps = self._read_maps(latents, name, settings, generator)
+            raw.append(maps[0])
+            refined.append(maps[1])
+        size = (source.shape[2], source.shape[3])
+        things = normalised(1 - torch.stack(refined, 1)[:, :, 1].mean(1, keepdim=True))
+        chosen = told_apart(torch.stack(raw, 1)[:, :, 0], things, settings)
+        large, own = (F.interpolate(part, size, mode="bilinear", align_corners=False) for part in (things, chosen))
+        masks = (large > settings.threshold) & (own > 0)
+        return Localization(masks, torch.where(masks | (large <= settings.threshold), large, 0.0), source)
+
+    def read_images(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Images as `(batch, 3, height, width)` float32 in 0-1, of sides that the VAE can halve.
+
+        Args:
+            image: One or several PIL images or arrays `(height, width, 3)`, or tensors `(3, height, width)` in 0-1.
+            height: In pixels; the first image's own when left out, cut to a multiple of the VAE's factor.
+            width: The same.
+
+        Raises:
+            MaskError: NaN in it.
+        """
+        pipe: Any = self
+        batch = list(image) if isinstance(image, (list, tuple)) else [image]
+        as_floats = [part / np.float32(255) if _is_bytes(part) else part for part in batch]
+        size = pipe.image_processor.get_default_height_width(as_floats[0], height, width)
+        pixels = pipe.image_processor.preprocess(as_floats, height=size[0], width=size[1]).float().cpu()
+        if not torch.isfinite(pixels).all():
+            raise MaskError("the image holds NaN or infinity")
+        return pixels / 2 + 0.5
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents `(batch, channels, h, w)`: the mode of the VAE's posterior, so that nothing depends on a draw."""
+        pipe: Any = self
+        vae = pipe.vae
+        dtype = torch.float32 if vae.config.get("force_upcast") and vae.dtype == torch.float16 else vae.dtype
+        before = vae.dtype
+        if dtype != before:
+            vae.to(dtype)
+        latents = vae.encode((2 * images - 1).to(pipe._execution_device, dtype)).latent_dist.mode()
+        if dtype != before:
+            vae.to(before)
+        return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)
+
+    def _read_maps(
+        self, latents: Tensor, name: str, settings: LocalizationSettings, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mean maps `(images, 2, rows, columns)` of a name and of the start token: as they are, and refined."""
+        pipe: Any = self
+        prompt, begins = describe(pipe.tokenizer, name)
+        weights = torch.zeros(1, pipe.tokenizer.model_max_length, 2)
+        weights[:, begins:, 0] = 1
+        weights[:, 0, 1] = 1
+        count, size = len(latents), (latents.shape[2], latents.shape[3])
+        cross, own = localization_sites(pipe.unet, size)
+        control = AttentionController(pipe.unet, Layout(size, count))
+        control.capture(weights.expand(count, -1, -1), cross)
+        control.capture_self(own)
+        raw: list[Tensor] = []
+        refined: list[Tensor] = []
+
+        def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            grid = own[0].grid(*size)
+            each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
+            maps = torch.stack(each).mean(0)
+            raw.append(maps.cpu())
+            for _ in range(settings.power):
+                maps = control.spread(maps)
+            refined.append(maps.float().cpu())
+            return tensors
+
+        side = pipe.vae_scale_factor
+        with control:
+            # An empty mask: the loop hands the denoiser the image itself, at one noise level after the other.
+            super().__call__(  # type: ignore[misc]
+                prompt=[prompt] * count, image=latents, masked_image_latents=latents,
+                mask_image=torch.zeros(count, 1, size[0] * side, size[1] * side), height=size[0] * side,
+                width=size[1] * side, num_inference_steps=settings.num_inference_steps, strength=settings.strength,
+                guidance_scale=1.0, generator=generator, output_type="latent", callback_on_step_end=keep,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )  # fmt: skip
+        return torch.stack(raw).mean(0), torch.stack(refined).mean(0)
+
+
+def describe(tokenizer: Any, name: str) -> tuple[str, int]:
+    """A prompt with a name in it, and the position of the name's first token.
+
+    Raises:
+        MaskError: The name is empty.
+    """
+    words = name.split()
+    article = words[:1] if words[:1] and words[0].lower() in ("a", "an", "the") else []
+    noun = words[len(article) :]
+    if not noun:
+        raise MaskError(f"{name!r} names nothing: say what to find, for instance 'cat'")
+    article = article or ["an" if noun[0][0].lower() in "aeiou" else "a"]
+    return " ".join([*article, *noun]), 1 + len(tokenizer(article[0], add_special_tokens=False).input_ids)
+
+
+def localization_sites(denoiser: Any, latent_size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:
+    """The decoder's cross-attention at grids of `GRIDS`, and its self-attention at the finest of them.
+
+    Raises:
+        MaskError: It has none at such a grid.
+    """
+    decoder = [site for site in attention_sites(denoiser) if site.name.startswith("up_blocks.")]
+    fitting = [site for site in decoder if GRIDS[0] <= min(site.grid(*latent_size)) <= GRIDS[1]]
+    cross = [site for site in fitting if site.kind == "cross"]
+    own = [site for site in fitting if site.kind == "self"]
+    if not cross or not own:
+        raise MaskError(
+            f"no attention layer of the decoder has a grid of {GRIDS[0]} to {GRIDS[1]} tokens a side for a latent of "
+            f"{latent_size[1]}x{latent_size[0]}: use images nearer to the size that the model was made for"
+        )
+    finest = min(site.downsampling for site in own)
+    return cross, [site for site in own if site.downsampling == finest]
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """Each map `(..., rows, columns)` brought to 0-1."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(1e-8)
+
+
+def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:
+    """Positive where a name draws more than every other, `(images, names, rows, columns)`.
+
+    Names draw unlike amounts of attention all over, so each map is taken relative to its mean over what is no
+    background; and neighbours vote, because no object is one token large.
+
+    Args:
+        maps: The names' maps, `(images, names, rows, columns)`.
+        things: `(images, 1, rows, columns)` in 0-1: how surely there is no background.
+        settings: See `LocalizationSettings`.
+    """
+    if maps.shape[1] == 1:
+        return torch.ones_like(maps)
+    inside = (things > settings.threshold).float()
+    sigma = settings.smoothing * min(maps.shape[2:])
+    side = 2 * min(round(3 * sigma), min(maps.shape[2:]) - 1) + 1
+    blur = lambda x: gaussian_blur(x, [side, side], [sigma, sigma])  # noqa: E731
+    smooth = blur(maps * inside) / blur(inside).clamp_min(1e-3)
+    smooth = smooth - (smooth * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)
+    best, order = smooth.topk(2, dim=1)
+    rival = torch.where(order[:, :1] == torch.arange(maps.shape[1])[None, :, None, None], best[:, 1:], best[:, :1])
+    return smooth - rival
+
+
+def _is_bytes(part: Any) -> bool:
+    return not isinstance(part, Image.Image) and part.dtype in (np.uint8, torch.uint8)
+
+
+__all__ = ["Localization", "LocalizationMixin", "LocalizationSettings", "localization_sites"]
