@@ -33,13 +33,13 @@ class LocalizationSettings:
 
     num_inference_steps: int = 10
     """Steps of the schedule, of which the last `strength` are looked at."""
-    strength: float = 0.5
+    strength: float = 0.3
     """How much noise the image has at first, as a share of the schedule; maps are averaged from there to none."""
     power: int = 4
     """How often self-attention is applied to the maps (AttenCraft: 4)."""
     threshold: float = 0.5
     """What a map, between 0 and 1 over the image, must reach on what is named."""
-    smoothing: float = 0.2
+    smoothing: float = 0.3
     """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -107,3 +107,80 @@ class _Repeat(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return twice((args, kwargs), self.outer.batch)
+
+
+Forward = Callable[[Tensor], Any]
+"""Runs the denoiser on latents `(samples, channels, h, w)` as the current step does, text and all, unguided."""
+
+
+class LatentGuidance(AbstractContextManager["LatentGuidance"]):
+    """Changes the latents of a stock pipeline's loop ahead of every step, while the block runs.
+
+    The loop keeps its latents to itself, so it is told where they are (`follow`) when they are made and after every
+    step; the denoiser is then met with the changed ones, and so is the scheduler.
+
+    Args:
+        pipe: The pipeline.
+        update: Gets the latents, the noise level and a `Forward`, and gives the latents to go on with.
+    """
+
+    def __init__(self, pipe: Any, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
+        self.pipe, self.update = pipe, update
+        self.latents: Tensor | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LatentGuidance:
+        """Put the hook in place."""
+        denoiser = modules.uncompiled(self.pipe.unet)
+        with ExitStack() as stack:
+            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+            stack.callback(registry.remove_hook, _GUIDANCE, recurse=False)
+            modules.register_hook(denoiser, _Update(self), _GUIDANCE)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        """Take it off again."""
+        self._stack.close()
+
+    def follow(self, latents: Tensor) -> None:
+        """Say which tensor the loop goes on with."""
+        self.latents = latents
+
+
+class _Update(ModelHook):
+    """On the denoiser: changes the loop's latents, and what it is given of them."""
+
+    def __init__(self, guidance: LatentGuidance) -> None:
+        super().__init__()
+        self.guidance, self.inside = guidance, False
+
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        latents = self.guidance.latents
+        if self.inside or latents is None:
+            return args, kwargs
+        sample, t, *rest = args
+        count, scale = latents.shape[0], self.guidance.pipe.scheduler.scale_model_input
+        own_args, own_kwargs = last((tuple(rest), kwargs), sample.shape[0], count)
+        self.inside = True
+        try:
+            forward = lambda z: module(scale(z, t), t, *own_args, **own_kwargs)  # noqa: E731
+            changed = self.guidance.update(latents, t, forward)
+        finally:
+            self.inside = False
+        # In place: the loop hands this tensor to the scheduler.
+        latents.copy_(changed)
+        given = scale(torch.cat([changed] * (sample.shape[0] // count)), t)
+        return (given, t, *rest), kwargs
+
+
+def last(value: Any, batch: int, count: int) -> Any:
+    """The last `count` rows of every tensor of `batch` rows in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return value[-count:] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: last(item, batch, count) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(last(item, batch, count) for item in value)
+    return value

@@ -1,0 +1,323 @@
+"""Drawing everything that a prompt names: A-STAR (Agarwal et al. 2023, arXiv 2306.14544), test-time guidance.
+
+Ahead of every step the latents are moved against the gradient of two losses on the cross-attention maps of the
+subjects: maps must not overlap (segregation), and must stay where they were at the step before (retention). The paper
+published no code; what its text leaves open is said at each setting. Attend-and-Excite (Chefer et al. 2023), which
+raises the map of the most neglected subject instead, is the other choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from erasure.backbones import AttentionSite, attention_sites
+from erasure.carriers.attention import AttentionController, Layout
+from erasure.carriers.guidance import Forward, LatentGuidance
+from erasure.errors import DivergenceError, OptionError
+from erasure.masks import read_masks
+from erasure.pipelines.attention_losses import (
+    excitation,
+    ranged,
+    retention,
+    rivalled,
+    segregation,
+    smoothed,
+    where_high,
+)
+from erasure.pipelines.mixin import ErasureMixin
+
+Loss = Literal["a_star", "attend_and_excite"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositionSettings:
+    """How latents are guided."""
+
+    loss: Loss = "a_star"
+    """`a_star`: segregation and retention; `attend_and_excite`: the most neglected subject."""
+    step_size: float = 20.0
+    """Of the gradient step at first; it falls with `sqrt(linspace(1, 0.5))` (Attend-and-Excite's code; A-STAR says
+    nothing)."""
+    segregation_until: float = 0.5
+    """Share of the steps in which maps are driven apart (open in the paper)."""
+    retention_until: float = 1.0
+    """Share of the steps in which they are held (the paper loses subjects when it stops early)."""
+    excitation_until: float = 0.5
+    """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
+    threshold: float = 0.5
+    """A map is held where it is above this share of its greatest value (open in the paper)."""
+    grid: int = 16
+    """Shorter side of the token grid whose layers are read; the nearest that there is."""
+    refine: Mapping[float, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
+    """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
+    reaches this (its code: steps 0, 10 and 20 of 50)."""
+    refinements: int = 20
+    """At most so many times."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.loss not in get_args(Loss):
+            raise OptionError(f"loss is one of {', '.join(get_args(Loss))}; got {self.loss!r}")
+        if self.step_size < 0 or self.grid < 1:
+            raise OptionError(f"step_size is at least 0 and grid at least 1; got {self.step_size} and {self.grid}")
+
+
+class CompositionMixin:
+    """Put ahead of a stock text-to-image pipeline."""
+
+    _guide: LatentGuidance | None = None
+
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str],
+        *,
+        subjects: Sequence[str] | Sequence[Sequence[str]],
+        layout: Sequence[Any] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        **options: Any,
+    ) -> Any:
+        """Draw all the subjects that a prompt names.
+
+        Args:
+            prompt: One prompt or several.
+            subjects: The things in it, in the prompt's own words ("cat", "traffic light"); for several prompts a list
+                for each. A subject of several tokens counts as one, by the mean of their maps.
+            layout: Where each subject should be: a mask for each, as `erasure.masks.read_masks` takes them, that its
+                map is held to from the first step on.
+            height: In pixels.
+            width: In pixels.
+            num_images_per_prompt: Images for each prompt.
+            callback_on_step_end: As diffusers calls it.
+            callback_on_step_end_tensor_inputs: The same.
+            **options: Single settings, see `CompositionSettings`; what is none of them goes to the stock call.
+
+        Raises:
+            OptionError: A subject is not in its prompt, there is none, or a setting without meaning.
+            MaskError: A layout that does not fit.
+            DivergenceError: NaN in the gradient.
+        """
+        pipe: Any = self
+        known = {item.name for item in dataclasses.fields(CompositionSettings)}
+        settings = CompositionSettings(**{name: value for name, value in options.items() if name in known})
+        rest = {name: value for name, value in options.items() if name not in known}
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        factor = pipe.vae_scale_factor
+        height = height or pipe.unet.config.sample_size * factor
+        width = width or pipe.unet.config.sample_size * factor
+        words = subject_weights(pipe.tokenizer, prompts, subjects)
+        words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
+        kept = None if layout is None else read_masks(list(layout), (height, width), words.weights.shape[2])
+        guide = Guide(self, settings, words, (height // factor, width // factor), kept)
+
+        def follow(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            if callback_on_step_end is not None:
+                tensors = callback_on_step_end(pipe, index, t, tensors)
+            guide.share = (index + 1) / pipe.num_timesteps
+            assert self._guide is not None
+            self._guide.follow(tensors["latents"])
+            return tensors
+
+        try:
+            with LatentGuidance(pipe, guide) as self._guide:
+                return super().__call__(  # type: ignore[misc]
+                    prompts, height=height, width=width, num_images_per_prompt=num_images_per_prompt,
+                    callback_on_step_end=follow,
+                    callback_on_step_end_tensor_inputs=list(
+                        dict.fromkeys(["latents", *callback_on_step_end_tensor_inputs])
+                    ),
+                    **rest,
+                )  # fmt: skip
+        finally:
+            self._guide = None
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the stock method; the guidance learns where the loop begins."""
+        latents = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
+        if self._guide is not None:
+            # The loop must not write into what the caller gave.
+            latents = latents.clone()
+            self._guide.follow(latents)
+        return latents
+
+
+class Words(NamedTuple):
+    """Where the subjects are in their prompts."""
+
+    weights: Tensor
+    """`(samples, tokens, subjects)`: each subject's tokens, summing to 1."""
+    present: Tensor
+    """`(samples, subjects)` bool."""
+    inside: Tensor
+    """`(samples, tokens)` bool: words, not the start, the end and the padding."""
+
+
+def subject_weights(
+    tokenizer: Any, prompts: Sequence[str], subjects: Sequence[str] | Sequence[Sequence[str]]
+) -> Words:
+    """Find the subjects in their prompts, as the tokeniser spells them.
+
+    Raises:
+        OptionError: One is not there, or there is none.
+    """
+    alike = all(isinstance(subject, str) for subject in subjects)
+    # The same for all prompts, or a list for each.
+    each = [[str(name) for name in subjects]] * len(prompts) if alike else [list(names) for names in subjects]
+    if len(each) != len(prompts) or not all(each):
+        raise OptionError(f"{len(prompts)} prompts need a list of subjects each, with one at least; got {subjects!r}")
+    length = tokenizer.model_max_length
+    weights = torch.zeros(len(prompts), length, max(map(len, each)))
+    present = torch.zeros(len(prompts), weights.shape[2], dtype=torch.bool)
+    inside = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for row, (prompt, names) in enumerate(zip(prompts, each, strict=True)):
+        ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
+        inside[row, 1 : len(ids) - 1] = True
+        taken = [False] * len(ids)
+        for column, name in enumerate(names):
+            span = tokenizer(name, add_special_tokens=False).input_ids
+            places = [i for i in range(1, len(ids) - len(span)) if ids[i : i + len(span)] == span and not taken[i]]
+            if not span or not places:
+                raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
+            taken[places[0]] = True  # "a cat and a cat": the second is another
+            weights[row, places[0] : places[0] + len(span), column] = 1 / len(span)
+            present[row, column] = True
+    return Words(weights, present, inside)
+
+
+def composition_sites(denoiser: Any, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
+    """The cross-attention layers whose token grid is nearest to a size."""
+    cross = [site for site in attention_sites(denoiser) if site.kind == "cross"]
+    if not cross:
+        raise OptionError("the denoiser has no cross-attention")
+    best = min({site.downsampling for site in cross}, key=lambda d: abs(min(latent_size) / d - grid))
+    return [site for site in cross if site.downsampling == best]
+
+
+class Guide:
+    """The update of one call: reads the maps of the wanted tokens, and moves the latents down the loss.
+
+    Args:
+        pipe: The pipeline.
+        settings: How.
+        words: Where the subjects are.
+        latent_size: Height and width of the latents.
+        kept: `(subjects, height, width)` bool layout, if any.
+    """
+
+    def __init__(
+        self, pipe: Any, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
+        kept: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.settings, self.words, self.share = settings, words, 0.0
+        sites = composition_sites(pipe.unet, latent_size, settings.grid)
+        self.control = AttentionController(pipe.unet, Layout(latent_size, len(words.weights)))
+        self.excites = settings.loss == "attend_and_excite"
+        tokens = torch.eye(words.inside.shape[1])[None].expand(len(words.inside), -1, -1)
+        self.control.capture(tokens if self.excites else words.weights, sites)
+        self.layout, self.kept = None, None
+        if kept is not None:
+            self.layout = F.interpolate(kept[None].float(), sites[0].grid(*latent_size), mode="area")
+            self.layout = self.layout.expand(len(words.weights), -1, -1, -1)
+        self.kept = self.layout
+        self.refined: set[float] = set()
+
+    def __call__(self, latents: Tensor, t: Tensor, forward: Forward) -> Tensor:
+        """The latents to go on with; see `LatentGuidance`."""
+        settings = self.settings
+        until = max(settings.segregation_until, settings.retention_until)
+        if self.excites:
+            until = settings.excitation_until
+        if self.share >= until or settings.step_size == 0:
+            return latents
+        size = settings.step_size * (1 - 0.5 * self.share) ** 0.5
+        goal = self._goal() if self.excites else None
+        if goal is not None:
+            latents = self._refine(latents, forward, size, goal)
+        loss, maps = None, None
+        with torch.enable_grad(), self.control:
+            z = latents.detach().requires_grad_(True)
+            maps = self._maps(z, forward)
+            loss = self._loss(maps)
+            changed = self._moved(z, loss, size)
+        if not self.excites:
+            self.kept = where_high(maps, settings.threshold) if self.layout is None else self.layout
+        return changed
+
+    def _goal(self) -> float | None:
+        """What every map must reach at this step, once."""
+        due = [(at, goal) for at, goal in self.settings.refine.items() if at <= self.share and at not in self.refined]
+        self.refined.update(at for at, _ in due)
+        return max(due)[1] if due else None
+
+    def _refine(self, latents: Tensor, forward: Forward, size: float, goal: float) -> Tensor:
+        for _ in range(self.settings.refinements):
+            with torch.enable_grad(), self.control:
+                z = latents.detach().requires_grad_(True)
+                loss = self._loss(self._maps(z, forward))
+                short = loss.detach() > 1 - goal
+                if not short.any():
+                    break
+                latents = torch.where(short[:, None, None, None].to(z.device), self._moved(z, loss, size), latents)
+        return latents
+
+    def _maps(self, z: Tensor, forward: Forward) -> Tensor:
+        """`(samples, subjects, rows, columns)` float32, mean over the layers."""
+        self.control.collect(lambda: forward(z))
+        maps = torch.stack(list(self.control.maps.values())).mean(0)
+        if not self.excites:
+            return ranged(smoothed(maps))
+        won = rivalled(maps, self.words.inside.to(maps.device))
+        return smoothed(torch.einsum("btyx,bts->bsyx", won, self.words.weights.to(maps)))
+
+    def _loss(self, maps: Tensor) -> Tensor:
+        """`(samples,)`."""
+        present, settings = self.words.present.to(maps.device), self.settings
+        if self.excites:
+            return excitation(maps, present)
+        loss = maps.sum((1, 2, 3)) * 0
+        if self.share < settings.segregation_until:
+            loss = loss + segregation(maps, present)
+        if self.kept is not None and self.share < settings.retention_until:
+            loss = loss + retention(maps, self.kept.to(maps), present)
+        return loss
+
+    def _moved(self, z: Tensor, loss: Tensor, size: float) -> Tensor:
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
+        if not torch.isfinite(gradient).all():
+            raise DivergenceError(
+                f"the gradient of {self.settings.loss} has NaN or infinity at {self.share:.0%} of the steps: use "
+                "float32 or bfloat16, or a smaller step_size"
+            )
+        return (z - size * gradient).detach()
+
+
+class StableDiffusionAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusionPipeline):
+    """Composition with Stable Diffusion 1.x and 2.x; see `CompositionMixin.__call__`.
+
+    Example:
+        >>> pipe = StableDiffusionAStarPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> pipe("a cat and a dog", subjects=["cat", "dog"]).images[0]
+    """
+
+
+class StableDiffusionXLAStarPipeline(CompositionMixin, StableDiffusionXLPipeline):
+    """The same with Stable Diffusion XL."""
+
+
+__all__ = [
+    "CompositionMixin",
+    "CompositionSettings",
+    "StableDiffusionAStarPipeline",
+    "StableDiffusionXLAStarPipeline",
+]
