@@ -99,13 +99,20 @@ def background_pixels(name: str) -> np.ndarray:
     return np.where(choice[..., None] == 0, first, second).astype(np.float32)
 
 
-def render(scene: Scene) -> RenderedScene:
-    """Draw a scene: image, clean background and visible mask of every object."""
+def render(scene: Scene, without: int | None = None) -> RenderedScene:
+    """Draw a scene: image, clean background and visible mask of every object.
+
+    Args:
+        scene: What it shows.
+        without: Number of an object that is left out; the others stay where they are.
+    """
     background = background_pixels(scene.background)
     canvas = background.copy()
     offsets = scene.offsets or ((0, 0),) * len(scene.objects)
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     for index, (name, (dx, dy)) in enumerate(zip(scene.objects, offsets, strict=True)):
+        if index == without:
+            continue
         side = SINGLE if len(scene.objects) == 1 else PAIR
         slot = (IMAGE_SIZE - side) // 2
         x = slot if len(scene.objects) == 1 else (0 if index == 0 else IMAGE_SIZE - side)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,9 @@ from erasure.carriers.weights import fingerprint
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, UnsupportedModelError
 from erasure.strategies import get
+
+if TYPE_CHECKING:
+    from erasure.pipelines import Task
 
 
 def erase(
@@ -111,7 +114,11 @@ def load(pipe: DiffusionPipeline, source: str | Path | Erasure, name: str | None
 
 
 def load_pipeline(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    task: Task = "text-to-image",
 ) -> DiffusionPipeline:
     """A pipeline with the erasure methods, from a Hub id, a folder, or the name of an embedded model (`canvas-sd`).
 
@@ -121,17 +128,18 @@ def load_pipeline(
         model: What to load.
         dtype: Precision; float32 on a CPU and float16 elsewhere when left out.
         device: Where to; the best there is when left out.
+        task: What it is to do: draw from text, remove objects, or draw all that a prompt names.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
-        UnsupportedModelError: Its pipeline class is of no supported family.
+        UnsupportedModelError: Its pipeline class is of no family that is supported for the task.
     """
     from erasure.pipelines import ATTACHED_FILE, pipeline_class
 
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
         config = DiffusionPipeline.load_config(source)
-        kind = pipeline_class(config.get("_class_name", ""))
+        kind = pipeline_class(config.get("_class_name", ""), task)
         erased = (Path(source) / ATTACHED_FILE).is_file()
         pipe = (kind.load_erased_pipeline if erased else kind.from_pretrained)(source, dtype=settings[0])
     return pipe.to(settings[1])

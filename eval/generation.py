@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,10 @@ def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]
 
 
 def generate(
-    pipe: Any, samples: Sequence[Sample], batch_size: int = 16
+    pipe: Any,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    more: Callable[[list[Sample]], dict[str, Any]] = lambda batch: {},
 ) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
     """Yield `(samples, images)` batch by batch.
 
@@ -46,6 +49,7 @@ def generate(
         pipe: A text-to-image pipeline of diffusers whose call takes `latents`.
         samples: What to generate.
         batch_size: Images per call of the pipeline.
+        more: Further arguments of the call for a batch.
 
     Raises:
         EvaluationError: The pipeline has a safety checker, whose black images would pass for erased ones.
@@ -71,5 +75,6 @@ def generate(
                 height=height,
                 width=width,
                 output_type="pil",
+                **more(batch),
             ).images
         yield batch, images

@@ -36,8 +36,8 @@ class Results:
     erasures: list[dict[str, Any]]
     """One entry per erasure that was attached: `name`, `strategy`, `concepts`, `strength`, `size_bytes`, `seconds`."""
     metrics: list[dict[str, Any]]
-    """Rows with `name`, `concept`, `variant` (`before` or `after`), `value`, `low`, `high`, `n`, `recipe`; a value is
-    `None` when it could not be had, with a `reason`."""
+    """Rows with `name`, `concept`, `variant` (`before`, `after`, or a way to draw), `value`, `low`, `high`, `n`,
+    `recipe`; a value is `None` when it could not be had, with a `reason`."""
     cost: dict[str, Any]
     """Seconds, images, peak memory, artifact size."""
     folder: Path | None = field(default=None, compare=False)
@@ -182,9 +182,9 @@ def compare(results: Sequence[Results | str | Path]) -> Comparison:
                 )
             columns.setdefault(name)
             variant = metric.get("variant", "after")
-            who = label(result) if variant == "after" else "base"
+            who = {"after": label(result), "before": "base"}.get(variant, variant)
             # Rows of the base model do not depend on which erasure was attached.
-            owner = str(index) if variant == "after" else str(result.model.get("fingerprint"))
+            owner = str(result.model.get("fingerprint")) if variant == "before" else str(index)
             key = json.dumps([variant, owner, metric["concept"]])
             row = rows.setdefault(key, _row(result, who, variant, metric["concept"]))
             if metric["value"] is not None:

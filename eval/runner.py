@@ -27,7 +27,7 @@ from erasure.eval.recipe import erasure_entry, judge_fingerprint, model_fingerpr
 from erasure.eval.results import Results, write_atomically
 from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge, drift, score
-from erasure.eval.table import SampleTable
+from erasure.eval.table import BEFORE_AFTER, SampleTable
 
 Progress = Callable[[str, int, int], None]
 """Called with the variant, images done and images in all."""
@@ -50,6 +50,8 @@ def evaluate(
     report: bool = True,
 ) -> Results:
     """Measure what the attached erasures do: the stock model before, the erased one after, on the same noise.
+
+    Suites that compare ways to draw (`removal`, `composition`) do so with whatever is attached in force.
 
     Writes `results.json`, `samples.jsonl`, `features.jsonl`, `recipe.json`, `images/` and `report.html` to `out`. Run
     it again with the same arguments to resume. Under `accelerate launch` the samples are split over the processes.
@@ -99,7 +101,8 @@ def evaluate(
     cache = BaselineCache(Path(baseline_cache or cache_folder()), fingerprint, shared)
 
     folder = Path(tempfile.mkdtemp(prefix="erasure-eval-") if out is None else out)
-    table = SampleTable(folder, processes.rank, processes.count)
+    variants = kit.variants if suites.is_comparing(kit) else BEFORE_AFTER
+    table = SampleTable(folder, processes.rank, processes.count, variants)
     table.check(recipe)
     processes.wait()
     if processes.is_main:
@@ -108,12 +111,16 @@ def evaluate(
     table.load()
     processes.wait()
 
-    run = _Run(pipe, plan.samples, table, cache, judge, scorer, processes, batch_size, images, progress)
-    with stock():
-        run.variant("before")
-    processes.wait()
-    if attached:
-        run.variant("after")
+    run = _Run(pipe, kit, plan.samples, table, cache, judge, scorer, processes, batch_size, images, progress)
+    if suites.is_comparing(kit):
+        for variant in variants:
+            run.variant(variant)
+    else:
+        with stock():
+            run.variant("before")
+        processes.wait()
+        if attached:
+            run.variant("after")
     processes.wait()
     if not processes.is_main:
         processes.wait()  # for the main process to write
@@ -125,7 +132,10 @@ def evaluate(
     rows = table.by_variant(order)
     stamped = plan.recipe | sampler | {"judge": judge_name}
     plan = suites.Plan(plan.suite, plan.size, plan.seed, plan.targets, plan.samples, stamped)
-    metrics = kit.score(plan, rows) + utility_metrics(plan, rows, table.features, clip_name, clip_missing)
+    if suites.is_comparing(kit):
+        metrics = kit.compare(plan, rows, table.features, scorer)
+    else:
+        metrics = kit.score(plan, rows) + utility_metrics(plan, rows, table.features, clip_name, clip_missing)
     results = Results(
         suite=suite,
         size=size,
@@ -193,6 +203,7 @@ class _Run:
     """One evaluation in this process."""
 
     pipe: Any
+    kit: suites.Suite
     samples: Sequence[Sample]
     table: SampleTable
     cache: BaselineCache
@@ -213,6 +224,8 @@ class _Run:
             if variant == "before":
                 mine = self._from_cache(mine, bar)
             batches = generate(self.pipe, mine, self.batch_size)
+            if suites.is_comparing(self.kit):
+                batches = self.kit.draw(self.pipe, variant, mine, self.batch_size)
             while True:
                 clock = time.perf_counter()
                 try:
@@ -252,7 +265,9 @@ class _Run:
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self._keep(variant, sample, image)
             moved = None
-            if variant == "before":
+            if suites.is_comparing(self.kit):
+                scored["measured"] = self.kit.measure(sample, image)
+            elif variant == "before":
                 self.cache.put(sample, _png(image), scored, vector)
             else:
                 stock = self.cache.image(sample)

@@ -34,6 +34,8 @@ class Sample:
     """Those of the objects and the style that must not be seen."""
     weight: float = 1.0
     """How many samples of the full answer set this one stands for, relative to the others."""
+    scene: dict[str, Any] | None = None
+    """What a suite needs to know besides, plain data: how a picture that is given to the pipeline is composed."""
     unsafe: bool = False
     """Whether a report hides the image until asked."""
     negative_prompt: str = ""

@@ -16,7 +16,8 @@ from erasure.eval.results import differences, write_atomically
 RECIPE = "recipe.json"
 SAMPLES = "samples"
 FEATURES = "features"
-VARIANTS = ("before", "after")
+BEFORE_AFTER = ("before", "after")
+"""Variants of a suite that measures erasures."""
 Key = tuple[str, str]
 """Sample id and variant."""
 
@@ -60,10 +61,13 @@ class SampleTable:
         folder: The evaluation's folder.
         rank: Of this process; each one appends to files of its own.
         processes: How many there are.
+        variants: Ways in which every sample is drawn, in the order of the table.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, processes: int = 1) -> None:
-        self.folder, self.rank, self.processes = folder, rank, processes
+    def __init__(
+        self, folder: Path, rank: int = 0, processes: int = 1, variants: tuple[str, ...] = BEFORE_AFTER
+    ) -> None:
+        self.folder, self.rank, self.processes, self.variants = folder, rank, processes, variants
         self.rows: dict[Key, dict[str, Any]] = {}
         self.features: dict[Key, np.ndarray] = {}
 
@@ -130,7 +134,7 @@ class SampleTable:
     def merge(self, order: Sequence[str]) -> None:
         """One file in the order of the plan instead of the parts. Called by one process, when all have finished."""
         rank = {sample_id: index for index, sample_id in enumerate(order)}
-        keys = sorted(self.rows, key=lambda key: (VARIANTS.index(key[1]), rank[key[0]]))
+        keys = sorted(self.rows, key=lambda key: (self.variants.index(key[1]), rank[key[0]]))
         features = [
             {"sample_id": key[0], "variant": key[1], "features": encode_vector(self.features[key])}
             for key in keys
@@ -144,7 +148,7 @@ class SampleTable:
 
     def by_variant(self, order: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """Rows of each variant that has any, in the order of the plan."""
-        table = {v: [self.rows[s, v] for s in order if (s, v) in self.rows] for v in VARIANTS}
+        table = {v: [self.rows[s, v] for s in order if (s, v) in self.rows] for v in self.variants}
         return {variant: rows for variant, rows in table.items() if rows}
 
 

@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from erasure.errors import UnsupportedModelError
 from erasure.modules import register_auto_pipeline
+from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin
+from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {
-    "StableDiffusionPipeline": StableDiffusionErasurePipeline,
-    "StableDiffusionErasurePipeline": StableDiffusionErasurePipeline,
+Task = Literal["text-to-image", "object-removal", "composition"]
+PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
+    "text-to-image": {
+        "StableDiffusionPipeline": StableDiffusionErasurePipeline,
+        "StableDiffusionErasurePipeline": StableDiffusionErasurePipeline,
+    },
+    "object-removal": {
+        "StableDiffusionPipeline": StableDiffusionObjectRemovalPipeline,
+        "StableDiffusionErasurePipeline": StableDiffusionObjectRemovalPipeline,
+        "StableDiffusionInpaintPipeline": StableDiffusionObjectRemovalPipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLObjectRemovalPipeline,
+        "StableDiffusionXLInpaintPipeline": StableDiffusionXLObjectRemovalPipeline,
+    },
+    "composition": {
+        "StableDiffusionPipeline": StableDiffusionAStarPipeline,
+        "StableDiffusionErasurePipeline": StableDiffusionAStarPipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLAStarPipeline,
+    },
 }
-"""Which class stands in for which stock class."""
+"""Which class stands in for which stock class, by what it is to do."""
 
 register_auto_pipeline(StableDiffusionErasurePipeline, StableDiffusionPipeline)
 
 
-def pipeline_class(stock: str) -> type[DiffusionPipeline]:
+def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPipeline]:
     """The drop-in for a stock class's name.
 
     Raises:
         UnsupportedModelError: There is none yet.
     """
-    if stock not in PIPELINES:
+    known = PIPELINES[task]
+    if stock not in known:
         raise UnsupportedModelError(
-            f"no drop-in for {stock or 'a folder without a pipeline class'}; supported: {', '.join(PIPELINES)}"
+            f"no drop-in for {stock or 'a folder without a pipeline class'} that does {task}; supported: "
+            f"{', '.join(known)}"
         )
-    return PIPELINES[stock]
+    return known[stock]
 
 
-__all__ = ["ATTACHED_FILE", "PIPELINES", "ErasureMixin", "StableDiffusionErasurePipeline", "pipeline_class"]
+__all__ = [
+    "ATTACHED_FILE",
+    "PIPELINES",
+    "ErasureMixin",
+    "StableDiffusionAStarPipeline",
+    "StableDiffusionErasurePipeline",
+    "StableDiffusionObjectRemovalPipeline",
+    "StableDiffusionXLAStarPipeline",
+    "StableDiffusionXLObjectRemovalPipeline",
+    "Task",
+    "pipeline_class",
+]

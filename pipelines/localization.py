@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
+from erasure.pipelines.mixin import SamePrecisionMixin
 
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read."""
@@ -54,7 +55,7 @@ class Localization(NamedTuple):
     """`(images, 3, height, width)` in 0-1: what was looked at."""
 
 
-class LocalizationMixin:
+class LocalizationMixin(SamePrecisionMixin):
     """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
 
     @torch.no_grad()

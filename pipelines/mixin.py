@@ -22,7 +22,18 @@ ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
 
-class ErasureMixin:
+class SamePrecisionMixin:
+    """Put ahead of a stock pipeline class: `from_pipe` leaves the precision of the components that it shares."""
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+        """As the stock method, which makes float32 of both pipelines unless told otherwise."""
+        if not {"dtype", "torch_dtype"} & set(options):
+            options["torch_dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **options)  # type: ignore[misc]
+
+
+class ErasureMixin(SamePrecisionMixin):
     """Put ahead of a stock pipeline class."""
 
     @property
@@ -155,7 +166,7 @@ class ErasureMixin:
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
         """As the stock method; erasures come along with the components that are shared."""
-        made = super().from_pipe(pipeline, **options)  # type: ignore[misc]
+        made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()
         return made
 

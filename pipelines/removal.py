@@ -63,9 +63,9 @@ class RemovalSettings:
     sampler: Sampler = "blended"
     """`blended` puts noised surroundings back after every step; `inversion` those of a DDIM inversion of the image,
     which is deterministic and costs a run more."""
-    blend_radius: float = 0.0
-    """Pixels over which the source's own pixels are blended in around the mask at the end (the paper's figures: 15);
-    0 leaves the surroundings as the VAE decodes them."""
+    blend_radius: float | None = None
+    """Pixels over which the source's own pixels are blended in around the mask at the end: 15 on an image of 512, as in
+    the paper's figures, when left out; 0 leaves the surroundings as the VAE decodes them."""
     shared_trunk: bool | None = None
     """Run what is ahead of the decoder once; where it is possible when left out."""
     released_scheduler: bool = False
@@ -83,11 +83,14 @@ class RemovalSettings:
                 raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
 
 
+BLENDED = 15 / 512
+"""Radius of the blending, as a share of the image's shorter side."""
+_released = RemovalSettings(released_scheduler=True, blend_radius=0.0)
 PRESETS: dict[str, RemovalSettings] = {
     "default": RemovalSettings(),
-    "official-sd15": RemovalSettings(released_scheduler=True),
-    "official-sd21": RemovalSettings(released_scheduler=True),
-    "official-sdxl": RemovalSettings(released_scheduler=True, mask_blur=77),
+    "official-sd15": _released,
+    "official-sd21": _released,
+    "official-sdxl": dataclasses.replace(_released, mask_blur=77),
 }
 """Settings by name. `official-*` are those of the paper's code; its SD 2.1 scripts also switch FreeU on
 (`pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)`), which its text does not mention."""
@@ -194,8 +197,9 @@ class ObjectRemovalMixin(LocalizationMixin):
                     callback_on_step_end_tensor_inputs=follow.inputs(rest),
                 )  # fmt: skip
         pixels = result.images if hasattr(result, "images") else result[0]
-        if settings.blend_radius > 0:
-            pixels = blend(source, pixels, masks, settings.blend_radius)
+        radius = BLENDED * min(size) if settings.blend_radius is None else settings.blend_radius
+        if radius > 0:
+            pixels = blend(source, pixels, masks, radius)
         pixels = torch.where(empty[:, None, None, None].to(pixels.device), source.to(pixels), pixels)
         flags = getattr(result, "nsfw_content_detected", None)
         return self._returned(pixels, output_type, rest.get("return_dict", True), flags)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from diffusers import StableDiffusionPipeline
 
+from erasure.pipelines.localization import Localization
 from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
 
 
 class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
@@ -15,3 +21,33 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         >>> pipe.erase("Van Gogh", strategy="uce")
         >>> pipe("a starry night in the style of Van Gogh").images[0]
     """
+
+    def localize(
+        self,
+        prompt_or_image: Any,
+        words: str | Sequence[str],
+        *,
+        others: Sequence[str] = (),
+        generator: torch.Generator | None = None,
+        call: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Localization:
+        """Find what words name: in an image, or in one that is drawn from a prompt first.
+
+        Args:
+            prompt_or_image: A prompt, or images as `LocalizationMixin.localize` takes them.
+            words: What to find.
+            others: What else is there.
+            generator: Of the noise of finding; seed 0 when left out.
+            call: Arguments of drawing: steps, guidance, its own generator.
+            **options: See `LocalizationSettings`.
+
+        Returns:
+            Masks, scores, and the images that were looked at.
+        """
+        image = prompt_or_image
+        if isinstance(prompt_or_image, str):
+            image = self(prompt_or_image, output_type="pil", **(call or {})).images
+        finder = StableDiffusionObjectRemovalPipeline.from_pipe(self)
+        finder.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return finder.localize(image, words, others=others, generator=generator, **options)

@@ -32,7 +32,7 @@ class Row(NamedTuple):
     images: int
 
 
-def with_edited(made: Erasure, rows: FeatureSlice, gain: float) -> Erasure:
+def with_edited(made: Erasure, rows: FeatureSlice, gain: Tensor) -> Erasure:
     """An erasure that changes other latents behind the same gate; those that it counts stay."""
     ((key, edit),) = made.edits.features.items()
     assert isinstance(edit, FeatureEdit)
@@ -43,7 +43,7 @@ def with_edited(made: Erasure, rows: FeatureSlice, gain: float) -> Erasure:
         b_enc=torch.cat([edit.b_enc, half.b_enc]),
         w_dec=torch.cat([edit.w_dec, half.w_dec]),
         threshold=torch.cat([edit.threshold, half.threshold]),
-        gain=torch.cat([edit.gain, torch.full((count,), gain, dtype=torch.float16)]),
+        gain=torch.cat([edit.gain, gain.to(torch.float16)]),
         offset=torch.cat([edit.offset, torch.zeros(count, dtype=torch.float16)]),
         edits=torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(old, old + count)]),
     )
@@ -63,7 +63,7 @@ def with_features_of(made: Erasure, other: Erasure) -> Erasure:
     """Edits the features of another concept instead, as many as there are at most."""
     count = len(edited_rows(made)[1])
     rows, gain = edited_rows(other)
-    return with_edited(made, FeatureSlice(rows.w_enc[:, :count], *(part[:count] for part in rows[1:])), float(gain[0]))
+    return with_edited(made, FeatureSlice(rows.w_enc[:, :count], *(part[:count] for part in rows[1:])), gain[:count])
 
 
 def lively_latents(pipe: DiffusionPipeline) -> list[int]:
@@ -81,7 +81,7 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
     own = {tuple(row) for row in rows.w_dec.tolist()}
     others = [i for i in lively if tuple(sae.W_dec[i].half().tolist()) not in own]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: len(gain)]
-    return with_edited(made, sae.slice([others[i] for i in order.tolist()]), float(gain[0]))
+    return with_edited(made, sae.slice([others[i] for i in order.tolist()]), gain[: len(order)])
 
 
 def measure(size: str) -> list[Row]:

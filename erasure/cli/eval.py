@@ -50,13 +50,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     check_strengths(options)
     from erasure.eval import evaluate, suites
 
-    suites.get(options.suite)
+    suite = suites.get(options.suite)
     erasures = load_erasures(options)
     if options.concept:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    if not concepts:
+    if not concepts and not suites.is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)

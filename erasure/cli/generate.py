@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from erasure.cli.models import ErasedModelOptions, attach, canvas_facts, check_strengths, load_erasures, open_model
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
@@ -27,6 +27,10 @@ class GenerateOptions(ErasedModelOptions):
     """Guidance scale; the model's own when left out."""
     count: int = 1
     """Images for each prompt."""
+    compose: tuple[str, ...] = ()
+    """Things that every prompt names ("cat dog") and that must all be drawn; the latents are guided by A-STAR."""
+    compose_loss: Literal["a_star", "attend_and_excite"] = "a_star"
+    """How they are guided."""
     out: Path
     """Folder of the images."""
     overwrite: bool = False
@@ -47,12 +51,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     rank, world = process()
     out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
     erasures = load_erasures(options)
-    pipe = open_model(options)
+    pipe = open_model(options, task="composition" if options.compose else "text-to-image")
     manager = attach(pipe, erasures, options.strength)
 
     import torch
 
     settings = call_settings(options.model, options.steps, options.guidance)
+    if options.compose:
+        settings |= {"subjects": list(options.compose), "loss": options.compose_loss}
     jobs = [(prompt, options.seed + index) for prompt in options.prompt for index in range(options.count)]
     written = []
     with terminal.progress(len(jobs[rank::world])) as progress:

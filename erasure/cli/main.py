@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "strategies": "what there is, on which model families, what it protects, at what cost",
     "erase": "make an erasure",
     "generate": "draw images, with or without erasures",
+    "remove": "take objects out of images",
     "eval": "measure a model and its erasures",
     "compare": "results side by side",
     "info": "what an erasure is and holds",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from erasure.cli.terminal import UsageError
 from erasure.concept import Concept, Kind
+
+if TYPE_CHECKING:
+    from erasure.pipelines import Task
 
 
 @dataclass(kw_only=True)
@@ -33,12 +36,13 @@ class ErasedModelOptions(ModelOptions):
     """Strength of each erasure, in their order; 1 when left out."""
 
 
-def open_model(options: ModelOptions, *, text_only: bool = False) -> Any:
+def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "text-to-image") -> Any:
     """Load the pipeline with the progress bars of diffusers off.
 
     Args:
         options: Which, in what precision, and where to.
         text_only: Only its text encoders, of any family.
+        task: What it is to do; see `erasure.load_pipeline`.
 
     Raises:
         ErasureError: There is no such model, or it cannot be loaded.
@@ -57,8 +61,10 @@ def open_model(options: ModelOptions, *, text_only: bool = False) -> Any:
         settings["dtype"] = getattr(torch, options.dtype)
     if options.device is not None:
         settings["device"] = options.device
-    load = erasure.api.load_text_encoders if text_only else erasure.load_pipeline
-    pipe = load(options.model, **settings)
+    if text_only:
+        pipe = erasure.api.load_text_encoders(options.model, **settings)
+    else:
+        pipe = erasure.load_pipeline(options.model, task=task, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

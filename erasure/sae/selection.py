@@ -35,6 +35,30 @@ def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
     return Evidence(fires[0], fires[1], magnitude)
 
 
+MENTIONS = 30
+"""Words that come less often tell nothing of how a latent takes them."""
+
+
+def rivalry(sae: SparseAutoencoder, words: WordStates, labels: Labels, found: Evidence, features: list[int]) -> Tensor:
+    """How much of each feature some other word draws, `(features,)` in 0-1.
+
+    The mean of a latent over the mentions of that other word, over what it usually reaches in prompts with the
+    concept: 0 for one that the concept has to itself, 1 for one that another word fires as strongly.
+
+    Args:
+        sae: The dictionary.
+        words: Of all prompts.
+        labels: Where the concept is.
+        found: Of all latents.
+        features: Which.
+    """
+    values = sae.slice(features).encode(words.states[labels.negative].to(sae.W_enc.device)).cpu()
+    ids, which, count = words.ids[labels.negative].unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(ids), len(features)).index_add_(0, which, values.float()) / count[:, None]
+    strongest = means[count >= MENTIONS].amax(0) if (count >= MENTIONS).any() else torch.zeros(len(features))
+    return (strongest / found.magnitude[features].clamp_min(1e-6)).clamp(0, 1)
+
+
 def top_sets(activity: Tensor, top: int) -> Tensor:
     """Whether each latent is among the largest of each prompt, `(prompts, d_sae)` bool; silent ones never are."""
     largest = activity.topk(min(top, activity.shape[1]), dim=1).indices

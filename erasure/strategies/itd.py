@@ -30,7 +30,7 @@ from erasure.sae.gates import (
     with_mined,
 )
 from erasure.sae.mining import mine
-from erasure.sae.selection import Evidence, evidence, no_feature, top_sets
+from erasure.sae.selection import Evidence, evidence, no_feature, rivalry, top_sets
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
@@ -43,6 +43,8 @@ class Choice(NamedTuple):
     """Latents to edit."""
     magnitude: Tensor
     """`(features,)`: what each usually reaches in prompts with the concept."""
+    rivalry: Tensor
+    """`(features,)` in 0-1: how much of that some other word draws."""
     gate: Gate
     """When to."""
 
@@ -55,7 +57,7 @@ class ItD(Strategy):
     A sparse autoencoder of the text encoder's residual stream gives latents `z` with decoder rows `d`. Those that fire
     on most prompts with the concept and on few of the others are its features F. In use,
 
-        x' = x + sum_{i in F} (tau - 1) z_i d_i
+        x' = x + sum_{i in F} (tau_i - 1) z_i d_i
 
     at every token but the first, in prompts where the concept's gate is open: a logistic score of latents on some word
     (see `erasure.carriers.features`). What the autoencoder does not explain is left as it is, prompts below the
@@ -77,7 +79,7 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    signed: ClassVar[tuple[str, ...]] = ("tau",)
+    signed: ClassVar[tuple[str, ...]] = ("tau", "shared")
     presets: ClassVar[dict[str, dict[str, Any]]] = {"released": {"parity": "itd", "tau": -8.0}}
 
     dictionary: str = ""
@@ -93,8 +95,12 @@ class ItD(Strategy):
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: float = -2.0
-    """What a latent is multiplied by: 0 takes it away, below 0 pushes the other way (released code: -8)."""
+    tau: float = -7.5
+    """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
+    (released code: -8, for all)."""
+    shared: float = 0.5
+    """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
+    what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
     features: int = 32
     """At most so many latents of a concept are edited."""
     floor: float = 0.25
@@ -252,7 +258,8 @@ class ItD(Strategy):
         features = select(found, self)
         if not features:
             raise ConceptError(no_feature(tower, sae, words, labels, found, name))
-        return Choice(features, found.magnitude[features], self.fit_gate(sae, words, labels, chooses))
+        shared = rivalry(sae, words, labels, found, features)
+        return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
@@ -268,19 +275,23 @@ class ItD(Strategy):
             listed = [(c, place[i]) for c, choice in enumerate(choices) for i in of(choice)]
             return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
 
-        reached = torch.zeros(len(used))
+        reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
+            own = self.shared + (self.tau - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
-        clamp, tau = self.mode == "clamp", 0.0 if self.mode == "ablate" else self.tau
+            # Of several concepts that share a latent, the one that pushes hardest.
+            factor[index] = torch.minimum(factor[index], own)
+        factor = torch.where(factor.isinf(), 1.0, torch.zeros_like(factor) if self.mode == "ablate" else factor)
+        clamp = self.mode == "clamp"
         dim = part.w_enc.shape[0]
         filler = torch.zeros(0, dim)
         if self.mode == "replace":
             filler = activations(tower, layer, tower.tokenize([""]))[0].float().cpu()
         gates = [choice.gate for choice in choices]
         half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
-                "gain": torch.full((len(used),), -1.0 if clamp else tau - 1),
-                "offset": tau * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
+                "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
+                "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
         return FeatureEdit(
             **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
             edits=pairs(lambda choice: choice.features),
@@ -312,7 +323,9 @@ class ItD(Strategy):
         new[choice.features] = False
         order = (rate * magnitude).masked_fill(~new, -1).topk(min(self.features, int(new.sum()))).indices
         return choice._replace(
-            features=[*choice.features, *order.tolist()], magnitude=torch.cat([choice.magnitude, magnitude[order]])
+            features=[*choice.features, *order.tolist()],
+            magnitude=torch.cat([choice.magnitude, magnitude[order]]),
+            rivalry=torch.cat([choice.rivalry, torch.zeros(len(order))]),
         )
 
     # The released code -----------------------------------------------------------------------------------------------

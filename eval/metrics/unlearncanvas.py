@@ -60,7 +60,8 @@ def holds(row: Mapping[str, Any], targets: Sequence[Target]) -> list[Target]:
     return [target for target in targets if expected(row, target.domain) in target.members]
 
 
-def _collect(items: Sequence[tuple[Mapping[str, Any], str, bool | None]]) -> Outcomes:
+def collect(items: Sequence[tuple[Mapping[str, Any], str, bool | None]]) -> Outcomes:
+    """Outcomes of rows with their keys; `None` counts as missing."""
     seen = [(row, key, hit) for row, key, hit in items if hit is not None]
     return Outcomes(
         hits=tuple(hit for _, _, hit in seen),
@@ -92,14 +93,14 @@ def unlearned(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], shap
         if held:
             seen = [_correct(row, target.domain, "shape" if shape else None) for target in held]
             items.append((row, row["sample_id"], None if None in seen else not any(seen)))
-    return _collect(items)
+    return collect(items)
 
 
 def in_domain(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> Outcomes:
     """IRA: other concepts of the targets' domains, on prompts without any target."""
     domains = sorted({target.domain for target in targets})
     kept = [row for row in rows if not holds(row, targets)]
-    return _collect(
+    return collect(
         [(row, f"{row['sample_id']}/{domain}", _correct(row, domain)) for row in kept for domain in domains]
     )
 
@@ -115,7 +116,7 @@ def cross_domain(
         for row in rows:
             if not holds(row, targets if retained_only else rivals):
                 items.append((row, f"{row['sample_id']}/{other}", _correct(row, other)))
-    return _collect(items)
+    return collect(items)
 
 
 def ua_ira_cra(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> dict[str, Outcomes]:
@@ -177,9 +178,10 @@ def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
     return Interval(value, max(value - below, 0.0), min(value + above, 1.0))
 
 
-def _rate_row(
+def rate_row(
     name: str, concept: str | None, variant: str, outcomes: Outcomes, recipe: dict[str, Any]
 ) -> dict[str, Any]:
+    """A metric row of a rate, with its Wilson interval."""
     row: dict[str, Any] = {"name": name, "concept": concept, "variant": variant}
     if outcomes.hits:
         interval = weighted_rate(outcomes.hits, outcomes.weights)
@@ -191,7 +193,8 @@ def _rate_row(
     return row | {"recipe": recipe}
 
 
-def _paired(before: Outcomes, after: Outcomes) -> dict[str, Any]:
+def paired(before: Outcomes, after: Outcomes) -> dict[str, Any]:
+    """What a metric row says of the pairs: how many changed, and McNemar's exact test."""
     first = dict(zip(before.keys, before.hits, strict=True))
     second = dict(zip(after.keys, after.hits, strict=True))
     shared = [key for key in first if key in second]
@@ -204,9 +207,9 @@ def _accuracy_rows(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
     found = []
     for variant, table in rows.items():
         for domain, head in (("object", "object"), ("style", "style"), ("object", "shape")):
-            outcomes = _collect([(row, row["sample_id"], _correct(row, domain, head)) for row in table])
+            outcomes = collect([(row, row["sample_id"], _correct(row, domain, head)) for row in table])
             recipe = {**plan.recipe, "metric": f"accuracy of the {head} head, closed set"}
-            found.append(_rate_row(f"{head}_accuracy", None, variant, outcomes, recipe))
+            found.append(rate_row(f"{head}_accuracy", None, variant, outcomes, recipe))
     return found
 
 
@@ -233,10 +236,10 @@ def canvas_metrics(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
     outcomes = {variant: ua_ira_cra(table, plan.targets) for variant, table in rows.items()}
     found = []
     for variant, table in rows.items():
-        block = [_rate_row(n, plan.concept, variant, o, recipes[n]) for n, o in outcomes[variant].items()]
+        block = [rate_row(n, plan.concept, variant, o, recipes[n]) for n, o in outcomes[variant].items()]
         if variant == "after" and "before" in outcomes:
             for row in block:
-                row |= _paired(outcomes["before"][row["name"]], outcomes["after"][row["name"]])
+                row |= paired(outcomes["before"][row["name"]], outcomes["after"][row["name"]])
             adjusted = holm([row["mcnemar_p"] for row in block])
             for row, p in zip(block, adjusted, strict=True):
                 row["mcnemar_p_holm"] = p
@@ -247,6 +250,6 @@ def canvas_metrics(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
             mean |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
         block.append(mean | {"recipe": recipes["AA"]})
         if len(plan.targets) > 1:
-            block += [_rate_row("UA", t.name, variant, unlearned(table, [t]), recipes["UA"]) for t in plan.targets]
+            block += [rate_row("UA", t.name, variant, unlearned(table, [t]), recipes["UA"]) for t in plan.targets]
         found += block
     return found

@@ -63,9 +63,9 @@ def utility_metrics(
         return found
     kept, _ = _split(rows["after"])
     add("drift", "after", "retained", "mean absolute pixel difference, 0-1, same noise",
-        lambda: _mean(kept, _drift_value("pixel"), plan.seed))  # fmt: skip
+        lambda: sample_mean(kept, _drift_value("pixel"), plan.seed))  # fmt: skip
     add("drift_feature", "after", "retained", "1 - cosine of image features, same noise",
-        lambda: _mean(kept, _drift_value("feature"), plan.seed))  # fmt: skip
+        lambda: sample_mean(kept, _drift_value("feature"), plan.seed))  # fmt: skip
     pairs = [
         (features[row["sample_id"], "before"], features[row["sample_id"], "after"])
         for row in kept
@@ -104,7 +104,7 @@ def _drift_value(kind: str) -> Callable[[Row], float | None]:
     return lambda row: (row.get("drift") or {}).get(kind)
 
 
-def _mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
+def sample_mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
     """Mean with a bootstrap interval that draws prompts."""
     measured = [(value(row), row["prompt"]) for row in rows]
     values = np.array([v for v, _ in measured if v is not None], dtype=np.float64)
@@ -118,7 +118,7 @@ def _mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) 
 
 def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> dict[str, Any]:
     """Mean CLIP score, with its paired change (after minus before) where there is a before."""
-    found = _mean(rows, _clip_value, seed)
+    found = sample_mean(rows, _clip_value, seed)
     first = {row["sample_id"]: _clip_value(row) for row in before}
     pairs = [(first.get(row["sample_id"]), _clip_value(row), row["prompt"]) for row in rows]
     pairs = [pair for pair in pairs if None not in pair]

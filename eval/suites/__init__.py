@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+import numpy as np
+from PIL import Image
 
 from erasure.errors import EvaluationError
 from erasure.eval.samples import Sample
+
+if TYPE_CHECKING:
+    from erasure.eval.metrics.clip_score import ClipModel
 
 SIZES = ("smoke", "quick", "full")
 """`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
@@ -44,6 +50,8 @@ class Plan:
         return ", ".join(target.name for target in self.targets) or None
 
 
+Drawn = tuple[list[Sample], list[Image.Image]]
+"""A batch of samples and their images."""
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """Result rows by variant (`before`, `after`), each in the order of the plan's samples."""
 
@@ -67,8 +75,42 @@ class Suite(Protocol):
         ...
 
 
+class ComparingSuite(Suite, Protocol):
+    """A suite that compares ways to draw with one model, instead of a model before and after erasures.
+
+    Erasures that are attached stay in force throughout.
+    """
+
+    variants: tuple[str, ...]
+    """The ways, the one that the others are compared with first."""
+
+    def draw(self, pipe: Any, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
+        """Draw samples in one of the ways, batch by batch."""
+        ...
+
+    def measure(self, sample: Sample, image: Image.Image) -> dict[str, Any]:
+        """What is known of an image besides the judge's answer; goes into its row as `measured`."""
+        ...
+
+    def compare(
+        self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
+    ) -> list[dict[str, Any]]:
+        """Metric rows from result rows, image features by sample and variant, and the CLIP model if there is one."""
+        ...
+
+
+def is_comparing(suite: Suite) -> TypeGuard[ComparingSuite]:
+    """Whether a suite compares ways to draw."""
+    return hasattr(suite, "variants")
+
+
 _SUITES: dict[str, Suite] = {}
-_BUILT_IN = dict.fromkeys(("canvas", "canvas-unseen"), "erasure.eval.suites.canvas")
+_BUILT_IN = {
+    "canvas": "erasure.eval.suites.canvas",
+    "canvas-unseen": "erasure.eval.suites.canvas",
+    "composition": "erasure.eval.suites.composition",
+    "removal": "erasure.eval.suites.removal",
+}
 
 
 def register(name: str) -> Callable[[type], type]:

@@ -1,0 +1,64 @@
+"""Metric rows of suites that compare ways to draw: every one against the first, on the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from erasure.errors import EvaluationError
+from erasure.eval.metrics.unlearncanvas import collect, paired, rate_row
+from erasure.eval.metrics.utility import sample_mean
+from erasure.eval.statistics import paired_bootstrap
+from erasure.eval.suites import Plan, Rows
+
+Row = Mapping[str, Any]
+
+
+def rates(
+    name: str, definition: str, plan: Plan, rows: Rows, hit: Callable[[Row], bool | None], against: str | None = None
+) -> list[dict[str, Any]]:
+    """The rate of a yes-or-no outcome in every variant, with McNemar's exact test against one of them.
+
+    Args:
+        name: Of the metric.
+        definition: For its recipe.
+        plan: Samples and recipe.
+        rows: Result rows by variant.
+        hit: The outcome of a row; `None` when its detection failed.
+        against: The variant to compare with; the first when left out.
+    """
+    outcomes = {v: collect([(row, row["sample_id"], hit(row)) for row in table]) for v, table in rows.items()}
+    reference = against or next(iter(rows))
+    found = []
+    for variant, each in outcomes.items():
+        row = rate_row(name, plan.concept, variant, each, {**plan.recipe, "metric": definition})
+        if variant != reference and reference in outcomes:
+            row |= {"against": reference, **paired(outcomes[reference], each)}
+        found.append(row)
+    return found
+
+
+def means(
+    name: str, definition: str, plan: Plan, rows: Rows, value: Callable[[Row], float | None]
+) -> list[dict[str, Any]]:
+    """The mean of a number in every variant, with its paired change against the first; intervals draw prompts.
+
+    Arguments as in `rates`.
+    """
+    reference = next(iter(rows))
+    first = {row["sample_id"]: value(row) for row in rows[reference]}
+    found = []
+    for variant, table in rows.items():
+        row: dict[str, Any] = {"name": name, "concept": plan.concept, "variant": variant}
+        try:
+            row |= sample_mean(table, value, plan.seed)
+        except EvaluationError as error:
+            row |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
+        pairs = [(first.get(each["sample_id"]), value(each), each["prompt"]) for each in table]
+        both = [(old, new, prompt) for old, new, prompt in pairs if old is not None and new is not None]
+        if both and variant != reference:
+            old, new, prompts = zip(*both, strict=True)
+            change = paired_bootstrap(old, new, clusters=prompts, seed=plan.seed)
+            row |= {"against": reference, "change": change._asdict()}
+        found.append(row | {"recipe": {**plan.recipe, "metric": definition}})
+    return found

@@ -1,0 +1,207 @@
+"""Suite `removal`: objects taken out of Canvas scenes, whose background behind them is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
+from erasure.errors import EvaluationError
+from erasure.eval.detectors import CanvasJudge
+from erasure.eval.generation import batches, quiet
+from erasure.eval.metrics.clip_score import cosine
+from erasure.eval.metrics.comparisons import means, rates
+from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
+from erasure.eval.suites.canvas import World
+
+if TYPE_CHECKING:
+    from erasure.eval.metrics.clip_score import ClipModel
+
+SCENES = {"smoke": 4, "quick": 24, "full": 120}
+SEEDS = 2
+"""Results for each scene, for how alike they are."""
+MARGIN = 8
+"""Pixels around the mask that do not count as background: the latent pixels it touches, and the soft edge."""
+METHODS: dict[str, dict[str, Any]] = {
+    "inpainting": {"redirect": False},
+    "attentive_eraser": {},
+    "aas_only": {"removal_guidance_scale": 1.0},
+    "sarg_only": {"suppression_scale": 1.0},
+}
+"""`aas_only` takes the redirected prediction as it is, `sarg_only` leaves out the suppression of similarity: guidance
+needs a redirected branch."""
+
+
+MOST = 60.0
+"""Decibels that equal pixels count as."""
+
+
+@register("removal")
+class RemovalSuite:
+    """Whether an object is gone, and what is in its place."""
+
+    title = "objects taken out of scenes whose background is known: inpainting, Attentive Eraser and its parts"
+    variants = tuple(METHODS)
+
+    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """The embedded classifier."""
+        return CanvasJudge()
+
+    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+        """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
+        if size not in SIZES:
+            raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
+        world = World.of(pipe)
+        rng = np.random.default_rng(seed)
+        samples = []
+        for number in range(SCENES[size]):
+            scene = sample_scene(rng, pairs=0.5, empty=0.0)
+            target = int(rng.integers(len(scene.objects)))
+            facts = {
+                "style": scene.style, "background": scene.background, "objects": list(scene.objects),
+                "offsets": [list(offset) for offset in scene.offsets], "target": target,
+            }  # fmt: skip
+            name = f"{number:03d}-{scene.objects[target]}-{scene.style}".replace(" ", "_")
+            for index in range(SEEDS):
+                samples.append(
+                    Sample(
+                        sample_id=f"{name}-{index}", prompt=f"scene {number}: {' and '.join(scene.objects)}",
+                        seed=sample_seed(seed, name, index), role="target", objects=(scene.objects[target],),
+                        erased=(scene.objects[target],), style=None, scene=facts, height=world.side,
+                        width=world.side, num_inference_steps=world.num_inference_steps, guidance_scale=1.0,
+                    )
+                )  # fmt: skip
+        recipe = {
+            "suite": "removal", "size": size, "seed": seed, "masks": "true masks of the objects",
+            "num_inference_steps": world.num_inference_steps, "settings": "the defaults, blended at the edge",
+            "resolution": f"{world.side}x{world.side}",
+        }  # fmt: skip
+        return Plan("removal", size, seed, (), tuple(samples), recipe)
+
+    def draw(self, pipe: Any, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
+        """Every variant from the same noise."""
+        from erasure.pipelines import StableDiffusionObjectRemovalPipeline
+
+        remover = StableDiffusionObjectRemovalPipeline.from_pipe(pipe)
+        for batch in batches(samples, batch_size):
+            drawn = [plate(sample) for sample in batch]
+            with quiet(remover):
+                images = remover(
+                    [Image.fromarray(each.image.image) for each in drawn],
+                    [torch.from_numpy(each.mask) for each in drawn],
+                    generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
+                    num_inference_steps=batch[0].num_inference_steps, **METHODS[variant],
+                ).images  # fmt: skip
+            yield batch, images
+
+    def measure(self, sample: Sample, image: Image.Image) -> dict[str, Any]:
+        """PSNR against the scene without the object: in its place, everywhere else, and well away from it."""
+        truth = plate(sample)
+        mask = torch.from_numpy(truth.mask)
+        near = torch.nn.functional.max_pool2d(mask[None, None].float(), 2 * MARGIN + 1, 1, MARGIN)[0, 0] > 0
+        made, clean = (np.asarray(part, dtype=np.float64) / 255 for part in (image.convert("RGB"), truth.clean))
+        error = torch.from_numpy(((made - clean) ** 2).mean(-1))
+        places = {"psnr_fill": mask, "psnr_outside": ~mask, "psnr_background": ~near}
+        return {name: decibels(error[place]) for name, place in places.items()}
+
+    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+        """See `compare`."""
+        return self.compare(plan, rows, {}, None)
+
+    def compare(
+        self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
+    ) -> list[dict[str, Any]]:
+        """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
+
+        def gone(row: Mapping[str, Any]) -> bool | None:
+            judged = row["judged"]
+            return None if judged is None else row["objects"][0] not in judged["objects"]
+
+        found = rates("object_gone", "the object is not seen any more (score below 0.5)", plan, rows, gone)
+        text = {
+            "psnr_fill": "dB against the scene without the object, on the object's pixels",
+            "psnr_outside": "the same, on all other pixels",
+            "psnr_background": f"the same, more than {MARGIN} pixels away from it; equal pixels count as {MOST:g} dB",
+        }
+        for name, definition in text.items():
+            found += means(name, definition, plan, rows, lambda row, name=name: row["measured"][name])  # type: ignore[misc]
+        if clip is not None:
+            near = likeness(plan, rows, features, clip)
+            alike = consensus(rows, features)
+            definition = "cosine of CLIP features with those of the scene without the object"
+            found += means("fill_similarity", definition, plan, rows, lambda r: near[r["sample_id"], r["variant"]])
+            definition = "mean cosine of CLIP features between results of one scene with different noise"
+            found += means("seed_consensus", definition, plan, rows, lambda r: alike[r["sample_id"], r["variant"]])
+        return found
+
+
+class Plate(NamedTuple):
+    """A scene with what is to be removed, and without it."""
+
+    image: RenderedScene
+    clean: np.ndarray
+    """`(h, w, 3)` uint8: the scene without the object."""
+    mask: np.ndarray
+    """`(h, w)` bool: the object's pixels."""
+
+
+def plate(sample: Sample) -> Plate:
+    """Render a sample's scene."""
+    facts = sample.scene
+    assert facts is not None
+    offsets = tuple((x, y) for x, y in facts["offsets"])
+    return _plate(tuple(facts["objects"]), facts["style"], facts["background"], offsets, facts["target"])
+
+
+@cache
+def _plate(objects: tuple[str, ...], style: str, background: str, offsets: Any, target: int) -> Plate:
+    scene = Scene(objects, style, background, offsets)
+    drawn = render(scene)
+    return Plate(drawn, render(scene, without=target).image, drawn.masks[target])
+
+
+def decibels(error: torch.Tensor) -> float | None:
+    """Peak signal-to-noise ratio of squared errors of pixels in 0-1; `None` without pixels."""
+    if not error.numel():
+        return None
+    return min(MOST, -10 * math.log10(max(float(error.mean()), 1e-12)))
+
+
+def likeness(
+    plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel
+) -> dict[tuple[str, str], float | None]:
+    """Cosine of each result with its scene without the object, by sample and variant."""
+    clean = dict(
+        zip(
+            (sample.sample_id for sample in plan.samples),
+            clip.images([Image.fromarray(plate(sample).clean) for sample in plan.samples]),
+            strict=True,
+        )
+    )
+    keys = [(row["sample_id"], variant) for variant, table in rows.items() for row in table]
+    return {
+        key: float(cosine(features[key][None], clean[key[0]][None])[0]) if key in features else None for key in keys
+    }
+
+
+def consensus(rows: Rows, features: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], float | None]:
+    """Mean cosine of each result with the others of its scene, by sample and variant."""
+    found: dict[tuple[str, str], float | None] = {}
+    for variant, table in rows.items():
+        scenes: dict[str, list[str]] = {}
+        for row in table:
+            scenes.setdefault(row["prompt"], []).append(row["sample_id"])
+        for members in scenes.values():
+            for one in members:
+                pairs = [(one, other) for other in members if other != one]
+                known = [p for p in pairs if all((name, variant) in features for name in p)]
+                values = [cosine(features[a, variant][None], features[b, variant][None])[0] for a, b in known]
+                found[one, variant] = float(np.mean(values)) if values else None
+    return found
