@@ -24,6 +24,8 @@ from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.pipelines.mixin import SamePrecisionMixin
 
+SIDE = 8
+"""Sides of images are multiples of this; stock pipelines ask for it."""
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read."""
 
@@ -107,17 +109,25 @@ class LocalizationMixin(SamePrecisionMixin):
 
         Args:
             image: One or several PIL images or arrays `(height, width, 3)`, or tensors `(3, height, width)` in 0-1.
-            height: In pixels; the first image's own when left out, cut to a multiple of the VAE's factor.
+            height: In pixels; the images' own when left out, cut to a multiple of 8 and of the VAE's factor.
             width: The same.
 
         Raises:
-            MaskError: NaN in it.
+            MaskError: NaN in it, or images of several sizes.
         """
         pipe: Any = self
-        batch = list(image) if isinstance(image, (list, tuple)) else [image]
-        as_floats = [part / np.float32(255) if _is_bytes(part) else part for part in batch]
-        size = pipe.image_processor.get_default_height_width(as_floats[0], height, width)
-        pixels = pipe.image_processor.preprocess(as_floats, height=size[0], width=size[1]).float().cpu()
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
+        batch = [_as_pixels(part) for part in (list(image) if several else [image])]
+        sizes = {part.size[::-1] if isinstance(part, Image.Image) else tuple(part.shape[-2:]) for part in batch}
+        if len(sizes) != 1:
+            raise MaskError(f"images of {len(sizes)} sizes: call the pipeline once for each size")
+        side = max(SIDE, pipe.vae_scale_factor)
+        rows, columns = (given or own for given, own in zip((height, width), sizes.pop(), strict=True))
+        if min(rows, columns) < side:
+            raise MaskError(f"an image of {columns}x{rows} pixels is too small: {side} a side at least")
+        pixels = pipe.image_processor.preprocess(
+            batch, height=rows // side * side, width=columns // side * side
+        ).float().cpu()  # fmt: skip
         if not torch.isfinite(pixels).all():
             raise MaskError("the image holds NaN or infinity")
         return pixels / 2 + 0.5
@@ -239,8 +249,12 @@ def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> 
     return smooth - rival
 
 
-def _is_bytes(part: Any) -> bool:
-    return not isinstance(part, Image.Image) and part.dtype in (np.uint8, torch.uint8)
+def _as_pixels(image: Any) -> Any:
+    """A PIL image as it is; anything else as a tensor `(3, height, width)` in 0-1."""
+    if isinstance(image, Image.Image):
+        return image
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) if isinstance(image, np.ndarray) else image
+    return pixels / 255 if pixels.dtype == torch.uint8 else pixels
 
 
 __all__ = ["Localization", "LocalizationMixin", "LocalizationSettings", "localization_sites"]

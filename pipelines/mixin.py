@@ -29,7 +29,7 @@ class SamePrecisionMixin:
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
         """As the stock method, which makes float32 of both pipelines unless told otherwise."""
         if not {"dtype", "torch_dtype"} & set(options):
-            options["torch_dtype"] = pipeline.dtype
+            options["dtype"] = pipeline.dtype
         return super().from_pipe(pipeline, **options)  # type: ignore[misc]
 
 

@@ -64,8 +64,8 @@ class RemovalSettings:
     """`blended` puts noised surroundings back after every step; `inversion` those of a DDIM inversion of the image,
     which is deterministic and costs a run more."""
     blend_radius: float | None = None
-    """Pixels over which the source's own pixels are blended in around the mask at the end: 15 on an image of 512, as in
-    the paper's figures, when left out; 0 leaves the surroundings as the VAE decodes them."""
+    """Pixels over which the source's own pixels are blended in around the mask at the end: when left out, 15 on an
+    image of 512, as in the paper's figures; 0 leaves the surroundings as the VAE decodes them."""
     shared_trunk: bool | None = None
     """Run what is ahead of the decoder once; where it is possible when left out."""
     released_scheduler: bool = False
@@ -129,7 +129,7 @@ class ObjectRemovalMixin(LocalizationMixin):
 
         Args:
             image: One image or several of one size: PIL, array `(height, width, 3)`, or tensor `(3, height, width)` in
-                0-1. It is cut to a multiple of the VAE's factor.
+                0-1. Its sides are brought down to multiples of 8.
             mask_image: One mask for all, or one for each image; see `erasure.masks.read_masks`. An image whose mask is
                 empty comes back as it is.
             words: Without a mask: what to remove, found by `localize`.

@@ -1,0 +1,282 @@
+"""Object removal on tiny pipelines of SD and SDXL: inputs, equivalences, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from erasure.errors import MaskError, OptionError
+from erasure.masks import blend, grow, latent_aligned, read_masks
+from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
+from erasure.pipelines.removal import PRESETS
+
+
+@pytest.fixture
+def pipe(stock: Any) -> Any:
+    is_xl = isinstance(stock, StableDiffusionXLPipeline)
+    kind = StableDiffusionXLObjectRemovalPipeline if is_xl else StableDiffusionObjectRemovalPipeline
+    made = kind.from_pipe(stock)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def picture(height: int = 32, width: int = 32, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
+
+
+def square(height: int = 32, width: int = 32, at: int = 8) -> Image.Image:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[at : at + 8, at : at + 8] = 255
+    return Image.fromarray(mask)
+
+
+def run(pipe: Any, image: Any = None, mask: Any = None, **options: Any) -> Tensor:
+    settings = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    return pipe(picture() if image is None else image, square() if mask is None else mask, **settings | options).images
+
+
+# What comes in ------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input_gives_the_same(pipe: Any) -> None:
+    image, mask = picture(), square()
+    wanted = run(pipe, image, mask)
+    pixels = np.array(image)
+    for form in (pixels, pixels.astype(np.float32) / 255, torch.from_numpy(pixels).permute(2, 0, 1) / 255):
+        assert torch.equal(run(pipe, form, mask), wanted)
+    for form in (np.asarray(mask), np.asarray(mask) > 0, torch.from_numpy(np.array(mask))[None] / 255.0):
+        assert torch.equal(run(pipe, image, form), wanted)
+
+
+def test_a_batch_with_masks_of_its_own_equals_its_parts(pipe: Any) -> None:
+    images, masks = [picture(seed=1), picture(seed=2)], [square(), square(at=16)]
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
+    both = run(pipe, images, masks, generator=seeds(), num_images_per_prompt=2)
+    alone = [
+        run(pipe, images[i], masks[i], generator=seeds()[2 * i : 2 * i + 2], num_images_per_prompt=2) for i in range(2)
+    ]
+    assert both.shape == (4, 3, 32, 32)
+    assert (both - torch.cat(alone)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (40, 24), (35, 47)])
+def test_any_size_that_the_vae_takes(pipe: Any, height: int, width: int) -> None:
+    made = run(pipe, picture(height, width), square(height, width))
+    assert made.shape == (1, 3, height // 8 * 8, width // 8 * 8)
+    assert torch.isfinite(made).all()
+
+
+def test_a_mask_at_another_size_is_laid_over_the_image(pipe: Any) -> None:
+    half = square().resize((16, 16), Image.Resampling.BOX)
+    assert torch.equal(run(pipe, mask=half), run(pipe))
+
+
+def test_an_empty_mask_gives_the_image_back(pipe: Any) -> None:
+    nothing = Image.new("L", (32, 32))
+    source = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None] / 255
+    with pytest.warns(UserWarning, match="empty"):
+        assert torch.allclose(run(pipe, mask=nothing), source)
+    with pytest.warns(UserWarning, match="1 of 2"):
+        both = run(pipe, [picture(), picture()], [nothing, square()])
+    assert torch.allclose(both[:1], source)
+    assert not torch.allclose(both[1:], source)
+
+
+def test_what_cannot_be_removed_is_refused(pipe: Any) -> None:
+    with pytest.raises(MaskError, match="whole image"):
+        run(pipe, mask=Image.new("L", (32, 32), 255))
+    with pytest.raises(MaskError, match="nothing says what"):
+        pipe(picture())
+    with pytest.raises(MaskError, match="32x16 pixels for an image of 32x32"):
+        run(pipe, mask=square(16, 32, at=4))
+    with pytest.raises(MaskError, match="2 masks for 3 images"):
+        run(pipe, [picture()] * 3, [square()] * 2)
+    with pytest.raises(MaskError, match="NaN"):
+        run(pipe, mask=torch.full((32, 32), torch.nan))
+    with pytest.raises(MaskError, match="NaN"):
+        run(pipe, torch.full((3, 32, 32), torch.nan))
+    with pytest.raises(OptionError, match="no preset 'sd9'"):
+        run(pipe, preset="sd9")
+    with pytest.raises(OptionError, match="strength"):
+        run(pipe, strength=0.0)
+    with pytest.raises(OptionError, match="shared_trunk"):
+        run(pipe, layers="all", shared_trunk=True)
+
+
+# What it does -------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_trunk_equals_two_whole_branches(pipe: Any) -> None:
+    shared, whole = (run(pipe, shared_trunk=shared) for shared in (True, False))
+    assert (shared - whole).abs().max() < 1e-5
+    assert (shared - run(pipe, redirect=False)).abs().max() > 1e-3
+
+
+def test_guidance_is_taken_between_the_branches(pipe: Any) -> None:
+    """With scale s after one step: e = e0 + s (e1 - e0), so latents are linear in s."""
+    step = {"num_inference_steps": 1, "strength": 1.0, "output_type": "pt"}
+    seen: dict[float, Tensor] = {}
+
+    def keep(scale: float) -> Any:
+        def callback(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            seen[scale] = tensors["latents"].clone()
+            return tensors
+
+        return callback
+
+    for scale in (1.0, 3.0, 5.0):
+        run(pipe, removal_guidance_scale=scale, callback_on_step_end=keep(scale), **step)
+    assert (seen[1.0] + seen[5.0] - 2 * seen[3.0]).abs().max() < 1e-3 * seen[5.0].abs().max()
+    assert (seen[1.0] - seen[5.0]).abs().max() > 1e-3
+
+
+def test_surroundings_are_the_sources_own_pixels(pipe: Any) -> None:
+    source = torch.from_numpy(np.array(picture())).permute(2, 0, 1) / 255
+    made = run(pipe, blend_radius=1.0)[0]
+    assert torch.allclose(made[:, 24:], source[:, 24:], atol=1e-6)
+    assert not torch.allclose(made[:, 8:16, 8:16], source[:, 8:16, 8:16], atol=0.01)
+
+
+def test_inversion_does_not_depend_on_the_noise_outside_the_hole(pipe: Any) -> None:
+    """Everything comes from the image: two seeds give the same."""
+    first, second = (run(pipe, sampler="inversion", generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(run(pipe), run(pipe, generator=torch.Generator().manual_seed(1)))
+
+
+def test_inverted_latents_sample_back_to_the_image(tiny_pipe: Any) -> None:
+    """DDIM is nearly reversible: with attention left alone and many steps, the hole comes back as it was."""
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"redirect": False, "blend_radius": 0.0, "mask_blur": 0, "strength": 0.4}
+    plain = pipe.vae.decode(pipe.encode_images(pipe.read_images(picture())) / pipe.vae.config.scaling_factor).sample
+    wanted = (plain / 2 + 0.5).clamp(0, 1)
+    errors = [
+        (run(pipe, sampler="inversion", num_inference_steps=steps, **options) - wanted).abs().mean()
+        for steps in (5, 40)
+    ]
+    assert errors[1] < errors[0] / 2
+
+
+def test_the_papers_schedule(pipe: Any) -> None:
+    """Steps of the released code at 50 steps and strength 0.8: 40 of them, 780, 760 and so on down to 0."""
+    seen: list[int] = []
+
+    def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(int(t))
+        return tensors
+
+    before = pipe.scheduler
+    preset = "official-sdxl" if "XL" in type(pipe).__name__ else "official-sd15"
+    pipe(picture(), square(), preset=preset, callback_on_step_end=keep)
+    assert seen == list(range(780, -1, -20))
+    assert pipe.scheduler is before
+    settings = PRESETS[preset]
+    assert (settings.removal_guidance_scale, settings.suppression_scale, settings.strength) == (9.0, 0.3, 0.8)
+    assert settings.suppression_share * len(seen) == 10
+
+
+def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pipe.localize(picture(), "cat", num_inference_steps=4, threshold=0.2, power=0)
+    assert found.masks.shape == found.scores.shape == (1, 1, 32, 32)
+    assert found.masks.any()
+    monkeypatch.setattr(pipe, "localize", lambda *_, **__: found)
+    settings = {"num_inference_steps": 4, "output_type": "pt"}
+    by_words = pipe(picture(), words="cat", generator=torch.Generator().manual_seed(0), **settings).images
+    assert torch.equal(by_words, run(pipe, mask=found.masks[0, 0], **settings))
+    monkeypatch.undo()
+    many = pipe.localize([picture(), picture(seed=1)], ["cat", "the dog"], others=["apple"], num_inference_steps=4)
+    assert many.masks.shape == (2, 3, 32, 32)
+    assert (many.masks.sum(1) <= 1).all()
+    with pytest.raises(MaskError, match="names nothing"):
+        pipe.localize(picture(), "the ")
+
+
+# What stays ---------------------------------------------------------------------------------------------------------
+
+
+def test_twice_the_same_and_the_stock_pipeline_as_before(stock: Any, pipe: Any, tensors_of: Any, draw: Any) -> None:
+    before, processors = draw(stock), dict(stock.unet.attn_processors)
+    tensors = tensors_of(stock)
+    assert torch.equal(run(pipe), run(pipe))
+    assert torch.equal(draw(stock), before)
+    assert stock.unet.attn_processors.keys() == processors.keys()
+    assert all(stock.unet.attn_processors[name] is processor for name, processor in processors.items())
+    assert all(torch.equal(value, tensors[key]) for key, value in tensors_of(stock).items())
+
+
+def test_a_killed_run_leaves_nothing_behind(stock: Any, pipe: Any, draw: Any) -> None:
+    before, own = draw(stock), pipe.scheduler
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for sampler in ("blended", "inversion"):
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, sampler=sampler, preset="official-sd15", callback_on_step_end=stop)
+    assert pipe.scheduler is own
+    assert torch.equal(draw(stock), before)
+
+
+def test_half_precision_is_left_as_it_is(tiny_pipe: Any) -> None:
+    half = copy.deepcopy(tiny_pipe).to(torch.bfloat16)
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(half)
+    assert half.unet.dtype == pipe.unet.dtype == torch.bfloat16
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(run(pipe)).all()
+
+
+def test_erasures_stay_in_force(tiny_pipe: Any) -> None:
+    import erasure
+
+    erasure.erase(tiny_pipe, "cat", "uce", progress=False)
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    with_it = run(pipe, prompt="a cat")
+    assert pipe.verify_erasures() > 0
+    pipe.unload_erasures()
+    assert not torch.equal(run(pipe, prompt="a cat"), with_it)
+
+
+# Masks --------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_grow_as_far_as_the_blur_says() -> None:
+    mask = torch.zeros(1, 200, 200, dtype=torch.bool)
+    mask[:, :, :100] = True
+    for kernel, pixels in ((1, 0), (7, 2), (13, 3), (77, 15)):
+        # An edge grows by 1.28 sigma: 1.8, 2.9 and 15.3 pixels.
+        assert int(grow(mask, kernel)[0, 100].sum()) - 100 == pytest.approx(pixels, abs=1)
+        assert (grow(mask, kernel) | ~mask).all()
+
+
+def test_latent_masks_cover_every_touched_pixel() -> None:
+    mask = torch.zeros(1, 16, 24, dtype=torch.bool)
+    mask[0, 7, 8] = True
+    aligned = latent_aligned(mask, 8)
+    assert aligned[0, :8, 8:16].all()
+    assert int(aligned.sum()) == 64
+
+
+def test_one_mask_serves_all_images_and_colours_do_not_matter() -> None:
+    masks = read_masks(square().convert("RGB"), (32, 32), 3)
+    assert masks.shape == (3, 32, 32)
+    assert int(masks[0].sum()) == 64
+
+
+def test_blending_keeps_the_mask_and_the_far_surroundings() -> None:
+    source, made = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, 20:40, 20:40] = True
+    mixed = blend(source, made, mask, 2.0)
+    assert (mixed[:, :, 20:40, 20:40] == 1).all()
+    assert (mixed[:, :, :10] == 0).all()
+    assert 0 < mixed[0, 0, 30, 41] < 1
