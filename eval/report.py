@@ -11,13 +11,13 @@ from typing import Any
 
 from erasure.eval.report_style import CSS
 from erasure.eval.results import Results, label, write_atomically
-from erasure.eval.table import SAMPLES, read_lines
+from erasure.eval.table import BEFORE_AFTER, SAMPLES, read_lines
 
 FILE = "report.html"
 LIMIT = 60
-"""Pairs of images shown per section."""
-Pair = tuple[Mapping[str, Any], Mapping[str, Any] | None]
-"""Rows of one sample before and after."""
+"""Samples shown per section."""
+Drawn = Mapping[str, Mapping[str, Any]]
+"""Rows of one sample by variant: `before` and `after`, or the ways to draw it."""
 
 EXPLAINED: dict[str, tuple[str, str]] = {
     "UA": ("Unlearning accuracy", "prompts with the target on which the judge no longer sees it"),
@@ -33,8 +33,19 @@ EXPLAINED: dict[str, tuple[str, str]] = {
     "object_accuracy": ("Object accuracy", "the judge sees the object of the prompt"),
     "style_accuracy": ("Style accuracy", "the judge sees the style of the prompt"),
     "shape_accuracy": ("Shape accuracy", "the object, judged without colour"),
+    "object_gone": ("Object gone", "the judge does not see what was removed"),
+    "psnr_fill": ("PSNR in its place", "dB against the scene without the object"),
+    "psnr_outside": ("PSNR elsewhere", "dB, all other pixels"),
+    "psnr_background": ("PSNR of the background", "dB, well away from the object"),
+    "fill_similarity": ("Likeness to the truth", "CLIP cosine with the scene without the object"),
+    "seed_consensus": ("Consensus of seeds", "CLIP cosine between results of one scene"),
+    "both_found": ("Both found", "the judge sees both things of the prompt"),
+    "objects_found": ("Objects found", "share of the things that it sees"),
+    "clip_full": ("CLIP, full prompt", "cosine of image and prompt"),
+    "clip_minimum_object": ("CLIP, lesser object", "cosine with the thing that is less there"),
 }
-RATES = {"UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy", "style_accuracy", "shape_accuracy"}
+RATES = {"UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy", "style_accuracy", "shape_accuracy",
+         "object_gone", "both_found", "objects_found"}  # fmt: skip
 
 
 def write_report(folder: str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
@@ -54,34 +65,44 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
     folder = Path(folder)
     results = Results.load(folder)
     samples = folder / f"{SAMPLES}.jsonl"
-    pairs = pair_rows(read_lines(samples) if samples.is_file() else [])
+    drawn = rows_of_samples(read_lines(samples) if samples.is_file() else [])
     path = Path(path) if path is not None else folder / FILE
-    write_atomically(path, render(results, pairs, folder / "images", title).encode())
+    write_atomically(path, render(results, drawn, folder / "images", title).encode())
     return path
 
 
-def pair_rows(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
-    """Rows before with theirs after, in the order of the file."""
-    after = {row["sample_id"]: row for row in rows if row["variant"] == "after"}
-    return [(row, after.get(row["sample_id"])) for row in rows if row["variant"] == "before"]
+def rows_of_samples(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
+    """The rows of every sample by variant, in the order of the file."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["sample_id"], {})[row["variant"]] = row
+    return list(found.values())
 
 
-def render(results: Results, pairs: Sequence[Pair], images: Path, title: str | None = None) -> str:
+def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None) -> str:
     """The whole page as a string."""
     concept = next((row["concept"] for row in results.metrics if row["concept"]), None)
-    if title is None:
-        title = f"{concept}, erased with {label(results)}" if results.erasures else "The stock model"
-    target = [pair for pair in pairs if pair[0]["role"] == "target"]
-    kept = [pair for pair in pairs if pair[0]["role"] != "target"]
-    lost = [pair for pair in kept if right(pair[0]) and pair[1] is not None and right(pair[1]) is False]
+    comparing = any({"before", "after"}.isdisjoint(sides) for sides in drawn)
+    if comparing:
+        title = title or f"Suite {results.suite}"
+        galleries = [gallery("Images", "One sample in every way, from the same noise.", drawn, images)]
+    else:
+        title = title or (f"{concept}, erased with {label(results)}" if results.erasures else "The stock model")
+        whole = [sides for sides in drawn if "before" in sides]
+        target = [sides for sides in whole if sides["before"]["role"] == "target"]
+        kept = [sides for sides in whole if sides["before"]["role"] != "target"]
+        lost = [s for s in kept if right(s["before"]) and "after" in s and right(s["after"]) is False]
+        galleries = [
+            gallery("Target prompts", "What must be gone. Same noise above and below.", target, images),
+            gallery("Retained prompts", "What must survive. Same noise above and below.", kept, images),
+            gallery(
+                "Lost", "Retained prompts that the judge recognised before, and no longer.", lost, images, folded=True
+            ),
+        ]
     body = [
         header(results, title),
         headline(results.metrics),
-        gallery("Target prompts", "What must be gone. Same noise above and below.", target, images),
-        gallery("Retained prompts", "What must survive. Same noise above and below.", kept, images),
-        gallery(
-            "Lost", "Retained prompts that the judge recognised before, and no longer.", lost, images, folded=True
-        ),
+        *galleries,
         costs(results),
         recipes(results),
     ]
@@ -99,7 +120,7 @@ def header(results: Results, title: str) -> str:
     chips = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
     chips += [f"{e['name']} ({e['strategy']}, strength {e.get('strength', 1):g})" for e in results.erasures]
     note = ""
-    if results.suite.startswith("canvas"):
+    if results.suite.startswith("canvas") or "canvas" in str(results.model.get("name")):
         text = "Measured on Canvas, the small embedded world: numbers rank methods there, not on Stable Diffusion."
         note = f'<p class="note">{text}</p>'
     spans = "".join(f'<span class="chip">{escape(chip)}</span>' for chip in chips)
@@ -107,7 +128,10 @@ def header(results: Results, title: str) -> str:
 
 
 def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Table of every metric before and after, with intervals as bars."""
+    """Table of every metric in every variant, with intervals as bars."""
+    variants = list(dict.fromkeys(metric.get("variant", "after") for metric in metrics))
+    if set(variants) <= set(BEFORE_AFTER):
+        variants = list(BEFORE_AFTER)
     rows: dict[tuple[str, str | None], dict[str, Mapping[str, Any]]] = {}
     for metric in metrics:
         rows.setdefault((metric["name"], metric["concept"]), {})[metric.get("variant", "after")] = metric
@@ -116,14 +140,16 @@ def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
     for (name, concept), sides in rows.items():
         title, text = EXPLAINED.get(name, (name, next(iter(sides.values()))["recipe"].get("metric", "")))
         tag = f' <span class="chip">{escape(str(concept))}</span>' if several else ""
-        before, after = sides.get("before"), sides.get("after")
-        shown = {side: m for side, m in (("before", before), ("after", after)) if m is not None}
+        cells = "".join(f"<td>{value_cell(sides.get(variant), name)}</td>" for variant in variants)
+        shown = {side: sides[side] for side in variants if side in sides}
+        tests = "".join(f"<div>{tested}</div>" for side in variants[1:] if (tested := test_cell(sides.get(side))))
         lines.append(
-            f'<tr><th scope="row">{escape(title)}{tag}<small>{escape(name)}: {escape(text)}</small></th>'
-            f"<td>{value_cell(before, name)}</td><td>{value_cell(after, name)}</td>"
-            f"<td>{bars(shown) if name in RATES else ''}</td><td>{test_cell(after)}</td></tr>"
+            f'<tr><th scope="row">{escape(title)}{tag}<small>{escape(name)}: {escape(text)}</small></th>{cells}'
+            f"<td>{bars(shown) if name in RATES else ''}</td><td>{tests}</td></tr>"
         )
-    head = "<tr><th>Metric</th><th>Before</th><th>After</th><th>0 to 100 %</th><th>Before → after</th></tr>"
+    named = "".join(f"<th>{escape(variant.replace('_', ' ').capitalize())}</th>" for variant in variants)
+    against = "Before → after" if variants == list(BEFORE_AFTER) else f"Against {escape(variants[0])}"
+    head = f"<tr><th>Metric</th>{named}<th>0 to 100 %</th><th>{against}</th></tr>"
     table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<section><h2>Result</h2><div class="scroll">{table}</div></section>'
 
@@ -156,11 +182,12 @@ def bars(sides: Mapping[str, Mapping[str, Any]]) -> str:
         left, end = (width * (metric["value"] if metric[k] is None else metric[k]) for k in ("low", "high"))
         parts.append(
             f'<rect class="track" x="0" y="{y - 5}" width="{width}" height="10" rx="2"/>'
-            f'<rect class="{side}" x="0" y="{y - 5}" width="{width * metric["value"]:.1f}" height="10" rx="2"/>'
+            f'<rect class="{shade(side, index)}" x="0" y="{y - 5}" width="{width * metric["value"]:.1f}" '
+            'height="10" rx="2"/>'
             f'<path class="reach" d="M{left:.1f} {y}H{end:.1f}M{left:.1f} {y - 3}v6M{end:.1f} {y - 3}v6"/>'
         )
     box = f'viewBox="-2 0 {width + 4} {16 * len(sides)}" width="{width + 4}" height="{16 * len(sides)}"'
-    return f'<svg {box} role="img" aria-label="before and after">{"".join(parts)}</svg>'
+    return f'<svg {box} role="img" aria-label="{escape(", ".join(sides))}">{"".join(parts)}</svg>'
 
 
 def test_cell(metric: Mapping[str, Any] | None) -> str:
@@ -181,37 +208,40 @@ def test_cell(metric: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def gallery(title: str, text: str, pairs: Sequence[Pair], images: Path, folded: bool = False) -> str:
-    """A grid of pairs, before above after."""
-    figures = [figure for pair in pairs[:LIMIT] if (figure := paired_figure(pair, images))]
+def shade(variant: str, index: int) -> str:
+    """The class of a bar or an image: what the others are compared with is drawn as what was before."""
+    return variant if variant in BEFORE_AFTER else BEFORE_AFTER[min(index, 1)]
+
+
+def gallery(title: str, text: str, drawn: Sequence[Drawn], images: Path, folded: bool = False) -> str:
+    """A grid of samples, one variant above the other."""
+    figures = [figure for sides in drawn[:LIMIT] if (figure := sample_figure(sides, images))]
     if not figures:
         return ""
-    more = f" {LIMIT} of {len(pairs)} shown." if len(pairs) > LIMIT else ""
+    more = f" {LIMIT} of {len(drawn)} shown." if len(drawn) > LIMIT else ""
     grid = f'<p class="note">{escape(text)}{more}</p><div class="grid">{"".join(figures)}</div>'
     if folded:
-        summary = f"<summary><h2>{escape(title)} ({len(pairs)})</h2></summary>"
+        summary = f"<summary><h2>{escape(title)} ({len(drawn)})</h2></summary>"
         return f"<section><details>{summary}{grid}</details></section>"
     return f"<section><h2>{escape(title)}</h2>{grid}</section>"
 
 
-def paired_figure(pair: Pair, images: Path) -> str:
+def sample_figure(sides: Drawn, images: Path) -> str:
     """One sample: images, what the judge saw, the prompt."""
-    before, after = pair
-    shown = [
-        picture(row, images, side) for side, row in (("before", before), ("after", after)) if row is not None
-    ]  # fmt: skip
+    shown = [picture(row, images, side, shade(side, index)) for index, (side, row) in enumerate(sides.items())]
     if not all(shown):
         return ""
+    first = next(iter(sides.values()))
     content = "".join(shown)
-    if before.get("unsafe"):
+    if first.get("unsafe"):
         hint = '<span class="hint">hover or tap</span>'
         content = f'<label class="veil"><input type="checkbox" aria-label="show">{content}{hint}</label>'
     else:
         content = f"<div>{content}</div>"
-    return f"<figure>{content}<figcaption>{escape(before['prompt'])}</figcaption></figure>"
+    return f"<figure>{content}<figcaption>{escape(first['prompt'])}</figcaption></figure>"
 
 
-def picture(row: Mapping[str, Any], images: Path, side: str) -> str:
+def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> str:
     """One image as a data URI, with the judge's answer."""
     path = images / side / f"{row['sample_id']}.png"
     if not path.is_file():
@@ -219,10 +249,12 @@ def picture(row: Mapping[str, Any], images: Path, side: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     judged = row.get("judged")
     answer = "not judged" if judged is None else f"{judged['object']}, {judged['style']}"
+    if judged is not None and style != side:
+        answer = ", ".join(judged["objects"]) or "no object"
     state = {True: "good", False: "bad", None: "unknown"}[right(row)]
     return (
-        f'<div class="{side} {state}"><img src="data:image/png;base64,{data}" alt="{escape(side)}: {escape(answer)}">'
-        f"<small>{side}: {escape(answer)}</small></div>"
+        f'<div class="{style} {state}"><img src="data:image/png;base64,{data}" alt="{escape(side)}: {escape(answer)}">'
+        f"<small>{escape(side.replace('_', ' '))}: {escape(answer)}</small></div>"
     )
 
 
@@ -231,6 +263,10 @@ def right(row: Mapping[str, Any]) -> bool | None:
     judged = row.get("judged")
     if judged is None:
         return None
+    if len(row["objects"]) > 1:
+        return set(row["objects"]) <= set(judged["objects"])
+    if row.get("scene") and row.get("erased"):
+        return not set(row["erased"]) & set(judged["objects"])
     if row.get("erased"):
         return not {judged["object"], judged["style"]} & set(row["erased"])
     wanted = [judged["object"] == name for name in row["objects"][:1]]

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.concept import Concept
 
 PROMPT = "a photo of a dog"
+PARTS = ("itd", "attention")
+"""Benchmarks of their own, each in `bench_NAME.py`."""
 STAGES = ("stock", "attached", "fused")
 
 
@@ -32,7 +35,8 @@ STAGES = ("stock", "attached", "fused")
 class BenchOptions(ErasedModelOptions):
     """Measure the overhead of an erasure: images attached and fused, memory, attaching, making.
 
-    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training.
+    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training; and
+    `erasure bench attention` redirected attention, shared trunks and early exits.
     """
 
     model: str = "canvas-sd"
@@ -49,10 +53,8 @@ class BenchOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    if argv and argv[0] == "itd":
-        from erasure.cli import bench_itd
-
-        bench_itd.run(argv[1:], terminal)
+    if argv and argv[0] in PARTS:
+        import_module(f"erasure.cli.bench_{argv[0]}").run(argv[1:], terminal)
         return
     options = parse(BenchOptions, "bench", argv)
     terminal.json_only = options.json
