@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, table, gates, controls.
+evaluate, table, gates, controls, localiser.
 """
 
 from __future__ import annotations
@@ -119,9 +119,20 @@ def controls(size: Literal["smoke", "quick", "full"] = "smoke") -> None:
     print(markdown(measure(size)))
 
 
+def localiser(scenes: int = 200) -> None:
+    """Print how well things are found by words.
+
+    Args:
+        scenes: How many, of one and of two objects.
+    """
+    from erasure.assets.build.localiser import markdown, measure
+
+    print(markdown(measure(scenes)))
+
+
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, gates, controls)
+    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, gates, controls, localiser)
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

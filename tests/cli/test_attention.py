@@ -1,0 +1,105 @@
+"""`erasure remove`, `erasure generate --compose` and `erasure bench attention`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure.cli.main import main
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> tuple[Path, Path]:
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[8:16, 8:16] = 255
+    image, hole = tmp_path / "scene.png", tmp_path / "mask.png"
+    Image.fromarray(noise).save(image)
+    Image.fromarray(mask).save(hole)
+    return image, hole
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    # A progress bar may stand above the error.
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_remove_by_mask(tiny_pipe_folder: Path, scene: Any, tmp_path: Path, capsys: Any) -> None:
+    image, mask = scene
+    command = ["remove", "--model", str(tiny_pipe_folder), "--image", str(image), "--mask", str(mask), "--steps", "3"]
+    out = tmp_path / "clean.png"
+    assert main([*command, "--out", str(out), "--count", "2", "--json", "--mask-out", str(tmp_path / "used.png")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    files = [tmp_path / "clean-0.png", tmp_path / "clean-1.png"]
+    assert [row["file"] for row in said["images"]] == [str(file) for file in files]
+    made, source = (np.asarray(Image.open(file)) for file in (files[0], image))
+    assert made.shape == source.shape
+    assert np.array_equal(made[24:], source[24:])
+    assert not np.array_equal(made[8:16, 8:16], source[8:16, 8:16])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "used.png")), np.asarray(Image.open(mask)))
+    again = refused(capsys, *command, "--out", files[0])
+    assert "--overwrite" in again
+
+
+def test_remove_says_what_is_wrong(tiny_pipe_folder: Path, scene: Any, tmp_path: Path, capsys: Any) -> None:
+    image, mask = scene
+    out = tmp_path / "clean.png"
+    start = ["remove", "--model", tiny_pipe_folder, "--image", image]
+    assert "--mask" in refused(capsys, *start, "--out", out)
+    assert "not both" in refused(capsys, *start, "--out", out, "--mask", mask, "--words", "cat")
+    assert "clean.png" in refused(capsys, *start, "--mask", mask, "--out", tmp_path / "clean")
+    assert "no folder" in refused(capsys, *start, "--mask", mask, "--out", tmp_path / "none" / "clean.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    assert "cannot read" in refused(capsys, *start[:-1], broken, "--mask", mask, "--out", out)
+    assert "preset" in refused(capsys, *start, "--mask", mask, "--out", out, "--preset", "none")
+    full = tmp_path / "full.png"
+    Image.new("L", (32, 32), 255).save(full)
+    assert "whole image" in refused(capsys, *start, "--mask", full, "--out", out)
+    assert not out.exists()
+
+
+def test_remove_by_words_on_the_embedded_model(tmp_path: Path) -> None:
+    from erasure.assets.scenes import Scene, render
+    from erasure.eval.detectors import CanvasJudge
+
+    image, out, used = (tmp_path / name for name in ("scene.png", "clean.png", "used.png"))
+    drawn = render(Scene(("apple",), "noto", "blue"))
+    Image.fromarray(drawn.image).save(image)
+    command = ["remove", "--model", "canvas-sd", "--image", image, "--words", "apple", "--out", out]
+    assert main([*map(str, command), "--mask-out", str(used)]) == 0
+    found = np.asarray(Image.open(used)) > 127
+    assert (found & drawn.masks[0]).sum() / (found | drawn.masks[0]).sum() > 0.6
+    before, after = CanvasJudge()([Image.open(image), Image.open(out)])
+    assert before.objects == ("apple",)
+    assert "apple" not in after.objects
+
+
+def test_generate_composes(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    start = ["generate", "--model", str(tiny_pipe_folder), "--prompt", "a cat and a dog", "--steps", "3"]
+    assert main([*start, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*start, "--out", str(tmp_path / "composed"), "--compose", "cat", "dog"]) == 0
+    plain, composed = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("plain", "composed"))
+    assert plain != composed
+    capsys.readouterr()
+    assert "house" in refused(capsys, *start, "--out", tmp_path / "not", "--compose", "cat", "house")
+
+
+def test_bench_attention(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from erasure.cli import bench_attention
+
+    # Small, and FLOPs at the timing width: full ones take minutes.
+    monkeypatch.setitem(bench_attention.LAYOUTS, "sd15", (32, 64, 64, 64))
+    monkeypatch.setitem(bench_attention.LAYOUTS, "quarter", (32, 64, 64, 64))
+    assert main(["bench", "attention", "--tokens", "256", "--side", "32", "--repeats", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer"]["largest_difference"] < 1e-4
+    assert 0 < found["shared_trunk"]["flops"] < 1
+    assert 0 < found["early_exit"]["flops"] < 1
+    assert found["layer"]["memory_ratio"] > 1
