@@ -184,3 +184,29 @@ def make_sae() -> Callable[..., Any]:
         return sae.requires_grad_(False)
 
     return make
+
+
+def add_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
+    """Load an IP-Adapter with random weights through diffusers' loader; gives the attention processors."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    sites = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+    adapter = {}
+    for index, name in enumerate(sites):
+        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        width, dim = attention.to_k.out_features, attention.to_k.in_features
+        for part in ("to_k_ip", "to_v_ip"):
+            adapter[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, dim, generator=generator) * 0.1
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+    }  # fmt: skip
+    pipe.unet._load_ip_adapter_weights([{"ip_adapter": adapter, "image_proj": projection}])
+    return dict(pipe.unet.attn_processors)
+
+
+@pytest.fixture(scope="session")
+def load_tiny_ip_adapter() -> Callable[[Any], dict[str, Any]]:
+    """Loads an IP-Adapter with random weights into a tiny pipeline."""
+    return add_tiny_ip_adapter

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"erasure": "erasure", "pipelines": "erasure/pipelines", "eval": "erasure/eval", "assets": "erasure/assets"}
 """Where each folder of the tree is in the wheel."""
-LEFT_OUT = {"erasure/assets/demo.png"}
+LEFT_OUT = {"erasure/assets/demo.png", "erasure/assets/removal.png"}
 """Only for the README."""
 
 

@@ -95,7 +95,7 @@ class ItD(Strategy):
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: float = -7.5
+    tau: float = -10.0
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
     (released code: -8, for all)."""
     shared: float = 0.5

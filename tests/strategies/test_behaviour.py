@@ -666,8 +666,9 @@ class TestEveryStrategy:
         assert torch.equal(draw(tiny_pipe), stock)
 
     def test_an_ip_adapter_is_left_alone(
-        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any
-    ) -> None:
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any,
+        load_tiny_ip_adapter: Any,
+    ) -> None:  # fmt: skip
         before = load_tiny_ip_adapter(tiny_pipe)
         embeds = torch.zeros(2, 1, 1, 16)
         options = {"ip_adapter_image_embeds": [embeds[:, 0]], "output_type": "np"}
@@ -791,21 +792,3 @@ def lora_pair(key: str, layer: torch.nn.Linear, generator: torch.Generator) -> d
     down = torch.randn(2, layer.in_features, generator=generator) * 0.2
     up = torch.randn(layer.out_features, 2, generator=generator) * 0.2
     return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-
-
-def load_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
-    """Load an IP-Adapter with random weights through diffusers' loader; gives the attention processors."""
-    generator = torch.Generator().manual_seed(5)
-    sites = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
-    adapter = {}
-    for index, name in enumerate(sites):
-        attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
-        width, dim = attention.to_k.out_features, attention.to_k.in_features
-        for part in ("to_k_ip", "to_v_ip"):
-            adapter[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, dim, generator=generator) * 0.1
-    projection = {
-        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
-    }  # fmt: skip
-    pipe.unet._load_ip_adapter_weights([{"ip_adapter": adapter, "image_proj": projection}])
-    return dict(pipe.unet.attn_processors)
