@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
+from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SamePrecisionMixin
 
 SIDE = 8
@@ -98,7 +99,7 @@ class LocalizationMixin(SamePrecisionMixin):
             raw.append(maps[0])
             refined.append(maps[1])
         size = (source.shape[2], source.shape[3])
-        things = normalised(1 - torch.stack(refined, 1)[:, :, 1].mean(1, keepdim=True))
+        things = ranged(1 - torch.stack(refined, 1)[:, :, 1].mean(1, keepdim=True))
         chosen = told_apart(torch.stack(raw, 1)[:, :, 0], things, settings)
         large, own = (F.interpolate(part, size, mode="bilinear", align_corners=False) for part in (things, chosen))
         masks = (large > settings.threshold) & (own > 0)
@@ -217,12 +218,6 @@ def localization_sites(denoiser: Any, latent_size: tuple[int, int]) -> tuple[lis
         )
     finest = min(site.downsampling for site in own)
     return cross, [site for site in own if site.downsampling == finest]
-
-
-def normalised(maps: Tensor) -> Tensor:
-    """Each map `(..., rows, columns)` brought to 0-1."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(1e-8)
 
 
 def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:

@@ -159,7 +159,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         if mask_image is None:
             if words is None:
                 raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-            found = self.localize(source, words, others=others, generator=_first(generator))
+            found = self.localize(source, words, others=others)
             names = 1 if isinstance(words, str) else len(words)
             masks = found.masks[:, :names].any(1)
         else:
@@ -328,10 +328,6 @@ def _settings(preset: str, options: dict[str, Any]) -> tuple[RemovalSettings, di
     changed = {name: value for name, value in options.items() if name in known}
     rest = {name: value for name, value in options.items() if name not in known}
     return dataclasses.replace(PRESETS[preset], **changed), rest
-
-
-def _first(generator: Any) -> Any:
-    return generator[0] if isinstance(generator, list) else generator
 
 
 class StableDiffusionObjectRemovalPipeline(ObjectRemovalMixin, ErasureMixin, StableDiffusionInpaintPipeline):
