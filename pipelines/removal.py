@@ -177,10 +177,12 @@ class ObjectRemovalMixin(LocalizationMixin):
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
         factor = pipe.vae_scale_factor
+        keep = latent_aligned(masks, factor)[:, None]
+        tensors = list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
         call = {
             "prompt": [prompt] * len(source), "height": size[0], "width": size[1], "guidance_scale": guidance_scale,
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
-            **self._conditioning(source, masks), **rest,
+            **self._conditioning(source, keep), **rest,
         }  # fmt: skip
         with self._scheduler(settings):
             record: list[Tensor] = []
@@ -188,13 +190,11 @@ class ObjectRemovalMixin(LocalizationMixin):
                 record = self._invert(call, settings)
                 call["latents"] = record[0]
             control, guidance = self._redirected(masks, size, settings)
-            keep = latent_aligned(masks, factor)[:, None]
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
             with control, guidance:
                 result = super().__call__(  # type: ignore[misc]
                     **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
-                    callback_on_step_end=follow,
-                    callback_on_step_end_tensor_inputs=follow.inputs(rest),
+                    callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
                 )  # fmt: skip
         pixels = result.images if hasattr(result, "images") else result[0]
         radius = BLENDED * min(size) if settings.blend_radius is None else settings.blend_radius
@@ -206,13 +206,13 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     # Before --------------------------------------------------------------------------------------------------------
 
-    def _conditioning(self, source: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """The image as latents, and what an inpainting UNet with nine channels is given besides."""
+    def _conditioning(self, source: Tensor, covered: Tensor) -> dict[str, Tensor]:
+        """The image as latents, and what an inpainting UNet with nine channels is given besides: a grey hole."""
         pipe: Any = self
         latents = self.encode_images(source)
         if pipe.unet.config.in_channels == pipe.vae.config.latent_channels:
             return {"image": latents, "masked_image_latents": torch.zeros_like(latents)}
-        return {"image": latents, "masked_image_latents": self.encode_images(source * ~masks[:, None])}
+        return {"image": latents, "masked_image_latents": self.encode_images(torch.where(covered, 0.5, source))}
 
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:
@@ -308,10 +308,6 @@ class _Follow:
         self, control: AttentionController, record: Sequence[Tensor], keep: Tensor, then: Callable[..., Any] | None
     ) -> None:
         self.control, self.record, self.keep, self.then = control, record, keep, then
-
-    def inputs(self, rest: dict[str, Any]) -> list[str]:
-        """What the loop must hand over; the caller's own wishes are taken out of `rest`."""
-        return list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
 
     def __call__(self, pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.control.at((index + 1) / pipe.num_timesteps)

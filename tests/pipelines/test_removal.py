@@ -200,6 +200,40 @@ def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -
         pipe.localize(picture(), "the ")
 
 
+def test_an_inpainting_unet_is_given_what_the_stock_pipeline_gives_it(tiny_pipe: Any) -> None:
+    """Nine channels: without redirection, and with the VAE's mode for its draw, it is the stock pipeline."""
+    from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tiny_pipe.unet = UNet2DConditionModel.from_config(tiny_pipe.unet.config, in_channels=9).eval()
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    stock = StableDiffusionInpaintPipeline.from_pipe(tiny_pipe)
+    for each in (pipe, stock):
+        each.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 5, "strength": 1.0, "output_type": "pt"}
+    made = run(pipe, redirect=False, blend_radius=0.0, mask_blur=0, **settings)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    masked = np.array(picture()).astype(np.float32) / 255
+    masked[8:16, 8:16] = 0.5
+    latents = pipe.encode_images(torch.from_numpy(masked).permute(2, 0, 1)[None])
+    wanted = stock(
+        "", picture(), square(), masked_image_latents=latents, latents=noise, guidance_scale=1.0, **settings
+    ).images  # fmt: skip
+    assert (made - wanted).abs().max() < 1e-5
+    assert (run(pipe, blend_radius=0.0, **settings) - made).abs().max() > 1e-3
+
+
+def test_the_callers_callback_gets_what_it_asks_for(pipe: Any) -> None:
+    seen = []
+
+    def watch(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(sorted(tensors))
+        return tensors
+
+    run(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert seen == [["latents", "prompt_embeds"]] * 4
+
+
 # What stays ---------------------------------------------------------------------------------------------------------
 
 
