@@ -154,3 +154,23 @@ def test_half_a_saved_pipeline_is_not_taken_for_the_base(
     assert pipe.verify_erasures() > 0
     with pytest.raises(ArtifactError):
         erasure.load_pipeline(tmp_path / "model")
+
+
+def test_the_commands_for_attention_take_sdxl(tiny_xl_original: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from erasure.cli.main import main
+
+    model, image, mask, out = (str(tmp_path / name) for name in ("xl", "image.png", "mask.png", "clean.png"))
+    tiny_xl_original.save_pretrained(model)
+    Image.effect_noise((32, 40), 60).save(image)
+    hole = Image.new("L", (32, 40))
+    hole.paste(255, (8, 8, 20, 20))
+    hole.save(mask)
+    start = ["remove", "--model", model, "--image", image, "--mask", mask, "--steps", "4", "--preset", "official-sdxl"]
+    assert main([*start, "--out", out]) == 0
+    assert Image.open(out).size == (32, 40)
+    draw = ["generate", "--model", model, "--prompt", "a cat and a dog", "--compose", "cat", "dog", "--steps", "2"]
+    assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
+    with pytest.raises(UnsupportedModelError, match="text-to-image"):
+        erasure.load_pipeline(model)
