@@ -62,9 +62,7 @@ def test_unsupported_classes_are_named(tiny_pipe_folder: Path, tmp_path: Path) -
     folder = shutil.copytree(tiny_pipe_folder, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(
-        UnsupportedModelError, match=r"no drop-in for FluxPipeline; supported: StableDiffusionPipeline"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"FluxPipeline that does text-to-image; supported: StableDiff"):
         erasure.load_pipeline(folder)
 
 
