@@ -80,7 +80,7 @@ class RemovalSuite:
                 )  # fmt: skip
         recipe = {
             "suite": "removal", "size": size, "seed": seed, "masks": "true masks of the objects",
-            "num_inference_steps": world.num_inference_steps, "settings": "the defaults, blended at the edge",
+            "num_inference_steps": world.num_inference_steps, "methods": METHODS,
             "resolution": f"{world.side}x{world.side}",
         }  # fmt: skip
         return Plan("removal", size, seed, (), tuple(samples), recipe)
