@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure import modules
-from erasure.backbones import AttentionSite
+from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.kernels import attend, attend_weighted, attend_without, attention_mass
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
@@ -183,7 +183,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
 
     def collect(self, forward: Callable[[], Any]) -> None:
         """Run the denoiser only as far as the last layer that is captured, uncompiled."""
-        ends = list(self._captures.values())[-1][1]
+        names = [site.name for site in attention_sites(self.denoiser)]
+        ends = self._captures[max(self._captures, key=names.index)][1]
         ends.stops = True
         try:
             with torch.compiler.set_stance("force_eager"):

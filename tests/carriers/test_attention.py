@@ -268,7 +268,8 @@ def test_collecting_stops_at_the_last_captured_layer_with_the_same_gradient() ->
 
     def gradient(early: bool) -> Tensor:
         control = AttentionController(unet, Layout((H, W)))
-        control.capture(weights, sites)
+        # The last layer is the last that runs, in whatever order they were named.
+        control.capture(weights, sites[::-1])
         latents = random(1, 4, H, W).requires_grad_(True)
         forward = lambda: unet(latents, torch.tensor(500), encoder_hidden_states=text)  # noqa: E731
         with control:
