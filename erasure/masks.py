@@ -44,7 +44,8 @@ def _read(mask: Any, size: tuple[int, int]) -> Tensor:
     if isinstance(mask, Image.Image):
         values = torch.from_numpy(np.array(mask.convert("L"))).float() / 255
     else:
-        values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).detach().float().cpu()
+        values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        values = values.detach().float().cpu()
         values = values.squeeze(0) if values.ndim == 3 and values.shape[0] == 1 else values
         values = values.mean(-1) if values.ndim == 3 and values.shape[-1] == 3 else values
         if values.ndim != 2 or not torch.isfinite(values).all():
