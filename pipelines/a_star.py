@@ -225,7 +225,7 @@ class Guide:
         self.excites = settings.loss == "attend_and_excite"
         tokens = torch.eye(words.inside.shape[1])[None].expand(len(words.inside), -1, -1)
         self.control.capture(tokens if self.excites else words.weights, sites)
-        self.layout, self.kept = None, None
+        self.layout: Tensor | None = None
         if kept is not None:
             self.layout = F.interpolate(kept[None].float(), sites[0].grid(*latent_size), mode="area")
             self.layout = self.layout.expand(len(words.weights), -1, -1, -1)
@@ -244,7 +244,6 @@ class Guide:
         goal = self._goal() if self.excites else None
         if goal is not None:
             latents = self._refine(latents, forward, size, goal)
-        loss, maps = None, None
         with torch.enable_grad(), self.control:
             z = latents.detach().requires_grad_(True)
             maps = self._maps(z, forward)

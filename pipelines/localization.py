@@ -81,7 +81,7 @@ class LocalizationMixin(SamePrecisionMixin):
             **options: See `LocalizationSettings`.
 
         Raises:
-            MaskError: A name is empty or has no token of its own.
+            MaskError: A name is empty, or the images do not fit; see `read_images`.
         """
         settings = LocalizationSettings(**options)
         names = [words] if isinstance(words, str) else list(words)

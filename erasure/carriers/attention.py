@@ -224,13 +224,13 @@ class _Edit:
         usable = covered.any(1) & ~covered.all(1)
         self.covered = covered & usable[:, None]
         self.groups = _groups(self.covered)
-        self.on = bool(usable.any())
+        self.needed = bool(usable.any())
         self.scale = torch.ones(self.covered.shape, device=covered.device)
         self.at(0.0)
 
     def at(self, share: float) -> None:
         """See `AttentionController.at`."""
-        self.on = share < self.until and bool(self.covered.any())
+        self.on = self.needed and share < self.until
         factor = self.query_scale if share < self.scale_until else 1.0
         # In place: a compiled graph sees new values in the same buffer.
         self.scale.copy_(torch.where(self.covered, factor, 1.0))

@@ -51,13 +51,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         layer = time_layer(options.tokens, options.device, options.repeats)
         progress.advance()
         progress.stage("shared trunk")
-        trunk = {"flops": trunk_flops(options.side), "time": time_trunk(options.side, options.device, options.repeats)}
+        trunk = both_ratios(removal_step, options)
         progress.advance()
         progress.stage("early exit")
-        passes = {
-            "flops": exit_flops(options.side),
-            "time": time_exit(options.side, options.device, options.repeats),
-        }
+        passes = both_ratios(guidance_pass, options)
         progress.advance()
     if options.json:
         terminal.result({"device": options.device, "layer": layer, "shared_trunk": trunk, "early_exit": passes})
@@ -71,6 +68,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         ["the same, time (quarter of its width)", "whole UNet", f"{passes['time']:.3f}x"],
     ]
     terminal.table(["", "against", "ratio"], rows)
+
+
+def both_ratios(make: Callable[..., Callable[[], Any]], options: BenchAttentionOptions) -> dict[str, float]:
+    """FLOPs and time of a step in its cheap form over those in its plain one."""
+    return {
+        "flops": flops_ratio(make, options.side),
+        "time": time_ratio(make, options.side, options.device, options.repeats),
+    }
 
 
 def in_turn(actions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
@@ -189,8 +194,8 @@ def make_unet(layout: str, device: str) -> Any:
     return unet.eval().requires_grad_(False)
 
 
-def removal_step(unet: Any, side: int, *, shared: bool) -> Callable[[], Any]:
-    """One step of object removal with both branches."""
+def removal_step(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
+    """One step of object removal with both branches, whole or with a shared trunk."""
     import torch
 
     from erasure.backbones import attention_sites
@@ -207,31 +212,14 @@ def removal_step(unet: Any, side: int, *, shared: bool) -> Callable[[], Any]:
     latents, text = torch.randn(1, 4, side, side, device=device), torch.randn(1, 77, 768, device=device)
 
     def step() -> Any:
-        with torch.no_grad(), control, BranchGuidance(unet, 9.0, shared_trunk=shared):
+        with torch.no_grad(), control, BranchGuidance(unet, 9.0, shared_trunk=cheap):
             return unet(latents, torch.tensor(500, device=device), encoder_hidden_states=text).sample
 
     return step
 
 
-def trunk_flops(side: int) -> float:
-    """FLOPs of a removal step with a shared trunk over those of two whole branches, at full width.
-
-    The keys that redirected layers leave out, which make both cheaper, are not subtracted.
-    """
-    unet = make_unet("sd15", "meta")
-    return count(removal_step(unet, side, shared=True)) / count(removal_step(unet, side, shared=False))
-
-
-def time_trunk(side: int, device: str, repeats: int) -> float:
-    """The same in time, at a quarter of the width."""
-    unet = make_unet("quarter", device)
-    actions = {name: removal_step(unet, side, shared=name == "shared") for name in ("shared", "whole")}
-    seconds = in_turn(actions, repeats, device)
-    return seconds["shared"] / seconds["whole"]
-
-
-def guidance_pass(unet: Any, side: int, *, early: bool) -> Callable[[], Any]:
-    """One forward and backward pass of A-STAR's segregation loss."""
+def guidance_pass(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
+    """One forward and backward pass of A-STAR's segregation loss, through the whole UNet or as far as it reads."""
     import torch
 
     from erasure.carriers.attention import AttentionController, Layout
@@ -252,14 +240,13 @@ def guidance_pass(unet: Any, side: int, *, early: bool) -> Callable[[], Any]:
             return unet(latents, torch.tensor(500, device=device), encoder_hidden_states=text).sample
 
         with torch.enable_grad(), control:
-            if early:
+            made = 0.0
+            if cheap:
                 control.collect(forward)
-                loss = segregation(ranged(torch.stack(list(control.maps.values())).mean(0)), present).sum()
             else:
                 # Without an exit, the prediction is part of the graph; its share of the loss is nothing.
-                made = forward()
-                loss = segregation(ranged(torch.stack(list(control.maps.values())).mean(0)), present).sum()
-                loss = loss + 0 * made.sum()
+                made = 0 * forward().sum()
+            loss = segregation(ranged(torch.stack(list(control.maps.values())).mean(0)), present).sum() + made
             latents.grad = None
             loss.backward()
             return latents.grad
@@ -267,18 +254,20 @@ def guidance_pass(unet: Any, side: int, *, early: bool) -> Callable[[], Any]:
     return step
 
 
-def exit_flops(side: int) -> float:
-    """FLOPs of a guidance pass that stops at the last captured layer over those of the whole UNet, at full width."""
+def flops_ratio(make: Callable[..., Callable[[], Any]], side: int) -> float:
+    """FLOPs of a step in its cheap form over those in its plain one, at Stable Diffusion 1.5's full width.
+
+    The keys that redirected layers leave out, which make both forms cheaper, are not subtracted.
+    """
     unet = make_unet("sd15", "meta")
-    return count(guidance_pass(unet, side, early=True)) / count(guidance_pass(unet, side, early=False))
+    return count(make(unet, side, cheap=True)) / count(make(unet, side, cheap=False))
 
 
-def time_exit(side: int, device: str, repeats: int) -> float:
+def time_ratio(make: Callable[..., Callable[[], Any]], side: int, device: str, repeats: int) -> float:
     """The same in time, at a quarter of the width."""
     unet = make_unet("quarter", device)
-    actions = {name: guidance_pass(unet, side, early=name == "early") for name in ("early", "whole")}
-    seconds = in_turn(actions, repeats, device)
-    return seconds["early"] / seconds["whole"]
+    seconds = in_turn({name: make(unet, side, cheap=name == "cheap") for name in ("cheap", "plain")}, repeats, device)
+    return seconds["cheap"] / seconds["plain"]
 
 
 def count(action: Callable[[], Any]) -> int:
