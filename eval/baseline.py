@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from erasure.cache import digest
 from erasure.errors import EvaluationError
-from erasure.eval.recipe import digest
 from erasure.eval.results import write_atomically
 from erasure.eval.samples import Sample
 from erasure.eval.table import decode_vector, encode_vector

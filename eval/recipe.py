@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from erasure.cache import digest
 from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
-
-SAMPLED = 2048
-"""Values of each tensor that enter a model's fingerprint."""
-
-
-def digest(value: Any) -> str:
-    """sha256 of plain data, 16 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def model_fingerprint(pipe: Any) -> str:
-    """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
-
-    Reading every byte of a large model would take longer than many an evaluation. Call it with erasures off: adapter
-    weights are left out, and a wrapped layer counts as the layer inside.
-    """
-    found = hashlib.sha256(type(pipe).__name__.encode())
-    for name, component in sorted(pipe.components.items()):
-        if not isinstance(component, nn.Module):
-            continue
-        for key, tensor in sorted(component.state_dict().items()):
-            if "lora_" in key:
-                continue
-            found.update(f"{name}/{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            found.update(_some_bytes(tensor))
-    return found.hexdigest()[:16]
-
-
-def _some_bytes(tensor: Tensor) -> bytes:
-    if tensor.device.type == "meta":  # offloaded to disk: name and shape have to do
-        return b""
-    flat = tensor.detach().flatten()
-    stride = max(1, flat.numel() // SAMPLED)
-    return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def sampler_recipe(pipe: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from erasure.cache import cache_folder
+from erasure.cache import cache_folder, model_fingerprint
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.baseline import BaselineCache
@@ -23,7 +23,7 @@ from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.utility import utility_metrics
 from erasure.eval.processes import Processes
-from erasure.eval.recipe import erasure_entry, judge_fingerprint, model_fingerprint, run_recipe, sampler_recipe
+from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results, write_atomically
 from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge, drift, score

@@ -101,6 +101,14 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Clean latents `(batch, channels, h, w)` at the noise levels `t` `(batch,)`, as in training."""
+
+    @abstractmethod
+    def training_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a perfect denoiser predicts for `noised(clean, noise, t)`."""
+
+    @abstractmethod
     def timesteps(self, steps: int) -> Tensor:
         """The noise levels of a sampling run, highest first."""
 

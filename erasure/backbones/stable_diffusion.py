@@ -64,10 +64,30 @@ class StableDiffusionBackbone(Backbone):
         """As the scheduler says."""
         return cast(Prediction, self.pipe.scheduler.config.prediction_type)
 
+    def _levels(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of signal and noise, `(batch, 1, 1, 1)` each."""
+        cumulative = self.pipe.scheduler.alphas_cumprod.to(x.device)[t.to(x.device).long()].view(-1, 1, 1, 1)
+        return cumulative.sqrt(), (1 - cumulative).sqrt()
+
+    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """`sqrt(a) x + sqrt(1-a) eps`."""
+        signal, spread = self._levels(clean, t)
+        return (signal * clean + spread * noise).to(clean.dtype)
+
+    def training_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """epsilon: `eps`; v: `sqrt(a) eps - sqrt(1-a) x`."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "v_prediction":
+            signal, spread = self._levels(clean, t)
+            return (signal * noise - spread * clean).to(clean.dtype)
+        if self.prediction == "sample":
+            return clean
+        raise UnsupportedModelError(f"{self.prediction!r} prediction is not one of Stable Diffusion's")
+
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """epsilon: `(x_t - sqrt(1-a) eps) / sqrt(a)`; v: `sqrt(a) x_t - sqrt(1-a) v`."""
-        cumulative = self.pipe.scheduler.alphas_cumprod.to(x_t.device)[t.to(x_t.device).long()].view(-1, 1, 1, 1)
-        signal, noise = cumulative.sqrt(), (1 - cumulative).sqrt()
+        signal, noise = self._levels(x_t, t)
         if self.prediction == "epsilon":
             return (x_t - noise * prediction) / signal
         if self.prediction == "v_prediction":

@@ -7,25 +7,22 @@ then; what they fire joins the concept's features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from erasure import modules
 from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.carriers.embeddings import injected
 from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
 from erasure.concept import Concept
-from erasure.errors import DivergenceError, UnsupportedModelError
+from erasure.errors import DivergenceError
 from erasure.sae.gates import WordStates
 from erasure.sae.stream import activations
 
-_INJECT = "erasure_injected_embeddings"
 TOKENS = 4
 """Learned tokens in a prompt."""
 IMAGES = 16
@@ -49,29 +46,6 @@ class Mined(NamedTuple):
     """`(words,)` bool: which of them are learned tokens."""
 
 
-class _Inject(ModelHook):
-    """On the token embedding: puts learned vectors in place of some tokens."""
-
-    def __init__(self, place: Tensor, vectors: Tensor) -> None:
-        super().__init__()
-        self.place, self.vectors = place, vectors
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        rows = self.vectors.to(output.dtype)[None].expand(len(output), -1, -1)
-        return output.index_copy(1, self.place, rows)
-
-
-@contextmanager
-def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]:
-    """Read `vectors` `(tokens, dim)` instead of the tokens at `place` `(tokens,)`, in every prompt; differentiable."""
-    table = modules.token_table(tower.root)
-    modules.register_hook(table, _Inject(place, vectors), _INJECT)
-    try:
-        yield
-    finally:
-        HookRegistry.check_if_exists_or_initialize(table).remove_hook(_INJECT)
-
-
 def mine(
     backbone: Backbone, concept: Concept, key: str, edit: FeatureEdit, steps: int, seed: int,
     progress: Callable[[float], None],
@@ -88,11 +62,8 @@ def mine(
         progress: Called with the share that is done.
 
     Raises:
-        UnsupportedModelError: The scheduler is of another kind than epsilon or v prediction.
         DivergenceError: The loss is NaN or infinite.
     """
-    if backbone.prediction not in ("epsilon", "v_prediction"):
-        raise UnsupportedModelError(f"feature mining knows epsilon and v prediction, not {backbone.prediction}")
     component, path = key.split("/", 1)
     tower = next(tower for tower in backbone.towers if tower.component == component)
     layer = int(path.rsplit(".", 1)[1])
@@ -113,8 +84,7 @@ def mine(
     vectors = draw().requires_grad_()
     optimiser = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(spread.mean()))
     states, learned = [], []
-    scheduler = backbone.pipe.scheduler
-    count = scheduler.config.num_train_timesteps
+    count = backbone.pipe.scheduler.config.num_train_timesteps
     was_training = [parameter for parameter in backbone.denoiser.parameters() if parameter.requires_grad]
     for parameter in was_training:
         parameter.requires_grad_(False)
@@ -130,10 +100,8 @@ def mine(
                     encoded = tower.encode(tokens)
             finally:
                 EditedFeatures.write(tower.module, {})
-            noised = scheduler.add_noise(x, noise, t)
-            target = noise if backbone.prediction == "epsilon" else scheduler.get_velocity(x, noise, t)
-            found = backbone.predict(noised, t, Conditioning(encoded.expand(BATCH, -1, -1)))
-            loss = F.mse_loss(found.float(), target.float())
+            found = backbone.predict(backbone.noised(x, noise, t), t, Conditioning(encoded.expand(BATCH, -1, -1)))
+            loss = F.mse_loss(found.float(), backbone.training_target(x, noise, t).float())
             if not torch.isfinite(loss):
                 raise DivergenceError(f"feature mining: the loss is {loss.item()} at step {step}")
             optimiser.zero_grad()

@@ -63,10 +63,14 @@ def test_to_x0_undoes_the_noising(tiny_pipe: Any, prediction: str) -> None:
     x_t = tiny_pipe.scheduler.add_noise(clean, noise, t)
     truth = noise if prediction == "epsilon" else tiny_pipe.scheduler.get_velocity(clean, noise, t)
     torch.testing.assert_close(backbone.to_x0(truth, x_t, t), clean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(backbone.noised(clean, noise, t), x_t)
+    torch.testing.assert_close(backbone.training_target(clean, noise, t), truth)
 
 
 def test_flow_is_not_of_this_family(tiny_pipe: Any) -> None:
     backbone = with_scheduler(tiny_pipe, "flow_prediction")
+    with pytest.raises(UnsupportedModelError, match="flow_prediction"):
+        backbone.training_target(*torch.zeros(2, 1, 4, 2, 2), torch.zeros(1))
     with pytest.raises(UnsupportedModelError, match="flow_prediction"):
         backbone.to_x0(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([1]))
 
