@@ -49,3 +49,16 @@ def _some_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().flatten()
     stride = max(1, flat.numel() // SAMPLED)
     return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return [
+            line
+            for key in sorted({*first, *second})
+            for line in differences(first.get(key), second.get(key), f"{path}.{key}" if path else key)
+        ]
+    if json.dumps(first) == json.dumps(second):
+        return []
+    return [f"{path or 'recipe'}: {json.dumps(first)} in the first, {json.dumps(second)} in the second"]

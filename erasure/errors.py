@@ -55,6 +55,10 @@ class DivergenceError(ErasureError, ArithmeticError):
     """NaN or infinity during optimisation."""
 
 
+class TrainingError(ErasureError, RuntimeError):
+    """A training that cannot be run, resumed or written as asked."""
+
+
 class MaskError(ErasureError, ValueError):
     """A mask that does not go with its image, or leaves nothing of it."""
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 
+from erasure import modules
 from erasure.errors import EvaluationError
 from erasure.eval.samples import Sample, denoiser, initial_noise, latent_shape
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bar is off inside."""
-    previous = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(previous or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if previous is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = previous
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
@@ -63,7 +49,7 @@ def generate(
     for batch in batches(samples, batch_size):
         drawn = [initial_noise(sample, latent_shape(pipe, sample)) for sample in batch]
         steps, guidance, height, width = batch[0].settings
-        with torch.no_grad(), quiet(pipe):
+        with torch.no_grad(), modules.quiet(pipe):
             images = pipe(
                 prompt=[sample.prompt for sample in batch],
                 negative_prompt=[sample.negative_prompt for sample in batch],

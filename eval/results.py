@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from erasure.cache import differences
 from erasure.errors import EvaluationError
 
 SCHEMA_VERSION = 1
@@ -204,16 +205,3 @@ def _row(result: Results, who: str, variant: str, concept: str | None) -> dict[s
         for key in ("seconds", "size_bytes"):
             row[key] = sum(erasure.get(key) or 0 for erasure in result.erasures)
     return row
-
-
-def differences(first: Any, second: Any, path: str = "") -> list[str]:
-    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        return [
-            line
-            for key in sorted({*first, *second})
-            for line in differences(first.get(key), second.get(key), f"{path}.{key}" if path else key)
-        ]
-    if json.dumps(first) == json.dumps(second):
-        return []
-    return [f"{path or 'recipe'}: {json.dumps(first)} in the first, {json.dumps(second)} in the second"]

@@ -83,7 +83,7 @@ def evaluate(
     if out is None and processes.count > 1:
         raise EvaluationError("several processes need a common output folder: pass out=")
     started = time.perf_counter()
-    stock, attached = _attached(pipe)
+    stock, attached = in_force(pipe)
     chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts
     if chosen is None:
         chosen = [concept for entry in attached for concept in entry["erasure"].concepts]
@@ -139,7 +139,7 @@ def evaluate(
     results = Results(
         suite=suite,
         size=size,
-        model={"name": _model_name(pipe), "fingerprint": fingerprint, "pipeline": type(pipe).__name__} | sampler,
+        model={"name": model_name(pipe), "fingerprint": fingerprint, "pipeline": type(pipe).__name__} | sampler,
         erasures=erasures,
         metrics=metrics,
         cost=evaluation_cost(rows, erasures, time.perf_counter() - started)
@@ -155,8 +155,12 @@ def evaluate(
     return results
 
 
-def _attached(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list[dict[str, Any]]]:
-    """A context manager that puts the stock model in force, and the active erasures."""
+def in_force(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list[dict[str, Any]]]:
+    """A context manager that puts the stock model in force, and the active erasures.
+
+    Raises:
+        EvaluationError: Some are fused, so that there is no stock model.
+    """
     from erasure.attach import ErasureManager
 
     manager = ErasureManager(pipe)
@@ -186,10 +190,17 @@ def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str |
         return None, f"no CLIP model: {error}"
 
 
-def _model_name(pipe: Any) -> str:
+def model_name(pipe: Any) -> str:
     """Hub id or name of the folder; a path of this machine says nothing to others."""
     name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def keep_image(folder: Path, variant: str, sample: Sample, image: Image.Image) -> None:
+    """Write a sample's image below an evaluation's folder."""
+    path = folder / "images" / variant / f"{sample.sample_id}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _png(image))
 
 
 def _png(image: Image.Image) -> bytes:
@@ -280,9 +291,7 @@ class _Run:
 
     def _keep(self, variant: str, sample: Sample, image: Image.Image) -> None:
         if self.images:
-            path = self.table.folder / "images" / variant / f"{sample.sample_id}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, _png(image))
+            keep_image(self.table.folder, variant, sample, image)
 
 
 def _row(

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from erasure.cache import differences
 from erasure.errors import EvaluationError
-from erasure.eval.results import differences, write_atomically
+from erasure.eval.results import write_atomically
 
 RECIPE = "recipe.json"
 SAMPLES = "samples"
@@ -62,12 +63,14 @@ class SampleTable:
         rank: Of this process; each one appends to files of its own.
         processes: How many there are.
         variants: Ways in which every sample is drawn, in the order of the table.
+        stem: Name of the file of rows.
     """
 
     def __init__(
-        self, folder: Path, rank: int = 0, processes: int = 1, variants: tuple[str, ...] = BEFORE_AFTER
-    ) -> None:
-        self.folder, self.rank, self.processes, self.variants = folder, rank, processes, variants
+        self, folder: Path, rank: int = 0, processes: int = 1, variants: tuple[str, ...] = BEFORE_AFTER,
+        stem: str = SAMPLES,
+    ) -> None:  # fmt: skip
+        self.folder, self.rank, self.processes, self.variants, self.stem = folder, rank, processes, variants, stem
         self.rows: dict[Key, dict[str, Any]] = {}
         self.features: dict[Key, np.ndarray] = {}
 
@@ -112,7 +115,7 @@ class SampleTable:
         for path in self._parts(FEATURES):
             for row in read_lines(path):
                 self.features[row["sample_id"], row["variant"]] = decode_vector(row["features"])
-        for path in self._parts(SAMPLES):
+        for path in self._parts(self.stem):
             for row in read_lines(path):
                 self.rows[row["sample_id"], row["variant"]] = row
 
@@ -129,7 +132,7 @@ class SampleTable:
                 self.features[key] = np.asarray(vector, dtype=np.float32)
                 vectors.append({"sample_id": key[0], "variant": key[1], "features": encode_vector(vector)})
         _append(self._own(FEATURES), vectors)
-        _append(self._own(SAMPLES), rows)
+        _append(self._own(self.stem), rows)
 
     def merge(self, order: Sequence[str]) -> None:
         """One file in the order of the plan instead of the parts. Called by one process, when all have finished."""
@@ -140,9 +143,11 @@ class SampleTable:
             for key in keys
             if key in self.features
         ]
-        for stem, rows in ((FEATURES, features), (SAMPLES, [self.rows[key] for key in keys])):
-            write_atomically(self.folder / f"{stem}.jsonl", _lines(rows))
-            for part in self._parts(stem):
+        for stem, rows in ((FEATURES, features), (self.stem, [self.rows[key] for key in keys])):
+            parts = self._parts(stem)
+            if rows or parts:
+                write_atomically(self.folder / f"{stem}.jsonl", _lines(rows))
+            for part in parts:
                 if part.name != f"{stem}.jsonl":
                     part.unlink()
 

@@ -109,6 +109,13 @@ class Backbone(ABC):
         """What a perfect denoiser predicts for `noised(clean, noise, t)`."""
 
     @abstractmethod
+    def rollout_scheduler(self) -> Any:
+        """A new deterministic first-order sampler of the model's noise schedule.
+
+        It keeps nothing between steps, so rows of a batch may end at any of them.
+        """
+
+    @abstractmethod
     def timesteps(self, steps: int) -> Tensor:
         """The noise levels of a sampling run, highest first."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -95,6 +95,10 @@ class StableDiffusionBackbone(Backbone):
         if self.prediction == "sample":
             return prediction
         raise UnsupportedModelError(f"{self.prediction!r} prediction is not one of Stable Diffusion's")
+
+    def rollout_scheduler(self) -> DDIMScheduler:
+        """DDIM with eta 0."""
+        return DDIMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
 
     def timesteps(self, steps: int) -> Tensor:
         """Sets the scheduler to `steps` steps."""

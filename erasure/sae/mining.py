@@ -85,10 +85,7 @@ def mine(
     optimiser = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(spread.mean()))
     states, learned = [], []
     count = backbone.pipe.scheduler.config.num_train_timesteps
-    was_training = [parameter for parameter in backbone.denoiser.parameters() if parameter.requires_grad]
-    for parameter in was_training:
-        parameter.requires_grad_(False)
-    try:
+    with modules.frozen(backbone.denoiser):
         for step in range(steps):
             rows = torch.randint(len(clean), (BATCH,), generator=generator)
             x = clean[rows.to(clean.device)]
@@ -120,9 +117,6 @@ def mine(
                     vectors.copy_(draw())
                 optimiser.state.clear()
             progress((step + 1) / steps)
-    finally:
-        for parameter in was_training:
-            parameter.requires_grad_(True)
     ids = tokens.ids[words].cpu()
     owner = torch.arange(len(states)).repeat_interleave(len(ids))
     return Mined(WordStates(torch.cat(states), ids.repeat(len(states)), owner, len(states)), torch.cat(learned))
@@ -141,13 +135,9 @@ def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
     """Clean latents of images of a concept by the stock model, `(images, channels, h, w)`."""
     phrasings = concept.phrasings()
     made = []
-    bar = dict(getattr(backbone.pipe, "_progress_bar_config", {}))
-    backbone.pipe.set_progress_bar_config(disable=True)
-    try:
+    with modules.quiet(backbone.pipe):
         for index in range(IMAGES):
             prompt = phrasings[index % len(phrasings)].format(concept.target)
             noise = torch.Generator().manual_seed(seed + index)
             made.append(backbone.pipe(prompt, generator=noise, num_inference_steps=15, output_type="latent").images)
-    finally:
-        backbone.pipe.set_progress_bar_config(**bar)
     return torch.cat(made)

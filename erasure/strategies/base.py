@@ -21,7 +21,7 @@ from erasure.concept import Concept
 from erasure.errors import OptionError, UnknownStrategyError
 
 ENTRY_POINTS = "erasure.strategies"
-BUILTIN = ("hirm", "uce", "diff_quickfix", "itd")
+BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
 
 _registered: dict[str, type[Strategy]] = {}
 

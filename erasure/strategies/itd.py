@@ -258,7 +258,7 @@ class ItD(Strategy):
         features = select(found, self)
         if not features:
             raise ConceptError(no_feature(tower, sae, words, labels, found, name))
-        shared = rivalry(sae, words, labels, found, features)
+        shared = rivalry(activity, words, labels.holds, found, features)
         return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from erasure.errors import TrainingError
 
 
 class Checkpoint:
@@ -25,19 +28,43 @@ class Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> int:
-        """Load the last saved state, if there is one, and give the step to go on from."""
+        """Load the last saved state, if there is one, and give the step to go on from.
+
+        Raises:
+            TrainingError: The file is damaged, or of a training of something else.
+        """
         if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.seconds = state["step"], state["seconds"]
+            try:
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                self.step, self.seconds = state["step"], state["seconds"]
+            except Exception as error:  # torch, pickle and zip files have many
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise TrainingError(
+                    f"the checkpoint {self.path} cannot be read ({reason}): delete it to start anew"
+                ) from error
         self._started = time.monotonic() - self.seconds
         return self.step
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps."""
-        self.step, self.seconds = step, time.monotonic() - self._started
+        """Write the state after `step` steps.
+
+        Raises:
+            TrainingError: It cannot be written; the last one is still there.
+        """
+        seconds = time.monotonic() - self._started
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        content = io.BytesIO()
+        torch.save({**state, "step": step, "seconds": seconds}, content)
         temporary = self.path.with_suffix(".partial")
-        torch.save({**state, "step": step, "seconds": self.seconds}, temporary)
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_bytes(content.getbuffer())
+            os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                f"cannot write the checkpoint of step {step} to {self.path.parent} ({error.strerror or error}); the "
+                f"one of step {self.step} is kept: make room, and run the same again to go on from there"
+            ) from error
+        self.step, self.seconds = step, seconds

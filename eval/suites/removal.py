@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from erasure import modules
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
-from erasure.eval.generation import batches, quiet
+from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
 from erasure.eval.samples import Sample, sample_seed
@@ -92,7 +93,7 @@ class RemovalSuite:
         remover = StableDiffusionObjectRemovalPipeline.from_pipe(pipe)
         for batch in batches(samples, batch_size):
             drawn = [plate(sample) for sample in batch]
-            with quiet(remover):
+            with modules.quiet(remover):
                 images = remover(
                     [Image.fromarray(each.image.image) for each in drawn],
                     [torch.from_numpy(each.mask) for each in drawn],

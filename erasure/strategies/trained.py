@@ -1,0 +1,415 @@
+"""What strategies have in common that train on trajectories: options, prompts, states, and the run around the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers.utils import make_image_grid
+from torch import Tensor
+
+from erasure import modules
+from erasure.backbones import Backbone, TextTower
+from erasure.cache import model_fingerprint
+from erasure.carriers.edits import Edits
+from erasure.concept import Concept
+from erasure.errors import OptionError
+from erasure.strategies.base import Fit, Strategy
+from erasure.strategies.prompts import (
+    aligned_prompts,
+    context_prompts,
+    retain_prompts,
+    vocabulary,
+    vocabulary_prompts,
+)
+from erasure.training import storage
+from erasure.training.cost import DenoiserCost
+from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
+from erasure.training.objectives import matching, negative_guidance
+from erasure.training.plugins import GroupLasso, InputGrams, RetainProjection, null_space
+from erasure.training.run import Run
+from erasure.training.states import (
+    Mode,
+    OnlineStates,
+    PromptCache,
+    Rollout,
+    Scene,
+    States,
+    StateSource,
+    TrajectoryBuffer,
+    draw,
+    rolling_out,
+    stable_seed,
+)
+from erasure.training.student import LowRankStudent, Student
+
+INPUT_STATES = 4
+"""States of each scene that retained inputs are gathered in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStrategy(Strategy):
+    """A strategy that trains a student against the stock model on steps of denoising trajectories."""
+
+    steps: int = 300
+    """Updates."""
+    lr: float = 1e-3
+    """Learning rate of AdamW, constant after the warm-up."""
+    batch: int = 4
+    """States of the concept in each update, over all processes."""
+    retain_batch: int = 4
+    """States of prompts that must survive in each update; 0 for none."""
+    accumulation: int = 1
+    """Parts that each process computes its share of a batch in."""
+    rank: int = 16
+    """Of the LoRA; 0 trains whole parameters."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    warmup: int = 0
+    """Updates of linear warm-up."""
+    clip: float = 1.0
+    """Greatest norm of the gradient; 0 for none."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights that becomes the result; 0 takes the last weights."""
+    gradient_checkpointing: bool = False
+    """Save memory: blocks of the denoiser run twice instead of keeping their activations."""
+    eta: float = 1.0
+    """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
+    diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
+    base: Literal["anchor", "null"] = "anchor"
+    """What prediction the target starts from: the same prompt with the anchor in the concept's place (the empty prompt
+    where a concept has no anchor), or the empty prompt (ESD's paper)."""
+    against: Literal["base", "null"] = "base"
+    """What the concept is told from: the base, or the empty prompt."""
+    states: Mode = "buffer"
+    """`buffer` rolls trajectories out once; `online` every state anew, as released code does."""
+    rollouts: int = 2
+    """Trajectories of each prompt with the concept."""
+    retain_rollouts: int = 1
+    """Trajectories of each prompt that must survive."""
+    rollout_steps: int = 20
+    """Denoising steps of a trajectory (ESD: 50)."""
+    rollout_guidance: float = 3.0
+    """Classifier-free guidance of trajectories (ESD: 3)."""
+    contexts: int = 12
+    """Random prompts that name each concept among other words, besides its phrasings."""
+    retain_vocabulary: int = 48
+    """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
+    retain_weight: float = 1.0
+    """Weight of their loss."""
+    scope_weight: float = 0.0
+    """Weight of a loss that keeps what prompts mean without the concept's words, at the concept's own states: benign
+    words of a request must not become signals to unlearn (Scope-aware Unlearning, arXiv 2506.00359)."""
+    projection: float = 0.0
+    """Share of the energy of retained inputs that no step may touch; 1 for all that they span, 0 switches it off. See
+    `erasure.training.plugins.RetainProjection`."""
+    group_lasso: float = 0.0
+    """Weight of a penalty that drops whole attention layers from the LoRA; 0 switches it off."""
+    rollout_by: Literal["teacher", "student"] = "teacher"
+    """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
+    states are those that it meets (ESD's paper). Targets are the stock model's in both."""
+    refresh: int = 50
+    """Updates between two fillings of a buffer by the student."""
+    group_lasso_from: float = 0.2
+    """Share of the updates before it sets in."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow."""
+        super().__post_init__()
+        for name in ("steps", "batch", "accumulation", "rollouts", "retain_rollouts", "rollout_steps", "refresh"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{self.name}: option {name!r} is {getattr(self, name)}; allowed: 1 or more")
+        for name in ("projection", "ema", "group_lasso_from"):
+            if getattr(self, name) > 1:
+                raise OptionError(f"{self.name}: option {name!r} is {getattr(self, name)}; allowed: 0 to 1")
+        if self.projection and not self.retain_batch:
+            raise OptionError(f"{self.name}: option 'projection' needs prompts to retain: 'retain_batch' of 1 or more")
+        if self.group_lasso and not self.rank:
+            raise OptionError(f"{self.name}: option 'group_lasso' prunes a LoRA: it needs a 'rank' of 1 or more")
+
+    def fit(
+        self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
+    ) -> Fit:
+        """Train without keeping anything on disk; see `train`."""
+        return self.train(backbone, concepts, seed=seed, progress=progress, run=Run())
+
+    def train(
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Concept],
+        *,
+        seed: int,
+        progress: Callable[[float], None],
+        run: Run,
+    ) -> Fit:
+        """Train, with checkpoints and logs as a run says.
+
+        Raises:
+            DivergenceError: A loss became NaN or exploded.
+            NoMatchingModuleError: The model has no parameter that the options choose.
+            OptionError: A batch does not divide among the processes.
+            TrainingError: The run's folder is in use, holds something else, or cannot be written.
+        """
+        tower = backbone.towers[0]
+        for name in (name for concept in concepts for name in concept.names):
+            tower.check_words(name)
+        accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
+        options = self.optimisation()
+        options.check({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
+        model = model_fingerprint(backbone.pipe)
+        recipe = {"strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
+                  "concepts": [concept.to_dict() for concept in concepts]}  # fmt: skip
+        with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
+            stack.enter_context(modules.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
+            stack.enter_context(rolling_out(backbone))
+            stack.enter_context(cost.counting(backbone.denoiser))
+            task = self.task(backbone, tower, concepts, seed, accelerator)
+            stack.enter_context(modules.placed(self.idle(backbone), "cpu"))
+            self.fill(task, model, accelerator)
+            rolled = cost.forwards
+            projection, figures = self.projected(task)
+            student = task.student
+            lasso = GroupLasso(student, self.group_lasso) if isinstance(student, LowRankStudent) else None
+            trainer = Trainer(
+                backbone, student, partial(self.prepare, task), partial(self.losses, task), options, run, accelerator,
+                seed, cost, before=partial(self.before, task), validate=partial(self.validate, task, run),
+                projection=projection, lasso=lasso if self.group_lasso else None,
+                lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
+            )  # fmt: skip
+            row = trainer.train(progress)
+            edits = self.edits(task)
+        figures |= {f"loss_{name}": value for name, value in row.items()}
+        figures |= {
+            "rollout_forwards": float(rolled),
+            "denoiser_forwards": float(cost.forwards),
+            "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
+        }
+        if lasso is not None and self.group_lasso:
+            figures |= {"layers_dropped": float(lasso.dropped()), "layers": float(len(lasso.groups))}
+        return Fit(edits, figures)
+
+    @abstractmethod
+    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
+        """What is trained, starting as the stock model."""
+
+    @abstractmethod
+    def predict(self, task: Task, batch: Batch) -> Tensor:
+        """The student's predictions for all rows of a batch, see `Batch`; called while the network is the student."""
+
+    @abstractmethod
+    def edits(self, task: Task) -> Edits:
+        """What was learned."""
+
+    @abstractmethod
+    def idle(self, backbone: Backbone) -> list[torch.nn.Module]:
+        """Components that training does not run, which leave the device meanwhile."""
+
+    @torch.no_grad()
+    def gather_inputs(self, task: Task, source: StateSource, layers: Sequence[str]) -> InputGrams:
+        """Inputs of the student's layers, as the stock model, in a few states of every scene."""
+        found, spread = InputGrams(), torch.linspace(0, self.rollout_steps - 1, INPUT_STATES).long()
+        with found.gathering(task.student.network, layers):
+            for scene in range(len(source.scenes)):
+                first = scene * source.rollout.seeds * source.rollout.steps
+                states = source.take(first + spread)
+                prompts = [each.prompt for each in source.of(states)]
+                self.predict(task, Batch(states.x, states.t, prompts, states, None))
+        return found
+
+    # Prompts --------------------------------------------------------------------------------------------------------
+
+    def concept_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts with the concepts, each with what else the teacher is asked about it: anchor, and scope."""
+        generator = torch.Generator().manual_seed(seed)
+        words = vocabulary(tower, concepts)
+        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
+        scenes = []
+        for concept in concepts:
+            pairs = aligned_prompts(tower, concept)
+            if words and self.contexts:
+                pairs += context_prompts(tower, concept, words, self.contexts, generator)
+            for pair in pairs:
+                asks = [pair.anchor_prompt if concept.anchor else ""] if anchored else []
+                asks += [without(pair.prompt, concept)] if self.scope_weight else []
+                scenes.append(Scene(pair.prompt, tuple(asks)))
+        return list(dict.fromkeys(scenes))
+
+    def retain_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts that must survive."""
+        if not self.retain_batch:
+            return []
+        words = vocabulary(tower, concepts)
+        generator = torch.Generator().manual_seed(seed + 1)
+        random = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
+        return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
+
+    def target(self, states: States) -> Tensor:
+        """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
+        anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
+        base = states.asked[:, 0] if anchored else states.null
+        return negative_guidance(base, states.own, base if self.against == "base" else states.null, self.eta)
+
+    # Steps ----------------------------------------------------------------------------------------------------------
+
+    def task(
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Any
+    ) -> Task:
+        """Prompts, empty sources of states, and the student."""
+        scenes, kept = self.concept_scenes(tower, concepts, seed), self.retain_scenes(tower, concepts, seed)
+        every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
+        prompts = PromptCache(backbone, every)
+        student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
+
+        def source(scenes: list[Scene], count: int) -> StateSource:
+            rollout = Rollout(seeds=count, steps=self.rollout_steps, guidance=self.rollout_guidance)
+            leader = student if self.rollout_by == "student" else None
+            if self.states == "online":
+                return OnlineStates(backbone, scenes, prompts, rollout, seed, leader)
+            return TrajectoryBuffer(
+                backbone, scenes, prompts, rollout, seed, leader, gather=accelerator.reduce,
+                share=(accelerator.process_index, accelerator.num_processes),
+            )  # fmt: skip
+
+        return Task(
+            backbone, tower, concepts, seed, prompts, student, source(scenes, self.rollouts),
+            source(kept, self.retain_rollouts) if kept else None,
+        )  # fmt: skip
+
+    def fill(self, task: Task, model: str, accelerator: Any) -> None:
+        """Roll the stock model's trajectories out, or take them from disk."""
+        for source in task.buffers():
+            if source.student is None:
+                storage.fill(source, model, accelerator)
+
+    def before(self, task: Task, step: int) -> None:
+        """Roll the student's trajectories out anew, now and then."""
+        if step % self.refresh == 0:
+            for source in task.buffers():
+                if source.student is not None:
+                    source.fill()
+
+    def parts(self, task: Task) -> dict[str, Any]:
+        """What a checkpoint holds besides student and optimiser."""
+        return {
+            name: source
+            for name, source in (("concept_states", task.concept_states), ("retain_states", task.retain_states))
+            if isinstance(source, TrajectoryBuffer) and source.student is not None
+        }
+
+    def prepare(self, task: Task, step: int, share: Share) -> Batch:
+        """The states of an update: rows of the concept's, of retained ones, and the concept's again for the scope."""
+
+        def take(source: StateSource, count: int, name: str) -> States:
+            return source.take(share.of(draw(len(source), count, task.seed, name, step)))
+
+        concept = take(task.concept_states, self.batch, "concept")
+        scenes = task.concept_states.of(concept)
+        x, t, prompts = [concept.x], [concept.t], [scene.prompt for scene in scenes]
+        retained = None
+        if task.retain_states is not None:
+            retained = take(task.retain_states, self.retain_batch, "retain")
+            x, t = [*x, retained.x], [*t, retained.t]
+            prompts += [scene.prompt for scene in task.retain_states.of(retained)]
+        if self.scope_weight:
+            x, t = [*x, concept.x], [*t, concept.t]
+            prompts += [scene.asks[-1] for scene in scenes]
+        return Batch(torch.cat(x), torch.cat(t), prompts, concept, retained)
+
+    def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
+        """The terms of an update."""
+        concept, retained = batch.concept, batch.retained
+        found = self.predict(task, batch)
+        count = len(concept.x)
+        terms = {"erase": matching(found[:count], self.target(concept))}
+        if retained is not None:
+            terms["retain"] = self.retain_weight * matching(found[count : count + len(retained.x)], retained.own)
+        if self.scope_weight:
+            terms["scope"] = self.scope_weight * matching(found[-count:], concept.asked[:, -1])
+        return terms
+
+    def projected(self, task: Task) -> tuple[RetainProjection | None, dict[str, float]]:
+        """The projection onto what retained inputs leave free, and how much of the concept that is."""
+        if not self.projection:
+            return None, {}
+        student = task.student
+        layers = [path.removesuffix(".weight") for path in student.paths]
+        layers = [path for path in layers if isinstance(modules.layer(student.network, path), torch.nn.Linear)]
+        started = time.perf_counter()
+        assert task.retain_states is not None
+        retained = self.gather_inputs(task, task.retain_states, layers)
+        target = self.gather_inputs(task, task.concept_states, layers)
+        spaces = {path: null_space(gram, self.projection) for path, gram in retained.grams.items()}
+        projection = RetainProjection(student, spaces)
+        return projection, {
+            "erasability": projection.erasability(target.grams),
+            "projection_seconds": time.perf_counter() - started,
+        }
+
+    def validate(self, task: Task, run: Run, step: int) -> None:
+        """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
+        if run.checkpoints is None:
+            return
+        scenes = [scene.prompt for scene in task.concept_states.scenes[:4]]
+        scenes += [scene.prompt for scene in task.retain_states.scenes[1:5]] if task.retain_states is not None else []
+        pipe = task.backbone.pipe
+        generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
+        with modules.placed(self.idle(task.backbone), task.backbone.device), modules.quiet(pipe):
+            images = pipe(scenes, generator=generators, num_inference_steps=self.rollout_steps).images
+        folder = run.checkpoints / "validation"
+        folder.mkdir(exist_ok=True)
+        make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
+
+    def optimisation(self) -> Optimisation:
+        """The loop's options."""
+        names = [field.name for field in dataclasses.fields(Optimisation)]
+        return Optimisation(**{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class Task:
+    """One training of a strategy."""
+
+    backbone: Backbone
+    tower: TextTower
+    concepts: Sequence[Concept]
+    seed: int
+    prompts: PromptCache
+    student: Student
+    concept_states: StateSource
+    retain_states: StateSource | None
+
+    def buffers(self) -> list[TrajectoryBuffer]:
+        """The sources that are filled ahead."""
+        return [s for s in (self.concept_states, self.retain_states) if isinstance(s, TrajectoryBuffer)]
+
+
+class Batch(NamedTuple):
+    """A part of an update."""
+
+    x: Tensor
+    """`(rows, channels, h, w)`."""
+    t: Tensor
+    """`(rows,)`."""
+    prompts: list[str]
+    """Of every row."""
+    concept: States
+    """The states of the first rows."""
+    retained: States | None
+    """Those of the rows that follow, if any."""
+    extra: Any = None
+    """What a strategy adds."""
+
+
+def without(prompt: str, concept: Concept) -> str:
+    """A prompt without the concept's words."""
+    for name in sorted(concept.names, key=len, reverse=True):
+        if name in prompt:
+            return " ".join(prompt.replace(name, " ").split())
+    return prompt

@@ -1,0 +1,208 @@
+"""Students: a trainable variant of a frozen network, without a second copy and without anything to switch off.
+
+The network stays the stock model, which therefore is the teacher; it is the student only inside `Student.active()`.
+Nothing is toggled that a backward pass could depend on: a teacher's call between the student's forward and its
+backward changes no gradient, no `requires_grad` is ever touched, and gradient checkpointing runs its second forward as
+the student again.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from erasure import modules
+from erasure.carriers.edits import LowRank
+from erasure.errors import NoMatchingModuleError
+
+Output = TypeVar("Output")
+
+
+class Student(nn.Module, ABC):
+    """Trainable tensors in float32 that take part in a network inside `active()`.
+
+    A module, so that accelerate can wrap it; its parameters are the trainable tensors only.
+
+    Args:
+        network: The component; frozen, used in place, and none of this module's children.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # Past `nn.Module.__setattr__`: as a child, its weights would be trained, saved and sent between processes.
+        object.__setattr__(self, "network", network)
+        self._depth = 0
+
+    def forward(self, run: Callable[[], Output]) -> Output:
+        """What `run` gives while the network is the student. Gradients of several processes are averaged over it."""
+        with self.active():
+            return run()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The network is the student inside; may be nested."""
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+            else:
+                with self._put_in():
+                    yield
+        finally:
+            self._depth -= 1
+
+    @abstractmethod
+    @contextmanager
+    def _put_in(self) -> Iterator[None]:
+        """Make the network the student; undone on leaving."""
+
+    @abstractmethod
+    def low_rank(self) -> dict[str, LowRank]:
+        """Changes as factors in float16 on the CPU, by module path; layers that were pruned to zero are left out."""
+
+    @abstractmethod
+    def deltas(self) -> dict[str, Tensor]:
+        """Changes as dense float16 tensors on the CPU, by canonical parameter path."""
+
+    @contextmanager
+    def checkpointed(self, denoiser: nn.Module) -> Iterator[None]:
+        """A denoiser saves memory inside: blocks keep their inputs and run again during backward, as what they were.
+
+        The stock function would run them again after `active()` has been left, with the teacher's weights.
+        """
+
+        def run(block: Callable[..., Any], *args: Any) -> Any:
+            function = partial(self._again, block) if self._depth else block
+            return checkpoint(function, *args, use_reentrant=False)
+
+        with modules.gradient_checkpointing(denoiser, run):
+            yield
+
+    def _again(self, block: Callable[..., Any], *args: Any) -> Any:
+        with self.active():
+            return block(*args)
+
+
+class LowRankStudent(Student):
+    """`W + up @ down` on linear layers: a LoRA of scale 1, starting at zero.
+
+    Added to the layers' outputs, so that no dense change is ever formed.
+
+    Args:
+        network: The component.
+        layers: Paths of linear layers.
+        rank: Of each change, at most the layer's smaller side.
+        generator: Draws `down` as PEFT does (Kaiming uniform, a = sqrt 5).
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str], rank: int, generator: torch.Generator) -> None:
+        super().__init__(network)
+        self.paths = list(layers)
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()
+        for path in self.paths:
+            weight = modules.parameter(network, f"{path}.weight")
+            outputs, inputs = weight.shape
+            width = min(rank, outputs, inputs)
+            bound = 1 / math.sqrt(inputs)
+            down = (2 * torch.rand(width, inputs, generator=generator) - 1) * bound
+            self.down.append(nn.Parameter(down.to(weight.device)))
+            self.up.append(nn.Parameter(torch.zeros(outputs, width, device=weight.device)))
+
+    @contextmanager
+    def _put_in(self) -> Iterator[None]:
+        handles = []
+        try:
+            for path, down, up in zip(self.paths, self.down, self.up, strict=True):
+                layer = modules.layer(self.network, path)
+                handles.append(layer.register_forward_hook(partial(_add, down, up)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def low_rank(self) -> dict[str, LowRank]:
+        """See `Student.low_rank`."""
+        return {
+            path: LowRank(down.half().cpu(), up.half().cpu())
+            for path, down, up in zip(self.paths, self.down, self.up, strict=True)
+            if up.any() and down.any()
+        }
+
+    def deltas(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+
+def _add(down: Tensor, up: Tensor, _layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    x = args[0]
+    return output + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
+
+
+class SubsetStudent(Student):
+    """Some of the network's parameters trained in full.
+
+    Args:
+        network: The component.
+        paths: Canonical paths of parameters.
+    """
+
+    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__(network)
+        self.paths = list(paths)
+        stock = [modules.parameter(network, path).detach() for path in self.paths]
+        self.values = nn.ParameterList(nn.Parameter(value.float().clone()) for value in stock)
+
+    @contextmanager
+    def _put_in(self) -> Iterator[None]:
+        with modules.swapped(self.network, dict(zip(self.paths, self.values, strict=True))):
+            yield
+
+    def low_rank(self) -> dict[str, LowRank]:
+        """None."""
+        return {}
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Tensor]:
+        """See `Student.deltas`."""
+        return {
+            path: (value - modules.parameter(self.network, path).float()).half().cpu()
+            for path, value in zip(self.paths, self.values, strict=True)
+        }
+
+
+def make_student(
+    network: nn.Module, parameters: Sequence[str], rank: int, generator: torch.Generator, sought: str
+) -> Student:
+    """A student of a component.
+
+    Args:
+        network: The component.
+        parameters: Canonical paths that may be trained.
+        rank: Of a LoRA on the linear layers among them; 0 trains all of them in full.
+        generator: See `LowRankStudent`.
+        sought: What the paths were chosen by, for the message.
+
+    Raises:
+        NoMatchingModuleError: No parameter matches, or no linear layer for a LoRA.
+    """
+    if rank:
+        owners = dict.fromkeys(path.rsplit(".", 1)[0] for path in parameters if path.endswith(".weight"))
+        layers = [path for path in owners if isinstance(modules.layer(network, path), nn.Linear)]
+        if layers:
+            return LowRankStudent(network, layers, rank, generator)
+    elif parameters:
+        return SubsetStudent(network, parameters)
+    kind = "linear layer" if rank else "parameter"
+    raise NoMatchingModuleError(
+        f"no {kind} of {type(network).__name__} matches {sought}: there would be nothing to train"
+    )
