@@ -20,8 +20,10 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
 from erasure.carriers.weights import fingerprint
 from erasure.concept import Concept, as_concepts
-from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, UnsupportedModelError
+from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
 from erasure.strategies import get
+from erasure.strategies.trained import TrainedStrategy
+from erasure.training.run import Run
 
 if TYPE_CHECKING:
     from erasure.pipelines import Task
@@ -37,6 +39,7 @@ def erase(
     attach: bool = True,
     preset: str | None = None,
     progress: bool | Callable[[float], None] = True,
+    run: Run | None = None,
     **options: Any,
 ) -> Erasure:
     """Make an erasure and attach it.
@@ -53,6 +56,7 @@ def erase(
         attach: Whether to attach it to `pipe`.
         preset: A named set of the strategy's options.
         progress: `True` for a progress bar, or a function that gets the share done.
+        run: For strategies that train: where checkpoints go, so that a killed training goes on, and what is logged.
         **options: The strategy's options.
 
     Raises:
@@ -62,8 +66,11 @@ def erase(
         AttachError: The name is taken.
         UnsupportedModelError: The family or the state of the model does not allow it.
         DivergenceError: NaN during optimisation.
+        TrainingError: The run's folder is in use, holds something else, or cannot be written.
     """
     method = get(strategy).configured(preset, **options)
+    if run is not None and not isinstance(method, TrainedStrategy):
+        raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
     wanted = as_concepts(concepts)
     backbone = backbone_for(pipe)
     if backbone.family not in method.families:
@@ -84,7 +91,10 @@ def erase(
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fit = method.fit(backbone, wanted, seed=seed, progress=report)
+            if run is not None and isinstance(method, TrainedStrategy):
+                fit = method.train(backbone, wanted, seed=seed, progress=report, run=run)
+            else:
+                fit = method.fit(backbone, wanted, seed=seed, progress=report)
         fit.edits.check_finite()
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")

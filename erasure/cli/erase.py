@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
 from erasure.concept import Kind
+
+if TYPE_CHECKING:
+    from erasure.training.run import Run
 
 
 @dataclass(kw_only=True)
@@ -55,7 +58,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     strategy = get(name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
-    options, settings = _parse(strategy, start, name, rest)
+    options, settings, training = _parse(strategy, start, name, rest)
     if len(options.concept) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one --concept: make one erasure for each concept, or leave them out")
     terminal.json_only = options.json
@@ -72,15 +75,20 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     }
 
     import erasure
+    from erasure.artifact import default_name
 
+    folder = options.out or Path(default_name(concepts, name))
+    if training is not None and training.checkpoints is None:
+        training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
-        progress=terminal.speaks, **changed,
+        progress=terminal.speaks, run=training, **changed,
     )  # fmt: skip
-    folder = options.out or Path(made.name)
     if is_main_process():
         folder = made.save(folder, overwrite=options.overwrite)
+        if training is not None:
+            training.discard()
     seconds = made.config.cost.get("seconds", 0.0)
     if options.json:
         terminal.result(
@@ -97,9 +105,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         )
 
 
-def _parse(strategy: Any, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any]:
-    """The command's options and the strategy's, from one flat command line."""
-    clash = {f.name for f in dataclasses.fields(strategy)} & {f.name for f in dataclasses.fields(EraseOptions)}
+def _parse(strategy: Any, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any, Run | None]:
+    """The command's options, the strategy's, and of one that trains those of its run, from one flat command line."""
+    from erasure.strategies.trained import TrainedStrategy
+    from erasure.training.run import Run
+
+    trains = issubclass(strategy, TrainedStrategy)
+    own = {f.name for kind in (EraseOptions, *([Run] if trains else [])) for f in dataclasses.fields(kind)}
+    clash = {f.name for f in dataclasses.fields(strategy)} & own
     if clash:
         raise UsageError(f"strategy {name!r} has options that the command line also has: {sorted(clash)}; rename them")
     both = dataclasses.make_dataclass(
@@ -107,13 +120,14 @@ def _parse(strategy: Any, start: Any, name: str, argv: list[str]) -> tuple[Erase
         [
             ("command", Annotated[EraseOptions, tyro.conf.FlagCreatePairsOff]),
             ("strategy", strategy, dataclasses.field(default=start)),
+            *([("run", Run, dataclasses.field(default=Run()))] if trains else []),
         ],
         namespace={
             "__doc__": f"{strategy.title} ({strategy.paper}). Cost: {strategy.cost}. Protects: {strategy.protects}."
         },
     )
     parsed: Any = parse(both, f"erase {name}", argv, negatable=True)
-    return parsed.command, parsed.strategy
+    return parsed.command, parsed.strategy, getattr(parsed, "run", None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

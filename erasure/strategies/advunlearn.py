@@ -49,9 +49,15 @@ class AdvUnlearn(TrainedStrategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "minutes, some 20 denoiser passes a training state"
 
+    steps: int = 150
+    """Updates (paper: 1000)."""
+    lr: float = 3e-4
+    """Learning rate of AdamW, constant after the warm-up (paper: 1e-5 for whole parameters)."""
+    retain_weight: float = 3.0
+    """Weight of the loss on prompts that must survive (paper: 0.3)."""
     layers: tuple[int, ...] = ()
     """Blocks of the text encoder to train, 0 the first; all of them and the final norm when left out."""
-    attack_steps: int = 8
+    attack_steps: int = 4
     """Steps of the adversary in each update (paper: 30); 0 trains without one."""
     attack_lr: float = 0.3
     """Of the adversary's Adam, in standard deviations of the vocabulary's embeddings."""
@@ -67,8 +73,8 @@ class AdvUnlearn(TrainedStrategy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         # README of the released code for "nudity"; its 1e-3 is some 0.08 standard deviations of CLIP's embeddings.
         "paper": {
-            "base": "null", "eta": 1.0, "rank": 0, "steps": 1000, "lr": 1e-5, "batch": 1, "retain_batch": 5, "contexts": 0,
-            "retain_weight": 0.3, "rollout_steps": 50, "rollouts": 50, "clip": 0.0, "attack_steps": 30,
+            "base": "null", "eta": 1.0, "rank": 0, "steps": 1000, "lr": 1e-5, "batch": 1, "retain_batch": 5,
+            "contexts": 0, "retain_weight": 0.3, "rollout_steps": 50, "rollouts": 50, "clip": 0.0, "attack_steps": 30,
             "attack_lr": 0.08,
         },
         # A single step along the sign. (The released code's one step has no effect: it trains on the vectors before.)

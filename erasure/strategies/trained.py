@@ -58,9 +58,9 @@ INPUT_STATES = 4
 class TrainedStrategy(Strategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
-    steps: int = 300
+    steps: int = 200
     """Updates."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Learning rate of AdamW, constant after the warm-up."""
     batch: int = 4
     """States of the concept in each update, over all processes."""
@@ -90,7 +90,7 @@ class TrainedStrategy(Strategy):
     """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
     """`buffer` rolls trajectories out once; `online` every state anew, as released code does."""
-    rollouts: int = 2
+    rollouts: int = 1
     """Trajectories of each prompt with the concept."""
     retain_rollouts: int = 1
     """Trajectories of each prompt that must survive."""
@@ -100,7 +100,7 @@ class TrainedStrategy(Strategy):
     """Classifier-free guidance of trajectories (ESD: 3)."""
     contexts: int = 12
     """Random prompts that name each concept among other words, besides its phrasings."""
-    retain_vocabulary: int = 48
+    retain_vocabulary: int = 32
     """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
     retain_weight: float = 1.0
     """Weight of their loss."""

@@ -42,6 +42,13 @@ class DenoiserCost:
     def _add(self, count: int) -> None:
         self.forwards += count
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count inside: looking at the model is no part of training it."""
+        before = self.forwards
+        yield
+        self.forwards = before
+
     def state_dict(self) -> dict[str, int]:
         """For checkpoints."""
         return {"forwards": self.forwards}

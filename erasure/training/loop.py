@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from erasure.training.states import stable_seed
 from erasure.training.student import Student
 
 EXPLODED = 1000.0
-"""Times the median of its first losses that a term may grow to."""
+"""Times the median of its first values that the loss may grow to."""
 SETTLING = 10
 """Updates that make up this median."""
 
@@ -131,7 +132,7 @@ class Trainer:
         options = self.options
         self.optimiser = torch.optim.AdamW(self.parameters, lr=options.lr, weight_decay=options.weight_decay)
         self.scaler = self._scaler()
-        self.first: list[dict[str, float]] = []
+        self.first: list[float] = []
         self.average: Any = None
         if options.ema:
             from diffusers.training_utils import EMAModel
@@ -231,20 +232,21 @@ class Trainer:
         optimiser.zero_grad()
 
     def _check(self, row: dict[str, float], step: int) -> None:
-        """Stop at a term that is NaN or explodes."""
+        """Stop at a term that is NaN, or when all together explode: single ones may start at zero."""
+        total = sum(row.values())
         if len(self.first) < SETTLING:
-            self.first.append(row)
-        for name, value in row.items():
-            usual = sorted(earlier.get(name, 0.0) for earlier in self.first)[len(self.first) // 2]
-            exploded = step >= SETTLING and value > EXPLODED * max(usual, 1e-6)
-            if not math.isfinite(value) or exploded:
-                folder = self.run.checkpoints
-                kept = f"; the last checkpoint in {folder} is kept" if folder else ""
-                raise DivergenceError(
-                    f"{name} is {value:.4g} at step {step} of {self.options.steps}"
-                    f"{f', {value / max(usual, 1e-6):.0f} times its start' if exploded else ''}: lower lr (now "
-                    f"{self.options.lr:g}){kept}"
-                )
+            self.first.append(total)
+        usual = statistics.median(self.first)
+        exploded = step >= SETTLING and total > EXPLODED * usual
+        if math.isfinite(total) and not exploded:
+            return
+        name, value = max(row.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+        times = f", and all terms {total / usual:.0f} times their start" if exploded and usual else ""
+        kept = f"; the last checkpoint in {self.run.checkpoints} is kept" if self.run.checkpoints else ""
+        raise DivergenceError(
+            f"the loss {name!r} is {value:.4g} at step {step} of {self.options.steps}{times}: lower lr (now "
+            f"{self.options.lr:g}){kept}"
+        )
 
     # Around them ----------------------------------------------------------------------------------------------------
 
@@ -255,25 +257,25 @@ class Trainer:
         parts = {name: part for name, part in optional.items() if part is not None}
         return Checkpoint(
             self.run.checkpoints / CHECKPOINT,
-            student=self.student, optimiser=self.optimiser, cost=self.cost, losses=_Rows(self.first),
+            student=self.student, optimiser=self.optimiser, cost=self.cost, losses=_Listed(self.first),
             **parts, **self.parts,
         )  # fmt: skip
 
     def _validate(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            with self.student.active(), torch.no_grad():
+            with self.student.active(), torch.no_grad(), self.cost.paused():
                 self.validate(step)
         self.accelerator.wait_for_everyone()
 
 
-class _Rows:
-    """The first loss rows, as a part of a checkpoint."""
+class _Listed:
+    """A list of numbers as a part of a checkpoint."""
 
-    def __init__(self, rows: list[dict[str, float]]) -> None:
-        self.rows = rows
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows[:] = state["rows"]
+        self.values[:] = state["values"]

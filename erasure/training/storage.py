@@ -55,7 +55,8 @@ def _write(path: Path, buffer: TrajectoryBuffer) -> None:
         save_file(buffer.state_dict(), temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError):
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         return
     kept = sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)
     size = 0

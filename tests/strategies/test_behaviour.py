@@ -32,7 +32,8 @@ from erasure.strategies import available, get
 
 QUICK: dict[str, Any] = {
     "steps": 3, "vocabulary": 8, "retain_vocabulary": 2, "contexts": 2, "d_sae": 128, "target_rate": 0.1,
-    "retain_rate": 1.0, "false_positive_rate": 1.0,
+    "retain_rate": 1.0, "false_positive_rate": 1.0, "batch": 2, "retain_batch": 2, "rollout_steps": 2,
+    "attack_steps": 1,
 }  # fmt: skip
 """Cheap values for the options that cost time, lenient ones where a random tower tells nothing apart. A strategy
 gets those that it has."""
@@ -40,6 +41,7 @@ gets those that it has."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in available()},
     "hirm-pinned": ("hirm", {"unconditional": "stock"}),
+    "esd-full": ("esd", {"rank": 0, "method": "x-strict"}),
 }
 """Strategies by default options, and settings that use another carrier."""
 

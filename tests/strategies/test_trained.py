@@ -1,0 +1,367 @@
+"""What strategies that train on trajectories promise: targets, resuming, processes, plug-ins, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import erasure
+from erasure import Concept, Erasure
+from erasure.backbones import backbone_for
+from erasure.errors import DivergenceError, OptionError, TrainingError
+from erasure.strategies import available, get
+from erasure.strategies.trained import TrainedStrategy, without
+from erasure.training.objectives import negative_guidance
+from erasure.training.plugins import ErasabilityWarning
+from erasure.training.run import Run
+from erasure.training.states import Scene, States
+
+TRAINED = [name for name, strategy in available().items() if issubclass(strategy, TrainedStrategy)]
+CAT = Concept("cat", anchor="dog")
+QUICK: dict[str, Any] = {
+    "steps": 6, "batch": 2, "retain_batch": 2, "rollout_steps": 3, "contexts": 1, "retain_vocabulary": 2, "lr": 1e-2,
+}  # fmt: skip
+
+
+def quick(name: str, **options: Any) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(get(name))}
+    return {key: value for key, value in {**QUICK, "attack_steps": 2, **options}.items() if key in known}
+
+
+def make(pipe: Any, name: str, concept: Any = CAT, run: Run | None = None, **options: Any) -> Erasure:
+    return erasure.erase(pipe, concept, name, attach=False, progress=False, run=run, **quick(name, **options))
+
+
+def flat(made: Erasure) -> list[torch.Tensor]:
+    tensors = made.edits.delta_state_dict() | made.edits.lora_state_dict()
+    return [tensors[name] for name in sorted(tensors)]
+
+
+def same(first: Erasure, second: Erasure) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
+
+
+def close(first: Erasure, second: Erasure, tolerance: float) -> None:
+    for a, b in zip(flat(first), flat(second), strict=True):
+        # A value on the edge of two float16 numbers may be stored as either.
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=tolerance)
+
+
+# Targets -------------------------------------------------------------------------------------------------------------
+
+
+def states_of(asks: int) -> States:
+    generator = torch.Generator().manual_seed(0)
+    x, own, null = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(3))
+    asked = torch.randn(2, asks, 4, 3, 3, generator=generator)
+    return States(x, torch.zeros(2), torch.zeros(2, dtype=torch.long), own, null, asked)
+
+
+def test_negative_guidance_in_both_conventions() -> None:
+    own, null = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(negative_guidance(null, own, null, 1.0), 2 * null - own)
+    torch.testing.assert_close(negative_guidance(null, own, null, 0.0), null)
+    for eta in (0.0, 1.0, 2.5):  # from the concept's own prediction, as the diffusers code has it
+        torch.testing.assert_close(negative_guidance(null, own, null, eta), own - (eta + 1) * (own - null))
+
+
+def test_targets_of_presets_are_the_released_arithmetic() -> None:
+    states = states_of(1)
+    own, null, anchor = states.own, states.null, states.asked[:, 0]
+    for preset, wanted in {
+        "paper": null - 1.0 * (own - null),
+        "released-x": own - 2.0 * (own - null),  # negative_guidance 2, erase_from the concept itself
+        "released-from": anchor - 2.0 * (own - null),
+        "released-sdxl": own - 1.0 * (own - null),
+    }.items():
+        torch.testing.assert_close(get("esd").configured(preset).target(states), wanted, msg=preset)
+    torch.testing.assert_close(get("esd").configured().target(states), anchor - (own - anchor))
+    torch.testing.assert_close(get("esd").configured().target(states_of(0)), 2 * null - own)
+
+
+def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
+    tower = backbone_for(tiny_pipe).towers[0]
+    strategy: Any = get("esd").configured(contexts=3, scope_weight=1.0)
+    scenes = strategy.concept_scenes(tower, [CAT, Concept("monet", kind="style")], 0)
+    assert Scene("a photo of a cat", ("a photo of a dog", "a photo of a")) in scenes
+    assert Scene("in monet style", ("", "in style")) in scenes
+    assert all(len(scene.asks) == 2 for scene in scenes)
+    assert len(scenes) > 10
+    plain: Any = get("esd").configured(contexts=0)
+    assert all(scene.asks == () for scene in plain.concept_scenes(tower, [Concept("cat")], 0))
+    kept = [scene.prompt for scene in plain.retain_scenes(tower, [Concept("cat", retain=("dog",))], 0)]
+    assert kept[0] == ""
+    assert "a photo of a dog" in kept
+    assert not any("cat" in prompt.split() for prompt in kept)
+    assert without("a photo of van gogh, by van gogh", Concept("gogh", synonyms=("van gogh",))) == "a photo of , by"
+
+
+# Equalities ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_online_training_is_buffered_training(name: str, tiny_pipe_original: Any) -> None:
+    buffered, online = (make(tiny_pipe_original, name, states=states) for states in ("buffer", "online"))
+    close(buffered, online, 2e-3)  # results are stored in float16, after Adam's division by tiny gradients
+    assert online.config.cost["denoiser_forwards"] > buffered.config.cost["denoiser_forwards"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_accumulated_parts_are_one_batch(name: str, tiny_pipe_original: Any) -> None:
+    close(make(tiny_pipe_original, name), make(tiny_pipe_original, name, accumulation=2), 2e-3)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_checkpointing_changes_nothing_but_the_cost(name: str, tiny_pipe_original: Any) -> None:
+    plain, saving = (make(tiny_pipe_original, name, gradient_checkpointing=on) for on in (False, True))
+    close(plain, saving, 2e-3)
+    assert saving.config.cost["denoiser_forwards"] > plain.config.cost["denoiser_forwards"]
+    assert not tiny_pipe_original.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_model_that_trains_is_left_as_it_was(
+    name: str, tiny_pipe: Any, tensors_of: Any, changed_tensors: Any
+) -> None:
+    before, scheduler = tensors_of(tiny_pipe), tiny_pipe.scheduler
+    tiny_pipe.unet.train().requires_grad_(True)
+    make(tiny_pipe, name, steps=2)
+    assert changed_tensors(before, tiny_pipe) == set()
+    assert tiny_pipe.unet.training
+    assert tiny_pipe.scheduler is scheduler
+    assert all(p.requires_grad and p.grad is None for p in tiny_pipe.unet.parameters())
+    assert not any(p.requires_grad for p in tiny_pipe.text_encoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_train_float32(tiny_pipe: Any, dtype: torch.dtype) -> None:
+    tiny_pipe.to(dtype)
+    for name in TRAINED:
+        made = make(tiny_pipe, name, steps=3)
+        assert any(tensor.any() for tensor in flat(made)), name
+        assert made.config.cost["loss_erase"] > 0
+
+
+# Killed and resumed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout_by": "student", "refresh": 4}], ids=["teacher", "student"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_stopped_run_ends_with_the_same_bits(
+    name: str, options: dict[str, Any], tiny_pipe_original: Any, tmp_path: Path
+) -> None:
+    if name == "advunlearn" and options:
+        with pytest.raises(OptionError, match="'rollout_by'"):
+            make(tiny_pipe_original, name, **options)
+        return
+    whole = make(tiny_pipe_original, name, **options)
+    run = Run(checkpoints=tmp_path, save_every=1)
+
+    def stop(share: float) -> None:
+        if share >= 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        erasure.erase(tiny_pipe_original, CAT, name, attach=False, progress=stop, run=run, **quick(name, **options))
+    resumed = make(tiny_pipe_original, name, run=run, **options)
+    assert same(resumed, whole)
+    assert resumed.config.cost["denoiser_forwards"] >= whole.config.cost["denoiser_forwards"] * 0.5
+    with pytest.raises(TrainingError, match=r"options.lr: 0.01 in the first, 0.02 in the second"):
+        make(tiny_pipe_original, name, run=run, lr=0.02, **options)
+    with pytest.raises(TrainingError, match=r"concepts"):
+        make(tiny_pipe_original, name, "dog", run=run, **options)
+
+
+def command(model: Path, out: Path, name: str, **options: Any) -> list[str]:
+    flags = [
+        part for key, value in quick(name, **options).items() for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    return [
+        "erase", name, "--model", str(model), "--concept", "cat", "--anchor", "dog", "--out", str(out),
+        "--save-every", "1", *flags,
+    ]  # fmt: skip
+
+
+def environment(cache: Path) -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ERASURE_CACHE": str(cache)}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_three_times_by_the_system(tiny_pipe_folder: Path, tmp_path: Path, one_thread: None) -> None:
+    """`kill -9` at random updates, then the same command again: the bits of a run that nobody disturbed."""
+    steps = 40
+    whole = make(erasure.load_pipeline(tiny_pipe_folder), "esd", steps=steps)
+    out, checkpoint = tmp_path / "cat", tmp_path / "cat.training" / "training.ckpt"
+    program = [sys.executable, "-m", "erasure", *command(tiny_pipe_folder, out, "esd", steps=steps)]
+    chance = random.Random(0)
+    reached = 0
+    for _ in range(3):
+        with subprocess.Popen(program, env=environment(tmp_path / "cache"), stderr=subprocess.DEVNULL) as process:
+            target = reached + chance.randint(1, 9)
+            while reached < target and process.poll() is None:
+                time.sleep(0.02)
+                if checkpoint.exists():
+                    reached = torch.load(checkpoint, weights_only=True)["step"]
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, "it had finished already"
+        assert not out.exists()
+    done = subprocess.run(program, env=environment(tmp_path / "cache"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same(Erasure.load(out), whole)
+    assert not (tmp_path / "cat.training").exists()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_train_what_one_does(
+    name: str, tiny_pipe_folder: Path, tmp_path: Path, one_thread: None
+) -> None:
+    single = make(erasure.load_pipeline(tiny_pipe_folder), name, steps=3, lr=1e-3)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "erasure",
+    ]  # fmt: skip
+    out = tmp_path / "both"
+    done = subprocess.run(
+        [*launch, *command(tiny_pipe_folder, out, name, steps=3, lr=1e-3)],
+        env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    close(Erasure.load(out), single, 1e-5)
+
+
+# Plug-ins ------------------------------------------------------------------------------------------------------------
+
+
+def outputs(pipe: Any, prompt: str) -> torch.Tensor:
+    backbone = backbone_for(pipe)
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return backbone.predict(x, torch.tensor([900, 100]), backbone.encode([prompt] * 2))
+
+
+def drift(pipe: Any, made: Erasure, *prompts: str) -> list[float]:
+    """How far an erasure moves what the denoiser predicts for prompts."""
+    stock = [outputs(pipe, prompt) for prompt in prompts]
+    manager = erasure.ErasureManager(pipe)
+    manager.add(made, "cat")
+    moved = [float((outputs(pipe, p) - before).abs().max()) for p, before in zip(prompts, stock, strict=True)]
+    manager.unload()
+    return moved
+
+
+def test_projection_keeps_what_retained_prompts_draw() -> None:
+    """Exactly where the trained layers read nothing but text, to the float16 of the file."""
+    pipe = erasure.load_pipeline("canvas-sd")
+    kept = Concept("cat", anchor="dog", retain=("apple",), templates=("a photo of a {}",))
+    options = {"method": "x-strict", "retain_vocabulary": 0, "contexts": 0, "retain_weight": 0.0, "steps": 10}
+    moved = {}
+    for share in (0.0, 1.0):
+        made = make(pipe, "esd", kept, projection=share, **options)
+        moved[share] = drift(pipe, made, "a photo of a apple", "", "a photo of a cat")
+        assert ("erasability" in made.config.cost) == bool(share)
+    assert min(moved[0.0]) > 0.03
+    assert max(moved[1.0][:2]) < 1e-3
+    assert moved[1.0][2] > 0.03
+
+
+def test_a_retain_set_that_spans_the_target_warns(tiny_pipe_original: Any) -> None:
+    concept = Concept("cat", retain=("kitten", "dog", "apple", "house", "car"))
+    with pytest.warns(ErasabilityWarning, match="hardly be erased"):
+        make(tiny_pipe_original, "esd", concept, projection=1.0, method="x-strict", retain_vocabulary=30, steps=1)
+    with pytest.raises(OptionError, match="'retain_batch' of 1 or more"):
+        make(tiny_pipe_original, "esd", projection=1.0, retain_batch=0)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_group_lasso_drops_layers_from_the_file(name: str, tiny_pipe_original: Any) -> None:
+    whole, pruned = (
+        make(tiny_pipe_original, name, group_lasso=alpha, group_lasso_from=0.0, steps=4, method="all")
+        for alpha in (0.0, 90.0)
+    )
+    assert 0 < pruned.config.cost["layers_dropped"] <= pruned.config.cost["layers"]
+    assert len(pruned.edits) < len(whole.edits)
+    assert pruned.size_bytes < whole.size_bytes
+    with pytest.raises(OptionError, match="needs a 'rank'"):
+        make(tiny_pipe_original, name, group_lasso=1.0, rank=0)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_scope_term_keeps_the_rest_of_the_prompt(name: str, tiny_pipe_original: Any) -> None:
+    moved = {}
+    for weight in (0.0, 10.0):
+        made = make(tiny_pipe_original, name, scope_weight=weight, steps=30, lr=3e-3, retain_batch=0)
+        assert ("loss_scope" in made.config.cost) == bool(weight)
+        (moved[weight],) = drift(tiny_pipe_original, made, "a photo of a")
+    assert moved[10.0] < 0.7 * moved[0.0]
+
+
+# Cost and errors -----------------------------------------------------------------------------------------------------
+
+
+def test_a_training_state_costs_at_most_six_passes(tiny_pipe_original: Any) -> None:
+    """At the default ratio of trajectories to updates, none of them from disk."""
+    made = erasure.erase(
+        tiny_pipe_original, Concept("dog", anchor="cat"), "esd", attach=False, progress=False, seed=11,
+        **{name: getattr(get("esd").configured(), name) for name in ("steps", "rollout_steps")},
+    )  # fmt: skip
+    cost = made.config.cost
+    assert cost["rollout_forwards"] > 0
+    assert cost["forwards_per_state"] <= 6
+    strategy: Any = get("esd").configured()
+    updates = strategy.steps * (strategy.batch + strategy.retain_batch) * 3
+    assert cost["denoiser_forwards"] == cost["rollout_forwards"] + updates
+
+
+def test_only_trained_strategies_take_a_run(tiny_pipe_original: Any) -> None:
+    with pytest.raises(OptionError, match="nothing to resume"):
+        erasure.erase(tiny_pipe_original, "cat", "uce", run=Run(), attach=False)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_nan_stops_with_its_term_and_step(name: str, tiny_pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match=r"(at step \d+ of 6|at its step)"):
+        make(tiny_pipe, name, lr=1e30, clip=0.0, run=Run(checkpoints=tmp_path))
+    fresh = make(tiny_pipe, name)
+    assert all(torch.isfinite(tensor).all() for tensor in flat(fresh))
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("steps", 0), ("batch", 0), ("rollouts", 0), ("projection", 1.5), ("ema", 2.0), ("states", "none"), ("refresh", 0),
+])  # fmt: skip
+def test_options_that_cannot_be(option: str, value: Any) -> None:
+    for name in TRAINED:
+        with pytest.raises(OptionError, match=repr(option)):
+            get(name).configured(**{option: value})
+
+
+def test_an_odd_batch_is_refused(tiny_pipe_original: Any) -> None:
+    with pytest.raises(OptionError, match="take a multiple of 3"):
+        make(tiny_pipe_original, "esd", accumulation=3)
+
+
+def test_validation_images(tiny_pipe_original: Any, tmp_path: Path) -> None:
+    make(tiny_pipe_original, "esd", run=Run(checkpoints=tmp_path, validate_every=3))
+    assert [file.name for file in sorted((tmp_path / "validation").iterdir())] == [
+        "step-000003.png",
+        "step-000006.png",
+    ]
