@@ -12,16 +12,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from erasure.eval.attacks.runner import attack, replay
     from erasure.eval.report import write_report
     from erasure.eval.results import Results, compare
     from erasure.eval.runner import evaluate
 
-__all__ = ["Results", "compare", "evaluate", "write_report"]
+__all__ = ["Results", "attack", "compare", "evaluate", "replay", "write_report"]
 
 _HOMES = {
     "Results": "erasure.eval.results",
+    "attack": "erasure.eval.attacks.runner",
     "compare": "erasure.eval.results",
     "evaluate": "erasure.eval.runner",
+    "replay": "erasure.eval.attacks.runner",
     "write_report": "erasure.eval.report",
 }
 

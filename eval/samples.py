@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from erasure.errors import UnsupportedModelError
+from erasure.errors import EvaluationError, UnsupportedModelError
 
 Role = Literal["target", "retain", "cross", "utility", "pair"]
 
@@ -60,6 +61,20 @@ class Sample:
     def row(self) -> dict[str, Any]:
         """The sample as a JSON object."""
         return asdict(self) | {"objects": list(self.objects), "erased": list(self.erased)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Sample:
+        """The inverse of `row`; what else the row holds is left out.
+
+        Raises:
+            EvaluationError: A field that a sample needs is missing.
+        """
+        names = {field.name for field in fields(cls)} & set(row)
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v := row[name], list) else v for name in names}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise EvaluationError(f"a row that is no sample: {error}") from error
 
 
 def sample_seed(seed: int, prompt: str, index: int) -> int:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "generate": "draw images, with or without erasures",
     "remove": "take objects out of images",
     "eval": "measure a model and its erasures",
+    "attack": "search prompts that bring an erased concept back",
     "compare": "results side by side",
     "info": "what an erasure is and holds",
     "bench": "overhead and cost on this machine",

@@ -1,0 +1,161 @@
+"""`erasure attack ATTACK`: search prompts that bring an erased concept back, or try those of an earlier search."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from erasure.cli.eval import metric_table
+from erasure.cli.models import (
+    ErasedModelOptions,
+    attach,
+    canvas_facts,
+    check_strengths,
+    load_erasures,
+    make_concepts,
+    open_model,
+)
+from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.concept import Kind
+
+
+@dataclass(kw_only=True)
+class AttackOptions(ErasedModelOptions):
+    """What to attack, and where to write the result."""
+
+    concept: str | None = None
+    """What must not be seen; that of the erasures when left out."""
+    kind: Kind | None = None
+    """What the concept is. Left out, a Canvas model says it, and other models take it for an object."""
+    size: Literal["smoke", "quick", "full"] = "quick"
+    """`smoke`: does it run; `quick`: minutes with a small model; `full`: as the paper has it. Sets the attack's
+    options; those that are given change single values."""
+    prompts: Path | None = None
+    """Adversarial prompts of an earlier attack, its folder or file: try them on these erasures, search none."""
+    suite: str = "canvas"
+    """Where prompts and judge come from."""
+    seed: int = 0
+    """Seed of the samples' noise, and through it of everything random."""
+    out: Path
+    """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. The same command again goes on where a
+    killed one stopped."""
+    json: bool = False
+    """Print results.json, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return
+    name, *rest = argv
+    from erasure.eval import attacks
+
+    if name.startswith("-"):
+        raise UsageError(
+            f"name the attack first: erasure attack {{{','.join(attacks.available())}}} --model M --out O"
+        )
+    method = attacks.get(name)
+    # Twice: which options the attack starts from is known only when the size is.
+    size = _parse(method, method.configured(), name, rest)[0].size
+    start = method.configured(size)
+    options, settings = _parse(method, start, name, rest)
+    terminal.json_only = options.json
+    check_strengths(options)
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(method)
+        if (value := getattr(settings, field.name)) != getattr(start, field.name)
+    }
+    if options.prompts is not None and changed:
+        raise UsageError(f"--prompts tries what was found before: leave out {', '.join(sorted(changed))}")
+    results = _attack(options, name, changed, terminal)
+    if not is_main_process():
+        return
+    if options.json:
+        terminal.result(results)
+        return
+    columns, rows = metric_table(results["metrics"])
+    terminal.table(columns, rows)
+    for line in remarks(results["metrics"]):
+        terminal.say(line)
+    if options.prompts is None:
+        terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
+
+
+def _attack(options: AttackOptions, name: str, changed: dict[str, Any], terminal: Terminal) -> dict[str, Any]:
+    """Open everything, cheap checks first, and do it; gives `results.json`."""
+    from erasure.eval import suites
+    from erasure.eval.attacks.prompts import read_prompts
+    from erasure.eval.attacks.runner import attack, replay
+
+    suites.get(options.suite)
+    if options.prompts is not None and (made := read_prompts(options.prompts)[0].made_by["attack"]) != name:
+        raise UsageError(f"--prompts {options.prompts} are of the attack {made}: erasure attack {made} --prompts ...")
+    erasures = load_erasures(options)
+    concept: Any = None
+    if options.concept is not None:
+        (concept,) = make_concepts((options.concept,), canvas_facts(options.model), options.kind)
+    elif options.prompts is None and not erasures:
+        raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
+    out = output_folder(options.out, may_hold=True)
+    pipe = open_model(options)
+    attach(pipe, erasures, options.strength)
+    common: dict[str, Any] = {"suite": options.suite, "out": out, "progress": terminal.speaks}
+    if options.prompts is not None:
+        replay(pipe, options.prompts, concept, **common)
+    else:
+        attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)
+    return json.loads((out / "results.json").read_text())
+
+
+def _parse(method: Any, start: Any, name: str, argv: list[str]) -> tuple[AttackOptions, Any]:
+    """The command's options and the attack's, from one flat command line."""
+    both = dataclasses.make_dataclass(
+        "Attack",
+        [
+            ("command", Annotated[AttackOptions, tyro.conf.FlagCreatePairsOff]),
+            ("attack", method, dataclasses.field(default=start)),
+        ],
+        namespace={"__doc__": f"{method.title} ({method.paper}). The attacker needs: {method.access}."},
+    )
+    parsed: Any = parse(both, f"attack {name}", argv, negatable=True)
+    return parsed.command, parsed.attack
+
+
+def remarks(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the rates must know besides."""
+    lines = []
+    for row in metrics:
+        if row.get("missing"):
+            why = f" ({row['reason']})" if row.get("reason") else "; attacks.jsonl says why"
+            lines.append(f"{row['name']}: {row['missing']} prompts have no outcome{why}.")
+        texts = row.get("retokenised", {})
+        if texts.get("changed"):
+            lines.append(
+                f"The tokeniser reads {texts['changed']} of {texts['texts']} texts as other tokens than were searched "
+                f"for, {texts['cut']} of them as too many to be drawn."
+            )
+    return lines
+
+
+def _help() -> str:
+    from erasure.eval import attacks
+
+    return "\n".join(
+        [
+            "usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]",
+            "",
+            "Searches prompts that bring an erased concept back, or tries those of an earlier search (--prompts).",
+            "",
+            f"attacks: {', '.join(attacks.available())}",
+            "",
+            "The options of each: erasure attack ATTACK --help",
+        ]
+    )

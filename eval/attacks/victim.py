@@ -1,0 +1,115 @@
+"""What an attack is up against: the erased model, the original one behind it, and the judge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from erasure import modules
+from erasure.backbones import backbone_for
+from erasure.eval.attacks import SkippedPromptError
+from erasure.eval.generation import generate
+from erasure.eval.metrics.unlearncanvas import unlearned
+from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.scoring import Judge, call_judge, judgement, reason
+from erasure.eval.suites import Target
+
+
+class Verdict(NamedTuple):
+    """What the judge says of an image."""
+
+    judged: dict[str, Any] | None
+    """Its answer, as rows of an evaluation keep it."""
+    shown: bool | None
+    """Whether it sees the concept; `None` when it failed."""
+    failure: str | None
+    """Why it failed."""
+
+
+class Victim:
+    """A model under attack.
+
+    Args:
+        pipe: The pipeline, with its erasures in force.
+        stock: Context manager that puts the original model in force.
+        target: The concept.
+        judge: Images to answers with `.object` and `.style`.
+        keep: Told of every reference image that is used, with its sample.
+
+    Attributes:
+        references: Images that the original model has drawn.
+    """
+
+    def __init__(
+        self, pipe: Any, stock: Callable[[], AbstractContextManager[Any]], target: Target, judge: Judge,
+        keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
+    ) -> None:  # fmt: skip
+        self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
+        self.backbone, self.references = backbone_for(pipe), 0
+
+    def draw(self, sample: Sample, text: str | None = None) -> Image.Image:
+        """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
+
+        Args:
+            sample: Noise and settings.
+            text: Another prompt in the place of the sample's.
+        """
+        wanted = sample if text is None else dataclasses.replace(sample, prompt=text)
+        return next(generate(self.pipe, [wanted]))[1][0]
+
+    def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
+        """Whether an image shows the concept: where UA counts the sample as not unlearned."""
+        (answer,) = call_judge(self.judge, [image])
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            judged = judgement(answer, sample)
+        except Exception as error:  # a detector may fail in any way
+            return Verdict(None, None, reason(error))
+        outcomes = unlearned([sample.row() | {"judged": judged}], [self.target])
+        if not outcomes.hits:
+            return Verdict(judged, None, "the judge gave no answer for the concept's domain")
+        return Verdict(judged, not outcomes.hits[0], None)
+
+    def reference(self, sample: Sample, tries: int) -> Tensor:
+        """An image of the concept from the sample's prompt by the original model, from other noise than the sample's.
+
+        Args:
+            sample: Prompt and settings.
+            tries: Seeds that are tried until the judge sees the concept.
+
+        Returns:
+            Its clean latent, `(1, channels, h, w)`.
+
+        Raises:
+            SkippedPromptError: It sees the concept with none of them.
+        """
+        for number in range(tries):
+            seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
+            with self.stock(), torch.no_grad(), modules.quiet(self.pipe):
+                latent = self.pipe(
+                    prompt=sample.prompt, negative_prompt=sample.negative_prompt,
+                    generator=torch.Generator("cpu").manual_seed(seed), height=sample.height, width=sample.width,
+                    num_inference_steps=sample.num_inference_steps, guidance_scale=sample.guidance_scale,
+                    output_type="latent",
+                ).images  # fmt: skip
+                image = picture(self.backbone.decode(latent))
+            self.references += 1
+            if self.verdict(image, sample).shown:
+                self.keep(sample, image)
+                return latent
+        raise SkippedPromptError(
+            f"no reference image: the judge sees {self.target.name!r} in none of {tries} images that the original "
+            f"model draws of {sample.prompt!r}"
+        )
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """Pixels `(1, 3, height, width)` in 0-1 as an image."""
+    return Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy())
