@@ -145,7 +145,7 @@ def gradient_checkpointing(component: nn.Module, run: Callable[..., Any]) -> Ite
     finally:
         for part, was_on, function in before:
             part.gradient_checkpointing = was_on
-            part._gradient_checkpointing_func = function
+            part._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
 def require_block(component: nn.Module, path: str, name: str) -> nn.Module:

@@ -26,7 +26,7 @@ from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.concept import Concept
 
 PROMPT = "a photo of a dog"
-PARTS = ("itd", "attention")
+PARTS = ("itd", "attention", "training")
 """Benchmarks of their own, each in `bench_NAME.py`."""
 STAGES = ("stock", "attached", "fused")
 
@@ -35,14 +35,16 @@ STAGES = ("stock", "attached", "fused")
 class BenchOptions(ErasedModelOptions):
     """Measure the overhead of an erasure: images attached and fused, memory, attaching, making.
 
-    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training; and
-    `erasure bench attention` redirected attention, shared trunks and early exits.
+    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training;
+    `erasure bench attention` redirected attention, shared trunks and early exits; and `erasure bench training` trained
+    strategies with trajectories that are kept or made anew.
     """
 
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
     concept: str = "cat"
-    """What the erasures erase that are made here, one with each strategy, when no --erasure is given."""
+    """What the erasures erase that are made here, when no --erasure is given: one with each strategy that takes
+    seconds. How long the others train says `erasure bench training`."""
     repeats: int = 7
     """Rounds of stock, attached and fused in turn; medians are reported."""
     steps: int | None = None
@@ -94,14 +96,16 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 
 def make_each(pipe: Any, options: BenchOptions, terminal: Terminal) -> dict[str, Any]:
-    """One erasure with every strategy that works on the model."""
+    """One erasure with every strategy that does not train on trajectories."""
     import erasure
     from erasure.strategies import available
+    from erasure.strategies.trained import TrainedStrategy
 
     concepts: list[str | Concept] = [*make_concepts((options.concept,), canvas_facts(options.model))]
     return {
         made.name: made
-        for name in available()
+        for name, strategy in available().items()
+        if not issubclass(strategy, TrainedStrategy)
         for made in [erasure.erase(pipe, concepts, strategy=name, attach=False, progress=terminal.speaks)]
     }
 

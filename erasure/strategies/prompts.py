@@ -11,6 +11,7 @@ from torch import Tensor
 from erasure.backbones import TextTower
 from erasure.concept import TEMPLATES, Concept
 from erasure.errors import ConceptError
+from erasure.training.states import Scene
 
 
 class AlignedPrompt(NamedTuple):
@@ -130,3 +131,46 @@ def context_prompts(
             template = template.replace("WORD", draw(words), 1)
         made.append(align(tower, template, draw(concept.names), concept.anchor or ""))
     return made
+
+
+def concept_scenes(
+    tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int, *, anchored: bool, scope: bool
+) -> list[Scene]:
+    """Prompts with concepts to roll out: every phrasing, and random company.
+
+    Args:
+        tower: Tokenises them.
+        concepts: Which.
+        seed: Of the company.
+        contexts: Random prompts for each concept.
+        anchored: Ask the teacher about the same prompt with the anchor as well ("" where a concept has none).
+        scope: And about the prompt without the concept's words, last.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = vocabulary(tower, concepts)
+    scenes = []
+    for concept in concepts:
+        pairs = aligned_prompts(tower, concept)
+        if words and contexts:
+            pairs += context_prompts(tower, concept, words, contexts, generator)
+        for pair in pairs:
+            asks = [pair.anchor_prompt if concept.anchor else ""] if anchored else []
+            asks += [without(pair.prompt, concept)] if scope else []
+            scenes.append(Scene(pair.prompt, tuple(asks)))
+    return list(dict.fromkeys(scenes))
+
+
+def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
+    """Prompts that must survive: the empty one, those of the retain lists, and `count` random ones."""
+    words = vocabulary(tower, concepts)
+    generator = torch.Generator().manual_seed(seed + 1)
+    random = vocabulary_prompts(words, count, generator) if words else []
+    return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
+
+
+def without(prompt: str, concept: Concept) -> str:
+    """A prompt without the concept's words."""
+    for name in sorted(concept.names, key=len, reverse=True):
+        if name in prompt:
+            return " ".join(prompt.replace(name, " ").split())
+    return prompt

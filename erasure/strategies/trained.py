@@ -22,13 +22,7 @@ from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import OptionError
 from erasure.strategies.base import Fit, Strategy
-from erasure.strategies.prompts import (
-    aligned_prompts,
-    context_prompts,
-    retain_prompts,
-    vocabulary,
-    vocabulary_prompts,
-)
+from erasure.strategies.prompts import concept_scenes, retain_scenes
 from erasure.training import storage
 from erasure.training.cost import DenoiserCost
 from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
@@ -172,8 +166,9 @@ class TrainedStrategy(Strategy):
             stack.enter_context(cost.counting(backbone.denoiser))
             task = self.task(backbone, tower, concepts, seed, accelerator)
             stack.enter_context(modules.placed(self.idle(backbone), "cpu"))
+            started = time.perf_counter()
             self.fill(task, model, accelerator)
-            rolled = cost.forwards
+            rolled, filling = cost.forwards, time.perf_counter() - started
             projection, figures = self.projected(task)
             student = task.student
             lasso = GroupLasso(student, self.group_lasso) if isinstance(student, LowRankStudent) else None
@@ -183,11 +178,15 @@ class TrainedStrategy(Strategy):
                 projection=projection, lasso=lasso if self.group_lasso else None,
                 lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
             )  # fmt: skip
+            started = time.perf_counter()
             row = trainer.train(progress)
+            seconds = time.perf_counter() - started
             edits = self.edits(task)
         figures |= {f"loss_{name}": value for name, value in row.items()}
         figures |= {
             "rollout_forwards": float(rolled),
+            "rollout_seconds": filling,
+            "update_seconds": seconds,
             "denoiser_forwards": float(cost.forwards),
             "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
         }
@@ -223,33 +222,6 @@ class TrainedStrategy(Strategy):
                 self.predict(task, Batch(states.x, states.t, prompts, states, None))
         return found
 
-    # Prompts --------------------------------------------------------------------------------------------------------
-
-    def concept_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts with the concepts, each with what else the teacher is asked about it: anchor, and scope."""
-        generator = torch.Generator().manual_seed(seed)
-        words = vocabulary(tower, concepts)
-        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        scenes = []
-        for concept in concepts:
-            pairs = aligned_prompts(tower, concept)
-            if words and self.contexts:
-                pairs += context_prompts(tower, concept, words, self.contexts, generator)
-            for pair in pairs:
-                asks = [pair.anchor_prompt if concept.anchor else ""] if anchored else []
-                asks += [without(pair.prompt, concept)] if self.scope_weight else []
-                scenes.append(Scene(pair.prompt, tuple(asks)))
-        return list(dict.fromkeys(scenes))
-
-    def retain_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts that must survive."""
-        if not self.retain_batch:
-            return []
-        words = vocabulary(tower, concepts)
-        generator = torch.Generator().manual_seed(seed + 1)
-        random = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
-        return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
-
     def target(self, states: States) -> Tensor:
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
@@ -262,7 +234,9 @@ class TrainedStrategy(Strategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Any
     ) -> Task:
         """Prompts, empty sources of states, and the student."""
-        scenes, kept = self.concept_scenes(tower, concepts, seed), self.retain_scenes(tower, concepts, seed)
+        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
+        scenes = concept_scenes(tower, concepts, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
+        kept = retain_scenes(tower, concepts, seed, self.retain_vocabulary) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = PromptCache(backbone, every)
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
@@ -354,7 +328,7 @@ class TrainedStrategy(Strategy):
 
     def validate(self, task: Task, run: Run, step: int) -> None:
         """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
-        if run.checkpoints is None:
+        if run.folder is None:
             return
         scenes = [scene.prompt for scene in task.concept_states.scenes[:4]]
         scenes += [scene.prompt for scene in task.retain_states.scenes[1:5]] if task.retain_states is not None else []
@@ -362,7 +336,7 @@ class TrainedStrategy(Strategy):
         generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
         with modules.placed(self.idle(task.backbone), task.backbone.device), modules.quiet(pipe):
             images = pipe(scenes, generator=generators, num_inference_steps=self.rollout_steps).images
-        folder = run.checkpoints / "validation"
+        folder = run.folder / "validation"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
 
@@ -405,11 +379,3 @@ class Batch(NamedTuple):
     """Those of the rows that follow, if any."""
     extra: Any = None
     """What a strategy adds."""
-
-
-def without(prompt: str, concept: Concept) -> str:
-    """A prompt without the concept's words."""
-    for name in sorted(concept.names, key=len, reverse=True):
-        if name in prompt:
-            return " ".join(prompt.replace(name, " ").split())
-    return prompt

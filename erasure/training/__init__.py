@@ -1,1 +1,7 @@
-"""What every training of this package shares."""
+"""Training: states from trajectories, a student beside its teacher, one loop on accelerate, and additions to it."""
+
+from __future__ import annotations
+
+from erasure.training.run import Run
+
+__all__ = ["Run"]

@@ -32,12 +32,13 @@ SETTLING = 10
 class Share(NamedTuple):
     """A part of each update's global batch: what one process computes at once."""
 
-    index: int
-    count: int
+    number: int
+    """Which of the parts, from 0 on."""
+    parts: int
 
     def of(self, rows: Tensor) -> Tensor:
-        """The rows `(batch, ...)` of this part, `(batch / count, ...)`."""
-        return rows[self.index :: self.count]
+        """The rows `(batch, ...)` of this part, `(batch / parts, ...)`."""
+        return rows[self.number :: self.parts]
 
 
 Prepare = Callable[[int, Share], Any]
@@ -94,7 +95,7 @@ def make_accelerator(run: Run, device: torch.device) -> Any:
 
     if run.tracker is not None:
         require(run.tracker, "track")
-    folder = None if run.checkpoints is None else str(run.checkpoints)
+    folder = None if run.folder is None else str(run.folder)
     return Accelerator(cpu=device.type == "cpu", device_placement=False, log_with=run.tracker, project_dir=folder)
 
 
@@ -251,12 +252,13 @@ class Trainer:
     # Around them ----------------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> Checkpoint | None:
-        if self.run.checkpoints is None:
+        folder = self.run.folder
+        if folder is None:
             return None
         optional = {"average": self.average, "scaler": self.scaler}
         parts = {name: part for name, part in optional.items() if part is not None}
         return Checkpoint(
-            self.run.checkpoints / CHECKPOINT,
+            folder / CHECKPOINT,
             student=self.student, optimiser=self.optimiser, cost=self.cost, losses=_Listed(self.first),
             **parts, **self.parts,
         )  # fmt: skip

@@ -25,7 +25,7 @@ LOCK = "lock"
 class Run:
     """What a training writes besides its result."""
 
-    checkpoints: Path | None = None
+    checkpoints: str | Path | None = None
     """Folder of checkpoints, validation images and logs. The same training started again goes on from the last
     checkpoint there; nothing is kept when left out."""
     save_every: int = 50
@@ -34,6 +34,11 @@ class Run:
     """Updates between two grids of validation images; 0 for none."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where accelerate logs losses and costs."""
+
+    @property
+    def folder(self) -> Path | None:
+        """That of the checkpoints."""
+        return None if self.checkpoints is None else Path(self.checkpoints)
 
     @contextmanager
     def opened(self, recipe: dict[str, Any], main: bool = True) -> Iterator[None]:
@@ -46,7 +51,7 @@ class Run:
         Raises:
             TrainingError: Another process trains there, the folder holds something else, or cannot be written.
         """
-        folder = self.checkpoints
+        folder = self.folder
         if folder is None or not main:
             yield
             return
@@ -88,7 +93,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove the folder of a training whose result is kept; logs and validation images stay."""
-        folder = self.checkpoints
+        folder = self.folder
         if folder is None or not folder.is_dir():
             return
         for name in (CHECKPOINT, RECIPE, LOCK):

@@ -36,6 +36,10 @@ class Student(nn.Module, ABC):
         network: The component; frozen, used in place, and none of this module's children.
     """
 
+    network: nn.Module
+    paths: list[str]
+    """What is trained: layers, or parameters."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         # Past `nn.Module.__setattr__`: as a child, its weights would be trained, saved and sent between processes.

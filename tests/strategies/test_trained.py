@@ -21,7 +21,8 @@ from erasure import Concept, Erasure
 from erasure.backbones import backbone_for
 from erasure.errors import DivergenceError, OptionError, TrainingError
 from erasure.strategies import available, get
-from erasure.strategies.trained import TrainedStrategy, without
+from erasure.strategies.prompts import concept_scenes, retain_scenes, without
+from erasure.strategies.trained import TrainedStrategy
 from erasure.training.objectives import negative_guidance
 from erasure.training.plugins import ErasabilityWarning
 from erasure.training.run import Run
@@ -92,15 +93,14 @@ def test_targets_of_presets_are_the_released_arithmetic() -> None:
 
 def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
     tower = backbone_for(tiny_pipe).towers[0]
-    strategy: Any = get("esd").configured(contexts=3, scope_weight=1.0)
-    scenes = strategy.concept_scenes(tower, [CAT, Concept("monet", kind="style")], 0)
+    scenes = concept_scenes(tower, [CAT, Concept("monet", kind="style")], 0, 3, anchored=True, scope=True)
     assert Scene("a photo of a cat", ("a photo of a dog", "a photo of a")) in scenes
     assert Scene("in monet style", ("", "in style")) in scenes
     assert all(len(scene.asks) == 2 for scene in scenes)
     assert len(scenes) > 10
-    plain: Any = get("esd").configured(contexts=0)
-    assert all(scene.asks == () for scene in plain.concept_scenes(tower, [Concept("cat")], 0))
-    kept = [scene.prompt for scene in plain.retain_scenes(tower, [Concept("cat", retain=("dog",))], 0)]
+    plain = concept_scenes(tower, [Concept("cat")], 0, 0, anchored=False, scope=False)
+    assert all(scene.asks == () for scene in plain)
+    kept = [scene.prompt for scene in retain_scenes(tower, [Concept("cat", retain=("dog",))], 0, 20)]
     assert kept[0] == ""
     assert "a photo of a dog" in kept
     assert not any("cat" in prompt.split() for prompt in kept)

@@ -76,7 +76,7 @@ def test_it_learns() -> None:
 @pytest.mark.parametrize("kill_at", [1, 5, 11])
 def test_a_killed_training_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any], kill_at: int) -> None:
     whole = Small(**options).train()
-    run = Run(checkpoints=tmp_path, save_every=2)
+    run = Run(checkpoints=str(tmp_path), save_every=2)
     with pytest.raises(KeyboardInterrupt):
         Small(run, kill_at=kill_at, **options).train()
     again = Small(run, **options)

@@ -1,0 +1,89 @@
+"""What ESD trains, counted on the shapes of Stable Diffusion 1.4."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import erasure
+from erasure import Concept
+from erasure.backbones import Backbone, StableDiffusionBackbone, backbone_for
+from erasure.strategies import get
+from erasure.strategies.esd import Method, trained_parameters
+from erasure.training.student import LowRankStudent
+
+
+@pytest.fixture(scope="module")
+def full_size() -> Backbone:
+    """The UNet of Stable Diffusion 1.x without its values."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, layers_per_block=2,
+            block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
+        )  # fmt: skip
+    return StableDiffusionBackbone(SimpleNamespace(unet=unet))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("method", "millions"), [("x", 43.96), ("x-strict", 19.17), ("u", 815.56), ("all", 859.52)])
+def test_methods_train_what_the_released_code_does(full_size: Backbone, method: Any, millions: float) -> None:
+    known = dict(full_size.denoiser.named_parameters())
+    found = trained_parameters(full_size, method)
+    assert len(set(found)) == len(found)
+    assert sum(known[path].numel() for path in found) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_methods_split_the_denoiser(tiny_pipe: Any) -> None:
+    backbone = backbone_for(tiny_pipe)
+    found: dict[str, set[str]] = {method: set(trained_parameters(backbone, method)) for method in get_args(Method)}
+    assert found["x"] | found["u"] == found["all"]
+    assert not found["x"] & found["u"]
+    assert found["x-strict"] < found["x"]
+    assert found["self"] < found["u"]
+    assert all(".attn2." in path for path in found["x"])
+    assert all(".attn1." in path for path in found["self"])
+
+
+def test_a_lora_takes_the_linear_layers(tiny_pipe: Any) -> None:
+    backbone = backbone_for(tiny_pipe)
+    strategy: Any = get("esd").configured(rank=4, method="all")
+    student = strategy.student(backbone, backbone.towers[0], torch.Generator())
+    assert isinstance(student, LowRankStudent)
+    assert any(".ff." in path for path in student.paths)
+    assert not any("conv" in path for path in student.paths)
+
+
+@pytest.mark.parametrize("preset", get("esd").presets)
+def test_presets_run(preset: str, tiny_pipe_original: Any) -> None:
+    made = erasure.erase(
+        tiny_pipe_original, Concept("cat", anchor="dog"), "esd", preset=preset, steps=1, rollout_steps=3, attach=False,
+        progress=False,
+    )  # fmt: skip
+    assert made.deltas
+    assert not made.low_rank
+    assert made.config.cost["rollout_forwards"] == 0
+
+
+def test_a_concept_is_gone_from_the_embedded_model_and_the_next_stays() -> None:
+    """What the student is for: it predicts the target on the concept, and the teacher elsewhere."""
+    pipe = erasure.load_pipeline("canvas-sd")
+    made = erasure.erase(
+        pipe, Concept("banana", anchor="pizza"), "esd", steps=40, lr=1e-3, contexts=0, retain_vocabulary=4,
+        rollout_steps=4, attach=False, progress=False,
+    )  # fmt: skip
+    backbone = backbone_for(pipe)
+    x, t = backbone.noise([1, 2, 3]), torch.tensor([900, 700, 500])
+    manager = erasure.ErasureManager(pipe)
+
+    def predict(prompt: str) -> torch.Tensor:
+        with torch.no_grad():
+            return backbone.predict(x, t, backbone.encode([prompt] * 3))
+
+    own, anchor, other = (predict(f"a photo of a {word}") for word in ("banana", "pizza", "car"))
+    manager.add(made, "banana")
+    target = anchor - (own - anchor)
+    assert (predict("a photo of a banana") - target).square().mean() < 0.6 * (own - target).square().mean()
+    assert (predict("a photo of a car") - other).square().mean() < 0.1 * (own - target).square().mean()
