@@ -1,0 +1,68 @@
+"""`erasure erase` of a strategy that trains, and `erasure bench training`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erasure import Erasure
+from erasure.cli.bench_training import compared
+from erasure.cli.main import main
+
+QUICK = ["--steps", "2", "--batch", "2", "--retain-batch", "2", "--rollout-steps", "2", "--contexts", "0"]
+
+
+def erase(model: Path, out: Path, *more: str) -> int:
+    return main(["erase", "esd", "--model", str(model), "--concept", "cat", "--out", str(out), *QUICK, *more])
+
+
+def test_a_training_leaves_its_result_and_its_logs(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "cat"
+    assert erase(tiny_pipe_folder, out, "--tracker", "tensorboard", "--validate-every", "1") == 0
+    assert Erasure.load(out).config.strategy_config["steps"] == 2
+    kept = tmp_path / "cat.training"
+    assert sorted(item.name for item in kept.iterdir()) == ["erasure", "validation"]
+    assert "MB in" in capsys.readouterr().out
+
+
+def test_a_training_of_something_else_is_one_line(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """As after a kill: its checkpoints are there, and the options are others now."""
+    runs = tmp_path / "runs"
+    assert erase(tiny_pipe_folder, tmp_path / "one", "--checkpoints", str(runs)) == 0
+    runs.mkdir()
+    (runs / "training.json").write_text(json.dumps({"strategy": "esd", "options": {"lr": 1.0}}))
+    assert erase(tiny_pipe_folder, tmp_path / "two", "--checkpoints", str(runs)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("erasure: error: ")
+    assert "options.lr: 1.0 in the first" in error
+    assert not (tmp_path / "two").exists()
+
+
+def test_strategies_that_do_not_train_have_no_such_options(tmp_path: Path, capsys: Any) -> None:
+    assert main(["erase", "uce", "--model", "m", "--concept", "cat", "--checkpoints", str(tmp_path)]) == 2
+    assert "--checkpoints" in capsys.readouterr().err
+
+
+def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
+    command = ["bench", "training", "--model", str(tiny_pipe_folder), "--updates", "1", "--rollout-steps", "3"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in found["strategies"]] == ["esd", "advunlearn"]
+    for row in found["strategies"]:
+        assert row["passes_per_state"]["online"] > row["passes_per_state"]["buffer"] > 0
+        assert row["fill_seconds"] > 0
+        assert row["speedup"] > 0
+    assert main(["bench", "training", "--model", "canvas-sd", "--updates", "0"]) == 2
+
+
+def test_a_whole_run_counts_the_filling() -> None:
+    mode = {"updates": 10, "states": 4, "passes": 12.0, "seconds": 1.0, "fill_passes": 40.0, "fill_seconds": 5.0}
+    online = mode | {"passes": 200.0, "seconds": 20.0, "fill_passes": 0.0, "fill_seconds": 0.0}
+    found = compared("esd", mode, online)
+    assert found["passes_per_state"] == {"buffer": 4.0, "online": 50.0}
+    assert found["passes_ratio"] == pytest.approx(2000 / 160)
+    assert found["speedup"] == pytest.approx(200 / 15)
