@@ -84,6 +84,10 @@ class AdvUnlearn(TrainedStrategy):
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow."""
         super().__post_init__()
+        if not isinstance(self.layers, (tuple, list)) or any(type(n) is not int or n < 0 for n in self.layers):
+            raise OptionError(
+                f"advunlearn: option 'layers' is {self.layers!r}; allowed: numbers of blocks, 0 the first"
+            )
         if self.rollout_by != "teacher":
             raise OptionError("advunlearn: option 'rollout_by' is 'student'; only the text encoder changes here, so "
                               "trajectories are the stock model's: 'teacher'")  # fmt: skip
