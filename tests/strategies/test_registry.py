@@ -70,7 +70,7 @@ def test_an_unknown_name_suggests_the_nearest(wrong: str, right: str) -> None:
 
 
 def test_an_unknown_name_without_a_neighbour_lists_all() -> None:
-    with pytest.raises(UnknownStrategyError, match="diff_quickfix, hirm, itd, uce"):
+    with pytest.raises(UnknownStrategyError, match="advunlearn, diff_quickfix, esd, hirm, itd, uce"):
         get("zzzzzz")
 
 
