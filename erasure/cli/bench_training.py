@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.updates < 1 or options.rollout_steps < 1:
         raise UsageError("--updates and --rollout-steps are at least 1")
     pipe = open_model(options)
-    with terminal.progress(2 * len(options.strategies)) as progress, tempfile.TemporaryDirectory() as folder:
+    with terminal.progress(2 * len(options.strategies)) as progress:
         rows = []
         for name in options.strategies:
             found = {}
             for mode in ("buffer", "online"):
                 progress.stage(f"{name}, {mode}")
-                found[mode] = measure(pipe, name, mode, options, folder)
+                found[mode] = measure(pipe, name, mode, options)
                 progress.advance()
             rows.append(compared(name, found["buffer"], found["online"]))
     if options.json:
@@ -64,7 +65,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
-def measure(pipe: Any, name: str, mode: str, options: BenchTrainingOptions, folder: str) -> dict[str, float]:
+def measure(pipe: Any, name: str, mode: str, options: BenchTrainingOptions) -> dict[str, float]:
     """Passes and seconds of filling and of an update."""
     import erasure
     from erasure.strategies import get
@@ -74,15 +75,8 @@ def measure(pipe: Any, name: str, mode: str, options: BenchTrainingOptions, fold
     settings: dict[str, Any] = {"rollout_steps": options.rollout_steps, "states": mode, "steps": options.updates}
     if name == "advunlearn":
         settings["attack_from"] = 0.0  # every update is attacked, as four in five are
-    before = os.environ.get("ERASURE_CACHE")
-    os.environ["ERASURE_CACHE"] = folder  # trajectories of earlier trainings would cost nothing
-    try:
+    with empty_cache():
         made = erasure.erase(pipe, concepts, name, attach=False, progress=False, **settings)
-    finally:
-        if before is None:
-            del os.environ["ERASURE_CACHE"]
-        else:
-            os.environ["ERASURE_CACHE"] = before
     cost, whole = made.config.cost, strategy.configured()
     states = whole.batch + whole.retain_batch
     return {
@@ -93,6 +87,20 @@ def measure(pipe: Any, name: str, mode: str, options: BenchTrainingOptions, fold
         "passes": (cost["denoiser_forwards"] - cost["rollout_forwards"]) / options.updates,
         "seconds": cost["update_seconds"] / options.updates,
     }
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """A cache of its own: trajectories of earlier trainings would cost nothing."""
+    before = os.environ.get("ERASURE_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["ERASURE_CACHE"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("ERASURE_CACHE")
+            if before is not None:
+                os.environ["ERASURE_CACHE"] = before
 
 
 def compared(name: str, buffer: dict[str, float], online: dict[str, float]) -> dict[str, Any]:
