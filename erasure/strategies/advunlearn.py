@@ -47,7 +47,7 @@ class AdvUnlearn(TrainedStrategy):
     paper: ClassVar[str] = "AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234"
     families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "minutes, some 20 denoiser passes a training state"
+    cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
 
     steps: int = 150
     """Updates (paper: 1000)."""
