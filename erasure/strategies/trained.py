@@ -92,6 +92,11 @@ class TrainedStrategy(Strategy):
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: float = 3.0
     """Classifier-free guidance of trajectories (ESD: 3)."""
+    rollout_by: Literal["teacher", "student"] = "teacher"
+    """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
+    states are those that it meets (ESD's paper). Targets are the stock model's in both."""
+    refresh: int = 50
+    """Updates between two fillings of a buffer by the student."""
     contexts: int = 12
     """Random prompts that name each concept among other words, besides its phrasings."""
     retain_vocabulary: int = 32
@@ -106,11 +111,6 @@ class TrainedStrategy(Strategy):
     `erasure.training.plugins.RetainProjection`."""
     group_lasso: float = 0.0
     """Weight of a penalty that drops whole attention layers from the LoRA; 0 switches it off."""
-    rollout_by: Literal["teacher", "student"] = "teacher"
-    """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
-    states are those that it meets (ESD's paper). Targets are the stock model's in both."""
-    refresh: int = 50
-    """Updates between two fillings of a buffer by the student."""
     group_lasso_from: float = 0.2
     """Share of the updates before it sets in."""
 
@@ -170,12 +170,13 @@ class TrainedStrategy(Strategy):
             self.fill(task, model, accelerator)
             rolled, filling = cost.forwards, time.perf_counter() - started
             projection, figures = self.projected(task)
-            student = task.student
-            lasso = GroupLasso(student, self.group_lasso) if isinstance(student, LowRankStudent) else None
+            student, lasso = task.student, None
+            if self.group_lasso and isinstance(student, LowRankStudent):
+                lasso = GroupLasso(student, self.group_lasso)
             trainer = Trainer(
                 backbone, student, partial(self.prepare, task), partial(self.losses, task), options, run, accelerator,
                 seed, cost, before=partial(self.before, task), validate=partial(self.validate, task, run),
-                projection=projection, lasso=lasso if self.group_lasso else None,
+                projection=projection, lasso=lasso,
                 lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
             )  # fmt: skip
             started = time.perf_counter()
@@ -190,7 +191,7 @@ class TrainedStrategy(Strategy):
             "denoiser_forwards": float(cost.forwards),
             "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
         }
-        if lasso is not None and self.group_lasso:
+        if lasso is not None:
             figures |= {"layers_dropped": float(lasso.dropped()), "layers": float(len(lasso.groups))}
         return Fit(edits, figures)
 
@@ -257,14 +258,13 @@ class TrainedStrategy(Strategy):
         )  # fmt: skip
 
     def fill(self, task: Task, model: str, accelerator: Any) -> None:
-        """Roll the stock model's trajectories out, or take them from disk."""
+        """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
         for source in task.buffers():
-            if source.student is None:
-                storage.fill(source, model, accelerator)
+            storage.fill(source, model, accelerator)
 
     def before(self, task: Task, step: int) -> None:
         """Roll the student's trajectories out anew, now and then."""
-        if step % self.refresh == 0:
+        if step and step % self.refresh == 0:
             for source in task.buffers():
                 if source.student is not None:
                     source.fill()

@@ -284,6 +284,11 @@ def test_projection_keeps_what_retained_prompts_draw() -> None:
     assert moved[1.0][2] > 0.03
 
 
+def test_projection_goes_with_rollouts_of_the_student(tiny_pipe_original: Any) -> None:
+    made = make(tiny_pipe_original, "esd", projection=0.5, rollout_by="student", refresh=2, method="x-strict", steps=3)
+    assert 0 < made.config.cost["erasability"] <= 1
+
+
 def test_a_retain_set_that_spans_the_target_warns(tiny_pipe_original: Any) -> None:
     concept = Concept("cat", retain=("kitten", "dog", "apple", "house", "car"))
     with pytest.warns(ErasabilityWarning, match="hardly be erased"):
