@@ -49,7 +49,7 @@ INPUT_STATES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedStrategy(Strategy):
+class TrainedStrategy(Optimisation, Strategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
     steps: int = 200
@@ -60,20 +60,8 @@ class TrainedStrategy(Strategy):
     """States of the concept in each update, over all processes."""
     retain_batch: int = 4
     """States of prompts that must survive in each update; 0 for none."""
-    accumulation: int = 1
-    """Parts that each process computes its share of a batch in."""
     rank: int = 16
     """Of the LoRA; 0 trains whole parameters."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    warmup: int = 0
-    """Updates of linear warm-up."""
-    clip: float = 1.0
-    """Greatest norm of the gradient; 0 for none."""
-    ema: float = 0.0
-    """Decay of a running mean of the weights that becomes the result; 0 takes the last weights."""
-    gradient_checkpointing: bool = False
-    """Save memory: blocks of the denoiser run twice instead of keeping their activations."""
     eta: float = 1.0
     """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
     diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
@@ -155,8 +143,7 @@ class TrainedStrategy(Strategy):
         for name in (name for concept in concepts for name in concept.names):
             tower.check_words(name)
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
-        options = self.optimisation()
-        options.check({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
+        self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
         recipe = {"strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
                   "concepts": [concept.to_dict() for concept in concepts]}  # fmt: skip
@@ -174,7 +161,7 @@ class TrainedStrategy(Strategy):
             if self.group_lasso and isinstance(student, LowRankStudent):
                 lasso = GroupLasso(student, self.group_lasso)
             trainer = Trainer(
-                backbone, student, partial(self.prepare, task), partial(self.losses, task), options, run, accelerator,
+                backbone, student, partial(self.prepare, task), partial(self.losses, task), self, run, accelerator,
                 seed, cost, before=partial(self.before, task), validate=partial(self.validate, task, run),
                 projection=projection, lasso=lasso,
                 lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
@@ -339,11 +326,6 @@ class TrainedStrategy(Strategy):
         folder = run.folder / "validation"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
-
-    def optimisation(self) -> Optimisation:
-        """The loop's options."""
-        names = [field.name for field in dataclasses.fields(Optimisation)]
-        return Optimisation(**{name: getattr(self, name) for name in names})
 
 
 @dataclass

@@ -68,7 +68,7 @@ class Optimisation:
     gradient_checkpointing: bool = False
     """Whether blocks of the denoiser run twice instead of keeping their activations."""
 
-    def check(self, batches: Mapping[str, int], processes: int) -> None:
+    def check_batches(self, batches: Mapping[str, int], processes: int) -> None:
         """Refuse batches that do not fall into equal parts.
 
         Raises:

@@ -102,9 +102,9 @@ def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    Optimisation(steps=1, lr=1, accumulation=2).check({"batch": 8, "retain_batch": 0}, 4)
+    Optimisation(steps=1, lr=1, accumulation=2).check_batches({"batch": 8, "retain_batch": 0}, 4)
     with pytest.raises(OptionError, match=r"'batch' is 6 and does not divide among 2 processes x 2 .*multiple of 4"):
-        Optimisation(steps=1, lr=1, accumulation=2).check({"batch": 6}, 2)
+        Optimisation(steps=1, lr=1, accumulation=2).check_batches({"batch": 6}, 2)
 
 
 def test_the_gradient_is_clipped_and_warmed_up() -> None:
