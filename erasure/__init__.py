@@ -40,6 +40,8 @@ if not (_root / "pipelines").is_dir() and (_root.parent / "pipelines").is_dir():
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "modules":  # its name before the private parts of other libraries got rooms of their own
+        return _import_module("erasure.interop.paths")
     if name in _HOMES:
         return getattr(_import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'erasure' has no attribute {name!r}")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from erasure import modules
 from erasure.artifact import Erasure, ErasureConfig, default_name, library_versions
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
@@ -21,6 +20,7 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.weights import fingerprint
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
+from erasure.interop import paths, scopes
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
@@ -86,7 +86,7 @@ def erase(
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
     started = time.perf_counter()
-    with modules.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
+    with scopes.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -213,7 +213,7 @@ def best_device() -> torch.device:
 def _refuse_quantised(backbone: Backbone) -> None:
     parts = {tower.component: tower.module for tower in backbone.towers}
     for name, module in {**parts, backbone.denoiser_component: backbone.denoiser}.items():
-        unlike = next((p for p in module.parameters() if not modules.is_plain(p)), None)
+        unlike = next((p for p in module.parameters() if not paths.is_plain(p)), None)
         if unlike is not None:
             raise UnsupportedModelError(
                 f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): "
@@ -225,7 +225,7 @@ def _base(pipe: DiffusionPipeline, edits: Edits) -> dict[str, Any]:
     tensors = {}
     for key in (*edits.parameters, *_read_parameters(pipe, edits)):
         component, path = key.split("/", 1)
-        tensors[key] = fingerprint(modules.parameter(getattr(pipe, component), path))
+        tensors[key] = fingerprint(paths.parameter(getattr(pipe, component), path))
     model = str(pipe.config.get("_name_or_path") or "")
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
@@ -237,7 +237,7 @@ def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
     found = []
     for key in edits.features:
         component, block = key.split("/", 1)
-        known = modules.canonical_parameters(getattr(pipe, component))
+        known = paths.canonical_parameters(getattr(pipe, component))
         found += [f"{component}/{path}" for path in known if path.startswith(block + ".")]
     return found
 

@@ -12,7 +12,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from erasure import modules
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.carriers.weights import refuse_unwritable
@@ -23,6 +22,7 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
+from erasure.interop import adapters, paths, pipelines, scopes
 from erasure.sae.detection import Detection, detect
 from erasure.state import Attached, ComponentState
 
@@ -47,7 +47,7 @@ class ErasureManager:
 
     def _modules(self) -> dict[str, nn.Module]:
         parts = self.pipe.components.items()
-        return {name: modules.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
+        return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
     def _states(self) -> dict[str, ComponentState]:
         found = {name: ComponentState.of(module) for name, module in self._modules().items()}
@@ -121,7 +121,7 @@ class ErasureManager:
             raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: it holds no tensors")
         erasure.edits.check_finite()
         attached = Attached(erasure, strength)
-        with modules.without_offloading(self.pipe):
+        with scopes.without_offloading(self.pipe):
             available = self._modules()
             for component in erasure.components:
                 if component not in available:
@@ -155,7 +155,7 @@ class ErasureManager:
         if refuse_unwritable(component, module, edits):
             attached.adapters.add(component)
         for path in attached.erasure.edits.features_of(component):
-            modules.require_block(module, path, component)
+            paths.require_block(module, path, component)
         state = ComponentState.of(module) or ComponentState(component)
         prefix = component + "/"
         digests = attached.erasure.config.base.get("tensors", {})
@@ -169,7 +169,7 @@ class ErasureManager:
         state.bind(module)
         if component in attached.adapters:
             lora = attached.erasure.edits.lora_state_dict()
-            modules.add_lora(self.pipe, component, name, lora, attached.strength)
+            adapters.add_lora(self.pipe, component, name, lora, attached.strength)
         state.refresh(module)
 
     def _take(self, module: nn.Module, name: str) -> None:
@@ -179,12 +179,12 @@ class ErasureManager:
         state.weights.check_intact(module)
         attached = state.attached.pop(name)
         if state.component in attached.adapters:
-            modules.delete_lora(module, name)
+            adapters.delete_lora(module, name)
         state.refresh(module)
         state.bind(module)
 
     def _refresh(self) -> None:
-        with modules.without_offloading(self.pipe):
+        with scopes.without_offloading(self.pipe):
             available = self._modules()
             for component, state in self._states().items():
                 state.refresh(available[component])
@@ -258,7 +258,7 @@ class ErasureManager:
     def delete(self, names: str | Sequence[str]) -> None:
         """Take erasures off; what they alone edited equals the base bit for bit afterwards."""
         chosen = self._known(names)
-        with modules.without_offloading(self.pipe):
+        with scopes.without_offloading(self.pipe):
             for name in chosen:
                 for module in self._modules().values():
                     self._take(module, name)
@@ -306,7 +306,7 @@ class ErasureManager:
         known = [erasure for erasure in self.erasures.values() if erasure.edits.features]
         if not known:
             raise AttachError("no attached erasure can tell concepts in prompts: attach one that was made with itd")
-        with modules.without_offloading(self.pipe), self.disabled():
+        with scopes.without_offloading(self.pipe), self.disabled():
             for erasure in known:
                 for key, edit in erasure.edits.features.items():
                     component, path = key.split("/", 1)
@@ -359,9 +359,9 @@ class ErasureManager:
         }
         for method, (check, needed) in guards.items():
             if needed and hasattr(type(self.pipe), method):
-                modules.CallGuard.install(self.pipe, method, check)
+                pipelines.CallGuard.install(self.pipe, method, check)
             else:
-                modules.CallGuard.remove(self.pipe, method)
+                pipelines.CallGuard.remove(self.pipe, method)
 
 
 def _is_text_side(state: ComponentState) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from erasure import modules
 from erasure.artifact import Erasure
 from erasure.carriers.activations import Pinned, PinnedPrompts
 from erasure.carriers.edits import LowRank
@@ -14,6 +13,7 @@ from erasure.carriers.features import EditedFeatures
 from erasure.carriers.features import Terms as FeatureTerms
 from erasure.carriers.weights import ComponentWeights, Terms
 from erasure.errors import VerificationError
+from erasure.interop import adapters, paths
 
 _ATTRIBUTE = "_erasures"
 
@@ -93,7 +93,7 @@ class ComponentState:
         current = self.in_force()
         for name, attached in self.attached.items():
             if self.component in attached.adapters:
-                modules.scale_lora(module, name, attached.strength if name in current else 0.0)
+                adapters.scale_lora(module, name, attached.strength if name in current else 0.0)
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
 
@@ -111,11 +111,11 @@ class ComponentState:
         compared = 0
         for path, terms in self.terms().items():
             where = f"{self.component}/{path}"
-            if modules.is_fused(module, path.rsplit(".", 2)[0]):
+            if paths.is_fused(module, path.rsplit(".", 2)[0]):
                 raise VerificationError(
                     f"{where} is bypassed by fused query-key-value projections: unfuse_qkv_projections()"
                 )
-            if modules.parameter(module, path).device.type == "meta":
+            if paths.parameter(module, path).device.type == "meta":
                 raise VerificationError(
                     f"{where} is offloaded and cannot be read: verify before enabling sequential offload"
                 )
@@ -125,7 +125,7 @@ class ComponentState:
         for name, attached in self.attached.items():
             if self.component in attached.adapters:
                 edits = attached.erasure.edits.of(self.component).values()
-                layers = modules.active_lora(module, name, attached.strength)
+                layers = adapters.active_lora(module, name, attached.strength)
                 expected = sum(isinstance(edit, LowRank) for edit in edits)
                 if layers != expected:
                     raise VerificationError(

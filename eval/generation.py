@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from erasure import modules
 from erasure.errors import EvaluationError
 from erasure.eval.samples import Sample, denoiser, initial_noise, latent_shape
+from erasure.interop import scopes
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
@@ -49,7 +49,7 @@ def generate(
     for batch in batches(samples, batch_size):
         drawn = [initial_noise(sample, latent_shape(pipe, sample)) for sample in batch]
         steps, guidance, height, width = batch[0].settings
-        with torch.no_grad(), modules.quiet(pipe):
+        with torch.no_grad(), scopes.quiet(pipe):
             images = pipe(
                 prompt=[sample.prompt for sample in batch],
                 negative_prompt=[sample.negative_prompt for sample in batch],

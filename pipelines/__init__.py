@@ -7,7 +7,7 @@ from typing import Literal
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from erasure.errors import UnsupportedModelError
-from erasure.modules import register_auto_pipeline
+from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline

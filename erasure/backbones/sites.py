@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from erasure import modules
 from erasure.errors import UnsupportedModelError
+from erasure.interop import paths
 
 PATCH = 2
 """Latent pixels along a side of one token of SD3 and Flux."""
@@ -39,7 +39,7 @@ def attention_sites(denoiser: nn.Module) -> list[AttentionSite]:
     Raises:
         UnsupportedModelError: A network of another kind.
     """
-    network = modules.uncompiled(denoiser)
+    network = paths.uncompiled(denoiser)
     if isinstance(network, UNet2DConditionModel):
         return list(_unet_sites(network))
     if isinstance(network, SD3Transformer2DModel):

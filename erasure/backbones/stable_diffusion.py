@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones.base import Backbone, Conditioning, EntryLayer, Prediction
 from erasure.backbones.towers import TextTower, text_towers
 from erasure.errors import UnsupportedModelError
+from erasure.interop import paths
 
 
 class StableDiffusionBackbone(Backbone):
@@ -31,7 +31,7 @@ class StableDiffusionBackbone(Backbone):
             isinstance(parts.get("unet"), nn.Module)
             and isinstance(getattr(parts["unet"], "_orig_mod", parts["unet"]), UNet2DConditionModel)
             and isinstance(encoder, nn.Module)
-            and hasattr(modules.transformer_root(encoder), "final_layer_norm")
+            and hasattr(paths.transformer_root(encoder), "final_layer_norm")
             and "text_encoder_2" not in parts
         )
 
@@ -45,12 +45,12 @@ class StableDiffusionBackbone(Backbone):
         layers = []
         for site in self.attention_sites():
             if site.kind == "cross":
-                if modules.is_fused(self.denoiser, site.name):
+                if paths.is_fused(self.denoiser, site.name):
                     raise UnsupportedModelError(
                         f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first"
                     )
                 for part in ("to_k", "to_v"):
-                    layer = modules.base_layer(getattr(site.module, part))
+                    layer = paths.base_layer(getattr(site.module, part))
                     layers.append(EntryLayer(f"unet/{site.name}.{part}", cast(nn.Linear, layer)))
         return layers
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.errors import ConceptError, UnsupportedModelError
+from erasure.interop import paths
 
 
 class PromptTokens(NamedTuple):
@@ -43,7 +43,7 @@ class TextTower:
     @property
     def root(self) -> Any:
         """The module that holds `encoder`; paths are relative to it."""
-        return modules.transformer_root(self.module)
+        return paths.transformer_root(self.module)
 
     @property
     def blocks(self) -> list[Any]:
@@ -130,7 +130,7 @@ def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
 
 
 def _is_t5(name: str, encoder: nn.Module) -> bool:
-    inner = getattr(modules.transformer_root(encoder), "encoder", None)
+    inner = getattr(paths.transformer_root(encoder), "encoder", None)
     if hasattr(inner, "block"):
         return True
     if hasattr(inner, "layers"):

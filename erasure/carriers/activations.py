@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from erasure import modules
+from erasure.interop import hooks, paths
+from erasure.interop.hooks import ModelHook
 
 _READ, _WRITE = "erasure_pinned_read", "erasure_pinned_write"
 
@@ -66,18 +65,17 @@ class PinnedPrompts:
             return
         embeddings, final_norm = _places(encoder)
         for module, name in ((embeddings, _READ), (final_norm, _WRITE)):
-            if modules.find_hook(module, name) is not None:
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
+            hooks.remove_hook(module, name)
         if pins:
             reader = _ReadIds(pins)
-            modules.register_hook(embeddings, reader, _READ)
-            modules.register_hook(final_norm, _WriteRows(reader), _WRITE)
+            hooks.register_hook(embeddings, reader, _READ)
+            hooks.register_hook(final_norm, _WriteRows(reader), _WRITE)
 
     @staticmethod
     def is_written(encoder: nn.Module, pins: Sequence[Pinned]) -> bool:
         """Whether exactly these pins are active."""
         embeddings, final_norm = _places(encoder)
-        reader, writer = modules.find_hook(embeddings, _READ), modules.find_hook(final_norm, _WRITE)
+        reader, writer = hooks.find_hook(embeddings, _READ), hooks.find_hook(final_norm, _WRITE)
         if not isinstance(reader, _ReadIds) or not isinstance(writer, _WriteRows):
             return not pins and reader is None and writer is None
         same = len(reader.pins) == len(pins) and all(a is b for a, b in zip(reader.pins, pins, strict=True))
@@ -86,5 +84,5 @@ class PinnedPrompts:
 
 def _places(encoder: nn.Module) -> tuple[Any, Any]:
     """Where token ids go in and where hidden states come out; both nothing in a module that is no text encoder."""
-    root = modules.transformer_root(encoder)
+    root = paths.transformer_root(encoder)
     return getattr(root, "embeddings", None), getattr(root, "final_layer_norm", None)

@@ -11,16 +11,15 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from erasure import modules
 from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.kernels import attend, attend_weighted, attend_without, attention_mass
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
+from erasure.interop import hooks
+from erasure.interop.hooks import ModelHook
 
 _CAPTURE = "erasure_attention_capture"
 
@@ -165,10 +164,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
                 module.set_processor(EditedAttention(site, edit, module.processor))
             for site, capture in self._captures.values():
                 name = f"{_CAPTURE}_{id(self)}"
-                stack.callback(
-                    HookRegistry.check_if_exists_or_initialize(site.module).remove_hook, name, recurse=False
-                )
-                modules.register_hook(site.module, capture, name)
+                stack.enter_context(hooks.hooked(site.module, capture, name))
             self._stack = stack.pop_all()
         return self
 

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones import TextTower
+from erasure.interop import hooks, paths
+from erasure.interop.hooks import ModelHook
 
 _INJECT = "erasure_injected_embeddings"
 
@@ -40,9 +39,6 @@ def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]
         place: `(tokens,)`, the same in every prompt.
         vectors: `(tokens, dim)` for all prompts, or `(prompts, tokens, dim)`.
     """
-    table = modules.token_table(tower.root)
-    modules.register_hook(table, _Inject(place, vectors), _INJECT)
-    try:
+    table = paths.token_table(tower.root)
+    with hooks.hooked(table, _Inject(place, vectors), _INJECT):
         yield
-    finally:
-        HookRegistry.check_if_exists_or_initialize(table).remove_hook(_INJECT)

@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from erasure import modules
+from erasure.interop import hooks, paths
+from erasure.interop.hooks import ModelHook
 
 _READ, _EDIT = "erasure_features_read", "erasure_features_edit"
 MEMORY = 8
@@ -340,25 +339,25 @@ class EditedFeatures:
         if EditedFeatures.is_written(encoder, terms):
             return
         for module, name in EditedFeatures._hooked(encoder):
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(name)
+            hooks.remove_hook(module, name)
         if terms:
-            root = modules.transformer_root(encoder)
+            root = paths.transformer_root(encoder)
             reader = _ReadIds()
-            modules.register_hook(modules.token_entry(root), reader, _READ)
+            hooks.register_hook(paths.token_entry(root), reader, _READ)
             for path, edits in terms.items():
                 block = root.get_submodule(path)
                 hook = _EditBlock(reader, edits)
                 hook.place(next(block.parameters()).device)
-                modules.register_hook(block, hook, _EDIT)
+                hooks.register_hook(block, hook, _EDIT)
 
     @staticmethod
     def is_written(encoder: nn.Module, terms: Mapping[str, Terms]) -> bool:
         """Whether exactly these edits are active."""
-        found = {id(module): modules.find_hook(module, name) for module, name in EditedFeatures._hooked(encoder)}
+        found = {id(module): hooks.find_hook(module, name) for module, name in EditedFeatures._hooked(encoder)}
         if not terms:
             return not found
-        root = modules.transformer_root(encoder)
-        reader = found.pop(id(modules.token_entry(root)), None)
+        root = paths.transformer_root(encoder)
+        reader = found.pop(id(paths.token_entry(root)), None)
         for path, edits in terms.items():
             hook = found.pop(id(root.get_submodule(path)), None)
             if not isinstance(hook, _EditBlock) or hook.reader is not reader or len(hook.terms) != len(edits):
@@ -370,5 +369,5 @@ class EditedFeatures:
     @staticmethod
     def _hooked(encoder: nn.Module) -> list[tuple[nn.Module, str]]:
         """Every module that carries one of our hooks, with the hook's name."""
-        every = list(modules.transformer_root(encoder).modules())
-        return [(m, name) for m in every for name in (_READ, _EDIT) if modules.find_hook(m, name) is not None]
+        every = list(paths.transformer_root(encoder).modules())
+        return [(m, name) for m in every for name in (_READ, _EDIT) if hooks.find_hook(m, name) is not None]

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from diffusers import HookRegistry, UNet2DConditionModel
-from diffusers.hooks import ModelHook
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones import AttentionSite
+from erasure.interop import hooks, paths
+from erasure.interop.hooks import ModelHook
 
 _GUIDANCE = "erasure_branch_guidance"
 TRUNK = ("down_blocks.", "mid_block.")
@@ -21,7 +21,7 @@ TRUNK = ("down_blocks.", "mid_block.")
 
 def can_share_trunk(denoiser: nn.Module, changed: Sequence[AttentionSite]) -> bool:
     """Whether both branches are equal up to the decoder: a UNet of which no layer ahead of that is changed."""
-    is_unet = isinstance(modules.uncompiled(denoiser), UNet2DConditionModel)
+    is_unet = isinstance(paths.uncompiled(denoiser), UNet2DConditionModel)
     return is_unet and not any(site.name.startswith(TRUNK) for site in changed)
 
 
@@ -50,25 +50,20 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
     """
 
     def __init__(self, denoiser: nn.Module, scale: float, *, shared_trunk: bool) -> None:
-        self.denoiser, self.scale, self.shared_trunk = modules.uncompiled(denoiser), scale, shared_trunk
+        self.denoiser, self.scale, self.shared_trunk = paths.uncompiled(denoiser), scale, shared_trunk
         self._stack = ExitStack()
 
     def __enter__(self) -> BranchGuidance:
         """Put the hooks in place."""
         with ExitStack() as stack:
             outer = _Combine(self.scale, repeats=not self.shared_trunk)
-            self._hook(stack, self.denoiser, outer)
+            stack.enter_context(hooks.hooked(self.denoiser, outer, _GUIDANCE))
             if self.shared_trunk:
                 blocks: Any = self.denoiser.up_blocks
                 for block in blocks:
-                    self._hook(stack, block, _Repeat(outer))
+                    stack.enter_context(hooks.hooked(block, _Repeat(outer), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
-
-    def _hook(self, stack: ExitStack, module: Any, hook: ModelHook) -> None:
-        registry = HookRegistry.check_if_exists_or_initialize(module)
-        stack.callback(registry.remove_hook, _GUIDANCE, recurse=False)
-        modules.register_hook(module, hook, _GUIDANCE)
 
     def __exit__(self, *failure: Any) -> None:
         """Take them off again."""
@@ -131,11 +126,9 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
 
     def __enter__(self) -> LatentGuidance:
         """Put the hook in place."""
-        denoiser = modules.uncompiled(self.pipe.unet)
+        denoiser = paths.uncompiled(self.pipe.unet)
         with ExitStack() as stack:
-            registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-            stack.callback(registry.remove_hook, _GUIDANCE, recurse=False)
-            modules.register_hook(denoiser, _Update(self), _GUIDANCE)
+            stack.enter_context(hooks.hooked(denoiser, _Update(self), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.carriers.edits import LowRank
 from erasure.errors import (
     AttachError,
@@ -23,6 +22,7 @@ from erasure.errors import (
     UnsupportedModelError,
     WrongBaseError,
 )
+from erasure.interop import paths
 
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -80,7 +80,7 @@ class ComponentWeights:
 
     def base(self, component: nn.Module, path: str) -> Tensor:
         """The base value of a parameter, whether it is edited now or not."""
-        return self.originals[path] if path in self.originals else modules.parameter(component, path)
+        return self.originals[path] if path in self.originals else paths.parameter(component, path)
 
     def check(
         self,
@@ -98,9 +98,9 @@ class ComponentWeights:
             digests: Expected fingerprints by path, or `None` not to look.
         """
         for path, edit in edits.items():
-            found = modules.parameter(component, path)
+            found = paths.parameter(component, path)
             shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
-            if modules.is_plain(found) and tuple(found.shape) != shape:
+            if paths.is_plain(found) and tuple(found.shape) != shape:
                 raise WrongBaseError(
                     f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: "
                     "it was made for another model"
@@ -108,13 +108,13 @@ class ComponentWeights:
         if digests is None:
             return
         # Besides what is edited, the blocks whose output is.
-        paths = [path for path in {**edits, **digests} if modules.is_plain(modules.parameter(component, path))]
+        known = [path for path in {**edits, **digests} if paths.is_plain(paths.parameter(component, path))]
         unlike = [
-            path for path in paths if path in digests and not same_base(self.base(component, path), digests[path])
+            path for path in known if path in digests and not same_base(self.base(component, path), digests[path])
         ]
         if unlike:
             raise WrongBaseError(
-                f"{len(unlike)} of {len(paths)} tensors of {name!r} are not those that the erasure was made for, "
+                f"{len(unlike)} of {len(known)} tensors of {name!r} are not those that the erasure was made for, "
                 f"first {unlike[0]!r}: load the base model named in its config, or pass check_base=False if you know "
                 "that it fits"
             )
@@ -135,7 +135,7 @@ class ComponentWeights:
                 self._set(component, path, self.originals.pop(path))
         for path, terms in edits.items():
             if path not in self.originals:
-                self.originals[path] = modules.parameter(component, path).detach().to("cpu", copy=True)
+                self.originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
             self._set(component, path, self.edited(component, path, terms))
         self.written = dict(edits)
 
@@ -149,7 +149,7 @@ class ComponentWeights:
 
     def holds(self, component: nn.Module, path: str, terms: Terms) -> bool:
         """Whether a parameter is what these terms make of it, but for a cast of the whole model since."""
-        found, expected = modules.parameter(component, path).detach().cpu(), self.edited(component, path, terms)
+        found, expected = paths.parameter(component, path).detach().cpu(), self.edited(component, path, terms)
         routes = (found.dtype, torch.float16, torch.bfloat16)
         return any(torch.equal(expected.to(route).to(found.dtype).float(), found.float()) for route in routes)
 
@@ -164,7 +164,7 @@ class ComponentWeights:
 
     @torch.no_grad()
     def _set(self, component: nn.Module, path: str, value: Tensor) -> None:
-        modules.parameter(component, path).copy_(value)
+        paths.parameter(component, path).copy_(value)
 
 
 def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
@@ -176,18 +176,18 @@ def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tenso
     """
     quantised = []
     for path, edit in edits.items():
-        if modules.is_fused(component, path.rsplit(".", 2)[0]):
+        if paths.is_fused(component, path.rsplit(".", 2)[0]):
             raise UnsupportedModelError(
                 f"{name}/{path} is inside an attention with fused query-key-value projections, which would ignore the "
                 "edit: call pipe.unfuse_qkv_projections() first"
             )
         try:
-            found = modules.parameter(component, path)
+            found = paths.parameter(component, path)
         except AttributeError:
             raise NoMatchingModuleError(
                 f"{name} has no {path!r}: the erasure was made for another architecture"
             ) from None
-        if not modules.is_plain(found):
+        if not paths.is_plain(found):
             if not isinstance(edit, LowRank):
                 raise UnsupportedModelError(
                     f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot "

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure import modules
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.carriers.embeddings import injected
 from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
+from erasure.interop import paths, scopes
 from erasure.sae.gates import WordStates
 from erasure.sae.stream import activations
 
@@ -69,7 +69,7 @@ def mine(
     layer = int(path.rsplit(".", 1)[1])
     generator = torch.Generator().manual_seed(seed)
     clean = concept_latents(backbone, concept, seed)
-    table = modules.token_table(tower.root).weight.detach().float()
+    table = paths.token_table(tower.root).weight.detach().float()
     low, high, mean, spread = table.amin(0), table.amax(0), table.mean(0), table.std(0)
     # Any word keeps the place of a learned token: the end token would end the prompt.
     phrase = concept.phrasings()[-1].format(" ".join(["a"] * TOKENS))
@@ -85,7 +85,7 @@ def mine(
     optimiser = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(spread.mean()))
     states, learned = [], []
     count = backbone.pipe.scheduler.config.num_train_timesteps
-    with modules.frozen(backbone.denoiser):
+    with scopes.frozen(backbone.denoiser):
         for step in range(steps):
             rows = torch.randint(len(clean), (BATCH,), generator=generator)
             x = clean[rows.to(clean.device)]
@@ -135,7 +135,7 @@ def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
     """Clean latents of images of a concept by the stock model, `(images, channels, h, w)`."""
     phrasings = concept.phrasings()
     made = []
-    with modules.quiet(backbone.pipe):
+    with scopes.quiet(backbone.pipe):
         for index in range(IMAGES):
             prompt = phrasings[index % len(phrasings)].format(concept.target)
             noise = torch.Generator().manual_seed(seed + index)

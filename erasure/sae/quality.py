@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import nn
 
-from erasure import modules
 from erasure.backbones import TextTower
 from erasure.errors import WrongBaseError
+from erasure.interop import hooks
+from erasure.interop.hooks import ModelHook
 from erasure.sae.model import SparseAutoencoder, jump_relu
 from erasure.sae.stream import block_of
 from erasure.sae.training import Stream
@@ -86,12 +85,8 @@ class _Reconstruct(ModelHook):
 @contextmanager
 def reconstructed(tower: TextTower, layer: int, sae: SparseAutoencoder) -> Iterator[None]:
     """Run a text tower on what the autoencoder makes of a block's output."""
-    block = block_of(tower, layer)
-    modules.register_hook(block, _Reconstruct(sae, tower.leading), _RECONSTRUCT)
-    try:
+    with hooks.hooked(block_of(tower, layer), _Reconstruct(sae, tower.leading), _RECONSTRUCT):
         yield
-    finally:
-        HookRegistry.check_if_exists_or_initialize(block).remove_hook(_RECONSTRUCT)
 
 
 class ClipLoss(NamedTuple):

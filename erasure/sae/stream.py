@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import HookRegistry
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.weights import fingerprint, same_base
 from erasure.errors import NoMatchingModuleError, OptionError
 from erasure.extras import require
+from erasure.interop import hooks
+from erasure.interop.hooks import ModelHook
 
 _CAPTURE = "erasure_capture"
 
@@ -52,12 +51,8 @@ def captured(block: nn.Module, *, stop: bool = False) -> Iterator[_Capture]:
         stop: Leave the rest of the encoder out, and the `with` block with it.
     """
     hook = _Capture(stop)
-    modules.register_hook(block, hook, _CAPTURE)
-    try:
-        with suppress(_Enough):
-            yield hook
-    finally:
-        HookRegistry.check_if_exists_or_initialize(block).remove_hook(_CAPTURE)
+    with hooks.hooked(block, hook, _CAPTURE), suppress(_Enough):
+        yield hook
 
 
 def block_of(tower: TextTower, layer: int) -> nn.Module:

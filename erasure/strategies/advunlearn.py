@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
 from erasure.errors import OptionError
+from erasure.interop import paths
 from erasure.strategies.base import register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
@@ -107,11 +107,11 @@ class AdvUnlearn(TrainedStrategy):
         prefixes = tuple(f"{tower.block_path(layer)}." for layer in blocks)
         if not self.layers:
             prefixes += ("final_layer_norm.",)
-        every = modules.canonical_parameters(tower.module)
-        paths = [path for path in every if path.startswith(prefixes)]
+        every = paths.canonical_parameters(tower.module)
+        chosen = [path for path in every if path.startswith(prefixes)]
         for layer in self.layers:
-            modules.require_block(tower.module, tower.block_path(layer), tower.component)
-        return make_student(tower.module, paths, self.rank, generator, f"layers {list(blocks)}")
+            paths.require_block(tower.module, tower.block_path(layer), tower.component)
+        return make_student(tower.module, chosen, self.rank, generator, f"layers {list(blocks)}")
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """One pass of the denoiser for all rows, with what the text encoder makes of their prompts now."""

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from erasure import modules
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
+from erasure.interop import paths
 from erasure.strategies.base import register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.student import Student, make_student
@@ -90,7 +90,7 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
     sites = backbone.attention_sites()
     cross = tuple(f"{site.name}." for site in sites if site.kind != "self")
     own = tuple(f"{site.name}." for site in sites if site.kind == "self")
-    every = list(modules.canonical_parameters(backbone.denoiser))
+    every = list(paths.canonical_parameters(backbone.denoiser))
     if method == "x":
         return [path for path in every if path.startswith(cross)]
     if method == "x-strict":

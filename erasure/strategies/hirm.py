@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from erasure import modules
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.activations import Pinned
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, OptionError
+from erasure.interop import paths
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import (
     AlignedPrompt,
@@ -136,8 +136,8 @@ class HiRM(Strategy):
         """
         generator = torch.Generator().manual_seed(seed)
         stock = {name: p.detach().float() for name, p in tower.root.named_parameters()}
-        paths = {now: path for path, now in modules.canonical_parameters(tower.root).items() if is_trained(path)}
-        trained = {name: stock[name].clone().requires_grad_() for name in paths}
+        canonical = {now: path for path, now in paths.canonical_parameters(tower.root).items() if is_trained(path)}
+        trained = {name: stock[name].clone().requires_grad_() for name in canonical}
         pairs = [pair for concept in concepts for pair in self.prompts(tower, concept)]
         direction = self.direction(tower, generator)
         words = vocabulary(tower, concepts)
@@ -171,7 +171,7 @@ class HiRM(Strategy):
             loss.backward()
             optimiser.step()
             progress((step + 1) / self.steps)
-        return {paths[name]: (p.detach() - stock[name]).half().cpu() for name, p in trained.items()}, value
+        return {canonical[name]: (p.detach() - stock[name]).half().cpu() for name, p in trained.items()}, value
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
         """The prompts to misdirect."""

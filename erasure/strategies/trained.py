@@ -15,12 +15,12 @@ import torch
 from diffusers.utils import make_image_grid
 from torch import Tensor
 
-from erasure import modules
 from erasure.backbones import Backbone, TextTower
 from erasure.cache import model_fingerprint
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import OptionError
+from erasure.interop import paths, scopes
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
 from erasure.training import storage
@@ -148,11 +148,11 @@ class TrainedStrategy(Optimisation, Strategy):
         recipe = {"strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
                   "concepts": [concept.to_dict() for concept in concepts]}  # fmt: skip
         with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
-            stack.enter_context(modules.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
+            stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
             stack.enter_context(rolling_out(backbone))
             stack.enter_context(cost.counting(backbone.denoiser))
             task = self.task(backbone, tower, concepts, seed, accelerator)
-            stack.enter_context(modules.placed(self.idle(backbone), "cpu"))
+            stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
             started = time.perf_counter()
             self.fill(task, model, accelerator)
             rolled, filling = cost.forwards, time.perf_counter() - started
@@ -301,7 +301,7 @@ class TrainedStrategy(Optimisation, Strategy):
             return None, {}
         student = task.student
         layers = [path.removesuffix(".weight") for path in student.paths]
-        layers = [path for path in layers if isinstance(modules.layer(student.network, path), torch.nn.Linear)]
+        layers = [path for path in layers if isinstance(paths.layer(student.network, path), torch.nn.Linear)]
         started = time.perf_counter()
         assert task.retain_states is not None
         retained = self.gather_inputs(task, task.retain_states, layers)
@@ -321,7 +321,7 @@ class TrainedStrategy(Optimisation, Strategy):
         scenes += [scene.prompt for scene in task.retain_states.scenes[1:5]] if task.retain_states is not None else []
         pipe = task.backbone.pipe
         generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
-        with modules.placed(self.idle(task.backbone), task.backbone.device), modules.quiet(pipe):
+        with scopes.placed(self.idle(task.backbone), task.backbone.device), scopes.quiet(pipe):
             images = pipe(scenes, generator=generators, num_inference_steps=self.rollout_steps).images
         folder = run.folder / "validation"
         folder.mkdir(exist_ok=True)

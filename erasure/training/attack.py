@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from erasure import modules
 from erasure.backbones import PromptTokens, TextTower
 from erasure.errors import ConceptError, DivergenceError
+from erasure.interop import paths
 
 FILLER = "a"
 """The word that keeps the place of a learned vector: an end token there would end the prompt."""
@@ -36,13 +36,13 @@ def prefixed(tower: TextTower, prompts: Sequence[str], count: int) -> tuple[Prom
 
 def random_words(tower: TextTower, rows: int, count: int, generator: torch.Generator) -> Tensor:
     """The embeddings of random words, `(rows, count, dim)` float32."""
-    table = modules.token_table(tower.root).weight.detach()
+    table = paths.token_table(tower.root).weight.detach()
     return table[torch.randint(len(table), (rows, count), generator=generator).to(table.device)].float()
 
 
 def vocabulary_spread(tower: TextTower) -> float:
     """Standard deviation of the vocabulary's embeddings, the natural unit of steps among them."""
-    return float(modules.token_table(tower.root).weight.detach().float().std(0).mean())
+    return float(paths.token_table(tower.root).weight.detach().float().std(0).mean())
 
 
 def attacked(loss: Callable[[Tensor, int], Tensor], vectors: Tensor, *, steps: int, lr: float, signed: bool) -> Tensor:

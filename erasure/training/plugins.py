@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure import modules
+from erasure.interop import paths
 from erasure.training.student import LowRankStudent, Student, SubsetStudent
 
 ERASABLE = 0.3
@@ -31,7 +31,7 @@ class InputGrams:
     @contextmanager
     def gathering(self, network: nn.Module, layers: Sequence[str]) -> Iterator[None]:
         """Add every input of these layers inside, in float64."""
-        handles = [modules.layer(network, path).register_forward_pre_hook(partial(self._add, path)) for path in layers]
+        handles = [paths.layer(network, path).register_forward_pre_hook(partial(self._add, path)) for path in layers]
         try:
             yield
         finally:
@@ -78,7 +78,7 @@ class RetainProjection:
 
     def __init__(self, student: Student, projections: Mapping[str, Tensor]) -> None:
         self.student = student
-        self.projections = {path: p.to(modules.parameter(student.network, f"{path}.weight").device)
+        self.projections = {path: p.to(paths.parameter(student.network, f"{path}.weight").device)
                             for path, p in projections.items()}  # fmt: skip
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class RetainProjection:
             for path, value in zip(student.paths, student.values, strict=True):
                 layer = path.removesuffix(".weight")
                 if layer in self.projections and layer != path:
-                    stock = modules.parameter(student.network, path).double()
+                    stock = paths.parameter(student.network, path).double()
                     value.copy_(stock + (value.double() - stock) @ self.projections[layer])
 
     def erasability(self, grams: Mapping[str, Tensor]) -> float:

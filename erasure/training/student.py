@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from erasure import modules
 from erasure.carriers.edits import LowRank
 from erasure.errors import NoMatchingModuleError
+from erasure.interop import paths, scopes
 
 Output = TypeVar("Output")
 
@@ -88,7 +88,7 @@ class Student(nn.Module, ABC):
             function = partial(self._again, block) if self._depth else block
             return checkpoint(function, *args, use_reentrant=False)
 
-        with modules.gradient_checkpointing(denoiser, run):
+        with scopes.gradient_checkpointing(denoiser, run):
             yield
 
     def _again(self, block: Callable[..., Any], *args: Any) -> Any:
@@ -113,7 +113,7 @@ class LowRankStudent(Student):
         self.paths = list(layers)
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for path in self.paths:
-            weight = modules.parameter(network, f"{path}.weight")
+            weight = paths.parameter(network, f"{path}.weight")
             outputs, inputs = weight.shape
             width = min(rank, outputs, inputs)
             bound = 1 / math.sqrt(inputs)
@@ -126,7 +126,7 @@ class LowRankStudent(Student):
         handles = []
         try:
             for path, down, up in zip(self.paths, self.down, self.up, strict=True):
-                layer = modules.layer(self.network, path)
+                layer = paths.layer(self.network, path)
                 handles.append(layer.register_forward_hook(partial(_add, down, up)))
             yield
         finally:
@@ -157,18 +157,18 @@ class SubsetStudent(Student):
 
     Args:
         network: The component.
-        paths: Canonical paths of parameters.
+        trained: Canonical paths of parameters.
     """
 
-    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, trained: Sequence[str]) -> None:
         super().__init__(network)
-        self.paths = list(paths)
-        stock = [modules.parameter(network, path).detach() for path in self.paths]
+        self.paths = list(trained)
+        stock = [paths.parameter(network, path).detach() for path in self.paths]
         self.values = nn.ParameterList(nn.Parameter(value.float().clone()) for value in stock)
 
     @contextmanager
     def _put_in(self) -> Iterator[None]:
-        with modules.swapped(self.network, dict(zip(self.paths, self.values, strict=True))):
+        with scopes.swapped(self.network, dict(zip(self.paths, self.values, strict=True))):
             yield
 
     def low_rank(self) -> dict[str, LowRank]:
@@ -179,7 +179,7 @@ class SubsetStudent(Student):
     def deltas(self) -> dict[str, Tensor]:
         """See `Student.deltas`."""
         return {
-            path: (value - modules.parameter(self.network, path).float()).half().cpu()
+            path: (value - paths.parameter(self.network, path).float()).half().cpu()
             for path, value in zip(self.paths, self.values, strict=True)
         }
 
@@ -201,7 +201,7 @@ def make_student(
     """
     if rank:
         owners = dict.fromkeys(path.rsplit(".", 1)[0] for path in parameters if path.endswith(".weight"))
-        layers = [path for path in owners if isinstance(modules.layer(network, path), nn.Linear)]
+        layers = [path for path in owners if isinstance(paths.layer(network, path), nn.Linear)]
         if layers:
             return LowRankStudent(network, layers, rank, generator)
     elif parameters:

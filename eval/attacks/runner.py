@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from erasure import modules
 from erasure.cache import digest, model_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
@@ -30,6 +29,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
+from erasure.interop import scopes
 
 STEM = "attacks"
 """Of the file of rows."""
@@ -324,7 +324,7 @@ class _Run:
         """
         kind, everything = self.table.variants[0], self.plan.samples
         pending = [sample for sample in everything if (sample.sample_id, kind) not in self.table.rows]
-        with modules.without_offloading(self.pipe), torch.inference_mode(False), torch.enable_grad():
+        with scopes.without_offloading(self.pipe), torch.inference_mode(False), torch.enable_grad():
             for sample in pending[self.processes.rank :: self.processes.count]:
                 label = f"{everything.index(sample) + 1}/{len(everything)} {sample.prompt}"
                 shows = self.progress is True and self.processes.is_main

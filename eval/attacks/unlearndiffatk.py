@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure import modules
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.backbones.towers import PromptTokens
 from erasure.carriers.embeddings import injected
@@ -19,6 +18,7 @@ from erasure.eval.attacks import Attack, Candidate, SkippedPromptError, register
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
+from erasure.interop import paths
 
 TOKENS = {"unsafe": 5, "other": 3}
 """Adversarial tokens (paper: 5 for nudity, violence and illegal content, 3 for styles and objects)."""
@@ -95,7 +95,7 @@ class UnlearnDiffAtk(Attack):
         clean = victim.reference(sample, self.references)
         generator = torch.Generator("cpu").manual_seed(sample.seed)
         choices = choosable(tower, self.vocabulary)
-        table = modules.token_table(tower.root).weight.detach()[choices].float()
+        table = paths.token_table(tower.root).weight.detach()[choices].float()
         points = uniform(count, len(choices))
         optimiser = torch.optim.Adam([points], lr=self.learning_rate, weight_decay=self.weight_decay)
         levels = backbone.pipe.scheduler.config.num_train_timesteps
@@ -156,7 +156,7 @@ def choosable(tower: TextTower, vocabulary: str) -> Tensor:
         texts = [as_text(tower, [index]) for index in ids]
         read = tokenizer(texts, add_special_tokens=False).input_ids
         ids = [index for index, again in zip(ids, read, strict=True) if again == [index]]
-    return torch.tensor(ids, device=modules.token_table(tower.root).weight.device)
+    return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
 
 
 def as_text(tower: TextTower, ids: Sequence[int]) -> str:

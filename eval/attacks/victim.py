@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasure import modules
 from erasure.backbones import backbone_for
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.generation import generate
@@ -19,6 +18,7 @@ from erasure.eval.metrics.unlearncanvas import unlearned
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
+from erasure.interop import scopes
 
 
 class Verdict(NamedTuple):
@@ -92,7 +92,7 @@ class Victim:
         """
         for number in range(tries):
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
-            with self.stock(), torch.no_grad(), modules.quiet(self.pipe):
+            with self.stock(), torch.no_grad(), scopes.quiet(self.pipe):
                 latent = self.pipe(
                     prompt=sample.prompt, negative_prompt=sample.negative_prompt,
                     generator=torch.Generator("cpu").manual_seed(seed), height=sample.height, width=sample.width,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from erasure import modules
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
@@ -21,6 +20,7 @@ from erasure.eval.metrics.comparisons import means, rates
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import World
+from erasure.interop import scopes
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
@@ -93,7 +93,7 @@ class RemovalSuite:
         remover = StableDiffusionObjectRemovalPipeline.from_pipe(pipe)
         for batch in batches(samples, batch_size):
             drawn = [plate(sample) for sample in batch]
-            with modules.quiet(remover):
+            with scopes.quiet(remover):
                 images = remover(
                     [Image.fromarray(each.image.image) for each in drawn],
                     [torch.from_numpy(each.mask) for each in drawn],

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from erasure import modules
 from erasure.backbones import TextTower, backbone_for
 from erasure.carriers.embeddings import injected
+from erasure.interop import paths
 
 PROMPTS = ["a photo of a cat", "a dog"]
 PLACE = torch.tensor([1, 2])
@@ -23,7 +23,7 @@ def tower(tiny_pipe: Any) -> TextTower:
 @torch.no_grad()
 def test_a_token_s_own_embedding_changes_nothing(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
-    table = modules.token_table(tower.root).weight
+    table = paths.token_table(tower.root).weight
     stock = tower.encode(tokens)
     with injected(tower, PLACE, table[tokens.ids[:, PLACE]]):
         torch.testing.assert_close(tower.encode(tokens), stock)
@@ -35,7 +35,7 @@ def test_a_token_s_own_embedding_changes_nothing(tower: TextTower) -> None:
 
 
 def test_the_vectors_get_a_gradient_and_the_table_none(tower: TextTower) -> None:
-    table = modules.token_table(tower.root).weight
+    table = paths.token_table(tower.root).weight
     vectors = torch.zeros(2, table.shape[1], requires_grad=True)
     with injected(tower, PLACE, vectors):
         tower.encode(tower.tokenize(PROMPTS)).square().sum().backward()

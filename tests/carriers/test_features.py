@@ -16,6 +16,7 @@ from erasure.carriers.features import (
     ReconstructionEdit,
     word_mask,
 )
+from erasure.interop import hooks
 from erasure.sae.stream import activations
 
 LAYER, PATH = 1, "encoder.layers.1"
@@ -197,9 +198,8 @@ def test_a_prompt_that_comes_again_is_not_scored_again(tower: TextTower, monkeyp
     assert not torch.equal(tower.encode(tower.tokenize(PROMPTS[:1])), first[0])
     for index in range(MEMORY + 3):
         tower.encode(tower.tokenize([f"a {'cat ' * index}"]))
-    from erasure import modules
 
-    hook = modules.find_hook(tower.blocks[LAYER], "erasure_features_edit")
+    hook = hooks.find_hook(tower.blocks[LAYER], "erasure_features_edit")
     assert len(hook._memory) == MEMORY  # type: ignore[union-attr]
 
 

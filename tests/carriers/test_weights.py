@@ -19,7 +19,7 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
-from erasure.modules import base_layer, parameter
+from erasure.interop.paths import base_layer, parameter
 
 
 class Quantised(nn.Parameter):

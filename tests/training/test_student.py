@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from erasure import modules
 from erasure.errors import NoMatchingModuleError
+from erasure.interop import paths
 from erasure.training.student import LowRankStudent, Student, SubsetStudent, make_student
 
 LAYERS = [f"mid_block.attentions.0.transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -62,7 +62,7 @@ def dense(student: Student) -> dict[str, Tensor]:
     """The student's weights by plain arithmetic, by path of the layer."""
     if isinstance(student, LowRankStudent):
         return {
-            path: modules.parameter(student.network, f"{path}.weight") + up @ down
+            path: paths.parameter(student.network, f"{path}.weight") + up @ down
             for path, down, up in zip(student.paths, student.down, student.up, strict=True)
         }
     assert isinstance(student, SubsetStudent)
@@ -112,7 +112,7 @@ def test_a_module_of_the_trainable_tensors_only(student: Student, unet: Any) -> 
 
 
 def test_changes_are_what_was_trained(student: Student) -> None:
-    stock = {path: modules.parameter(student.network, f"{path}.weight") for path in LAYERS}
+    stock = {path: paths.parameter(student.network, f"{path}.weight") for path in LAYERS}
     found = {path: up.float() @ down.float() for path, (down, up) in student.low_rank().items()}
     found |= {path.removesuffix(".weight"): delta.float() for path, delta in student.deltas().items()}
     for path, weight in dense(student).items():
@@ -206,9 +206,9 @@ def with_adapter(unet: Any) -> Any:
 
 def test_nothing_to_train_is_an_error_that_names_what_was_sought(unet: Any) -> None:
     generator = torch.Generator()
-    for paths, rank, kind in (([], 0, "parameter"), ([], 4, "linear layer"), (["conv_in.weight"], 4, "linear layer")):
+    for chosen, rank, kind in (([], 0, "parameter"), ([], 4, "linear layer"), (["conv_in.weight"], 4, "linear layer")):
         with pytest.raises(NoMatchingModuleError, match=rf"no {kind} of UNet2DConditionModel matches method 'x'"):
-            make_student(unet, paths, rank, generator, "method 'x'")
+            make_student(unet, chosen, rank, generator, "method 'x'")
     assert isinstance(make_student(unet, ["conv_in.weight"], 0, generator, "all"), SubsetStudent)
     made = make_student(unet, [f"{LAYERS[0]}.weight", f"{LAYERS[0]}.bias", "conv_in.weight"], 4, generator, "all")
     assert isinstance(made, LowRankStudent)
@@ -217,7 +217,7 @@ def test_nothing_to_train_is_an_error_that_names_what_was_sought(unet: Any) -> N
 
 def test_a_rank_beyond_the_layer_is_cut(unet: Any) -> None:
     made = LowRankStudent(unet, LAYERS[:1], 1000, torch.Generator())
-    layer = modules.layer(unet, LAYERS[0])
+    layer = paths.layer(unet, LAYERS[0])
     assert isinstance(layer, nn.Linear)
     assert made.down[0].shape[0] == min(layer.in_features, layer.out_features)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import erasure
-from erasure import ErasureManager, modules
+from erasure import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.errors import DivergenceError, OptionError
 from erasure.eval.attacks import SkippedPromptError
@@ -18,6 +18,7 @@ from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, as_text, choosab
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
+from erasure.interop import hooks, paths
 from erasure.strategies import available, get
 
 PROMPT = "a cat image in noto style"
@@ -115,7 +116,7 @@ def test_the_loss_is_that_of_training_without_guidance(tiny_pipe: Any, predictio
     backbone = backbone_for(tiny_pipe)
     given = setting(backbone, draws=2)
     tower, prompts = given["tower"], given["prompts"]
-    own = modules.token_table(tower.root).weight[prompts.ids[:, 1:3]]
+    own = paths.token_table(tower.root).weight[prompts.ids[:, 1:3]]
     found = denoising_loss(vectors=own, **given)
     signal = tiny_pipe.scheduler.alphas_cumprod[400]
     noised = signal.sqrt() * given["clean"] + (1 - signal).sqrt() * given["noise"]
@@ -130,7 +131,7 @@ def test_the_loss_is_that_of_training_without_guidance(tiny_pipe: Any, predictio
 def test_the_gradient_is_that_of_finite_differences(tiny_pipe: Any) -> None:
     backbone = backbone_for(tiny_pipe)
     given = setting(backbone)
-    table = modules.token_table(given["tower"].root).weight.detach()
+    table = paths.token_table(given["tower"].root).weight.detach()
     generator = torch.Generator().manual_seed(1)
     points = torch.softmax(torch.randn(1, 2, len(table), generator=generator), -1).requires_grad_()
     (gradient,) = torch.autograd.grad(denoising_loss(vectors=points @ table, **given), points)
@@ -149,7 +150,7 @@ def test_the_gradient_is_that_of_finite_differences(tiny_pipe: Any) -> None:
 def test_the_gradient_goes_through_every_erasure(tiny_pipe: Any, strategy: str) -> None:
     backbone = backbone_for(tiny_pipe)
     given = setting(backbone)
-    table = modules.token_table(given["tower"].root).weight.detach()
+    table = paths.token_table(given["tower"].root).weight.detach()
 
     def measured() -> tuple[float, torch.Tensor]:
         vectors = table[given["prompts"].ids[:, 1:3]].requires_grad_()
@@ -298,8 +299,8 @@ def test_the_model_is_left_as_it_was(
     for component in (pipe.unet, pipe.text_encoder):
         assert all(p.grad is None and p.requires_grad is learning for p in component.parameters())
     assert ErasureManager(pipe).verify() > 0
-    table = modules.token_table(backbone_for(pipe).towers[0].root)
-    assert modules.find_hook(table, "erasure_injected_embeddings") is None
+    table = paths.token_table(backbone_for(pipe).towers[0].root)
+    assert hooks.find_hook(table, "erasure_injected_embeddings") is None
 
 
 def interrupted(victim: Victim, sample: Sample, attack: UnlearnDiffAtk) -> None:

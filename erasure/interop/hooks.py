@@ -1,0 +1,63 @@
+"""Hooks of diffusers on modules: unlike torch's own they survive `torch.compile` and offloading."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import HookRegistry
+from diffusers.hooks import ModelHook
+from torch import nn
+
+__all__ = ["ModelHook", "find_hook", "hooked", "register_hook", "remove_hook", "reset_caches"]
+
+
+class _HookedForward:
+    """What a hooked module runs. An object where `HookRegistry` has a closure, which a deep copy would share."""
+
+    def __init__(self, hook: ModelHook) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The hook's part before, the forward that was there, the hook's part after."""
+        chain = self.hook.fn_ref
+        args, kwargs = chain.pre_forward(module, *args, **kwargs)
+        return chain.post_forward(module, chain.forward(*args, **kwargs))
+
+
+def register_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
+    """Register a diffusers hook so that a deep copy of the module runs the copy, not the original."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    forward = functools.partial(_HookedForward(hook), module)
+    module.forward = functools.update_wrapper(forward, hook.fn_ref.forward)  # type: ignore[method-assign]
+
+
+def find_hook(module: nn.Module | None, name: str) -> ModelHook | None:
+    """A hook that is registered on a module, if it is."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
+def remove_hook(module: nn.Module, name: str) -> None:
+    """Take a hook off a module; its children keep theirs. Nothing happens where there is none."""
+    if find_hook(module, name) is not None:
+        HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[ModelHook]:
+    """A hook is on a module inside of the block and off behind it, after an error too."""
+    register_hook(module, hook, name)
+    try:
+        yield hook
+    finally:
+        remove_hook(module, name)
+
+
+def reset_caches(component: nn.Module) -> None:
+    """Forget what step caches (`enable_cache`) and other stateful hooks of a component remember of earlier passes."""
+    registry = getattr(component, "_diffusers_hook", None)
+    if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
+        HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)

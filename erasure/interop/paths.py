@@ -1,0 +1,100 @@
+"""Where modules and parameters stand in the components of diffusers and transformers, by canonical path."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from erasure.errors import NoMatchingModuleError
+
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def transformer_root(module: nn.Module) -> nn.Module:
+    """Where the blocks of a text encoder hang: `CLIPTextModelWithProjection` nests them, `CLIPTextModel` does not."""
+    inner = getattr(module, "text_model", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def token_entry(root: nn.Module) -> nn.Module:
+    """What a text encoder hands its token ids to: CLIP's `embeddings`, T5's `encoder.embed_tokens`."""
+    found = getattr(root, "embeddings", None)
+    return found if isinstance(found, nn.Module) else root.get_submodule("encoder.embed_tokens")
+
+
+def token_table(root: nn.Module) -> nn.Embedding:
+    """The embedding of a text encoder's tokens."""
+    entry = token_entry(root)
+    found = getattr(entry, "token_embedding", entry)
+    assert isinstance(found, nn.Embedding)
+    return found
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside the wrapper that `torch.compile` returns."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside any PEFT wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def canonical_parameters(component: nn.Module) -> dict[str, str]:
+    """The path now, by canonical path, of every parameter of a text encoder's root but PEFT's own."""
+    root = transformer_root(component)
+    names = [name for name, _ in root.named_parameters() if ".lora_" not in name]
+    return {name.replace(".base_layer.", "."): name for name in names}
+
+
+def parameter(component: nn.Module, path: str) -> Tensor:
+    """A parameter by canonical path: no `text_model.` prefix, PEFT wrappers looked through.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    owner, name = path.rsplit(".", 1)
+    module = base_layer(transformer_root(component).get_submodule(owner))
+    found = getattr(module, name, None)
+    if not isinstance(found, Tensor):
+        raise AttributeError(f"{type(module).__name__} at {owner!r} has no parameter {name!r}")
+    return found
+
+
+def layer(component: nn.Module, path: str) -> nn.Module:
+    """A module by canonical path, PEFT wrappers looked through."""
+    return base_layer(transformer_root(component).get_submodule(path))
+
+
+def require_block(component: nn.Module, path: str, name: str) -> nn.Module:
+    """A block of a text encoder by path.
+
+    Raises:
+        NoMatchingModuleError: There is none.
+    """
+    try:
+        return transformer_root(component).get_submodule(path)
+    except AttributeError:
+        raise NoMatchingModuleError(f"{name} has no {path!r}: the erasure was made for another architecture") from None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a weight is an ordinary floating-point tensor, not quantised and not offloaded to nowhere."""
+    ordinary = type(tensor) in (nn.Parameter, Tensor) and type(tensor.data) is Tensor
+    return ordinary and tensor.dtype in PLAIN_DTYPES and tensor.device.type != "meta"
+
+
+def is_fused(component: nn.Module, path: str) -> bool:
+    """Whether the attention module at a path runs with fused query-key-value projections."""
+    try:
+        attention = transformer_root(component).get_submodule(path)
+    except AttributeError:
+        return False
+    if isinstance(attention, Attention):
+        # Unfusing puts the processor back but leaves `fused_projections` set.
+        return type(attention.processor).__name__.startswith("Fused")
+    return bool(getattr(attention, "fused_projections", False))
