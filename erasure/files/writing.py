@@ -186,7 +186,7 @@ def replace_files(
         try:
             _finish(place, names)
         except BaseException:
-            # As long as none has moved, it can be as if nothing had been; else the journal holds, and is finished later.
+            # As long as none has moved, it can be as if nothing had been; else the journal holds, for later.
             if all((place / COMMIT / name).exists() for name in contents):
                 os.replace(place / COMMIT, temporary)
                 shutil.rmtree(temporary, ignore_errors=True)
