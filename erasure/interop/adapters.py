@@ -19,9 +19,12 @@ def wrapper_of(component: nn.Module, layer: nn.Module) -> Any:
     return next((part for part in tuner_layers(component) if part.get_base_layer() is layer), None)
 
 
-def is_in_force(component: nn.Module) -> bool:
-    """Whether an adapter changes what a component computes now, added to its layers or merged into them."""
-    return any(part.merged or (part.active_adapters and not part.disable_adapters) for part in tuner_layers(component))
+def names_in_force(component: nn.Module) -> set[str]:
+    """Names of the adapters that change what a component computes now, added to its layers or merged into them."""
+    found: set[str] = set()
+    for part in tuner_layers(component):
+        found |= {*part.merged_adapters, *(() if part.disable_adapters else part.active_adapters)}
+    return found
 
 
 def merged_names(component: nn.Module) -> list[str]:
@@ -44,12 +47,13 @@ def merged_delta(wrapper: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def added_delta(wrapper: Any) -> Tensor | None:
-    """What a wrapped layer's active adapters add to its weight, in float32 on the CPU; `None` for nothing."""
-    if wrapper is None or wrapper.disable_adapters or not hasattr(wrapper, "get_delta_weight"):
+def foreign_delta(wrapper: Any) -> Tensor | None:
+    """What adapters add to a layer's weight, merged or not, in float32 on the CPU; `None` for nothing."""
+    if wrapper is None or not hasattr(wrapper, "get_delta_weight"):
         return None
-    names = [name for name in wrapper.active_adapters if name in getattr(wrapper, "lora_A", ())]
-    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names if name not in wrapper.merged_adapters]
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    names = [name for name in {*active, *wrapper.merged_adapters} if name in getattr(wrapper, "lora_A", ())]
+    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names]
     return torch.stack(deltas).sum(0) if deltas else None
 
 
