@@ -92,7 +92,8 @@ def twin(
         pipe: The pipeline; nothing of it may be offloaded.
         originals: Values by component and canonical path, for parameters that must differ.
         left_out: Objects that hold tensors and are not copied with the modules.
-        prefix: Hooks and attributes with this prefix are left out; nothing is for `None`.
+        prefix: Hooks with this prefix, and attributes of modules with it behind an underscore, are left out; nothing
+            is for `None`.
         without_adapters: Leave the user's LoRA adapters out too.
     """
     parts = components_of(pipe)
