@@ -212,8 +212,11 @@ class ErasureManager:
 
     def _look(self, targets: Sequence[Target]) -> Canary | None:
         in_force = {n: a.erasure for target in targets for n, a in target.state.in_force().items()}
-        bare = self._bare() if in_force else None
-        return None if bare is None else Canary.of(bare, self._stock(without_adapters=True), in_force)
+        last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
+        if not in_force:
+            return last
+        bare = self._bare()
+        return None if bare is None else Canary.of(bare, lambda: self._stock(without_adapters=True), in_force, last)
 
     def _bare(self) -> DiffusionPipeline | None:
         """The pipeline with its erasures, without its user's adapters; `None` where these are fused into weights."""
