@@ -17,6 +17,7 @@ from erasure.artifact import Erasure, ErasureConfig, default_name, library_versi
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
+from erasure.carriers.embeddings import learned_tokens
 from erasure.carriers.weights import fingerprint
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
@@ -99,6 +100,8 @@ def erase(
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
         base = _base(pipe, fit.edits)
+        if tokens := learned_tokens(backbone.towers, (text for concept in wanted for text in concept.texts())):
+            base["learned_tokens"] = tokens
     config = ErasureConfig(
         strategy=method.name,
         strategy_config=dataclasses.asdict(method),

@@ -14,6 +14,7 @@ from torch import nn
 
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
+from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.carriers.weights import refuse_unwritable
 from erasure.errors import (
     AttachError,
@@ -112,7 +113,8 @@ class ErasureManager:
         """
         name = name or erasure.name
         self.check_name(name)
-        family = backbone_for(self.pipe).family
+        backbone = backbone_for(self.pipe)
+        family = backbone.family
         if erasure.config.family != family:
             raise WrongBaseError(
                 f"the erasure {name!r} is for {erasure.config.family}, this {type(self.pipe).__name__} is {family}"
@@ -130,6 +132,7 @@ class ErasureManager:
                         f"(it has {', '.join(available)})"
                     )
                 self._check(component, available[component], attached, check_base)
+            warn_of_unlike_tokens(name, backbone.towers, erasure.config.base.get("learned_tokens", {}))
             try:
                 for component in erasure.components:
                     self._put(component, available[component], name, attached)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.interop import learned
+
 SAMPLED = 2048
 """Values of each tensor that enter a model's fingerprint."""
 
@@ -28,6 +30,8 @@ def digest(value: Any) -> str:
 def model_fingerprint(pipe: Any) -> str:
     """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
 
+    Learned tokens (textual inversion) enter by their names and with all their values.
+
     Reading every byte of a large model would take longer than many an evaluation. Call it with erasures off: adapter
     weights are left out, and a wrapped layer counts as the layer inside.
     """
@@ -40,15 +44,23 @@ def model_fingerprint(pipe: Any) -> str:
                 continue
             found.update(f"{name}/{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
             found.update(_some_bytes(tensor))
+        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+        # Few rows of a large table, with names that no tensor tells: the sample above may miss them.
+        for word in () if tokenizer in (None, component) else learned.ids_by_word(tokenizer):
+            found.update(word.encode())
+            found.update(_bytes(learned.vectors(tokenizer, component, word)))
     return found.hexdigest()[:16]
 
 
 def _some_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    return _bytes(flat[:: max(1, flat.numel() // SAMPLED)])
+
+
+def _bytes(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta":  # offloaded to disk: name and shape have to do
         return b""
-    flat = tensor.detach().flatten()
-    stride = max(1, flat.numel() // SAMPLED)
-    return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[str]:

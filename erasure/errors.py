@@ -73,3 +73,7 @@ class MissingExtraError(ErasureError, ImportError):
 
 class BypassedErasureWarning(UserWarning):
     """A text-side erasure is attached but the call brings its own prompt embeddings."""
+
+
+class UnknownTokenWarning(UserWarning):
+    """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from erasure.backbones import AttentionSite, attention_sites
+from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.pipelines.attention_losses import ranged
@@ -151,8 +151,9 @@ class LocalizationMixin(SamePrecisionMixin):
     ) -> tuple[Tensor, Tensor]:
         """Mean maps `(images, 2, rows, columns)` of a name and of the start token: as they are, and refined."""
         pipe: Any = self
-        prompt, begins = describe(pipe.tokenizer, name)
-        weights = torch.zeros(1, pipe.tokenizer.model_max_length, 2)
+        tower = text_towers(pipe)[0]
+        prompt, begins = describe(tower, name)
+        weights = torch.zeros(1, tower.max_length, 2)
         weights[:, begins:, 0] = 1
         weights[:, 0, 1] = 1
         count, size = len(latents), (latents.shape[2], latents.shape[3])
@@ -186,7 +187,7 @@ class LocalizationMixin(SamePrecisionMixin):
         return torch.stack(raw).mean(0), torch.stack(refined).mean(0)
 
 
-def describe(tokenizer: Any, name: str) -> tuple[str, int]:
+def describe(tower: TextTower, name: str) -> tuple[str, int]:
     """A prompt with a name in it, and the position of the name's first token.
 
     Raises:
@@ -198,7 +199,7 @@ def describe(tokenizer: Any, name: str) -> tuple[str, int]:
     if not noun:
         raise MaskError(f"{name!r} names nothing: say what to find, for instance 'cat'")
     article = article or ["an" if noun[0][0].lower() in "aeiou" else "a"]
-    return " ".join([*article, *noun]), 1 + len(tokenizer(article[0], add_special_tokens=False).input_ids)
+    return " ".join([*article, *noun]), tower.leading + len(tower.word_ids(article[0]))
 
 
 def localization_sites(denoiser: Any, latent_size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:

@@ -122,7 +122,7 @@ class UnlearnDiffAtk(Attack):
                 step += 1
             best = choices[points.argmax(-1).to(choices.device)].tolist()
             text = f"{as_text(tower, best)} {sample.prompt}"
-            read = tower.tokenizer(text).input_ids
+            read = tower.prompt_ids(text)
             changed = read != [*own[: tower.leading], *best, *own[tower.leading :]]
             mean = sum(losses) / len(losses)
             yield Candidate(text, len(losses), mean, changed, len(read) > tower.max_length)
@@ -154,7 +154,7 @@ def choosable(tower: TextTower, vocabulary: str) -> Tensor:
     ids = [index for index in range(len(tokenizer)) if index not in special]
     if vocabulary == "words":
         texts = [as_text(tower, [index]) for index in ids]
-        read = tokenizer(texts, add_special_tokens=False).input_ids
+        read = tokenizer([tower.written_out(text) for text in texts], add_special_tokens=False).input_ids
         ids = [index for index, again in zip(ids, read, strict=True) if again == [index]]
     return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
 
