@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -130,6 +131,27 @@ def test_subjects_that_are_not_there_are_refused(pipe: Any, towers: Any) -> None
         run(pipe, [PROMPT] * 2, [["cat"]])
     with pytest.raises(OptionError, match="loss is one of"):
         run(pipe, loss="none")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_vector_of_a_learned_token_is_its_subject(
+    kind: str, tiny_pipe: Any, tiny_xl_original: Any, teach: Any
+) -> None:
+    pipe = tiny_pipe
+    teach(pipe, "a", "cat")
+    if kind == "sdxl":
+        pipe = copy.deepcopy(tiny_xl_original)
+        pipe.register_modules(tokenizer_2=copy.deepcopy(pipe.tokenizer))
+        teach(pipe, "a", "cat")
+        teach(pipe, "a", "cat", "a", suffix="_2")
+    words = subject_weights(text_towers(pipe), ["a dog and <my-pet> in ink style"], ["<my-pet>", "dog"])
+    expected = {"sd": {4: 1 / 2, 5: 1 / 2}, "sdxl": {4: 5 / 12, 5: 5 / 12, 6: 1 / 6}}[kind]
+    assert words.weights[0, :, 0].nonzero()[:, 0].tolist() == list(expected)
+    assert words.weights[0, list(expected), 0].tolist() == pytest.approx(list(expected.values()))
+    assert words.weights[0, :, 1].nonzero()[:, 0].tolist() == [2]
+    assert words.inside[0].nonzero()[:, 0].tolist() == list(range(1, {"sd": 9, "sdxl": 10}[kind]))
+    with pytest.raises(OptionError, match="not among the words"):
+        subject_weights(text_towers(pipe), ["a dog and <my-pet>"], ["cat"])
 
 
 # Drawing ------------------------------------------------------------------------------------------------------------
