@@ -35,9 +35,9 @@ def test_what_a_learned_token_draws_is_erased(
 ) -> None:
     pipe = copy.deepcopy(canvas)
     teach(pipe, *vectors)
-    assert objects(pipe, PROMPT) == ["cat", "cat"]
+    assert set(objects(pipe, PROMPT)) <= {"cat", "dog"}
     erasure.erase(pipe, Concept("<my-pet>", anchor="house"), strategy, progress=False)
-    assert "cat" not in objects(pipe, PROMPT)
+    assert not {"cat", "dog"} & set(objects(pipe, PROMPT))
     assert objects(pipe, "a photo of a dog") == ["dog", "dog"]
     assert ErasureManager(pipe).verify() > 0
 
