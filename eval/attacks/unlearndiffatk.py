@@ -153,9 +153,7 @@ def choosable(tower: TextTower, vocabulary: str) -> Tensor:
     special = set(tokenizer.all_special_ids)
     ids = [index for index in range(len(tokenizer)) if index not in special]
     if vocabulary == "words":
-        texts = [as_text(tower, [index]) for index in ids]
-        read = tokenizer([tower.written_out(text) for text in texts], add_special_tokens=False).input_ids
-        ids = [index for index, again in zip(ids, read, strict=True) if again == [index]]
+        ids = [index for index in ids if tower.word_ids(as_text(tower, [index])) == [index]]
     return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
 
 
