@@ -22,6 +22,7 @@ from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
 from erasure.interop import paths
+from erasure.interop.pipelines import origin
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
@@ -233,10 +234,10 @@ def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict
     for key in (*edits.parameters, *_read_parameters(pipe, edits)):
         component, path = key.split("/", 1)
         tensors[key] = fingerprint(paths.parameter(getattr(pipe, component), path))
-    model = str(pipe.config.get("_name_or_path") or "")
+    model, revision = origin(pipe)
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
-    base = {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+    base = {"model": shown, "revision": revision, "tensors": tensors}
     if backbone.denoiser_component in edits.components:
         # What the denoiser is told to forget stands in the text encoder's own language.
         encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}

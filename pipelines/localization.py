@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
+from erasure.interop.pipelines import execution_device
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SharedModulesMixin
 
@@ -141,7 +142,7 @@ class LocalizationMixin(SharedModulesMixin):
         before = vae.dtype
         if dtype != before:
             vae.to(dtype)
-        latents = vae.encode((2 * images - 1).to(pipe._execution_device, dtype)).latent_dist.mode()
+        latents = vae.encode((2 * images - 1).to(execution_device(pipe), dtype)).latent_dist.mode()
         if dtype != before:
             vae.to(before)
         return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)

@@ -29,6 +29,7 @@ from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import BranchGuidance, can_share_trunk
 from erasure.errors import MaskError, OptionError
+from erasure.interop.pipelines import interrupt
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines.localization import LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
@@ -272,7 +273,8 @@ class ObjectRemovalMixin(LocalizationMixin):
         def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if len(found) <= steps:
                 found.append(tensors["latents"])
-            pipe._interrupt = len(found) > steps
+            if len(found) > steps:
+                interrupt(pipe)
             return tensors
 
         own = pipe.scheduler
