@@ -237,7 +237,7 @@ def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict
     model, revision = origin(pipe)
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
-    base = {"model": shown, "revision": revision, "tensors": tensors}
+    base: dict[str, Any] = {"model": shown, "revision": revision, "tensors": tensors}
     if backbone.denoiser_component in edits.components:
         # What the denoiser is told to forget stands in the text encoder's own language.
         encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}
