@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.interop import learned
+from erasure.interop.protocols import Pipeline, Tokenizer
 
 SAMPLED = 2048
 """Values of each tensor that enter a model's fingerprint."""
@@ -27,7 +28,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(pipe: Any) -> str:
+def model_fingerprint(pipe: Pipeline) -> str:
     """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
 
     Learned tokens (textual inversion) enter by their names and with all their values.
@@ -44,17 +45,22 @@ def model_fingerprint(pipe: Any) -> str:
                 continue
             found.update(f"{name}/{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
             found.update(_some_bytes(tensor))
-        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
-        # Few rows of a large table, with names that no tensor tells: the sample above may miss them.
-        for word in () if tokenizer in (None, component) else learned.ids_by_word(tokenizer):
-            found.update(word.encode())
-            found.update(_bytes(learned.vectors(tokenizer, component, word)))
+        if name.startswith("text_encoder"):
+            found.update(_learned_bytes(pipe.components.get(name.replace("text_encoder", "tokenizer")), component))
     return found.hexdigest()[:16]
 
 
 def _some_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().flatten()
     return _bytes(flat[:: max(1, flat.numel() // SAMPLED)])
+
+
+def _learned_bytes(tokenizer: Tokenizer | None, encoder: nn.Module) -> bytes:
+    """Learned tokens: few rows of a large table, which a sample misses, under names that no tensor tells."""
+    if tokenizer is None:
+        return b""
+    words = learned.ids_by_word(tokenizer)
+    return b"".join(word.encode() + _bytes(learned.vectors(tokenizer, encoder, word)) for word in words)
 
 
 def _bytes(tensor: Tensor) -> bytes:

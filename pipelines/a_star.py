@@ -9,19 +9,20 @@ raises the map of the most neglected subject instead, is the other choice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import Forward, LatentGuidance
 from erasure.errors import DivergenceError, OptionError
+from erasure.interop.protocols import Callback, Pipeline, as_pipeline
 from erasure.masks import read_masks
 from erasure.pipelines.attention_losses import (
     excitation,
@@ -84,7 +85,7 @@ class CompositionMixin(SharedModulesMixin):
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
         **options: Any,
     ) -> Any:
@@ -108,7 +109,7 @@ class CompositionMixin(SharedModulesMixin):
             MaskError: A layout that does not fit.
             DivergenceError: NaN in the gradient.
         """
-        pipe: Any = self
+        pipe = as_pipeline(self)
         known = {item.name for item in dataclasses.fields(CompositionSettings)}
         settings = CompositionSettings(**{name: value for name, value in options.items() if name in known})
         rest = {name: value for name, value in options.items() if name not in known}
@@ -121,9 +122,9 @@ class CompositionMixin(SharedModulesMixin):
         words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
         kept = None if layout is None else read_masks(list(layout), (height, width), words.weights.shape[2])
-        guide = Guide(self, settings, words, (height // factor, width // factor), kept)
+        guide = Guide(pipe, settings, words, (height // factor, width // factor), kept)
 
-        def follow(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def follow(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if callback_on_step_end is not None:
                 tensors = callback_on_step_end(pipe, index, t, tensors)
             guide.share = (index + 1) / pipe.num_timesteps
@@ -210,7 +211,7 @@ def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[
     return inside, spans
 
 
-def composition_sites(denoiser: Any, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
+def composition_sites(denoiser: nn.Module, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
     """The cross-attention layers whose token grid is nearest to a size."""
     cross = [site for site in attention_sites(denoiser) if site.kind == "cross"]
     if not cross:
@@ -231,7 +232,7 @@ class Guide:
     """
 
     def __init__(
-        self, pipe: Any, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
+        self, pipe: Pipeline, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
         kept: Tensor | None,
     ) -> None:  # fmt: skip
         self.settings, self.words, self.share = settings, words, 0.0

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
@@ -23,6 +23,7 @@ from erasure.backbones import AttentionSite, TextTower, attention_sites, text_to
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.interop.pipelines import execution_device
+from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SharedModulesMixin
 
@@ -117,7 +118,7 @@ class LocalizationMixin(SharedModulesMixin):
         Raises:
             MaskError: NaN in it, or images of several sizes.
         """
-        pipe: Any = self
+        pipe = as_pipeline(self)
         several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
         batch = [_as_pixels(part) for part in (list(image) if several else [image])]
         sizes = {part.size[::-1] if isinstance(part, Image.Image) else tuple(part.shape[-2:]) for part in batch}
@@ -136,7 +137,7 @@ class LocalizationMixin(SharedModulesMixin):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents `(batch, channels, h, w)`: the mode of the VAE's posterior, so that nothing depends on a draw."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         vae = pipe.vae
         dtype = torch.float32 if vae.config.get("force_upcast") and vae.dtype == torch.float16 else vae.dtype
         before = vae.dtype
@@ -151,7 +152,7 @@ class LocalizationMixin(SharedModulesMixin):
         self, latents: Tensor, name: str, settings: LocalizationSettings, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mean maps `(images, 2, rows, columns)` of a name and of the start token: as they are, and refined."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         tower = text_towers(pipe)[0]
         prompt, begins = describe(tower, name)
         weights = torch.zeros(1, tower.max_length, 2)
@@ -165,7 +166,7 @@ class LocalizationMixin(SharedModulesMixin):
         raw: list[Tensor] = []
         refined: list[Tensor] = []
 
-        def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             grid = own[0].grid(*size)
             each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
             maps = torch.stack(each).mean(0)
@@ -203,7 +204,9 @@ def describe(tower: TextTower, name: str) -> tuple[str, int]:
     return " ".join([*article, *noun]), tower.leading + len(tower.word_ids(article[0]))
 
 
-def localization_sites(denoiser: Any, latent_size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:
+def localization_sites(
+    denoiser: nn.Module, latent_size: tuple[int, int]
+) -> tuple[list[AttentionSite], list[AttentionSite]]:
     """The decoder's cross-attention at grids of `GRIDS`, and its self-attention at the finest of them.
 
     Raises:

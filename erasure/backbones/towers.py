@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
 from erasure.interop import learned, paths
+from erasure.interop.protocols import Tokenizer
 
 PLACEHOLDER = re.compile(r"<[^<>\s]+>")
 """How learned tokens are named, by custom."""
@@ -36,7 +37,7 @@ class TextTower:
     component: str
     """Name in the pipeline, for instance `text_encoder_2`."""
     module: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int
     """Tokens that the pipeline pads to."""
     consumed: int = -1
