@@ -17,6 +17,7 @@ from erasure import guards
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.canary import Canary
+from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError, VerificationError
 from erasure.fitting import CONTROLNET, check_fit, is_denoiser, sources_of
 from erasure.interop import adapters, scopes
@@ -136,6 +137,7 @@ class ErasureManager:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
+            warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
             records = {}
             for component in {**sources, **self._states()}:
                 record = replace(self._record(component, modules), enabled=True)
