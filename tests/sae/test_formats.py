@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,12 +190,12 @@ def pipe(path: Path) -> None:
 
 def test_openai_claims_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_dirs": 40_000, "d_model": 30_000, "k": 5}))
-    for stored in (
-        {"encoder.weight": torch.zeros(1).expand(40_000, 30_000)},
-        [1],
-        {"state_dict": 5},
-        {"pre_bias": "x"},
-    ):
+    zero = torch.zeros(1)
+    claimed = {
+        "encoder.weight": zero.expand(40_000, 30_000), "decoder.weight": zero.expand(30_000, 40_000),
+        "latent_bias": zero.expand(40_000), "pre_bias": zero.expand(30_000),
+    }  # fmt: skip
+    for stored in (claimed, [1], {"state_dict": 5}, {"pre_bias": "x"}):
         torch.save(stored, tmp_path / "state_dict.pth")
         with pytest.raises(ArtifactError):
             load(tmp_path)
@@ -210,7 +211,7 @@ def test_a_dictionary_is_replaced_as_a_whole(tmp_path: Path, make_sae: MakeSAE) 
     ]  # fmt: skip
 
 
-def test_a_damaged_dictionary_of_the_cache_is_made_again(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_dictionary_of_the_cache_is_made_again(tiny_pipe: Any) -> None:
     from erasure.backbones import text_towers
     from erasure.sae import TrainingOptions, dictionaries
 
