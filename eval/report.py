@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from erasure.errors import EvaluationError
 from erasure.eval.report_style import CSS
-from erasure.eval.results import Results, label, write_atomically
-from erasure.eval.table import BEFORE_AFTER, SAMPLES, read_lines
+from erasure.eval.results import Results, label
+from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
+from erasure.files import read_bytes, write_text
 
 FILE = "report.html"
 LIMIT = 60
@@ -65,9 +68,9 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
     folder = Path(folder)
     results = Results.load(folder)
     samples = folder / f"{SAMPLES}.jsonl"
-    drawn = rows_of_samples(read_lines(samples) if samples.is_file() else [])
+    drawn = rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
     path = Path(path) if path is not None else folder / FILE
-    write_atomically(path, render(results, drawn, folder / "images", title).encode())
+    write_text(path, render(results, drawn, folder / "images", title), error=EvaluationError)
     return path
 
 
@@ -243,10 +246,10 @@ def sample_figure(sides: Drawn, images: Path) -> str:
 
 def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> str:
     """One image as a data URI, with the judge's answer."""
-    path = images / side / f"{row['sample_id']}.png"
+    path = image_path(images.parent, side, row["sample_id"])
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_bytes(path, error=EvaluationError)).decode()
     judged = row.get("judged")
     answer = "not judged" if judged is None else f"{judged['object']}, {judged['style']}"
     if judged is not None and style != side:
