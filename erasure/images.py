@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ PIXELS_LIMIT = 64 * 2**20
 
 
 def read_image(
-    path: str | Path, *, formats: Sequence[str] = FORMATS, limit: int = PIXELS_LIMIT,
+    path: str | Path, *, formats: tuple[str, ...] = FORMATS, limit: int = PIXELS_LIMIT,
     error: type[ErasureError] = ImageError,
 ) -> Image.Image:  # fmt: skip
     """A picture in the mode of its file, decoded.
@@ -62,7 +61,7 @@ def read_image(
 
 
 def read_rgb(
-    path: str | Path, *, formats: Sequence[str] = FORMATS, error: type[ErasureError] = ImageError
+    path: str | Path, *, formats: tuple[str, ...] = FORMATS, error: type[ErasureError] = ImageError
 ) -> Image.Image:
     """A picture in RGB; see `read_image` and `rgb`."""
     return rgb(read_image(path, formats=formats, error=error), str(path), error=error)

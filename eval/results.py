@@ -80,7 +80,7 @@ class Results:
         path = Path(path) / FILE if os.path.isdir(path) else Path(path)
         if not os.path.lexists(path):
             raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder")
-        data = read_json(path, dict[str, JsonValue], error=EvaluationError)
+        data: dict[str, Any] = read_json(path, dict[str, JsonValue], error=EvaluationError)
         version = data.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise EvaluationError(

@@ -168,8 +168,8 @@ class SampleTable:
         there = {name: row.get(name) for name in planned}
         if there != planned and (changed := differences(there, planned)):
             raise EvaluationError(
-                f"{path} has a row of {shown(key[0])} that is not of this evaluation; {'; '.join(changed[:3])}. Delete "
-                "the line to redo its sample"
+                f"{path} has a row of {shown(key[0])} that is not of this evaluation; {'; '.join(changed[:3])}. "
+                "Delete the line to redo its sample"
             )
         if self.rows.get(key, row) != row:
             raise EvaluationError(
@@ -247,6 +247,6 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             os.close(handle)
     except OSError as error:
         raise EvaluationError(
-            f"cannot write to {path} ({error.strerror or error}): nothing that was there is lost; make room, or make it "
-            "a plain file, and run the same again"
+            f"cannot write to {path} ({error.strerror or error}): nothing that was there is lost; make room, or make "
+            "it a plain file, and run the same again"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     path = Path(path) / FILE if os.path.isdir(path) else Path(path)
     if not os.path.lexists(path):
         raise EvaluationError(f"no adversarial prompts at {path}: give the folder of an attack, or its {FILE}")
-    prompts = [_prompt(row) for row in read_lines(path, PromptRow, error=EvaluationError)]
+    rows: Iterator[Any] = read_lines(path, PromptRow, error=EvaluationError)
+    prompts = [_prompt(row) for row in rows]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts: the attack had no success, so there is nothing to try again")
     for other in prompts:

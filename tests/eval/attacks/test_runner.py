@@ -22,8 +22,8 @@ from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.runner import spread
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
-from erasure.eval.statistics import wilson
 from erasure.eval.schemas import AttackRow
+from erasure.eval.statistics import wilson
 from erasure.eval.table import read_rows
 
 
