@@ -5,13 +5,22 @@ allocated, and whatever is wrong is an `ErasureError`. Writers leave the old or 
 """
 
 from erasure.files.folders import differences, digest, held
-from erasure.files.names import inside, shown
+from erasure.files.names import inside, is_line, shown
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
-from erasure.files.tensors import TensorInfo, read_tensors, tensor_infos
-from erasure.files.writing import new_folder, replace_files, steady, write_bytes, write_json, write_text
+from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_tensors, tensor_infos
+from erasure.files.writing import (
+    json_bytes,
+    new_folder,
+    replace_files,
+    settled,
+    steady,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 __all__ = [
-    "TensorInfo", "differences", "digest", "held", "inside", "new_folder", "read_bytes", "read_json", "read_lines",
-    "read_tensors", "read_text", "replace_files", "shown", "steady", "tensor_infos", "validated", "write_bytes",
-    "write_json", "write_text",
+    "TENSORS_LIMIT", "TensorInfo", "differences", "digest", "held", "inside", "is_line", "json_bytes",
+    "new_folder", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text", "replace_files", "settled",
+    "shown", "steady", "tensor_infos", "validated", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip

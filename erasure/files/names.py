@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from erasure.errors import ArtifactError, ErasureError
@@ -10,8 +11,16 @@ LONGEST_NAME = 255
 """Bytes of a file's name that every usual file system takes."""
 FORBIDDEN = '<>:"/\\|?*'
 """Characters that lead elsewhere, or that some file system does not take."""
+UNSEEN = ("Cc", "Cs", "Co", "Zl", "Zp")
+"""Categories of control characters, halves of characters, and line breaks."""
+DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 """Names of devices on Windows, with any ending."""
+
+
+def is_line(text: str) -> bool:
+    """Whether a text is one line and reads as it is written: no control characters, none that turns the direction."""
+    return not any(unicodedata.category(c) in UNSEEN or c in DIRECTIONS for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -199,15 +199,18 @@ def parsed(content: bytes, schema: type[T] | Any, where: str, *, error: type[Era
 
 
 def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
-    """Plain data in memory as what a schema says; the types are strict.
+    """Plain data in memory as what a schema says, as if it had been read from a file.
 
     Raises:
-        ErasureError: It is not of the schema.
+        ErasureError: It is not of the schema, or could not be written as JSON.
     """
     try:
-        return _adapter(schema).validate_python(data, strict=True)
-    except ValidationError as reason:
-        raise error(f"{where} {_told(reason, schema)}") from None
+        content = json.dumps(data).encode()
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise error(
+            f"{where} is no plain data ({shown(str(reason), 200)[1:-1]}): give texts, numbers, lists"
+        ) from None
+    return parsed(content, schema, where, error=error)
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)

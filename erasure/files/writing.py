@@ -351,8 +351,8 @@ def _named(path: Path, error: type[ErasureError]) -> Iterator[None]:
         raise error(f"cannot write to {shown(str(path))} ({reason.reason}): choose another name") from reason
     except OSError as reason:
         raise error(
-            f"cannot write to {path} ({reason.strerror or reason}): what was there before is kept; make room, or "
-            "choose another place"
+            f"cannot write to {path}: {reason.strerror or reason}. Nothing that was there is lost: make room, ask for "
+            "permission, or choose another place"
         ) from reason
 
 
