@@ -30,6 +30,7 @@ from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.interop import scopes
+from erasure.shown import LABEL, visible
 
 STEM = "attacks"
 """Of the file of rows."""
@@ -328,7 +329,7 @@ class _Run:
             for sample in pending[self.processes.rank :: self.processes.count]:
                 label = f"{everything.index(sample) + 1}/{len(everything)} {sample.prompt}"
                 shows = self.progress is True and self.processes.is_main
-                with tqdm(total=total, desc=label, unit="text", disable=not shows) as bar:
+                with tqdm(total=total, desc=visible(label, LABEL), unit="text", disable=not shows) as bar:
                     clock = time.perf_counter()
                     row = outcome(sample, bar)
                     bar.set_postfix_str(_said(row))
