@@ -83,8 +83,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    for line in remarks(results["metrics"]):
-        terminal.say(line)
+    terminal.say(*remarks(results["metrics"]))
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
 

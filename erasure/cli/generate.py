@@ -63,7 +63,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     written = []
     with terminal.progress(len(jobs[rank::world])) as progress:
         for index, (prompt, seed) in list(enumerate(jobs))[rank::world]:
-            progress.stage(prompt[:40])
+            progress.stage(prompt)
             generator = torch.Generator("cpu").manual_seed(seed)
             image = pipe(prompt, generator=generator, **settings).images[0]
             path = out / f"{index:03d}-{slug(prompt)}-{seed}.png"

@@ -101,7 +101,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
         terminal.result({"model": options.model, "preset": options.preset, **settings, "images": written})
     else:
-        terminal.say(", ".join(map(str, files)))
+        terminal.say(*map(str, files))
 
 
 def numbered(file: Path, count: int) -> list[Path]:

@@ -31,6 +31,7 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import digest
 from erasure.interop import scopes
+from erasure.shown import LABEL, visible
 
 STEM = "attacks"
 """Of the file of rows."""
@@ -276,7 +277,7 @@ class _Attack(Run):
         with scopes.without_offloading(self.subject.pipe), torch.inference_mode(False), torch.enable_grad():
             for sample in self.share(self.pending(kind)):
                 label = f"{everything.index(sample) + 1}/{len(everything)} {sample.prompt}"
-                with tqdm(total=total, desc=label, unit="text", disable=not self.shows_bar) as bar:
+                with tqdm(total=total, desc=visible(label, LABEL), unit="text", disable=not self.shows_bar) as bar:
                     clock = time.perf_counter()
                     row = outcome(sample, bar)
                     bar.set_postfix_str(_said(row))
