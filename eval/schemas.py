@@ -10,6 +10,8 @@ from typing_extensions import TypedDict
 OPEN = ConfigDict(extra="allow")
 """Suites, attacks and detectors may write more than the package reads."""
 Name = Annotated[str, Field(max_length=1_000)]
+Id = Annotated[str, Field(min_length=1, max_length=200)]
+"""Becomes the name of a file."""
 Text = Annotated[str, Field(max_length=100_000)]
 Names = Annotated[list[Name], Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -23,7 +25,7 @@ Vector = Annotated[str, Field(max_length=400_000)]
 class SampleFields(TypedDict):
     """`erasure.eval.samples.Sample`, field by field."""
 
-    sample_id: Name
+    sample_id: Id
     prompt: Text
     seed: Seed
     role: Literal["target", "retain", "cross", "utility", "pair"]
@@ -84,8 +86,8 @@ class EvaluationRow(TypedDict):
     """
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
-    sample_id: Name
-    variant: Name
+    sample_id: Id
+    variant: Id
     prompt: Text
     seed: NotRequired[Seed]
     role: Name
@@ -140,8 +142,8 @@ class AttackRow(SampleFields):
 class FeatureRow(TypedDict):
     """A line of `features.jsonl`."""
 
-    sample_id: Name
-    variant: Name
+    sample_id: Id
+    variant: Id
     features: Vector
 
 
