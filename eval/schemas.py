@@ -69,7 +69,6 @@ class Scores(TypedDict):
     clip_score: Number | None
     blank: bool
     failures: dict[Name, Text]
-    measured: NotRequired[dict[Name, Number | bool | None]]
 
 
 class CacheEntry(TypedDict):
@@ -79,36 +78,43 @@ class CacheEntry(TypedDict):
     features: Vector | None
 
 
-class EvaluationRow(TypedDict):
-    """A line of `samples.jsonl`: a sample drawn in one variant. Fields stand in the order in which they are written.
-
-    A report needs the required ones; older files lack some of the others.
-    """
+class ReportRow(TypedDict):
+    """What a report needs of a line of `samples.jsonl`: a sample drawn in one variant."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     sample_id: Id
     variant: Id
     prompt: Text
-    seed: NotRequired[Seed]
     role: Name
     objects: Names
     style: Name | None
     erased: Names
-    weight: NotRequired[Number]
-    scene: NotRequired[dict[str, Any] | None]
     unsafe: bool
-    negative_prompt: NotRequired[Text]
-    num_inference_steps: NotRequired[Count]
-    guidance_scale: NotRequired[Number]
-    height: NotRequired[Side]
-    width: NotRequired[Side]
     judged: Judged | None
-    clip_score: NotRequired[Number | None]
-    blank: NotRequired[bool]
-    failures: NotRequired[dict[Name, Text]]
-    measured: NotRequired[dict[Name, Number | bool | None]]
-    drift: NotRequired[Drift | None]
-    seconds: NotRequired[Number | None]
+
+
+class EvaluationRow(ReportRow):
+    """A line of `samples.jsonl`, as a run that goes on needs it."""
+
+    seed: Seed
+    weight: Number
+    scene: dict[str, Any] | None
+    negative_prompt: Text
+    num_inference_steps: Count
+    guidance_scale: Number
+    height: Side
+    width: Side
+    clip_score: Number | None
+    blank: bool
+    failures: dict[Name, Text]
+    drift: Drift | None
+    seconds: Number | None
+
+
+class ComparedRow(EvaluationRow):
+    """A line of `samples.jsonl` of a suite that compares ways to draw."""
+
+    measured: dict[Name, Number | bool | None]
 
 
 class Try(TypedDict):
@@ -118,25 +124,30 @@ class Try(TypedDict):
     shown: bool | None
 
 
-class AttackRow(SampleFields):
-    """A line of `attacks.jsonl`: a prompt that was attacked, or tried again. Fields as in `EvaluationRow`."""
+class ReplayRow(SampleFields):
+    """A line of `attacks.jsonl`: a prompt that was tried again."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
-    variant: Name
+    variant: Id
     concept: Name | None
     before: Try
     text: Text | None
     after: Try | None
     success: bool | None
-    texts: NotRequired[Count]
-    changed: NotRequired[Count]
-    cut: NotRequired[Count]
-    steps: NotRequired[Count]
-    losses: NotRequired[list[Number]]
     images: Count
-    references: NotRequired[Count]
     failures: dict[Name, Text]
     seconds: Number
+
+
+class AttackRow(ReplayRow):
+    """A line of `attacks.jsonl`: a prompt that was attacked."""
+
+    texts: Count
+    changed: Count
+    cut: Count
+    steps: Count
+    losses: list[Number]
+    references: Count
 
 
 class FeatureRow(TypedDict):
