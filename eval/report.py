@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from erasure.errors import EvaluationError
-from erasure.eval.results import Results, label, write_atomically
-from erasure.eval.table import BEFORE_AFTER, SAMPLES, read_lines
+from erasure.eval.results import Results, label
+from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
+from erasure.files import read_bytes, write_text
 from erasure.pages import html_page, png
 from erasure.shown import number, visible
 
@@ -142,9 +144,9 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
     folder = Path(folder)
     results = Results.load(folder)
     samples = folder / f"{SAMPLES}.jsonl"
-    drawn = rows_of_samples(read_lines(samples) if samples.is_file() else [])
+    drawn = rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
     path = Path(path) if path is not None else folder / FILE
-    write_atomically(path, render(results, drawn, folder / "images", title).encode())
+    write_text(path, render(results, drawn, folder / "images", title), error=EvaluationError)
     return path
 
 
@@ -295,7 +297,7 @@ def sample_figure(sides: Drawn, images: Path) -> Figure | None:
 
 def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> Picture | None:
     """One image as a data URI, with the judge's answer."""
-    content = read_png(images, side, f"{row['sample_id']}.png")
+    content = read_png(image_path(images.parent, side, row["sample_id"]))
     if content is None:
         return None
     judged = row.get("judged")
@@ -306,28 +308,17 @@ def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> Pict
     return Picture(style, state, png(content), f"{side.replace('_', ' ')}: {answer}")
 
 
-def read_png(folder: Path, *names: str) -> bytes | None:
-    """The content of an image below a folder, `None` when there is none.
+def read_png(path: Path) -> bytes | None:
+    """The content of an image, `None` when there is none.
 
     Raises:
-        EvaluationError: The names lead out of the folder, or to something that is no PNG or very large.
+        EvaluationError: It is no PNG, or very large.
     """
-    path = folder.joinpath(*names)
-    try:
-        if not path.resolve().is_relative_to(folder.resolve()) or any(Path(name).name != name for name in names):
-            raise EvaluationError(
-                f"the image {visible('/'.join(names), 200)} of a sample lies outside {folder}: its row is damaged; "
-                "run the evaluation again in another folder"
-            )
-        if not path.is_file():
-            return None
-        content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"the image {visible(path, 200)} cannot be read: {error}") from error
+    if not os.path.lexists(path):
+        return None
+    content = bytes(read_bytes(path, LARGEST, error=EvaluationError))
     if not content.startswith(PNG):
-        raise EvaluationError(
-            f"{visible(path, 200)} is no PNG of at most {LARGEST // 10**6} MB: delete it, or run the evaluation again"
-        )
+        raise EvaluationError(f"{visible(path, 200)} is no PNG: delete it, or run the evaluation again")
     return content
 
 

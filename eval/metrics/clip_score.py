@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,12 @@ import torch
 from PIL import Image
 
 from erasure.errors import ArtifactError
+from erasure.eval.schemas import ClipConfig
+from erasure.files import read_bytes, read_json, tensor_infos
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS_LIMIT = 32 * 2**30
+"""Bytes of the weights."""
 
 
 def cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -30,29 +37,38 @@ class ClipModel:
     """An open_clip model in a local folder, loaded on first use.
 
     Args:
-        folder: Holds `open_clip_config.json` and the weights.
+        folder: Holds `open_clip_config.json` and `open_clip_model.safetensors`.
         device: Where to run.
 
     Raises:
-        ArtifactError: There is no open_clip model in the folder.
+        ArtifactError: There is no open_clip model in the folder, or it is damaged.
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         self._texts: dict[str, np.ndarray] = {}
-        if not (self.folder / "open_clip_config.json").is_file():
+        # Without safetensors open_clip would look for a pickle.
+        if not all(os.path.lexists(self.folder / name) for name in (CONFIG, WEIGHTS)):
             raise ArtifactError(
-                f"no open_clip model at {self.folder}: expected open_clip_config.json and "
-                "open_clip_model.safetensors; give the folder of one, or leave CLIP out"
+                f"no open_clip model at {self.folder}: expected {CONFIG} and {WEIGHTS}; give the folder of one, or "
+                "leave CLIP out"
             )
+        config: Any = read_json(self.folder / CONFIG, ClipConfig)
+        self.width: int = config["model_cfg"]["embed_dim"]
+        """Values of a feature."""
+        tensor_infos(self.folder / WEIGHTS)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of config and weights, 16 hex digits."""
+        """sha256 of config and weights, 16 hex digits.
+
+        Raises:
+            ArtifactError: A file cannot be read.
+        """
         digest = hashlib.sha256()
         for file in sorted(self.folder.glob("open_clip_*")):
             digest.update(file.name.encode())
-            digest.update(file.read_bytes())
+            digest.update(read_bytes(file, WEIGHTS_LIMIT))
         return digest.hexdigest()[:16]
 
     @cached_property
