@@ -11,11 +11,11 @@ import unicodedata
 LIMIT = 2000
 """Characters of one text that are shown."""
 
-LABEL = 60
+LABEL = 40
 """Characters of what a progress bar says."""
 
 SHORT = 100
-"""Characters of what stands where a number should."""
+"""Characters of what stands where a number should. So short a text is cut without telling its length."""
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that draw nothing or steer what is drawn: control, format (bidirectional, zero-width), surrogate,
@@ -37,7 +37,7 @@ def visible(value: object, limit: int = LIMIT) -> str:
 
     Returns:
         One line. Characters that cannot be seen are written as Python escapes them (`\x1b`, `\u202e`); what is longer
-        than `limit` is cut, and its length told.
+        than `limit` is cut, and its length told if there is room.
 
     Example:
         >>> visible("a\x1b[2Jcat")
@@ -79,4 +79,5 @@ def _seen(character: str) -> str:
 
 
 def _ended(text: str, length: int, limit: int) -> str:
-    return f"{text[:limit]}… ({length:,} characters in all)"
+    told = f" ({length:,} characters in all)" if limit > SHORT else ""
+    return f"{text[:limit]}…{told}"

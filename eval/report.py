@@ -198,7 +198,8 @@ def chips(results: Results) -> list[str]:
     """What was measured, in a few words each."""
     found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
     return found + [
-        f"{e['name']} ({e['strategy']}, strength {number(e.get('strength', 1), 'g')})" for e in results.erasures
+        f"{e['name']} ({e.get('strategy', 'unknown')}, strength {number(e.get('strength', 1), 'g')})"
+        for e in results.erasures
     ]
 
 
@@ -270,12 +271,13 @@ def test_cell(metric: Mapping[str, Any] | None) -> tuple[str, str] | None:
     if metric is None:
         return None
     if "mcnemar_p" in metric:
-        p, table = metric["mcnemar_p"], metric["transitions"]
+        p, table = metric["mcnemar_p"], metric.get("transitions", {})
         told = "p < 0.0001" if isinstance(p, float) and p < 1e-4 else f"p = {number(p, '.4f')}"
-        pairs = {"yes → yes": "both", "yes → no": "before_only", "no → yes": "after_only", "no → no": "neither"}
         if not isinstance(table, Mapping):
             return f"McNemar {told}", str(table)
-        return f"McNemar {told}", ", ".join(f"{pair} {number(table.get(key), '')}" for pair, key in pairs.items())
+        pairs = {"yes → yes": "both", "yes → no": "before_only", "no → yes": "after_only", "no → no": "neither"}
+        present = (f"{pair} {number(table[key], '')}" for pair, key in pairs.items() if key in table)
+        return f"McNemar {told}", ", ".join(present)
     if isinstance(change := metric.get("change"), Mapping):
         value, low, high = (number(change.get(key), "+.4f") for key in ("value", "low", "high"))
         return value, f"{low} to {high}"

@@ -208,8 +208,8 @@ class Terminal:
             console.print(Text(visible(title)))
         console.print(table)
         if len(cells) < len(rows) or len(heads) < len(columns):
-            whole = f"{len(rows)} rows and {len(columns)} columns"
-            self.say(f"… {len(cells)} of {whole} are shown in {len(heads)} columns; --json gives all of them.")
+            shown = f"{len(cells)} of {len(rows)} rows and {len(heads)} of {len(columns)} columns"
+            self.say(f"… {shown} are shown; --json gives all.")
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Progress]:
