@@ -7,7 +7,7 @@ allocated, and whatever is wrong is an `ErasureError`. Writers leave the old or 
 from erasure.files.folders import differences, digest, discard, held
 from erasure.files.names import inside, is_line, shown
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
-from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_tensors, tensor_infos
+from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_archive, read_tensors, tensor_infos
 from erasure.files.writing import (
     json_bytes,
     new_folder,
@@ -22,6 +22,7 @@ from erasure.files.writing import (
 
 __all__ = [
     "TENSORS_LIMIT", "TensorInfo", "differences", "digest", "discard", "held", "inside", "is_line", "json_bytes",
-    "new_folder", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text", "replace_files", "replacing",
-    "settled", "shown", "steady", "tensor_infos", "validated", "write_bytes", "write_json", "write_text",
+    "new_folder", "read_archive", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text",
+    "replace_files", "replacing", "settled", "shown", "steady", "tensor_infos", "validated", "write_bytes",
+    "write_json", "write_text",
 ]  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +15,10 @@ from torch import Tensor
 from erasure import files
 from erasure.errors import TrainingError
 
-LIMIT = 64 * 2**30
-"""Bytes of a checkpoint."""
 MOST_VALUES, DEEPEST = 1_000_000, 20
 """Tensors and numbers in one, and levels of nesting."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What Adam keeps of a parameter."""
 
 
 class Stateful(Protocol):
@@ -71,9 +70,8 @@ class Checkpoint:
     def _read(self, steps: int | None) -> dict[str, Any]:
         """The state in the file, which every part can hold."""
         try:
-            content = files.read_bytes(self.path, LIMIT, error=TrainingError)
-            _check_archive(content)
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = files.read_archive(self.path, error=TrainingError)
+            comparison = _Comparison(self.path.stat().st_size)
             if not isinstance(state, dict) or set(state) != {*self.parts, "step", "seconds"}:
                 raise _Unfit(f"it holds {files.shown(sorted(map(str, state)))}, expected {sorted(self.parts)}")
             step, seconds = state["step"], state["seconds"]
@@ -82,7 +80,7 @@ class Checkpoint:
             if type(seconds) is not float or not (math.isfinite(seconds) and seconds >= 0):
                 raise _Unfit(f"it took {files.shown(seconds, 30)} seconds")
             for name, part in self.parts.items():
-                _Comparison(len(content)).check(name, state[name], part.state_dict())
+                comparison.check(name, state[name], part.state_dict())
                 if isinstance(part, torch.optim.Optimizer):
                     _check_moments(name, state[name], part)
             return state
@@ -106,17 +104,10 @@ class Checkpoint:
             files.write_bytes(self.path, content.getbuffer(), error=TrainingError)
         except TrainingError as error:
             raise TrainingError(
-                f"the checkpoint of step {step} is lost: {error}. So the one of step {self.step} is kept: run the same "
-                "again to go on from there"
+                f"the checkpoint of step {step} is lost: {error}. So the one of step {self.step} is kept: run the "
+                "same again to go on from there"
             ) from error
         self.step, self.seconds = step, seconds
-
-
-def _check_archive(content: bytearray) -> None:
-    """Refuse what grows when it is unpacked: torch never compresses."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise _Unfit("it is compressed")
 
 
 class _Comparison:
@@ -177,6 +168,9 @@ def _check_moments(name: str, found: Mapping[str, Any], optimiser: torch.optim.O
     for index, moments in found["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(moments, Mapping):
             raise _Unfit(f"{name} has moments of parameter {files.shown(index, 30)} of {len(parameters)}")
+        if isinstance(optimiser, torch.optim.Adam | torch.optim.AdamW) and set(moments) != MOMENTS:
+            raise _Unfit(f"{name} has {files.shown(sorted(map(str, moments)))} of a parameter, not {sorted(MOMENTS)}")
         for key, value in moments.items():
-            if not isinstance(value, Tensor) or value.shape not in (parameters[index].shape, ()):
-                raise _Unfit(f"{name}: {key} of parameter {index} is none of {list(parameters[index].shape)}")
+            shape = () if key == "step" else parameters[index].shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                raise _Unfit(f"{name}: {files.shown(key)} of parameter {index} is none of {list(shape)}")
