@@ -15,7 +15,7 @@ FILE = "canvas.json"
 OPEN = ConfigDict(extra="allow")
 """The record of a training, and what later versions add."""
 Word = Annotated[str, Field(min_length=1, max_length=200)]
-Words = Annotated[list[Word], Field(max_length=10_000)]
+Words = Annotated[list[Word], Field(max_length=500)]
 Side = Annotated[int, Field(ge=8, le=8_192)]
 
 

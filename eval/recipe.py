@@ -11,7 +11,7 @@ import torch
 from erasure.errors import EvaluationError
 from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
-from erasure.files import digest, read_bytes
+from erasure.files import digest, read_bytes, tensor_infos
 
 WEIGHTS_LIMIT = 16 * 2**30
 """Bytes of a file of a detector's weights."""
@@ -40,6 +40,8 @@ def judge_fingerprint(judge: Any) -> str:
         return str(getattr(judge, "version", name))
     found = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
+        if file.suffix == ".safetensors":
+            tensor_infos(file, error=EvaluationError)  # what does not fit its header is not worth the reading
         if file.suffix in (".json", ".safetensors", ".onnx"):
             found.update(read_bytes(file, WEIGHTS_LIMIT, error=EvaluationError))
     return f"{name} ({found.hexdigest()[:12]})"

@@ -20,7 +20,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable, image_path
-from erasure.files import held, write_bytes
+from erasure.files import held, shown, write_bytes
 from erasure.images import png
 
 RECIPE = "recipe.json"
@@ -28,12 +28,18 @@ Progress = Callable[[str, int, int], None]
 """Called with what is finished, how much of it, and how much there is in all."""
 
 
-def join(out: str | Path | None) -> Processes:
+def join(out: str | Path | None, seed: int = 0) -> Processes:
     """The processes that take part.
 
+    Args:
+        out: The folder that all write to.
+        seed: Of the run.
+
     Raises:
-        EvaluationError: There are several, and no folder that all write to.
+        EvaluationError: There are several, and no folder; or a seed that no generator takes.
     """
+    if not 0 <= seed < 2**63:
+        raise EvaluationError(f"seed is {shown(seed)}; allowed: whole numbers from 0 to 2^63 - 1")
     processes = Processes()
     if out is None and processes.count > 1:
         raise EvaluationError("several processes need a common output folder: pass out=")

@@ -75,7 +75,7 @@ def evaluate(
         EvaluationError: Unknown suite, size or concept; an output folder that holds something else; fused erasures,
             which leave no stock model to compare with; a safety checker on the pipeline.
     """
-    processes = join(out)
+    processes = join(out, seed)
     started = time.perf_counter()
     stock, attached = in_force(pipe)
     chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from erasure.cli.models import ErasedModelOptions, attach, canvas_facts, check_strengths, load_erasures, open_model
+from erasure.cli.models import (
+    ErasedModelOptions,
+    attach,
+    canvas_facts,
+    check_seeds,
+    check_strengths,
+    load_erasures,
+    open_model,
+)
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
 
 
@@ -48,6 +56,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.count < 1 or (options.steps is not None and options.steps < 1):
         raise UsageError("--count and --steps are at least 1")
     check_strengths(options)
+    check_seeds(options.seed, options.count)
     rank, world = process()
     out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
     erasures = load_erasures(options)

@@ -81,6 +81,20 @@ def check_strengths(options: ErasedModelOptions) -> None:
         )
 
 
+def check_seeds(seed: int, count: int = 1) -> None:
+    """Refuse seeds that no generator takes, before anything is loaded.
+
+    Args:
+        seed: The first.
+        count: How many there are, one after the other.
+
+    Raises:
+        UsageError: One has more than 64 bits.
+    """
+    if not -(2**63) <= seed <= 2**64 - count:
+        raise UsageError("--seed has more than 64 bits: give a whole number from -2^63 to 2^64 - 1")
+
+
 def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
     """Read the erasures, by the names under which they will be attached.
 

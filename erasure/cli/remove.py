@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from erasure.cli.generate import call_settings
-from erasure.cli.models import ErasedModelOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.models import ErasedModelOptions, attach, check_seeds, check_strengths, load_erasures, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 FORMAT_OF = {
@@ -68,6 +68,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.count < 1 or (options.steps is not None and options.steps < 1):
         raise UsageError("--count and --steps are at least 1")
     check_strengths(options)
+    check_seeds(options.seed, options.count)
     files = numbered(options.out, options.count)
     check_writable([*files, *((options.mask_out,) if options.mask_out else ())], options.overwrite)
     from erasure.images import read_image, read_rgb

@@ -265,9 +265,10 @@ def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = Fal
     Raises:
         UsageError: It is a file, is not empty, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
+    # Unlike those of `Path`, these give no error for names that cannot be.
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise UsageError(f"--out {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or may_hold):
+    if os.path.isdir(folder) and any(folder.iterdir()) and not (overwrite or may_hold):
         raise UsageError(f"--out {folder} is not empty: name another folder, or add --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)

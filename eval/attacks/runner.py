@@ -85,7 +85,7 @@ def attack(
     kit = suites.get(suite)
     if suites.is_comparing(kit):
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
-    processes = join(out)
+    processes = join(out, seed)
     stock, entries = in_force(pipe)
     found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)

@@ -84,8 +84,15 @@ class ClipModel:
         import open_clip
 
         name = f"local-dir:{self.folder}"
-        model, _, transform = open_clip.create_model_and_transforms(name, device=self.device)
-        return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(name)
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(name, device=self.device)
+            tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:  # open_clip checks neither configs nor shapes
+            raise ArtifactError(
+                f"the open_clip model at {self.folder} cannot be loaded ({type(error).__name__}: {error}): config and "
+                "weights do not go together; fetch it again"
+            ) from error
+        return model.eval().requires_grad_(False), transform, tokenizer
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:

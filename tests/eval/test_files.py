@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from erasure.errors import ArtifactError, ErasureError, EvaluationError
-from erasure.eval import Results, compare, evaluate, replay, write_report
+from erasure.eval import Results, attack, compare, evaluate, replay, write_report
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.baseline import BaselineCache
 from erasure.eval.detectors import CanvasJudge
@@ -485,6 +485,13 @@ def test_rows_are_appended_to_plain_files_only(kind: str, tmp_path: Path) -> Non
     with pytest.raises(EvaluationError, match="cannot write to"):
         table(tmp_path).append([row()], [None])
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**5000])
+def test_seeds_that_no_generator_takes(seed: int, world_pipe: Any, tmp_path: Path) -> None:
+    for run in (evaluate, attack):
+        with pytest.raises(EvaluationError, match=r"seed is .*; allowed: whole numbers"):
+            run(world_pipe, seed=seed)
 
 
 def test_image_paths(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_processes_share_the_prompts(
                 # What the main process would have written by now.
                 single.save(tmp_path / "two")
 
-    monkeypatch.setattr(module, "join", lambda out: Two())
+    monkeypatch.setattr(module, "join", lambda *_: Two())
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "recipe.json").write_bytes((tmp_path / "out" / "recipe.json").read_bytes())
     whole(erased_pipe, "two")
