@@ -20,7 +20,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable, image_path
-from erasure.files import held, shown, write_bytes
+from erasure.files import held, write_bytes
 from erasure.images import png
 
 RECIPE = "recipe.json"
@@ -39,7 +39,7 @@ def join(out: str | Path | None, seed: int = 0) -> Processes:
         EvaluationError: There are several, and no folder; or a seed that no generator takes.
     """
     if not 0 <= seed < 2**63:
-        raise EvaluationError(f"seed is {shown(seed)}; allowed: whole numbers from 0 to 2^63 - 1")
+        raise EvaluationError("the seed is negative or has more than 63 bits: give a whole number from 0 to 2^63 - 1")
     processes = Processes()
     if out is None and processes.count > 1:
         raise EvaluationError("several processes need a common output folder: pass out=")

@@ -487,10 +487,10 @@ def test_rows_are_appended_to_plain_files_only(kind: str, tmp_path: Path) -> Non
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 10**5000])
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**5000], ids=["negative", "64 bits", "5,000 digits"])
 def test_seeds_that_no_generator_takes(seed: int, world_pipe: Any, tmp_path: Path) -> None:
     for run in (evaluate, attack):
-        with pytest.raises(EvaluationError, match=r"seed is .*; allowed: whole numbers"):
+        with pytest.raises(EvaluationError, match="the seed is negative or has more"):
             run(world_pipe, seed=seed)
 
 
