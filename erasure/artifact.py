@@ -28,7 +28,7 @@ CONFIG_FILE = "erasure_config.json"
 DELTA_FILE = "erasure.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
-CONFIG_LIMIT = 8 * 2**20
+CONFIG_LIMIT = 4 * 2**20
 """Bytes of a config; the fingerprints of a large model's tensors take one MB or two."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 """Types of an erasure's tensors."""
@@ -134,10 +134,15 @@ class Erasure:
                 raise ArtifactError(
                     f"{folder} holds something that is no erasure and is left alone: choose another folder"
                 )
-        self.edits.check_finite()
         self.edits.check()
         ErasureConfig.from_dict(dataclasses.asdict(self.config), "the config of the erasure")
-        files.replace_files(folder, self._contents(), FILES)
+        contents = self._contents()
+        if len(contents[CONFIG_FILE]) > CONFIG_LIMIT:
+            raise ArtifactError(
+                f"cannot write {folder}: its config would have {len(contents[CONFIG_FILE]):,} bytes, at most "
+                f"{CONFIG_LIMIT:,} can be read; make several erasures of fewer concepts each"
+            )
+        files.replace_files(folder, contents, FILES)
         return folder
 
     @classmethod
@@ -190,7 +195,6 @@ class Erasure:
         tensors = {path.name: files.read_tensors(path, allowed_dtypes=DTYPES) for path in parts}
         edits = Edits.from_state_dicts(tensors.get(DELTA_FILE, {}), tensors.get(LORA_FILE, {}))
         try:
-            edits.check_finite()
             edits.check()
         except (ArtifactError, DivergenceError) as error:
             raise ArtifactError(f"{folder}: {error}") from error
@@ -248,7 +252,7 @@ def _is_local(source: str | Path) -> bool:
     """Whether a source is a path here and no name of a repository, whether it exists or not."""
     if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
         return True
-    return os.path.lexists(source) or os.path.isdir(source.partition("/")[0])
+    return os.path.lexists(source.partition("/")[0])
 
 
 def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:

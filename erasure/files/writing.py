@@ -170,11 +170,13 @@ def replace_files(
     Raises:
         ErasureError: It cannot be written, or a folder has such a name; the old files are still there.
     """
-    place = Path(os.path.realpath(folder))
-    if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
-        with new_folder(place, error=error) as fresh:
+    with _named(Path(folder), error):
+        place = Path(os.path.realpath(folder))
+        fresh = not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
+    if fresh:
+        with new_folder(place, error=error) as temporary:
             for name, content in contents.items():
-                (fresh / name).write_bytes(content)
+                (temporary / name).write_bytes(content)
         return
     with _named(Path(folder), error), _locked(place):
         names = sorted({*contents, *owned})

@@ -163,7 +163,12 @@ class _Comparison:
 
 
 def _check_moments(name: str, found: Mapping[str, Any], optimiser: torch.optim.Optimizer) -> None:
-    """Raise `_Unfit` unless the moments of an optimiser are of its parameters: torch itself does not look."""
+    """Raise `_Unfit` unless options and moments of an optimiser are those of its own: torch itself does not look."""
+    for group, own in zip(found["param_groups"], optimiser.state_dict()["param_groups"], strict=True):
+        # The learning rate is set at every step.
+        changed = sorted(key for key in own if key != "lr" and group[key] != own[key])
+        if changed or type(group["lr"]) not in (int, float):
+            raise _Unfit(f"{name} has other options: {', '.join(changed) or 'lr'}")
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for index, moments in found["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(moments, Mapping):

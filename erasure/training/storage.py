@@ -49,6 +49,8 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
     def check(infos: Mapping[str, TensorInfo]) -> None:
         if set(infos) != set(States._fields) or any(info.shape[:1] != (len(buffer),) for info in infos.values()):
             raise ArtifactError(f"{path} holds no trajectories of this training")
+        if any(infos[name].shape != (len(buffer),) for name in ("t", "scene")):
+            raise ArtifactError(f"{path} holds trajectories with steps of another shape")
         x, own, null, asked = (infos[name].shape for name in ("x", "own", "null", "asked"))
         questions = len(buffer.scenes[0].asks)
         latents = tuple(buffer.backbone.noise([0]).shape[1:])
@@ -63,7 +65,7 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
     except (ErasureError, OSError):
         return None
     scene = states["scene"]
-    return states if scene.ndim == 1 and int(scene.min()) >= 0 and int(scene.max()) < len(buffer.scenes) else None
+    return states if int(scene.min()) >= 0 and int(scene.max()) < len(buffer.scenes) else None
 
 
 def _write(path: Path, buffer: TrajectoryBuffer) -> None:
