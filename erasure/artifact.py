@@ -110,9 +110,9 @@ class Erasure:
             CARD_FILE: self.card().encode(),
         }
         if others := self.edits.delta_state_dict():
-            contents[DELTA_FILE] = save(others)
+            contents[DELTA_FILE] = save(_apart(others))
         if self.low_rank:
-            contents[LORA_FILE] = save(self.edits.lora_state_dict(), metadata={"format": "pt"})
+            contents[LORA_FILE] = save(_apart(self.edits.lora_state_dict()), metadata={"format": "pt"})
         return contents
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -223,6 +223,17 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{repo_id!r} is no folder here, and the Hub does not give it: {reason}") from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, which safetensors does not write."""
+    known: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in known else tensor
+        known.add(place)
+    return apart
 
 
 def _listed(folder: Path) -> list[str]:

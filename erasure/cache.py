@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from erasure.files import differences, digest
 
 SAMPLED = 2048
 """Values of each tensor that enter a model's fingerprint."""
@@ -20,11 +21,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ERASURE_CACHE") or Path.home() / ".cache" / "erasure")
 
 
-def digest(value: Any) -> str:
-    """sha256 of plain data, 16 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def model_fingerprint(pipe: Any) -> str:
     """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
 
@@ -33,14 +29,24 @@ def model_fingerprint(pipe: Any) -> str:
     """
     found = hashlib.sha256(type(pipe).__name__.encode())
     for name, component in sorted(pipe.components.items()):
-        if not isinstance(component, nn.Module):
-            continue
-        for key, tensor in sorted(component.state_dict().items()):
-            if "lora_" in key:
-                continue
-            found.update(f"{name}/{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            found.update(_some_bytes(tensor))
+        if isinstance(component, nn.Module):
+            _add(found, component, f"{name}/")
     return found.hexdigest()[:16]
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Fingerprint of the weights of one module; see `model_fingerprint`."""
+    found = hashlib.sha256()
+    _add(found, module, "")
+    return found.hexdigest()[:16]
+
+
+def _add(found: hashlib._Hash, module: nn.Module, prefix: str) -> None:
+    for key, tensor in sorted(module.state_dict().items()):
+        if "lora_" in key:
+            continue
+        found.update(f"{prefix}{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(_some_bytes(tensor))
 
 
 def _some_bytes(tensor: Tensor) -> bytes:
@@ -51,14 +57,4 @@ def _some_bytes(tensor: Tensor) -> bytes:
     return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def differences(first: Any, second: Any, path: str = "") -> list[str]:
-    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        return [
-            line
-            for key in sorted({*first, *second})
-            for line in differences(first.get(key), second.get(key), f"{path}.{key}" if path else key)
-        ]
-    if json.dumps(first) == json.dumps(second):
-        return []
-    return [f"{path or 'recipe'}: {json.dumps(first)} in the first, {json.dumps(second)} in the second"]
+__all__ = ["cache_folder", "differences", "digest", "model_fingerprint", "module_fingerprint"]

@@ -35,7 +35,7 @@ def read_image(
         ErasureError: It is missing, no regular file, no picture, of another format, animated, too large, or damaged.
     """
     content = bytes(read_bytes(path, BYTES_LIMIT, error=error))
-    allowed = ", ".join(formats)
+    allowed = " or ".join(formats)
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             check_size(image, str(path), limit, error=error)
@@ -49,7 +49,7 @@ def read_image(
     except ErasureError:
         raise
     except Image.UnidentifiedImageError as reason:
-        raise error(f"{path} is no picture that can be read: allowed are {allowed}; convert it") from reason
+        raise error(f"{path} cannot be read: it is no picture in {allowed}; convert it") from reason
     except Image.DecompressionBombError as reason:
         raise error(
             f"{path} cannot be read ({reason}): at most {limit:,} pixels are allowed; scale it down"

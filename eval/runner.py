@@ -23,6 +23,7 @@ from erasure.eval.metrics.utility import utility_metrics
 from erasure.eval.results import Results
 from erasure.eval.run import Progress, Run, Subject, join, opened
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import ComparedRow, EvaluationRow
 from erasure.eval.scoring import Judge, drift, score
 from erasure.eval.table import BEFORE_AFTER, SampleTable
 from erasure.images import png
@@ -94,8 +95,10 @@ def evaluate(
     cache = BaselineCache(Path(baseline_cache or cache_folder()), fingerprint, shared)
     variants = kit.variants if suites.is_comparing(kit) else BEFORE_AFTER
 
+    schema = ComparedRow if suites.is_comparing(kit) else EvaluationRow
+
     def table(folder: Path) -> SampleTable:
-        return SampleTable(folder, plan.samples, processes.rank, processes.count, variants)
+        return SampleTable(folder, plan.samples, processes.rank, processes.count, variants, schema=schema)
 
     with opened(processes, table, recipe, out, "evaluation") as opened_table:
         run = _Evaluation(

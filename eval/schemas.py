@@ -10,6 +10,8 @@ from typing_extensions import TypedDict
 OPEN = ConfigDict(extra="allow")
 """Suites, attacks and detectors may write more than the package reads."""
 Name = Annotated[str, Field(max_length=1_000)]
+Id = Annotated[str, Field(min_length=1, max_length=200)]
+"""Becomes the name of a file."""
 Text = Annotated[str, Field(max_length=100_000)]
 Names = Annotated[list[Name], Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -23,7 +25,7 @@ Vector = Annotated[str, Field(max_length=400_000)]
 class SampleFields(TypedDict):
     """`erasure.eval.samples.Sample`, field by field."""
 
-    sample_id: Name
+    sample_id: Id
     prompt: Text
     seed: Seed
     role: Literal["target", "retain", "cross", "utility", "pair"]
@@ -67,7 +69,6 @@ class Scores(TypedDict):
     clip_score: Number | None
     blank: bool
     failures: dict[Name, Text]
-    measured: NotRequired[dict[Name, Number | bool | None]]
 
 
 class CacheEntry(TypedDict):
@@ -77,36 +78,43 @@ class CacheEntry(TypedDict):
     features: Vector | None
 
 
-class EvaluationRow(TypedDict):
-    """A line of `samples.jsonl`: a sample drawn in one variant. Fields stand in the order in which they are written.
-
-    A report needs the required ones; older files lack some of the others.
-    """
+class ReportRow(TypedDict):
+    """What a report needs of a line of `samples.jsonl`: a sample drawn in one variant."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
-    sample_id: Name
-    variant: Name
+    sample_id: Id
+    variant: Id
     prompt: Text
-    seed: NotRequired[Seed]
     role: Name
     objects: Names
     style: Name | None
     erased: Names
-    weight: NotRequired[Number]
-    scene: NotRequired[dict[str, Any] | None]
     unsafe: bool
-    negative_prompt: NotRequired[Text]
-    num_inference_steps: NotRequired[Count]
-    guidance_scale: NotRequired[Number]
-    height: NotRequired[Side]
-    width: NotRequired[Side]
     judged: Judged | None
-    clip_score: NotRequired[Number | None]
-    blank: NotRequired[bool]
-    failures: NotRequired[dict[Name, Text]]
-    measured: NotRequired[dict[Name, Number | bool | None]]
-    drift: NotRequired[Drift | None]
-    seconds: NotRequired[Number | None]
+
+
+class EvaluationRow(ReportRow):
+    """A line of `samples.jsonl`, as a run that goes on needs it."""
+
+    seed: Seed
+    weight: Number
+    scene: dict[str, Any] | None
+    negative_prompt: Text
+    num_inference_steps: Count
+    guidance_scale: Number
+    height: Side
+    width: Side
+    clip_score: Number | None
+    blank: bool
+    failures: dict[Name, Text]
+    drift: Drift | None
+    seconds: Number | None
+
+
+class ComparedRow(EvaluationRow):
+    """A line of `samples.jsonl` of a suite that compares ways to draw."""
+
+    measured: dict[Name, Number | bool | None]
 
 
 class Try(TypedDict):
@@ -116,32 +124,37 @@ class Try(TypedDict):
     shown: bool | None
 
 
-class AttackRow(SampleFields):
-    """A line of `attacks.jsonl`: a prompt that was attacked, or tried again. Fields as in `EvaluationRow`."""
+class ReplayRow(SampleFields):
+    """A line of `attacks.jsonl`: a prompt that was tried again."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
-    variant: Name
+    variant: Id
     concept: Name | None
     before: Try
     text: Text | None
     after: Try | None
     success: bool | None
-    texts: NotRequired[Count]
-    changed: NotRequired[Count]
-    cut: NotRequired[Count]
-    steps: NotRequired[Count]
-    losses: NotRequired[list[Number]]
     images: Count
-    references: NotRequired[Count]
     failures: dict[Name, Text]
     seconds: Number
+
+
+class AttackRow(ReplayRow):
+    """A line of `attacks.jsonl`: a prompt that was attacked."""
+
+    texts: Count
+    changed: Count
+    cut: Count
+    steps: Count
+    losses: list[Number]
+    references: Count
 
 
 class FeatureRow(TypedDict):
     """A line of `features.jsonl`."""
 
-    sample_id: Name
-    variant: Name
+    sample_id: Id
+    variant: Id
     features: Vector
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from erasure.errors import EvaluationError
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import EvaluationRow, FeatureRow
+from erasure.eval.schemas import EvaluationRow, FeatureRow, ReportRow
 from erasure.files import differences, inside, read_bytes, read_lines, shown, write_bytes
 
 SAMPLES = "samples"
@@ -28,7 +28,7 @@ Key = tuple[str, str]
 """Sample id and variant."""
 
 
-def read_rows(path: Path, schema: type = EvaluationRow) -> list[dict[str, Any]]:
+def read_rows(path: Path, schema: type = ReportRow) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; an unfinished last line, as a killed run leaves it, is left out.
 
     Args:

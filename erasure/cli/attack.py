@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +107,8 @@ def _attack(options: AttackOptions, name: str, changed: dict[str, Any], terminal
     attach(pipe, erasures, options.strength)
     common: dict[str, Any] = {"suite": options.suite, "out": out, "progress": terminal.speaks}
     if options.prompts is not None:
-        replay(pipe, options.prompts, concept, **common)
-    else:
-        attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)
-    return json.loads((out / "results.json").read_text())
+        return replay(pipe, options.prompts, concept, **common).to_dict()
+    return attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed).to_dict()
 
 
 def _parse(method: Any, start: Any, name: str, argv: list[str]) -> tuple[AttackOptions, Any]:

@@ -56,6 +56,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
     import torch
 
+    from erasure.files import write_bytes
+    from erasure.images import png
+
     settings = call_settings(options.model, options.steps, options.guidance)
     if options.compose:
         settings |= {"subjects": list(options.compose), "loss": options.compose_loss}
@@ -67,7 +70,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
             generator = torch.Generator("cpu").manual_seed(seed)
             image = pipe(prompt, generator=generator, **settings).images[0]
             path = out / f"{index:03d}-{slug(prompt)}-{seed}.png"
-            image.save(path)
+            write_bytes(path, png(image), error=UsageError)
             written.append({"file": str(path), "prompt": prompt, "seed": seed})
             progress.advance()
     if erasures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,14 +112,16 @@ def attach(pipe: Any, erasures: dict[str, Any], strength: tuple[float, ...] = ()
 
 
 def canvas_facts(model: str) -> dict[str, Any]:
-    """`canvas.json` of a model folder or embedded model; empty for models of no known world."""
-    from erasure import assets
+    """`canvas.json` of a model folder or embedded model; empty for models of no known world.
 
-    folder = Path(model) if Path(model).is_dir() else assets.find(model)
-    if folder is None:
-        return {}
-    path = folder / "canvas.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    from erasure import assets
+    from erasure.assets.facts import read_facts
+
+    folder = Path(model) if os.path.isdir(model) else assets.find(model)
+    return (read_facts(folder) or {}) if folder is not None else {}
 
 
 def kind_of(word: str, facts: dict[str, Any]) -> Kind:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +47,8 @@ def _cut(text: str, limit: int = 200) -> str:
 
 @contextmanager
 def held(
-    folder: str | Path, recipe: dict[str, Any], *, file: str, what: str, beside: Collection[str] | None = (),
+    folder: str | Path, recipe: dict[str, Any], *, file: str, what: str, doing: str = "",
+    beside: Collection[str] | None = (), state: Collection[str] = (), wait: bool = False,
     error: type[ErasureError] = TrainingError,
 ) -> Iterator[None]:  # fmt: skip
     """Hold a folder of work that goes on after a kill: one process at a time, and the same work as before.
@@ -55,7 +58,10 @@ def held(
         recipe: All that the work depends on, plain data; kept in the folder.
         file: What the recipe is called there.
         what: What the work is, for messages: `training`.
+        doing: What a process does that is at it, for messages: `training`.
         beside: Names of what may lie in a folder without a recipe; `None` for anything.
+        state: Names of files of the work, which mean nothing without the recipe.
+        wait: Wait for another process that works there, instead of raising.
         error: What is raised.
 
     Raises:
@@ -65,26 +71,27 @@ def held(
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as reason:
-        raise error(f"another process is at its {what} in {folder}: wait for it, or give another folder") from reason
-    except (OSError, ValueError) as reason:
+        busy = doing or f"at its {what}"
+        raise error(f"another process is {busy} in {folder}: wait for it, or give another folder") from reason
+    except (OSError, ValueError, NotImplementedError) as reason:
         told = getattr(reason, "strerror", None) or reason
         raise error(f"cannot write to {folder}: {told}; give another folder") from reason
     try:
         sweep(folder)
-        _check(folder, json.loads(json.dumps(recipe)), file, what, beside, error)
+        _check(folder, json.loads(json.dumps(recipe)), file, what, beside, state, error)
         yield
     finally:
         lock.release()
 
 
 def _check(
-    folder: Path, recipe: dict[str, Any], file: str, what: str, beside: Collection[str] | None,
+    folder: Path, recipe: dict[str, Any], file: str, what: str, beside: Collection[str] | None, state: Collection[str],
     error: type[ErasureError],
 ) -> None:  # fmt: skip
     path = folder / file
-    if path.is_file():
+    if os.path.lexists(path):
         try:
             known: dict[str, Any] = read_json(path, dict[str, JsonValue], error=error)
         except error as reason:
@@ -96,8 +103,26 @@ def _check(
                 "options, or another folder"
             )
         return
-    if beside is not None:
-        others = sorted(item.name for item in folder.iterdir() if item.name not in (LOCK, *beside))
-        if others:
-            raise error(f"{folder} is not empty and holds no {what} (found: {shown(others)}): give another folder")
+    present = sorted(name for name in os.listdir(folder) if name != LOCK)
+    if orphans := [name for name in present if name in state]:
+        raise error(
+            f"{folder} holds {orphans[0]} of a {what} without its {file}, so nobody knows of which: delete it to "
+            "start anew, or give another folder"
+        )
+    if others := [name for name in present if beside is not None and name not in beside]:
+        raise error(f"{folder} is not empty and holds no {what} (found: {shown(others)}): give another folder")
     write_json(path, recipe, error=error)
+
+
+def discard(folder: str | Path, names: Collection[str]) -> None:
+    """Remove files of a work whose result is kept, the lock with them, and the folder if nothing else is in it.
+
+    Args:
+        folder: The folder.
+        names: In the order in which they go: the recipe last, since the others mean nothing without it.
+    """
+    folder = Path(folder)
+    for name in (*names, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it, or it is no folder
+        folder.rmdir()

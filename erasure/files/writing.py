@@ -54,20 +54,32 @@ def write_bytes(path: str | Path, content: bytes | memoryview, *, error: type[Er
     Raises:
         ErasureError: It cannot be written; what was there before is still there.
     """
+    with replacing(path, error=error) as temporary:
+        temporary.write_bytes(content)
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> Iterator[Path]:
+    """Gives the path of a temporary file to write, which then takes the place of a file; see `write_bytes`.
+
+    Raises:
+        ErasureError: It cannot be written; what was there before is still there.
+    """
     path = Path(path)
     with _named(path, error):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         temporary = _temporary(path)
         try:
-            _write(temporary, content)
+            yield temporary
+            _flush(temporary)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
         _flush_folder(path.parent)
-    return path
 
 
 def write_text(path: str | Path, text: str, *, error: type[ErasureError] = ArtifactError) -> Path:
@@ -361,13 +373,6 @@ def _temporary(path: Path) -> Path:
     end = f".erasure-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial"
     stem = path.name.encode()[: 250 - len(end)].decode(errors="ignore")
     return path.with_name(f".{stem}{end}")
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_tree(folder: Path) -> None:

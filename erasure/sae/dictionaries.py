@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from erasure import files
 from erasure.backbones import TextTower
 from erasure.cache import cache_folder
 from erasure.carriers.weights import fingerprint
-from erasure.sae.formats import CONFIG_FILE, load, save
+from erasure.errors import ArtifactError
+from erasure.sae.formats import load, save
 from erasure.sae.stream import TokenStream, activations, block_fingerprint, reads_from
 from erasure.sae.training import SAETrainer, TrainingOptions
 
@@ -50,10 +51,12 @@ def trained(
     known = block_fingerprint(tower, layer)
     # One matrix is the same in many a fine-tuned encoder; what it gives is not.
     given = fingerprint(activations(tower, layer, tower.tokenize(prompts[:4])).float())
-    recipe = json.dumps([given, layer, dataclasses.asdict(options), list(prompts)])
-    folder = cache_folder() / "dictionaries" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    if (folder / CONFIG_FILE).is_file():
-        return folder
+    recipe = [given, layer, dataclasses.asdict(options), list(prompts)]
+    folder = cache_folder() / "dictionaries" / files.digest(recipe)
+    # What is damaged is made again.
+    with suppress(ArtifactError):
+        if load(folder).config.metadata.get("fingerprint") == known:
+            return folder
     trainer = SAETrainer(TokenStream(tower, layer, prompts, seed=options.seed), options, folder=folder)
     sae = trainer.train(progress)
     where = {"layer": layer, "fingerprint": known, "hook_name": tower.key(tower.block_path(layer))}

@@ -2,27 +2,80 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from erasure import files
 from erasure.errors import ArtifactError, OptionError
-from erasure.sae.model import SAEConfig, SparseAutoencoder
+from erasure.files import TensorInfo
+from erasure.sae.model import Architecture, SAEConfig, SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 PROMPTS_FILE = "prompts.txt"
 SPARSIFY_FILE = "sae.safetensors"
 OPENAI_CONFIG, OPENAI_FILE = "config.json", "state_dict.pth"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE)
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
+PROMPTS_LIMIT = 256 * 2**20
+"""Bytes of a file of prompts."""
+Count = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class Metadata(BaseModel):
+    """What is known about an autoencoder; more may be."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, JsonValue]
+    k: Count | None = None
+    layer: Count | None = None
+    """Block whose output it describes."""
+    hook_name: Annotated[str, Field(max_length=500)] | None = None
+    model_name: Annotated[str, Field(max_length=500)] | None = None
+    fingerprint: dict[str, str] = {}
+    """Of the block's first matrix."""
+
+
+class SaeLens(BaseModel):
+    """`cfg.json` of sae-lens."""
+
+    model_config = ConfigDict(strict=True)
+    architecture: Annotated[str, Field(max_length=100)]
+    d_in: Count
+    d_sae: Count
+    k: Count | None = None
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool | None = False
+    normalize_activations: Annotated[str, Field(max_length=100)] | None = None
+    metadata: Metadata | None = None
+
+
+class Sparsify(BaseModel):
+    """`cfg.json` of sparsify."""
+
+    model_config = ConfigDict(strict=True)
+    d_in: Count
+    k: Count
+    num_latents: Count = 0
+    expansion_factor: Annotated[float, Field(ge=0, le=2**20)] = 0
+
+
+class OpenAI(BaseModel):
+    """`config.json` of OpenAI's autoencoders."""
+
+    model_config = ConfigDict(strict=True)
+    d_model: Count
+    k: Count
+    n_dirs: Count = 0
+    n_dirs_local: Count | None = None
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def save(
@@ -50,18 +103,17 @@ def save(
     tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in TENSORS}
     # A TopK dictionary keeps its thresholds too: a slice of it has no other way to know when a latent fires.
     tensors["threshold"] = sae.threshold.to("cpu", dtype)
+    contents = {
+        CONFIG_FILE: files.json_bytes(described, str(target / CONFIG_FILE)),
+        WEIGHTS_FILE: save_tensors(tensors, metadata={"format": "pt"}),
+    }
+    if prompts:
+        text = "\n".join(" ".join(prompt.split()) for prompt in prompts)
+        contents[PROMPTS_FILE] = (text + "\n").encode(errors="replace")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as partial:
-            save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata={"format": "pt"})
-            (Path(partial) / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
-            if prompts:
-                text = "\n".join(" ".join(prompt.split()) for prompt in prompts)
-                (Path(partial) / PROMPTS_FILE).write_text(text + "\n", encoding="utf-8")
-            for name in (*((PROMPTS_FILE,) if prompts else ()), WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(partial) / name, target / name)
-    except OSError as error:
-        raise ArtifactError(f"{target} cannot be written ({error.strerror}): name another folder") from error
+        files.replace_files(target, contents, FILES)
+    except ArtifactError as error:
+        raise ArtifactError(f"{target} cannot be written ({error}): name another folder") from error
     return target
 
 
@@ -76,25 +128,30 @@ def load(folder: str | Path) -> SparseAutoencoder:
     """
     source = Path(folder)
     try:
-        if (source / WEIGHTS_FILE).is_file():
-            return _sae_lens(_json(source / CONFIG_FILE), load_file(source / WEIGHTS_FILE))
-        if (source / SPARSIFY_FILE).is_file():
-            return _sparsify(_json(source / CONFIG_FILE), load_file(source / SPARSIFY_FILE))
-        if (source / OPENAI_FILE).is_file():
-            stored = torch.load(source / OPENAI_FILE, map_location="cpu", weights_only=True)
-            return _openai(_json(source / OPENAI_CONFIG), stored.get("state_dict", stored))
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(
-            f"{source / OPENAI_FILE} holds more than tensors, which is refused: it could run code"
-        ) from error
+        return files.steady(
+            source, (*FILES, SPARSIFY_FILE, OPENAI_CONFIG, OPENAI_FILE), lambda found: _load(source, found)
+        )
     except KeyError as error:
         raise ArtifactError(f"{source} lacks {error}: the autoencoder is damaged or of a newer layout") from error
-    except (SafetensorError, RuntimeError, OptionError, OSError) as error:
+    except OptionError as error:
         raise ArtifactError(f"{source} cannot be read as an autoencoder: {error}") from error
+
+
+def _load(source: Path, found: Mapping[str, Path]) -> SparseAutoencoder:
+    if WEIGHTS_FILE in found:
+        return _sae_lens(_config(source, found, CONFIG_FILE, SaeLens), found[WEIGHTS_FILE])
+    if SPARSIFY_FILE in found:
+        return _sparsify(_config(source, found, CONFIG_FILE, Sparsify), found[SPARSIFY_FILE])
+    if OPENAI_FILE in found:
+        return _openai(_config(source, found, OPENAI_CONFIG, OpenAI), found[OPENAI_FILE])
     raise ArtifactError(
         f"{source} holds no autoencoder: expected {CONFIG_FILE} with {WEIGHTS_FILE} (sae-lens), {CONFIG_FILE} with "
         f"{SPARSIFY_FILE} (sparsify) or {OPENAI_CONFIG} with {OPENAI_FILE} (OpenAI)"
     )
+
+
+def _config(source: Path, found: Mapping[str, Path], name: str, schema: type[Config]) -> Config:
+    return files.read_json(found.get(name, source / name), schema)
 
 
 def read_prompts(source: str | Path) -> list[str]:
@@ -108,76 +165,94 @@ def read_prompts(source: str | Path) -> list[str]:
         file /= PROMPTS_FILE
         if not file.is_file():
             return []
-    try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"prompts {file} cannot be read: {error}") from error
+    lines = files.read_text(file, PROMPTS_LIMIT, error=OptionError).splitlines()
+    found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise OptionError(f"prompts {file}: the file holds no prompt")
     return found
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{file} is no JSON object")
-    return found
-
-
-def _sae_lens(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    architecture = config["architecture"]
-    if architecture not in ("topk", "jumprelu"):
-        raise ArtifactError(f"architecture {architecture!r} is not supported; supported: topk, jumprelu")
-    if not config.get("apply_b_dec_to_input", True) or config.get("rescale_acts_by_decoder_norm"):
+def _sae_lens(config: SaeLens, path: Path) -> SparseAutoencoder:
+    if config.architecture not in ("topk", "jumprelu"):
+        raise ArtifactError(f"architecture {config.architecture!r} is not supported; supported: topk, jumprelu")
+    if not config.apply_b_dec_to_input or config.rescale_acts_by_decoder_norm:
         raise ArtifactError("apply_b_dec_to_input=false and rescale_acts_by_decoder_norm=true are not supported")
-    if config.get("normalize_activations", "none") not in ("none", None):
+    if config.normalize_activations not in ("none", None):
         raise ArtifactError("normalize_activations must be folded into the weights before saving")
-    d_sae = int(config["d_sae"])
-    k = int(config.get("k") or config.get("metadata", {}).get("k") or min(32, d_sae))
+    about = {} if config.metadata is None else config.metadata.model_dump(exclude_unset=True)
+    k = config.k or about.get("k") or min(32, config.d_sae)
     made = SAEConfig(
-        d_in=int(config["d_in"]), d_sae=d_sae, k=k, architecture=architecture, metadata=config.get("metadata") or {}
+        d_in=config.d_in, d_sae=config.d_sae, k=k, architecture=cast(Architecture, config.architecture), metadata=about
     )
-    wanted = {name: tensors[name] for name in TENSORS}
-    threshold = tensors["threshold"] if architecture == "jumprelu" else tensors.get("threshold")
-    return _build(made, wanted, threshold)
+    needed = (*TENSORS, "threshold") if made.architecture == "jumprelu" else TENSORS
+    return _build(made, _read(path, {name: name for name in (*TENSORS, "threshold")}, made, needed))
 
 
-def _sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    d_in = int(config["d_in"])
-    latents = int(config.get("num_latents") or d_in * int(config["expansion_factor"]))
-    made = SAEConfig(d_in=d_in, d_sae=latents, k=int(config["k"]), metadata={"format": "sparsify"})
-    found = {
-        "W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"],
-        "W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"],
-    }  # fmt: skip
-    return _build(made, found, None)
+def _sparsify(config: Sparsify, path: Path) -> SparseAutoencoder:
+    latents = config.num_latents or round(config.d_in * config.expansion_factor)
+    made = SAEConfig(d_in=config.d_in, d_sae=latents, k=config.k, metadata={"format": "sparsify"})
+    stored = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+    return _build(made, _read(path, stored, made, TENSORS))
 
 
-def _openai(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    latents = int(config.get("n_dirs_local") or config["n_dirs"])
-    made = SAEConfig(d_in=int(config["d_model"]), d_sae=latents, k=int(config["k"]), metadata={"format": "openai"})
-    found = {
-        "W_enc": tensors["encoder.weight"].T, "b_enc": tensors["latent_bias"],
-        "W_dec": tensors["decoder.weight"].T, "b_dec": tensors["pre_bias"],
-    }  # fmt: skip
-    return _build(made, found, None)
+def _openai(config: OpenAI, path: Path) -> SparseAutoencoder:
+    latents = config.n_dirs_local or config.n_dirs
+    made = SAEConfig(d_in=config.d_model, d_sae=latents, k=config.k, metadata={"format": "openai"})
+    stored = {"encoder.weight": "W_enc.T", "latent_bias": "b_enc", "decoder.weight": "W_dec.T", "pre_bias": "b_dec"}
+    content = files.read_archive(path)
+    content = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ArtifactError(f"{path} holds no tensors by name: the file is damaged; fetch or make it again")
+    _check(
+        path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in content.items()}, stored, made, TENSORS
+    )
+    return _build(made, _named(content, stored))
 
 
-def _build(config: SAEConfig, tensors: dict[str, Tensor], threshold: Tensor | None) -> SparseAutoencoder:
-    sae = SparseAutoencoder(config)
-    every = tensors if threshold is None else {**tensors, "threshold": threshold}
-    state = sae.state_dict()
-    for name, tensor in every.items():
-        if tensor.shape != state[name].shape:
+def _read(path: Path, stored: Mapping[str, str], config: SAEConfig, needed: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file under our names, their shapes checked before any is allocated."""
+
+    def check(infos: Mapping[str, TensorInfo]) -> None:
+        _check(path, {name: (info.dtype, info.shape) for name, info in infos.items()}, stored, config, needed)
+
+    return _named(files.read_tensors(path, check=check), stored)
+
+
+def _named(tensors: Mapping[str, Tensor], stored: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under our names: `W_enc.T` is the transpose of `W_enc`."""
+    return {
+        own.removesuffix(".T"): tensors[name].T if own.endswith(".T") else tensors[name]
+        for name, own in stored.items()
+        if name in tensors
+    }
+
+
+def _check(
+    path: Path, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], stored: Mapping[str, str], config: SAEConfig,
+    needed: Collection[str],
+) -> None:  # fmt: skip
+    """Raise unless tensors are there and have the shapes that the config says."""
+    wide, many = config.d_in, config.d_sae
+    shapes = {"W_enc": (wide, many), "b_enc": (many,), "W_dec": (many, wide), "b_dec": (wide,), "threshold": (many,)}
+    for name, own in stored.items():
+        plain = own.removesuffix(".T")
+        if name not in found:
+            if plain in needed:
+                raise ArtifactError(f"{path} lacks {name!r}: the autoencoder is damaged or of a newer layout")
+            continue
+        dtype, shape = found[name]
+        expected = shapes[plain][::-1] if own.endswith(".T") else shapes[plain]
+        if shape != expected or not dtype.is_floating_point:
             raise ArtifactError(
-                f"{name} has shape {tuple(tensor.shape)}, the config says {tuple(state[name].shape)}: "
-                "weights and config do not belong together"
+                f"{name} has shape {shape} and type {dtype}, the config says {expected}: weights and config do not "
+                "belong together"
             )
+
+
+def _build(config: SAEConfig, tensors: Mapping[str, Tensor]) -> SparseAutoencoder:
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{name} holds NaN or infinity: the autoencoder is damaged")
-        state[name] = tensor.float().contiguous()
-    sae.load_state_dict(state)
+    sae = SparseAutoencoder(config)
+    sae.load_state_dict({**sae.state_dict(), **{name: tensor.float() for name, tensor in tensors.items()}})
     return sae.eval().requires_grad_(False)

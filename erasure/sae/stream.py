@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from erasure.backbones import PromptTokens, TextTower
+from erasure.cache import module_fingerprint
 from erasure.carriers.weights import fingerprint, same_base
 from erasure.errors import NoMatchingModuleError, OptionError
 from erasure.extras import require
+from erasure.files import digest
 from erasure.interop import hooks
 from erasure.interop.hooks import ModelHook
 
 _CAPTURE = "erasure_capture"
+ROWS_COMPARED = 1000
+"""Rows of a dataset by which it is known."""
 
 
 class _Enough(Exception):
@@ -143,6 +147,11 @@ class DatasetPrompts:
         self._place = (seed, (step + 1) * count)
         return [str(next(self._reader)[self.column]) for _ in range(count)]
 
+    def digest(self) -> str:
+        """Tells one dataset from another by its first rows."""
+        rows = [str(row[self.column]) for row in itertools.islice(self.rows, ROWS_COMPARED)]
+        return digest([self.column, self.buffer, rows])
+
     def _endless(self, seed: int) -> Iterator[Mapping[str, Any]]:
         for epoch in itertools.count():
             yield from self.rows.shuffle(seed=seed + 1000 * epoch, buffer_size=self.buffer)
@@ -185,6 +194,15 @@ class TokenStream:
         pads = torch.from_numpy(rng.random(keep.shape) < self.pad_share)
         pads[:, : self.tower.leading] = False
         return states[(keep | pads).to(states.device)].float()
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the activations depend on, plain data."""
+        prompts = self.prompts
+        return {
+            "component": self.tower.component, "layer": self.layer, "model": module_fingerprint(self.tower.module),
+            "prompts": prompts.digest() if isinstance(prompts, DatasetPrompts) else digest(list(prompts)),
+            "batch_size": self.batch_size, "pad_share": self.pad_share, "seed": self.seed,
+        }  # fmt: skip
 
     def _draw(self, step: int, rng: np.random.Generator) -> list[str]:
         if isinstance(self.prompts, DatasetPrompts):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erasure import files
 from erasure.errors import DivergenceError, OptionError
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
 from erasure.training.checkpoint import Checkpoint
 
+RECIPE, CHECKPOINT = "training.json", "training.ckpt"
 Stream = Callable[[int], Tensor]
 """Gives the activations `(tokens, d_in)` of a step: the same whenever asked, so that training resumes exactly."""
 
@@ -176,7 +180,8 @@ class SAETrainer:
     Args:
         stream: Activations by step; with several processes each one's own.
         options: How.
-        folder: Where checkpoints go; none are written when left out.
+        folder: Where checkpoints go; none are written when left out. Only the same training goes on from them: of the
+            same activations, options and processes.
         accelerator: Of accelerate; a new one when left out. Its trackers are told of every step.
     """
 
@@ -195,9 +200,37 @@ class SAETrainer:
         self.losses.scale.copy_((sample.shape[1] / sample.float().pow(2).sum(1).mean()).sqrt())
         self.sae.initialise(sample.float().cpu() * self.losses.scale, torch.Generator().manual_seed(options.seed))
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=options.learning_rate, betas=(0.9, 0.999))
-        self.state = None
+        self.folder, self.state = folder, None
+        self.recipe: dict[str, Any] = {}
         if folder is not None:
-            self.state = Checkpoint(folder / "training.ckpt", losses=self.losses, optimiser=self.optimiser)
+            self.state = Checkpoint(folder / CHECKPOINT, losses=self.losses, optimiser=self.optimiser)
+            self.recipe = self._recipe(sample)
+
+    def _recipe(self, sample: Tensor) -> dict[str, Any]:
+        """All that the result depends on."""
+        options = dataclasses.asdict(self.options)
+        del options["save_every"]
+        # What is no stream of prompts is known by what it gives.
+        known = getattr(self.stream, "recipe", lambda: {"sample": files.digest(sample.tolist())})
+        return {
+            "options": options, "activations": {"width": sample.shape[1], **known()},
+            "processes": self.accelerator.num_processes, "precision": str(self.accelerator.mixed_precision),
+        }  # fmt: skip
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder of the checkpoints, if there is one: one training at a time, and the same one as before.
+
+        Raises:
+            TrainingError: Another process trains there, or something else was trained there.
+        """
+        if self.folder is None or not self.accelerator.is_main_process:
+            yield
+            return
+        with files.held(
+            self.folder, self.recipe, file=RECIPE, what="training", doing="training", beside=None, state=(CHECKPOINT,)
+        ):
+            yield
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, constant, then linear to zero."""
@@ -214,8 +247,13 @@ class SAETrainer:
 
         Raises:
             DivergenceError: The loss is NaN or infinite.
+            TrainingError: The folder holds another training, or a checkpoint cannot be read or written.
         """
-        start = self.state.resume() if self.state else 0
+        with self.held():
+            return self._train(progress)
+
+    def _train(self, progress: Callable[[float], None]) -> SparseAutoencoder:
+        start = self.state.resume(self.options.steps) if self.state else 0
         losses, optimiser = self.accelerator.prepare(self.losses, self.optimiser)
         row: dict[str, float] = {}
         for step in range(start, self.options.steps):
@@ -231,8 +269,8 @@ class SAETrainer:
 
     def discard_checkpoint(self) -> None:
         """Remove the checkpoint, once the result is kept."""
-        if self.state:
-            self.state.path.unlink(missing_ok=True)
+        if self.folder is not None:
+            files.discard(self.folder, (CHECKPOINT, RECIPE))
 
     def step(self, losses: nn.Module, optimiser: Any, x: Tensor, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures."""

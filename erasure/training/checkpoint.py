@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import io
-import os
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from erasure import files
 from erasure.errors import TrainingError
+
+MOST_VALUES, DEEPEST = 1_000_000, 20
+"""Tensors and numbers in one, and levels of nesting."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What Adam keeps of a parameter."""
+
+
+class Stateful(Protocol):
+    """Whatever can be kept and put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, plain data and tensors."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Put it back."""
+        ...
+
+
+class _Unfit(Exception):
+    """A state that is none of this training's."""
 
 
 class Checkpoint:
@@ -21,31 +45,50 @@ class Checkpoint:
         parts: Everything with `state_dict` and `load_state_dict`, by name.
     """
 
-    def __init__(self, path: Path, **parts: Any) -> None:
+    def __init__(self, path: Path, **parts: Stateful) -> None:
         self.path, self.parts = path, parts
         self.step, self.seconds = 0, 0.0
         self._started = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
 
-    def resume(self) -> int:
+    def resume(self, steps: int | None = None) -> int:
         """Load the last saved state, if there is one, and give the step to go on from.
 
+        Args:
+            steps: How many steps the training has.
+
         Raises:
-            TrainingError: The file is damaged, or of a training of something else.
+            TrainingError: The file is damaged, or of a training of something else; nothing has been loaded.
         """
         if self.path.exists():
-            try:
-                state = torch.load(self.path, map_location="cpu", weights_only=True)
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-                self.step, self.seconds = state["step"], state["seconds"]
-            except Exception as error:  # torch, pickle and zip files have many
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise TrainingError(
-                    f"the checkpoint {self.path} cannot be read ({reason}): delete it to start anew"
-                ) from error
+            state = self._read(steps)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.seconds = state["step"], state["seconds"]
         self._started = time.monotonic() - self.seconds
         return self.step
+
+    def _read(self, steps: int | None) -> dict[str, Any]:
+        """The state in the file, which every part can hold."""
+        try:
+            state = files.read_archive(self.path, error=TrainingError)
+            comparison = _Comparison(self.path.stat().st_size)
+            if not isinstance(state, dict) or set(state) != {*self.parts, "step", "seconds"}:
+                raise _Unfit(f"it holds {files.shown(sorted(map(str, state)))}, expected {sorted(self.parts)}")
+            step, seconds = state["step"], state["seconds"]
+            if type(step) is not int or not 0 <= step <= (2**53 if steps is None else steps):
+                raise _Unfit(f"step {files.shown(step, 30)} of {'any number' if steps is None else steps}")
+            if type(seconds) is not float or not (math.isfinite(seconds) and seconds >= 0):
+                raise _Unfit(f"it took {files.shown(seconds, 30)} seconds")
+            for name, part in self.parts.items():
+                comparison.check(name, state[name], part.state_dict())
+                if isinstance(part, torch.optim.Optimizer):
+                    _check_moments(name, state[name], part)
+            return state
+        except Exception as error:  # torch, pickle and zip files have many
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TrainingError(
+                f"the checkpoint {self.path} cannot be read ({reason}): delete it to start anew"
+            ) from error
 
     def save(self, step: int) -> None:
         """Write the state after `step` steps.
@@ -57,14 +100,77 @@ class Checkpoint:
         state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         content = io.BytesIO()
         torch.save({**state, "step": step, "seconds": seconds}, content)
-        temporary = self.path.with_suffix(".partial")
         try:
-            temporary.write_bytes(content.getbuffer())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+            files.write_bytes(self.path, content.getbuffer(), error=TrainingError)
+        except TrainingError as error:
             raise TrainingError(
-                f"cannot write the checkpoint of step {step} to {self.path.parent} ({error.strerror or error}); the "
-                f"one of step {self.step} is kept: make room, and run the same again to go on from there"
+                f"the checkpoint of step {step} is lost: {error}. So the one of step {self.step} is kept: run the "
+                "same again to go on from there"
             ) from error
         self.step, self.seconds = step, seconds
+
+
+class _Comparison:
+    """Compares a stored state with that of a part: its form must be the same, and its numbers finite.
+
+    Args:
+        size: Bytes of the file; no tensor has more.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.left = size, MOST_VALUES
+
+    def check(self, name: str, found: Any, own: Any = None) -> None:
+        """Raise `_Unfit` unless it fits.
+
+        Args:
+            name: Place in the state, for messages.
+            found: From the file.
+            own: The part's; what is empty or `None` there says nothing about the form.
+        """
+        self.left -= 1
+        if self.left < 0 or name.count(".") > DEEPEST:
+            raise _Unfit(f"{name.partition('.')[0]} is nested too deeply")
+        if isinstance(found, Tensor):
+            self.check_tensor(name, found, own)
+        elif isinstance(found, Mapping):
+            if own and (not isinstance(own, Mapping) or set(found) != set(own)):
+                raise _Unfit(
+                    f"{name} holds {files.shown(sorted(map(str, found)))}, which is not what this training has"
+                )
+            for key, value in found.items():
+                self.check(f"{name}.{key}", value, own[key] if own else None)
+        elif isinstance(found, (list, tuple)):
+            if own and (not isinstance(own, (list, tuple)) or len(found) != len(own)):
+                raise _Unfit(f"{name} has {len(found)} values, which is not what this training has")
+            for index, value in enumerate(found):
+                self.check(f"{name}.{index}", value, own[index] if own else None)
+        elif isinstance(found, float) and not math.isfinite(found):
+            raise _Unfit(f"{name} is {found}")
+        elif isinstance(own, (Tensor, Mapping, list, tuple)) or not isinstance(found, (str, int, float, type(None))):
+            raise _Unfit(f"{name} is {files.shown(found, 40)}, expected {type(own).__name__}")
+
+    def check_tensor(self, name: str, found: Tensor, own: Any) -> None:
+        """Raise `_Unfit` unless a tensor has the form of another, and finite values."""
+        if found.layout != torch.strided or found.device.type != "cpu" or found.nbytes > self.size:
+            raise _Unfit(f"{name} is no plain tensor")
+        if own is not None and not isinstance(own, Tensor):
+            raise _Unfit(f"{name} is a tensor, expected {type(own).__name__}")
+        if own is not None and (found.shape != own.shape or found.dtype != own.dtype):
+            raise _Unfit(f"{name} is {list(found.shape)} {found.dtype}, expected {list(own.shape)} {own.dtype}")
+        if not torch.isfinite(found).all():
+            raise _Unfit(f"{name} holds NaN or infinity")
+
+
+def _check_moments(name: str, found: Mapping[str, Any], optimiser: torch.optim.Optimizer) -> None:
+    """Raise `_Unfit` unless the moments of an optimiser are of its parameters: torch itself does not look."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for index, moments in found["state"].items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(moments, Mapping):
+            raise _Unfit(f"{name} has moments of parameter {files.shown(index, 30)} of {len(parameters)}")
+        if isinstance(optimiser, torch.optim.Adam | torch.optim.AdamW) and set(moments) != MOMENTS:
+            raise _Unfit(f"{name} has {files.shown(sorted(map(str, moments)))} of a parameter, not {sorted(MOMENTS)}")
+        for key, value in moments.items():
+            shape = () if key == "step" else parameters[index].shape
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                raise _Unfit(f"{name}: {files.shown(key)} of parameter {index} is none of {list(shape)}")

@@ -151,7 +151,7 @@ class Trainer:
             TrainingError: A checkpoint cannot be read or written.
         """
         state = self._checkpoint()
-        start = state.resume() if state else 0
+        start = state.resume(self.options.steps) if state else 0
         if start == 0 and self.projection is not None:
             self.projection.apply()
         # After resuming: wrapped objects load in ways of their own.

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from erasure.cache import differences
-from erasure.errors import TrainingError
+from erasure import files
+from erasure.files.folders import LOCK
 
 RECIPE = "training.json"
 CHECKPOINT = "training.ckpt"
-LOCK = "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,52 +45,16 @@ class Run:
         Raises:
             TrainingError: Another process trains there, the folder holds something else, or cannot be written.
         """
-        folder = self.folder
-        if folder is None or not main:
+        if self.folder is None or not main:
             yield
             return
-        lock = FileLock(folder / LOCK)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise TrainingError(
-                f"another process is training in {folder}: wait for it, or give another folder"
-            ) from error
-        except OSError as error:
-            raise TrainingError(f"cannot write to {folder}: {error.strerror or error}") from error
-        try:
-            self._check(folder, json.loads(json.dumps(recipe)))
+        with files.held(self.folder, recipe, file=RECIPE, what="training", doing="training"):
             yield
-        finally:
-            lock.release()
-
-    def _check(self, folder: Path, recipe: dict[str, Any]) -> None:
-        path = folder / RECIPE
-        if path.is_file():
-            try:
-                known = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
-                raise TrainingError(f"{path} is damaged: delete {folder} to start anew") from error
-            changed = differences(known, recipe)
-            if changed:
-                raise TrainingError(
-                    f"{folder} holds a training of something else and cannot go on; {'; '.join(changed)}. Give the "
-                    "same options, or another folder"
-                )
-            return
-        if any(item.name != LOCK for item in folder.iterdir()):
-            raise TrainingError(f"{folder} is not empty and holds no training: give another folder")
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(recipe, indent=2) + "\n")
-        os.replace(temporary, path)
 
     def discard(self) -> None:
         """Remove the folder of a training whose result is kept; logs and validation images stay."""
-        folder = self.folder
-        if folder is None or not folder.is_dir():
-            return
-        for name in (CHECKPOINT, RECIPE, LOCK):
-            (folder / name).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.folder is not None:
+            files.discard(self.folder, (CHECKPOINT, RECIPE))
+
+
+__all__ = ["CHECKPOINT", "LOCK", "RECIPE", "Run"]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from erasure.cache import cache_folder, digest
-from erasure.training.states import TrajectoryBuffer
+from erasure import files
+from erasure.cache import cache_folder
+from erasure.errors import ArtifactError, ErasureError
+from erasure.files import TensorInfo
+from erasure.training.states import States, TrajectoryBuffer
 
 LIMIT = 4 * 2**30
 """Bytes that the cached trajectories may take; the ones used longest ago go first."""
@@ -26,8 +31,8 @@ def fill(buffer: TrajectoryBuffer, model: str, accelerator: Any) -> None:
         model: Fingerprint of the stock model.
         accelerator: Of accelerate.
     """
-    path = cache_folder() / "trajectories" / f"{digest([model, buffer.recipe()])}.safetensors"
-    states = _read(path)
+    path = cache_folder() / "trajectories" / f"{files.digest([model, buffer.recipe()])}.safetensors"
+    states = _read(path, buffer)
     found = torch.tensor(int(states is not None), device=buffer.backbone.device)
     # Processes on other machines may have other caches: all read, or all roll out.
     if int(accelerator.reduce(found)) == accelerator.num_processes and states is not None:
@@ -38,30 +43,40 @@ def fill(buffer: TrajectoryBuffer, model: str, accelerator: Any) -> None:
         _write(path, buffer)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
+def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
+    """What is kept there, if it is whole and of this buffer: what is not is made anew."""
+
+    def check(infos: Mapping[str, TensorInfo]) -> None:
+        if set(infos) != set(States._fields) or any(info.shape[:1] != (len(buffer),) for info in infos.values()):
+            raise ArtifactError(f"{path} holds no trajectories of this training")
+        x, own, null, asked = (infos[name].shape for name in ("x", "own", "null", "asked"))
+        questions = len(buffer.scenes[0].asks)
+        latents = tuple(buffer.backbone.noise([0]).shape[1:])
+        if not x[1:] == own[1:] == null[1:] == latents or asked[1:] != (questions, *latents):
+            raise ArtifactError(f"{path} holds trajectories of other latents")
+
     try:
-        states = load_file(path)
+        states = files.read_tensors(path, check=check)
+        if not all(torch.isfinite(part).all() for part in states.values()):
+            return None
         os.utime(path)
-        return states
-    except (OSError, SafetensorError):
+    except (ErasureError, OSError):
         return None
+    scene = states["scene"]
+    return states if scene.ndim == 1 and int(scene.min()) >= 0 and int(scene.max()) < len(buffer.scenes) else None
 
 
 def _write(path: Path, buffer: TrajectoryBuffer) -> None:
     """Keep them, if there is room: they can be made again."""
-    temporary = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(buffer.state_dict(), temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with files.replacing(path) as temporary:
+            save_file(buffer.state_dict(), temporary)
+    except (ErasureError, SafetensorError):
         return
-    kept = sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)
-    size = 0
-    for file in kept:
-        size += file.stat().st_size
-        if size > LIMIT and file != path:
-            with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # another process tidies up as well
+        kept = sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)
+        size = 0
+        for file in kept:
+            size += file.stat().st_size
+            if size > LIMIT and file != path:
                 file.unlink()

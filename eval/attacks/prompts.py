@@ -16,6 +16,8 @@ from erasure.eval.suites import Target
 from erasure.files import read_lines, write_bytes
 
 FILE = "adversarial.jsonl"
+MOST = 10_000
+"""Prompts in a file."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     path = Path(path) / FILE if os.path.isdir(path) else Path(path)
     if not os.path.lexists(path):
         raise EvaluationError(f"no adversarial prompts at {path}: give the folder of an attack, or its {FILE}")
-    rows: Iterator[Any] = read_lines(path, PromptRow, error=EvaluationError)
+    rows: Iterator[Any] = read_lines(path, PromptRow, count=MOST, error=EvaluationError)
     prompts = [_prompt(row) for row in rows]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts: the attack had no success, so there is nothing to try again")

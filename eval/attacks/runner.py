@@ -25,7 +25,7 @@ from erasure.eval.results import Results
 from erasure.eval.run import Progress, Run, Subject, join, model_name, opened
 from erasure.eval.runner import in_force
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import AttackRow
+from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
@@ -311,10 +311,10 @@ def _opened(
         progress: As for `attack`.
         texts: Fingerprint of the texts that are tried again, when none are searched.
     """
-    kind = "attack" if texts is None else "replay"
+    kind, schema = ("attack", AttackRow) if texts is None else ("replay", ReplayRow)
 
     def table(folder: Path) -> SampleTable:
-        return SampleTable(folder, plan.samples, processes.rank, processes.count, (kind,), STEM, AttackRow)
+        return SampleTable(folder, plan.samples, processes.rank, processes.count, (kind,), STEM, schema)
 
     recipe = subject.recipe(plan) | {"kind": kind, "texts": texts}
     with opened(processes, table, recipe, out, "evaluation") as opened_table:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from erasure.errors import ArtifactError
 from erasure.eval.schemas import JudgeConfig
 from erasure.files import TensorInfo, read_json, read_tensors, shown, write_bytes, write_json
+from erasure.images import rgb
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class CanvasJudge:
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
         """Object, style and shape logits, `(images, objects)`, `(images, styles)`, `(images, objects)`."""
-        rows = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
+        rows = [np.asarray(rgb(image).resize((64, 64), Image.Resampling.BOX)) for image in images]
         pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.network(pixels.to(self.device))
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from erasure.errors import ArtifactError
+from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval.schemas import ClipConfig
 from erasure.files import read_bytes, read_json, tensor_infos
+from erasure.images import rgb
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WEIGHTS_LIMIT = 32 * 2**30
@@ -29,8 +30,15 @@ def cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def clip_score(cosines: Sequence[float] | np.ndarray) -> float:
-    """Mean of `max(cos, 0)`, 0 to 1: CLIPScore without the factors 2.5 or 100 that papers put before it."""
-    return float(np.clip(np.asarray(cosines, dtype=np.float64), 0, 1).mean())
+    """Mean of `max(cos, 0)`, 0 to 1: CLIPScore without the factors 2.5 or 100 that papers put before it.
+
+    Raises:
+        EvaluationError: There are none, or one is not finite.
+    """
+    values = np.asarray(cosines, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        raise EvaluationError(f"{values.size} cosines, wanted: at least one, all finite; leave missing ones out")
+    return float(np.clip(values, 0, 1).mean())
 
 
 class ClipModel:
@@ -83,7 +91,7 @@ class ClipModel:
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unnormalised image features, `(images, dim)` float32."""
         model, transform, _ = self._model
-        pixels = torch.stack([transform(image.convert("RGB")) for image in images]).to(self.device)
+        pixels = torch.stack([transform(rgb(image)) for image in images]).to(self.device)
         return model.encode_image(pixels).float().cpu().numpy()
 
     @torch.no_grad()

@@ -257,8 +257,9 @@ def test_two_processes_give_what_one_gives(erased_pipe, measure, tmp_path, one_t
     assert sorted(path.name for path in (work / "out").glob("*.jsonl")) == ["features.jsonl", "samples.jsonl"]
 
 
-def row_of(sample: Sample, variant: str = "before") -> dict[str, Any]:
-    return {**sample.row(), "variant": variant, "judged": None}
+def row_of(sample: Sample) -> dict[str, Any]:
+    scores = {"judged": None, "clip_score": None, "blank": False, "failures": {}, "drift": None, "seconds": None}
+    return {**sample.row(), "variant": "before", **scores}
 
 
 def test_parts_of_several_processes_are_read_together(tmp_path) -> None:
