@@ -335,7 +335,7 @@ def test_report_of_wrong_types(name: str, tmp_path: Path) -> None:
         check_page(render(Results(**{k: v for k, v in made.items() if k != "schema_version"}), [], tmp_path))
 
 
-@pytest.mark.parametrize("name", ["markup", "terminal", "rich", "long"])
+@pytest.mark.parametrize("name", ["markup", "terminal", "long"])
 def test_compare(
     name: str, write_evaluation: Callable[[Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

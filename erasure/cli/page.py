@@ -32,14 +32,11 @@ def write_page(
     Raises:
         UsageError: The file cannot be written.
     """
+    from erasure.files import write_bytes
     from erasure.pages import html_page, png
 
     image = None if picture is None else png(picture.read_bytes())
     content = html_page(
         "table.html", title=title, about=about, columns=columns, rows=rows, picture=image, links=links or {}
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    write_bytes(path, content.encode(), error=UsageError)

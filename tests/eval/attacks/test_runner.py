@@ -339,6 +339,20 @@ def test_replay_tries_texts_on_another_erasure(
         replay(erased_pipe, tmp_path / "fewer.jsonl", out=tmp_path / "a", judge=judge, progress=False)
 
 
+def test_progress_says_prompts_without_what_steers_a_terminal(
+    erased_pipe: Any, found: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (found / "adversarial.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "{bar}\x1b[2J\x9b\u202e\x07" + "z" * 50_000
+    file = tmp_path / "hostile.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay(erased_pipe, file, "cat", out=tmp_path / "out", judge=reading(lambda _: False))
+    said = capsys.readouterr().err
+    assert r"{bar}\x1b[2J\x9b" in said
+    assert not set(said) & set("\x1b\x9b\u202e\x07")
+    assert "z" * 50 not in said
+
+
 def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, tmp_path: Path) -> None:
     def refused(prompts: Path, said: str, **options: Any) -> None:
         with pytest.raises(EvaluationError, match=said):
