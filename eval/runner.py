@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +84,7 @@ def evaluate(
     plan = kit.plan(pipe, chosen, size, seed)
     judge = kit.judge() if judge is None else judge
     scorer, clip_missing = _clip(clip)
-    with stock():
-        fingerprint = model_fingerprint(pipe)
+    fingerprint = model_fingerprint(stock)
     subject = Subject.of(pipe, fingerprint, attached, judge, None if scorer is None else scorer.fingerprint)
     recipe = subject.recipe(plan)
     shared = {
@@ -106,13 +104,12 @@ def evaluate(
         )
         if suites.is_comparing(kit):
             for variant in variants:
-                run.variant(variant)
+                run.variant(variant, pipe)
         else:
-            with stock():
-                run.variant("before")
+            run.variant("before", stock)
             processes.wait()
             if attached:
-                run.variant("after")
+                run.variant("after", pipe)
         rows = run.rows()
         if rows is None:
             return Results.load(run.table.folder)
@@ -134,8 +131,8 @@ def evaluate(
     return results
 
 
-def in_force(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list[dict[str, Any]]]:
-    """A context manager that puts the stock model in force, and the active erasures.
+def in_force(pipe: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The stock model, as a pipeline beside the erased one, and the active erasures.
 
     Raises:
         EvaluationError: Some are fused, so that there is no stock model.
@@ -152,7 +149,7 @@ def in_force(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list
         {"name": name, "erasure": manager.erasures[name], "strength": manager.strengths[name]}
         for name in manager.active_erasures()
     ]
-    return manager.disabled, entries
+    return (manager.stock(offloaded=True) if entries else pipe), entries
 
 
 def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str | None]:
@@ -178,7 +175,7 @@ class _Evaluation(Run):
     clip: ClipModel | None
     batch_size: int
 
-    def variant(self, variant: str) -> None:
+    def variant(self, variant: str, pipe: Any) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process."""
         pending = self.pending(variant)
         mine = self.share(pending)
@@ -187,9 +184,9 @@ class _Evaluation(Run):
         with bar:
             if variant == "before":
                 mine = self._from_cache(mine, bar)
-            batches = generate(self.subject.pipe, mine, self.batch_size)
+            batches = generate(pipe, mine, self.batch_size)
             if suites.is_comparing(self.kit):
-                batches = self.kit.draw(self.subject.pipe, variant, mine, self.batch_size)
+                batches = self.kit.draw(pipe, variant, mine, self.batch_size)
             while True:
                 clock = time.perf_counter()
                 try:

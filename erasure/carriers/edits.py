@@ -62,6 +62,12 @@ class Edits:
         return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether every edit is zero, so that nothing would change."""
+        products = (bool(down.any()) and bool(up.any()) for down, up in self.low_rank.values())
+        return not (any(products) or any(bool(delta.any()) for delta in self.deltas.values()) or bool(self.features))
+
+    @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
         return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features)))

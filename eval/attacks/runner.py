@@ -91,8 +91,7 @@ def attack(
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
-    with stock():
-        fingerprint = model_fingerprint(pipe)
+    fingerprint = model_fingerprint(stock)
     subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
     with _opened(processes, subject, plan, out, images, progress) as run:
         (target,) = found.targets
@@ -159,8 +158,7 @@ def replay(
     texts = {prompt.sample.sample_id: prompt.text for prompt in given}
     processes = join(out)
     stock, entries = in_force(pipe)
-    with stock():
-        fingerprint = model_fingerprint(pipe)
+    fingerprint = model_fingerprint(stock)
     subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
     with _opened(processes, subject, plan, out, images, progress, digest(sorted(texts.items()))) as run:
         victim = Victim(pipe, stock, first.target, subject.judge)
