@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from erasure import files
 from erasure.errors import DivergenceError, OptionError
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
 from erasure.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RECIPE, CHECKPOINT = "training.json", "training.ckpt"
 Stream = Callable[[int], Tensor]
@@ -186,7 +189,12 @@ class SAETrainer:
     """
 
     def __init__(
-        self, stream: Stream, options: TrainingOptions, *, folder: Path | None = None, accelerator: Any = None
+        self,
+        stream: Stream,
+        options: TrainingOptions,
+        *,
+        folder: Path | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -272,7 +280,7 @@ class SAETrainer:
         if self.folder is not None:
             files.discard(self.folder, (CHECKPOINT, RECIPE))
 
-    def step(self, losses: nn.Module, optimiser: Any, x: Tensor, step: int) -> dict[str, float]:
+    def step(self, losses: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures."""
         for group in optimiser.param_groups:
             group["lr"] = self.learning_rate(step)
