@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
+from erasure.assets.facts import read_facts
 from erasure.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parent
@@ -42,10 +43,10 @@ def canvas(model: str | Path = "canvas-sd") -> dict[str, Any]:
         model: Name of an embedded model, or a folder.
 
     Raises:
-        ArtifactError: The model has none, so it is not of the embedded world.
+        ArtifactError: The model has none, so it is not of the embedded world, or it is damaged.
     """
-    folder = Path(model) if Path(model).is_dir() else path(str(model))
-    file = folder / "canvas.json"
-    if not file.is_file():
+    folder = Path(model) if os.path.isdir(model) else path(str(model))
+    facts = read_facts(folder)
+    if facts is None:
         raise ArtifactError(f"{folder} has no canvas.json: it is not a model of the embedded world")
-    return json.loads(file.read_text())
+    return facts

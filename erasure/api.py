@@ -152,14 +152,13 @@ def load_pipeline(
         ArtifactError: There is no such model, or its files are damaged.
         UnsupportedModelError: Its pipeline class is of no family that is supported for the task.
     """
-    from erasure.pipelines import ATTACHED_FILE, pipeline_class
+    from erasure.pipelines import base_of, pipeline_class
 
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
-        config = DiffusionPipeline.load_config(source)
+        config = DiffusionPipeline.load_config(base_of(source))
         kind = pipeline_class(config.get("_class_name", ""), task)
-        erased = (Path(source) / ATTACHED_FILE).is_file()
-        pipe = (kind.load_erased_pipeline if erased else kind.from_pretrained)(source, dtype=settings[0])
+        pipe = kind.from_pretrained(source, dtype=settings[0])
     return pipe.to(settings[1])
 
 
@@ -171,8 +170,11 @@ def load_text_encoders(
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
     """
+    from erasure.pipelines import base_of
+
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
+        source = base_of(source)
         config = DiffusionPipeline.load_config(source)
         parts = [name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == 2]
         left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]

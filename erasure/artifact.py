@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from erasure import files
+from erasure.cards import model_card
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, DivergenceError
@@ -27,7 +28,7 @@ CONFIG_FILE = "erasure_config.json"
 DELTA_FILE = "erasure.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
-CONFIG_LIMIT = 8 * 2**20
+CONFIG_LIMIT = 4 * 2**20
 """Bytes of a config; the fingerprints of a large model's tensors take one MB or two."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 """Types of an erasure's tensors."""
@@ -133,10 +134,15 @@ class Erasure:
                 raise ArtifactError(
                     f"{folder} holds something that is no erasure and is left alone: choose another folder"
                 )
-        self.edits.check_finite()
         self.edits.check()
         ErasureConfig.from_dict(dataclasses.asdict(self.config), "the config of the erasure")
-        files.replace_files(folder, self._contents(), FILES)
+        contents = self._contents()
+        if len(contents[CONFIG_FILE]) > CONFIG_LIMIT:
+            raise ArtifactError(
+                f"cannot write {folder}: its config would have {len(contents[CONFIG_FILE]):,} bytes, at most "
+                f"{CONFIG_LIMIT:,} can be read; make several erasures of fewer concepts each"
+            )
+        files.replace_files(folder, contents, FILES)
         return folder
 
     @classmethod
@@ -189,7 +195,6 @@ class Erasure:
         tensors = {path.name: files.read_tensors(path, allowed_dtypes=DTYPES) for path in parts}
         edits = Edits.from_state_dicts(tensors.get(DELTA_FILE, {}), tensors.get(LORA_FILE, {}))
         try:
-            edits.check_finite()
             edits.check()
         except (ArtifactError, DivergenceError) as error:
             raise ArtifactError(f"{folder}: {error}") from error
@@ -207,52 +212,8 @@ class Erasure:
 
     def card(self) -> str:
         """The model card."""
-        config = self.config
-        base = config.base.get("model") or "unknown"
-        listed = ", ".join(f"{concept.target} ({concept.kind})" for concept in self.concepts)
-        header = ["---", "library_name: diffusers", "tags: [diffusers, concept-erasure]", "---"]
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
-            header.insert(2, f"base_model: {base}")
-        lora = (
-            [
-                "", "Stock diffusers loads it as well:", "", "```python",
-                f"pipe.load_lora_weights(folder, weight_name={LORA_FILE!r})", "```",
-            ]
-            if self.low_rank and not self.deltas
-            else []
-        )  # fmt: skip
-        rows = [f"| {name} | {value} |" for name, value in config.evaluation.items()]
-        return "\n".join(
-            [
-                *header, "", f"# {self.name}", "",
-                f"Makes `{base}` unable to draw: {listed}. Made with the strategy `{config.strategy}` of erasure.",
-                "", f"Protects: {config.protects or 'unknown'}.", "", "```python", "import erasure",
-                "erasure.load(pipe, folder)", "```", *lora, "",
-                *self._gates_card(),
-                *(["## Measured", "", "| metric | value |", "|---|---|", *rows, ""] if rows else []),
-            ]
-        )  # fmt: skip
-
-    def _gates_card(self) -> list[str]:
-        """The gates of feature edits, as a table and as ROC curves."""
-        if not self.config.gates:
-            return []
-        lines = [
-            "## Gates", "", "True (TPR) and false (FPR) positive rates on prompts that chose nothing, of the score of "
-            "latents and of a linear probe of the same activations; below, TPR at given FPR.", "",
-            "| concept | by | TPR | FPR | AUC |", "|---|---|---|---|---|",
-        ]  # fmt: skip
-        curves: list[str] = []
-        for concept, gate in self.config.gates.items():
-            for kind in ("features", "probe"):
-                found = gate[kind]
-                decides = " (decides)" if kind == gate["decides"] else ""
-                lines.append(f"| {concept} | {kind}{decides} | {found['tpr']} | {found['fpr']} | {found['auc']} |")
-                if not curves:
-                    rates = [str(rate) for rate, _ in found["roc"]]
-                    curves = ["| concept | by | " + " | ".join(rates) + " |", "|---" * (2 + len(rates)) + "|"]
-                curves.append(f"| {concept} | {kind} | " + " | ".join(str(tpr) for _, tpr in found["roc"]) + " |")
-        return [*lines, "", *curves, ""]
+        lora_file = LORA_FILE if self.low_rank and not self.deltas else None
+        return model_card(self.name, self.config, self.concepts, lora_file)
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
@@ -291,7 +252,7 @@ def _is_local(source: str | Path) -> bool:
     """Whether a source is a path here and no name of a repository, whether it exists or not."""
     if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
         return True
-    return os.path.lexists(source) or os.path.isdir(source.partition("/")[0])
+    return os.path.lexists(source.partition("/")[0])
 
 
 def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:

@@ -214,7 +214,20 @@ class ErasureManager:
 
     def _look(self, targets: Sequence[Target]) -> Canary | None:
         in_force = {n: a.erasure for target in targets for n, a in target.state.in_force().items()}
-        return Canary.of(self.pipe, self._stock(), in_force) if in_force else None
+        last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
+        if not in_force:
+            return last
+        bare = self._bare()
+        return None if bare is None else Canary.of(bare, lambda: self._stock(without_adapters=True), in_force, last)
+
+    def _bare(self) -> DiffusionPipeline | None:
+        """The pipeline with its erasures, without its user's adapters; `None` where these are fused into weights."""
+        modules = self._modules().values()
+        if any(adapters.merged_names(module) for module in modules):
+            return None
+        if any(adapters.names_in_force(module) for module in modules):
+            return twin(self.pipe, {}, self._states().values(), prefix=None, without_adapters=True)
+        return self.pipe
 
     def _stock(self, *, without_adapters: bool = False) -> DiffusionPipeline:
         states = self._states()
@@ -402,13 +415,20 @@ class ErasureManager:
             canary = next((state.record.canary for state in states.values()), None)
             if isinstance(canary, Canary):
                 denoisers = [state for name, state in states.items() if is_denoiser(name)]
-                canary.check(self.pipe, {name for state in denoisers for name in state.record.attached})
+                bare = self._bare()
+                if bare is not None:
+                    canary.check(bare, {name for state in denoisers for name in state.record.attached})
         return compared
 
-    def check_saveable(self) -> None:
-        """Raise `AttachError` when stock files cannot hold what is in force, because it is more than plain weights."""
-        if self._attached():
-            for module in self._modules().values():
+    def check_saveable(self, *, beyond_weights: bool = False) -> None:
+        """Raise `AttachError` when stock files cannot hold what is in force, or could not be read again.
+
+        Args:
+            beyond_weights: Whether what is more than plain weights is written elsewhere.
+        """
+        for module in self._modules().values() if self._attached() else ():
+            guards.refuse_adapters(module)
+            if not beyond_weights:
                 guards.refuse_unsaveable(module)
 
 

@@ -1,14 +1,14 @@
-"""What a pipeline computes for prompts that name erased concepts, to be compared with what it computed when attached.
+"""What a pipeline computes for prompts that name erased concepts, compared with what it computed when attached.
 
-Tensors and hooks may all be where they belong while something else takes their effect back: an adapter with the negated
-edit, a replaced `forward`, another text encoder. A canary is one prompt of each erasure, encoded, and one pass of
-the denoiser over fixed noise, computed three times: by the stock model and by the erased one when erasures are
+Tensors and hooks may all be where they belong while something else takes their effect back: an adapter with the
+negated edit, a replaced `forward`, another text encoder. A canary is one prompt of each erasure, encoded, and one pass
+of the denoiser over fixed noise, computed three times: by the stock model and by the erased one when erasures are
 switched, and by whatever is there when `verify` asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from erasure.artifact import Erasure
 from erasure.backbones import Backbone, Conditioning, backbone_for
 from erasure.errors import VerificationError
 from erasure.guards import unguarded
-from erasure.interop import adapters, hooks, paths
-from erasure.interop.pipelines import components_of
+from erasure.interop import hooks, paths
 
 SIDE = 8
 """Height and width of the latents of the pass: the least that every UNet of three halvings takes."""
@@ -40,6 +39,11 @@ class Answer:
     predicted: Tensor | None
     """`(prompts, channels, SIDE, SIDE)`; nothing where a pass is not possible (an image prompt is missing)."""
 
+    def rows(self, index: Sequence[int]) -> Answer:
+        """The answers for some of the prompts."""
+        chosen = list(index)
+        return Answer(self.encoded[chosen], None if self.predicted is None else self.predicted[chosen])
+
 
 @dataclass(frozen=True)
 class Canary:
@@ -51,23 +55,35 @@ class Canary:
     erased: Answer
 
     @classmethod
-    def of(cls, pipe: DiffusionPipeline, stock: DiffusionPipeline, erasures: Mapping[str, Erasure]) -> Canary:
+    def of(
+        cls,
+        pipe: DiffusionPipeline,
+        make_stock: Callable[[], DiffusionPipeline],
+        erasures: Mapping[str, Erasure],
+        last: Canary | None,
+    ) -> Canary:
         """Ask the pipeline and its stock twin.
 
         Args:
             pipe: The pipeline.
-            stock: The same without erasures.
+            make_stock: Gives the same without erasures.
             erasures: What is in force, by name.
+            last: What was asked before, which saves asking the stock model again.
         """
         prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, erasure in erasures.items()}
         asked = list(prompts.values())
-        return cls(prompts, answer(stock, asked), answer(pipe, asked))
+        known = [] if last is None else list(last.prompts.values())
+        if last is not None and set(asked) <= set(known):
+            stock = last.stock.rows([known.index(prompt) for prompt in asked])
+        else:
+            stock = answer(make_stock(), asked)
+        return cls(prompts, stock, answer(pipe, asked))
 
     def check(self, pipe: DiffusionPipeline, edits_denoiser: set[str]) -> None:
         """Compare with what the pipeline computes now.
 
         Args:
-            pipe: The pipeline.
+            pipe: The pipeline, without the adapters of its user.
             edits_denoiser: Names of the erasures that edit the denoiser.
 
         Raises:
@@ -76,14 +92,12 @@ class Canary:
         if not self.prompts:
             return
         now = answer(pipe, list(self.prompts.values()))
-        parts = components_of(pipe)
-        foreign = any(adapters.is_in_force(part) for name, part in parts.items() if name.startswith("text_encoder"))
         for row, name in enumerate(self.prompts):
             encoded = self.erased.encoded[row]
             moved = (
                 (now.encoded[row] - encoded).norm() / encoded.norm() if encoded.shape == now.encoded[row].shape else 9
             )
-            if name in edits_denoiser and moved > 0.1 and not foreign:
+            if name in edits_denoiser and not moved <= 0.1:
                 raise VerificationError(
                     f"{name!r} edits the denoiser for a text encoder that is not the one it was attached with: load "
                     "the text encoder of the model that the erasure was made for"
@@ -91,8 +105,8 @@ class Canary:
             pairs = [(self.stock.encoded, self.erased.encoded, now.encoded)]
             if self.stock.predicted is not None and self.erased.predicted is not None and now.predicted is not None:
                 pairs.append((self.stock.predicted, self.erased.predicted, now.predicted))
-            for before, after, found in pairs:
-                if (left := _left(before[row], after[row], found[row])) < LEAST:
+            for stock, erased, found in pairs:
+                if (left := _left(stock[row], erased[row], found[row])) < LEAST:
                     raise VerificationError(
                         f"{name!r} is attached but its effect is gone ({left:.0%} of it is left for the prompt "
                         f"{self.prompts[name]!r}): a LoRA, a replaced forward or another component takes it back"
@@ -109,12 +123,11 @@ def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
     return float(effect @ found / (effect @ effect))
 
 
-@torch.no_grad()
 def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
     """Encode prompts and run the denoiser once over fixed noise."""
     backbone = backbone_for(pipe)
     # Compiled graphs would be made anew for these shapes.
-    with unguarded(), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+    with unguarded(), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         conditioning = backbone.encode(prompts)
         return Answer(conditioning.tokens.float().cpu(), _predicted(backbone, conditioning))
 

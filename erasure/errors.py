@@ -59,6 +59,10 @@ class TrainingError(ErasureError, RuntimeError):
     """A training that cannot be run, resumed or written as asked."""
 
 
+class ImageError(ErasureError, ValueError):
+    """A picture that cannot be read."""
+
+
 class MaskError(ErasureError, ValueError):
     """A mask that does not go with its image, or leaves nothing of it."""
 

@@ -74,13 +74,13 @@ class Encodings:
         self.rows.extend(_sampled(states.detach()).cpu())
 
     def knows(self, states: Tensor) -> bool:
-        """Whether every encoding `(batch, tokens, dim)` is one of those, but for a cast; zeros encode nothing."""
+        """Whether every encoding `(batch, tokens, dim)` is one of those, but for a cast, or zero beside one."""
         asked = _sampled(states.detach()).cpu()
         asked = asked[asked.abs().amax(1) > 0]
-        if self.blind or not len(asked):
+        if self.blind:
             return True
         known = [row for row in list(self.rows) if row.shape == asked.shape[1:]]
-        if not known:
+        if not known or not len(asked):
             return False
         away = (torch.stack(known)[None] - asked[:, None]).abs().amax(-1).amin(1)
         return bool((away <= 0.02 * asked.abs().amax(1)).all())
@@ -154,18 +154,18 @@ CONTROL = (
     "controlnet=True, or check what is drawn."
 )
 PICTURE = (
-    "a picture that is handed in starts the drawing past {names}: what it shows stays, whatever the prompt says. Check "
-    "the pictures that users hand in."
+    "a picture that is handed in starts the drawing past {names}: what it shows stays, whatever the prompt says. "
+    "Check the pictures that users hand in."
 )
 
 
 CLIP_SKIP = (
-    "clip_skip= feeds the denoiser encodings that {names} was not fitted to, so it erases less: leave clip_skip out, or "
-    "use a strategy that edits the text encoder."
+    "clip_skip= feeds the denoiser encodings that {names} was not fitted to, so it erases less: leave clip_skip out, "
+    "or use a strategy that edits the text encoder."
 )
 NEGATIVE = (
-    "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, which "
-    "can bring the concept back: leave that word out."
+    "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
+    "which can bring the concept back: leave that word out."
 )
 
 
@@ -255,6 +255,7 @@ def refuse_unsaveable(module: Any, *args: Any, **kwargs: Any) -> None:
     Raises:
         AttachError: Hooks are a part of an erasure in force, or a user's adapter is loaded beside one.
     """
+    refuse_adapters(module)
     state = ComponentState.of(module)
     for name, attached in state.in_force().items() if state else ():
         what = attached.beyond_weights(state.component) if state else None
@@ -263,14 +264,18 @@ def refuse_unsaveable(module: Any, *args: Any, **kwargs: Any) -> None:
                 f"{name!r} {what} besides the weights, which the files of a stock model cannot hold: use "
                 "save_erased_pipeline(folder, fuse=False), or disable_erasures() to save the base"
             )
+
+
+def refuse_adapters(module: Any) -> None:
+    """Raise `AttachError` where a user's adapter would be written under names that no loader finds."""
     if adapters.tuner_layers(module):
         raise AttachError(
-            f"a LoRA is loaded into the {type(module).__name__} beside erasures: its layers would be written under names "
-            "that no loader finds. unload_lora_weights() first, and keep the LoRA in a file of its own"
+            f"a LoRA is loaded into the {type(module).__name__} beside erasures: its layers would be written under "
+            "names that no loader finds. unload_lora_weights() first, and keep the LoRA in a file of its own"
         )
 
 
-def install(components: dict[str, nn.Module], denoiser: str, states: dict[str, ComponentState]) -> None:
+def install(components: Mapping[str, nn.Module], denoiser: str, states: Mapping[str, ComponentState]) -> None:
     """Put the guards of a pipeline in place, or take them off where nothing is attached any more."""
     attached = {name: state for name, state in states.items() if state.record.attached}
     in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]

@@ -13,22 +13,28 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from erasure.errors import MaskError
+from erasure.images import check_size
 
 GROWN = 0.1
 """What a blurred mask must reach for a pixel to belong to the grown one (Attentive Eraser's code)."""
+COLOURLESS = 0.25
+"""How far the channels of a grey pixel may be apart, in 0-1: JPEG does not keep grey quite grey."""
 
 
 def read_masks(given: Any, size: tuple[int, int], count: int) -> Tensor:
     """Masks as `(count, height, width)` bool.
 
     Args:
-        given: One mask or several: PIL images, arrays or tensors, of `(height, width)` or `(1, height, width)`, where
-            more than half of the greatest value means: take out. A batch may be one tensor or array.
+        given: One mask or several: PIL images, arrays or tensors, of `(height, width)`, `(1, height, width)` or
+            `(height, width, channels)`, where more than half of the greatest value that they may hold (1, 255 or
+            65535) means: take out. Strokes in any colour on black, or on transparency, mean the same. A batch may be
+            one tensor or array.
         size: Height and width of the images; masks of the same shape at another size are resized.
         count: Number of images; a single mask serves them all.
 
     Raises:
-        MaskError: Another number of masks than of images, another shape, or no mask at all.
+        MaskError: Another number of masks than of images, another shape, a picture that cannot be read, or no mask at
+            all.
     """
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim > 2:
         batch: Sequence[Any] = list(given) if given.ndim == 4 or given.shape[0] == count else [given]
@@ -41,18 +47,7 @@ def read_masks(given: Any, size: tuple[int, int], count: int) -> Tensor:
 
 
 def _read(mask: Any, size: tuple[int, int]) -> Tensor:
-    if isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.array(mask.convert("L"))).float() / 255
-    else:
-        values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-        values = values.detach().float().cpu()
-        values = values.squeeze(0) if values.ndim == 3 and values.shape[0] == 1 else values
-        values = values.mean(-1) if values.ndim == 3 and values.shape[-1] == 3 else values
-        if values.ndim != 2 or not torch.isfinite(values).all():
-            raise MaskError(
-                f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width)"
-            )
-        values = values / 255 if values.max() > 1 else values
+    values = _strokes(_values(mask))
     if tuple(values.shape) != size:
         (height, width), (rows, columns) = size, values.shape
         # One pixel of rounding is nobody's mistake: images are cut to multiples of the VAE's factor.
@@ -62,6 +57,74 @@ def _read(mask: Any, size: tuple[int, int]) -> Tensor:
             )
         values = F.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     return values > 0.5
+
+
+def _values(mask: Any) -> Tensor:
+    """Values of a mask in float32 as it holds them, `(height, width, channels)`.
+
+    Raises:
+        MaskError: No picture and no array of numbers, another shape, nothing in it, or values that are not finite.
+    """
+    try:
+        if isinstance(mask, Image.Image):
+            check_size(mask, "a mask", error=MaskError)
+            mask = np.array(_plain(mask))
+        values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+        if values.is_complex():
+            raise TypeError("complex numbers")
+        values = values.detach().cpu().float()
+    except MaskError:
+        raise
+    except Exception as error:  # Pillow opens lazily, and a damaged file fails here in many ways
+        raise MaskError(
+            f"a mask that cannot be read ({type(error).__name__}: {error}): give a picture, or an array or tensor of "
+            "numbers"
+        ) from error
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]
+    values = values[..., None] if values.ndim == 2 else values
+    if values.ndim != 3 or not 1 <= values.shape[-1] <= 4 or not values.numel() or not values.isfinite().all():
+        raise MaskError(
+            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or up to four "
+            "channels behind"
+        )
+    return values
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    """A picture in a mode whose values mean brightness, with its transparency if it has any."""
+    if picture.has_transparency_data:
+        return picture.convert("RGBA")
+    if picture.mode in ("1", "P"):
+        return picture.convert("RGB")
+    return picture if picture.mode in ("L", "RGB", "F") or picture.mode.startswith("I") else picture.convert("RGB")
+
+
+def _strokes(values: Tensor) -> Tensor:
+    """What is drawn in a mask, 0-1: `(height, width, channels)` -> `(height, width)`.
+
+    With two or four channels the last one is opacity. Where it differs within the mask, everything that can be seen is
+    drawn; black and dark grey are not, unless nothing else is there.
+    """
+    has_opacity = values.shape[-1] in (2, 4)
+    colours = _scaled(values[..., :-1] if has_opacity else values)
+    # Not luminance, in which pure red and blue are dark.
+    bright = colours.amax(-1)
+    bright = bright.masked_fill(bright - colours.amin(-1) > COLOURLESS, 1.0)
+    if not has_opacity:
+        return bright
+    opacity = values[..., -1]
+    seen = opacity / opacity.max().clamp(min=1e-12)
+    if opacity.min() == opacity.max() > 0:
+        return bright
+    dark = bright <= 0.5
+    return seen if dark[seen > 0.5].all() else seen * ~dark
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """Values of 0-1, 0-255 or 0-65535 in 0-1; which of them it is, the greatest tells."""
+    most = float(values.max())
+    return values / (1 if most <= 1 else 255 if most <= 255 else 65535)
 
 
 def grow(masks: Tensor, kernel: int) -> Tensor:

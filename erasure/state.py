@@ -141,7 +141,9 @@ class ComponentState:
 
     def plan(self, module: nn.Module, record: Record) -> WritePlan:
         """What a record makes of the module's parameters; see `weights.plan`."""
-        return weights.plan(self.component, module, self.record.written, self.terms(module, record))
+        every = [one for one in record.attached.values() if self.component not in one.beside]
+        held = {path for one in every for path in self.edits(one, module)}
+        return weights.plan(self.component, module, self.record.written, self.terms(module, record), held)
 
     def install(self, module: nn.Module) -> None:
         """Put the hooks on the module that the record asks for, and no others."""
@@ -200,7 +202,7 @@ class ComponentState:
             )
         compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
         for path, value in self.record.reads.items():
-            if path not in written.terms and not weights.is_still(module, path, value):
+            if path not in written.originals and not weights.is_still(module, path, value):
                 raise VerificationError(
                     f"{self.component}/{path} was overwritten, quantised or moved away since the erasure was "
                     "attached, which no longer knows what comes out of that block: load the model again"

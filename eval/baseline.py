@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from erasure.cache import digest
-from erasure.errors import EvaluationError
-from erasure.eval.results import write_atomically
+from erasure.errors import ErasureError, EvaluationError
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import CacheEntry
 from erasure.eval.table import decode_vector, encode_vector
+from erasure.files import digest, read_json, write_bytes, write_json
+from erasure.images import read_rgb
 
 
 class BaselineCache:
@@ -34,36 +34,51 @@ class BaselineCache:
     def __init__(self, folder: Path, model: str, recipe: dict[str, Any]) -> None:
         self.folder = folder / "baselines" / f"{model}-{digest(recipe)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "recipe.json", (json.dumps(recipe, indent=2) + "\n").encode())
-        except OSError as error:
-            raise EvaluationError(
-                f"cannot write the baseline cache {self.folder}: {error.strerror or error}; "
-                "name another folder with baseline_cache or ERASURE_CACHE"
-            ) from error
+            write_json(self.folder / "recipe.json", recipe, error=EvaluationError)
+        except EvaluationError as error:
+            raise EvaluationError(f"{error}; name another folder with baseline_cache or ERASURE_CACHE") from error
 
     def image(self, sample: Sample) -> Image.Image | None:
-        """The stock model's image of a sample, if it is there and whole."""
+        """The stock model's image of a sample, if it is there, whole, and of the sample's size."""
         try:
-            with Image.open(self.folder / f"{sample.key}.png") as image:
-                return image.convert("RGB")
-        except OSError:
+            image = read_rgb(self.folder / f"{sample.key}.png", formats=("PNG",))
+        except ErasureError:
             return None
+        return image if image.size == (sample.width, sample.height) else None
 
-    def get(self, sample: Sample) -> tuple[dict[str, Any], np.ndarray | None] | None:
-        """Scores and features of a sample, if it is there with its image."""
+    def get(self, sample: Sample, width: int | None) -> tuple[dict[str, Any], np.ndarray | None, Image.Image] | None:
+        """Scores, features and image of a sample; `None` when they are not there or not whole, to be made again.
+
+        Args:
+            sample: Which.
+            width: Of the features; `None` without a CLIP model.
+        """
+        image = self.image(sample)
+        if image is None:
+            return None
         try:
-            entry = json.loads((self.folder / f"{sample.key}.json").read_text())
-        except (OSError, ValueError):
+            entry: Any = read_json(self.folder / f"{sample.key}.json", CacheEntry, error=EvaluationError)
+            vector = None if entry["features"] is None else decode_vector(entry["features"])
+        except EvaluationError:
             return None
-        if self.image(sample) is None:
+        scores = entry["scores"]
+        if (None if vector is None else len(vector)) != width or scores["failures"] or scores["judged"] is None:
             return None
-        vector = entry["features"]
-        return entry["scores"], None if vector is None else decode_vector(vector)
+        return scores, vector, image
 
-    def put(self, sample: Sample, png: bytes, scores: dict[str, Any], features: np.ndarray | None) -> None:
-        """Keep a sample. Samples whose detection failed are kept as images only, to be judged again next time."""
-        write_atomically(self.folder / f"{sample.key}.png", png)
+    def put(self, sample: Sample, image: bytes, scores: dict[str, Any], features: np.ndarray | None) -> None:
+        """Keep a sample. Samples whose detection failed are kept as images only, to be judged again next time.
+
+        Args:
+            sample: Which.
+            image: As a PNG file.
+            scores: What is known of it.
+            features: Its features, if there are any.
+
+        Raises:
+            EvaluationError: The folder cannot be written.
+        """
+        write_bytes(self.folder / f"{sample.key}.png", image, error=EvaluationError)
         if not scores["failures"]:
             entry = {"scores": scores, "features": None if features is None else encode_vector(features)}
-            write_atomically(self.folder / f"{sample.key}.json", json.dumps(entry).encode())
+            write_json(self.folder / f"{sample.key}.json", entry, error=EvaluationError)

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
-from erasure.cache import digest
+from erasure.errors import EvaluationError
 from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
+from erasure.files import digest, read_bytes, tensor_infos
+
+WEIGHTS_LIMIT = 16 * 2**30
+"""Bytes of a file of a detector's weights."""
 
 
 def sampler_recipe(pipe: Any) -> dict[str, Any]:
@@ -25,15 +29,21 @@ def sampler_recipe(pipe: Any) -> dict[str, Any]:
 
 
 def judge_fingerprint(judge: Any) -> str:
-    """Name of a detector, and sha256 of its weights when it has a folder."""
+    """Name of a detector, and sha256 of its weights when it has a folder.
+
+    Raises:
+        EvaluationError: A file of the folder cannot be read.
+    """
     name = getattr(judge, "__name__", None) or type(judge).__name__
     folder = getattr(judge, "folder", None)
     if folder is None:
         return str(getattr(judge, "version", name))
     found = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
+        if file.suffix == ".safetensors":
+            tensor_infos(file, error=EvaluationError)  # what does not fit its header is not worth the reading
         if file.suffix in (".json", ".safetensors", ".onnx"):
-            found.update(file.read_bytes())
+            found.update(read_bytes(file, WEIGHTS_LIMIT, error=EvaluationError))
     return f"{name} ({found.hexdigest()[:12]})"
 
 

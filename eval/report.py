@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import json
+import os
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from erasure.eval.report_style import CSS
-from erasure.eval.results import Results, label, write_atomically
-from erasure.eval.table import BEFORE_AFTER, SAMPLES, read_lines
+from markupsafe import Markup
+
+from erasure.errors import EvaluationError
+from erasure.eval.results import Results, label
+from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
+from erasure.files import read_bytes, write_text
+from erasure.pages import html_page, png
+from erasure.shown import number, visible
 
 FILE = "report.html"
 LIMIT = 60
 """Samples shown per section."""
+LARGEST = 16_000_000
+"""Bytes of an image that is put into the page."""
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How every PNG file begins."""
+BAR = 180
+"""Width of a bar at 100 %, in pixels."""
 Drawn = Mapping[str, Mapping[str, Any]]
 """Rows of one sample by variant: `before` and `after`, or the ways to draw it."""
 
@@ -48,6 +58,75 @@ RATES = {"UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy"
          "object_gone", "both_found", "objects_found"}  # fmt: skip
 
 
+class Cell(NamedTuple):
+    """A metric in one variant; a value that could not be had is `None`, and the detail says why."""
+
+    value: str | None
+    detail: str
+
+
+class Bar(NamedTuple):
+    """A value as a bar, and its interval as a line across; in pixels."""
+
+    style: str
+    y: int
+    value: str
+    low: str
+    high: str
+
+
+class Chart(NamedTuple):
+    """The bars of all variants of a metric."""
+
+    variants: list[str]
+    bars: list[Bar]
+
+
+class Line(NamedTuple):
+    """One line of the headline table."""
+
+    title: str
+    about: str
+    concept: str | None
+    cells: list[Cell | None]
+    chart: Chart | None
+    tests: list[tuple[str, str]]
+
+
+class Picture(NamedTuple):
+    """One image with the judge's answer."""
+
+    style: str
+    state: str
+    image: Markup
+    label: str
+
+
+class Figure(NamedTuple):
+    """One sample: its images, and its prompt."""
+
+    pictures: list[Picture]
+    prompt: str
+    veiled: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A grid of samples, one variant above the other."""
+
+    title: str
+    about: str
+    figures: list[Figure]
+    total: int
+    folded: bool = False
+
+    @classmethod
+    def of(cls, title: str, about: str, drawn: Sequence[Drawn], images: Path, folded: bool = False) -> Gallery:
+        """The first samples of a section, those that have an image of every variant."""
+        figures = [made for sides in drawn[:LIMIT] if (made := sample_figure(sides, images))]
+        return cls(title, about, figures, len(drawn), folded)
+
+
 def write_report(folder: str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
     """Write the report of an evaluation.
 
@@ -60,14 +139,14 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
         The file.
 
     Raises:
-        EvaluationError: The folder holds no results.
+        EvaluationError: The folder holds no results, or an image of a sample lies elsewhere.
     """
     folder = Path(folder)
     results = Results.load(folder)
     samples = folder / f"{SAMPLES}.jsonl"
-    drawn = rows_of_samples(read_lines(samples) if samples.is_file() else [])
+    drawn = rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
     path = Path(path) if path is not None else folder / FILE
-    write_atomically(path, render(results, drawn, folder / "images", title).encode())
+    write_text(path, render(results, drawn, folder / "images", title), error=EvaluationError)
     return path
 
 
@@ -85,53 +164,53 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
     comparing = any({"before", "after"}.isdisjoint(sides) for sides in drawn)
     if comparing:
         title = title or f"Suite {results.suite}"
-        galleries = [gallery("Images", "One sample in every way, from the same noise.", drawn, images)]
+        galleries = [Gallery.of("Images", "One sample in every way, from the same noise.", drawn, images)]
     else:
         title = title or (f"{concept}, erased with {label(results)}" if results.erasures else "The stock model")
         whole = [sides for sides in drawn if "before" in sides]
         target = [sides for sides in whole if sides["before"]["role"] == "target"]
         kept = [sides for sides in whole if sides["before"]["role"] != "target"]
         lost = [s for s in kept if right(s["before"]) and "after" in s and right(s["after"]) is False]
+        lost_about = "Retained prompts that the judge recognised before, and no longer."
         galleries = [
-            gallery("Target prompts", "What must be gone. Same noise above and below.", target, images),
-            gallery("Retained prompts", "What must survive. Same noise above and below.", kept, images),
-            gallery(
-                "Lost", "Retained prompts that the judge recognised before, and no longer.", lost, images, folded=True
-            ),
+            Gallery.of("Target prompts", "What must be gone. Same noise above and below.", target, images),
+            Gallery.of("Retained prompts", "What must survive. Same noise above and below.", kept, images),
+            Gallery.of("Lost", lost_about, lost, images, folded=True),
         ]
-    body = [
-        header(results, title),
-        headline(results.metrics),
-        *galleries,
-        costs(results),
-        recipes(results),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
+    variants = variants_of(results.metrics)
+    return html_page(
+        "report.html",
+        title=title,
+        chips=chips(results),
+        canvas=results.suite.startswith("canvas") or "canvas" in str(results.model.get("name")),
+        columns=[variant.replace("_", " ").capitalize() for variant in variants],
+        against="Before → after" if variants == list(BEFORE_AFTER) else f"Against {variants[0]}",
+        lines=headline(results.metrics, variants),
+        width=BAR,
+        galleries=[gallery for gallery in galleries if gallery.figures],
+        limit=LIMIT,
+        costs=costs(results),
+        recipes=recipes(results),
     )
 
 
-def header(results: Results, title: str) -> str:
-    """Title and what was measured."""
-    chips = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
-    chips += [f"{e['name']} ({e['strategy']}, strength {e.get('strength', 1):g})" for e in results.erasures]
-    note = ""
-    if results.suite.startswith("canvas") or "canvas" in str(results.model.get("name")):
-        text = "Measured on Canvas, the small embedded world: numbers rank methods there, not on Stable Diffusion."
-        note = f'<p class="note">{text}</p>'
-    spans = "".join(f'<span class="chip">{escape(chip)}</span>' for chip in chips)
-    return f"<header><h1>{escape(title)}</h1><p>{spans}</p>{note}</header>"
+def chips(results: Results) -> list[str]:
+    """What was measured, in a few words each."""
+    found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
+    return found + [
+        f"{e['name']} ({e.get('strategy', 'unknown')}, strength {number(e.get('strength', 1), 'g')})"
+        for e in results.erasures
+    ]
 
 
-def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Table of every metric in every variant, with intervals as bars."""
-    variants = list(dict.fromkeys(metric.get("variant", "after") for metric in metrics))
-    if set(variants) <= set(BEFORE_AFTER):
-        variants = list(BEFORE_AFTER)
+def variants_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns of the headline table."""
+    variants = list(dict.fromkeys(str(metric.get("variant", "after")) for metric in metrics))
+    return list(BEFORE_AFTER) if set(variants) <= set(BEFORE_AFTER) else variants
+
+
+def headline(metrics: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[Line]:
+    """Every metric in every variant, with intervals as bars."""
     rows: dict[tuple[str, str | None], dict[str, Mapping[str, Any]]] = {}
     for metric in metrics:
         rows.setdefault((metric["name"], metric["concept"]), {})[metric.get("variant", "after")] = metric
@@ -139,73 +218,70 @@ def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for (name, concept), sides in rows.items():
         title, text = EXPLAINED.get(name, (name, next(iter(sides.values()))["recipe"].get("metric", "")))
-        tag = f' <span class="chip">{escape(str(concept))}</span>' if several else ""
-        cells = "".join(f"<td>{value_cell(sides.get(variant), name)}</td>" for variant in variants)
-        shown = {side: sides[side] for side in variants if side in sides}
-        tests = "".join(f"<div>{tested}</div>" for side in variants[1:] if (tested := test_cell(sides.get(side))))
+        present = {variant: sides[variant] for variant in variants if variant in sides}
         lines.append(
-            f'<tr><th scope="row">{escape(title)}{tag}<small>{escape(name)}: {escape(text)}</small></th>{cells}'
-            f"<td>{bars(shown) if name in RATES else ''}</td><td>{tests}</td></tr>"
+            Line(
+                title=title,
+                about=f"{name}: {text}",
+                concept=str(concept) if several else None,
+                cells=[value_cell(sides.get(variant), name) for variant in variants],
+                chart=chart(present) if name in RATES else None,
+                tests=[tested for side in variants[1:] if (tested := test_cell(sides.get(side)))],
+            )
         )
-    named = "".join(f"<th>{escape(variant.replace('_', ' ').capitalize())}</th>" for variant in variants)
-    against = "Before → after" if variants == list(BEFORE_AFTER) else f"Against {escape(variants[0])}"
-    head = f"<tr><th>Metric</th>{named}<th>0 to 100 %</th><th>{against}</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<section><h2>Result</h2><div class="scroll">{table}</div></section>'
+    return lines
 
 
-def value_cell(metric: Mapping[str, Any] | None, name: str) -> str:
+def value_cell(metric: Mapping[str, Any] | None, name: str) -> Cell | None:
     """A value with its interval and sample size."""
     if metric is None:
-        return '<span class="none">–</span>'
+        return None
     if metric["value"] is None:
-        return f'<span class="none" title="{escape(str(metric.get("reason", "")))}">not measured</span>'
+        return Cell(None, str(metric.get("reason", "")))
 
-    def show(number: float) -> str:
-        return f"{100 * number:.1f} %" if name in RATES else f"{number:.4g}"
+    def show(value: object) -> str:
+        return f"{number(value, '.1f', 100)} %" if name in RATES else number(value)
 
-    detail = f"n = {metric['n']}"
+    detail = f"n = {number(metric['n'], '')}"
     if metric["low"] is not None:
         detail = f"{show(metric['low'])} to {show(metric['high'])}, {detail}"
     if metric.get("missing"):
-        detail += f", {metric['missing']} missing"
-    return f"<b>{show(metric['value'])}</b><small>{detail}</small>"
+        detail += f", {number(metric['missing'], '')} missing"
+    return Cell(show(metric["value"]), detail)
 
 
-def bars(sides: Mapping[str, Mapping[str, Any]]) -> str:
-    """Inline SVG: a bar per variant up to the value, and its interval as a line."""
-    width, parts = 180, []
+def chart(sides: Mapping[str, Mapping[str, Any]]) -> Chart:
+    """A bar per variant that has a value, with its interval as a line."""
+    bars = []
     for index, (side, metric) in enumerate(sides.items()):
-        if metric["value"] is None:
-            continue
-        y = 6 + 16 * index
-        left, end = (width * (metric["value"] if metric[k] is None else metric[k]) for k in ("low", "high"))
-        parts.append(
-            f'<rect class="track" x="0" y="{y - 5}" width="{width}" height="10" rx="2"/>'
-            f'<rect class="{shade(side, index)}" x="0" y="{y - 5}" width="{width * metric["value"]:.1f}" '
-            'height="10" rx="2"/>'
-            f'<path class="reach" d="M{left:.1f} {y}H{end:.1f}M{left:.1f} {y - 3}v6M{end:.1f} {y - 3}v6"/>'
+        value, low, high = (
+            metric["value"] if metric[key] is None else metric[key] for key in ("value", "low", "high")
         )
-    box = f'viewBox="-2 0 {width + 4} {16 * len(sides)}" width="{width + 4}" height="{16 * len(sides)}"'
-    return f'<svg {box} role="img" aria-label="{escape(", ".join(sides))}">{"".join(parts)}</svg>'
+        if value is not None:
+            bars.append(Bar(shade(side, index), 6 + 16 * index, _pixels(value), _pixels(low), _pixels(high)))
+    return Chart(list(sides), bars)
 
 
-def test_cell(metric: Mapping[str, Any] | None) -> str:
+def _pixels(share: object) -> str:
+    return f"{BAR * min(max(share, 0), 1):.1f}" if isinstance(share, int | float) else "0"
+
+
+def test_cell(metric: Mapping[str, Any] | None) -> tuple[str, str] | None:
     """McNemar's p and the transitions, or the paired change."""
     if metric is None:
-        return ""
+        return None
     if "mcnemar_p" in metric:
-        table = metric["transitions"]
-        p = metric["mcnemar_p"]
-        shown = "p &lt; 0.0001" if p < 1e-4 else f"p = {p:.4f}"
-        return (
-            f"McNemar {shown}<small>yes → yes {table['both']}, yes → no {table['before_only']}, "
-            f"no → yes {table['after_only']}, no → no {table['neither']}</small>"
-        )
-    if "change" in metric:
-        change = metric["change"]
-        return f"{change['value']:+.4f}<small>{change['low']:+.4f} to {change['high']:+.4f}</small>"
-    return ""
+        p, table = metric["mcnemar_p"], metric.get("transitions", {})
+        told = "p < 0.0001" if isinstance(p, float) and p < 1e-4 else f"p = {number(p, '.4f')}"
+        if not isinstance(table, Mapping):
+            return f"McNemar {told}", str(table)
+        pairs = {"yes → yes": "both", "yes → no": "before_only", "no → yes": "after_only", "no → no": "neither"}
+        present = (f"{pair} {number(table[key], '')}" for pair, key in pairs.items() if key in table)
+        return f"McNemar {told}", ", ".join(present)
+    if isinstance(change := metric.get("change"), Mapping):
+        value, low, high = (number(change.get(key), "+.4f") for key in ("value", "low", "high"))
+        return value, f"{low} to {high}"
+    return None
 
 
 def shade(variant: str, index: int) -> str:
@@ -213,49 +289,39 @@ def shade(variant: str, index: int) -> str:
     return variant if variant in BEFORE_AFTER else BEFORE_AFTER[min(index, 1)]
 
 
-def gallery(title: str, text: str, drawn: Sequence[Drawn], images: Path, folded: bool = False) -> str:
-    """A grid of samples, one variant above the other."""
-    figures = [figure for sides in drawn[:LIMIT] if (figure := sample_figure(sides, images))]
-    if not figures:
-        return ""
-    more = f" {LIMIT} of {len(drawn)} shown." if len(drawn) > LIMIT else ""
-    grid = f'<p class="note">{escape(text)}{more}</p><div class="grid">{"".join(figures)}</div>'
-    if folded:
-        summary = f"<summary><h2>{escape(title)} ({len(drawn)})</h2></summary>"
-        return f"<section><details>{summary}{grid}</details></section>"
-    return f"<section><h2>{escape(title)}</h2>{grid}</section>"
-
-
-def sample_figure(sides: Drawn, images: Path) -> str:
-    """One sample: images, what the judge saw, the prompt."""
-    shown = [picture(row, images, side, shade(side, index)) for index, (side, row) in enumerate(sides.items())]
-    if not all(shown):
-        return ""
+def sample_figure(sides: Drawn, images: Path) -> Figure | None:
+    """One sample: images, what the judge saw, the prompt. `None` when an image is missing."""
+    pictures = [picture(row, images, side, shade(side, index)) for index, (side, row) in enumerate(sides.items())]
+    present = [made for made in pictures if made is not None]
     first = next(iter(sides.values()))
-    content = "".join(shown)
-    if first.get("unsafe"):
-        hint = '<span class="hint">hover or tap</span>'
-        content = f'<label class="veil"><input type="checkbox" aria-label="show">{content}{hint}</label>'
-    else:
-        content = f"<div>{content}</div>"
-    return f"<figure>{content}<figcaption>{escape(first['prompt'])}</figcaption></figure>"
+    return Figure(present, first["prompt"], bool(first.get("unsafe"))) if len(present) == len(pictures) else None
 
 
-def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> str:
+def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> Picture | None:
     """One image as a data URI, with the judge's answer."""
-    path = images / side / f"{row['sample_id']}.png"
-    if not path.is_file():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
+    content = read_png(image_path(images.parent, side, row["sample_id"]))
+    if content is None:
+        return None
     judged = row.get("judged")
     answer = "not judged" if judged is None else f"{judged['object']}, {judged['style']}"
     if judged is not None and style != side:
         answer = ", ".join(judged["objects"]) or "no object"
     state = {True: "good", False: "bad", None: "unknown"}[right(row)]
-    return (
-        f'<div class="{style} {state}"><img src="data:image/png;base64,{data}" alt="{escape(side)}: {escape(answer)}">'
-        f"<small>{escape(side.replace('_', ' '))}: {escape(answer)}</small></div>"
-    )
+    return Picture(style, state, png(content), f"{side.replace('_', ' ')}: {answer}")
+
+
+def read_png(path: Path) -> bytes | None:
+    """The content of an image, `None` when there is none.
+
+    Raises:
+        EvaluationError: It is no PNG, or very large.
+    """
+    if not os.path.lexists(path):
+        return None
+    content = bytes(read_bytes(path, LARGEST, error=EvaluationError))
+    if not content.startswith(PNG):
+        raise EvaluationError(f"{visible(path, 200)} is no PNG: delete it, or run the evaluation again")
+    return content
 
 
 def right(row: Mapping[str, Any]) -> bool | None:
@@ -273,32 +339,37 @@ def right(row: Mapping[str, Any]) -> bool | None:
     return all([*wanted, row["style"] is None or judged["style"] == row["style"]])
 
 
-def costs(results: Results) -> str:
+def costs(results: Results) -> list[tuple[str, str]]:
     """Seconds, memory, sizes."""
     cost = results.cost
     per_image = cost.get("seconds_per_image") or {}
-    rows = [("Evaluation", _seconds(cost.get("seconds"))), ("Peak memory", f"{cost.get('peak_memory_mb', 0):.0f} MB")]
+    rows = [
+        ("Evaluation", _seconds(cost.get("seconds"))),
+        ("Peak memory", f"{number(cost.get('peak_memory_mb', 0), '.0f')} MB"),
+    ]
     rows += [(f"Per image, {variant}", _seconds(value)) for variant, value in per_image.items()]
     if results.erasures:
         rows.append(("Making the erasures", _seconds(cost.get("erase_seconds"))))
-        rows.append(("Size of the erasures", f"{cost.get('artifact_bytes', 0) / 1e6:.2f} MB"))
+        rows.append(("Size of the erasures", f"{number(cost.get('artifact_bytes', 0), '.2f', 1e-6)} MB"))
     rows.append(("Machine", f"{cost.get('device')}, {cost.get('threads')} threads of {cost.get('cpus')} cores"))
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f"<section><h2>Cost</h2><dl>{cells}</dl></section>"
+    return rows
 
 
 def _seconds(value: float | None) -> str:
-    return "from the cache" if value is None else f"{value:.2f} s" if value < 100 else f"{value / 60:.1f} min"
+    if value is None:
+        return "from the cache"
+    minutes = isinstance(value, int | float) and value >= 100
+    return f"{number(value, '.1f', 1 / 60)} min" if minutes else f"{number(value, '.2f')} s"
 
 
-def recipes(results: Results) -> str:
-    """How every number was computed."""
-    blocks = []
-    for metric in results.metrics:
-        name = f"{metric['name']} ({metric.get('variant', 'after')}, {metric['concept']})"
-        rest = {key: value for key, value in metric.items() if key not in ("name", "concept", "variant")}
-        text = escape(json.dumps(rest, indent=1))
-        blocks.append(f"<details><summary>{escape(name)}</summary><pre>{text}</pre></details>")
-    model = escape(json.dumps({"model": results.model, "erasures": results.erasures, "cost": results.cost}, indent=1))
-    blocks.append(f"<details><summary>Model, erasures, cost</summary><pre>{model}</pre></details>")
-    return f"<section><details><summary><h2>Recipes</h2></summary>{''.join(blocks)}</details></section>"
+def recipes(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """How every number was computed: titles and plain data."""
+    blocks = [
+        (
+            f"{metric['name']} ({metric.get('variant', 'after')}, {metric['concept']})",
+            {key: value for key, value in metric.items() if key not in ("name", "concept", "variant")},
+        )
+        for metric in results.metrics
+    ]
+    whole = {"model": results.model, "erasures": results.erasures, "cost": results.cost}
+    return [*blocks, ("Model, erasures, cost", whole)]

@@ -9,21 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erasure.cache import differences
+from pydantic import JsonValue
+
 from erasure.errors import EvaluationError
+from erasure.eval.schemas import ResultsFile
+from erasure.files import differences, read_json, validated, write_json
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-REQUIRED = {
-    "schema_version": int,
-    "suite": str,
-    "size": str,
-    "model": dict,
-    "erasures": list,
-    "metrics": list,
-    "cost": dict,
-}
-METRIC_KEYS = ("name", "concept", "value", "low", "high", "n", "recipe")
 
 
 @dataclass
@@ -69,48 +62,32 @@ class Results:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write `results.json`, atomically."""
-        path = Path(folder) / FILE
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
-        return path
+        """Write `results.json`, atomically.
+
+        Raises:
+            EvaluationError: It cannot be written.
+        """
+        return write_json(Path(folder) / FILE, self.to_dict(), error=EvaluationError)
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """Read a `results.json`, or the one in a folder.
 
         Raises:
-            EvaluationError: It is missing, damaged, incomplete, or of a newer schema.
+            EvaluationError: It is missing, damaged, incomplete, of a newer schema, or something else.
         """
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        try:
-            data = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise EvaluationError(
-                f"{path} is no valid JSON ({error}): run the evaluation again, it resumes"
-            ) from error
-        version = data.get("schema_version") if isinstance(data, dict) else None
+        # Unlike those of `Path`, these give no error for names that cannot be.
+        path = Path(path) / FILE if os.path.isdir(path) else Path(path)
+        if not os.path.lexists(path):
+            raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder")
+        data: dict[str, Any] = read_json(path, dict[str, JsonValue], error=EvaluationError)
+        version = data.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise EvaluationError(
                 f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade"
             )
-        wrong = [k for k, kind in REQUIRED.items() if not isinstance(data, dict) or not isinstance(data.get(k), kind)]
-        if wrong:
-            raise EvaluationError(f"{path} is no results file: {', '.join(wrong)} missing or of the wrong type")
-        for row in data["metrics"]:
-            absent = [key for key in METRIC_KEYS if key not in row]
-            if absent:
-                raise EvaluationError(f"{path}: metric row {row.get('name')!r} lacks {', '.join(absent)}")
-        return cls(**{key: data[key] for key in REQUIRED if key != "schema_version"}, folder=path.parent)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+        known: Any = validated(data, ResultsFile, str(path), error=EvaluationError)
+        return cls(**{key: value for key, value in known.items() if key != "schema_version"}, folder=path.parent)
 
 
 @dataclass(frozen=True)

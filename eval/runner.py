@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,13 @@ from erasure.eval.cost import evaluation_cost
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.utility import utility_metrics
-from erasure.eval.processes import Processes
-from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
-from erasure.eval.results import Results, write_atomically
+from erasure.eval.results import Results
+from erasure.eval.run import Progress, Run, Subject, join, opened
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import ComparedRow, EvaluationRow
 from erasure.eval.scoring import Judge, drift, score
 from erasure.eval.table import BEFORE_AFTER, SampleTable
-
-Progress = Callable[[str, int, int], None]
-"""Called with the variant, images done and images in all."""
+from erasure.images import png
 
 
 def evaluate(
@@ -78,9 +74,7 @@ def evaluate(
         EvaluationError: Unknown suite, size or concept; an output folder that holds something else; fused erasures,
             which leave no stock model to compare with; a safety checker on the pipeline.
     """
-    processes = Processes()
-    if out is None and processes.count > 1:
-        raise EvaluationError("several processes need a common output folder: pass out=")
+    processes = join(out, seed)
     started = time.perf_counter()
     stock, attached = in_force(pipe)
     chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts
@@ -90,65 +84,50 @@ def evaluate(
     plan = kit.plan(pipe, chosen, size, seed)
     judge = kit.judge() if judge is None else judge
     scorer, clip_missing = _clip(clip)
-    erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
     fingerprint = model_fingerprint(stock)
-    sampler, judge_name = sampler_recipe(pipe), judge_fingerprint(judge)
-    clip_name = None if scorer is None else scorer.fingerprint
-    recipe = run_recipe(plan, fingerprint, sampler, judge_name, clip_name, erasures)
-    shared = {"sampler": sampler, "judge": judge_name, "clip": clip_name, "versions": recipe["versions"]}
+    subject = Subject.of(pipe, fingerprint, attached, judge, None if scorer is None else scorer.fingerprint)
+    recipe = subject.recipe(plan)
+    shared = {
+        "sampler": subject.sampler, "judge": subject.judge_name, "clip": subject.clip, "versions": recipe["versions"],
+    }  # fmt: skip
     cache = BaselineCache(Path(baseline_cache or cache_folder()), fingerprint, shared)
-
-    folder = Path(tempfile.mkdtemp(prefix="erasure-eval-") if out is None else out)
     variants = kit.variants if suites.is_comparing(kit) else BEFORE_AFTER
-    table = SampleTable(folder, processes.rank, processes.count, variants)
-    table.check(recipe)
-    processes.wait()
-    if processes.is_main:
-        table.start(recipe)
-    processes.wait()
-    table.load()
-    processes.wait()
 
-    run = _Run(kit, plan.samples, table, cache, judge, scorer, processes, batch_size, images, progress)
-    if suites.is_comparing(kit):
-        for variant in variants:
-            run.variant(variant, pipe)
-    else:
-        run.variant("before", stock)
+    schema = ComparedRow if suites.is_comparing(kit) else EvaluationRow
+
+    def table(folder: Path) -> SampleTable:
+        return SampleTable(folder, plan.samples, processes.rank, processes.count, variants, schema=schema)
+
+    with opened(processes, table, recipe, out, "evaluation") as opened_table:
+        run = _Evaluation(
+            subject, plan, opened_table, processes, images, progress, kit, cache, scorer, batch_size, started=started
+        )
+        if suites.is_comparing(kit):
+            for variant in variants:
+                run.variant(variant, pipe)
+        else:
+            run.variant("before", stock)
+            processes.wait()
+            if attached:
+                run.variant("after", pipe)
+        rows = run.rows()
+        if rows is None:
+            return Results.load(run.table.folder)
+
+        stamped = plan.recipe | subject.sampler | {"judge": subject.judge_name}
+        plan = suites.Plan(plan.suite, plan.size, plan.seed, plan.targets, plan.samples, stamped)
+        features = run.table.features
+        if suites.is_comparing(kit):
+            metrics = kit.compare(plan, rows, features, scorer)
+        else:
+            metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, subject.clip, clip_missing)
+        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
+        results = run.results(metrics, cost | {"batch_size": batch_size})
+        if report:
+            from erasure.eval.report import write_report
+
+            write_report(run.table.folder)
         processes.wait()
-        if attached:
-            run.variant("after", pipe)
-    processes.wait()
-    if not processes.is_main:
-        processes.wait()  # for the main process to write
-        return Results.load(folder)
-
-    table.load()
-    order = [sample.sample_id for sample in plan.samples]
-    table.merge(order)
-    rows = table.by_variant(order)
-    stamped = plan.recipe | sampler | {"judge": judge_name}
-    plan = suites.Plan(plan.suite, plan.size, plan.seed, plan.targets, plan.samples, stamped)
-    if suites.is_comparing(kit):
-        metrics = kit.compare(plan, rows, table.features, scorer)
-    else:
-        metrics = kit.score(plan, rows) + utility_metrics(plan, rows, table.features, clip_name, clip_missing)
-    results = Results(
-        suite=suite,
-        size=size,
-        model={"name": model_name(pipe), "fingerprint": fingerprint, "pipeline": type(pipe).__name__} | sampler,
-        erasures=erasures,
-        metrics=metrics,
-        cost=evaluation_cost(rows, erasures, time.perf_counter() - started)
-        | {"processes": processes.count, "batch_size": batch_size, "device": str(getattr(pipe, "device", "cpu"))},
-        folder=folder,
-    )
-    results.save(folder)
-    if report:
-        from erasure.eval.report import write_report
-
-        write_report(folder)
-    processes.wait()
     return results
 
 
@@ -187,46 +166,21 @@ def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str |
         return None, f"no CLIP model: {error}"
 
 
-def model_name(pipe: Any) -> str:
-    """Hub id or name of the folder; a path of this machine says nothing to others."""
-    name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def keep_image(folder: Path, variant: str, sample: Sample, image: Image.Image) -> None:
-    """Write a sample's image below an evaluation's folder."""
-    path = folder / "images" / variant / f"{sample.sample_id}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _png(image))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @dataclass
-class _Run:
+class _Evaluation(Run):
     """One evaluation in this process."""
 
     kit: suites.Suite
-    samples: Sequence[Sample]
-    table: SampleTable
     cache: BaselineCache
-    judge: Judge
     clip: ClipModel | None
-    processes: Processes
     batch_size: int
-    images: bool
-    progress: bool | Progress
 
     def variant(self, variant: str, pipe: Any) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process."""
-        pending = [sample for sample in self.samples if (sample.sample_id, variant) not in self.table.rows]
-        mine = pending[self.processes.rank :: self.processes.count]
-        done, total = len(self.samples) - len(pending), len(self.samples) - len(pending) + len(mine)
-        bar = tqdm(total=total, initial=done, desc=variant, unit="image", disable=not self._bar())
+        pending = self.pending(variant)
+        mine = self.share(pending)
+        done = len(self.plan.samples) - len(pending)
+        bar = tqdm(total=done + len(mine), initial=done, desc=variant, unit="image", disable=not self.shows_bar)
         with bar:
             if variant == "before":
                 mine = self._from_cache(mine, bar)
@@ -240,42 +194,35 @@ class _Run:
                 except StopIteration:
                     break
                 self._finish(variant, batch, images, (time.perf_counter() - clock) / len(batch))
-                self._advance(bar, variant, len(batch))
-
-    def _bar(self) -> bool:
-        return self.progress is True and self.processes.is_main
-
-    def _advance(self, bar: Any, variant: str, count: int) -> None:
-        bar.update(count)
-        if callable(self.progress) and self.processes.is_main:
-            done = sum((sample.sample_id, variant) in self.table.rows for sample in self.samples)
-            self.progress(variant, done, len(self.samples))
+                bar.update(len(batch))
+                self.tell(variant, variant)
 
     def _from_cache(self, samples: Sequence[Sample], bar: Any) -> list[Sample]:
         """Take what an earlier evaluation of the stock model left; returns the rest."""
         rest = []
+        width = None if self.clip is None else self.clip.width
         for sample in samples:
-            found = self.cache.get(sample)
-            image = self.cache.image(sample)
-            if found is None or image is None:
+            found = self.cache.get(sample, width)
+            if found is None:
                 rest.append(sample)
                 continue
-            scores, vector = found
-            self._keep("before", sample, image)
+            scores, vector, image = found
+            self.keep("before", sample, image)
             self.table.append([_row(sample, "before", scores, None, None)], [vector])
-            self._advance(bar, "before", 1)
+            bar.update()
+            self.tell("before", "before")
         return rest
 
     def _finish(self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float) -> None:
-        scores, features = score(batch, images, self.judge, self.clip)
+        scores, features = score(batch, images, self.subject.judge, self.clip)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
-            self._keep(variant, sample, image)
+            self.keep(variant, sample, image)
             moved = None
             if suites.is_comparing(self.kit):
                 scored["measured"] = self.kit.measure(sample, image)
             elif variant == "before":
-                self.cache.put(sample, _png(image), scored, vector)
+                self.cache.put(sample, png(image), scored, vector)
             else:
                 stock = self.cache.image(sample)
                 if stock is None:
@@ -284,10 +231,6 @@ class _Run:
                     moved = drift(stock, image, self.table.features.get((sample.sample_id, "before")), vector)
             rows.append(_row(sample, variant, scored, moved, seconds))
         self.table.append(rows, features)
-
-    def _keep(self, variant: str, sample: Sample, image: Image.Image) -> None:
-        if self.images:
-            keep_image(self.table.folder, variant, sample, image)
 
 
 def _row(

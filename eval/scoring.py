@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -38,6 +39,8 @@ def judgement(answer: Any, sample: Sample) -> dict[str, Any]:
 
     def score(table: str, name: str | None) -> float | None:
         value = (getattr(answer, table, None) or {}).get(name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"a score of {value}")
         return None if value is None else round(float(value), 6)
 
     wanted = sample.objects[0] if sample.objects else None
@@ -67,6 +70,9 @@ def score(
         try:
             vectors = clip.images(images)
             texts = clip.texts([sample.prompt for sample in samples])
+            # A collapsed model draws NaN: no number, so a missing value.
+            if not (np.isfinite(vectors).all() and np.isfinite(texts).all()):
+                raise ValueError("features that are not finite")
             features, cosines = list(vectors), [float(value) for value in cosine(vectors, texts)]
         except Exception as error:
             failed = reason(error)

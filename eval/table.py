@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from erasure.cache import differences
 from erasure.errors import EvaluationError
-from erasure.eval.results import write_atomically
+from erasure.eval.samples import Sample
+from erasure.eval.schemas import EvaluationRow, FeatureRow, ReportRow
+from erasure.files import differences, inside, read_bytes, read_lines, shown, write_bytes
 
-RECIPE = "recipe.json"
 SAMPLES = "samples"
 FEATURES = "features"
+IMAGES = "images"
 BEFORE_AFTER = ("before", "after")
 """Variants of a suite that measures erasures."""
+LIMIT = 2**30
+"""Bytes of a file of rows."""
 Key = tuple[str, str]
 """Sample id and variant."""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; an unfinished last line is cut off the file.
+def read_rows(path: Path, schema: type = ReportRow) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; an unfinished last line, as a killed run leaves it, is left out.
+
+    Args:
+        path: The file.
+        schema: What a row must be.
 
     Raises:
-        EvaluationError: A line before the last is damaged.
+        EvaluationError: It cannot be read, or a line is damaged.
     """
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        # Cut it off on disk as well, or the next row would be glued to it.
-        write_atomically(path, whole)
-    rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise EvaluationError(
-                f"{path}, line {number} is damaged ({error}): delete the line to redo its sample"
-            ) from error
+    rows: list[dict[str, Any]] = []
+    try:
+        rows.extend(read_lines(path, schema, torn=True, limit=LIMIT, error=EvaluationError))
+    except EvaluationError as error:
+        raise EvaluationError(f"{error}. A line that is deleted is made again by the next run") from error
     return rows
+
+
+def image_path(folder: Path, variant: str, sample_id: str) -> Path:
+    """Where the image of a sample is.
+
+    Raises:
+        EvaluationError: The names would lead out of the evaluation's folder.
+    """
+    return inside(folder, IMAGES, variant, f"{sample_id}.png", error=EvaluationError)
 
 
 def encode_vector(vector: np.ndarray) -> str:
@@ -51,8 +61,18 @@ def encode_vector(vector: np.ndarray) -> str:
 
 
 def decode_vector(text: str) -> np.ndarray:
-    """The inverse of `encode_vector`."""
-    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+    """The inverse of `encode_vector`.
+
+    Raises:
+        EvaluationError: It is no such text, or holds NaN.
+    """
+    try:
+        vector = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+    except ValueError as error:
+        raise EvaluationError(f"{shown(text)} is no vector of float32 in base64 ({error})") from error
+    if not vector.size or not np.isfinite(vector).all():
+        raise EvaluationError(f"a vector of {vector.size} values, wanted: some, all finite")
+    return vector
 
 
 class SampleTable:
@@ -60,109 +80,173 @@ class SampleTable:
 
     Args:
         folder: The evaluation's folder.
+        samples: What is drawn, in the order of the table.
         rank: Of this process; each one appends to files of its own.
         processes: How many there are.
         variants: Ways in which every sample is drawn, in the order of the table.
         stem: Name of the file of rows.
+        schema: What a row must be.
+
+    Raises:
+        EvaluationError: Two samples have one id, or an id cannot be the name of an image.
     """
 
     def __init__(
-        self, folder: Path, rank: int = 0, processes: int = 1, variants: tuple[str, ...] = BEFORE_AFTER,
-        stem: str = SAMPLES,
+        self, folder: Path, samples: Sequence[Sample], rank: int = 0, processes: int = 1,
+        variants: tuple[str, ...] = BEFORE_AFTER, stem: str = SAMPLES, schema: type = EvaluationRow,
     ) -> None:  # fmt: skip
-        self.folder, self.rank, self.processes, self.variants, self.stem = folder, rank, processes, variants, stem
+        self.folder, self.rank, self.processes = folder, rank, processes
+        self.variants, self.stem, self.schema = variants, stem, schema
+        self.samples: dict[str, Sample] = {}
+        for sample in samples:
+            if sample.sample_id in self.samples:
+                raise EvaluationError(f"two samples are called {shown(sample.sample_id)}: give each an id of its own")
+            self.samples[sample.sample_id] = sample
+            image_path(folder, variants[0], sample.sample_id)
         self.rows: dict[Key, dict[str, Any]] = {}
         self.features: dict[Key, np.ndarray] = {}
 
-    def check(self, recipe: Mapping[str, Any]) -> None:
-        """Make sure that the folder may be written to, and that what it holds belongs to this recipe.
-
-        Raises:
-            EvaluationError: The folder holds something else, or an evaluation by another recipe.
-        """
-        path = self.folder / RECIPE
-        if path.is_file():
-            try:
-                known = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
-                raise EvaluationError(f"{path} is damaged: choose another output folder") from error
-            changed = differences(known, json.loads(json.dumps(recipe)))
-            if changed:
-                raise EvaluationError(
-                    f"{self.folder} holds an evaluation of something else and cannot be resumed; "
-                    f"{'; '.join(changed)}. Choose another output folder, or delete this one"
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise EvaluationError(f"{self.folder} is not empty and holds no evaluation: choose another output folder")
-
-    def start(self, recipe: Mapping[str, Any]) -> None:
-        """Create the folder and note the recipe. Called by one process.
-
-        Raises:
-            EvaluationError: The folder cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / RECIPE, (json.dumps(recipe, indent=2) + "\n").encode())
-        except OSError as error:
-            raise EvaluationError(f"cannot write to {self.folder}: {error.strerror or error}") from error
-
     def _parts(self, stem: str) -> list[Path]:
-        return sorted([*self.folder.glob(f"{stem}.jsonl"), *self.folder.glob(f"{stem}-*.jsonl")])
+        found = sorted([*self.folder.glob(f"{stem}.jsonl"), *self.folder.glob(f"{stem}-*.jsonl")])
+        return [inside(self.folder, path.name, error=EvaluationError) for path in found]
+
+    def cut(self) -> None:
+        """Cut unfinished last lines off, or the next rows would be glued to them. Called by one process.
+
+        Raises:
+            EvaluationError: A file cannot be read or written.
+        """
+        for path in [*self._parts(FEATURES), *self._parts(self.stem)]:
+            content = read_bytes(path, LIMIT, error=EvaluationError)
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                try:
+                    os.truncate(path, whole)
+                except OSError as error:
+                    raise EvaluationError(f"cannot write to {path}: {error.strerror or error}") from error
 
     def load(self) -> None:
-        """Read what all processes have written so far."""
+        """Read what all processes have written so far.
+
+        Raises:
+            EvaluationError: A file cannot be read, a line is damaged, or a row is of another evaluation.
+        """
+        self.rows, self.features = {}, {}
         for path in self._parts(FEATURES):
-            for row in read_lines(path):
-                self.features[row["sample_id"], row["variant"]] = decode_vector(row["features"])
+            for row in read_rows(path, FeatureRow):
+                self.features[self._key(row, path)] = self._vector(row, path)
         for path in self._parts(self.stem):
-            for row in read_lines(path):
-                self.rows[row["sample_id"], row["variant"]] = row
+            for row in read_rows(path, self.schema):
+                key = self._key(row, path)
+                self._check(row, key, path)
+                self.rows[key] = row
+
+    def _key(self, row: Mapping[str, Any], path: Path) -> Key:
+        key = row["sample_id"], row["variant"]
+        if key[0] not in self.samples or key[1] not in self.variants:
+            raise EvaluationError(
+                f"{path} has a row of sample {shown(key[0])}, variant {shown(key[1])}, which are not of this "
+                "evaluation: delete the line, or give another output folder"
+            )
+        return key
+
+    def _vector(self, row: Mapping[str, Any], path: Path) -> np.ndarray:
+        try:
+            vector = decode_vector(row["features"])
+            width = len(next(iter(self.features.values()), vector))
+            if len(vector) != width:
+                raise EvaluationError(f"a vector of {len(vector)} values where others have {width}")
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"{path}, features of {shown(row['sample_id'])}: {error}; delete this file and the other "
+                f"*.jsonl of the folder to measure again"
+            ) from error
+        return vector
+
+    def _check(self, row: dict[str, Any], key: Key, path: Path) -> None:
+        planned = self.samples[key[0]].row()
+        there = {name: row.get(name) for name in planned}
+        if there != planned and (changed := differences(there, planned)):
+            raise EvaluationError(
+                f"{path} has a row of {shown(key[0])} that is not of this evaluation; {'; '.join(changed[:3])}. "
+                "Delete the line to redo its sample"
+            )
+        if self.rows.get(key, row) != row:
+            raise EvaluationError(
+                f"{path} has a second row of {shown(key[0])} ({key[1]}) that says something else: delete one of them"
+            )
 
     def _own(self, stem: str) -> Path:
         return self.folder / (f"{stem}.jsonl" if self.processes == 1 else f"{stem}-{self.rank}.jsonl")
 
     def append(self, rows: Sequence[dict[str, Any]], features: Sequence[np.ndarray | None]) -> None:
-        """Add finished rows. A sample counts as done once its row is there, so its features are written first."""
-        vectors = []
-        for row, vector in zip(rows, features, strict=True):
-            key = row["sample_id"], row["variant"]
-            self.rows[key] = row
-            if vector is not None:
-                self.features[key] = np.asarray(vector, dtype=np.float32)
-                vectors.append({"sample_id": key[0], "variant": key[1], "features": encode_vector(vector)})
-        _append(self._own(FEATURES), vectors)
-        _append(self._own(self.stem), rows)
+        """Add finished rows. A sample counts as done once its row is there, so its features are written first.
 
-    def merge(self, order: Sequence[str]) -> None:
+        Raises:
+            EvaluationError: They cannot be written; what was there before is still there.
+        """
+        keys = [(row["sample_id"], row["variant"]) for row in rows]
+        pairs = [(key, vector) for key, vector in zip(keys, features, strict=True) if vector is not None]
+        _append(self._own(FEATURES), [_feature_row(key, vector) for key, vector in pairs])
+        _append(self._own(self.stem), rows)
+        self.features.update({key: np.asarray(vector, dtype=np.float32) for key, vector in pairs})
+        self.rows.update(zip(keys, rows, strict=True))
+
+    def merge(self) -> None:
         """One file in the order of the plan instead of the parts. Called by one process, when all have finished."""
-        rank = {sample_id: index for index, sample_id in enumerate(order)}
-        keys = sorted(self.rows, key=lambda key: (self.variants.index(key[1]), rank[key[0]]))
-        features = [
-            {"sample_id": key[0], "variant": key[1], "features": encode_vector(self.features[key])}
-            for key in keys
-            if key in self.features
-        ]
-        for stem, rows in ((FEATURES, features), (self.stem, [self.rows[key] for key in keys])):
+        order = [(sample_id, variant) for variant in self.variants for sample_id in self.samples]
+        features = [_feature_row(key, self.features[key]) for key in order if key in self.features]
+        for stem, rows in ((FEATURES, features), (self.stem, [self.rows[key] for key in order if key in self.rows])):
             parts = self._parts(stem)
             if rows or parts:
-                write_atomically(self.folder / f"{stem}.jsonl", _lines(rows))
+                write_bytes(self.folder / f"{stem}.jsonl", _lines(rows), error=EvaluationError)
             for part in parts:
                 if part.name != f"{stem}.jsonl":
                     part.unlink()
 
-    def by_variant(self, order: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    def by_variant(self) -> dict[str, list[dict[str, Any]]]:
         """Rows of each variant that has any, in the order of the plan."""
-        table = {v: [self.rows[s, v] for s in order if (s, v) in self.rows] for v in self.variants}
+        table = {v: [self.rows[s, v] for s in self.samples if (s, v) in self.rows] for v in self.variants}
         return {variant: rows for variant, rows in table.items() if rows}
 
 
+def _feature_row(key: Key, vector: np.ndarray) -> dict[str, Any]:
+    return {"sample_id": key[0], "variant": key[1], "features": encode_vector(vector)}
+
+
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    try:
+        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"a row that cannot be written as JSON ({error}): rows hold plain, finite data"
+        ) from error
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        with path.open("ab") as file:
-            file.write(_lines(rows))
-            file.flush()
+    """Add lines to a file, all of them or none."""
+    if not rows:
+        return
+    content = memoryview(_lines(rows))
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # not every system has them
+        flags |= getattr(os, name, 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                while content:
+                    content = content[os.write(handle, content) :]
+                os.fsync(handle)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(handle, before)
+                raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot write to {path} ({error.strerror or error}): nothing that was there is lost; make room, or make "
+            "it a plain file, and run the same again"
+        ) from error

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from erasure.errors import UnsupportedModelError
 from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
-from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin
+from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin, base_of
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline
 
@@ -62,5 +62,6 @@ __all__ = [
     "StableDiffusionXLAStarPipeline",
     "StableDiffusionXLObjectRemovalPipeline",
     "Task",
+    "base_of",
     "pipeline_class",
 ]

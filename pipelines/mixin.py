@@ -16,7 +16,7 @@ from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.interop.pipelines import components_of
-from erasure.sae.detection import Detection
+from erasure.sae.detection import Detection, detect_concepts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
+
+
+def base_of(model: str | Path) -> str:
+    """Where the files of a stock pipeline stand; with erasures beside the base, it has a folder of its own."""
+    base = Path(model) / BASE_FOLDER
+    return str(base) if (Path(model) / ERASURES_FOLDER).is_dir() and base.is_dir() else str(model)
 
 
 class SharedModulesMixin:
@@ -142,8 +148,8 @@ class ErasureMixin(SharedModulesMixin):
         return self.erasure_manager.verify()
 
     def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
-        """How surely prompts hold the concepts of attached feature erasures; see `ErasureManager.detect_concepts`."""
-        return self.erasure_manager.detect_concepts(prompts)
+        """How surely prompts hold the concepts of attached feature erasures; see `erasure.detect_concepts`."""
+        return detect_concepts(self.erasure_manager.pipe, prompts)
 
     def save_erased_pipeline(self, folder: str | Path, *, fuse: bool = True) -> Path:
         """Write a whole pipeline that stays erased.
@@ -160,10 +166,8 @@ class ErasureMixin(SharedModulesMixin):
         manager = self.erasure_manager
         with manager.in_use():
             manager.verify()
-            refuse_adapters(manager.pipe)
-            if fuse:
-                manager.check_saveable()
-            elif manager.fused_erasures:
+            manager.check_saveable(beyond_weights=not fuse)
+            if not fuse and manager.fused_erasures:
                 raise AttachError(
                     f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True"
                 )
@@ -218,15 +222,14 @@ class ErasureMixin(SharedModulesMixin):
             raise ArtifactError(
                 f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end"
             )
-        strengths = read_json(folder / ATTACHED_FILE, dict[str, float])
+        strengths: dict[str, float] = read_json(folder / ATTACHED_FILE, dict[str, float])
         if not strengths:
             raise ArtifactError(
                 f"{folder / ATTACHED_FILE} names no erasure: the file is damaged; save the folder again"
             )
         erasures = {name: Erasure.read(inside(folder / ERASURES_FOLDER, name)) for name in strengths}
         # Folders of earlier versions have the base beside the erasures.
-        base = folder / BASE_FOLDER if (folder / BASE_FOLDER).is_dir() else folder
-        pipe = super().from_pretrained(str(base), **options)  # type: ignore[misc]
+        pipe = super().from_pretrained(base_of(folder), **options)  # type: ignore[misc]
         for name, strength in strengths.items():
             pipe.erasure_manager.add(erasures[name], name, strength)
         pipe.verify_erasures()

@@ -102,6 +102,7 @@ class Edits:
         Raises:
             ArtifactError: A component that no erasure may change, a parameter that is edited twice, tensors of a wrong
                 type or shape or that do not go together, or edits that are all zero.
+            DivergenceError: A tensor holds NaN or infinity.
         """
         for key in (*self.parameters, *self.pinned, *self.features):
             check_key(key, text_only=key in self.pinned or key in self.features)
@@ -121,6 +122,7 @@ class Edits:
                 )
         for key, block in self.features.items():
             _check_block(key, block)
+        self.check_finite()
         if not self.change_something():
             raise ArtifactError(
                 f"the erasure changes nothing: its {len(self)} edits are zero. It is damaged or was never trained; "

@@ -11,7 +11,7 @@ layers (`beside.py`) and full-rank ones are refused.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Written:
     """What stands in the parameters of one component, and what stood there before."""
 
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    """CPU copies of base parameters that are edited now, by path."""
+    """CPU copies of base parameters that an attached erasure edits, in force or not, by path."""
     terms: Mapping[str, Terms] = field(default_factory=dict)
     """The terms that were last written, by path."""
 
@@ -110,7 +110,8 @@ class Written:
         value = value if value.dtype == torch.float64 else value.float()
         for strength, edit in terms:
             value = value + strength * delta_of(edit)
-        wrapper = _wrapper(component, path) if path in self.originals else None
+        # PEFT merges into weights; a base value that is read just now holds what is merged already.
+        wrapper = _wrapper(component, path) if path in self.originals and path.endswith(".weight") else None
         try:
             merged = adapters.merged_delta(wrapper)
         except ValueError as error:
@@ -119,12 +120,12 @@ class Written:
 
     def holds(self, component: nn.Module, path: str) -> bool:
         """Whether a parameter is what was written into it, but for rounding by casts and by merged adapters since."""
-        expected = self.edited(component, path, self.terms[path])
+        expected = self.edited(component, path, self.terms.get(path, []))
         return _is_now(component, path, expected, self.originals[path])
 
     def check_intact(self, name: str, component: nn.Module) -> None:
         """Raise `AttachError` when an edited parameter is not what was written into it."""
-        for path in self.terms:
+        for path in self.originals:
             if not self.holds(component, path):
                 raise AttachError(
                     f"{name}/{path} was changed by something else since the erasure was attached, and that change "
@@ -143,7 +144,9 @@ class WritePlan:
     """What stands in the parameters afterwards."""
 
 
-def plan(name: str, component: nn.Module, written: Written, terms: Mapping[str, Terms]) -> WritePlan:
+def plan(
+    name: str, component: nn.Module, written: Written, terms: Mapping[str, Terms], held: Collection[str]
+) -> WritePlan:
     """Plan to make parameters equal to base + sum of strength * delta, and to restore all others.
 
     Args:
@@ -151,24 +154,27 @@ def plan(name: str, component: nn.Module, written: Written, terms: Mapping[str, 
         component: The module.
         written: What stands there now.
         terms: For every path that is to be edited, its terms.
+        held: Paths whose base values are kept, edited now or not.
 
     Raises:
         AttachError: Something else changed an edited parameter meanwhile, or merged an adapter into one to be edited.
         UnsupportedModelError: A parameter is inside fused projections, which would ignore what is written.
     """
     written.check_intact(name, component)
-    changed = [
-        path for path in {**written.terms, **terms} if not _same_terms(written.terms.get(path), terms.get(path))
-    ]
-    originals = {path: value for path, value in written.originals.items() if path in terms}
-    for path in changed:
-        refuse_fused(name, component, path)
-        if path not in written.originals:
+    every = {**written.terms, **terms}
+    changed = [path for path in every if not _same_terms(written.terms.get(path), terms.get(path))]
+    # What is let go is as it was, to the last bit, whatever has been merged into it and taken out again.
+    changed += [path for path in written.originals if path not in held and path not in every]
+    originals = {path: value for path, value in written.originals.items() if path in held}
+    for path in held:
+        if path not in originals:
             if getattr(_wrapper(component, path), "merged", False):
                 raise AttachError(f"{name}/{path} has a LoRA fused into it: unfuse_lora() first")
             originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
+    for path in changed:
+        refuse_fused(name, component, path)
     after = Written(originals, dict(terms))
-    whole = Written({**written.originals, **originals})
+    whole = Written({**originals, **written.originals})
     return WritePlan({path: whole.edited(component, path, terms.get(path, [])) for path in changed}, after)
 
 
@@ -250,9 +256,14 @@ def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
 def cancelled(component: nn.Module, written: Written) -> str | None:
     """The path of an edit that a user's adapter takes back by half or more, if there is one."""
     for path, terms in written.terms.items():
-        added = adapters.added_delta(_wrapper(component, path))
+        if not path.endswith(".weight"):
+            continue
+        added = adapters.foreign_delta(_wrapper(component, path))
         edit = sum((strength * delta_of(edit) for strength, edit in terms), torch.zeros(()))
-        if added is not None and added.shape == edit.shape and _share(added, edit) <= -0.5:
+        if added is None or added.shape != edit.shape or not edit.any():
+            continue
+        # A large adapter has some share of any edit by chance; one that takes it back points the other way too.
+        if _share(added, edit) <= -0.5 and torch.cosine_similarity(added.flatten(), edit.flatten(), 0) <= -0.3:
             return path
     return None
 
@@ -269,7 +280,7 @@ def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> 
 
 
 def _wrapper(component: nn.Module, path: str) -> Any:
-    return adapters.wrapper_of(component, paths.layer(component, path.rsplit(".", 1)[0]))
+    return adapters.wrapper_at(component, path.rsplit(".", 1)[0])
 
 
 def _has_parameter(component: nn.Module, path: str) -> bool:

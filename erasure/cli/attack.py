@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +82,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    for line in remarks(results["metrics"]):
-        terminal.say(line)
+    terminal.say(*remarks(results["metrics"]))
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
 
@@ -109,10 +107,8 @@ def _attack(options: AttackOptions, name: str, changed: dict[str, Any], terminal
     attach(pipe, erasures, options.strength)
     common: dict[str, Any] = {"suite": options.suite, "out": out, "progress": terminal.speaks}
     if options.prompts is not None:
-        replay(pipe, options.prompts, concept, **common)
-    else:
-        attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)
-    return json.loads((out / "results.json").read_text())
+        return replay(pipe, options.prompts, concept, **common).to_dict()
+    return attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed).to_dict()
 
 
 def _parse(method: Any, start: Any, name: str, argv: list[str]) -> tuple[AttackOptions, Any]:

@@ -11,6 +11,7 @@ import tyro
 
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Terminal, UsageError, format_metric, parse
+from erasure.shown import number
 
 
 @dataclass(kw_only=True)
@@ -52,8 +53,10 @@ def layout(comparison: Any) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in comparison.rows:
         cells = [format_metric(row["cells"].get(column)) for column in comparison.columns]
-        cost = [f"{row['seconds']:.1f}", f"{row['size_bytes'] / 1e6:.2f}"] if "seconds" in row else ["", ""]
-        rows.append([row["label"], row["variant"], row["concept"] or "", *cells, *cost])
+        made = (
+            [number(row["seconds"], ".1f"), number(row["size_bytes"], ".2f", 1e-6)] if "seconds" in row else ["", ""]
+        )
+        rows.append([row["label"], row["variant"], row["concept"] or "", *cells, *made])
     for row in comparison.means():
         if row["concepts"] > 1:
             cells = [format_metric({"value": row["cells"].get(column)}) for column in comparison.columns]

@@ -80,9 +80,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     about = f"Measured on the embedded model {MODEL}, with 95 % intervals. The same noise before and after."
     write_page(out / "report.html", "Before and after", about, columns, rows, picture=picture, links=links)
     terminal.table(columns, rows, title=about)
-    terminal.say(f"Picture:  {picture}\nReport:   {out / 'report.html'}")
-    for name in erasures:
-        terminal.say(f"Erasure:  {out / name}")
+    terminal.say(f"Picture:  {picture}", f"Report:   {out / 'report.html'}")
+    terminal.say(*(f"Erasure:  {out / name}" for name in erasures))
     first = out / next(iter(erasures))
     terminal.say(
         f"Next:     erasure generate --model {MODEL} --erasure {first} --prompt 'a cat and a dog' --out images"

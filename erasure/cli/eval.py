@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +60,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
-    evaluate(pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, progress=terminal.speaks)
+    found = evaluate(
+        pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, progress=terminal.speaks
+    )
     if not is_main_process():
         return
-    results = json.loads((out / "results.json").read_text())
+    results = found.to_dict()
     if options.json:
         terminal.result(results)
         return

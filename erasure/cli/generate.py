@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from erasure.cli.models import ErasedModelOptions, attach, canvas_facts, check_strengths, load_erasures, open_model
+from erasure.cli.models import (
+    ErasedModelOptions,
+    attach,
+    canvas_facts,
+    check_seeds,
+    check_strengths,
+    load_erasures,
+    open_model,
+)
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
 
 
@@ -48,6 +56,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.count < 1 or (options.steps is not None and options.steps < 1):
         raise UsageError("--count and --steps are at least 1")
     check_strengths(options)
+    check_seeds(options.seed, options.count)
     rank, world = process()
     out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
     erasures = load_erasures(options)
@@ -56,6 +65,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
     import torch
 
+    from erasure.files import write_bytes
+    from erasure.images import png
+
     settings = call_settings(options.model, options.steps, options.guidance)
     if options.compose:
         settings |= {"subjects": list(options.compose), "loss": options.compose_loss}
@@ -63,11 +75,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     written = []
     with terminal.progress(len(jobs[rank::world])) as progress:
         for index, (prompt, seed) in list(enumerate(jobs))[rank::world]:
-            progress.stage(prompt[:40])
+            progress.stage(prompt)
             generator = torch.Generator("cpu").manual_seed(seed)
             image = pipe(prompt, generator=generator, **settings).images[0]
             path = out / f"{index:03d}-{slug(prompt)}-{seed}.png"
-            image.save(path)
+            write_bytes(path, png(image), error=UsageError)
             written.append({"file": str(path), "prompt": prompt, "seed": seed})
             progress.advance()
     if erasures:

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from erasure.cli.terminal import Terminal, parse
+from erasure.shown import number
 
 GATE_RATES = ("tpr", "fpr", "auc")
 """What is shown of a gate; the JSON has its curve too."""
@@ -81,7 +82,7 @@ def facts(made: Any) -> list[list[str]]:
         ["base model", f"{config.base.get('model', 'unknown')} ({config.family})"],
         ["lives in", ", ".join(config.carriers)],
         ["protects", config.protects],
-        ["made in", f"{config.cost['seconds']:.1f} s" if "seconds" in config.cost else ""],
+        ["made in", f"{number(config.cost['seconds'], '.1f')} s" if "seconds" in config.cost else ""],
         ["made with", versions],
         ["size", f"{made.size_bytes / 1e6:.2f} MB"],
     ]
@@ -90,4 +91,4 @@ def facts(made: Any) -> list[list[str]]:
 
 def format_value(value: Any) -> str:
     """A number with four digits, anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 
-from erasure.cli.terminal import Terminal, UsageError, is_main_process
+from erasure.cli.terminal import Terminal, UsageError
 from erasure.errors import ErasureError
+from erasure.shown import visible
 
 COMMANDS: dict[str, str] = {
     "demo": "erase from the embedded model, show before and after, write a report",
@@ -55,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _dispatch(arguments, terminal)
     except (ErasureError, KeyboardInterrupt, BrokenPipeError, Exception) as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
-        return _report(error)
+        return _report(error, terminal)
     return 0
 
 
@@ -97,20 +101,26 @@ def _help() -> str:
     )
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, terminal: Terminal) -> int:
     if isinstance(error, KeyboardInterrupt):
-        if is_main_process():
+        if terminal.speaks:
             print("erasure: interrupted; nothing half-written is left, run the same command to go on", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader of a pipe (`| head`) has gone: not a failure, and Python must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    message = " ".join(str(error).split())
     if isinstance(error, ErasureError):
-        if is_main_process():
-            print(f"erasure: error: {message}", file=sys.stderr)
+        if terminal.speaks:
+            terminal.complain("error", error)
         return 2
-    kind = type(error).__name__
-    print(f"erasure: error: {kind}: {message} (unexpected; --debug shows where it happened)", file=sys.stderr)
+    text = f"{type(error).__name__}: {error}"
+    terminal.complain("error", text, " (unexpected; --debug shows where it happened)")
     return 1
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of Python's own, which prints messages as they are."""
+    for block in traceback.format_exception(kind, error, trace):
+        for line in block.splitlines():
+            print(visible(line), file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,6 +81,20 @@ def check_strengths(options: ErasedModelOptions) -> None:
         )
 
 
+def check_seeds(seed: int, count: int = 1) -> None:
+    """Refuse seeds that no generator takes, before anything is loaded.
+
+    Args:
+        seed: The first.
+        count: How many there are, one after the other.
+
+    Raises:
+        UsageError: One has more than 64 bits.
+    """
+    if not -(2**63) <= seed <= 2**64 - count:
+        raise UsageError("--seed has more than 64 bits: give a whole number from -2^63 to 2^64 - 1")
+
+
 def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
     """Read the erasures, by the names under which they will be attached.
 
@@ -112,14 +126,16 @@ def attach(pipe: Any, erasures: dict[str, Any], strength: tuple[float, ...] = ()
 
 
 def canvas_facts(model: str) -> dict[str, Any]:
-    """`canvas.json` of a model folder or embedded model; empty for models of no known world."""
-    from erasure import assets
+    """`canvas.json` of a model folder or embedded model; empty for models of no known world.
 
-    folder = Path(model) if Path(model).is_dir() else assets.find(model)
-    if folder is None:
-        return {}
-    path = folder / "canvas.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    from erasure import assets
+    from erasure.assets.facts import read_facts
+
+    folder = Path(model) if os.path.isdir(model) else assets.find(model)
+    return (read_facts(folder) or {}) if folder is not None else {}
 
 
 def kind_of(word: str, facts: dict[str, Any]) -> Kind:

@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from erasure.cli.terminal import UsageError
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body><main>
-<h1>{title}</h1>
-<p class="note">{about}</p>
-{picture}<div class="scroll"><table><thead>{head}</thead><tbody>
-{body}
-</tbody></table></div>
-{links}</main></body>
-</html>
-"""
 
 
 def write_page(
@@ -47,35 +27,16 @@ def write_page(
         columns: Heads of the table.
         rows: Its cells.
         picture: A PNG to put into the page.
-        links: Addresses, relative to the file, by what they lead to.
+        links: Paths of files, relative to this one, by what they lead to.
 
     Raises:
         UsageError: The file cannot be written.
     """
-    from erasure.eval.report_style import CSS
+    from erasure.files import write_bytes
+    from erasure.pages import html_page, png
 
-    image = ""
-    if picture is not None:
-        encoded = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<p><img alt="" style="max-width: 100%" src="data:image/png;base64,{encoded}"></p>\n'
-    listed = "".join(
-        f'<li><a href="{html.escape(to)}">{html.escape(text)}</a></li>\n' for text, to in (links or {}).items()
+    image = None if picture is None else png(picture.read_bytes())
+    content = html_page(
+        "table.html", title=title, about=about, columns=columns, rows=rows, picture=image, links=links or {}
     )
-    content = PAGE.format(
-        css=CSS,
-        title=html.escape(title),
-        about=html.escape(about),
-        picture=image,
-        head=_row("th", columns),
-        body="\n".join(_row("td", row) for row in rows),
-        links=f"<ul>\n{listed}</ul>\n" if listed else "",
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}): name another file") from error
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    write_bytes(path, content.encode(), error=UsageError)

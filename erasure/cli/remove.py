@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,13 @@ from typing import Any
 from PIL import Image
 
 from erasure.cli.generate import call_settings
-from erasure.cli.models import ErasedModelOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.models import ErasedModelOptions, attach, check_seeds, check_strengths, load_erasures, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
+
+FORMAT_OF = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+}  # fmt: skip
+"""Pillow's name of the format of each ending."""
 
 
 @dataclass(kw_only=True)
@@ -61,17 +68,22 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.count < 1 or (options.steps is not None and options.steps < 1):
         raise UsageError("--count and --steps are at least 1")
     check_strengths(options)
+    check_seeds(options.seed, options.count)
     files = numbered(options.out, options.count)
-    for file in (*files, *((options.mask_out,) if options.mask_out else ())):
-        check_writable(file, options.overwrite)
-    image = read(options.image)
-    mask = None if options.mask is None else read(options.mask)
+    check_writable([*files, *((options.mask_out,) if options.mask_out else ())], options.overwrite)
+    from erasure.images import read_image, read_rgb
+
+    image = read_rgb(options.image, error=UsageError)
+    # As it is: a brush on a transparent ground is told from its transparency.
+    mask = None if options.mask is None else read_image(options.mask, error=UsageError)
     erasures = load_erasures(options)
     pipe: Any = open_model(options, task="object-removal")
     if erasures:
         attach(pipe, erasures, options.strength)
 
     import torch
+
+    from erasure.masks import read_masks
 
     given = {
         "num_inference_steps": call_settings(options.model, options.steps).get("num_inference_steps"),
@@ -94,49 +106,51 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
             **settings,
         ).images  # fmt: skip
     for file, result in zip(files, results, strict=True):
-        result.save(file)
+        save(result, file)
     if options.mask_out is not None:
-        mask.convert("L").save(options.mask_out)
+        (used,) = read_masks(mask, (image.height, image.width), 1)
+        save(Image.fromarray(used.numpy()).convert("L"), options.mask_out)
     if options.json:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
         terminal.result({"model": options.model, "preset": options.preset, **settings, "images": written})
     else:
-        terminal.say(", ".join(map(str, files)))
+        terminal.say(*map(str, files))
 
 
 def numbered(file: Path, count: int) -> list[Path]:
-    """`clean.png`, or `clean-0.png`, `clean-1.png` and so on.
-
-    Raises:
-        UsageError: No ending that says which kind of image it is.
-    """
-    if file.suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"--out {file} has no ending of an image: name it, for instance, clean.png")
+    """`clean.png`, or `clean-0.png`, `clean-1.png` and so on."""
     if count == 1:
         return [file]
     return [file.with_name(f"{file.stem}-{index}{file.suffix}") for index in range(count)]
 
 
-def check_writable(file: Path, overwrite: bool) -> None:
-    """Make sure before any work is done that a file can be written.
+def check_writable(files: Sequence[Path], overwrite: bool) -> None:
+    """Make sure before any work is done that pictures can be written to files.
 
     Raises:
-        UsageError: It is there, or its folder is not.
+        UsageError: One has no ending of a picture, is there, is named twice, or its folder is not there.
     """
-    if file.exists() and not overwrite:
-        raise UsageError(f"{file} is there: name another file, or add --overwrite")
-    if not file.parent.is_dir():
-        raise UsageError(f"{file.parent} is no folder: make it first")
+    for file in files:
+        if file.suffix.lower() not in FORMAT_OF:
+            raise UsageError(
+                f"{file} has no ending of an image: name it, for instance, clean.png; allowed: {', '.join(FORMAT_OF)}"
+            )
+        if files.count(file) > 1:
+            raise UsageError(f"{file} is named twice: name a file for the result, and another for the mask")
+        if os.path.isdir(file) or (os.path.lexists(file) and not overwrite):
+            raise UsageError(f"{file} is there: name another file, or add --overwrite")
+        if not os.path.isdir(file.parent):
+            raise UsageError(f"{file.parent} is no folder: make it first")
 
 
-def read(file: Path) -> Image.Image:
-    """Read an image file.
+def save(image: Image.Image, file: Path) -> None:
+    """Write a picture in the format of the file's ending, whole or not at all.
 
     Raises:
-        UsageError: It is missing or damaged.
+        UsageError: It cannot be written.
     """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UsageError(f"cannot read the image {file}: {error.strerror or error}") from error
+    from erasure.files import write_bytes
+
+    buffer = io.BytesIO()
+    image.save(buffer, FORMAT_OF[file.suffix.lower()])
+    write_bytes(file, buffer.getvalue(), error=UsageError)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
+from erasure.shown import LABEL, message, number, visible
 
 Options = TypeVar("Options")
 
@@ -22,6 +24,11 @@ BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m")
 
 WIDE = 200
 """Columns of tables that go to a file or a pipe."""
+
+LARGEST = 100_000
+"""Characters of a table."""
+MOST = 2000, 60
+"""Rows and columns of a table."""
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """Where this package is."""
@@ -124,21 +131,39 @@ def merge_repeated(argv: Sequence[str], flags: set[str]) -> list[str]:
 
 
 class Terminal:
-    """Results go to stdout, remarks and progress to stderr; all but the main process are silent."""
+    """Results go to stdout, remarks and progress to stderr; all but the main process are silent.
+
+    Every text goes out through here, cut and with its control characters visible (`erasure.shown`).
+    """
 
     def __init__(self) -> None:
         self.speaks = is_main_process()
         self.json_only = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # What the terminal's encoding lacks is escaped as well.
+                stream.reconfigure(errors="backslashreplace")
 
     def result(self, data: Any) -> None:
-        """Print data as JSON."""
+        """Print data as JSON, whole: programs read it."""
         if self.speaks:
-            print(json.dumps(data, indent=2, default=str))
+            print(json.dumps(data, indent=2, default=str).replace("\x7f", "\\u007f"))
 
-    def say(self, text: str) -> None:
-        """A line for people: on stdout, or on stderr when stdout is for JSON."""
+    def say(self, *lines: str) -> None:
+        """Lines for people: on stdout, or on stderr when stdout is for JSON."""
         if self.speaks:
-            print(text, file=sys.stderr if self.json_only else sys.stdout, flush=True)
+            for line in lines:
+                print(visible(line), file=sys.stderr if self.json_only else sys.stdout, flush=True)
+
+    def complain(self, kind: str, text: object, remark: str = "") -> None:
+        """A line on stderr about what went wrong.
+
+        Args:
+            kind: `error` or `warning`.
+            text: The message, an exception or a warning for instance.
+            remark: What is said behind it, however long it is.
+        """
+        print(f"erasure: {kind}: {message(text)}{remark}", file=sys.stderr, flush=True)
 
     def warn(
         self,
@@ -152,10 +177,13 @@ class Terminal:
         """A warning of this package as one line on stderr, in place of `warnings.showwarning`; others are left out."""
         ours = category.__module__.startswith("erasure.") or Path(filename).is_relative_to(PACKAGE)
         if self.speaks and ours:
-            print(f"erasure: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            self.complain("warning", message)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """Print a table; columns after the first that hold only numbers are set to the right."""
+        """Print a table; columns after the first that hold only numbers are set to the right.
+
+        Of a very large one the beginning is printed, and how much there is.
+        """
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
@@ -163,18 +191,25 @@ class Terminal:
 
         if not self.speaks:
             return
+        # Never strings: rich would look for markup in them.
+        heads, *cells = [[visible(cell) for cell in row[: MOST[1]]] for row in (columns, *rows[: MOST[0]])]
+        sizes = itertools.accumulate(sum(map(len, row)) for row in cells)
+        cells = [row for row, size in zip(cells, sizes, strict=True) if size <= LARGEST]
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
+        for index, head in enumerate(heads):
+            numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in cells)
+            table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
+        for row in cells:
             table.add_row(*map(Text, row))
         console = Console(stderr=self.json_only)
         if not console.is_terminal:
             console.width = WIDE
         if title:
-            console.print(Text(title))
+            console.print(Text(visible(title)))
         console.print(table)
+        if len(cells) < len(rows) or len(heads) < len(columns):
+            shown = f"{len(cells)} of {len(rows)} rows and {len(heads)} of {len(columns)} columns"
+            self.say(f"… {shown} are shown; --json gives all.")
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Progress]:
@@ -184,7 +219,7 @@ class Terminal:
         from rich.progress import Progress as Bar
 
         bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
             TimeElapsedColumn(), console=Console(stderr=True), disable=not self.speaks, transient=False,
         )  # fmt: skip
         with bar:
@@ -199,7 +234,7 @@ class Progress:
 
     def stage(self, text: str) -> None:
         """Say what is being done now."""
-        self.bar.update(self.task, description=text)
+        self.bar.update(self.task, description=visible(text, LABEL))
 
     def advance(self, steps: float = 1) -> None:
         """Go on by so many steps."""
@@ -230,9 +265,10 @@ def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = Fal
     Raises:
         UsageError: It is a file, is not empty, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
+    # Unlike those of `Path`, these give no error for names that cannot be.
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise UsageError(f"--out {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or may_hold):
+    if os.path.isdir(folder) and any(folder.iterdir()) and not (overwrite or may_hold):
         raise UsageError(f"--out {folder} is not empty: name another folder, or add --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,11 +282,9 @@ def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = Fal
     return folder
 
 
-def format_metric(row: dict[str, Any] | None) -> str:
+def format_metric(row: Mapping[str, Any] | None) -> str:
     """`0.970 [0.932, 0.991]`; what was not or could not be measured is `-`."""
     if row is None or row.get("value") is None:
         return "-"
-    value = f"{row['value']:.3f}"
-    if row.get("low") is None or row.get("high") is None:
-        return value
-    return f"{value} [{row['low']:.3f}, {row['high']:.3f}]"
+    value, low, high = (number(row.get(key), ".3f") for key in ("value", "low", "high"))
+    return value if row.get("low") is None or row.get("high") is None else f"{value} [{low}, {high}]"

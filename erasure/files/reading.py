@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ LINES_LIMIT = 1_000_000
 """Lines of a JSONL file."""
 LONGEST_INTEGER = 40
 """Digits of an integer, wherever it stands."""
+SUSPICIOUS = re.compile(rb"\d{%d}|\d[eE]\+?\d{3}" % (LONGEST_INTEGER + 1))
+"""What integers of too many digits, or infinity as `1e999`, hold."""
 KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -184,18 +187,25 @@ def parsed(content: bytes, schema: type[T] | Any, where: str, *, error: type[Era
     Raises:
         ErasureError: See `read_json`.
     """
+    value: T = _checked(content, schema, where, error)
+    # After it, because that parser bounds the nesting. Numbers are looked at one by one only where any is suspicious.
+    integer, number = (_integer, _finite) if SUSPICIOUS.search(content) else (None, None)
     try:
-        # First, because this parser bounds the nesting.
-        value = _adapter(schema).validate_json(content, strict=True)
-        json.loads(content, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+        json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_int=integer, parse_float=number)
+    except ValueError as reason:
+        raise error(f"{where} cannot be read as JSON ({shown(str(reason), 200)[1:-1]}): {DAMAGED}") from None
+    return value
+
+
+def _checked(content: bytes, schema: Any, where: str, error: type[ErasureError]) -> Any:
+    """JSON as what a schema says, as far as the schema says something."""
+    try:
+        return _adapter(schema).validate_json(content, strict=True)
     except ValidationError as reason:
         first = reason.errors(include_url=False, include_input=False)[0]
         if first["type"] == "json_invalid":
             raise error(f"{where} cannot be read as JSON ({first['ctx']['error']}): {DAMAGED}") from None
         raise error(f"{where} {_told(reason, schema)}") from None
-    except ValueError as reason:
-        raise error(f"{where} cannot be read as JSON ({shown(str(reason), 200)[1:-1]}): {DAMAGED}") from None
-    return value
 
 
 def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
@@ -205,12 +215,12 @@ def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[Erasu
         ErasureError: It is not of the schema, or could not be written as JSON.
     """
     try:
-        content = json.dumps(data).encode()
+        content = json.dumps(data, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as reason:
         raise error(
             f"{where} is no plain data ({shown(str(reason), 200)[1:-1]}): give texts, numbers, lists"
         ) from None
-    return parsed(content, schema, where, error=error)
+    return _checked(content, schema, where, error)
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)

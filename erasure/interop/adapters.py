@@ -8,20 +8,26 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from erasure.interop import paths
+
 
 def tuner_layers(component: nn.Module) -> list[BaseTunerLayer]:
     """Every layer of a component that PEFT has wrapped."""
     return [part for part in component.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def wrapper_of(component: nn.Module, layer: nn.Module) -> Any:
-    """The PEFT wrapper around a layer, or `None`."""
-    return next((part for part in tuner_layers(component) if part.get_base_layer() is layer), None)
+def wrapper_at(component: nn.Module, path: str) -> Any:
+    """The PEFT wrapper around the layer at a canonical path, or `None`."""
+    found = paths.transformer_root(component).get_submodule(path)
+    return found if isinstance(found, BaseTunerLayer) else None
 
 
-def is_in_force(component: nn.Module) -> bool:
-    """Whether an adapter changes what a component computes now, added to its layers or merged into them."""
-    return any(part.merged or (part.active_adapters and not part.disable_adapters) for part in tuner_layers(component))
+def names_in_force(component: nn.Module) -> set[str]:
+    """Names of the adapters that change what a component computes now, added to its layers or merged into them."""
+    found: set[str] = set()
+    for part in tuner_layers(component):
+        found |= {*part.merged_adapters, *(() if part.disable_adapters else part.active_adapters)}
+    return found
 
 
 def merged_names(component: nn.Module) -> list[str]:
@@ -44,12 +50,13 @@ def merged_delta(wrapper: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def added_delta(wrapper: Any) -> Tensor | None:
-    """What a wrapped layer's active adapters add to its weight, in float32 on the CPU; `None` for nothing."""
-    if wrapper is None or wrapper.disable_adapters or not hasattr(wrapper, "get_delta_weight"):
+def foreign_delta(wrapper: Any) -> Tensor | None:
+    """What adapters add to a layer's weight, merged or not, in float32 on the CPU; `None` for nothing."""
+    if wrapper is None or not hasattr(wrapper, "get_delta_weight"):
         return None
-    names = [name for name in wrapper.active_adapters if name in getattr(wrapper, "lora_A", ())]
-    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names if name not in wrapper.merged_adapters]
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    names = [name for name in {*active, *wrapper.merged_adapters} if name in getattr(wrapper, "lora_A", ())]
+    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names]
     return torch.stack(deltas).sum(0) if deltas else None
 
 

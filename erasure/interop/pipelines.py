@@ -106,7 +106,7 @@ def twin(
     originals: Mapping[str, Mapping[str, Tensor]],
     left_out: Iterable[object],
     *,
-    prefix: str,
+    prefix: str | None,
     without_adapters: bool,
 ) -> DiffusionPipeline:
     """Another pipeline object on the same weights, with other values for some parameters and some hooks left out.
@@ -118,7 +118,8 @@ def twin(
         pipe: The pipeline; nothing of it may be offloaded.
         originals: Values by component and canonical path, for parameters that must differ.
         left_out: Objects that hold tensors and are not copied with the modules.
-        prefix: Hooks and attributes with this prefix are left out.
+        prefix: Hooks with this prefix, and attributes of modules with it behind an underscore, are left out; nothing
+            is for `None`.
         without_adapters: Leave the user's LoRA adapters out too.
     """
     parts = components_of(pipe)
@@ -127,13 +128,14 @@ def twin(
         for component in parts.values()
         for part in component.modules()
         for name, hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).items()
-        if name.startswith(prefix)
+        if prefix is not None and name.startswith(prefix)
     ]
     copies = cloned(parts, [*left_out, *every])
     for name, component in copies.items():
-        hooks.remove_hooks(component, prefix)
-        for attribute in [key for key in vars(component) if key.startswith(f"_{prefix}")]:
-            del vars(component)[attribute]
+        if prefix is not None:
+            hooks.remove_hooks(component, prefix)
+            for attribute in [key for key in vars(component) if key.startswith(f"_{prefix}")]:
+                del vars(component)[attribute]
         for method in [key for key, value in vars(component).items() if isinstance(value, CallGuard)]:
             del vars(component)[method]
         if without_adapters:

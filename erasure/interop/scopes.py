@@ -142,7 +142,7 @@ class Uninterrupted:
     def __init__(self) -> None:
         self.over = False
         self.pending: tuple[int, FrameType | None] | None = None
-        self.handler: Any = None
+        self.handler: _Deferred | None = None
 
     def __enter__(self) -> Uninterrupted:
         """Defer the signal."""
@@ -157,10 +157,13 @@ class Uninterrupted:
     ) -> None:
         """Let it through again."""
         self.over = True
-        if self.handler is not None and signal.getsignal(signal.SIGINT) is self.handler:
-            signal.signal(signal.SIGINT, self.handler.previous)
-        if self.handler is not None and self.pending is not None:
-            self.handler.previous(*self.pending)
+        handler = self.handler
+        if handler is None:
+            return
+        if id(signal.getsignal(signal.SIGINT)) == id(handler):
+            signal.signal(signal.SIGINT, handler.previous)
+        if self.pending is not None:
+            handler.previous(*self.pending)
 
 
 class _Deferred:

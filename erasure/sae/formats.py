@@ -203,6 +203,8 @@ def _openai(config: OpenAI, path: Path) -> SparseAutoencoder:
     content = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ArtifactError(f"{path} holds no tensors by name: the file is damaged; fetch or make it again")
+    if sum(tensor.nbytes for tensor in content.values()) > path.stat().st_size:
+        raise ArtifactError(f"{path} holds tensors larger than itself: the file is damaged; fetch or make it again")
     _check(
         path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in content.items()}, stored, made, TENSORS
     )

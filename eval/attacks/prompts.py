@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from erasure.errors import EvaluationError
-from erasure.eval.results import write_atomically
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import PromptRow
 from erasure.eval.suites import Target
+from erasure.files import read_lines, write_bytes
 
 FILE = "adversarial.jsonl"
+MOST = 10_000
+"""Prompts in a file."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,17 @@ class AdversarialPrompt:
 
 
 def write_prompts(folder: Path, prompts: Sequence[AdversarialPrompt]) -> Path:
-    """Write `adversarial.jsonl` to a folder, atomically; one prompt a line."""
+    """Write `adversarial.jsonl` to a folder, atomically; one prompt a line.
+
+    Raises:
+        EvaluationError: It cannot be written.
+    """
     lines = []
     for prompt in prompts:
         target = {"name": prompt.target.name, "domain": prompt.target.domain, "members": list(prompt.target.members)}
         row = prompt.sample.row() | {"text": prompt.text, "target": target, "made_by": prompt.made_by}
         lines.append(json.dumps(row, allow_nan=False) + "\n")
-    write_atomically(folder / FILE, "".join(lines).encode())
-    return folder / FILE
+    return write_bytes(folder / FILE, "".join(lines).encode(), error=EvaluationError)
 
 
 def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
@@ -45,16 +52,11 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     Raises:
         EvaluationError: It is missing, empty or damaged, or holds prompts of several concepts or attacks.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(
-            f"no adversarial prompts at {path} ({getattr(error, 'strerror', None) or error}): give the folder of an "
-            f"attack, or its {FILE}"
-        ) from error
-    prompts = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    path = Path(path) / FILE if os.path.isdir(path) else Path(path)
+    if not os.path.lexists(path):
+        raise EvaluationError(f"no adversarial prompts at {path}: give the folder of an attack, or its {FILE}")
+    rows: Iterator[Any] = read_lines(path, PromptRow, count=MOST, error=EvaluationError)
+    prompts = [_prompt(row) for row in rows]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts: the attack had no success, so there is nothing to try again")
     for other in prompts:
@@ -65,15 +67,7 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     return prompts
 
 
-def _parsed(line: str, where: str) -> AdversarialPrompt:
-    try:
-        row = json.loads(line)
-        target, text, made_by = row["target"], row["text"], row["made_by"]
-        concept = Target(target["name"], target["domain"], tuple(target["members"]))
-        if not (isinstance(text, str) and isinstance(made_by, dict) and isinstance(made_by.get("attack"), str)):
-            raise TypeError("a field of the wrong type")
-        return AdversarialPrompt(Sample.from_row(row), text, concept, made_by)
-    except (ValueError, KeyError, TypeError, EvaluationError) as error:
-        raise EvaluationError(
-            f"{where} is no adversarial prompt ({type(error).__name__}: {error}): run the attack again"
-        ) from error
+def _prompt(row: Mapping[str, Any]) -> AdversarialPrompt:
+    target = row["target"]
+    concept = Target(target["name"], target["domain"], tuple(target["members"]))
+    return AdversarialPrompt(Sample.from_row(row), row["text"], concept, row["made_by"])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from erasure.cache import digest, model_fingerprint
+from erasure.cache import model_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
@@ -22,19 +21,20 @@ from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_met
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.processes import Processes
-from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
-from erasure.eval.runner import in_force, keep_image, model_name
+from erasure.eval.run import Progress, Run, Subject, join, model_name, opened
+from erasure.eval.runner import in_force
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
+from erasure.files import digest
 from erasure.interop import scopes
+from erasure.shown import LABEL, visible
 
 STEM = "attacks"
 """Of the file of rows."""
-Progress = Callable[[str, int, int], None]
-"""Called with the sample that is finished, how many are, and how many there are in all."""
 Row = dict[str, Any]
 
 
@@ -85,25 +85,28 @@ def attack(
     kit = suites.get(suite)
     if suites.is_comparing(kit):
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
-    attached = stock, entries = in_force(pipe)
+    processes = join(out, seed)
+    stock, entries = in_force(pipe)
     found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
-    run = _Run.start(pipe, attached, plan, kit.judge() if judge is None else judge, out, images, progress)
-    (target,) = found.targets
-    victim = Victim(pipe, stock, target, run.judge, lambda sample, image: run.keep("reference", sample, image))
-    rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
-    if rows is None:
-        return run.load()
-    made_by = {
-        "attack": name, "size": size, "options": dataclasses.asdict(method), "model": model_name(pipe),
-        "against": [_method(entry["erasure"], entry["strength"]) for entry in entries],
-    }  # fmt: skip
-    won = [row for row in rows if row["success"] and not row["before"]["shown"]]
-    kept = [AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by) for row in won]
-    write_prompts(run.table.folder, kept)
-    return run.save(attack_metrics(plan.concept, run.variant, rows, run.recipe), rows)
+    fingerprint = model_fingerprint(stock)
+    subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
+    with _opened(processes, subject, plan, out, images, progress) as run:
+        (target,) = found.targets
+        victim = Victim(pipe, stock, target, subject.judge, lambda sample, image: run.keep("reference", sample, image))
+        rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
+        if rows is None:
+            return Results.load(run.table.folder)
+        made_by = {
+            "attack": name, "size": size, "options": dataclasses.asdict(method), "model": model_name(pipe),
+            "against": [_method(entry["erasure"], entry["strength"]) for entry in entries],
+        }  # fmt: skip
+        won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
+        kept = [AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by) for row in won]
+        write_prompts(run.table.folder, kept)
+        return run.save(attack_metrics(plan.concept, run.variant, rows, run.recipe), rows)
 
 
 def replay(
@@ -145,7 +148,6 @@ def replay(
                 f"the prompts in {prompts} are about {first.target.name!r}, not about {wanted.name!r}: give those of "
                 "an attack on it"
             )
-    attached = in_force(pipe)
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
@@ -154,13 +156,16 @@ def replay(
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
     texts = {prompt.sample.sample_id: prompt.text for prompt in given}
-    judge, which = kit.judge() if judge is None else judge, digest(sorted(texts.items()))
-    run = _Run.start(pipe, attached, plan, judge, out, images, progress, which)
-    victim = Victim(pipe, attached[0], first.target, judge)
-    rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
-    if rows is None:
-        return run.load()
-    return run.save(replay_metrics(plan.concept, run.variant, rows, run.recipe), rows)
+    processes = join(out)
+    stock, entries = in_force(pipe)
+    fingerprint = model_fingerprint(stock)
+    subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
+    with _opened(processes, subject, plan, out, images, progress, digest(sorted(texts.items()))) as run:
+        victim = Victim(pipe, stock, first.target, subject.judge)
+        rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
+        if rows is None:
+            return Results.load(run.table.folder)
+        return run.save(replay_metrics(plan.concept, run.variant, rows, run.recipe), rows)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -187,7 +192,7 @@ def _method(erasure: Any, strength: float) -> str:
     return label if strength == 1 else f"{label} x{strength:g}"
 
 
-def _attacked(run: _Run, victim: Victim, method: Attack, sample: Sample, bar: Any) -> Row:
+def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: Any) -> Row:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
@@ -222,7 +227,7 @@ def _attacked(run: _Run, victim: Victim, method: Attack, sample: Sample, bar: An
     }  # fmt: skip
 
 
-def _replayed(run: _Run, victim: Victim, sample: Sample, text: str, bar: Any) -> Row:
+def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: Any) -> Row:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
@@ -234,7 +239,7 @@ def _replayed(run: _Run, victim: Victim, sample: Sample, text: str, bar: Any) ->
 
 
 def _tried(
-    run: _Run, victim: Victim, variant: str, sample: Sample, text: str | None, failures: dict[str, str]
+    run: _Attack, victim: Victim, variant: str, sample: Sample, text: str | None, failures: dict[str, str]
 ) -> dict[str, Any]:
     """Draw and judge one prompt."""
     image = victim.draw(sample, text)
@@ -245,73 +250,18 @@ def _tried(
     return {"judged": verdict.judged, "shown": verdict.shown}
 
 
-@dataclass
-class _Run:
+class _Attack(Run):
     """One attack or replay in this process."""
 
-    pipe: Any
-    plan: Plan
-    judge: Judge
-    table: SampleTable
-    images: bool
-    progress: bool | Progress
-    processes: Processes
-    erasures: list[dict[str, Any]]
-    fingerprint: str
-    sampler: dict[str, Any]
-    recipe: dict[str, Any]
-    """Of the metrics."""
-    started: float = field(default_factory=time.perf_counter)
-
-    @classmethod
-    def start(
-        cls, pipe: Any, attached: tuple[Any, list[dict[str, Any]]], plan: Plan, judge: Judge, out: str | Path | None,
-        images: bool, progress: bool | Progress, texts: str | None = None,
-    ) -> _Run:  # fmt: skip
-        """Open the folder, or refuse it.
-
-        Args:
-            pipe: As for `attack`.
-            attached: What `in_force` says of it.
-            plan: Samples and recipe.
-            judge: The detector.
-            out: As for `attack`.
-            images: As for `attack`.
-            progress: As for `attack`.
-            texts: Fingerprint of the texts that are tried again, when none are searched.
-        """
-        processes = Processes()
-        if out is None and processes.count > 1:
-            raise EvaluationError("several processes need a common output folder: pass out=")
-        stock, entries = attached
-        fingerprint = model_fingerprint(stock)
-        sampler, judge_name = sampler_recipe(pipe), judge_fingerprint(judge)
-        erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in entries]
-        folder = Path(tempfile.mkdtemp(prefix="erasure-attack-") if out is None else out)
-        variant = "attack" if texts is None else "replay"
-        table = SampleTable(folder, processes.rank, processes.count, (variant,), STEM)
-        recipe = run_recipe(plan, fingerprint, sampler, judge_name, None, erasures) | {"kind": variant, "texts": texts}
-        table.check(recipe)
-        processes.wait()
-        if processes.is_main:
-            table.start(recipe)
-        processes.wait()
-        table.load()
-        processes.wait()
-        metric_recipe = plan.recipe | sampler | {"judge": judge_name}
-        return cls(
-            pipe, plan, judge, table, images, progress, processes, erasures, fingerprint, sampler, metric_recipe
-        )
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Recipe of the metrics."""
+        return self.plan.recipe | self.subject.sampler | {"judge": self.subject.judge_name}
 
     @property
     def variant(self) -> str:
         """`before` when the stock model itself is attacked, as results have it."""
-        return "after" if self.erasures else "before"
-
-    def keep(self, variant: str, sample: Sample, image: Any) -> None:
-        """Write an image, if images are kept."""
-        if self.images:
-            keep_image(self.table.folder, variant, sample, image)
+        return "after" if self.subject.erasures else "before"
 
     def finish(self, victim: Victim, outcome: Callable[[Sample, Any], Row], total: int) -> list[Row] | None:
         """Rows of all samples, in their order, after making those that are missing; only for the main process.
@@ -322,50 +272,51 @@ class _Run:
             total: Steps of the bar.
         """
         kind, everything = self.table.variants[0], self.plan.samples
-        pending = [sample for sample in everything if (sample.sample_id, kind) not in self.table.rows]
-        with scopes.without_offloading(self.pipe), torch.inference_mode(False), torch.enable_grad():
-            for sample in pending[self.processes.rank :: self.processes.count]:
+        with scopes.without_offloading(self.subject.pipe), torch.inference_mode(False), torch.enable_grad():
+            for sample in self.share(self.pending(kind)):
                 label = f"{everything.index(sample) + 1}/{len(everything)} {sample.prompt}"
-                shows = self.progress is True and self.processes.is_main
-                with tqdm(total=total, desc=label, unit="text", disable=not shows) as bar:
+                with tqdm(total=total, desc=visible(label, LABEL), unit="text", disable=not self.shows_bar) as bar:
                     clock = time.perf_counter()
                     row = outcome(sample, bar)
                     bar.set_postfix_str(_said(row))
                 seconds = time.perf_counter() - clock
                 fixed = {**sample.row(), "variant": kind, "concept": victim.target.name}
                 self.table.append([{**fixed, **row, "seconds": seconds}], [None])
-                if callable(self.progress) and self.processes.is_main:
-                    done = sum((each.sample_id, kind) in self.table.rows for each in everything)
-                    self.progress(sample.sample_id, done, len(everything))
-        self.processes.wait()
-        if not self.processes.is_main:
-            self.processes.wait()  # for the main process to write
-            return None
-        self.table.load()
-        order = [sample.sample_id for sample in everything]
-        self.table.merge(order)
-        return self.table.by_variant(order).get(kind, [])
+                self.tell(sample.sample_id, kind)
+        rows = self.rows()
+        return None if rows is None else rows.get(kind, [])
 
     def save(self, metrics: list[dict[str, Any]], rows: Sequence[Row]) -> Results:
         """Write `results.json`."""
-        name = {"name": model_name(self.pipe), "fingerprint": self.fingerprint, "pipeline": type(self.pipe).__name__}
-        results = Results(
-            suite=self.plan.suite,
-            size=self.plan.size,
-            model=name | self.sampler,
-            erasures=self.erasures,
-            metrics=metrics,
-            cost=attack_cost(rows, self.erasures, time.perf_counter() - self.started)
-            | {"processes": self.processes.count, "device": str(getattr(self.pipe, "device", "cpu"))},
-            folder=self.table.folder,
-        )
-        results.save(self.table.folder)
+        results = self.results(metrics, attack_cost(rows, self.subject.erasures, time.perf_counter() - self.started))
         self.processes.wait()
         return results
 
-    def load(self) -> Results:
-        """What the main process wrote."""
-        return Results.load(self.table.folder)
+
+@contextmanager
+def _opened(
+    processes: Processes, subject: Subject, plan: Plan, out: str | Path | None, images: bool,
+    progress: bool | Progress, texts: str | None = None,
+) -> Iterator[_Attack]:  # fmt: skip
+    """Open the folder, or refuse it.
+
+    Args:
+        processes: Who takes part.
+        subject: What is attacked.
+        plan: Samples and recipe.
+        out: As for `attack`.
+        images: As for `attack`.
+        progress: As for `attack`.
+        texts: Fingerprint of the texts that are tried again, when none are searched.
+    """
+    kind, schema = ("attack", AttackRow) if texts is None else ("replay", ReplayRow)
+
+    def table(folder: Path) -> SampleTable:
+        return SampleTable(folder, plan.samples, processes.rank, processes.count, (kind,), STEM, schema)
+
+    recipe = subject.recipe(plan) | {"kind": kind, "texts": texts}
+    with opened(processes, table, recipe, out, "evaluation") as opened_table:
+        yield _Attack(subject, plan, opened_table, processes, images, progress)
 
 
 def _said(row: Row) -> str:

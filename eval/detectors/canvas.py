@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure.errors import ArtifactError
+from erasure.eval.schemas import JudgeConfig
+from erasure.files import TensorInfo, read_json, read_tensors, shown, write_bytes, write_json
+from erasure.images import rgb
 
 
 @dataclass(frozen=True)
@@ -108,27 +112,44 @@ class CanvasJudge:
 
             folder = assets.path("canvas-judge")
         self.folder, self.device = Path(folder), torch.device(device)
-        try:
-            self.config = json.loads((self.folder / "config.json").read_text())
-        except FileNotFoundError as error:
-            raise ArtifactError(
-                f"no canvas judge at {self.folder}: expected config.json and model.safetensors"
-            ) from error
+        file = self.folder / "config.json"
+        if not os.path.lexists(file):
+            raise ArtifactError(f"no canvas judge at {self.folder}: expected config.json and model.safetensors")
+        self.config: Any = read_json(file, JudgeConfig)
         self.object_names: list[str] = self.config["objects"]
         self.style_names: list[str] = self.config["styles"]
 
     @cached_property
     def network(self) -> JudgeNetwork:
-        """The classifier, loaded on first use."""
-        network = JudgeNetwork(len(self.object_names), len(self.style_names))
-        tensors = load_file(self.folder / "model.safetensors")
+        """The classifier, loaded on first use.
+
+        Raises:
+            ArtifactError: The weights are missing, damaged, or of another network.
+        """
+        with torch.device("meta"):
+            network = JudgeNetwork(len(self.object_names), len(self.style_names))
+        file, wanted = self.folder / "model.safetensors", {k: tuple(t.shape) for k, t in network.state_dict().items()}
+
+        def check(infos: Mapping[str, TensorInfo]) -> None:
+            there = {name: info.shape for name, info in infos.items()}
+            if there != wanted:
+                wrong = next(name for name in {**wanted, **there} if there.get(name) != wanted.get(name))
+                raise ArtifactError(
+                    f"{file} does not go with config.json: {shown(wrong)} has the shape {there.get(wrong)}, expected "
+                    f"{wanted.get(wrong)}; fetch the judge again"
+                )
+
+        tensors = read_tensors(file, check=check)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ArtifactError(f"{file} holds NaN or infinity, with which nothing is seen: fetch the judge again")
+        network.to_empty(device="cpu")
         network.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
         return network.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
         """Object, style and shape logits, `(images, objects)`, `(images, styles)`, `(images, objects)`."""
-        rows = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
+        rows = [np.asarray(rgb(image).resize((64, 64), Image.Resampling.BOX)) for image in images]
         pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.network(pixels.to(self.device))
 
@@ -162,8 +183,6 @@ class CanvasJudge:
 
 def save_judge(network: JudgeNetwork, folder: Path, objects: Sequence[str], styles: Sequence[str]) -> None:
     """Write a judge folder: `config.json` and fp16 `model.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    names = {"objects": list(objects), "styles": list(styles)}
-    (folder / "config.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_bytes(folder / "model.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
+    write_json(folder / "config.json", {"objects": list(objects), "styles": list(styles)})

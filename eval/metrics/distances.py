@@ -13,6 +13,8 @@ def _pair(real: np.ndarray, fake: np.ndarray, least: int) -> tuple[np.ndarray, n
         raise EvaluationError(f"two feature sets must be (images, dim) with one dim, got {x.shape} and {y.shape}")
     if min(len(x), len(y)) < least:
         raise EvaluationError(f"at least {least} images a side are needed, got {len(x)} and {len(y)}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise EvaluationError("features hold NaN or infinity: leave out the images that they are of, and say how many")
     return x, y
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import EvaluationError
+from erasure.images import rgb
 
 
 def pixel_drift(before: Image.Image, after: Image.Image) -> float:
@@ -14,11 +15,11 @@ def pixel_drift(before: Image.Image, after: Image.Image) -> float:
     Both images come from the same noise, so that whatever differs is the erasure's doing.
 
     Raises:
-        EvaluationError: The images differ in size.
+        EvaluationError: The images differ in size, or one cannot be decoded.
     """
     if before.size != after.size:
         raise EvaluationError(f"drift compares images of one size, got {before.size} and {after.size}")
-    first, second = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (before, after))
+    first, second = (np.asarray(rgb(image, error=EvaluationError), dtype=np.float64) for image in (before, after))
     return float(np.abs(first - second).mean() / 255)
 
 

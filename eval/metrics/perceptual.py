@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.extras import require
+from erasure.images import rgb
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Images of one size as `(images, 3, height, width)` uint8."""
+    """Images of one size as `(images, 3, height, width)` uint8.
+
+    Raises:
+        EvaluationError: None, several sizes, or an image that cannot be decoded.
+    """
     if len({image.size for image in images}) != 1:
         raise EvaluationError("images of one size are needed, at least one")
-    rows = [np.asarray(image.convert("RGB")) for image in images]
+    rows = [np.asarray(rgb(image, f"image {i}", error=EvaluationError)) for i, image in enumerate(images)]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -42,11 +47,13 @@ def lpips(
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
-        EvaluationError: The lists do not pair up.
+        EvaluationError: The lists do not pair up, or an image cannot be decoded.
     """
     if len(before) != len(after):
         raise EvaluationError(f"LPIPS compares pairs of images, got {len(before)} and {len(after)}")
     first, second = (pixels(images).float() / 127.5 - 1 for images in (before, after))
+    if first.shape != second.shape:
+        raise EvaluationError(f"LPIPS compares images of one size, got {before[0].size} and {after[0].size}")
     with torch.no_grad():
         if isinstance(network, nn.Module):
             distances = [network(a, b).flatten() for a, b in zip(_chunks(first), _chunks(second), strict=True)]
@@ -82,7 +89,7 @@ def inception_fid(
     Raises:
         MissingExtraError: torchmetrics is not installed.
         ArtifactError: There is no file at `weights`.
-        EvaluationError: Too few images.
+        EvaluationError: Too few images, or one that cannot be decoded.
     """
     fid = require("torchmetrics.image.fid", extra="metrics")
     options: dict[str, Any] = {}

@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from erasure.assets.facts import read_facts
 from erasure.assets.world import (
     HELD_OUT_TEMPLATES,
     IMAGE_SIZE,
@@ -59,13 +59,16 @@ class World:
 
     @classmethod
     def of(cls, pipe: Pipeline) -> World:
-        """Read `canvas.json` beside the pipeline's model; the embedded world when it has none."""
+        """Read `canvas.json` beside the pipeline's model; the embedded world when it has none.
+
+        Raises:
+            ArtifactError: It is damaged.
+        """
         from erasure import assets
 
         folders = [getattr(pipe, "name_or_path", None), assets.find("canvas-sd")]
-        files = [Path(folder) / "canvas.json" for folder in folders if folder]
-        facts: dict[str, Any] = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
-        return cls._from_facts(facts)
+        found = (read_facts(folder) for folder in folders if folder)
+        return cls._from_facts(next((facts for facts in found if facts is not None), {}))
 
     @classmethod
     def _from_facts(cls, facts: dict[str, Any]) -> World:

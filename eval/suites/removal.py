@@ -133,7 +133,7 @@ class RemovalSuite:
             "psnr_background": f"the same, more than {MARGIN} pixels away from it; equal pixels count as {MOST:g} dB",
         }
         for name, definition in text.items():
-            found += means(name, definition, plan, rows, lambda row, name=name: row["measured"][name])  # type: ignore[misc]
+            found += means(name, definition, plan, rows, lambda row, name=name: row["measured"].get(name))  # type: ignore[misc]
         if clip is not None:
             near = likeness(plan, rows, features, clip)
             alike = consensus(rows, features)

@@ -126,7 +126,7 @@ def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped:
     assert "leave out iterations" in stopped(*start, "--prompts", prompts, "--iterations", "3")
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text((prompts / "adversarial.jsonl").read_text()[:50])
-    assert "line 1 is no adversarial prompt" in stopped(*start, "--prompts", damaged)
+    assert "line 1 cannot be read as JSON" in stopped(*start, "--prompts", damaged)
     other = tmp_path / "other.jsonl"
     other.write_text((prompts / "adversarial.jsonl").read_text().replace("unlearndiffatk", "p4d"))
     assert "are of the attack p4d" in stopped(*start, "--prompts", other)

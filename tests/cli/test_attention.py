@@ -57,12 +57,35 @@ def test_remove_says_what_is_wrong(tiny_pipe_folder: Path, scene: Any, tmp_path:
     assert "no folder" in refused(capsys, *start, "--mask", mask, "--out", tmp_path / "none" / "clean.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    assert "cannot read" in refused(capsys, *start[:-1], broken, "--mask", mask, "--out", out)
+    assert "cannot be read: it is no picture" in refused(capsys, *start[:-1], broken, "--mask", mask, "--out", out)
     assert "preset" in refused(capsys, *start, "--mask", mask, "--out", out, "--preset", "none")
     full = tmp_path / "full.png"
     Image.new("L", (32, 32), 255).save(full)
     assert "whole image" in refused(capsys, *start, "--mask", full, "--out", out)
+    for options, said in (
+        (("--out", out, "--mask-out", out), "named twice"),
+        (("--out", out, "--mask-out", tmp_path / "used.psd"), "no ending of an image"),
+        (("--out", tmp_path / "clean.pdf"), "no ending of an image"),
+        (("--out", mask), "--overwrite"),
+    ):
+        assert said in refused(capsys, *start, "--mask", mask, *options)
     assert not out.exists()
+
+
+def test_a_brush_on_a_transparent_ground_is_a_mask(tiny_pipe_folder: Path, scene: Any, tmp_path: Path) -> None:
+    image, mask = scene
+    strokes = Image.new("RGBA", (32, 32))
+    strokes.paste((255, 0, 0, 255), (8, 8, 16, 16))
+    strokes.save(tmp_path / "strokes.png")
+    (tmp_path / "clean.png").symlink_to(image)
+    before = image.read_bytes()
+    command = ["remove", "--model", tiny_pipe_folder, "--image", image, "--mask", tmp_path / "strokes.png", "--out",
+               tmp_path / "clean.png", "--mask-out", tmp_path / "used.png", "--steps", "2", "--overwrite"]  # fmt: skip
+    assert main(list(map(str, command))) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "used.png")), np.asarray(Image.open(mask)))
+    # A link at the place of the result is replaced, not followed.
+    assert image.read_bytes() == before
+    assert not (tmp_path / "clean.png").is_symlink()
 
 
 def test_remove_by_words_on_the_embedded_model(tmp_path: Path) -> None:

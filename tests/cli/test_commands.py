@@ -262,7 +262,8 @@ def test_compare(measured, tmp_path: Path, capsys):
     assert main(["compare", *folders, "--out", str(page)]) == 0
     assert "0.900 [0.850, 0.950]" in capsys.readouterr().out
     assert "0.900 [0.850, 0.950]" in page.read_text()
-    assert "http" not in page.read_text()
+    assert "http:" not in page.read_text()
+    assert "https:" not in page.read_text()
 
 
 def test_compare_refuses_unlike_recipes(measured, stopped):

@@ -139,6 +139,40 @@ def test_topk_can_be_asked_for(tiny_pipe_folder: Path, prompts: Path, tmp_path: 
     assert load(tmp_path / "sae").config.architecture == "topk"
 
 
+def test_another_training_does_not_go_on(
+    tiny_pipe_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from erasure.training.checkpoint import Checkpoint
+
+    arguments = ["--model", str(tiny_pipe_folder), "--prompts", str(prompts), "--out", str(tmp_path / "sae"), *SMALL]
+    save = Checkpoint.save
+
+    def die(self: Checkpoint, step: int) -> None:
+        save(self, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", die)
+        main(["sae", "train", *arguments, "--save-every", "5"])
+    assert (tmp_path / "sae" / "training.ckpt").exists()
+    more = tmp_path / "more.txt"
+    more.write_text(prompts.read_text() + "a gun\n")
+    capsys.readouterr()
+    for changed, named in (
+        (["--learning-rate", "0.5"], "options.learning_rate"), (["--seed", "3"], "seed"), (["--layer", "2"], "layer"),
+        (["--prompts", str(more)], "prompts"), (["--k", "3"], "options.k"),
+    ):  # fmt: skip
+        assert main(["sae", "train", *arguments, "--save-every", "5", *changed]) != 0
+        said = capsys.readouterr().err
+        assert "holds a training of something else" in said
+        assert named in said
+    assert main(["sae", "train", *arguments]) == 0
+    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == [
+        "cfg.json", "prompts.txt", "sae_weights.safetensors",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

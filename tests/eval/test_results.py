@@ -53,11 +53,14 @@ def test_bad_files_are_explained(tmp_path) -> None:
     with pytest.raises(EvaluationError, match="no results at"):
         Results.load(tmp_path)
     for content, message in [
-        ("{", "no valid JSON"),
-        ("[]", "no results file: schema_version"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "should be an object"),
         ('{"schema_version": 2}', "reads up to 1"),
-        (json.dumps(make("x", 1).to_dict() | {"cost": None}), "cost missing"),
-        (json.dumps(make("x", 1).to_dict() | {"metrics": [{"name": "UA"}]}), "'UA' lacks concept, value"),
+        (json.dumps(make("x", 1).to_dict() | {"cost": None}), "'cost'"),
+        (
+            json.dumps(make("x", 1).to_dict() | {"metrics": [{"name": "UA"}]}),
+            "'metrics.0.concept' is missing; key 'metrics.0.value' is missing",
+        ),
     ]:
         file.write_text(content)
         with pytest.raises(EvaluationError, match=message):
@@ -127,7 +130,8 @@ def evaluated(tmp_path: Path) -> Path:
             )
             wanted = name.split("-")[0]
             seen = "???" if variant == "after" and wanted != "gun" else wanted
-            judged = None if name == "gun-ink-0" and variant == "after" else {"object": seen, "style": "ink"}
+            judged = {"object": seen, "objects": [seen], "style": "ink"}
+            judged = None if name == "gun-ink-0" and variant == "after" else judged
             rows.append(
                 {"sample_id": name, "variant": variant, "prompt": f"a {wanted} <b>", "role": role, "objects": [wanted],
                  "style": "ink", "erased": [wanted] if role == "target" else [], "unsafe": wanted == "gun",

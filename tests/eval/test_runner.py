@@ -18,7 +18,8 @@ from erasure.attach import ErasureManager
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval import Results, evaluate
 from erasure.eval.metrics.clip_score import ClipModel
-from erasure.eval.table import SampleTable, read_lines
+from erasure.eval.samples import Sample
+from erasure.eval.table import SampleTable, read_rows
 
 Evaluate = Callable[..., Results]
 
@@ -37,7 +38,7 @@ def measure(tmp_path: Path, judge: Any) -> Evaluate:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    rows = read_lines(folder / "samples.jsonl")
+    rows = read_rows(folder / "samples.jsonl")
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
@@ -142,7 +143,7 @@ def test_a_damaged_line_in_the_middle_is_named(erased_pipe, measure, tmp_path) -
     path = tmp_path / "out" / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], lines[2][:30], *lines[3:]]) + "\n")
-    with pytest.raises(EvaluationError, match="line 3 is damaged"):
+    with pytest.raises(EvaluationError, match="line 3 cannot be read as JSON"):
         measure(erased_pipe)
 
 
@@ -256,11 +257,17 @@ def test_two_processes_give_what_one_gives(erased_pipe, measure, tmp_path, one_t
     assert sorted(path.name for path in (work / "out").glob("*.jsonl")) == ["features.jsonl", "samples.jsonl"]
 
 
+def row_of(sample: Sample) -> dict[str, Any]:
+    scores = {"judged": None, "clip_score": None, "blank": False, "failures": {}, "drift": None, "seconds": None}
+    return {**sample.row(), "variant": "before", **scores}
+
+
 def test_parts_of_several_processes_are_read_together(tmp_path) -> None:
+    samples = [Sample(f"s{number}", "a cat", number, "target") for number in (1, 0)]
     for rank in range(2):
-        table = SampleTable(tmp_path, rank, 2)
-        table.append([{"sample_id": f"s{rank}", "variant": "before"}], [None])
-    table = SampleTable(tmp_path)
+        table = SampleTable(tmp_path, samples, rank, 2)
+        table.append([row_of(samples[rank])], [None])
+    table = SampleTable(tmp_path, samples)
     table.load()
-    table.merge(["s1", "s0"])
+    table.merge()
     assert [json.loads(line)["sample_id"] for line in (tmp_path / "samples.jsonl").open()] == ["s1", "s0"]

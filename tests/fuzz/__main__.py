@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import eval_kinds  # noqa: F401  (adds its kinds)
 from kinds import KINDS
 from mutations import mutate
 

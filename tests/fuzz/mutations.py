@@ -8,6 +8,7 @@ import json
 import os
 import random
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,52 @@ def json_encoding(path: Path, rng: random.Random) -> None:
     path.write_bytes(path.read_text().encode(rng.choice(("utf-16", "utf-32", "utf-8-sig"))))
 
 
+def json_line(path: Path, rng: random.Random) -> None:
+    """One line of several."""
+    lines = path.read_text().splitlines()
+    place = rng.randrange(len(lines))
+    lines[place] = mutate_json(lines[place], rng)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def line_twice(path: Path, rng: random.Random) -> None:
+    """One line again, as it is or changed."""
+    lines = path.read_text().splitlines()
+    line = rng.choice(lines)
+    lines.insert(rng.randrange(len(lines) + 1), line if rng.random() < 0.3 else mutate_json(line, rng))
+    path.write_text("\n".join(lines) + rng.choice(("\n", "")))
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def png_header(path: Path, rng: random.Random) -> None:
+    """Another size, depth or kind of colour in the header of a PNG, whose checksum is right."""
+    content = bytearray(path.read_bytes())
+    what = rng.choice(("size", "size", "depth", "colour"))
+    if what == "size":
+        sides = (rng.choice((0, 1, 64, 7_000, 9_000, 60_000, 2**31 - 1, 2**32 - 1)) for _ in range(2))
+        content[16:24] = b"".join(side.to_bytes(4, "big") for side in sides)
+    elif what == "depth":
+        content[24] = rng.choice((0, 1, 2, 4, 8, 16, 32))
+    else:
+        content[25] = rng.randrange(8)
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def png_chunk(path: Path, rng: random.Random) -> None:
+    """A chunk behind the header: animation, transparency, a profile, or a text that is large once unpacked."""
+    content = path.read_bytes()
+    kind, data = rng.choice((
+        (b"acTL", bytes(8)), (b"acTL", b"\xff" * 8), (b"tRNS", bytes(6)), (b"tRNS", b"x"), (b"PLTE", b"x" * 768),
+        (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26))), (b"iCCP", b"a\0\0" + zlib.compress(bytes(2**26))),
+        (b"tEXt", b"a\0" + b"x" * 1000), (b"IDAT", zlib.compress(bytes(2**20))), (b"IEND", b""),
+    ))  # fmt: skip
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk + content[33:])
+
+
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +347,8 @@ BY_SUFFIX: dict[str, tuple[Mutation, ...]] = {
         many_tensors,
         values,
     ),
+    ".jsonl": (json_line,) * 10 + (line_twice,) * 3 + (json_whole, json_encoding),
+    ".png": (png_header, png_header, png_chunk),
     ".ckpt": (checkpoint,) * 8 + (archive,) * 4,
     ".pth": (checkpoint,) * 6 + (archive,) * 6,
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +131,100 @@ def test_damage_is_a_clear_error(damage, message: str, tmp_path: Path, make_sae:
     damage(tmp_path)
     with pytest.raises(ArtifactError, match=message):
         load(tmp_path)
+
+
+HUGE = {"d_in": 30_000, "d_sae": 40_000}
+
+
+def claim_all(folder: Path) -> None:
+    """Config and header agree on 5 GB, the file has none of it."""
+    edit(folder, **HUGE)
+    shapes = {"W_enc": [30_000, 40_000], "W_dec": [40_000, 30_000], "b_enc": [40_000], "b_dec": [30_000]}
+    start, header = 0, {}
+    for name, shape in {**shapes, "threshold": [40_000]}.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + size]}
+        start += size
+    content = json.dumps(header).encode()
+    (folder / "sae_weights.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (claim_all, "its header tells of"),
+        (lambda folder: edit(folder, **HUGE), "do not belong together"),
+        (lambda folder: edit(folder, d_in=2**40), "'d_in'"),
+        (lambda folder: edit(folder, d_in=-1), "'d_in'"),
+        (lambda folder: edit(folder, d_sae="40"), "'d_sae'"),
+        (lambda folder: edit(folder, d_sae=40.0), "'d_sae'"),
+        (lambda folder: edit(folder, k=True), "'k'"),
+        (lambda folder: edit(folder, d_in=0), "cannot be|do not belong"),
+        (lambda folder: edit(folder, metadata=[]), "'metadata'"),
+        (lambda folder: edit(folder, metadata={"layer": "x"}), "layer"),
+        (lambda folder: edit(folder, metadata={"fingerprint": "x"}), "fingerprint"),
+        (lambda folder: edit(folder, architecture=["topk"]), "architecture"),
+        (lambda folder: (folder / "cfg.json").write_text("[" * 5000), "recursion"),
+        (lambda folder: (folder / "cfg.json").write_text('{"d_in": ' + "9" * 5000 + "}"), "cannot be read"),
+        (lambda folder: os.truncate(folder / "cfg.json", 2**32), "at most"),
+        (lambda folder: os.truncate(folder / "sae_weights.safetensors", 2**33), "cannot be read"),
+        (lambda folder: pipe(folder / "cfg.json"), "named pipe"),
+        (lambda folder: pipe(folder / "sae_weights.safetensors"), "named pipe"),
+    ],
+)
+def test_claims_are_checked_before_anything_is_allocated(
+    damage: Any, message: str, tmp_path: Path, make_sae: MakeSAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(make_sae("jumprelu"), tmp_path)
+    damage(tmp_path)
+    monkeypatch.setattr("erasure.sae.formats.SparseAutoencoder", None)
+    monkeypatch.setattr(torch, "frombuffer", None)
+    with pytest.raises(ArtifactError, match=message):
+        load(tmp_path)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_openai_claims_are_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"n_dirs": 40_000, "d_model": 30_000, "k": 5}))
+    zero = torch.zeros(1)
+    claimed = {
+        "encoder.weight": zero.expand(40_000, 30_000), "decoder.weight": zero.expand(30_000, 40_000),
+        "latent_bias": zero.expand(40_000), "pre_bias": zero.expand(30_000),
+    }  # fmt: skip
+    for stored in (claimed, [1], {"state_dict": 5}, {"pre_bias": "x"}):
+        torch.save(stored, tmp_path / "state_dict.pth")
+        with pytest.raises(ArtifactError):
+            load(tmp_path)
+
+
+def test_a_dictionary_is_replaced_as_a_whole(tmp_path: Path, make_sae: MakeSAE) -> None:
+    save(make_sae(), tmp_path / "sae", prompts=["a cat"])
+    (tmp_path / "sae" / "notes.txt").write_text("mine")
+    save(make_sae(d_in=6), tmp_path / "sae")
+    assert load(tmp_path / "sae").config.d_in == 6
+    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == [
+        "cfg.json", "notes.txt", "sae_weights.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_damaged_dictionary_of_the_cache_is_made_again(tiny_pipe: Any) -> None:
+    from erasure.backbones import text_towers
+    from erasure.sae import TrainingOptions, dictionaries
+
+    def make() -> Path:
+        options = TrainingOptions(d_sae=16, k=2, steps=2)
+        return dictionaries.trained(text_towers(tiny_pipe)[0], 0, ["a cat", "a dog"], options, lambda share: None)
+
+    folder = make()
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (folder / name).write_bytes(b"broken")
+        assert make() == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_an_unwritable_folder_is_a_clear_error(tmp_path: Path, make_sae: MakeSAE) -> None:

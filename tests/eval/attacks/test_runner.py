@@ -22,8 +22,9 @@ from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.runner import spread
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import AttackRow
 from erasure.eval.statistics import wilson
-from erasure.eval.table import read_lines
+from erasure.eval.table import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def run(tmp_path: Path) -> Callable[..., Results]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    rows = read_lines(folder / "attacks.jsonl")
+    rows = read_rows(folder / "attacks.jsonl", AttackRow)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
@@ -263,11 +264,11 @@ def test_processes_share_the_prompts(
                 # What the main process would have written by now.
                 single.save(tmp_path / "two")
 
-    monkeypatch.setattr(module, "Processes", Two)
+    monkeypatch.setattr(module, "join", lambda *_: Two())
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "recipe.json").write_bytes((tmp_path / "out" / "recipe.json").read_bytes())
     whole(erased_pipe, "two")
-    assert len(read_lines(tmp_path / "two" / "attacks-1.jsonl")) == 2
+    assert len(read_rows(tmp_path / "two" / "attacks-1.jsonl", AttackRow)) == 2
     Two.rank = 0
     # One after the other, so the main process takes half of what is left, and then the rest.
     whole(erased_pipe, "two")
@@ -338,6 +339,20 @@ def test_replay_tries_texts_on_another_erasure(
         replay(erased_pipe, tmp_path / "fewer.jsonl", out=tmp_path / "a", judge=judge, progress=False)
 
 
+def test_progress_says_prompts_without_what_steers_a_terminal(
+    erased_pipe: Any, found: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (found / "adversarial.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "{bar}\x1b[2J\x9b\u202e\x07" + "z" * 50_000
+    file = tmp_path / "hostile.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay(erased_pipe, file, "cat", out=tmp_path / "out", judge=reading(lambda _: False))
+    said = capsys.readouterr().err
+    assert r"{bar}\x1b[2J\x9b" in said
+    assert not set(said) & set("\x1b\x9b\u202e\x07")
+    assert "z" * 50 not in said
+
+
 def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, tmp_path: Path) -> None:
     def refused(prompts: Path, said: str, **options: Any) -> None:
         with pytest.raises(EvaluationError, match=said):
@@ -356,7 +371,7 @@ def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, t
     for damaged in (lines[1][:40], "[]", "3", json.dumps({**json.loads(lines[1]), "text": None}),
                     json.dumps({k: v for k, v in json.loads(lines[1]).items() if k != "seed"})):  # fmt: skip
         file.write_text("\n".join([lines[0], damaged]))
-        refused(file, "line 2 is no adversarial prompt")
+        refused(file, "line 2")
     other = json.loads(lines[1])
     other["target"]["name"] = "kitten"
     file.write_text("\n".join([lines[0], json.dumps(other)]))

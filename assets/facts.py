@@ -1,0 +1,60 @@
+"""`canvas.json`: what a model of the embedded world says of itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from erasure.files import read_json
+
+FILE = "canvas.json"
+OPEN = ConfigDict(extra="allow")
+"""The record of a training, and what later versions add."""
+Word = Annotated[str, Field(min_length=1, max_length=200)]
+Words = Annotated[list[Word], Field(max_length=500)]
+Side = Annotated[int, Field(ge=8, le=8_192)]
+
+
+class Generation(TypedDict, total=False):
+    """How the model's pipeline is called."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
+    guidance_scale: Annotated[float, Field(ge=0, le=1_000)]
+    height: Side
+    width: Side
+
+
+class CanvasFacts(TypedDict, total=False):
+    """Classes of the world, and how they go together."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    objects: Annotated[Words, Field(min_length=1)]
+    styles: Annotated[Words, Field(min_length=1)]
+    backgrounds: Words
+    templates: Words
+    held_out_templates: Words
+    unsafe: Words
+    groups: dict[Word, Word | Words]
+    """Group of each object, or objects of each group."""
+    synonyms: dict[Word, Words]
+    anchors: dict[Word, Word]
+    generation: Generation
+
+
+def read_facts(folder: str | Path) -> dict[str, Any] | None:
+    """`canvas.json` of a model's folder; `None` when it has none.
+
+    Raises:
+        ArtifactError: It cannot be read, or is something else.
+    """
+    path = Path(folder) / FILE
+    # Unlike `Path.exists`, this gives no error for names that cannot be.
+    if not os.path.lexists(path):
+        return None
+    facts: dict[str, Any] = read_json(path, CanvasFacts)
+    return facts

@@ -1,0 +1,60 @@
+"""The model card of an erasure: the `README.md` that the Hub shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from erasure.pages import Markdown, markdown_page
+
+if TYPE_CHECKING:
+    from erasure.artifact import ErasureConfig
+    from erasure.concept import Concept
+
+ROWS = 200
+"""Concepts, gates and measurements that a card lists."""
+
+
+def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lora_file: str | None = None) -> str:
+    """Write the card.
+
+    Args:
+        name: What the erasure is called.
+        config: What it is.
+        concepts: What it erases.
+        lora_file: The file that stock diffusers loads, if that is the whole erasure.
+
+    Returns:
+        Markdown with YAML in front.
+    """
+    return markdown_page(
+        "card.md",
+        metadata=metadata(config),
+        name=name,
+        base=config.base.get("model") or "unknown",
+        concepts=concepts[:ROWS],
+        more=max(len(concepts) - ROWS, 0),
+        config=config,
+        gates=[
+            (concept, kind, gate[kind], kind == gate["decides"])
+            for concept, gate in list(config.gates.items())[:ROWS]
+            for kind in ("features", "probe")
+        ],
+        evaluation=list(config.evaluation.items())[:ROWS],
+        stock=lora_file and Markdown(f"pipe.load_lora_weights(folder, weight_name={lora_file!r})"),
+    )
+
+
+def metadata(config: ErasureConfig) -> Markdown:
+    """The YAML in front of the card, by which the Hub lists it."""
+    from huggingface_hub import ModelCardData
+
+    base = str(config.base.get("model"))
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=["diffusers", "concept-erasure"],
+        # A path of this machine or an embedded model is none that the Hub knows.
+        base_model=base if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) else None,
+    )
+    return Markdown(data.to_yaml())

@@ -1,0 +1,192 @@
+"""What evaluations and attacks share: who takes part, the folder that the rows go to, what they depend on."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from erasure.errors import EvaluationError
+from erasure.eval.processes import Processes
+from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
+from erasure.eval.results import Results
+from erasure.eval.samples import Sample
+from erasure.eval.scoring import Judge
+from erasure.eval.suites import Plan
+from erasure.eval.table import SampleTable, image_path
+from erasure.files import held, write_bytes
+from erasure.images import png
+
+RECIPE = "recipe.json"
+Progress = Callable[[str, int, int], None]
+"""Called with what is finished, how much of it, and how much there is in all."""
+
+
+def join(out: str | Path | None, seed: int = 0) -> Processes:
+    """The processes that take part.
+
+    Args:
+        out: The folder that all write to.
+        seed: Of the run.
+
+    Raises:
+        EvaluationError: There are several, and no folder; or a seed that no generator takes.
+    """
+    if not 0 <= seed < 2**63:
+        raise EvaluationError("the seed is negative or has more than 63 bits: give a whole number from 0 to 2^63 - 1")
+    processes = Processes()
+    if out is None and processes.count > 1:
+        raise EvaluationError("several processes need a common output folder: pass out=")
+    return processes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and with what."""
+
+    pipe: Any
+    fingerprint: str
+    """Of the stock model."""
+    erasures: list[dict[str, Any]]
+    """Entries of the attached erasures, as results have them."""
+    sampler: dict[str, Any]
+    judge: Judge
+    judge_name: str
+    clip: str | None
+    """Fingerprint of the CLIP model."""
+
+    @classmethod
+    def of(
+        cls, pipe: Any, fingerprint: str, attached: Sequence[dict[str, Any]], judge: Judge, clip: str | None = None
+    ) -> Subject:
+        """Describe a pipeline.
+
+        Args:
+            pipe: The pipeline.
+            fingerprint: That of its stock model.
+            attached: What `in_force` says of it.
+            judge: The detector.
+            clip: Fingerprint of the CLIP model.
+        """
+        erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
+        return cls(pipe, fingerprint, erasures, sampler_recipe(pipe), judge, judge_fingerprint(judge), clip)
+
+    def recipe(self, plan: Plan) -> dict[str, Any]:
+        """All that a folder of samples depends on."""
+        return run_recipe(plan, self.fingerprint, self.sampler, self.judge_name, self.clip, self.erasures)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` block of results."""
+        names = {"name": model_name(self.pipe), "fingerprint": self.fingerprint, "pipeline": type(self.pipe).__name__}
+        return names | self.sampler
+
+
+@dataclass
+class Run:
+    """An evaluation or an attack in this process."""
+
+    subject: Subject
+    plan: Plan
+    table: SampleTable
+    processes: Processes
+    images: bool
+    """Whether images are kept."""
+    progress: bool | Progress
+    started: float = field(default_factory=time.perf_counter, kw_only=True)
+
+    @property
+    def shows_bar(self) -> bool:
+        """Whether this process shows a progress bar."""
+        return self.progress is True and self.processes.is_main
+
+    def tell(self, what: str, variant: str) -> None:
+        """Tell the user's function, if there is one, how many samples of a variant are finished."""
+        if callable(self.progress) and self.processes.is_main:
+            done = sum((sample.sample_id, variant) in self.table.rows for sample in self.plan.samples)
+            self.progress(what, done, len(self.plan.samples))
+
+    def pending(self, variant: str) -> list[Sample]:
+        """Samples of a variant that are not in the table yet, for all processes together."""
+        return [sample for sample in self.plan.samples if (sample.sample_id, variant) not in self.table.rows]
+
+    def share(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that fall to this process."""
+        return list(samples[self.processes.rank :: self.processes.count])
+
+    def keep(self, variant: str, sample: Sample, image: Image.Image) -> None:
+        """Write a sample's image, if images are kept.
+
+        Raises:
+            EvaluationError: It cannot be written.
+        """
+        if self.images:
+            path = image_path(self.table.folder, variant, sample.sample_id)
+            write_bytes(path, png(image), error=EvaluationError)
+
+    def rows(self) -> dict[str, list[dict[str, Any]]] | None:
+        """Rows of all processes by variant, once all have finished; `None` unless this is the main process."""
+        self.processes.wait()
+        if not self.processes.is_main:
+            self.processes.wait()  # for the main process to write
+            return None
+        self.table.load()
+        self.table.merge()
+        return self.table.by_variant()
+
+    def results(self, metrics: list[dict[str, Any]], cost: dict[str, Any]) -> Results:
+        """Write `results.json`; the main process calls it, and then lets the others go."""
+        pipe, processes = self.subject.pipe, {"processes": self.processes.count}
+        results = Results(
+            suite=self.plan.suite,
+            size=self.plan.size,
+            model=self.subject.model,
+            erasures=self.subject.erasures,
+            metrics=metrics,
+            cost=cost | processes | {"device": str(getattr(pipe, "device", "cpu"))},
+            folder=self.table.folder,
+        )
+        results.save(self.table.folder)
+        return results
+
+
+@contextmanager
+def opened(
+    processes: Processes, table: Callable[[Path], SampleTable], recipe: dict[str, Any], out: str | Path | None,
+    what: str,
+) -> Iterator[SampleTable]:  # fmt: skip
+    """The table of a folder with what is in it already; the folder is held until the end.
+
+    Args:
+        processes: Who takes part.
+        table: Makes the table of a folder.
+        recipe: All that the rows depend on.
+        out: The folder; a temporary one when left out.
+        what: What is done, for messages.
+
+    Raises:
+        EvaluationError: Another run works there, or the folder holds something else or cannot be read or written.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"erasure-{what}-") if out is None else out)
+    made = table(folder)
+    # One process holds the folder for all.
+    lock = held(folder, recipe, file=RECIPE, what=what, error=EvaluationError) if processes.is_main else nullcontext()
+    with lock:
+        if processes.is_main:
+            made.cut()
+        processes.wait()
+        made.load()
+        processes.wait()
+        yield made
+
+
+def model_name(pipe: Any) -> str:
+    """Hub id or name of the folder; a path of this machine says nothing to others."""
+    name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+    return Path(name).name if Path(name).is_absolute() else name

@@ -1,0 +1,299 @@
+"""What the files of evaluations and attacks hold. Nothing read from one is used before it fits its schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import TypedDict
+
+OPEN = ConfigDict(extra="allow")
+"""Suites, attacks and detectors may write more than the package reads."""
+Name = Annotated[str, Field(max_length=1_000)]
+Id = Annotated[str, Field(min_length=1, max_length=200)]
+"""Becomes the name of a file."""
+Text = Annotated[str, Field(max_length=100_000)]
+Names = Annotated[list[Name], Field(max_length=10_000)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Side = Annotated[int, Field(ge=1, le=8_192)]
+Vector = Annotated[str, Field(max_length=400_000)]
+"""Base64 of little-endian float32."""
+
+
+class SampleFields(TypedDict):
+    """`erasure.eval.samples.Sample`, field by field."""
+
+    sample_id: Id
+    prompt: Text
+    seed: Seed
+    role: Literal["target", "retain", "cross", "utility", "pair"]
+    objects: Names
+    style: Name | None
+    erased: Names
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    scene: dict[str, Any] | None
+    unsafe: bool
+    negative_prompt: Text
+    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
+    guidance_scale: Number
+    height: Side
+    width: Side
+
+
+class Judged(TypedDict):
+    """What a detector sees in an image."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    object: Name | None
+    objects: Names
+    style: Name | None
+    shape: NotRequired[Name | None]
+    object_score: NotRequired[Number | None]
+    style_score: NotRequired[Number | None]
+    shape_score: NotRequired[Number | None]
+
+
+class Drift(TypedDict):
+    """How far an image moved from the stock model's."""
+
+    pixel: Number | None
+    feature: Number | None
+
+
+class Scores(TypedDict):
+    """What is known of an image, as the baseline cache keeps it."""
+
+    judged: Judged | None
+    clip_score: Number | None
+    blank: bool
+    failures: dict[Name, Text]
+
+
+class CacheEntry(TypedDict):
+    """An image of the stock model in the baseline cache."""
+
+    scores: Scores
+    features: Vector | None
+
+
+class ReportRow(TypedDict):
+    """What a report needs of a line of `samples.jsonl`: a sample drawn in one variant."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    sample_id: Id
+    variant: Id
+    prompt: Text
+    role: Name
+    objects: Names
+    style: Name | None
+    erased: Names
+    unsafe: bool
+    judged: Judged | None
+
+
+class EvaluationRow(ReportRow):
+    """A line of `samples.jsonl`, as a run that goes on needs it."""
+
+    seed: Seed
+    weight: Number
+    scene: dict[str, Any] | None
+    negative_prompt: Text
+    num_inference_steps: Count
+    guidance_scale: Number
+    height: Side
+    width: Side
+    clip_score: Number | None
+    blank: bool
+    failures: dict[Name, Text]
+    drift: Drift | None
+    seconds: Number | None
+
+
+class ComparedRow(EvaluationRow):
+    """A line of `samples.jsonl` of a suite that compares ways to draw."""
+
+    measured: dict[Name, Number | bool | None]
+
+
+class Try(TypedDict):
+    """An image that an attack had judged."""
+
+    judged: Judged | None
+    shown: bool | None
+
+
+class ReplayRow(SampleFields):
+    """A line of `attacks.jsonl`: a prompt that was tried again."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    variant: Id
+    concept: Name | None
+    before: Try
+    text: Text | None
+    after: Try | None
+    success: bool | None
+    images: Count
+    failures: dict[Name, Text]
+    seconds: Number
+
+
+class AttackRow(ReplayRow):
+    """A line of `attacks.jsonl`: a prompt that was attacked."""
+
+    texts: Count
+    changed: Count
+    cut: Count
+    steps: Count
+    losses: list[Number]
+    references: Count
+
+
+class FeatureRow(TypedDict):
+    """A line of `features.jsonl`."""
+
+    sample_id: Id
+    variant: Id
+    features: Vector
+
+
+class TargetFields(TypedDict):
+    """`erasure.eval.suites.Target`, field by field."""
+
+    name: Name
+    domain: Literal["object", "style"]
+    members: Annotated[Names, Field(min_length=1)]
+
+
+class MadeBy(TypedDict):
+    """What an adversarial prompt was found with, and against."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    attack: Name
+    size: NotRequired[Name]
+
+
+class PromptRow(SampleFields):
+    """A line of `adversarial.jsonl`."""
+
+    text: Text
+    target: TargetFields
+    made_by: MadeBy
+
+
+class Interval(TypedDict):
+    """A number with its interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+class Transitions(TypedDict):
+    """Pairs by their outcome before and after."""
+
+    both: Count
+    before_only: Count
+    after_only: Count
+    neither: Count
+
+
+class Metric(TypedDict):
+    """A metric of `results.json`, in one variant."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: Name
+    concept: Text | None
+    variant: NotRequired[Name]
+    value: Number | None
+    low: Number | None
+    high: Number | None
+    n: Count
+    recipe: dict[str, Any]
+    interval: NotRequired[Name]
+    missing: NotRequired[Count]
+    reason: NotRequired[Text]
+    against: NotRequired[Name]
+    transitions: NotRequired[Transitions]
+    mcnemar_p: NotRequired[Number]
+    mcnemar_p_holm: NotRequired[Number]
+    change: NotRequired[Interval]
+    prompts: NotRequired[dict[Name, Count]]
+    retokenised: NotRequired[dict[Name, Count]]
+
+
+class Model(TypedDict):
+    """The model that was measured."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: NotRequired[Name]
+    fingerprint: NotRequired[Name]
+
+
+class ErasureEntry(TypedDict):
+    """An erasure that was attached."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: Name
+    strategy: NotRequired[Name]
+    concepts: NotRequired[Names]
+    strength: NotRequired[Number]
+    seed: NotRequired[int]
+    size_bytes: NotRequired[Count | None]
+    seconds: NotRequired[Number | None]
+    fingerprint: NotRequired[Name]
+
+
+class Cost(TypedDict):
+    """What an evaluation cost."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    seconds: NotRequired[Number]
+    seconds_per_image: NotRequired[dict[Name, Number | None] | None]
+    peak_memory_mb: NotRequired[Number]
+    erase_seconds: NotRequired[Number]
+    artifact_bytes: NotRequired[Count]
+    device: NotRequired[Name]
+    threads: NotRequired[Count]
+    cpus: NotRequired[Count | None]
+
+
+class ResultsFile(TypedDict):
+    """`results.json`."""
+
+    schema_version: Literal[1]
+    suite: Name
+    size: Name
+    model: Model
+    erasures: Annotated[list[ErasureEntry], Field(max_length=1_000)]
+    metrics: Annotated[list[Metric], Field(max_length=100_000)]
+    cost: Cost
+
+
+class JudgeConfig(TypedDict):
+    """`config.json` of a Canvas judge."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    objects: Annotated[Names, Field(min_length=1), AfterValidator(lambda names: _unique(names))]
+    styles: Annotated[Names, Field(min_length=1), AfterValidator(lambda names: _unique(names))]
+
+
+class ClipModelConfig(TypedDict):
+    """The shape of an open_clip model, as far as the package reads it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    embed_dim: Annotated[int, Field(ge=1, le=65_536)]
+
+
+class ClipConfig(TypedDict):
+    """`open_clip_config.json`."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    model_cfg: ClipModelConfig
+
+
+def _unique(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name comes twice")
+    return names

@@ -1,0 +1,259 @@
+"""Files of evaluations and attacks, of the embedded world, and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from kinds import kind
+from PIL import Image
+
+from erasure.eval.samples import Sample
+
+SAMPLES = [Sample(f"cat-{number}", "a cat", number, "target", ("cat",), "ink", ("cat",)) for number in range(2)]
+JUDGED = {"object": "cat", "objects": ["cat"], "style": "ink", "shape": "cat", "object_score": 0.9}
+SCORES: dict[str, Any] = {"judged": JUDGED, "clip_score": 0.25, "blank": False, "failures": {"drift": "no image"}}
+RECIPE = {"suite": {"suite": "canvas"}, "samples": "abc", "erasures": [{"name": "cat", "strength": 1.0}]}
+MADE_BY = {"attack": "unlearndiffatk", "size": "quick", "options": {"samples": 5}, "against": ["uce"]}
+
+
+def png(side: int = 16) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(sample: Sample, variant: str) -> dict[str, Any]:
+    moved = {"pixel": 0.1, "feature": None} if variant == "after" else None
+    return {**sample.row(), "variant": variant, **SCORES, "drift": moved, "seconds": 0.5}
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def read_results(folder: Path) -> None:
+    """As a user meets them: compared, and laid out for the terminal."""
+    from erasure.cli.compare import layout
+    from erasure.cli.eval import metric_table
+    from erasure.eval import Results, compare
+
+    results = Results.load(folder)
+    layout(compare([results]))
+    metric_table(results.to_dict()["metrics"])
+    results.save(folder / "again")
+
+
+@kind("results", "results.json", read=read_results)
+def write_results(folder: Path) -> None:
+    from erasure.eval import Results
+
+    table = {"both": 1, "before_only": 0, "after_only": 9, "neither": 0}
+    metrics: list[dict[str, Any]] = [
+        {"name": name, "concept": "cat", "variant": side, "value": 0.5, "low": 0.4, "high": 0.6, "n": 10,
+         "recipe": {"suite": "canvas", "metric": "a share"}}
+        for name in ("UA", "drift") for side in ("before", "after")
+    ]  # fmt: skip
+    metrics[1] |= {"mcnemar_p": 1e-6, "transitions": table, "missing": 1}
+    metrics[3] |= {"change": {"value": 0.1, "low": 0.0, "high": 0.2}, "value": None, "reason": "no image"}
+    erasure = {"name": "cat", "strategy": "uce", "strength": 0.5, "size_bytes": 1000, "seconds": 2.0}
+    cost = {
+        "seconds": 1.0, "seconds_per_image": {"before": None, "after": 0.2}, "peak_memory_mb": 1.0,
+        "artifact_bytes": 1000, "erase_seconds": 2.0, "device": "cpu", "threads": 1, "cpus": 2,
+    }  # fmt: skip
+    model = {"name": "canvas-sd", "fingerprint": "f"}
+    Results("canvas", "quick", model, [erasure], metrics, cost).save(folder)
+
+
+def read_report(folder: Path) -> None:
+    from erasure.eval import write_report
+
+    assert write_report(folder).stat().st_size > 1000
+
+
+@kind("report", "results.json", "samples.jsonl", "images/before/cat-0.png", read=read_report)
+def write_report_folder(folder: Path) -> None:
+    write_results(folder)
+    rows = [row(sample, variant) for sample in SAMPLES for variant in ("before", "after")]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    for each in rows:
+        path = folder / "images" / each["variant"] / f"{each['sample_id']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png())
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def opened_table(folder: Path, attacks: bool = False) -> Any:
+    from erasure.eval.processes import Processes
+    from erasure.eval.run import opened
+    from erasure.eval.schemas import AttackRow
+    from erasure.eval.table import SampleTable
+
+    def table(place: Path) -> SampleTable:
+        if attacks:
+            return SampleTable(place, SAMPLES, variants=("attack",), stem="attacks", schema=AttackRow)
+        return SampleTable(place, SAMPLES)
+
+    return opened(Processes(), table, RECIPE, folder, "evaluation")
+
+
+def read_table(folder: Path) -> None:
+    """Go on where it stopped."""
+    with opened_table(folder) as table:
+        for sample in SAMPLES:
+            for variant in ("before", "after"):
+                if (sample.sample_id, variant) not in table.rows:
+                    table.append([row(sample, variant)], [np.ones(4, dtype=np.float32)])
+        table.merge()
+        table.load()
+        assert all(len(rows) == len(SAMPLES) for rows in table.by_variant().values())
+
+
+@kind("rows of an evaluation", "samples.jsonl", "features.jsonl", "recipe.json", read=read_table)
+def write_table(folder: Path) -> None:
+    with opened_table(folder) as table:
+        rows = [row(sample, "before") for sample in SAMPLES]
+        table.append(rows, [np.ones(4, dtype=np.float32)] * len(rows))
+
+
+def read_attacks(folder: Path) -> None:
+    from erasure.eval.attacks.metrics import attack_cost, attack_metrics
+
+    with opened_table(folder, attacks=True) as table:
+        rows = table.by_variant().get("attack", [])
+        attack_metrics("cat", "after", rows, {})
+        attack_cost(rows, [], 1.0)
+
+
+@kind("rows of an attack", "attacks.jsonl", read=read_attacks)
+def write_attacks(folder: Path) -> None:
+    seen = {"judged": JUDGED, "shown": False}
+    with opened_table(folder, attacks=True) as table:
+        for sample in SAMPLES:
+            outcome = {
+                "before": seen, "text": "a c a t", "after": seen, "success": False, "texts": 1, "changed": 0, "cut": 0,
+                "steps": 4, "losses": [0.5], "images": 2, "references": 1, "failures": {},
+            }  # fmt: skip
+            named = {**sample.row(), "variant": "attack", "concept": "cat"}
+            table.append([{**named, **outcome, "seconds": 0.5}], [None])
+
+
+def read_adversarial(folder: Path) -> None:
+    from erasure.eval.attacks.prompts import read_prompts, write_prompts
+
+    (folder / "again").mkdir()
+    write_prompts(folder / "again", read_prompts(folder))
+
+
+@kind("adversarial prompts", "adversarial.jsonl", read=read_adversarial)
+def write_adversarial(folder: Path) -> None:
+    from erasure.eval.attacks.prompts import AdversarialPrompt, write_prompts
+    from erasure.eval.suites import Target
+
+    target = Target("cat", "object", ("cat",))
+    write_prompts(folder, [AdversarialPrompt(sample, "a c a t", target, MADE_BY) for sample in SAMPLES])
+
+
+def cache_of(folder: Path) -> Any:
+    from erasure.eval.baseline import BaselineCache
+
+    return BaselineCache(folder, "model", {"judge": "judge"})
+
+
+CACHED = f"baselines/model-79b7478c6da6a138/{SAMPLES[0].key}"
+
+
+def read_cache(folder: Path) -> None:
+    """A broken entry is made again: reading it raises nothing at all."""
+    found = cache_of(folder).get(SAMPLES[0], 4)
+    assert found is None or (len(found[1]) == 4 and found[2].size == (64, 64))
+
+
+@kind("baseline cache", f"{CACHED}.json", f"{CACHED}.png", read=read_cache, errors=())
+def write_cache(folder: Path) -> None:
+    cache_of(folder).put(SAMPLES[0], png(64), SCORES | {"failures": {}}, np.ones(4, dtype=np.float32))
+
+
+# Detectors and worlds ------------------------------------------------------------------------------------------------
+
+
+def read_judge(folder: Path) -> None:
+    from erasure.eval.detectors import CanvasJudge
+    from erasure.eval.recipe import judge_fingerprint
+
+    judge = CanvasJudge(folder)
+    judge_fingerprint(judge)
+    (found,) = judge([Image.new("RGB", (64, 64))])
+    assert found.object in judge.object_names
+
+
+@kind("judge", "config.json", "model.safetensors", read=read_judge)
+def write_judge(folder: Path) -> None:
+    from erasure.eval.detectors.canvas import JudgeNetwork, save_judge
+
+    torch.manual_seed(0)
+    save_judge(JudgeNetwork(3, 2), folder, ["cat", "dog", "gun"], ["ink", "noto"])
+
+
+def read_clip(folder: Path) -> None:
+    from erasure.eval.metrics.clip_score import ClipModel
+
+    model = ClipModel(folder)
+    assert model.width > 0
+    assert model.fingerprint
+
+
+@kind("CLIP model", "open_clip_config.json", "open_clip_model.safetensors", read=read_clip)
+def write_clip(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    shape = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1}, "text_cfg": {"width": 32, "layers": 1}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    save_file(
+        {"visual.proj": torch.ones(4, 16), "logit_scale": torch.ones(())}, folder / "open_clip_model.safetensors"
+    )
+
+
+def read_world(folder: Path) -> None:
+    from erasure import assets
+    from erasure.cli.models import anchor_of, canvas_facts, kind_of
+    from erasure.eval.suites.canvas import CanvasSuite
+
+    facts = canvas_facts(str(folder))
+    kind_of("cat", facts)
+    anchor_of("cat", (), facts)
+    if facts:
+        assets.canvas(folder)
+    CanvasSuite().plan(SimpleNamespace(name_or_path=str(folder)), ["cat"], "smoke", 0)
+
+
+@kind("world", "canvas.json", read=read_world)
+def write_world(folder: Path) -> None:
+    from erasure import assets
+
+    facts = assets.canvas()
+    (folder / "canvas.json").write_text(json.dumps({key: facts[key] for key in facts if key != "training"}))
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def read_picture(folder: Path) -> None:
+    from erasure.images import read_image, read_rgb
+    from erasure.masks import read_masks
+
+    assert read_rgb(folder / "picture.png").mode == "RGB"
+    mask = read_image(folder / "picture.png")
+    read_masks(mask, (mask.height, mask.width), 1)
+
+
+@kind("picture", "picture.png", read=read_picture)
+def write_picture(folder: Path) -> None:
+    (folder / "picture.png").write_bytes(png())

@@ -1,0 +1,111 @@
+"""Reading pictures: what is no picture, too large, animated or damaged is a named error before it is decoded."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure.errors import ErasureError, EvaluationError, ImageError
+from erasure.images import PIXELS_LIMIT, png, read_image, read_rgb, rgb
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG that claims to be of any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8))
+WHOLE = encoded(PICTURE, "PNG")
+FRAMES = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no picture"),
+        (b"a text file", "no picture"),
+        (WHOLE[:100], "damaged"),
+        (WHOLE[: len(WHOLE) // 2], "damaged"),
+        (WHOLE[:60] + bytes([WHOLE[60] ^ 1]) + WHOLE[61:], "damaged"),
+        (encoded(PICTURE, "JPEG")[:300], "damaged"),
+        (bomb(60_000, 60_000), "pixels"),
+        (bomb(9_000, 9_000), f"9000 x 9000 pixels; allowed: 1 to {PIXELS_LIMIT:,}"),
+        (bomb(2**31 - 1, 1), "pixels"),
+        (bomb(0, 5), "cannot be read|pixels|no picture"),
+        (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "several pictures"),
+        (encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "several pictures"),
+        (encoded(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "several pictures"),
+        (encoded(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "several pictures"),
+        (encoded(PICTURE, "EPS"), "no picture"),
+        (encoded(PICTURE, "PPM"), "no picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    file.write_bytes(content)
+    with pytest.raises(ImageError, match=said) as caught:
+        read_rgb(file)
+    assert str(file) in str(caught.value)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing")
+    for name, said in (("pipe.png", "a named pipe"), ("link.png", "No such file"), (".", "a folder"),
+                       ("x" * 300, "too long"), ("a\0b", "null")):  # fmt: skip
+        with pytest.raises(EvaluationError, match=said):
+            read_image(tmp_path / name, error=EvaluationError)
+
+
+def test_usual_pictures_are_read(tmp_path: Path) -> None:
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        (tmp_path / "picture.png").write_bytes(encoded(PICTURE.convert(mode), "PNG"))
+        found = read_rgb(tmp_path / "picture.png")
+        assert (found.mode, found.size) == ("RGB", (32, 24))
+        assert np.array_equal(np.array(found), np.array(PICTURE.convert(mode).convert("RGB")))
+    for kind in ("JPEG", "WEBP", "BMP", "TIFF", "GIF"):
+        (tmp_path / "picture").write_bytes(encoded(PICTURE, kind))
+        assert read_rgb(tmp_path / "picture").size == (32, 24)
+        with pytest.raises(ErasureError, match="no picture in PNG; convert"):
+            read_image(tmp_path / "picture", formats=("PNG",))
+    # What phones write: a photograph with a second one behind it.
+    (tmp_path / "phone.jpg").write_bytes(encoded(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:]))
+    assert read_rgb(tmp_path / "phone.jpg").getpixel((0, 0))[0] > 200
+
+
+def test_sixteen_bits_become_eight_and_are_not_cut_off(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16)[None]
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.array(read_rgb(tmp_path / "deep.png"))[0, :, 0].tolist() == list(range(256))
+    with pytest.raises(ImageError, match="'F', whose range is not known"):
+        rgb(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+
+
+def test_a_lazily_opened_damaged_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes(WHOLE[: len(WHOLE) // 2])
+    with Image.open(tmp_path / "half.png") as image, pytest.raises(EvaluationError, match="image 3 cannot be decoded"):
+        rgb(image, "image 3", error=EvaluationError)
+
+
+def test_png_is_read_again() -> None:
+    with Image.open(io.BytesIO(png(PICTURE))) as again:
+        assert np.array_equal(np.array(again), np.array(PICTURE))

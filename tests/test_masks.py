@@ -1,0 +1,129 @@
+"""What a mask covers, however it was drawn and exported."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erasure.errors import MaskError
+from erasure.masks import read_masks
+
+DRAWN = np.zeros((32, 48), dtype=bool)
+DRAWN[8:20, 8:30] = True
+BOX = (8, 8, 30, 20)
+
+
+def brush(mode: str, ground: Any, *colours: Any) -> Image.Image:
+    """A picture with the mask's box in vertical stripes of some colours."""
+    image = Image.new(mode, (48, 32), ground)
+    left, top, right, bottom = BOX
+    edges = np.linspace(left, right, len(colours) + 1).astype(int)
+    for colour, start, end in zip(colours, edges[:-1], edges[1:], strict=True):
+        image.paste(colour, (int(start), top, int(end), bottom))
+    return image
+
+
+def palette(transparent: bool) -> Image.Image:
+    image = Image.fromarray(DRAWN.astype(np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 200, 0, 0] if transparent else [0, 0, 0, 255, 255, 255])
+    if transparent:
+        image.info["transparency"] = 0
+    return image
+
+
+def reopened(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+DRAWINGS = {
+    "white on black": brush("L", 0, 255),
+    "bilevel": brush("1", 0, 1),
+    "white on black in colours": brush("RGB", (0, 0, 0), (255, 255, 255)),
+    "red, blue and brown on black": brush("RGB", (0, 0, 0), (255, 0, 0), (0, 0, 255), (110, 60, 20)),
+    "white on transparent black": brush("RGBA", (0, 0, 0, 0), (255,) * 4),
+    "white on transparent white": brush("RGBA", (255, 255, 255, 0), (255,) * 4),
+    "black on transparent": brush("RGBA", (255, 255, 255, 0), (0, 0, 0, 255)),
+    "every colour on transparent": brush(
+        "RGBA", (0, 0, 0, 0), *((*c, 255) for c in ((255, 0, 0), (0, 0, 255), (90, 50, 10), (255, 255, 0)))
+    ),
+    "half opaque brush on transparent": brush("RGBA", (0, 0, 0, 0), (255, 0, 0, 100)),
+    "white on black, opaque": brush("RGBA", (0, 0, 0, 255), (255,) * 4),
+    "grey and alpha": brush("LA", (255, 0), (255, 255)),
+    "palette": palette(transparent=False),
+    "palette with a transparent entry": reopened(palette(transparent=True)),
+    "0 and 1": Image.fromarray(DRAWN.astype(np.uint8)),
+    "0 and 1, 32 bits": Image.fromarray(DRAWN.astype(np.int32)),
+    "0 and 255, 32 bits": Image.fromarray(DRAWN.astype(np.int32) * 255),
+    "16 bits": reopened(Image.fromarray(DRAWN.astype(np.uint16) * 65535)),
+    "float 0 to 1": Image.fromarray(DRAWN.astype(np.float32)),
+    "float 0 to 255": Image.fromarray(DRAWN.astype(np.float32) * 255),
+    "cmyk": brush("CMYK", (0, 0, 0, 255), (0, 0, 0, 0)),
+    "array of bool": DRAWN,
+    "array of float": DRAWN.astype(np.float64),
+    "array of 16 bits": DRAWN.astype(np.uint16) * 65535,
+    "array in RGBA": np.array(brush("RGBA", (0, 0, 0, 0), (255, 0, 0, 255))),
+    "array in RGB": np.array(brush("RGB", (0, 0, 0), (255, 255, 255))),
+    "tensor": torch.from_numpy(DRAWN)[None].half(),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_what_is_drawn_is_covered(name: str) -> None:
+    (found,) = read_masks(DRAWINGS[name], DRAWN.shape, 1)
+    assert np.array_equal(found.numpy(), DRAWN)
+
+
+def test_black_beside_white_on_a_transparent_ground_stays() -> None:
+    """A mask that was cut out of its ground, its own black opaque."""
+    image = brush("RGBA", (0, 0, 0, 0), (255,) * 4)
+    image.paste((0, 0, 0, 255), (0, 24, 48, 32))
+    assert np.array_equal(read_masks(image, DRAWN.shape, 1)[0].numpy(), DRAWN)
+
+
+def test_nothing_drawn_covers_nothing() -> None:
+    for empty in (Image.new("L", (48, 32)), Image.new("RGBA", (48, 32)), np.zeros((32, 48)), torch.zeros(1, 32, 48)):
+        assert not read_masks(empty, DRAWN.shape, 1).any()
+
+
+def test_a_soft_edge_is_cut_at_half() -> None:
+    ramp = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(32, 0)
+    assert read_masks(ramp, (32, 48), 1).float().mean() == 0.5
+
+
+class Large(Image.Image):
+    """A picture that claims more pixels than are allowed."""
+
+    size = (9_000, 9_000)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("mask.png", "cannot be read"),
+        (None, "cannot be read"),
+        (np.array([["a", "b"]]), "cannot be read"),
+        (torch.zeros(32, 48, dtype=torch.complex64), "cannot be read"),
+        (np.zeros((32, 48, 7)), "shape"),
+        (np.zeros((0, 48)), "shape"),
+        (np.full((32, 48), np.nan), "NaN"),
+        (Large(), "9000 x 9000 pixels"),
+        (np.zeros((48, 32)), "draw it on the image itself"),
+    ],
+)
+def test_what_is_no_mask_is_named(given: Any, said: str) -> None:
+    with pytest.raises(MaskError, match=said):
+        read_masks(given, DRAWN.shape, 1)
+
+
+def test_a_damaged_file_opened_lazily_is_named() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48), dtype=np.uint8)).save(buffer, "PNG")
+    with pytest.raises(MaskError, match="cannot be read"):
+        read_masks(Image.open(io.BytesIO(buffer.getvalue()[:600])), DRAWN.shape, 1)
