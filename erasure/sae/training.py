@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from erasure import files
 from erasure.errors import DivergenceError, OptionError
+from erasure.interop.protocols import Settings
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
 from erasure.training.checkpoint import Checkpoint
 
@@ -209,12 +210,12 @@ class SAETrainer:
         self.sae.initialise(sample.float().cpu() * self.losses.scale, torch.Generator().manual_seed(options.seed))
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=options.learning_rate, betas=(0.9, 0.999))
         self.folder, self.state = folder, None
-        self.recipe: dict[str, Any] = {}
+        self.recipe: Settings = {}
         if folder is not None:
             self.state = Checkpoint(folder / CHECKPOINT, losses=self.losses, optimiser=self.optimiser)
             self.recipe = self._recipe(sample)
 
-    def _recipe(self, sample: Tensor) -> dict[str, Any]:
+    def _recipe(self, sample: Tensor) -> Settings:
         """All that the result depends on."""
         options = dataclasses.asdict(self.options)
         del options["save_every"]
