@@ -17,10 +17,12 @@ from erasure.artifact import Erasure, ErasureConfig, default_name, library_versi
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
+from erasure.carriers.embeddings import learned_tokens
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
 from erasure.interop import paths
+from erasure.interop.pipelines import origin
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
@@ -104,7 +106,7 @@ def erase(
         fit.edits.check_finite()
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
-        base = _base(backbone, fit.edits)
+        base = _base(backbone, fit.edits, wanted)
     config = ErasureConfig(
         strategy=method.name,
         strategy_config=dataclasses.asdict(method),
@@ -229,19 +231,21 @@ def _refuse_quantised(backbone: Backbone) -> None:
             )
 
 
-def _base(backbone: Backbone, edits: Edits) -> dict[str, Any]:
+def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict[str, Any]:
     pipe, tensors = backbone.pipe, {}
     for key in (*edits.parameters, *_read_parameters(pipe, edits)):
         component, path = key.split("/", 1)
         tensors[key] = fingerprint(paths.parameter(getattr(pipe, component), path))
-    model = str(pipe.config.get("_name_or_path") or "")
+    model, revision = origin(pipe)
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
-    base = {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+    base: dict[str, Any] = {"model": shown, "revision": revision, "tensors": tensors}
     if backbone.denoiser_component in edits.components:
         # What the denoiser is told to forget stands in the text encoder's own language.
         encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}
         base["text_encoders"] = encoders
+    if learned := learned_tokens(backbone.towers, [text for concept in concepts for text in concept.texts()]):
+        base["learned_tokens"] = learned
     return base
 
 

@@ -17,6 +17,7 @@ from erasure import guards
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.canary import Canary
+from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError, VerificationError
 from erasure.fitting import CONTROLNET, check_fit, is_denoiser, sources_of
 from erasure.interop import adapters, scopes
@@ -136,6 +137,7 @@ class ErasureManager:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
+            warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
             records = {}
             for component in {**sources, **self._states()}:
                 record = replace(self._record(component, modules), enabled=True)
@@ -212,8 +214,11 @@ class ErasureManager:
 
     def _look(self, targets: Sequence[Target]) -> Canary | None:
         in_force = {n: a.erasure for target in targets for n, a in target.state.in_force().items()}
-        bare = self._bare() if in_force else None
-        return None if bare is None else Canary.of(bare, self._stock(without_adapters=True), in_force)
+        last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
+        if not in_force:
+            return last
+        bare = self._bare()
+        return None if bare is None else Canary.of(bare, lambda: self._stock(without_adapters=True), in_force, last)
 
     def _bare(self) -> DiffusionPipeline | None:
         """The pipeline with its erasures, without its user's adapters; `None` where these are fused into weights."""

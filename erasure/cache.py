@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from erasure.files import differences, digest
+from erasure.interop import learned
+from erasure.interop.protocols import Pipeline, Tokenizer
 
 SAMPLED = 2048
 """Values of each tensor that enter a model's fingerprint."""
@@ -21,8 +23,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ERASURE_CACHE") or Path.home() / ".cache" / "erasure")
 
 
-def model_fingerprint(pipe: Any) -> str:
+def model_fingerprint(pipe: Pipeline) -> str:
     """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
+
+    Learned tokens (textual inversion) enter by their names and with all their values.
 
     Reading every byte of a large model would take longer than many an evaluation. Call it with erasures off: adapter
     weights are left out, and a wrapped layer counts as the layer inside.
@@ -30,31 +34,41 @@ def model_fingerprint(pipe: Any) -> str:
     found = hashlib.sha256(type(pipe).__name__.encode())
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module):
-            _add(found, component, f"{name}/")
+            _add(found.update, component, f"{name}/")
+        if isinstance(component, nn.Module) and name.startswith("text_encoder"):
+            _add_learned(found.update, pipe.components.get(name.replace("text_encoder", "tokenizer")), component)
     return found.hexdigest()[:16]
 
 
 def module_fingerprint(module: nn.Module) -> str:
     """Fingerprint of the weights of one module; see `model_fingerprint`."""
     found = hashlib.sha256()
-    _add(found, module, "")
+    _add(found.update, module, "")
     return found.hexdigest()[:16]
 
 
-def _add(found: hashlib._Hash, module: nn.Module, prefix: str) -> None:
+def _add(update: Callable[[bytes], object], module: nn.Module, prefix: str) -> None:
     for key, tensor in sorted(module.state_dict().items()):
         if "lora_" in key:
             continue
-        found.update(f"{prefix}{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(_some_bytes(tensor))
+        update(f"{prefix}{key.replace('.base_layer', '')}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
 
 
-def _some_bytes(tensor: Tensor) -> bytes:
+def _add_learned(update: Callable[[bytes], object], tokenizer: Tokenizer | None, encoder: nn.Module) -> None:
+    """Learned tokens: few rows of a large table, which a sample misses, under names that no tensor tells."""
+    if tokenizer is None:
+        return
+    for word in learned.ids_by_word(tokenizer):
+        update(word.encode())
+        update(_bytes(learned.vectors(tokenizer, encoder, word)))
+
+
+def _bytes(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta":  # offloaded to disk: name and shape have to do
         return b""
-    flat = tensor.detach().flatten()
-    stride = max(1, flat.numel() // SAMPLED)
-    return flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 __all__ = ["cache_folder", "differences", "digest", "model_fingerprint", "module_fingerprint"]

@@ -8,7 +8,7 @@ switched, and by whatever is there when `verify` asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ class Answer:
     predicted: Tensor | None
     """`(prompts, channels, SIDE, SIDE)`; nothing where a pass is not possible (an image prompt is missing)."""
 
+    def rows(self, index: Sequence[int]) -> Answer:
+        """The answers for some of the prompts."""
+        chosen = list(index)
+        return Answer(self.encoded[chosen], None if self.predicted is None else self.predicted[chosen])
+
 
 @dataclass(frozen=True)
 class Canary:
@@ -50,17 +55,29 @@ class Canary:
     erased: Answer
 
     @classmethod
-    def of(cls, pipe: DiffusionPipeline, stock: DiffusionPipeline, erasures: Mapping[str, Erasure]) -> Canary:
+    def of(
+        cls,
+        pipe: DiffusionPipeline,
+        make_stock: Callable[[], DiffusionPipeline],
+        erasures: Mapping[str, Erasure],
+        last: Canary | None,
+    ) -> Canary:
         """Ask the pipeline and its stock twin.
 
         Args:
             pipe: The pipeline.
-            stock: The same without erasures.
+            make_stock: Gives the same without erasures.
             erasures: What is in force, by name.
+            last: What was asked before, which saves asking the stock model again.
         """
         prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, erasure in erasures.items()}
         asked = list(prompts.values())
-        return cls(prompts, answer(stock, asked), answer(pipe, asked))
+        known = [] if last is None else list(last.prompts.values())
+        if last is not None and set(asked) <= set(known):
+            stock = last.stock.rows([known.index(prompt) for prompt in asked])
+        else:
+            stock = answer(make_stock(), asked)
+        return cls(prompts, stock, answer(pipe, asked))
 
     def check(self, pipe: DiffusionPipeline, edits_denoiser: set[str]) -> None:
         """Compare with what the pipeline computes now.
@@ -106,14 +123,13 @@ def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
     return float(effect @ found / (effect @ effect))
 
 
-@torch.no_grad()
 def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
     """Encode prompts and run the denoiser once over fixed noise."""
     backbone = backbone_for(pipe)
     # Compiled graphs would be made anew for these shapes.
-    with unguarded(), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+    with unguarded(), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         conditioning = backbone.encode(prompts)
-        return Answer(conditioning.tokens.detach().float().cpu(), _predicted(backbone, conditioning))
+        return Answer(conditioning.tokens.float().cpu(), _predicted(backbone, conditioning))
 
 
 def _predicted(backbone: Backbone, conditioning: Conditioning) -> Tensor | None:

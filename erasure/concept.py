@@ -87,6 +87,10 @@ class Concept:
         """Every phrasing of every name."""
         return [template.format(name) for name in self.names for template in self.phrasings()]
 
+    def texts(self) -> list[str]:
+        """All that the concept says in words: its prompts, its anchor, and what must survive."""
+        return [*self.prompts(), *([self.anchor] if self.anchor else []), *self.retain]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the artifact's config."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}

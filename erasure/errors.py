@@ -81,3 +81,7 @@ class BypassedErasureError(ErasureError, RuntimeError):
 
 class BypassedErasureWarning(UserWarning):
     """A call goes around an erasure: with embeddings, pictures or networks that it does not edit."""
+
+
+class UnknownTokenWarning(UserWarning):
+    """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""

@@ -32,6 +32,7 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=2 * LONGEST_TE
 Key = Annotated[str, StringConstraints(max_length=512, pattern=r"^[\w-]+/[\w.-]+$")]
 """A tensor of a pipeline: `component/module.path.parameter`."""
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Encoder = Literal["text_encoder", "text_encoder_2", "text_encoder_3"]
 Dtype = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,20}$")]
 Digests = Annotated[dict[Dtype, Sha256], Field(max_length=8)]
 """sha256 of a tensor by the type it was rounded to."""
@@ -63,8 +64,10 @@ class Base(TypedDict, total=False):
     """Commit of its repository."""
     tensors: Annotated[dict[Key, Digests], Field(max_length=files.TENSORS_LIMIT)]
     """Every tensor that is changed."""
-    text_encoders: Annotated[dict[Literal["text_encoder", "text_encoder_2", "text_encoder_3"], Digests], Field()]
+    text_encoders: Annotated[dict[Encoder, Digests], Field()]
     """Sampled fingerprints of the text encoders that an edit of the denoiser was fitted with."""
+    learned_tokens: dict[Encoder, Annotated[dict[Name, Digests], Field(max_length=10_000)]]
+    """Vectors of the learned tokens (textual inversion) that the concepts mention, by text encoder and token."""
 
 
 @with_config(STRICT)

@@ -41,6 +41,10 @@ class Journal:
     """Each parameter with what it held."""
     done: bool = False
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Journal:
+        """Give the same object: it is about the modules that it stands on, and no copy takes part in the switch."""
+        return self
+
     @torch.no_grad()
     def undo(self) -> None:
         """Put back whatever has been overwritten; doing so twice does no harm."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from erasure.errors import EvaluationError, UnsupportedModelError
+from erasure.interop.pipelines import packs_latents
 
 Role = Literal["target", "retain", "cross", "utility", "pair"]
 
@@ -94,7 +95,7 @@ def latent_shape(pipe: Any, sample: Sample) -> tuple[int, ...]:
         UnsupportedModelError: The pipeline does not diffuse a latent image.
     """
     network, scale = denoiser(pipe), getattr(pipe, "vae_scale_factor", None)
-    if network is None or not scale or getattr(pipe, "_pack_latents", None):
+    if network is None or not scale or packs_latents(pipe):
         raise UnsupportedModelError(
             f"{type(pipe).__name__} cannot be measured yet: the evaluation hands the pipeline its initial noise as a "
             "latent image, which needs a unet or transformer and a vae_scale_factor, and no packing of latents"

@@ -9,19 +9,20 @@ raises the map of the most neglected subject instead, is the other choice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from erasure.backbones import AttentionSite, attention_sites
+from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import Forward, LatentGuidance
 from erasure.errors import DivergenceError, OptionError
+from erasure.interop.protocols import Callback, Pipeline, as_pipeline
 from erasure.masks import read_masks
 from erasure.pipelines.attention_losses import (
     excitation,
@@ -84,7 +85,7 @@ class CompositionMixin(SharedModulesMixin):
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
         **options: Any,
     ) -> Any:
@@ -108,7 +109,7 @@ class CompositionMixin(SharedModulesMixin):
             MaskError: A layout that does not fit.
             DivergenceError: NaN in the gradient.
         """
-        pipe: Any = self
+        pipe = as_pipeline(self)
         known = {item.name for item in dataclasses.fields(CompositionSettings)}
         settings = CompositionSettings(**{name: value for name, value in options.items() if name in known})
         rest = {name: value for name, value in options.items() if name not in known}
@@ -116,12 +117,14 @@ class CompositionMixin(SharedModulesMixin):
         factor = pipe.vae_scale_factor
         height = height or pipe.unet.config.sample_size * factor
         width = width or pipe.unet.config.sample_size * factor
-        words = subject_weights(pipe.tokenizer, prompts, subjects)
+        towers = text_towers(pipe)
+        # A second prompt is the second encoder's, and the subjects are in the words of the first.
+        words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
         kept = None if layout is None else read_masks(list(layout), (height, width), words.weights.shape[2])
-        guide = Guide(self, settings, words, (height // factor, width // factor), kept)
+        guide = Guide(pipe, settings, words, (height // factor, width // factor), kept)
 
-        def follow(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def follow(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if callback_on_step_end is not None:
                 tensors = callback_on_step_end(pipe, index, t, tensors)
             guide.share = (index + 1) / pipe.num_timesteps
@@ -164,9 +167,11 @@ class Words(NamedTuple):
 
 
 def subject_weights(
-    tokenizer: Any, prompts: Sequence[str], subjects: Sequence[str] | Sequence[Sequence[str]]
+    towers: Sequence[TextTower], prompts: Sequence[str], subjects: Sequence[str] | Sequence[Sequence[str]]
 ) -> Words:
-    """Find the subjects in their prompts, as the tokeniser spells them.
+    """Find the subjects in their prompts, as the tokenisers spell them; all vectors of learned tokens count.
+
+    Encoders side by side may spell a word at unlike lengths: what each of them finds has an equal share.
 
     Raises:
         OptionError: One is not there, or there is none.
@@ -176,26 +181,37 @@ def subject_weights(
     each = [[str(name) for name in subjects]] * len(prompts) if alike else [list(names) for names in subjects]
     if len(each) != len(prompts) or not all(each):
         raise OptionError(f"{len(prompts)} prompts need a list of subjects each, with one at least; got {subjects!r}")
-    length = tokenizer.model_max_length
+    length = max(tower.max_length for tower in towers)
     weights = torch.zeros(len(prompts), length, max(map(len, each)))
     present = torch.zeros(len(prompts), weights.shape[2], dtype=torch.bool)
     inside = torch.zeros(len(prompts), length, dtype=torch.bool)
     for row, (prompt, names) in enumerate(zip(prompts, each, strict=True)):
-        ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
-        inside[row, 1 : len(ids) - 1] = True
-        taken = [False] * len(ids)
-        for column, name in enumerate(names):
-            span = tokenizer(name, add_special_tokens=False).input_ids
-            places = [i for i in range(1, len(ids) - len(span)) if ids[i : i + len(span)] == span and not taken[i]]
-            if not span or not places:
-                raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
-            taken[places[0]] = True  # "a cat and a cat": the second is another
-            weights[row, places[0] : places[0] + len(span), column] = 1 / len(span)
-            present[row, column] = True
+        for tower in towers:
+            words, spans = subject_spans(tower, prompt, names)
+            inside[row, words] = True
+            for column, span in enumerate(spans):
+                weights[row, span, column] += 1 / (span.stop - span.start) / len(towers)
+                present[row, column] = True
     return Words(weights, present, inside)
 
 
-def composition_sites(denoiser: Any, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
+def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[slice, list[slice]]:
+    """The positions of a prompt's words in a tower, and of each subject: the first that no other has taken."""
+    ids = tower.prompt_ids(prompt, truncate=True)
+    inside = slice(tower.leading, len(ids) - 1)
+    spans: list[slice] = []
+    for name in names:
+        own = tower.word_ids(name)
+        starts = range(inside.start, inside.stop - len(own) + 1)
+        taken = [span.start for span in spans]  # "a cat and a cat": the second is another
+        free = [i for i in starts if own and ids[i : i + len(own)] == own and i not in taken]
+        if not free:
+            raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
+        spans.append(slice(free[0], free[0] + len(own)))
+    return inside, spans
+
+
+def composition_sites(denoiser: nn.Module, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
     """The cross-attention layers whose token grid is nearest to a size."""
     cross = [site for site in attention_sites(denoiser) if site.kind == "cross"]
     if not cross:
@@ -216,7 +232,7 @@ class Guide:
     """
 
     def __init__(
-        self, pipe: Any, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
+        self, pipe: Pipeline, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
         kept: Tensor | None,
     ) -> None:  # fmt: skip
         self.settings, self.words, self.share = settings, words, 0.0

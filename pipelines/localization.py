@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from erasure.backbones import AttentionSite, attention_sites
+from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
+from erasure.interop.pipelines import execution_device
+from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SharedModulesMixin
 
@@ -116,7 +118,7 @@ class LocalizationMixin(SharedModulesMixin):
         Raises:
             MaskError: NaN in it, or images of several sizes.
         """
-        pipe: Any = self
+        pipe = as_pipeline(self)
         several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
         batch = [_as_pixels(part) for part in (list(image) if several else [image])]
         sizes = {part.size[::-1] if isinstance(part, Image.Image) else tuple(part.shape[-2:]) for part in batch}
@@ -135,13 +137,13 @@ class LocalizationMixin(SharedModulesMixin):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents `(batch, channels, h, w)`: the mode of the VAE's posterior, so that nothing depends on a draw."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         vae = pipe.vae
         dtype = torch.float32 if vae.config.get("force_upcast") and vae.dtype == torch.float16 else vae.dtype
         before = vae.dtype
         if dtype != before:
             vae.to(dtype)
-        latents = vae.encode((2 * images - 1).to(pipe._execution_device, dtype)).latent_dist.mode()
+        latents = vae.encode((2 * images - 1).to(execution_device(pipe), dtype)).latent_dist.mode()
         if dtype != before:
             vae.to(before)
         return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)
@@ -150,9 +152,10 @@ class LocalizationMixin(SharedModulesMixin):
         self, latents: Tensor, name: str, settings: LocalizationSettings, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mean maps `(images, 2, rows, columns)` of a name and of the start token: as they are, and refined."""
-        pipe: Any = self
-        prompt, begins = describe(pipe.tokenizer, name)
-        weights = torch.zeros(1, pipe.tokenizer.model_max_length, 2)
+        pipe = as_pipeline(self)
+        tower = text_towers(pipe)[0]
+        prompt, begins = describe(tower, name)
+        weights = torch.zeros(1, tower.max_length, 2)
         weights[:, begins:, 0] = 1
         weights[:, 0, 1] = 1
         count, size = len(latents), (latents.shape[2], latents.shape[3])
@@ -163,7 +166,7 @@ class LocalizationMixin(SharedModulesMixin):
         raw: list[Tensor] = []
         refined: list[Tensor] = []
 
-        def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             grid = own[0].grid(*size)
             each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
             maps = torch.stack(each).mean(0)
@@ -186,7 +189,7 @@ class LocalizationMixin(SharedModulesMixin):
         return torch.stack(raw).mean(0), torch.stack(refined).mean(0)
 
 
-def describe(tokenizer: Any, name: str) -> tuple[str, int]:
+def describe(tower: TextTower, name: str) -> tuple[str, int]:
     """A prompt with a name in it, and the position of the name's first token.
 
     Raises:
@@ -198,10 +201,12 @@ def describe(tokenizer: Any, name: str) -> tuple[str, int]:
     if not noun:
         raise MaskError(f"{name!r} names nothing: say what to find, for instance 'cat'")
     article = article or ["an" if noun[0][0].lower() in "aeiou" else "a"]
-    return " ".join([*article, *noun]), 1 + len(tokenizer(article[0], add_special_tokens=False).input_ids)
+    return " ".join([*article, *noun]), tower.leading + len(tower.word_ids(article[0]))
 
 
-def localization_sites(denoiser: Any, latent_size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:
+def localization_sites(
+    denoiser: nn.Module, latent_size: tuple[int, int]
+) -> tuple[list[AttentionSite], list[AttentionSite]]:
     """The decoder's cross-attention at grids of `GRIDS`, and its self-attention at the finest of them.
 
     Raises:

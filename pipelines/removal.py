@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -29,6 +29,8 @@ from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import BranchGuidance, can_share_trunk
 from erasure.errors import MaskError, OptionError
+from erasure.interop.pipelines import interrupt
+from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines.localization import LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
@@ -122,7 +124,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         guidance_scale: float = 1.0,
         output_type: Literal["pil", "np", "pt"] = "pil",
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
         **options: Any,
     ) -> Any:
         """Take what the mask covers out of images and fill its place with background.
@@ -153,7 +155,7 @@ class ObjectRemovalMixin(LocalizationMixin):
             OptionError: Unknown preset, or a setting without meaning.
         """
         settings, rest = _settings(preset, options)
-        pipe: Any = self
+        pipe = as_pipeline(self)
         source = self.read_images(image, height, width)
         size = (source.shape[2], source.shape[3])
         if mask_image is None:
@@ -208,7 +210,7 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     def _conditioning(self, source: Tensor, covered: Tensor) -> dict[str, Tensor]:
         """The image as latents, and what an inpainting UNet with nine channels is given besides: a grey hole."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         latents = self.encode_images(source)
         if pipe.unet.config.in_channels == pipe.vae.config.latent_channels:
             return {"image": latents, "masked_image_latents": torch.zeros_like(latents)}
@@ -217,7 +219,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:
         """The scheduler that the settings ask for, while the block runs."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         own = pipe.scheduler
         if settings.released_scheduler:
             pipe.scheduler = DDIMScheduler(
@@ -235,7 +237,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         self, masks: Tensor, size: tuple[int, int], settings: RemovalSettings
     ) -> tuple[AttentionController, Any]:
         """The controller, and the guidance that combines its branches."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         sites = self.removal_sites(settings.layers)
         guided = settings.redirect and settings.removal_guidance_scale != 1
         grid = (size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor)
@@ -259,20 +261,21 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     def removal_sites(self, layers: Layers = "decoder") -> list[AttentionSite]:
         """The self-attention layers that are redirected."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         sites = [site for site in attention_sites(pipe.unet) if site.kind == "self"]
         return sites if layers == "all" else [site for site in sites if site.name.startswith("up_blocks.")]
 
-    def _invert(self, call: dict[str, Any], settings: RemovalSettings) -> list[Tensor]:
+    def _invert(self, call: Settings, settings: RemovalSettings) -> list[Tensor]:
         """The image's latents at the noise level of every step that will be run, noisiest first, and the clean one."""
-        pipe: Any = self
+        pipe = as_pipeline(self)
         steps = min(int(settings.num_inference_steps * settings.strength), settings.num_inference_steps)
         found = [call["image"]]
 
-        def keep(pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if len(found) <= steps:
                 found.append(tensors["latents"])
-            pipe._interrupt = len(found) > steps
+            if len(found) > steps:
+                interrupt(pipe)
             return tensors
 
         own = pipe.scheduler
@@ -292,7 +295,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: Any) -> Any:
         from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-        pipe: Any = self
+        pipe = as_pipeline(self)
         images = pipe.image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
@@ -305,11 +308,11 @@ class _Follow:
     """After every step: tells the controller how far the run is, and puts recorded surroundings back."""
 
     def __init__(
-        self, control: AttentionController, record: Sequence[Tensor], keep: Tensor, then: Callable[..., Any] | None
+        self, control: AttentionController, record: Sequence[Tensor], keep: Tensor, then: Callback | None
     ) -> None:
         self.control, self.record, self.keep, self.then = control, record, keep, then
 
-    def __call__(self, pipe: Any, index: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.control.at((index + 1) / pipe.num_timesteps)
         if self.record:
             keep = self.keep.to(tensors["latents"])
@@ -317,7 +320,7 @@ class _Follow:
         return tensors if self.then is None else self.then(pipe, index, t, tensors)
 
 
-def _settings(preset: str, options: dict[str, Any]) -> tuple[RemovalSettings, dict[str, Any]]:
+def _settings(preset: str, options: Settings) -> tuple[RemovalSettings, Settings]:
     if preset not in PRESETS:
         raise OptionError(f"no preset {preset!r} of object removal; there are: {', '.join(PRESETS)}")
     known = {field.name for field in dataclasses.fields(RemovalSettings)}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+from erasure.interop.pipelines import progress_bar_config
 from erasure.pipelines.localization import Localization
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
@@ -49,5 +50,5 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         if isinstance(prompt_or_image, str):
             image = self(prompt_or_image, output_type="pil", **(call or {})).images
         finder = StableDiffusionObjectRemovalPipeline.from_pipe(self)
-        finder.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        finder.set_progress_bar_config(**progress_bar_config(self))
         return finder.localize(image, words, others=others, generator=generator, **options)

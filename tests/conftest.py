@@ -210,3 +210,24 @@ def add_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
 def load_tiny_ip_adapter() -> Callable[[Any], dict[str, Any]]:
     """Loads an IP-Adapter with random weights into a tiny pipeline."""
     return add_tiny_ip_adapter
+
+
+def teach_token(pipe: Any, *words: str, token: str = "<my-pet>", suffix: str = "") -> None:
+    """Load a learned token through diffusers' loader: a vector for each word, near to that of the word's last token.
+
+    `suffix` chooses the encoder and its tokeniser: `_2` is the second.
+    """
+    import torch
+
+    tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+    table = encoder.get_input_embeddings().weight.detach()
+    rows = table[[tokenizer(word, add_special_tokens=False).input_ids[-1] for word in words]]
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
+    vectors = rows + 0.05 * rows.std() * noise
+    pipe.load_textual_inversion(vectors, token=token, tokenizer=tokenizer, text_encoder=encoder)
+
+
+@pytest.fixture(scope="session")
+def teach() -> Callable[..., None]:
+    """Loads a learned token into a pipeline: `teach(pipe, "a", "cat")` gives `<my-pet>` two vectors."""
+    return teach_token

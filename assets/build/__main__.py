@@ -6,6 +6,8 @@ evaluate, table, gates, controls, localiser.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -60,10 +62,9 @@ def export(work: Path = WORK) -> None:
 
 def sae(out: Path = ROOT / "canvas-sae") -> None:
     """Train the sparse autoencoder of the shipped text encoder, as a user would with `erasure sae train`."""
-    from erasure.cli.main import main as erasure
-
     settings = "--layer 0 --d-sae 512 --k 8 --steps 3000 --learning-rate 1e-3 --dead-after 50000"
-    raise SystemExit(erasure(["sae", "train", "--model", "canvas-sd", "--out", str(out), *settings.split()]))
+    command = [sys.executable, "-m", "erasure", "sae", "train", "--model", "canvas-sd", "--out", str(out)]
+    raise SystemExit(subprocess.call([*command, *settings.split()]))
 
 
 def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> None:

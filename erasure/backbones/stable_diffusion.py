@@ -29,7 +29,7 @@ class StableDiffusionBackbone(Backbone):
         encoder = parts.get("text_encoder")
         return (
             isinstance(parts.get("unet"), nn.Module)
-            and isinstance(getattr(parts["unet"], "_orig_mod", parts["unet"]), UNet2DConditionModel)
+            and isinstance(paths.uncompiled(parts["unet"]), UNet2DConditionModel)
             and isinstance(encoder, nn.Module)
             and hasattr(paths.transformer_root(encoder), "final_layer_norm")
             and "text_encoder_2" not in parts

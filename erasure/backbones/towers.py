@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erasure.errors import ConceptError, UnsupportedModelError
-from erasure.interop import paths
+from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
+from erasure.interop import learned, paths
+from erasure.interop.protocols import Tokenizer
+
+PLACEHOLDER = re.compile(r"<[^<>\s]+>")
+"""How learned tokens are named, by custom."""
 
 
 class PromptTokens(NamedTuple):
@@ -31,7 +37,7 @@ class TextTower:
     component: str
     """Name in the pipeline, for instance `text_encoder_2`."""
     module: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int
     """Tokens that the pipeline pads to."""
     consumed: int = -1
@@ -39,6 +45,8 @@ class TextTower:
     pooled: bool = False
     """Whether the denoiser reads a pooled vector too."""
     uses_attention_mask: bool = False
+    pipe: DiffusionPipeline | None = field(default=None, repr=False, compare=False)
+    """The pipeline that it is of, which rewrites prompts before they are tokenised."""
 
     @property
     def root(self) -> Any:
@@ -68,14 +76,33 @@ class TextTower:
         return f"{self.component}/{path}"
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
-        """Tokenise as the pipeline does: truncated and padded to `max_length`."""
+        """Tokenise as the pipeline does: learned tokens written out, truncated and padded to `max_length`."""
+        texts = [self.written_out(prompt) for prompt in prompts]
         made = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            texts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
-        lengths = [min(len(row), self.max_length) for row in self.tokenizer(list(prompts)).input_ids]
+        lengths = [min(len(row), self.max_length) for row in self.tokenizer(texts).input_ids]
         device = next(self.root.parameters()).device
         mask = made.attention_mask.to(device) if self.uses_attention_mask else None
         return PromptTokens(made.input_ids.to(device), lengths, mask)
+
+    def written_out(self, text: str) -> str:
+        """A text with every vector of its learned tokens as a word of its own, as the pipeline writes it."""
+        return learned.written_out(self.pipe, text, self.tokenizer)
+
+    def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """The tokens of a prompt, start and end included: all of them, or those that the pipeline's limit leaves."""
+        limit = self.max_length if truncate else None
+        return self.tokenizer(self.written_out(prompt), truncation=truncate, max_length=limit).input_ids
+
+    def word_ids(self, words: str) -> list[int]:
+        """Tokens of words as they stand in a prompt, without start and end."""
+        return self.tokenizer(self.written_out(words), add_special_tokens=False).input_ids
+
+    @property
+    def learned_ids(self) -> frozenset[int]:
+        """The vectors of learned tokens (textual inversion), by id."""
+        return frozenset(learned.ids_by_word(self.tokenizer).values())
 
     def encode(self, tokens: PromptTokens) -> Tensor:
         """The hidden states that the denoiser reads, `(batch, tokens, dim)`; differentiable."""
@@ -84,8 +111,11 @@ class TextTower:
         return output.hidden_states[self.consumed] if want_all else output.last_hidden_state
 
     def check_words(self, words: str) -> None:
-        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower."""
-        ids = self.tokenizer(words, add_special_tokens=False).input_ids
+        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
+
+        Warns when it is named like a learned token that is not loaded.
+        """
+        ids = self.word_ids(words)
         unknown = self.tokenizer.unk_token_id
         letters = self.tokenizer.convert_ids_to_tokens(ids)
         if not ids:
@@ -97,6 +127,16 @@ class TextTower:
                 f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(self.tokenizer)} tokens), so no "
                 f"prompt can name it and there is nothing to erase (tokens: {letters})"
             )
+        for placeholder in PLACEHOLDER.findall(words):
+            spelling = self.word_ids(placeholder)
+            if not self.learned_ids & set(spelling):
+                warnings.warn(
+                    f"{placeholder} is no token of {self.component}'s tokeniser, which spells it "
+                    f"{self.tokenizer.convert_ids_to_tokens(spelling)}: if it stands for a learned one, "
+                    "load_textual_inversion() comes first",
+                    UnknownTokenWarning,
+                    stacklevel=2,
+                )
 
 
 def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
@@ -119,13 +159,13 @@ def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
     for name, encoder in found.items():
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         if is_t5[name]:
-            towers.append(TextTower(name, encoder, tokenizer, 256 if name == "text_encoder_3" else 512))
+            towers.append(TextTower(name, encoder, tokenizer, 256 if name == "text_encoder_3" else 512, pipe=pipe))
             continue
         # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.
         consumed = -2 if len(clips) > 1 else -1
         pooled = "text_encoder_3" in parts or (len(clips) > 1 and name != "text_encoder") or any(is_t5.values())
         mask = bool(getattr(encoder.config, "use_attention_mask", False)) and len(parts) == 1
-        towers.append(TextTower(name, encoder, tokenizer, tokenizer.model_max_length, consumed, pooled, mask))
+        towers.append(TextTower(name, encoder, tokenizer, tokenizer.model_max_length, consumed, pooled, mask, pipe))
     return towers
 
 

@@ -20,6 +20,7 @@ from erasure.carriers.projections import Rotary, finish, is_fused, project, proj
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
 from erasure.interop import hooks
 from erasure.interop.hooks import ModelHook
+from erasure.interop.protocols import Arguments
 
 _CAPTURE = "erasure_attention_capture"
 
@@ -168,7 +169,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *failure: Any) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Put back what was there."""
         self._stack.close()
 
@@ -177,7 +178,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         for _, edit in self._edits.values():
             edit.at(share)
 
-    def collect(self, forward: Callable[[], Any]) -> None:
+    def collect(self, forward: Callable[[], object]) -> None:
         """Run the denoiser only as far as the last layer that is captured, uncompiled."""
         names = [site.name for site in attention_sites(self.denoiser)]
         ends = self._captures[max(self._captures, key=names.index)][1]
@@ -313,7 +314,7 @@ class _Capture(ModelHook):
         self.pair: tuple[Tensor, Tensor] | None = None
         self.stops = False
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         rows, columns = self.site.grid(*self.layout.latent_size)

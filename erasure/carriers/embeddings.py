@@ -1,15 +1,18 @@
-"""Learned vectors in place of words: how soft prompts and adversarial prefixes enter a text encoder."""
+"""Learned vectors: soft prompts and adversarial prefixes in place of words, and the learned tokens of pipelines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from erasure.backbones import TextTower
-from erasure.interop import hooks, paths
+from erasure.carriers.weights import fingerprint, same_base
+from erasure.errors import UnknownTokenWarning
+from erasure.interop import hooks, learned, paths
 from erasure.interop.hooks import ModelHook
 
 _INJECT = "erasure_injected_embeddings"
@@ -42,3 +45,46 @@ def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]
     table = paths.token_table(tower.root)
     with hooks.hooked(table, _Inject(place, vectors), _INJECT):
         yield
+
+
+Learned = Mapping[str, Mapping[str, Mapping[str, str]]]
+"""The learned tokens that texts mention: fingerprints of their vectors, by component and token."""
+
+
+def learned_tokens(towers: Iterable[TextTower], texts: Iterable[str]) -> Learned:
+    """The learned tokens (textual inversion) that texts mention; components without one are left out."""
+    texts = list(texts)
+    each = {
+        tower.component: {
+            word: fingerprint(learned.vectors(tower.tokenizer, tower.module, word))
+            for word in learned.mentioned(texts, tower.tokenizer)
+        }
+        for tower in towers
+    }
+    return {component: words for component, words in each.items() if words}
+
+
+def warn_of_unlike_tokens(name: str, towers: Iterable[TextTower], expected: Learned) -> None:
+    """Warn when a pipeline lacks learned tokens that an erasure mentions, or has other vectors for them.
+
+    Args:
+        name: Of the erasure.
+        towers: Of the pipeline.
+        expected: The tokens of the pipeline that the erasure was made with.
+    """
+    for tower in towers:
+        known = learned.ids_by_word(tower.tokenizer)
+        for word, digests in expected.get(tower.component, {}).items():
+            if word not in known:
+                what = "which this pipeline lacks"
+            elif not same_base(learned.vectors(tower.tokenizer, tower.module, word), digests):
+                what = "for which this pipeline has other vectors"
+            else:
+                continue
+            warnings.warn(
+                f"the erasure {name!r} was made with the learned token {word} of the {tower.component}, {what}: "
+                "prompts with it need not be erased. Load the same token with load_textual_inversion(), or make the "
+                "erasure anew",
+                UnknownTokenWarning,
+                stacklevel=2,
+            )

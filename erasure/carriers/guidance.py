@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from erasure.backbones import AttentionSite
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
+from erasure.interop.protocols import Arguments, Pipeline
 
 _GUIDANCE = "erasure_branch_guidance"
 TRUNK = ("down_blocks.", "mid_block.")
@@ -59,13 +60,13 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
             outer = _Combine(self.scale, repeats=not self.shared_trunk)
             stack.enter_context(hooks.hooked(self.denoiser, outer, _GUIDANCE))
             if self.shared_trunk:
-                blocks: Any = self.denoiser.up_blocks
+                blocks = cast(nn.ModuleList, self.denoiser.up_blocks)
                 for block in blocks:
                     stack.enter_context(hooks.hooked(block, _Repeat(outer), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *failure: Any) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Take them off again."""
         self._stack.close()
 
@@ -78,7 +79,7 @@ class _Combine(ModelHook):
         self.scale, self.repeats = scale, repeats
         self.batch = 0
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         first = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
         self.batch = first.shape[0]
         return twice((args, kwargs), self.batch) if self.repeats else (args, kwargs)
@@ -100,7 +101,7 @@ class _Repeat(ModelHook):
         super().__init__()
         self.outer = outer
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         return twice((args, kwargs), self.outer.batch)
 
 
@@ -119,7 +120,7 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
         update: Gets the latents, the noise level and a `Forward`, and gives the latents to go on with.
     """
 
-    def __init__(self, pipe: Any, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
+    def __init__(self, pipe: Pipeline, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
         self.pipe, self.update = pipe, update
         self.latents: Tensor | None = None
         self._stack = ExitStack()
@@ -132,7 +133,7 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *failure: Any) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Take it off again."""
         self._stack.close()
 
@@ -149,7 +150,7 @@ class _Update(ModelHook):
         self.guidance, self.inside = guidance, False
 
     @torch.compiler.disable
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         latents = self.guidance.latents
         if self.inside or latents is None:
             return args, kwargs

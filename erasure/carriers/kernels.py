@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.errors import UnsupportedModelError
+from erasure.interop.attention import AttentionBackendName, active_backend, dispatch_attention_fn
 
 ALIGNMENT = 8
 """Head dimensions that fused kernels take are multiples of this."""
@@ -96,10 +96,3 @@ def attention_mass(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
     # Values as wide as the queries, so that the kernel needs no special case.
     value = F.pad(weights.to(query.dtype), (0, max(dim - maps, 0)))[:, :, None].expand(-1, -1, query.shape[2], -1)
     return attend(query, key, value, AttentionBackendName.NATIVE)[..., :maps].mean(2)
-
-
-def active_backend() -> str:
-    """Name of the backend that `dispatch_attention_fn` takes unless told otherwise."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return _AttentionBackendRegistry.get_active_backend()[0].value

@@ -280,7 +280,7 @@ def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> 
 
 
 def _wrapper(component: nn.Module, path: str) -> Any:
-    return adapters.wrapper_of(component, paths.layer(component, path.rsplit(".", 1)[0]))
+    return adapters.wrapper_at(component, path.rsplit(".", 1)[0])
 
 
 def _has_parameter(component: nn.Module, path: str) -> bool:

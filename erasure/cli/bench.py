@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import (
@@ -24,6 +24,9 @@ from erasure.cli.models import (
 )
 from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.concept import Concept
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Pipeline
 
 PROMPT = "a photo of a dog"
 PARTS = ("itd", "attention", "training")
@@ -95,7 +98,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
-def make_each(pipe: Any, options: BenchOptions, terminal: Terminal) -> dict[str, Any]:
+def make_each(pipe: Pipeline, options: BenchOptions, terminal: Terminal) -> dict[str, Any]:
     """One erasure with every strategy that does not train on trajectories."""
     import erasure
     from erasure.strategies import available
@@ -111,7 +114,7 @@ def make_each(pipe: Any, options: BenchOptions, terminal: Terminal) -> dict[str,
 
 
 def measure(
-    pipe: Any,
+    pipe: Pipeline,
     name: str,
     made: Any,
     strength: float,
@@ -157,14 +160,14 @@ def measure(
     }
 
 
-def draw(pipe: Any, settings: dict[str, Any]) -> None:
+def draw(pipe: Pipeline, settings: dict[str, Any]) -> None:
     """One image, the same each time."""
     import torch
 
     pipe(PROMPT, generator=torch.Generator("cpu").manual_seed(0), **settings)
 
 
-def timed(pipe: Any, action: Callable[[], Any]) -> float:
+def timed(pipe: Pipeline, action: Callable[[], Any]) -> float:
     """Wall-clock seconds of an action, until the device has done it."""
     synchronise(pipe)
     start = time.perf_counter()
@@ -173,7 +176,7 @@ def timed(pipe: Any, action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def synchronise(pipe: Any) -> None:
+def synchronise(pipe: Pipeline) -> None:
     """Wait for the device."""
     import torch
 
@@ -182,7 +185,7 @@ def synchronise(pipe: Any) -> None:
 
 
 @contextlib.contextmanager
-def peak_memory(pipe: Any, into: list[float]) -> Iterator[None]:
+def peak_memory(pipe: Pipeline, into: list[float]) -> Iterator[None]:
     """Append the peak memory inside the block in MB: of the device, or of the process where Linux tells it."""
     import torch
 

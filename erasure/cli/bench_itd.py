@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from erasure.cli.bench import draw, median_ratio, peak_memory, process_mb, timed
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Pipeline
 
 CONCEPTS = (1, 10, 100, 1000)
 EDITED, COUNTED = 8, 32
@@ -73,7 +76,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(("decoder", "tokens per second", "memory of a step, MB"), both, title=title)
 
 
-def time_images(pipe: Any, options: BenchItDOptions, advance: Callable[[], None]) -> list[dict[str, Any]]:
+def time_images(pipe: Pipeline, options: BenchItDOptions, advance: Callable[[], None]) -> list[dict[str, Any]]:
     """An image with each number of concepts, against the stock pipeline in the same round."""
     from erasure.attach import ErasureManager
 
@@ -97,7 +100,7 @@ def time_images(pipe: Any, options: BenchItDOptions, advance: Callable[[], None]
     ]  # fmt: skip
 
 
-def many_concepts(pipe: Any, dictionary: str, count: int) -> Any:
+def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Any:
     """An erasure of so many concepts, each with random features of a dictionary."""
     import torch
 

@@ -7,10 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Pipeline
 
 
 @dataclass(kw_only=True)
@@ -65,7 +68,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
-def measure(pipe: Any, name: str, mode: str, options: BenchTrainingOptions) -> dict[str, float]:
+def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions) -> dict[str, float]:
     """Passes and seconds of filling and of an update."""
     import erasure
     from erasure.strategies import get

@@ -8,15 +8,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from erasure.interop import paths
+
 
 def tuner_layers(component: nn.Module) -> list[BaseTunerLayer]:
     """Every layer of a component that PEFT has wrapped."""
     return [part for part in component.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def wrapper_of(component: nn.Module, layer: nn.Module) -> Any:
-    """The PEFT wrapper around a layer, or `None`."""
-    return next((part for part in tuner_layers(component) if part.get_base_layer() is layer), None)
+def wrapper_at(component: nn.Module, path: str) -> Any:
+    """The PEFT wrapper around the layer at a canonical path, or `None`."""
+    found = paths.transformer_root(component).get_submodule(path)
+    return found if isinstance(found, BaseTunerLayer) else None
 
 
 def names_in_force(component: nn.Module) -> set[str]:

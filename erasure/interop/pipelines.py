@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -20,6 +21,31 @@ def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[Diffus
     for mapping in auto_pipeline.SUPPORTED_TASKS_MAPPINGS:
         if model in mapping:
             mapping.setdefault(f"{model}-erasure", pipeline if mapping[model] is stock else mapping[model])
+
+
+def origin(pipe: DiffusionPipeline) -> tuple[str, str | None]:
+    """Where a pipeline was loaded from, a folder or a Hub id or "", and the commit, if it is known."""
+    return str(pipe.config.get("_name_or_path") or ""), getattr(pipe.config, "_commit_hash", None)
+
+
+def execution_device(pipe: DiffusionPipeline) -> torch.device:
+    """Where a pipeline computes, although its weights may be offloaded."""
+    return pipe._execution_device
+
+
+def interrupt(pipe: DiffusionPipeline) -> None:
+    """Leave out the steps that are left of the call under way."""
+    pipe._interrupt = True
+
+
+def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """How a pipeline shows its progress, as `set_progress_bar_config` takes it."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def packs_latents(pipe: DiffusionPipeline) -> bool:
+    """Whether the denoiser takes latents as a sequence of patches, as Flux does, not as an image."""
+    return hasattr(pipe, "_pack_latents")
 
 
 def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -92,7 +118,8 @@ def twin(
         pipe: The pipeline; nothing of it may be offloaded.
         originals: Values by component and canonical path, for parameters that must differ.
         left_out: Objects that hold tensors and are not copied with the modules.
-        prefix: Hooks and attributes with this prefix are left out; nothing is for `None`.
+        prefix: Hooks with this prefix, and attributes of modules with it behind an underscore, are left out; nothing
+            is for `None`.
         without_adapters: Leave the user's LoRA adapters out too.
     """
     parts = components_of(pipe)

@@ -96,7 +96,7 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
     positive = torch.zeros(len(words.ids), dtype=torch.bool)
     begins = torch.full((words.prompts,), len(words.ids))
     for name in names:
-        spelling = torch.tensor(tower.tokenizer(name, add_special_tokens=False).input_ids)
+        spelling = torch.tensor(tower.word_ids(name))
         if not 0 < len(spelling) <= len(words.ids):
             continue
         found = (words.ids.unfold(0, len(spelling), 1) == spelling).all(1)

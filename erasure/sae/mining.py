@@ -124,8 +124,8 @@ def mine(
 
 def learned_places(tower: TextTower, phrase: str) -> Tensor:
     """Positions of the last `TOKENS` words "a" of a phrase that stand in a row."""
-    ids = tower.tokenizer(phrase).input_ids
-    word = tower.tokenizer("a", add_special_tokens=False).input_ids[-1]
+    ids = tower.prompt_ids(phrase)
+    word = tower.word_ids("a")[-1]
     starts = [start for start in range(len(ids)) if ids[start : start + TOKENS] == [word] * TOKENS]
     return torch.arange(starts[-1], starts[-1] + TOKENS)
 

@@ -13,6 +13,7 @@ from erasure.backbones import TextTower
 from erasure.errors import WrongBaseError
 from erasure.interop import hooks
 from erasure.interop.hooks import ModelHook
+from erasure.interop.protocols import Pipeline
 from erasure.sae.model import SparseAutoencoder, jump_relu
 from erasure.sae.stream import block_of
 from erasure.sae.training import Stream
@@ -101,7 +102,7 @@ class ClipLoss(NamedTuple):
 
 
 def clip_loss(
-    pipe: Any, tower: TextTower, layer: int, sae: SparseAutoencoder, prompts: Sequence[str],
+    pipe: Pipeline, tower: TextTower, layer: int, sae: SparseAutoencoder, prompts: Sequence[str],
     score: Callable[[Sequence[Any], Sequence[str]], float], **settings: Any,
 ) -> ClipLoss:  # fmt: skip
     """Draw prompts with the stock text encoder and with the reconstruction, from the same noise.

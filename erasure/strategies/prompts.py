@@ -20,22 +20,36 @@ class AlignedPrompt(NamedTuple):
     prompt: str
     anchor_prompt: str
     start: int
-    """Position of the concept's last token; everything from here on may carry the concept (attention is causal)."""
+    """Position from which on everything may carry the concept; see `Span.start`."""
+    last: int
+    """Position of the concept's last token."""
     positions: Tensor
     """For each position of the prompt `(tokens,)` the position of the anchor prompt that takes its place."""
 
 
-def subject_span(tower: TextTower, prompt: str, words: str) -> tuple[int, int]:
-    """First and last token position of `words` in `prompt` (its last occurrence).
+class Span(NamedTuple):
+    """Where words stand in a prompt, by token position."""
+
+    first: int
+    last: int
+    start: int
+    """First position that may carry what the words mean: `last`, because attention is causal, but every vector of a
+    learned token may."""
+
+
+def subject_span(tower: TextTower, prompt: str, words: str) -> Span:
+    """The token positions of `words` in `prompt` (its last occurrence), all vectors of learned tokens included.
 
     Raises:
         ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour).
     """
-    ids = tower.tokenizer(prompt, truncation=True, max_length=tower.max_length).input_ids
-    part = tower.tokenizer(words, add_special_tokens=False).input_ids
-    for start in range(len(ids) - len(part), 0, -1):
-        if part and ids[start : start + len(part)] == part:
-            return start, start + len(part) - 1
+    ids = tower.prompt_ids(prompt, truncate=True)
+    part = tower.word_ids(words)
+    for first in range(len(ids) - len(part), tower.leading - 1, -1):
+        if part and ids[first : first + len(part)] == part:
+            last = first + len(part) - 1
+            learned = tower.learned_ids
+            return Span(first, last, next((first + i for i, token in enumerate(part) if token in learned), last))
     raise ConceptError(
         f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?"
     )
@@ -49,13 +63,13 @@ def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPr
     """
     prompt = template.format(words)
     anchor_prompt = " ".join(template.format(anchor).split())
-    first, last = subject_span(tower, prompt, words)
-    anchor_last = subject_span(tower, anchor_prompt, anchor)[1] if anchor else first
+    first, last, start = subject_span(tower, prompt, words)
+    anchor_last = subject_span(tower, anchor_prompt, anchor).last if anchor else first
     after = anchor_last + 1 if anchor else first
     positions = torch.arange(tower.max_length)
     positions[first : last + 1] = anchor_last
     positions[last + 1 :] = torch.arange(after, after + tower.max_length - last - 1).clamp(max=tower.max_length - 1)
-    return AlignedPrompt(prompt, anchor_prompt, last, positions)
+    return AlignedPrompt(prompt, anchor_prompt, start, last, positions)
 
 
 def aligned_prompts(tower: TextTower, concept: Concept, default_anchor: str = "") -> list[AlignedPrompt]:
@@ -80,12 +94,7 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
     """Every whole word that is one token, but for those of the concepts and the bare letters."""
-    erased = {
-        token
-        for concept in concepts
-        for words in concept.names
-        for token in tower.tokenizer(words, add_special_tokens=False).input_ids
-    }
+    erased = {token for concept in concepts for words in concept.names for token in tower.word_ids(words)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = token.removesuffix("</w>")

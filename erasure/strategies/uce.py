@@ -92,7 +92,7 @@ class UCE(Strategy):
                     backbone.encode([pair.prompt]).tokens[0],
                     backbone.encode([pair.anchor_prompt]).tokens[0],
                 )
-                stop = pair.start + 1 if self.tokens == "last" else tower.max_length
+                stop = pair.last + 1 if self.tokens == "last" else tower.max_length
                 erased.append(states[pair.start : stop])
                 replacing.append(anchors[pair.positions[pair.start : stop].to(anchors.device)])
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
@@ -107,8 +107,8 @@ class UCE(Strategy):
             for concept in concepts:
                 for words in concept.retain:
                     for prompt in (template.format(words) for template in concept.phrasings()):
-                        last = subject_span(tower, prompt, words)[1]
-                        kept.append(backbone.encode([prompt]).tokens[0, last : last + 1])
+                        span = subject_span(tower, prompt, words)
+                        kept.append(backbone.encode([prompt]).tokens[0, span.start : span.last + 1])
         else:
             for prompt in retain_prompts(concepts):
                 kept.append(backbone.encode([prompt]).tokens[0])

@@ -28,7 +28,7 @@ def prefixed(tower: TextTower, prompts: Sequence[str], count: int) -> tuple[Prom
     """
     tokens = tower.tokenize([" ".join([FILLER] * count + [prompt]) for prompt in prompts])
     place = torch.arange(tower.leading, tower.leading + count, device=tokens.ids.device)
-    alone = tower.tokenizer(FILLER, add_special_tokens=False).input_ids
+    alone = tower.word_ids(FILLER)
     if len(alone) != 1 or not (tokens.ids[:, place] == alone[0]).all():
         raise ConceptError(f"{tower.component}'s tokeniser leaves no room for {count} tokens ahead of a prompt")
     return tokens, place

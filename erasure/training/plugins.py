@@ -144,7 +144,9 @@ class GroupLasso:
         for tensors in self.groups.values():
             norm = torch.stack([tensor.norm() for tensor in tensors]).norm()
             if norm:
-                torch._foreach_mul_(tensors, float((1 - lr * self.alpha / norm).clamp_min(0)))
+                factor = float((1 - lr * self.alpha / norm).clamp_min(0))
+                for tensor in tensors:
+                    tensor.mul_(factor)
 
     def dropped(self) -> int:
         """Groups that are exactly zero."""

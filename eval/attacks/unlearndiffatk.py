@@ -122,7 +122,7 @@ class UnlearnDiffAtk(Attack):
                 step += 1
             best = choices[points.argmax(-1).to(choices.device)].tolist()
             text = f"{as_text(tower, best)} {sample.prompt}"
-            read = tower.tokenizer(text).input_ids
+            read = tower.prompt_ids(text)
             changed = read != [*own[: tower.leading], *best, *own[tower.leading :]]
             mean = sum(losses) / len(losses)
             yield Candidate(text, len(losses), mean, changed, len(read) > tower.max_length)
@@ -153,9 +153,7 @@ def choosable(tower: TextTower, vocabulary: str) -> Tensor:
     special = set(tokenizer.all_special_ids)
     ids = [index for index in range(len(tokenizer)) if index not in special]
     if vocabulary == "words":
-        texts = [as_text(tower, [index]) for index in ids]
-        read = tokenizer(texts, add_special_tokens=False).input_ids
-        ids = [index for index, again in zip(ids, read, strict=True) if again == [index]]
+        ids = [index for index in ids if tower.word_ids(as_text(tower, [index])) == [index]]
     return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from erasure.errors import EvaluationError
 from erasure.eval.samples import Sample
+from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
@@ -62,7 +63,7 @@ class Suite(Protocol):
     title: str
     """One line for lists."""
 
-    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
         """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
         ...
 
@@ -84,7 +85,7 @@ class ComparingSuite(Suite, Protocol):
     variants: tuple[str, ...]
     """The ways, the one that the others are compared with first."""
 
-    def draw(self, pipe: Any, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
+    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Draw samples in one of the ways, batch by batch."""
         ...
 

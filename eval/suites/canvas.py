@@ -28,6 +28,7 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.suites import SIZES, Plan, Rows, Target, register
+from erasure.interop.protocols import Pipeline
 
 TEMPLATE = "{object} image in {style} style"
 """The caption of UnlearnCanvas. Its released scripts disagree on article and full stop."""
@@ -57,7 +58,7 @@ class World:
     """Of an image, in pixels."""
 
     @classmethod
-    def of(cls, pipe: Any) -> World:
+    def of(cls, pipe: Pipeline) -> World:
         """Read `canvas.json` beside the pipeline's model; the embedded world when it has none.
 
         Raises:
@@ -138,7 +139,7 @@ class CanvasSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
         """Expand to samples; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")

@@ -18,6 +18,7 @@ from erasure.eval.metrics.comparisons import means, rates
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import World
+from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
@@ -45,7 +46,7 @@ class CompositionSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
         """Random pairs of objects, in one template after the other; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite composition has no size {size!r}; there are: {', '.join(SIZES)}")
@@ -73,7 +74,7 @@ class CompositionSuite:
         }  # fmt: skip
         return Plan("composition", size, seed, (), tuple(samples), recipe)
 
-    def draw(self, pipe: Any, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
+    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Every variant from the same noise."""
         from erasure.pipelines import StableDiffusionAStarPipeline
 

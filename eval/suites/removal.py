@@ -21,6 +21,7 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import World
 from erasure.interop import scopes
+from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
@@ -55,7 +56,7 @@ class RemovalSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Any, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
@@ -86,7 +87,7 @@ class RemovalSuite:
         }  # fmt: skip
         return Plan("removal", size, seed, (), tuple(samples), recipe)
 
-    def draw(self, pipe: Any, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
+    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Every variant from the same noise."""
         from erasure.pipelines import StableDiffusionObjectRemovalPipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from erasure.backbones import TextTower, text_towers
 from erasure.errors import DivergenceError, OptionError
 from erasure.pipelines import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines import attention_losses as losses
@@ -91,8 +93,13 @@ def test_losses_have_exact_gradients(loss: str) -> None:
 # Subjects -----------------------------------------------------------------------------------------------------------
 
 
-def test_subjects_are_found_by_their_words(tiny_tokenizer: Any) -> None:
-    words = subject_weights(tiny_tokenizer, ["a cat and a dog", "van gogh"], [["cat", "dog"], ["van gogh"]])
+@pytest.fixture(scope="module")
+def towers(tiny_pipe_original: Any) -> list[TextTower]:
+    return text_towers(tiny_pipe_original)
+
+
+def test_subjects_are_found_by_their_words(towers: Any) -> None:
+    words = subject_weights(towers, ["a cat and a dog", "van gogh"], [["cat", "dog"], ["van gogh"]])
     assert words.weights.shape == (2, 77, 2)
     assert words.weights[0, :, 0].nonzero()[:, 0].tolist() == [2]
     assert words.weights[0, :, 1].nonzero()[:, 0].tolist() == [5]
@@ -101,29 +108,50 @@ def test_subjects_are_found_by_their_words(tiny_tokenizer: Any) -> None:
     assert words.inside.sum(1).tolist() == [5, 2]
 
 
-def test_a_word_of_several_tokens_is_one_subject(tiny_tokenizer: Any) -> None:
-    spelled = len(tiny_tokenizer("zebra", add_special_tokens=False).input_ids)
-    words = subject_weights(tiny_tokenizer, ["a zebra and a cat"], ["zebra", "cat"])
+def test_a_word_of_several_tokens_is_one_subject(towers: Any) -> None:
+    spelled = len(towers[0].word_ids("zebra"))
+    words = subject_weights(towers, ["a zebra and a cat"], ["zebra", "cat"])
     assert spelled > 1
     assert (words.weights[0, :, 0] > 0).sum() == spelled
     assert words.weights[0].sum(0).tolist() == pytest.approx([1, 1])
 
 
-def test_the_second_of_two_like_subjects_is_another(tiny_tokenizer: Any) -> None:
-    words = subject_weights(tiny_tokenizer, ["a cat and a cat"], ["cat", "cat"])
+def test_the_second_of_two_like_subjects_is_another(towers: Any) -> None:
+    words = subject_weights(towers, ["a cat and a cat"], ["cat", "cat"])
     assert words.weights[0].nonzero()[:, 0].tolist() == [2, 5]
 
 
-def test_subjects_that_are_not_there_are_refused(pipe: Any, tiny_tokenizer: Any) -> None:
+def test_subjects_that_are_not_there_are_refused(pipe: Any, towers: Any) -> None:
     for subjects in (["cat", "house"], ["cat", "cat"], [""]):
         with pytest.raises(OptionError, match="not among the words"):
             run(pipe, subjects=subjects)
     with pytest.raises(OptionError, match="not among the words"):
-        subject_weights(tiny_tokenizer, ["a photo " * 60 + "cat"], ["cat"])
+        subject_weights(towers, ["a photo " * 60 + "cat"], ["cat"])
     with pytest.raises(OptionError, match="2 prompts need"):
         run(pipe, [PROMPT] * 2, [["cat"]])
     with pytest.raises(OptionError, match="loss is one of"):
         run(pipe, loss="none")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_vector_of_a_learned_token_is_its_subject(
+    kind: str, tiny_pipe: Any, tiny_xl_original: Any, teach: Any
+) -> None:
+    pipe = tiny_pipe
+    teach(pipe, "a", "cat")
+    if kind == "sdxl":
+        pipe = copy.deepcopy(tiny_xl_original)
+        pipe.register_modules(tokenizer_2=copy.deepcopy(pipe.tokenizer))
+        teach(pipe, "a", "cat")
+        teach(pipe, "a", "cat", "a", suffix="_2")
+    words = subject_weights(text_towers(pipe), ["a dog and <my-pet> in ink style"], ["<my-pet>", "dog"])
+    expected = {"sd": {4: 1 / 2, 5: 1 / 2}, "sdxl": {4: 5 / 12, 5: 5 / 12, 6: 1 / 6}}[kind]
+    assert words.weights[0, :, 0].nonzero()[:, 0].tolist() == list(expected)
+    assert words.weights[0, list(expected), 0].tolist() == pytest.approx(list(expected.values()))
+    assert words.weights[0, :, 1].nonzero()[:, 0].tolist() == [2]
+    assert words.inside[0].nonzero()[:, 0].tolist() == list(range(1, {"sd": 9, "sdxl": 10}[kind]))
+    with pytest.raises(OptionError, match="not among the words"):
+        subject_weights(text_towers(pipe), ["a dog and <my-pet>"], ["cat"])
 
 
 # Drawing ------------------------------------------------------------------------------------------------------------

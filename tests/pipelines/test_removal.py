@@ -12,9 +12,11 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
+from erasure.backbones import text_towers
 from erasure.errors import MaskError, OptionError
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
+from erasure.pipelines.localization import describe
 from erasure.pipelines.removal import PRESETS
 
 
@@ -198,6 +200,14 @@ def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -
     assert (many.masks.sum(1) <= 1).all()
     with pytest.raises(MaskError, match="names nothing"):
         pipe.localize(picture(), "the ")
+
+
+def test_the_name_of_a_learned_token_begins_behind_its_article(tiny_pipe: Any, teach: Any) -> None:
+    teach(tiny_pipe, "a", "cat")
+    tower = text_towers(tiny_pipe)[0]
+    for name, prompt in (("<my-pet>", "a <my-pet>"), ("the <my-pet>", "the <my-pet>")):
+        assert describe(tower, name) == (prompt, 2)
+        assert tower.prompt_ids(prompt)[2:4] == tower.word_ids("<my-pet>")
 
 
 def test_an_inpainting_unet_is_given_what_the_stock_pipeline_gives_it(tiny_pipe: Any) -> None:

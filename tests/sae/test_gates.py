@@ -75,6 +75,17 @@ def test_mentions_are_found_as_the_tokeniser_spells_them(tower: TextTower, words
     assert not (found.negative & found.positive).any()
 
 
+def test_a_mention_of_a_learned_token_ends_with_its_last_vector(tiny_pipe: Any, tower: TextTower, teach: Any) -> None:
+    teach(tiny_pipe, "a", "cat", "a")
+    ids = tower.word_ids("<my-pet>")
+    words = read_words(tower, 1, ["a photo of <my-pet> and a dog", "a photo of a dog", "<my-pet>"])
+    found = locate(tower, words, ["<my-pet>"])
+    assert len(ids) == 3
+    assert found.holds.tolist() == [True, False, True]
+    assert torch.equal(found.positive, words.ids == ids[-1])
+    assert not (found.negative & torch.isin(words.ids, torch.tensor(ids))).any()
+
+
 def test_several_names_of_several_tokens(tower: TextTower, words: WordStates) -> None:
     found = locate(tower, words, ["van gogh", "dog"])
     assert found.holds.tolist() == [False, False, True, True, False, False]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import erasure
 from erasure import Concept
-from erasure.backbones import TextTower, backbone_for
+from erasure.backbones import TextTower, backbone_for, text_towers
 from erasure.errors import ConceptError, DivergenceError, NoMatchingModuleError, OptionError
 from erasure.strategies import get
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
@@ -75,6 +75,13 @@ def test_all_tokens_of_a_concept_stay(tower: TextTower, words: str) -> None:
     assert tokens.ids[0, 3 : 3 + len(own) - 1].tolist() == own[1:]
     assert tokens.lengths[0] == len(own) + 2
     assert tokens.ids.shape[1] == tower.max_length
+
+
+def test_a_learned_token_behind_the_room_keeps_its_vectors(tiny_pipe: Any, teach: Any) -> None:
+    teach(tiny_pipe, "a", "cat", "a")
+    tower = text_towers(tiny_pipe)[0]
+    tokens, place = prefixed(tower, ["<my-pet> and a dog"], 2)
+    assert tokens.ids[0, place[-1] + 1 :][:3].tolist() == tower.word_ids("<my-pet>")
 
 
 def test_a_tokeniser_without_room_is_refused(tower: TextTower, monkeypatch: pytest.MonkeyPatch) -> None:

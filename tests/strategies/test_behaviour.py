@@ -30,6 +30,7 @@ from erasure.errors import (
     ConceptError,
     DivergenceError,
     OptionError,
+    UnknownTokenWarning,
     UnsupportedModelError,
     VerificationError,
     WrongBaseError,
@@ -53,6 +54,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Strategies by default options, and settings that use another carrier."""
 
 PROMPT = "a photo of a cat"
+
+LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
+"""Vectors of learned tokens."""
+LEARNED_CONCEPT = Concept(
+    "<my-pet>", anchor="<my-home>", retain="<your-pet>", templates=("a {}", "a {} and <your-pet>")
+)
 
 
 def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
@@ -225,6 +232,51 @@ class TestEveryStrategy:
             if not free:
                 with pytest.raises(OptionError, match=field.name):
                     strategy.configured(**{field.name: "none of these"})
+
+    # Learned tokens -----------------------------------------------------------------------------------------------
+
+    def test_every_vector_of_learned_tokens_is_read(self, case: str, tiny_pipe: Any, teach: Any) -> None:
+        teach(tiny_pipe, "a", "cat", "a")
+        teach(tiny_pipe, "a", "house", token="<my-home>")
+        teach(tiny_pipe, "white", "dog", token="<your-pet>")
+        known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
+        seen: list[torch.Tensor] = []
+        table = tiny_pipe.text_encoder.get_input_embeddings()
+        table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        result = fit(tiny_pipe, case, LEARNED_CONCEPT)
+        rows = torch.cat(seen).tolist()
+        for word, vectors in LEARNED.items():
+            starts = [(row, at) for row in rows for at, token in enumerate(row) if token == known[word]]
+            assert starts or word != "<my-pet>"
+            for row, at in starts:
+                assert row[at : at + vectors] == list(range(known[word], known[word] + vectors))
+        assert set(result.config.base["learned_tokens"]["text_encoder"]) == set(LEARNED)
+
+    def test_learned_tokens_that_a_pipeline_lacks_are_said(
+        self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, teach: Any, tmp_path: Any
+    ) -> None:
+        teach(tiny_pipe, "a", "cat")
+        saved = fit(tiny_pipe, case, "<my-pet>").save(tmp_path / "saved")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnknownTokenWarning)
+            erasure.load(tiny_pipe, saved, name="same")
+        lacking, unlike = copy.deepcopy(tiny_pipe_original), copy.deepcopy(tiny_pipe_original)
+        with pytest.warns(UnknownTokenWarning, match="which this pipeline lacks"):
+            erasure.load(lacking, saved, name="lacking")
+        teach(unlike, "a", "dog")
+        with pytest.warns(UnknownTokenWarning, match="other vectors"):
+            erasure.load(unlike, saved, name="unlike")
+
+    def test_a_token_learned_over_it_leaves_it_in_force(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, teach: Any, draw: Any, base_image: Any
+    ) -> None:
+        manager.add(made)
+        erased = draw(tiny_pipe)
+        teach(tiny_pipe, "a", "cat")
+        assert torch.equal(draw(tiny_pipe), erased)
+        assert manager.verify() > 0
+        manager.unload()
+        assert torch.equal(draw(tiny_pipe), base_image)
 
     # Attaching ----------------------------------------------------------------------------------------------------
 

@@ -207,6 +207,22 @@ def test_words_are_read_as_they_were_chosen(victim: Victim, sample: Sample, quic
     assert not any(candidate.changed for candidate in words.candidates(victim, sample))
 
 
+def test_every_vector_of_a_learned_token_stays_in_the_prompt(
+    victim: Victim, sample: Sample, quick: UnlearnDiffAtk, teach: Any
+) -> None:
+    teach(victim.pipe, "a", "cat", "a")
+    tower = victim.backbone.towers[0]
+    first, second, third = tower.word_ids("<my-pet>")
+    words = dataclasses.replace(quick, vocabulary="words")
+    asked = dataclasses.replace(sample, prompt="a photo of <my-pet>")
+    for candidate in words.candidates(victim, asked):
+        assert not candidate.changed
+        assert tower.prompt_ids(candidate.text)[-4:-1] == [first, second, third]
+    # Whoever writes the token gets all of its vectors.
+    assert first not in choosable(tower, "words").tolist()
+    assert {second, third} <= set(choosable(tower, "words").tolist())
+
+
 def test_unsafe_concepts_take_more_tokens(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
     words = dataclasses.replace(quick, vocabulary="words")
     for unsafe, tokens, count in ((False, None, 3), (True, None, 5), (True, 2, 2)):

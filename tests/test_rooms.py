@@ -1,0 +1,242 @@
+"""The rooms of the package: which may know of which, and where the private parts of other libraries may stand.
+
+Read from the sources, so that an import inside of a function counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("erasure", "pipelines", "eval", "assets")
+
+GROUND = frozenset({"concept", "errors", "extras", "files", "images", "interop", "pages", "shown"})
+LIBRARY = frozenset(
+    {
+        "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "schema", "state", "switching",
+    }
+)  # fmt: skip
+"""What makes an erasure a file and attaches it."""
+WORKSHOPS = frozenset({"sae", "strategies", "training"})
+"""What makes an erasure."""
+USERS = frozenset({"assets", "benchmarks", "eval", "pipelines"})
+"""What is built on the library."""
+
+ABOVE = LIBRARY | WORKSHOPS | USERS
+
+NEVER: dict[str, frozenset[str]] = {
+    **dict.fromkeys(GROUND, frozenset({"backbones", "cache", "carriers", "masks", "text"}) | ABOVE),
+    **dict.fromkeys(("cache", "masks"), frozenset({"backbones", "carriers", "text"}) | ABOVE),
+    "backbones": frozenset({"carriers", "text"}) | ABOVE,
+    "text": frozenset({"carriers"}) | ABOVE,
+    "carriers": ABOVE,
+    "training": frozenset({"sae", "strategies"}) | LIBRARY | USERS,
+    # The embedded dictionary and prompts are data of `assets`.
+    "sae": frozenset({"strategies"}) | USERS - {"assets"},
+    "strategies": LIBRARY | USERS,
+    **dict.fromkeys(LIBRARY - {"api"}, WORKSHOPS | USERS),
+    # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
+    "api": frozenset({"sae", "eval", "benchmarks"}),
+    "pipelines": frozenset({"eval", "benchmarks"}),
+    "eval": frozenset({"benchmarks"}),
+    "assets": frozenset({"benchmarks"}),
+}  # fmt: skip
+"""What each room never imports, anywhere. `cli` and `__main__` are in no list: only they know everything."""
+NEVER_AT_ONCE = {"api": frozenset({"assets", "pipelines"})}
+"""What a room imports in functions only."""
+
+OTHERS = ("accelerate", "diffusers", "peft", "torch", "transformers")
+PRIVATE_MODULES = (
+    "accelerate.hooks", "diffusers.hooks", "diffusers.loaders", "diffusers.models.attention_dispatch",
+    "diffusers.pipelines.auto_pipeline", "peft.tuners", "peft.utils",
+)  # fmt: skip
+"""Modules that other libraries do not document: they move with any release."""
+NAMED_TUPLES = frozenset({"_asdict", "_fields", "_make", "_replace"})
+"""Public in spite of their names: methods of named tuples."""
+FILE_KEYS = frozenset({"_class_name", "_diffusers_version"})
+"""Keys of diffusers' files on disk, which everyone who reads them needs."""
+
+
+class Source(NamedTuple):
+    """A module of the package."""
+
+    path: str
+    room: str
+    tree: ast.Module
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    """Every module, parsed."""
+    found = []
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            inside = file.relative_to(ROOT / folder)
+            room = inside.parts[0].removesuffix(".py") if folder == "erasure" else folder
+            found.append(Source(file.relative_to(ROOT).as_posix(), room, ast.parse(file.read_text())))
+    return tuple(found)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import below a node, as a full name: `from a import b` is `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def rooms_of(source: Source) -> Iterator[tuple[str, ast.stmt]]:
+    """The rooms that a module imports."""
+    for node, name in imports(source.tree):
+        parts = name.split(".")
+        if parts[0] == "erasure" and len(parts) > 1:
+            yield parts[1], node
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {source.room for source in sources()} - {"__init__", "__main__", "cli"}
+    assert rooms <= set(NEVER), "say in NEVER what a new room must not know"
+
+
+@pytest.mark.parametrize("room", sorted(NEVER))
+def test_arrows_point_one_way(room: str) -> None:
+    wrong = [
+        f"{source.path}:{node.lineno} imports erasure.{other}"
+        for source in sources()
+        if source.room == room
+        for other, node in rooms_of(source)
+        if other in NEVER[room] | {"cli"} or (other in NEVER_AT_ONCE.get(room, ()) and node in source.tree.body)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_itself_is_light() -> None:
+    (package,) = (source for source in sources() if source.path == "erasure/__init__.py")
+    at_once = [name for node, name in imports(package.tree) if node in package.tree.body]
+    assert [name for name in at_once if name.split(".")[0] in (*OTHERS, "erasure")] == []
+
+
+# Private names -------------------------------------------------------------------------------------------------------
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in NAMED_TUPLES | {"_"}
+
+
+@cache
+def own_names() -> frozenset[str]:
+    """Names with an underscore that this package defines: functions, classes, variables, attributes."""
+    found = set()
+    for source in sources():
+        functions = {node.name for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(source.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_one(node, functions):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "_erasure" in node.value:
+                # Attributes that are set on the objects of others by a name that is kept in a variable.
+                found.add(node.value)
+    return frozenset(found)
+
+
+def of_one(node: ast.Attribute, functions: set[str]) -> bool:
+    """Whether an attribute is of the object itself, or of a function of the same module."""
+    return isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", *functions}
+
+
+def named_by_text(node: ast.AST) -> Iterator[str]:
+    """Attributes and keys that are named by a text: `getattr(x, "_y")`, `x.get("_y")`, `x["_y"]`."""
+    texts: list[ast.expr] = []
+    if isinstance(node, ast.Call):
+        texts = node.args[:2]
+    elif isinstance(node, ast.Subscript):
+        texts = [node.slice]
+    yield from (text.value for text in texts if isinstance(text, ast.Constant) and isinstance(text.value, str))
+
+
+def strangers(source: Source) -> Iterator[str]:
+    """What a module reaches of other libraries' private parts."""
+    for node, name in imports(source.tree):
+        parts = name.split(".")
+        hidden = any(is_private(part) for part in parts)
+        deep = any(name == module or name.startswith(f"{module}.") for module in PRIVATE_MODULES)
+        if parts[0] in OTHERS and (hidden or deep):
+            yield f"{source.path}:{node.lineno} imports {name}"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own_names():
+            yield f"{source.path}:{node.lineno} reaches {ast.unparse(node)}"
+        for text in named_by_text(node):
+            if text.isidentifier() and is_private(text) and text not in own_names() | FILE_KEYS:
+                yield f"{source.path}:{node.lineno} names {text!r}"
+
+
+def test_private_names_of_other_libraries_stand_in_interop_only() -> None:
+    wrong = [line for source in sources() if source.room != "interop" for line in strangers(source)]
+    assert not wrong, "move them to erasure/interop:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "module._hf_hook",
+        "pipe._interrupt = True",
+        "del pipe._progress_bar_config",
+        "getattr(module, '_orig_mod', module)",
+        "config.get('_name_or_path')",
+        "module.__dict__['_parameters']",
+        "self._execution_device",
+        "from diffusers.hooks import ModelHook",
+        "from peft.tuners.tuners_utils import BaseTunerLayer",
+        "import accelerate.hooks",
+        "from diffusers.loaders.lora_base import _func_optionally_disable_offloading",
+        "def f():\n    from torch._dynamo import reset",
+    ],
+)
+def test_the_rule_sees(code: str) -> None:
+    assert list(strangers(Source("example.py", "state", ast.parse(code))))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "row._replace(a=1)",
+        "row._asdict()",
+        "config['_class_name']",
+        "x.__class__",
+        "self._states()",
+        "import diffusers",
+    ],
+)
+def test_the_rule_lets_through(code: str) -> None:
+    assert not list(strangers(Source("example.py", "state", ast.parse(code))))
+
+
+# Text becomes tokens in one place ------------------------------------------------------------------------------------
+
+TOKENISING = {"erasure/backbones/towers.py", "erasure/interop/learned.py"}
+OWN_TOKENISERS = {"eval/metrics/clip_score.py"}
+"""Models with a tokeniser of their own, which is no pipeline's."""
+
+
+def test_text_becomes_tokens_where_learned_tokens_are_known() -> None:
+    wrong = [
+        f"{source.path}:{node.lineno} {ast.unparse(node)[:80]}"
+        for source in sources()
+        if source.path not in TOKENISING | OWN_TOKENISERS and not source.path.startswith("assets/build/")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call)
+        and (called := ast.unparse(node.func).split("."))
+        and (called[-1].startswith("tokenizer") or (called[-1] in ("encode", "tokenize") and "tokenizer" in called))
+    ]
+    assert not wrong, "ask the tower (tokenize, prompt_ids, word_ids):\n" + "\n".join(wrong)
