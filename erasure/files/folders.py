@@ -100,8 +100,8 @@ def _check(
         if changed:
             article = "an" if what[0] in "aeiou" else "a"
             raise error(
-                f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give the same "
-                "options, or another folder"
+                f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give "
+                "the same options, or another folder"
             )
         return
     present = sorted(name for name in os.listdir(folder) if name != LOCK)
