@@ -24,7 +24,7 @@ from erasure.eval.table import SampleTable, image_path
 from erasure.files import held, write_bytes
 from erasure.images import png
 
-RECIPE = "recipe.json"
+RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
 """Called with what is finished, how much of it, and how much there is in all."""
 
@@ -164,9 +164,8 @@ class Run:
 
 @contextmanager
 def opened(
-    processes: Processes, table: Callable[[Path], SampleTable], recipe: Record, out: str | Path | None,
-    what: str,
-) -> Iterator[SampleTable]:  # fmt: skip
+    processes: Processes, table: Callable[[Path], SampleTable], recipe: Record, out: str | Path | None
+) -> Iterator[SampleTable]:
     """The table of a folder with what is in it already; the folder is held until the end.
 
     Args:
@@ -174,15 +173,14 @@ def opened(
         table: Makes the table of a folder.
         recipe: All that the rows depend on.
         out: The folder; a temporary one when left out.
-        what: What is done, for messages.
 
     Raises:
         EvaluationError: Another run works there, or the folder holds something else or cannot be read or written.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"erasure-{what}-") if out is None else out)
+    folder = Path(tempfile.mkdtemp(prefix=f"erasure-{WHAT}-") if out is None else out)
     made = table(folder)
     # One process holds the folder for all.
-    lock = held(folder, recipe, file=RECIPE, what=what, error=EvaluationError) if processes.is_main else nullcontext()
+    lock = held(folder, recipe, file=RECIPE, what=WHAT, error=EvaluationError) if processes.is_main else nullcontext()
     with lock:
         if processes.is_main:
             made.cut()

@@ -98,7 +98,7 @@ def evaluate(
     def table(folder: Path) -> SampleTable:
         return SampleTable(folder, plan.samples, processes.rank, processes.count, variants, schema=schema)
 
-    with opened(processes, table, recipe, out, "evaluation") as opened_table:
+    with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
             subject, plan, opened_table, processes, images, progress, kit, cache, scorer, batch_size, started=started
         )

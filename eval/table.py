@@ -15,7 +15,7 @@ from erasure.errors import EvaluationError
 from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow, FeatureRow, ReportRow
-from erasure.files import differences, inside, read_bytes, read_lines, shown, write_bytes
+from erasure.files import differences, inside, read_bytes, read_lines, shown, validated, write_bytes
 
 SAMPLES = "samples"
 FEATURES = "features"
@@ -183,8 +183,11 @@ class SampleTable:
         """Add finished rows. A sample counts as done once its row is there, so its features are written first.
 
         Raises:
-            EvaluationError: They cannot be written; what was there before is still there.
+            EvaluationError: They cannot be written, or could not be read again (a detector may answer anything); what
+                was there before is still there.
         """
+        for row in rows:
+            validated(row, self.schema, f"the row of {shown(row['sample_id'])}", error=EvaluationError)
         keys = [(row["sample_id"], row["variant"]) for row in rows]
         pairs = [(key, vector) for key, vector in zip(keys, features, strict=True) if vector is not None]
         _append(self._own(FEATURES), [_feature_row(key, vector) for key, vector in pairs])

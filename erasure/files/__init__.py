@@ -4,10 +4,14 @@ Readers take nothing on trust: kind of file, size, encoding, nesting, types, sha
 allocated, and whatever is wrong is an `ErasureError`. Writers leave the old or the new behind, never a half.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from erasure.files.folders import differences, digest, discard, held
 from erasure.files.names import inside, is_line, shown
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
-from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_archive, read_tensors, tensor_infos
 from erasure.files.writing import (
     json_bytes,
     new_folder,
@@ -20,9 +24,19 @@ from erasure.files.writing import (
     write_text,
 )
 
+if TYPE_CHECKING:
+    from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_archive, read_tensors, tensor_infos
+
 __all__ = [
     "TENSORS_LIMIT", "TensorInfo", "differences", "digest", "discard", "held", "inside", "is_line", "json_bytes",
     "new_folder", "read_archive", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text",
     "replace_files", "replacing", "settled", "shown", "steady", "tensor_infos", "validated", "write_bytes",
     "write_json", "write_text",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """What reads tensors, on first use: it imports torch, which takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("erasure.files.tensors"), name)

@@ -98,9 +98,10 @@ def _check(
             raise error(f"{reason}. Or delete {folder} to start anew") from reason
         changed = differences(known, recipe)
         if changed:
+            article = "an" if what[0] in "aeiou" else "a"
             raise error(
-                f"{folder} holds a {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give the same "
-                "options, or another folder"
+                f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give "
+                "the same options, or another folder"
             )
         return
     present = sorted(name for name in os.listdir(folder) if name != LOCK)

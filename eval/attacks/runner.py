@@ -315,7 +315,7 @@ def _opened(
         return SampleTable(folder, plan.samples, processes.rank, processes.count, (kind,), STEM, schema)
 
     recipe = subject.recipe(plan) | {"kind": kind, "texts": texts}
-    with opened(processes, table, recipe, out, "evaluation") as opened_table:
+    with opened(processes, table, recipe, out) as opened_table:
         yield _Attack(subject, plan, opened_table, processes, images, progress)
 
 

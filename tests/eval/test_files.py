@@ -394,7 +394,7 @@ def test_broken_features_are_named(features: str, tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     def open_it(recipe: dict[str, Any]) -> Any:
-        return opened(Processes(), table, recipe, tmp_path / "out", "evaluation")
+        return opened(Processes(), table, recipe, tmp_path / "out")
 
     with open_it({"seed": 0}) as first:
         first.append([row()], [None])
@@ -408,11 +408,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", set(BROKEN) - {"a folder", "a dangling link", "unknown and deep"})
 def test_a_broken_recipe_is_named(broken: str, tmp_path: Path) -> None:
-    with opened(Processes(), table, {"seed": 0}, tmp_path, "evaluation") as first:
+    with opened(Processes(), table, {"seed": 0}, tmp_path) as first:
         first.append([row()], [None])
 
     def open_it() -> None:
-        with opened(Processes(), table, {"seed": 0}, tmp_path, "evaluation"):
+        with opened(Processes(), table, {"seed": 0}, tmp_path):
             pass
 
     refused(open_it, tmp_path / "recipe.json", BROKEN[broken], EvaluationError)

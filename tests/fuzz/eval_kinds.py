@@ -101,7 +101,7 @@ def opened_table(folder: Path, attacks: bool = False) -> Any:
             return SampleTable(place, SAMPLES, variants=("attack",), stem="attacks", schema=AttackRow)
         return SampleTable(place, SAMPLES)
 
-    return opened(Processes(), table, RECIPE, folder, "evaluation")
+    return opened(Processes(), table, RECIPE, folder)
 
 
 def read_table(folder: Path) -> None:
