@@ -23,11 +23,12 @@ from erasure.pipelines import StableDiffusionErasurePipeline
 from .model import Entry, Kit, Model, ReferencePipe, draw, encode, relative, tensors_of, verifies
 
 NAMES = ("a", "b", "c", "d")
-STRENGTHS = (1.0, 0.5, 2.0, 0.0)
 CLOSE = 2e-4
 """Share of the greatest value by which an encoding or an image may differ: attention and merged adapters round."""
-SKIPPED = set(os.environ.get("STRESS_SKIP", "").split())
-"""Names of steps to leave out, to look for what fails besides them."""
+SKIPPED = set(os.environ.get("STRESS_SKIP", "").split(","))
+"""Names of steps, of refused calls and of strengths (`strength 0.0`) to leave out, with commas: to look for what fails besides them."""
+
+STRENGTHS = tuple(factor for factor in (1.0, 0.5, 2.0, 0.0) if f"strength {factor}" not in SKIPPED)
 
 Condition = Callable[[Any], bool]
 
@@ -309,7 +310,7 @@ class Erasing(RuleBasedStateMachine):
             calls["save fused beside"] = lambda: self.pipe.save_erased_pipeline(self.folders / "none", fuse=False)
         if attached and not self.model.verifies():
             calls["save idle"] = lambda: self.pipe.save_erased_pipeline(self.folders / "none", fuse=False)
-        return calls
+        return {name: call for name, call in calls.items() if name not in SKIPPED}
 
     @step(data=st.data())
     def refused(self, data: st.DataObject) -> None:
