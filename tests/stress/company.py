@@ -237,6 +237,7 @@ class InCompany(Erasing):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 again = tensors_of(StableDiffusionPipeline.from_pretrained(folder))
+            assert not [key for key, tensor in again.items() if tensor.is_meta], "weights were lost on the way"
             assert all(torch.equal(tensor, again[key]) for key, tensor in tensors_of(self.pipe).items())
         finally:
             shutil.rmtree(folder)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from diffusers.utils import logging
 
 import erasure
 
@@ -19,3 +21,14 @@ def kit(tiny_pipe_original: Any) -> Kit:
     made = make_erasures(pipe)
     made["uce"] = erasure.erase(pipe, "dog", "uce", vocabulary=0, attach=False, progress=False)
     return Kit(made)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_bars() -> Iterator[None]:
+    """Thousands of saved and loaded pipelines need no progress bars, nor warnings of how they are cast."""
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity(level)

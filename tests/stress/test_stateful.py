@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,8 @@ def machine(kit: Kit, tiny_pipe_factory: Any, tmp_path: Path, load_tiny_ip_adapt
     Machine.loras = {"mine": user_lora(original, 300, True), "yours": user_lora(original, 500, False)}
     Machine.references = {False: ReferencePipe(original), True: ReferencePipe(with_ip)}
     Machine.add_ip = staticmethod(load_tiny_ip_adapter)
-    logging.disable(logging.WARNING)
     with one_thread():
         yield Machine
-    logging.disable(logging.NOTSET)
 
 
 def test_the_erasures_can_be_told_apart(kit: Kit, tiny_pipe: Any) -> None:

@@ -1,0 +1,109 @@
+"""A process of its own that does what the tests tell it, to be interrupted or killed.
+
+`worker.py JOB` runs one job, given as JSON. `worker.py serve` reads jobs from its input, one a line, and forks for each:
+everything is imported once, and a child that is killed costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from stress.model import differing, drop_in, look  # noqa: E402
+
+import erasure  # noqa: E402
+from erasure import Erasure  # noqa: E402
+
+
+def load(model: str) -> Any:
+    """A pipeline without a progress bar."""
+    pipe = erasure.load_pipeline(model, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def signals(model: str, erasures: str, rounds: int) -> dict[str, Any]:
+    """Interrupt switches by the signal at random moments; what was neither done nor not done is a fault."""
+    made = {kind: Erasure.load(Path(erasures) / kind) for kind in ("delta", "low", "over", "pin", "itd")}
+    calls: dict[str, Callable[[Any], Any]] = {
+        "add": lambda pipe: pipe.erasure_manager.add(made["over"], "over"),
+        "set": lambda pipe: pipe.set_erasures(["low", "pin"], [0.5, 2.0]),
+        "disable": lambda pipe: pipe.disable_erasures(),
+        "delete": lambda pipe: pipe.delete_erasure(["delta", "itd"]),
+        "unload": lambda pipe: pipe.unload_erasures(),
+        "detect": lambda pipe: pipe.detect_concepts("a cat"),
+    }
+
+    def prepared(pipe: Any) -> Any:
+        for kind in ("delta", "low", "pin", "itd"):
+            pipe.erasure_manager.add(made[kind], kind)
+        return pipe
+
+    def alarm(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGALRM, alarm)
+    chance = random.Random(0)
+    pipe = load(model)
+    base = look(pipe)
+    before = look(prepared(pipe))
+    wanted, seconds = {}, {}
+    for name, call in calls.items():
+        for _ in range(2):
+            clock = time.perf_counter()
+            call(pipe)
+            seconds[name] = time.perf_counter() - clock
+            wanted[name] = look(pipe)
+            pipe.unload_erasures()
+            prepared(pipe)
+    faults, count = [], 0
+    for turn in range(rounds):
+        name = list(calls)[turn % len(calls)]
+        stopped, raised = False, ""
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(chance.random() * seconds[name], 1e-4))
+                calls[name](pipe)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            stopped, count = True, count + 1
+        except Exception as error:
+            raised = f"raises {type(error).__name__}: {str(error)[:100]}"
+        try:
+            seen = look(pipe)
+            half = [differing(seen, before), differing(seen, wanted[name])]
+            fault = raised or (f"neither before {half[0]} nor after {half[1]}" if all(half) else "")
+            pipe.unload_erasures()
+            if left := differing(look(pipe), base):
+                fault = fault or f"unload leaves {left}"
+            prepared(pipe)
+        except Exception as error:
+            fault = f"then {type(error).__name__}: {str(error)[:100]}"
+        if fault:
+            faults.append(f"{name}{' (interrupted)' if stopped else ''}: {fault}")
+            pipe = prepared(drop_in(load(model)))
+    return {"faults": faults, "interrupted": count}
+
+
+JOBS: dict[str, Callable[..., Any]] = {"signals": signals}
+
+
+def run(job: dict[str, Any]) -> Any:
+    """Do a job."""
+    return JOBS[job.pop("job")](**job)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(run(json.loads(sys.argv[1]))))
