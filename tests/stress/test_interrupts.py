@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -25,61 +24,21 @@ from erasure.errors import ErasureError
 from erasure.eval import evaluate
 from erasure.pipelines import StableDiffusionErasurePipeline
 
+from .lines import ROOT, Lines, spread
 from .model import Kit, colour_judge, differing, drop_in, encode, give_world, look, one_thread, option
 
-ROOT = Path(erasure.__file__).resolve().parent
 INTERRUPTS = option("STRESS_INTERRUPTS", 200)
 """How many are tried over all operations: `STRESS_INTERRUPTS=2000` for the long run."""
-ROOMS = tuple(str(folder) + os.sep for folder in (ROOT, ROOT.parent / "pipelines", ROOT.parent / "eval"))
-"""Where lines are counted."""
 
 
-class Interruption:
-    """Counts the lines of the package that run, and raises `KeyboardInterrupt` ahead of one of them.
-
-    Args:
-        at: Which line, from 1 on; 0 only counts.
-    """
-
-    def __init__(self, at: int = 0) -> None:
-        self.at, self.lines, self.raised, self.where = at, 0, False, ""
-
-    def __enter__(self) -> Interruption:
-        self.before = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        sys.settrace(self.before)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(ROOMS) else None
-
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                self.raised = True
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._line
-
-
-def interrupted(call: Callable[[], Any], at: int) -> Interruption:
+def interrupted(call: Callable[[], Any], at: int) -> Lines:
     """Call with an interrupt at a line; the interrupt is caught here."""
-    with Interruption(at) as found:
+    with Lines(at) as found:
         try:
             call()
         except KeyboardInterrupt:
             pass
     return found
-
-
-def spread(lines: int, count: int, salt: str) -> list[int]:
-    """Line numbers all over an operation: evenly, with a start that depends on the operation."""
-    count = min(count, lines)
-    start = sum(map(ord, salt)) % max(lines // count, 1)
-    return sorted({min(1 + start + n * lines // count, lines) for n in range(count)})
 
 
 # Switching -----------------------------------------------------------------------------------------------------------
@@ -166,7 +125,7 @@ def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_p
     operation.call(pipe, kit, folders)  # what is imported or cached the first time is there now
     taken_off(pipe)
     pipe = prepared(original, kit, operation)
-    with Interruption() as whole:
+    with Lines() as whole:
         operation.call(pipe, kit, folders)
     after = look(pipe)
     assert differing(after, before) if operation.lasting else not differing(after, before)
@@ -175,7 +134,7 @@ def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_p
         taken_off(pipe)
         pipe = prepared(original, kit, operation)
         found = interrupted(lambda pipe=pipe: operation.call(pipe, kit, folders), at)
-        assert found.raised
+        assert found.reached
         try:
             seen = look(pipe)
             half = [differing(seen, before), differing(seen, after)]
@@ -253,7 +212,7 @@ def test_a_writer_is_done_or_not_done(name: str, kit: Kit, tmp_path: Path, tiny_
     pipe = prepared(original, kit, Operation(lambda *_: None, writing.kinds))
     before = look(pipe)
     writing.call(pipe, tmp_path / "first" / "whole")
-    with Interruption() as whole:
+    with Lines() as whole:
         expected = writing.call(pipe, tmp_path / "whole" / "whole")
     faults = []
     for index, at in enumerate(spread(whole.lines, max(INTERRUPTS // 25, 2), name)):
@@ -292,10 +251,10 @@ def test_loading_a_saved_pipeline_is_done_or_not_done(kit: Kit, tmp_path: Path, 
     pipe.save_erased_pipeline(folder, fuse=False)
     load = StableDiffusionErasurePipeline.load_erased_pipeline
     load(folder)
-    with Interruption() as whole:
+    with Lines() as whole:
         load(folder)
     for at in spread(whole.lines, max(INTERRUPTS // 25, 2), "load"):
-        assert interrupted(lambda: load(folder), at).raised
+        assert interrupted(lambda: load(folder), at).reached
         assert not differing(look(pipe), before)
         assert torch.equal(encode(load(folder)), encode(pipe))
 
@@ -326,7 +285,7 @@ def test_an_interrupt_in_another_thread_s_call(kit: Kit, tiny_pipe: Any) -> None
     pipe = prepared(tiny_pipe, kit, SWITCHES["set"])
     wanted, found = encode(pipe), []
     thread = threading.Thread(target=lambda: found.append(encode(pipe)))
-    with Interruption(1):
+    with Lines(1):
         thread.start()
         thread.join()
     assert torch.equal(found[0], wanted)

@@ -6,12 +6,15 @@ everything is imported once, and a child that is killed costs milliseconds.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from stress.model import differing, drop_in, look  # noqa: E402
+from stress.lines import Lines, kill  # noqa: E402
+from stress.model import colour_judge, differing, drop_in, give_world, look  # noqa: E402
 
 import erasure  # noqa: E402
 from erasure import Erasure  # noqa: E402
@@ -96,7 +100,86 @@ def signals(model: str, erasures: str, rounds: int) -> dict[str, Any]:
     return {"faults": faults, "interrupted": count}
 
 
-JOBS: dict[str, Callable[..., Any]] = {"signals": signals}
+def overwrite(erasures: list[str], out: str) -> None:
+    """Write one artifact, then others over it."""
+    for folder in erasures:
+        ready(folder).save(out, overwrite=True)
+
+
+def save_pipeline(model: str, erasures: list[str], out: str, fuse: bool) -> None:
+    """Write a pipeline with erasures."""
+    pipe = copy.deepcopy(ready(model))
+    for folder in erasures:
+        pipe.erasure_manager.add(ready(folder), Path(folder).name)
+    pipe.save_erased_pipeline(out, fuse=fuse)
+
+
+def command(arguments: list[str]) -> None:
+    """A command as a user gives it."""
+    from erasure.cli.main import main
+
+    code = main(arguments)
+    if code:
+        raise SystemExit(code)
+
+
+def measure(model: str, made: str, out: str, cache: str) -> None:
+    """An evaluation, image by image: a batch that is cut off by a kill does not round differently."""
+    from erasure.eval import evaluate
+
+    pipe = copy.deepcopy(ready(model))
+    give_world(pipe, Path(out).parent / "world")
+    pipe.erasure_manager.add(ready(made), "cat")
+    evaluate(
+        pipe, "canvas", "cat", size="smoke", out=out, judge=colour_judge, baseline_cache=cache, progress=False,
+        batch_size=1,
+    )  # fmt: skip
+
+
+@functools.cache
+def ready(folder: str) -> Any:
+    """A pipeline or an erasure, read once by the process that forks."""
+    return load(folder) if (Path(folder) / "model_index.json").is_file() else Erasure.load(folder)
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "signals": signals, "overwrite": overwrite, "save_pipeline": save_pipeline, "command": command, "measure": measure,
+}  # fmt: skip
+
+
+def serve() -> None:
+    """Fork for each job that comes, say the child's id, and when it is gone, how it ended and after how many lines."""
+    import erasure.cli.main
+    import erasure.eval.report
+    import erasure.strategies  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        at, log = job.pop("kill at line", None), job.pop("log")
+        for folder in job.pop("ready", ()):
+            ready(folder)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                if at is None:
+                    run(job)
+                else:
+                    with Lines(at, kill) as found:
+                        run(job)
+                    print(f"\nlines {found.lines}", flush=True)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def run(job: dict[str, Any]) -> Any:
@@ -106,4 +189,7 @@ def run(job: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] == "serve":
+        serve()
+        sys.exit()
     print(json.dumps(run(json.loads(sys.argv[1]))))
