@@ -228,25 +228,25 @@ def test_half_a_pipeline_is_never_the_stock_model(
 
 
 def killed_until_done(nursery: Nursery, job: dict[str, Any], seconds: float, kills: int, chance: random.Random) -> int:
-    """Kill a job at random moments, each time started again; at last it may end. Gives how often it was killed."""
-    killed = 0
-    for _ in range(kills):
-        killed += nursery.run(**job, after=seconds * chance.uniform(0.1, 0.9))
+    """Kill a job at random moments, each time started again; or until it ended sooner. Gives how often it was."""
+    for killed in range(kills):
+        if not nursery.run(**job, after=seconds * chance.uniform(0.1, 0.7)):
+            return killed
     assert not nursery.run(**job)
-    return killed
+    return kills
 
 
 @pytest.mark.parametrize("turn", range(max(KILLS // 20, 1)))
 def test_a_killed_training_ends_the_same(turn: int, nursery: Nursery, tiny_pipe_folder: Path, tmp_path: Path) -> None:
     def job(out: Path) -> dict[str, Any]:
-        options = ["--steps", "24", "--batch", "2", "--retain-batch", "2", "--rollout-steps", "3", "--contexts", "1",
+        options = ["--steps", "12", "--batch", "2", "--retain-batch", "2", "--rollout-steps", "3", "--contexts", "1",
                    "--retain-vocabulary", "2", "--lr", "1e-2", "--save-every", "1"]  # fmt: skip
         model = ["--model", str(tiny_pipe_folder), "--concept", "cat", "--anchor", "dog"]
         return {"job": "command", "arguments": ["erase", "esd", *model, "--out", str(out), *options]}
 
     whole, out = tmp_path / "whole" / "cat", tmp_path / "killed" / "cat"
     seconds = nursery.seconds(**job(whole))
-    assert killed_until_done(nursery, job(out), seconds, 3, random.Random(turn)) >= 2
+    assert killed_until_done(nursery, job(out), seconds, 3, random.Random(turn)) >= 1
     assert same(Erasure.load(out), Erasure.load(whole))
     assert names(out.parent) == names(whole.parent)
 
@@ -264,7 +264,7 @@ def test_a_killed_dictionary_ends_the_same(turn: int, nursery: Nursery, tiny_pip
 
     whole, out = tmp_path / "whole" / "sae", tmp_path / "killed" / "sae"
     seconds = nursery.seconds(**job(whole))
-    assert killed_until_done(nursery, job(out), seconds, 3, random.Random(turn)) >= 2
+    assert killed_until_done(nursery, job(out), seconds, 3, random.Random(turn)) >= 1
     assert names(out) == names(whole)
     for name in names(whole):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -280,7 +280,7 @@ def test_a_killed_evaluation_ends_the_same(
                 "made": folders["low"], "out": tmp_path / name / "out", "cache": tmp_path / f"{name}-cache"}  # fmt: skip
 
     seconds = nursery.seconds(**job("whole"))
-    assert killed_until_done(nursery, job("killed"), seconds, 3, random.Random(turn)) >= 2
+    assert killed_until_done(nursery, job("killed"), seconds, 3, random.Random(turn)) >= 1
     whole, killed = (tmp_path / name / "out" for name in ("whole", "killed"))
     assert Results.load(killed).metrics == Results.load(whole).metrics
     assert names(killed) == names(whole)
