@@ -18,16 +18,27 @@ if TYPE_CHECKING:
     from erasure.artifact import Erasure, ErasureConfig
     from erasure.attach import ErasureManager
     from erasure.concept import Concept
+    from erasure.sae.detection import detect_concepts
 
 __version__ = "0.1.0"
 
-__all__ = ["Concept", "Erasure", "ErasureConfig", "ErasureManager", "erase", "load", "load_pipeline"]
+__all__ = [
+    "Concept",
+    "Erasure",
+    "ErasureConfig",
+    "ErasureManager",
+    "detect_concepts",
+    "erase",
+    "load",
+    "load_pipeline",
+]
 
 _HOMES = {
     "Concept": "erasure.concept",
     "Erasure": "erasure.artifact",
     "ErasureConfig": "erasure.artifact",
     "ErasureManager": "erasure.attach",
+    "detect_concepts": "erasure.sae.detection",
     "erase": "erasure.api",
     "load": "erasure.api",
     "load_pipeline": "erasure.api",

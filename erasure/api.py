@@ -17,10 +17,10 @@ from erasure.artifact import Erasure, ErasureConfig, default_name, library_versi
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
-from erasure.carriers.weights import fingerprint
+from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
-from erasure.interop import paths, scopes
+from erasure.interop import paths
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
@@ -40,12 +40,14 @@ def erase(
     preset: str | None = None,
     progress: bool | Callable[[float], None] = True,
     run: Run | None = None,
+    strict: bool = False,
+    controlnet: bool = False,
     **options: Any,
 ) -> Erasure:
     """Make an erasure and attach it.
 
-    Made from the base model: erasures that are in force are switched off meanwhile, so that erasures stack as if each
-    had been made alone.
+    Made from the base model, on a twin of the pipeline without the erasures and LoRA adapters that it carries:
+    erasures stack as if each had been made alone, and nobody who draws with the pipeline meanwhile notices.
 
     Args:
         pipe: Any pipeline of a supported family.
@@ -57,6 +59,8 @@ def erase(
         preset: A named set of the strategy's options.
         progress: `True` for a progress bar, or a function that gets the share done.
         run: For strategies that train: where checkpoints go, so that a killed training goes on, and what is logged.
+        strict: Raise where a call goes around the erasure, instead of warning.
+        controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
         **options: The strategy's options.
 
     Raises:
@@ -86,7 +90,9 @@ def erase(
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
     started = time.perf_counter()
-    with scopes.without_offloading(pipe), manager.disabled(), _reporter(progress, method.name) as report:
+    base_pipe = manager.stock(without_adapters=True)
+    backbone = backbone_for(base_pipe)
+    with _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -98,7 +104,7 @@ def erase(
         fit.edits.check_finite()
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
-        base = _base(pipe, fit.edits)
+        base = _base(backbone, fit.edits)
     config = ErasureConfig(
         strategy=method.name,
         strategy_config=dataclasses.asdict(method),
@@ -114,7 +120,7 @@ def erase(
     )
     made = Erasure(config, fit.edits)
     if attach:
-        manager.add(made, name)
+        manager.add(made, name, strict=strict, controlnet=controlnet)
     return made
 
 
@@ -221,15 +227,20 @@ def _refuse_quantised(backbone: Backbone) -> None:
             )
 
 
-def _base(pipe: DiffusionPipeline, edits: Edits) -> dict[str, Any]:
-    tensors = {}
+def _base(backbone: Backbone, edits: Edits) -> dict[str, Any]:
+    pipe, tensors = backbone.pipe, {}
     for key in (*edits.parameters, *_read_parameters(pipe, edits)):
         component, path = key.split("/", 1)
         tensors[key] = fingerprint(paths.parameter(getattr(pipe, component), path))
     model = str(pipe.config.get("_name_or_path") or "")
     # Somebody's absolute path tells others nothing, and not theirs to know.
     shown = Path(model).name if os.path.isabs(model) else model
-    return {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+    base = {"model": shown, "revision": getattr(pipe.config, "_commit_hash", None), "tensors": tensors}
+    if backbone.denoiser_component in edits.components:
+        # What the denoiser is told to forget stands in the text encoder's own language.
+        encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}
+        base["text_encoders"] = encoders
+    return base
 
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:

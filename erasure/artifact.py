@@ -3,95 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+import torch
+from pydantic import JsonValue
+from safetensors.torch import save
 from torch import Tensor
 
+from erasure import files
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ConceptError, DivergenceError
+from erasure.errors import ArtifactError, DivergenceError
+from erasure.schema import ErasureConfig
 
-FORMAT_VERSION = 1
 CONFIG_FILE = "erasure_config.json"
 DELTA_FILE = "erasure.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
-
-
-@dataclass
-class ErasureConfig:
-    """Everything about an erasure but its tensors."""
-
-    strategy: str
-    """Name of the strategy that made it."""
-    concepts: list[dict[str, Any]]
-    """What it erases, as `Concept.to_dict`."""
-    family: str
-    """Model family, as `Backbone.family`."""
-    strategy_config: dict[str, Any] = field(default_factory=dict)
-    """The strategy's options."""
-    base: dict[str, Any] = field(default_factory=dict)
-    """`model`, `revision`, and `tensors`: sha256 by dtype of every base tensor that it changes."""
-    carriers: list[str] = field(default_factory=list)
-    """Where it lives: `weights`, `activations`, `attention`, `guidance`."""
-    protects: str = ""
-    """Threat model: `hosted pipeline` or `released weights`."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Libraries that made it."""
-    seed: int = 0
-    """Seed it was made with."""
-    cost: dict[str, float] = field(default_factory=dict)
-    """`seconds` it took."""
-    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By concept: rates and ROC curve of its gate, and of a linear probe, on prompts that calibrated them."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """Summary of a measurement, empty when never measured."""
-    format_version: int = FORMAT_VERSION
-    """Version of the folder's layout."""
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str) -> ErasureConfig:
-        """Validate and read plain data.
-
-        Raises:
-            ArtifactError: A newer format, a missing key, an unknown key, or something else than a config.
-        """
-        found = data.get("format_version") if isinstance(data, dict) else None
-        if not isinstance(found, int):
-            raise ArtifactError(f"{where}: key 'format_version' is missing or no whole number; is this an erasure?")
-        if found > FORMAT_VERSION:
-            raise ArtifactError(
-                f"{where} has format version {found}, this erasure package reads up to {FORMAT_VERSION}: "
-                "pip install --upgrade erasure-diffusers"
-            )
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        missing = [key for key in ("strategy", "concepts", "family", "base", "carriers") if key not in data]
-        unknown = sorted(set(data) - set(fields))
-        if missing:
-            raise ArtifactError(f"{where} lacks {missing}: the file is damaged or no erasure config; make it again")
-        if unknown:
-            raise ArtifactError(f"{where} has unknown keys {unknown}; allowed: {sorted(fields)}")
-        config = cls(**data)
-        try:
-            named = [Concept.from_dict(concept).target for concept in config.concepts]
-            readable = bool(named) and isinstance(config.base.get("tensors", {}), dict)
-        except (AttributeError, TypeError, ConceptError):
-            readable = False
-        if not readable:
-            raise ArtifactError(f"{where}: 'concepts' or 'base' cannot be read: the file is damaged; make it again")
-        return config
+CONFIG_LIMIT = 8 * 2**20
+"""Bytes of a config; the fingerprints of a large model's tensors take one MB or two."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+"""Types of an erasure's tensors."""
+FILES = (CONFIG_FILE, DELTA_FILE, LORA_FILE, CARD_FILE)
+LONGEST_LABEL = 100
+"""Characters of a default name before the strategy's: it becomes a file's name."""
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+"""A repository of the Hub, `owner/name`."""
 
 
 def library_versions() -> dict[str, str]:
@@ -111,7 +55,7 @@ def default_name(concepts: Sequence[Concept], strategy: str) -> str:
     """What an erasure is called when nobody says otherwise."""
     targets = [concept.target for concept in concepts]
     label = "-".join(targets) if len(targets) <= 3 else f"{targets[0]}-and-{len(targets) - 1}-more"
-    return re.sub(r"[^a-z0-9]+", "-", f"{label}-{strategy}".lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{label[:LONGEST_LABEL]}-{strategy}".lower()).strip("-")
 
 
 class Erasure:
@@ -161,7 +105,7 @@ class Erasure:
 
     def _contents(self) -> dict[str, bytes]:
         contents = {
-            CONFIG_FILE: (json.dumps(dataclasses.asdict(self.config), indent=2) + "\n").encode(),
+            CONFIG_FILE: files.json_bytes(dataclasses.asdict(self.config), CONFIG_FILE),
             CARD_FILE: self.card().encode(),
         }
         if others := self.edits.delta_state_dict():
@@ -171,93 +115,83 @@ class Erasure:
         return contents
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the erasure to a folder, atomically: it is there whole or not at all.
+        """Write the erasure to a folder: it is there whole or not at all, whatever happens meanwhile.
 
         Args:
-            folder: Where to; must not exist or be empty unless `overwrite`.
-            overwrite: Replace an erasure that is there.
+            folder: Where to; must not exist or be empty unless `overwrite`. A link to a folder stays one.
+            overwrite: Replace the erasure that is there. Everything else in the folder stays.
 
         Raises:
-            ArtifactError: The folder holds something, or cannot be written.
+            ArtifactError: The folder holds something, or cannot be written; or the erasure could not be read again.
             DivergenceError: A tensor holds NaN or infinity.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if os.path.exists(folder) and (not os.path.isdir(folder) or _listed(folder)):
             if not overwrite:
                 raise ArtifactError(f"{folder} is not empty: choose another folder, or overwrite (--overwrite)")
-            if not (folder / CONFIG_FILE).is_file():
+            if not os.path.isdir(folder) or CONFIG_FILE not in files.settled(folder, FILES):
                 raise ArtifactError(
                     f"{folder} holds something that is no erasure and is left alone: choose another folder"
                 )
         self.edits.check_finite()
-        contents = self._contents()
-        temporary: Path | None = None
-        retired: Path | None = None
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            for name, content in contents.items():
-                (temporary / name).write_bytes(content)
-            temporary.chmod(0o755)
-            if folder.exists():
-                aside = temporary.with_name(temporary.name + ".old")
-                os.replace(folder, aside)
-                retired = aside
-            os.replace(temporary, folder)
-        except OSError as error:
-            raise ArtifactError(f"cannot write the erasure to {folder}: {error.strerror or error}") from error
-        finally:
-            if retired is not None:
-                if folder.exists():
-                    shutil.rmtree(retired, ignore_errors=True)
-                else:
-                    os.replace(retired, folder)
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+        self.edits.check()
+        ErasureConfig.from_dict(dataclasses.asdict(self.config), "the config of the erasure")
+        files.replace_files(folder, self._contents(), FILES)
         return folder
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Erasure:
         """Read an erasure from a folder or a repository of the Hugging Face Hub.
 
+        Only a text of the form `owner/name` whose first part is no folder here is ever looked for on the Hub.
+
         Raises:
             ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(str(source), revision, token)
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            present = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
+        if not _is_local(source):
+            return cls.read(_download(str(source), revision, token))
+        folder = Path(os.path.expanduser(source))
+        if not os.path.lexists(folder):
+            raise ArtifactError(
+                f"{str(source)!r} is neither a folder nor the name of a Hub repository (owner/name): check the path"
+            )
+        return cls.read(folder)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Erasure:
+        """Read an erasure from a folder here; nothing is ever looked for elsewhere.
+
+        Raises:
+            ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
+        """
+        folder = Path(folder)
+        if not os.path.isdir(folder):
+            found = "a file: give the folder that holds it" if os.path.isfile(folder) else "no folder: check the path"
+            raise ArtifactError(f"{folder} is no erasure but {found}")
+        return files.steady(folder, FILES, lambda paths: cls._read(folder, paths))
+
+    @classmethod
+    def _read(cls, folder: Path, paths: Mapping[str, Path]) -> Erasure:
+        if CONFIG_FILE not in paths:
+            present = ", ".join(files.shown(name)[1:-1] for name in _listed(folder)[:6]) or "nothing"
             raise ArtifactError(f"{folder} is no erasure: {CONFIG_FILE} is missing (found: {present})")
-        try:
-            config = ErasureConfig.from_dict(json.loads(path.read_text()), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ArtifactError(
-                f"{path} cannot be read as JSON ({error}): the file is damaged; fetch or make it again"
-            ) from error
-        deltas = _read_tensors(folder / DELTA_FILE) if (folder / DELTA_FILE).is_file() else {}
-        lora = _read_tensors(folder / LORA_FILE) if (folder / LORA_FILE).is_file() else {}
-        edits = Edits.from_state_dicts(deltas, lora)
-        expected, found = set(config.base.get("tensors", {})), set(edits.parameters)
-        if sorted(config.carriers) != sorted(edits.carriers):
-            raise ArtifactError(
-                f"{folder}: the config names the carriers {config.carriers}, the tensors are {edits.carriers}: "
-                "files of different erasures are mixed or one is missing; fetch or make it again"
-            )
-        # Feature edits know their base by the parameters of their block.
-        below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
-        expected -= set().union(*below.values()) - found
-        found |= {block for block, known in below.items() if not known}
-        if expected != found:
-            lost, extra = sorted(expected - found), sorted(found - expected)
-            raise ArtifactError(
-                f"{folder}: tensors and config disagree (missing {lost[:3]}, unknown {extra[:3]}): "
-                "files of different erasures are mixed or one is damaged; fetch or make it again"
-            )
+        path = paths[CONFIG_FILE]
+        data: Any = files.read_json(path, JsonValue, CONFIG_LIMIT)
+        config = ErasureConfig.from_dict(data, str(path))
+        parts = [paths[name] for name in (DELTA_FILE, LORA_FILE) if name in paths]
+        # Names, types and shapes first: nothing is allocated for a file that cannot be right.
+        shapes = {path.name: files.tensor_infos(path, allowed_dtypes=DTYPES) for path in parts}
+        layout = {
+            name: {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
+            for name, infos in shapes.items()
+        }
+        _check_together(folder, config, Edits.from_state_dicts(layout.get(DELTA_FILE, {}), layout.get(LORA_FILE, {})))
+        tensors = {path.name: files.read_tensors(path, allowed_dtypes=DTYPES) for path in parts}
+        edits = Edits.from_state_dicts(tensors.get(DELTA_FILE, {}), tensors.get(LORA_FILE, {}))
         try:
             edits.check_finite()
-        except DivergenceError as error:
+            edits.check()
+        except (ArtifactError, DivergenceError) as error:
             raise ArtifactError(f"{folder}: {error}") from error
         return cls(config, edits)
 
@@ -325,9 +259,8 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [CONFIG_FILE, DELTA_FILE, LORA_FILE, CARD_FILE]
     try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FILES)))
     except HFValidationError as error:
         raise ArtifactError(f"{repo_id!r} is neither a folder nor the name of a Hub repository") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -335,11 +268,39 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
         raise ArtifactError(f"{repo_id!r} is no folder here, and the Hub does not give it: {reason}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _listed(folder: Path) -> list[str]:
+    """Names of what a folder holds."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): the file is damaged; fetch or make it again") from error
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
+
+
+def _is_local(source: str | Path) -> bool:
+    """Whether a source is a path here and no name of a repository, whether it exists or not."""
+    if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
+        return True
+    return os.path.lexists(source) or os.path.isdir(source.partition("/")[0])
+
+
+def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
+    """Raise unless config and tensors are of one erasure."""
+    expected, found = set(config.base.get("tensors", {})), set(edits.parameters)
+    if sorted(config.carriers) != sorted(edits.carriers):
+        raise ArtifactError(
+            f"{folder}: the config names the carriers {config.carriers}, the tensors are {edits.carriers}: "
+            "files of different erasures are mixed or one is missing; fetch or make it again"
+        )
+    # Feature edits know their base by the parameters of their block.
+    below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
+    expected -= set().union(*below.values()) - found
+    found |= {block for block, known in below.items() if not known}
+    if expected != found:
+        lost, extra = sorted(expected - found), sorted(found - expected)
+        raise ArtifactError(
+            f"{folder}: tensors and config disagree (missing {lost[:3]}, unknown {extra[:3]}): "
+            "files of different erasures are mixed or one is damaged; fetch or make it again"
+        )
 
 
 __all__ = ["CONFIG_FILE", "DELTA_FILE", "LORA_FILE", "Erasure", "ErasureConfig", "library_versions"]

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from erasure import guards
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
-from erasure.carriers.weights import refuse_unwritable
-from erasure.errors import (
-    AttachError,
-    BypassedErasureWarning,
-    NoMatchingModuleError,
-    VerificationError,
-    WrongBaseError,
-)
-from erasure.interop import adapters, paths, pipelines, scopes
-from erasure.sae.detection import Detection, detect
-from erasure.state import Attached, ComponentState
+from erasure.canary import Canary
+from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError, VerificationError
+from erasure.fitting import CONTROLNET, check_fit, is_denoiser, sources_of
+from erasure.interop import adapters, scopes
+from erasure.interop.pipelines import CallGuard, components_of, twin
+from erasure.leases import Lease
+from erasure.state import Attached, ComponentState, Record
+from erasure.switching import Target, interrupted, recover, switch
 
 _NAMES = "_erasure_names"
 """Attribute of a pipeline: the components of every attached erasure, to notice one that is lost with its component."""
+LEAST_STRENGTH = 0.25
+"""The least strength that `verify` takes for an erasure: below it the stock picture is drawn, or nearly."""
 
 
 class ErasureManager:
     """The erasures of one pipeline.
 
     A view: the state lives on the pipeline's modules, so any number of managers of the same pipeline, and pipelines
-    made from it with `from_pipe`, agree.
+    made from it with `from_pipe`, agree. Every change is made whole or not at all, and waits for calls that are
+    drawing.
 
     Args:
         pipe: Any diffusers pipeline of a supported family.
@@ -46,8 +48,7 @@ class ErasureManager:
     # What there is ------------------------------------------------------------------------------------------------
 
     def _modules(self) -> dict[str, nn.Module]:
-        parts = self.pipe.components.items()
-        return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
+        return components_of(self.pipe)
 
     def _states(self) -> dict[str, ComponentState]:
         found = {name: ComponentState.of(module) for name, module in self._modules().items()}
@@ -57,7 +58,9 @@ class ErasureManager:
         return vars(self.pipe).setdefault(_NAMES, {})
 
     def _attached(self) -> dict[str, Attached]:
-        return {name: attached for state in self._states().values() for name, attached in state.attached.items()}
+        return {
+            name: attached for state in self._states().values() for name, attached in state.record.attached.items()
+        }
 
     @property
     def erasures(self) -> dict[str, Erasure]:
@@ -71,7 +74,8 @@ class ErasureManager:
 
     def list_erasures(self) -> dict[str, list[str]]:
         """Names of all attached erasures by component, as diffusers' `get_list_adapters`."""
-        return {component: list(state.attached) for component, state in self._states().items() if state.attached}
+        states = self._states().items()
+        return {component: list(state.record.attached) for component, state in states if state.record.attached}
 
     def active_erasures(self) -> list[str]:
         """Names of the erasures that are in force."""
@@ -82,29 +86,44 @@ class ErasureManager:
         """Names of the erasures that are fused."""
         return [name for name, attached in self._attached().items() if attached.fused]
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Nothing is switched inside of the block: around a call of a stock pipeline that other threads may switch.
+
+        The drop-in pipelines do this on their own.
+        """
+        modules = self._modules()
+        with Lease(modules.values(), exclusive=False):
+            yield
+
     # Attaching ----------------------------------------------------------------------------------------------------
 
     def load(self, source: str | Path | Erasure, name: str | None = None, *, revision: str | None = None,
-             token: str | None = None, check_base: bool = True) -> Erasure:  # fmt: skip
-        """Attach an erasure from a folder, a Hub repository or memory, beside those already there."""
+             token: str | None = None, check_base: bool = True, strict: bool = False,
+             controlnet: bool = False) -> Erasure:  # fmt: skip
+        """Attach an erasure from a folder, a Hub repository or memory, beside those already there; see `add`."""
         erasure = source if isinstance(source, Erasure) else Erasure.load(source, revision=revision, token=token)
-        self.add(erasure, name, check_base=check_base)
+        self.add(erasure, name, check_base=check_base, strict=strict, controlnet=controlnet)
         return erasure
 
-    def add(self, erasure: Erasure, name: str | None = None, strength: float = 1.0, *, check_base: bool = True) -> int:
+    def add(self, erasure: Erasure, name: str | None = None, strength: float = 1.0, *, check_base: bool = True,
+            strict: bool = False, controlnet: bool = False) -> int:  # fmt: skip
         """Attach an erasure and put all attached ones in force that `set_erasures` did not leave out.
 
         Args:
             erasure: What to attach.
             name: What to call it; its own name by default.
-            strength: Factor on its edits; 1 is as made.
+            strength: Factor on its edits, finite and not negative; 1 is as made.
             check_base: Compare the base tensors with the fingerprints in the artifact.
+            strict: Raise where a call goes around the erasure, instead of warning.
+            controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
 
         Returns:
             How many parameters it edits.
 
         Raises:
-            AttachError: The name is taken or unusable, or something else changed an edited parameter meanwhile.
+            AttachError: The name is taken or unusable, a strength that is no factor, or something else changed an
+                edited parameter meanwhile.
             WrongBaseError: The pipeline is not the model that the erasure was made for.
             UnsupportedModelError: Quantised weights under a full-rank edit, or fused projections.
             NoMatchingModuleError: Nothing to change.
@@ -112,83 +131,130 @@ class ErasureManager:
         """
         name = name or erasure.name
         self.check_name(name)
-        family = backbone_for(self.pipe).family
-        if erasure.config.family != family:
-            raise WrongBaseError(
-                f"the erasure {name!r} is for {erasure.config.family}, this {type(self.pipe).__name__} is {family}"
-            )
-        if not len(erasure.edits):
-            raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: it holds no tensors")
-        erasure.edits.check_finite()
-        attached = Attached(erasure, strength)
-        with scopes.without_offloading(self.pipe):
-            available = self._modules()
-            for component in erasure.components:
-                if component not in available:
-                    raise WrongBaseError(
-                        f"the erasure {name!r} edits {component!r}, which this pipeline lacks "
-                        f"(it has {', '.join(available)})"
-                    )
-                self._check(component, available[component], attached, check_base)
-            try:
-                for component in erasure.components:
-                    self._put(component, available[component], name, attached)
-            except BaseException:
-                for component in erasure.components:
-                    self._take(available[component], name)
-                raise
-        self._remembered()[name] = list(erasure.components)
-        self._switch(True)
+        attached = Attached(erasure, check_strength(strength), strict=strict)
+        with self._switching() as modules:
+            self.check_name(name)
+            sources = sources_of(self.pipe, modules, name, erasure, controlnet)
+            attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
+            records = {}
+            for component in {**sources, **self._states()}:
+                record = replace(self._record(component, modules), enabled=True)
+                if component in sources:
+                    record = replace(record, attached={**record.attached, name: attached})
+                records[component] = record
+            self._apply(modules, records, sources)
+        if not controlnet and CONTROLNET in modules and any(map(is_denoiser, sources)):
+            warnings.warn(guards.CONTROL.format(names=name), BypassedErasureWarning, stacklevel=2)
         return len(erasure.edits)
 
     def check_name(self, name: str) -> None:
         """Raise `AttachError` when a name is taken, or cannot name an erasure."""
-        if not re.fullmatch(r"[\w-]+", name):
-            raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_'")
+        if not re.fullmatch(r"[\w-]{1,200}", name):
+            raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
         if name in self._attached():
             raise AttachError(
                 f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first"
             )
 
-    def _check(self, component: str, module: nn.Module, attached: Attached, check_base: bool) -> None:
-        edits = attached.erasure.edits.of(component)
-        if refuse_unwritable(component, module, edits):
-            attached.adapters.add(component)
-        for path in attached.erasure.edits.features_of(component):
-            paths.require_block(module, path, component)
-        state = ComponentState.of(module) or ComponentState(component)
-        prefix = component + "/"
-        digests = attached.erasure.config.base.get("tensors", {})
-        expected = {key.removeprefix(prefix): value for key, value in digests.items() if key.startswith(prefix)}
-        state.weights.check_intact(module)
-        state.weights.check(component, module, edits, expected if check_base else None)
+    def adopt(self) -> None:
+        """Take charge of the erasures that components of another pipeline brought along."""
+        brought: dict[str, list[str]] = {}
+        for component, names in self.list_erasures().items():
+            for name in names:
+                brought.setdefault(name, []).append(component)
+        vars(self.pipe)[_NAMES] = brought
 
-    def _put(self, component: str, module: nn.Module, name: str, attached: Attached) -> None:
-        state = ComponentState.of(module) or ComponentState(component)
-        state.attached[name] = attached
-        state.bind(module)
-        if component in attached.adapters:
-            lora = attached.erasure.edits.lora_state_dict()
-            adapters.add_lora(self.pipe, component, name, lora, attached.strength)
-        state.refresh(module)
+    # Switching ----------------------------------------------------------------------------------------------------
 
-    def _take(self, module: nn.Module, name: str) -> None:
-        state = ComponentState.of(module)
-        if state is None or name not in state.attached:
+    @contextmanager
+    def _switching(self) -> Iterator[dict[str, nn.Module]]:
+        """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
+        modules = self._modules()
+        with Lease(modules.values(), exclusive=True):
+            recover(modules)
+            with scopes.without_offloading(self.pipe):
+                yield modules
+
+    def _record(self, component: str, modules: Mapping[str, nn.Module]) -> Record:
+        state = ComponentState.of(modules[component])
+        return Record() if state is None else state.record
+
+    def _apply(
+        self, modules: Mapping[str, nn.Module], records: Mapping[str, Record], sources: Mapping[str, str] | None = None
+    ) -> None:
+        """Give components these records, the others keep theirs, and bring everything in line with them."""
+        states = self._states()
+        everything = {**{name: state.record for name, state in states.items()}, **records}
+        if not everything:
             return
-        state.weights.check_intact(module)
-        attached = state.attached.pop(name)
-        if state.component in attached.adapters:
-            adapters.delete_lora(module, name)
-        state.refresh(module)
-        state.bind(module)
+        known = {name: list(components) for name, components in self._remembered().items()}
+        dropped = set(self._attached()) - {name for record in everything.values() for name in record.attached}
+        targets = []
+        for component, record in everything.items():
+            state = states.get(component) or ComponentState(component, (sources or {}).get(component))
+            targets.append(Target(modules[component], state, state.reading(modules[component], record)))
+        denoiser = backbone_for(self.pipe).denoiser_component
 
-    def _refresh(self) -> None:
-        with scopes.without_offloading(self.pipe):
-            available = self._modules()
+        def install() -> None:
+            now = {target.state.component: target.state for target in targets}
+            guards.install(modules, denoiser, now)
+            if any(state.record.attached for state in now.values()):
+                CallGuard.install(self.pipe, "save_pretrained", _refuse_unsaveable)
+            else:
+                CallGuard.remove(self.pipe, "save_pretrained")
+            kept = {name: parts for name, parts in known.items() if name not in dropped}
+            for component, state in now.items():
+                for name in state.record.attached:
+                    kept[name] = [*(part for part in kept.get(name, []) if part != component), component]
+            vars(self.pipe)[_NAMES] = kept
+
+        switch(targets, install, lambda: self._look(targets))
+
+    def _look(self, targets: Sequence[Target]) -> Canary | None:
+        in_force = {n: a.erasure for target in targets for n, a in target.state.in_force().items()}
+        return Canary.of(self.pipe, self._stock(), in_force) if in_force else None
+
+    def _stock(self, *, without_adapters: bool = False) -> DiffusionPipeline:
+        states = self._states()
+        originals = {name: state.record.written.originals for name, state in states.items()}
+        return twin(self.pipe, originals, states.values(), prefix="erasure", without_adapters=without_adapters)
+
+    def stock(self, *, without_adapters: bool = False, offloaded: bool = False) -> DiffusionPipeline:
+        """The pipeline without erasures, as another object on the same weights; this one is left as it is.
+
+        It costs the memory of the parameters that are edited, and what is done to it (training, switching, a
+        scheduler of its own) does not reach this pipeline or threads that draw with it.
+
+        Args:
+            without_adapters: Leave the LoRA adapters that a user has loaded out too.
+            offloaded: Offload the other object as this one is, if it is.
+
+        Raises:
+            UnsupportedModelError: An adapter that is to be left out is merged into the weights (`fuse_lora`).
+        """
+        modules = self._modules()
+        merged = [name for module in modules.values() for name in adapters.merged_names(module)]
+        if without_adapters and merged:
+            raise UnsupportedModelError(f"the LoRA {merged[0]!r} is fused into the weights: unfuse_lora() first")
+        if scopes.is_offloaded(self.pipe):
+            with Lease(modules.values(), exclusive=True), scopes.without_offloading(self.pipe) as put_back:
+                made = self._stock(without_adapters=without_adapters)
+                if offloaded:
+                    put_back(made)
+                return made
+        with Lease(modules.values(), exclusive=False):
+            return self._stock(without_adapters=without_adapters)
+
+    def _change(
+        self, change: Callable[[Mapping[str, Attached]], Mapping[str, Attached]], enabled: bool | None
+    ) -> None:
+        """Switch every component to what a function makes of its attached erasures, and on or off."""
+        with self._switching() as modules:
+            records = {}
             for component, state in self._states().items():
-                state.refresh(available[component])
-        self._guard()
+                on = state.record.enabled if enabled is None else enabled
+                records[component] = replace(state.record, attached=dict(change(state.record.attached)), enabled=on)
+            self._apply(modules, records)
 
     def _known(self, names: str | Sequence[str] | None) -> list[str]:
         attached = self._attached()
@@ -200,20 +266,11 @@ class ErasureManager:
             )
         return chosen
 
-    def adopt(self) -> None:
-        """Take charge of the erasures that components of another pipeline brought along."""
-        for component, names in self.list_erasures().items():
-            for name in names:
-                self._remembered().setdefault(name, []).append(component)
-        self._guard()
-
-    # Changing -----------------------------------------------------------------------------------------------------
-
     def set_erasures(self, names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
         """Put exactly these erasures in force (fused ones stay), as diffusers' `set_adapters`.
 
         Raises:
-            AttachError: An unknown or fused name, or another number of strengths than of names.
+            AttachError: An unknown or fused name, another number of strengths than of names, or one that is no factor.
         """
         chosen = self._known(names)
         factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(chosen)
@@ -224,163 +281,150 @@ class ErasureManager:
         fused = [name for name in chosen if name in self.fused_erasures]
         if fused:
             raise AttachError(f"{fused[0]!r} is fused and always in force: unfuse_erasure() first")
-        wanted = {name: 1.0 if factor is None else float(factor) for name, factor in zip(chosen, factors, strict=True)}
-        for name, attached in self._attached().items():
-            if not attached.fused:
-                attached.active, attached.strength = name in wanted, wanted.get(name, attached.strength)
-        self._switch(True)
+        wanted = {name: 1.0 if f is None else check_strength(f) for name, f in zip(chosen, factors, strict=True)}
+
+        def chosen_ones(attached: Mapping[str, Attached]) -> Mapping[str, Attached]:
+            return {
+                name: one
+                if one.fused
+                else replace(one, active=name in wanted, strength=wanted.get(name, one.strength))
+                for name, one in attached.items()
+            }
+
+        self._change(chosen_ones, True)
 
     def disable(self) -> None:
         """Put the stock model in force (fused erasures stay); `enable` undoes it."""
-        self._switch(False)
+        self._change(lambda attached: attached, False)
 
     def enable(self) -> None:
         """Undo `disable`."""
-        self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        for state in self._states().values():
-            state.enabled = enabled
-        self._refresh()
+        self._change(lambda attached: attached, True)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The stock model inside the block; afterwards what was in force before."""
-        before = {name: state.enabled for name, state in self._states().items()}
-        self.disable()
+        """The stock model inside the block, for everybody who draws with it; afterwards what was in force before.
+
+        `stock` gives the stock model beside the erased one instead.
+        """
+        before = {name: state.record.enabled for name, state in self._states().items()}
         try:
+            self.disable()
             yield
         finally:
-            for name, state in self._states().items():
-                state.enabled = before.get(name, state.enabled)
-            self._refresh()
+            with self._switching() as modules:
+                self._apply(
+                    modules,
+                    {
+                        component: replace(state.record, enabled=before.get(component, state.record.enabled))
+                        for component, state in self._states().items()
+                    },
+                )
 
     def delete(self, names: str | Sequence[str]) -> None:
         """Take erasures off; what they alone edited equals the base bit for bit afterwards."""
         chosen = self._known(names)
-        with scopes.without_offloading(self.pipe):
-            for name in chosen:
-                for module in self._modules().values():
-                    self._take(module, name)
-                self._remembered().pop(name, None)
-        self._guard()
+        self._change(lambda attached: {name: one for name, one in attached.items() if name not in chosen}, None)
 
     def unload(self) -> None:
-        """Take every erasure off that is not fused."""
-        self.delete([name for name, attached in self._attached().items() if not attached.fused])
-        for name in set(self._remembered()) - set(self._attached()):
-            del self._remembered()[name]
+        """Take every erasure off that is not fused, and forget those that went with a component."""
+        self._change(lambda attached: {name: one for name, one in attached.items() if one.fused}, None)
+        attached = self._attached()
+        vars(self.pipe)[_NAMES] = {name: parts for name, parts in self._remembered().items() if name in attached}
 
     def fuse(self, names: str | Sequence[str] | None = None) -> None:
         """Make erasures part of the model: they stay through `set_erasures`, `disable` and `unload`.
 
         Raises:
-            AttachError: One is not in force, or lives in PEFT adapters on quantised weights.
+            AttachError: One is not in force, or runs beside quantised weights.
         """
         chosen, in_force = self._known(names), self.active_erasures()
         for name in chosen:
             if name not in in_force:
                 raise AttachError(f"{name!r} is not in force: enable it or set_erasures([{name!r}]) before fusing")
-            if self._attached()[name].adapters:
+            if self._attached()[name].beside:
                 raise AttachError(
-                    f"{name!r} is an adapter on quantised weights and cannot be fused: fuse into the unquantised model"
+                    f"{name!r} runs beside quantised weights and cannot be fused: fuse into the unquantised model"
                 )
-        for name in chosen:
-            self._attached()[name].fused = True
+        self._set_fused(chosen, True)
 
     def unfuse(self, names: str | Sequence[str] | None = None) -> None:
         """Undo `fuse`."""
-        for name in self._known(self.fused_erasures if names is None else names):
-            self._attached()[name].fused = False
-        self._refresh()
+        self._set_fused(self._known(self.fused_erasures if names is None else names), False)
 
-    def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
-        """How surely prompts hold the concepts of the attached feature erasures (`itd`), by concept, for each prompt.
-
-        Raises:
-            AttachError: None of the attached erasures can tell.
-        """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        towers = {tower.component: tower for tower in backbone_for(self.pipe).towers}
-        found: list[dict[str, Detection]] = [{} for _ in texts]
-        known = [erasure for erasure in self.erasures.values() if erasure.edits.features]
-        if not known:
-            raise AttachError("no attached erasure can tell concepts in prompts: attach one that was made with itd")
-        with scopes.without_offloading(self.pipe), self.disabled():
-            for erasure in known:
-                for key, edit in erasure.edits.features.items():
-                    component, path = key.split("/", 1)
-                    rows = detect(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
-                    for row, each in zip(rows, found, strict=True):
-                        # The released code has one gate for all concepts.
-                        answers = row * len(erasure.concepts) if len(row) == 1 else row
-                        each |= {c.target: answer for c, answer in zip(erasure.concepts, answers, strict=True)}
-        return found
+    def _set_fused(self, names: Sequence[str], fused: bool) -> None:
+        self._change(
+            lambda attached: {n: replace(a, fused=fused) if n in names else a for n, a in attached.items()}, None
+        )
 
     # Proof --------------------------------------------------------------------------------------------------------
 
-    def verify(self) -> int:
-        """Prove that every attached erasure is in force, by comparing each edited tensor with what it must be.
+    def verify(self, *, least_strength: float = LEAST_STRENGTH) -> int:
+        """Prove that every attached erasure is in force.
+
+        Each edited tensor and hook is compared with what it must be, and what the pipeline computes for a prompt of
+        each erasure with what it computed when the erasure was put in force.
+
+        Args:
+            least_strength: An erasure with a smaller strength counts as switched off.
 
         Returns:
             How many tensors were compared.
 
         Raises:
-            VerificationError: None is attached; one is switched off, lost with a replaced component, or overwritten.
+            VerificationError: None is attached; one is switched off or too weak, lost with a replaced component,
+                overwritten, or without effect.
         """
-        states, remembered = self._states(), self._remembered()
-        if not remembered and not states:
-            raise VerificationError("no erasure is attached: load_erasure() or erase() first")
-        for name, components in remembered.items():
-            lost = [part for part in components if part not in states or name not in states[part].attached]
-            if lost:
-                raise VerificationError(
-                    f"{name!r} is gone from {', '.join(lost)}: the component was replaced; load the erasure again"
-                )
-        return sum(state.verify(self._modules()[component]) for component, state in states.items())
+        modules = self._modules()
+        if any(map(interrupted, modules.values())):
+            with self._switching():
+                pass
+        with Lease(modules.values(), exclusive=False):
+            states, remembered = self._states(), self._remembered()
+            if not remembered and not states:
+                raise VerificationError("no erasure is attached: load_erasure() or erase() first")
+            for name, components in remembered.items():
+                lost = [part for part in components if part not in states or name not in states[part].record.attached]
+                if lost:
+                    raise VerificationError(
+                        f"{name!r} is gone from {', '.join(lost)}: the component was replaced, or another pipeline "
+                        "that shares it took the erasure off; load it again"
+                    )
+            for name, strength in self.strengths.items():
+                if strength < least_strength:
+                    raise VerificationError(
+                        f"{name!r} is in force with strength {strength:g} only, at least {least_strength:g} is asked "
+                        f"for: set_erasures({name!r}, 1.0), or pass least_strength="
+                    )
+            compared = sum(state.verify(modules[component]) for component, state in states.items())
+            canary = next((state.record.canary for state in states.values()), None)
+            if isinstance(canary, Canary):
+                denoisers = [state for name, state in states.items() if is_denoiser(name)]
+                canary.check(self.pipe, {name for state in denoisers for name in state.record.attached})
+        return compared
 
     def check_saveable(self) -> None:
         """Raise `AttachError` when stock files cannot hold what is in force, because it is more than plain weights."""
-        for name in self.active_erasures():
-            attached = self._attached()[name]
-            what = "is an adapter" if attached.adapters else attached.erasure.edits.beyond_weights
-            if what is not None:
-                raise AttachError(
-                    f"{name!r} {what} besides the weights, which the files of a stock pipeline cannot hold: use "
-                    "save_erased_pipeline(folder, fuse=False), or disable_erasures() to save the base"
-                )
-
-    def _guard(self) -> None:
-        """Guard the pipeline's methods exactly while erasures are in force that they could bypass or corrupt."""
-        states = self._states()
-        guards = {
-            "encode_prompt": (warn_if_bypassed, any(map(_is_text_side, states.values()))),
-            "save_pretrained": (refuse_unsaveable, bool(self.active_erasures())),
-        }
-        for method, (check, needed) in guards.items():
-            if needed and hasattr(type(self.pipe), method):
-                pipelines.CallGuard.install(self.pipe, method, check)
-            else:
-                pipelines.CallGuard.remove(self.pipe, method)
+        if self._attached():
+            for module in self._modules().values():
+                guards.refuse_unsaveable(module)
 
 
-def _is_text_side(state: ComponentState) -> bool:
-    return state.component.startswith("text_encoder") and bool(state.in_force())
-
-
-def warn_if_bypassed(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
-    """Warn when a call brings its own prompt embeddings past an erasure in the text encoder."""
-    if kwargs.get("prompt_embeds") is not None:
-        found = [state.in_force() for state in ErasureManager(pipe)._states().values() if _is_text_side(state)]
-        names = ", ".join(dict.fromkeys(name for in_force in found for name in in_force))
-        warnings.warn(
-            f"prompt_embeds= bypasses the text-side erasures {names}: unless these embeddings come from this "
-            "pipeline's own encode_prompt, nothing is erased. Pass prompt=, or a strategy that edits the denoiser.",
-            BypassedErasureWarning,
-            stacklevel=3,
-        )
-
-
-def refuse_unsaveable(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
-    """Raise `AttachError` rather than write files that lack a part of what is in force."""
+def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
+    """Refuse before the first file of a pipeline is written."""
     ErasureManager(pipe).check_saveable()
+
+
+def check_strength(strength: float) -> float:
+    """Give a strength as a float.
+
+    Raises:
+        AttachError: It is no number, negative or not finite.
+    """
+    try:
+        factor = float(strength)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not (math.isfinite(factor) and factor >= 0):
+        raise AttachError(f"{strength!r} is no strength: give a finite number that is not negative; 1 is as made")
+    return factor

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from erasure import files
 from erasure.errors import ConceptError
 
 Kind = Literal["object", "style", "unsafe"]
@@ -19,13 +20,17 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 """Phrasings that a concept is met in, by kind. `{}` is the concept."""
 
 
+LONGEST_TEXT = 1000
+"""Characters of a concept's name, anchor or template."""
+
+
 @dataclass(frozen=True)
 class Concept:
     """One concept to erase.
 
     Raises:
-        ConceptError: The target is empty, the kind is unknown, a name is in the retain list, or a template has not
-            exactly one `{}`.
+        ConceptError: The target is empty, the kind is unknown, a name is in the retain list, a template has not
+            exactly one `{}`, or a text is none: no string, too long, or with control characters.
 
     Example:
         >>> Concept("Van Gogh", kind="style", anchor="painting", retain=("Monet", "Picasso"))
@@ -48,8 +53,14 @@ class Concept:
         """Check the fields, and take a single word for a list of one."""
         for field in ("retain", "synonyms", "templates"):
             value = getattr(self, field)
+            if not isinstance(value, (str, Iterable)):
+                raise ConceptError(f"{field} is {value!r:.80}, allowed: a list of texts")
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
-        object.__setattr__(self, "target", self.target.strip())
+        anchor = () if self.anchor is None else (self.anchor,)
+        if isinstance(self.target, str):
+            object.__setattr__(self, "target", self.target.strip())
+        for text in (self.target, *anchor, *self.retain, *self.synonyms, *self.templates):
+            _check_text(text)
         if not self.target:
             raise ConceptError("the concept is empty: name what to erase, for instance 'Van Gogh'")
         if self.kind not in get_args(Kind):
@@ -82,9 +93,25 @@ class Concept:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Concept:
-        """The inverse of `to_dict`; fields that a newer version added are left out."""
+        """The inverse of `to_dict`; fields that a newer version added are left out.
+
+        Raises:
+            ConceptError: It has no target, or see the class.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or "target" not in data:
+            raise ConceptError(f"a concept is {data!r:.80}, expected fields with a 'target' among them")
         return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def _check_text(text: object) -> None:
+    """Raise `ConceptError` for what cannot be part of a prompt."""
+    if not isinstance(text, str):
+        raise ConceptError(f"{text!r:.80} in a concept is no text")
+    if len(text) > LONGEST_TEXT:
+        raise ConceptError(f"a text of {len(text)} characters in a concept, at most {LONGEST_TEXT} are allowed")
+    if not files.is_line(text):
+        raise ConceptError(f"{text!r:.80} in a concept holds control characters or line breaks: take them out")
 
 
 def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Concept]:

@@ -71,5 +71,9 @@ class MissingExtraError(ErasureError, ImportError):
     """An optional dependency is not installed."""
 
 
+class BypassedErasureError(ErasureError, RuntimeError):
+    """A call goes around an erasure that was attached with `strict=True`."""
+
+
 class BypassedErasureWarning(UserWarning):
-    """A text-side erasure is attached but the call brings its own prompt embeddings."""
+    """A call goes around an erasure: with embeddings, pictures or networks that it does not edit."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from erasure.artifact import Erasure
+from erasure.carriers import beside, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
 from erasure.carriers.edits import LowRank
 from erasure.carriers.features import EditedFeatures
 from erasure.carriers.features import Terms as FeatureTerms
-from erasure.carriers.weights import ComponentWeights, Terms
+from erasure.carriers.weights import Terms, WritePlan, Written
 from erasure.errors import VerificationError
-from erasure.interop import adapters, paths
+from erasure.interop import paths
 
 _ATTRIBUTE = "_erasures"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attached:
     """One erasure on one or several components."""
 
@@ -28,8 +30,32 @@ class Attached:
     """Whether `set_erasures` chose it."""
     fused: bool = False
     """Whether it counts as part of the model: not touched by `set_erasures`, `disable` and `unload`."""
-    adapters: set[str] = field(default_factory=set)
-    """Components where it is a PEFT adapter, because their weights are quantised."""
+    beside: frozenset[str] = frozenset()
+    """Components where it runs beside the layers, because their weights are quantised."""
+    strict: bool = False
+    """Whether what goes around it is an error instead of a warning."""
+
+    def beyond_weights(self, component: str) -> str | None:
+        """What it does on a component that the component's weights cannot hold, if anything."""
+        if component in self.beside:
+            return "runs beside quantised layers"
+        edits = self.erasure.edits
+        if component in edits.pinned:
+            return "pins prompts"
+        return "edits features" if edits.features_of(component) else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that is true of one component's erasures at a time. A switch puts another record in its place."""
+
+    attached: Mapping[str, Attached] = field(default_factory=dict)
+    enabled: bool = True
+    written: Written = field(default_factory=Written)
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    """CPU copies of the base parameters of the blocks whose output is edited, by path."""
+    canary: object = None
+    """What the pipeline computed when these erasures were put in force, see `canary.py`."""
 
 
 class ComponentState:
@@ -37,13 +63,13 @@ class ComponentState:
 
     Args:
         component: Name of the component in the pipeline.
+        source: Name of the component whose edits apply to it; another one for a ControlNet, which shares layers with
+            the denoiser.
     """
 
-    def __init__(self, component: str) -> None:
-        self.component = component
-        self.attached: dict[str, Attached] = {}
-        self.enabled = True
-        self.weights = ComponentWeights()
+    def __init__(self, component: str, source: str | None = None) -> None:
+        self.component, self.source = component, source or component
+        self.record = Record()
 
     @staticmethod
     def of(module: nn.Module) -> ComponentState | None:
@@ -52,23 +78,53 @@ class ComponentState:
 
     def bind(self, module: nn.Module) -> None:
         """Keep the state on the module while anything is attached, and no longer."""
-        if self.attached:
+        if self.record.attached:
             vars(module)[_ATTRIBUTE] = self
         else:
             vars(module).pop(_ATTRIBUTE, None)
 
-    def in_force(self) -> dict[str, Attached]:
-        """What must be in force now, by name."""
-        return {name: a for name, a in self.attached.items() if a.fused or (self.enabled and a.active)}
+    @property
+    def is_text_encoder(self) -> bool:
+        """Whether the component encodes text."""
+        return self.component.startswith("text_encoder")
 
-    def terms(self) -> dict[str, Terms]:
-        """The terms of every parameter to write, by name: rounding must not depend on the order of attaching."""
+    def in_force(self, record: Record | None = None) -> dict[str, Attached]:
+        """What must be in force now, by name."""
+        record = record or self.record
+        return {name: a for name, a in record.attached.items() if a.fused or (record.enabled and a.active)}
+
+    def edits(self, attached: Attached, module: nn.Module) -> dict[str, Terms]:
+        """The terms of one erasure on this component by parameter."""
+        edits = attached.erasure.edits.of(self.source)
+        if self.source != self.component:
+            edits = {path: edit for path, edit in edits.items() if _has_like(module, path, edit)}
+        return {path: [(attached.strength, edit)] for path, edit in edits.items()}
+
+    def terms(self, module: nn.Module, record: Record | None = None, *, run_beside: bool = False) -> dict[str, Terms]:
+        """The terms of every parameter, by name of the erasure: rounding must not depend on the order of attaching.
+
+        Args:
+            module: The component.
+            record: The record in force when left out.
+            run_beside: Those that run beside quantised layers, instead of those that are written into weights.
+        """
         found: dict[str, Terms] = {}
-        for _, attached in sorted(self.in_force().items()):
-            if self.component not in attached.adapters:
-                for path, edit in attached.erasure.edits.of(self.component).items():
-                    found.setdefault(path, []).append((attached.strength, edit))
+        for _, attached in sorted(self.in_force(record).items()):
+            if (self.component in attached.beside) is run_beside:
+                for path, terms in self.edits(attached, module).items():
+                    found.setdefault(path, []).extend(terms)
         return found
+
+    def reading(self, module: nn.Module, record: Record) -> Record:
+        """A record with copies of the parameters of the blocks whose output it edits, taken once."""
+        attached = record.attached.values()
+        blocks = tuple({path + "." for one in attached for path in one.erasure.edits.features_of(self.source)})
+        known = [path for path in paths.canonical_parameters(module) if path.startswith(blocks)] if blocks else []
+        written = self.record.written
+        reads = {
+            path: record.reads.get(path, written.base(module, path).detach().to("cpu", copy=True)) for path in known
+        }
+        return replace(record, reads=reads)
 
     def pins(self) -> list[Pinned]:
         """The prompts to hold fixed."""
@@ -83,19 +139,22 @@ class ComponentState:
                 found.setdefault(path, []).append((attached.strength, edit))
         return found
 
-    def refresh(self, module: nn.Module) -> None:
-        """Bring the module in line with what must be in force.
+    def plan(self, module: nn.Module, record: Record) -> WritePlan:
+        """What a record makes of the module's parameters; see `weights.plan`."""
+        return weights.plan(self.component, module, self.record.written, self.terms(module, record))
 
-        Raises:
-            AttachError: Something else changed an edited parameter meanwhile.
-        """
-        self.weights.write(module, self.terms())
-        current = self.in_force()
-        for name, attached in self.attached.items():
-            if self.component in attached.adapters:
-                adapters.scale_lora(module, name, attached.strength if name in current else 0.0)
+    def install(self, module: nn.Module) -> None:
+        """Put the hooks on the module that the record asks for, and no others."""
+        beside.write(module, self._beside(module))
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
+
+    def _beside(self, module: nn.Module) -> dict[str, beside.Terms]:
+        terms = self.terms(module, run_beside=True)
+        return {
+            path.removesuffix(".weight"): [(strength, edit) for strength, edit in pairs if isinstance(edit, LowRank)]
+            for path, pairs in terms.items()
+        }
 
     def verify(self, module: nn.Module) -> int:
         """Compare everything that must be in force with what is; returns how many tensors were compared.
@@ -103,36 +162,34 @@ class ComponentState:
         Raises:
             VerificationError: An erasure is switched off, overwritten or bypassed.
         """
-        idle = [name for name in self.attached if name not in self.in_force()]
+        current = self.in_force()
+        idle = [name for name in self.record.attached if name not in current]
         if idle:
             raise VerificationError(
                 f"{idle[0]!r} is attached to {self.component} but switched off: enable_erasures() or set_erasures()"
             )
-        compared = 0
-        for path, terms in self.terms().items():
+        written = self.record.written
+        for path in written.terms:
             where = f"{self.component}/{path}"
             if paths.is_fused(module, path.rsplit(".", 2)[0]):
                 raise VerificationError(
                     f"{where} is bypassed by fused query-key-value projections: unfuse_qkv_projections()"
                 )
-            if paths.parameter(module, path).device.type == "meta":
+            if paths.is_on_meta(module, path):
                 raise VerificationError(
                     f"{where} is offloaded and cannot be read: verify before enabling sequential offload"
                 )
-            if not self.weights.holds(module, path, terms):
+            if not written.holds(module, path):
                 raise VerificationError(f"{where} is not what the erasures make of it: something else changed it")
-            compared += 1
-        for name, attached in self.attached.items():
-            if self.component in attached.adapters:
-                edits = attached.erasure.edits.of(self.component).values()
-                layers = adapters.active_lora(module, name, attached.strength)
-                expected = sum(isinstance(edit, LowRank) for edit in edits)
-                if layers != expected:
-                    raise VerificationError(
-                        f"adapter {name!r} is in force in {layers} of {expected} layers of {self.component}: "
-                        "something else switched it off or scaled it"
-                    )
-                compared += layers
+        if (taken_back := weights.cancelled(module, written)) is not None:
+            raise VerificationError(
+                f"{self.component}/{taken_back} is edited, but a LoRA that is loaded takes the edit back: unload it"
+            )
+        run_beside = self._beside(module)
+        if not beside.is_written(module, run_beside):
+            raise VerificationError(
+                f"the edits beside the layers of {self.component} do not run: their hooks are gone"
+            )
         if not PinnedPrompts.is_written(module, self.pins()):
             raise VerificationError(
                 f"the pinned prompts of {self.component} are not in force: something removed their hooks"
@@ -141,4 +198,20 @@ class ComponentState:
             raise VerificationError(
                 f"the feature edits of {self.component} are not in force: something removed their hooks"
             )
-        return compared + sum(map(len, self.features().values()))
+        compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
+        for path, value in self.record.reads.items():
+            if path not in written.terms and not weights.is_still(module, path, value):
+                raise VerificationError(
+                    f"{self.component}/{path} was overwritten, quantised or moved away since the erasure was "
+                    "attached, which no longer knows what comes out of that block: load the model again"
+                )
+        return compared
+
+
+def _has_like(module: nn.Module, path: str, edit: object) -> bool:
+    """Whether a ControlNet has a layer of the denoiser, of the same shape."""
+    try:
+        shape = tuple(paths.parameter(module, path).shape)
+    except AttributeError:
+        return False
+    return shape == ((edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape))  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,7 @@ def evaluate(
     judge = kit.judge() if judge is None else judge
     scorer, clip_missing = _clip(clip)
     erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
-    with stock():
-        fingerprint = model_fingerprint(pipe)
+    fingerprint = model_fingerprint(stock)
     sampler, judge_name = sampler_recipe(pipe), judge_fingerprint(judge)
     clip_name = None if scorer is None else scorer.fingerprint
     recipe = run_recipe(plan, fingerprint, sampler, judge_name, clip_name, erasures)
@@ -111,16 +109,15 @@ def evaluate(
     table.load()
     processes.wait()
 
-    run = _Run(pipe, kit, plan.samples, table, cache, judge, scorer, processes, batch_size, images, progress)
+    run = _Run(kit, plan.samples, table, cache, judge, scorer, processes, batch_size, images, progress)
     if suites.is_comparing(kit):
         for variant in variants:
-            run.variant(variant)
+            run.variant(variant, pipe)
     else:
-        with stock():
-            run.variant("before")
+        run.variant("before", stock)
         processes.wait()
         if attached:
-            run.variant("after")
+            run.variant("after", pipe)
     processes.wait()
     if not processes.is_main:
         processes.wait()  # for the main process to write
@@ -155,8 +152,8 @@ def evaluate(
     return results
 
 
-def in_force(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list[dict[str, Any]]]:
-    """A context manager that puts the stock model in force, and the active erasures.
+def in_force(pipe: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The stock model, as a pipeline beside the erased one, and the active erasures.
 
     Raises:
         EvaluationError: Some are fused, so that there is no stock model.
@@ -173,7 +170,7 @@ def in_force(pipe: Any) -> tuple[Callable[[], AbstractContextManager[Any]], list
         {"name": name, "erasure": manager.erasures[name], "strength": manager.strengths[name]}
         for name in manager.active_erasures()
     ]
-    return manager.disabled, entries
+    return (manager.stock(offloaded=True) if entries else pipe), entries
 
 
 def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str | None]:
@@ -213,7 +210,6 @@ def _png(image: Image.Image) -> bytes:
 class _Run:
     """One evaluation in this process."""
 
-    pipe: Any
     kit: suites.Suite
     samples: Sequence[Sample]
     table: SampleTable
@@ -225,7 +221,7 @@ class _Run:
     images: bool
     progress: bool | Progress
 
-    def variant(self, variant: str) -> None:
+    def variant(self, variant: str, pipe: Any) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process."""
         pending = [sample for sample in self.samples if (sample.sample_id, variant) not in self.table.rows]
         mine = pending[self.processes.rank :: self.processes.count]
@@ -234,9 +230,9 @@ class _Run:
         with bar:
             if variant == "before":
                 mine = self._from_cache(mine, bar)
-            batches = generate(self.pipe, mine, self.batch_size)
+            batches = generate(pipe, mine, self.batch_size)
             if suites.is_comparing(self.kit):
-                batches = self.kit.draw(self.pipe, variant, mine, self.batch_size)
+                batches = self.kit.draw(pipe, variant, mine, self.batch_size)
             while True:
                 clock = time.perf_counter()
                 try:

@@ -32,7 +32,7 @@ from erasure.pipelines.attention_losses import (
     smoothed,
     where_high,
 )
-from erasure.pipelines.mixin import ErasureMixin, SamePrecisionMixin
+from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
 
 Loss = Literal["a_star", "attend_and_excite"]
 
@@ -70,7 +70,7 @@ class CompositionSettings:
             raise OptionError(f"step_size is at least 0 and grid at least 1; got {self.step_size} and {self.grid}")
 
 
-class CompositionMixin(SamePrecisionMixin):
+class CompositionMixin(SharedModulesMixin):
     """Put ahead of a stock text-to-image pipeline."""
 
     _guide: LatentGuidance | None = None

@@ -23,7 +23,7 @@ from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.pipelines.attention_losses import ranged
-from erasure.pipelines.mixin import SamePrecisionMixin
+from erasure.pipelines.mixin import SharedModulesMixin
 
 SIDE = 8
 """Sides of images are multiples of this; stock pipelines ask for it."""
@@ -58,7 +58,7 @@ class Localization(NamedTuple):
     """`(images, 3, height, width)` in 0-1: what was looked at."""
 
 
-class LocalizationMixin(SamePrecisionMixin):
+class LocalizationMixin(SharedModulesMixin):
     """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
 
     @torch.no_grad()

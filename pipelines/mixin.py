@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasure import api
+from erasure import api, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
+from erasure.files import inside, new_folder, read_json, write_json
+from erasure.interop.pipelines import components_of
 from erasure.sae.detection import Detection
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-ERASURES_FOLDER = "erasures"
+ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
 
-class SamePrecisionMixin:
-    """Put ahead of a stock pipeline class: `from_pipe` leaves the precision of the components that it shares."""
+class SharedModulesMixin:
+    """Put ahead of a stock pipeline class: it shares modules with other pipelines, in other threads too.
+
+    `from_pipe` leaves the precision of what is shared, and a call sees one state of the erasures from its beginning to
+    its end: a switch waits for it.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Put the lease around the stock class's call, whose signature stays."""
+        super().__init_subclass__(**options)
+        stock = next((vars(kind)["__call__"] for kind in cls.__mro__ if "__call__" in vars(kind)), None)
+        if stock is not None and not hasattr(stock, "_leased"):
+
+            @functools.wraps(stock)
+            def leased(self: Any, *args: Any, **kwargs: Any) -> Any:
+                with ErasureManager(self).in_use():
+                    given = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
+                    guards.check_call(components_of(self), given)
+                    return stock(self, *args, **kwargs)
+
+            leased._leased = True  # type: ignore[attr-defined]
+            cls.__call__ = leased  # type: ignore[assignment]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
@@ -33,7 +57,7 @@ class SamePrecisionMixin:
         return super().from_pipe(pipeline, **options)  # type: ignore[misc]
 
 
-class ErasureMixin(SamePrecisionMixin):
+class ErasureMixin(SharedModulesMixin):
     """Put ahead of a stock pipeline class."""
 
     @property
@@ -134,32 +158,77 @@ class ErasureMixin(SamePrecisionMixin):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError(f"{folder} is not empty: choose another folder")
         manager = self.erasure_manager
-        manager.verify()
-        if fuse:
-            manager.pipe.save_pretrained(folder)
-            return folder
-        if manager.fused_erasures:
-            raise AttachError(
-                f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True"
-            )
-        for name, erasure in manager.erasures.items():
-            erasure.save(folder / ERASURES_FOLDER / name)
-        (folder / ATTACHED_FILE).write_text(json.dumps(manager.strengths, indent=2) + "\n")
-        # The base last, and its model_index.json at the end of it: half a folder is never taken for the base alone.
-        with manager.disabled():
-            manager.pipe.save_pretrained(folder)
+        with manager.in_use():
+            manager.verify()
+            refuse_adapters(manager.pipe)
+            if fuse:
+                manager.check_saveable()
+            elif manager.fused_erasures:
+                raise AttachError(
+                    f"{manager.fused_erasures[0]!r} is fused: unfuse_erasure() first, or save with fuse=True"
+                )
+            with new_folder(folder) as temporary:
+                if fuse:
+                    manager.pipe.save_pretrained(temporary)
+                else:
+                    # Not beside model_index.json: a stock loader would take the base for the whole.
+                    manager.stock().save_pretrained(temporary / BASE_FOLDER)
+                    for name, erasure in manager.erasures.items():
+                        erasure.save(temporary / ERASURES_FOLDER / name)
+                    write_json(temporary / ATTACHED_FILE, manager.strengths)
         return folder
 
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """As the stock method; refuses ahead of the first file what stock files cannot hold.
+
+        Raises:
+            AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
+        """
+        manager = self.erasure_manager
+        with manager.in_use():
+            manager.check_saveable()
+            super().save_pretrained(*args, **options)  # type: ignore[misc]
+
     @classmethod
-    def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> ErasureMixin:
-        """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As the stock method; a folder of `save_erased_pipeline(fuse=False)` comes with its erasures attached.
+
+        Raises:
+            ArtifactError: A folder of that kind that lacks one of its parts.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
+            return cls.load_erased_pipeline(folder, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+
+    @classmethod
+    def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> Any:
+        """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified.
+
+        Args:
+            folder: A local folder; nothing of it is ever looked for on the Hub.
+            **options: As of `from_pretrained`.
+
+        Raises:
+            ArtifactError: Something else, or a part of it is missing or damaged.
+            WrongBaseError: An erasure was made for another model than the one beside it.
+        """
         folder = Path(folder)
-        listed = folder / ATTACHED_FILE
-        if not listed.is_file():
-            raise ArtifactError(f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False")
-        pipe = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
-        for name, strength in json.loads(listed.read_text()).items():
-            pipe.erasure_manager.add(Erasure.load(folder / ERASURES_FOLDER / name), name, strength)
+        if not (folder / ATTACHED_FILE).is_file():
+            raise ArtifactError(
+                f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end"
+            )
+        strengths = read_json(folder / ATTACHED_FILE, dict[str, float])
+        if not strengths:
+            raise ArtifactError(
+                f"{folder / ATTACHED_FILE} names no erasure: the file is damaged; save the folder again"
+            )
+        erasures = {name: Erasure.read(inside(folder / ERASURES_FOLDER, name)) for name in strengths}
+        # Folders of earlier versions have the base beside the erasures.
+        base = folder / BASE_FOLDER if (folder / BASE_FOLDER).is_dir() else folder
+        pipe = super().from_pretrained(str(base), **options)  # type: ignore[misc]
+        for name, strength in strengths.items():
+            pipe.erasure_manager.add(erasures[name], name, strength)
         pipe.verify_erasures()
         return pipe
 

@@ -24,7 +24,7 @@ from erasure.carriers.features import FeatureEdit
 from erasure.concept import Concept
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.statistics import wilson
-from erasure.sae.detection import Detection
+from erasure.sae.detection import Detection, detect_concepts
 
 COUNT = 200
 """Prompts of each kind for each concept."""
@@ -131,7 +131,7 @@ def measure(told: bool) -> list[Row]:
         assert isinstance(edit, FeatureEdit)
         gate = edit.probe_gate.sigmoid().item()
         for kind, texts in prompts(concept, misspelt, random.Random(0)).items():
-            found: list[Detection] = [each[concept.target] for each in manager.detect_concepts(texts)]
+            found: list[Detection] = [each[concept.target] for each in detect_concepts(manager.pipe, texts)]
             counts.setdefault(kind, []).extend((one.present, (one.probe or 0.0) >= gate) for one in found)
         manager.unload()
     order = [kind for kind in counts if kind != WITHOUT] + [WITHOUT]

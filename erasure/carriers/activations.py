@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
 
-_READ, _WRITE = "erasure_pinned_read", "erasure_pinned_write"
+_WRITE = "erasure_pinned_write"
 
 
 class Pinned(NamedTuple):
@@ -23,35 +24,21 @@ class Pinned(NamedTuple):
     """The final hidden states to return, `(prompts, tokens, dim)`."""
 
 
-class _ReadIds(ModelHook):
-    """On the token embedding: finds the rows of the batch that are pinned prompts."""
+class _WriteRows(ModelHook):
+    """On the final layer norm: puts the pinned encodings in place of those of the same prompts."""
 
     def __init__(self, pins: Sequence[Pinned]) -> None:
         super().__init__()
         self.pins = tuple(pins)
-        self.hits: list[tuple[Tensor, Tensor]] = []
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        ids: Any = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
-        self.hits = []
-        for pin in self.pins if ids is not None else ():
-            for row, hidden in zip(pin.input_ids, pin.hidden_states, strict=True):
-                if row.shape[-1] == ids.shape[-1]:
-                    self.hits.append(((ids == row.to(ids.device)).all(-1), hidden))
-        return args, kwargs
-
-
-class _WriteRows(ModelHook):
-    """On the final layer norm: puts the pinned encodings into those rows."""
-
-    def __init__(self, reader: _ReadIds) -> None:
-        super().__init__()
-        self.reader = reader
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        for rows, hidden in self.reader.hits:
-            if output.ndim == 3 and output.shape[0] == rows.shape[0] and output.shape[1:] == hidden.shape:
-                output = torch.where(rows[:, None, None], hidden.to(output.device, output.dtype), output)
+        """Replace the rows of the batch that are pinned prompts."""
+        ids = current_ids(*output.shape[:2]) if output.ndim == 3 else None
+        for pin in self.pins if ids is not None else ():
+            for row, hidden in zip(pin.input_ids, pin.hidden_states, strict=True):
+                if hidden.shape == output.shape[1:]:
+                    same = (ids == row.to(output.device)).all(-1)
+                    output = torch.where(same[:, None, None], hidden.to(output.device, output.dtype), output)
         return output
 
 
@@ -63,26 +50,23 @@ class PinnedPrompts:
         """Make exactly these pins active on a text encoder; none removes the hooks."""
         if PinnedPrompts.is_written(encoder, pins):
             return
-        embeddings, final_norm = _places(encoder)
-        for module, name in ((embeddings, _READ), (final_norm, _WRITE)):
-            hooks.remove_hook(module, name)
+        norm = _final_norm(encoder)
+        hooks.remove_hook(norm, _WRITE)
+        keep_ids(encoder, _WRITE, bool(pins))
         if pins:
-            reader = _ReadIds(pins)
-            hooks.register_hook(embeddings, reader, _READ)
-            hooks.register_hook(final_norm, _WriteRows(reader), _WRITE)
+            hooks.register_hook(norm, _WriteRows(pins), _WRITE)
 
     @staticmethod
     def is_written(encoder: nn.Module, pins: Sequence[Pinned]) -> bool:
         """Whether exactly these pins are active."""
-        embeddings, final_norm = _places(encoder)
-        reader, writer = hooks.find_hook(embeddings, _READ), hooks.find_hook(final_norm, _WRITE)
-        if not isinstance(reader, _ReadIds) or not isinstance(writer, _WriteRows):
-            return not pins and reader is None and writer is None
-        same = len(reader.pins) == len(pins) and all(a is b for a, b in zip(reader.pins, pins, strict=True))
-        return same and writer.reader is reader
+        norm = _final_norm(encoder)
+        writer = hooks.find_hook(norm, _WRITE)
+        if not isinstance(writer, _WriteRows):
+            return not pins and writer is None
+        same = len(writer.pins) == len(pins) and all(a is b for a, b in zip(writer.pins, pins, strict=True))
+        return same and hooks.runs_hooks(norm) and keeps_ids(encoder, _WRITE)
 
 
-def _places(encoder: nn.Module) -> tuple[Any, Any]:
-    """Where token ids go in and where hidden states come out; both nothing in a module that is no text encoder."""
-    root = paths.transformer_root(encoder)
-    return getattr(root, "embeddings", None), getattr(root, "final_layer_norm", None)
+def _final_norm(encoder: nn.Module) -> Any:
+    """Where hidden states come out; nothing in a module that is no text encoder."""
+    return getattr(paths.transformer_root(encoder), "final_layer_norm", None)

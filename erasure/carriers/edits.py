@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,8 +12,17 @@ from torch import Tensor
 
 from erasure.carriers.activations import Pinned
 from erasure.carriers.features import BlockEdit, FeatureEdit, ReconstructionEdit
-from erasure.errors import ArtifactError, DivergenceError
+from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
+from erasure.files import shown
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+EDITABLE_COMPONENTS = (*TEXT_ENCODERS, "unet", "transformer")
+"""Components of a pipeline that an erasure may change: what reads the prompt, and what draws. No safety checker."""
+PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+"""Where a module or parameter stands in a component."""
+FAINTEST = 1e-7
+"""Norm of all weight edits together below which no image changes."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS: dict[type[FeatureEdit] | type[ReconstructionEdit], str] = {
     FeatureEdit: "features",
     ReconstructionEdit: "reconstruction",
@@ -52,6 +62,12 @@ class Edits:
         return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether every edit is zero, so that nothing would change."""
+        products = (bool(down.any()) and bool(up.any()) for down, up in self.low_rank.values())
+        return not (any(products) or any(bool(delta.any()) for delta in self.deltas.values()) or bool(self.features))
+
+    @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
         return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features)))
@@ -79,6 +95,67 @@ class Edits:
     def carriers(self) -> list[str]:
         """Where the erasure lives, as its config says it."""
         return [*(["weights"] if self.parameters else []), *(["activations"] if self.beyond_weights else [])]
+
+    def check(self) -> None:
+        """Raise unless a pipeline can hold these edits, and they change something.
+
+        Raises:
+            ArtifactError: A component that no erasure may change, a parameter that is edited twice, tensors of a wrong
+                type or shape or that do not go together, or edits that are all zero.
+        """
+        for key in (*self.parameters, *self.pinned, *self.features):
+            check_key(key, text_only=key in self.pinned or key in self.features)
+        if twice := sorted({f"{key}.weight" for key in self.low_rank} & set(self.deltas)):
+            raise ArtifactError(f"{twice[0]!r} is edited twice, low-rank and full-rank: add both edits up to one")
+        for key, edit in self.low_rank.items():
+            _check_tensors(key, edit._asdict(), dict.fromkeys(edit._fields, FLOATS))
+        for key, delta in self.deltas.items():
+            _check_tensors(key, {"delta": delta}, {"delta": FLOATS})
+        for key, pin in self.pinned.items():
+            _check_tensors(key, pin._asdict(), {"input_ids": (torch.int64,), "hidden_states": FLOATS})
+            if pin.input_ids.shape != pin.hidden_states.shape[:2] or pin.hidden_states.ndim != 3:
+                raise ArtifactError(f"the pinned prompts of {key!r} do not fit together")
+            if pin.input_ids.numel() and int(pin.input_ids.min()) < 0:
+                raise ArtifactError(
+                    f"the pinned prompts of {key!r} hold token {int(pin.input_ids.min())}, allowed: 0 up"
+                )
+        for key, block in self.features.items():
+            _check_block(key, block)
+        if not self.change_something():
+            raise ArtifactError(
+                f"the erasure changes nothing: its {len(self)} edits are zero. It is damaged or was never trained; "
+                "make it again"
+            )
+
+    def change_something(self) -> bool:
+        """Whether any edit is more than nothing."""
+        total = 0.0
+        for edit in self.low_rank.values():
+            down, up = edit.down.detach().double().cpu(), edit.up.detach().double().cpu()
+            # |up down|^2 without the product, which is as large as the layer.
+            total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
+        for delta in self.deltas.values():
+            total += float(torch.linalg.vector_norm(delta.detach().cpu(), dtype=torch.float64) ** 2)
+        return total > FAINTEST**2 or any(_acts(block) for block in self.features.values())
+
+    def check_width(self, component: str, width: int) -> None:
+        """Raise unless what is pinned and edited inside a text encoder is as wide as the encoder.
+
+        Args:
+            component: The text encoder.
+            width: Of its hidden states.
+
+        Raises:
+            WrongBaseError: Another width: it was made for another model.
+        """
+        found = {key: pin.hidden_states.shape[-1] for key, pin in self.pinned.items() if key == component}
+        found |= {key: block.w_enc.shape[0] for key, block in self.features.items() if key.startswith(component + "/")}
+        for key, wide in found.items():
+            if wide != width:
+                raise WrongBaseError(
+                    f"{key} is edited at a width of {wide}, the {component} of this pipeline has {width}: the erasure "
+                    "was made for another model"
+                )
 
     def check_finite(self) -> None:
         """Raise `DivergenceError` when a tensor holds NaN or infinity."""
@@ -112,6 +189,8 @@ class Edits:
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
         """The inverse of saving: deltas as they are, low-rank edits from diffusers' LoRA names.
 
+        Looks at names and shapes only, so that tensors on `meta` do; `check` looks at the values.
+
         Raises:
             ArtifactError: A key that is none of ours, half of a pair, or factors that do not fit.
         """
@@ -130,7 +209,10 @@ class Edits:
             if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
             component, path = stem.split(".", 1)
-            low_rank[f"{component}/{path.removeprefix('text_model.')}"] = LowRank(lora[name], up)
+            key = f"{component}/{path.removeprefix('text_model.')}"
+            if key in low_rank:
+                raise ArtifactError(f"{key!r} is edited twice, with and without 'text_model.': keep one of them")
+            low_rank[key] = LowRank(lora[name], up)
         kinds = ("pinned", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
@@ -144,10 +226,71 @@ class Edits:
         features: dict[str, BlockEdit] = {}
         for form, kind in KINDS.items():
             for key, parts in _grouped(deltas, kind, form._fields).items():
-                features[key] = edit = form(*parts)
-                if not edit.fits():
-                    raise ArtifactError(f"the {kind} of {key!r} do not fit together")
+                if key in features:
+                    raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
+                features[key] = form(*parts)
         return cls(low_rank, full_rank, pinned, features)
+
+
+def check_key(key: str, *, text_only: bool = False) -> None:
+    """Raise `ArtifactError` unless an erasure may edit what a key names.
+
+    Args:
+        key: `component/path`, or a component alone.
+        text_only: Of an edit that only text encoders can hold.
+    """
+    component, _, path = key.partition("/")
+    allowed = TEXT_ENCODERS if text_only else EDITABLE_COMPONENTS
+    if component not in allowed:
+        raise ArtifactError(
+            f"the erasure edits {shown(component)}, which no erasure may; allowed: {', '.join(allowed)}. Do not "
+            "use it unless you know who made it and why"
+        )
+    if "/" in key and PATH.fullmatch(path) is None:
+        raise ArtifactError(f"{shown(key)} names no parameter or block; expected COMPONENT/MODULE.PATH.PARAMETER")
+
+
+def _check_tensors(key: str, tensors: Mapping[str, Tensor], allowed: Mapping[str, Sequence[torch.dtype]]) -> None:
+    """Raise unless every tensor of an edit has a type that it may have, and none is empty."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in allowed[name]:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[name])
+            raise ArtifactError(f"the {name} of {key!r} is {tensor.dtype}, allowed: {names}; convert it")
+        if not tensor.numel():
+            raise ArtifactError(f"the {name} of {key!r} has no values (shape {list(tensor.shape)}): make it again")
+
+
+WHOLE = {"edits", "votes", "rule", "local", "first", "end", "k"}
+"""Fields of block edits that are whole numbers."""
+SWITCHES = {"rule", "local"}
+"""Fields of block edits that are 0 or 1."""
+
+
+def _check_block(key: str, edit: BlockEdit) -> None:
+    """Raise unless the tensors of a block's edit go together and hold what they may."""
+    kind = KINDS[type(edit)]
+    for name, tensor in edit._asdict().items():
+        allowed = (torch.int64,) if name in WHOLE else FLOATS
+        if tensor.dtype not in allowed:
+            raise ArtifactError(f"the {kind} of {key!r} do not fit together: {name} is {tensor.dtype}; make it again")
+    if not edit.fits():
+        raise ArtifactError(f"the {kind} of {key!r} do not fit together: make the erasure again")
+    for name, tensor in edit._asdict().items():
+        if name not in WHOLE or tensor.ndim:
+            continue
+        last = 1 if name in SWITCHES else 2**31 - 1
+        if not 0 <= int(tensor) <= last:
+            raise ArtifactError(f"the {kind} of {key!r}: {name} is {int(tensor)}, allowed: 0 to {last}")
+
+
+def _acts(edit: BlockEdit) -> bool:
+    """Whether an edit of a block does anything where its gate is open."""
+    if isinstance(edit, ReconstructionEdit):
+        return bool((edit.factor != 1).any()) and bool(edit.w_dec.any())
+    if len(edit.filler):
+        return edit.gate.numel() > 0
+    used = edit.edits[1]
+    return bool(((edit.gain[used] != 0) | (edit.offset[used] != 0)).any()) and bool(edit.w_dec[used].any())
 
 
 def _grouped(tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str]) -> dict[str, list[Tensor]]:

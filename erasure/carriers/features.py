@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
 
-_READ, _EDIT = "erasure_features_read", "erasure_features_edit"
+_EDIT = "erasure_features_edit"
 MEMORY = 8
 """Inputs whose edit a block remembers: a prompt that is drawn again is not scored again."""
 
@@ -142,16 +143,26 @@ class GatedEdit:
         logits = self.logits(x, self.latents(x), self.by_probe if by_probe is None else by_probe)
         return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
 
-    def delta(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to activations `(batch, tokens, dim)`, and in which prompts a gate is open `(batch,)`."""
+    def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is added to activations `(batch, tokens, dim)`, and in which prompts a gate is open `(batch,)`.
+
+        Args:
+            x: Activations.
+            words: `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when nobody knows.
+        """
         latents = self.latents(x)
         own = self.logits(x, latents, self.by_probe) >= self.gate
-        opened = (own & words[..., None]).any(1, keepdim=True)
-        where = own & opened if self.local else opened
+        if words is None:
+            opened = where = torch.ones_like(own)
+        else:
+            opened = (own & words[..., None]).any(1, keepdim=True)
+            where = own & opened if self.local else opened
         if self.filler is not None:
-            # The end token and the padding sum up the whole prompt, the concept included.
-            tail = words.flip(1).cumsum(1).flip(1) <= 1
-            flagged = where.any(-1) | (opened.any(-1) & tail)
+            flagged = where.any(-1)
+            if words is not None:
+                # The end token and the padding sum up the whole prompt, the concept included.
+                tail = words.flip(1).cumsum(1).flip(1) <= 1
+                flagged = flagged | (opened.any(-1) & tail)
             change = flagged[..., None] * (self.filler[: x.shape[1]] - x)
         else:
             on = (where.to(x.dtype) @ self.belongs).clamp(max=1)
@@ -233,10 +244,10 @@ class PlacedReconstruction:
         """Mean square of the change, `(batch, 1)`; every token counts, padding too."""
         return (self.edited(x) - x).square().mean((1, 2))[:, None]
 
-    def delta(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to activations `(batch, tokens, dim)`, and in which prompts `(batch,)`."""
+    def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is added to activations `(batch, tokens, dim)`, and in which prompts `(batch,)`: all, without words."""
         change = self.edited(x) - x
-        opened = change.square().mean((1, 2)) >= self.edit.gate
+        opened = change.square().mean((1, 2)) >= (self.edit.gate if words is not None else -torch.inf)
         return change * opened[:, None, None], opened
 
 
@@ -270,24 +281,12 @@ def _within(pairs: Tensor, concepts: int, features: int) -> bool:
     return bool(((pairs >= 0) & (pairs < limits)).all())
 
 
-class _ReadIds(ModelHook):
-    """Where token ids come in: keeps those of the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: Tensor | None = None
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
-        return args, kwargs
-
-
 class _EditBlock(ModelHook):
     """On a block: edits its output. Differentiable, so that an attack can see through it."""
 
-    def __init__(self, reader: _ReadIds, terms: Sequence[tuple[float, BlockEdit]]) -> None:
+    def __init__(self, terms: Sequence[tuple[float, BlockEdit]]) -> None:
         super().__init__()
-        self.reader, self.terms = reader, tuple(terms)
+        self.terms = tuple(terms)
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
         self._memory: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
@@ -303,7 +302,7 @@ class _EditBlock(ModelHook):
 
     def recall(self, states: Tensor) -> Tensor:
         """The edit of `states`, from memory when it was asked for lately."""
-        ids = self.reader.ids
+        ids = current_ids(*states.shape[:2])
         for seen, seen_ids, edited in self._memory:
             if _same(seen, states) and _same(seen_ids, ids):
                 return edited
@@ -315,19 +314,15 @@ class _EditBlock(ModelHook):
         """`(batch, tokens, dim)`, in the dtype it came in."""
         if not self._placed or self._placed[0].device != states.device:
             self.place(states.device)
+        ids = current_ids(*states.shape[:2])
         x = states.float()
         change, touched = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for (strength, _), edit in zip(self.terms, self._placed, strict=True):
-            delta, opened = edit.delta(x, self.words(states, edit))
+            # Without the ids nobody can tell where the words are: every gate opens rather than none.
+            words = None if ids is None else word_mask(ids.to(x.device), edit.end, edit.first)
+            delta, opened = edit.delta(x, words)
             change, touched = change + strength * delta, touched | opened
         return torch.where(touched[:, None, None], (x + change).to(states.dtype), states)
-
-    def words(self, states: Tensor, edit: GatedEdit | PlacedReconstruction) -> Tensor:
-        """Which positions the gate looks at; all words and padding when the caller brought embeddings, not tokens."""
-        ids = self.reader.ids
-        if ids is None or ids.shape != states.shape[:2]:
-            ids = torch.full(states.shape[:2], -1, device=states.device)
-        return word_mask(ids, edit.end, edit.first)
 
 
 class EditedFeatures:
@@ -338,36 +333,35 @@ class EditedFeatures:
         """Make exactly these edits active, by block path; none removes the hooks."""
         if EditedFeatures.is_written(encoder, terms):
             return
-        for module, name in EditedFeatures._hooked(encoder):
-            hooks.remove_hook(module, name)
-        if terms:
-            root = paths.transformer_root(encoder)
-            reader = _ReadIds()
-            hooks.register_hook(paths.token_entry(root), reader, _READ)
-            for path, edits in terms.items():
-                block = root.get_submodule(path)
-                hook = _EditBlock(reader, edits)
-                hook.place(next(block.parameters()).device)
-                hooks.register_hook(block, hook, _EDIT)
+        for module in EditedFeatures._hooked(encoder):
+            hooks.remove_hook(module, _EDIT)
+        keep_ids(encoder, _EDIT, bool(terms))
+        for path, edits in terms.items():
+            block = paths.transformer_root(encoder).get_submodule(path)
+            hook = _EditBlock(edits)
+            hook.place(next(block.parameters()).device)
+            hooks.register_hook(block, hook, _EDIT)
 
     @staticmethod
     def is_written(encoder: nn.Module, terms: Mapping[str, Terms]) -> bool:
         """Whether exactly these edits are active."""
-        found = {id(module): hooks.find_hook(module, name) for module, name in EditedFeatures._hooked(encoder)}
+        hooked = EditedFeatures._hooked(encoder)
         if not terms:
-            return not found
+            return not hooked
         root = paths.transformer_root(encoder)
-        reader = found.pop(id(paths.token_entry(root)), None)
-        for path, edits in terms.items():
-            hook = found.pop(id(root.get_submodule(path)), None)
-            if not isinstance(hook, _EditBlock) or hook.reader is not reader or len(hook.terms) != len(edits):
+        blocks = {id(root.get_submodule(path)): edits for path, edits in terms.items()}
+        if {id(module) for module in hooked} != set(blocks) or not keeps_ids(encoder, _EDIT):
+            return False
+        for module in hooked:
+            hook, edits = hooks.find_hook(module, _EDIT), blocks[id(module)]
+            if not isinstance(hook, _EditBlock) or not hooks.runs_hooks(module) or len(hook.terms) != len(edits):
                 return False
             if any(a[0] != b[0] or a[1] is not b[1] for a, b in zip(hook.terms, edits, strict=True)):
                 return False
-        return not found
+        return True
 
     @staticmethod
-    def _hooked(encoder: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Every module that carries one of our hooks, with the hook's name."""
-        every = list(paths.transformer_root(encoder).modules())
-        return [(m, name) for m in every for name in (_READ, _EDIT) if hooks.find_hook(m, name) is not None]
+    def _hooked(encoder: nn.Module) -> list[nn.Module]:
+        """Every module that carries one of our hooks."""
+        every = paths.transformer_root(encoder).modules()
+        return [module for module in every if hooks.find_hook(module, _EDIT) is not None]

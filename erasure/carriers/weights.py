@@ -3,14 +3,17 @@
 An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 on the CPU
 from a copy of `W_base` that stays there, never from the edited tensor. So taking an edit off restores the base bit for
 bit, and an attached erasure costs nothing per image, survives `torch.compile`, offloading, IP-Adapter and attention
-processors, and leaves parameter names alone. Quantised weights cannot be written: there, low-rank edits become PEFT
-adapters and full-rank ones are refused.
+processors, and leaves parameter names alone. Everything is checked and computed before the first value is written, and
+what was overwritten is kept until all is. Quantised weights cannot be written: there, low-rank edits run beside the
+layers (`beside.py`) and full-rank ones are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,10 @@ from erasure.errors import (
     UnsupportedModelError,
     WrongBaseError,
 )
-from erasure.interop import paths
+from erasure.interop import adapters, paths
 
+SAMPLED = 32
+"""Values of each parameter of a text encoder by which it is known again."""
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,114 +66,256 @@ def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
     return False
 
 
+def sample(encoder: nn.Module, written: Written) -> Tensor:
+    """Evenly spaced base values of every parameter of a text encoder but its token table, which learned tokens extend.
+
+    Reading all of a large encoder whenever an erasure of the denoiser is attached would take seconds.
+    """
+    table = paths.token_table(paths.transformer_root(encoder)).weight
+    parts = []
+    for path in sorted(paths.canonical_parameters(encoder)):
+        if paths.parameter(encoder, path) is not table:
+            flat = written.base(encoder, path).detach().flatten()
+            parts.append(flat[:: max(1, flat.numel() // SAMPLED)].cpu())
+    return torch.cat(parts)
+
+
 Terms = list[tuple[float, Tensor | LowRank]]
 """(strength, edit) pairs of one parameter."""
 
 
-class ComponentWeights:
-    """The edited parameters of one component.
+@dataclass(frozen=True)
+class Written:
+    """What stands in the parameters of one component, and what stood there before."""
 
-    Kept on the module itself (not on the pipeline), because pipelines share modules and copies of a module must carry
-    their own state.
-    """
-
-    def __init__(self) -> None:
-        self.originals: dict[str, Tensor] = {}
-        """CPU copies of base parameters that are edited now, by path."""
-        self.written: dict[str, Terms] = {}
-        """The terms that were last written, by path."""
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    """CPU copies of base parameters that are edited now, by path."""
+    terms: Mapping[str, Terms] = field(default_factory=dict)
+    """The terms that were last written, by path."""
 
     def base(self, component: nn.Module, path: str) -> Tensor:
         """The base value of a parameter, whether it is edited now or not."""
         return self.originals[path] if path in self.originals else paths.parameter(component, path)
 
-    def check(
-        self,
-        name: str,
-        component: nn.Module,
-        edits: Mapping[str, Tensor | LowRank],
-        digests: Mapping[str, Mapping[str, str]] | None,
-    ) -> None:
-        """Raise unless every edit can be written here: paths, shapes, plain weights, the right base.
+    def edited(self, component: nn.Module, path: str, terms: Terms) -> Tensor:
+        """What a parameter must be with these terms, in its base's dtype, on the CPU.
 
-        Args:
-            name: The component's name, for messages.
-            component: The module.
-            edits: Edits by parameter path.
-            digests: Expected fingerprints by path, or `None` not to look.
-        """
-        for path, edit in edits.items():
-            found = paths.parameter(component, path)
-            shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
-            if paths.is_plain(found) and tuple(found.shape) != shape:
-                raise WrongBaseError(
-                    f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: "
-                    "it was made for another model"
-                )
-        if digests is None:
-            return
-        # Besides what is edited, the blocks whose output is.
-        known = [path for path in {**edits, **digests} if paths.is_plain(paths.parameter(component, path))]
-        unlike = [
-            path for path in known if path in digests and not same_base(self.base(component, path), digests[path])
-        ]
-        if unlike:
-            raise WrongBaseError(
-                f"{len(unlike)} of {len(known)} tensors of {name!r} are not those that the erasure was made for, "
-                f"first {unlike[0]!r}: load the base model named in its config, or pass check_base=False if you know "
-                "that it fits"
-            )
-
-    def write(self, component: nn.Module, edits: Mapping[str, Terms]) -> None:
-        """Make the parameters equal to base + sum of strength * delta, and restore all others.
-
-        Args:
-            component: The module.
-            edits: For every path to edit, its terms.
+        Adapters that a user has merged into it (`fuse_lora`) count on top.
 
         Raises:
-            AttachError: Something else changed an edited parameter meanwhile; nothing is written then.
+            AttachError: A merged adapter whose share in the weight cannot be told.
         """
-        self.check_intact(component)
-        for path in list(self.originals):
-            if path not in edits:
-                self._set(component, path, self.originals.pop(path))
-        for path, terms in edits.items():
-            if path not in self.originals:
-                self.originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
-            self._set(component, path, self.edited(component, path, terms))
-        self.written = dict(edits)
-
-    def edited(self, component: nn.Module, path: str, terms: Terms) -> Tensor:
-        """What a parameter must be with these terms, in its base's dtype, on the CPU."""
         base = self.base(component, path)
-        value = base.detach().float().cpu()
+        value = base.detach().cpu()
+        value = value if value.dtype == torch.float64 else value.float()
         for strength, edit in terms:
             value = value + strength * delta_of(edit)
-        return value.to(base.dtype)
+        wrapper = _wrapper(component, path) if path in self.originals else None
+        try:
+            merged = adapters.merged_delta(wrapper)
+        except ValueError as error:
+            raise AttachError(f"{path}: {error}; unfuse_lora() first") from error
+        return (value if merged is None else value + merged).to(base.dtype)
 
-    def holds(self, component: nn.Module, path: str, terms: Terms) -> bool:
-        """Whether a parameter is what these terms make of it, but for a cast of the whole model since."""
-        found, expected = paths.parameter(component, path).detach().cpu(), self.edited(component, path, terms)
-        routes = (found.dtype, torch.float16, torch.bfloat16)
-        return any(torch.equal(expected.to(route).to(found.dtype).float(), found.float()) for route in routes)
+    def holds(self, component: nn.Module, path: str) -> bool:
+        """Whether a parameter is what was written into it, but for rounding by casts and by merged adapters since."""
+        expected = self.edited(component, path, self.terms[path])
+        return _is_now(component, path, expected, self.originals[path])
 
-    def check_intact(self, component: nn.Module) -> None:
+    def check_intact(self, name: str, component: nn.Module) -> None:
         """Raise `AttachError` when an edited parameter is not what was written into it."""
-        for path, terms in self.written.items():
-            if not self.holds(component, path, terms):
+        for path in self.terms:
+            if not self.holds(component, path):
                 raise AttachError(
-                    f"{path} was changed by something else since the erasure was attached, and that change would be "
-                    "lost: undo it first (for instance unfuse_lora()), or load the model again"
+                    f"{name}/{path} was changed by something else since the erasure was attached, and that change "
+                    "would be lost: undo it first (for instance unfuse_lora()), or load the model again. Nothing was "
+                    "switched"
                 )
 
-    @torch.no_grad()
-    def _set(self, component: nn.Module, path: str, value: Tensor) -> None:
-        paths.parameter(component, path).copy_(value)
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What is to be written into one component: everything is checked and computed, nothing changed yet."""
+
+    values: Mapping[str, Tensor]
+    """New values by path, on the CPU."""
+    written: Written
+    """What stands in the parameters afterwards."""
 
 
-def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
-    """Whether edits must go through a PEFT adapter because weights are quantised.
+def plan(name: str, component: nn.Module, written: Written, terms: Mapping[str, Terms]) -> WritePlan:
+    """Plan to make parameters equal to base + sum of strength * delta, and to restore all others.
+
+    Args:
+        name: The component's name, for messages.
+        component: The module.
+        written: What stands there now.
+        terms: For every path that is to be edited, its terms.
+
+    Raises:
+        AttachError: Something else changed an edited parameter meanwhile, or merged an adapter into one to be edited.
+        UnsupportedModelError: A parameter is inside fused projections, which would ignore what is written.
+    """
+    written.check_intact(name, component)
+    changed = [
+        path for path in {**written.terms, **terms} if not _same_terms(written.terms.get(path), terms.get(path))
+    ]
+    originals = {path: value for path, value in written.originals.items() if path in terms}
+    for path in changed:
+        refuse_fused(name, component, path)
+        if path not in written.originals:
+            if getattr(_wrapper(component, path), "merged", False):
+                raise AttachError(f"{name}/{path} has a LoRA fused into it: unfuse_lora() first")
+            originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
+    after = Written(originals, dict(terms))
+    whole = Written({**written.originals, **originals})
+    return WritePlan({path: whole.edited(component, path, terms.get(path, [])) for path in changed}, after)
+
+
+@torch.no_grad()
+def write(component: nn.Module, values: Mapping[str, Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
+    """Write values into parameters.
+
+    Args:
+        component: The module.
+        values: Values by path.
+        before: Receives every parameter with a copy of what it held, ahead of being written.
+    """
+    for path, value in values.items():
+        parameter = paths.parameter(component, path)
+        before.append((parameter, parameter.detach().clone()))
+        parameter.copy_(value)
+
+
+def check_fits(
+    name: str,
+    component: nn.Module,
+    written: Written,
+    edits: Mapping[str, Tensor | LowRank],
+    digests: Mapping[str, Mapping[str, str]] | None,
+) -> None:
+    """Raise unless every edit fits: paths, shapes, the right base.
+
+    Args:
+        name: The component's name, for messages.
+        component: The module.
+        written: What stands in the parameters now.
+        edits: Edits by parameter path.
+        digests: Expected fingerprints by path, or `None` not to look.
+
+    Raises:
+        WrongBaseError: A shape or a fingerprint is another model's.
+    """
+    for path, edit in edits.items():
+        found = paths.parameter(component, path)
+        shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
+        if paths.is_plain(found) and tuple(found.shape) != shape:
+            raise WrongBaseError(
+                f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: "
+                "it was made for another model"
+            )
+    if digests is None:
+        return
+    # Besides what is edited, the blocks whose output is.
+    unknown = [path for path in digests if not _has_parameter(component, path)]
+    if unknown:
+        raise WrongBaseError(f"{name} has no {unknown[0]!r}: the erasure was made for another model")
+    known = [path for path in {**edits, **digests} if paths.is_plain(paths.parameter(component, path))]
+    unlike = [
+        path for path in known if path in digests and not same_base(written.base(component, path), digests[path])
+    ]
+    if unlike:
+        raise WrongBaseError(
+            f"{len(unlike)} of {len(known)} tensors of {name!r} are not those that the erasure was made for, "
+            f"first {unlike[0]!r}: load the base model named in its config, or pass check_base=False if you know "
+            "that it fits"
+        )
+
+
+def refuse_fused(name: str, component: nn.Module, path: str) -> None:
+    """Raise `UnsupportedModelError` where projections are fused: what is written there would change nothing."""
+    if paths.is_fused(component, path.rsplit(".", 2)[0]):
+        raise UnsupportedModelError(
+            f"{name}/{path} is inside an attention with fused query-key-value projections, which would ignore the "
+            "edit: call pipe.unfuse_qkv_projections() first. Nothing was switched"
+        )
+
+
+def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
+    """Whether a parameter that nothing edits is what it was, but for rounding and for adapters merged into it."""
+    expected = Written({path: value}).edited(component, path, [])
+    return _is_now(component, path, expected, expected)
+
+
+def cancelled(component: nn.Module, written: Written) -> str | None:
+    """The path of an edit that a user's adapter takes back by half or more, if there is one."""
+    for path, terms in written.terms.items():
+        added = adapters.added_delta(_wrapper(component, path))
+        edit = sum((strength * delta_of(edit) for strength, edit in terms), torch.zeros(()))
+        if added is not None and added.shape == edit.shape and _share(added, edit) <= -0.5:
+            return path
+    return None
+
+
+def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> bool:
+    try:
+        found = paths.parameter(component, path)
+    except AttributeError:
+        return False
+    if not paths.is_plain(found) or found.shape != expected.shape:
+        return False
+    own = found.detach().cpu()
+    return _equal(own, expected) or _rounded(own, expected, base)
+
+
+def _wrapper(component: nn.Module, path: str) -> Any:
+    return adapters.wrapper_of(component, paths.layer(component, path.rsplit(".", 1)[0]))
+
+
+def _has_parameter(component: nn.Module, path: str) -> bool:
+    try:
+        paths.parameter(component, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _same_terms(first: Terms | None, second: Terms | None) -> bool:
+    if first is None or second is None or len(first) != len(second):
+        return first is second
+    return all(a[0] == b[0] and a[1] is b[1] for a, b in zip(first, second, strict=True))
+
+
+def _share(found: Tensor, wanted: Tensor) -> float:
+    """How much of `wanted` is in `found`: 1 when all of it is, 0 when none, -1 when it is taken away."""
+    a, b = found.double().flatten(), wanted.double().flatten()
+    return float(a @ b / (b @ b).clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor is another, cast to its dtype by any way."""
+    routes = (found.dtype, torch.float16, torch.bfloat16)
+    return any(torch.equal(expected.to(route).to(found.dtype).float(), found.float()) for route in routes)
+
+
+def _rounded(found: Tensor, expected: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is another but for rounding: of several casts, or of adapters merged and taken out again.
+
+    Besides being near, it must hold the edit, which may be smaller than the rounding of a single value.
+    """
+    own, wanted, stock = found.double(), expected.double(), base.double().cpu()
+    away = (own - wanted).abs()
+    step = torch.finfo(found.dtype).eps
+    near = bool((away <= 16 * step * wanted.abs().max()).all())
+    for coarse in (torch.float16, torch.bfloat16):
+        if not near and torch.equal(found.to(coarse).to(found.dtype), found):
+            near = bool((away <= 2 * torch.finfo(coarse).eps * wanted.abs() + torch.finfo(coarse).tiny).all())
+    edit = wanted - stock
+    return near and (not edit.any() or 0.9 <= _share(own - stock, edit) <= 1.1)
+
+
+def is_beside(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
+    """Whether edits must run beside the layers, because their weights are quantised and cannot be written.
 
     Raises:
         UnsupportedModelError: Full-rank edits on quantised weights, or fused query-key-value projections.
@@ -176,11 +323,7 @@ def refuse_unwritable(name: str, component: nn.Module, edits: Mapping[str, Tenso
     """
     quantised = []
     for path, edit in edits.items():
-        if paths.is_fused(component, path.rsplit(".", 2)[0]):
-            raise UnsupportedModelError(
-                f"{name}/{path} is inside an attention with fused query-key-value projections, which would ignore the "
-                "edit: call pipe.unfuse_qkv_projections() first"
-            )
+        refuse_fused(name, component, path)
         try:
             found = paths.parameter(component, path)
         except AttributeError:

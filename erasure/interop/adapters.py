@@ -1,61 +1,67 @@
-"""LoRA adapters of PEFT inside a component."""
+"""LoRA adapters that a user put on a component with PEFT."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
-def add_lora(pipe: DiffusionPipeline, component: str, name: str, state: dict[str, Tensor], strength: float) -> None:
-    """Add a LoRA adapter to one component through diffusers' own loader and keep the adapters that were active."""
-    module = getattr(pipe, component)
-    before = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
-    active = {id(layer): list(layer.active_adapters) for layer in before}
-    prefix = component + "."
-    state = {key: value for key, value in state.items() if key.startswith(prefix)}
-    if component.startswith("text_encoder"):
-        pipe.load_lora_into_text_encoder(state, None, module, prefix=component, adapter_name=name, _pipeline=pipe)
-    else:
-        pipe.load_lora_into_unet(state, None, module, adapter_name=name, _pipeline=pipe)
-    for layer in lora_layers(module):
-        others = [adapter for adapter in active.get(id(layer), []) if adapter in layer.lora_A]
-        if name in layer.lora_A:
-            layer.set_adapter([*others, name])
-        elif others:
-            layer.set_adapter(others)
-    scale_lora(module, name, strength)
+def tuner_layers(component: nn.Module) -> list[BaseTunerLayer]:
+    """Every layer of a component that PEFT has wrapped."""
+    return [part for part in component.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def lora_layers(component: nn.Module) -> list[Any]:
-    """Every PEFT LoRA layer of a component."""
-    return [layer for layer in component.modules() if hasattr(layer, "lora_A") and hasattr(layer, "set_scale")]
+def wrapper_of(component: nn.Module, layer: nn.Module) -> Any:
+    """The PEFT wrapper around a layer, or `None`."""
+    return next((part for part in tuner_layers(component) if part.get_base_layer() is layer), None)
 
 
-def scale_lora(component: nn.Module, name: str, strength: float) -> None:
-    """Set an adapter's strength."""
-    for layer in lora_layers(component):
-        if name in layer.lora_A:
-            layer.set_scale(name, strength)
+def is_in_force(component: nn.Module) -> bool:
+    """Whether an adapter changes what a component computes now, added to its layers or merged into them."""
+    return any(part.merged or (part.active_adapters and not part.disable_adapters) for part in tuner_layers(component))
 
 
-def active_lora(component: nn.Module, name: str, strength: float) -> int:
-    """In how many layers an adapter is in force with this strength."""
-    return sum(
-        name in layer.active_adapters and not layer.disable_adapters and abs(layer.scaling[name] - strength) < 1e-6
-        for layer in lora_layers(component)
-        if name in layer.lora_A
-    )
+def merged_names(component: nn.Module) -> list[str]:
+    """Names of the adapters that are merged into weights (`fuse_lora`)."""
+    return sorted({name for part in tuner_layers(component) for name in part.merged_adapters})
 
 
-def delete_lora(component: Any, name: str) -> None:
-    """Take an adapter off a component again."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+@torch.no_grad()
+def merged_delta(wrapper: Any) -> Tensor | None:
+    """What merged adapters have added to a wrapped layer's weight, in float32 on the CPU; `None` for nothing.
 
-    if hasattr(component, "delete_adapters"):
-        component.delete_adapters(name)
-    else:
-        for layer in component.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.delete_adapter(name)
+    Raises:
+        ValueError: An adapter that is not merged by adding (DoRA scales the weight).
+    """
+    names = [] if wrapper is None else list(wrapper.merged_adapters)
+    if any(getattr(wrapper, "use_dora", {}).get(name) for name in names):
+        raise ValueError("DoRA adapters scale the weight that they are merged into")
+    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names]
+    return torch.stack(deltas).sum(0) if deltas else None
+
+
+@torch.no_grad()
+def added_delta(wrapper: Any) -> Tensor | None:
+    """What a wrapped layer's active adapters add to its weight, in float32 on the CPU; `None` for nothing."""
+    if wrapper is None or wrapper.disable_adapters or not hasattr(wrapper, "get_delta_weight"):
+        return None
+    names = [name for name in wrapper.active_adapters if name in getattr(wrapper, "lora_A", ())]
+    deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names if name not in wrapper.merged_adapters]
+    return torch.stack(deltas).sum(0) if deltas else None
+
+
+def unwrap(component: nn.Module) -> None:
+    """Put the layers inside PEFT's wrappers back in their place and forget the adapters."""
+    wrapped = [
+        (parent, name, child)
+        for parent in component.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, BaseTunerLayer)
+    ]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(component).pop(attribute, None)

@@ -11,7 +11,17 @@ from diffusers import HookRegistry
 from diffusers.hooks import ModelHook
 from torch import nn
 
-__all__ = ["ModelHook", "find_hook", "hooked", "register_hook", "remove_hook", "reset_caches"]
+__all__ = [
+    "ModelHook",
+    "find_hook",
+    "hooked",
+    "is_stateful",
+    "register_hook",
+    "remove_hook",
+    "remove_hooks",
+    "reset_caches",
+    "runs_hooks",
+]
 
 
 class _HookedForward:
@@ -61,3 +71,22 @@ def reset_caches(component: nn.Module) -> None:
     registry = getattr(component, "_diffusers_hook", None)
     if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
         HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)
+
+
+def is_stateful(component: nn.Module) -> bool:
+    """Whether a step cache or another hook that remembers earlier passes is on a component."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in component.modules())
+    return any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values())
+
+
+def remove_hooks(component: nn.Module, prefix: str) -> None:
+    """Take every hook off a component and its children whose name begins with a prefix."""
+    for part in component.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        for name in [name for name in registry.hooks if name.startswith(prefix)] if registry else ():
+            remove_hook(part, name)
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a hooked module's `forward` is still one that hooks were put around, not the class's own again."""
+    return "forward" in vars(module)

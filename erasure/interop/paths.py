@@ -31,6 +31,11 @@ def token_table(root: nn.Module) -> nn.Embedding:
     return found
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `module.compile()` runs a module's forward."""
+    return getattr(module, "_orig_mod", None) is not None or module._compiled_call_impl is not None
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside the wrapper that `torch.compile` returns."""
     inner = getattr(module, "_orig_mod", None)
@@ -86,6 +91,14 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether a weight is an ordinary floating-point tensor, not quantised and not offloaded to nowhere."""
     ordinary = type(tensor) in (nn.Parameter, Tensor) and type(tensor.data) is Tensor
     return ordinary and tensor.dtype in PLAIN_DTYPES and tensor.device.type != "meta"
+
+
+def is_on_meta(component: nn.Module, path: str) -> bool:
+    """Whether a parameter holds no values here, because sequential offloading keeps them elsewhere."""
+    try:
+        return parameter(component, path).device.type == "meta"
+    except AttributeError:
+        return False
 
 
 def is_fused(component: nn.Module, path: str) -> bool:

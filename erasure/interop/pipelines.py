@@ -1,11 +1,15 @@
-"""Private parts of diffusers' pipelines."""
+"""Private parts of diffusers' pipelines, and a copy of a pipeline that shares its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from erasure.interop import adapters, hooks, paths
 
 
 def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
@@ -18,28 +22,106 @@ def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[Diffus
             mapping.setdefault(f"{model}-erasure", pipeline if mapping[model] is stock else mapping[model])
 
 
-class CallGuard:
-    """Runs a check ahead of every call of one method of one pipeline object.
+def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name, without the wrapper that `torch.compile` returns."""
+    parts = pipe.components.items()
+    return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
-    An object, not a closure: a deep copy of the pipeline then guards the copy.
+
+class CallGuard:
+    """Runs a check ahead of every call of one method of one object (a module or a pipeline).
+
+    An object, not a closure: a deep copy of the owner then guards the copy. Its signature is the method's, which
+    diffusers looks at when it saves.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, method: str, check: Callable[..., None]) -> None:
-        self.pipe, self.method, self.check = pipe, method, check
+    def __init__(self, owner: Any, method: str, check: Callable[..., None]) -> None:
+        self.owner, self.method, self.check = owner, method, check
+        self.__wrapped__ = getattr(owner, method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Check, then call the method of the pipeline's class."""
-        self.check(self.pipe, *args, **kwargs)
-        return getattr(type(self.pipe), self.method)(self.pipe, *args, **kwargs)
+        """Check, then call the method that was there."""
+        self.check(self.owner, *args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
 
     @classmethod
-    def install(cls, pipe: DiffusionPipeline, method: str, check: Callable[..., None]) -> None:
-        """Guard a method (once)."""
-        if not isinstance(vars(pipe).get(method), cls):
-            setattr(pipe, method, cls(pipe, method, check))
+    def install(cls, owner: Any, method: str, check: Callable[..., None]) -> None:
+        """Guard a method (once); nothing happens where the owner has no such method."""
+        if hasattr(owner, method) and not isinstance(vars(owner).get(method), cls):
+            vars(owner)[method] = cls(owner, method, check)
 
     @classmethod
-    def remove(cls, pipe: DiffusionPipeline, method: str) -> None:
+    def remove(cls, owner: Any, method: str) -> None:
         """Take the guard off again."""
-        if isinstance(vars(pipe).get(method), cls):
-            delattr(pipe, method)
+        if isinstance(vars(owner).get(method), cls):
+            del vars(owner)[method]
+
+
+def cloned(components: Mapping[str, nn.Module], left_out: Iterable[Any] = ()) -> dict[str, nn.Module]:
+    """Copies of modules whose parameters and buffers share the originals' memory.
+
+    Writing into a shared tensor would reach the original: give an edited parameter a tensor of its own first.
+
+    Args:
+        components: The modules by name.
+        left_out: Objects inside of them that the copies keep instead of copying them, because they hold tensors.
+    """
+    memo: dict[int, Any] = {id(thing): thing for thing in left_out}
+    for component in components.values():
+        for tensor in component.buffers():
+            memo[id(tensor)] = tensor.detach() if type(tensor) is Tensor else tensor
+        for p in component.parameters():
+            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad) if paths.is_plain(p) else p
+    return {name: copy.deepcopy(component, memo) for name, component in components.items()}
+
+
+def twin(
+    pipe: DiffusionPipeline,
+    originals: Mapping[str, Mapping[str, Tensor]],
+    left_out: Iterable[Any],
+    *,
+    prefix: str,
+    without_adapters: bool,
+) -> DiffusionPipeline:
+    """Another pipeline object on the same weights, with other values for some parameters and some hooks left out.
+
+    Neither drawing with it nor training it reaches the pipeline that it was made from. It costs the memory of the
+    parameters that differ.
+
+    Args:
+        pipe: The pipeline; nothing of it may be offloaded.
+        originals: Values by component and canonical path, for parameters that must differ.
+        left_out: Objects that hold tensors and are not copied with the modules.
+        prefix: Hooks and attributes with this prefix are left out.
+        without_adapters: Leave the user's LoRA adapters out too.
+    """
+    parts = components_of(pipe)
+    every = [
+        hook
+        for component in parts.values()
+        for part in component.modules()
+        for name, hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).items()
+        if name.startswith(prefix)
+    ]
+    copies = cloned(parts, [*left_out, *every])
+    for name, component in copies.items():
+        hooks.remove_hooks(component, prefix)
+        for attribute in [key for key in vars(component) if key.startswith(f"_{prefix}")]:
+            del vars(component)[attribute]
+        for method in [key for key, value in vars(component).items() if isinstance(value, CallGuard)]:
+            del vars(component)[method]
+        if without_adapters:
+            adapters.unwrap(component)
+        for path, value in originals.get(name, {}).items():
+            owner, parameter = path.rsplit(".", 1)
+            live = paths.parameter(component, path)
+            paths.layer(component, owner)._parameters[parameter] = nn.Parameter(
+                value.to(live.device, live.dtype, copy=True), live.requires_grad
+            )
+    other = copy.copy(pipe)
+    other.__dict__ = {key: value for key, value in vars(pipe).items() if not isinstance(value, CallGuard)}
+    for name, component in copies.items():
+        setattr(other, name, component)
+    if getattr(pipe, "scheduler", None) is not None:
+        other.scheduler = copy.deepcopy(pipe.scheduler)
+    return other

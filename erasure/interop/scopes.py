@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 
 from erasure.interop.paths import layer, parameter
@@ -82,25 +87,39 @@ def gradient_checkpointing(component: nn.Module, run: Callable[..., Any]) -> Ite
 
 
 @contextmanager
-def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Take accelerate's offloading off while modules are changed, and put it back, as diffusers' LoRA loader does."""
+def without_offloading(pipe: DiffusionPipeline) -> Iterator[Callable[[DiffusionPipeline], None]]:
+    """Take accelerate's offloading off while modules are changed, and put it back, as diffusers' LoRA loader does.
+
+    Gives a function that puts the same offloading on another pipeline.
+    """
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
     from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 
     device = getattr(pipe, "_offload_device", None)
     model, sequential, group = _func_optionally_disable_offloading(pipe)
-    try:
-        yield
-    finally:
+
+    def put_back(target: DiffusionPipeline) -> None:
         arguments: dict[str, Any] = {} if device is None else {"device": device}
         if model:
-            pipe.enable_model_cpu_offload(**arguments)
+            target.enable_model_cpu_offload(**arguments)
         elif sequential:
-            pipe.enable_sequential_cpu_offload(**arguments)
+            target.enable_sequential_cpu_offload(**arguments)
         elif group:
-            for component in pipe.components.values():
+            for component in target.components.values():
                 if isinstance(component, nn.Module):
                     _maybe_remove_and_reapply_group_offloading(component)
+
+    try:
+        yield put_back
+    finally:
+        put_back(pipe)
+
+
+def is_offloaded(pipe: DiffusionPipeline) -> bool:
+    """Whether diffusers moves the weights of a pipeline around while it draws."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    hooked = any(hasattr(part, "_hf_hook") for component in parts for part in component.modules())
+    return hooked or any(_is_group_offload_enabled(part) for part in parts)
 
 
 @contextmanager
@@ -115,3 +134,45 @@ def quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = previous
+
+
+class Uninterrupted:
+    """Ctrl-C inside of the block takes effect at its end. Threads other than the main one never get it anyway."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.pending: tuple[int, FrameType | None] | None = None
+        self.handler: Any = None
+
+    def __enter__(self) -> Uninterrupted:
+        """Defer the signal."""
+        previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(previous):
+            self.handler = _Deferred(weakref.ref(self), previous)
+            signal.signal(signal.SIGINT, self.handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let it through again."""
+        self.over = True
+        if self.handler is not None and signal.getsignal(signal.SIGINT) is self.handler:
+            signal.signal(signal.SIGINT, self.handler.previous)
+        if self.handler is not None and self.pending is not None:
+            self.handler.previous(*self.pending)
+
+
+class _Deferred:
+    """Handler that takes note of the signal while its block lasts, and hands it on as soon as the block is gone."""
+
+    def __init__(self, block: weakref.ref[Uninterrupted], previous: Callable[[int, FrameType | None], Any]) -> None:
+        self.block, self.previous = block, previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take note, or hand on."""
+        block = self.block()
+        if block is None or block.over:
+            self.previous(number, frame)
+        else:
+            block.pending = (number, frame)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 
-from erasure.backbones import TextTower
+from erasure.attach import ErasureManager
+from erasure.backbones import TextTower, backbone_for
 from erasure.carriers.features import BlockEdit, GatedEdit, word_mask
+from erasure.errors import AttachError
 from erasure.sae.gates import CHUNK
 from erasure.sae.stream import activations
 
@@ -27,6 +30,32 @@ class Detection(NamedTuple):
     def present(self) -> bool:
         """Whether the concept counts as being in the prompt, and is erased from it."""
         return self.score >= self.gate
+
+
+def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
+    """How surely prompts hold the concepts of the attached feature erasures (`itd`), by concept, for each prompt.
+
+    The prompts are encoded by the stock twin of the pipeline, so nothing is switched meanwhile.
+
+    Raises:
+        AttachError: None of the attached erasures can tell.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    manager = ErasureManager(pipe)
+    known = [erasure for erasure in manager.erasures.values() if erasure.edits.features]
+    if not known:
+        raise AttachError("no attached erasure can tell concepts in prompts: attach one that was made with itd")
+    towers = {tower.component: tower for tower in backbone_for(manager.stock()).towers}
+    found: list[dict[str, Detection]] = [{} for _ in texts]
+    for erasure in known:
+        for key, edit in erasure.edits.features.items():
+            component, path = key.split("/", 1)
+            rows = detect(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
+            for row, each in zip(rows, found, strict=True):
+                # The released code has one gate for all concepts.
+                answers = row * len(erasure.concepts) if len(row) == 1 else row
+                each |= {c.target: answer for c, answer in zip(erasure.concepts, answers, strict=True)}
+    return found
 
 
 @torch.no_grad()

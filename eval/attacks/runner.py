@@ -284,8 +284,7 @@ class _Run:
         if out is None and processes.count > 1:
             raise EvaluationError("several processes need a common output folder: pass out=")
         stock, entries = attached
-        with stock():
-            fingerprint = model_fingerprint(pipe)
+        fingerprint = model_fingerprint(stock)
         sampler, judge_name = sampler_recipe(pipe), judge_fingerprint(judge)
         erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in entries]
         folder = Path(tempfile.mkdtemp(prefix="erasure-attack-") if out is None else out)

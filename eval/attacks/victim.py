@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ class Victim:
 
     Args:
         pipe: The pipeline, with its erasures in force.
-        stock: Context manager that puts the original model in force.
+        stock: The original model.
         target: The concept.
         judge: Images to answers with `.object` and `.style`.
         keep: Told of every reference image that is used, with its sample.
@@ -47,7 +46,7 @@ class Victim:
     """
 
     def __init__(
-        self, pipe: Any, stock: Callable[[], AbstractContextManager[Any]], target: Target, judge: Judge,
+        self, pipe: Any, stock: Any, target: Target, judge: Judge,
         keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
     ) -> None:  # fmt: skip
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
@@ -92,8 +91,8 @@ class Victim:
         """
         for number in range(tries):
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
-            with self.stock(), torch.no_grad(), scopes.quiet(self.pipe):
-                latent = self.pipe(
+            with torch.no_grad(), scopes.quiet(self.stock):
+                latent = self.stock(
                     prompt=sample.prompt, negative_prompt=sample.negative_prompt,
                     generator=torch.Generator("cpu").manual_seed(seed), height=sample.height, width=sample.width,
                     num_inference_steps=sample.num_inference_steps, guidance_scale=sample.guidance_scale,

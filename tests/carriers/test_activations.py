@@ -43,13 +43,13 @@ def test_removal_leaves_the_module_as_it_was(tower: TextTower) -> None:
     assert (encode(tower, "") == 0.75).all()
     PinnedPrompts.write(tower.module, [])
     assert torch.equal(encode(tower, ""), before)
-    assert "erasure" not in str(tower.root.embeddings._diffusers_hook.hooks)
+    assert "erasure" not in str(tower.root.final_layer_norm._diffusers_hook.hooks)
 
 
 def test_nothing_to_pin_leaves_no_trace(tower: TextTower, tiny_pipe: Any) -> None:
     PinnedPrompts.write(tower.module, [])
     PinnedPrompts.write(tiny_pipe.unet, [])
-    assert not hasattr(tower.root.embeddings, "_diffusers_hook")
+    assert not hasattr(tower.root.final_layer_norm, "_diffusers_hook")
     assert PinnedPrompts.is_written(tiny_pipe.unet, [])
 
 

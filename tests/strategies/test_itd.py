@@ -15,6 +15,7 @@ from erasure.carriers.features import ReconstructionEdit
 from erasure.cli.main import main
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save
+from erasure.sae.detection import detect_concepts
 from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
 from erasure.sae.selection import Evidence, evidence, top_sets
 from erasure.strategies.itd import ItD, select
@@ -127,7 +128,7 @@ def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
     try:
         erasure.erase(canvas, ["apple", Concept("ink", kind="style")], "itd", name="two", progress=False)
         erasure.erase(canvas, "car", "itd", name="one", gate="probe", progress=False)
-        found = manager.detect_concepts(prompts)
+        found = detect_concepts(manager.pipe, prompts)
         assert [{name for name, one in each.items() if one.present} for each in found] == [
             {"apple"}, {"car"}, {"ink"}, set(), {"apple", "car", "ink"},
         ]  # fmt: skip
@@ -136,11 +137,11 @@ def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
         assert found[1]["car"].score == found[1]["car"].probe
         assert found[3]["apple"].score != found[3]["apple"].probe
         assert manager.verify() == 2
-        assert manager.detect_concepts(prompts[1]) == [found[1]]
+        assert detect_concepts(manager.pipe, prompts[1]) == [found[1]]
     finally:
         manager.unload()
     with pytest.raises(AttachError, match="no attached erasure"):
-        manager.detect_concepts(prompts)
+        detect_concepts(manager.pipe, prompts)
 
 
 @pytest.mark.parametrize(
@@ -181,12 +182,12 @@ def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
         (edit,) = made.edits.features.values()
         assert isinstance(edit, ReconstructionEdit)
         assert set(edit.factor.tolist()) == {-8.0, 1.0}
-        found = manager.detect_concepts(prompts)
+        found = detect_concepts(manager.pipe, prompts)
         assert found[0]["gun"].score > found[1]["gun"].score
         assert found[0]["gun"].probe is None
         assert image_of(canvas, prompts[0]).tobytes() != before[0]
         # Target prompts open the gate by construction.
-        assert all(each["gun"].present for each in manager.detect_concepts(["a gun", "a photo of a gun"]))
+        assert all(each["gun"].present for each in detect_concepts(manager.pipe, ["a gun", "a photo of a gun"]))
     finally:
         manager.unload()
 
@@ -269,7 +270,7 @@ def test_random_features_and_those_of_another_concept_do_not_erase(canvas: Any) 
         manager.add(made, "x")
         try:
             images = [image_of(canvas, prompt, seed=2) for prompt in prompts]
-            assert all(each["cat"].present for each in manager.detect_concepts(prompts))
+            assert all(each["cat"].present for each in detect_concepts(manager.pipe, prompts))
         finally:
             manager.unload()
         kept[name] = sum(answer.object == "cat" for answer in judge(images))

@@ -1,0 +1,131 @@
+"""What a pipeline computes for prompts that name erased concepts, to be compared with what it computed when attached.
+
+Tensors and hooks may all be where they belong while something else takes their effect back: an adapter with the negated
+edit, a replaced `forward`, another text encoder. A canary is one prompt of each erasure, encoded, and one pass of
+the denoiser over fixed noise, computed three times: by the stock model and by the erased one when erasures are
+switched, and by whatever is there when `verify` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from erasure.artifact import Erasure
+from erasure.backbones import Backbone, Conditioning, backbone_for
+from erasure.errors import VerificationError
+from erasure.guards import unguarded
+from erasure.interop import adapters, hooks, paths
+from erasure.interop.pipelines import components_of
+
+SIDE = 8
+"""Height and width of the latents of the pass: the least that every UNet of three halvings takes."""
+SILENT = 1e-5
+"""Relative size of an effect below which it cannot be told from rounding."""
+LEAST = 0.5
+"""Share of the effect that must be left: half is more than rounding, adapters or casts take."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a pipeline computes for the canary's prompts, in float32 on the CPU."""
+
+    encoded: Tensor
+    """`(prompts, tokens, dim)`."""
+    predicted: Tensor | None
+    """`(prompts, channels, SIDE, SIDE)`; nothing where a pass is not possible (an image prompt is missing)."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """The prompts and what the stock and the erased model computed for them."""
+
+    prompts: Mapping[str, str]
+    """A prompt of every erasure in force, by its name."""
+    stock: Answer
+    erased: Answer
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, stock: DiffusionPipeline, erasures: Mapping[str, Erasure]) -> Canary:
+        """Ask the pipeline and its stock twin.
+
+        Args:
+            pipe: The pipeline.
+            stock: The same without erasures.
+            erasures: What is in force, by name.
+        """
+        prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, erasure in erasures.items()}
+        asked = list(prompts.values())
+        return cls(prompts, answer(stock, asked), answer(pipe, asked))
+
+    def check(self, pipe: DiffusionPipeline, edits_denoiser: set[str]) -> None:
+        """Compare with what the pipeline computes now.
+
+        Args:
+            pipe: The pipeline.
+            edits_denoiser: Names of the erasures that edit the denoiser.
+
+        Raises:
+            VerificationError: An erasure has lost its effect, or the text encoder is another one.
+        """
+        if not self.prompts:
+            return
+        now = answer(pipe, list(self.prompts.values()))
+        parts = components_of(pipe)
+        foreign = any(adapters.is_in_force(part) for name, part in parts.items() if name.startswith("text_encoder"))
+        for row, name in enumerate(self.prompts):
+            encoded = self.erased.encoded[row]
+            moved = (
+                (now.encoded[row] - encoded).norm() / encoded.norm() if encoded.shape == now.encoded[row].shape else 9
+            )
+            if name in edits_denoiser and moved > 0.1 and not foreign:
+                raise VerificationError(
+                    f"{name!r} edits the denoiser for a text encoder that is not the one it was attached with: load "
+                    "the text encoder of the model that the erasure was made for"
+                )
+            pairs = [(self.stock.encoded, self.erased.encoded, now.encoded)]
+            if self.stock.predicted is not None and self.erased.predicted is not None and now.predicted is not None:
+                pairs.append((self.stock.predicted, self.erased.predicted, now.predicted))
+            for before, after, found in pairs:
+                if (left := _left(before[row], after[row], found[row])) < LEAST:
+                    raise VerificationError(
+                        f"{name!r} is attached but its effect is gone ({left:.0%} of it is left for the prompt "
+                        f"{self.prompts[name]!r}): a LoRA, a replaced forward or another component takes it back"
+                    )
+
+
+def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
+    """The share of the effect `erased - stock` that is in `now - stock`; 1 where there is none to lose."""
+    if stock.shape != now.shape or not torch.isfinite(now).all():
+        return 0.0
+    effect, found = (erased - stock).double().flatten(), (now - stock).double().flatten()
+    if effect.norm() <= SILENT * stock.norm():
+        return 1.0
+    return float(effect @ found / (effect @ effect))
+
+
+@torch.no_grad()
+def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
+    """Encode prompts and run the denoiser once over fixed noise."""
+    backbone = backbone_for(pipe)
+    # Compiled graphs would be made anew for these shapes.
+    with unguarded(), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        conditioning = backbone.encode(prompts)
+        return Answer(conditioning.tokens.float().cpu(), _predicted(backbone, conditioning))
+
+
+def _predicted(backbone: Backbone, conditioning: Conditioning) -> Tensor | None:
+    denoiser: Any = paths.uncompiled(backbone.denoiser)
+    if getattr(denoiser, "encoder_hid_proj", None) is not None or hooks.is_stateful(denoiser):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, denoiser.config.in_channels, SIDE, SIDE, generator=generator)
+    rows = len(conditioning.tokens)
+    x = x.expand(rows, -1, -1, -1).to(conditioning.tokens.device, backbone.dtype)
+    t = torch.full((rows,), 500, device=x.device)
+    return backbone.predict(x, t, conditioning).float().cpu()

@@ -1,0 +1,57 @@
+"""The token ids of the batch that a text encoder is encoding, for hooks deeper inside of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from erasure.interop import hooks, paths
+from erasure.interop.hooks import ModelHook
+
+_HOOK = "erasure_token_ids"
+
+
+class _Call(threading.local):
+    """What belongs to the call that a thread is in, and to no other thread's."""
+
+    ids: Tensor | None = None
+
+
+_CALL = _Call()
+
+
+class _KeepIds(ModelHook):
+    """On a text encoder: keeps the ids for the length of one forward pass, whatever comes of it."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the encoder."""
+        outer = _CALL.ids
+        _CALL.ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        try:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        finally:
+            _CALL.ids = outer
+
+
+def keep_ids(encoder: nn.Module, reader: str, needed: bool) -> None:
+    """Make ids known inside of a text encoder for one reader, or no longer."""
+    root, name = paths.transformer_root(encoder), f"{_HOOK}_{reader}"
+    known = hooks.find_hook(root, name) is not None
+    if needed and not known:
+        hooks.register_hook(root, _KeepIds(), name)
+    elif known and not needed:
+        hooks.remove_hook(root, name)
+
+
+def keeps_ids(encoder: nn.Module, reader: str) -> bool:
+    """Whether ids are known inside of a text encoder to a reader."""
+    root = paths.transformer_root(encoder)
+    return hooks.find_hook(root, f"{_HOOK}_{reader}") is not None and hooks.runs_hooks(root)
+
+
+def current_ids(batch: int, tokens: int) -> Tensor | None:
+    """The ids `(batch, tokens)` of this thread's call; `None` outside of one, or for states of another shape."""
+    ids = _CALL.ids
+    return ids if ids is not None and tuple(ids.shape) == (batch, tokens) else None

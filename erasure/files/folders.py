@@ -1,0 +1,103 @@
+"""Folders that hold one piece of work: who may write there, and whether it is the same work as before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import JsonValue
+
+from erasure.errors import ErasureError, TrainingError
+from erasure.files.names import shown
+from erasure.files.reading import read_json
+from erasure.files.writing import sweep, write_json
+
+LOCK = "lock"
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data, 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return [
+            line
+            for key in sorted({*first, *second})
+            for line in differences(first.get(key), second.get(key), f"{path}.{key}" if path else key)
+        ]
+    if json.dumps(first) == json.dumps(second):
+        return []
+    here, there = (_cut(json.dumps(value)) for value in (first, second))
+    return [f"{_cut(path) or 'recipe'}: {here} in the first, {there} in the second"]
+
+
+def _cut(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+@contextmanager
+def held(
+    folder: str | Path, recipe: dict[str, Any], *, file: str, what: str, beside: Collection[str] | None = (),
+    error: type[ErasureError] = TrainingError,
+) -> Iterator[None]:  # fmt: skip
+    """Hold a folder of work that goes on after a kill: one process at a time, and the same work as before.
+
+    Args:
+        folder: Made when it does not exist.
+        recipe: All that the work depends on, plain data; kept in the folder.
+        file: What the recipe is called there.
+        what: What the work is, for messages: `training`.
+        beside: Names of what may lie in a folder without a recipe; `None` for anything.
+        error: What is raised.
+
+    Raises:
+        ErasureError: Another process works there, the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as reason:
+        raise error(f"another process is at its {what} in {folder}: wait for it, or give another folder") from reason
+    except (OSError, ValueError) as reason:
+        told = getattr(reason, "strerror", None) or reason
+        raise error(f"cannot write to {folder}: {told}; give another folder") from reason
+    try:
+        sweep(folder)
+        _check(folder, json.loads(json.dumps(recipe)), file, what, beside, error)
+        yield
+    finally:
+        lock.release()
+
+
+def _check(
+    folder: Path, recipe: dict[str, Any], file: str, what: str, beside: Collection[str] | None,
+    error: type[ErasureError],
+) -> None:  # fmt: skip
+    path = folder / file
+    if path.is_file():
+        try:
+            known: dict[str, Any] = read_json(path, dict[str, JsonValue], error=error)
+        except error as reason:
+            raise error(f"{reason}. Or delete {folder} to start anew") from reason
+        changed = differences(known, recipe)
+        if changed:
+            raise error(
+                f"{folder} holds a {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give the same "
+                "options, or another folder"
+            )
+        return
+    if beside is not None:
+        others = sorted(item.name for item in folder.iterdir() if item.name not in (LOCK, *beside))
+        if others:
+            raise error(f"{folder} is not empty and holds no {what} (found: {shown(others)}): give another folder")
+    write_json(path, recipe, error=error)

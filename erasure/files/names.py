@@ -1,0 +1,79 @@
+"""Names and texts that come out of files: which may become a path, and how any of them is shown."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+from erasure.errors import ArtifactError, ErasureError
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that every usual file system takes."""
+FORBIDDEN = '<>:"/\\|?*'
+"""Characters that lead elsewhere, or that some file system does not take."""
+UNSEEN = ("Cc", "Cs", "Co", "Zl", "Zp")
+"""Categories of control characters, halves of characters, and line breaks."""
+DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+"""Names of devices on Windows, with any ending."""
+
+
+def is_line(text: str) -> bool:
+    """Whether a text is one line and reads as it is written: no control characters, none that turns the direction."""
+    return not any(unicodedata.category(c) in UNSEEN or c in DIRECTIONS for c in text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value for a message: on one line, control characters escaped, cut after `limit` characters."""
+    # A long text is cut before it is escaped: the escapes of 2 MB are not made for the sake of 80 characters.
+    text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+def inside(folder: str | Path, *names: str, error: type[ErasureError] = ArtifactError) -> Path:
+    """The path of something below a folder whose name was read from a file.
+
+    Args:
+        folder: Which must hold the path, links followed.
+        *names: One name per level.
+        error: What is raised.
+
+    Raises:
+        ErasureError: A name is no plain name of a file (absolute, `..`, separators, drive letters, control characters,
+            names of devices, more than 255 bytes), or a link leads out of the folder.
+    """
+    path = Path(folder)
+    for name in names:
+        problem = _problem(name)
+        if problem is not None:
+            raise error(
+                f"{shown(name)} cannot be the name of a file in {folder}: {problem}. Allowed: one plain name "
+                f"of at most {LONGEST_NAME} bytes, no separators, no control characters; change it where it is made"
+            )
+        path /= name
+    try:
+        root, resolved = Path(folder).resolve(), path.resolve()
+    except (OSError, RuntimeError) as reason:  # a loop of links
+        raise error(f"{path} cannot be followed ({reason}): remove the link") from reason
+    if not resolved.is_relative_to(root) or resolved == root:
+        raise error(f"{path} leads out of {folder} through a link: remove the link, or copy the file there")
+    return path
+
+
+def _problem(name: object) -> str | None:
+    """Why a name may not become a path, if so."""
+    if not isinstance(name, str) or not name:
+        return "it is empty or no text"
+    if name in (".", ".."):
+        return "it names a folder above"
+    if found := [character for character in name if character in FORBIDDEN]:
+        return f"it holds {found[0]!r}"
+    if found := [character for character in name if not character.isprintable()]:
+        return f"it holds the character {found[0]!a}"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"it has {len(name.encode())} bytes"
+    if name[-1] in " .":
+        return "it ends with a blank or a dot"
+    if name.partition(".")[0].strip().lower() in RESERVED:
+        return "it is the name of a device on Windows"
+    return None

@@ -1,0 +1,274 @@
+"""Bounded reading: kind, size, encoding, nesting and types are checked before anything else happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from erasure.errors import ArtifactError, ErasureError
+from erasure.files.names import shown
+
+T = TypeVar("T")
+JSON_LIMIT = 16 * 2**20
+"""Bytes of a JSON or text file unless said otherwise."""
+LINE_LIMIT = 2**20
+"""Bytes of one line of a JSONL file."""
+LINES_LIMIT = 1_000_000
+"""Lines of a JSONL file."""
+LONGEST_INTEGER = 40
+"""Digits of an integer, wherever it stands."""
+KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+DAMAGED = "the file is damaged; fetch or make it again"
+
+
+def read_bytes(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError) -> bytearray:
+    """Everything in a regular file.
+
+    Args:
+        path: The file; links are followed.
+        limit: Most bytes of the file: a larger one is refused by its size, before any is read.
+        error: What is raised.
+
+    Raises:
+        ErasureError: It is missing, no regular file, too large, not readable, or its name cannot be one.
+    """
+    return read_start(path, limit, limit, error=error)[0]
+
+
+def read_start(
+    path: str | Path, length: int, limit: int, *, error: type[ErasureError] = ArtifactError
+) -> tuple[bytearray, int]:
+    """The first bytes of a regular file, at most `length`, and the size of the whole.
+
+    Raises:
+        ErasureError: See `read_bytes`.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        # Opening a device or a pipe may have effects of its own, so it is looked at first, and again once open.
+        _check_regular(path, os.stat(path), limit, error)
+        handle = os.open(path, flags)
+        with open(handle, "rb", buffering=0) as file:
+            size = _check_regular(path, os.fstat(handle), limit, error)
+            content = bytearray(min(length, size))
+            view, filled = memoryview(content), 0
+            while filled < len(view) and (count := file.readinto(view[filled:])):
+                filled += count
+            view.release()
+            del content[filled:]
+            return content, size
+    except ErasureError:  # some are ValueErrors
+        raise
+    except OSError as reason:
+        raise error(f"{path} cannot be read ({reason.strerror or reason}): {_advice(reason)}") from reason
+    except ValueError as reason:  # a NUL or a surrogate in the path
+        raise error(f"{shown(str(path))} cannot be the path of a file ({reason}): check the name") from reason
+    except MemoryError as reason:
+        raise error(f"{path} does not fit into memory: free some, or read it on a larger machine") from reason
+
+
+def _check_regular(path: str | Path, status: os.stat_result, limit: int, error: type[ErasureError]) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in KINDS if test(status.st_mode)), "no regular file")
+        raise error(f"{path} cannot be read: it is {kind}, expected a regular file; remove it or name another")
+    if status.st_size > limit:
+        raise error(
+            f"{path} cannot be read: it has {status.st_size:,} bytes, at most {limit:,} are allowed; {DAMAGED}"
+        )
+    return status.st_size
+
+
+def _advice(reason: OSError) -> str:
+    if isinstance(reason, FileNotFoundError):
+        return "check the path, or fetch the file again"
+    if isinstance(reason, PermissionError):
+        return "ask for permission to read it, or copy it"
+    return "check the path and the disk"
+
+
+def read_text(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ErasureError: See `read_bytes`; or it is no UTF-8.
+    """
+    try:
+        return read_bytes(path, limit, error=error).decode()
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} cannot be read as text ({reason.reason} at byte {reason.start}): {DAMAGED}") from reason
+
+
+def read_json(
+    path: str | Path, schema: type[T] | Any, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError
+) -> T:
+    """A JSON file as what a schema says.
+
+    Nesting of more than 200 levels, lone surrogates, keys that come twice, NaN and infinity (also as `1e999`), and
+    integers of more than 40 digits are refused whatever the schema. Types are strict: `1` is no `"1"` and no `true`.
+
+    Args:
+        path: The file.
+        schema: Anything pydantic validates: a `BaseModel`, a dataclass, `dict[str, float]`, an `Annotated` type. Give
+            classes `ConfigDict(extra="forbid")`, so that unknown keys are refused with the known ones named.
+        limit: Most bytes.
+        error: What is raised.
+
+    Raises:
+        ErasureError: See `read_bytes`; or it is no JSON, or not of the schema.
+    """
+    return parsed(bytes(read_bytes(path, limit, error=error)), schema, str(path), error=error)
+
+
+def read_lines(
+    path: str | Path, schema: type[T] | Any, *, torn: bool = False, limit: int = 64 * JSON_LIMIT,
+    line_limit: int = LINE_LIMIT, count: int = LINES_LIMIT, error: type[ErasureError] = ArtifactError,
+) -> Iterator[T]:  # fmt: skip
+    """The lines of a JSONL file, each as what a schema says; empty ones are left out.
+
+    Args:
+        path: The file.
+        schema: See `read_json`.
+        torn: Leave out a last line without its end that cannot be read: a run that was killed writes such.
+        limit: Most bytes of the file.
+        line_limit: Most bytes of a line.
+        count: Most lines.
+        error: What is raised.
+
+    Raises:
+        ErasureError: See `read_json`; the line is named.
+    """
+    content = read_bytes(path, limit, error=error)
+    start, number = 0, 0
+    while start < len(content):
+        end = content.find(b"\n", start)
+        whole, end = end >= 0, end if end >= 0 else len(content)
+        number += 1
+        where = f"{path}, line {number}"
+        if number > count or end - start > line_limit:
+            raise error(
+                f"{where} cannot be read: allowed are {count:,} lines of {line_limit:,} bytes at most; {DAMAGED}"
+            )
+        line = bytes(content[start:end]).strip()
+        start = end + 1
+        if not line:
+            continue
+        try:
+            yield parsed(line, schema, where, error=error)
+        except ErasureError:
+            if torn and not whole:
+                return
+            raise
+
+
+def parsed(content: bytes, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
+    """JSON as what a schema says; see `read_json`.
+
+    Args:
+        content: UTF-8.
+        schema: See `read_json`.
+        where: Its place, for messages.
+        error: What is raised.
+
+    Raises:
+        ErasureError: See `read_json`.
+    """
+    try:
+        # First, because this parser bounds the nesting.
+        value = _adapter(schema).validate_json(content, strict=True)
+        json.loads(content, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+    except ValidationError as reason:
+        first = reason.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise error(f"{where} cannot be read as JSON ({first['ctx']['error']}): {DAMAGED}") from None
+        raise error(f"{where} {_told(reason, schema)}") from None
+    except ValueError as reason:
+        raise error(f"{where} cannot be read as JSON ({shown(str(reason), 200)[1:-1]}): {DAMAGED}") from None
+    return value
+
+
+def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
+    """Plain data in memory as what a schema says, as if it had been read from a file.
+
+    Raises:
+        ErasureError: It is not of the schema, or could not be written as JSON.
+    """
+    try:
+        content = json.dumps(data).encode()
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise error(
+            f"{where} is no plain data ({shown(str(reason), 200)[1:-1]}): give texts, numbers, lists"
+        ) from None
+    return parsed(content, schema, where, error=error)
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)
+
+
+def _told(reason: ValidationError, schema: Any) -> str:
+    """What does not fit, in one line; the first three of it."""
+    problems = []
+    for found in reason.errors(include_url=False)[:3]:
+        place = ".".join(shown(str(part), 40)[1:-1] for part in found["loc"])
+        if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            problems.append(f"unknown keys ['{place}']; allowed: {_allowed(schema, found['loc'][:-1])}")
+        elif found["type"] in ("missing", "missing_argument"):
+            problems.append(f"key '{place}' is missing")
+        else:
+            what = f"'{place}': " if place else ""
+            problems.append(f"{what}{shown(found['msg'], 200)[1:-1]}, found {shown(found['input'], 60)}")
+    more = reason.error_count() - len(problems)
+    rest = f"; and {more} more" if more > 0 else ""
+    return f"cannot be read as what it should be: {'; '.join(problems)}{rest}. {DAMAGED[0].upper()}{DAMAGED[1:]}"
+
+
+def _allowed(schema: Any, place: tuple[int | str, ...]) -> list[str]:
+    """Keys that the schema knows at a place, as far as its JSON schema tells."""
+    whole = _adapter(schema).json_schema()
+    node = whole
+    for part in place:
+        node = _resolved(whole, node)
+        below = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
+        node = below or node.get("additionalProperties") or {}
+        node = node if isinstance(node, dict) else {}
+    return sorted(_resolved(whole, node).get("properties", {}))
+
+
+def _resolved(whole: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", [node]):
+        if "$ref" in option:
+            return whole["$defs"][option["$ref"].rpartition("/")[2]]
+    return node
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key comes twice: readers would disagree about which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {shown(twice)} comes twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(digits)} digits, at most {LONGEST_INTEGER} are allowed")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(digits, 40)[1:-1]} is not finite")
+    return value

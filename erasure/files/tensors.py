@@ -1,0 +1,174 @@
+"""Bounded reading of safetensors: the header is checked against the file before a tensor is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from torch import Tensor
+
+from erasure.errors import ArtifactError, ErasureError
+from erasure.files.names import shown
+from erasure.files.reading import DAMAGED, parsed, read_bytes, read_start
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of tensors that are read; float8, complex and packed ones are refused."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TENSORS_LIMIT = 20_000
+"""Tensors in a file."""
+BYTES_LIMIT = 64 * 2**30
+"""Bytes of a file of tensors."""
+HEADER_LIMIT = 16 * 2**20
+"""Bytes of the header."""
+Key = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[\x20-\x7e]*$")]
+"""Name of a tensor: no control characters, nothing that could be mistaken."""
+MOST_DIMENSIONS = 8
+PREFIX = 8
+"""Bytes ahead of the header, which tell its length."""
+
+
+class TensorInfo(NamedTuple):
+    """What the header says about a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file at which its values start."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(BaseModel):
+    """What a header says about one tensor."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    dtype: Annotated[str, StringConstraints(pattern="^[A-Z0-9_]{1,16}$")]
+    shape: Annotated[list[Size], Field(max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[Size, Size]
+
+
+class _Header(BaseModel):
+    """A whole header: tensors by name, and texts that nobody here reads."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[Key, _Entry]
+    metadata: Annotated[dict[str, str], Field(alias="__metadata__")] = {}
+
+
+Check = Callable[[Mapping[str, TensorInfo]], None]
+
+
+def tensor_infos(
+    path: str | Path, *, limit_tensors: int = TENSORS_LIMIT, limit_bytes: int = BYTES_LIMIT,
+    allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), error: type[ErasureError] = ArtifactError,
+) -> dict[str, TensorInfo]:  # fmt: skip
+    """Types and shapes of the tensors of a safetensors file, by name; no tensor is read or allocated.
+
+    Raises:
+        ErasureError: See `read_tensors`.
+    """
+    return _infos(path, limit_tensors, limit_bytes, allowed_dtypes, error)
+
+
+def read_tensors(
+    path: str | Path, *, limit_tensors: int = TENSORS_LIMIT, limit_bytes: int = BYTES_LIMIT,
+    allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), check: Check | None = None,
+    error: type[ErasureError] = ArtifactError,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a safetensors file, in memory of their own: the file may change afterwards.
+
+    Args:
+        path: The file.
+        limit_tensors: Most tensors.
+        limit_bytes: Most bytes of the file.
+        allowed_dtypes: Types that a tensor may have.
+        check: Called with the shapes before anything is allocated; raises what it likes.
+        error: What is raised.
+
+    Raises:
+        ErasureError: See `read_bytes`; or the header is damaged or does not fit the file, there are too many tensors,
+            a name is too long, or a type is not allowed.
+    """
+    infos = _infos(path, limit_tensors, limit_bytes, allowed_dtypes, error)
+    if check is not None:
+        check(infos)
+    content = read_bytes(path, limit_bytes, error=error)
+    if infos != _header(content, len(content), path, limit_tensors, allowed_dtypes, error):
+        raise error(f"{path} changed while it was read: wait for whoever writes it, and read it again")
+    return {name: _tensor(content, info) for name, info in infos.items()}
+
+
+def _tensor(content: bytearray, info: TensorInfo) -> Tensor:
+    """One tensor, which shares the bytes of the file where they are aligned."""
+    if not info.size:
+        return torch.empty(info.shape, dtype=info.dtype)
+    if info.start % info.dtype.itemsize:
+        values = torch.frombuffer(bytearray(content[info.start : info.start + info.size]), dtype=info.dtype)
+    else:
+        values = torch.frombuffer(content, dtype=info.dtype, count=math.prod(info.shape), offset=info.start)
+    return values.view(info.shape)
+
+
+def _infos(
+    path: str | Path, limit_tensors: int, limit_bytes: int, allowed: Collection[torch.dtype], error: type[ErasureError]
+) -> dict[str, TensorInfo]:
+    start, size = read_start(path, PREFIX + HEADER_LIMIT, limit_bytes, error=error)
+    return _header(start, size, path, limit_tensors, allowed, error)
+
+
+def _header(
+    content: bytearray, size: int, path: str | Path, limit: int, allowed: Collection[torch.dtype],
+    error: type[ErasureError],
+) -> dict[str, TensorInfo]:  # fmt: skip
+    """The header of a file, checked.
+
+    Args:
+        content: The start of the file.
+        size: Bytes of the whole file.
+        path: For messages.
+        limit: Most tensors.
+        allowed: Types that a tensor may have.
+        error: What is raised.
+    """
+    length = int.from_bytes(content[:PREFIX], "little")
+    if len(content) < PREFIX or not 2 <= length <= min(HEADER_LIMIT, size - PREFIX):
+        raise error(f"{path} cannot be read as safetensors (a header of {length} bytes in {size} bytes): {DAMAGED}")
+    where = f"{path}: the header"
+    whole: _Header = parsed(bytes(content[PREFIX : PREFIX + length]), _Header, where, error=error)
+    header: dict[str, _Entry] = whole.__pydantic_extra__ or {}
+    if len(header) > limit:
+        raise error(f"{path} holds {len(header):,} tensors, at most {limit:,} are allowed; {DAMAGED}")
+    infos: dict[str, TensorInfo] = {}
+    expected = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None or dtype not in allowed:
+            names = ", ".join(name for name, known in DTYPES.items() if known in allowed)
+            raise error(f"{path}: tensor {shown(name)} has the type {entry.dtype}, allowed: {names}; convert it")
+        first, last = entry.data_offsets
+        info = TensorInfo(dtype, tuple(entry.shape), PREFIX + length + first)
+        if first != expected or last - first != info.size:
+            raise error(
+                f"{path} cannot be read as safetensors (tensor {shown(name)} of shape {shown(entry.shape)} does not "
+                f"fill the bytes {first} to {last}): {DAMAGED}"
+            )
+        infos[name], expected = info, last
+    if PREFIX + length + expected != size:
+        raise error(
+            f"{path} cannot be read as safetensors (it has {size:,} bytes, its header tells of "
+            f"{PREFIX + length + expected:,}): {DAMAGED}"
+        )
+    return {name: infos[name] for name in header}

@@ -1,0 +1,118 @@
+"""Whether an erasure fits a pipeline, found out before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from erasure.artifact import Erasure
+from erasure.backbones import backbone_for
+from erasure.carriers import weights
+from erasure.errors import NoMatchingModuleError, WrongBaseError
+from erasure.interop import paths
+from erasure.state import Attached, ComponentState
+
+CONTROLNET = "controlnet"
+
+
+def is_denoiser(component: str) -> bool:
+    """Whether a component of this name draws, rather than encodes text."""
+    return not component.startswith("text_encoder")
+
+
+def sources_of(
+    pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], name: str, erasure: Erasure, controlnet: bool
+) -> dict[str, str]:
+    """The components that an erasure edits, each with the component under whose name its edits stand.
+
+    Args:
+        pipe: The pipeline.
+        modules: Its networks.
+        name: What the erasure is called, for messages.
+        erasure: The erasure.
+        controlnet: Whether the layers that a ControlNet shares with the denoiser are edited too.
+
+    Raises:
+        WrongBaseError: Another family, or a component that the pipeline lacks or that no erasure may edit.
+        NoMatchingModuleError: It changes nothing.
+        DivergenceError: It holds NaN or infinity.
+    """
+    backbone = backbone_for(pipe)
+    if erasure.config.family != backbone.family:
+        raise WrongBaseError(
+            f"the erasure {name!r} is for {erasure.config.family}, this {type(pipe).__name__} is {backbone.family}"
+        )
+    if not len(erasure.edits):
+        raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: it holds no tensors")
+    erasure.edits.check_finite()
+    if erasure.edits.is_empty:
+        raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: every edit in it is zero")
+    editable = {backbone.denoiser_component, *(tower.component for tower in backbone.towers)}
+    for component in {*erasure.components, *erasure.edits.pinned}:
+        if component not in editable:
+            raise WrongBaseError(
+                f"the erasure {name!r} edits {component!r}, which this pipeline lacks or which no erasure may edit "
+                f"(here: {', '.join(sorted(editable))})"
+            )
+    sources = {component: component for component in erasure.components}
+    if controlnet:
+        if CONTROLNET not in modules or backbone.denoiser_component not in sources:
+            raise NoMatchingModuleError(
+                f"controlnet=True, but {name!r} does not edit the {backbone.denoiser_component} or "
+                f"{type(pipe).__name__} has no ControlNet"
+            )
+        sources[CONTROLNET] = backbone.denoiser_component
+    return sources
+
+
+def check_fit(
+    modules: Mapping[str, nn.Module], sources: Mapping[str, str], name: str, erasure: Erasure, check_base: bool
+) -> frozenset[str]:
+    """Check that every edit of an erasure can be put in place.
+
+    Returns:
+        The components where it must run beside the layers, because their weights are quantised.
+
+    Args:
+        modules: The networks of the pipeline.
+        sources: See `sources_of`.
+        name: What the erasure is called, for messages.
+        erasure: The erasure.
+        check_base: Compare the base tensors with the fingerprints in the artifact.
+
+    Raises:
+        WrongBaseError: Shapes or fingerprints are another model's.
+        NoMatchingModuleError: A layer is missing, or a ControlNet has none of the edited layers.
+        UnsupportedModelError: A full-rank edit on quantised weights, or fused projections.
+        AttachError: Quantised and plain weights are mixed, or something else changed an edited parameter.
+    """
+    beside = []
+    digests = erasure.config.base.get("tensors", {}) if check_base else {}
+    for component, source in sources.items():
+        module = modules[component]
+        state = ComponentState.of(module) or ComponentState(component, source)
+        edits = {path: terms[0][1] for path, terms in state.edits(Attached(erasure), module).items()}
+        if source != component and not edits:
+            raise NoMatchingModuleError(f"the {component} has none of the {source}'s layers that {name!r} edits")
+        if weights.is_beside(component, module, edits):
+            beside.append(component)
+        for path in erasure.edits.features_of(component):
+            paths.require_block(module, path, component)
+        written = state.record.written
+        written.check_intact(component, module)
+        prefix = source + "/"
+        expected = {key.removeprefix(prefix): value for key, value in digests.items() if key.startswith(prefix)}
+        own = expected if check_base and source == component else None
+        weights.check_fits(component, module, written, edits, own)
+    for component, digest in erasure.config.base.get("text_encoders", {}).items() if check_base else ():
+        encoder = modules.get(component)
+        found = None if encoder is None else ComponentState.of(encoder)
+        written = weights.Written() if found is None else found.record.written
+        if encoder is None or not weights.same_base(weights.sample(encoder, written), digest):
+            raise WrongBaseError(
+                f"{name!r} was fitted to another {component} than this pipeline has, so it would erase something "
+                "else: load the base model named in its config, or pass check_base=False if you know that it fits"
+            )
+    return frozenset(beside)

@@ -1,0 +1,302 @@
+"""What goes around erasures, noticed where it happens: on the networks themselves, whatever pipeline uses them.
+
+A text-side erasure acts while a prompt is encoded. Embeddings that were made elsewhere, pictures that enter through
+the VAE, an IP-Adapter or a ControlNet bring a concept along without ever passing it. Guards on the denoiser, the VAE
+and the components' `save_pretrained` are shared by every pipeline that shares those networks.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning
+from erasure.interop import adapters, hooks, paths
+from erasure.interop.hooks import ModelHook
+from erasure.interop.pipelines import CallGuard
+from erasure.state import ComponentState
+
+_ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
+SAMPLED, REMEMBERED = 64, 4096
+"""Values of an encoding by which it is known again, and encodings that are remembered."""
+
+
+class _Known(threading.local):
+    """What this thread does on purpose, or has looked at already."""
+
+    quiet: bool = False
+    checked: tuple[weakref.ref[Tensor], Encodings] | None = None
+
+
+_KNOWN = _Known()
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Nothing is noticed inside of the block, in this thread: for passes that measure and draw nothing."""
+    before, _KNOWN.quiet = _KNOWN.quiet, True
+    try:
+        yield
+    finally:
+        _KNOWN.quiet = before
+
+
+class Encodings:
+    """The encodings that text encoders gave under the erasures in force now, known again by some of their values.
+
+    Copies of a pipeline share it: what either has encoded, both know.
+
+    Args:
+        erasures: Names and strengths of those erasures.
+    """
+
+    def __init__(self, erasures: Iterable[tuple[str, float]]) -> None:
+        self.erasures = tuple(erasures)
+        self.rows: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self.blind = False
+        """Whether an encoder has been compiled, inside of which nothing can be taken note of."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encodings:
+        """Give the same object: see the class."""
+        return self
+
+    def remember(self, states: Tensor) -> None:
+        """Take note of encodings `(batch, tokens, dim)`."""
+        self.rows.extend(_sampled(states.detach()).cpu())
+
+    def knows(self, states: Tensor) -> bool:
+        """Whether every encoding `(batch, tokens, dim)` is one of those, but for a cast; zeros encode nothing."""
+        asked = _sampled(states.detach()).cpu()
+        asked = asked[asked.abs().amax(1) > 0]
+        if self.blind or not len(asked):
+            return True
+        known = [row for row in list(self.rows) if row.shape == asked.shape[1:]]
+        if not known:
+            return False
+        away = (torch.stack(known)[None] - asked[:, None]).abs().amax(-1).amin(1)
+        return bool((away <= 0.02 * asked.abs().amax(1)).all())
+
+
+def _sampled(states: Tensor) -> Tensor:
+    flat = states.flatten(1)
+    return flat[:, :: max(1, flat.shape[1] // SAMPLED)].float()
+
+
+class _Remember(ModelHook):
+    """On a text encoder's final norm, which pipelines also call by itself (`clip_skip`)."""
+
+    def __init__(self, encodings: Encodings) -> None:
+        super().__init__()
+        self.encodings = encodings
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        """Take note of what comes out, but of canaries."""
+        if torch.compiler.is_compiling():
+            self.encodings.blind = True
+        elif not _KNOWN.quiet:
+            self.encodings.remember(output)
+        return output
+
+
+class _AtEntry(ModelHook):
+    """On a denoiser: looks at what it is told besides the latents."""
+
+    def __init__(self, states: Iterable[ComponentState], encodings: Encodings) -> None:
+        super().__init__()
+        self.states, self.encodings = list(states), encodings
+        self.said: set[str] = set()
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
+        if torch.compiler.is_compiling() or _KNOWN.quiet or not any(state.in_force() for state in self.states):
+            return args, kwargs
+        told = kwargs.get("encoder_hidden_states", (*args, None, None, None)[2])
+        if isinstance(told, Tensor) and told.ndim == 3 and not self._checked(told):
+            if names := bypassed_by_embeddings(self.states, self.encodings, told):
+                said(self.states, names, EMBEDDINGS)
+            _KNOWN.checked = (weakref.ref(told), self.encodings)
+        if (kwargs.get("added_cond_kwargs") or {}).get("image_embeds") is not None:
+            self._once(IMAGE_PROMPT)
+        if kwargs.get("down_block_additional_residuals") is not None:
+            self._once(CONTROL)
+        return args, kwargs
+
+    def _checked(self, told: Tensor) -> bool:
+        """Whether it is the tensor of the last pass: the same one comes back at every step of a drawing."""
+        last = _KNOWN.checked
+        return last is not None and last[0]() is told and last[1] is self.encodings
+
+    def _once(self, reason: str) -> None:
+        if reason not in self.said or any(a.strict for state in self.states for a in state.in_force().values()):
+            self.said.add(reason)
+            said(self.states, names_in_force(self.states), reason)
+
+
+EMBEDDINGS = (
+    "prompt_embeds= bypasses {names}: these embeddings were not made by this model's text encoder under the erasures "
+    "that are in force now. Pass prompt=, or encode_prompt's embeddings, or use a strategy that edits the denoiser."
+)
+IMAGE_PROMPT = (
+    "an image prompt (IP-Adapter) brings its content into the denoiser past {names}: an erasure is fitted to words. "
+    "Check the pictures that users hand in."
+)
+CONTROL = (
+    "a ControlNet has cross-attention of its own, which {names} does not edit: attach the erasure with "
+    "controlnet=True, or check what is drawn."
+)
+PICTURE = (
+    "a picture that is handed in starts the drawing past {names}: what it shows stays, whatever the prompt says. Check "
+    "the pictures that users hand in."
+)
+
+
+CLIP_SKIP = (
+    "clip_skip= feeds the denoiser encodings that {names} was not fitted to, so it erases less: leave clip_skip out, or "
+    "use a strategy that edits the text encoder."
+)
+NEGATIVE = (
+    "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, which "
+    "can bring the concept back: leave that word out."
+)
+
+
+def names_in_force(states: Iterable[ComponentState]) -> str:
+    """Names of the erasures in force on some components, for a message."""
+    return ", ".join(dict.fromkeys(name for state in states for name in state.in_force()))
+
+
+def bypassed_by_embeddings(states: Iterable[ComponentState], encodings: Encodings, given: Tensor) -> str:
+    """Names of the text-side erasures that embeddings `(batch, tokens, dim)` go around; empty where they do not."""
+    names = names_in_force(state for state in states if state.is_text_encoder)
+    return names if names and not encodings.knows(given) else ""
+
+
+def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) -> None:
+    """Warn of ways around erasures that the arguments of a pipeline's call show.
+
+    Args:
+        components: The networks of the pipeline.
+        given: Arguments by name.
+
+    Raises:
+        BypassedErasureError: Under an erasure that was attached with `strict=True`.
+    """
+    states = [state for module in components.values() if (state := ComponentState.of(module)) is not None]
+    names = names_in_force(states)
+    if not names:
+        return
+    set_levels = [given.get(key) for key in ("timesteps", "sigmas")]
+    if given.get("latents") is not None and any(levels is not None for levels in set_levels):
+        said(states, names, PICTURE)
+    drawing = names_in_force(state for state in states if not state.is_text_encoder)
+    if drawing and given.get("clip_skip"):
+        said(states, drawing, CLIP_SKIP)
+    if negated := _negated(states, given):
+        said(states, negated, NEGATIVE)
+    for component in components.values():
+        encodings = encodings_of(component)
+        if encodings is not None and paths.is_compiled(component):
+            # The guard on the denoiser is not asked inside of a compiled graph.
+            for key in ("prompt_embeds", "negative_prompt_embeds"):
+                embeddings = given.get(key)
+                if embeddings is not None and (around := bypassed_by_embeddings(states, encodings, embeddings)):
+                    said(states, around, EMBEDDINGS)
+
+
+def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:
+    """Names of the erasures whose concept or anchor a negative prompt names."""
+    texts = given.get("negative_prompt") or ()
+    texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
+    found = []
+    for name, attached in {name: one for state in states for name, one in state.in_force().items()}.items():
+        concepts = attached.erasure.concepts
+        words = [word for concept in concepts for word in (*concept.names, concept.anchor) if word]
+        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words for text in texts):
+            found.append(name)
+    return ", ".join(found)
+
+
+def said(states: Iterable[ComponentState], names: str, reason: str) -> None:
+    """Warn of a way around erasures.
+
+    Raises:
+        BypassedErasureError: One of the erasures in force was attached with `strict=True`.
+    """
+    text = reason.format(names=names)
+    if any(attached.strict for state in states for attached in state.in_force().values()):
+        raise BypassedErasureError(text)
+    warnings.warn(text, BypassedErasureWarning, stacklevel=4)
+
+
+class _WatchPictures:
+    """Check on a VAE: pictures go in. Holds the states of the networks that its pipeline draws with."""
+
+    def __init__(self, states: Iterable[ComponentState]) -> None:
+        self.states = list(states)
+
+    def __call__(self, vae: Any, *args: Any, **kwargs: Any) -> None:
+        """Warn while an erasure is in force."""
+        if not _KNOWN.quiet and (names := names_in_force(self.states)):
+            said(self.states, names, PICTURE)
+
+
+def refuse_unsaveable(module: Any, *args: Any, **kwargs: Any) -> None:
+    """Raise rather than write files of a component that lack a part of what is in force, or cannot be read again.
+
+    Raises:
+        AttachError: Hooks are a part of an erasure in force, or a user's adapter is loaded beside one.
+    """
+    state = ComponentState.of(module)
+    for name, attached in state.in_force().items() if state else ():
+        what = attached.beyond_weights(state.component) if state else None
+        if what is not None:
+            raise AttachError(
+                f"{name!r} {what} besides the weights, which the files of a stock model cannot hold: use "
+                "save_erased_pipeline(folder, fuse=False), or disable_erasures() to save the base"
+            )
+    if adapters.tuner_layers(module):
+        raise AttachError(
+            f"a LoRA is loaded into the {type(module).__name__} beside erasures: its layers would be written under names "
+            "that no loader finds. unload_lora_weights() first, and keep the LoRA in a file of its own"
+        )
+
+
+def install(components: dict[str, nn.Module], denoiser: str, states: dict[str, ComponentState]) -> None:
+    """Put the guards of a pipeline in place, or take them off where nothing is attached any more."""
+    attached = {name: state for name, state in states.items() if state.record.attached}
+    in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
+    signature = tuple((name, one.strength) for name, one in in_force)
+    known = encodings_of(components[denoiser])
+    encodings = known if known is not None and known.erasures == signature else Encodings(signature)
+    for name, component in components.items():
+        if attached:
+            CallGuard.install(component, "save_pretrained", refuse_unsaveable)
+        else:
+            CallGuard.remove(component, "save_pretrained")
+        norm = getattr(paths.transformer_root(component), "final_layer_norm", None)
+        if isinstance(norm, nn.Module):
+            hooks.remove_hook(norm, _ENCODINGS)
+            if name in attached:
+                hooks.register_hook(norm, _Remember(encodings), _ENCODINGS)
+    hooks.remove_hook(components[denoiser], _ENTRY)
+    if "vae" in components:
+        CallGuard.remove(components["vae"], "encode")
+    if attached:
+        hooks.register_hook(components[denoiser], _AtEntry(attached.values(), encodings), _ENTRY)
+        if "vae" in components:
+            CallGuard.install(components["vae"], "encode", _WatchPictures(attached.values()))
+
+
+def encodings_of(denoiser: nn.Module) -> Encodings | None:
+    """The encodings that the guard of a denoiser knows."""
+    hook = hooks.find_hook(denoiser, _ENTRY)
+    return hook.encodings if isinstance(hook, _AtEntry) else None

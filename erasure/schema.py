@@ -1,0 +1,173 @@
+"""What an erasure's config may hold: types, lengths and texts of every field, whoever wrote the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, StringConstraints, with_config
+from typing_extensions import TypedDict
+
+from erasure import files
+from erasure.concept import LONGEST_TEXT, Concept, Kind
+from erasure.errors import ArtifactError, ConceptError
+
+FORMAT_VERSION = 1
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _line(text: str) -> str:
+    if not files.is_line(text):
+        raise ValueError("holds control characters or line breaks")
+    return text
+
+
+LINE = AfterValidator(_line)
+Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT), LINE]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200), LINE]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=2 * LONGEST_TEXT), LINE]
+"""A key that holds a concept's name."""
+Key = Annotated[str, StringConstraints(max_length=512, pattern=r"^[\w-]+/[\w.-]+$")]
+"""A tensor of a pipeline: `component/module.path.parameter`."""
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Dtype = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,20}$")]
+Digests = Annotated[dict[Dtype, Sha256], Field(max_length=8)]
+"""sha256 of a tensor by the type it was rounded to."""
+Number = int | float
+Share = Annotated[Number, Field(ge=0, le=1)]
+Scalar = Text | bool | int | float | None
+Figures = Annotated[dict[Label, Scalar | Annotated[list[Scalar], Field(max_length=1000)]], Field(max_length=1000)]
+
+
+@with_config(STRICT)
+class ConceptData(TypedDict):
+    """A concept, as `Concept.to_dict`."""
+
+    target: Text
+    kind: NotRequired[Kind]
+    anchor: NotRequired[Text | None]
+    retain: NotRequired[Annotated[list[Text], Field(max_length=10_000)]]
+    synonyms: NotRequired[Annotated[list[Text], Field(max_length=10_000)]]
+    templates: NotRequired[Annotated[list[Text], Field(max_length=10_000)]]
+
+
+@with_config(STRICT)
+class Base(TypedDict, total=False):
+    """The model that an erasure was made for."""
+
+    model: Text | None
+    """Its name, empty when unknown."""
+    revision: Name | None
+    """Commit of its repository."""
+    tensors: Annotated[dict[Key, Digests], Field(max_length=files.TENSORS_LIMIT)]
+    """Every tensor that is changed."""
+    text_encoders: Annotated[dict[Literal["text_encoder", "text_encoder_2", "text_encoder_3"], Digests], Field()]
+    """Sampled fingerprints of the text encoders that an edit of the denoiser was fitted with."""
+
+
+@with_config(STRICT)
+class Rates(TypedDict):
+    """How well a score tells a concept from the rest."""
+
+    tpr: Share
+    """Share of the prompts with the concept in which the gate opens."""
+    fpr: Share
+    """Share of the others."""
+    auc: Share
+    """Area below the ROC curve."""
+    roc: Annotated[list[Annotated[list[Share], Field(min_length=2, max_length=2)]], Field(max_length=1000)]
+    """Pairs of a false and the true positive rate."""
+
+
+@with_config(STRICT)
+class GateFigures(TypedDict):
+    """Rates of a gate on the prompts that calibrated it."""
+
+    decides: Literal["features", "probe"]
+    features: Rates
+    probe: Rates
+    prompts_with: NotRequired[Annotated[int, Field(ge=0)]]
+    prompts_without: NotRequired[Annotated[int, Field(ge=0)]]
+
+
+@dataclass
+class ErasureConfig:
+    """Everything about an erasure but its tensors."""
+
+    __pydantic_config__ = STRICT
+
+    strategy: Name
+    """Name of the strategy that made it."""
+    concepts: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    """What it erases, as `Concept.to_dict`."""
+    family: Name
+    """Model family, as `Backbone.family`."""
+    strategy_config: Annotated[dict[Name, Any], Field(max_length=1000)] = field(default_factory=dict)
+    """The strategy's options."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """`model`, `revision`, and `tensors`: sha256 by dtype of every base tensor that it changes; see `Base`."""
+    carriers: Annotated[list[Name], Field(max_length=20)] = field(default_factory=list)
+    """Where it lives: `weights`, `activations`, `attention`, `guidance`."""
+    protects: Text = ""
+    """Threat model: `hosted pipeline` or `released weights`."""
+    versions: Annotated[dict[Name, Name], Field(max_length=100)] = field(default_factory=dict)
+    """Libraries that made it."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
+    """Seed it was made with."""
+    cost: Annotated[dict[Label, Number], Field(max_length=100_000)] = field(default_factory=dict)
+    """`seconds` it took, and further figures."""
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By concept: rates and ROC curve of its gate, and of a linear probe, on prompts that calibrated them; see
+    `GateFigures`."""
+    evaluation: Annotated[dict[str, Any], Field(max_length=1000)] = field(default_factory=dict)
+    """Summary of a measurement, empty when never measured."""
+    format_version: int = FORMAT_VERSION
+    """Version of the folder's layout."""
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> ErasureConfig:
+        """Validate and read plain data.
+
+        Args:
+            data: As JSON gives it.
+            where: Where it stands, for messages.
+
+        Raises:
+            ArtifactError: A newer format, a missing key, an unknown key, a value that cannot be, or no config.
+        """
+        found = data.get("format_version") if isinstance(data, dict) else None
+        if type(found) is not int or found < 1:
+            raise ArtifactError(f"{where}: key 'format_version' is missing or no whole number; is this an erasure?")
+        if found > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{where} has format version {found}, this erasure package reads up to {FORMAT_VERSION}: "
+                "pip install --upgrade erasure-diffusers"
+            )
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        missing = [key for key in ("strategy", "concepts", "family", "base", "carriers") if key not in data]
+        unknown = sorted(set(data) - set(fields))
+        if missing:
+            raise ArtifactError(f"{where} lacks {missing}: the file is damaged or no erasure config; make it again")
+        if unknown:
+            raise ArtifactError(f"{where} has unknown keys {files.shown(unknown)}; allowed: {sorted(fields)}")
+        config: ErasureConfig = files.validated(data, cls, where)
+        for key, (schema, value) in config._nested().items():
+            files.validated(value, schema, f"{where}: {key}")
+        try:
+            for concept in config.concepts:
+                Concept.from_dict(concept)
+        except ConceptError as error:
+            raise ArtifactError(f"{where}: 'concepts' cannot be read ({error}): the file is damaged") from error
+        return config
+
+    def _nested(self) -> Mapping[str, tuple[Any, Any]]:
+        """Schemas of the fields that are plain dicts to their users."""
+        return {
+            "concepts": (list[ConceptData], self.concepts),
+            "base": (Base, self.base),
+            "strategy_config": (JsonValue, self.strategy_config),
+            "gates": (dict[Label, GateFigures], self.gates),
+            "evaluation": (Figures, self.evaluation),
+        }
