@@ -353,7 +353,7 @@ class Erasing(RuleBasedStateMachine):
         off.enabled, on.enabled, half.enabled = False, True, True
         plain = [name for name, entry in attached.items() if not entry.fused]
         for name in plain:
-            half.attached[name].active, half.attached[name].strength = True, 0.25
+            half.attached[name].active, half.attached[name].strength = True, 0.75
         none.attached = {name: entry for name, entry in attached.items() if entry.fused}
         none.enabled = none.enabled or not none.attached
         first = sorted(attached)[0]
@@ -365,7 +365,7 @@ class Erasing(RuleBasedStateMachine):
             "disabled block": (block, off, self.model),
         }  # fmt: skip
         if plain:
-            calls["set"] = (lambda: self.manager.set_erasures(plain, 0.25), half, half)
+            calls["set"] = (lambda: self.manager.set_erasures(plain, 0.75), half, half)
         if "e" not in attached:
             _, more = self.adding("over", "e", 1.0)
             made = self.kit.erasures["over"]
