@@ -109,12 +109,11 @@ def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
     return float(effect @ found / (effect @ effect))
 
 
-@torch.no_grad()
 def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
     """Encode prompts and run the denoiser once over fixed noise."""
     backbone = backbone_for(pipe)
     # Compiled graphs would be made anew for these shapes.
-    with unguarded(), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+    with unguarded(), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         conditioning = backbone.encode(prompts)
         return Answer(conditioning.tokens.float().cpu(), _predicted(backbone, conditioning))
 

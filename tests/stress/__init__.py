@@ -1,1 +1,1 @@
-"""Whatever comes in any order, in the middle, at the same time, or is killed: erasures hold, and come off bit for bit."""
+"""Erasures hold in any order of calls, when interrupted, among threads and kills, and come off bit for bit."""

@@ -53,7 +53,9 @@ class InCompany(Erasing):
             return
         made = erasure.erase(self.pipe, "dog", "uce", vocabulary=0, attach=False, progress=False)
         wanted = self.kit.erasures["uce"].edits.low_rank
-        assert all(torch.equal(a, b) for key in wanted for a, b in zip(wanted[key], made.edits.low_rank[key], strict=True))
+        assert all(
+            torch.equal(a, b) for key in wanted for a, b in zip(wanted[key], made.edits.low_rank[key], strict=True)
+        )
 
     # Calls in flight ----------------------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ class InCompany(Erasing):
     @step(lambda m: not (m.ip or m.sliced or m.adapters or m.offloaded or len(m.casts) > 1))
     def fuse_projections(self) -> None:
         if self.qkv:
-            self.pipe.unfuse_qkv_projections(vae=False)
+            self.pipe.unet.unfuse_qkv_projections()  # the pipeline's own only knows what this very object fused
         else:
             self.pipe.fuse_qkv_projections(vae=False)
         self.qkv = not self.qkv
@@ -281,7 +283,7 @@ class InCompany(Erasing):
 
     def fuse_projections_off(self) -> None:
         """Take fused projections apart again."""
-        self.pipe.unfuse_qkv_projections(vae=False)
+        self.pipe.unet.unfuse_qkv_projections()
         self.qkv = False
 
 

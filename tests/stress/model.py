@@ -410,7 +410,7 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [key for key in wanted if found[key] != wanted[key]]
 
 
-# Worlds ---------------------------------------------------------------------------------------------------------------
+# Worlds --------------------------------------------------------------------------------------------------------------
 
 WORLD = {
     "objects": ["cat", "dog", "gun"], "styles": ["ink", "noto"], "unsafe": ["gun"],
@@ -467,5 +467,3 @@ def drop_in(pipe: Any) -> Any:
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Greatest difference, as a share of the greatest value."""
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import erasure
-from erasure import Erasure, ErasureManager
+from erasure import Erasure
 from erasure.errors import ErasureError
 from erasure.eval import evaluate
 from erasure.pipelines import StableDiffusionErasurePipeline
@@ -33,11 +34,8 @@ INTERRUPTS = option("STRESS_INTERRUPTS", 200)
 
 def interrupted(call: Callable[[], Any], at: int) -> Lines:
     """Call with an interrupt at a line; the interrupt is caught here."""
-    with Lines(at) as found:
-        try:
-            call()
-        except KeyboardInterrupt:
-            pass
+    with Lines(at) as found, contextlib.suppress(KeyboardInterrupt):
+        call()
     return found
 
 
@@ -118,21 +116,19 @@ def taken_off(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_pipe_original: Any) -> None:
-    operation, original = SWITCHES[name], copy.deepcopy(tiny_pipe_original)
-    base = look(original)
-    pipe = prepared(original, kit, operation)
-    before = look(pipe)
-    operation.call(pipe, kit, folders)  # what is imported or cached the first time is there now
-    taken_off(pipe)
-    pipe = prepared(original, kit, operation)
+    operation = SWITCHES[name]
+    base = look(tiny_pipe_original)
+    first = prepared(copy.deepcopy(tiny_pipe_original), kit, operation)
+    before = look(first)
+    operation.call(copy.deepcopy(first), kit, folders)  # what is imported or cached the first time is there now
+    pipe = copy.deepcopy(first)
     with Lines() as whole:
         operation.call(pipe, kit, folders)
     after = look(pipe)
     assert differing(after, before) if operation.lasting else not differing(after, before)
     faults = []
     for at in spread(whole.lines, INTERRUPTS // len(SWITCHES), name):
-        taken_off(pipe)
-        pipe = prepared(original, kit, operation)
+        pipe = copy.deepcopy(first)
         found = interrupted(lambda pipe=pipe: operation.call(pipe, kit, folders), at)
         assert found.reached
         try:
@@ -149,8 +145,6 @@ def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_p
             fault = f"then {type(error).__name__}: {str(error)[:90]}"
         if fault:
             faults.append(f"line {at} of {whole.lines}, {found.where}: {fault}")
-            original = copy.deepcopy(tiny_pipe_original)
-            pipe = prepared(original, kit, operation)
     assert not faults, f"{len(faults)} interrupts of {name} left a mess:\n" + "\n".join(faults)
 
 
@@ -171,7 +165,9 @@ class Writing:
 
 def is_artifact(pipe: Any, folder: Path) -> bool:
     made, wanted = Erasure.load(folder), pipe.erasure_manager.erasures["low"]
-    return all(torch.equal(a, b) for k, pair in wanted.low_rank.items() for a, b in zip(pair, made.low_rank[k], strict=True))
+    return all(
+        torch.equal(a, b) for k, pair in wanted.low_rank.items() for a, b in zip(pair, made.low_rank[k], strict=True)
+    )
 
 
 def is_erased(pipe: Any, folder: Path) -> bool:
@@ -196,7 +192,9 @@ def measured(pipe: Any, folder: Path) -> Any:
 
 
 WRITERS = {
-    "save an erasure": Writing(lambda pipe, folder: pipe.save_erasure(folder, "low", overwrite=True), ("low",), is_artifact),
+    "save an erasure": Writing(
+        lambda pipe, folder: pipe.save_erasure(folder, "low", overwrite=True), ("low",), is_artifact
+    ),
     "save fused": Writing(lambda pipe, folder: pipe.save_erased_pipeline(folder), is_whole=is_erased, again=False),
     "save beside": Writing(
         lambda pipe, folder: pipe.save_erased_pipeline(folder, fuse=False), ("low", "delta", "itd"), is_erased, False
@@ -218,7 +216,7 @@ def test_a_writer_is_done_or_not_done(name: str, kit: Kit, tmp_path: Path, tiny_
     for index, at in enumerate(spread(whole.lines, max(INTERRUPTS // 25, 2), name)):
         parent = tmp_path / f"{index}"
         folder = parent / "target"
-        found = interrupted(lambda folder=folder: writing.call(pipe, folder), at)
+        found = interrupted(lambda pipe=pipe, folder=folder: writing.call(pipe, folder), at)
         fault = ""
         try:
             if changed := differing(look(pipe), before):

@@ -1,7 +1,8 @@
-"""Processes that are killed while they write: the old or the new is there, nothing half, and what resumes ends the same."""
+"""Processes that are killed while they write leave the old or the new, nothing half; what resumes ends the same."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -73,10 +74,8 @@ class Nursery:
         child = self._answer()
         if after is not None:
             time.sleep(after)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         code = self._answer()
         assert code in (0, -signal.SIGKILL), self.log.read_text()[-3000:]
         return code != 0
@@ -252,7 +251,9 @@ def test_a_killed_training_ends_the_same(turn: int, nursery: Nursery, tiny_pipe_
 
 
 @pytest.mark.parametrize("turn", range(max(KILLS // 20, 1)))
-def test_a_killed_dictionary_ends_the_same(turn: int, nursery: Nursery, tiny_pipe_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_dictionary_ends_the_same(
+    turn: int, nursery: Nursery, tiny_pipe_folder: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na photo of a dog\nvan gogh painting\na house in ink style\n")
 
@@ -277,7 +278,8 @@ def test_a_killed_evaluation_ends_the_same(
 ) -> None:
     def job(name: str) -> dict[str, Any]:
         return {"job": "measure", "ready": [tiny_pipe_folder, folders["low"]], "model": tiny_pipe_folder,
-                "made": folders["low"], "out": tmp_path / name / "out", "cache": tmp_path / f"{name}-cache"}  # fmt: skip
+                "made": folders["low"], "out": tmp_path / name / "out",
+                "cache": tmp_path / f"{name}-cache"}  # fmt: skip
 
     seconds = nursery.seconds(**job("whole"))
     assert killed_until_done(nursery, job("killed"), seconds, 3, random.Random(turn)) >= 1

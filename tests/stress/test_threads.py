@@ -1,4 +1,4 @@
-"""Threads that draw while others switch, detect, make, save and measure: every image is of one state, none is stock."""
+"""Threads draw while others switch, detect, make, save and measure: every image is of one state, none is stock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ from erasure.errors import AttachError
 from erasure.eval import evaluate
 
 from .model import (
-    Kit, colour_judge, differing, digest, draw, drop_in, give_world, hook_names, look, one_thread, option, tensors_of,
+    Kit,
+    colour_judge,
+    differing,
+    digest,
+    draw,
+    drop_in,
+    give_world,
+    hook_names,
+    look,
+    one_thread,
+    option,
+    tensors_of,
     tokens,
 )  # fmt: skip
 
@@ -258,7 +269,8 @@ def second(pipe: Any, kind: str) -> Any:
         made.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         return made
     return {"same": lambda: pipe, "from_pipe": lambda: drop_in(pipe),
-            "stock": lambda: StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)}[kind]()  # fmt: skip
+            "stock": lambda: StableDiffusionPipeline(**pipe.components, requires_safety_checker=False),
+            }[kind]()  # fmt: skip
 
 
 def standing(pipe: Any) -> tuple[str, list[str]]:
@@ -392,7 +404,9 @@ def test_nobody_sees_the_cat(tmp_path: Path) -> None:
             seed = (turn + number) % 4
             image = paint(own, seed)
             with lock:
-                seen.append((image.tobytes() in (wanted[0][seed], wanted[1][seed]), "cat" in judge([image])[0].objects))
+                seen.append(
+                    (image.tobytes() in (wanted[0][seed], wanted[1][seed]), "cat" in judge([image])[0].objects)
+                )
 
         crew.go(f"artist {number}", work)
     switcher, maker = drop_in(pipe), drop_in(pipe)

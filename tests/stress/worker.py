@@ -1,7 +1,7 @@
 """A process of its own that does what the tests tell it, to be interrupted or killed.
 
-`worker.py JOB` runs one job, given as JSON. `worker.py serve` reads jobs from its input, one a line, and forks for each:
-everything is imported once, and a child that is killed costs milliseconds.
+`worker.py JOB` runs one job, given as JSON. `worker.py serve` reads jobs from its input, one a line, and forks for
+each: everything is imported once, and a child that is killed costs milliseconds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from stress.lines import Lines, kill  # noqa: E402
-from stress.model import colour_judge, differing, drop_in, give_world, look  # noqa: E402
+import torch
 
-import erasure  # noqa: E402
-from erasure import Erasure  # noqa: E402
+import erasure
+from erasure import Erasure
+from stress.lines import Lines, kill
+from stress.model import colour_judge, differing, drop_in, give_world, look
 
 
 def load(model: str) -> Any:
