@@ -406,8 +406,12 @@ def look(pipe: Any) -> dict[str, Any]:
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Which parts of two looks differ."""
-    return [key for key in wanted if found[key] != wanted[key]]
+    """Which parts of two looks differ; of hooks, which."""
+    changed = [key for key in wanted if found[key] != wanted[key]]
+    if "hooks" in changed:
+        extra = sorted(set(found["hooks"]) ^ set(wanted["hooks"]))
+        changed[changed.index("hooks")] = f"hooks ({'; '.join(extra[:2]) or 'in another order'})"
+    return changed
 
 
 # Worlds --------------------------------------------------------------------------------------------------------------
