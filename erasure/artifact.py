@@ -159,7 +159,8 @@ class Erasure:
         folder = Path(os.path.expanduser(source))
         if not os.path.lexists(folder):
             raise ArtifactError(
-                f"{str(source)!r} is neither a folder nor the name of a Hub repository (owner/name): check the path"
+                f"{files.shown(str(source), 200)} is neither a folder nor the name of a Hub repository: check "
+                "the path, since only a text owner/name is looked for on the Hub, and only if there is no OWNER here"
             )
         return cls.read(folder)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ def model_fingerprint(pipe: Pipeline) -> str:
         if isinstance(component, nn.Module):
             _add(found.update, component, f"{name}/")
         if isinstance(component, nn.Module) and name.startswith("text_encoder"):
-            _add_learned(found.update, pipe.components.get(name.replace("text_encoder", "tokenizer")), component)
+            tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+            _add_learned(found.update, cast("Tokenizer | None", tokenizer), component)
     return found.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.carriers import weights
+from erasure.carriers.edits import TEXT_ENCODERS
 from erasure.errors import NoMatchingModuleError, WrongBaseError
 from erasure.interop import paths
 from erasure.state import Attached, ComponentState
@@ -36,6 +37,7 @@ def sources_of(
 
     Raises:
         WrongBaseError: Another family, or a component that the pipeline lacks or that no erasure may edit.
+        ArtifactError: Edits that no pipeline can hold; see `Edits.check`.
         NoMatchingModuleError: It changes nothing.
         DivergenceError: It holds NaN or infinity.
     """
@@ -56,6 +58,7 @@ def sources_of(
                 f"the erasure {name!r} edits {component!r}, which this pipeline lacks or which no erasure may edit "
                 f"(here: {', '.join(sorted(editable))})"
             )
+    erasure.edits.check()
     sources = {component: component for component in erasure.components}
     if controlnet:
         if CONTROLNET not in modules or backbone.denoiser_component not in sources:
@@ -98,6 +101,9 @@ def check_fit(
             raise NoMatchingModuleError(f"the {component} has none of the {source}'s layers that {name!r} edits")
         if weights.is_beside(component, module, edits):
             beside.append(component)
+        width = getattr(getattr(module, "config", None), "hidden_size", None)
+        if source in TEXT_ENCODERS and isinstance(width, int):
+            erasure.edits.check_width(source, width)
         for path in erasure.edits.features_of(component):
             paths.require_block(module, path, component)
         written = state.record.written

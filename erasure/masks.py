@@ -46,7 +46,7 @@ def read_masks(given: Any, size: tuple[int, int], count: int) -> Tensor:
     return masks.expand(count, -1, -1) if len(masks) < count else masks
 
 
-def _read(mask: Any, size: tuple[int, int]) -> Tensor:
+def _read(mask: object, size: tuple[int, int]) -> Tensor:
     values = _strokes(_values(mask))
     if tuple(values.shape) != size:
         (height, width), (rows, columns) = size, values.shape
@@ -59,7 +59,7 @@ def _read(mask: Any, size: tuple[int, int]) -> Tensor:
     return values > 0.5
 
 
-def _values(mask: Any) -> Tensor:
+def _values(mask: object) -> Tensor:
     """Values of a mask in float32 as it holds them, `(height, width, channels)`.
 
     Raises:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import ErasureError, EvaluationError
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import CacheEntry
 from erasure.eval.table import decode_vector, encode_vector
@@ -31,7 +32,7 @@ class BaselineCache:
         EvaluationError: The folder cannot be written.
     """
 
-    def __init__(self, folder: Path, model: str, recipe: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, model: str, recipe: Record) -> None:
         self.folder = folder / "baselines" / f"{model}-{digest(recipe)}"
         try:
             write_json(self.folder / "recipe.json", recipe, error=EvaluationError)
@@ -46,7 +47,7 @@ class BaselineCache:
             return None
         return image if image.size == (sample.width, sample.height) else None
 
-    def get(self, sample: Sample, width: int | None) -> tuple[dict[str, Any], np.ndarray | None, Image.Image] | None:
+    def get(self, sample: Sample, width: int | None) -> tuple[Record, np.ndarray | None, Image.Image] | None:
         """Scores, features and image of a sample; `None` when they are not there or not whole, to be made again.
 
         Args:
@@ -66,7 +67,7 @@ class BaselineCache:
             return None
         return scores, vector, image
 
-    def put(self, sample: Sample, image: bytes, scores: dict[str, Any], features: np.ndarray | None) -> None:
+    def put(self, sample: Sample, image: bytes, scores: Record, features: np.ndarray | None) -> None:
         """Keep a sample. Samples whose detection failed are kept as images only, to be judged again next time.
 
         Args:

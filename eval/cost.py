@@ -6,14 +6,14 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from erasure.eval.rows import Record
 from erasure.eval.suites import Rows
 
 
-def evaluation_cost(rows: Rows, erasures: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float) -> Record:
     """The `cost` block of results.
 
     Times per image come from the rows, so they hold for a run that was killed and resumed, and for several processes.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, denoiser, initial_noise, latent_shape
 from erasure.interop import scopes
 
@@ -24,10 +25,10 @@ def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]
 
 
 def generate(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     samples: Sequence[Sample],
     batch_size: int = 16,
-    more: Callable[[list[Sample]], dict[str, Any]] = lambda batch: {},
+    more: Callable[[list[Sample]], Record] = lambda batch: {},
 ) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
     """Yield `(samples, images)` batch by batch.
 

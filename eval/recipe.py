@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
+from erasure.artifact import Erasure
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record
 from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
 from erasure.files import digest, read_bytes, tensor_infos
@@ -17,7 +19,7 @@ WEIGHTS_LIMIT = 16 * 2**30
 """Bytes of a file of a detector's weights."""
 
 
-def sampler_recipe(pipe: Any) -> dict[str, Any]:
+def sampler_recipe(pipe: DiffusionPipeline) -> Record:
     """The scheduler of a pipeline and the precision it runs in."""
     scheduler = pipe.scheduler
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
@@ -28,7 +30,7 @@ def sampler_recipe(pipe: Any) -> dict[str, Any]:
     }
 
 
-def judge_fingerprint(judge: Any) -> str:
+def judge_fingerprint(judge: object) -> str:
     """Name of a detector, and sha256 of its weights when it has a folder.
 
     Raises:
@@ -47,7 +49,7 @@ def judge_fingerprint(judge: Any) -> str:
     return f"{name} ({found.hexdigest()[:12]})"
 
 
-def erasure_entry(name: str, erasure: Any, strength: float) -> dict[str, Any]:
+def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
     """What results say about an attached erasure."""
     config = erasure.config
     return {
@@ -62,7 +64,7 @@ def erasure_entry(name: str, erasure: Any, strength: float) -> dict[str, Any]:
     }
 
 
-def erasure_fingerprint(erasure: Any) -> str:
+def erasure_fingerprint(erasure: Erasure) -> str:
     """sha256 of the tensors of an erasure and of the options it was made with, 16 hex digits."""
     found = hashlib.sha256(digest([erasure.config.strategy, erasure.config.strategy_config]).encode())
     tensors = erasure.edits.delta_state_dict() | erasure.edits.lora_state_dict()
@@ -73,8 +75,8 @@ def erasure_fingerprint(erasure: Any) -> str:
 
 
 def run_recipe(
-    plan: Plan, model: str, sampler: dict[str, Any], judge: str, clip: str | None, erasures: list[dict[str, Any]]
-) -> dict[str, Any]:
+    plan: Plan, model: str, sampler: Record, judge: str, clip: str | None, erasures: list[Record]
+) -> Record:
     """All that a folder of samples depends on; a run resumes only when it is the same."""
     import diffusers
 

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from erasure.errors import EvaluationError
 from erasure.eval.processes import Processes
 from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
@@ -50,12 +51,12 @@ def join(out: str | Path | None, seed: int = 0) -> Processes:
 class Subject:
     """What is measured, and with what."""
 
-    pipe: Any
+    pipe: DiffusionPipeline
     fingerprint: str
     """Of the stock model."""
-    erasures: list[dict[str, Any]]
+    erasures: list[Record]
     """Entries of the attached erasures, as results have them."""
-    sampler: dict[str, Any]
+    sampler: Record
     judge: Judge
     judge_name: str
     clip: str | None
@@ -63,7 +64,12 @@ class Subject:
 
     @classmethod
     def of(
-        cls, pipe: Any, fingerprint: str, attached: Sequence[dict[str, Any]], judge: Judge, clip: str | None = None
+        cls,
+        pipe: DiffusionPipeline,
+        fingerprint: str,
+        attached: Sequence[Record],
+        judge: Judge,
+        clip: str | None = None,
     ) -> Subject:
         """Describe a pipeline.
 
@@ -77,12 +83,12 @@ class Subject:
         erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
         return cls(pipe, fingerprint, erasures, sampler_recipe(pipe), judge, judge_fingerprint(judge), clip)
 
-    def recipe(self, plan: Plan) -> dict[str, Any]:
+    def recipe(self, plan: Plan) -> Record:
         """All that a folder of samples depends on."""
         return run_recipe(plan, self.fingerprint, self.sampler, self.judge_name, self.clip, self.erasures)
 
     @property
-    def model(self) -> dict[str, Any]:
+    def model(self) -> Record:
         """The `model` block of results."""
         names = {"name": model_name(self.pipe), "fingerprint": self.fingerprint, "pipeline": type(self.pipe).__name__}
         return names | self.sampler
@@ -130,7 +136,7 @@ class Run:
             path = image_path(self.table.folder, variant, sample.sample_id)
             write_bytes(path, png(image), error=EvaluationError)
 
-    def rows(self) -> dict[str, list[dict[str, Any]]] | None:
+    def rows(self) -> dict[str, list[Record]] | None:
         """Rows of all processes by variant, once all have finished; `None` unless this is the main process."""
         self.processes.wait()
         if not self.processes.is_main:
@@ -140,7 +146,7 @@ class Run:
         self.table.merge()
         return self.table.by_variant()
 
-    def results(self, metrics: list[dict[str, Any]], cost: dict[str, Any]) -> Results:
+    def results(self, metrics: list[Record], cost: Record) -> Results:
         """Write `results.json`; the main process calls it, and then lets the others go."""
         pipe, processes = self.subject.pipe, {"processes": self.processes.count}
         results = Results(
@@ -158,7 +164,7 @@ class Run:
 
 @contextmanager
 def opened(
-    processes: Processes, table: Callable[[Path], SampleTable], recipe: dict[str, Any], out: str | Path | None
+    processes: Processes, table: Callable[[Path], SampleTable], recipe: Record, out: str | Path | None
 ) -> Iterator[SampleTable]:
     """The table of a folder with what is in it already; the folder is held until the end.
 
@@ -184,7 +190,7 @@ def opened(
         yield made
 
 
-def model_name(pipe: Any) -> str:
+def model_name(pipe: DiffusionPipeline) -> str:
     """Hub id or name of the folder; a path of this machine says nothing to others."""
     name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
     return Path(name).name if Path(name).is_absolute() else name

@@ -11,6 +11,7 @@ from PIL import Image
 
 from erasure.eval.metrics.clip_score import ClipModel, cosine
 from erasure.eval.metrics.drift import feature_drift, pixel_drift
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[Any]]
@@ -34,7 +35,7 @@ def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Any]:
         return [answer for image in images for answer in call_judge(judge, [image])]
 
 
-def judgement(answer: Any, sample: Sample) -> dict[str, Any]:
+def judgement(answer: Any, sample: Sample) -> Record:
     """What the result row keeps of an answer: the classes, and the scores of what the prompt asked for."""
 
     def score(table: str, name: str | None) -> float | None:
@@ -57,7 +58,7 @@ def judgement(answer: Any, sample: Sample) -> dict[str, Any]:
 
 def score(
     samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None
-) -> tuple[list[dict[str, Any]], list[np.ndarray | None]]:
+) -> tuple[list[Record], list[np.ndarray | None]]:
     """Scores and image features of a batch.
 
     Returns:

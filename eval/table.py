@@ -6,13 +6,13 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow, FeatureRow, ReportRow
 from erasure.files import differences, inside, read_bytes, read_lines, shown, validated, write_bytes
@@ -28,7 +28,7 @@ Key = tuple[str, str]
 """Sample id and variant."""
 
 
-def read_rows(path: Path, schema: type = ReportRow) -> list[dict[str, Any]]:
+def read_rows(path: Path, schema: type = ReportRow) -> list[Record]:
     """Rows of a JSON-lines file; an unfinished last line, as a killed run leaves it, is left out.
 
     Args:
@@ -38,7 +38,7 @@ def read_rows(path: Path, schema: type = ReportRow) -> list[dict[str, Any]]:
     Raises:
         EvaluationError: It cannot be read, or a line is damaged.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     try:
         rows.extend(read_lines(path, schema, torn=True, limit=LIMIT, error=EvaluationError))
     except EvaluationError as error:
@@ -103,7 +103,7 @@ class SampleTable:
                 raise EvaluationError(f"two samples are called {shown(sample.sample_id)}: give each an id of its own")
             self.samples[sample.sample_id] = sample
             image_path(folder, variants[0], sample.sample_id)
-        self.rows: dict[Key, dict[str, Any]] = {}
+        self.rows: dict[Key, Record] = {}
         self.features: dict[Key, np.ndarray] = {}
 
     def _parts(self, stem: str) -> list[Path]:
@@ -141,7 +141,7 @@ class SampleTable:
                 self._check(row, key, path)
                 self.rows[key] = row
 
-    def _key(self, row: Mapping[str, Any], path: Path) -> Key:
+    def _key(self, row: Row, path: Path) -> Key:
         key = row["sample_id"], row["variant"]
         if key[0] not in self.samples or key[1] not in self.variants:
             raise EvaluationError(
@@ -150,7 +150,7 @@ class SampleTable:
             )
         return key
 
-    def _vector(self, row: Mapping[str, Any], path: Path) -> np.ndarray:
+    def _vector(self, row: Row, path: Path) -> np.ndarray:
         try:
             vector = decode_vector(row["features"])
             width = len(next(iter(self.features.values()), vector))
@@ -163,7 +163,7 @@ class SampleTable:
             ) from error
         return vector
 
-    def _check(self, row: dict[str, Any], key: Key, path: Path) -> None:
+    def _check(self, row: Record, key: Key, path: Path) -> None:
         planned = self.samples[key[0]].row()
         there = {name: row.get(name) for name in planned}
         if there != planned and (changed := differences(there, planned)):
@@ -179,7 +179,7 @@ class SampleTable:
     def _own(self, stem: str) -> Path:
         return self.folder / (f"{stem}.jsonl" if self.processes == 1 else f"{stem}-{self.rank}.jsonl")
 
-    def append(self, rows: Sequence[dict[str, Any]], features: Sequence[np.ndarray | None]) -> None:
+    def append(self, rows: Sequence[Record], features: Sequence[np.ndarray | None]) -> None:
         """Add finished rows. A sample counts as done once its row is there, so its features are written first.
 
         Raises:
@@ -207,17 +207,17 @@ class SampleTable:
                 if part.name != f"{stem}.jsonl":
                     part.unlink()
 
-    def by_variant(self) -> dict[str, list[dict[str, Any]]]:
+    def by_variant(self) -> dict[str, list[Record]]:
         """Rows of each variant that has any, in the order of the plan."""
         table = {v: [self.rows[s, v] for s in self.samples if (s, v) in self.rows] for v in self.variants}
         return {variant: rows for variant, rows in table.items() if rows}
 
 
-def _feature_row(key: Key, vector: np.ndarray) -> dict[str, Any]:
+def _feature_row(key: Key, vector: np.ndarray) -> Record:
     return {"sample_id": key[0], "variant": key[1], "features": encode_vector(vector)}
 
 
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def _lines(rows: Iterable[Row]) -> bytes:
     try:
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     except (TypeError, ValueError) as error:
@@ -226,7 +226,7 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
         ) from error
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _append(path: Path, rows: Sequence[Row]) -> None:
     """Add lines to a file, all of them or none."""
     if not rows:
         return

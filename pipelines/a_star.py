@@ -145,7 +145,7 @@ class CompositionMixin(SharedModulesMixin):
         finally:
             self._guide = None
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
+    def prepare_latents(self, *args: object, **kwargs: object) -> Tensor:
         """As the stock method; the guidance learns where the loop begins."""
         latents = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
         if self._guide is not None:

@@ -133,9 +133,9 @@ def is_private(name: str) -> bool:
 
 @cache
 def own_names() -> frozenset[str]:
-    """Names with an underscore that this package defines: functions, classes, variables, attributes."""
+    """Names with an underscore of functions, classes, variables and attributes that the package defines."""
     found = set()
-    for source in sources():
+    for source in (source for source in sources() if source.room != "interop"):
         functions = {node.name for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)}
         for node in ast.walk(source.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower
+from erasure.interop.protocols import Denoiser, Scheduler
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
 
@@ -59,7 +60,7 @@ class Backbone(ABC):
         """The text encoders, in the order in which the pipeline uses them."""
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> Denoiser:
         """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
 
@@ -109,7 +110,7 @@ class Backbone(ABC):
         """What a perfect denoiser predicts for `noised(clean, noise, t)`."""
 
     @abstractmethod
-    def rollout_scheduler(self) -> Any:
+    def rollout_scheduler(self) -> Scheduler:
         """A new deterministic first-order sampler of the model's noise schedule.
 
         It keeps nothing between steps, so rows of a batch may end at any of them.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
 from erasure.interop import learned, paths
-from erasure.interop.protocols import Tokenizer
+from erasure.interop.protocols import TextBlock, TextModel, Tokenizer
 
 PLACEHOLDER = re.compile(r"<[^<>\s]+>")
 """How learned tokens are named, by custom."""
@@ -49,14 +49,14 @@ class TextTower:
     """The pipeline that it is of, which rewrites prompts before they are tokenised."""
 
     @property
-    def root(self) -> Any:
+    def root(self) -> TextModel:
         """The module that holds `encoder`; paths are relative to it."""
-        return paths.transformer_root(self.module)
+        return cast(TextModel, paths.transformer_root(self.module))
 
     @property
-    def blocks(self) -> list[Any]:
+    def blocks(self) -> list[TextBlock]:
         """The transformer blocks, first to last."""
-        return list(self.root.get_submodule(self._blocks))
+        return list(cast(Iterable[TextBlock], self.root.get_submodule(self._blocks)))
 
     @property
     def _blocks(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from erasure.carriers.kernels import attend, attend_weighted, attend_without, at
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
 from erasure.interop import hooks
+from erasure.interop.attention import Backend, ChosenBackend
 from erasure.interop.hooks import ModelHook
-from erasure.interop.protocols import Arguments
+from erasure.interop.protocols import Arguments, AttentionLayer
 
 _CAPTURE = "erasure_attention_capture"
 
@@ -159,7 +160,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         """Put the processors and hooks in place."""
         with ExitStack() as stack:
             for site, edit in self._edits.values():
-                module: Any = site.module
+                module = cast(AttentionLayer, site.module)
                 # Ahead of the change: an interruption in between must not leave it.
                 stack.callback(module.set_processor, module.processor)
                 module.set_processor(EditedAttention(site, edit, module.processor))
@@ -232,7 +233,7 @@ class _Edit:
         # In place: a compiled graph sees new values in the same buffer.
         self.scale.copy_(torch.where(self.covered, factor, 1.0))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, text_first: bool, backend: Any) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, text_first: bool, backend: Backend) -> Tensor:
         """The attention's output, `(rows, tokens, heads, dim)`; image tokens come after or before the text's."""
         if not self.on:
             return attend(query, key, value, backend)
@@ -246,7 +247,9 @@ class _Edit:
             parts.append(self._changed(q, k, v, text, text_first, backend) if changed else attend(q, k, v, backend))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _changed(self, query: Tensor, key: Tensor, value: Tensor, text: int, text_first: bool, backend: Any) -> Tensor:
+    def _changed(
+        self, query: Tensor, key: Tensor, value: Tensor, text: int, text_first: bool, backend: Backend
+    ) -> Tensor:
         repeats = query.shape[0] // self.layout.samples
         lead, trail = (text, 0) if text_first else (0, text)
         scale = F.pad(self.scale, (lead, trail), value=1.0).repeat(repeats, 1)
@@ -273,7 +276,7 @@ def _groups(covered: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [((which == index).nonzero()[:, 0], (~mask).nonzero()[:, 0]) for index, mask in enumerate(masks)]
 
 
-class EditedAttention:
+class EditedAttention(ChosenBackend):
     """Processor of a layer whose keys are left out or weighted; LoRA and fused projections work as before.
 
     Args:
@@ -282,25 +285,20 @@ class EditedAttention:
         before: The processor that was there; its backend is respected.
     """
 
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __init__(self, site: AttentionSite, edit: _Edit, before: Any) -> None:
+    def __init__(self, site: AttentionSite, edit: _Edit, before: object) -> None:
+        super().__init__(before)
         self.site, self.edit = site, edit
         self.fused = is_fused(site.module, before)
-        self._attention_backend = getattr(before, "_attention_backend", None)
-        if self._attention_backend is None and "XFormers" in type(before).__name__:
-            self._attention_backend = "xformers"
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, image_rotary_emb: Rotary = None, *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, image_rotary_emb: Rotary = None, *args: object, **kwargs: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """As diffusers' processors are called."""
         if attention_mask is not None:
             raise UnsupportedModelError(f"{self.site.name} is given an attention mask, which cannot be combined")
         query, key, value = project(self.site, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
-        out = self.edit(query, key, value, self.site.text == "first", self._attention_backend)
+        out = self.edit(query, key, value, self.site.text == "first", self.backend)
         return finish(self.site, out.to(query.dtype), encoder_hidden_states)
 
 
@@ -316,7 +314,7 @@ class _Capture(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        text: Any = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         rows, columns = self.site.grid(*self.layout.latent_size)
         if self.site.kind == "cross":
             query, key = project_cross(self.site, hidden, text)

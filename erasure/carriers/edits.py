@@ -62,12 +62,6 @@ class Edits:
         return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
 
     @property
-    def is_empty(self) -> bool:
-        """Whether every edit is zero, so that nothing would change."""
-        products = (bool(down.any()) and bool(up.any()) for down, up in self.low_rank.values())
-        return not (any(products) or any(bool(delta.any()) for delta in self.deltas.values()) or bool(self.features))
-
-    @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
         return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features)))
@@ -123,22 +117,23 @@ class Edits:
         for key, block in self.features.items():
             _check_block(key, block)
         self.check_finite()
-        if not self.change_something():
+        if self.is_empty:
             raise ArtifactError(
                 f"the erasure changes nothing: its {len(self)} edits are zero. It is damaged or was never trained; "
                 "make it again"
             )
 
-    def change_something(self) -> bool:
-        """Whether any edit is more than nothing."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether every edit is nothing, so that no image would change."""
         total = 0.0
         for edit in self.low_rank.values():
             down, up = edit.down.detach().double().cpu(), edit.up.detach().double().cpu()
             # |up down|^2 without the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
         for delta in self.deltas.values():
-            total += float(torch.linalg.vector_norm(delta.detach().cpu(), dtype=torch.float64) ** 2)
-        return total > FAINTEST**2 or any(_acts(block) for block in self.features.values())
+            total += float(delta.detach().double().cpu().norm() ** 2)
+        return total <= FAINTEST**2 and not any(_acts(block) for block in self.features.values())
 
     def check_width(self, component: str, width: int) -> None:
         """Raise unless what is pinned and edited inside a text encoder is as wide as the encoder.
@@ -162,7 +157,9 @@ class Edits:
     def check_finite(self) -> None:
         """Raise `DivergenceError` when a tensor holds NaN or infinity."""
         tensors = {**self.delta_state_dict(), **self.lora_state_dict()}
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        # Nobody knows which values of 8 bits are finite but a wider type.
+        wide = {key: tensor.float() if tensor.itemsize == 1 else tensor for key, tensor in tensors.items()}
+        broken = [key for key, tensor in wide.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
 

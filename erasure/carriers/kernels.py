@@ -8,20 +8,18 @@ the least finite number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.errors import UnsupportedModelError
-from erasure.interop.attention import AttentionBackendName, active_backend, dispatch_attention_fn
+from erasure.interop.attention import AttentionBackendName, Backend, active_backend, dispatch_attention_fn
 
 ALIGNMENT = 8
 """Head dimensions that fused kernels take are multiples of this."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, backend: Any = None, scale: float | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, backend: Backend = None, scale: float | None = None) -> Tensor:
     """`softmax(scale q k^T) v`, `(batch, queries, heads, dim)`.
 
     Args:
@@ -34,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: Any = None, scale
     return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
 
 
-def attend_without(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, backend: Any = None) -> Tensor:
+def attend_without(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, backend: Backend = None) -> Tensor:
     """Attention to some keys only: what masking the others with minus infinity gives, at the cost of those kept.
 
     Args:
@@ -47,7 +45,7 @@ def attend_without(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, back
     return attend(query, key.index_select(1, keep), value.index_select(1, keep), backend)
 
 
-def attend_weighted(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor, backend: Any = None) -> Tensor:
+def attend_weighted(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor, backend: Backend = None) -> Tensor:
     """Attention whose probabilities are multiplied by a weight per key and normalised again.
 
     The logits get `log_weight` added, as one more channel: queries there are 1, keys `log_weight / scale`.

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasure.backbones import AttentionSite
+from erasure.interop.protocols import AttentionLayer
 
 Rotary = tuple[Tensor, Tensor] | None
 
 
-def is_fused(attention: Any, processor: Any) -> bool:
+def is_fused(attention: nn.Module, processor: object) -> bool:
     """Whether a layer that runs with a processor has its projections in one matrix."""
     # `Attention` keeps the flag after unfusing; Flux' layers have no fused processor.
     named = type(processor).__name__.startswith("Fused") or getattr(processor, "fused", False)
-    return named or (not hasattr(attention, "residual_connection") and attention.fused_projections)
+    return named or (not hasattr(attention, "residual_connection") and bool(attention.fused_projections))
 
 
 def project(
@@ -32,7 +33,7 @@ def project(
         rotary: Cosines and sines of the positions of all tokens.
         fused: See `is_fused`.
     """
-    attn: Any = site.module
+    attn = cast(AttentionLayer, site.module)
     parts = _heads(attn, hidden, fused, ("to_q", "to_k", "to_v", "to_qkv"), ("norm_q", "norm_k"))
     if text is not None:
         names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
@@ -45,9 +46,9 @@ def project(
     return query, key, value
 
 
-def project_cross(site: AttentionSite, hidden: Tensor, text: Any) -> tuple[Tensor, Tensor]:
+def project_cross(site: AttentionSite, hidden: Tensor, text: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Queries and keys `(batch, tokens, heads, dim)` of a cross-attention, without an IP-Adapter's own keys."""
-    attn: Any = site.module
+    attn = cast(AttentionLayer, site.module)
     words = text[0] if isinstance(text, tuple) else text
     if attn.norm_cross:
         words = attn.norm_encoder_hidden_states(words)
@@ -57,7 +58,7 @@ def project_cross(site: AttentionSite, hidden: Tensor, text: Any) -> tuple[Tenso
 
 def finish(site: AttentionSite, out: Tensor, text: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """What the layer returns for the attention's output `(batch, tokens, heads, dim)`."""
-    attn: Any = site.module
+    attn = cast(AttentionLayer, site.module)
     hidden = out.flatten(2)
     if text is None:
         return _out(attn, hidden)
@@ -71,17 +72,19 @@ def finish(site: AttentionSite, out: Tensor, text: Tensor | None) -> Tensor | tu
     return _out(attn, hidden), words
 
 
-def _out(attn: Any, hidden: Tensor) -> Tensor:
+def _out(attn: AttentionLayer, hidden: Tensor) -> Tensor:
     layers = getattr(attn, "to_out", None)  # none in Flux' single blocks
     return hidden if layers is None else layers[1](layers[0](hidden))
 
 
-def _heads(attn: Any, x: Tensor, fused: bool, layers: tuple[str, ...], norms: tuple[str, str]) -> list[Tensor]:
+def _heads(
+    attn: AttentionLayer, x: Tensor, fused: bool, layers: tuple[str, ...], norms: tuple[str, str]
+) -> list[Tensor]:
     flat = getattr(attn, layers[3])(x).chunk(3, -1) if fused else [getattr(attn, name)(x) for name in layers[:3]]
     query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in flat)
     return [_normed(attn, norms[0], query), _normed(attn, norms[1], key), value]
 
 
-def _normed(attn: Any, name: str, x: Tensor) -> Tensor:
+def _normed(attn: AttentionLayer, name: str, x: Tensor) -> Tensor:
     norm = getattr(attn, name, None)
     return x if norm is None else norm(x)

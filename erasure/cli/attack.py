@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -22,6 +22,9 @@ from erasure.cli.models import (
 )
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
 from erasure.concept import Kind
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Settings
 
 
 @dataclass(kw_only=True)
@@ -87,7 +90,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
 
 
-def _attack(options: AttackOptions, name: str, changed: dict[str, Any], terminal: Terminal) -> dict[str, Any]:
+def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Terminal) -> Settings:
     """Open everything, cheap checks first, and do it; gives `results.json`."""
     from erasure.eval import suites
     from erasure.eval.attacks.prompts import read_prompts
@@ -105,7 +108,7 @@ def _attack(options: AttackOptions, name: str, changed: dict[str, Any], terminal
     out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
-    common: dict[str, Any] = {"suite": options.suite, "out": out, "progress": terminal.speaks}
+    common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks}
     if options.prompts is not None:
         return replay(pipe, options.prompts, concept, **common).to_dict()
     return attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed).to_dict()
@@ -125,7 +128,7 @@ def _parse(method: Any, start: Any, name: str, argv: list[str]) -> tuple[AttackO
     return parsed.command, parsed.attack
 
 
-def remarks(metrics: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(metrics: Sequence[Settings]) -> list[str]:
     """What a reader of the rates must know besides."""
     lines = []
     for row in metrics:

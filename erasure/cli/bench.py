@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import (
@@ -26,7 +26,8 @@ from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.concept import Concept
 
 if TYPE_CHECKING:
-    from erasure.interop.protocols import Pipeline
+    from erasure.artifact import Erasure
+    from erasure.interop.protocols import Pipeline, Settings
 
 PROMPT = "a photo of a dog"
 PARTS = ("itd", "attention", "training")
@@ -98,7 +99,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
-def make_each(pipe: Pipeline, options: BenchOptions, terminal: Terminal) -> dict[str, Any]:
+def make_each(pipe: Pipeline, options: BenchOptions, terminal: Terminal) -> Settings:
     """One erasure with every strategy that does not train on trajectories."""
     import erasure
     from erasure.strategies import available
@@ -116,12 +117,12 @@ def make_each(pipe: Pipeline, options: BenchOptions, terminal: Terminal) -> dict
 def measure(
     pipe: Pipeline,
     name: str,
-    made: Any,
+    made: Erasure,
     strength: float,
-    settings: dict[str, Any],
+    settings: Settings,
     repeats: int,
     advance: Callable[[], None],
-) -> dict[str, Any]:
+) -> Settings:
     """Time one erasure on one pipeline: each round draws an image stock, attached and fused, one after the other.
 
     Ratios are taken within a round, then the median over rounds, so that a slow spell of the machine hits all alike.
@@ -160,14 +161,14 @@ def measure(
     }
 
 
-def draw(pipe: Pipeline, settings: dict[str, Any]) -> None:
+def draw(pipe: Pipeline, settings: Settings) -> None:
     """One image, the same each time."""
     import torch
 
     pipe(PROMPT, generator=torch.Generator("cpu").manual_seed(0), **settings)
 
 
-def timed(pipe: Pipeline, action: Callable[[], Any]) -> float:
+def timed(pipe: Pipeline, action: Callable[[], object]) -> float:
     """Wall-clock seconds of an action, until the device has done it."""
     synchronise(pipe)
     start = time.perf_counter()

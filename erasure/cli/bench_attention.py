@@ -7,12 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from erasure.interop.protocols import Denoiser
 
 HEADS, WIDTH, COVERED = 10, 64, 0.2
 """Of SDXL's layers of 64x64 tokens, and the share that the mask covers."""
@@ -70,7 +72,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(["", "against", "ratio"], rows)
 
 
-def both_ratios(make: Callable[..., Callable[[], Any]], options: BenchAttentionOptions) -> dict[str, float]:
+def both_ratios(make: Callable[..., Callable[[], object]], options: BenchAttentionOptions) -> dict[str, float]:
     """FLOPs and time of a step in its cheap form over those in its plain one."""
     return {
         "flops": flops_ratio(make, options.side),
@@ -78,7 +80,7 @@ def both_ratios(make: Callable[..., Callable[[], Any]], options: BenchAttentionO
     }
 
 
-def in_turn(actions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+def in_turn(actions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of actions that take turns, after one round that does not count."""
     import torch
 
@@ -154,7 +156,7 @@ def time_layer(tokens: int, device: str, repeats: int) -> dict[str, float | None
     }
 
 
-def extra_memory(action: Callable[[], Any], device: str) -> float | None:
+def extra_memory(action: Callable[[], object], device: str) -> float | None:
     """Most megabytes that tensors made by an action hold at once, its result included."""
     import torch
 
@@ -180,7 +182,7 @@ def extra_memory(action: Callable[[], Any], device: str) -> float | None:
 # The UNet -----------------------------------------------------------------------------------------------------------
 
 
-def make_unet(layout: str, device: str) -> Any:
+def make_unet(layout: str, device: str) -> Denoiser:
     """A UNet of Stable Diffusion 1.5's layout with random weights."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -194,7 +196,7 @@ def make_unet(layout: str, device: str) -> Any:
     return unet.eval().requires_grad_(False)
 
 
-def removal_step(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
+def removal_step(unet: Denoiser, side: int, *, cheap: bool) -> Callable[[], object]:
     """One step of object removal with both branches, whole or with a shared trunk."""
     import torch
 
@@ -211,14 +213,14 @@ def removal_step(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
         control.drop_keys(mask, sites, query_scale=0.3, scale_until=0.25)
     latents, text = torch.randn(1, 4, side, side, device=device), torch.randn(1, 77, 768, device=device)
 
-    def step() -> Any:
+    def step() -> object:
         with torch.no_grad(), control, BranchGuidance(unet, 9.0, shared_trunk=cheap):
             return unet(latents, torch.tensor(500, device=device), encoder_hidden_states=text).sample
 
     return step
 
 
-def guidance_pass(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
+def guidance_pass(unet: Denoiser, side: int, *, cheap: bool) -> Callable[[], object]:
     """One forward and backward pass of A-STAR's segregation loss, through the whole UNet or as far as it reads."""
     import torch
 
@@ -235,12 +237,12 @@ def guidance_pass(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
     latents = torch.randn(1, 4, side, side, device=device).requires_grad_(True)
     text, present = torch.randn(1, 77, 768, device=device), torch.ones(1, 2, dtype=torch.bool, device=device)
 
-    def step() -> Any:
-        def forward() -> Any:
+    def step() -> object:
+        def forward() -> Tensor:
             return unet(latents, torch.tensor(500, device=device), encoder_hidden_states=text).sample
 
         with torch.enable_grad(), control:
-            made = 0.0
+            made = torch.zeros((), device=device)
             if cheap:
                 control.collect(forward)
             else:
@@ -254,7 +256,7 @@ def guidance_pass(unet: Any, side: int, *, cheap: bool) -> Callable[[], Any]:
     return step
 
 
-def flops_ratio(make: Callable[..., Callable[[], Any]], side: int) -> float:
+def flops_ratio(make: Callable[..., Callable[[], object]], side: int) -> float:
     """FLOPs of a step in its cheap form over those in its plain one, at Stable Diffusion 1.5's full width.
 
     The keys that redirected layers leave out, which make both forms cheaper, are not subtracted.
@@ -263,14 +265,14 @@ def flops_ratio(make: Callable[..., Callable[[], Any]], side: int) -> float:
     return count(make(unet, side, cheap=True)) / count(make(unet, side, cheap=False))
 
 
-def time_ratio(make: Callable[..., Callable[[], Any]], side: int, device: str, repeats: int) -> float:
+def time_ratio(make: Callable[..., Callable[[], object]], side: int, device: str, repeats: int) -> float:
     """The same in time, at a quarter of the width."""
     unet = make_unet("quarter", device)
     seconds = in_turn({name: make(unet, side, cheap=name == "cheap") for name in ("cheap", "plain")}, repeats, device)
     return seconds["cheap"] / seconds["plain"]
 
 
-def count(action: Callable[[], Any]) -> int:
+def count(action: Callable[[], object]) -> int:
     """FLOPs of an action."""
     from torch.utils.flop_counter import FlopCounterMode
 

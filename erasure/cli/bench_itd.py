@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from erasure.cli.bench import draw, median_ratio, peak_memory, process_mb, timed
 from erasure.cli.generate import call_settings
@@ -15,7 +15,12 @@ from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
-    from erasure.interop.protocols import Pipeline
+    from torch import Generator
+
+    from erasure.artifact import Erasure
+    from erasure.carriers.features import FeatureEdit
+    from erasure.interop.protocols import Pipeline, Settings
+    from erasure.sae import SparseAutoencoder
 
 CONCEPTS = (1, 10, 100, 1000)
 EDITED, COUNTED = 8, 32
@@ -76,7 +81,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(("decoder", "tokens per second", "memory of a step, MB"), both, title=title)
 
 
-def time_images(pipe: Pipeline, options: BenchItDOptions, advance: Callable[[], None]) -> list[dict[str, Any]]:
+def time_images(pipe: Pipeline, options: BenchItDOptions, advance: Callable[[], None]) -> list[Settings]:
     """An image with each number of concepts, against the stock pipeline in the same round."""
     from erasure.attach import ErasureManager
 
@@ -100,7 +105,7 @@ def time_images(pipe: Pipeline, options: BenchItDOptions, advance: Callable[[], 
     ]  # fmt: skip
 
 
-def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Any:
+def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
     """An erasure of so many concepts, each with random features of a dictionary."""
     import torch
 
@@ -122,7 +127,7 @@ def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Any:
     return Erasure(config, Edits(features={key: edit}))
 
 
-def random_edit(sae: Any, concepts: int, edited: int, counted: int, generator: Any) -> Any:
+def random_edit(sae: SparseAutoencoder, concepts: int, edited: int, counted: int, generator: Generator) -> FeatureEdit:
     """So many concepts with random latents of an autoencoder, each stored once; all gates but the first are shut."""
     import torch
 
@@ -179,7 +184,7 @@ def time_edit(repeats: int = 50) -> dict[str, float]:
         torch.set_num_threads(threads)
 
 
-def best(action: Callable[[], Any], repeats: int) -> float:
+def best(action: Callable[[], object], repeats: int) -> float:
     """Least seconds of an action."""
     seconds = []
     for _ in range(repeats):
@@ -211,7 +216,7 @@ def time_training(steps: int = 6) -> dict[str, dict[str, float | None]]:
     sae = SparseAutoencoder(SAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K))
     sae.initialise(x, generator)
     options = TrainingOptions(d_sae=D_SAE, k=K)
-    kinds: dict[str, Any] = {"sparse": TrainingLoss(sae, options), "dense": Dense(sae, options)}
+    kinds: Settings = {"sparse": TrainingLoss(sae, options), "dense": Dense(sae, options)}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     memory: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(steps):

@@ -13,7 +13,7 @@ from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_m
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
-    from erasure.interop.protocols import Pipeline
+    from erasure.interop.protocols import Pipeline, Settings
 
 
 @dataclass(kw_only=True)
@@ -75,7 +75,7 @@ def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions)
 
     strategy: Any = get(name)
     concepts = make_concepts((options.concept,), canvas_facts(options.model))
-    settings: dict[str, Any] = {"rollout_steps": options.rollout_steps, "states": mode, "steps": options.updates}
+    settings: Settings = {"rollout_steps": options.rollout_steps, "states": mode, "steps": options.updates}
     if name == "advunlearn":
         settings["attack_from"] = 0.0  # every update is attacked, as four in five are
     with empty_cache():
@@ -106,7 +106,7 @@ def empty_cache() -> Iterator[None]:
                 os.environ["ERASURE_CACHE"] = before
 
 
-def compared(name: str, buffer: dict[str, float], online: dict[str, float]) -> dict[str, Any]:
+def compared(name: str, buffer: dict[str, float], online: dict[str, float]) -> Settings:
     """A whole run of the strategy's default length with a buffer, filling included, against one without."""
     updates = buffer["updates"]
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, attach, open_model
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from erasure.artifact import Erasure
+    from erasure.eval.results import Results
+    from erasure.interop.protocols import Settings
 
 MODEL = "canvas-sd"
 
@@ -88,7 +95,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     )
 
 
-def make(pipe: Any, part: Part, folder: Path, seed: int, progress: Progress) -> Any:
+def make(pipe: DiffusionPipeline, part: Part, folder: Path, seed: int, progress: Progress) -> Erasure:
     """Make and save one erasure."""
     import erasure
 
@@ -100,7 +107,7 @@ def make(pipe: Any, part: Part, folder: Path, seed: int, progress: Progress) -> 
     return made
 
 
-def measure(pipe: Any, name: str, made: Any, options: DemoOptions, progress: Progress) -> Any:
+def measure(pipe: DiffusionPipeline, name: str, made: Erasure, options: DemoOptions, progress: Progress) -> Results:
     """Attach one erasure, measure before and after, and take it off again."""
     from erasure.eval import evaluate
 
@@ -120,7 +127,7 @@ def measure(pipe: Any, name: str, made: Any, options: DemoOptions, progress: Pro
     return results
 
 
-def draw(pipe: Any, erasures: dict[str, Any], path: Path, seed: int, progress: Progress) -> Path:
+def draw(pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, seed: int, progress: Progress) -> Path:
     """The picture: the same prompts and noise with nothing, each erasure alone, and all together."""
     import torch
 
@@ -144,7 +151,7 @@ def draw(pipe: Any, erasures: dict[str, Any], path: Path, seed: int, progress: P
     return path
 
 
-def table(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(measured: Settings) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each metric of each erasure, before and after."""
     rows = []
     for name, results in measured.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,11 @@ from erasure.cli.terminal import UsageError
 from erasure.concept import Concept, Kind
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from erasure.artifact import Erasure
+    from erasure.attach import ErasureManager
+    from erasure.interop.protocols import Settings
     from erasure.pipelines import Task
 
 
@@ -36,7 +42,7 @@ class ErasedModelOptions(ModelOptions):
     """Strength of each erasure, in their order; 1 when left out."""
 
 
-def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "text-to-image") -> Any:
+def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "text-to-image") -> DiffusionPipeline:
     """Load the pipeline with the progress bars of diffusers off.
 
     Args:
@@ -54,7 +60,7 @@ def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     if options.dtype is not None:
         import torch
 
@@ -95,7 +101,7 @@ def check_seeds(seed: int, count: int = 1) -> None:
         raise UsageError("--seed has more than 64 bits: give a whole number from -2^63 to 2^64 - 1")
 
 
-def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
+def load_erasures(options: ErasedModelOptions) -> dict[str, Erasure]:
     """Read the erasures, by the names under which they will be attached.
 
     Raises:
@@ -103,7 +109,7 @@ def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
     """
     from erasure.artifact import Erasure
 
-    found: dict[str, Any] = {}
+    found: dict[str, Erasure] = {}
     for source in options.erasure:
         made = Erasure.load(source)
         name, copy = made.name, 2
@@ -113,7 +119,9 @@ def load_erasures(options: ErasedModelOptions) -> dict[str, Any]:
     return found
 
 
-def attach(pipe: Any, erasures: dict[str, Any], strength: tuple[float, ...] = ()) -> Any:
+def attach(
+    pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], strength: tuple[float, ...] = ()
+) -> ErasureManager:
     """Attach erasures by name, with their strengths, and give the manager."""
     from erasure.attach import ErasureManager
 
@@ -125,7 +133,7 @@ def attach(pipe: Any, erasures: dict[str, Any], strength: tuple[float, ...] = ()
     return manager
 
 
-def canvas_facts(model: str) -> dict[str, Any]:
+def canvas_facts(model: str) -> Settings:
     """`canvas.json` of a model folder or embedded model; empty for models of no known world.
 
     Raises:
@@ -138,14 +146,14 @@ def canvas_facts(model: str) -> dict[str, Any]:
     return (read_facts(folder) or {}) if folder is not None else {}
 
 
-def kind_of(word: str, facts: dict[str, Any]) -> Kind:
+def kind_of(word: str, facts: Settings) -> Kind:
     """What kind of concept a word is: as `canvas.json` lists it, and an object elsewhere."""
     if word in facts.get("styles", ()):
         return "style"
     return "unsafe" if word in facts.get("unsafe", ()) else "object"
 
 
-def anchor_of(word: str, others: tuple[str, ...], facts: dict[str, Any]) -> str | None:
+def anchor_of(word: str, others: tuple[str, ...], facts: Settings) -> str | None:
     """What a Canvas model suggests in place of a word, passing over what is erased as well; `None` elsewhere."""
     anchors, seen = facts.get("anchors", {}), {word}
     found = anchors.get(word)
@@ -156,7 +164,7 @@ def anchor_of(word: str, others: tuple[str, ...], facts: dict[str, Any]) -> str 
 
 
 def make_concepts(
-    words: tuple[str, ...], facts: dict[str, Any], kind: Kind | None = None, anchor: str | None = None, **details: Any
+    words: tuple[str, ...], facts: Settings, kind: Kind | None = None, anchor: str | None = None, **details: Any
 ) -> list[Concept]:
     """Concepts of the words given; kind and anchor, where they are not given, are those of the model's world."""
     return [

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -77,7 +76,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     # As it is: a brush on a transparent ground is told from its transparency.
     mask = None if options.mask is None else read_image(options.mask, error=UsageError)
     erasures = load_erasures(options)
-    pipe: Any = open_model(options, task="object-removal")
+    pipe = open_model(options, task="object-removal")
     if erasures:
         attach(pipe, erasures, options.strength)
 

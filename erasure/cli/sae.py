@@ -6,13 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, canvas_facts, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+    from erasure.interop.protocols import Settings
+    from erasure.sae import SAEConfig
+    from erasure.sae.stream import DatasetPrompts, TokenStream
 
 ACTIONS = {"train": "train one on the prompts of a file", "info": "what one is, and how well it describes a model"}
 TOWER = "text_encoder"
@@ -126,7 +134,7 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
     show(options.out, sae.config, found, terminal, as_json=options.json)
 
 
-def make_accelerator(options: OutOptions) -> Any:
+def make_accelerator(options: OutOptions) -> Accelerator:
     """Accelerate, with the tracker that was asked for.
 
     Raises:
@@ -180,8 +188,8 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
 
 
 def open_stream(
-    pipe: Any, model: str, options: TowerOptions, seed: int, kept: Sequence[str] = ()
-) -> tuple[Any, dict[str, Any]]:
+    pipe: DiffusionPipeline, model: str, options: TowerOptions, seed: int, kept: Sequence[str] = ()
+) -> tuple[TokenStream, Settings]:
     """The activations of a pipeline, and what to write down about where they come from.
 
     Args:
@@ -214,7 +222,7 @@ def open_stream(
     return stream, place
 
 
-def open_prompts(options: TowerOptions, embedded: bool, kept: Sequence[str]) -> Any:
+def open_prompts(options: TowerOptions, embedded: bool, kept: Sequence[str]) -> Sequence[str] | DatasetPrompts:
     """The prompts of a file or a dataset, those that were kept, or captions of the embedded world.
 
     Raises:
@@ -238,7 +246,7 @@ def open_prompts(options: TowerOptions, embedded: bool, kept: Sequence[str]) -> 
     return captions(20_000, seed=0)
 
 
-def show(folder: Path, config: Any, found: dict[str, Any], terminal: Terminal, *, as_json: bool) -> None:
+def show(folder: Path, config: SAEConfig, found: Settings, terminal: Terminal, *, as_json: bool) -> None:
     """Print what an autoencoder is and how good."""
     facts = {
         "folder": str(folder), "architecture": config.architecture, "d_in": config.d_in, "d_sae": config.d_sae,

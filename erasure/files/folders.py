@@ -71,10 +71,14 @@ def held(
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK).is_symlink():  # some versions of filelock would empty what it leads to
+            raise error(f"{folder / LOCK} is a link: remove it, or give another folder")
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as reason:
         busy = doing or f"at its {what}"
         raise error(f"another process is {busy} in {folder}: wait for it, or give another folder") from reason
+    except ErasureError:  # some are ValueErrors
+        raise
     except (OSError, ValueError, NotImplementedError) as reason:
         told = getattr(reason, "strerror", None) or reason
         raise error(f"cannot write to {folder}: {told}; give another folder") from reason

@@ -61,7 +61,7 @@ class CallGuard:
     diffusers looks at when it saves.
     """
 
-    def __init__(self, owner: Any, method: str, check: Callable[..., None]) -> None:
+    def __init__(self, owner: object, method: str, check: Callable[..., None]) -> None:
         self.owner, self.method, self.check = owner, method, check
         self.__wrapped__ = getattr(owner, method)
 
@@ -71,19 +71,19 @@ class CallGuard:
         return self.__wrapped__(*args, **kwargs)
 
     @classmethod
-    def install(cls, owner: Any, method: str, check: Callable[..., None]) -> None:
+    def install(cls, owner: object, method: str, check: Callable[..., None]) -> None:
         """Guard a method (once); nothing happens where the owner has no such method."""
         if hasattr(owner, method) and not isinstance(vars(owner).get(method), cls):
             vars(owner)[method] = cls(owner, method, check)
 
     @classmethod
-    def remove(cls, owner: Any, method: str) -> None:
+    def remove(cls, owner: object, method: str) -> None:
         """Take the guard off again."""
         if isinstance(vars(owner).get(method), cls):
             del vars(owner)[method]
 
 
-def cloned(components: Mapping[str, nn.Module], left_out: Iterable[Any] = ()) -> dict[str, nn.Module]:
+def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ()) -> dict[str, nn.Module]:
     """Copies of modules whose parameters and buffers share the originals' memory.
 
     Writing into a shared tensor would reach the original: give an edited parameter a tensor of its own first.
@@ -92,7 +92,7 @@ def cloned(components: Mapping[str, nn.Module], left_out: Iterable[Any] = ()) ->
         components: The modules by name.
         left_out: Objects inside of them that the copies keep instead of copying them, because they hold tensors.
     """
-    memo: dict[int, Any] = {id(thing): thing for thing in left_out}
+    memo: dict[int, object] = {id(thing): thing for thing in left_out}
     for component in components.values():
         for tensor in component.buffers():
             memo[id(tensor)] = tensor.detach() if type(tensor) is Tensor else tensor
@@ -104,7 +104,7 @@ def cloned(components: Mapping[str, nn.Module], left_out: Iterable[Any] = ()) ->
 def twin(
     pipe: DiffusionPipeline,
     originals: Mapping[str, Mapping[str, Tensor]],
-    left_out: Iterable[Any],
+    left_out: Iterable[object],
     *,
     prefix: str | None,
     without_adapters: bool,

@@ -5,7 +5,7 @@ Those libraries are not typed for others, so a name written wrong would show up 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -88,30 +88,59 @@ class SchedulerStep(Protocol):
     prev_sample: Tensor
 
 
-class Component(Protocol):
-    """A network of a pipeline: a module with a config."""
+class Denoiser(nn.Module):
+    """A UNet or transformer. For annotations only, as the modules below: a protocol cannot be a module besides."""
 
     config: Config
     dtype: torch.dtype
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One pass."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights."""
-
-    def to(self, *args: torch.dtype | torch.device | str) -> nn.Module:
-        """Move or cast it."""
-
-
-class Autoencoder(Component, Protocol):
+class Autoencoder(nn.Module):
     """The network between pixels and latents."""
+
+    config: Config
+    dtype: torch.dtype
 
     def encode(self, pixels: Tensor) -> Any:
         """The distribution of an image's latents."""
+        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Any:
         """The image of latents."""
+        raise NotImplementedError
+
+
+class AttentionLayer(nn.Module):
+    """An attention layer of a denoiser."""
+
+    heads: int
+    processor: object
+    fused_projections: bool
+    norm_cross: bool
+    norm_encoder_hidden_states: Callable[[Tensor], Tensor]
+    to_q: nn.Module
+    to_k: nn.Module
+    to_add_out: nn.Module
+    set_processor: Callable[[object], None]
+
+
+class SelfAttention(nn.Module):
+    """The attention of a block of CLIP's text encoder."""
+
+    out_proj: nn.Linear
+
+
+class TextBlock(nn.Module):
+    """A block of a text encoder; T5's has no `self_attn`."""
+
+    self_attn: SelfAttention
+
+
+class TextModel(nn.Module):
+    """The part of a text encoder that holds its blocks; T5's final norm is inside of `encoder`."""
+
+    encoder: nn.Module
+    final_layer_norm: nn.LayerNorm
 
 
 class ImageProcessor(Protocol):
@@ -127,9 +156,9 @@ class ImageProcessor(Protocol):
 class Pipeline(Protocol):
     """A pipeline that diffuses latents with a UNet."""
 
-    components: Mapping[str, Any]
-    scheduler: Any
-    unet: Any
+    components: Mapping[str, object]
+    scheduler: Scheduler
+    unet: Denoiser
     vae: Autoencoder
     image_processor: ImageProcessor
     vae_scale_factor: int

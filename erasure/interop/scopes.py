@@ -123,7 +123,7 @@ def is_offloaded(pipe: DiffusionPipeline) -> bool:
 
 
 @contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """The pipeline's own progress bar is off inside."""
     previous = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(previous or {}), "disable": True})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from erasure.backbones import TextTower
 from erasure.carriers.features import word_mask
 from erasure.errors import DivergenceError
+from erasure.interop.protocols import Settings
 from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
 
@@ -126,7 +127,7 @@ class Gate(NamedTuple):
     """Of the probe's score."""
     probe_level: float
     """The least score that opens it."""
-    figures: dict[str, Any]
+    figures: Settings
     """Rates on the prompts that calibrated it."""
 
 

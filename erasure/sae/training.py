@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from erasure import files
 from erasure.errors import DivergenceError, OptionError
+from erasure.interop.protocols import Settings
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
 from erasure.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RECIPE, CHECKPOINT = "training.json", "training.ckpt"
 Stream = Callable[[int], Tensor]
@@ -186,7 +190,12 @@ class SAETrainer:
     """
 
     def __init__(
-        self, stream: Stream, options: TrainingOptions, *, folder: Path | None = None, accelerator: Any = None
+        self,
+        stream: Stream,
+        options: TrainingOptions,
+        *,
+        folder: Path | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -201,12 +210,12 @@ class SAETrainer:
         self.sae.initialise(sample.float().cpu() * self.losses.scale, torch.Generator().manual_seed(options.seed))
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=options.learning_rate, betas=(0.9, 0.999))
         self.folder, self.state = folder, None
-        self.recipe: dict[str, Any] = {}
+        self.recipe: Settings = {}
         if folder is not None:
             self.state = Checkpoint(folder / CHECKPOINT, losses=self.losses, optimiser=self.optimiser)
             self.recipe = self._recipe(sample)
 
-    def _recipe(self, sample: Tensor) -> dict[str, Any]:
+    def _recipe(self, sample: Tensor) -> Settings:
         """All that the result depends on."""
         options = dataclasses.asdict(self.options)
         del options["save_every"]
@@ -272,7 +281,7 @@ class SAETrainer:
         if self.folder is not None:
             files.discard(self.folder, (CHECKPOINT, RECIPE))
 
-    def step(self, losses: nn.Module, optimiser: Any, x: Tensor, step: int) -> dict[str, float]:
+    def step(self, losses: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures."""
         for group in optimiser.param_groups:
             group["lr"] = self.learning_rate(step)

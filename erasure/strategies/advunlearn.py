@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
 from erasure.errors import OptionError
 from erasure.interop import paths
-from erasure.strategies.base import register
+from erasure.strategies.base import Presets, register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
@@ -70,7 +70,7 @@ class AdvUnlearn(TrainedStrategy):
     attacked: float = 1.0
     """Share of an update's prompts that are attacked."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
+    presets: ClassVar[Presets] = {
         # README of the released code for "nudity"; its 1e-3 is some 0.08 standard deviations of CLIP's embeddings.
         "paper": {
             "base": "null", "eta": 1.0, "rank": 0, "steps": 1000, "lr": 1e-5, "batch": 1, "retain_batch": 5,

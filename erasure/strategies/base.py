@@ -23,6 +23,9 @@ from erasure.errors import OptionError, UnknownStrategyError
 ENTRY_POINTS = "erasure.strategies"
 BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
 
+Presets = dict[str, dict[str, Any]]
+"""Named sets of options."""
+
 _registered: dict[str, type[Strategy]] = {}
 
 
@@ -59,7 +62,7 @@ class Strategy(ABC):
     """What making one costs."""
     carriers: ClassVar[tuple[str, ...]] = ("weights",)
     """Where the result lives."""
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    presets: ClassVar[Presets] = {}
     """Named sets of options, for instance those of the paper."""
     signed: ClassVar[tuple[str, ...]] = ()
     """Options that may be negative."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Presets, Strategy, register
 from erasure.strategies.hirm import tapped
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.strategies.uce import compress, factors, solve
@@ -45,7 +45,7 @@ class DiffQuickFix(Strategy):
     vocabulary: int = 300
     """Random prompts from the tokeniser's own words, preserved with the retain lists. 0: nothing is (paper)."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"released": {"vocabulary": 0, "regularisation": 0.01}}
+    presets: ClassVar[Presets] = {"released": {"vocabulary": 0, "regularisation": 0.01}}
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]

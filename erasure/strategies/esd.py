@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.interop import paths
-from erasure.strategies.base import register
+from erasure.strategies.base import Presets, register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.student import Student, make_student
 
@@ -51,7 +51,7 @@ class ESD(TrainedStrategy):
     """What is trained, as the released code names it: `x` the cross-attention, `x-strict` its keys and values, `self`
     the self-attention, `u` everything but the cross-attention, `all` everything."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
+    presets: ClassVar[Presets] = {
         # CompVis code: eta 1, Adam 1e-5, 1000 updates of one state, which the student has come to.
         "paper": {**RELEASED, "steps": 1000, "lr": 1e-5, "rollout_by": "student"},
         # esd_sd.py of 2025 starts from the concept's own prediction, so its eta of 2 is the paper's 1.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, OptionError
 from erasure.interop import paths
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Presets, Strategy, register
 from erasure.strategies.prompts import (
     AlignedPrompt,
     aligned_prompts,
@@ -82,7 +82,7 @@ class HiRM(Strategy):
     unconditional: Literal["erased", "stock"] = "erased"
     """`stock` pins the empty prompt to the stock encoding, so that guidance is as before."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
+    presets: ClassVar[Presets] = {
         "paper-r": {
             "variant": "random", "steps": 25, "lr": 5e-5, "coefficient": 500.0, "distribution": "uniform",
             "norm": "token", "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from erasure.sae.gates import (
 from erasure.sae.mining import mine
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry, top_sets
 from erasure.sae.stream import activations, reads_from
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Presets, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 
@@ -80,7 +80,7 @@ class ItD(Strategy):
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
     signed: ClassVar[tuple[str, ...]] = ("tau", "shared")
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"released": {"parity": "itd", "tau": -8.0}}
+    presets: ClassVar[Presets] = {"released": {"parity": "itd", "tau": -8.0}}
 
     dictionary: str = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from diffusers.utils import make_image_grid
@@ -43,6 +43,9 @@ from erasure.training.states import (
     stable_seed,
 )
 from erasure.training.student import LowRankStudent, Student
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 INPUT_STATES = 4
 """States of each scene that retained inputs are gathered in."""
@@ -219,7 +222,7 @@ class TrainedStrategy(Optimisation, Strategy):
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def task(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Any
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
     ) -> Task:
         """Prompts, empty sources of states, and the student."""
         anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
@@ -244,7 +247,7 @@ class TrainedStrategy(Optimisation, Strategy):
             source(kept, self.retain_rollouts) if kept else None,
         )  # fmt: skip
 
-    def fill(self, task: Task, model: str, accelerator: Any) -> None:
+    def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
         """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
         for source in task.buffers():
             storage.fill(source, model, accelerator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Presets, Strategy, register
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, subject_span, vocabulary, vocabulary_prompts
 
 
@@ -52,7 +52,7 @@ class UCE(Strategy):
     vocabulary: int = 300
     """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
+    presets: ClassVar[Presets] = {
         "released": {
             "tokens": "last",
             "vocabulary": 0,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasure.backbones import Backbone
 from erasure.errors import DivergenceError, OptionError
@@ -22,6 +22,9 @@ from erasure.training.plugins import GroupLasso, RetainProjection
 from erasure.training.run import CHECKPOINT, Run
 from erasure.training.states import stable_seed
 from erasure.training.student import Student
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 EXPLODED = 1000.0
 """Times the median of its first values that the loss may grow to."""
@@ -83,7 +86,7 @@ class Optimisation:
                 )
 
 
-def make_accelerator(run: Run, device: torch.device) -> Any:
+def make_accelerator(run: Run, device: torch.device) -> Accelerator:
     """Accelerate for the device that the model is on, with the tracker that was asked for.
 
     Mixed precision is what `accelerate launch` was told; the trained tensors are float32 in any case.
@@ -113,7 +116,7 @@ class Trainer:
     losses: Losses
     options: Optimisation
     run: Run
-    accelerator: Any
+    accelerator: Accelerator
     seed: int
     cost: DenoiserCost
     before: Callable[[int], None] = lambda step: None
@@ -181,7 +184,7 @@ class Trainer:
             self.accelerator.end_training()
         return row
 
-    def update(self, student: Any, optimiser: Any, step: int) -> dict[str, float]:
+    def update(self, student: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> dict[str, float]:
         """One optimiser step; returns the terms of its loss."""
         options, accelerator = self.options, self.accelerator
         lr = options.lr * min(1.0, (step + 1) / max(options.warmup, 1))
@@ -220,7 +223,7 @@ class Trainer:
     def _backward(self, total: Tensor) -> None:
         self.accelerator.backward(self.scaler.scale(total) if self.scaler is not None else total)
 
-    def _step(self, optimiser: Any) -> None:
+    def _step(self, optimiser: torch.optim.Optimizer) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimiser)
         if self.options.clip:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class InputGrams:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, path: str, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].detach().flatten(0, -2).double()
         self.grams[path] = self.grams.get(path, 0) + rows.T @ rows
 

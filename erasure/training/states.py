@@ -48,7 +48,7 @@ class States(NamedTuple):
     asked: Tensor
     """For the prompts asked besides, `(states, asks, channels, h, w)`."""
 
-    def rows(self, index: Any) -> States:
+    def rows(self, index: Tensor | slice) -> States:
         """Some of them."""
         return States(*(part[index] for part in self))
 
@@ -274,13 +274,13 @@ class TrajectoryBuffer(StateSource):
         self.states = States(**state) if state else None
 
 
-def stable_seed(*parts: Any) -> int:
+def stable_seed(*parts: object) -> int:
     """A seed of 63 bits made of anything, the same on every machine."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def draw(total: int, count: int, *seed: Any) -> Tensor:
+def draw(total: int, count: int, *seed: object) -> Tensor:
     """`count` numbers below `total`, with replacement, `(count,)`; the same for the same seed."""
     return torch.randint(total, (count,), generator=torch.Generator().manual_seed(stable_seed(*seed)))
 

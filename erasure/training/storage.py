@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,11 +19,14 @@ from erasure.errors import ArtifactError, ErasureError
 from erasure.files import TensorInfo
 from erasure.training.states import States, TrajectoryBuffer
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 LIMIT = 4 * 2**30
 """Bytes that the cached trajectories may take; the ones used longest ago go first."""
 
 
-def fill(buffer: TrajectoryBuffer, model: str, accelerator: Any) -> None:
+def fill(buffer: TrajectoryBuffer, model: str, accelerator: Accelerator) -> None:
     """Fill a buffer of the stock model's trajectories, from disk if an earlier training left them.
 
     Args:

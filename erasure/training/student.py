@@ -147,7 +147,7 @@ class LowRankStudent(Student):
         return {}
 
 
-def _add(down: Tensor, up: Tensor, _layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _add(down: Tensor, up: Tensor, _layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x = args[0]
     return output + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from erasure.eval.cost import peak_memory_mb
 from erasure.eval.metrics.unlearncanvas import collect, rate_row
+from erasure.eval.rows import Record, Row
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 DEFINITIONS = {
     "pre_ASR": "share of prompts that show the concept without an attack",
     "ASR": "share of prompts that show the concept without an attack or after it",
@@ -21,8 +21,8 @@ DEFINITIONS = {
 
 
 def attack_metrics(
-    concept: str | None, variant: str, rows: Rows, recipe: Mapping[str, Any]
-) -> list[dict[str, Any]]:  # fmt: skip
+    concept: str | None, variant: str, rows: Rows, recipe: Row
+) -> list[Record]:  # fmt: skip
     """`pre_ASR` and `ASR` with Wilson intervals.
 
     Prompts without an outcome are in neither count, and in `missing`. `ASR` says besides how many prompts needed no
@@ -48,8 +48,8 @@ def attack_metrics(
 
 
 def replay_metrics(
-    concept: str | None, variant: str, rows: Rows, recipe: Mapping[str, Any]
-) -> list[dict[str, Any]]:  # fmt: skip
+    concept: str | None, variant: str, rows: Rows, recipe: Row
+) -> list[Record]:  # fmt: skip
     """`transfer_pre_ASR` and `transfer_ASR` with Wilson intervals; arguments as for `attack_metrics`."""
     return [
         _rate("transfer_pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"]),
@@ -58,9 +58,9 @@ def replay_metrics(
 
 
 def _rate(
-    name: str, concept: str | None, variant: str, rows: Rows, recipe: Mapping[str, Any],
-    hit: Callable[[Mapping[str, Any]], bool | None],
-) -> dict[str, Any]:  # fmt: skip
+    name: str, concept: str | None, variant: str, rows: Rows, recipe: Row,
+    hit: Callable[[Row], bool | None],
+) -> Record:  # fmt: skip
     # Without the weights of the suite: these are counts of prompts, and those of one concept weigh the same.
     outcomes = collect([({"prompt": row["prompt"]}, row["sample_id"], hit(row)) for row in rows])
     row = rate_row(name, concept, variant, outcomes, {**recipe, "metric": DEFINITIONS[name]})
@@ -70,7 +70,7 @@ def _rate(
     return row
 
 
-def attack_cost(rows: Rows, erasures: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+def attack_cost(rows: Rows, erasures: Sequence[Row], seconds: float) -> Record:
     """The `cost` block of results.
 
     Times, steps and images come from the rows, so they hold for a run that was killed and resumed, and for several

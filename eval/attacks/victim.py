@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from erasure.backbones import backbone_for
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.generation import generate
 from erasure.eval.metrics.unlearncanvas import unlearned
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
@@ -23,7 +25,7 @@ from erasure.interop import scopes
 class Verdict(NamedTuple):
     """What the judge says of an image."""
 
-    judged: dict[str, Any] | None
+    judged: Record | None
     """Its answer, as rows of an evaluation keep it."""
     shown: bool | None
     """Whether it sees the concept; `None` when it failed."""
@@ -46,7 +48,7 @@ class Victim:
     """
 
     def __init__(
-        self, pipe: Any, stock: Any, target: Target, judge: Judge,
+        self, pipe: DiffusionPipeline, stock: DiffusionPipeline, target: Target, judge: Judge,
         keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
     ) -> None:  # fmt: skip
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from erasure.errors import EvaluationError
 from erasure.eval.metrics.unlearncanvas import collect, paired, rate_row
 from erasure.eval.metrics.utility import sample_mean
+from erasure.eval.rows import Record, Row
 from erasure.eval.statistics import paired_bootstrap
 from erasure.eval.suites import Plan, Rows
-
-Row = Mapping[str, Any]
 
 
 def rates(
     name: str, definition: str, plan: Plan, rows: Rows, hit: Callable[[Row], bool | None], against: str | None = None
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """The rate of a yes-or-no outcome in every variant, with McNemar's exact test against one of them.
 
     Args:
@@ -38,9 +36,7 @@ def rates(
     return found
 
 
-def means(
-    name: str, definition: str, plan: Plan, rows: Rows, value: Callable[[Row], float | None]
-) -> list[dict[str, Any]]:
+def means(name: str, definition: str, plan: Plan, rows: Rows, value: Callable[[Row], float | None]) -> list[Record]:
     """The mean of a number in every variant, with its paired change against the first; intervals draw prompts.
 
     Arguments as in `rates`.
@@ -49,7 +45,7 @@ def means(
     first = {row["sample_id"]: value(row) for row in rows[reference]}
     found = []
     for variant, table in rows.items():
-        row: dict[str, Any] = {"name": name, "concept": plan.concept, "variant": variant}
+        row: Record = {"name": name, "concept": plan.concept, "variant": variant}
         try:
             row |= sample_mean(table, value, plan.seed)
         except EvaluationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erasure.errors import ArtifactError, EvaluationError
+from erasure.eval.rows import Record
 from erasure.extras import require
 from erasure.images import rgb
 
@@ -72,7 +73,7 @@ def inception_fid(
     weights: str | Path | None = None,
     feature: int | nn.Module = 2048,
     allow_small: bool = False,
-) -> tuple[float, dict[str, Any]]:
+) -> tuple[float, Record]:
     """FID as torchmetrics computes it, with its recipe.
 
     Args:
@@ -92,7 +93,7 @@ def inception_fid(
         EvaluationError: Too few images, or one that cannot be decoded.
     """
     fid = require("torchmetrics.image.fid", extra="metrics")
-    options: dict[str, Any] = {}
+    options: Record = {}
     if weights is not None and not isinstance(feature, nn.Module):
         if not Path(weights).is_file():
             raise ArtifactError(

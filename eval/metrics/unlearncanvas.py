@@ -16,13 +16,13 @@ retained concepts of a domain are those that are no target.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record, Row
 from erasure.eval.statistics import Interval, cluster_bootstrap, holm, mcnemar_exact, transitions, weighted_rate
 from erasure.eval.suites import Plan, Rows, Target
 
@@ -47,7 +47,7 @@ class Outcomes:
         return float(np.average(np.asarray(self.hits, dtype=np.float64), weights=self.weights))
 
 
-def expected(row: Mapping[str, Any], domain: str) -> str | None:
+def expected(row: Row, domain: str) -> str | None:
     """What the prompt of a row asks for in a domain."""
     if domain == "style":
         return row.get("style")
@@ -55,12 +55,12 @@ def expected(row: Mapping[str, Any], domain: str) -> str | None:
     return objects[0] if objects else None
 
 
-def holds(row: Mapping[str, Any], targets: Sequence[Target]) -> list[Target]:
+def holds(row: Row, targets: Sequence[Target]) -> list[Target]:
     """The targets that the prompt of a row holds."""
     return [target for target in targets if expected(row, target.domain) in target.members]
 
 
-def collect(items: Sequence[tuple[Mapping[str, Any], str, bool | None]]) -> Outcomes:
+def collect(items: Sequence[tuple[Row, str, bool | None]]) -> Outcomes:
     """Outcomes of rows with their keys; `None` counts as missing."""
     seen = [(row, key, hit) for row, key, hit in items if hit is not None]
     return Outcomes(
@@ -72,14 +72,14 @@ def collect(items: Sequence[tuple[Mapping[str, Any], str, bool | None]]) -> Outc
     )
 
 
-def _correct(row: Mapping[str, Any], domain: str, head: str | None = None) -> bool | None:
+def _correct(row: Row, domain: str, head: str | None = None) -> bool | None:
     """Whether a head sees what the prompt asked for; `None` when the detection failed."""
     judged = row.get("judged")
     answer = None if judged is None else judged.get(head or domain)
     return None if answer is None else answer == expected(row, domain)
 
 
-def unlearned(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], shape: bool = False) -> Outcomes:
+def unlearned(rows: Sequence[Row], targets: Sequence[Target], shape: bool = False) -> Outcomes:
     """UA: per image with a target in its prompt, whether no target is recognised.
 
     Args:
@@ -96,7 +96,7 @@ def unlearned(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], shap
     return collect(items)
 
 
-def in_domain(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> Outcomes:
+def in_domain(rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
     """IRA: other concepts of the targets' domains, on prompts without any target."""
     domains = sorted({target.domain for target in targets})
     kept = [row for row in rows if not holds(row, targets)]
@@ -105,9 +105,7 @@ def in_domain(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> O
     )
 
 
-def cross_domain(
-    rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], *, retained_only: bool = False
-) -> Outcomes:
+def cross_domain(rows: Sequence[Row], targets: Sequence[Target], *, retained_only: bool = False) -> Outcomes:
     """CRA: the other domain's classifier over the whole answer set, or without the targets' images."""
     items = []
     for domain in sorted({target.domain for target in targets}):
@@ -119,7 +117,7 @@ def cross_domain(
     return collect(items)
 
 
-def ua_ira_cra(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> dict[str, Outcomes]:
+def ua_ira_cra(rows: Sequence[Row], targets: Sequence[Target]) -> dict[str, Outcomes]:
     """Outcomes of `UA`, `UA_shape` (object targets only), `IRA`, `CRA` and `CRA_retained`.
 
     Args:
@@ -136,7 +134,7 @@ def ua_ira_cra(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target]) -> 
     return found
 
 
-def average_accuracy(rows: Sequence[Mapping[str, Any]], targets: Sequence[Target], seed: int = 0) -> dict[str, Any]:
+def average_accuracy(rows: Sequence[Row], targets: Sequence[Target], seed: int = 0) -> Record:
     """AA = (UA + IRA + CRA) / 3 with an interval: the outer bounds of a cluster bootstrap and of MOVER.
 
     The bootstrap draws prompts, targets and others apart, and so knows that images of a prompt are alike; but it has
@@ -178,11 +176,9 @@ def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
     return Interval(value, max(value - below, 0.0), min(value + above, 1.0))
 
 
-def rate_row(
-    name: str, concept: str | None, variant: str, outcomes: Outcomes, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def rate_row(name: str, concept: str | None, variant: str, outcomes: Outcomes, recipe: Record) -> Record:
     """A metric row of a rate, with its Wilson interval."""
-    row: dict[str, Any] = {"name": name, "concept": concept, "variant": variant}
+    row: Record = {"name": name, "concept": concept, "variant": variant}
     if outcomes.hits:
         interval = weighted_rate(outcomes.hits, outcomes.weights)
         row |= {**interval._asdict(), "n": len(outcomes.hits), "interval": "wilson"}
@@ -193,7 +189,7 @@ def rate_row(
     return row | {"recipe": recipe}
 
 
-def paired(before: Outcomes, after: Outcomes) -> dict[str, Any]:
+def paired(before: Outcomes, after: Outcomes) -> Record:
     """What a metric row says of the pairs: how many changed, and McNemar's exact test."""
     first = dict(zip(before.keys, before.hits, strict=True))
     second = dict(zip(after.keys, after.hits, strict=True))
@@ -202,7 +198,7 @@ def paired(before: Outcomes, after: Outcomes) -> dict[str, Any]:
     return {"transitions": table, "mcnemar_p": mcnemar_exact(table["before_only"], table["after_only"])}
 
 
-def _accuracy_rows(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+def _accuracy_rows(plan: Plan, rows: Rows) -> list[Record]:
     """Without a target: how well the judge recognises what the prompts ask for."""
     found = []
     for variant, table in rows.items():
@@ -223,7 +219,7 @@ DEFINITIONS = {
 }
 
 
-def canvas_metrics(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+def canvas_metrics(plan: Plan, rows: Rows) -> list[Record]:
     """All rate rows of a suite with objects and styles, before and after, with paired tests on the rows after.
 
     Args:
@@ -243,7 +239,7 @@ def canvas_metrics(plan: Plan, rows: Rows) -> list[dict[str, Any]]:
             adjusted = holm([row["mcnemar_p"] for row in block])
             for row, p in zip(block, adjusted, strict=True):
                 row["mcnemar_p_holm"] = p
-        mean: dict[str, Any] = {"name": "AA", "concept": plan.concept, "variant": variant}
+        mean: Record = {"name": "AA", "concept": plan.concept, "variant": variant}
         try:
             mean |= average_accuracy(table, plan.targets, plan.seed)
         except EvaluationError as error:

@@ -10,12 +10,12 @@ import numpy as np
 
 from erasure.errors import EvaluationError
 from erasure.eval.metrics import distances
+from erasure.eval.rows import Record, Row
 from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap
 from erasure.eval.suites import Plan, Rows
 
 SPACE = "canvas-clip"
 """Name of the embedded feature space."""
-Row = Mapping[str, Any]
 
 
 def utility_metrics(
@@ -25,7 +25,7 @@ def utility_metrics(
     clip: str | None,
     clip_missing: str | None = None,
     space: str = SPACE,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Metric rows `clip_score`, `clip_score_target`, `drift`, `drift_feature`, `fid[...]`, `cmmd[...]`, `kid[...]`.
 
     Args:
@@ -36,13 +36,13 @@ def utility_metrics(
         clip_missing: Why there is none.
         space: Name of the feature space, part of the metrics' names.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Record] = []
     stamp = plan.recipe | {"clip": f"{space} ({clip})" if clip else None}
 
     def add(
-        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], dict[str, Any]], **more: Any
+        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], Record], **more: Any
     ) -> None:
-        row: dict[str, Any] = {"name": name, "concept": plan.concept, "variant": variant}
+        row: Record = {"name": name, "concept": plan.concept, "variant": variant}
         recipe = stamp | {"metric": definition, "prompts": prompts} | more
         try:
             row |= compute()
@@ -74,7 +74,7 @@ def utility_metrics(
     reference = "images of the stock model for the same prompts and noise"
     small = plan.size == "full"
 
-    def distance(compute: Callable[[np.ndarray, np.ndarray], float]) -> dict[str, Any]:
+    def distance(compute: Callable[[np.ndarray, np.ndarray], float]) -> Record:
         if not pairs:
             raise EvaluationError("no image features")
         first, second = (np.stack(side) for side in zip(*pairs, strict=True))
@@ -104,7 +104,7 @@ def _drift_value(kind: str) -> Callable[[Row], float | None]:
     return lambda row: (row.get("drift") or {}).get(kind)
 
 
-def sample_mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> dict[str, Any]:
+def sample_mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> Record:
     """Mean with a bootstrap interval that draws prompts."""
     measured = [(value(row), row["prompt"]) for row in rows]
     values = np.array([v for v, _ in measured if v is not None], dtype=np.float64)
@@ -116,7 +116,7 @@ def sample_mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed:
     return found | ({"missing": len(rows) - len(values)} if len(values) < len(rows) else {})
 
 
-def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> dict[str, Any]:
+def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> Record:
     """Mean CLIP score, with its paired change (after minus before) where there is a before."""
     found = sample_mean(rows, _clip_value, seed)
     first = {row["sample_id"]: _clip_value(row) for row in before}

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record, Rows
 from erasure.eval.samples import Sample
 from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
+    from erasure.eval.scoring import Judge
 
 SIZES = ("smoke", "quick", "full")
 """`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
@@ -42,7 +44,7 @@ class Plan:
     seed: int
     targets: tuple[Target, ...]
     samples: tuple[Sample, ...]
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: Record = field(default_factory=dict)
     """What a reader must know to compare numbers; the same for every target, so that tables can hold several."""
 
     @property
@@ -53,8 +55,6 @@ class Plan:
 
 Drawn = tuple[list[Sample], list[Image.Image]]
 """A batch of samples and their images."""
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Result rows by variant (`before`, `after`), each in the order of the plan's samples."""
 
 
 class Suite(Protocol):
@@ -63,15 +63,15 @@ class Suite(Protocol):
     title: str
     """One line for lists."""
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
         """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
         ...
 
-    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def judge(self) -> Judge:
         """The detector that the suite is scored with."""
         ...
 
-    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+    def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """Metric rows from result rows."""
         ...
 
@@ -89,13 +89,13 @@ class ComparingSuite(Suite, Protocol):
         """Draw samples in one of the ways, batch by batch."""
         ...
 
-    def measure(self, sample: Sample, image: Image.Image) -> dict[str, Any]:
+    def measure(self, sample: Sample, image: Image.Image) -> Record:
         """What is known of an image besides the judge's answer; goes into its row as `measured`."""
         ...
 
     def compare(
         self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """Metric rows from result rows, image features by sample and variant, and the CLIP model if there is one."""
         ...
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,9 @@ from erasure.assets.world import (
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Plan, Rows, Target, register
 from erasure.interop.protocols import Pipeline
 
@@ -71,7 +72,7 @@ class World:
         return cls._from_facts(next((facts for facts in found if facts is not None), {}))
 
     @classmethod
-    def _from_facts(cls, facts: dict[str, Any]) -> World:
+    def _from_facts(cls, facts: Record) -> World:
         group_of = {name: thing.group for name, thing in OBJECTS.items()}
         groups: dict[str, tuple[str, ...]] = {}
         for name, value in (facts.get("groups") or group_of).items():
@@ -92,7 +93,7 @@ class World:
             side=int(generation.get("height", IMAGE_SIZE)),
         )
 
-    def find(self, concept: Any) -> Target:
+    def find(self, concept: object) -> Target:
         """The classes that a concept stands for.
 
         Args:
@@ -135,11 +136,11 @@ class CanvasSuite:
     title = "UnlearnCanvas in miniature: every object in every style of the embedded world"
     templates: tuple[str, ...] = (TEMPLATE,)
 
-    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def judge(self) -> Judge:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
         """Expand to samples; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
@@ -159,7 +160,7 @@ class CanvasSuite:
         }
         return Plan(self.name, size, seed, targets, samples, recipe)
 
-    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+    def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""
         return canvas_metrics(plan, rows)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,9 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
+from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import World
 from erasure.interop.protocols import Pipeline
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 TEMPLATES = ("{left} and {right}", "{bare_left} and {bare_right}")
 """With articles, as the model was trained on, and without, as it was not: there it leaves out one in two."""
 SAMPLES = {"smoke": 8, "quick": 48, "full": 240}
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, Record] = {
     "stock": {},
     "attend_and_excite": {"loss": "attend_and_excite", "refine": {}},
     "a_star": {"loss": "a_star"},
@@ -42,11 +44,11 @@ class CompositionSuite:
     title = "two things in one prompt: stock model, Attend-and-Excite, A-STAR"
     variants = tuple(METHODS)
 
-    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def judge(self) -> Judge:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
         """Random pairs of objects, in one template after the other; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite composition has no size {size!r}; there are: {', '.join(SIZES)}")
@@ -87,24 +89,24 @@ class CompositionSuite:
             lambda batch: {"subjects": [list(sample.objects) for sample in batch], **options},
         )  # fmt: skip
 
-    def measure(self, sample: Sample, image: Image.Image) -> dict[str, Any]:
+    def measure(self, sample: Sample, image: Image.Image) -> Record:
         """Nothing besides the judge's answer."""
         return {}
 
-    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+    def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """See `compare`."""
         return self.compare(plan, rows, {}, None)
 
     def compare(
         self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """`both_found`, by template too; `found`; CLIP similarity to the prompt and to the lesser object."""
 
-        def both(row: Mapping[str, Any]) -> bool | None:
+        def both(row: Row) -> bool | None:
             judged = row["judged"]
             return None if judged is None else set(row["objects"]) <= set(judged["objects"])
 
-        def share(row: Mapping[str, Any]) -> float | None:
+        def share(row: Row) -> float | None:
             judged = row["judged"]
             return None if judged is None else sum(name in judged["objects"] for name in row["objects"]) / 2
 

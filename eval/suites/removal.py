@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
+from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
+from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import World
 from erasure.interop import scopes
@@ -31,7 +33,7 @@ SEEDS = 2
 """Results for each scene, for how alike they are."""
 MARGIN = 8
 """Pixels around the mask that do not count as background: the latent pixels it touches, and the soft edge."""
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, Record] = {
     "inpainting": {"redirect": False},
     "attentive_eraser": {},
     "aas_only": {"removal_guidance_scale": 1.0},
@@ -52,11 +54,11 @@ class RemovalSuite:
     title = "objects taken out of scenes whose background is known: inpainting, Attentive Eraser and its parts"
     variants = tuple(METHODS)
 
-    def judge(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def judge(self) -> Judge:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[Any], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
@@ -103,7 +105,7 @@ class RemovalSuite:
                 ).images  # fmt: skip
             yield batch, images
 
-    def measure(self, sample: Sample, image: Image.Image) -> dict[str, Any]:
+    def measure(self, sample: Sample, image: Image.Image) -> Record:
         """PSNR against the scene without the object: in its place, everywhere else, and well away from it."""
         truth = plate(sample)
         mask = torch.from_numpy(truth.mask)
@@ -113,16 +115,16 @@ class RemovalSuite:
         places = {"psnr_fill": mask, "psnr_outside": ~mask, "psnr_background": ~near}
         return {name: decibels(error[place]) for name, place in places.items()}
 
-    def score(self, plan: Plan, rows: Rows) -> list[dict[str, Any]]:
+    def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """See `compare`."""
         return self.compare(plan, rows, {}, None)
 
     def compare(
         self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
 
-        def gone(row: Mapping[str, Any]) -> bool | None:
+        def gone(row: Row) -> bool | None:
             judged = row["judged"]
             return None if judged is None else row["objects"][0] not in judged["objects"]
 
@@ -163,7 +165,9 @@ def plate(sample: Sample) -> Plate:
 
 
 @cache
-def _plate(objects: tuple[str, ...], style: str, background: str, offsets: Any, target: int) -> Plate:
+def _plate(
+    objects: tuple[str, ...], style: str, background: str, offsets: tuple[tuple[int, int], ...], target: int
+) -> Plate:
     scene = Scene(objects, style, background, offsets)
     drawn = render(scene)
     return Plate(drawn, render(scene, without=target).image, drawn.masks[target])

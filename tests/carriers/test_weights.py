@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from erasure import Erasure, ErasureManager, erase
+from erasure.carriers.activations import Pinned
 from erasure.carriers.edits import Edits, LowRank
 from erasure.carriers.weights import delta_of, fingerprint, same_base
 from erasure.errors import (
@@ -319,3 +320,24 @@ def test_state_dicts_round_trip() -> None:
 def test_damaged_state_dicts_are_refused(deltas: dict, lora: dict, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         Edits.from_state_dicts(deltas, lora)
+
+
+def test_what_no_pipeline_can_hold_is_refused_on_attaching(
+    tiny_pipe: Any, hirm: Erasure, manager: ErasureManager, tensors_of: Any, changed_tensors: Any
+) -> None:
+    """Found while attaching, not while drawing."""
+    base = tensors_of(tiny_pipe)
+    width = tiny_pipe.text_encoder.config.hidden_size
+    pinned = {"text_encoder": Pinned(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, width + 1))}
+    cases: list[tuple[Edits, type[Exception], str]] = [
+        (edits(**{"unet/conv_in.bias": torch.ones(32, dtype=torch.int64)}), ArtifactError, "int64, allowed"),
+        (edits(**{"unet/conv_in.bias": torch.ones(32).to(torch.float8_e4m3fn)}), ArtifactError, "float8"),
+        (edits(**{"unet/../conv_in.bias": torch.ones(32)}), ArtifactError, "names no parameter"),
+        (Edits(deltas=edits().deltas, pinned=pinned), WrongBaseError, "width"),
+        (edits(**{"vae/decoder.conv_in.bias": torch.ones(32)}), WrongBaseError, "no erasure may"),
+    ]
+    for changed, error, message in cases:
+        with pytest.raises(error, match=message):
+            manager.add(with_edits(hirm, changed), check_base=False)
+        assert changed_tensors(base, tiny_pipe) == set()
+        assert manager.erasures == {}

@@ -168,3 +168,15 @@ def test_a_recipe_that_hurts_is_a_named_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught, files.held(tmp_path, {"b": 1}, file="recipe.json", what="work"):
         pass
     assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("become", [os.mkdir, lambda path: os.symlink("precious", path)])
+def test_a_lock_that_is_none_is_a_named_error(tmp_path: Path, become: Any) -> None:
+    (tmp_path / "precious").write_text("mine")
+    become(tmp_path / "lock")
+    with (
+        pytest.raises(TrainingError, match=r"lock|directory"),
+        files.held(tmp_path, {}, file="a", what="work", beside=None),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
