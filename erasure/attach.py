@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,23 +12,21 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from erasure import guards
+from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
-from erasure.canary import Canary
 from erasure.carriers.embeddings import warn_of_unlike_tokens
-from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError, VerificationError
-from erasure.fitting import CONTROLNET, check_fit, is_denoiser, sources_of
-from erasure.interop import adapters, paths, scopes
-from erasure.interop.pipelines import CallGuard, components_of, twin, without_free_u
+from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
+from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of
+from erasure.interop import adapters, scopes
+from erasure.interop.pipelines import CallGuard, components_of
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
 from erasure.switching import Target, interrupted, recover, switch
+from erasure.twins import states_of, stock_of
 
 _NAMES = "_erasure_names"
 """Attribute of a pipeline: the components of every attached erasure, to notice one that is lost with its component."""
-LEAST_STRENGTH = 0.25
-"""The least strength that `verify` takes for an erasure: below it the stock picture is drawn, or nearly."""
 
 
 class ErasureManager:
@@ -52,8 +49,7 @@ class ErasureManager:
         return components_of(self.pipe)
 
     def _states(self) -> dict[str, ComponentState]:
-        found = {name: ComponentState.of(module) for name, module in self._modules().items()}
-        return {name: state for name, state in found.items() if state is not None}
+        return states_of(self.pipe)
 
     def _remembered(self) -> dict[str, list[str]]:
         return vars(self.pipe).setdefault(_NAMES, {})
@@ -138,9 +134,9 @@ class ErasureManager:
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
             warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
-            records = {}
-            for component in {**sources, **self._states()}:
-                record = replace(self._record(component, modules), enabled=True)
+            records, states = {}, self._states()
+            for component in {**sources, **states}:
+                record = replace(states[component].record if component in states else Record(), enabled=True)
                 if component in sources:
                     record = replace(record, attached={**record.attached, name: attached})
                 records[component] = record
@@ -177,10 +173,6 @@ class ErasureManager:
             with scopes.without_offloading(self.pipe):
                 yield modules
 
-    def _record(self, component: str, modules: Mapping[str, nn.Module]) -> Record:
-        state = ComponentState.of(modules[component])
-        return Record() if state is None else state.record
-
     def _apply(
         self, modules: Mapping[str, nn.Module], records: Mapping[str, Record], sources: Mapping[str, str] | None = None
     ) -> None:
@@ -210,33 +202,7 @@ class ErasureManager:
                     kept[name] = [*(part for part in kept.get(name, []) if part != component), component]
             vars(self.pipe)[_NAMES] = kept
 
-        switch(targets, install, lambda: self._look(targets))
-
-    def _look(self, targets: Sequence[Target]) -> Canary | None:
-        in_force = {n: a.erasure for target in targets for n, a in target.state.in_force().items()}
-        last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
-        if not in_force:
-            return last
-        bare = self._bare()
-        return (
-            None
-            if bare is None
-            else Canary.of(bare, lambda: without_free_u(self._stock(without_adapters=True)), in_force, last)
-        )
-
-    def _bare(self) -> DiffusionPipeline | None:
-        """The pipeline with its erasures, without its user's adapters and FreeU; `None` where LoRAs are fused."""
-        modules = self._modules().values()
-        if any(adapters.merged_names(module) for module in modules):
-            return None
-        if any(adapters.names_in_force(module) or paths.has_free_u(module) for module in modules):
-            return without_free_u(twin(self.pipe, {}, self._states().values(), prefix=None, without_adapters=True))
-        return self.pipe
-
-    def _stock(self, *, without_adapters: bool = False) -> DiffusionPipeline:
-        states = self._states()
-        originals = {name: state.record.written.originals for name, state in states.items()}
-        return twin(self.pipe, originals, states.values(), prefix="erasure", without_adapters=without_adapters)
+        switch(targets, install, lambda: proof.look(self.pipe, targets))
 
     def stock(self, *, without_adapters: bool = False, offloaded: bool = False) -> DiffusionPipeline:
         """The pipeline without erasures, as another object on the same weights; this one is left as it is.
@@ -257,12 +223,12 @@ class ErasureManager:
             raise UnsupportedModelError(f"the LoRA {merged[0]!r} is fused into the weights: unfuse_lora() first")
         if scopes.is_offloaded(self.pipe):
             with Lease(modules.values(), exclusive=True), scopes.without_offloading(self.pipe) as put_back:
-                made = self._stock(without_adapters=without_adapters)
+                made = stock_of(self.pipe, without_adapters=without_adapters)
                 if offloaded:
                     put_back(made)
                 return made
         with Lease(modules.values(), exclusive=False):
-            return self._stock(without_adapters=without_adapters)
+            return stock_of(self.pipe, without_adapters=without_adapters)
 
     def _change(
         self, change: Callable[[Mapping[str, Attached]], Mapping[str, Attached]], enabled: bool | None
@@ -384,7 +350,7 @@ class ErasureManager:
 
     # Proof --------------------------------------------------------------------------------------------------------
 
-    def verify(self, *, least_strength: float = LEAST_STRENGTH) -> int:
+    def verify(self, *, least_strength: float = proof.LEAST_STRENGTH) -> int:
         """Prove that every attached erasure is in force.
 
         Each edited tensor and hook is compared with what it must be, and what the pipeline computes for a prompt of
@@ -405,30 +371,7 @@ class ErasureManager:
             with self._switching():
                 pass
         with Lease(modules.values(), exclusive=False):
-            states, remembered = self._states(), self._remembered()
-            if not remembered and not states:
-                raise VerificationError("no erasure is attached: load_erasure() or erase() first")
-            for name, components in remembered.items():
-                lost = [part for part in components if part not in states or name not in states[part].record.attached]
-                if lost:
-                    raise VerificationError(
-                        f"{name!r} is gone from {', '.join(lost)}: the component was replaced, or another pipeline "
-                        "that shares it took the erasure off; load it again"
-                    )
-            for name, strength in self.strengths.items():
-                if strength < least_strength:
-                    raise VerificationError(
-                        f"{name!r} is in force with strength {strength:g} only, at least {least_strength:g} is asked "
-                        f"for: set_erasures({name!r}, 1.0), or pass least_strength="
-                    )
-            compared = sum(state.verify(modules[component]) for component, state in states.items())
-            canary = next((state.record.canary for state in states.values()), None)
-            if isinstance(canary, Canary):
-                denoisers = [state for name, state in states.items() if is_denoiser(name)]
-                bare = self._bare()
-                if bare is not None:
-                    canary.check(bare, {name for state in denoisers for name in state.record.attached})
-        return compared
+            return proof.verify(self.pipe, self._remembered(), least_strength)
 
     def check_saveable(self, *, beyond_weights: bool = False) -> None:
         """Raise `AttachError` when stock files cannot hold what is in force, or could not be read again.
@@ -445,18 +388,3 @@ class ErasureManager:
 def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
     """Refuse before the first file of a pipeline is written."""
     ErasureManager(pipe).check_saveable()
-
-
-def check_strength(strength: float) -> float:
-    """Give a strength as a float.
-
-    Raises:
-        AttachError: It is no number, negative or not finite.
-    """
-    try:
-        factor = float(strength)
-    except (TypeError, ValueError):
-        factor = math.nan
-    if not (math.isfinite(factor) and factor >= 0):
-        raise AttachError(f"{strength!r} is no strength: give a finite number that is not negative; 1 is as made")
-    return factor

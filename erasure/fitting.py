@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from diffusers import DiffusionPipeline
@@ -11,7 +12,7 @@ from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.carriers import weights
 from erasure.carriers.edits import TEXT_ENCODERS
-from erasure.errors import NoMatchingModuleError, WrongBaseError
+from erasure.errors import AttachError, NoMatchingModuleError, WrongBaseError
 from erasure.interop import paths
 from erasure.state import Attached, ComponentState
 
@@ -122,3 +123,18 @@ def check_fit(
                 "else: load the base model named in its config, or pass check_base=False if you know that it fits"
             )
     return frozenset(beside)
+
+
+def check_strength(strength: float) -> float:
+    """Give a strength as a float.
+
+    Raises:
+        AttachError: It is no number, negative or not finite.
+    """
+    try:
+        factor = float(strength)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not (math.isfinite(factor) and factor >= 0):
+        raise AttachError(f"{strength!r} is no strength: give a finite number that is not negative; 1 is as made")
+    return factor

@@ -89,7 +89,8 @@ def remove_hooks(component: nn.Module, prefix: str) -> None:
 
 def runs_hook(module: nn.Module, name: str) -> bool:
     """Whether a hook is registered on a module and stands in the chain that its `forward` runs now."""
-    hook, step = find_hook(module, name), module.forward
+    hook = find_hook(module, name)
+    step: Any = module.forward
     while hook is not None and step is not None:
         if isinstance(step, functools.partial) and isinstance(step.func, _HookedForward):
             if step.func.hook is hook:
