@@ -20,8 +20,8 @@ from erasure.canary import Canary
 from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError, VerificationError
 from erasure.fitting import CONTROLNET, check_fit, is_denoiser, sources_of
-from erasure.interop import adapters, scopes
-from erasure.interop.pipelines import CallGuard, components_of, twin
+from erasure.interop import adapters, paths, scopes
+from erasure.interop.pipelines import CallGuard, components_of, twin, without_free_u
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
 from erasure.switching import Target, interrupted, recover, switch
@@ -218,15 +218,19 @@ class ErasureManager:
         if not in_force:
             return last
         bare = self._bare()
-        return None if bare is None else Canary.of(bare, lambda: self._stock(without_adapters=True), in_force, last)
+        return (
+            None
+            if bare is None
+            else Canary.of(bare, lambda: without_free_u(self._stock(without_adapters=True)), in_force, last)
+        )
 
     def _bare(self) -> DiffusionPipeline | None:
-        """The pipeline with its erasures, without its user's adapters; `None` where these are fused into weights."""
+        """The pipeline with its erasures, without its user's adapters and FreeU; `None` where LoRAs are fused."""
         modules = self._modules().values()
         if any(adapters.merged_names(module) for module in modules):
             return None
-        if any(adapters.names_in_force(module) for module in modules):
-            return twin(self.pipe, {}, self._states().values(), prefix=None, without_adapters=True)
+        if any(adapters.names_in_force(module) or paths.has_free_u(module) for module in modules):
+            return without_free_u(twin(self.pipe, {}, self._states().values(), prefix=None, without_adapters=True))
         return self.pipe
 
     def _stock(self, *, without_adapters: bool = False) -> DiffusionPipeline:
@@ -327,14 +331,20 @@ class ErasureManager:
             self.disable()
             yield
         finally:
-            with self._switching() as modules:
-                self._apply(
-                    modules,
-                    {
-                        component: replace(state.record, enabled=before.get(component, state.record.enabled))
-                        for component, state in self._states().items()
-                    },
-                )
+            try:
+                self._restore(before)
+            except BaseException:
+                # An interrupted switch is undone, which here would leave everything off.
+                self._restore(before)
+                raise
+
+    def _restore(self, enabled: Mapping[str, bool]) -> None:
+        with self._switching() as modules:
+            records = {
+                component: replace(state.record, enabled=enabled.get(component, state.record.enabled))
+                for component, state in self._states().items()
+            }
+            self._apply(modules, records)
 
     def delete(self, names: str | Sequence[str]) -> None:
         """Take erasures off; what they alone edited equals the base bit for bit afterwards."""

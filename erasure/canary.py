@@ -91,7 +91,13 @@ class Canary:
         """
         if not self.prompts:
             return
-        now = answer(pipe, list(self.prompts.values()))
+        try:
+            now = answer(pipe, list(self.prompts.values()))
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise VerificationError(
+                f"the pipeline cannot encode and denoise a prompt any more ({type(error).__name__}: {error}): a "
+                "component was changed or moved away since the erasure was attached"
+            ) from error
         for row, name in enumerate(self.prompts):
             encoded = self.erased.encoded[row]
             moved = (

@@ -64,7 +64,7 @@ class PinnedPrompts:
         if not isinstance(writer, _WriteRows):
             return not pins and writer is None
         same = len(writer.pins) == len(pins) and all(a is b for a, b in zip(writer.pins, pins, strict=True))
-        return same and hooks.runs_hooks(norm) and keeps_ids(encoder, _WRITE)
+        return same and hooks.runs_hook(norm, _WRITE) and keeps_ids(encoder, _WRITE)
 
 
 def _final_norm(encoder: nn.Module) -> Any:

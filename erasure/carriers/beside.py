@@ -57,7 +57,7 @@ def is_written(component: nn.Module, terms: Mapping[str, Terms]) -> bool:
         return False
     for key, module in hooked.items():
         hook, edits = hooks.find_hook(module, _HOOK), wanted[key]
-        if not isinstance(hook, _Beside) or not hooks.runs_hooks(module) or len(hook.terms) != len(edits):
+        if not isinstance(hook, _Beside) or not hooks.runs_hook(module, _HOOK) or len(hook.terms) != len(edits):
             return False
         if any(a[0] != b[0] or a[1] is not b[1] for a, b in zip(hook.terms, edits, strict=True)):
             return False

@@ -354,7 +354,7 @@ class EditedFeatures:
             return False
         for module in hooked:
             hook, edits = hooks.find_hook(module, _EDIT), blocks[id(module)]
-            if not isinstance(hook, _EditBlock) or not hooks.runs_hooks(module) or len(hook.terms) != len(edits):
+            if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT) or len(hook.terms) != len(edits):
                 return False
             if any(a[0] != b[0] or a[1] is not b[1] for a, b in zip(hook.terms, edits, strict=True)):
                 return False

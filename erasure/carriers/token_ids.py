@@ -47,8 +47,7 @@ def keep_ids(encoder: nn.Module, reader: str, needed: bool) -> None:
 
 def keeps_ids(encoder: nn.Module, reader: str) -> bool:
     """Whether ids are known inside of a text encoder to a reader."""
-    root = paths.transformer_root(encoder)
-    return hooks.find_hook(root, f"{_HOOK}_{reader}") is not None and hooks.runs_hooks(root)
+    return hooks.runs_hook(paths.transformer_root(encoder), f"{_HOOK}_{reader}")
 
 
 def current_ids(batch: int, tokens: int) -> Tensor | None:

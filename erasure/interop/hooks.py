@@ -20,7 +20,7 @@ __all__ = [
     "remove_hook",
     "remove_hooks",
     "reset_caches",
-    "runs_hooks",
+    "runs_hook",
 ]
 
 
@@ -87,6 +87,16 @@ def remove_hooks(component: nn.Module, prefix: str) -> None:
             remove_hook(part, name)
 
 
-def runs_hooks(module: nn.Module) -> bool:
-    """Whether a hooked module's `forward` is still one that hooks were put around, not the class's own again."""
-    return "forward" in vars(module)
+def runs_hook(module: nn.Module, name: str) -> bool:
+    """Whether a hook is registered on a module and stands in the chain that its `forward` runs now."""
+    hook, step = find_hook(module, name), module.forward
+    while hook is not None and step is not None:
+        if isinstance(step, functools.partial) and isinstance(step.func, _HookedForward):
+            if step.func.hook is hook:
+                return True
+            chain = step.func.hook.fn_ref
+            step = chain.original_forward or chain.forward
+        else:
+            # What diffusers and accelerate put around a forward names it so.
+            step = getattr(step, "__wrapped__", None)
+    return False

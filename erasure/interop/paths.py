@@ -31,6 +31,11 @@ def token_table(root: nn.Module) -> nn.Embedding:
     return found
 
 
+def has_free_u(component: nn.Module) -> bool:
+    """Whether FreeU rescales what a UNet's blocks compute."""
+    return any(getattr(block, "b1", None) is not None for block in getattr(component, "up_blocks", ()))
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` or `module.compile()` runs a module's forward."""
     return getattr(module, "_orig_mod", None) is not None or module._compiled_call_impl is not None

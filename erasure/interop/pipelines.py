@@ -83,6 +83,13 @@ class CallGuard:
             del vars(owner)[method]
 
 
+def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline with FreeU off."""
+    if any(paths.has_free_u(component) for component in components_of(pipe).values()):
+        pipe.disable_freeu()  # type: ignore[attr-defined]
+    return pipe
+
+
 def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ()) -> dict[str, nn.Module]:
     """Copies of modules whose parameters and buffers share the originals' memory.
 

@@ -201,7 +201,7 @@ def _openai(config: OpenAI, path: Path) -> SparseAutoencoder:
     stored = {"encoder.weight": "W_enc.T", "latent_bias": "b_enc", "decoder.weight": "W_dec.T", "pre_bias": "b_dec"}
     content = files.read_archive(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
         raise ArtifactError(f"{path} holds no tensors by name: the file is damaged; fetch or make it again")
     if sum(tensor.nbytes for tensor in content.values()) > path.stat().st_size:
         raise ArtifactError(f"{path} holds tensors larger than itself: the file is damaged; fetch or make it again")
@@ -209,6 +209,11 @@ def _openai(config: OpenAI, path: Path) -> SparseAutoencoder:
         path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in content.items()}, stored, made, TENSORS
     )
     return _build(made, _named(content, stored))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor of values in memory."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _read(path: Path, stored: Mapping[str, str], config: SAEConfig, needed: Collection[str]) -> dict[str, Tensor]:

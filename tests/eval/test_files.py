@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from erasure.eval.run import opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, EvaluationRow
 from erasure.eval.suites import Target
-from erasure.eval.table import SampleTable, encode_vector, image_path, read_rows
+from erasure.eval.table import SampleTable, image_path, read_rows
 from erasure.images import png
 
 NAMES = ["../../x", "/tmp/x", "a/b", "", "a\\b", "C:x", "a\0b", "x" * 300, "a\nb", "con"]
@@ -341,69 +340,11 @@ def test_paths_that_cannot_be(name: str, tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-# Resuming -----------------------------------------------------------------------------------------------------------
+# Folders of a run ----------------------------------------------------------------------------------------------------
 
 
 def table(folder: Path, rank: int = 0, processes: int = 1) -> SampleTable:
     return SampleTable(folder, [SAMPLE, Sample("cat-1", "a cat", 8, "target", style="ink")], rank, processes)
-
-
-def test_a_torn_last_line_is_redone_and_nothing_else(tmp_path: Path) -> None:
-    first = table(tmp_path)
-    first.append([row()], [np.ones(4)])
-    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for length in (1, 40, 400):
-        for name, content in whole.items():
-            (tmp_path / name).write_bytes(content + content[:length].rstrip(b"\n"))
-        again = table(tmp_path)
-        again.cut()
-        again.load()
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
-        assert list(again.rows) == list(again.features) == [("cat-0", "before")]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"sample_id": "dog-0"}, "'dog-0', variant 'before', which are not of this evaluation"),
-        ({"variant": "later"}, "variant 'later', which are not of this evaluation"),
-        ({"seed": 8}, "seed: 8 in the first, 7 in the second"),
-        ({"prompt": "a dog"}, "prompt"),
-        ({"blank": True}, "a second row of 'cat-0'"),
-    ],
-)
-def test_rows_of_something_else_are_not_mixed_in(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    (tmp_path / "samples.jsonl").write_text(lines(row(), row() | changes))
-    with pytest.raises(EvaluationError, match=said):
-        table(tmp_path).load()
-    # A kill while parts are put together leaves the same rows twice.
-    (tmp_path / "samples.jsonl").write_text(lines(row(), row()))
-    table(tmp_path).load()
-
-
-@pytest.mark.parametrize(
-    "features", ["", "!", "AAAA", encode_vector(np.ones(3)), encode_vector(np.full(4, np.inf)), encode_vector([])]
-)
-def test_broken_features_are_named(features: str, tmp_path: Path) -> None:
-    first = {"sample_id": "cat-0", "variant": "before", "features": encode_vector(np.ones(4))}
-    second = {"sample_id": "cat-1", "variant": "before", "features": features}
-    (tmp_path / "features.jsonl").write_text(lines(first, second))
-    with pytest.raises(EvaluationError, match="features of 'cat-1'"):
-        table(tmp_path).load()
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    def open_it(recipe: dict[str, Any]) -> Any:
-        return opened(Processes(), table, recipe, tmp_path / "out")
-
-    with open_it({"seed": 0}) as first:
-        first.append([row()], [None])
-        with pytest.raises(EvaluationError, match="another process"), open_it({"seed": 0}):
-            pass
-    with pytest.raises(EvaluationError, match="seed: 0 in the first, 1 in the second"), open_it({"seed": 1}):
-        pass
-    with open_it({"seed": 0}) as again:
-        assert list(again.rows) == [("cat-0", "before")]
 
 
 @pytest.mark.parametrize("broken", set(BROKEN) - {"a folder", "a dangling link", "unknown and deep"})
@@ -417,65 +358,6 @@ def test_a_broken_recipe_is_named(broken: str, tmp_path: Path) -> None:
 
     refused(open_it, tmp_path / "recipe.json", BROKEN[broken], EvaluationError)
     assert read_rows(tmp_path / "samples.jsonl") == [row()]
-
-
-# Disks that are full, folders that cannot be written ----------------------------------------------------------------
-
-
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Have the disk full after a few more bytes."""
-
-    def fill() -> None:
-        write = os.write
-
-        def some(handle: int, content: Any) -> int:
-            if len(content) < 20:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(handle, content[: len(content) // 2])
-
-        def none(*arguments: Any) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(os, "write", some)
-        monkeypatch.setattr(os, "fsync", none)
-
-    return fill
-
-
-def test_a_full_disk_loses_nothing(full: Any, tmp_path: Path) -> None:
-    kept, cache = table(tmp_path / "out"), BaselineCache(tmp_path, "model", {})
-    (tmp_path / "out").mkdir()
-    kept.append([row()], [np.ones(4)])
-    results().save(tmp_path / "out")
-    prompt_file(tmp_path / "out")
-    cache.put(SAMPLE, png(IMAGE), SCORES, None)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    full()
-    for write in (
-        lambda: kept.append([row(table(tmp_path).samples["cat-1"])], [np.ones(4)]),
-        lambda: results().save(tmp_path / "out"),
-        lambda: write_prompts(tmp_path / "out", []),
-        lambda: cache.put(SAMPLE, png(IMAGE), SCORES, None),
-        lambda: write_report(tmp_path / "out"),
-        kept.merge,
-    ):
-        with pytest.raises(EvaluationError, match="No space left on device"):
-            write()
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert list(kept.rows) == [("cat-0", "before")]
-
-
-def test_a_place_that_cannot_be_written_is_named(erased_pipe: Any, judge: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    options = {"judge": judge, "progress": False, "size": "smoke"}
-    with pytest.raises(EvaluationError, match="cannot write"):
-        evaluate(erased_pipe, out=tmp_path / "file" / "out", baseline_cache=tmp_path / "cache", **options)
-    with pytest.raises(EvaluationError, match="baseline_cache or ERASURE_CACHE"):
-        evaluate(erased_pipe, out=tmp_path / "out", baseline_cache=tmp_path / "file", **options)
-    with pytest.raises(EvaluationError, match="cannot write"):
-        replay(erased_pipe, prompt_file(tmp_path), out=tmp_path / "file" / "out", judge=judge, progress=False)
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a folder", "a dangling link", "a device"])

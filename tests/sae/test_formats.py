@@ -195,7 +195,13 @@ def test_openai_claims_are_checked_too(tmp_path: Path) -> None:
         "encoder.weight": zero.expand(40_000, 30_000), "decoder.weight": zero.expand(30_000, 40_000),
         "latent_bias": zero.expand(40_000), "pre_bias": zero.expand(30_000),
     }  # fmt: skip
-    for stored in (claimed, [1], {"state_dict": 5}, {"pre_bias": "x"}):
+    for stored in (
+        claimed,
+        {**claimed, "pre_bias": torch.ones(3).to_sparse()},
+        [1],
+        {"state_dict": 5},
+        {"pre_bias": "x"},
+    ):
         torch.save(stored, tmp_path / "state_dict.pth")
         with pytest.raises(ArtifactError):
             load(tmp_path)

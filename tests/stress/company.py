@@ -103,7 +103,7 @@ class InCompany(Erasing):
     def deep_copy(self, changed: bool) -> None:
         """The copy goes on; what happens to the other does not matter to it."""
         other, self.pipe = self.pipe, copy.deepcopy(self.pipe)
-        if changed and not self.qkv:
+        if changed and not (self.qkv or self.merged):
             manager = ErasureManager(other)
             manager.unfuse()
             manager.unload()

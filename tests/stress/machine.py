@@ -175,16 +175,18 @@ class Erasing(RuleBasedStateMachine):
     # Erasures --------------------------------------------------------------------------------------------------------
 
     def switch(self, call: Callable[[], Any], after: Model) -> None:
-        """Do something that must work, or be refused under fused projections."""
-        if self.qkv:
-            try:
-                call()
-            except UnsupportedModelError:
-                return
-            assert not any(map(in_attention, changed(self.model, after))), "switched under fused projections"
-        else:
+        """Do something that must work, or be refused under fused projections and over a LoRA that is fused."""
+        touched = self.model.recipe().keys() | after.recipe().keys()
+        try:
             call()
-        self.model = after
+        except UnsupportedModelError:
+            assert self.qkv
+        except AttachError:
+            assert self.qkv or touched & self.merged.keys(), "refused without a reason"
+        else:
+            under = any(map(in_attention, changed(self.model, after)))
+            assert not (self.qkv and under), "switched under fused projections"
+            self.model = after
 
     def free(self, name: str) -> str | None:
         left = [n for n in (name, *NAMES) if n not in self.model.attached]
@@ -230,7 +232,7 @@ class Erasing(RuleBasedStateMachine):
         after.enabled = enabled or not after.attached
         self.switch(self.pipe.enable_erasures if enabled else self.pipe.disable_erasures, after)
 
-    @step(lambda m: not m.qkv, fails=st.booleans())
+    @step(lambda m: not (m.qkv or m.merged), fails=st.booleans())
     def disabled_block(self, fails: bool) -> None:
         before = self.model
 

@@ -352,7 +352,7 @@ class Model:
 
 
 def hook_names(pipe: Any) -> list[str]:
-    """Every hook on every module of a pipeline, in its order."""
+    """Every hook on every module of a pipeline, sorted: what order does is seen in what is computed."""
     found = []
     for component in COMPONENTS:
         for name, module in getattr(pipe, component).named_modules():
@@ -361,7 +361,7 @@ def hook_names(pipe: Any) -> list[str]:
                 found.append(f"{component}/{name}: {hook}")
             found += [f"{component}/{name}: forward hook" for _ in module._forward_hooks]
             found += [f"{component}/{name}: pre-forward hook" for _ in module._forward_pre_hooks]
-    return found
+    return sorted(found)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.runner import spread
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import AttackRow
+from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.statistics import wilson
 from erasure.eval.table import read_rows
 
@@ -92,7 +92,7 @@ def run(tmp_path: Path) -> Callable[..., Results]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    rows = read_rows(folder / "attacks.jsonl", AttackRow)
+    rows = read_rows(folder / "attacks.jsonl", ReplayRow)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
