@@ -292,7 +292,7 @@ class ErasureManager:
 
         `stock` gives the stock model beside the erased one instead.
         """
-        before = {name: state.record.enabled for name, state in self._states().items()}
+        before = self._enabled()
         try:
             self.disable()
             yield
@@ -304,7 +304,12 @@ class ErasureManager:
                 self._restore(before)
                 raise
 
+    def _enabled(self) -> dict[str, bool]:
+        return {name: state.record.enabled for name, state in self._states().items()}
+
     def _restore(self, enabled: Mapping[str, bool]) -> None:
+        if all(enabled.get(name, on) == on for name, on in self._enabled().items()):
+            return
         with self._switching() as modules:
             records = {
                 component: replace(state.record, enabled=enabled.get(component, state.record.enabled))
