@@ -55,9 +55,7 @@ class ErasureManager:
         return vars(self.pipe).setdefault(_NAMES, {})
 
     def _attached(self) -> dict[str, Attached]:
-        return {
-            name: attached for state in self._states().values() for name, attached in state.record.attached.items()
-        }
+        return {name: one for state in self._states().values() for name, one in state.record.attached.items()}
 
     @property
     def erasures(self) -> dict[str, Erasure]:
@@ -89,8 +87,7 @@ class ErasureManager:
 
         The drop-in pipelines do this on their own.
         """
-        modules = self._modules()
-        with Lease(modules.values(), exclusive=False):
+        with Lease(self._modules().values(), exclusive=False):
             yield
 
     # Attaching ----------------------------------------------------------------------------------------------------
