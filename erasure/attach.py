@@ -24,7 +24,7 @@ from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
 from erasure.switching import Target, interrupted, recover, switch
-from erasure.twins import states_of, stock_of
+from erasure.twins import erased_of, states_of, stock_of
 
 _NAMES = "_erasure_names"
 """Attribute of a pipeline: the components of every attached erasure, to notice one that is lost with its component."""
@@ -56,9 +56,7 @@ class ErasureManager:
         return vars(self.pipe).setdefault(_NAMES, {})
 
     def _attached(self) -> dict[str, Attached]:
-        return {
-            name: attached for state in self._states().values() for name, attached in state.record.attached.items()
-        }
+        return {name: one for state in self._states().values() for name, one in state.record.attached.items()}
 
     @property
     def erasures(self) -> dict[str, Erasure]:
@@ -90,8 +88,7 @@ class ErasureManager:
 
         The drop-in pipelines do this on their own.
         """
-        modules = self._modules()
-        with Lease(modules.values(), exclusive=False):
+        with Lease(self._modules().values(), exclusive=False):
             yield
 
     # Attaching ----------------------------------------------------------------------------------------------------
@@ -219,18 +216,31 @@ class ErasureManager:
         Raises:
             UnsupportedModelError: An adapter that is to be left out is merged into the weights (`fuse_lora`).
         """
-        modules = self._modules()
-        merged = [name for module in modules.values() for name in adapters.merged_names(module)]
+        merged = [name for module in self._modules().values() for name in adapters.merged_names(module)]
         if without_adapters and merged:
             raise UnsupportedModelError(f"the LoRA {merged[0]!r} is fused into the weights: unfuse_lora() first")
-        if scopes.is_offloaded(self.pipe):
-            with Lease(modules.values(), exclusive=True), scopes.without_offloading(self.pipe) as put_back:
-                made = stock_of(self.pipe, without_adapters=without_adapters)
-                if offloaded:
-                    put_back(made)
-                return made
+        return self._beside(lambda: stock_of(self.pipe, without_adapters=without_adapters), offloaded)
+
+    def twin(self, *, offloaded: bool = False) -> DiffusionPipeline:
+        """The pipeline with its erasures, as another object on the same weights: for what puts hooks on a model.
+
+        Args:
+            offloaded: Offload the other object as this one is, if it is.
+        """
+        return self._beside(lambda: erased_of(self.pipe), offloaded)
+
+    def _beside(self, make: Callable[[], DiffusionPipeline], offloaded: bool) -> DiffusionPipeline:
+        modules = self._modules()
+        if scopes.is_offloaded(self.pipe) or any(map(interrupted, modules.values())):
+            with Lease(modules.values(), exclusive=True):
+                recover(modules)
+                with scopes.without_offloading(self.pipe) as put_back:
+                    made = make()
+                    if offloaded:
+                        put_back(made)
+                    return made
         with Lease(modules.values(), exclusive=False):
-            return stock_of(self.pipe, without_adapters=without_adapters)
+            return make()
 
     def _change(
         self, change: Callable[[Mapping[str, Attached]], Mapping[str, Attached]], enabled: bool | None
@@ -294,7 +304,7 @@ class ErasureManager:
 
         `stock` gives the stock model beside the erased one instead.
         """
-        before = {name: state.record.enabled for name, state in self._states().items()}
+        before = self._enabled()
         try:
             self.disable()
             yield
@@ -306,7 +316,12 @@ class ErasureManager:
                 self._restore(before)
                 raise
 
+    def _enabled(self) -> dict[str, bool]:
+        return {name: state.record.enabled for name, state in self._states().items()}
+
     def _restore(self, enabled: Mapping[str, bool]) -> None:
+        if all(enabled.get(name, on) == on for name, on in self._enabled().items()):
+            return
         with self._switching() as modules:
             records = {
                 component: replace(state.record, enabled=enabled.get(component, state.record.enabled))
@@ -371,7 +386,7 @@ class ErasureManager:
         modules = self._modules()
         if any(map(interrupted, modules.values())):
             with self._switching():
-                pass
+                pass  # entering has undone it
         with Lease(modules.values(), exclusive=False):
             return proof.verify(self.pipe, self._remembered(), least_strength)
 
@@ -381,10 +396,8 @@ class ErasureManager:
         Args:
             beyond_weights: Whether what is more than plain weights is written elsewhere.
         """
-        for module in self._modules().values() if self._attached() else ():
-            guards.refuse_adapters(module)
-            if not beyond_weights:
-                guards.refuse_unsaveable(module)
+        if self._attached():
+            guards.check_saveable(self._modules().values(), beyond_weights)
 
 
 def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:

@@ -266,6 +266,14 @@ def refuse_unsaveable(module: Any, *args: Any, **kwargs: Any) -> None:
             )
 
 
+def check_saveable(modules: Iterable[nn.Module], beyond_weights: bool) -> None:
+    """Check every component of a pipeline with erasures before the first file is written; see `refuse_unsaveable`."""
+    for module in modules:
+        refuse_adapters(module)
+        if not beyond_weights:
+            refuse_unsaveable(module)
+
+
 def refuse_adapters(module: Any) -> None:
     """Raise `AttachError` where a user's adapter would be written under names that no loader finds."""
     if adapters.tuner_layers(module):

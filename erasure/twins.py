@@ -37,6 +37,11 @@ def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool) -> DiffusionPip
     return without_free_u(made) if without_adapters else made
 
 
+def erased_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A twin with the erasures; nothing of the pipeline may be offloaded."""
+    return twin(pipe, {}, (), prefix=None, without_adapters=False)
+
+
 def bare_of(pipe: DiffusionPipeline) -> DiffusionPipeline | None:
     """The pipeline with its erasures but without its user's LoRA adapters and FreeU: itself, where it has none.
 

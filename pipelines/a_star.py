@@ -33,7 +33,7 @@ from erasure.pipelines.attention_losses import (
     smoothed,
     where_high,
 )
-from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
+from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin, for_each
 
 Loss = Literal["a_star", "attend_and_excite"]
 
@@ -140,7 +140,7 @@ class CompositionMixin(SharedModulesMixin):
                     callback_on_step_end_tensor_inputs=list(
                         dict.fromkeys(["latents", *callback_on_step_end_tensor_inputs])
                     ),
-                    **rest,
+                    **for_each(rest, len(prompts)),
                 )  # fmt: skip
         finally:
             self._guide = None

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
+from erasure.guards import unguarded
 from erasure.interop.pipelines import execution_device
 from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
@@ -91,7 +92,9 @@ class LocalizationMixin(SharedModulesMixin):
         if not names:
             raise MaskError("nothing to find: name it with words=")
         source = self.read_images(image)
-        latents = self.encode_images(source)
+        with unguarded():
+            # Nothing is drawn from it.
+            latents = self.encode_images(source)
         generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
         state = generator.get_state()
         raw, refined = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
 ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
+
+
+BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
+"""Texts of stock calls of which several prompts need one each."""
+
+
+def for_each(options: Mapping[str, Any], count: int, repeats: int = 1) -> dict[str, Any]:
+    """Options of a stock call for several prompts, where one text may stand for all.
+
+    Args:
+        options: As a user gave them.
+        count: How many texts a user may give.
+        repeats: How often each of them is handed on, next to one another.
+    """
+    given = {name: value for name in BESIDE_PROMPTS if (value := options.get(name)) is not None}
+    each = {name: [value] * count if isinstance(value, str) else value for name, value in given.items()}
+    return {**options, **{name: [text for text in texts for _ in range(repeats)] for name, texts in each.items()}}
 
 
 def base_of(model: str | Path) -> str:
@@ -48,8 +65,9 @@ class SharedModulesMixin:
             @functools.wraps(stock)
             def leased(self: Any, *args: Any, **kwargs: Any) -> Any:
                 with ErasureManager(self).in_use():
-                    given = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
-                    guards.check_call(components_of(self), given)
+                    named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
+                    # By name, those too that a call of ours hands on to the stock call.
+                    guards.check_call(components_of(self), {**kwargs, **named})
                     return stock(self, *args, **kwargs)
 
             leased._leased = True  # type: ignore[attr-defined]

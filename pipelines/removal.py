@@ -29,11 +29,12 @@ from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import BranchGuidance, can_share_trunk
 from erasure.errors import MaskError, OptionError
+from erasure.guards import unguarded
 from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines.localization import LocalizationMixin
-from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.mixin import ErasureMixin, for_each
 
 Sampler = Literal["blended", "inversion"]
 Layers = Literal["decoder", "all"]
@@ -175,6 +176,7 @@ class ObjectRemovalMixin(LocalizationMixin):
                 stacklevel=2,
             )
         masks = grow(masks, settings.mask_blur)
+        rest = for_each(rest, len(source), num_images_per_prompt)
         source, masks, empty = (part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, empty))
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
@@ -214,7 +216,9 @@ class ObjectRemovalMixin(LocalizationMixin):
         latents = self.encode_images(source)
         if pipe.unet.config.in_channels == pipe.vae.config.latent_channels:
             return {"image": latents, "masked_image_latents": torch.zeros_like(latents)}
-        return {"image": latents, "masked_image_latents": self.encode_images(torch.where(covered, 0.5, source))}
+        with unguarded():
+            # That a picture was handed in has been said.
+            return {"image": latents, "masked_image_latents": self.encode_images(torch.where(covered, 0.5, source))}
 
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:

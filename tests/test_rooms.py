@@ -19,7 +19,8 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets")
 GROUND = frozenset({"concept", "errors", "extras", "files", "images", "interop", "pages", "shown"})
 LIBRARY = frozenset(
     {
-        "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "schema", "state", "switching",
+        "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "proof", "schema", "state",
+        "switching", "twins",
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""

@@ -83,8 +83,8 @@ def warn_of_unlike_tokens(name: str, towers: Iterable[TextTower], expected: Lear
                 continue
             warnings.warn(
                 f"the erasure {name!r} was made with the learned token {word} of the {tower.component}, {what}: "
-                "prompts with it need not be erased. Load the same token with load_textual_inversion(), or make the "
-                "erasure anew",
+                "prompts with it need not be erased. Load the same token with load_textual_inversion() and attach the "
+                "erasure again, or make it anew",
                 UnknownTokenWarning,
                 stacklevel=2,
             )

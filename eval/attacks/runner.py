@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from erasure.attach import ErasureManager
 from erasure.cache import model_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
@@ -87,6 +88,8 @@ def attack(
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
     stock, entries = in_force(pipe)
+    # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
+    pipe = ErasureManager(pipe).twin()
     found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}

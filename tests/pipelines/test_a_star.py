@@ -214,6 +214,21 @@ def test_a_batch_equals_its_parts(pipe: Any, loss: str) -> None:
     assert (both - torch.cat(parts)).abs().max() < 1e-3
 
 
+def test_one_negative_prompt_serves_all_prompts(stock: Any, pipe: Any) -> None:
+    prompts, subjects = [PROMPT, "a car"], [SUBJECTS, ["car"]]
+    beside = {"negative_prompt": "a house", "guidance_scale": 3.0}
+    if isinstance(stock, StableDiffusionXLPipeline):
+        beside |= {"negative_prompt_2": "a gun", "prompt_2": "a drawing"}
+        prompts, subjects = [PROMPT, PROMPT], SUBJECTS
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(2)]  # noqa: E731
+    one = run(pipe, prompts, subjects, generator=seeds(), **beside)
+    for form in (list, tuple):
+        listed = {name: form([text] * 2) if isinstance(text, str) else text for name, text in beside.items()}
+        assert torch.equal(run(pipe, prompts, subjects, generator=seeds(), **listed), one)
+    assert torch.isfinite(run(pipe, **beside)).all()
+    assert not torch.equal(run(pipe, prompts, subjects, generator=seeds(), guidance_scale=3.0), one)
+
+
 def test_a_layout_holds_subjects_from_the_first_step_on(pipe: Any) -> None:
     left, right = torch.zeros(32, 32), torch.zeros(32, 32)
     left[:, :16], right[:, 16:] = 1, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from erasure.backbones import text_towers
-from erasure.errors import MaskError, OptionError
+from erasure.errors import BypassedErasureWarning, MaskError, OptionError
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.localization import describe
@@ -288,6 +289,48 @@ def test_erasures_stay_in_force(tiny_pipe: Any) -> None:
     assert pipe.verify_erasures() > 0
     pipe.unload_erasures()
     assert not torch.equal(run(pipe, prompt="a cat"), with_it)
+
+
+@pytest.mark.parametrize("sampler", ["blended", "inversion"])
+def test_negative_prompts_are_texts_or_lists(pipe: Any, sampler: str) -> None:
+    images, settings = [picture(seed=0), picture(seed=1)], {"guidance_scale": 3.0, "sampler": sampler}
+
+    def drawn(**options: Any) -> Tensor:
+        seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+        return run(pipe, images, generator=seeds, num_images_per_prompt=2, **settings, **options)
+
+    one = drawn(negative_prompt="a cat")
+    assert torch.equal(drawn(negative_prompt=["a cat", "a cat"]), one)
+    # An image's own goes to all that is made of it.
+    each = drawn(negative_prompt=["a cat", "a dog"])
+    assert torch.equal(each[:2], one[:2])
+    assert not torch.equal(each[2:], one[2:])
+
+
+def warned(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught if issubclass(one.category, BypassedErasureWarning)]
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_picture_that_goes_past_an_erasure_is_said_once(tiny_pipe: Any, channels: int) -> None:
+    import erasure
+
+    tiny_pipe.unet = copy.deepcopy(tiny_pipe.unet)
+    if channels == 9:
+        tiny_pipe.unet.conv_in = torch.nn.Conv2d(9, 32, 3, padding=1)
+        tiny_pipe.unet.register_to_config(in_channels=9)
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    erasure.erase(pipe, "cat", "uce", progress=False)
+    (said,) = warned(lambda: run(pipe))
+    assert "uce" in said
+    assert "picture" in said
+    # Looking for something draws nothing, wherever it is asked for.
+    assert warned(lambda: pipe.localize(picture(64, 64), "dog", num_inference_steps=4)) == []
+    assert any("negative prompt" in text for text in warned(lambda: run(pipe, negative_prompt="a cat")))
 
 
 # Masks --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import erasure
 from erasure import Concept, ErasureManager
 from erasure.eval.detectors import CanvasJudge
+from erasure.sae.detection import detect_concepts
 
 PROMPT = "a photo of <my-pet>"
 
@@ -55,6 +56,6 @@ def test_itd_tells_a_learned_token_with_its_word(canvas: Any, teach: Any) -> Non
     pipe = copy.deepcopy(canvas)
     teach(pipe, "a", "cat")
     erasure.erase(pipe, Concept("<my-pet>", synonyms=("cat",)), "itd", progress=False)
-    answers = ErasureManager(pipe).detect_concepts([PROMPT, "a picture of <my-pet> in ink style", "a photo of a dog"])
+    answers = detect_concepts(pipe, [PROMPT, "a picture of <my-pet> in ink style", "a photo of a dog"])
     assert [each["<my-pet>"].present for each in answers] == [True, True, False]
     assert "cat" not in objects(pipe, PROMPT)
