@@ -20,6 +20,7 @@ from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModel
 from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of
 from erasure.interop import adapters, scopes
 from erasure.interop.pipelines import CallGuard, components_of
+from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
 from erasure.switching import Target, interrupted, recover, switch
@@ -191,6 +192,7 @@ class ErasureManager:
             guards.install(modules, denoiser, now)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _refuse_unsaveable)
+                take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
             kept = {name: parts for name, parts in known.items() if name not in dropped}

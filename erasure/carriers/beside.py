@@ -6,7 +6,7 @@ does with adapters (loading, scaling per call, switching off, unloading) does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from erasure.carriers.edits import LowRank
 from erasure.interop import hooks, paths
-from erasure.interop.hooks import ModelHook
+from erasure.interop.hooks import SurroundingHook
 
 _HOOK = "erasure_beside"
 Terms = list[tuple[float, LowRank]]
 """(strength, edit) pairs of one layer."""
 
 
-class _Beside(ModelHook):
+class _Beside(SurroundingHook):
     """On a linear layer: adds what the edits make of its input."""
 
     def __init__(self, terms: Sequence[tuple[float, LowRank]]) -> None:
@@ -32,9 +32,9 @@ class _Beside(ModelHook):
         self.down = torch.cat([edit.down.float() for _, edit in terms])
         self.up = torch.cat([strength * edit.up.float() for strength, edit in terms], 1)
 
-    def new_forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer and add to its output."""
-        output = self.fn_ref.original_forward(x, *args, **kwargs)
+        output = forward(x, *args, **kwargs)
         if self.down.device != x.device or self.down.dtype != x.dtype:
             self.down, self.up = self.down.to(x.device, x.dtype), self.up.to(x.device, x.dtype)
         return output + F.linear(F.linear(x, self.down), self.up).to(output.dtype)

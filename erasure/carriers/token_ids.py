@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from erasure.interop import hooks, paths
-from erasure.interop.hooks import ModelHook
+from erasure.interop.hooks import SurroundingHook
 
 _HOOK = "erasure_token_ids"
 
@@ -22,15 +23,15 @@ class _Call(threading.local):
 _CALL = _Call()
 
 
-class _KeepIds(ModelHook):
+class _KeepIds(SurroundingHook):
     """On a text encoder: keeps the ids for the length of one forward pass, whatever comes of it."""
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the encoder."""
         outer = _CALL.ids
         _CALL.ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
         try:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         finally:
             _CALL.ids = outer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 __all__ = [
     "ModelHook",
+    "SurroundingHook",
     "find_hook",
     "hooked",
     "is_stateful",
@@ -22,6 +23,17 @@ __all__ = [
     "reset_caches",
     "runs_hook",
 ]
+
+
+class SurroundingHook(ModelHook):
+    """A hook that calls the forward itself.
+
+    diffusers' own way to do that, `new_forward`, is skipped from the moment on that a hook beneath it is removed.
+    """
+
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`, the module's, with the arguments or others, and give its output or another."""
+        raise NotImplementedError
 
 
 class _HookedForward:
@@ -34,6 +46,8 @@ class _HookedForward:
         """The hook's part before, the forward that was there, the hook's part after."""
         chain = self.hook.fn_ref
         args, kwargs = chain.pre_forward(module, *args, **kwargs)
+        if isinstance(self.hook, SurroundingHook):
+            return chain.post_forward(module, self.hook.around(chain.forward, *args, **kwargs))
         return chain.post_forward(module, chain.forward(*args, **kwargs))
 
 
@@ -52,8 +66,18 @@ def find_hook(module: nn.Module | None, name: str) -> ModelHook | None:
 
 def remove_hook(module: nn.Module, name: str) -> None:
     """Take a hook off a module; its children keep theirs. Nothing happens where there is none."""
-    if find_hook(module, name) is not None:
-        HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
+    if find_hook(module, name) is None:
+        return
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    index = registry._hook_order.index(name)
+    taken = registry._fn_refs[index]
+    beneath = taken.original_forward or taken.forward
+    above = next(iter(registry._fn_refs[index + 1 :]), None)
+    own = None if above is None or above.original_forward is None else above.forward
+    registry.remove_hook(name, recurse=False)
+    if above is not None and own is not None:
+        # diffusers would leave a `new_forward` above out, and call the hook that is gone.
+        above.original_forward, above.forward = beneath, own
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""Tokenisers that several threads use: padding and truncation are set on what they share, and then read from it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+_METHODS = ("_encode_plus", "_batch_encode_plus")
+"""What sets padding and truncation and then encodes; the second is of transformers before 5."""
+
+
+class _Turn:
+    """A lock; a copy or a pickle has one of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        """Leave the lock out."""
+        return _Turn, ()
+
+
+class _InTurn:
+    """One method of one tokeniser, for one thread at a time. An object, so that a deep copy serves the copy."""
+
+    def __init__(self, tokenizer: object, method: str, turn: _Turn) -> None:
+        self.tokenizer, self.method, self.turn = tokenizer, method, turn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's method."""
+        with self.turn.lock:
+            return getattr(type(self.tokenizer), self.method)(self.tokenizer, *args, **kwargs)
+
+
+def take_turns(pipe: DiffusionPipeline) -> None:
+    """Let threads that share the tokenisers of a pipeline use them one after the other.
+
+    A prompt would get the padding that another thread asked for: a pinned encoding would not be found under its ids,
+    and the denoiser would be told something else. What a tokeniser gives is the same, so it stays that way.
+    """
+    for tokenizer in pipe.components.values():
+        if hasattr(tokenizer, "backend_tokenizer"):
+            turn = _Turn()
+            for method in _METHODS:
+                if hasattr(type(tokenizer), method) and method not in vars(tokenizer):
+                    vars(tokenizer)[method] = _InTurn(tokenizer, method, turn)
