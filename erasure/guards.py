@@ -160,8 +160,8 @@ PICTURE = (
 
 
 CLIP_SKIP = (
-    "clip_skip= feeds the denoiser encodings that {names} was not fitted to, so it erases less: leave clip_skip out, "
-    "or use a strategy that edits the text encoder."
+    "clip_skip= feeds the denoiser encodings that {names} was not fitted to: it may erase less, and prompts that it "
+    "pins are encoded anew. Leave clip_skip out, or use a strategy that edits the text encoder and pins nothing."
 )
 NEGATIVE = (
     "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
@@ -197,9 +197,8 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
     set_levels = [given.get(key) for key in ("timesteps", "sigmas")]
     if given.get("latents") is not None and any(levels is not None for levels in set_levels):
         said(states, names, PICTURE)
-    drawing = names_in_force(state for state in states if not state.is_text_encoder)
-    if drawing and given.get("clip_skip"):
-        said(states, drawing, CLIP_SKIP)
+    if given.get("clip_skip") and (unfit := _unfit_for_clip_skip(states)):
+        said(states, unfit, CLIP_SKIP)
     if negated := _negated(states, given):
         said(states, negated, NEGATIVE)
     for component in components.values():
@@ -210,6 +209,17 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
                 embeddings = given.get(key)
                 if embeddings is not None and (around := bypassed_by_embeddings(states, encodings, embeddings)):
                     said(states, around, EMBEDDINGS)
+
+
+def _unfit_for_clip_skip(states: Iterable[ComponentState]) -> str:
+    """Names of the erasures that know encodings of the last block only: edits of the denoiser, and pinned prompts."""
+    found = [
+        name
+        for state in states
+        for name, attached in state.in_force().items()
+        if not state.is_text_encoder or attached.erasure.edits.pinned
+    ]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:

@@ -37,6 +37,11 @@ def uce(tiny_pipe_original: Any) -> Erasure:
     return make(tiny_pipe_original, "uce", vocabulary=8)
 
 
+@pytest.fixture(scope="module")
+def pinned(tiny_pipe_original: Any) -> Erasure:
+    return make(tiny_pipe_original, "hirm", steps=2, contexts=0, retain_vocabulary=2, unconditional="stock")
+
+
 def make(pipe: Any, strategy: str, **options: Any) -> Erasure:
     concept = Concept("cat", anchor="dog")
     return erasure.erase(pipe, concept, strategy, attach=False, progress=False, **options)
@@ -157,6 +162,8 @@ CALLS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "negative anchor": ("uce", {"negative_prompt": "a dog"}, "negative prompt"),
     "negative of others": ("uce", {"negative_prompt": "catalogue, dogma"}, None),
     "clip_skip": ("uce", {"clip_skip": 1}, "clip_skip"),
+    "clip_skip beside pinned prompts": ("pinned", {"clip_skip": 1}, "clip_skip"),
+    "clip_skip of a text-side erasure": ("hirm", {"clip_skip": 1}, None),
 }
 
 
@@ -293,9 +300,10 @@ def test_nothing_is_saved_with_a_users_lora_in_it(
 
 
 @pytest.mark.parametrize("way", ["pipeline", "component", "sibling", "auto"])
-def test_hooks_are_not_left_out_of_a_saved_model_in_silence(tiny_pipe: Any, way: str, tmp_path: Any) -> None:
-    made = make(tiny_pipe, "hirm", steps=2, contexts=0, retain_vocabulary=2, unconditional="stock")
-    ErasureManager(tiny_pipe).add(made, "cat")
+def test_hooks_are_not_left_out_of_a_saved_model_in_silence(
+    tiny_pipe: Any, pinned: Erasure, way: str, tmp_path: Any
+) -> None:
+    ErasureManager(tiny_pipe).add(pinned, "cat")
     pipe = {
         "pipeline": lambda: tiny_pipe,
         "component": lambda: tiny_pipe.text_encoder,

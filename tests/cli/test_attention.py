@@ -88,15 +88,23 @@ def test_a_brush_on_a_transparent_ground_is_a_mask(tiny_pipe_folder: Path, scene
     assert not (tmp_path / "clean.png").is_symlink()
 
 
-def test_remove_by_words_on_the_embedded_model(tmp_path: Path) -> None:
+def test_remove_by_words_on_the_embedded_model(tmp_path: Path, capsys: Any) -> None:
+    """Beside an erasure, which a picture that is handed in goes past: that is said, once."""
+    import erasure
     from erasure.assets.scenes import Scene, render
     from erasure.eval.detectors import CanvasJudge
 
     image, out, used = (tmp_path / name for name in ("scene.png", "clean.png", "used.png"))
     drawn = render(Scene(("apple",), "noto", "blue"))
     Image.fromarray(drawn.image).save(image)
+    made = erasure.erase(erasure.load_pipeline("canvas-sd", device="cpu"), "gun", "uce", attach=False, progress=False)
     command = ["remove", "--model", "canvas-sd", "--image", image, "--words", "apple", "--out", out]
-    assert main([*map(str, command), "--mask-out", str(used)]) == 0
+    command += ["--mask-out", used, "--erasure", made.save(tmp_path / "gun")]
+    capsys.readouterr()
+    assert main(list(map(str, command))) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warned) == 1
+    assert "a picture that is handed in starts the drawing past gun" in warned[0]
     found = np.asarray(Image.open(used)) > 127
     assert (found & drawn.masks[0]).sum() / (found | drawn.masks[0]).sum() > 0.6
     before, after = CanvasJudge()([Image.open(image), Image.open(out)])

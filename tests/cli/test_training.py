@@ -11,6 +11,7 @@ import pytest
 from erasure import Erasure
 from erasure.cli.bench_training import compared
 from erasure.cli.main import main
+from erasure.training.run import Run
 
 QUICK = ["--steps", "2", "--batch", "2", "--retain-batch", "2", "--rollout-steps", "2", "--contexts", "0"]
 
@@ -29,16 +30,19 @@ def test_a_training_leaves_its_result_and_its_logs(tiny_pipe_folder: Path, tmp_p
     assert "MB in" in capsys.readouterr().out
 
 
-def test_a_training_of_something_else_is_one_line(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_training_of_something_else_is_one_line(
+    tiny_pipe_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a kill: its checkpoints are there, and the options are others now."""
     runs = tmp_path / "runs"
-    assert erase(tiny_pipe_folder, tmp_path / "one", "--checkpoints", str(runs)) == 0
-    runs.mkdir()
-    (runs / "training.json").write_text(json.dumps({"strategy": "esd", "options": {"lr": 1.0}}))
-    assert erase(tiny_pipe_folder, tmp_path / "two", "--checkpoints", str(runs)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "discard", lambda run: None)
+        assert erase(tiny_pipe_folder, tmp_path / "one", "--checkpoints", str(runs)) == 0
+    assert erase(tiny_pipe_folder, tmp_path / "two", "--checkpoints", str(runs), "--lr", "1") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("erasure: error: ")
-    assert "options.lr: 1.0 in the first" in error
+    assert "options.lr: " in error
+    assert "in the first, 1.0 in the second" in error
     assert not (tmp_path / "two").exists()
 
 
