@@ -58,7 +58,7 @@ def test_any_sequence_of_calls(machine: Any, capsys: pytest.CaptureFixture[str])
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=STEPS // 38 + 1, stateful_step_count=AT_ONCE, derandomize=True, database=None,
+            max_examples=STEPS // AT_ONCE + 1, stateful_step_count=AT_ONCE, derandomize=True, database=None,
             deadline=None, suppress_health_check=list(HealthCheck), print_blob=False,
             phases=[Phase.generate, Phase.shrink] if option("STRESS_SHRINK", 0) else [Phase.generate],
         ),
