@@ -269,7 +269,9 @@ class SAETrainer:
             row = self.step(losses, optimiser, self.stream(step), step)
             self.accelerator.log(row, step=step)
             progress((step + 1) / self.options.steps)
-            if self.state and self.accelerator.is_main_process and (step + 1) % self.options.save_every == 0:
+            due = (step + 1) % self.options.save_every == 0 and step + 1 < self.options.steps
+            # Not behind the last step, whose figures no checkpoint holds: they belong to the result.
+            if self.state and self.accelerator.is_main_process and due:
                 self.state.save(step + 1)
         self.sae.threshold.fill_(max(float(self.losses.least), 0.0))
         self.sae.fold_scale(float(self.losses.scale))
