@@ -18,8 +18,9 @@ from erasure import ErasureManager
 from erasure.errors import AttachError, ErasureError
 from erasure.pipelines import StableDiffusionErasurePipeline
 
+from .looks import hook_names
 from .machine import Erasing, names, step
-from .model import draw, encode, hook_names, tensors_of
+from .model import draw, encode, tensors_of
 
 
 def is_plain(machine: Erasing) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers.utils import logging
 
 import erasure
+from erasure import ErasureManager
 
+from .crew import ATTACHED, A
+from .looks import drop_in, give_world, one_thread
 from .model import Kit, make_erasures
 
 
@@ -32,3 +37,23 @@ def no_bars() -> Iterator[None]:
     yield
     logging.enable_progress_bar()
     logging.set_verbosity(level)
+
+
+@pytest.fixture
+def tight() -> Iterator[None]:
+    """Torch on one thread, and Python changing threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    with one_thread():
+        yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def pipe(kit: Kit, tiny_pipe: Any, tmp_path: Path) -> Any:
+    """A drop-in pipeline with every erasure attached in state A, whose model has a world."""
+    give_world(tiny_pipe, tmp_path / "world")
+    made = drop_in(tiny_pipe)
+    for kind in ATTACHED:
+        ErasureManager(made).add(kit.erasures[kind], kind, A[kind])
+    return made

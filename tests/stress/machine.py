@@ -19,7 +19,8 @@ from erasure import Erasure, ErasureManager
 from erasure.errors import AttachError, ErasureError, UnsupportedModelError
 from erasure.pipelines import StableDiffusionErasurePipeline
 
-from .model import COMPONENTS, Entry, Kit, Model, ReferencePipe, draw, encode, relative, tensors_of, verifies
+from .looks import relative, verifies
+from .model import COMPONENTS, Entry, Kit, Model, ReferencePipe, draw, encode, tensors_of
 
 NAMES = ("a", "b", "c", "d")
 CLOSE = 2e-4

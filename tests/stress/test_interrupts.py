@@ -26,7 +26,8 @@ from erasure.eval import evaluate
 from erasure.pipelines import StableDiffusionErasurePipeline
 
 from .lines import ROOT, Lines, spread
-from .model import Kit, colour_judge, differing, drop_in, encode, give_world, look, one_thread, option
+from .looks import colour_judge, differing, drop_in, give_world, look, one_thread
+from .model import Kit, encode, option
 
 INTERRUPTS = option("STRESS_INTERRUPTS", 200)
 """How many are tried over all operations: `STRESS_INTERRUPTS=2000` for the long run."""

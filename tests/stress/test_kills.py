@@ -26,7 +26,8 @@ from erasure.eval import Results
 from erasure.pipelines import StableDiffusionErasurePipeline
 
 from .lines import ROOT, spread
-from .model import Kit, encode, one_thread, option
+from .looks import one_thread
+from .model import Kit, encode, option
 
 KILLS = option("STRESS_KILLS", 20)
 """How many processes are killed: `STRESS_KILLS=100` for the long run."""

@@ -14,7 +14,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from erasure import ErasureManager
 
 from .company import InCompany
-from .model import Kit, ReferencePipe, draw, encode, foreign, one_thread, option, relative, tensors_of, user_lora
+from .looks import one_thread, relative
+from .model import Kit, ReferencePipe, draw, encode, foreign, option, tensors_of, user_lora
 
 STEPS = option("STRESS_STEPS", 2000)
 """How many steps are taken in all: `STRESS_STEPS=20000` for the long run."""

@@ -26,7 +26,7 @@ import torch
 import erasure
 from erasure import Erasure
 from stress.lines import Lines, kill
-from stress.model import colour_judge, differing, drop_in, give_world, look
+from stress.looks import colour_judge, differing, drop_in, give_world, look
 
 
 def load(model: str) -> Any:
