@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from erasure import api, guards
 from erasure.artifact import Erasure
@@ -16,6 +16,7 @@ from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.interop.pipelines import components_of
+from erasure.interop.protocols import Settings
 from erasure.sae.detection import Detection, detect_concepts
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
 """Texts of stock calls of which several prompts need one each."""
 
 
-def for_each(options: Mapping[str, Any], count: int, repeats: int = 1) -> dict[str, Any]:
+def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:
     """Options of a stock call for several prompts, where one text may stand for all.
 
     Args:
@@ -69,14 +70,14 @@ class SharedModulesMixin:
     its end: a switch waits for it.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         """Put the lease around the stock class's call, whose signature stays."""
         super().__init_subclass__(**options)
         stock = next((vars(kind)["__call__"] for kind in cls.__mro__ if "__call__" in vars(kind)), None)
         if stock is not None and not hasattr(stock, "_leased"):
 
             @functools.wraps(stock)
-            def leased(self: Any, *args: Any, **kwargs: Any) -> Any:
+            def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
                 with ErasureManager(self).in_use():
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
                     # By name, those too that a call of ours hands on to the stock call.
@@ -87,7 +88,7 @@ class SharedModulesMixin:
             cls.__call__ = leased  # type: ignore[assignment]
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
         """As the stock method, which makes float32 of both pipelines unless told otherwise."""
         if not {"dtype", "torch_dtype"} & set(options):
             options["dtype"] = pipeline.dtype
@@ -104,7 +105,7 @@ class ErasureMixin(SharedModulesMixin):
         return ErasureManager(pipe)
 
     def erase(
-        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: Any
+        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: object
     ) -> Erasure:
         """Make an erasure and attach it; see `erasure.erase`."""
         return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]
@@ -213,7 +214,7 @@ class ErasureMixin(SharedModulesMixin):
                     write_json(temporary / ATTACHED_FILE, manager.strengths)
         return folder
 
-    def save_pretrained(self, *args: Any, **options: Any) -> None:
+    def save_pretrained(self, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
 
         Raises:
@@ -225,7 +226,7 @@ class ErasureMixin(SharedModulesMixin):
             super().save_pretrained(*args, **options)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:
         """As the stock method; a folder of `save_erased_pipeline(fuse=False)` comes with its erasures attached.
 
         Raises:
@@ -237,7 +238,7 @@ class ErasureMixin(SharedModulesMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
 
     @classmethod
-    def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> Any:
+    def load_erased_pipeline(cls, folder: str | Path, **options: object) -> Self:
         """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified.
 
         Args:
@@ -267,7 +268,7 @@ class ErasureMixin(SharedModulesMixin):
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
         """As the stock method; erasures come along with the components that are shared."""
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -285,7 +284,7 @@ def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> 
     return _equal(own, expected) or _rounded(own, expected, base)
 
 
-def _wrapper(component: nn.Module, path: str) -> Any:
+def _wrapper(component: nn.Module, path: str) -> adapters.BaseTunerLayer | None:
     return adapters.wrapper_at(component, path.rsplit(".", 1)[0])
 
 
