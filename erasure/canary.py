@@ -54,13 +54,15 @@ class Canary:
     """A prompt of every erasure in force, by its name."""
     stock: Answer
     erased: Answer
+    in_force: Mapping[str, tuple[Erasure, float]]
+    """The erasures in force and their strengths, by name."""
 
     @classmethod
     def of(
         cls,
         pipe: DiffusionPipeline,
         make_stock: Callable[[], DiffusionPipeline],
-        erasures: Mapping[str, Erasure],
+        in_force: Mapping[str, tuple[Erasure, float]],
         last: Canary | None,
     ) -> Canary:
         """Ask the pipeline and its stock twin.
@@ -68,17 +70,24 @@ class Canary:
         Args:
             pipe: The pipeline.
             make_stock: Gives the same without erasures.
-            erasures: What is in force, by name.
+            in_force: The erasures in force and their strengths, by name.
             last: What was asked before, which saves asking the stock model again.
         """
-        prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, erasure in erasures.items()}
+        prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, (erasure, _) in in_force.items()}
         asked = list(prompts.values())
         known = [] if last is None else list(last.prompts.values())
         if last is not None and set(asked) <= set(known):
             stock = last.stock.rows([known.index(prompt) for prompt in asked])
         else:
             stock = answer(make_stock(), asked)
-        return cls(prompts, stock, answer(pipe, asked))
+        return cls(prompts, stock, answer(pipe, asked), dict(in_force))
+
+    def is_of(self, in_force: Mapping[str, tuple[Erasure, float]]) -> bool:
+        """Whether these are the erasures and strengths that it is about."""
+        own = self.in_force
+        return own.keys() == in_force.keys() and all(
+            own[name][0] is erasure and own[name][1] == strength for name, (erasure, strength) in in_force.items()
+        )
 
     def check(self, pipe: DiffusionPipeline, edits_denoiser: set[str]) -> None:
         """Compare with what the pipeline computes now.

@@ -20,11 +20,16 @@ def look(pipe: DiffusionPipeline, targets: Iterable[Target]) -> Canary | None:
     """Ask a pipeline what it computes under the erasures that were just put in force, for `verify` to compare with."""
     targets = list(targets)
     last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
-    in_force = {name: one.erasure for target in targets for name, one in target.state.in_force().items()}
-    if not in_force:
+    in_force = {
+        name: (one.erasure, one.strength) for target in targets for name, one in target.state.in_force().items()
+    }
+    if not in_force or (last is not None and last.is_of(in_force)):
+        # What was computed when they were put in force first: whatever has been changed since is to be found.
         return last
     bare = bare_of(pipe)
-    return None if bare is None else Canary.of(bare, lambda: stock_of(pipe, without_adapters=True), in_force, last)
+    if bare is None:
+        return None
+    return Canary.of(bare, lambda: stock_of(pipe, without_adapters=True, latents_only=True), in_force, last)
 
 
 def verify(pipe: DiffusionPipeline, remembered: Mapping[str, Sequence[str]], least_strength: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
+from erasure.backbones import backbone_for
 from erasure.interop import adapters, paths
 from erasure.interop.pipelines import components_of, twin, without_free_u
 from erasure.state import ComponentState
@@ -21,19 +22,21 @@ def states_of(pipe: DiffusionPipeline) -> dict[str, ComponentState]:
     return {name: state for name, state in found.items() if state is not None}
 
 
-def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool) -> DiffusionPipeline:
+def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool, latents_only: bool = False) -> DiffusionPipeline:
     """A twin without erasures; nothing of the pipeline may be offloaded.
 
     Args:
         pipe: The pipeline.
         without_adapters: Leave out what its user has put on it too: LoRA adapters and FreeU.
+        latents_only: It encodes prompts and denoises, and has everything else from the pipeline itself: cheaper.
     """
     modules, states = components_of(pipe), states_of(pipe)
     originals = {
         name: {path: state.record.written.edited(modules[name], path, []) for path in state.record.written.originals}
         for name, state in states.items()
     }
-    made = twin(pipe, originals, states.values(), prefix=PREFIX, without_adapters=without_adapters)
+    parts = _denoising(pipe) if latents_only else None
+    made = twin(pipe, originals, states.values(), prefix=PREFIX, without_adapters=without_adapters, components=parts)
     return without_free_u(made) if without_adapters else made
 
 
@@ -45,11 +48,18 @@ def erased_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
 def bare_of(pipe: DiffusionPipeline) -> DiffusionPipeline | None:
     """The pipeline with its erasures but without its user's LoRA adapters and FreeU: itself, where it has none.
 
-    There is none where adapters are fused into the weights.
+    It encodes prompts and denoises only. There is none where adapters are fused into the weights.
     """
     modules = components_of(pipe).values()
     if any(adapters.merged_names(module) for module in modules):
         return None
     if any(adapters.names_in_force(module) or paths.has_free_u(module) for module in modules):
-        return without_free_u(twin(pipe, {}, states_of(pipe).values(), prefix=None, without_adapters=True))
+        states, parts = states_of(pipe).values(), _denoising(pipe)
+        return without_free_u(twin(pipe, {}, states, prefix=None, without_adapters=True, components=parts))
     return pipe
+
+
+def _denoising(pipe: DiffusionPipeline) -> set[str]:
+    """Names of the components that encode prompts and denoise."""
+    backbone = backbone_for(pipe)
+    return {backbone.denoiser_component, *(tower.component for tower in backbone.towers)}

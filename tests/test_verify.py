@@ -293,3 +293,30 @@ def test_a_cast_chain_that_hides_the_stock_weights_is_found(tiny_pipe: Any, eras
 def layer_weight(pipe: Any, key: str) -> torch.Tensor:
     component, path = key.split("/")
     return paths.parameter(pipe.components[component], path + ".weight")
+
+
+def test_a_switch_back_is_compared_with_the_first_answer(tiny_pipe: Any, tiny_pipe_factory: Any) -> None:
+    """Another text encoder is found although erasures were switched off and on with it."""
+    made = erasure.erase(tiny_pipe, "cat", "uce", vocabulary=0, progress=False)
+    manager = erasure.ErasureManager(tiny_pipe)
+    manager.disable()
+    tiny_pipe.text_encoder = tiny_pipe_factory(seed=1).text_encoder
+    manager.enable()
+    with pytest.raises(VerificationError, match="text encoder"):
+        manager.verify()
+    manager.delete(made.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_shift_of_a_whole_tensor_is_no_rounding(dtype: torch.dtype, tiny_pipe: Any) -> None:
+    erasure.erase(tiny_pipe, "cat", "uce", vocabulary=0, progress=False)
+    manager = ErasureManager(tiny_pipe)
+    tiny_pipe.to(dtype)
+    assert manager.verify()
+    edited = manager._states()["unet"].record.written
+    path = next(path for path in edited.terms if path.endswith("to_k.weight"))
+    weight = paths.parameter(tiny_pipe.unet, path)
+    with torch.no_grad():
+        weight.add_(0.1 * weight.abs().max())
+    with pytest.raises(VerificationError, match="something else changed it"):
+        manager.verify()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from diffusers import DiffusionPipeline
@@ -114,6 +114,7 @@ def twin(
     *,
     prefix: str | None,
     without_adapters: bool,
+    components: Collection[str] | None = None,
 ) -> DiffusionPipeline:
     """Another pipeline object on the same weights, with other values for some parameters and some hooks left out.
 
@@ -127,8 +128,9 @@ def twin(
         prefix: Hooks with this prefix, and attributes of modules with it behind an underscore, are left out; nothing
             is for `None`.
         without_adapters: Leave the user's LoRA adapters out too.
+        components: Names of those that are made anew, where the others are not used; all when left out.
     """
-    parts = components_of(pipe)
+    parts = {name: part for name, part in components_of(pipe).items() if components is None or name in components}
     every = [
         hook
         for component in parts.values()

@@ -108,9 +108,10 @@ class InCompany(Erasing):
             manager.unfuse()
             manager.unload()
 
-    @step(lambda m: not m.offloaded)
+    @step(lambda m: not (m.offloaded or m.has_been_pickled))
     def pickled(self) -> None:
-        """Either refused or the same."""
+        """Either refused or the same; once for a pipeline, because it takes as long as ten other steps."""
+        self.has_been_pickled = True
         try:
             content = pickle.dumps(self.pipe)
         except (ErasureError, TypeError, AttributeError, pickle.PicklingError):

@@ -50,11 +50,11 @@ def canonical(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def tensors_of(pipe: Any) -> dict[str, Tensor]:
-    """Every tensor of a pipeline by `component/path`; not copied."""
+def tensors_of(pipe: Any, components: tuple[str, ...] = COMPONENTS) -> dict[str, Tensor]:
+    """Every tensor of a pipeline, or of some components, by `component/path`; not copied."""
     return {
         f"{name}/{path}": tensor
-        for name in COMPONENTS
+        for name in components
         for path, tensor in canonical(getattr(pipe, name)).items()
     }  # fmt: skip
 
@@ -241,9 +241,9 @@ class ReferencePipe:
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over these weights; rows of learned tokens are left out."""
-        for key, place in self.places.items():
-            value = tensors[key]
+        """Take over these weights; rows of learned tokens are left out, and fused projections, which are copies."""
+        for key in self.places.keys() & tensors.keys():
+            place, value = self.places[key], tensors[key]
             place.copy_(value[: len(place)] if value.ndim else value)
 
 

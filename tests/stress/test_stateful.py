@@ -19,7 +19,7 @@ from .model import Kit, ReferencePipe, draw, encode, foreign, one_thread, option
 STEPS = option("STRESS_STEPS", 2000)
 """How many steps are taken in all: `STRESS_STEPS=20000` for the long run."""
 AT_ONCE = 50
-"""Steps with one pipeline."""
+"""Steps with one pipeline; some sequences are shorter."""
 KINDS = ("delta", "low", "over", "pin", "itd")
 
 
