@@ -185,7 +185,8 @@ class ComponentState:
                 raise VerificationError(f"{where} is not what the erasures make of it: something else changed it")
         if (taken_back := weights.cancelled(module, written)) is not None:
             raise VerificationError(
-                f"{self.component}/{taken_back} is edited, but a LoRA that is loaded takes the edit back: unload it"
+                f"{self.component}/{taken_back} is edited, but a LoRA or another erasure takes the edit back: "
+                "unload it"
             )
         run_beside = self._beside(module)
         if not beside.is_written(module, run_beside):

@@ -26,7 +26,7 @@ from erasure.guards import unguarded
 from erasure.interop.pipelines import execution_device
 from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
-from erasure.pipelines.mixin import SharedModulesMixin
+from erasure.pipelines.mixin import SharedModulesMixin, in_one_state
 
 Picture = Image.Image | np.ndarray | Tensor
 """An image, an array `(height, width, 3)`, or a tensor `(3, height, width)` in 0-1."""
@@ -68,6 +68,7 @@ class Localization(NamedTuple):
 class LocalizationMixin(SharedModulesMixin):
     """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
 
+    @in_one_state
     @torch.no_grad()
     def localize(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from erasure import api, guards
 from erasure.artifact import Erasure
@@ -26,6 +26,8 @@ ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
+
+Method = TypeVar("Method", bound=Callable[..., object])
 
 BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
 """Texts of stock calls of which several prompts need one each."""
@@ -48,6 +50,17 @@ def base_of(model: str | Path) -> str:
     """Where the files of a stock pipeline stand; with erasures beside the base, it has a folder of its own."""
     base = Path(model) / BASE_FOLDER
     return str(base) if (Path(model) / ERASURES_FOLDER).is_dir() and base.is_dir() else str(model)
+
+
+def in_one_state(method: Method) -> Method:
+    """A method of a pipeline that sees one state of the erasures from its beginning to its end."""
+
+    @functools.wraps(method)
+    def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
+        with ErasureManager(self).in_use():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, leased)
 
 
 class SharedModulesMixin:

@@ -75,6 +75,21 @@ def test_a_lora_that_takes_the_edit_back(kind: str, merged: bool, attached: Any,
     assert manager.verify() > 0
 
 
+@pytest.mark.parametrize("kind", ["uce", "hirm"])
+def test_an_erasure_that_takes_another_back(kind: str, attached: Any, erasures: Any) -> None:
+    manager = attached(kind)[1]
+    made = erasures[kind]
+    manager.add(made, "twice")
+    assert manager.verify() > 0, "the same again takes nothing back"
+    low_rank = {key: LowRank(edit.down, -2 * edit.up) for key, edit in made.low_rank.items()}
+    deltas = {key: -2 * delta for key, delta in made.deltas.items()}
+    manager.add(Erasure(made.config, Edits(low_rank=low_rank, deltas=deltas)), "thief")
+    with pytest.raises(VerificationError, match="takes the edit back"):
+        manager.verify()
+    manager.delete("thief")
+    assert manager.verify() > 0
+
+
 @pytest.mark.parametrize("strength", [-1.0, -1e-9, float("inf"), -float("inf"), float("nan"), "much", None, 1 + 1j])
 def test_a_strength_that_is_no_factor_is_refused_everywhere(strength: Any, attached: Any, erasures: Any) -> None:
     manager = attached("uce")[1]

@@ -253,18 +253,24 @@ def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
 
 
 def cancelled(component: nn.Module, written: Written) -> str | None:
-    """The path of an edit that a user's adapter takes back by half or more, if there is one."""
+    """The path of an edit that a user's adapter takes back by half or more, or another erasure altogether, if any."""
     for path, terms in written.terms.items():
-        if not path.endswith(".weight"):
-            continue
-        added = adapters.foreign_delta(_wrapper(component, path))
-        edit = sum((strength * delta_of(edit) for strength, edit in terms), torch.zeros(()))
-        if added is None or added.shape != edit.shape or not edit.any():
-            continue
+        deltas = [strength * delta_of(edit) for strength, edit in terms]
+        whole = torch.stack(deltas).sum(0)
+        adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None
         # A large adapter has some share of any edit by chance; one that takes it back points the other way too.
-        if _share(added, edit) <= -0.5 and torch.cosine_similarity(added.flatten(), edit.flatten(), 0) <= -0.3:
+        if adapter is not None and adapter.shape == whole.shape and _takes_back(adapter, whole, 0.5, 0.3):
+            return path
+        # Erasures that trade two concepts for each other take back some of each; one that negates another, all.
+        if any(_takes_back(whole - delta, delta, 0.9, 0.9) for delta in deltas if len(deltas) > 1):
             return path
     return None
+
+
+def _takes_back(other: Tensor, edit: Tensor, share: float, cosine: float) -> bool:
+    if not edit.any() or _share(other, edit) > -share:
+        return False
+    return bool(torch.cosine_similarity(other.flatten().double(), edit.flatten().double(), 0) <= -cosine)
 
 
 def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> bool:

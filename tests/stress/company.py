@@ -225,8 +225,15 @@ class InCompany(Erasing):
 
     # Saving -------------------------------------------------------------------------------------------------------
 
-    @step(lambda m: len(m.casts) == 1 and not (m.ip or m.learned or m.merged or m.qkv or m.offloaded))
+    @step(
+        lambda m: (
+            len(m.casts) == 1
+            and not (m.ip or m.learned or m.merged or m.qkv or m.offloaded)
+            and (m.model.attached or not m.adapters)
+        )
+    )
     def save_pretrained(self) -> None:
+        """Written whole or refused; what becomes of a LoRA without any erasure is diffusers' own matter."""
         folder = self.folders / "saved"
         try:
             self.pipe.save_pretrained(folder)
