@@ -27,7 +27,7 @@ ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., object])
 
 BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
 """Texts of stock calls of which several prompts need one each."""
@@ -56,7 +56,7 @@ def in_one_state(method: Method) -> Method:
     """A method of a pipeline that sees one state of the erasures from its beginning to its end."""
 
     @functools.wraps(method)
-    def leased(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
         with ErasureManager(self).in_use():
             return method(self, *args, **kwargs)
 
