@@ -15,8 +15,10 @@ from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
+from erasure.fitting import check_strength
 from erasure.interop.pipelines import components_of
 from erasure.interop.protocols import Settings
+from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
 if TYPE_CHECKING:
@@ -50,6 +52,25 @@ def base_of(model: str | Path) -> str:
     """Where the files of a stock pipeline stand; with erasures beside the base, it has a folder of its own."""
     base = Path(model) / BASE_FOLDER
     return str(base) if (Path(model) / ERASURES_FOLDER).is_dir() and base.is_dir() else str(model)
+
+
+def read_attached(folder: Path) -> dict[str, tuple[Erasure, float]]:
+    """The erasures beside a pipeline that was saved with `fuse=False`, and their strengths, by name.
+
+    Raises:
+        ArtifactError: There are none, a part is missing or damaged, or a name that leads out of the folder.
+        AttachError: A strength that is no factor.
+    """
+    listed = folder / ATTACHED_FILE
+    if not listed.is_file():
+        raise ArtifactError(f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end")
+    strengths: dict[str, float] = read_json(listed, dict[str, float])
+    if not strengths:
+        raise ArtifactError(f"{listed} names no erasure: the file is damaged; save the folder again")
+    return {
+        name: (Erasure.read(inside(folder / ERASURES_FOLDER, name)), check_strength(strength))
+        for name, strength in strengths.items()
+    }
 
 
 def in_one_state(method: Method) -> Method:
@@ -172,12 +193,12 @@ class ErasureMixin(SharedModulesMixin):
         """Names of the fused erasures."""
         return self.erasure_manager.fused_erasures
 
-    def verify_erasures(self) -> int:
+    def verify_erasures(self, *, least_strength: float = LEAST_STRENGTH) -> int:
         """Raise `VerificationError` unless every attached erasure is in force.
 
         Returns how many tensors were compared; see `ErasureManager.verify`.
         """
-        return self.erasure_manager.verify()
+        return self.erasure_manager.verify(least_strength=least_strength)
 
     def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
         """How surely prompts hold the concepts of attached feature erasures; see `erasure.detect_concepts`."""
@@ -250,20 +271,11 @@ class ErasureMixin(SharedModulesMixin):
             WrongBaseError: An erasure was made for another model than the one beside it.
         """
         folder = Path(folder)
-        if not (folder / ATTACHED_FILE).is_file():
-            raise ArtifactError(
-                f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end"
-            )
-        strengths: dict[str, float] = read_json(folder / ATTACHED_FILE, dict[str, float])
-        if not strengths:
-            raise ArtifactError(
-                f"{folder / ATTACHED_FILE} names no erasure: the file is damaged; save the folder again"
-            )
-        erasures = {name: Erasure.read(inside(folder / ERASURES_FOLDER, name)) for name in strengths}
+        attached = read_attached(folder)
         # Folders of earlier versions have the base beside the erasures.
         pipe = super().from_pretrained(base_of(folder), **options)  # type: ignore[misc]
-        for name, strength in strengths.items():
-            pipe.erasure_manager.add(erasures[name], name, strength)
+        for name, (erasure, strength) in attached.items():
+            pipe.erasure_manager.add(erasure, name, strength)
         pipe.verify_erasures()
         return pipe
 
