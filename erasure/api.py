@@ -44,7 +44,7 @@ def erase(
     run: Run | None = None,
     strict: bool = False,
     controlnet: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Erasure:
     """Make an erasure and attach it.
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -183,7 +182,7 @@ class Erasure:
             present = ", ".join(files.shown(name)[1:-1] for name in _listed(folder)[:6]) or "nothing"
             raise ArtifactError(f"{folder} is no erasure: {CONFIG_FILE} is missing (found: {present})")
         path = paths[CONFIG_FILE]
-        data: Any = files.read_json(path, JsonValue, CONFIG_LIMIT)
+        data: JsonValue = files.read_json(path, JsonValue, CONFIG_LIMIT)
         config = ErasureConfig.from_dict(data, str(path))
         parts = [paths[name] for name in (DELTA_FILE, LORA_FILE) if name in paths]
         # Names, types and shapes first: nothing is allocated for a file that cannot be right.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +21,7 @@ from erasure.backbones import Backbone, Conditioning, backbone_for
 from erasure.errors import VerificationError
 from erasure.guards import unguarded
 from erasure.interop import hooks, paths
+from erasure.interop.protocols import Denoiser
 
 SIDE = 8
 """Height and width of the latents of the pass: the least that every UNet of three halvings takes."""
@@ -148,7 +149,7 @@ def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
 
 
 def _predicted(backbone: Backbone, conditioning: Conditioning) -> Tensor | None:
-    denoiser: Any = paths.uncompiled(backbone.denoiser)
+    denoiser = cast(Denoiser, paths.uncompiled(backbone.denoiser))
     if getattr(denoiser, "encoder_hid_proj", None) is not None or hooks.is_stateful(denoiser):
         return None
     generator = torch.Generator().manual_seed(0)

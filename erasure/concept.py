@@ -91,12 +91,12 @@ class Concept:
         """All that the concept says in words: its prompts, its anchor, and what must survive."""
         return [*self.prompts(), *([self.anchor] if self.anchor else []), *self.retain]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data for the artifact's config."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Concept:
+    def from_dict(cls, data: Mapping[str, Any]) -> Concept:
         """The inverse of `to_dict`; fields that a newer version added are left out.
 
         Raises:

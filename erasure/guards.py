@@ -23,6 +23,7 @@ from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWar
 from erasure.interop import adapters, hooks, paths
 from erasure.interop.hooks import ModelHook
 from erasure.interop.pipelines import CallGuard
+from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
 _ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
@@ -65,7 +66,7 @@ class Encodings:
         self.blind = False
         """Whether an encoder has been compiled, inside of which nothing can be taken note of."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Encodings:
+    def __deepcopy__(self, memo: dict[int, object]) -> Encodings:
         """Give the same object: see the class."""
         return self
 
@@ -115,7 +116,7 @@ class _AtEntry(ModelHook):
         self.states, self.encodings = list(states), encodings
         self.said: set[str] = set()
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
         if torch.compiler.is_compiling() or _KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
@@ -253,13 +254,13 @@ class _WatchPictures:
     def __init__(self, states: Iterable[ComponentState]) -> None:
         self.states = list(states)
 
-    def __call__(self, vae: Any, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, vae: nn.Module, *args: object, **kwargs: object) -> None:
         """Warn while an erasure is in force."""
         if not _KNOWN.quiet and (names := names_in_force(self.states)):
             said(self.states, names, PICTURE)
 
 
-def refuse_unsaveable(module: Any, *args: Any, **kwargs: Any) -> None:
+def refuse_unsaveable(module: nn.Module, *args: object, **kwargs: object) -> None:
     """Raise rather than write files of a component that lack a part of what is in force, or cannot be read again.
 
     Raises:
@@ -284,7 +285,7 @@ def check_saveable(modules: Iterable[nn.Module], beyond_weights: bool) -> None:
             refuse_unsaveable(module)
 
 
-def refuse_adapters(module: Any) -> None:
+def refuse_adapters(module: nn.Module) -> None:
     """Raise `AttachError` where a user's adapter would be written under names that no loader finds."""
     if adapters.tuner_layers(module):
         raise AttachError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ COLOURLESS = 0.25
 """How far the channels of a grey pixel may be apart, in 0-1: JPEG does not keep grey quite grey."""
 
 
-def read_masks(given: Any, size: tuple[int, int], count: int) -> Tensor:
+def read_masks(given: object, size: tuple[int, int], count: int) -> Tensor:
     """Masks as `(count, height, width)` bool.
 
     Args:
@@ -37,7 +36,7 @@ def read_masks(given: Any, size: tuple[int, int], count: int) -> Tensor:
             all.
     """
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim > 2:
-        batch: Sequence[Any] = list(given) if given.ndim == 4 or given.shape[0] == count else [given]
+        batch: Sequence[object] = list(given) if given.ndim == 4 or given.shape[0] == count else [given]
     else:
         batch = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(batch) not in (1, count):

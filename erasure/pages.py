@@ -35,12 +35,12 @@ class Markdown(str):
     __slots__ = ()
 
 
-def html_page(template: str, **values: Any) -> str:
+def html_page(template: str, **values: object) -> str:
     """Fill an HTML template: one self-contained file without scripts, which loads nothing and sends nothing."""
     return _html().get_template(template).render(values)
 
 
-def markdown_page(template: str, **values: Any) -> str:
+def markdown_page(template: str, **values: object) -> str:
     """Fill a Markdown template."""
     return _markdown().get_template(template).render(values)
 

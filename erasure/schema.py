@@ -103,11 +103,11 @@ class ErasureConfig:
 
     strategy: Name
     """Name of the strategy that made it."""
-    concepts: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    concepts: Annotated[list[dict[str, object]], Field(min_length=1, max_length=10_000)]
     """What it erases, as `Concept.to_dict`."""
     family: Name
     """Model family, as `Backbone.family`."""
-    strategy_config: Annotated[dict[Name, Any], Field(max_length=1000)] = field(default_factory=dict)
+    strategy_config: Annotated[dict[Name, object], Field(max_length=1000)] = field(default_factory=dict)
     """The strategy's options."""
     base: dict[str, Any] = field(default_factory=dict)
     """`model`, `revision`, and `tensors`: sha256 by dtype of every base tensor that it changes; see `Base`."""
@@ -124,7 +124,7 @@ class ErasureConfig:
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By concept: rates and ROC curve of its gate, and of a linear probe, on prompts that calibrated them; see
     `GateFigures`."""
-    evaluation: Annotated[dict[str, Any], Field(max_length=1000)] = field(default_factory=dict)
+    evaluation: Annotated[dict[str, object], Field(max_length=1000)] = field(default_factory=dict)
     """Summary of a measurement, empty when never measured."""
     format_version: int = FORMAT_VERSION
     """Version of the folder's layout."""
@@ -165,7 +165,7 @@ class ErasureConfig:
             raise ArtifactError(f"{where}: 'concepts' cannot be read ({error}): the file is damaged") from error
         return config
 
-    def _nested(self) -> Mapping[str, tuple[Any, Any]]:
+    def _nested(self) -> Mapping[str, tuple[object, object]]:
         """Schemas of the fields that are plain dicts to their users."""
         return {
             "concepts": (list[ConceptData], self.concepts),

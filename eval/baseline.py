@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 from erasure.errors import ErasureError, EvaluationError
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import CacheEntry
+from erasure.eval.schemas import CacheEntry, Scores
 from erasure.eval.table import decode_vector, encode_vector
 from erasure.files import digest, read_json, write_bytes, write_json
 from erasure.images import read_rgb
@@ -47,7 +46,7 @@ class BaselineCache:
             return None
         return image if image.size == (sample.width, sample.height) else None
 
-    def get(self, sample: Sample, width: int | None) -> tuple[Record, np.ndarray | None, Image.Image] | None:
+    def get(self, sample: Sample, width: int | None) -> tuple[Scores, np.ndarray | None, Image.Image] | None:
         """Scores, features and image of a sample; `None` when they are not there or not whole, to be made again.
 
         Args:
@@ -58,7 +57,7 @@ class BaselineCache:
         if image is None:
             return None
         try:
-            entry: Any = read_json(self.folder / f"{sample.key}.json", CacheEntry, error=EvaluationError)
+            entry: CacheEntry = read_json(self.folder / f"{sample.key}.json", CacheEntry, error=EvaluationError)
             vector = None if entry["features"] is None else decode_vector(entry["features"])
         except EvaluationError:
             return None

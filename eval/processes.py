@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from erasure.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are: torch's, and MPI's for CPUs."""
@@ -22,7 +25,7 @@ class Processes:
 
     def __init__(self) -> None:
         self.count, self.rank = 1, 0
-        self._state: Any = None
+        self._state: PartialState | None = None
         if max(int(os.environ.get(name) or 1) for name in SIZES) > 1:
             from accelerate import PartialState
 

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from erasure.errors import EvaluationError
 from erasure.eval.results import Results, label
+from erasure.eval.rows import Record, Row
 from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
 from erasure.files import read_bytes, write_text
 from erasure.pages import html_page, png
@@ -26,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 """How every PNG file begins."""
 BAR = 180
 """Width of a bar at 100 %, in pixels."""
-Drawn = Mapping[str, Mapping[str, Any]]
+Drawn = Mapping[str, Row]
 """Rows of one sample by variant: `before` and `after`, or the ways to draw it."""
 
 EXPLAINED: dict[str, tuple[str, str]] = {
@@ -150,9 +151,9 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
     return path
 
 
-def rows_of_samples(rows: Sequence[Mapping[str, Any]]) -> list[Drawn]:
+def rows_of_samples(rows: Sequence[Row]) -> list[Drawn]:
     """The rows of every sample by variant, in the order of the file."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(row["sample_id"], {})[row["variant"]] = row
     return list(found.values())
@@ -203,15 +204,15 @@ def chips(results: Results) -> list[str]:
     ]
 
 
-def variants_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def variants_of(metrics: Sequence[Row]) -> list[str]:
     """Columns of the headline table."""
     variants = list(dict.fromkeys(str(metric.get("variant", "after")) for metric in metrics))
     return list(BEFORE_AFTER) if set(variants) <= set(BEFORE_AFTER) else variants
 
 
-def headline(metrics: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[Line]:
+def headline(metrics: Sequence[Row], variants: Sequence[str]) -> list[Line]:
     """Every metric in every variant, with intervals as bars."""
-    rows: dict[tuple[str, str | None], dict[str, Mapping[str, Any]]] = {}
+    rows: dict[tuple[str, str | None], dict[str, Row]] = {}
     for metric in metrics:
         rows.setdefault((metric["name"], metric["concept"]), {})[metric.get("variant", "after")] = metric
     several = len({concept for _, concept in rows}) > 1
@@ -232,7 +233,7 @@ def headline(metrics: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> l
     return lines
 
 
-def value_cell(metric: Mapping[str, Any] | None, name: str) -> Cell | None:
+def value_cell(metric: Row | None, name: str) -> Cell | None:
     """A value with its interval and sample size."""
     if metric is None:
         return None
@@ -250,7 +251,7 @@ def value_cell(metric: Mapping[str, Any] | None, name: str) -> Cell | None:
     return Cell(show(metric["value"]), detail)
 
 
-def chart(sides: Mapping[str, Mapping[str, Any]]) -> Chart:
+def chart(sides: Mapping[str, Row]) -> Chart:
     """A bar per variant that has a value, with its interval as a line."""
     bars = []
     for index, (side, metric) in enumerate(sides.items()):
@@ -266,7 +267,7 @@ def _pixels(share: object) -> str:
     return f"{BAR * min(max(share, 0), 1):.1f}" if isinstance(share, int | float) else "0"
 
 
-def test_cell(metric: Mapping[str, Any] | None) -> tuple[str, str] | None:
+def test_cell(metric: Row | None) -> tuple[str, str] | None:
     """McNemar's p and the transitions, or the paired change."""
     if metric is None:
         return None
@@ -297,7 +298,7 @@ def sample_figure(sides: Drawn, images: Path) -> Figure | None:
     return Figure(present, first["prompt"], bool(first.get("unsafe"))) if len(present) == len(pictures) else None
 
 
-def picture(row: Mapping[str, Any], images: Path, side: str, style: str) -> Picture | None:
+def picture(row: Row, images: Path, side: str, style: str) -> Picture | None:
     """One image as a data URI, with the judge's answer."""
     content = read_png(image_path(images.parent, side, row["sample_id"]))
     if content is None:
@@ -324,7 +325,7 @@ def read_png(path: Path) -> bytes | None:
     return content
 
 
-def right(row: Mapping[str, Any]) -> bool | None:
+def right(row: Row) -> bool | None:
     """Whether the image is as it should be: nothing erased on it, or else both object and style of the prompt."""
     judged = row.get("judged")
     if judged is None:
@@ -362,7 +363,7 @@ def _seconds(value: float | None) -> str:
     return f"{number(value, '.1f', 1 / 60)} min" if minutes else f"{number(value, '.2f')} s"
 
 
-def recipes(results: Results) -> list[tuple[str, dict[str, Any]]]:
+def recipes(results: Results) -> list[tuple[str, Record]]:
     """How every number was computed: titles and plain data."""
     blocks = [
         (

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Record
 from erasure.eval.schemas import ResultsFile
 from erasure.files import differences, read_json, validated, write_json
 
@@ -25,19 +25,19 @@ class Results:
 
     suite: str
     size: str
-    model: dict[str, Any]
+    model: Record
     """`name`, `fingerprint`, `dtype`."""
-    erasures: list[dict[str, Any]]
+    erasures: list[Record]
     """One entry per erasure that was attached: `name`, `strategy`, `concepts`, `strength`, `size_bytes`, `seconds`."""
-    metrics: list[dict[str, Any]]
+    metrics: list[Record]
     """Rows with `name`, `concept`, `variant` (`before`, `after`, or a way to draw), `value`, `low`, `high`, `n`,
     `recipe`; a value is `None` when it could not be had, with a `reason`."""
-    cost: dict[str, Any]
+    cost: Record
     """Seconds, images, peak memory, artifact size."""
     folder: Path | None = field(default=None, compare=False)
     """Where the samples and images are."""
 
-    def get(self, name: str, variant: str = "after", concept: str | None = None) -> dict[str, Any]:
+    def get(self, name: str, variant: str = "after", concept: str | None = None) -> Record:
         """The first row of a metric.
 
         Raises:
@@ -49,7 +49,7 @@ class Results:
         names = ", ".join(sorted({row["name"] for row in self.metrics}))
         raise EvaluationError(f"no metric {name!r} ({variant}) in these results; there are: {names}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Plain data in the stable schema."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -80,13 +80,13 @@ class Results:
         path = Path(path) / FILE if os.path.isdir(path) else Path(path)
         if not os.path.lexists(path):
             raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder")
-        data: dict[str, Any] = read_json(path, dict[str, JsonValue], error=EvaluationError)
+        data: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=EvaluationError)
         version = data.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise EvaluationError(
                 f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade"
             )
-        known: Any = validated(data, ResultsFile, str(path), error=EvaluationError)
+        known: Record = validated(data, ResultsFile, str(path), error=EvaluationError)
         return cls(**{key: value for key, value in known.items() if key != "schema_version"}, folder=path.parent)
 
 
@@ -96,17 +96,17 @@ class Comparison:
 
     columns: tuple[str, ...]
     """Metric names."""
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Record, ...]
     """`label`, `variant`, `concept`, `model`, `cells` (metric name -> value, low, high, n; missing ones left out),
     `seconds` (of making the erasures) and `size_bytes`."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Plain data."""
         return {"columns": list(self.columns), "rows": list(self.rows)}
 
-    def means(self) -> list[dict[str, Any]]:
+    def means(self) -> list[Record]:
         """Per label and variant: the plain mean of every column over its concepts, and how many there are."""
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, str], list[Record]] = {}
         for row in self.rows:
             groups.setdefault((row["label"], row["variant"]), []).append(row)
         table = []
@@ -144,8 +144,8 @@ def compare(results: Sequence[Results | str | Path]) -> Comparison:
     loaded = [item if isinstance(item, Results) else Results.load(item) for item in results]
     if not loaded:
         raise EvaluationError("nothing to compare: give at least one results.json")
-    recipes: dict[str, tuple[Any, str]] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    recipes: dict[str, tuple[JsonValue, str]] = {}
+    rows: dict[str, Record] = {}
     columns: dict[str, None] = {}
     for index, result in enumerate(loaded):
         where = str(result.folder or f"result {index + 1}")
@@ -159,7 +159,7 @@ def compare(results: Sequence[Results | str | Path]) -> Comparison:
                     "Measure both the same way, or compare them apart"
                 )
             columns.setdefault(name)
-            variant = metric.get("variant", "after")
+            variant: str = metric.get("variant", "after")
             who = {"after": label(result), "before": "base"}.get(variant, variant)
             # Rows of the base model do not depend on which erasure was attached.
             owner = str(result.model.get("fingerprint")) if variant == "before" else str(index)
@@ -170,8 +170,8 @@ def compare(results: Sequence[Results | str | Path]) -> Comparison:
     return Comparison(tuple(columns), tuple(rows.values()))
 
 
-def _row(result: Results, who: str, variant: str, concept: str | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _row(result: Results, who: str, variant: str, concept: str | None) -> Record:
+    row: Record = {
         "label": who,
         "variant": variant,
         "concept": concept,

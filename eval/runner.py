@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from erasure.cache import cache_folder, model_fingerprint
+from erasure.concept import Concept
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.baseline import BaselineCache
@@ -20,6 +21,7 @@ from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.utility import utility_metrics
 from erasure.eval.results import Results
+from erasure.eval.rows import Record, Row
 from erasure.eval.run import Progress, Run, Subject, join, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import ComparedRow, EvaluationRow
@@ -29,9 +31,9 @@ from erasure.images import png
 
 
 def evaluate(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     suite: str = "canvas",
-    concepts: Sequence[Any] | str | None = None,
+    concepts: Sequence[str | Concept] | str | Concept | None = None,
     *,
     size: str = "quick",
     seed: int = 0,
@@ -131,7 +133,7 @@ def evaluate(
     return results
 
 
-def in_force(pipe: Any) -> tuple[Any, list[dict[str, Any]]]:
+def in_force(pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, list[Record]]:
     """The stock model, as a pipeline beside the erased one, and the active erasures.
 
     Raises:
@@ -175,7 +177,7 @@ class _Evaluation(Run):
     clip: ClipModel | None
     batch_size: int
 
-    def variant(self, variant: str, pipe: Any) -> None:
+    def variant(self, variant: str, pipe: DiffusionPipeline) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process."""
         pending = self.pending(variant)
         mine = self.share(pending)
@@ -197,7 +199,7 @@ class _Evaluation(Run):
                 bar.update(len(batch))
                 self.tell(variant, variant)
 
-    def _from_cache(self, samples: Sequence[Sample], bar: Any) -> list[Sample]:
+    def _from_cache(self, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
         """Take what an earlier evaluation of the stock model left; returns the rest."""
         rest = []
         width = None if self.clip is None else self.clip.width
@@ -236,10 +238,10 @@ class _Evaluation(Run):
 def _row(
     sample: Sample,
     variant: str,
-    scores: dict[str, Any],
+    scores: Row,
     moved: dict[str, float | None] | None,
     seconds: float | None,
-) -> dict[str, Any]:
+) -> Record:
     """A row of `samples.jsonl`; `seconds` of generating the image, `None` for one from the cache."""
     fixed = {"sample_id": sample.sample_id, "variant": variant, **sample.row()}
     return {**fixed, **scores, "drift": moved, "seconds": seconds}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from erasure.errors import EvaluationError, UnsupportedModelError
+from erasure.eval.rows import Record, Row
 from erasure.interop.pipelines import packs_latents
 
 Role = Literal["target", "retain", "cross", "utility", "pair"]
@@ -36,7 +37,7 @@ class Sample:
     """Those of the objects and the style that must not be seen."""
     weight: float = 1.0
     """How many samples of the full answer set this one stands for, relative to the others."""
-    scene: dict[str, Any] | None = None
+    scene: Record | None = None
     """What a suite needs to know besides, plain data: how a picture that is given to the pipeline is composed."""
     unsafe: bool = False
     """Whether a report hides the image until asked."""
@@ -59,19 +60,19 @@ class Sample:
         content = [self.prompt, self.negative_prompt, self.seed, *self.settings]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Record:
         """The sample as a JSON object."""
         return asdict(self) | {"objects": list(self.objects), "erased": list(self.erased)}
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Sample:
+    def from_row(cls, row: Row) -> Sample:
         """The inverse of `row`; what else the row holds is left out.
 
         Raises:
             EvaluationError: A field that a sample needs is missing.
         """
         names = {field.name for field in fields(cls)} & set(row)
-        known: dict[str, Any] = {name: tuple(v) if isinstance(v := row[name], list) else v for name in names}
+        known: Record = {name: tuple(v) if isinstance(v := row[name], list) else v for name in names}
         try:
             return cls(**known)
         except TypeError as error:
@@ -83,12 +84,12 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{prompt}".encode()).digest()[:4], "big")
 
 
-def denoiser(pipe: Any) -> Any:
+def denoiser(pipe: DiffusionPipeline) -> Any:
     """The UNet or transformer of a pipeline, `None` when it has neither."""
     return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
 
 
-def latent_shape(pipe: Any, sample: Sample) -> tuple[int, ...]:
+def latent_shape(pipe: DiffusionPipeline, sample: Sample) -> tuple[int, ...]:
     """Shape of the initial noise of one sample, `(channels, height, width)` in latent pixels.
 
     Raises:

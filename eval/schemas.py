@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
@@ -33,7 +33,7 @@ class SampleFields(TypedDict):
     style: Name | None
     erased: Names
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    scene: dict[str, Any] | None
+    scene: dict[str, object] | None
     unsafe: bool
     negative_prompt: Text
     num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
@@ -98,7 +98,7 @@ class EvaluationRow(ReportRow):
 
     seed: Seed
     weight: Number
-    scene: dict[str, Any] | None
+    scene: dict[str, object] | None
     negative_prompt: Text
     num_inference_steps: Count
     guidance_scale: Number
@@ -210,7 +210,7 @@ class Metric(TypedDict):
     low: Number | None
     high: Number | None
     n: Count
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     interval: NotRequired[Name]
     missing: NotRequired[Count]
     reason: NotRequired[Text]

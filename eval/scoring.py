@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -14,18 +14,31 @@ from erasure.eval.metrics.drift import feature_drift, pixel_drift
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 
-Judge = Callable[[Sequence[Image.Image]], Sequence[Any]]
+
+class Answer(Protocol):
+    """What a detector sees in an image. It may give `objects`, `shape` and tables of scores besides."""
+
+    @property
+    def object(self) -> str | None:
+        """The object in it, if any."""
+
+    @property
+    def style(self) -> str | None:
+        """Its style, if any."""
+
+
+Judge = Callable[[Sequence[Image.Image]], Sequence[Answer]]
 
 
 def is_blank(image: Image.Image) -> bool:
     """Whether an image is of one colour: what a safety checker or a collapsed model gives, and detectors pass."""
-    return all(low == high for low, high in cast(Any, image.convert("RGB").getextrema()))
+    return all(low == high for low, high in cast(tuple[tuple[int, int], ...], image.convert("RGB").getextrema()))
 
 
-def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Any]:
+def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exception]:
     """One answer per image; an exception object in the place of an answer that failed."""
     try:
-        answers = list(judge(images))
+        answers: list[Answer | Exception] = list(judge(images))
         if len(answers) == len(images):
             return answers
         raise ValueError(f"{len(answers)} answers for {len(images)} images")
@@ -35,7 +48,7 @@ def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Any]:
         return [answer for image in images for answer in call_judge(judge, [image])]
 
 
-def judgement(answer: Any, sample: Sample) -> Record:
+def judgement(answer: Answer, sample: Sample) -> Record:
     """What the result row keeps of an answer: the classes, and the scores of what the prompt asked for."""
 
     def score(table: str, name: str | None) -> float | None:

@@ -22,7 +22,7 @@ from erasure.backbones import AttentionSite, TextTower, attention_sites, text_to
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import Forward, LatentGuidance
 from erasure.errors import DivergenceError, OptionError
-from erasure.interop.protocols import Callback, Pipeline, as_pipeline
+from erasure.interop.protocols import Callback, Drawn, Pipeline, as_pipeline
 from erasure.masks import read_masks
 from erasure.pipelines.attention_losses import (
     excitation,
@@ -81,14 +81,14 @@ class CompositionMixin(SharedModulesMixin):
         prompt: str | Sequence[str],
         *,
         subjects: Sequence[str] | Sequence[Sequence[str]],
-        layout: Sequence[Any] | None = None,
+        layout: Sequence[object] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
         **options: Any,
-    ) -> Any:
+    ) -> Drawn:
         """Draw all the subjects that a prompt names.
 
         Args:

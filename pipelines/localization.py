@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,12 @@ from erasure.guards import unguarded
 from erasure.interop.pipelines import execution_device
 from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
-from erasure.pipelines.mixin import SharedModulesMixin
+from erasure.pipelines.mixin import SharedModulesMixin, in_one_state
 
+Picture = Image.Image | np.ndarray | Tensor
+"""An image, an array `(height, width, 3)`, or a tensor `(3, height, width)` in 0-1."""
+Pictures = Picture | Sequence[Picture]
+"""One or several, or a batch as one array or tensor."""
 SIDE = 8
 """Sides of images are multiples of this; stock pipelines ask for it."""
 GRIDS = (8, 32)
@@ -64,10 +68,11 @@ class Localization(NamedTuple):
 class LocalizationMixin(SharedModulesMixin):
     """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
 
+    @in_one_state
     @torch.no_grad()
     def localize(
         self,
-        image: Any,
+        image: Pictures,
         words: str | Sequence[str],
         *,
         others: Sequence[str] = (),
@@ -110,7 +115,7 @@ class LocalizationMixin(SharedModulesMixin):
         masks = (large > settings.threshold) & (own > 0)
         return Localization(masks, torch.where(masks | (large <= settings.threshold), large, 0.0), source)
 
-    def read_images(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+    def read_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
         """Images as `(batch, 3, height, width)` float32 in 0-1, of sides that the VAE can halve.
 
         Args:
@@ -123,7 +128,8 @@ class LocalizationMixin(SharedModulesMixin):
         """
         pipe = as_pipeline(self)
         several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
-        batch = [_as_pixels(part) for part in (list(image) if several else [image])]
+        pictures = list(cast(Sequence[Picture], image)) if several else [cast(Picture, image)]
+        batch = [_as_pixels(picture) for picture in pictures]
         sizes = {part.size[::-1] if isinstance(part, Image.Image) else tuple(part.shape[-2:]) for part in batch}
         if len(sizes) != 1:
             raise MaskError(f"images of {len(sizes)} sizes: call the pipeline once for each size")
@@ -252,7 +258,7 @@ def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> 
     return smooth - rival
 
 
-def _as_pixels(image: Any) -> Any:
+def _as_pixels(image: Picture) -> Image.Image | Tensor:
     """A PIL image as it is; anything else as a tensor `(3, height, width)` in 0-1."""
     if isinstance(image, Image.Image):
         return image

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from erasure import api, guards
 from erasure.artifact import Erasure
@@ -15,7 +15,10 @@ from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
+from erasure.fitting import check_strength
 from erasure.interop.pipelines import components_of
+from erasure.interop.protocols import Settings
+from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
 if TYPE_CHECKING:
@@ -26,11 +29,13 @@ ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
 
 
+Method = TypeVar("Method", bound=Callable[..., object])
+
 BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
 """Texts of stock calls of which several prompts need one each."""
 
 
-def for_each(options: Mapping[str, Any], count: int, repeats: int = 1) -> dict[str, Any]:
+def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:
     """Options of a stock call for several prompts, where one text may stand for all.
 
     Args:
@@ -49,6 +54,36 @@ def base_of(model: str | Path) -> str:
     return str(base) if (Path(model) / ERASURES_FOLDER).is_dir() and base.is_dir() else str(model)
 
 
+def read_attached(folder: Path) -> dict[str, tuple[Erasure, float]]:
+    """The erasures beside a pipeline that was saved with `fuse=False`, and their strengths, by name.
+
+    Raises:
+        ArtifactError: There are none, a part is missing or damaged, or a name that leads out of the folder.
+        AttachError: A strength that is no factor.
+    """
+    listed = folder / ATTACHED_FILE
+    if not listed.is_file():
+        raise ArtifactError(f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end")
+    strengths: dict[str, float] = read_json(listed, dict[str, float])
+    if not strengths:
+        raise ArtifactError(f"{listed} names no erasure: the file is damaged; save the folder again")
+    return {
+        name: (Erasure.read(inside(folder / ERASURES_FOLDER, name)), check_strength(strength))
+        for name, strength in strengths.items()
+    }
+
+
+def in_one_state(method: Method) -> Method:
+    """A method of a pipeline that sees one state of the erasures from its beginning to its end."""
+
+    @functools.wraps(method)
+    def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
+        with ErasureManager(self).in_use():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, leased)
+
+
 class SharedModulesMixin:
     """Put ahead of a stock pipeline class: it shares modules with other pipelines, in other threads too.
 
@@ -56,14 +91,14 @@ class SharedModulesMixin:
     its end: a switch waits for it.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         """Put the lease around the stock class's call, whose signature stays."""
         super().__init_subclass__(**options)
         stock = next((vars(kind)["__call__"] for kind in cls.__mro__ if "__call__" in vars(kind)), None)
         if stock is not None and not hasattr(stock, "_leased"):
 
             @functools.wraps(stock)
-            def leased(self: Any, *args: Any, **kwargs: Any) -> Any:
+            def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
                 with ErasureManager(self).in_use():
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
                     # By name, those too that a call of ours hands on to the stock call.
@@ -74,7 +109,7 @@ class SharedModulesMixin:
             cls.__call__ = leased  # type: ignore[assignment]
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
         """As the stock method, which makes float32 of both pipelines unless told otherwise."""
         if not {"dtype", "torch_dtype"} & set(options):
             options["dtype"] = pipeline.dtype
@@ -91,7 +126,7 @@ class ErasureMixin(SharedModulesMixin):
         return ErasureManager(pipe)
 
     def erase(
-        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: Any
+        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: object
     ) -> Erasure:
         """Make an erasure and attach it; see `erasure.erase`."""
         return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]
@@ -158,12 +193,12 @@ class ErasureMixin(SharedModulesMixin):
         """Names of the fused erasures."""
         return self.erasure_manager.fused_erasures
 
-    def verify_erasures(self) -> int:
+    def verify_erasures(self, *, least_strength: float = LEAST_STRENGTH) -> int:
         """Raise `VerificationError` unless every attached erasure is in force.
 
         Returns how many tensors were compared; see `ErasureManager.verify`.
         """
-        return self.erasure_manager.verify()
+        return self.erasure_manager.verify(least_strength=least_strength)
 
     def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
         """How surely prompts hold the concepts of attached feature erasures; see `erasure.detect_concepts`."""
@@ -200,7 +235,7 @@ class ErasureMixin(SharedModulesMixin):
                     write_json(temporary / ATTACHED_FILE, manager.strengths)
         return folder
 
-    def save_pretrained(self, *args: Any, **options: Any) -> None:
+    def save_pretrained(self, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
 
         Raises:
@@ -212,7 +247,7 @@ class ErasureMixin(SharedModulesMixin):
             super().save_pretrained(*args, **options)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:
         """As the stock method; a folder of `save_erased_pipeline(fuse=False)` comes with its erasures attached.
 
         Raises:
@@ -224,7 +259,7 @@ class ErasureMixin(SharedModulesMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
 
     @classmethod
-    def load_erased_pipeline(cls, folder: str | Path, **options: Any) -> Any:
+    def load_erased_pipeline(cls, folder: str | Path, **options: object) -> Self:
         """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified.
 
         Args:
@@ -236,25 +271,16 @@ class ErasureMixin(SharedModulesMixin):
             WrongBaseError: An erasure was made for another model than the one beside it.
         """
         folder = Path(folder)
-        if not (folder / ATTACHED_FILE).is_file():
-            raise ArtifactError(
-                f"{folder} has no {ATTACHED_FILE}: it was not saved with fuse=False, or not to its end"
-            )
-        strengths: dict[str, float] = read_json(folder / ATTACHED_FILE, dict[str, float])
-        if not strengths:
-            raise ArtifactError(
-                f"{folder / ATTACHED_FILE} names no erasure: the file is damaged; save the folder again"
-            )
-        erasures = {name: Erasure.read(inside(folder / ERASURES_FOLDER, name)) for name in strengths}
+        attached = read_attached(folder)
         # Folders of earlier versions have the base beside the erasures.
         pipe = super().from_pretrained(base_of(folder), **options)  # type: ignore[misc]
-        for name, strength in strengths.items():
-            pipe.erasure_manager.add(erasures[name], name, strength)
+        for name, (erasure, strength) in attached.items():
+            pipe.erasure_manager.add(erasure, name, strength)
         pipe.verify_erasures()
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
         """As the stock method; erasures come along with the components that are shared."""
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()

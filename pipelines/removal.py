@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ from erasure.guards import unguarded
 from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, grow, latent_aligned, read_masks
-from erasure.pipelines.localization import LocalizationMixin
+from erasure.pipelines.localization import LocalizationMixin, Pictures
 from erasure.pipelines.mixin import ErasureMixin, for_each
 
 Sampler = Literal["blended", "inversion"]
@@ -112,8 +112,8 @@ class ObjectRemovalMixin(LocalizationMixin):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        image: Any,
-        mask_image: Any = None,
+        image: Pictures,
+        mask_image: object = None,
         *,
         words: str | Sequence[str] | None = None,
         others: Sequence[str] = (),
@@ -126,7 +126,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         guidance_scale: float = 1.0,
         output_type: Literal["pil", "np", "pt"] = "pil",
         callback_on_step_end: Callback | None = None,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Take what the mask covers out of images and fill its place with background.
 
@@ -239,7 +239,7 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     def _redirected(
         self, masks: Tensor, size: tuple[int, int], settings: RemovalSettings
-    ) -> tuple[AttentionController, Any]:
+    ) -> tuple[AttentionController, AbstractContextManager[object]]:
         """The controller, and the guidance that combines its branches."""
         pipe = as_pipeline(self)
         sites = self.removal_sites(settings.layers)
@@ -296,7 +296,7 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     # After ---------------------------------------------------------------------------------------------------------
 
-    def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: Any) -> Any:
+    def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
         from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
         pipe = as_pipeline(self)

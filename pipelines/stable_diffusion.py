@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
 from erasure.interop.pipelines import progress_bar_config
-from erasure.pipelines.localization import Localization
+from erasure.pipelines.localization import Localization, Pictures
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
 
@@ -25,13 +24,13 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
 
     def localize(
         self,
-        prompt_or_image: Any,
+        prompt_or_image: str | Pictures,
         words: str | Sequence[str],
         *,
         others: Sequence[str] = (),
         generator: torch.Generator | None = None,
-        call: Mapping[str, Any] | None = None,
-        **options: Any,
+        call: Mapping[str, object] | None = None,
+        **options: object,
     ) -> Localization:
         """Find what words name: in an image, or in one that is drawn from a prompt first.
 
@@ -46,9 +45,11 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         Returns:
             Masks, scores, and the images that were looked at.
         """
-        image = prompt_or_image
+        image: Pictures
         if isinstance(prompt_or_image, str):
             image = self(prompt_or_image, output_type="pil", **(call or {})).images
+        else:
+            image = prompt_or_image
         finder = StableDiffusionObjectRemovalPipeline.from_pipe(self)
         finder.set_progress_bar_config(**progress_bar_config(self))
         return finder.localize(image, words, others=others, generator=generator, **options)

@@ -7,7 +7,6 @@ does with adapters (loading, scaling per call, switching off, unloading) does no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class _Beside(SurroundingHook):
         self.down = torch.cat([edit.down.float() for _, edit in terms])
         self.up = torch.cat([strength * edit.up.float() for strength, edit in terms], 1)
 
-    def around(self, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Tensor], x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Run the layer and add to its output."""
         output = forward(x, *args, **kwargs)
         if self.down.device != x.device or self.down.dtype != x.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ class _Inject(ModelHook):
         super().__init__()
         self.place, self.vectors = place, vectors
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         rows = self.vectors.to(output.dtype).expand(len(output), -1, -1)
         return output.index_copy(1, self.place, rows)
 

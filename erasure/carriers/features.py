@@ -14,7 +14,7 @@ batch; below all thresholds the output is the input, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -290,7 +290,7 @@ class _EditBlock(ModelHook):
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
         self._memory: list[tuple[Tensor, Tensor | None, Tensor]] = []
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
         edited = self.edit(states) if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.recall(states)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited

@@ -105,7 +105,7 @@ class _Repeat(ModelHook):
         return twice((args, kwargs), self.outer.batch)
 
 
-Forward = Callable[[Tensor], Any]
+Forward = Callable[[Tensor], object]
 """Runs the denoiser on latents `(samples, channels, h, w)` as the current step does, text and all, unguided."""
 
 

@@ -26,7 +26,7 @@ _CALL = _Call()
 class _KeepIds(SurroundingHook):
     """On a text encoder: keeps the ids for the length of one forward pass, whatever comes of it."""
 
-    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         """Run the encoder."""
         outer = _CALL.ids
         _CALL.ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None

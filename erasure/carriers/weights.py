@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -256,9 +255,11 @@ def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
 def cancelled(component: nn.Module, written: Written) -> str | None:
     """The path of an edit that a user's adapter takes back by half or more, or another erasure altogether, if any."""
     for path, terms in written.terms.items():
+        adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None
+        if adapter is None and len(terms) < 2:
+            continue
         deltas = [strength * delta_of(edit) for strength, edit in terms]
         whole = torch.stack(deltas).sum(0)
-        adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None
         # A large adapter has some share of any edit by chance; one that takes it back points the other way too.
         if adapter is not None and adapter.shape == whole.shape and _takes_back(adapter, whole, 0.5, 0.3):
             return path
@@ -285,7 +286,7 @@ def _is_now(component: nn.Module, path: str, expected: Tensor, base: Tensor) -> 
     return _equal(own, expected) or _rounded(own, expected, base)
 
 
-def _wrapper(component: nn.Module, path: str) -> Any:
+def _wrapper(component: nn.Module, path: str) -> adapters.BaseTunerLayer | None:
     return adapters.wrapper_at(component, path.rsplit(".", 1)[0])
 
 

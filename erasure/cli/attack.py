@@ -21,9 +21,10 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
-from erasure.concept import Kind
+from erasure.concept import Concept, Kind
 
 if TYPE_CHECKING:
+    from erasure.eval.attacks import Attack
     from erasure.interop.protocols import Settings
 
 
@@ -100,7 +101,7 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     if options.prompts is not None and (made := read_prompts(options.prompts)[0].made_by["attack"]) != name:
         raise UsageError(f"--prompts {options.prompts} are of the attack {made}: erasure attack {made} --prompts ...")
     erasures = load_erasures(options)
-    concept: Any = None
+    concept: Concept | None = None
     if options.concept is not None:
         (concept,) = make_concepts((options.concept,), canvas_facts(options.model), options.kind)
     elif options.prompts is None and not erasures:
@@ -114,7 +115,7 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     return attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed).to_dict()
 
 
-def _parse(method: Any, start: Any, name: str, argv: list[str]) -> tuple[AttackOptions, Any]:
+def _parse(method: type[Attack], start: Attack, name: str, argv: list[str]) -> tuple[AttackOptions, Attack]:
     """The command's options and the attack's, from one flat command line."""
     both = dataclasses.make_dataclass(
         "Attack",

@@ -122,7 +122,7 @@ def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
         first=torch.tensor(tower.leading), end=torch.tensor(tower.tokenizer.eos_token_id)
     )
     key = tower.key(tower.block_path(layer))
-    names = [{"target": f"concept {index}"} for index in range(count)]
+    names: list[dict[str, object]] = [{"target": f"concept {index}"} for index in range(count)]
     config = ErasureConfig("itd", names, backbone.family, carriers=["activations"])
     return Erasure(config, Edits(features={key: edit}))
 

@@ -7,13 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
     from erasure.interop.protocols import Pipeline, Settings
+    from erasure.strategies.trained import TrainedStrategy
 
 
 @dataclass(kw_only=True)
@@ -73,7 +74,7 @@ def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions)
     import erasure
     from erasure.strategies import get
 
-    strategy: Any = get(name)
+    strategy = cast("type[TrainedStrategy]", get(name))
     concepts = make_concepts((options.concept,), canvas_facts(options.model))
     settings: Settings = {"rollout_steps": options.rollout_steps, "states": mode, "steps": options.updates}
     if name == "advunlearn":

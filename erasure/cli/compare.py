@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Terminal, UsageError, format_metric, parse
 from erasure.shown import number
+
+if TYPE_CHECKING:
+    from erasure.eval.results import Comparison
 
 
 @dataclass(kw_only=True)
@@ -48,7 +51,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(f"Wrote {options.out}")
 
 
-def layout(comparison: Any) -> tuple[list[str], list[list[str]]]:
+def layout(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """A comparison as the columns and rows of a table, with the mean over concepts where there are several."""
     rows = []
     for row in comparison.rows:

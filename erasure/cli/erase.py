@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_f
 from erasure.concept import Kind
 
 if TYPE_CHECKING:
+    from erasure.strategies import Strategy
     from erasure.training.run import Run
 
 
@@ -105,7 +106,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         )
 
 
-def _parse(strategy: Any, start: Any, name: str, argv: list[str]) -> tuple[EraseOptions, Any, Run | None]:
+def _parse(
+    strategy: type[Strategy], start: Strategy, name: str, argv: list[str]
+) -> tuple[EraseOptions, Strategy, Run | None]:
     """The command's options, the strategy's, and of one that trains those of its run, from one flat command line."""
     from erasure.strategies.trained import TrainedStrategy
     from erasure.training.run import Run
@@ -139,7 +142,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _help(strategies: dict[str, Any]) -> str:
+def _help(strategies: Mapping[str, type[Strategy]]) -> str:
     width = max(map(len, strategies), default=0)
     return "\n".join(
         [

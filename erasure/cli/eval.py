@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -20,6 +20,9 @@ from erasure.cli.models import (
 )
 from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Kind
+
+if TYPE_CHECKING:
+    from erasure.eval.rows import Row
 
 
 @dataclass(kw_only=True)
@@ -74,7 +77,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(f"Images and intervals: {out / 'report.html'}")
 
 
-def metric_table(metrics: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant."""
     variants: dict[str, None] = {}
     lines: dict[tuple[str, str], dict[str, str]] = {}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.models import (
     ErasedModelOptions,
@@ -19,6 +19,9 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Settings
 
 
 @dataclass(kw_only=True)
@@ -92,7 +95,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(f"{len(jobs)} images in {out}")
 
 
-def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> Settings:
     """Arguments of the pipeline's call: the user's, else those the model was made for, else the pipeline's own."""
     settings = dict(canvas_facts(model).get("generation", {}))
     if steps is not None:

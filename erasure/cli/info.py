@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import tyro
 
 from erasure.cli.terminal import Terminal, parse
 from erasure.shown import number
 
+if TYPE_CHECKING:
+    from erasure.artifact import Erasure
+
 GATE_RATES = ("tpr", "fpr", "auc")
 """What is shown of a gate; the JSON has its curve too."""
+
+
+class _Tensor(TypedDict):
+    """What an erasure holds of one tensor or block."""
+
+    name: str
+    form: str
+    shape: list[int]
+    rank: int | None
 
 
 @dataclass(kw_only=True)
@@ -32,10 +44,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.artifact import Erasure
 
     made = Erasure.load(options.erasure)
-    tensors: list[dict[str, Any]] = [
+    tensors: list[_Tensor] = [
         {"name": name, "form": "low-rank", "shape": [edit.up.shape[0], edit.down.shape[1]], "rank": edit.down.shape[0]}
         for name, edit in made.low_rank.items()
-    ] + [
+    ]
+    tensors += [
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()
     ]
@@ -68,7 +81,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.table(("measured", "value"), [[key, format_value(v)] for key, v in made.config.evaluation.items()])
 
 
-def facts(made: Any) -> list[list[str]]:
+def facts(made: Erasure) -> list[list[str]]:
     """Rows of name and value about an erasure."""
     config = made.config
     concepts = ", ".join(f"{c['target']} ({c.get('kind', 'object')})" for c in config.concepts)
@@ -89,6 +102,6 @@ def facts(made: Any) -> list[list[str]]:
     return [row for row in rows if row[1]]
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """A number with four digits, anything else as it is."""
     return number(value) if isinstance(value, float) else str(value)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from erasure.cli.terminal import Terminal, parse
+
+if TYPE_CHECKING:
+    from erasure.strategies import Strategy
 
 
 @dataclass(kw_only=True)
@@ -28,10 +31,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.result(rows)
         return
     columns = ("name", "what", "families", "protects", "cost", "paper")
-    terminal.table(columns, [[", ".join(v) if isinstance(v := row[c], list) else v for c in columns] for row in rows])
+    terminal.table(
+        columns, [[", ".join(v) if isinstance(v := row[c], list) else str(v) for c in columns] for row in rows]
+    )
 
 
-def describe(strategy: Any) -> dict[str, Any]:
+def describe(strategy: type[Strategy]) -> dict[str, object]:
     """A strategy as plain data."""
     return {
         "name": strategy.name,

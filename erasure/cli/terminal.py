@@ -12,10 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
 from erasure.shown import LABEL, message, number, visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 Options = TypeVar("Options")
 
@@ -144,7 +148,7 @@ class Terminal:
                 # What the terminal's encoding lacks is escaped as well.
                 stream.reconfigure(errors="backslashreplace")
 
-    def result(self, data: Any) -> None:
+    def result(self, data: object) -> None:
         """Print data as JSON, whole: programs read it."""
         if self.speaks:
             print(json.dumps(data, indent=2, default=str).replace("\x7f", "\\u007f"))
@@ -229,7 +233,7 @@ class Terminal:
 class Progress:
     """Handle of a running progress bar."""
 
-    def __init__(self, bar: Any, task: Any) -> None:
+    def __init__(self, bar: Bar, task: TaskID) -> None:
         self.bar, self.task = bar, task
 
     def stage(self, text: str) -> None:
@@ -282,7 +286,7 @@ def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = Fal
     return folder
 
 
-def format_metric(row: Mapping[str, Any] | None) -> str:
+def format_metric(row: Mapping[str, object] | None) -> str:
     """`0.970 [0.932, 0.991]`; what was not or could not be measured is `-`."""
     if row is None or row.get("value") is None:
         return "-"

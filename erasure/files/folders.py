@@ -6,10 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import JsonValue
@@ -22,12 +21,12 @@ from erasure.files.writing import sweep, write_json
 LOCK = "lock"
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 of plain data, 16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def differences(first: Any, second: Any, path: str = "") -> list[str]:
+def differences(first: object, second: object, path: str = "") -> list[str]:
     """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
     if isinstance(first, dict) and isinstance(second, dict):
         return [
@@ -47,7 +46,7 @@ def _cut(text: str, limit: int = 200) -> str:
 
 @contextmanager
 def held(
-    folder: str | Path, recipe: dict[str, Any], *, file: str, what: str, doing: str = "",
+    folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, doing: str = "",
     beside: Collection[str] | None = (), state: Collection[str] = (), wait: bool = False,
     error: type[ErasureError] = TrainingError,
 ) -> Iterator[None]:  # fmt: skip
@@ -91,13 +90,13 @@ def held(
 
 
 def _check(
-    folder: Path, recipe: dict[str, Any], file: str, what: str, beside: Collection[str] | None, state: Collection[str],
-    error: type[ErasureError],
+    folder: Path, recipe: Mapping[str, object], file: str, what: str, beside: Collection[str] | None,
+    state: Collection[str], error: type[ErasureError],
 ) -> None:  # fmt: skip
     path = folder / file
     if os.path.lexists(path):
         try:
-            known: dict[str, Any] = read_json(path, dict[str, JsonValue], error=error)
+            known: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=error)
         except error as reason:
             raise error(f"{reason}. Or delete {folder} to start anew") from reason
         changed = differences(known, recipe)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 
 from erasure.errors import ArtifactError, ErasureError
 from erasure.files.names import shown
@@ -114,7 +115,7 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureE
 
 
 def read_json(
-    path: str | Path, schema: type[T] | Any, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError
+    path: str | Path, schema: type[T] | object, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError
 ) -> T:
     """A JSON file as what a schema says.
 
@@ -135,7 +136,7 @@ def read_json(
 
 
 def read_lines(
-    path: str | Path, schema: type[T] | Any, *, torn: bool = False, limit: int = 64 * JSON_LIMIT,
+    path: str | Path, schema: type[T] | object, *, torn: bool = False, limit: int = 64 * JSON_LIMIT,
     line_limit: int = LINE_LIMIT, count: int = LINES_LIMIT, error: type[ErasureError] = ArtifactError,
 ) -> Iterator[T]:  # fmt: skip
     """The lines of a JSONL file, each as what a schema says; empty ones are left out.
@@ -175,7 +176,7 @@ def read_lines(
             raise
 
 
-def parsed(content: bytes, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
+def parsed(content: bytes, schema: type[T] | object, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
     """JSON as what a schema says; see `read_json`.
 
     Args:
@@ -197,7 +198,7 @@ def parsed(content: bytes, schema: type[T] | Any, where: str, *, error: type[Era
     return value
 
 
-def _checked(content: bytes, schema: Any, where: str, error: type[ErasureError]) -> Any:
+def _checked(content: bytes, schema: type[T] | object, where: str, error: type[ErasureError]) -> T:
     """JSON as what a schema says, as far as the schema says something."""
     try:
         return _adapter(schema).validate_json(content, strict=True)
@@ -208,7 +209,7 @@ def _checked(content: bytes, schema: Any, where: str, error: type[ErasureError])
         raise error(f"{where} {_told(reason, schema)}") from None
 
 
-def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
+def validated(data: object, schema: type[T] | object, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
     """Plain data in memory as what a schema says, as if it had been read from a file.
 
     Raises:
@@ -223,10 +224,10 @@ def validated(data: Any, schema: type[T] | Any, where: str, *, error: type[Erasu
     return _checked(content, schema, where, error)
 
 
-_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)
+_adapter: Callable[[object], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)
 
 
-def _told(reason: ValidationError, schema: Any) -> str:
+def _told(reason: ValidationError, schema: object) -> str:
     """What does not fit, in one line; the first three of it."""
     problems = []
     for found in reason.errors(include_url=False)[:3]:
@@ -243,7 +244,7 @@ def _told(reason: ValidationError, schema: Any) -> str:
     return f"cannot be read as what it should be: {'; '.join(problems)}{rest}. {DAMAGED[0].upper()}{DAMAGED[1:]}"
 
 
-def _allowed(schema: Any, place: tuple[int | str, ...]) -> list[str]:
+def _allowed(schema: object, place: tuple[int | str, ...]) -> list[str]:
     """Keys that the schema knows at a place, as far as its JSON schema tells."""
     whole = _adapter(schema).json_schema()
     node = whole
@@ -255,14 +256,14 @@ def _allowed(schema: Any, place: tuple[int | str, ...]) -> list[str]:
     return sorted(_resolved(whole, node).get("properties", {}))
 
 
-def _resolved(whole: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+def _resolved(whole: JsonSchemaValue, node: JsonSchemaValue) -> JsonSchemaValue:
     for option in node.get("anyOf", [node]):
         if "$ref" in option:
             return whole["$defs"][option["$ref"].rpartition("/")[2]]
     return node
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object, unless a key comes twice: readers would disagree about which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):

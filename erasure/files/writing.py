@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import JsonValue
 
@@ -95,7 +95,7 @@ def write_text(path: str | Path, text: str, *, error: type[ErasureError] = Artif
     return write_bytes(path, content, error=error)
 
 
-def write_json(path: str | Path, data: Any, *, error: type[ErasureError] = ArtifactError) -> Path:
+def write_json(path: str | Path, data: object, *, error: type[ErasureError] = ArtifactError) -> Path:
     """Write plain data as JSON of two blanks' indent; see `write_bytes`.
 
     Raises:
@@ -104,7 +104,7 @@ def write_json(path: str | Path, data: Any, *, error: type[ErasureError] = Artif
     return write_bytes(path, json_bytes(data, str(path), error=error), error=error)
 
 
-def json_bytes(data: Any, where: str, *, error: type[ErasureError] = ArtifactError) -> bytes:
+def json_bytes(data: object, where: str, *, error: type[ErasureError] = ArtifactError) -> bytes:
     """Plain data as JSON that `read_json` reads.
 
     Raises:

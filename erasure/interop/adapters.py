@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ def tuner_layers(component: nn.Module) -> list[BaseTunerLayer]:
     return [part for part in component.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def wrapper_at(component: nn.Module, path: str) -> Any:
+def wrapper_at(component: nn.Module, path: str) -> BaseTunerLayer | None:
     """The PEFT wrapper around the layer at a canonical path, or `None`."""
     found = paths.transformer_root(component).get_submodule(path)
     return found if isinstance(found, BaseTunerLayer) else None
@@ -36,13 +34,15 @@ def merged_names(component: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def merged_delta(wrapper: Any) -> Tensor | None:
+def merged_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
     """What merged adapters have added to a wrapped layer's weight, in float32 on the CPU; `None` for nothing.
 
     Raises:
         ValueError: An adapter that is not merged by adding (DoRA scales the weight).
     """
-    names = [] if wrapper is None else list(wrapper.merged_adapters)
+    if wrapper is None:
+        return None
+    names = list(wrapper.merged_adapters)
     if any(getattr(wrapper, "use_dora", {}).get(name) for name in names):
         raise ValueError("DoRA adapters scale the weight that they are merged into")
     deltas = [wrapper.get_delta_weight(name).float().cpu() for name in names]
@@ -50,7 +50,7 @@ def merged_delta(wrapper: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def foreign_delta(wrapper: Any) -> Tensor | None:
+def foreign_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
     """What adapters add to a layer's weight, merged or not, in float32 on the CPU; `None` for nothing."""
     if wrapper is None or not hasattr(wrapper, "get_delta_weight"):
         return None

@@ -31,7 +31,7 @@ class SurroundingHook(ModelHook):
     diffusers' own way to do that, `new_forward`, is skipped from the moment on that a hook beneath it is removed.
     """
 
-    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> object:
         """Call `forward`, the module's, with the arguments or others, and give its output or another."""
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class _HookedForward:
     def __init__(self, hook: ModelHook) -> None:
         self.hook = hook
 
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """The hook's part before, the forward that was there, the hook's part after."""
         chain = self.hook.fn_ref
         args, kwargs = chain.pre_forward(module, *args, **kwargs)
@@ -114,7 +114,7 @@ def remove_hooks(component: nn.Module, prefix: str) -> None:
 def runs_hook(module: nn.Module, name: str) -> bool:
     """Whether a hook is registered on a module and stands in the chain that its `forward` runs now."""
     hook = find_hook(module, name)
-    step: Any = module.forward
+    step: Callable[..., object] | None = module.forward
     while hook is not None and step is not None:
         if isinstance(step, functools.partial) and isinstance(step.func, _HookedForward):
             if step.func.hook is hook:

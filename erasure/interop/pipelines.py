@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,7 +37,7 @@ def interrupt(pipe: DiffusionPipeline) -> None:
     pipe._interrupt = True
 
 
-def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:
+def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
     """How a pipeline shows its progress, as `set_progress_bar_config` takes it."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
@@ -65,7 +64,7 @@ class CallGuard:
         self.owner, self.method, self.check = owner, method, check
         self.__wrapped__ = getattr(owner, method)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Check, then call the method that was there."""
         self.check(self.owner, *args, **kwargs)
         return self.__wrapped__(*args, **kwargs)

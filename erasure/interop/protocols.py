@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,7 +42,7 @@ class Tokenizer(Protocol):
     def added_tokens_encoder(self) -> Mapping[str, int]:
         """Ids of the tokens that stand beside the vocabulary that it was trained with."""
 
-    def __call__(self, text: str | list[str], **options: Any) -> TokenIds:
+    def __call__(self, text: str | list[str], **options: object) -> TokenIds:
         """Tokenise one text or several."""
 
     def __len__(self) -> int:
@@ -95,17 +96,39 @@ class Denoiser(nn.Module):
     dtype: torch.dtype
 
 
+class Prediction(Protocol):
+    """What a denoiser or a decoder gives, unless it was asked for a tuple."""
+
+    sample: Tensor
+
+
+class Latents(Protocol):
+    """The distribution of an image's latents."""
+
+    def mode(self) -> Tensor:
+        """The likeliest."""
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One of them."""
+
+
+class Encoded(Protocol):
+    """What an encoder gives."""
+
+    latent_dist: Latents
+
+
 class Autoencoder(nn.Module):
     """The network between pixels and latents."""
 
     config: Config
     dtype: torch.dtype
 
-    def encode(self, pixels: Tensor) -> Any:
+    def encode(self, pixels: Tensor) -> Encoded:
         """The distribution of an image's latents."""
         raise NotImplementedError
 
-    def decode(self, latents: Tensor) -> Any:
+    def decode(self, latents: Tensor) -> Prediction:
         """The image of latents."""
         raise NotImplementedError
 
@@ -149,8 +172,14 @@ class ImageProcessor(Protocol):
     def preprocess(self, images: object, *, height: int, width: int) -> Tensor:
         """As tensors in -1 to 1."""
 
-    def postprocess(self, images: Tensor, *, output_type: str, do_denormalize: list[bool]) -> Any:
+    def postprocess(self, images: Tensor, *, output_type: str, do_denormalize: list[bool]) -> object:
         """In the form that was asked for."""
+
+
+class Drawn(Protocol):
+    """What the call of a pipeline gives, unless it was asked for a tuple."""
+
+    images: list[Image.Image]
 
 
 class Pipeline(Protocol):
@@ -166,10 +195,10 @@ class Pipeline(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> Drawn:
         """Draw images."""
 
-    def set_progress_bar_config(self, **options: Any) -> None:
+    def set_progress_bar_config(self, **options: object) -> None:
         """How it shows its progress."""
 
 

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -70,7 +69,7 @@ def placed(components: Sequence[nn.Module], device: torch.device | str) -> Itera
 
 
 @contextmanager
-def gradient_checkpointing(component: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+def gradient_checkpointing(component: nn.Module, run: Callable[..., object]) -> Iterator[None]:
     """`run(block, *args)` runs the blocks of a denoiser inside; afterwards checkpointing is as it was."""
     before = [
         (part, part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None))
@@ -99,7 +98,7 @@ def without_offloading(pipe: DiffusionPipeline) -> Iterator[Callable[[DiffusionP
     model, sequential, group = _func_optionally_disable_offloading(pipe)
 
     def put_back(target: DiffusionPipeline) -> None:
-        arguments: dict[str, Any] = {} if device is None else {"device": device}
+        arguments: dict[str, torch.device | str] = {} if device is None else {"device": device}
         if model:
             target.enable_model_cpu_offload(**arguments)
         elif sequential:
@@ -169,7 +168,7 @@ class Uninterrupted:
 class _Deferred:
     """Handler that takes note of the signal while its block lasts, and hands it on as soon as the block is gone."""
 
-    def __init__(self, block: weakref.ref[Uninterrupted], previous: Callable[[int, FrameType | None], Any]) -> None:
+    def __init__(self, block: weakref.ref[Uninterrupted], previous: Callable[[int, FrameType | None], object]) -> None:
         self.block, self.previous = block, previous
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from erasure.backbones import TextTower
 from erasure.errors import WrongBaseError
@@ -77,7 +78,7 @@ class _Reconstruct(ModelHook):
         super().__init__()
         self.sae, self.leading = sae, leading
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
         made = torch.cat([states[:, : self.leading], self.sae(states[:, self.leading :].float()).to(states)], 1)
         return (made, *output[1:]) if isinstance(output, tuple) else made
@@ -103,7 +104,7 @@ class ClipLoss(NamedTuple):
 
 def clip_loss(
     pipe: Pipeline, tower: TextTower, layer: int, sae: SparseAutoencoder, prompts: Sequence[str],
-    score: Callable[[Sequence[Any], Sequence[str]], float], **settings: Any,
+    score: Callable[[Sequence[Image.Image], Sequence[str]], float], **settings: object,
 ) -> ClipLoss:  # fmt: skip
     """Draw prompts with the stock text encoder and with the reconstruction, from the same noise.
 
@@ -117,7 +118,7 @@ def clip_loss(
         settings: Of the pipeline's call.
     """
 
-    def draw() -> list[Any]:
+    def draw() -> list[Image.Image]:
         noise = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
         pairs = zip(prompts, noise, strict=True)
         return [pipe(prompt, generator=generator, **settings).images[0] for prompt, generator in pairs]

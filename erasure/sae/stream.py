@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class _Capture(ModelHook):
         self.stop = stop
         self.output: Tensor | None = None
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         self.output = output[0] if isinstance(output, tuple) else output
         if self.stop:
             raise _Enough
@@ -97,6 +97,18 @@ def activations(tower: TextTower, layer: int, tokens: PromptTokens) -> Tensor:
     return capture.output
 
 
+class Dataset(Protocol):
+    """A dataset of the `datasets` library that is read as a stream."""
+
+    def __iter__(self) -> Iterator[Mapping[str, object]]:
+        """Go through its rows."""
+        ...
+
+    def shuffle(self, *, seed: int, buffer_size: int) -> Iterable[Mapping[str, object]]:
+        """The rows in another order, from a buffer of so many."""
+        ...
+
+
 class DatasetPrompts:
     """Prompts of a dataset that is read as a stream, shuffled in a buffer: too many to hold, the same at every run.
 
@@ -109,7 +121,7 @@ class DatasetPrompts:
         OptionError: No such column, or no rows.
     """
 
-    def __init__(self, rows: Any, column: str = "text", *, buffer: int = 10_000) -> None:
+    def __init__(self, rows: Dataset, column: str = "text", *, buffer: int = 10_000) -> None:
         first = next(iter(rows), None)
         if first is None:
             raise OptionError("the dataset has no rows")
@@ -118,7 +130,7 @@ class DatasetPrompts:
             raise OptionError(f"the dataset has no column {column!r} of text; there are: {', '.join(texts) or 'none'}")
         self.rows, self.column, self.buffer = rows, column, buffer
         self._place: tuple[int, int] | None = None
-        self._reader: Iterator[Mapping[str, Any]] = iter(())
+        self._reader: Iterator[Mapping[str, object]] = iter(())
 
     @classmethod
     def open(cls, source: str, column: str = "text", split: str = "train") -> DatasetPrompts:
@@ -152,7 +164,7 @@ class DatasetPrompts:
         rows = [str(row[self.column]) for row in itertools.islice(self.rows, ROWS_COMPARED)]
         return digest([self.column, self.buffer, rows])
 
-    def _endless(self, seed: int) -> Iterator[Mapping[str, Any]]:
+    def _endless(self, seed: int) -> Iterator[Mapping[str, object]]:
         for epoch in itertools.count():
             yield from self.rows.shuffle(seed=seed + 1000 * epoch, buffer_size=self.buffer)
 
@@ -195,7 +207,7 @@ class TokenStream:
         pads[:, : self.tower.leading] = False
         return states[(keep | pads).to(states.device)].float()
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> dict[str, object]:
         """All that the activations depend on, plain data."""
         prompts = self.prompts
         return {

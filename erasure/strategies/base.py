@@ -23,7 +23,7 @@ from erasure.errors import OptionError, UnknownStrategyError
 ENTRY_POINTS = "erasure.strategies"
 BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
 
-Presets = dict[str, dict[str, Any]]
+Presets = dict[str, dict[str, object]]
 """Named sets of options."""
 
 _registered: dict[str, type[Strategy]] = {}
@@ -98,7 +98,7 @@ class Strategy(ABC):
         """
 
     @classmethod
-    def configured(cls: type[S], preset: str | None = None, **options: Any) -> S:
+    def configured(cls: type[S], preset: str | None = None, **options: object) -> S:
         """An instance from a preset with single options changed.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from erasure.training.student import Student, make_student
 
 Method = Literal["x", "x-strict", "u", "self", "all"]
 
-RELEASED: dict[str, Any] = {
+RELEASED: dict[str, object] = {
     "method": "x", "rank": 0, "base": "null", "eta": 1.0, "steps": 200, "lr": 5e-5, "batch": 1, "retain_batch": 0,
     "contexts": 0, "states": "online", "rollouts": 1000, "rollout_steps": 50, "clip": 0.0,
 }  # fmt: skip

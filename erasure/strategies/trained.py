@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from diffusers.utils import make_image_grid
@@ -24,6 +24,7 @@ from erasure.interop import paths, scopes
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
 from erasure.training import storage
+from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
 from erasure.training.objectives import matching, negative_guidance
@@ -259,7 +260,7 @@ class TrainedStrategy(Optimisation, Strategy):
                 if source.student is not None:
                     source.fill()
 
-    def parts(self, task: Task) -> dict[str, Any]:
+    def parts(self, task: Task) -> dict[str, Stateful]:
         """What a checkpoint holds besides student and optimiser."""
         return {
             name: source
@@ -362,5 +363,5 @@ class Batch(NamedTuple):
     """The states of the first rows."""
     retained: States | None
     """Those of the rows that follow, if any."""
-    extra: Any = None
+    extra: Tensor | None = None
     """What a strategy adds."""

@@ -24,11 +24,11 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 class Stateful(Protocol):
     """Whatever can be kept and put back."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """The state, plain data and tensors."""
         ...
 
-    def load_state_dict(self, state: Any) -> Any:
+    def load_state_dict(self, state: Any, /) -> object:
         """Put it back."""
         ...
 
@@ -97,7 +97,7 @@ class Checkpoint:
             TrainingError: It cannot be written; the last one is still there.
         """
         seconds = time.monotonic() - self._started
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         content = io.BytesIO()
         torch.save({**state, "step": step, "seconds": seconds}, content)
         try:
@@ -120,7 +120,7 @@ class _Comparison:
     def __init__(self, size: int) -> None:
         self.size, self.left = size, MOST_VALUES
 
-    def check(self, name: str, found: Any, own: Any = None) -> None:
+    def check(self, name: str, found: object, own: Any = None) -> None:
         """Raise `_Unfit` unless it fits.
 
         Args:
@@ -150,7 +150,7 @@ class _Comparison:
         elif isinstance(own, (Tensor, Mapping, list, tuple)) or not isinstance(found, (str, int, float, type(None))):
             raise _Unfit(f"{name} is {files.shown(found, 40)}, expected {type(own).__name__}")
 
-    def check_tensor(self, name: str, found: Tensor, own: Any) -> None:
+    def check_tensor(self, name: str, found: Tensor, own: object) -> None:
         """Raise `_Unfit` unless a tensor has the form of another, and finite values."""
         if found.layout != torch.strided or found.device.type != "cpu" or found.nbytes > self.size:
             raise _Unfit(f"{name} is no plain tensor")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from erasure.interop.protocols import Prediction
 
 BACKWARD = 2
 """Forward passes that a backward pass counts for, as usual."""
@@ -31,7 +32,7 @@ class DenoiserCost:
         finally:
             handle.remove()
 
-    def _count(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _count(self, denoiser: nn.Module, args: tuple[object, ...], output: tuple[Tensor, ...] | Prediction) -> None:
         made: Tensor = output[0] if isinstance(output, tuple) else output.sample
         rows = len(made)
         self.forwards += rows

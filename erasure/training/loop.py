@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone
 from erasure.errors import DivergenceError, OptionError
 from erasure.extras import require
-from erasure.training.checkpoint import Checkpoint
+from erasure.training.checkpoint import Checkpoint, Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.plugins import GroupLasso, RetainProjection
 from erasure.training.run import CHECKPOINT, Run
@@ -25,6 +25,7 @@ from erasure.training.student import Student
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
 
 EXPLODED = 1000.0
 """Times the median of its first values that the loss may grow to."""
@@ -44,9 +45,11 @@ class Share(NamedTuple):
         return rows[self.number :: self.parts]
 
 
-Prepare = Callable[[int, Share], Any]
+Prepared = TypeVar("Prepared")
+"""What a strategy makes of a part of an update's batch, for its losses."""
+Prepare = Callable[[int, Share], Prepared]
 """What the losses of an update need of a part of its batch: called while the network is the teacher."""
-Losses = Callable[[Any], dict[str, Tensor]]
+Losses = Callable[[Prepared], dict[str, Tensor]]
 """Loss terms of what was prepared, each already weighted: called while the network is the student."""
 
 
@@ -103,7 +106,7 @@ def make_accelerator(run: Run, device: torch.device) -> Accelerator:
 
 
 @dataclass
-class Trainer:
+class Trainer(Generic[Prepared]):
     """Trains a student.
 
     Every random choice follows from the seed and the number of the update, so a training that was killed and resumed
@@ -112,8 +115,8 @@ class Trainer:
 
     backbone: Backbone
     student: Student
-    prepare: Prepare
-    losses: Losses
+    prepare: Prepare[Prepared]
+    losses: Losses[Prepared]
     options: Optimisation
     run: Run
     accelerator: Accelerator
@@ -127,7 +130,7 @@ class Trainer:
     lasso: GroupLasso | None = None
     lasso_from: int = 0
     """First update that prunes."""
-    parts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Stateful] = field(default_factory=dict)
     """What else a checkpoint must hold."""
 
     def __post_init__(self) -> None:
@@ -137,7 +140,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(self.parameters, lr=options.lr, weight_decay=options.weight_decay)
         self.scaler = self._scaler()
         self.first: list[float] = []
-        self.average: Any = None
+        self.average: EMAModel | None = None
         if options.ema:
             from diffusers.training_utils import EMAModel
 
@@ -279,8 +282,8 @@ class _Listed:
     def __init__(self, values: list[float]) -> None:
         self.values = values
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list[float]]:
         return {"values": self.values}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.values[:] = state["values"]

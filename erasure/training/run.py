@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from erasure import files
 from erasure.files.folders import LOCK
@@ -35,7 +35,7 @@ class Run:
         return None if self.checkpoints is None else Path(self.checkpoints)
 
     @contextmanager
-    def opened(self, recipe: dict[str, Any], main: bool = True) -> Iterator[None]:
+    def opened(self, recipe: Mapping[str, object], main: bool = True) -> Iterator[None]:
         """Hold the folder: one training at a time, and the same one as before.
 
         Args:

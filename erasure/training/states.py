@@ -253,7 +253,7 @@ class TrajectoryBuffer(StateSource):
         assert self.states is not None, "fill the buffer first"
         return self.states.rows(index).to(self.backbone.device)
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> dict[str, object]:
         """All that the trajectories depend on besides the model."""
         scheduler = self.backbone.pipe.scheduler
         config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +84,14 @@ class Student(nn.Module, ABC):
         The stock function would run them again after `active()` has been left, with the teacher's weights.
         """
 
-        def run(block: Callable[..., Any], *args: Any) -> Any:
+        def run(block: Callable[..., object], *args: object) -> object:
             function = partial(self._again, block) if self._depth else block
             return checkpoint(function, *args, use_reentrant=False)
 
         with scopes.gradient_checkpointing(denoiser, run):
             yield
 
-    def _again(self, block: Callable[..., Any], *args: Any) -> Any:
+    def _again(self, block: Callable[..., object], *args: object) -> object:
         with self.active():
             return block(*args)
 

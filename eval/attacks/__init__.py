@@ -57,7 +57,7 @@ class Attack(ABC):
     """Where it comes from."""
     access: ClassVar[str] = ""
     """What the attacker needs: `weights`, or `text encoder`."""
-    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Options of each size; those of `full` are the paper's."""
 
     samples: int = 50
@@ -80,7 +80,7 @@ class Attack(ABC):
             elif float in kinds and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise self._refusal(name, value, "numbers from 0 on")
 
-    def _refusal(self, option: str, value: Any, allowed: str) -> OptionError:
+    def _refusal(self, option: str, value: object, allowed: str) -> OptionError:
         return OptionError(f"{self.name}: option {option!r} is {value!r}; allowed: {allowed}")
 
     @property

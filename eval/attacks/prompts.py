@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import Row
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import PromptRow
 from erasure.eval.suites import Target
@@ -28,7 +28,7 @@ class AdversarialPrompt:
     """The prompt that it stands for, with the noise and settings with which it did."""
     text: str
     target: Target
-    made_by: dict[str, Any]
+    made_by: Row
     """The attack with its options and size, the model, and the erasures that it overcame; alike in one file."""
 
 
@@ -55,7 +55,7 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     path = Path(path) / FILE if os.path.isdir(path) else Path(path)
     if not os.path.lexists(path):
         raise EvaluationError(f"no adversarial prompts at {path}: give the folder of an attack, or its {FILE}")
-    rows: Iterator[Any] = read_lines(path, PromptRow, count=MOST, error=EvaluationError)
+    rows: Iterator[PromptRow] = read_lines(path, PromptRow, count=MOST, error=EvaluationError)
     prompts = [_prompt(row) for row in rows]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts: the attack had no success, so there is nothing to try again")
@@ -67,7 +67,7 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     return prompts
 
 
-def _prompt(row: Mapping[str, Any]) -> AdversarialPrompt:
+def _prompt(row: PromptRow) -> AdversarialPrompt:
     target = row["target"]
     concept = Target(target["name"], target["domain"], tuple(target["members"]))
     return AdversarialPrompt(Sample.from_row(row), row["text"], concept, row["made_by"])

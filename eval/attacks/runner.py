@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.cache import model_fingerprint
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
@@ -23,6 +25,7 @@ from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
+from erasure.eval.rows import Record, Row
 from erasure.eval.run import Progress, Run, Subject, join, model_name, opened
 from erasure.eval.runner import in_force
 from erasure.eval.samples import Sample
@@ -36,13 +39,12 @@ from erasure.shown import LABEL, visible
 
 STEM = "attacks"
 """Of the file of rows."""
-Row = dict[str, Any]
 
 
 def attack(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     name: str = "unlearndiffatk",
-    concept: Any = None,
+    concept: str | Concept | None = None,
     *,
     size: str = "quick",
     suite: str = "canvas",
@@ -51,7 +53,7 @@ def attack(
     judge: Judge | None = None,
     images: bool = True,
     progress: bool | Progress = True,
-    **options: Any,
+    **options: object,
 ) -> Results:
     """Search prompts that bring an erased concept back, and say how often that works.
 
@@ -113,9 +115,9 @@ def attack(
 
 
 def replay(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompts: str | Path,
-    concept: Any = None,
+    concept: str | Concept | None = None,
     *,
     suite: str = "canvas",
     out: str | Path | None = None,
@@ -178,7 +180,7 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[round(index * (len(samples) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
-def _one_concept(concept: Any, entries: Sequence[dict[str, Any]]) -> Any:
+def _one_concept(concept: str | Concept | None, entries: Sequence[Row]) -> str | Concept:
     if concept is not None:
         return concept
     erased = {concept.target: concept for entry in entries for concept in entry["erasure"].concepts}
@@ -189,17 +191,17 @@ def _one_concept(concept: Any, entries: Sequence[dict[str, Any]]) -> Any:
     return next(iter(erased.values()))
 
 
-def _method(erasure: Any, strength: float) -> str:
+def _method(erasure: Erasure, strength: float) -> str:
     """A strategy with a fingerprint of its options, the same for every concept."""
     label = f"{erasure.config.strategy} ({digest(erasure.config.strategy_config)[:8]})"
     return label if strength == 1 else f"{label} x{strength:g}"
 
 
-def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: Any) -> Row:
+def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: tqdm) -> Record:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
-    row: Row = {"before": before, "text": None, "after": None}
+    row: Record = {"before": before, "text": None, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
     losses, texts = [], set()
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
@@ -230,7 +232,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     }  # fmt: skip
 
 
-def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: Any) -> Row:
+def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: tqdm) -> Record:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
@@ -243,7 +245,7 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: Any)
 
 def _tried(
     run: _Attack, victim: Victim, variant: str, sample: Sample, text: str | None, failures: dict[str, str]
-) -> dict[str, Any]:
+) -> Record:
     """Draw and judge one prompt."""
     image = victim.draw(sample, text)
     run.keep(variant, sample, image)
@@ -257,7 +259,7 @@ class _Attack(Run):
     """One attack or replay in this process."""
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Record:
         """Recipe of the metrics."""
         return self.plan.recipe | self.subject.sampler | {"judge": self.subject.judge_name}
 
@@ -266,7 +268,7 @@ class _Attack(Run):
         """`before` when the stock model itself is attacked, as results have it."""
         return "after" if self.subject.erasures else "before"
 
-    def finish(self, victim: Victim, outcome: Callable[[Sample, Any], Row], total: int) -> list[Row] | None:
+    def finish(self, victim: Victim, outcome: Callable[[Sample, tqdm], Record], total: int) -> list[Record] | None:
         """Rows of all samples, in their order, after making those that are missing; only for the main process.
 
         Args:
@@ -289,7 +291,7 @@ class _Attack(Run):
         rows = self.rows()
         return None if rows is None else rows.get(kind, [])
 
-    def save(self, metrics: list[dict[str, Any]], rows: Sequence[Row]) -> Results:
+    def save(self, metrics: list[Record], rows: Sequence[Row]) -> Results:
         """Write `results.json`."""
         results = self.results(metrics, attack_cost(rows, self.subject.erasures, time.perf_counter() - self.started))
         self.processes.wait()

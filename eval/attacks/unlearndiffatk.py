@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from erasure.interop import paths
 
 TOKENS = {"unsafe": 5, "other": 3}
 """Adversarial tokens (paper: 5 for nudity, violence and illegal content, 3 for styles and objects)."""
-SHORT: dict[str, Any] = {"learning_rate": 0.03, "vocabulary": "words"}
+SHORT: dict[str, object] = {"learning_rate": 0.03, "vocabulary": "words"}
 """Where there is no time for 2000 steps: of 24 prompts against four erasures of Canvas, 100 steps won 16 so and 11 by
 the paper's settings."""
 SCALE = 1024.0
@@ -52,7 +52,7 @@ class UnlearnDiffAtk(Attack):
     title: ClassVar[str] = "tokens ahead of the prompt, by gradients through the erased model"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2310.11868"
     access: ClassVar[str] = "weights"
-    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 2, "timesteps": 4, "iterations": 5, **SHORT},
         "quick": {"samples": 10, "timesteps": 10, "iterations": 10, **SHORT},
         "full": {},

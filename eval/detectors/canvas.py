@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +114,7 @@ class CanvasJudge:
         file = self.folder / "config.json"
         if not os.path.lexists(file):
             raise ArtifactError(f"no canvas judge at {self.folder}: expected config.json and model.safetensors")
-        self.config: Any = read_json(file, JudgeConfig)
+        self.config: JudgeConfig = read_json(file, JudgeConfig)
         self.object_names: list[str] = self.config["objects"]
         self.style_names: list[str] = self.config["styles"]
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval.schemas import ClipConfig
 from erasure.files import read_bytes, read_json, tensor_infos
 from erasure.images import rgb
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WEIGHTS_LIMIT = 32 * 2**30
@@ -61,7 +65,7 @@ class ClipModel:
                 f"no open_clip model at {self.folder}: expected {CONFIG} and {WEIGHTS}; give the folder of one, or "
                 "leave CLIP out"
             )
-        config: Any = read_json(self.folder / CONFIG, ClipConfig)
+        config: ClipConfig = read_json(self.folder / CONFIG, ClipConfig)
         self.width: int = config["model_cfg"]["embed_dim"]
         """Values of a feature."""
         tensor_infos(self.folder / WEIGHTS)
@@ -80,7 +84,7 @@ class ClipModel:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def _model(self) -> tuple[Any, Any, Any]:
+    def _model(self) -> tuple[CLIP, Callable[[Image.Image], Tensor], Callable[[list[str]], Tensor]]:
         import open_clip
 
         name = f"local-dir:{self.folder}"

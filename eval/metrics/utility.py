@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -40,7 +39,7 @@ def utility_metrics(
     stamp = plan.recipe | {"clip": f"{space} ({clip})" if clip else None}
 
     def add(
-        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], Record], **more: Any
+        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], Record], **more: object
     ) -> None:
         row: Record = {"name": name, "concept": plan.concept, "variant": variant}
         recipe = stamp | {"metric": definition, "prompts": prompts} | more

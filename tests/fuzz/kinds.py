@@ -121,6 +121,18 @@ def write_half_erasure(folder: Path) -> None:
     (journal / ".files.json").write_text(json.dumps({"new": names, "all": names}))
 
 
+def read_beside(folder: Path) -> None:
+    from erasure.pipelines.mixin import read_attached
+
+    assert read_attached(folder)
+
+
+@kind("erasures beside a pipeline", "erasures/attached.json", "erasures/cat/erasure_config.json", read=read_beside)
+def write_beside(folder: Path) -> None:
+    make_erasure(features=False).save(folder / "erasures" / "cat")
+    (folder / "erasures" / "attached.json").write_text(json.dumps({"cat": 0.75}))
+
+
 # Autoencoders --------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from erasure.backbones import text_towers
-from erasure.errors import BypassedErasureWarning, MaskError, OptionError
+from erasure.errors import AttachError, BypassedErasureWarning, MaskError, OptionError
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.localization import describe
@@ -331,6 +331,17 @@ def test_a_picture_that_goes_past_an_erasure_is_said_once(tiny_pipe: Any, channe
     # Looking for something draws nothing, wherever it is asked for.
     assert warned(lambda: pipe.localize(picture(64, 64), "dog", num_inference_steps=4)) == []
     assert any("negative prompt" in text for text in warned(lambda: run(pipe, negative_prompt="a cat")))
+
+
+def test_a_look_for_something_sees_one_state(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import erasure
+
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    erasure.erase(pipe, "cat", "uce", progress=False)
+    monkeypatch.setattr(pipe, "_read_maps", lambda *_: pipe.disable_erasures())
+    with pytest.raises(AttachError, match="inside of a call"):
+        pipe.localize(picture(64, 64), "dog")
+    assert pipe.verify_erasures() > 0
 
 
 # Masks --------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,16 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.features import EditedFeatures, FeatureEdit
 from erasure.cli.bench_itd import random_edit
 from erasure.errors import DivergenceError
+from erasure.sae import mining
 from erasure.sae.mining import TOKENS, learned_places, mine
 
 KEY = "text_encoder/encoder.layers.1"
 CAT = Concept("cat")
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining, "IMAGES", 3)
 
 
 @pytest.fixture
