@@ -28,7 +28,7 @@ CLOSE = 2e-4
 SKIPPED = set(os.environ.get("STRESS_SKIP", "").split(","))
 """Steps, refused calls and strengths (`strength 0.0`) to leave out, with commas: to see what fails besides them."""
 
-STRENGTHS = tuple(factor for factor in (1.0, 0.5, 2.0, 0.0) if f"strength {factor}" not in SKIPPED)
+STRENGTHS = tuple(factor for factor in (1.0, 0.5, 2.0, 0.1, 0.0) if f"strength {factor}" not in SKIPPED)
 
 Condition = Callable[[Any], bool]
 

@@ -23,6 +23,9 @@ LAYER = "encoder.layers.1"
 PROMPTS = ("a photo of a cat", "a dog", "", "an apple on the blue background")
 COMPONENTS = ("text_encoder", "unet", "vae")
 
+LEAST = 0.25
+"""The least strength that counts as an erasure."""
+
 
 def option(name: str, default: int) -> int:
     """A whole number from the environment: how much of a test to run."""
@@ -337,7 +340,11 @@ class Model:
     def verifies(self) -> bool:
         """Whether `verify` must pass, if nothing else got in the way."""
         force = self.in_force()
-        return bool(self.attached) and set(force) == set(self.attached) and all(e.strength > 0 for e in force.values())
+        return (
+            bool(self.attached)
+            and set(force) == set(self.attached)
+            and all(e.strength >= LEAST for e in force.values())
+        )
 
     def beyond_weights(self) -> bool:
         """Whether something is in force that weights cannot hold."""
