@@ -281,6 +281,7 @@ def test_the_signal_at_any_moment(kit: Kit, tmp_path: Path, tiny_pipe_folder: Pa
 
 def test_an_interrupt_in_another_thread_s_call(kit: Kit, tiny_pipe: Any) -> None:
     """Lines are counted, and interrupts come, in the thread that switches alone."""
+    handler = signal.getsignal(signal.SIGINT)
     pipe = prepared(tiny_pipe, kit, SWITCHES["set"])
     wanted, found = encode(pipe), []
     thread = threading.Thread(target=lambda: found.append(encode(pipe)))
@@ -288,4 +289,4 @@ def test_an_interrupt_in_another_thread_s_call(kit: Kit, tiny_pipe: Any) -> None
         thread.start()
         thread.join()
     assert torch.equal(found[0], wanted)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -56,6 +56,8 @@ def signals(model: str, erasures: str, rounds: int) -> dict[str, Any]:
     def alarm(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what runs in the background with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGALRM, alarm)
     chance = random.Random(0)
     pipe = load(model)
