@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import shutil
 import warnings
 from typing import Any
@@ -29,6 +30,9 @@ def is_plain(machine: Erasing) -> bool:
         machine.adapters or machine.merged or machine.rounded or machine.qkv or machine.ip or machine.offloaded
         or machine.learned or machine.sliced or machine.freeu
     )  # fmt: skip
+
+
+FUSED = re.compile(r"\.to_(qkv|kv|added_qkv)\.")
 
 
 class InCompany(Erasing):
@@ -249,7 +253,9 @@ class InCompany(Erasing):
                 warnings.simplefilter("error", UserWarning)
                 again = tensors_of(StableDiffusionPipeline.from_pretrained(folder))
             assert not [key for key, tensor in again.items() if tensor.is_meta], "weights were lost on the way"
-            assert all(torch.equal(tensor, again[key]) for key, tensor in tensors_of(self.pipe).items())
+            # diffusers leaves projections that were fused once on the module, and no loader reads them.
+            mine = {key: value for key, value in tensors_of(self.pipe).items() if not FUSED.search(key)}
+            assert all(torch.equal(tensor, again[key]) for key, tensor in mine.items())
         finally:
             shutil.rmtree(folder)
 
