@@ -64,4 +64,5 @@ def test_any_sequence_of_calls(machine: Any, capsys: pytest.CaptureFixture[str])
             phases=[Phase.generate, Phase.shrink] if option("STRESS_SHRINK", 0) else [Phase.generate],
         ),
     )  # fmt: skip
-    assert machine.steps >= STEPS
+    # A sequence may end early, which the number of sequences makes up for on average.
+    assert machine.steps >= 0.95 * STEPS
