@@ -20,7 +20,7 @@ Side = Annotated[int, Field(ge=8, le=8_192)]
 
 
 class Generation(TypedDict, total=False):
-    """How the model's pipeline is called."""
+    """Name of the class of the model's pipeline."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]

@@ -1,4 +1,4 @@
-"""What a pipeline computes for prompts that name erased concepts, compared with what it computed when attached.
+"""Comparison of what a pipeline computes for erased concepts with what it computed when they were erased.
 
 Tensors and hooks may all be where they belong while something else takes their effect back: an adapter with the
 negated edit, a replaced `forward`, another text encoder. A canary is one prompt of each erasure, encoded, and one pass
@@ -33,7 +33,7 @@ LEAST = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """What a pipeline computes for the canary's prompts, in float32 on the CPU."""
+    """Encodings and predictions of a pipeline for the canary's prompts, in float32 on the CPU."""
 
     encoded: Tensor
     """`(prompts, tokens, dim)`."""

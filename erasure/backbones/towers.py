@@ -16,7 +16,7 @@ from erasure.interop import learned, paths
 from erasure.interop.protocols import TextBlock, TextModel, Tokenizer
 
 PLACEHOLDER = re.compile(r"<[^<>\s]+>")
-"""How learned tokens are named, by custom."""
+"""Pattern of the names that learned tokens have by custom."""
 
 
 class PromptTokens(NamedTuple):

@@ -68,5 +68,5 @@ class PinnedPrompts:
 
 
 def _final_norm(encoder: nn.Module) -> Any:
-    """Where hidden states come out; nothing in a module that is no text encoder."""
+    """Give the norm that hidden states leave through; `None` in a module that is no text encoder."""
     return getattr(paths.transformer_root(encoder), "final_layer_norm", None)

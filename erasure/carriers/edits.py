@@ -19,7 +19,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 EDITABLE_COMPONENTS = (*TEXT_ENCODERS, "unet", "transformer")
 """Components of a pipeline that an erasure may change: what reads the prompt, and what draws. No safety checker."""
 PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
-"""Where a module or parameter stands in a component."""
+"""Pattern of the canonical path of a module or parameter inside a component."""
 FAINTEST = 1e-7
 """Norm of all weight edits together below which no image changes."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

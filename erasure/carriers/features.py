@@ -144,7 +144,7 @@ class GatedEdit:
         return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
 
     def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is added to activations `(batch, tokens, dim)`, and in which prompts a gate is open `(batch,)`.
+        """Give the change of activations `(batch, tokens, dim)` and the prompts with an open gate `(batch,)`.
 
         Args:
             x: Activations.
@@ -245,7 +245,7 @@ class PlacedReconstruction:
         return (self.edited(x) - x).square().mean((1, 2))[:, None]
 
     def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is added to activations `(batch, tokens, dim)`, and in which prompts `(batch,)`: all, without words."""
+        """Give the change of activations `(batch, tokens, dim)` and the changed prompts `(batch,)`."""
         change = self.edited(x) - x
         opened = change.square().mean((1, 2)) >= (self.edit.gate if words is not None else -torch.inf)
         return change * opened[:, None, None], opened
