@@ -11,3 +11,13 @@ Row = Mapping[str, Any]
 """Plain data by name, to be read."""
 Rows = Mapping[str, Sequence[Row]]
 """Rows of the samples, by variant."""
+
+
+def judged_of(row: Row) -> Row | None:
+    """What the judge saw on a sample's image; `None` when it failed or the image shows nothing (`shows_nothing`)."""
+    return None if shows_nothing(row) else row.get("judged")
+
+
+def shows_nothing(row: Row) -> bool:
+    """Whether a sample's image is blank, tiny or no picture, so that nothing said of it would mean anything."""
+    return bool(row.get("blank")) or "image" in row.get("failures", {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -117,7 +117,7 @@ def evaluate(
             return Results.load(run.table.folder)
 
         stamped = plan.recipe | subject.sampler | {"judge": subject.judge_name}
-        plan = suites.Plan(plan.suite, plan.size, plan.seed, plan.targets, plan.samples, stamped)
+        plan = replace(plan, recipe=stamped)
         features = run.table.features
         if suites.is_comparing(kit):
             metrics = kit.compare(plan, rows, features, scorer)

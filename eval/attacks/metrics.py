@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from erasure.eval.cost import peak_memory_mb
-from erasure.eval.metrics.unlearncanvas import collect, rate_row
+from erasure.eval.metrics.outcomes import collect, rate_row
 from erasure.eval.rows import Record, Row
 
 Rows = Sequence[Row]
@@ -63,7 +63,7 @@ def _rate(
 ) -> Record:  # fmt: skip
     # Without the weights of the suite: these are counts of prompts, and those of one concept weigh the same.
     outcomes = collect([({"prompt": row["prompt"]}, row["sample_id"], hit(row)) for row in rows])
-    row = rate_row(name, concept, variant, outcomes, {**recipe, "metric": DEFINITIONS[name]})
+    row = rate_row(name, concept, variant, outcomes, {**recipe, "metric": DEFINITIONS[name]}, missing_as=True)
     reasons = [reason for each in rows if hit(each) is None for reason in each["failures"].values()]
     if reasons and row["value"] is None:
         row["reason"] = f"no prompt has an outcome; the first: {reasons[0]}"

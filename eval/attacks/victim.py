@@ -19,6 +19,7 @@ from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
+from erasure.images import flaw
 from erasure.interop import scopes
 
 
@@ -65,7 +66,12 @@ class Victim:
         return next(generate(self.pipe, [wanted]))[1][0]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
-        """Whether an image shows the concept: where UA counts the sample as not unlearned."""
+        """Whether an image shows the concept: where UA counts the sample as not unlearned.
+
+        An image that shows nothing, such as a black one, is no answer: neither a success nor a failure of the attack.
+        """
+        if (found := flaw(image)) is not None:
+            return Verdict(None, None, found)
         (answer,) = call_judge(self.judge, [image])
         try:
             if isinstance(answer, Exception):

@@ -47,6 +47,9 @@ class Plan:
     recipe: Record = field(default_factory=dict)
     """What a reader must know to compare numbers; the same for every target, so that tables can hold several."""
 
+    unsafe: tuple[str, ...] = ()
+    """Objects of the unsafe group, which nothing should be turned into; none where the suite has no such group."""
+
     @property
     def concept(self) -> str | None:
         """Label of all targets together."""

@@ -158,7 +158,7 @@ class CanvasSuite:
             "guidance_scale": world.guidance_scale,
             "resolution": f"{world.side}x{world.side}",
         }
-        return Plan(self.name, size, seed, targets, samples, recipe)
+        return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe)
 
     def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""

@@ -15,7 +15,7 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
@@ -103,11 +103,11 @@ class CompositionSuite:
         """`both_found`, by template too; `found`; CLIP similarity to the prompt and to the lesser object."""
 
         def both(row: Row) -> bool | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else set(row["objects"]) <= set(judged["objects"])
 
         def share(row: Row) -> float | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else sum(name in judged["objects"] for name in row["objects"]) / 2
 
         text = "both objects of the prompt are seen (score of each at least 0.5)"

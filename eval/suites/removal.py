@@ -17,7 +17,7 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
@@ -110,6 +110,8 @@ class RemovalSuite:
         truth = plate(sample)
         mask = torch.from_numpy(truth.mask)
         near = torch.nn.functional.max_pool2d(mask[None, None].float(), 2 * MARGIN + 1, 1, MARGIN)[0, 0] > 0
+        if image.size != truth.clean.shape[1::-1]:
+            return dict.fromkeys(("psnr_fill", "psnr_outside", "psnr_background"))
         made, clean = (np.asarray(part, dtype=np.float64) / 255 for part in (image.convert("RGB"), truth.clean))
         error = torch.from_numpy(((made - clean) ** 2).mean(-1))
         places = {"psnr_fill": mask, "psnr_outside": ~mask, "psnr_background": ~near}
@@ -125,7 +127,7 @@ class RemovalSuite:
         """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
 
         def gone(row: Row) -> bool | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else row["objects"][0] not in judged["objects"]
 
         found = rates("object_gone", "the object is not seen any more (score below 0.5)", plan, rows, gone)
