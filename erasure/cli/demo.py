@@ -11,7 +11,6 @@ from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, attach, open_model
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
-from erasure.concept import Concept
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,11 +25,11 @@ MODEL = "canvas-sd"
 class Part(NamedTuple):
     """One erasure of the demo."""
 
-    concept: Concept
+    word: str
     strategy: str
 
 
-PARTS = (Part(Concept("cat", anchor="dog"), "hirm"), Part(Concept("ink", kind="style", anchor="contour"), "uce"))
+PARTS = (Part("cat", "hirm"), Part("ink", "uce"))
 
 PROMPTS = (
     "a photo of a cat on a blue background",
@@ -75,7 +74,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         pipe = open_model(ModelOptions(model=MODEL))
         erasures, measured = {}, {}
         for part in PARTS:
-            name = f"{part.concept.target}-{part.strategy}"
+            name = f"{part.word}-{part.strategy}"
             erasures[name] = make(pipe, part, out / name, options.seed, progress)
             measured[name] = measure(pipe, name, erasures[name], options, progress)
         if not is_main_process():
@@ -99,9 +98,9 @@ def make(pipe: DiffusionPipeline, part: Part, folder: Path, seed: int, progress:
     """Make and save one erasure."""
     import erasure
 
-    progress.stage(f"erasing {part.concept.target} with {part.strategy}")
+    progress.stage(f"erasing {part.word} with {part.strategy}")
     with progress.part() as report:
-        made = erasure.erase(pipe, [part.concept], strategy=part.strategy, seed=seed, attach=False, progress=report)
+        made = erasure.erase(pipe, part.word, strategy=part.strategy, seed=seed, attach=False, progress=report)
     if is_main_process():
         made.save(folder, overwrite=True)
     return made
@@ -136,8 +135,8 @@ def draw(pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, s
     settings = call_settings(MODEL)
     variants: dict[str, list[str]] = {"original": []}
     for part, name in zip(PARTS, erasures, strict=True):
-        style = " style" if part.concept.kind == "style" else ""
-        variants[f"without “{part.concept.target}”{style} ({part.strategy})"] = [name]
+        style = " style" if erasures[name].concepts[0].kind == "style" else ""
+        variants[f"without “{part.word}”{style} ({part.strategy})"] = [name]
     variants["without both"] = list(erasures)
     rows = {}
     for label, names in variants.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import numpy as np
 from PIL import Image
 
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record, Rows
 from erasure.eval.samples import Sample
@@ -63,7 +64,7 @@ class Suite(Protocol):
     title: str
     """One line for lists."""
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
         ...
 
