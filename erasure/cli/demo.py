@@ -11,6 +11,8 @@ from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, attach, open_model
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
+from erasure.concept import Concept
+from erasure.world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,6 +29,11 @@ class Part(NamedTuple):
 
     word: str
     strategy: str
+
+    @property
+    def concept(self) -> Concept:
+        """What the word means to the embedded model."""
+        return World.at(MODEL).concept(self.word)
 
 
 PARTS = (Part("cat", "hirm"), Part("ink", "uce"))
@@ -74,7 +81,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         pipe = open_model(ModelOptions(model=MODEL))
         erasures, measured = {}, {}
         for part in PARTS:
-            name = f"{part.word}-{part.strategy}"
+            name = f"{part.concept.target}-{part.strategy}"
             erasures[name] = make(pipe, part, out / name, options.seed, progress)
             measured[name] = measure(pipe, name, erasures[name], options, progress)
         if not is_main_process():
@@ -98,9 +105,9 @@ def make(pipe: DiffusionPipeline, part: Part, folder: Path, seed: int, progress:
     """Make and save one erasure."""
     import erasure
 
-    progress.stage(f"erasing {part.word} with {part.strategy}")
+    progress.stage(f"erasing {part.concept.target} with {part.strategy}")
     with progress.part() as report:
-        made = erasure.erase(pipe, part.word, strategy=part.strategy, seed=seed, attach=False, progress=report)
+        made = erasure.erase(pipe, [part.concept], strategy=part.strategy, seed=seed, attach=False, progress=report)
     if is_main_process():
         made.save(folder, overwrite=True)
     return made
@@ -135,8 +142,8 @@ def draw(pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, s
     settings = call_settings(MODEL)
     variants: dict[str, list[str]] = {"original": []}
     for part, name in zip(PARTS, erasures, strict=True):
-        style = " style" if erasures[name].concepts[0].kind == "style" else ""
-        variants[f"without “{part.word}”{style} ({part.strategy})"] = [name]
+        style = " style" if part.concept.kind == "style" else ""
+        variants[f"without “{part.concept.target}”{style} ({part.strategy})"] = [name]
     variants["without both"] = list(erasures)
     rows = {}
     for label, names in variants.items():
