@@ -21,7 +21,7 @@ from erasure.carriers.embeddings import learned_tokens
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept, as_concepts
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
-from erasure.interop import paths
+from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
@@ -94,7 +94,7 @@ def erase(
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
     backbone = backbone_for(base_pipe)
-    with _reporter(progress, method.name) as report:
+    with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
