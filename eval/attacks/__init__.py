@@ -33,8 +33,8 @@ class Candidate(NamedTuple):
     """What the pipeline is called with."""
     steps: int
     """Gradient steps since the last candidate."""
-    loss: float
-    """Mean loss of those."""
+    loss: float | None
+    """Mean loss of those; `None` where nothing is optimised."""
     changed: bool
     """Whether the tokeniser reads the text as other tokens than were optimised."""
     cut: bool
@@ -56,7 +56,9 @@ class Attack(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from."""
     access: ClassVar[str] = ""
-    """What the attacker needs: `weights`, or `text encoder`."""
+    """What the attacker needs: `prompt`, `text encoder` or `weights`."""
+    is_control: ClassVar[bool] = False
+    """Whether it searches nothing, so that its rate is the chance level of others."""
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Options of each size; those of `full` are the paper's."""
 
@@ -128,8 +130,11 @@ def _refusal(thing: object) -> str:
 
 ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
-    {"unlearndiffatk": "erasure.eval.attacks.unlearndiffatk"},
-    told=("title", "paper", "access", "sizes"),
+    {
+        "random_prefix": "erasure.eval.attacks.random_prefix",
+        "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
+    },
+    told=("title", "paper", "access", "sizes", "is_control"),
     accepts=_refusal,
     unknown=EvaluationError,
 )
