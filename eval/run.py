@@ -23,6 +23,7 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable, image_path
 from erasure.files import held, write_bytes
 from erasure.images import png
+from erasure.interop import scopes
 
 RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
@@ -181,7 +182,7 @@ def opened(
     made = table(folder)
     # One process holds the folder for all.
     lock = held(folder, recipe, file=RECIPE, what=WHAT, error=EvaluationError) if processes.is_main else nullcontext()
-    with lock:
+    with scopes.same_gradient_mode(), lock:
         if processes.is_main:
             made.cut()
         processes.wait()

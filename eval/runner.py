@@ -79,7 +79,7 @@ def evaluate(
     processes = join(out, seed)
     started = time.perf_counter()
     stock, attached = in_force(pipe)
-    chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts
+    chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
     if chosen is None:
         chosen = [concept for entry in attached for concept in entry["erasure"].concepts]
     kit = suites.get(suite)
