@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, expected, holds, rate_row, shows
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.suites import Plan, Target
 
 SEEN = 0.75
@@ -91,6 +91,47 @@ def domain_control(rows: Sequence[Row], plan: Plan, domain: str) -> Control:
     kept = [row for row in rows if not holds(row, rivals) and expected(row, domain) is not None]
     outcomes = collect([(row, row["sample_id"], correct(row, domain)) for row in kept])
     return Control(f"control_{domain}", plan.concept, outcomes, True, f"the judge sees the {domain} that is asked for")
+
+
+def controlled(metrics: Sequence[Record], controls: Sequence[Control], recipe: Record) -> list[Record]:
+    """Metric rows without their values where a control fails, and the controls as rows behind them.
+
+    Args:
+        metrics: Rows of a suite.
+        controls: Those of the suite.
+        recipe: What the controls depend on.
+    """
+    failure = next((found for control in controls if (found := control.failure)), None)
+    rows = list(metrics) if failure is None else [withheld(row, failure) for row in metrics]
+    return [*rows, *(control.row(recipe) for control in controls)]
+
+
+def withheld(row: Record, reason: str) -> Record:
+    """A metric row without what it says, and why."""
+    said = ("value", "low", "high", "worst", "change", "transitions", "mcnemar_p", "mcnemar_p_holm", "interval")
+    left = {key: value for key, value in row.items() if key not in said}
+    return left | {"value": None, "low": None, "high": None, "reason": reason}
+
+
+def listing_controls(rows: Sequence[Row]) -> list[Control]:
+    """The controls of a judge that lists the objects it sees, on images that ask for one object each.
+
+    Args:
+        rows: Rows of such images, of several objects.
+    """
+    names = sorted({row["objects"][0] for row in rows})
+    seen: list[tuple[Row, str, bool | None]] = []
+    unasked: list[tuple[Row, str, bool | None]] = []
+    for row in rows:
+        judged = judged_of(row)
+        for name in names:
+            hit = None if judged is None else name in judged["objects"]
+            (seen if name == row["objects"][0] else unasked).append((row, f"{row['sample_id']}/{name}", hit))
+    what = "the judge sees an object where it is"
+    return [
+        Control("control_seen", None, collect(seen), True, f"{what} asked for"),
+        Control("control_unasked", None, collect(unasked), False, f"{what} not asked for"),
+    ]
 
 
 class Controls:

@@ -18,6 +18,11 @@ def judged_of(row: Row) -> Row | None:
     return None if shows_nothing(row) else row.get("judged")
 
 
+def is_control(metric: Row) -> bool:
+    """Whether a metric row is a control: it says of the stock model whether the other rows mean anything."""
+    return "holds" in metric
+
+
 def shows_nothing(row: Row) -> bool:
     """Whether a sample's image is blank, tiny or no picture, so that nothing said of it would mean anything."""
     return bool(row.get("blank")) or "image" in row.get("failures", {})

@@ -16,6 +16,7 @@ from erasure.concept import Concept
 from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.baseline import BaselineCache
+from erasure.eval.controls import controlled
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import ClipModel
@@ -120,7 +121,8 @@ def evaluate(
         plan = replace(plan, recipe=stamped)
         features = run.table.features
         if suites.is_comparing(kit):
-            metrics = kit.compare(plan, rows, features, scorer)
+            controls = kit.controls(stock, subject.judge, plan)
+            metrics = controlled(kit.compare(plan, rows, features, scorer), controls, plan.recipe)
         else:
             metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, subject.clip, clip_missing)
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)

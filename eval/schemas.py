@@ -137,6 +137,7 @@ class ReplayRow(SampleFields):
     images: Count
     failures: dict[Name, Text]
     seconds: Number
+    control: NotRequired[Try]
 
 
 class AttackRow(ReplayRow):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from erasure import api, guards
+from erasure import api, assets, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
@@ -235,10 +235,14 @@ class ErasureMixin(SharedModulesMixin):
                     for name, erasure in manager.erasures.items():
                         erasure.save(temporary / ERASURES_FOLDER / name)
                     write_json(temporary / ATTACHED_FILE, manager.strengths)
+                    assets.copy_facts(self.name_or_path, temporary / BASE_FOLDER)
+                assets.copy_facts(self.name_or_path, temporary)
         return folder
 
-    def save_pretrained(self, *args: object, **options: object) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
+
+        The copy of a model of the embedded world declares the world as well.
 
         Raises:
             AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
@@ -246,7 +250,8 @@ class ErasureMixin(SharedModulesMixin):
         manager = self.erasure_manager
         with manager.in_use():
             manager.check_saveable()
-            super().save_pretrained(*args, **options)  # type: ignore[misc]
+            super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+            assets.copy_facts(self.name_or_path, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:

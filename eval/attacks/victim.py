@@ -55,15 +55,17 @@ class Victim:
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.backbone, self.references = backbone_for(pipe), 0
 
-    def draw(self, sample: Sample, text: str | None = None) -> Image.Image:
+    def draw(self, sample: Sample, text: str | None = None, *, stock: bool = False) -> Image.Image:
         """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
 
         Args:
             sample: Noise and settings.
             text: Another prompt in the place of the sample's.
+            stock: Draw with the original model instead.
         """
         wanted = sample if text is None else dataclasses.replace(sample, prompt=text)
-        return next(generate(self.pipe, [wanted]))[1][0]
+        self.references += stock
+        return next(generate(self.stock if stock else self.pipe, [wanted]))[1][0]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
         """Whether an image shows the concept: where UA counts the sample as not unlearned.
