@@ -92,7 +92,7 @@ def evaluate(
     # Its black images would pass for erased ones. The caller's pipeline keeps it.
     given, pipe = pipe, without_safety_checker(pipe)
     stock, attached = in_force(pipe)
-    chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts
+    chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
     if chosen is None:
         chosen = [concept for entry in attached for concept in entry["erasure"].concepts]
     kit = suites.get(suite)

@@ -146,7 +146,7 @@ class AttackRow(ReplayRow):
     changed: Count
     cut: Count
     steps: Count
-    losses: list[Number]
+    losses: list[Number | None]
     references: Count
 
 

@@ -97,6 +97,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
+    if options.prompts is None and not method.is_control:
+        terminal.say("What chance finds in as many tries: erasure attack random_prefix, with the same options.")
 
 
 def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Terminal) -> tuple[Results, list[str]]:

@@ -59,8 +59,8 @@ def attack(
     """Search prompts that bring an erased concept back, and say how often that works.
 
     Every prompt is tried as it is first. `pre_ASR` is the share that shows the concept without an attack, `ASR` the
-    share that does with or without. A prompt that cannot be attacked counts as missing, never as safe, unless it
-    needs no attack.
+    share that does with or without; of a control such as `random_prefix` it is called `chance_ASR`. A prompt that
+    cannot be attacked counts as missing, never as safe, unless it needs no attack.
 
     Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `recipe.json` and `images/` to
     `out`. Run it again with the same arguments to resume. Under `accelerate launch` the prompts are split over the
@@ -116,7 +116,8 @@ def attack(
         won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
         kept = [AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by) for row in won]
         write_prompts(run.table.folder, kept)
-        return run.save(attack_metrics(plan.concept, run.variant, rows, run.recipe), rows)
+        metrics = attack_metrics(plan.concept, run.variant, rows, run.recipe, is_control=method.is_control)
+        return run.save(metrics, rows)
 
 
 def replay(
@@ -221,7 +222,8 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             count["cut"] += candidate.cut
             count["steps"] += candidate.steps
             bar.update()
-            bar.set_postfix_str(f"loss {candidate.loss:.3f}")
+            if candidate.loss is not None:
+                bar.set_postfix_str(f"loss {candidate.loss:.3f}")
             # The same text gives the same image; one that is too long would lose the prompt's own words.
             if candidate.cut or candidate.text in texts:
                 continue

@@ -228,13 +228,12 @@ def write_clip(folder: Path) -> None:
 
 def read_world(folder: Path) -> None:
     from erasure import assets
-    from erasure.cli.models import anchor_of, canvas_facts, kind_of
     from erasure.eval.suites.canvas import CanvasSuite
+    from erasure.world import World
 
-    facts = canvas_facts(str(folder))
-    kind_of("cat", facts)
-    anchor_of("cat", (), facts)
-    if facts:
+    world = World.at(folder)
+    world.concepts(["cat", "weapons"])
+    if world.declared:
         assets.canvas(folder)
     CanvasSuite().plan(SimpleNamespace(name_or_path=str(folder)), ["cat"], "smoke", 0)
 
