@@ -120,8 +120,9 @@ def reason(error: Exception) -> str:
 def drift(
     before: Image.Image, after: Image.Image, first: np.ndarray | None, second: np.ndarray | None
 ) -> dict[str, float | None]:
-    """Pixel and feature drift of one pair; none where one of the two shows nothing."""
+    """Pixel and feature drift of one pair: none where one of the two shows nothing, none in pixels across sizes."""
     if flaw(before) is not None or flaw(after) is not None:
         return {"pixel": None, "feature": None}
     cosine_distance = None if first is None or second is None else float(feature_drift(first[None], second[None])[0])
-    return {"pixel": pixel_drift(before, after), "feature": cosine_distance}
+    same_size = before.size == after.size
+    return {"pixel": pixel_drift(before, after) if same_size else None, "feature": cosine_distance}

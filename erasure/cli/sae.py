@@ -146,7 +146,7 @@ def make_accelerator(options: OutOptions) -> Accelerator:
     from erasure.extras import require
 
     if options.tracker is not None:
-        require(options.tracker, "track")
+        require(options.tracker)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, log_with=options.tracker, project_dir=str(options.out)
     )

@@ -132,8 +132,6 @@ class RemovalSuite:
         truth = plate(sample)
         mask = torch.from_numpy(truth.mask)
         near = torch.nn.functional.max_pool2d(mask[None, None].float(), 2 * MARGIN + 1, 1, MARGIN)[0, 0] > 0
-        if image.size != truth.clean.shape[1::-1]:
-            return dict.fromkeys(("psnr_fill", "psnr_outside", "psnr_background"))
         made, clean = (np.asarray(part, dtype=np.float64) / 255 for part in (image.convert("RGB"), truth.clean))
         error = torch.from_numpy(((made - clean) ** 2).mean(-1))
         places = {"psnr_fill": mask, "psnr_outside": ~mask, "psnr_background": ~near}
