@@ -23,6 +23,11 @@ def is_control(metric: Row) -> bool:
     return "holds" in metric
 
 
+def is_figure(metric: Row) -> bool:
+    """Whether a metric row is a number to compare models by: no control, and not the list of what was seen instead."""
+    return not is_control(metric) and "classes" not in metric and metric.get("name") != "replaced_by"
+
+
 def shows_nothing(row: Row) -> bool:
     """Whether a sample's image is blank, tiny or no picture, so that nothing said of it would mean anything."""
     return bool(row.get("blank")) or "image" in row.get("failures", {})
