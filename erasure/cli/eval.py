@@ -56,14 +56,18 @@ class EvalOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
+    from erasure.eval.suites import SUITES
+
+    if argv and not argv[0].startswith("-"):
+        SUITES.check(argv[0])
     options = parse(EvalOptions, "eval", argv)
     terminal.json_only = options.json
     check_strengths(options)
-    from erasure.eval import evaluate, suites
+    from erasure.eval import evaluate
     from erasure.eval.judges import load_judge
     from erasure.eval.metrics.clip_score import ClipModel
 
-    suite = suites.get(options.suite)
+    suite = SUITES.get(options.suite)
     erasures = load_erasures(options)
     if options.concept:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
