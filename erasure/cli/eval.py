@@ -56,7 +56,7 @@ class EvalOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    from erasure.eval.suites import SUITES
+    from erasure.eval.suites import SUITES, is_comparing
 
     if argv and not argv[0].startswith("-"):
         SUITES.check(argv[0])
@@ -73,7 +73,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    if not concepts and not suites.is_comparing(suite):
+    if not concepts and not is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
     # Cheap, and refused before a model is opened.
