@@ -49,7 +49,7 @@ def describe(strategy: type[Strategy]) -> dict[str, object]:
         "presets": dict(strategy.presets),
         "options": {
             field.name: {
-                "type": str(field.type),
+                "allowed": strategy.describe(field.name),
                 "default": None if field.default is dataclasses.MISSING else field.default,
             }
             for field in dataclasses.fields(strategy)
