@@ -106,7 +106,7 @@ def parse(
                 print(shown.getvalue(), end="")
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
-        text = re.sub(r"\s*For full helptext.*$", "", text)
+        text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
         raise UsageError(f"{text}; see: erasure {command} --help") from None
 
 
