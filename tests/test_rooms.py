@@ -21,8 +21,8 @@ GROUND = frozenset(
 )
 LIBRARY = frozenset(
     {
-        "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "proof", "schema", "state",
-        "switching", "twins",
+        "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "leases", "proof", "schema",
+        "state", "switching", "twins",
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""
