@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from erasure import api, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.baked import leave_trace, saved_to
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
@@ -211,7 +212,8 @@ class ErasureMixin(SharedModulesMixin):
 
         Args:
             folder: Where to; must not exist or be empty.
-            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False`
+            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased, and
+                `erased.json` and a model card in it say of what. `False`
                 writes the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them
                 together again.
         """
@@ -240,12 +242,16 @@ class ErasureMixin(SharedModulesMixin):
     def save_pretrained(self, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
 
+        `erased.json` and a model card beside the stock files say what is erased in the weights; see `erasure.baked`.
+
         Raises:
             AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
         """
         manager = self.erasure_manager
         with manager.in_use():
             manager.check_saveable()
+            if (folder := saved_to(args, options)) is not None and not folder.is_file():
+                leave_trace(manager, folder)
             super().save_pretrained(*args, **options)  # type: ignore[misc]
 
     @classmethod

@@ -24,8 +24,8 @@ GROUND = frozenset(
 )  # fmt: skip
 LIBRARY = frozenset(
     {
-        "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "proof", "schema", "state",
-        "switching", "twins",
+        "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "leases", "proof", "schema",
+        "state", "switching", "twins",
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,6 +216,7 @@ class SAETrainer:
             return self._train(progress)
 
     def _train(self, progress: Callable[[float], None]) -> SparseAutoencoder:
+        started = time.monotonic()
         start = self.state.resume(self.options.steps) if self.state else 0
         losses, optimiser = self.accelerator.prepare(self.losses, self.optimiser)
         row: dict[str, float] = {}
@@ -228,7 +230,8 @@ class SAETrainer:
                 self.state.save(step + 1)
         self.sae.threshold.fill_(max(float(self.losses.least), 0.0))
         self.sae.fold_scale(float(self.losses.scale))
-        self.sae.config.metadata.update({**row, "steps": self.options.steps})
+        seconds = self.state.elapsed if self.state else time.monotonic() - started
+        self.sae.config.metadata.update({**row, "steps": self.options.steps, "seconds": round(seconds, 3)})
         return self.sae.eval().requires_grad_(False)
 
     def discard_checkpoint(self) -> None:
