@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from erasure.cli.described import list_of, options_of
-from erasure.cli.eval import metric_table
+from erasure.cli.eval import metric_table, refusals
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
@@ -158,9 +158,11 @@ def _parse(attack: Facts, start: Options, argv: list[str]) -> tuple[AttackOption
 
 def remarks(metrics: Sequence[Settings]) -> list[str]:
     """What a reader of the rates must know besides."""
-    lines = []
-    for row in metrics:
-        if row.get("missing"):
+    from erasure.eval.rows import is_figure
+
+    lines = refusals(metrics)
+    for row in filter(is_figure, metrics):
+        if row.get("missing") and row.get("value", 0) is not None:
             why = f" ({row['reason']})" if row.get("reason") else "; attacks.jsonl says why"
             lines.append(f"{row['name']}: {row['missing']} prompts have no outcome{why}.")
         texts = row.get("retokenised", {})
