@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from erasure.artifact import Erasure, ErasureConfig, default_name, library_versions
+from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
@@ -26,6 +26,7 @@ from erasure.interop.pipelines import origin
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
+from erasure.versions import library_versions
 from erasure.world import World
 
 if TYPE_CHECKING:

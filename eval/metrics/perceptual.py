@@ -71,7 +71,7 @@ def lpips(
                 "pair out and say so, or resize one"
             )
     if not isinstance(network, nn.Module):
-        image = require("torchmetrics.image.lpip", extra="metrics")
+        image = require("torchmetrics.image.lpip")
         network = image.LearnedPerceptualImagePatchSimilarity(net_type=network).net
     device, dtype = _home(network)
     chunks = []
@@ -148,7 +148,7 @@ def inception_fid(
 
 def _inception(width: int, weights: str | Path | None) -> tuple[nn.Module, str]:
     """The Inception network of torchmetrics, and what it comes from."""
-    fid = require("torchmetrics.image.fid", extra="metrics")
+    fid = require("torchmetrics.image.fid")
     options: Record = {}
     if weights is not None:
         if not Path(weights).is_file():

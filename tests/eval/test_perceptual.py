@@ -165,5 +165,5 @@ def test_without_torchmetrics_the_extra_is_named(monkeypatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(MissingExtraError, match=r"erasure-diffusers\[metrics\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'torchmetrics\[image\]>=1.5'"):
         lpips(noise(2, 0), noise(2, 1), "alex")
