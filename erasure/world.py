@@ -169,27 +169,36 @@ class World:
 
     # Concepts -----------------------------------------------------------------------------------------------------
 
-    def concept(self, word: str) -> Concept:
+    def concept(self, word: str, kind: Kind | None = None) -> Concept:
         """The concept of a word; see `concepts`.
 
         Raises:
             ConceptError: The word stands for several: it names a group, or is a list.
         """
-        made = self.concepts(word)
+        made = self.concepts(word, kind=kind)
         if len(made) > 1:
             names = ", ".join(concept.target for concept in made)
             raise ConceptError(f"{word!r} stands for several concepts ({names}): name one of them")
         return made[0]
 
-    def requests(self, words: Wanted | Sequence[Wanted]) -> list[ConceptRequest | Concept]:
+    def requests(self, words: Wanted | Sequence[Wanted], kind: Kind | None = None) -> list[ConceptRequest | Concept]:
         """What texts name, groups as they are written; see `erasure.parsing` for what a text may say.
+
+        Args:
+            words: One text or several; a `Concept` or a request among them is taken as it stands.
+            kind: What words are of which a text does not say it.
 
         Raises:
             ConceptError: A text names none, or could mean several things.
         """
         items = [words] if isinstance(words, (str, Concept, ConceptRequest)) else words
-        each = [parse_concepts(item, self.knows) if isinstance(item, str) else [item] for item in items]
-        return [request for requests in each for request in requests]
+        found: list[ConceptRequest | Concept] = []
+        for item in items:
+            if isinstance(item, str):
+                found += [replace(part, kind=part.kind or kind) for part in parse_concepts(item, self.knows)]
+            else:
+                found.append(item)
+        return found
 
     def concepts(
         self,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
-    {"concept", "errors", "extras", "files", "images", "interop", "pages", "registry", "shown", "versions"}
+    {"concept", "errors", "extras", "files", "images", "interop", "pages", "parsing", "registry", "shown", "versions"}
 )
 LIBRARY = frozenset(
     {
