@@ -18,8 +18,8 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "options", "pages", "registry", "shown",
-        "versions",
+        "concept", "errors", "extras", "files", "images", "interop", "options", "pages", "parsing", "registry",
+        "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(

@@ -15,10 +15,8 @@ from erasure.cli.eval import metric_table, refusals
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
-    canvas_facts,
     check_strengths,
     load_erasures,
-    make_concepts,
     open_model,
 )
 from erasure.cli.recording import left_out, record
@@ -27,6 +25,7 @@ from erasure.concept import Concept, Kind
 from erasure.eval.attacks import ATTACKS
 from erasure.options import Options
 from erasure.registry import Facts
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.eval import Results
@@ -123,7 +122,7 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
-        (concept,) = make_concepts((options.concept,), canvas_facts(options.model), options.kind)
+        concept = World.at(options.model).concept(options.concept, options.kind)
     elif options.prompts is None and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
