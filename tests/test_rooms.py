@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
-GROUND = frozenset({"concept", "errors", "extras", "files", "images", "interop", "pages", "shown"})
+GROUND = frozenset({"concept", "errors", "extras", "files", "images", "interop", "pages", "registry", "shown"})
 LIBRARY = frozenset(
     {
         "api", "artifact", "attach", "canary", "cards", "fitting", "guards", "leases", "proof", "schema", "state",

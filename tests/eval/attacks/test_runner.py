@@ -51,7 +51,7 @@ class Scripted(Attack):
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripted attack under its name."""
-    monkeypatch.setattr(attacks, "_ATTACKS", dict(attacks._ATTACKS))
+    monkeypatch.setattr(attacks.ATTACKS, "_registered", dict(attacks.ATTACKS._registered))
     attacks.register("scripted")(Scripted)
 
 
