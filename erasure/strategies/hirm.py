@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure.backbones import Backbone, TextTower
-from erasure.carriers.activations import Pinned
+from erasure.carriers.activations import pin_of
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, OptionError
@@ -121,9 +121,7 @@ class HiRM(Strategy):
             edits.deltas |= {tower.key(path): delta for path, delta in changed.items()}
             log[f"{tower.component}_loss"] = loss
             if self.unconditional == "stock":
-                empty = tower.tokenize([""])
-                with torch.no_grad():
-                    edits.pinned[tower.component] = Pinned(empty.ids.cpu(), tower.encode(empty).cpu())
+                edits.pinned[tower.component] = pin_of(tower, [""])
         return Fit(edits, log)
 
     def fit_tower(
