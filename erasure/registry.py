@@ -255,10 +255,8 @@ def _option(kind: type, field: Field[object]) -> Option:
 def _docstrings(kind: type) -> dict[str, str]:
     """Docstring of every field that a class has of its own, on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }  # fmt: skip
+    found = {}
+    for field, text in pairwise(definition.body if isinstance(definition, ast.ClassDef) else []):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return found

@@ -99,7 +99,7 @@ def test_the_same_class_name_in_another_module_is_another_thing(registry: Regist
     first, second = another(registry), another(registry)
     (second if isinstance(second, type) else type(second)).__module__ = "somewhere.else"
     registry.add("new", first)
-    with pytest.raises(ValueError, match="registered already: elsewhere.Another"):
+    with pytest.raises(ValueError, match=r"registered already: elsewhere\.Another"):
         registry.add("new", second)
 
 

@@ -134,7 +134,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "random_prefix": "erasure.eval.attacks.random_prefix",
         "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
     },
-    told=("title", "paper", "access", "sizes"),
+    told=("title", "paper", "access", "sizes", "is_control"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

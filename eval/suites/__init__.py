@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, TypeVar
 
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record, Rows
 from erasure.registry import Registry
@@ -65,7 +66,7 @@ class Suite(Protocol):
     title: str
     """One line for lists."""
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
         ...
 
