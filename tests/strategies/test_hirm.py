@@ -9,7 +9,6 @@ from erasure import Concept, erase
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import OptionError
 from erasure.strategies.hirm import HiRM, random_direction
-from erasure.strategies.prompts import align, aligned_prompts, subject_span, vocabulary
 
 FIRST_BLOCK = {
     f"text_encoder/encoder.layers.0.{part}.{kind}"
@@ -190,63 +189,3 @@ def test_progress_and_steps(tiny_pipe_original: Any) -> None:
     assert seen == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(OptionError, match="steps"):
         erase(tiny_pipe_original, "cat", "hirm", steps=0, attach=False, progress=False)
-
-
-# Alignment -----------------------------------------------------------------------------------------------------------
-
-
-def words_at(tower: TextTower, prompt: str) -> list[str]:
-    ids = tower.tokenizer(prompt, padding="max_length", max_length=77).input_ids
-    return tower.tokenizer.convert_ids_to_tokens(ids)
-
-
-def test_multi_word_concepts_align(tower: TextTower) -> None:
-    pair = align(tower, "a photo of {} in ink style", "van gogh", "monet")
-    assert pair.prompt == "a photo of van gogh in ink style"
-    assert pair.anchor_prompt == "a photo of monet in ink style"
-    erased, anchor = words_at(tower, pair.prompt), words_at(tower, pair.anchor_prompt)
-    assert erased[pair.start] == "gogh</w>"
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[: pair.start - 1] == erased[: pair.start - 1]
-    assert answers[pair.start - 1 : pair.start + 1] == ["monet</w>", "monet</w>"]
-    assert answers[pair.start + 1 :] == erased[pair.start + 1 :]
-
-
-def test_a_longer_anchor_aligns(tower: TextTower) -> None:
-    pair = align(tower, "a {} and a dog", "cat", "white blue car")
-    anchor = words_at(tower, pair.anchor_prompt)
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[pair.start] == "car</w>"
-    assert answers[pair.start + 1 : pair.start + 4] == ["and</w>", "a</w>", "dog</w>"]
-    assert int(pair.positions.max()) <= 76
-
-
-def test_an_empty_anchor_takes_the_words_out(tower: TextTower) -> None:
-    pair = align(tower, "a photo of a {} and a dog", "cat", "")
-    assert pair.anchor_prompt == "a photo of a and a dog"
-    anchor = words_at(tower, pair.anchor_prompt)
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[pair.start : pair.start + 3] == ["and</w>", "and</w>", "a</w>"]
-
-
-def test_the_last_occurrence_counts(tower: TextTower) -> None:
-    assert subject_span(tower, "a cat and a cat", "cat") == (5, 5, 5)
-    assert subject_span(tower, "van gogh", "van gogh") == (1, 2, 2)
-    with pytest.raises(ValueError, match="not found among the tokens"):
-        subject_span(tower, "a cats", "cat")
-    with pytest.raises(ValueError, match="longer than 77"):
-        subject_span(tower, "a " * 90 + "cat", "cat")
-
-
-def test_every_phrasing_of_every_synonym_is_aligned(tower: TextTower) -> None:
-    pairs = aligned_prompts(tower, Concept("cat", anchor="animal", synonyms=("kitten",)))
-    assert len(pairs) == 10
-    for pair in pairs:
-        assert pair.anchor_prompt == pair.prompt.replace("kitten", "animal").replace("cat", "animal")
-
-
-def test_the_vocabulary_leaves_the_concept_out(tower: TextTower) -> None:
-    words = vocabulary(tower, [Concept("van gogh", synonyms=("cat",))])
-    assert {"dog", "house", "monet"} <= set(words)
-    assert not {"van", "gogh", "cat"} & set(words)
-    assert all(len(word) > 1 for word in words)
