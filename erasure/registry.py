@@ -9,7 +9,6 @@ to be said about it in lists and helps is written in `registered.json` beside th
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import json
 import textwrap
@@ -24,22 +23,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
+from erasure.shown import did_you_mean
 
 T = TypeVar("T")
 
 INDEX = Path(__file__).with_name("registered.json")
 """What is said about the things that come with the package."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'hirm'?` with a blank in front, or nothing when no known word is near."""
-    by_spelling = {_spelling(name): name for name in known}
-    near = difflib.get_close_matches(_spelling(word), by_spelling, n=1)
-    return f" Did you mean {by_spelling[near[0]]!r}?" if near else ""
-
-
-def _spelling(word: str) -> str:
-    return word.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 @dataclass(frozen=True)

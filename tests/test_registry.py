@@ -14,7 +14,7 @@ from erasure import registry as module
 from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.suites import SUITES
-from erasure.registry import INDEX, Registry, did_you_mean, index_of
+from erasure.registry import INDEX, Registry, index_of
 from erasure.strategies import STRATEGIES
 
 REGISTRIES = {registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS)}
@@ -150,8 +150,3 @@ def test_two_packages_that_name_the_same(registry: Registry[Any], monkeypatch: p
     plugin(monkeypatch, registry, ("more", "first:Another", things[0]), ("more", "second:Another", things[1]))
     with pytest.raises(BrokenPluginError, match="first:Another and second:Another"):
         registry.get("more")
-
-
-@pytest.mark.parametrize(("word", "hint"), [("erse", "erase"), ("Erase", "erase"), ("atack", "attack"), ("zz", "")])
-def test_the_nearest_word(word: str, hint: str) -> None:
-    assert did_you_mean(word, ["erase", "attack"]) == (f" Did you mean {hint!r}?" if hint else "")

@@ -13,6 +13,7 @@ import tyro
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+from erasure.shown import did_you_mean
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     action, *rest = argv
     if action not in ACTIONS:
-        raise UsageError(f"unknown action {action!r}; there are {', '.join(ACTIONS)}; see: erasure sae --help")
+        hint = did_you_mean(action, ACTIONS)
+        raise UsageError(f"unknown action {action!r}; there are: {', '.join(ACTIONS)}.{hint} See: erasure sae --help")
     (train if action == "train" else info)(rest, terminal)
 
 
