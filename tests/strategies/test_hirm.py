@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from erasure import Concept, erase
+from erasure import Concept, erase, load_pipeline
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import OptionError
 from erasure.strategies.hirm import HiRM, random_direction
@@ -189,3 +190,83 @@ def test_progress_and_steps(tiny_pipe_original: Any) -> None:
     assert seen == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(OptionError, match="steps"):
         erase(tiny_pipe_original, "cat", "hirm", steps=0, attach=False, progress=False)
+
+
+def test_the_attention_mask_of_the_pipeline_is_heeded(tiny_pipe: Any) -> None:
+    """Encoders with `use_attention_mask` read no padding: loss, target and retention are those of masked prompts."""
+    tiny_pipe.text_encoder.config.use_attention_mask = True
+    tower = backbone_for(tiny_pipe).towers[0]
+    tokens = tower.tokenize(["a photo of a cat", "a photo of a dog"])
+    assert tokens.attention_mask is not None
+    strategy = HiRM(
+        variant="semantic", steps=1, templates=False, contexts=0, retain_weight=0.0, skip_start=False, tap="output"
+    )
+    changed, loss = strategy.fit_tower(tower, [Concept("cat", anchor="dog")], 0, lambda share: None)
+    names = tower.tokenize(["cat", "dog"])
+    with torch.no_grad():
+        cat, dog = tiny_pipe.text_encoder(names.ids, attention_mask=names.attention_mask).last_hidden_state
+        unmasked = tiny_pipe.text_encoder(names.ids).last_hidden_state
+    assert loss == pytest.approx(((cat - dog) ** 2).mean().item(), rel=1e-4)
+    assert loss != pytest.approx(((unmasked[0] - unmasked[1]) ** 2).mean().item(), rel=1e-2)
+    assert any(delta.any() for delta in changed.values())
+
+
+# The released recipes ------------------------------------------------------------------------------------------------
+
+
+def uniform_target(prompts: int, width: int, length: float, *, per_token: bool) -> torch.Tensor:
+    values = torch.rand(prompts, width, generator=torch.Generator().manual_seed(7))
+    return length * values / ((values**2).sum(1, keepdim=True) if per_token else (values**2).sum()).sqrt()
+
+
+GOLDEN = {
+    "released": (50, 1e-4, 5000.0, "tensor"),
+    "released-object": (15, 1e-4, 5000.0, "tensor"),
+    "released-style": (20, 1e-4, 5000.0, "tensor"),
+    "paper-r-object": (25, 5e-5, 500.0, "token"),
+    "paper-r-style": (40, 5e-5, 500.0, "token"),
+    "paper-r-nudity": (50, 1e-4, 500.0, "token"),
+    "paper-s-object": (15, 5e-5, 1.0, "anchor"),
+    "paper-s-style": (30, 5e-5, 1.0, "anchor"),
+}
+"""Steps, learning rate, coefficient and target of each recipe, as papers and released code have them."""
+
+
+@pytest.fixture(scope="module")
+def canvas() -> Any:
+    return load_pipeline("canvas-sd", device="cpu")
+
+
+@pytest.mark.parametrize("preset", GOLDEN)
+def test_a_released_recipe_on_the_embedded_model(canvas: Any, preset: str) -> None:
+    """The plain arithmetic of the released script with torch's own hooks and optimiser, on the same tensors."""
+    steps, lr, coefficient, kind = GOLDEN[preset]
+    concept = Concept("cat", anchor="golden ball", synonyms=("dog",))
+    made = erase(canvas, concept, "hirm", preset=preset, seed=7, attach=False, progress=False)
+    encoder = copy.deepcopy(canvas.text_encoder)
+    ids = canvas.tokenizer(["cat, dog", "golden ball"], padding="max_length", return_tensors="pt").input_ids
+    trained = {
+        name: parameter
+        for name, parameter in encoder.named_parameters()
+        if name.startswith(("encoder.layers.0.self_attn.", "encoder.layers.0.mlp."))
+    }
+    stock = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    seen: list[torch.Tensor] = []
+    encoder.encoder.layers[-1].self_attn.out_proj.register_forward_hook(lambda *parts: seen.append(parts[2]))
+    with torch.no_grad():
+        encoder(ids)
+    target = seen.pop()[1:]
+    if kind != "anchor":
+        target = uniform_target(*target.shape[1:], coefficient, per_token=kind == "token")[None]
+    optimiser = torch.optim.AdamW(trained.values(), lr, (0.9, 0.98), 1e-6, 1e-8)
+    for _ in range(steps):
+        encoder(ids[:1])
+        loss = ((seen.pop() - target) ** 2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name, parameter in trained.items():
+        if name != "encoder.layers.0.self_attn.k_proj.bias":  # its gradient is rounding noise
+            wanted, found = parameter.detach() - stock[name], made.edits.deltas[f"text_encoder/{name}"].float()
+            assert (found - wanted).norm() < 0.01 * wanted.norm(), name
+    assert made.config.cost["text_encoder_loss"] == pytest.approx(loss.item(), rel=1e-3)
