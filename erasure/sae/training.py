@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from erasure import files
-from erasure.errors import DivergenceError, OptionError
+from erasure.errors import DivergenceError
 from erasure.interop.protocols import Settings
+from erasure.options import Count, CountOrZero, Decay, NotNegative, Options, Positive, Seed, ZeroToOne
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
 from erasure.training.checkpoint import Checkpoint
 
@@ -27,50 +28,50 @@ Stream = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """How an autoencoder is trained."""
 
-    d_sae: int = 8192
+    name: ClassVar[str] = "training of an autoencoder"
+
+    d_sae: Count = 8192
     """Number of latents."""
-    k: int = 32
+    k: Count = 32
     """Latents per token."""
     batch_topk: bool = True
     """Keep the k x tokens largest latents of a whole batch, so that rich tokens get more of them, and use thresholds
     (JumpReLU) afterwards (Bussmann et al. 2024, arXiv 2412.06410). Without it, exactly k of every token."""
-    steps: int = 2000
+    steps: Count = 2000
     """Optimiser steps."""
-    learning_rate: float = 4e-4
+    learning_rate: Positive = 4e-4
     """Peak of Adam's learning rate."""
-    warmup: int = 100
+    warmup: CountOrZero = 100
     """Steps of linear warm-up."""
-    decay: float = 0.2
+    decay: ZeroToOne = 0.2
     """Share of the run over which the learning rate falls to zero at its end."""
-    aux_k: int | None = None
+    aux_k: Count | None = None
     """Dead latents that reconstruct the error of a token; half of d_in when left out (Gao et al. 2024, A.2)."""
-    aux_coefficient: float = 1 / 32
+    aux_coefficient: NotNegative = 1 / 32
     """Weight of that loss (Gao et al. 2024)."""
-    dead_after: int = 200_000
+    dead_after: CountOrZero = 200_000
     """Tokens without firing after which a latent counts as dead."""
-    threshold_decay: float = 0.99
+    threshold_decay: Decay = 0.99
     """Of the running mean of the least latent kept, which becomes the threshold."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Greatest norm of the gradient."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between two checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the initial directions."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Refuse values that an option does not allow.
 
         Raises:
-            OptionError: No steps, or shares outside 0 to 1.
+            OptionError: A value outside its range, or more latents per token than there are.
         """
-        if self.steps < 1 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_decay < 1:
-            raise OptionError(
-                f"steps {self.steps}, decay {self.decay} and threshold_decay {self.threshold_decay}: steps are 1 or "
-                "more, the others shares of 1"
-            )
+        super().__post_init__()
+        if self.k > self.d_sae:
+            self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
 
 class Losses(NamedTuple):

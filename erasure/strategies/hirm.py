@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,10 +15,11 @@ from erasure.backbones import Backbone, PromptTokens, TextTower
 from erasure.carriers.activations import pin_of
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
-from erasure.errors import DivergenceError, OptionError
+from erasure.errors import DivergenceError
 from erasure.interop import paths
 from erasure.interop.taps import tapped
-from erasure.strategies.base import Fit, Presets, Strategy, register
+from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
+from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import (
     AlignedPrompt,
     align,
@@ -29,7 +30,7 @@ from erasure.strategies.prompts import (
     vocabulary_prompts,
 )
 
-PAPER: dict[str, object] = {
+PAPER: Mapping[str, object] = {
     "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
     "tap": "attention", "unconditional": "erased",
 }  # fmt: skip
@@ -74,11 +75,11 @@ class HiRM(Strategy):
 
     variant: Literal["random", "semantic"] = "semantic"
     """Target direction: random (HiRM-R), or towards the anchor or super-category (HiRM-S)."""
-    steps: int = 60
+    steps: Count = 60
     """Optimiser steps (paper: 15 to 50)."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of AdamW. This times `steps` is the real strength; the paper's 5e-5 is for CLIP ViT-L/14."""
-    coefficient: float = 1.0
+    coefficient: NotNegative = 1.0
     """c: length of the target per token; in `norm="tensor"` of the whole target."""
     distribution: Literal["gaussian", "uniform"] = "gaussian"
     """Of the random directions; `uniform` on [0, 1) makes all positions share one direction (released code)."""
@@ -96,11 +97,11 @@ class HiRM(Strategy):
     aligned: bool = True
     """Take each token's semantic target from the token of the anchor's prompt that answers to it; else from the same
     position (paper), where another word stands when concept and anchor have not as many tokens."""
-    contexts: int = 12
+    contexts: CountOrZero = 12
     """Besides, in each step, so many random prompts that name each concept among other words."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of the retention term; 0 is the paper."""
-    retain_vocabulary: int = 24
+    retain_vocabulary: CountOrZero = 24
     """Random prompts from the tokeniser's own words in each step's retention term."""
     unconditional: Literal["erased", "stock"] = "erased"
     """`stock` pins the empty prompt to the stock encoding, so that guidance is as before."""
@@ -115,12 +116,6 @@ class HiRM(Strategy):
         "released-object": {**RELEASED, "steps": 15},
         "released-style": {**RELEASED, "steps": 20},
     }
-
-    def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
-        super().__post_init__()
-        if self.steps < 1:
-            raise OptionError(f"hirm: option 'steps' is {self.steps}; allowed: 1 or more")
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
