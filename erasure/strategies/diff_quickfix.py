@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
+from erasure.interop.taps import tapped
 from erasure.options import CountOrZero, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.hirm import tapped
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.strategies.uce import compress, factors, solve
 
