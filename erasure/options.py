@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from erasure.errors import OptionError
-from erasure.shown import visible
+from erasure.shown import did_you_mean, visible
 
 # No import of torch here: the command line makes flags of options without it.
 
@@ -134,7 +133,7 @@ class Options:
         if preset is not None and preset not in cls.presets:
             raise OptionError(
                 f"{who} has no preset {_shown(preset)}; there are: {', '.join(cls.presets) or 'none'}."
-                f"{did_you_mean(preset, cls.presets)}"
+                f"{did_you_mean(str(preset), cls.presets)}"
             )
         known = cls.option_names()
         for option in options:
@@ -149,13 +148,6 @@ class Options:
         known = set(cls.option_names())
         own = {name: value for name, value in arguments.items() if name in known}
         return own, {name: value for name, value in arguments.items() if name not in known}
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """A sentence with the nearest known word, behind a space; empty when none is near."""
-    by_plain = {_normal(name): name for name in known}
-    near = difflib.get_close_matches(_normal(str(word)), by_plain, n=1)
-    return f" Did you mean {by_plain[near[0]]!r}?" if near else ""
 
 
 def allowed(hint: object) -> str:
@@ -213,7 +205,3 @@ def _plain(value: object) -> object:
 def _shown(value: object) -> str:
     """A value for a message: short, on one line, texts in quotes."""
     return visible(repr(value[:LONGEST]) if isinstance(value, str) else value, LONGEST)
-
-
-def _normal(word: str) -> str:
-    return word.lower().replace("-", "_")

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from erasure.backbones import Backbone
-from erasure.carriers.edits import Edits
-from erasure.concept import Concept
 from erasure.errors import UnknownStrategyError
 from erasure.options import Options
+from erasure.registry import Registry
 
-ENTRY_POINTS = "erasure.strategies"
+if TYPE_CHECKING:
+    from erasure.backbones import Backbone
+    from erasure.carriers.edits import Edits
+    from erasure.concept import Concept
+
 BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
-
-_registered: dict[str, type[Strategy]] = {}
 
 
 class Fit(NamedTuple):
@@ -57,6 +54,8 @@ class Strategy(Options, ABC):
     """What making one costs."""
     carriers: ClassVar[tuple[str, ...]] = ("weights",)
     """Where the result lives."""
+    trains: ClassVar[bool] = False
+    """Whether it trains on trajectories, so that a killed run goes on."""
 
     @abstractmethod
     def fit(
@@ -75,6 +74,24 @@ class Strategy(Options, ABC):
 S = TypeVar("S", bound=Strategy)
 
 
+def _refusal(thing: object) -> str:
+    """What keeps a thing from being a strategy, or nothing."""
+    if not (isinstance(thing, type) and issubclass(thing, Strategy)):
+        return "it is no subclass of erasure.strategies.Strategy"
+    if not dataclasses.is_dataclass(thing) or "__dataclass_fields__" not in vars(thing):
+        return "it lacks the decorator dataclass(frozen=True, kw_only=True)"
+    return ""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry(
+    "strategy",
+    {name: f"erasure.strategies.{name}" for name in BUILTIN},
+    told=("title", "paper", "families", "protects", "cost", "carriers", "presets", "trains"),
+    accepts=_refusal,
+    unknown=UnknownStrategyError,
+)
+
+
 def register(name: str) -> Callable[[type[S]], type[S]]:
     """Class decorator: make a strategy known under a name.
 
@@ -82,31 +99,15 @@ def register(name: str) -> Callable[[type[S]], type[S]]:
     """
 
     def add(strategy: type[S]) -> type[S]:
-        taken = _registered.get(name)
-        if taken is not None and taken.__qualname__ != strategy.__qualname__:
-            raise ValueError(
-                f"a strategy named {name!r} is registered already: {taken.__module__}.{taken.__qualname__}"
-            )
-        strategy.name = name
-        _registered[name] = strategy
+        STRATEGIES.add(name, strategy)
         return strategy
 
     return add
 
 
-@cache
-def _plugins() -> dict[str, type[Strategy]]:
-    return {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
-
-
 def available() -> dict[str, type[Strategy]]:
-    """Every strategy by name: those of this package and those of entry points."""
-    for module in BUILTIN:
-        import_module(f"erasure.strategies.{module}")
-    for name, plugin in _plugins().items():
-        if name not in _registered:
-            register(name)(plugin)
-    return dict(_registered)
+    """Every strategy by name, those of other packages among them; one that cannot be loaded is warned of."""
+    return STRATEGIES.available()
 
 
 def get(name: str) -> type[Strategy]:
@@ -114,10 +115,6 @@ def get(name: str) -> type[Strategy]:
 
     Raises:
         UnknownStrategyError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
     """
-    strategies = available()
-    if name not in strategies:
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), strategies, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownStrategyError(f"unknown strategy {name!r}; there are: {', '.join(sorted(strategies))}.{hint}")
-    return strategies[name]
+    return STRATEGIES.get(name)
