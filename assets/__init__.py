@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-from erasure.assets.facts import read_facts
+from erasure.assets.facts import CanvasFacts, read_facts
 from erasure.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parent
@@ -36,7 +35,22 @@ def path(name: str) -> Path:
     return folder
 
 
-def canvas(model: str | Path = "canvas-sd") -> dict[str, Any]:
+def facts_of(model: str | Path) -> CanvasFacts:
+    """`canvas.json` of a model's folder or of an embedded model; empty for other models.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    folder = Path(model) if os.path.isdir(model) else find(str(model))
+    if folder is None or not str(model):
+        return {}
+    own = read_facts(folder)
+    if own is None and folder.resolve().is_relative_to(ROOT):
+        own = read_facts(path("canvas-sd"))
+    return own or {}
+
+
+def canvas(model: str | Path = "canvas-sd") -> CanvasFacts:
     """`canvas.json` of an embedded model: its objects, styles, backgrounds, templates and training record.
 
     Args:

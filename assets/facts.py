@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -43,10 +43,12 @@ class CanvasFacts(TypedDict, total=False):
     """Group of each object, or objects of each group."""
     synonyms: dict[Word, Words]
     anchors: dict[Word, Word]
+    retain: dict[Word, Words]
+    """What must survive the erasure of an object or style."""
     generation: Generation
 
 
-def read_facts(folder: str | Path) -> dict[str, Any] | None:
+def read_facts(folder: str | Path) -> CanvasFacts | None:
     """`canvas.json` of a model's folder; `None` when it has none.
 
     Raises:
@@ -56,5 +58,5 @@ def read_facts(folder: str | Path) -> dict[str, Any] | None:
     # Unlike `Path.exists`, this gives no error for names that cannot be.
     if not os.path.lexists(path):
         return None
-    facts: dict[str, Any] = read_json(path, CanvasFacts)
+    facts: CanvasFacts = read_json(path, CanvasFacts)
     return facts

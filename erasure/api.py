@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from erasure.artifact import Erasure, ErasureConfig, default_name, library_versions
+from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import learned_tokens
 from erasure.carriers.weights import Written, fingerprint, sample
-from erasure.concept import Concept, as_concepts
+from erasure.concept import Concept
 from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
-from erasure.interop import paths
+from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
 from erasure.strategies import get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
+from erasure.versions import library_versions
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.pipelines import Task
@@ -53,7 +55,8 @@ def erase(
 
     Args:
         pipe: Any pipeline of a supported family.
-        concepts: What to erase; several are erased by one erasure.
+        concepts: What to erase; several are erased by one erasure. A word means what it means in the model's world,
+            see `erasure.world.World`; a `Concept` is taken as it stands.
         strategy: Name of a method, see `erasure.strategies.available()`.
         name: What to call it when attached.
         seed: Seeds every random choice.
@@ -77,7 +80,7 @@ def erase(
     method = get(strategy).configured(preset, **options)
     if run is not None and not isinstance(method, TrainedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
-    wanted = as_concepts(concepts)
+    wanted = World.of(pipe).concepts(concepts)
     backbone = backbone_for(pipe)
     if backbone.family not in method.families:
         raise UnsupportedModelError(
@@ -94,7 +97,7 @@ def erase(
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
     backbone = backbone_for(base_pipe)
-    with _reporter(progress, method.name) as report:
+    with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -32,23 +31,12 @@ CONFIG_LIMIT = 4 * 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 """Types of an erasure's tensors."""
 FILES = (CONFIG_FILE, DELTA_FILE, LORA_FILE, CARD_FILE)
+TENSORS_SIZE = 64 * 2**30
+"""Bytes of a file of tensors."""
 LONGEST_LABEL = 100
 """Characters of a default name before the strategy's: it becomes a file's name."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 """A repository of the Hub, `owner/name`."""
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what an erasure depends on."""
-    from erasure import __version__
-
-    versions = {"erasure-diffusers": __version__}
-    for name in ("torch", "diffusers", "transformers", "peft"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def default_name(concepts: Sequence[Concept], strategy: str) -> str:
@@ -153,7 +141,7 @@ class Erasure:
         Raises:
             ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
-        if not _is_local(source):
+        if not is_local(source):
             return cls.read(_download(str(source), revision, token))
         folder = Path(os.path.expanduser(source))
         if not os.path.lexists(folder):
@@ -199,6 +187,34 @@ class Erasure:
         except (ArtifactError, DivergenceError) as error:
             raise ArtifactError(f"{folder}: {error}") from error
         return cls(config, edits)
+
+    @classmethod
+    def record_evaluation(cls, folder: str | Path, figures: Mapping[str, object]) -> bool:
+        """Write figures of a measurement into the config of a saved erasure, and into its card.
+
+        Tensors keep their files byte for byte. A card that somebody has edited is left alone.
+
+        Args:
+            folder: The erasure's.
+            figures: All that `ErasureConfig.evaluation` is to hold.
+
+        Returns:
+            Whether the card was written too.
+
+        Raises:
+            ArtifactError: It is no erasure, the figures are no plain data, or the folder cannot be written.
+        """
+        made = cls.read(folder)
+        card = made.card()
+        made.config.evaluation = dict(figures)
+        ErasureConfig.from_dict(dataclasses.asdict(made.config), "the config of the erasure")
+        contents = files.steady(folder, FILES, lambda paths: {n: bytes(_whole(path)) for n, path in paths.items()})
+        contents[CONFIG_FILE] = files.json_bytes(dataclasses.asdict(made.config), CONFIG_FILE)
+        own_card = contents.get(CARD_FILE, card.encode()) == card.encode()
+        if own_card:
+            contents[CARD_FILE] = made.card().encode()
+        files.replace_files(folder, contents, FILES)
+        return own_card
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload to the Hugging Face Hub and give the address of the commit."""
@@ -248,7 +264,11 @@ def _listed(folder: Path) -> list[str]:
         raise ArtifactError(f"{folder} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
-def _is_local(source: str | Path) -> bool:
+def _whole(path: Path) -> bytearray:
+    return files.read_bytes(path, TENSORS_SIZE)
+
+
+def is_local(source: str | Path) -> bool:
     """Whether a source is a path here and no name of a repository, whether it exists or not."""
     if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
         return True
@@ -275,4 +295,4 @@ def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
         )
 
 
-__all__ = ["CONFIG_FILE", "DELTA_FILE", "LORA_FILE", "Erasure", "ErasureConfig", "library_versions"]
+__all__ = ["CONFIG_FILE", "DELTA_FILE", "LORA_FILE", "Erasure", "ErasureConfig", "is_local"]

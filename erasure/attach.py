@@ -88,7 +88,7 @@ class ErasureManager:
 
         The drop-in pipelines do this on their own.
         """
-        with Lease(self._modules().values(), exclusive=False):
+        with scopes.same_gradient_mode(), Lease(self._modules().values(), exclusive=False):
             yield
 
     # Attaching ----------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class ErasureManager:
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
         """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
         modules = self._modules()
-        with Lease(modules.values(), exclusive=True):
+        with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
             recover(modules)
             with scopes.without_offloading(self.pipe):
                 yield modules
@@ -232,14 +232,14 @@ class ErasureManager:
     def _beside(self, make: Callable[[], DiffusionPipeline], offloaded: bool) -> DiffusionPipeline:
         modules = self._modules()
         if scopes.is_offloaded(self.pipe) or any(map(interrupted, modules.values())):
-            with Lease(modules.values(), exclusive=True):
+            with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
                 recover(modules)
                 with scopes.without_offloading(self.pipe) as put_back:
                     made = make()
                     if offloaded:
                         put_back(made)
                     return made
-        with Lease(modules.values(), exclusive=False):
+        with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=False):
             return make()
 
     def _change(
@@ -387,7 +387,7 @@ class ErasureManager:
         if any(map(interrupted, modules.values())):
             with self._switching():
                 pass  # entering has undone it
-        with Lease(modules.values(), exclusive=False):
+        with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=False):
             return proof.verify(self.pipe, self._remembered(), least_strength)
 
     def check_saveable(self, *, beyond_weights: bool = False) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from erasure.pages import Markdown, markdown_page
+from erasure.shown import number
 
 if TYPE_CHECKING:
     from erasure.artifact import ErasureConfig
@@ -41,9 +42,20 @@ def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lo
             for concept, gate in list(config.gates.items())[:ROWS]
             for kind in ("features", "probe")
         ],
-        evaluation=list(config.evaluation.items())[:ROWS],
+        evaluation=[(key, figure(value)) for key, value in list(config.evaluation.items())[:ROWS]],
         stock=lora_file and Markdown(f"pipe.load_lora_weights(folder, weight_name={lora_file!r})"),
     )
+
+
+def figure(value: object) -> str:
+    """A figure of a measurement for people: `0.970 [0.932, 0.991]`, a number with four digits, or what it is."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers):
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list) and len(value) == 3:
+        middle, low, high = (number(part, ".3f") for part in value)
+        return f"{middle} [{low}, {high}]"
+    return ", ".join(number(part) if isinstance(part, float) else str(part) for part in numbers)
 
 
 def metadata(config: ErasureConfig) -> Markdown:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,6 +24,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 LONGEST_TEXT = 1000
 """Characters of a concept's name, anchor or template."""
+
+
+def key(word: str) -> str:
+    """A word in the form that words are compared in.
+
+    Case, article, hyphens, underscores, blanks and the ways to write one character make no difference.
+
+    Example:
+        >>> key("A Golf_Ball ") == key("golf-ball")
+        True
+    """
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
+    bare = re.sub(r"[\s_\-\u00ad\u2010-\u2015]+", " ", plain).strip()
+    return re.sub(r"^(an?|the) (?=\S)", "", bare) or plain
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Concept:
             raise ConceptError(
                 f"unknown kind {self.kind!r} of concept {self.target!r}; allowed: {', '.join(get_args(Kind))}"
             )
-        clash = {word.lower() for word in self.names} & {word.strip().lower() for word in self.retain}
+        clash = {key(word) for word in self.names} & {key(word) for word in self.retain}
         if clash:
             raise ConceptError(f"{sorted(clash)} is to be erased and retained at once: take it off one of the lists")
         for template in self.templates:
@@ -126,7 +142,7 @@ def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Conce
     """
     given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
     made = [item if isinstance(item, Concept) else Concept(item) for item in given]
-    targets = [concept.target.lower() for concept in made]
+    targets = [key(concept.target) for concept in made]
     if not made:
         raise ConceptError("no concept given: name at least one, for instance 'Van Gogh'")
     if len(set(targets)) < len(targets):

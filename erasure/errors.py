@@ -23,6 +23,10 @@ class UnknownStrategyError(ErasureError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class BrokenPluginError(ErasureError, ImportError):
+    """Something that another package adds to this one cannot be loaded."""
+
+
 class OptionError(ErasureError, ValueError):
     """An option or preset that a strategy does not have, or a value that it does not allow."""
 
@@ -81,6 +85,10 @@ class BypassedErasureError(ErasureError, RuntimeError):
 
 class BypassedErasureWarning(UserWarning):
     """A call goes around an erasure: with embeddings, pictures or networks that it does not edit."""
+
+
+class BrokenPluginWarning(UserWarning):
+    """Something that another package adds to this one cannot be loaded, and is left out."""
 
 
 class UnknownTokenWarning(UserWarning):

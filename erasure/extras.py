@@ -7,13 +7,21 @@ from types import ModuleType
 
 from erasure.errors import MissingExtraError
 
+REQUIREMENTS = {
+    "datasets": "datasets>=3",
+    "tensorboard": "tensorboard>=2.16",
+    "torchmetrics": "torchmetrics[image]>=1.5",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""What pip installs for each package that is imported here. Those with a version are extras of this package too."""
 
-def require(module: str, extra: str) -> ModuleType:
+
+def require(module: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
-        module: The module to import, as in `import`.
-        extra: The extra of this package that installs it.
+        module: The module to import, as in `import`; its package is one of `REQUIREMENTS`.
 
     Raises:
         MissingExtraError: It cannot be imported; the message says what to install.
@@ -21,6 +29,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
+        needed = REQUIREMENTS[module.partition(".")[0]]
         raise MissingExtraError(
-            f"{module} cannot be imported ({error}); install it with: pip install 'erasure-diffusers[{extra}]'"
+            f"{module} cannot be imported ({error}); install it with: pip install '{needed}'"
         ) from error

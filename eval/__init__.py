@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from erasure.eval.attacks.runner import attack, replay
+    from erasure.eval.comparison import compare
     from erasure.eval.report import write_report
-    from erasure.eval.results import Results, compare
+    from erasure.eval.results import Results
     from erasure.eval.runner import evaluate
 
 __all__ = ["Results", "attack", "compare", "evaluate", "replay", "write_report"]
@@ -22,7 +23,7 @@ __all__ = ["Results", "attack", "compare", "evaluate", "replay", "write_report"]
 _HOMES = {
     "Results": "erasure.eval.results",
     "attack": "erasure.eval.attacks.runner",
-    "compare": "erasure.eval.results",
+    "compare": "erasure.eval.comparison",
     "evaluate": "erasure.eval.runner",
     "replay": "erasure.eval.attacks.runner",
     "write_report": "erasure.eval.report",

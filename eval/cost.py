@@ -30,6 +30,7 @@ def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float) -> R
         "seconds_per_image": {variant: sum(v) / len(v) if v else None for variant, v in times.items()},
         "images_generated": sum(len(values) for values in times.values()),
         "baseline_from_cache": sum(not row.get("seconds") for row in rows.get("before", [])),
+        "images_from_cache": sum(not row.get("seconds") for table in rows.values() for row in table),
         "peak_memory_mb": peak_memory_mb(),
         "erase_seconds": sum(entry["seconds"] or 0 for entry in erasures),
         "artifact_bytes": sum(entry["size_bytes"] or 0 for entry in erasures),

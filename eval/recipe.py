@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from erasure.artifact import Erasure
+from erasure.cache import module_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
 from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
 from erasure.files import digest, read_bytes, tensor_infos
+from erasure.interop import adapters, paths
+from erasure.interop.pipelines import components_of
 
 WEIGHTS_LIMIT = 16 * 2**30
 """Bytes of a file of a detector's weights."""
@@ -27,26 +32,62 @@ def sampler_recipe(pipe: DiffusionPipeline) -> Record:
         "scheduler": f"{type(scheduler).__name__} ({digest(config)[:8]})",
         "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
         "noise": "one CPU generator per sample, float32",
+        "safety_checker": "off",
     }
 
 
 def judge_fingerprint(judge: object) -> str:
-    """Name of a detector, and sha256 of its weights when it has a folder.
+    """Name of a detector, and what tells it from others of that name.
+
+    That is what it says of itself (`fingerprint` or `version`), sha256 of the weights in its folder, the weights of a
+    network, or else sha256 of the source file that it is defined in.
 
     Raises:
         EvaluationError: A file of the folder cannot be read.
     """
     name = getattr(judge, "__name__", None) or type(judge).__name__
+    for said in (getattr(judge, "fingerprint", None), getattr(judge, "version", None)):
+        if isinstance(said, str | int | float):
+            return str(said)
     folder = getattr(judge, "folder", None)
-    if folder is None:
-        return str(getattr(judge, "version", name))
+    if folder is not None:
+        return f"{name} ({_files_fingerprint(Path(folder))})"
+    if isinstance(judge, nn.Module):
+        return f"{name} ({module_fingerprint(judge)[:12]})"
+    try:
+        source = inspect.getsourcefile(judge if callable(judge) and hasattr(judge, "__code__") else type(judge))
+        return f"{name} (source {hashlib.sha256(Path(source or '').read_bytes()).hexdigest()[:12]})"
+    except (OSError, TypeError):
+        return name
+
+
+def is_identified(judge: object) -> bool:
+    """Whether a detector's fingerprint tells all that its answers depend on, so that answers may be kept."""
+    names = ("fingerprint", "version", "folder")
+    return isinstance(judge, nn.Module) or any(getattr(judge, name, None) is not None for name in names)
+
+
+def _files_fingerprint(folder: Path) -> str:
     found = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
+    for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
             tensor_infos(file, error=EvaluationError)  # what does not fit its header is not worth the reading
         if file.suffix in (".json", ".safetensors", ".onnx"):
             found.update(read_bytes(file, WEIGHTS_LIMIT, error=EvaluationError))
-    return f"{name} ({found.hexdigest()[:12]})"
+    return found.hexdigest()[:12]
+
+
+def put_on_besides(pipe: DiffusionPipeline) -> list[Record]:
+    """What a user has put on the components of a pipeline that changes images but not its own weights.
+
+    LoRA adapters with their weights and scales, and FreeU.
+    """
+    found = []
+    for name, component in components_of(pipe).items():
+        entry = adapters.in_force(component) | paths.free_u(component)
+        if entry:
+            found.append({"component": name, **entry})
+    return found
 
 
 def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
@@ -56,6 +97,7 @@ def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
         "name": name,
         "strategy": config.strategy,
         "concepts": [concept.get("target") for concept in config.concepts],
+        "options": digest(config.strategy_config),
         "strength": strength,
         "seed": config.seed,
         "size_bytes": erasure.size_bytes,
@@ -75,19 +117,47 @@ def erasure_fingerprint(erasure: Erasure) -> str:
 
 
 def run_recipe(
-    plan: Plan, model: str, sampler: Record, judge: str, clip: str | None, erasures: list[Record]
-) -> Record:
-    """All that a folder of samples depends on; a run resumes only when it is the same."""
-    import diffusers
+    plan: Plan, drawing: Record, judge: str, clip: str | None, erasures: list[Record]
+) -> Record:  # fmt: skip
+    """All that a folder of samples depends on; a run resumes only when it is the same.
 
+    Args:
+        plan: What is drawn.
+        drawing: What images of the stock model depend on, see `drawing_recipe`.
+        judge: Fingerprint of the detector.
+        clip: Fingerprint of the CLIP model.
+        erasures: Entries of the attached erasures.
+    """
     return {
         "suite": plan.recipe,
         "concepts": [[target.name, target.domain, list(target.members)] for target in plan.targets],
         "samples": digest([sample.row() for sample in plan.samples]),
-        "model": model,
-        "sampler": sampler,
+        **drawing,
         "judge": judge,
         "clip": clip,
-        "erasures": [{key: entry[key] for key in ("name", "strength", "fingerprint")} for entry in erasures],
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "erasures": in_force_entries(erasures),
     }
+
+
+def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Record:
+    """All that an image of the stock model depends on, besides its sample.
+
+    Args:
+        pipe: The stock pipeline.
+        model: Its fingerprint.
+        sampler: See `sampler_recipe`.
+    """
+    import diffusers
+
+    besides = put_on_besides(pipe)
+    return {
+        "model": model,
+        "sampler": sampler,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        **({"besides": besides} if besides else {}),
+    }
+
+
+def in_force_entries(erasures: list[Record]) -> list[Record]:
+    """What images depend on of the attached erasures, in the order in which they act."""
+    return [{key: entry[key] for key in ("name", "strength", "fingerprint")} for entry in erasures]

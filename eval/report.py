@@ -11,7 +11,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from erasure.errors import EvaluationError
-from erasure.eval.results import Results, label
+from erasure.eval.comparison import label
+from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
 from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
 from erasure.files import read_bytes, write_text

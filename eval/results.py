@@ -1,22 +1,26 @@
-"""`results.json`: one row per metric, and tables of several of them."""
+"""`results.json`: one row per metric."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+import platform
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
 from erasure.eval.schemas import ResultsFile
-from erasure.files import differences, read_json, validated, write_json
+from erasure.files import read_json, validated, write_json
+from erasure.versions import library_versions
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
+OTHERS = ("numpy", "pillow", "open_clip_torch", "torchmetrics")
+"""Libraries that numbers depend on, besides those that erasures do."""
 
 
 @dataclass
@@ -34,8 +38,18 @@ class Results:
     `recipe`; a value is `None` when it could not be had, with a `reason`."""
     cost: Record
     """Seconds, images, peak memory, artifact size."""
+    date: str | None = None
+    """When it was finished, in UTC, as `2026-01-31T12:00:00+00:00`; results of earlier versions have none."""
+    versions: Record = field(default_factory=dict)
+    """Libraries that it was measured with."""
     folder: Path | None = field(default=None, compare=False)
     """Where the samples and images are."""
+
+    @classmethod
+    def now(cls, **fields: Any) -> Results:
+        """Results that were finished just now, with the libraries of this process."""
+        versions = library_versions(OTHERS) | {"python": platform.python_version()}
+        return cls(**fields, date=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions)
 
     def get(self, name: str, variant: str = "after", concept: str | None = None) -> Record:
         """The first row of a metric.
@@ -59,6 +73,8 @@ class Results:
             "erasures": self.erasures,
             "metrics": self.metrics,
             "cost": self.cost,
+            "date": self.date,
+            "versions": self.versions,
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -81,104 +97,10 @@ class Results:
         if not os.path.lexists(path):
             raise EvaluationError(f"no results at {path}: run an evaluation first, or give its folder")
         data: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=EvaluationError)
-        version = data.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        schema = data.get("schema_version")
+        if isinstance(schema, int) and schema > SCHEMA_VERSION:
             raise EvaluationError(
-                f"{path} has schema version {version}, this package reads up to {SCHEMA_VERSION}: upgrade"
+                f"{path} has schema version {schema}, this package reads up to {SCHEMA_VERSION}: upgrade"
             )
         known: Record = validated(data, ResultsFile, str(path), error=EvaluationError)
         return cls(**{key: value for key, value in known.items() if key != "schema_version"}, folder=path.parent)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Several results side by side."""
-
-    columns: tuple[str, ...]
-    """Metric names."""
-    rows: tuple[Record, ...]
-    """`label`, `variant`, `concept`, `model`, `cells` (metric name -> value, low, high, n; missing ones left out),
-    `seconds` (of making the erasures) and `size_bytes`."""
-
-    def to_dict(self) -> Record:
-        """Plain data."""
-        return {"columns": list(self.columns), "rows": list(self.rows)}
-
-    def means(self) -> list[Record]:
-        """Per label and variant: the plain mean of every column over its concepts, and how many there are."""
-        groups: dict[tuple[str, str], list[Record]] = {}
-        for row in self.rows:
-            groups.setdefault((row["label"], row["variant"]), []).append(row)
-        table = []
-        for (label, variant), rows in groups.items():
-            cells = {}
-            for column in self.columns:
-                values = [row["cells"][column]["value"] for row in rows if column in row["cells"]]
-                if values:
-                    cells[column] = sum(values) / len(values)
-            table.append({"label": label, "variant": variant, "concepts": len(rows), "cells": cells})
-        return table
-
-
-def label(results: Results) -> str:
-    """Strategies of the attached erasures, with a strength that is not 1; `base` without any."""
-    parts = []
-    for erasure in results.erasures:
-        strength = erasure.get("strength", 1.0)
-        part = str(erasure.get("strategy") or erasure.get("name"))
-        parts.append(part if strength == 1 else f"{part} x{strength:g}")
-    return " + ".join(dict.fromkeys(parts)) or "base"
-
-
-def compare(results: Sequence[Results | str | Path]) -> Comparison:
-    """Put results side by side, one row per result, concept and variant.
-
-    Equal rows of the base model (several methods measured against one baseline) appear once.
-
-    Args:
-        results: Results, or paths to them.
-
-    Raises:
-        EvaluationError: A metric was computed by different recipes; the message says which field differs and where.
-    """
-    loaded = [item if isinstance(item, Results) else Results.load(item) for item in results]
-    if not loaded:
-        raise EvaluationError("nothing to compare: give at least one results.json")
-    recipes: dict[str, tuple[JsonValue, str]] = {}
-    rows: dict[str, Record] = {}
-    columns: dict[str, None] = {}
-    for index, result in enumerate(loaded):
-        where = str(result.folder or f"result {index + 1}")
-        for metric in result.metrics:
-            name = metric["name"]
-            known, first = recipes.setdefault(name, (metric["recipe"], where))
-            changed = differences(known, metric["recipe"])
-            if changed:
-                raise EvaluationError(
-                    f"{name} was measured differently in {first} and {where}: {'; '.join(changed)}. "
-                    "Measure both the same way, or compare them apart"
-                )
-            columns.setdefault(name)
-            variant: str = metric.get("variant", "after")
-            who = {"after": label(result), "before": "base"}.get(variant, variant)
-            # Rows of the base model do not depend on which erasure was attached.
-            owner = str(result.model.get("fingerprint")) if variant == "before" else str(index)
-            key = json.dumps([variant, owner, metric["concept"]])
-            row = rows.setdefault(key, _row(result, who, variant, metric["concept"]))
-            if metric["value"] is not None:
-                row["cells"].setdefault(name, {k: metric.get(k) for k in ("value", "low", "high", "n")})
-    return Comparison(tuple(columns), tuple(rows.values()))
-
-
-def _row(result: Results, who: str, variant: str, concept: str | None) -> Record:
-    row: Record = {
-        "label": who,
-        "variant": variant,
-        "concept": concept,
-        "model": result.model.get("name"),
-        "cells": {},
-    }
-    if variant == "after":
-        for key in ("seconds", "size_bytes"):
-            row[key] = sum(erasure.get(key) or 0 for erasure in result.erasures)
-    return row

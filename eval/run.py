@@ -12,9 +12,10 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from erasure.cache import model_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval.processes import Processes
-from erasure.eval.recipe import erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
+from erasure.eval.recipe import drawing_recipe, erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
@@ -23,6 +24,7 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable, image_path
 from erasure.files import held, write_bytes
 from erasure.images import png
+from erasure.interop import scopes
 
 RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
@@ -52,46 +54,59 @@ class Subject:
     """What is measured, and with what."""
 
     pipe: DiffusionPipeline
-    fingerprint: str
-    """Of the stock model."""
+    drawing: Record
+    """What images of the stock model depend on, besides their sample."""
     erasures: list[Record]
     """Entries of the attached erasures, as results have them."""
-    sampler: Record
     judge: Judge
     judge_name: str
     clip: str | None
     """Fingerprint of the CLIP model."""
+    unchecked: bool
+    """Whether a safety checker was left out."""
 
     @classmethod
     def of(
         cls,
         pipe: DiffusionPipeline,
-        fingerprint: str,
+        stock: DiffusionPipeline,
         attached: Sequence[Record],
         judge: Judge,
         clip: str | None = None,
+        *,
+        unchecked: bool = False,
     ) -> Subject:
         """Describe a pipeline.
 
         Args:
             pipe: The pipeline.
-            fingerprint: That of its stock model.
+            stock: The one without its erasures.
             attached: What `in_force` says of it.
             judge: The detector.
             clip: Fingerprint of the CLIP model.
+            unchecked: Whether a safety checker was left out.
         """
         erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
-        return cls(pipe, fingerprint, erasures, sampler_recipe(pipe), judge, judge_fingerprint(judge), clip)
+        drawing = drawing_recipe(stock, model_fingerprint(stock), sampler_recipe(pipe))
+        return cls(pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, unchecked)
+
+    @property
+    def sampler(self) -> Record:
+        """Scheduler, precision and noise."""
+        return self.drawing["sampler"]
 
     def recipe(self, plan: Plan) -> Record:
         """All that a folder of samples depends on."""
-        return run_recipe(plan, self.fingerprint, self.sampler, self.judge_name, self.clip, self.erasures)
+        return run_recipe(plan, self.drawing, self.judge_name, self.clip, self.erasures)
 
     @property
     def model(self) -> Record:
         """The `model` block of results."""
-        names = {"name": model_name(self.pipe), "fingerprint": self.fingerprint, "pipeline": type(self.pipe).__name__}
-        return names | self.sampler
+        names = {"name": model_name(self.pipe), "fingerprint": self.drawing["model"]}
+        names["pipeline"] = type(self.pipe).__name__
+        left_out = {"safety_checker": "left out for measuring"} if self.unchecked else {}
+        besides = {"besides": self.drawing["besides"]} if "besides" in self.drawing else {}
+        return names | self.sampler | left_out | besides
 
 
 @dataclass
@@ -149,7 +164,7 @@ class Run:
     def results(self, metrics: list[Record], cost: Record) -> Results:
         """Write `results.json`; the main process calls it, and then lets the others go."""
         pipe, processes = self.subject.pipe, {"processes": self.processes.count}
-        results = Results(
+        results = Results.now(
             suite=self.plan.suite,
             size=self.plan.size,
             model=self.subject.model,
@@ -181,7 +196,7 @@ def opened(
     made = table(folder)
     # One process holds the folder for all.
     lock = held(folder, recipe, file=RECIPE, what=WHAT, error=EvaluationError) if processes.is_main else nullcontext()
-    with lock:
+    with scopes.same_gradient_mode(), lock:
         if processes.is_main:
             made.cut()
         processes.wait()

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from erasure.cache import cache_folder, model_fingerprint
+from erasure import __version__
+from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, EvaluationError
+from erasure.errors import ArtifactError, ErasureError, EvaluationError
 from erasure.eval import suites
-from erasure.eval.baseline import BaselineCache
 from erasure.eval.cost import evaluation_cost
+from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.generation import generate
-from erasure.eval.metrics.clip_score import ClipModel
+from erasure.eval.judges import check_classes, load_judge
+from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.metrics.utility import utility_metrics
+from erasure.eval.recipe import is_identified
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
 from erasure.eval.run import Progress, Run, Subject, join, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import ComparedRow, EvaluationRow
-from erasure.eval.scoring import Judge, drift, score
-from erasure.eval.table import BEFORE_AFTER, SampleTable
-from erasure.images import png
+from erasure.eval.scoring import Judge, drift, reason, score
+from erasure.eval.table import BEFORE_AFTER, SampleTable, image_path
+from erasure.images import png, read_rgb
+from erasure.interop.pipelines import execution_device, without_safety_checker
 
 
 def evaluate(
@@ -42,7 +48,7 @@ def evaluate(
     baseline_cache: str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
-    judge: Judge | None = None,
+    judge: Judge | str | Path | None = None,
     clip: str | Path | ClipModel | None = None,
     report: bool = True,
 ) -> Results:
@@ -61,12 +67,17 @@ def evaluate(
         seed: Chooses samples (below full) and their noise.
         out: Folder for the results; a temporary one when left out.
         batch_size: Images per call of the pipeline. Does not change the noise of a sample.
-        baseline_cache: Folder where the stock model's samples are kept for the next method; `$ERASURE_CACHE` or
-            `~/.cache/erasure` by default.
-        images: Keep images as PNG, for the report.
+        baseline_cache: Folder where drawn images are kept, so that the next method finds those of the stock model, and
+            the next judge or CLIP model all of them; `$ERASURE_CACHE` or `~/.cache/erasure` by default. It may be
+            deleted at any time.
+        images: Keep images as PNG, for the report and for the next judge. Without, only those of the stock model are
+            kept in the cache.
         progress: A progress bar, none, or a function that is told of progress.
-        judge: Detector: a callable from images to answers with `.object` and `.style`. The suite's own by default.
-        clip: Folder of an open_clip model for CLIP scores and features; the embedded one by default, when installed.
+        judge: Detector: a callable from images to answers with `.object` and `.style`; or what `load_judge` takes. The
+            suite's own by default. What it says is kept in the cache when it tells what it is, by `version`,
+            `fingerprint` or the `folder` of its weights, or is a network.
+        clip: CLIP model for CLIP scores and features, in the layout of open_clip or transformers: its folder or
+            repository of the Hub, or one that is loaded; "none" for none. The embedded one by default, when installed.
         report: Write `report.html`.
 
     Returns:
@@ -74,25 +85,24 @@ def evaluate(
 
     Raises:
         EvaluationError: Unknown suite, size or concept; an output folder that holds something else; fused erasures,
-            which leave no stock model to compare with; a safety checker on the pipeline.
+            which leave no stock model to compare with; a judge that does not know the suite's classes.
     """
     processes = join(out, seed)
     started = time.perf_counter()
+    # Its black images would pass for erased ones. The caller's pipeline keeps it.
+    given, pipe = pipe, without_safety_checker(pipe)
     stock, attached = in_force(pipe)
-    chosen = [concepts] if isinstance(concepts, str) or hasattr(concepts, "target") else concepts
+    chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
     if chosen is None:
         chosen = [concept for entry in attached for concept in entry["erasure"].concepts]
     kit = suites.get(suite)
     plan = kit.plan(pipe, chosen, size, seed)
-    judge = kit.judge() if judge is None else judge
-    scorer, clip_missing = _clip(clip)
-    fingerprint = model_fingerprint(stock)
-    subject = Subject.of(pipe, fingerprint, attached, judge, None if scorer is None else scorer.fingerprint)
+    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
+    check_classes(judge, plan.samples)
+    scorer, clip_missing = _clip(clip, pipe)
+    clip_print = None if scorer is None else scorer.fingerprint
+    subject = Subject.of(pipe, stock, attached, judge, clip_print, unchecked=pipe is not given)
     recipe = subject.recipe(plan)
-    shared = {
-        "sampler": subject.sampler, "judge": subject.judge_name, "clip": subject.clip, "versions": recipe["versions"],
-    }  # fmt: skip
-    cache = BaselineCache(Path(baseline_cache or cache_folder()), fingerprint, shared)
     variants = kit.variants if suites.is_comparing(kit) else BEFORE_AFTER
 
     schema = ComparedRow if suites.is_comparing(kit) else EvaluationRow
@@ -100,9 +110,11 @@ def evaluate(
     def table(folder: Path) -> SampleTable:
         return SampleTable(folder, plan.samples, processes.rank, processes.count, variants, schema=schema)
 
+    root = Path(baseline_cache or cache_folder())
+    caches = {variant: _cache(root, subject, plan, kit, variant, images) for variant in variants}
     with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
-            subject, plan, opened_table, processes, images, progress, kit, cache, scorer, batch_size, started=started
+            subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size, started=started
         )
         if suites.is_comparing(kit):
             for variant in variants:
@@ -122,7 +134,7 @@ def evaluate(
         if suites.is_comparing(kit):
             metrics = kit.compare(plan, rows, features, scorer)
         else:
-            metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, subject.clip, clip_missing)
+            metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, scorer, clip_missing)
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
         results = run.results(metrics, cost | {"batch_size": batch_size})
         if report:
@@ -154,18 +166,34 @@ def in_force(pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, list[Record]]:
     return (manager.stock(offloaded=True) if entries else pipe), entries
 
 
-def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str | None]:
-    """The CLIP model, or why there is none. A folder that the user names must be there."""
+def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
+    """The CLIP model, or why there is none. One that the user names must be there; it runs where the pipeline does."""
     if isinstance(given, ClipModel):
         return given, None
+    if given == "none":
+        return None, "no CLIP model: left out as asked"
     if given is not None:
-        return ClipModel(given), None
+        return ClipModel(given, execution_device(pipe)), None
     try:
-        from erasure import assets
-
-        return ClipModel(assets.path("canvas-clip")), None
+        return ClipModel(EMBEDDED), None
     except ArtifactError as error:
         return None, f"no CLIP model: {error}"
+
+
+def _cache(
+    root: Path, subject: Subject, plan: suites.Plan, kit: suites.Suite, variant: str, images: bool
+) -> DrawingCache | None:
+    """Where images of a variant are kept; `None` when they are not."""
+    if variant == "before":
+        judging = {"judge": subject.judge_name, "clip": subject.clip, "package": __version__}
+        return DrawingCache(root, subject.drawing, judging if is_identified(subject.judge) else None, prompt_key)
+    if not images:
+        return None
+    erased = [[entry["fingerprint"], entry["strength"]] for entry in subject.erasures]
+    drawing = subject.drawing | {"erasures": erased, "package": __version__}
+    if suites.is_comparing(kit):
+        drawing |= {"suite": plan.recipe, "variant": variant}
+    return DrawingCache(root, drawing, None, whole_key if suites.is_comparing(kit) else prompt_key)
 
 
 @dataclass
@@ -173,7 +201,7 @@ class _Evaluation(Run):
     """One evaluation in this process."""
 
     kit: suites.Suite
-    cache: BaselineCache
+    caches: dict[str, DrawingCache | None]
     clip: ClipModel | None
     batch_size: int
 
@@ -184,8 +212,7 @@ class _Evaluation(Run):
         done = len(self.plan.samples) - len(pending)
         bar = tqdm(total=done + len(mine), initial=done, desc=variant, unit="image", disable=not self.shows_bar)
         with bar:
-            if variant == "before":
-                mine = self._from_cache(mine, bar)
+            mine = self._from_cache(variant, mine, bar)
             batches = generate(pipe, mine, self.batch_size)
             if suites.is_comparing(self.kit):
                 batches = self.kit.draw(pipe, variant, mine, self.batch_size)
@@ -199,40 +226,84 @@ class _Evaluation(Run):
                 bar.update(len(batch))
                 self.tell(variant, variant)
 
-    def _from_cache(self, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
-        """Take what an earlier evaluation of the stock model left; returns the rest."""
-        rest = []
+    def _from_cache(self, variant: str, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
+        """Take what an earlier evaluation has drawn; returns the samples that are left to draw.
+
+        What has been said of an image is taken too, where the same judge and CLIP model said it; else they are asked.
+        """
+        cache = self.caches[variant]
+        if cache is None:
+            return list(samples)
         width = None if self.clip is None else self.clip.width
+        rest: list[Sample] = []
+        ready: list[tuple[Sample, Image.Image]] = []
         for sample in samples:
-            found = self.cache.get(sample, width)
-            if found is None:
+            image = cache.image(sample)
+            known = None if image is None else cache.get(sample, width)
+            if image is None:
                 rest.append(sample)
-                continue
-            scores, vector, image = found
-            self.keep("before", sample, image)
-            self.table.append([_row(sample, "before", scores, None, None)], [vector])
-            bar.update()
-            self.tell("before", "before")
+            elif known is None:
+                ready.append((sample, image))
+            else:
+                self.keep(variant, sample, image)
+                self.table.append([_row(sample, variant, known[0], None, None)], [known[1]])
+                bar.update()
+                self.tell(variant, variant)
+        for start in range(0, len(ready), self.batch_size):
+            batch = ready[start : start + self.batch_size]
+            self._finish(variant, [sample for sample, _ in batch], [image for _, image in batch], None)
+            bar.update(len(batch))
+            self.tell(variant, variant)
         return rest
 
-    def _finish(self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float) -> None:
+    def _finish(
+        self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
+    ) -> None:
+        """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
         scores, features = score(batch, images, self.subject.judge, self.clip)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant, sample, image)
+            if (cache := self.caches[variant]) is not None:
+                if seconds is not None:
+                    cache.put_image(sample, png(image))
+                cache.put(sample, scored, vector)
             moved = None
             if suites.is_comparing(self.kit):
-                scored["measured"] = self.kit.measure(sample, image)
-            elif variant == "before":
-                self.cache.put(sample, png(image), scored, vector)
-            else:
-                stock = self.cache.image(sample)
-                if stock is None:
-                    scored["failures"]["drift"] = "the stock model's image is gone from the baseline cache"
-                else:
-                    moved = drift(stock, image, self.table.features.get((sample.sample_id, "before")), vector)
+                scored["measured"] = self._measured(self.kit, sample, image, scored["failures"])
+            elif variant == "after":
+                moved = self._moved(sample, image, vector, scored["failures"])
             rows.append(_row(sample, variant, scored, moved, seconds))
         self.table.append(rows, features)
+
+    def _measured(
+        self, kit: suites.ComparingSuite, sample: Sample, image: Image.Image, failures: Record
+    ) -> Record:  # fmt: skip
+        """What the suite knows of an image; nothing, with a reason, where it cannot be had."""
+        try:
+            return kit.measure(sample, image)
+        except Exception as error:  # an image of another size than the scene's, for instance
+            failures["measure"] = reason(error)
+            return {}
+
+    def _moved(
+        self, sample: Sample, image: Image.Image, vector: np.ndarray | None, failures: Record
+    ) -> dict[str, float | None] | None:
+        """How far an image is from the stock model's; nothing, with a reason, where it cannot be told."""
+        cache = self.caches["before"]
+        stock = None if cache is None else cache.image(sample)
+        if stock is None:
+            with contextlib.suppress(ErasureError):  # one that was kept for the report does as well
+                stock = read_rgb(image_path(self.table.folder, "before", sample.sample_id), formats=("PNG",))
+        if stock is None:
+            failures["drift"] = "the stock model's image is gone from the baseline cache"
+            return None
+        first = self.table.features.get((sample.sample_id, "before"))
+        if stock.size != image.size:
+            failures["drift"] = (
+                f"the image before has {stock.width}x{stock.height} pixels, the one after {image.width}x{image.height}"
+            )
+        return drift(stock, image, first, vector)
 
 
 def _row(

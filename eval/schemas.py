@@ -146,7 +146,7 @@ class AttackRow(ReplayRow):
     changed: Count
     cut: Count
     steps: Count
-    losses: list[Number]
+    losses: list[Number | None]
     references: Count
 
 
@@ -238,6 +238,7 @@ class ErasureEntry(TypedDict):
     name: Name
     strategy: NotRequired[Name]
     concepts: NotRequired[Names]
+    options: NotRequired[Name]
     strength: NotRequired[Number]
     seed: NotRequired[int]
     size_bytes: NotRequired[Count | None]
@@ -269,6 +270,8 @@ class ResultsFile(TypedDict):
     erasures: Annotated[list[ErasureEntry], Field(max_length=1_000)]
     metrics: Annotated[list[Metric], Field(max_length=100_000)]
     cost: Cost
+    date: NotRequired[Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")] | None]
+    versions: NotRequired[Annotated[dict[Name, Name], Field(max_length=100)]]
 
 
 class JudgeConfig(TypedDict):
@@ -291,6 +294,21 @@ class ClipConfig(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     model_cfg: ClipModelConfig
+
+
+class TransformersClipConfig(TypedDict):
+    """`config.json` of a CLIP model of transformers, as far as the package reads it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    model_type: Name
+    projection_dim: NotRequired[Annotated[int, Field(ge=1, le=65_536)]]
+
+
+class ShardIndex(TypedDict):
+    """`model.safetensors.index.json`: which file holds which tensor."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    weight_map: Annotated[dict[Name, Name], Field(min_length=1, max_length=100_000)]
 
 
 def _unique(names: list[str]) -> list[str]:

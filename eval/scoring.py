@@ -112,6 +112,7 @@ def reason(error: Exception) -> str:
 def drift(
     before: Image.Image, after: Image.Image, first: np.ndarray | None, second: np.ndarray | None
 ) -> dict[str, float | None]:
-    """Pixel and feature drift of one pair."""
+    """Pixel and feature drift of one pair; no pixel drift between images of two sizes."""
     cosine_distance = None if first is None or second is None else float(feature_drift(first[None], second[None])[0])
-    return {"pixel": pixel_drift(before, after), "feature": cosine_distance}
+    same_size = before.size == after.size
+    return {"pixel": pixel_drift(before, after) if same_size else None, "feature": cosine_distance}

@@ -16,6 +16,7 @@ from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.fitting import check_strength
+from erasure.interop import scopes
 from erasure.interop.pipelines import components_of
 from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
@@ -96,7 +97,8 @@ class SharedModulesMixin:
         """As the stock method, which makes float32 of both pipelines unless told otherwise."""
         if not {"dtype", "torch_dtype"} & set(options):
             options["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **options)  # type: ignore[misc]
+        with scopes.same_gradient_mode():
+            return super().from_pipe(pipeline, **options)  # type: ignore[misc]
 
 
 class ErasureMixin(SharedModulesMixin):

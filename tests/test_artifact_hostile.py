@@ -18,7 +18,8 @@ from erasure import Concept, Erasure, ErasureConfig
 from erasure.artifact import CONFIG_FILE, DELTA_FILE, LORA_FILE
 from erasure.carriers.activations import Pinned
 from erasure.carriers.edits import EDITABLE_COMPONENTS, Edits, LowRank
-from erasure.carriers.features import FeatureEdit, ReconstructionEdit
+from erasure.carriers.features import FeatureEdit
+from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.carriers.weights import fingerprint
 from erasure.errors import ArtifactError, ErasureError, WrongBaseError
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from erasure.extras import REQUIREMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"erasure": "erasure", "pipelines": "erasure/pipelines", "eval": "erasure/eval", "assets": "erasure/assets"}
@@ -38,6 +43,38 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(copy / "dist" / done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("not in a source tree")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_extras_and_errors_name_the_same_packages(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    named = {line for lines in extras.values() for line in lines}
+    for package, requirement in REQUIREMENTS.items():
+        assert requirement.startswith(package)
+        assert requirement in named or requirement == package, f"no extra installs {requirement}"
+
+
+def test_every_extra_is_used(project: dict[str, Any]) -> None:
+    """Something imports what an extra installs; `xformers` is chosen through diffusers."""
+    extras = project["project"]["optional-dependencies"]
+    sources = "\n".join(file.read_text() for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
+    for name in set(extras) - {"test", "dev"}:
+        for line in extras[name]:
+            package = re.split(r"[\[<>=]", line)[0]
+            known = package in REQUIREMENTS or package == "xformers"
+            assert known or re.search(rf"^\s*(import|from) {package}\b", sources, re.MULTILINE), (name, package)
+
+
+def test_every_marker_is_used(project: dict[str, Any]) -> None:
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    for marker in project["tool"]["pytest"]["ini_options"]["markers"]:
+        assert f"pytest.mark.{marker.partition(':')[0]}" in tests, marker
 
 
 def test_wheel_holds_the_tree(wheel: zipfile.ZipFile):

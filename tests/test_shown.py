@@ -11,7 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from erasure.pages import FOLDER, code_span, html_page, json_block, markdown_text, relative_link
-from erasure.shown import LABEL, LIMIT, message, number, visible
+from erasure.shown import LABEL, LIMIT, did_you_mean, message, number, visible
 
 
 @pytest.mark.parametrize(
@@ -125,3 +125,8 @@ def test_the_front_of_a_card_is_yaml() -> None:
         read = yaml.safe_load(metadata(ErasureConfig("uce", [], "f", base={"model": base})))
         known = {"library_name": "diffusers", "tags": ["diffusers", "concept-erasure"]}
         assert read == known | ({"base_model": named} if named else {})
+
+
+@pytest.mark.parametrize(("word", "hint"), [("erse", "erase"), ("Erase", "erase"), ("atack", "attack"), ("zz", "")])
+def test_the_nearest_word(word: str, hint: str) -> None:
+    assert did_you_mean(word, ["erase", "attack"]) == (f" Did you mean {hint!r}?" if hint else "")

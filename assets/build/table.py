@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 import erasure
-from erasure.assets.world import ANCHORS, OBJECTS, STYLES, UNSAFE
+from erasure.assets.world import OBJECTS, STYLES, UNSAFE
 from erasure.attach import ErasureManager
-from erasure.concept import Concept, Kind
+from erasure.concept import Concept
 from erasure.eval import evaluate
 from erasure.eval.metrics.unlearncanvas import average_interval
 from erasure.eval.results import Results
 from erasure.eval.statistics import Interval, cluster_bootstrap, wilson
+from erasure.world import World
 
 TUNED_ON = ("cat", "gun", "ink")
 """Concepts that defaults were chosen on; the table reports the others separately."""
@@ -27,12 +28,9 @@ RATES = ("UA", "IRA", "CRA", "AA")
 
 
 def concepts() -> list[Concept]:
-    """Every object and style, with the anchor that the world suggests."""
-
-    def kind(name: str) -> Kind:
-        return "style" if name in STYLES else "unsafe" if name in UNSAFE else "object"
-
-    return [Concept(name, kind=kind(name), anchor=ANCHORS[name]) for name in (*OBJECTS, *STYLES)]
+    """Every object and style, as the world has it."""
+    world = World.at("canvas-sd")
+    return [world.concept(name) for name in (*world.objects, *world.styles)]
 
 
 def measured(strategy: str) -> list[str]:

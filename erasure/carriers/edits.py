@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from erasure.carriers.activations import Pinned
-from erasure.carriers.features import BlockEdit, FeatureEdit, ReconstructionEdit
+from erasure.carriers.features import BlockEdit, FeatureEdit
+from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
 

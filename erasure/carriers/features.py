@@ -9,6 +9,9 @@ What the autoencoder does not explain stays, so nothing changes where nothing fi
 concept that feature `i` belongs to is open: when on some word a logistic score of the latents reaches the concept's
 threshold. The score looks at words and the end token only, so it does not depend on padding or on what else is in the
 batch; below all thresholds the output is the input, bit for bit.
+
+Gates and thresholds are steps. Gradients see smooth curves in their place (`erasure.carriers.steps`), so that attacks
+through the model learn what would open or close a gate; what is computed stays the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
+from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
 
 _EDIT = "erasure_features_edit"
+LOGIT = 1.0
+"""Least width of the curve that gradients see in the place of a gate: the unit of logistic scores."""
 MEMORY = 8
 """Inputs whose edit a block remembers: a prompt that is drawn again is not scored again."""
 
@@ -123,8 +130,12 @@ class GatedEdit:
 
     def latents(self, x: Tensor) -> Tensor:
         """`(..., features)` of activations `(..., dim)`."""
-        before = x @ self.edit.w_enc + self.edit.b_enc
+        before = self.before(x)
         return torch.where((before > self.edit.threshold) & (before > 0), before, torch.zeros_like(before))
+
+    def before(self, x: Tensor) -> Tensor:
+        """`(..., features)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
+        return x @ self.edit.w_enc + self.edit.b_enc
 
     def logits(self, x: Tensor, latents: Tensor, by_probe: bool) -> Tensor:
         """How surely each token holds each concept, `(batch, tokens, concepts)`."""
@@ -150,105 +161,49 @@ class GatedEdit:
             x: Activations.
             words: `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when nobody knows.
         """
-        latents = self.latents(x)
-        own = self.logits(x, latents, self.by_probe) >= self.gate
+        latents = counted = self.latents(x)
+        if x.requires_grad:
+            counted = seeing_jump(latents, self.before(x), self.edit.threshold)
+        logits = self.logits(x, counted, self.by_probe)
+        own = logits >= self.gate
         if words is None:
             opened = where = torch.ones_like(own)
         else:
             opened = (own & words[..., None]).any(1, keepdim=True)
             where = own & opened if self.local else opened
+        smooth = self.smooth(logits, words) if words is not None and x.requires_grad else None
         if self.filler is not None:
             flagged = where.any(-1)
             if words is not None:
                 # The end token and the padding sum up the whole prompt, the concept included.
                 tail = words.flip(1).cumsum(1).flip(1) <= 1
                 flagged = flagged | (opened.any(-1) & tail)
-            change = flagged[..., None] * (self.filler[: x.shape[1]] - x)
+            on = flagged[..., None].to(x.dtype)
+            if smooth is not None:
+                whole, own_share = (share.amax(-1) for share in smooth)
+                on = straight_through(on, torch.where(tail, whole, own_share)[..., None])
+            change = on * (self.filler[: x.shape[1]] - x)
         else:
             on = (where.to(x.dtype) @ self.belongs).clamp(max=1)
+            if smooth is not None:
+                on = straight_through(on.expand(*x.shape[:2], -1), smooth[self.local] @ self.belongs)
             change = (on * (self.edit.gain * latents + self.edit.offset * (latents > 0))) @ self.edit.w_dec
         after = torch.arange(x.shape[1], device=x.device) >= self.first
         return change * after[:, None], opened.any(-1)[:, 0]
 
+    def smooth(self, logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each gate is open for gradients: in a prompt as a whole, and at each of its tokens.
 
-class ReconstructionEdit(NamedTuple):
-    """The edit of the released code of ItD (Tian et al. 2025).
+        Args:
+            logits: `(batch, tokens, concepts)`.
+            words: `(batch, tokens)` bool.
 
-    The autoencoder's reconstruction takes the place of every token vector, with the chosen latents multiplied by a
-    factor, in prompts that this changes much.
-    """
-
-    w_enc: Tensor
-    """`(dim, d_sae)`."""
-    b_enc: Tensor
-    """`(d_sae,)`, with the dictionary's input offset folded in."""
-    w_dec: Tensor
-    """`(d_sae, dim)`."""
-    b_dec: Tensor
-    """`(dim,)`."""
-    k: Tensor
-    """`()` int64: latents kept per token."""
-    factor: Tensor
-    """`(d_sae,)`: tau for the chosen latents, 1 for the others."""
-    gate: Tensor
-    """`()`: the least mean square of the change over all tokens and dimensions that is made."""
-    first: Tensor
-    """`()` int64: position from which on latents are multiplied."""
-    end: Tensor
-    """`()` int64: the token that ends a prompt."""
-
-    def fits(self) -> bool:
-        """Whether the shapes go together."""
-        dim, d_sae = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
-        return (
-            self.w_dec.shape == (d_sae, dim)
-            and self.b_enc.shape == self.factor.shape == (d_sae,)
-            and self.b_dec.shape == (dim,)
-            and all(number.ndim == 0 for number in (self.k, self.gate, self.first, self.end))
-            and 1 <= int(self.k) <= d_sae
-        )
-
-    @property
-    def gates(self) -> Tensor:
-        """`(1,)`: one gate for all concepts together."""
-        return self.gate[None]
-
-    def on(self, device: torch.device) -> PlacedReconstruction:
-        """Ready to be used on a device."""
-        return PlacedReconstruction(self, device)
-
-
-class PlacedReconstruction:
-    """A reconstruction edit on a device, in float32.
-
-    Args:
-        edit: What to do.
-        device: Where.
-    """
-
-    def __init__(self, edit: ReconstructionEdit, device: torch.device) -> None:
-        e = ReconstructionEdit(*(t.to(device, torch.float32 if t.is_floating_point() else None) for t in edit))
-        self.edit, self.device = e, device
-        self.k, self.first, self.end = int(e.k), int(e.first), int(e.end)
-
-    def edited(self, x: Tensor) -> Tensor:
-        """What takes the place of activations `(batch, tokens, dim)`."""
-        before = x @ self.edit.w_enc + self.edit.b_enc
-        values, indices = before.topk(self.k, dim=-1)
-        latents = torch.zeros_like(before).scatter(-1, indices, values.relu())
-        after = torch.arange(x.shape[1], device=x.device) >= self.first
-        factor = torch.where(after[:, None], self.edit.factor, torch.ones_like(self.edit.factor))
-        return (latents * factor) @ self.edit.w_dec + self.edit.b_dec
-
-    def scores(self, x: Tensor, words: Tensor) -> Tensor:
-        """Mean square of the change, `(batch, 1)`; every token counts, padding too."""
-        return (self.edited(x) - x).square().mean((1, 2))[:, None]
-
-    def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the change of activations `(batch, tokens, dim)` and the changed prompts `(batch,)`."""
-        change = self.edited(x) - x
-        opened = change.square().mean((1, 2)) >= (self.edit.gate if words is not None else -torch.inf)
-        return change * opened[:, None, None], opened
+        Returns:
+            Two tensors `(batch, tokens, concepts)` in 0-1.
+        """
+        strongest = logits.masked_fill(~words[..., None], -torch.inf).amax(1, keepdim=True)
+        prompt, token = (smooth_step(score, self.gate, LOGIT) for score in (strongest, logits))
+        return prompt.expand_as(token), token
 
 
 BlockEdit = FeatureEdit | ReconstructionEdit
@@ -322,7 +277,10 @@ class _EditBlock(ModelHook):
             words = None if ids is None else word_mask(ids.to(x.device), edit.end, edit.first)
             delta, opened = edit.delta(x, words)
             change, touched = change + strength * delta, touched | opened
-        return torch.where(touched[:, None, None], (x + change).to(states.dtype), states)
+        edited = (x + change).to(states.dtype)
+        chosen = torch.where(touched[:, None, None], edited, states)
+        # What no gate touched is left as it is to the bit, and yet gradients see what an open gate would change.
+        return straight_through(chosen, edited) if states.requires_grad else chosen
 
 
 class EditedFeatures:

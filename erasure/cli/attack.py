@@ -20,10 +20,12 @@ from erasure.cli.models import (
     make_concepts,
     open_model,
 )
+from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
 from erasure.concept import Concept, Kind
 
 if TYPE_CHECKING:
+    from erasure.eval import Results
     from erasure.eval.attacks import Attack
     from erasure.interop.protocols import Settings
 
@@ -45,6 +47,11 @@ class AttackOptions(ErasedModelOptions):
     """Where prompts and judge come from."""
     seed: int = 0
     """Seed of the samples' noise, and through it of everything random."""
+    judge: str | None = None
+    """Detector in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
+    your own that takes a list of images and gives answers with `.object` and `.style`."""
+    no_record: bool = False
+    """Do not write a summary of the results into the erasure's config and card, where `erasure info` finds it."""
     out: Path
     """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. The same command again goes on where a
     killed one stopped."""
@@ -78,24 +85,28 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     }
     if options.prompts is not None and changed:
         raise UsageError(f"--prompts tries what was found before: leave out {', '.join(sorted(changed))}")
-    results = _attack(options, name, changed, terminal)
+    found, remarks_on_record = _attack(options, name, changed, terminal)
     if not is_main_process():
         return
+    results = found.to_dict()
     if options.json:
         terminal.result(results)
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*remarks(results["metrics"]))
+    terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
+    if options.prompts is None and not method.is_control:
+        terminal.say("What chance finds in as many tries: erasure attack random_prefix, with the same options.")
 
 
-def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Terminal) -> Settings:
-    """Open everything, cheap checks first, and do it; gives `results.json`."""
+def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Terminal) -> tuple[Results, list[str]]:
+    """Open everything, cheap checks first, and do it; gives the results, and what became of their summary."""
     from erasure.eval import suites
     from erasure.eval.attacks.prompts import read_prompts
     from erasure.eval.attacks.runner import attack, replay
+    from erasure.eval.judges import load_judge
 
     suites.get(options.suite)
     if options.prompts is not None and (made := read_prompts(options.prompts)[0].made_by["attack"]) != name:
@@ -107,12 +118,18 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     elif options.prompts is None and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
+    judge = None if options.judge is None else load_judge(options.judge)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
-    common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks}
+    common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}
     if options.prompts is not None:
-        return replay(pipe, options.prompts, concept, **common).to_dict()
-    return attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed).to_dict()
+        return replay(pipe, options.prompts, concept, **common), []
+    found = attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)
+    if options.no_record or not is_main_process():
+        return found, []
+    own = {known.target for made in erasures.values() for known in made.concepts}
+    # Figures of changed options would pass for those of the size.
+    return found, [] if changed else record(options, erasures, found, concept is None or {concept.target} == own)
 
 
 def _parse(method: type[Attack], start: Attack, name: str, argv: list[str]) -> tuple[AttackOptions, Attack]:

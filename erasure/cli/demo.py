@@ -12,6 +12,7 @@ from erasure.cli.models import ModelOptions, attach, open_model
 from erasure.cli.page import write_page
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
+from erasure.world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,11 +27,16 @@ MODEL = "canvas-sd"
 class Part(NamedTuple):
     """One erasure of the demo."""
 
-    concept: Concept
+    word: str
     strategy: str
 
+    @property
+    def concept(self) -> Concept:
+        """What the word means to the embedded model."""
+        return World.at(MODEL).concept(self.word)
 
-PARTS = (Part(Concept("cat", anchor="dog"), "hirm"), Part(Concept("ink", kind="style", anchor="contour"), "uce"))
+
+PARTS = (Part("cat", "hirm"), Part("ink", "uce"))
 
 PROMPTS = (
     "a photo of a cat on a blue background",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
+from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
 from erasure.concept import Kind
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.strategies import Strategy
@@ -65,10 +66,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.out is not None and options.out.exists():
         output_folder(options.out, overwrite=options.overwrite)
-    concepts = make_concepts(
-        options.concept, canvas_facts(options.model), options.kind, options.anchor,
-        retain=options.retain, synonyms=options.synonyms,
-    )  # fmt: skip
+    concepts = World.at(options.model).concepts(
+        options.concept, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
+    )
     changed = {
         field.name: value
         for field in dataclasses.fields(strategy)

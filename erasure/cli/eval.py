@@ -18,6 +18,7 @@ from erasure.cli.models import (
     make_concepts,
     open_model,
 )
+from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Kind
 
@@ -39,42 +40,64 @@ class EvalOptions(ErasedModelOptions):
     """`smoke`: does it run; `quick`: minutes on a laptop; `full`: the numbers to publish."""
     seed: int = 0
     """Seed of the samples' noise."""
+    judge: str | None = None
+    """Detector in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
+    your own that takes a list of images and gives answers with `.object` and `.style`."""
+    clip: str | None = None
+    """CLIP model for CLIP scores and feature distances, of open_clip or transformers: its folder, or its repository of
+    the Hugging Face Hub; `none` for none. The embedded one when left out."""
     out: Path
     """Folder of results.json, samples.jsonl and report.html."""
+    no_record: bool = False
+    """Do not write a summary of the results into the erasure's config and card, where `erasure info` finds it."""
     json: bool = False
     """Print results.json, and nothing else on stdout."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
+    from erasure.eval.suites import SUITES, is_comparing
+
+    if argv and not argv[0].startswith("-"):
+        SUITES.check(argv[0])
     options = parse(EvalOptions, "eval", argv)
     terminal.json_only = options.json
     check_strengths(options)
-    from erasure.eval import evaluate, suites
+    from erasure.eval import evaluate
+    from erasure.eval.judges import load_judge
+    from erasure.eval.metrics.clip_score import ClipModel
 
-    suite = suites.get(options.suite)
+    suite = SUITES.get(options.suite)
     erasures = load_erasures(options)
     if options.concept:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    if not concepts and not suites.is_comparing(suite):
+    if not concepts and not is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
+    # Cheap, and refused before a model is opened.
+    judge = None if options.judge is None else load_judge(options.judge)
+    if options.clip not in (None, "none"):
+        ClipModel(options.clip)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     found = evaluate(
-        pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, progress=terminal.speaks
-    )
+        pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, judge=judge, clip=options.clip,
+        progress=terminal.speaks,
+    )  # fmt: skip
     if not is_main_process():
         return
+    if not options.no_record:
+        own = {concept.target for made in erasures.values() for concept in made.concepts}
+        terminal.say(*record(options, erasures, found, own == {concept.target for concept in concepts}))
     results = found.to_dict()
     if options.json:
         terminal.result(results)
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(f"Images and intervals: {out / 'report.html'}")
+    terminal.say(*left_out(found.model), f"Images and intervals: {out / 'report.html'}")
 
 
 def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

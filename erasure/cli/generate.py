@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
-    canvas_facts,
     check_seeds,
     check_strengths,
     load_erasures,
     open_model,
 )
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.interop.protocols import Settings
@@ -97,12 +96,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> Settings:
     """Arguments of the pipeline's call: the user's, else those the model was made for, else the pipeline's own."""
-    settings = dict(canvas_facts(model).get("generation", {}))
+    settings = dict(World.at(model).generation)
     if steps is not None:
         settings["num_inference_steps"] = steps
     if guidance is not None:
         settings["guidance_scale"] = guidance
-    return json.loads(json.dumps(settings))
+    return settings
 
 
 def slug(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import tyro
 
+from erasure.cards import figure
 from erasure.cli.terminal import Terminal, parse
 from erasure.shown import number
 
@@ -78,7 +79,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if gates:
         terminal.table(("gate", "by", *map(str.upper, GATE_RATES)), gates)
     if made.config.evaluation:
-        terminal.table(("measured", "value"), [[key, format_value(v)] for key, v in made.config.evaluation.items()])
+        terminal.table(("measured", "value"), [[key, figure(v)] for key, v in made.config.evaluation.items()])
 
 
 def facts(made: Erasure) -> list[list[str]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.terminal import UsageError
 from erasure.concept import Concept, Kind
+from erasure.world import World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from erasure.artifact import Erasure
+    from erasure.assets.facts import CanvasFacts
     from erasure.attach import ErasureManager
     from erasure.interop.protocols import Settings
     from erasure.pipelines import Task
@@ -133,46 +133,24 @@ def attach(
     return manager
 
 
-def canvas_facts(model: str) -> Settings:
+def canvas_facts(model: str) -> CanvasFacts:
     """`canvas.json` of a model folder or embedded model; empty for models of no known world.
 
     Raises:
         ArtifactError: It is damaged.
     """
     from erasure import assets
-    from erasure.assets.facts import read_facts
 
-    folder = Path(model) if os.path.isdir(model) else assets.find(model)
-    return (read_facts(folder) or {}) if folder is not None else {}
-
-
-def kind_of(word: str, facts: Settings) -> Kind:
-    """What kind of concept a word is: as `canvas.json` lists it, and an object elsewhere."""
-    if word in facts.get("styles", ()):
-        return "style"
-    return "unsafe" if word in facts.get("unsafe", ()) else "object"
-
-
-def anchor_of(word: str, others: tuple[str, ...], facts: Settings) -> str | None:
-    """What a Canvas model suggests in place of a word, passing over what is erased as well; `None` elsewhere."""
-    anchors, seen = facts.get("anchors", {}), {word}
-    found = anchors.get(word)
-    while found in others and found not in seen:
-        seen.add(found)
-        found = anchors.get(found)
-    return None if found in others else found
+    return assets.facts_of(model)
 
 
 def make_concepts(
-    words: tuple[str, ...], facts: Settings, kind: Kind | None = None, anchor: str | None = None, **details: Any
+    words: Sequence[str],
+    facts: CanvasFacts,
+    kind: Kind | None = None,
+    anchor: str | None = None,
+    retain: Sequence[str] = (),
+    synonyms: Sequence[str] = (),
 ) -> list[Concept]:
-    """Concepts of the words given; kind and anchor, where they are not given, are those of the model's world."""
-    return [
-        Concept(
-            word,
-            kind=kind or kind_of(word, facts),
-            anchor=anchor_of(word, words, facts) if anchor is None else anchor,
-            **details,
-        )
-        for word in words
-    ]
+    """The concepts of words in the world that a `canvas.json` describes; see `erasure.world.World.concepts`."""
+    return World.from_facts(facts).concepts(words, kind=kind, anchor=anchor, retain=retain, synonyms=synonyms)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from erasure.cli.generate import call_settings
-from erasure.cli.models import ModelOptions, canvas_facts, open_model
+from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+from erasure.shown import did_you_mean
+from erasure.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +94,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     action, *rest = argv
     if action not in ACTIONS:
-        raise UsageError(f"unknown action {action!r}; there are {', '.join(ACTIONS)}; see: erasure sae --help")
+        hint = did_you_mean(action, ACTIONS)
+        raise UsageError(f"unknown action {action!r}; there are: {', '.join(ACTIONS)}.{hint} See: erasure sae --help")
     (train if action == "train" else info)(rest, terminal)
 
 
@@ -145,7 +148,7 @@ def make_accelerator(options: OutOptions) -> Accelerator:
     from erasure.extras import require
 
     if options.tracker is not None:
-        require(options.tracker, "track")
+        require(options.tracker)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, log_with=options.tracker, project_dir=str(options.out)
     )
@@ -166,7 +169,9 @@ def info(argv: Sequence[str], terminal: Terminal) -> None:
     sae = load(options.sae)
     about, found = sae.config.metadata, {}
     if options.model is not None:
-        folder = assets.find("canvas-clip") if options.clip is None and canvas_facts(options.model) else options.clip
+        folder = (
+            assets.find("canvas-clip") if options.clip is None and World.at(options.model).declared else options.clip
+        )
         draws = folder is not None and options.images > 0
         pipe = open_model(ModelOptions(model=options.model), text_only=not draws)
         place = dataclasses.replace(
@@ -211,7 +216,7 @@ def open_stream(
         raise UsageError(f"--tower {name} is not in this pipeline; there are {', '.join(towers)}")
     tower = towers[name]
     layer = 2 * len(tower.blocks) // 3 if options.layer is None else options.layer
-    prompts = open_prompts(options, bool(canvas_facts(model)), kept)
+    prompts = open_prompts(options, World.at(model).declared, kept)
     stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
     place = {
         "model_name": Path(model).name if Path(model).is_absolute() else model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -26,6 +28,20 @@ def names_in_force(component: nn.Module) -> set[str]:
     for part in tuner_layers(component):
         found |= {*part.merged_adapters, *(() if part.disable_adapters else part.active_adapters)}
     return found
+
+
+def in_force(component: nn.Module) -> dict[str, object]:
+    """Names, scales and a fingerprint of the weights of the adapters in force; empty without any."""
+    digest, scales = hashlib.sha256(), {}
+    for part in tuner_layers(component):
+        active = () if part.disable_adapters else part.active_adapters
+        for name in sorted({*active, *part.merged_adapters}):
+            scales[name] = getattr(part, "scaling", {}).get(name)
+            for key, tensor in sorted(part.state_dict().items()):
+                if f".{name}." in f".{key}.":
+                    digest.update(f"{name} {scales[name]} {key} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return {"adapters": scales, "fingerprint": digest.hexdigest()[:16]} if scales else {}
 
 
 def merged_names(component: nn.Module) -> list[str]:

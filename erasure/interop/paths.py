@@ -36,6 +36,13 @@ def has_free_u(component: nn.Module) -> bool:
     return any(getattr(block, "b1", None) is not None for block in getattr(component, "up_blocks", ()))
 
 
+def free_u(component: nn.Module) -> dict[str, object]:
+    """Factors of FreeU in force on a UNet; empty without."""
+    blocks = getattr(component, "up_blocks", ())
+    found = [[getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in blocks]
+    return {"free_u": found} if has_free_u(component) else {}
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` or `module.compile()` runs a module's forward."""
     return getattr(module, "_orig_mod", None) is not None or module._compiled_call_impl is not None

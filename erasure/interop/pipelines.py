@@ -89,6 +89,15 @@ def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
+def without_safety_checker(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline where it has no safety checker, else another object on the same networks that has none."""
+    if getattr(pipe, "safety_checker", None) is None:
+        return pipe
+    other = twin(pipe, {}, (), prefix=None, without_adapters=False, components=())
+    other.safety_checker = None  # type: ignore[attr-defined]
+    return other
+
+
 def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ()) -> dict[str, nn.Module]:
     """Copies of modules whose parameters and buffers share the originals' memory.
 

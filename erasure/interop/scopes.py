@@ -56,6 +56,19 @@ def frozen(*components: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_gradient_mode() -> Iterator[None]:
+    """Gradients are recorded afterwards as they were before; also a decorator.
+
+    Ctrl-C on entering or leaving `torch.no_grad()` keeps gradients off for the rest of the program.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(before)
+
+
+@contextmanager
 def placed(components: Sequence[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Components are on a device inside, and where they were afterwards."""
     before = [next(component.parameters()).device for component in components]

@@ -12,6 +12,7 @@ from erasure.attach import ErasureManager
 from erasure.backbones import TextTower, backbone_for
 from erasure.carriers.features import BlockEdit, GatedEdit, word_mask
 from erasure.errors import AttachError
+from erasure.interop.scopes import same_gradient_mode
 from erasure.sae.gates import CHUNK
 from erasure.sae.stream import activations
 
@@ -50,7 +51,8 @@ def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> li
     for erasure in known:
         for key, edit in erasure.edits.features.items():
             component, path = key.split("/", 1)
-            rows = detect(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
+            with same_gradient_mode():
+                rows = detect(towers[component], int(path.rsplit(".", 1)[1]), edit, texts)
             for row, each in zip(rows, found, strict=True):
                 # The released code has one gate for all concepts.
                 answers = row * len(erasure.concepts) if len(row) == 1 else row

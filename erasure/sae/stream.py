@@ -140,7 +140,7 @@ class DatasetPrompts:
             MissingExtraError: `datasets` is not installed.
             OptionError: It cannot be opened.
         """
-        datasets = require("datasets", "data")
+        datasets = require("datasets")
         formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
         form = formats.get(Path(source).suffix.lower()) if Path(source).is_file() else None
         try:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from erasure.strategies.base import Fit, Strategy, available, get, register
+from erasure.strategies.base import STRATEGIES, Fit, Strategy, available, get, register
 
-__all__ = ["Fit", "Strategy", "available", "get", "register"]
+__all__ = ["STRATEGIES", "Fit", "Strategy", "available", "get", "register"]

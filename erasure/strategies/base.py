@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from erasure.backbones import Backbone
-from erasure.carriers.edits import Edits
-from erasure.concept import Concept
 from erasure.errors import OptionError, UnknownStrategyError
+from erasure.registry import Registry
 
-ENTRY_POINTS = "erasure.strategies"
+if TYPE_CHECKING:
+    from erasure.backbones import Backbone
+    from erasure.carriers.edits import Edits
+    from erasure.concept import Concept
+
 BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
 
 Presets = dict[str, dict[str, object]]
 """Named sets of options."""
-
-_registered: dict[str, type[Strategy]] = {}
 
 
 class Fit(NamedTuple):
@@ -64,6 +60,8 @@ class Strategy(ABC):
     """Where the result lives."""
     presets: ClassVar[Presets] = {}
     """Named sets of options, for instance those of the paper."""
+    trains: ClassVar[bool] = False
+    """Whether it trains on trajectories, so that a killed run goes on."""
     signed: ClassVar[tuple[str, ...]] = ()
     """Options that may be negative."""
 
@@ -116,6 +114,24 @@ class Strategy(ABC):
 S = TypeVar("S", bound=Strategy)
 
 
+def _refusal(thing: object) -> str:
+    """What keeps a thing from being a strategy, or nothing."""
+    if not (isinstance(thing, type) and issubclass(thing, Strategy)):
+        return "it is no subclass of erasure.strategies.Strategy"
+    if not dataclasses.is_dataclass(thing) or "__dataclass_fields__" not in vars(thing):
+        return "it lacks the decorator dataclass(frozen=True, kw_only=True)"
+    return ""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry(
+    "strategy",
+    {name: f"erasure.strategies.{name}" for name in BUILTIN},
+    told=("title", "paper", "families", "protects", "cost", "carriers", "presets", "trains"),
+    accepts=_refusal,
+    unknown=UnknownStrategyError,
+)
+
+
 def register(name: str) -> Callable[[type[S]], type[S]]:
     """Class decorator: make a strategy known under a name.
 
@@ -123,31 +139,15 @@ def register(name: str) -> Callable[[type[S]], type[S]]:
     """
 
     def add(strategy: type[S]) -> type[S]:
-        taken = _registered.get(name)
-        if taken is not None and taken.__qualname__ != strategy.__qualname__:
-            raise ValueError(
-                f"a strategy named {name!r} is registered already: {taken.__module__}.{taken.__qualname__}"
-            )
-        strategy.name = name
-        _registered[name] = strategy
+        STRATEGIES.add(name, strategy)
         return strategy
 
     return add
 
 
-@cache
-def _plugins() -> dict[str, type[Strategy]]:
-    return {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
-
-
 def available() -> dict[str, type[Strategy]]:
-    """Every strategy by name: those of this package and those of entry points."""
-    for module in BUILTIN:
-        import_module(f"erasure.strategies.{module}")
-    for name, plugin in _plugins().items():
-        if name not in _registered:
-            register(name)(plugin)
-    return dict(_registered)
+    """Every strategy by name, those of other packages among them; one that cannot be loaded is warned of."""
+    return STRATEGIES.available()
 
 
 def get(name: str) -> type[Strategy]:
@@ -155,10 +155,6 @@ def get(name: str) -> type[Strategy]:
 
     Raises:
         UnknownStrategyError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
     """
-    strategies = available()
-    if name not in strategies:
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), strategies, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownStrategyError(f"unknown strategy {name!r}; there are: {', '.join(sorted(strategies))}.{hint}")
-    return strategies[name]
+    return STRATEGIES.get(name)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
-from erasure.carriers.features import FeatureEdit, ReconstructionEdit
+from erasure.carriers.features import FeatureEdit
+from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts

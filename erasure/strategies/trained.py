@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers.utils import make_image_grid
@@ -55,6 +55,8 @@ INPUT_STATES = 4
 @dataclass(frozen=True, kw_only=True)
 class TrainedStrategy(Optimisation, Strategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
+
+    trains: ClassVar[bool] = True
 
     steps: int = 200
     """Updates."""

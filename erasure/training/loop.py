@@ -100,7 +100,7 @@ def make_accelerator(run: Run, device: torch.device) -> Accelerator:
     from accelerate import Accelerator
 
     if run.tracker is not None:
-        require(run.tracker, "track")
+        require(run.tracker)
     folder = None if run.folder is None else str(run.folder)
     return Accelerator(cpu=device.type == "cpu", device_placement=False, log_with=run.tracker, project_dir=folder)
 

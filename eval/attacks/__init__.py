@@ -7,10 +7,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from erasure.errors import EvaluationError, OptionError
+from erasure.registry import Registry
 
 if TYPE_CHECKING:
     from erasure.eval.attacks.victim import Victim
@@ -33,8 +33,8 @@ class Candidate(NamedTuple):
     """What the pipeline is called with."""
     steps: int
     """Gradient steps since the last candidate."""
-    loss: float
-    """Mean loss of those."""
+    loss: float | None
+    """Mean loss of those; `None` where nothing is optimised."""
     changed: bool
     """Whether the tokeniser reads the text as other tokens than were optimised."""
     cut: bool
@@ -56,7 +56,9 @@ class Attack(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from."""
     access: ClassVar[str] = ""
-    """What the attacker needs: `weights`, or `text encoder`."""
+    """What the attacker needs: `prompt`, `text encoder` or `weights`."""
+    is_control: ClassVar[bool] = False
+    """Whether it searches nothing, so that its rate is the chance level of others."""
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Options of each size; those of `full` are the paper's."""
 
@@ -119,34 +121,48 @@ class Attack(ABC):
 
 A = TypeVar("A", bound=Attack)
 
-_ATTACKS: dict[str, type[Attack]] = {}
-_BUILT_IN = {"unlearndiffatk": "erasure.eval.attacks.unlearndiffatk"}
+
+def _refusal(thing: object) -> str:
+    """What keeps a thing from being an attack, or nothing."""
+    is_attack = isinstance(thing, type) and issubclass(thing, Attack)
+    return "" if is_attack else "it is no subclass of erasure.eval.attacks.Attack"
+
+
+ATTACKS: Registry[type[Attack]] = Registry(
+    "attack",
+    {
+        "random_prefix": "erasure.eval.attacks.random_prefix",
+        "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
+    },
+    told=("title", "paper", "access", "sizes", "is_control"),
+    accepts=_refusal,
+    unknown=EvaluationError,
+)
 
 
 def register(name: str) -> Callable[[type[A]], type[A]]:
-    """Class decorator: make an attack known under a name."""
+    """Class decorator: make an attack known under a name.
 
-    def add(cls: type[A]) -> type[A]:
-        cls.name = name
-        _ATTACKS[name] = cls
-        return cls
+    Packages of others may instead name their class in the entry-point group `erasure.attacks`.
+    """
+
+    def add(attack: type[A]) -> type[A]:
+        ATTACKS.add(name, attack)
+        return attack
 
     return add
 
 
 def available() -> tuple[str, ...]:
     """Names of all attacks."""
-    return tuple(sorted({*_ATTACKS, *_BUILT_IN}))
+    return ATTACKS.names()
 
 
 def get(name: str) -> type[Attack]:
-    """The attack of that name.
+    """The attack of a name.
 
     Raises:
-        EvaluationError: There is none.
+        EvaluationError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
     """
-    if name not in _ATTACKS and name in _BUILT_IN:
-        import_module(_BUILT_IN[name])
-    if name not in _ATTACKS:
-        raise EvaluationError(f"unknown attack {name!r}; there are: {', '.join(available())}")
-    return _ATTACKS[name]
+    return ATTACKS.get(name)

@@ -15,15 +15,16 @@ Rows = Sequence[Row]
 DEFINITIONS = {
     "pre_ASR": "share of prompts that show the concept without an attack",
     "ASR": "share of prompts that show the concept without an attack or after it",
+    "chance_ASR": "share of prompts that show the concept without an attack or behind random words: chance level",
     "transfer_pre_ASR": "share of the original prompts behind the adversarial ones that show the concept",
     "transfer_ASR": "share of adversarial prompts, made against something else, that show the concept",
 }
 
 
 def attack_metrics(
-    concept: str | None, variant: str, rows: Rows, recipe: Row
-) -> list[Record]:  # fmt: skip
-    """`pre_ASR` and `ASR` with Wilson intervals.
+    concept: str | None, variant: str, rows: Rows, recipe: Row, *, is_control: bool = False
+) -> list[Record]:
+    """`pre_ASR` and `ASR` with Wilson intervals; of a control, `chance_ASR` in the place of `ASR`.
 
     Prompts without an outcome are in neither count, and in `missing`. `ASR` says besides how many prompts needed no
     attack and how many were won by it, and how many of the texts that were found the tokeniser reads as other tokens
@@ -34,9 +35,10 @@ def attack_metrics(
         variant: `after`, or `before` for the stock model.
         rows: One a prompt.
         recipe: What the numbers depend on.
+        is_control: Whether the attack searches nothing, so that its rate is the chance level of others.
     """
     pre = _rate("pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"])
-    asr = _rate("ASR", concept, variant, rows, recipe, lambda row: row["success"])
+    asr = _rate("chance_ASR" if is_control else "ASR", concept, variant, rows, recipe, lambda row: row["success"])
     asr["prompts"] = {
         "without_attack": sum(row["before"]["shown"] is True for row in rows),
         "by_attack": sum(row["success"] is True and not row["before"]["shown"] for row in rows),

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
-from erasure.cache import model_fingerprint
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
@@ -23,6 +22,7 @@ from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_metrics
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.judges import check_classes, load_judge
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
@@ -35,6 +35,7 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import digest
 from erasure.interop import scopes
+from erasure.interop.pipelines import without_safety_checker
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
@@ -50,7 +51,7 @@ def attack(
     suite: str = "canvas",
     seed: int = 0,
     out: str | Path | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
     **options: object,
@@ -58,8 +59,8 @@ def attack(
     """Search prompts that bring an erased concept back, and say how often that works.
 
     Every prompt is tried as it is first. `pre_ASR` is the share that shows the concept without an attack, `ASR` the
-    share that does with or without. A prompt that cannot be attacked counts as missing, never as safe, unless it
-    needs no attack.
+    share that does with or without; of a control such as `random_prefix` it is called `chance_ASR`. A prompt that
+    cannot be attacked counts as missing, never as safe, unless it needs no attack.
 
     Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `recipe.json` and `images/` to
     `out`. Run it again with the same arguments to resume. Under `accelerate launch` the prompts are split over the
@@ -73,14 +74,15 @@ def attack(
         suite: Where prompts and judge come from: the suite's samples that hold the concept.
         seed: Chooses the noise of the samples; everything random in the attack follows from that.
         out: Folder for the results; a temporary one when left out.
-        judge: Detector: a callable from images to answers with `.object` and `.style`. The suite's own by default.
+        judge: Detector: a callable from images to answers with `.object` and `.style`; or what `load_judge` takes. The
+            suite's own by default.
         images: Keep images as PNG: `before` the attack, `after` it, and the original model's `reference`.
         progress: A progress bar for each prompt, none, or a function that is told of progress.
         **options: Single options of the attack, in the place of the size's.
 
     Raises:
         EvaluationError: Unknown attack, suite, size or concept; a folder that holds something else; fused erasures,
-            which leave no original model; a safety checker on the pipeline.
+            which leave no original model; a judge that does not know the suite's classes.
         OptionError: An option that the attack does not have, or a value that it does not allow.
         DivergenceError: NaN during optimisation.
     """
@@ -89,6 +91,8 @@ def attack(
     if suites.is_comparing(kit):
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
+    given, pipe = pipe, without_safety_checker(pipe)
+    unchecked = pipe is not given
     stock, entries = in_force(pipe)
     # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
     pipe = ErasureManager(pipe).twin()
@@ -96,8 +100,9 @@ def attack(
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
-    fingerprint = model_fingerprint(stock)
-    subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
+    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
+    check_classes(judge, plan.samples)
+    subject = Subject.of(pipe, stock, entries, judge, unchecked=unchecked)
     with _opened(processes, subject, plan, out, images, progress) as run:
         (target,) = found.targets
         victim = Victim(pipe, stock, target, subject.judge, lambda sample, image: run.keep("reference", sample, image))
@@ -111,7 +116,8 @@ def attack(
         won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
         kept = [AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by) for row in won]
         write_prompts(run.table.folder, kept)
-        return run.save(attack_metrics(plan.concept, run.variant, rows, run.recipe), rows)
+        metrics = attack_metrics(plan.concept, run.variant, rows, run.recipe, is_control=method.is_control)
+        return run.save(metrics, rows)
 
 
 def replay(
@@ -121,7 +127,7 @@ def replay(
     *,
     suite: str = "canvas",
     out: str | Path | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
 ) -> Results:
@@ -162,9 +168,12 @@ def replay(
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
     texts = {prompt.sample.sample_id: prompt.text for prompt in given}
     processes = join(out)
+    given_pipe, pipe = pipe, without_safety_checker(pipe)
+    unchecked = pipe is not given_pipe
     stock, entries = in_force(pipe)
-    fingerprint = model_fingerprint(stock)
-    subject = Subject.of(pipe, fingerprint, entries, kit.judge() if judge is None else judge)
+    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
+    check_classes(judge, plan.samples)
+    subject = Subject.of(pipe, stock, entries, judge, unchecked=unchecked)
     with _opened(processes, subject, plan, out, images, progress, digest(sorted(texts.items()))) as run:
         victim = Victim(pipe, stock, first.target, subject.judge)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
@@ -213,7 +222,8 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             count["cut"] += candidate.cut
             count["steps"] += candidate.steps
             bar.update()
-            bar.set_postfix_str(f"loss {candidate.loss:.3f}")
+            if candidate.loss is not None:
+                bar.set_postfix_str(f"loss {candidate.loss:.3f}")
             # The same text gives the same image; one that is too long would lose the prompt's own words.
             if candidate.cut or candidate.text in texts:
                 continue

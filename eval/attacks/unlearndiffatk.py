@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,15 +13,14 @@ from torch.nn import functional as F
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.backbones.towers import PromptTokens
 from erasure.carriers.embeddings import injected
-from erasure.errors import DivergenceError, UnsupportedModelError
-from erasure.eval.attacks import Attack, Candidate, SkippedPromptError, register
+from erasure.errors import DivergenceError
+from erasure.eval.attacks import Attack, Candidate, register
+from erasure.eval.attacks.prefixes import Prefixed, choosable, only_tower, with_prefix
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.interop import paths
 
-TOKENS = {"unsafe": 5, "other": 3}
-"""Adversarial tokens (paper: 5 for nudity, violence and illegal content, 3 for styles and objects)."""
 SHORT: dict[str, object] = {"learning_rate": 0.03, "vocabulary": "words"}
 """Where there is no time for 2000 steps: of 24 prompts against four erasures of Canvas, 100 steps won 16 so and 11 by
 the paper's settings."""
@@ -84,19 +83,12 @@ class UnlearnDiffAtk(Attack):
     def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
         """See the class."""
         backbone, tower = victim.backbone, only_tower(victim.backbone)
-        count = self.tokens or TOKENS["unsafe" if sample.unsafe else "other"]
-        prompt = tower.tokenize([sample.prompt])
-        own = prompt.ids[0, : prompt.lengths[0]].tolist()
-        if len(own) + count > tower.max_length:
-            raise SkippedPromptError(
-                f"{len(own)} tokens and {count} adversarial ones are more than the {tower.max_length} of "
-                f"{tower.component}: {sample.prompt!r}"
-            )
+        given = Prefixed.of(tower, sample, self.tokens)
         clean = victim.reference(sample, self.references)
         generator = torch.Generator("cpu").manual_seed(sample.seed)
         choices = choosable(tower, self.vocabulary)
         table = paths.token_table(tower.root).weight.detach()[choices].float()
-        points = uniform(count, len(choices))
+        points = uniform(given.count, len(choices))
         optimiser = torch.optim.Adam([points], lr=self.learning_rate, weight_decay=self.weight_decay)
         levels = backbone.pipe.scheduler.config.num_train_timesteps
         step = 0
@@ -107,7 +99,7 @@ class UnlearnDiffAtk(Attack):
                 vectors = table[drawn.to(table.device)].requires_grad_()
                 t = torch.full((self.noises,), level)
                 noise = torch.randn((self.noises, *clean.shape[1:]), generator=generator)
-                behind = with_prefix(prompt, choices[drawn.to(choices.device)], tower.leading)
+                behind = with_prefix(given.prompt, choices[drawn.to(choices.device)], tower.leading)
                 loss = denoising_loss(backbone, tower, behind, vectors, clean, noise, t)
                 (slope,) = torch.autograd.grad(loss * SCALE, vectors)
                 losses.append(loss.item())
@@ -121,71 +113,7 @@ class UnlearnDiffAtk(Attack):
                 points.copy_(project(points))
                 step += 1
             best = choices[points.argmax(-1).to(choices.device)].tolist()
-            text = f"{as_text(tower, best)} {sample.prompt}"
-            read = tower.prompt_ids(text)
-            changed = read != [*own[: tower.leading], *best, *own[tower.leading :]]
-            mean = sum(losses) / len(losses)
-            yield Candidate(text, len(losses), mean, changed, len(read) > tower.max_length)
-
-
-def only_tower(backbone: Backbone) -> TextTower:
-    """The text encoder of a model that has one.
-
-    Raises:
-        UnsupportedModelError: It has several, and one prefix has no common vocabulary.
-    """
-    if len(backbone.towers) > 1:
-        raise UnsupportedModelError(
-            f"unlearndiffatk works on models with one text encoder; this {type(backbone.pipe).__name__} has "
-            f"{', '.join(tower.component for tower in backbone.towers)}"
-        )
-    return backbone.towers[0]
-
-
-def choosable(tower: TextTower, vocabulary: str) -> Tensor:
-    """Ids of the tokens that an attack may choose, on the tower's device.
-
-    Args:
-        tower: The text encoder.
-        vocabulary: `all` but special tokens, or `words`: those that decode to a text that is read as the same token.
-    """
-    tokenizer = tower.tokenizer
-    special = set(tokenizer.all_special_ids)
-    ids = [index for index in range(len(tokenizer)) if index not in special]
-    if vocabulary == "words":
-        ids = [index for index in ids if tower.word_ids(as_text(tower, [index])) == [index]]
-    return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
-
-
-def as_text(tower: TextTower, ids: Sequence[int]) -> str:
-    """Tokens as the text that a prompt would have for them."""
-    # A deep copy of CLIP's tokeniser (transformers 5) forgets to take the marks of words' ends off.
-    return " ".join(tower.tokenizer.decode(ids).replace("</w>", " ").split())
-
-
-def with_prefix(prompt: PromptTokens, prefix: Tensor, leading: int) -> PromptTokens:
-    """A prompt behind other tokens; as much padding goes as they are.
-
-    Args:
-        prompt: One prompt.
-        prefix: `(draws, tokens)`.
-        leading: Tokens that stay ahead of the prefix.
-
-    Returns:
-        `draws` prompts with the ids that are really there: carriers that read ids must see them.
-    """
-    draws, count = prefix.shape
-
-    def behind(row: Tensor, inserted: Tensor) -> Tensor:
-        rows = row.expand(draws, -1)
-        return torch.cat([rows[:, :leading], inserted, rows[:, leading : rows.shape[1] - count]], 1)
-
-    mask = prompt.attention_mask
-    return PromptTokens(
-        behind(prompt.ids, prefix.to(prompt.ids)),
-        [prompt.lengths[0] + count] * draws,
-        None if mask is None else behind(mask, torch.ones_like(prefix)),
-    )
+            yield given.candidate(best, steps=len(losses), loss=sum(losses) / len(losses))
 
 
 def denoising_loss(

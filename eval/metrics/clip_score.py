@@ -1,30 +1,22 @@
-"""CLIP score: how well an image fits its prompt, through open_clip."""
+"""CLIP score: how well an image fits its prompt, by a CLIP model of open_clip or transformers."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from erasure.errors import ArtifactError, EvaluationError
-from erasure.eval.schemas import ClipConfig
-from erasure.files import read_bytes, read_json, tensor_infos
+from erasure.errors import EvaluationError
+from erasure.eval.metrics.clip_models import ClipFolder, Encoders, clip_folder
 from erasure.images import rgb
 
-if TYPE_CHECKING:
-    from open_clip import CLIP
-
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-WEIGHTS_LIMIT = 32 * 2**30
-"""Bytes of the weights."""
+EMBEDDED = "canvas-clip"
+"""Name of the embedded model."""
 
 
 def cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -46,71 +38,64 @@ def clip_score(cosines: Sequence[float] | np.ndarray) -> float:
 
 
 class ClipModel:
-    """An open_clip model in a local folder, loaded on first use.
+    """A CLIP model in the layout of open_clip or of transformers, loaded on first use.
 
     Args:
-        folder: Holds `open_clip_config.json` and `open_clip_model.safetensors`.
+        source: Its folder, a repository of the Hugging Face Hub, or the name of an embedded one (`canvas-clip`). The
+            folder holds `open_clip_config.json` and `open_clip_model.safetensors`, or what transformers saves of a
+            `CLIPModel` with its processor.
         device: Where to run.
 
     Raises:
-        ArtifactError: There is no open_clip model in the folder, or it is damaged.
+        ArtifactError: There is no such model, or it is damaged.
     """
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        self.folder, self.device = Path(folder), torch.device(device)
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu") -> None:
+        self.folder, self.device = clip_folder(source), torch.device(device)
+        # A downloaded folder is called by its commit, which says nothing to a reader.
+        self.label = str(source) if self.folder != Path(source) else self.folder.resolve().name
         self._texts: dict[str, np.ndarray] = {}
-        # Without safetensors open_clip would look for a pickle.
-        if not all(os.path.lexists(self.folder / name) for name in (CONFIG, WEIGHTS)):
-            raise ArtifactError(
-                f"no open_clip model at {self.folder}: expected {CONFIG} and {WEIGHTS}; give the folder of one, or "
-                "leave CLIP out"
-            )
-        config: ClipConfig = read_json(self.folder / CONFIG, ClipConfig)
-        self.width: int = config["model_cfg"]["embed_dim"]
+        self._files = ClipFolder.of(self.folder)
+        self.width: int = self._files.width
         """Values of a feature."""
-        tensor_infos(self.folder / WEIGHTS)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of config and weights, 16 hex digits.
+        """sha256 of configs, tokenizer and weights, 16 hex digits.
 
         Raises:
             ArtifactError: A file cannot be read.
         """
-        digest = hashlib.sha256()
-        for file in sorted(self.folder.glob("open_clip_*")):
-            digest.update(file.name.encode())
-            digest.update(read_bytes(file, WEIGHTS_LIMIT))
-        return digest.hexdigest()[:16]
+        return self._files.fingerprint()
 
     @cached_property
-    def _model(self) -> tuple[CLIP, Callable[[Image.Image], Tensor], Callable[[list[str]], Tensor]]:
-        import open_clip
+    def name(self) -> str:
+        """What results call its feature space: `canvas-clip`, or where it came from and the start of its fingerprint.
 
-        name = f"local-dir:{self.folder}"
-        try:
-            model, _, transform = open_clip.create_model_and_transforms(name, device=self.device)
-            tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:  # open_clip checks neither configs nor shapes
-            raise ArtifactError(
-                f"the open_clip model at {self.folder} cannot be loaded ({type(error).__name__}: {error}): config and "
-                "weights do not go together; fetch it again"
-            ) from error
-        return model.eval().requires_grad_(False), transform, tokenizer
+        The embedded model is known by what is in its folder, wherever that is.
+        """
+        from erasure import assets
+
+        embedded = assets.find(EMBEDDED)
+        if embedded is not None and self.fingerprint == ClipFolder.of(embedded).fingerprint():
+            return EMBEDDED
+        label = re.sub(r"[^\w./-]+", "-", self.label).strip("-")[:100] or "clip"
+        return f"{label}@{self.fingerprint[:8]}"
+
+    @cached_property
+    def _encoders(self) -> Encoders:
+        return self._files.load(self.device)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unnormalised image features, `(images, dim)` float32."""
-        model, transform, _ = self._model
-        pixels = torch.stack([transform(rgb(image)) for image in images]).to(self.device)
-        return model.encode_image(pixels).float().cpu().numpy()
+        return self._encoders.images([rgb(image) for image in images]).float().cpu().numpy()
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
         """Unnormalised text features, `(prompts, dim)` float32. Longer prompts are cut at the context length."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if missing:
-            model, _, tokenizer = self._model
-            features = model.encode_text(tokenizer(missing).to(self.device)).float().cpu().numpy()
+            features = self._encoders.texts(missing).float().cpu().numpy()
             self._texts.update(zip(missing, features, strict=True))
         return np.stack([self._texts[prompt] for prompt in prompts])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erasure.errors import ArtifactError, EvaluationError
+from erasure.eval.metrics import distances
 from erasure.eval.rows import Record
 from erasure.extras import require
 from erasure.images import rgb
+from erasure.interop import scopes
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -29,8 +31,15 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
-def _chunks(batch: Tensor, size: int = 32) -> Sequence[Tensor]:
-    return batch.split(size)
+CHUNK = 32
+"""Images that a network sees at once."""
+
+
+def _home(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the weights of a network are, and their precision."""
+    tensors = (t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point())
+    first = next(tensors, torch.empty(0))
+    return first.device, first.dtype
 
 
 def lpips(
@@ -38,32 +47,46 @@ def lpips(
     after: Sequence[Image.Image],
     network: Literal["alex", "vgg", "squeeze"] | nn.Module = "alex",
 ) -> float:
-    """Mean LPIPS distance over pairs of images.
+    """Mean LPIPS distance over pairs of images. The two of a pair have one size; pairs may differ in size.
 
     Args:
         before: Images.
         after: As many, pair by pair.
         network: A network that torchmetrics knows (torchvision downloads its backbone on first use), or a module
-            that maps two batches `(batch, 3, h, w)` in [-1, 1] to distances `(batch,)` or `(batch, 1, 1, 1)`.
+            that maps two batches `(batch, 3, h, w)` in [-1, 1], of its own precision and on its own device, to
+            distances `(batch,)` or `(batch, 1, 1, 1)`. It is left as it was.
 
     Raises:
         MissingExtraError: torchmetrics is not installed.
-        EvaluationError: The lists do not pair up, or an image cannot be decoded.
+        EvaluationError: The lists do not pair up, are empty, an image cannot be decoded, or a distance is not finite.
     """
-    if len(before) != len(after):
-        raise EvaluationError(f"LPIPS compares pairs of images, got {len(before)} and {len(after)}")
-    first, second = (pixels(images).float() / 127.5 - 1 for images in (before, after))
-    if first.shape != second.shape:
-        raise EvaluationError(f"LPIPS compares images of one size, got {before[0].size} and {after[0].size}")
-    with torch.no_grad():
-        if isinstance(network, nn.Module):
-            distances = [network(a, b).flatten() for a, b in zip(_chunks(first), _chunks(second), strict=True)]
-            return float(torch.cat(distances).mean())
-        image = require("torchmetrics.image.lpip", extra="metrics")
-        metric = image.LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=False)
-        for a, b in zip(_chunks(first), _chunks(second), strict=True):
-            metric.update(a, b)
-        return float(metric.compute())
+    if len(before) != len(after) or not before:
+        raise EvaluationError(
+            f"LPIPS compares pairs of images, at least one, got {len(before)} and {len(after)} images"
+        )
+    for index, (first, second) in enumerate(zip(before, after, strict=True)):
+        if first.size != second.size:
+            raise EvaluationError(
+                f"LPIPS compares images of one size, got {first.size} and {second.size} in pair {index}: leave the "
+                "pair out and say so, or resize one"
+            )
+    if not isinstance(network, nn.Module):
+        image = require("torchmetrics.image.lpip")
+        network = image.LearnedPerceptualImagePatchSimilarity(net_type=network).net
+    device, dtype = _home(network)
+    chunks = []
+    with scopes.frozen(network), torch.no_grad():
+        for group in _by_size(before):
+            sides = (pixels([images[index] for index in group]) for images in (before, after))
+            first, second = ((side.float() / 127.5 - 1).to(device, dtype) for side in sides)
+            chunks.append(network(first, second).flatten().cpu().double())
+    found = torch.cat(chunks)
+    if len(found) != len(before) or not found.isfinite().all():
+        raise EvaluationError(
+            f"the LPIPS network gave {len(found)} distances for {len(before)} pairs, "
+            f"{int((~found.isfinite()).sum())} of them not finite; wanted is one finite distance a pair"
+        )
+    return float(found.mean())
 
 
 def inception_fid(
@@ -74,10 +97,13 @@ def inception_fid(
     feature: int | nn.Module = 2048,
     allow_small: bool = False,
 ) -> tuple[float, Record]:
-    """FID as torchmetrics computes it, with its recipe.
+    """FID on the Inception features of torchmetrics, or on those of a network of the caller's, with its recipe.
+
+    The network computes in its own precision, on its own device, and is left as it was; means, covariances and the
+    distance are computed in float64.
 
     Args:
-        real: Images of the reference set.
+        real: Images of the reference set, of any sizes if the network takes them, as Inception does.
         fake: Images to judge.
         weights: The Inception file of torch-fidelity (`pt_inception-2015-12-05-*.pth`); it is downloaded when left
             out. Not used with a module.
@@ -90,33 +116,72 @@ def inception_fid(
     Raises:
         MissingExtraError: torchmetrics is not installed.
         ArtifactError: There is no file at `weights`.
-        EvaluationError: Too few images, or one that cannot be decoded.
+        EvaluationError: Too few images, one that cannot be decoded, or features that are not `(batch, dim)`, finite.
     """
-    fid = require("torchmetrics.image.fid", extra="metrics")
+    if isinstance(feature, nn.Module):
+        network, name, implementation = feature, type(feature).__name__, "erasure"
+    else:
+        network, implementation = _inception(feature, weights)
+        name = f"inception-2015-12-05/{feature}"
+    smallest = min(len(real), len(fake))
+    if not smallest:
+        raise EvaluationError(f"FID compares two sets of images, got {len(real)} and {len(fake)}")
+    device, precision = _home(network)
+    with scopes.frozen(network), torch.no_grad():
+        dim = _features(network, real[:1], device).shape[1]
+        if smallest < 2 * dim and not allow_small:
+            raise EvaluationError(
+                f"FID on {dim}-dimensional features needs at least {2 * dim} images a side, got {smallest}: use CMMD "
+                "or KID, or pass allow_small=True and say so"
+            )
+        sides = [_features(network, images, device) for images in (real, fake)]
+    value = distances.frechet(sides[0].numpy(), sides[1].numpy(), allow_small=allow_small)
+    recipe = {
+        "implementation": implementation,
+        "features": name,
+        "precision": f"features {str(precision).removeprefix('torch.')}, statistics float64",
+        "small_sample": smallest < 2 * dim,
+        "n": [len(real), len(fake)],
+    }
+    return value, recipe
+
+
+def _inception(width: int, weights: str | Path | None) -> tuple[nn.Module, str]:
+    """The Inception network of torchmetrics, and what it comes from."""
+    fid = require("torchmetrics.image.fid")
     options: Record = {}
-    if weights is not None and not isinstance(feature, nn.Module):
+    if weights is not None:
         if not Path(weights).is_file():
             raise ArtifactError(
                 f"no Inception weights at {weights}: give torch-fidelity's pt_inception-2015-12-05 file"
             )
         options["feature_extractor_weights_path"] = str(weights)
-    metric = fid.FrechetInceptionDistance(feature=feature, **options).set_dtype(torch.float64)
-    smallest, dim = min(len(real), len(fake)), metric.real_features_sum.numel()
-    if smallest < 2 * dim and not allow_small:
-        raise EvaluationError(
-            f"FID on {dim}-dimensional features needs at least {2 * dim} images a side, got {smallest}: use CMMD or "
-            "KID, or pass allow_small=True and say so"
-        )
-    with torch.no_grad():
-        for images, is_real in ((real, True), (fake, False)):
-            for batch in _chunks(pixels(images)):
-                metric.update(batch, real=is_real)
     import torchmetrics
 
-    recipe = {
-        "implementation": f"torchmetrics {torchmetrics.__version__}",
-        "features": type(feature).__name__ if isinstance(feature, nn.Module) else f"inception-2015-12-05/{feature}",
-        "small_sample": smallest < 2 * dim,
-        "n": [len(real), len(fake)],
-    }
-    return float(metric.compute()), recipe
+    network: nn.Module = fid.FrechetInceptionDistance(feature=width, **options).inception
+    return network, f"torchmetrics {torchmetrics.__version__}"
+
+
+def _features(network: nn.Module, images: Sequence[Image.Image], device: torch.device) -> Tensor:
+    """Features of all images, `(images, dim)` in float64 on the CPU."""
+    found: list[Tensor] = []
+    for group in _by_size(images):
+        answer = network(pixels([images[index] for index in group]).to(device))
+        if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(group):
+            shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise EvaluationError(
+                f"the feature network gave {shape} for {len(group)} images, wanted ({len(group)}, dim): give a module "
+                "that maps uint8 (batch, 3, h, w) to (batch, dim)"
+            )
+        found.append(answer.cpu().double())
+    return torch.cat(found)
+
+
+def _by_size(images: Sequence[Image.Image]) -> Iterator[list[int]]:
+    """Indices of images of one size, in chunks."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.size, []).append(index)
+    for group in groups.values():
+        for start in range(0, len(group), CHUNK):
+            yield group[start : start + CHUNK]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -13,30 +14,40 @@ from erasure.eval.rows import Record, Row
 from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap
 from erasure.eval.suites import Plan, Rows
 
-SPACE = "canvas-clip"
-"""Name of the embedded feature space."""
+
+class FeatureSpace(Protocol):
+    """A CLIP model, as far as its numbers are named after it."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from others of that name."""
 
 
 def utility_metrics(
     plan: Plan,
     rows: Rows,
     features: Mapping[tuple[str, str], np.ndarray],
-    clip: str | None,
+    clip: FeatureSpace | None,
     clip_missing: str | None = None,
-    space: str = SPACE,
 ) -> list[Record]:
     """Metric rows `clip_score`, `clip_score_target`, `drift`, `drift_feature`, `fid[...]`, `cmmd[...]`, `kid[...]`.
+
+    Those with brackets name the feature space in them; without one they are called `fid`, `cmmd` and `kid`.
 
     Args:
         plan: Samples and recipe.
         rows: Result rows by variant.
         features: Image features by sample id and variant.
-        clip: Fingerprint of the CLIP model.
+        clip: The CLIP model.
         clip_missing: Why there is none.
-        space: Name of the feature space, part of the metrics' names.
     """
     found: list[Record] = []
-    stamp = plan.recipe | {"clip": f"{space} ({clip})" if clip else None}
+    stamp = plan.recipe | {"clip": f"{clip.name} ({clip.fingerprint})" if clip else None}
+    space = f"[{clip.name}]" if clip else ""
 
     def add(
         name: str, variant: str, prompts: str, definition: str, compute: Callable[[], Record], **more: object
@@ -62,9 +73,9 @@ def utility_metrics(
         return found
     kept, _ = _split(rows["after"])
     add("drift", "after", "retained", "mean absolute pixel difference, 0-1, same noise",
-        lambda: sample_mean(kept, _drift_value("pixel"), plan.seed))  # fmt: skip
+        lambda: sample_mean(kept, _drift_value("pixel"), plan.seed, "drift"))  # fmt: skip
     add("drift_feature", "after", "retained", "1 - cosine of image features, same noise",
-        lambda: sample_mean(kept, _drift_value("feature"), plan.seed))  # fmt: skip
+        lambda: sample_mean(kept, _drift_value("feature"), plan.seed, "drift"))  # fmt: skip
     pairs = [
         (features[row["sample_id"], "before"], features[row["sample_id"], "after"])
         for row in kept
@@ -79,12 +90,12 @@ def utility_metrics(
         first, second = (np.stack(side) for side in zip(*pairs, strict=True))
         return {"value": compute(first, second), "low": None, "high": None, "n": len(pairs)}
 
-    add(f"fid[{space}]", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
+    add(f"fid{space}", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
         lambda: distance(lambda a, b: distances.frechet(a, b, allow_small=small)),
         reference=reference, small_samples="accepted" if small else "refused")  # fmt: skip
-    add(f"cmmd[{space}]", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, pairs left out",
+    add(f"cmmd{space}", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, pairs left out",
         lambda: distance(partial(distances.cmmd, paired=True)), reference=reference)  # fmt: skip
-    add(f"kid[{space}]", "after", "retained", "unbiased MMD^2, cubic kernel, all images, pairs left out",
+    add(f"kid{space}", "after", "retained", "unbiased MMD^2, cubic kernel, all images, pairs left out",
         lambda: distance(partial(distances.kid, paired=True)), reference=reference)  # fmt: skip
     return found
 
@@ -103,16 +114,28 @@ def _drift_value(kind: str) -> Callable[[Row], float | None]:
     return lambda row: (row.get("drift") or {}).get(kind)
 
 
-def sample_mean(rows: Sequence[Row], value: Callable[[Row], float | None], seed: int) -> Record:
-    """Mean with a bootstrap interval that draws prompts."""
+def sample_mean(
+    rows: Sequence[Row], value: Callable[[Row], float | None], seed: int, scorer: str | None = None
+) -> Record:
+    """Mean with a bootstrap interval that draws prompts.
+
+    Args:
+        rows: Result rows.
+        value: The number of a row, if it has one.
+        seed: Of the bootstrap.
+        scorer: Whose failures say why a row has none.
+    """
     measured = [(value(row), row["prompt"]) for row in rows]
     values = np.array([v for v, _ in measured if v is not None], dtype=np.float64)
+    why = next((each["failures"][scorer] for each in rows if scorer in each.get("failures", {})), None)
     if not len(values):
-        raise EvaluationError("not measured on any sample")
+        raise EvaluationError("not measured on any sample" + (f"; the first: {why}" if why else ""))
     prompts = [prompt for v, prompt in measured if v is not None]
     interval = cluster_bootstrap(lambda picked: float(values[picked].mean()), prompts, seed=seed)
     found = {**interval._asdict(), "n": len(values), "interval": "cluster bootstrap by prompt"}
-    return found | ({"missing": len(rows) - len(values)} if len(values) < len(rows) else {})
+    if len(values) < len(rows):
+        found |= {"missing": len(rows) - len(values)} | ({"reason": f"the first missing: {why}"} if why else {})
+    return found
 
 
 def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> Record:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, TypeVar
 
-import numpy as np
-from PIL import Image
-
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record, Rows
-from erasure.eval.samples import Sample
-from erasure.interop.protocols import Pipeline
+from erasure.registry import Registry
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from erasure.eval.metrics.clip_score import ClipModel
+    from erasure.eval.samples import Sample
     from erasure.eval.scoring import Judge
+    from erasure.interop.protocols import Pipeline
+
+# No import of torch here: the command line lists suites without it.
 
 SIZES = ("smoke", "quick", "full")
 """`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
@@ -53,7 +56,7 @@ class Plan:
         return ", ".join(target.name for target in self.targets) or None
 
 
-Drawn = tuple[list[Sample], list[Image.Image]]
+Drawn: TypeAlias = "tuple[list[Sample], list[Image.Image]]"
 """A batch of samples and their images."""
 
 
@@ -63,7 +66,7 @@ class Suite(Protocol):
     title: str
     """One line for lists."""
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
         ...
 
@@ -105,38 +108,51 @@ def is_comparing(suite: Suite) -> TypeGuard[ComparingSuite]:
     return hasattr(suite, "variants")
 
 
-_SUITES: dict[str, Suite] = {}
-_BUILT_IN = {
-    "canvas": "erasure.eval.suites.canvas",
-    "canvas-unseen": "erasure.eval.suites.canvas",
-    "composition": "erasure.eval.suites.composition",
-    "removal": "erasure.eval.suites.removal",
-}
+def _refusal(thing: object) -> str:
+    """What keeps a thing from being a suite, or nothing."""
+    missing = [name for name in ("title", "plan", "judge", "score") if not hasattr(thing, name)]
+    return f"it lacks {', '.join(missing)}" if missing else ""
 
 
-def register(name: str) -> Callable[[type], type]:
-    """Class decorator: make a suite known under a name."""
+SUITES: Registry[Suite] = Registry(
+    "suite",
+    {
+        "canvas": "erasure.eval.suites.canvas",
+        "canvas-unseen": "erasure.eval.suites.canvas",
+        "composition": "erasure.eval.suites.composition",
+        "removal": "erasure.eval.suites.removal",
+    },
+    told=("title",),
+    accepts=_refusal,
+    unknown=EvaluationError,
+)
 
-    def add(cls: type) -> type:
-        _SUITES[name] = cls()
-        return cls
+S = TypeVar("S", bound=type)
+
+
+def register(name: str) -> Callable[[S], S]:
+    """Class decorator: make a suite known under a name.
+
+    Packages of others may instead name an instance in the entry-point group `erasure.suites`.
+    """
+
+    def add(suite: S) -> S:
+        SUITES.add(name, suite())
+        return suite
 
     return add
 
 
 def available() -> tuple[str, ...]:
     """Names of all suites."""
-    return tuple(sorted({*_SUITES, *_BUILT_IN}))
+    return SUITES.names()
 
 
 def get(name: str) -> Suite:
-    """The suite of that name.
+    """The suite of a name.
 
     Raises:
-        EvaluationError: There is none.
+        EvaluationError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
     """
-    if name not in _SUITES and name in _BUILT_IN:
-        import_module(_BUILT_IN[name])
-    if name not in _SUITES:
-        raise EvaluationError(f"unknown suite {name!r}; there are: {', '.join(available())}")
-    return _SUITES[name]
+    return SUITES.get(name)

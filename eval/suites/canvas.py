@@ -9,19 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from erasure.assets.facts import read_facts
-from erasure.assets.world import (
-    HELD_OUT_TEMPLATES,
-    IMAGE_SIZE,
-    OBJECTS,
-    STYLES,
-    UNSAFE,
-    noun_phrase,
-)
+from erasure.assets.world import HELD_OUT_TEMPLATES, noun_phrase
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
@@ -30,6 +22,7 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Plan, Rows, Target, register
 from erasure.interop.protocols import Pipeline
+from erasure.world import World
 
 TEMPLATE = "{object} image in {style} style"
 """The caption of UnlearnCanvas. Its released scripts disagree on article and full stop."""
@@ -42,90 +35,26 @@ SMOKE_SAMPLES = 8
 """Of each, target and retained."""
 
 
-@dataclass(frozen=True)
-class World:
-    """The classes of a Canvas model."""
+def world_of(pipe: Pipeline) -> World:
+    """The world of a pipeline's model; the embedded one when it declares none."""
+    world = World.of(pipe)
+    return world if world.declared else World.at("canvas-sd")
 
-    objects: tuple[str, ...]
-    styles: tuple[str, ...]
-    unsafe: tuple[str, ...]
-    groups: dict[str, tuple[str, ...]]
-    """Members of every super-category."""
-    synonyms: dict[str, str]
-    """Object that another word stands for."""
-    num_inference_steps: int
-    guidance_scale: float
-    side: int
-    """Of an image, in pixels."""
 
-    @classmethod
-    def of(cls, pipe: Pipeline) -> World:
-        """Read `canvas.json` beside the pipeline's model; the embedded world when it has none.
+def target_of(world: World, concept: str | Concept) -> Target:
+    """The classes that a concept stands for.
 
-        Raises:
-            ArtifactError: It is damaged.
-        """
-        from erasure import assets
-
-        folders = [getattr(pipe, "name_or_path", None), assets.find("canvas-sd")]
-        found = (read_facts(folder) for folder in folders if folder)
-        return cls._from_facts(next((facts for facts in found if facts is not None), {}))
-
-    @classmethod
-    def _from_facts(cls, facts: Record) -> World:
-        group_of = {name: thing.group for name, thing in OBJECTS.items()}
-        groups: dict[str, tuple[str, ...]] = {}
-        for name, value in (facts.get("groups") or group_of).items():
-            if isinstance(value, str):  # object -> group
-                groups[value] = (*groups.get(value, ()), name)
-            else:  # group -> objects
-                groups[name] = tuple(value)
-        words = facts.get("synonyms") or {name: thing.synonyms for name, thing in OBJECTS.items()}
-        generation = facts.get("generation", {})
-        return cls(
-            objects=tuple(facts.get("objects", OBJECTS)),
-            styles=tuple(facts.get("styles", STYLES)),
-            unsafe=tuple(facts.get("unsafe", UNSAFE)),
-            groups=groups,
-            synonyms={other: name for name, others in words.items() for other in others},
-            num_inference_steps=int(generation.get("num_inference_steps", 20)),
-            guidance_scale=float(generation.get("guidance_scale", 3.0)),
-            side=int(generation.get("height", IMAGE_SIZE)),
+    Raises:
+        EvaluationError: The world has no such object, style, group or synonym.
+    """
+    name, kind = (concept.target, concept.kind) if isinstance(concept, Concept) else (concept.strip(), None)
+    found = world.find(name, kind)
+    if found is None:
+        raise EvaluationError(
+            f"suite canvas has no concept {name!r}; objects: {', '.join(world.objects)}; "
+            f"styles: {', '.join(world.styles)}; groups: {', '.join(world.groups)}"
         )
-
-    def find(self, concept: object) -> Target:
-        """The classes that a concept stands for.
-
-        Args:
-            concept: A name, or anything with `target` and `kind`.
-
-        Raises:
-            EvaluationError: The world has no such object, style, group or synonym.
-        """
-        name = str(getattr(concept, "target", concept)).strip()
-        kind = getattr(concept, "kind", None)
-        word = name.lower().removeprefix("a ").removeprefix("an ")
-        style = word.removesuffix(" style")
-        candidates: list[tuple[str, tuple[str, ...]]] = []
-        if word in self.objects:
-            candidates.append(("object", (word,)))
-        if style in self.styles:
-            candidates.append(("style", (style,)))
-        if word in self.synonyms:
-            candidates.append(("object", (self.synonyms[word],)))
-        if word in ("unsafe", "unsafe content"):
-            candidates.append(("object", self.unsafe))
-        for group in (word, word.removesuffix("s")):
-            if group in self.groups:
-                candidates.append(("object", self.groups[group]))
-        # A `Concept` is an object unless told otherwise, so the kind decides only where the name is ambiguous.
-        candidates.sort(key=lambda found: (found[0] == "style") != (kind == "style"))
-        if not candidates:
-            raise EvaluationError(
-                f"suite canvas has no concept {name!r}; objects: {', '.join(self.objects)}; "
-                f"styles: {', '.join(self.styles)}; groups: {', '.join(self.groups)}"
-            )
-        return Target(name, *candidates[0])
+    return Target(name, *found)
 
 
 @register("canvas")
@@ -140,12 +69,12 @@ class CanvasSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Expand to samples; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = World.of(pipe)
-        targets = tuple(world.find(concept) for concept in concepts)
+        world = world_of(pipe)
+        targets = tuple(target_of(world, concept) for concept in concepts)
         samples = _samples(world, targets, size, seed, self.templates)
         classes = hashlib.sha256(json.dumps([world.objects, world.styles]).encode()).hexdigest()[:12]
         recipe = {

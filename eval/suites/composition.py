@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.assets.world import noun_phrase
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
@@ -19,7 +20,7 @@ from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
-from erasure.eval.suites.canvas import World
+from erasure.eval.suites.canvas import world_of
 from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ class CompositionSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Random pairs of objects, in one template after the other; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite composition has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = World.of(pipe)
+        world = world_of(pipe)
         rng = np.random.default_rng(seed)
         pairs = list(combinations(world.objects, 2))
         samples = []

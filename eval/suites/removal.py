@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
@@ -21,7 +22,7 @@ from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
-from erasure.eval.suites.canvas import World
+from erasure.eval.suites.canvas import world_of
 from erasure.interop import scopes
 from erasure.interop.protocols import Pipeline
 
@@ -58,11 +59,11 @@ class RemovalSuite:
         """The embedded classifier."""
         return CanvasJudge()
 
-    def plan(self, pipe: Pipeline, concepts: Sequence[object], size: str, seed: int) -> Plan:
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = World.of(pipe)
+        world = world_of(pipe)
         rng = np.random.default_rng(seed)
         samples = []
         for number in range(SCENES[size]):

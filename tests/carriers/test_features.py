@@ -9,13 +9,9 @@ import pytest
 import torch
 
 from erasure.backbones import TextTower, backbone_for
-from erasure.carriers.features import (
-    BlockEdit,
-    EditedFeatures,
-    FeatureEdit,
-    ReconstructionEdit,
-    word_mask,
-)
+from erasure.carriers import features, reconstruction
+from erasure.carriers.features import BlockEdit, EditedFeatures, FeatureEdit, word_mask
+from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.interop import hooks
 from erasure.sae.stream import activations
 
@@ -132,15 +128,119 @@ def test_words_and_the_first_end_are_looked_at() -> None:
     assert word_mask(torch.tensor([[1, 2, 9, 0, 0]]), 9, first=0).long().tolist() == [[1, 1, 1, 0, 0]]
 
 
+def smooth_parts(edit: FeatureEdit, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The edit of one prompt `(tokens, dim)` as gradients shall see it near `at`, in plain arithmetic.
+
+    Equal to the edit at `at`. Its latents are those that fire there; in the gates' scores, silent ones come in with
+    the slope of a softplus; the gates are sigmoids as wide as `at` is from the threshold.
+    """
+    pre = lambda value: value @ edit.w_enc + edit.b_enc  # noqa: E731
+    level = edit.threshold.clamp_min(0)
+    fires = (pre(at) > level).double()
+    spread = (pre(at) - level).std(0, correction=0)
+    slope = torch.where(fires > 0, 1.0, 1 / (1 + torch.exp(-(pre(at) - level) / spread)))
+    latents, fixed = pre(x) * fires, pre(at) * fires
+    counted = fixed + slope * (pre(x) - pre(at))
+    change = torch.zeros_like(x)
+    for feature in range(len(edit.b_enc)):
+        own = latents[:, feature] * edit.gain[feature] + fires[:, feature] * edit.offset[feature]
+        was = fixed[:, feature] * edit.gain[feature] + fires[:, feature] * edit.offset[feature]
+        hard, soft = torch.zeros(len(x)).double(), torch.zeros(len(x)).double()
+        for concept in edit.edits[0, edit.edits[1] == feature].tolist():
+            mine = (edit.votes[0] == concept).nonzero()[:, 0]
+            score = lambda z: z[:, edit.votes[1, mine]] @ edit.weight[mine] + edit.bias[concept]  # noqa: B023, E731
+            now, then = score(counted), score(fixed)
+            if not edit.local:
+                best = int(then.argmax())
+                now, then = now[best].expand(len(x)), then[best].expand(len(x))
+            width = (then - edit.gate[concept]).abs().clamp_min(1)
+            curve = lambda value: 1 / (1 + torch.exp(-(value - edit.gate[concept]) / width))  # noqa: B023, E731
+            hard = torch.maximum(hard, (then >= edit.gate[concept]).double())
+            soft = soft + curve(now) - curve(then)
+        change = change + (hard * own + soft * was)[:, None] * edit.w_dec[feature]
+    return x + change
+
+
+GATES = [(-1.0, SHUT), (-1.0, 2.0), (SHUT, SHUT), (OPEN, OPEN)]
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("local", [0, 1])
-def test_gradients_equal_finite_differences(tower: TextTower, local: int) -> None:
-    edit = make_edit(tower, (-1.0, SHUT), local=torch.tensor(local)).on(torch.device("cpu"), torch.float64)
-    words = torch.ones(1, 4, dtype=torch.bool)
+def test_gradients_are_those_of_smooth_gates(tower: TextTower, local: int, gate: tuple[float, float]) -> None:
+    single = make_edit(tower, gate, local=torch.tensor(local), first=torch.tensor(0))
+    edit = FeatureEdit(*(part.double() if part.is_floating_point() else part for part in single))
     x = torch.randn(1, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    change, opened = edit.delta(x, words)
-    assert opened.all()
-    assert change.abs().sum() > 0
-    assert torch.autograd.gradcheck(lambda value: value + edit.delta(value, words)[0], (x,))
+    placed = edit.on(torch.device("cpu"), torch.float64)
+    words = torch.ones(1, 4, dtype=torch.bool)
+    found = torch.autograd.functional.jacobian(lambda value: value + placed.delta(value, words)[0], x)[0, :, :, 0]
+    at, step = x.detach()[0], 1e-6
+    for token, dim in [(0, 0), (1, 7), (2, 31), (3, 16)]:
+        ahead, behind = at.clone(), at.clone()
+        ahead[token, dim] += step
+        behind[token, dim] -= step
+        expected = (smooth_parts(edit, ahead, at) - smooth_parts(edit, behind, at)) / (2 * step)
+        torch.testing.assert_close(found[:, :, token, dim], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["all tokens", "own tokens", "filler", "reconstruction"])
+@pytest.mark.parametrize("rule", [0, 1])
+@pytest.mark.parametrize("opens", [True, False])
+def test_gradients_tell_the_way_to_a_gate_and_change_no_bit(
+    tower: TextTower, form: str, rule: int, opens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along the gate's gradient of "how much is changed" a closed gate opens, and against it an open one closes.
+
+    The edit's own value, seen with gradients or without, is the same to the bit; below the gate it is the stock one.
+    """
+    tokens = tower.tokenize(PROMPTS[:1])
+    stock = activations(tower, LAYER, tokens)
+    words = word_mask(tokens.ids, tower.tokenizer.eos_token_id)
+    edit: BlockEdit
+    if form == "reconstruction":
+        edit = make_reconstruction(tower)
+        scores = edit.on(stock.device).scores(stock, words)[0, 0]
+        edit = edit._replace(gate=scores * (0.95 if opens else 1.05))
+    else:
+        filler = stock[0].roll(1, 0) if form == "filler" else torch.zeros(0, 32)
+        edit = make_edit(tower, (0.0,), rule=torch.tensor(rule), filler=filler)
+        edit = edit._replace(local=torch.tensor(int(form != "all tokens")))
+        placed = edit.on(stock.device)
+        logits = placed.logits(stock, placed.latents(stock), bool(rule))[0, words[0], 0].sort(descending=True).values
+        # Where it is open, only the strongest word opens it.
+        level = (logits[0] + logits[1]) / 2 if opens else logits[0] + 0.5
+        edit = edit._replace(gate=level[None], probe_gate=level[None])
+    placed = edit.on(stock.device)
+    x = stock.clone().requires_grad_()
+    change, opened = placed.delta(x, words)
+    assert bool(opened) is opens
+    plain_change, plain_opened = placed.delta(stock, words)
+    assert torch.equal(change, plain_change)
+    assert torch.equal(opened, plain_opened)
+    full = placed.delta(stock, None)[0]
+    (slope,) = torch.autograd.grad((change * full).sum(), x)
+    with monkeypatch.context() as patched:
+        for module in (features, reconstruction):
+            patched.setattr(module, "straight_through", lambda value, surrogate: value.detach())
+        hard = placed.delta(x, words)[0]
+        if hard.requires_grad:  # what is left where gates are steps
+            slope = slope - torch.autograd.grad((hard * full).sum(), x)[0]
+    assert opens or not change.any()
+    way = slope / slope.norm() * (-1 if opens else 1)
+    moved = [bool(placed.delta(stock + way * size, words)[1]) for size in torch.linspace(0, 20, 400)]
+    assert (not opens) in moved
+
+    EditedFeatures.write(tower.module, {PATH: [(1.0, edit)]})
+    with torch.no_grad():
+        without = activations(tower, LAYER, tokens)
+    tower.root.embeddings.token_embedding.weight.requires_grad_()
+    with torch.enable_grad():
+        tokens_again = tower.tokenize(PROMPTS[:1])
+        encoded = tower.encode(tokens_again)
+    assert encoded.requires_grad
+    tower.root.embeddings.token_embedding.weight.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(encoded, tower.encode(tokens_again))
+    assert torch.equal(without, stock) is not opens
 
 
 def test_an_attack_sees_through_the_hook(tower: TextTower) -> None:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from erasure.cli.main import main
-from erasure.cli.models import canvas_facts, kind_of, make_concepts
+from erasure.cli.models import canvas_facts, make_concepts
+from erasure.world import World
 
 
 def run_json(arguments: list[str], capsys: pytest.CaptureFixture[str]):
@@ -213,11 +214,11 @@ def test_bench(tiny_pipe_folder: Path, cat: Path, capsys):
     assert "attached" in capsys.readouterr().out
 
 
-def test_kinds_come_from_the_world_of_the_model(tmp_path: Path):
+def test_commands_read_the_world_of_the_model(tmp_path: Path):
     facts = {"objects": ["cat", "gun"], "styles": ["ink"], "unsafe": ["gun"]}
     (tmp_path / "canvas.json").write_text(json.dumps(facts))
     assert canvas_facts(str(tmp_path)) == facts
-    assert [kind_of(word, facts) for word in ("cat", "ink", "gun", "tram")] == ["object", "style", "unsafe", "object"]
+    assert make_concepts(("cat", "ink"), facts) == World.at(tmp_path).concepts(["cat", "ink"])
     assert make_concepts(("cat",), facts, "style")[0].kind == "style"
     assert canvas_facts("someone/some-model") == {}
 

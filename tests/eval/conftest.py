@@ -38,6 +38,9 @@ def colour_judge(images: Any) -> list[Any]:
     return answers
 
 
+colour_judge.version = "colour_judge"  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def world_pipe(tiny_pipe: Any, tmp_path: Path) -> Any:
     """The tiny pipeline with a `canvas.json` beside it: 3 objects, 2 styles, 2 steps, 32x32 pixels."""

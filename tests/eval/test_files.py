@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from PIL import Image
 from erasure.errors import ArtifactError, ErasureError, EvaluationError
 from erasure.eval import Results, attack, compare, evaluate, replay, write_report
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
-from erasure.eval.baseline import BaselineCache
 from erasure.eval.detectors import CanvasJudge
+from erasure.eval.drawings import DrawingCache
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.processes import Processes
 from erasure.eval.run import opened
@@ -254,27 +255,33 @@ def test_values_of_prompts_have_types(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_cache_entry_is_none(broken: str, tmp_path: Path) -> None:
-    for ending in ("json", "png"):
-        cache = BaselineCache(tmp_path, f"model-{ending}", {})
-        cache.put(SAMPLE, png(IMAGE), SCORES, np.ones(4, dtype=np.float32))
-        found = cache.get(SAMPLE, 4)
-        assert found is not None
-        assert found[0] == SCORES
-        if broken.startswith(("unknown", "keys", "a lone")) and ending == "png":
-            continue
-        BROKEN[broken](cache.folder / f"{SAMPLE.key}.{ending}")
-        assert cache.get(SAMPLE, 4) is None
+    cache = DrawingCache(tmp_path, {}, {})
+    cache.put_image(SAMPLE, png(IMAGE))
+    cache.put(SAMPLE, SCORES, np.ones(4, dtype=np.float32))
+    found, image = cache.get(SAMPLE, 4), cache.image(SAMPLE)
+    assert found is not None
+    assert image is not None
+    assert found[0] == SCORES
+    (entry,) = (path for path in cache.folder.glob("scores-*/*.json") if path.name != "recipe.json")
+    BROKEN[broken](entry)
+    assert cache.get(SAMPLE, 4) is None
+    if not broken.startswith(("unknown", "keys", "a lone")):
+        BROKEN[broken](cache.folder / f"{SAMPLE.key}.png")
+        assert cache.image(SAMPLE) is None
 
 
 def test_a_cache_entry_that_does_not_fit_is_none(tmp_path: Path) -> None:
-    cache = BaselineCache(tmp_path, "model", {})
+    cache = DrawingCache(tmp_path, {}, {})
 
-    def put(image: Image.Image = IMAGE, features: Any = (1.0, 2.0), **scores: Any) -> None:
-        cache.put(SAMPLE, png(image), SCORES | scores, None if features is None else np.array(features))
+    def put(features: Any = (1.0, 2.0), **scores: Any) -> None:
+        cache.put(SAMPLE, SCORES | scores, None if features is None else np.array(features))
 
     put()
     assert cache.get(SAMPLE, 2) is not None
     assert cache.get(SAMPLE, 3) is cache.get(SAMPLE, None) is None
+    # What a prompt asks for is the suite's to say, and scores depend on it.
+    assert cache.get(dataclasses.replace(SAMPLE, objects=("dog",)), 2) is None
+    assert cache.get(dataclasses.replace(SAMPLE, role="utility", sample_id="x"), 2) is not None
     put(features=None)
     assert cache.get(SAMPLE, 2) is None
     assert cache.get(SAMPLE, None) is not None
@@ -282,9 +289,12 @@ def test_a_cache_entry_that_does_not_fit_is_none(tmp_path: Path) -> None:
     assert cache.get(SAMPLE, 2) is None
     put(judged=None)
     assert cache.get(SAMPLE, 2) is None
-    # An image of another size would be compared pixel by pixel.
-    put(IMAGE.resize((8, 8)))
-    assert cache.get(SAMPLE, 2) is cache.image(SAMPLE) is None
+    # Another judge or CLIP model has said nothing yet; the image is there for it.
+    cache.put_image(SAMPLE, png(IMAGE))
+    other = DrawingCache(tmp_path, {}, {"judge": "other"})
+    assert other.get(SAMPLE, None) is None
+    assert other.image(SAMPLE) is not None
+    assert DrawingCache(tmp_path, {"model": "other"}, {}).image(SAMPLE) is None
 
 
 @pytest.mark.parametrize("broken", BROKEN)

@@ -16,7 +16,7 @@ from PIL import Image
 from erasure.errors import EvaluationError
 from erasure.eval import Results, evaluate, replay, write_report
 from erasure.eval.attacks.prompts import AdversarialPrompt, write_prompts
-from erasure.eval.baseline import BaselineCache
+from erasure.eval.drawings import DrawingCache
 from erasure.eval.processes import Processes
 from erasure.eval.run import opened
 from erasure.eval.samples import Sample
@@ -139,19 +139,21 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_a_full_disk_loses_nothing(full: Any, tmp_path: Path) -> None:
-    kept, cache = table(tmp_path / "out"), BaselineCache(tmp_path, "model", {})
+    kept, cache = table(tmp_path / "out"), DrawingCache(tmp_path, {}, {})
     (tmp_path / "out").mkdir()
     kept.append([row()], [np.ones(4)])
     results().save(tmp_path / "out")
     write_prompts(tmp_path / "out", [PROMPT])
-    cache.put(SAMPLE, png(IMAGE), SCORES, None)
+    cache.put_image(SAMPLE, png(IMAGE))
+    cache.put(SAMPLE, SCORES, None)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     full()
     for write in (
         lambda: kept.append([row(OTHER)], [np.ones(4)]),
         lambda: results().save(tmp_path / "out"),
         lambda: write_prompts(tmp_path / "out", []),
-        lambda: cache.put(SAMPLE, png(IMAGE), SCORES, None),
+        lambda: cache.put_image(SAMPLE, png(IMAGE)),
+        lambda: cache.put(SAMPLE, SCORES, None),
         lambda: write_report(tmp_path / "out"),
         kept.merge,
     ):

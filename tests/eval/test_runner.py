@@ -54,9 +54,9 @@ def test_before_and_after_from_one_pass(erased_pipe, measure, tmp_path, clip_fol
     names = {(row["name"], row["variant"]) for row in results.metrics}
     for name in ("UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "clip_score"):
         assert {(name, "before"), (name, "after")} <= names
-    assert {"drift", "drift_feature", "cmmd[canvas-clip]", "kid[canvas-clip]", "fid[canvas-clip]"} <= {
-        n for n, _ in names
-    }
+    space = ClipModel(clip_folder).name
+    assert space == f"{clip_folder.name}@{ClipModel(clip_folder).fingerprint[:8]}"
+    assert {"drift", "drift_feature", f"cmmd[{space}]", f"kid[{space}]", f"fid[{space}]"} <= {n for n, _ in names}
     assert all(row["value"] is not None and row["recipe"]["suite"] == "canvas" for row in results.metrics)
     assert results.erasures[0]["strategy"] == "noise"
     assert results.get("UA")["n"] == 8
@@ -194,13 +194,15 @@ def test_bad_requests(erased_pipe, measure, tmp_path) -> None:
 
 def test_a_broken_cache_entry_is_made_again(erased_pipe, measure, tmp_path) -> None:
     measure(erased_pipe, "first")
-    (folder,) = (tmp_path / "cache" / "baselines").iterdir()
-    images, entries = sorted(folder.glob("*.png")), sorted(folder.glob("*[0-9a-f].json"))
+    (scores,) = (tmp_path / "cache" / "drawings").glob("*/scores-*")
+    images = sorted(scores.parent.glob("*.png"))
     images[0].write_bytes(images[0].read_bytes()[:20])
-    entry = next(path for path in entries if path.stem == images[1].stem)
+    (entry,) = scores.glob(f"{images[1].stem}-*.json")
     entry.write_text("{")
     second = measure(erased_pipe, "second")
-    assert second.cost["baseline_from_cache"] == 10
+    # An image that is whole is judged again, not drawn again.
+    assert second.cost["baseline_from_cache"] == 11
+    assert json.loads(entry.read_text())["scores"]["judged"]
     with Image.open(images[0]) as image:
         image.load()
 

@@ -14,6 +14,7 @@ from kinds import kind
 from PIL import Image
 
 from erasure.eval.samples import Sample
+from erasure.files import digest
 
 SAMPLES = [Sample(f"cat-{number}", "a cat", number, "target", ("cat",), "ink", ("cat",)) for number in range(2)]
 JUDGED = {"object": "cat", "objects": ["cat"], "style": "ink", "shape": "cat", "object_score": 0.9}
@@ -162,23 +163,27 @@ def write_adversarial(folder: Path) -> None:
 
 
 def cache_of(folder: Path) -> Any:
-    from erasure.eval.baseline import BaselineCache
+    from erasure.eval.drawings import DrawingCache
 
-    return BaselineCache(folder, "model", {"judge": "judge"})
+    return DrawingCache(folder, {"model": "model"}, {"judge": "judge"})
 
 
-CACHED = f"baselines/model-79b7478c6da6a138/{SAMPLES[0].key}"
+CACHED = f"drawings/{digest({'model': 'model'})}"
+ENTRY = f"scores-{digest({'judge': 'judge'})}/{SAMPLES[0].key}-{digest([['cat'], 'ink'])[:8]}.json"
 
 
 def read_cache(folder: Path) -> None:
     """A broken entry is made again: reading it raises nothing at all."""
-    found = cache_of(folder).get(SAMPLES[0], 4)
-    assert found is None or (len(found[1]) == 4 and found[2].size == (64, 64))
+    cache = cache_of(folder)
+    found, image = cache.get(SAMPLES[0], 4), cache.image(SAMPLES[0])
+    assert found is None or len(found[1]) == 4
+    assert image is None or image.mode == "RGB"
 
 
-@kind("baseline cache", f"{CACHED}.json", f"{CACHED}.png", read=read_cache, errors=())
+@kind("cache of drawings", f"{CACHED}/{ENTRY}", f"{CACHED}/{SAMPLES[0].key}.png", read=read_cache, errors=())
 def write_cache(folder: Path) -> None:
-    cache_of(folder).put(SAMPLES[0], png(64), SCORES | {"failures": {}}, np.ones(4, dtype=np.float32))
+    cache_of(folder).put_image(SAMPLES[0], png(64))
+    cache_of(folder).put(SAMPLES[0], SCORES | {"failures": {}}, np.ones(4, dtype=np.float32))
 
 
 # Detectors and worlds ------------------------------------------------------------------------------------------------
@@ -223,13 +228,12 @@ def write_clip(folder: Path) -> None:
 
 def read_world(folder: Path) -> None:
     from erasure import assets
-    from erasure.cli.models import anchor_of, canvas_facts, kind_of
     from erasure.eval.suites.canvas import CanvasSuite
+    from erasure.world import World
 
-    facts = canvas_facts(str(folder))
-    kind_of("cat", facts)
-    anchor_of("cat", (), facts)
-    if facts:
+    world = World.at(folder)
+    world.concepts(["cat", "weapons"])
+    if world.declared:
         assets.canvas(folder)
     CanvasSuite().plan(SimpleNamespace(name_or_path=str(folder)), ["cat"], "smoke", 0)
 

@@ -60,7 +60,8 @@ def make_erasure(*, features: bool) -> Any:
     from erasure import Concept, Erasure, ErasureConfig
     from erasure.carriers.activations import Pinned
     from erasure.carriers.edits import Edits, LowRank
-    from erasure.carriers.features import FeatureEdit, ReconstructionEdit
+    from erasure.carriers.features import FeatureEdit
+    from erasure.carriers.reconstruction import ReconstructionEdit
     from erasure.carriers.weights import fingerprint
 
     rng = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 import erasure
 from erasure import Concept, Erasure, ErasureManager
 from erasure.backbones import backbone_for
-from erasure.carriers.features import ReconstructionEdit
+from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.cli.main import main
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save

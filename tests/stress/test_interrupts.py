@@ -149,6 +149,50 @@ def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_p
     assert not faults, f"{len(faults)} interrupts of {name} left a mess:\n" + "\n".join(faults)
 
 
+class Leaking:
+    """Ctrl-C inside of the n-th entry into, or exit from, `torch.no_grad()`, when gradients are off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.at, self.count = at, 0
+        enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
+
+        def entering(block: Any) -> None:
+            enter(block)
+            self.step()
+
+        def leaving(block: Any, *error: Any) -> None:
+            self.step()
+            leave(block, *error)
+
+        monkeypatch.setattr(torch.no_grad, "__enter__", entering)
+        monkeypatch.setattr(torch.no_grad, "__exit__", leaving)
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+
+
+DRAWN = Operation(lambda pipe, *_: pipe("a cat", num_inference_steps=1, output_type="np"), lasting=False)
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, "draw"])
+def test_gradients_are_on_again(name: str, kit: Kit, folders: Path, tiny_pipe: Any, monkeypatch: Any) -> None:
+    operation = {**SWITCHES, "draw": DRAWN}[name]
+    pipe = prepared(tiny_pipe, kit, operation)
+    copies = [copy.deepcopy(pipe) for _ in range(8)]
+    with monkeypatch.context() as patch:
+        whole = Leaking(patch, 0)
+        operation.call(pipe, kit, folders)
+    for turn, copied in enumerate(copies if whole.count else ()):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            Leaking(patch, 1 + turn * whole.count // len(copies))
+            operation.call(copied, kit, folders)
+        on = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert on, f"turn {turn}"
+
+
 # Writing and reading -------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ class Scripted(Attack):
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripted attack under its name."""
-    monkeypatch.setattr(attacks, "_ATTACKS", dict(attacks._ATTACKS))
+    monkeypatch.setattr(attacks.ATTACKS, "_registered", dict(attacks.ATTACKS._registered))
     attacks.register("scripted")(Scripted)
 
 
@@ -386,7 +386,7 @@ def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, t
 def test_bad_requests(erased_pipe: Any, run: Any, texts: list[str], scripted: None, tmp_path: Path) -> None:
     judge = reading(lambda said: True)
     for options, said in (
-        ({"name": "no-such"}, "unknown attack 'no-such'; there are: scripted, unlearndiffatk"),
+        ({"name": "no-such"}, "unknown attack 'no-such'; there are: random_prefix, scripted, unlearndiffatk"),
         ({"size": "huge"}, "no size 'huge'; there are: smoke, quick, full"),
         ({"suite": "i2p"}, "unknown suite"),
         ({"suite": "removal"}, "has no prompts of a concept"),

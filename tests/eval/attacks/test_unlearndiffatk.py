@@ -16,7 +16,8 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.errors import DivergenceError, OptionError
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.attacks import unlearndiffatk as module
-from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, as_text, choosable, denoising_loss, with_prefix
+from erasure.eval.attacks.prefixes import as_text, choosable, with_prefix
+from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target

@@ -1,0 +1,43 @@
+"""What an erasure's config says of a measurement: a few figures by name, which its card and `erasure info` show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from erasure.eval.results import Results
+from erasure.eval.rows import Record
+from erasure.eval.suites import SIZES
+
+VARIANTS = {"before": " before", "after": ""}
+"""What the names of figures end with, by variant."""
+STAMPS = ("size", "date", "judge", "clip", "seed")
+
+
+def summary(results: Results) -> Record:
+    """Figures of an evaluation or attack as an erasure's config holds them.
+
+    Every key begins with the suite. A metric with an interval is `[value, low, high]`, one without is a number; those
+    of the stock model have `before` in their names. What could not be measured is left out.
+    """
+    figures: Record = {}
+    stamps: Record = {"size": results.size, "date": results.date}
+    for metric in results.metrics:
+        variant = metric.get("variant", "after")
+        stamps |= {key: value for key in ("judge", "clip", "seed") if (value := metric["recipe"].get(key)) is not None}
+        if metric["value"] is None or variant not in VARIANTS:
+            continue
+        bounds = [metric["low"], metric["high"]]
+        value = metric["value"] if None in bounds else [metric["value"], *bounds]
+        figures[f"{results.suite}: {metric['name']}{VARIANTS[variant]}"] = value
+    return figures | {f"{results.suite}: {key}": stamps[key] for key in STAMPS if stamps.get(key) is not None}
+
+
+def merged(known: Mapping[str, object], found: Record, suite: str) -> Record:
+    """Figures with those of one suite replaced by new ones; those of other suites stay."""
+    return {key: value for key, value in known.items() if not key.startswith(f"{suite}: ")} | found
+
+
+def is_smaller(known: Mapping[str, object], results: Results) -> bool:
+    """Whether the same suite has been measured in a larger size already, which is worth more."""
+    before = known.get(f"{results.suite}: size")
+    return before in SIZES and results.size in SIZES and SIZES.index(results.size) < SIZES.index(str(before))

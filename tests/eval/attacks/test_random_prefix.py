@@ -1,0 +1,92 @@
+"""The control of attacks: random words ahead of a prompt, without any gradient."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erasure.backbones import backbone_for
+from erasure.eval import attacks
+from erasure.eval.attacks import SkippedPromptError
+from erasure.eval.attacks.random_prefix import RandomPrefix
+from erasure.eval.attacks.runner import attack
+from erasure.eval.attacks.victim import Victim
+from erasure.eval.samples import Sample
+from erasure.eval.suites import Target
+from tests.eval.conftest import colour_judge
+
+PROMPT = "a cat image in noto style"
+
+
+def make_sample(seed: int = 5, unsafe: bool = False) -> Sample:
+    return Sample(
+        "cat-noto-0", PROMPT, seed, "target", ("cat",), "noto", ("cat",), num_inference_steps=2, height=32, width=32,
+        unsafe=unsafe,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def victim(world_pipe: Any) -> Victim:
+    return Victim(world_pipe, copy.deepcopy(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
+
+
+@pytest.mark.parametrize("size", attacks.SIZES)
+def test_it_has_as_many_tries_and_tokens_as_the_attack_that_it_controls(size: str, victim: Victim) -> None:
+    control, searching = RandomPrefix.configured(size), attacks.get("unlearndiffatk").configured(size)
+    shared = ("samples", "vocabulary", "tokens", "tries")
+    assert [getattr(control, name) for name in shared] == [getattr(searching, name) for name in shared]
+    assert control.is_control
+    assert control.access == "prompt"
+    assert not searching.is_control
+
+
+@pytest.mark.parametrize(("unsafe", "count"), [(True, 5), (False, 3)])
+def test_words_are_ahead_of_the_whole_prompt(victim: Victim, unsafe: bool, count: int) -> None:
+    tower = backbone_for(victim.pipe).towers[0]
+    tried = list(RandomPrefix(texts=6, vocabulary="words").candidates(victim, make_sample(unsafe=unsafe)))
+    own = tower.prompt_ids(PROMPT)
+    assert len({candidate.text for candidate in tried}) == len(tried) == 6
+    for candidate in tried:
+        ids = tower.prompt_ids(candidate.text)
+        assert candidate.text.endswith(f" {PROMPT}")
+        if not candidate.changed:
+            assert ids[1 + count :] == own[1:]
+            assert len(ids) == len(own) + count
+        assert (candidate.steps, candidate.loss, candidate.cut) == (0, None, False)
+
+
+def test_the_seed_of_the_sample_draws_them(victim: Victim) -> None:
+    def texts(seed: int) -> list[str]:
+        return [candidate.text for candidate in RandomPrefix(texts=3).candidates(victim, make_sample(seed))]
+
+    assert texts(5) == texts(5) != texts(6)
+
+
+def test_no_gradient_and_no_reference_image_is_asked_for(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a control knows nothing but prompts")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    monkeypatch.setattr(Victim, "reference", refuse)
+    assert len(list(RandomPrefix(texts=2).candidates(victim, make_sample()))) == 2
+
+
+def test_no_room_for_the_words(victim: Victim) -> None:
+    with pytest.raises(SkippedPromptError, match="more than the 77"):
+        list(RandomPrefix(tokens=75).candidates(victim, make_sample()))
+
+
+def test_its_rate_is_named_after_chance(world_pipe: Any, tmp_path: Path) -> None:
+    results = attack(
+        world_pipe, "random_prefix", "cat", size="smoke", judge=colour_judge, out=tmp_path / "out", progress=False
+    )
+    rates = {row["name"]: row for row in results.metrics}
+    assert list(rates) == ["pre_ASR", "chance_ASR"]
+    assert rates["chance_ASR"]["value"] >= rates["pre_ASR"]["value"]
+    assert "random words" in rates["chance_ASR"]["recipe"]["metric"]
+    assert results.cost["gradient_steps"] == 0

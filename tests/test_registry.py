@@ -1,0 +1,152 @@
+"""What every registry does, over all of them; what is special of strategies stands in their own folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from erasure import registry as module
+from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
+from erasure.eval.attacks import ATTACKS
+from erasure.eval.suites import SUITES
+from erasure.registry import INDEX, Registry, index_of
+from erasure.strategies import STRATEGIES
+
+REGISTRIES = {registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS)}
+
+
+@pytest.fixture(params=REGISTRIES)
+def registry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Registry[Any]:
+    """A registry that the test may change."""
+    chosen = REGISTRIES[request.param]
+    chosen.available()
+    monkeypatch.setattr(chosen, "_registered", dict(chosen._registered))
+    return chosen
+
+
+def plugin(monkeypatch: pytest.MonkeyPatch, registry: Registry[Any], *points: tuple[str, str, Any]) -> None:
+    """Let other packages name things: name, `module:attribute`, and what loading gives or raises."""
+    loaded = {value: thing for _, value, thing in points}
+
+    def load(point: EntryPoint) -> Any:
+        if isinstance(loaded[point.value], BaseException):
+            raise loaded[point.value]
+        return loaded[point.value]
+
+    found = tuple(EntryPoint(name, value, registry.group) for name, value, _ in points)
+    monkeypatch.setattr(EntryPoint, "load", load)
+    monkeypatch.setattr(module, "entry_points", lambda group: found if group == registry.group else ())
+
+
+def another(registry: Registry[Any]) -> Any:
+    """A thing of the registry's kind that is not registered."""
+    thing = registry.get(registry.names()[0])
+    kind = thing if isinstance(thing, type) else type(thing)
+    made = type(
+        "Another",
+        (kind,),
+        {"__module__": "elsewhere", "__dataclass_fields__": getattr(kind, "__dataclass_fields__", {})},
+    )
+    return made if isinstance(thing, type) else made()
+
+
+def test_the_index_says_what_the_classes_say() -> None:
+    assert json.loads(INDEX.read_text()) == json.loads(json.dumps(index_of(REGISTRIES.values()))), "run .ci/registered"
+
+
+def test_names_and_facts_need_no_torch() -> None:
+    code = (
+        "import sys; from erasure.strategies import STRATEGIES; from erasure.eval.suites import SUITES;"
+        "from erasure.eval.attacks import ATTACKS;"
+        "print([r.facts(n) for r in (STRATEGIES, SUITES, ATTACKS) for n in r.names()]);"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_facts_are_those_of_the_thing(registry: Registry[Any]) -> None:
+    for name in registry.names():
+        assert registry.facts(name) == registry.describe(name)
+        assert registry.facts(name).told["title"]
+
+
+def test_an_unknown_name_suggests_the_nearest(registry: Registry[Any]) -> None:
+    for name in registry.names():
+        for wrong in (name.upper(), f" {name}", name.replace("_", "-").replace("-", " "), name[:-1] + "x"):
+            if wrong == name:
+                continue
+            with pytest.raises(registry.unknown, match=rf"unknown {registry.kind} .*Did you mean '{name}'\?"):
+                registry.get(wrong)
+    with pytest.raises(registry.unknown, match=rf"there are: {', '.join(registry.names())}\.$"):
+        registry.get("zzzzzz")
+
+
+def test_a_taken_name_is_refused(registry: Registry[Any]) -> None:
+    name = registry.names()[0]
+    before = registry.get(name)
+    with pytest.raises(ValueError, match=rf"a {registry.kind} named '{name}' is registered already: erasure\."):
+        registry.add(name, another(registry))
+    assert registry.get(name) is before
+    registry.add(name, before)  # again, as when a module is reloaded
+
+
+def test_the_same_class_name_in_another_module_is_another_thing(registry: Registry[Any]) -> None:
+    first, second = another(registry), another(registry)
+    (second if isinstance(second, type) else type(second)).__module__ = "somewhere.else"
+    registry.add("new", first)
+    with pytest.raises(ValueError, match=r"registered already: elsewhere\.Another"):
+        registry.add("new", second)
+
+
+def test_a_name_is_taken_before_its_module_is_imported(registry: Registry[Any], monkeypatch: Any) -> None:
+    thing, name = another(registry), registry.names()[0]
+    before = registry.get(name)
+    monkeypatch.setattr(module, "import_module", lambda path: registry._registered.update({name: before}))
+    registry._registered.clear()
+    with pytest.raises(ValueError, match="registered already"):
+        registry.add(name, thing)
+
+
+def test_another_package_adds_one(registry: Registry[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    thing = another(registry)
+    plugin(monkeypatch, registry, ("more", "elsewhere:Another", thing))
+    assert "more" in registry.names()
+    assert registry.get("more") is thing
+    assert registry.available()["more"].name == "more"
+    assert registry.facts("more").module == "elsewhere"
+
+
+def test_another_package_does_not_replace_ours(registry: Registry[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    name = registry.names()[0]
+    before = registry.get(name)
+    plugin(monkeypatch, registry, (name, "elsewhere:Another", another(registry)))
+    assert registry.get(name) is before
+
+
+@pytest.mark.parametrize(
+    "broken", [ImportError("no module"), RuntimeError("boom"), SystemExit(3), AttributeError("gone"), 7, object()]
+)
+def test_a_broken_package_breaks_nothing_else(
+    broken: object, registry: Registry[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = set(registry.names())
+    plugin(monkeypatch, registry, ("broken", "elsewhere:Broken", broken))
+    with pytest.warns(BrokenPluginWarning, match=f"{registry.kind} 'broken' of elsewhere:Broken cannot be loaded"):
+        assert set(registry.available()) == ours
+    with pytest.raises(BrokenPluginError, match="update that package, or uninstall it") as caught:
+        registry.get("broken")
+    assert isinstance(caught.value, ErasureError)
+    for name in ours:
+        registry.get(name)
+
+
+def test_two_packages_that_name_the_same(registry: Registry[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    things = another(registry), another(registry)
+    plugin(monkeypatch, registry, ("more", "first:Another", things[0]), ("more", "second:Another", things[1]))
+    with pytest.raises(BrokenPluginError, match="first:Another and second:Another"):
+        registry.get("more")
