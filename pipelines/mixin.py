@@ -19,7 +19,6 @@ from erasure.files import inside, new_folder, read_json, write_json
 from erasure.fitting import check_strength
 from erasure.interop import scopes
 from erasure.interop.pipelines import components_of
-from erasure.interop.protocols import Settings
 from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
@@ -32,22 +31,6 @@ ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 
 
 Method = TypeVar("Method", bound=Callable[..., object])
-
-BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
-"""Texts of stock calls of which several prompts need one each."""
-
-
-def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:
-    """Options of a stock call for several prompts, where one text may stand for all.
-
-    Args:
-        options: As a user gave them.
-        count: How many texts a user may give.
-        repeats: How often each of them is handed on, next to one another.
-    """
-    given = {name: value for name in BESIDE_PROMPTS if (value := options.get(name)) is not None}
-    each = {name: [value] * count if isinstance(value, str) else value for name, value in given.items()}
-    return {**options, **{name: [text for text in texts for _ in range(repeats)] for name, texts in each.items()}}
 
 
 def base_of(model: str | Path) -> str:
