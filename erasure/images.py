@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from erasure.errors import ErasureError, ImageError
 from erasure.files import read_bytes
@@ -30,7 +32,7 @@ def read_image(
     path: str | Path, *, formats: tuple[str, ...] = FORMATS, limit: int = PIXELS_LIMIT,
     error: type[ErasureError] = ImageError,
 ) -> Image.Image:  # fmt: skip
-    """A picture in the mode of its file, decoded.
+    """A picture in the mode of its file, decoded, as viewers show it: turned as its EXIF data say.
 
     Args:
         path: The file; links are followed.
@@ -46,13 +48,11 @@ def read_image(
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             check_size(image, str(path), limit, error=error)
-            # What phones write as MPO is a photograph with further ones behind it, no animation.
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise error(f"{path} holds several pictures: give a file with one")
+            check_single(image, str(path), error=error)
             image.verify()
         with Image.open(io.BytesIO(content), formats=formats) as image:
             image.load()
-            return image.copy()
+            return upright(image)
     except ErasureError:
         raise
     except Image.UnidentifiedImageError as reason:
@@ -75,7 +75,9 @@ def read_rgb(
 
 
 def rgb(image: Image.Image, where: str = "an image", *, error: type[ErasureError] = ImageError) -> Image.Image:
-    """A picture in RGB. Sixteen bits become eight; Pillow itself would cut all above 255 off.
+    """A picture in RGB as viewers show it: turned as its EXIF data say, and on white where it is transparent.
+
+    Sixteen bits become eight; Pillow itself would cut all above 255 off.
 
     Args:
         image: The picture, decoded or still in its file.
@@ -83,17 +85,46 @@ def rgb(image: Image.Image, where: str = "an image", *, error: type[ErasureError
         error: What is raised.
 
     Raises:
-        ErasureError: It is too large, damaged, or its values have no known range.
+        ErasureError: It is too large, animated, damaged, or its values have no known range.
     """
     check_size(image, where, error=error)
+    check_single(image, where, error=error)
     if image.mode in ("I", "F"):
         raise error(f"{where} has the mode {image.mode!r}, whose range is not known: save it with 8 or 16 bits")
     try:
+        image = upright(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-        return image.convert("RGB")
+        return on_white(image.convert("RGBA"), where) if image.has_transparency_data else image.convert("RGB")
     except Exception as reason:  # decoders meet damaged files in many ways
         raise error(f"{where} cannot be decoded ({type(reason).__name__}: {reason}): save it again") from reason
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of a picture, turned and mirrored as its EXIF data say, which no longer say so."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        # Damaged data beside sound pixels: viewers show those as they are stored.
+        return image.copy()
+
+
+def on_white(image: Image.Image, where: str) -> Image.Image:
+    """A picture in RGBA on a white ground, in RGB. Warns where that can be seen: colours behind it are not shown."""
+    if image.getextrema()[3][0] < 255:
+        warnings.warn(f"{where} is transparent in places: they are taken as white", stacklevel=3)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def check_single(image: Image.Image, where: str, *, error: type[ErasureError] = ImageError) -> None:
+    """Refuse a picture that is an animation or a stack of pages.
+
+    Raises:
+        ErasureError: It holds several pictures.
+    """
+    # What phones write as MPO is a photograph with further ones behind it, no animation.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise error(f"{where} holds several pictures: give a file with one")
 
 
 def check_size(

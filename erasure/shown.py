@@ -6,7 +6,9 @@ onto a page passes through `visible`; pages and cards do it by themselves (`eras
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 LIMIT = 2000
 """Characters of one text that are shown."""
@@ -81,3 +83,14 @@ def _seen(character: str) -> str:
 def _ended(text: str, length: int, limit: int) -> str:
     told = f" ({length:,} characters in all)" if limit > SHORT else ""
     return f"{text[:limit]}…{told}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'hirm'?` with a blank in front, or nothing when no known word is near."""
+    by_spelling = {_spelling(name): name for name in known}
+    near = difflib.get_close_matches(_spelling(word), by_spelling, n=1)
+    return f" Did you mean {by_spelling[near[0]]!r}?" if near else ""
+
+
+def _spelling(word: str) -> str:
+    return word.strip().lower().replace("-", "_").replace(" ", "_")

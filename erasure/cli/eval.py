@@ -57,20 +57,24 @@ class EvalOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
+    from erasure.eval.suites import SUITES, is_comparing
+
+    if argv and not argv[0].startswith("-"):
+        SUITES.check(argv[0])
     options = parse(EvalOptions, "eval", argv)
     terminal.json_only = options.json
     check_strengths(options)
-    from erasure.eval import evaluate, suites
+    from erasure.eval import evaluate
     from erasure.eval.judges import load_judge
     from erasure.eval.metrics.clip_score import ClipModel
 
-    suite = suites.get(options.suite)
+    suite = SUITES.get(options.suite)
     erasures = load_erasures(options)
     if options.concept:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    if not concepts and not suites.is_comparing(suite):
+    if not concepts and not is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
     # Cheap, and refused before a model is opened.

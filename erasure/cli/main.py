@@ -12,7 +12,7 @@ from types import TracebackType
 
 from erasure.cli.terminal import Terminal, UsageError
 from erasure.errors import ErasureError
-from erasure.shown import visible
+from erasure.shown import did_you_mean, visible
 
 COMMANDS: dict[str, str] = {
     "demo": "erase from the embedded model, show before and after, write a report",
@@ -75,7 +75,8 @@ def _dispatch(arguments: list[str], terminal: Terminal) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}; see: erasure --help")
+        hint = did_you_mean(name, COMMANDS)
+        raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}.{hint} See: erasure --help")
     import_module(f"erasure.cli.{name}").run(rest, terminal)
 
 

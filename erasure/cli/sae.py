@@ -13,6 +13,7 @@ import tyro
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+from erasure.shown import did_you_mean
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -93,16 +94,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     action, *rest = argv
     if action not in ACTIONS:
-        raise UsageError(f"unknown action {action!r}; there are {', '.join(ACTIONS)}; see: erasure sae --help")
+        hint = did_you_mean(action, ACTIONS)
+        raise UsageError(f"unknown action {action!r}; there are: {', '.join(ACTIONS)}.{hint} See: erasure sae --help")
     (train if action == "train" else info)(rest, terminal)
 
 
 def train(argv: Sequence[str], terminal: Terminal) -> None:
     """`erasure sae train`."""
-    import torch
-
-    from erasure.sae import SAETrainer, TrainingOptions, save
-    from erasure.sae.quality import quality
+    from erasure.sae import TrainingOptions
 
     every = dataclasses.make_dataclass(
         "Train",
@@ -117,6 +116,11 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
     options: OutOptions = parsed.command
     terminal.json_only = options.json
     output_folder(options.out, may_hold=True)
+    import torch
+
+    from erasure.sae import SAETrainer, save
+    from erasure.sae.quality import quality
+
     pipe = open_model(options, text_only=True)
     stream, place = open_stream(pipe, options.model, parsed.tower, parsed.training.seed + process()[0])
     with terminal.progress(1) as progress:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
-from erasure.shown import LABEL, message, number, visible
+from erasure.shown import LABEL, did_you_mean, message, number, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 Options = TypeVar("Options")
 
-BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m")
+BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m|-{4,}")
 """Box drawing and colours in the parser's messages."""
 
 WIDE = 200
@@ -88,9 +89,11 @@ def parse(
         if get_origin(kind) in (tuple, list)
     }
     given = merge_repeated(argv, lists)
-    said = io.StringIO()
+    _check_flags(given, options, command, ("", "no-") if negatable else ("",))
+    said, shown = io.StringIO(), io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
     try:
-        with contextlib.redirect_stderr(said):
+        # The parser knows nothing of NO_COLOR, and leaves colours out where it does not write to a terminal.
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
             return tyro.cli(
                 options,
                 prog=f"erasure {command}",
@@ -100,10 +103,23 @@ def parse(
             )
     except SystemExit as end:
         if not end.code:
+            if isinstance(shown, io.StringIO):
+                print(shown.getvalue(), end="")
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
-        text = re.sub(r"\s*For full helptext.*$", "", text)
+        text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
         raise UsageError(f"{text}; see: erasure {command} --help") from None
+
+
+def _check_flags(argv: Sequence[str], options: type, command: str, prefixes: Sequence[str]) -> None:
+    """Raise `UsageError` for a flag that a command does not have; the message names the nearest."""
+    fields = {field.replace("_", "-") for part in _parts(options) for field in get_type_hints(part)}
+    known = {f"--{prefix}{field}" for field in fields for prefix in prefixes} | {"--help"}
+    for token in argv:
+        flag = token.partition("=")[0].replace("_", "-")
+        if token.startswith("--") and flag not in known:
+            hint = did_you_mean(flag, sorted(known))
+            raise UsageError(f"unknown option {flag}.{hint} See: erasure {command} --help")
 
 
 def _parts(options: type) -> Iterator[type]:
@@ -183,13 +199,26 @@ class Terminal:
         if self.speaks and ours:
             self.complain("warning", message)
 
+    @property
+    def width(self) -> int:
+        """Characters of a line of a table."""
+        return self._console().width
+
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        console = Console(stderr=self.json_only)
+        # A file or a pipe has no width, unless the user says one.
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDE
+        return console
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Print a table; columns after the first that hold only numbers are set to the right.
 
         Of a very large one the beginning is printed, and how much there is.
         """
         from rich.box import SIMPLE_HEAD
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -205,9 +234,7 @@ class Terminal:
             table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))
-        console = Console(stderr=self.json_only)
-        if not console.is_terminal:
-            console.width = WIDE
+        console = self._console()
         if title:
             console.print(Text(visible(title)))
         console.print(table)

@@ -97,6 +97,10 @@ def attack(
     # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
     pipe = ErasureManager(pipe).twin()
     found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
+    if len(found.targets) != 1:
+        raise EvaluationError(
+            f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
+        )
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)

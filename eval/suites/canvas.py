@@ -24,6 +24,7 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
 from erasure.eval.suites import SIZES, Plan, Rows, Target, register
 from erasure.interop.protocols import Pipeline
+from erasure.parsing import ConceptRequest
 from erasure.world import World
 
 TEMPLATE = "{object} image in {style} style"
@@ -59,14 +60,14 @@ def world_of(pipe: Pipeline, suite: str) -> World:
     return world
 
 
-def target_of(world: World, concept: str | Concept) -> Target:
+def target_of(world: World, concept: Concept | ConceptRequest) -> Target:
     """The classes that a concept stands for.
 
     Raises:
         EvaluationError: The world has no such object, style, group or synonym.
     """
-    name, kind = (concept.target, concept.kind) if isinstance(concept, Concept) else (concept.strip(), None)
-    found = world.find(name, kind)
+    name = concept.target
+    found = world.find(name, concept.kind)
     if found is None:
         raise EvaluationError(
             f"suite canvas has no concept {name!r}; objects: {', '.join(world.objects)}; "
@@ -92,7 +93,7 @@ class CanvasSuite:
         if size not in SIZES:
             raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
         world = world_of(pipe, self.name)
-        targets = tuple(target_of(world, concept) for concept in concepts)
+        targets = tuple(target_of(world, concept) for concept in world.requests(concepts))
         samples = _samples(world, targets, size, seed, self.templates)
         classes = hashlib.sha256(json.dumps([world.objects, world.styles]).encode()).hexdigest()[:12]
         recipe = {

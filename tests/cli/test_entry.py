@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,12 +34,22 @@ def test_help_is_light():
     assert loaded_by("from erasure.cli.main import main; main(['--help'])") == set()
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"erase"}))
-def test_help_of_commands_is_light(command: str):
+QUICK = [
+    *([command, "--help"] for command in COMMANDS),
+    ["erase"], ["erase", "uce", "--help"], ["erase", "advunlearn", "--help"], ["erase", "ucee"], ["strategies"],
+    ["erase", "uce", "--model", "m", "--concept", "cat", "--preset", "none"], ["sae", "train", "--help"],
+    ["erase", "esd", "--model", "m", "--concept", "cat", "--steps", "-3"], ["sae", "info", "--help"],
+    ["attack"], ["attack", "unlearndiffatk", "--help"], ["attack", "unlearndifatk"], ["attack", "--model", "m"],
+    ["attack", "random_prefix", "--size", "huge", "--out", "o", "--model", "m"],
+    ["eval", "canvass", "--model", "m", "--out", "o"], ["eval", "--modle", "m"], ["paint"],
+]  # fmt: skip
+"""Commands that only list, help or refuse a word."""
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_helps_lists_and_refusals_of_words_are_light(arguments: list[str]):
     code = (
-        "from erasure.cli.main import main\n"
-        f"try: main([{command!r}, '--help'])\n"
-        "except SystemExit as end: assert not end.code"
+        f"from erasure.cli.main import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code"
     )
     assert loaded_by(code) == set()
 
@@ -85,6 +99,37 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], names: list
     assert said.err.count("\n") == 1
     assert all(name in said.err for name in names), said.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["erse"], "erase"), (["Generate"], "generate"), (["comparison"], "compare"), (["sae", "trian"], "train"),
+        (["generate", "--promt", "a cat"], "--prompt"), (["erase", "uce", "--concpet", "cat"], "--concept"),
+        (["eval", "canvas", "--modle=m"], "--model"), (["demo", "--SIZE", "smoke"], "--size"),
+        (["erase", "ucee"], "uce"), (["attack", "unlearndifattack"], "unlearndiffatk"),
+        (["eval", "canvass"], "canvas"),
+        (["attack", "unlearndiffatk", "--sampels", "3"], "--samples"), (["remove", "--mas", "m.png"], "--mask"),
+    ],
+)  # fmt: skip
+def test_the_nearest_word_is_named(arguments: list[str], nearest: str, capsys: Any) -> None:
+    assert main(arguments) == 2
+    assert f"Did you mean {nearest!r}?" in capsys.readouterr().err
+
+
+def test_no_colour_where_none_is_wanted(tmp_path: Path) -> None:
+    """Help on a terminal, which `script` makes."""
+    if shutil.which("script") is None:
+        pytest.skip("needs the command `script`")
+    command = ["script", "-qec", f"{sys.executable} -m erasure info --help", str(tmp_path / "log")]
+    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")} | {"TERM": "xterm"}
+    coloured, bare = (
+        subprocess.run(command, env=plain | more, capture_output=True, text=True, check=True).stdout
+        for more in ({}, {"NO_COLOR": "1"})
+    )
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in bare
+    assert "usage: erasure info" in bare
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def stock_pictures(pipe: Any) -> list[tuple[Any, Any]]:
     plans = [kit.plan(pipe, [name], "full", 0).samples for name in OBJECTS]
     samples = {sample.sample_id: sample for samples in plans for sample in samples}
     drawn = generate(pipe, list(samples.values()), 8)
-    return [(np.asarray(image, float), sample) for batch, images in drawn for sample, image in zip(batch, images, strict=True)]
+    pairs = (pair for batch, images in drawn for pair in zip(images, batch, strict=True))
+    return [(np.asarray(image, float), sample) for image, sample in pairs]
 
 
 def seeing_judge(pictures: list[tuple[Any, Any]]) -> Any:
