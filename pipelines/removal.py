@@ -123,12 +123,12 @@ class ObjectRemovalMixin(LocalizationMixin):
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
             **self._conditioning(source, keep, settings, generator), **rest,
         }  # fmt: skip
+        control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
             record: list[Tensor] = []
             if settings.sampler == "inversion":
                 record = self._invert(call, settings, keep)
                 call["latents"] = record[0]
-            control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
             with control, guidance, free_u(as_pipeline(self).unet, settings.free_u):
                 result = super().__call__(  # type: ignore[misc]
