@@ -19,6 +19,13 @@ BYTES_LIMIT = 256 * 2**20
 """Bytes of a file."""
 PIXELS_LIMIT = 64 * 2**20
 """Pixels of a picture: 8192 x 8192."""
+SMALLEST_SIDE = 8
+"""Pixels. A picture with a shorter side shows nothing that could be recognised."""
+SAME_COLOUR = 10
+"""Steps of 256 by which a pixel of a blank picture differs at most from the picture's median colour."""
+BLANK_SHARE = 0.99
+"""Share of the pixels that have the median colour in a blank picture. Line drawings of the embedded world have it in
+0.98 of their pixels at most."""
 
 
 def read_image(
@@ -131,6 +138,51 @@ def check_size(
     width, height = image.size
     if not 0 < width * height <= limit:
         raise error(f"{where} has {width} x {height} pixels; allowed: 1 to {limit:,}. Scale it")
+
+
+def flaw(image: object) -> str | None:
+    """Say why a generated picture shows nothing that a detector could judge; `None` when it may show something.
+
+    Nothing is shown by what is no picture, by a picture that cannot be decoded or whose values are not finite, by one
+    with a side shorter than `SMALLEST_SIDE`, and by one of a single colour or nearly so, whatever the colour, also
+    where everything is transparent. Safety checkers and collapsed models give such pictures, and a detector has an
+    answer for each of them all the same.
+    """
+    if not isinstance(image, Image.Image):
+        return f"no picture but {type(image).__name__}"
+    if min(image.size) < SMALLEST_SIDE:
+        return f"a picture of {image.width} x {image.height} pixels: less than {SMALLEST_SIDE} on a side"
+    try:
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            return "a picture with values that are not finite"
+        grounds = [np.asarray(part, dtype=np.float64) for part in _flattened(image)]
+    except ErasureError as error:
+        return str(error)
+    blank = [_median_colour(pixels) for pixels in grounds]
+    if None not in blank:
+        colour = blank[0]
+        return f"a picture of one colour, {colour}" if len(set(blank)) == 1 else "a picture that is transparent"
+    return None
+
+
+def _flattened(image: Image.Image) -> list[Image.Image]:
+    """A picture in RGB as it looks: one with transparency in front of black and in front of white."""
+    if not image.has_transparency_data:
+        return [rgb(image)]
+    check_size(image, "an image")
+    try:
+        layers = image.convert("RGBA")
+    except Exception as reason:  # decoders meet damaged files in many ways
+        raise ImageError(f"an image cannot be decoded ({type(reason).__name__}: {reason}): save it again") from reason
+    grounds = [Image.new("RGBA", image.size, colour) for colour in ("black", "white")]
+    return [Image.alpha_composite(ground, layers).convert("RGB") for ground in grounds]
+
+
+def _median_colour(pixels: np.ndarray) -> str | None:
+    """The colour of a blank picture, as `#rrggbb`; `None` of any other."""
+    colour = np.median(pixels, axis=(0, 1))
+    same = (np.abs(pixels - colour) <= SAME_COLOUR).all(-1).mean()
+    return "#" + "".join(f"{int(value):02x}" for value in colour) if same >= BLANK_SHARE else None
 
 
 def png(image: Image.Image) -> bytes:

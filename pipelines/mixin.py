@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from erasure import api, guards
+from erasure import api, assets, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
@@ -194,7 +195,8 @@ class ErasureMixin(SharedModulesMixin):
 
         Args:
             folder: Where to; must not exist or be empty.
-            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False`
+            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased, and
+                `erased.json` and a model card in it say of what. `False`
                 writes the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them
                 together again.
         """
@@ -218,10 +220,15 @@ class ErasureMixin(SharedModulesMixin):
                     for name, erasure in manager.erasures.items():
                         erasure.save(temporary / ERASURES_FOLDER / name)
                     write_json(temporary / ATTACHED_FILE, manager.strengths)
+                    assets.copy_facts(self.name_or_path, temporary / BASE_FOLDER)
+                assets.copy_facts(self.name_or_path, temporary)
         return folder
 
-    def save_pretrained(self, *args: object, **options: object) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
+
+        `erased.json` and a model card beside the stock files say what is erased in the weights; see `erasure.baked`.
+        The copy of a model of the embedded world declares the world as well.
 
         Raises:
             AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
@@ -229,7 +236,10 @@ class ErasureMixin(SharedModulesMixin):
         manager = self.erasure_manager
         with manager.in_use():
             manager.check_saveable()
-            super().save_pretrained(*args, **options)  # type: ignore[misc]
+            if not Path(save_directory).is_file():
+                leave_trace(manager, save_directory)
+            super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+            assets.copy_facts(self.name_or_path, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:

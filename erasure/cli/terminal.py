@@ -18,6 +18,7 @@ from erasure.errors import ErasureError
 from erasure.shown import LABEL, did_you_mean, message, number, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -106,7 +107,7 @@ def parse(
                 print(shown.getvalue(), end="")
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
-        text = re.sub(r"\s*For full helptext.*$", "", text)
+        text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
         raise UsageError(f"{text}; see: erasure {command} --help") from None
 
 
@@ -198,13 +199,26 @@ class Terminal:
         if self.speaks and ours:
             self.complain("warning", message)
 
+    @property
+    def width(self) -> int:
+        """Characters of a line of a table."""
+        return self._console().width
+
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        console = Console(stderr=self.json_only)
+        # A file or a pipe has no width, unless the user says one.
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDE
+        return console
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Print a table; columns after the first that hold only numbers are set to the right.
 
         Of a very large one the beginning is printed, and how much there is.
         """
         from rich.box import SIMPLE_HEAD
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -220,9 +234,7 @@ class Terminal:
             table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))
-        console = Console(stderr=self.json_only)
-        if not console.is_terminal:
-            console.width = WIDE
+        console = self._console()
         if title:
             console.print(Text(visible(title)))
         console.print(table)
