@@ -1,4 +1,4 @@
-"""Models and packages beside the plain ones: inpainting and latent consistency UNets, schedulers, DeepCache, tomesd."""
+"""Models and packages beside the plain ones: inpainting and consistency UNets, schedulers, DeepCache, tomesd."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def find(base: Any) -> Any:
     return pipe.localize(IMAGE, "cat", num_inference_steps=4)
 
 
-# UNets ----------------------------------------------------------------------------------------------------------------
+# UNets --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_one_step_is_enough_for_a_turbo_model(tiny_pipe: Any) -> None:
         remove(tiny_pipe, num_inference_steps=1)
 
 
-# Schedulers -----------------------------------------------------------------------------------------------------------
+# Schedulers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_schedulers_that_ddim_knows_nothing_of_are_refused(tiny_pipe: Any) -> No
             remove(tiny_pipe, **options)
 
 
-# Packages -------------------------------------------------------------------------------------------------------------
+# Packages -----------------------------------------------------------------------------------------------------------
 
 
 class DeepCache:
