@@ -97,9 +97,7 @@ def test_what_is_not_of_this_erasure_alone_is_not_recorded(saved: Path, tmp_path
     assert (saved / "erasure_config.json").read_bytes() == before
 
 
-def test_an_edited_card_stays_and_a_read_only_place_is_no_error(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_edited_card_stays_and_a_read_only_place_is_no_error(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = (saved / "README.md").read_text() + "\nMine.\n"
     (saved / "README.md").write_text(card)
     (saved / "notes.txt").write_text("mine")
