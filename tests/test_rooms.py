@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
-    {"concept", "errors", "extras", "files", "images", "interop", "pages", "registry", "shown", "versions"}
-)
+    {
+        "concept", "errors", "extras", "files", "images", "interop", "options", "pages", "parsing", "registry",
+        "shown", "versions",
+    }
+)  # fmt: skip
 LIBRARY = frozenset(
     {
         "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "leases", "proof", "schema",
