@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
+from erasure.baked import leave_trace, saved_to
 from erasure.carriers.embeddings import warn_of_unlike_tokens
-from erasure.errors import AttachError, BypassedErasureWarning, TwiceAttachedWarning, UnsupportedModelError
-from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of
+from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
+from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of, warn_of_same_edits
 from erasure.interop import adapters, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
@@ -106,8 +106,6 @@ class ErasureManager:
             strict: bool = False, controlnet: bool = False) -> int:  # fmt: skip
         """Attach an erasure and put all attached ones in force that `set_erasures` did not leave out.
 
-        Warns when the same edits are attached already under another name: both together have twice the strength.
-
         Args:
             erasure: What to attach.
             name: What to call it; its own name by default.
@@ -135,7 +133,7 @@ class ErasureManager:
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
             warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
-            again = [other for other, made in self.erasures.items() if _same_edits(made, erasure)]
+            warn_of_same_edits(name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:
                 record = replace(states[component].record if component in states else Record(), enabled=True)
@@ -143,13 +141,6 @@ class ErasureManager:
                     record = replace(record, attached={**record.attached, name: attached})
                 records[component] = record
             self._apply(modules, records, sources)
-        if again:
-            warnings.warn(
-                f"{name!r} makes the same edits as {again[0]!r}, which is attached already: together they have twice "
-                f"the strength. delete_erasure({name!r}) takes one off; a single one takes a strength of 2 as well",
-                TwiceAttachedWarning,
-                stacklevel=2,
-            )
         if not controlnet and CONTROLNET in modules and any(map(is_denoiser, sources)):
             warnings.warn(guards.CONTROL.format(names=name), BypassedErasureWarning, stacklevel=2)
         return len(erasure.edits)
@@ -202,7 +193,7 @@ class ErasureManager:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, denoiser, now)
             if any(state.record.attached for state in now.values()):
-                CallGuard.install(self.pipe, "save_pretrained", _refuse_unsaveable)
+                CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
@@ -411,14 +402,9 @@ class ErasureManager:
             guards.check_saveable(self._modules().values(), beyond_weights)
 
 
-def _same_edits(first: Erasure, second: Erasure) -> bool:
-    """Whether two erasures change a model alike, whatever they are called and in what precision they are kept."""
-    one, other = ({**made.edits.lora_state_dict(), **made.edits.delta_state_dict()} for made in (first, second))
-    return {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in other.items()} and all(
-        torch.equal(tensor.cpu().float(), other[key].cpu().float()) for key, tensor in one.items()
-    )
-
-
-def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
-    """Refuse before the first file of a pipeline is written."""
-    ErasureManager(pipe).check_saveable()
+def _before_saving(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
+    """Refuse before the first file of a pipeline is written, or say beside its files what they are erased of."""
+    manager = ErasureManager(pipe)
+    manager.check_saveable()
+    if (folder := saved_to(args, kwargs)) is not None and not folder.is_file():
+        leave_trace(manager, folder)

@@ -108,8 +108,8 @@ class Edits:
         for key, delta in self.deltas.items():
             _check_tensors(key, {"delta": delta}, {"delta": FLOATS})
         for key, pin in self.pinned.items():
-            _check_tensors(key, pin._asdict(), {"input_ids": (torch.int64,), "hidden_states": FLOATS})
-            if pin.input_ids.shape != pin.hidden_states.shape[:2] or pin.hidden_states.ndim != 3:
+            _check_tensors(key, _told(pin), {"input_ids": (torch.int64,), "hidden_states": FLOATS, "blocks": FLOATS})
+            if not pin.fits():
                 raise ArtifactError(f"the pinned prompts of {key!r} do not fit together")
             if pin.input_ids.numel() and int(pin.input_ids.min()) < 0:
                 raise ArtifactError(
@@ -166,7 +166,7 @@ class Edits:
 
     def delta_state_dict(self) -> dict[str, Tensor]:
         """Everything that is not low-rank, under the names of `erasure.safetensors`."""
-        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin._asdict().items()}
+        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in _told(pin).items()}
         slices = {
             f"{key}/{KINDS[type(edit)]}.{part}": tensor
             for key, edit in self.features.items()
@@ -184,6 +184,13 @@ class Edits:
             state[f"{component}.{prefix}{path}.lora_A.weight"] = down.contiguous()
             state[f"{component}.{prefix}{path}.lora_B.weight"] = up.contiguous()
         return state
+
+    def equals(self, other: Edits) -> bool:
+        """Whether other edits change a model alike, in whatever precision they are kept."""
+        one, two = ({**edits.lora_state_dict(), **edits.delta_state_dict()} for edits in (self, other))
+        return {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in two.items()} and all(
+            torch.equal(tensor.cpu().float(), two[key].cpu().float()) for key, tensor in one.items()
+        )
 
     @classmethod
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
@@ -219,10 +226,10 @@ class Edits:
             if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
         pinned = {}
-        for component, (ids, states) in _grouped(deltas, "pinned", Pinned._fields).items():
-            if states.ndim != 3 or ids.shape != states.shape[:2]:
+        for component, parts in _grouped(deltas, "pinned", Pinned._fields, optional=["blocks"]).items():
+            pinned[component] = Pinned(*parts)
+            if not pinned[component].fits():
                 raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
-            pinned[component] = Pinned(ids, states)
         features: dict[str, BlockEdit] = {}
         for form, kind in KINDS.items():
             for key, parts in _grouped(deltas, kind, form._fields).items():
@@ -293,8 +300,15 @@ def _acts(edit: BlockEdit) -> bool:
     return bool(((edit.gain[used] != 0) | (edit.offset[used] != 0)).any()) and bool(edit.w_dec[used].any())
 
 
-def _grouped(tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str]) -> dict[str, list[Tensor]]:
-    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields.
+def _told(pin: Pinned) -> dict[str, Tensor]:
+    """The tensors of pinned prompts by field, but for states of blocks that nobody knows."""
+    return {name: tensor for name, tensor in pin._asdict().items() if name != "blocks" or tensor.numel()}
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[Tensor]]:
+    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields; the last ones may be left out if optional.
 
     Raises:
         ArtifactError: A field is missing or unknown.
@@ -305,6 +319,6 @@ def _grouped(tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str]) ->
         if separator:
             found.setdefault(owner, {})[part] = tensor
     for owner, parts in found.items():
-        if set(parts) != set(fields):
+        if not set(fields) - set(optional) <= set(parts) <= set(fields):
             raise ArtifactError(f"{kind} of {owner!r} are incomplete: expected {list(fields)}, found {sorted(parts)}")
-    return {owner: [parts[part] for part in fields] for owner, parts in found.items()}
+    return {owner: [parts[part] for part in fields if part in parts] for owner, parts in found.items()}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
-from erasure.errors import OptionError
 from erasure.interop import paths
-from erasure.strategies.base import Presets, register
+from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets, ZeroToOne
+from erasure.strategies.base import register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
@@ -49,25 +49,25 @@ class AdvUnlearn(TrainedStrategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
 
-    steps: int = 150
+    steps: Count = 150
     """Updates (paper: 1000)."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Learning rate of AdamW, constant after the warm-up (paper: 1e-5 for whole parameters)."""
-    retain_weight: float = 3.0
+    retain_weight: NotNegative = 3.0
     """Weight of the loss on prompts that must survive (paper: 0.3)."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[CountOrZero, ...] = ()
     """Blocks of the text encoder to train, 0 the first; all of them and the final norm when left out."""
-    attack_steps: int = 4
+    attack_steps: CountOrZero = 4
     """Steps of the adversary in each update (paper: 30); 0 trains without one."""
-    attack_lr: float = 0.3
+    attack_lr: Positive = 0.3
     """Of the adversary's Adam, in standard deviations of the vocabulary's embeddings."""
-    attack_tokens: int = 1
+    attack_tokens: Count = 1
     """Vectors ahead of the prompt (paper: 1)."""
     attack_signed: bool = False
     """Steps of the gradient's sign; with `attack_steps` 1 the paper's fast variant."""
-    attack_from: float = 0.2
+    attack_from: ZeroToOne = 0.2
     """Share of the updates before the adversary sets in (paper: 200 of 1000)."""
-    attacked: float = 1.0
+    attacked: ZeroToOne = 1.0
     """Share of an update's prompts that are attacked."""
 
     presets: ClassVar[Presets] = {
@@ -84,18 +84,11 @@ class AdvUnlearn(TrainedStrategy):
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow."""
         super().__post_init__()
-        if not isinstance(self.layers, (tuple, list)) or any(type(n) is not int or n < 0 for n in self.layers):
-            raise OptionError(
-                f"advunlearn: option 'layers' is {self.layers!r}; allowed: numbers of blocks, 0 the first"
-            )
         if self.rollout_by != "teacher":
-            raise OptionError("advunlearn: option 'rollout_by' is 'student'; only the text encoder changes here, so "
-                              "trajectories are the stock model's: 'teacher'")  # fmt: skip
-        if self.attack_tokens < 1 or max(self.attacked, self.attack_from) > 1:
-            raise OptionError(
-                f"advunlearn: 'attack_tokens' {self.attack_tokens}, 'attacked' {self.attacked}, 'attack_from' "
-                f"{self.attack_from}: allowed are 1 or more tokens, and shares of 1"
-            )
+            self.refuse(
+                "rollout_by", self.rollout_by,
+                "'teacher': only the text encoder changes here, so trajectories are the stock model's",
+            )  # fmt: skip
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """The chosen blocks of the first text encoder.

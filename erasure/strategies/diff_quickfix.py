@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
-from erasure.strategies.base import Fit, Presets, Strategy, register
-from erasure.strategies.hirm import tapped
+from erasure.interop.taps import tapped
+from erasure.options import CountOrZero, Positive, Presets
+from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.strategies.uce import compress, factors, solve
 
@@ -40,9 +41,9 @@ class DiffQuickFix(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds, text encoder only"
 
-    regularisation: float = 0.01
+    regularisation: Positive = 0.01
     """lambda, in squared units of the layer's inputs (released code: 0.01)."""
-    vocabulary: int = 300
+    vocabulary: CountOrZero = 300
     """Random prompts from the tokeniser's own words, preserved with the retain lists. 0: nothing is (paper)."""
 
     presets: ClassVar[Presets] = {"released": {"vocabulary": 0, "regularisation": 0.01}}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.interop import paths
-from erasure.strategies.base import Presets, register
+from erasure.options import Presets
+from erasure.strategies.base import register
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.student import Student, make_student
 

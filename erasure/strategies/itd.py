@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
@@ -16,6 +17,7 @@ from erasure.carriers.features import FeatureEdit
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
+from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
     CHUNK,
@@ -33,8 +35,11 @@ from erasure.sae.gates import (
 from erasure.sae.mining import mine
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry, top_sets
 from erasure.sae.stream import activations, reads_from
-from erasure.strategies.base import Fit, Presets, Strategy, register
+from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+
+Factor = Annotated[float, Ge(-1000), Le(1000)]
+"""What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
 
 
 class Choice(NamedTuple):
@@ -80,63 +85,68 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    signed: ClassVar[tuple[str, ...]] = ("tau", "shared")
     presets: ClassVar[Presets] = {"released": {"parity": "itd", "tau": -8.0}}
 
-    dictionary: str = ""
+    dictionary: PathText = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
     taken for the embedded model; else a small one is trained first on random prompts of the tokeniser's words, and is
     kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
-    layer: int | None = None
+    layer: CountOrZero | None = None
     """Block whose output is read and edited, from 0 on; the dictionary's own, or two thirds of the way."""
-    prompts: str = ""
+    prompts: PathText = ""
     """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
     dictionary when left out, and random prompts of the tokeniser's words when there are none."""
     mode: Literal["scale", "ablate", "clamp", "replace"] = "scale"
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: float = -10.0
+    tau: Factor = -10.0
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
     (released code: -8, for all)."""
-    shared: float = 0.5
+    shared: Factor = 0.5
     """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
     what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
-    features: int = 32
+    features: Count = 32
     """At most so many latents of a concept are edited."""
-    floor: float = 0.25
+    floor: ZeroToOne = 0.25
     """A latent counts as firing only above this share of what it usually reaches in prompts with the concept."""
-    target_rate: float = 0.5
+    target_rate: ZeroToOne = 0.5
     """A feature fires on at least this share of the prompts with the concept."""
-    retain_rate: float = 0.35
+    retain_rate: ZeroToOne = 0.35
     """And on at most this share of the others: what a concept shares with its neighbours is part of what draws it, and
     is changed only behind its gate."""
     gate: Literal["features", "probe"] = "features"
     """What opens a gate: the score of latents, or the linear probe's."""
-    votes: int = 32
+    votes: Count = 32
     """Latents in a gate's score."""
     tokens: Literal["prompt", "word"] = "prompt"
     """Edit every token of a prompt whose gate is open, or only those whose own score would open it."""
-    false_positive_rate: float = 0.01
+    false_positive_rate: ZeroToOne = 0.01
     """Share of ordinary prompts without the concept that may open its gate, measured on prompts that chose nothing.
     Words that mean the concept, but are not given as synonyms, count as such."""
-    contexts: int = 96
+    contexts: CountOrZero = 96
     """Random prompts that name the concept among other words."""
-    vocabulary: int = 2400
+    vocabulary: Count = 2400
     """Random prompts from the tokeniser's own words, where there are no ordinary ones."""
-    mining_steps: int = 0
+    mining_steps: CountOrZero = 0
     """Steps of adversarial feature mining: embeddings are trained to bring the concept's images back past the edit,
     and what fires on them joins the features. 0 leaves it out; the released code takes 5000."""
     parity: Literal["", "itd"] = ""
     """`itd` edits and gates as the paper's released code does."""
-    top: int = 128
+    top: Count = 128
     """With `parity`: latents of a prompt that count as active (released code: 128, for styles 256)."""
-    d_sae: int = 1024
+    d_sae: Count = 1024
     """Latents of a dictionary that is trained first."""
-    k: int = 8
+    k: Count = 8
     """Its latents per token."""
-    steps: int = 600
+    steps: Count = 600
     """Its training steps."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow."""
+        super().__post_init__()
+        if self.k > self.d_sae:
+            self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,22 +39,34 @@ class Span(NamedTuple):
     learned token may."""
 
 
-def subject_span(tower: TextTower, prompt: str, words: str) -> Span:
-    """The token positions of `words` in `prompt` (its last occurrence), all vectors of learned tokens included.
+def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = None) -> Span:
+    """The token positions of `words` in `prompt`, all vectors of learned tokens included.
+
+    Args:
+        tower: Tokenises them.
+        prompt: The whole prompt.
+        words: The words that are sought.
+        ahead: Text of the prompt ahead of them, which tells several occurrences apart; the last one is taken when
+            left out.
 
     Raises:
-        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour).
+        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour), or not behind
+            that text.
     """
     ids = tower.prompt_ids(prompt, truncate=True)
     part = tower.word_ids(words)
-    for first in range(len(ids) - len(part), tower.leading - 1, -1):
-        if part and ids[first : first + len(part)] == part:
-            last = first + len(part) - 1
-            learned = tower.learned_ids
-            return Span(first, last, next((first + i for i, token in enumerate(part) if token in learned), last))
-    raise ConceptError(
-        f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?"
-    )
+    starts = [i for i in range(tower.leading, len(ids) - len(part) + 1) if part and ids[i : i + len(part)] == part]
+    if ahead is not None:
+        starts = [i for i in starts if i == tower.leading + len(tower.word_ids(ahead.rstrip()))]
+    if not starts:
+        raise ConceptError(
+            f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} "
+            "tokens, or is the word written together with its neighbours?"
+        )
+    first = starts[-1]
+    last = first + len(part) - 1
+    learned = tower.learned_ids
+    return Span(first, last, next((first + i for i, token in enumerate(part) if token in learned), last))
 
 
 def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
@@ -61,11 +74,12 @@ def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPr
 
     Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to
     those after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
+    Concept and anchor are those in the template's place, whatever else of the same name the phrasing holds.
     """
-    prompt = template.format(words)
+    prompt, ahead = template.format(words), template.partition("{}")[0]
     anchor_prompt = " ".join(template.format(anchor).split())
-    first, last, start = subject_span(tower, prompt, words)
-    anchor_last = subject_span(tower, anchor_prompt, anchor).last if anchor else first
+    first, last, start = subject_span(tower, prompt, words, ahead)
+    anchor_last = subject_span(tower, anchor_prompt, anchor, ahead).last if anchor else first
     after = anchor_last + 1 if anchor else first
     positions = torch.arange(tower.max_length)
     positions[first : last + 1] = anchor_last
@@ -191,8 +205,28 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
 
 
 def without(prompt: str, concept: Concept) -> str:
-    """A prompt without the concept's words."""
+    """A prompt without the concept's words: every mention of every name, in upper or lower case, as whole words.
+
+    Where a name begins or ends with a letter of a script that writes words without blanks between them, it may stand
+    beside other letters.
+
+    Example:
+        >>> without("a cartoon of a car", Concept("car"))
+        'a cartoon of a'
+    """
     for name in sorted(concept.names, key=len, reverse=True):
-        if name in prompt:
-            return " ".join(prompt.replace(name, " ").split())
-    return prompt
+        words = r"\s+".join(map(re.escape, name.split()))
+        pattern = f"{_edge(name[0], '(?<!')}{words}{_edge(name[-1], '(?!')}"
+        prompt = re.sub(pattern, " ", prompt, flags=re.IGNORECASE)
+    return " ".join(prompt.split())
+
+
+def _edge(letter: str, opening: str) -> str:
+    """Part of a pattern that lets no further letter of the same word stand beside a name's first or last one."""
+    return rf"{opening}\w)" if re.match(r"\w", letter) and not UNSPACED.match(letter) else ""
+
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""

@@ -19,8 +19,8 @@ from erasure.backbones import Backbone, TextTower
 from erasure.cache import model_fingerprint
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
-from erasure.errors import OptionError
 from erasure.interop import paths, scopes
+from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
 from erasure.training import storage
@@ -58,17 +58,17 @@ class TrainedStrategy(Optimisation, Strategy):
 
     trains: ClassVar[bool] = True
 
-    steps: int = 200
+    steps: Count = 200
     """Updates."""
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     """Learning rate of AdamW, constant after the warm-up."""
-    batch: int = 4
+    batch: Count = 4
     """States of the concept in each update, over all processes."""
-    retain_batch: int = 4
+    retain_batch: CountOrZero = 4
     """States of prompts that must survive in each update; 0 for none."""
-    rank: int = 16
+    rank: CountOrZero = 16
     """Of the LoRA; 0 trains whole parameters."""
-    eta: float = 1.0
+    eta: NotNegative = 1.0
     """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
     diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
     base: Literal["anchor", "null"] = "anchor"
@@ -78,49 +78,43 @@ class TrainedStrategy(Optimisation, Strategy):
     """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
     """`buffer` rolls trajectories out once; `online` every state anew, as released code does."""
-    rollouts: int = 1
+    rollouts: Count = 1
     """Trajectories of each prompt with the concept."""
-    retain_rollouts: int = 1
+    retain_rollouts: Count = 1
     """Trajectories of each prompt that must survive."""
-    rollout_steps: int = 20
+    rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
-    rollout_guidance: float = 3.0
+    rollout_guidance: NotNegative = 3.0
     """Classifier-free guidance of trajectories (ESD: 3)."""
     rollout_by: Literal["teacher", "student"] = "teacher"
     """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
-    refresh: int = 50
+    refresh: Count = 50
     """Updates between two fillings of a buffer by the student."""
-    contexts: int = 12
+    contexts: CountOrZero = 12
     """Random prompts that name each concept among other words, besides its phrasings."""
-    retain_vocabulary: int = 32
+    retain_vocabulary: CountOrZero = 32
     """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
-    retain_weight: float = 1.0
+    retain_weight: NotNegative = 1.0
     """Weight of their loss."""
-    scope_weight: float = 0.0
+    scope_weight: NotNegative = 0.0
     """Weight of a loss that keeps what prompts mean without the concept's words, at the concept's own states: benign
     words of a request must not become signals to unlearn (Scope-aware Unlearning, arXiv 2506.00359)."""
-    projection: float = 0.0
+    projection: ZeroToOne = 0.0
     """Share of the energy of retained inputs that no step may touch; 1 for all that they span, 0 switches it off. See
     `erasure.training.plugins.RetainProjection`."""
-    group_lasso: float = 0.0
+    group_lasso: NotNegative = 0.0
     """Weight of a penalty that drops whole attention layers from the LoRA; 0 switches it off."""
-    group_lasso_from: float = 0.2
+    group_lasso_from: ZeroToOne = 0.2
     """Share of the updates before it sets in."""
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow."""
         super().__post_init__()
-        for name in ("steps", "batch", "accumulation", "rollouts", "retain_rollouts", "rollout_steps", "refresh"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{self.name}: option {name!r} is {getattr(self, name)}; allowed: 1 or more")
-        for name in ("projection", "ema", "group_lasso_from"):
-            if getattr(self, name) > 1:
-                raise OptionError(f"{self.name}: option {name!r} is {getattr(self, name)}; allowed: 0 to 1")
         if self.projection and not self.retain_batch:
-            raise OptionError(f"{self.name}: option 'projection' needs prompts to retain: 'retain_batch' of 1 or more")
+            self.refuse("projection", self.projection, "0 without prompts to retain: raise 'retain_batch'")
         if self.group_lasso and not self.rank:
-            raise OptionError(f"{self.name}: option 'group_lasso' prunes a LoRA: it needs a 'rank' of 1 or more")
+            self.refuse("group_lasso", self.group_lasso, "0 without a LoRA, which is what it prunes: raise 'rank'")
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -159,9 +153,9 @@ class TrainedStrategy(Optimisation, Strategy):
             stack.enter_context(cost.counting(backbone.denoiser))
             task = self.task(backbone, tower, concepts, seed, accelerator)
             stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
-            started = time.perf_counter()
+            cost.begin("rollout")
             self.fill(task, model, accelerator)
-            rolled, filling = cost.forwards, time.perf_counter() - started
+            cost.begin("setup")
             projection, figures = self.projected(task)
             student, lasso = task.student, None
             if self.group_lasso and isinstance(student, LowRankStudent):
@@ -172,18 +166,20 @@ class TrainedStrategy(Optimisation, Strategy):
                 projection=projection, lasso=lasso,
                 lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
             )  # fmt: skip
-            started = time.perf_counter()
+            cost.begin("update")
             row = trainer.train(progress)
-            seconds = time.perf_counter() - started
+            cost.begin("setup")
             edits = self.edits(task)
         figures |= {f"loss_{name}": value for name, value in row.items()}
         figures |= {
-            "rollout_forwards": float(rolled),
-            "rollout_seconds": filling,
-            "update_seconds": seconds,
+            "rollout_forwards": float(cost.rollout_forwards),
+            "rollout_seconds": cost.seconds["rollout"],
+            "update_seconds": cost.seconds["update"],
             "denoiser_forwards": float(cost.forwards),
             "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
         }
+        if cost.sessions > 1:
+            figures |= {"sessions": float(cost.sessions), "earlier_seconds": cost.earlier_seconds}
         if lasso is not None:
             figures |= {"layers_dropped": float(lasso.dropped()), "layers": float(len(lasso.groups))}
         return Fit(edits, figures)

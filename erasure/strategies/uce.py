@@ -13,7 +13,8 @@ from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
-from erasure.strategies.base import Fit, Presets, Strategy, register
+from erasure.options import CountOrZero, NotNegative, Positive, Presets
+from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import aligned_prompts, retain_prompts, subject_span, vocabulary, vocabulary_prompts
 
 
@@ -40,16 +41,16 @@ class UCE(Strategy):
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "seconds, text encoder only"
 
-    erase_scale: float = 10.0
+    erase_scale: Positive = 10.0
     """Weight s_e of an erased feature (released code: 1, with far fewer preserved ones against it)."""
-    preserve_scale: float = 1.0
+    preserve_scale: NotNegative = 1.0
     """Weight s_p of a preserved feature (released code: 1)."""
-    regularisation: float = 0.5
+    regularisation: Positive = 0.5
     """lambda, in squared units of the text features (released code: 0.5)."""
     tokens: Literal["last", "from_last"] = "from_last"
     """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included,
     which carry the concept too because attention is causal."""
-    vocabulary: int = 300
+    vocabulary: CountOrZero = 300
     """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
     presets: ClassVar[Presets] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone
 from erasure.errors import DivergenceError, OptionError
 from erasure.extras import require
+from erasure.options import Count, CountOrZero, Decay, NotNegative, Options, Positive
 from erasure.training.checkpoint import Checkpoint, Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.plugins import GroupLasso, RetainProjection
@@ -54,22 +55,22 @@ Losses = Callable[[Prepared], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimisation:
+class Optimisation(Options):
     """How a student is trained."""
 
-    steps: int
+    steps: Count
     """Updates."""
-    lr: float
+    lr: Positive
     """Peak learning rate of AdamW."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Parts that each process computes its share of a batch in, one after the other."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Of AdamW."""
-    warmup: int = 0
+    warmup: CountOrZero = 0
     """Updates of linear warm-up."""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Greatest norm of the gradient; 0 for none."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay of the running mean of the weights that becomes the result; 0 takes the last weights."""
     gradient_checkpointing: bool = False
     """Whether blocks of the denoiser run twice instead of keeping their activations."""

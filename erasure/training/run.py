@@ -10,21 +10,22 @@ from typing import Literal
 
 from erasure import files
 from erasure.files.folders import LOCK
+from erasure.options import Count, CountOrZero, Options
 
 RECIPE = "training.json"
 CHECKPOINT = "training.ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Options):
     """What a training writes besides its result."""
 
     checkpoints: str | Path | None = None
     """Folder of checkpoints, validation images and logs. The same training started again goes on from the last
     checkpoint there; nothing is kept when left out."""
-    save_every: int = 50
+    save_every: Count = 50
     """Updates between two checkpoints."""
-    validate_every: int = 0
+    validate_every: CountOrZero = 0
     """Updates between two grids of validation images; 0 for none."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where accelerate logs losses and costs."""

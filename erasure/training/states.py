@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, Conditioning
+from erasure.options import Count, NotNegative, Options
 from erasure.training.student import Student
 
 CHUNK = 8
@@ -58,14 +59,14 @@ class States(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Options):
     """How trajectories are made."""
 
-    seeds: int
+    seeds: Count
     """Trajectories of each scene."""
-    steps: int
+    steps: Count
     """Denoising steps of each, and states that it gives."""
-    guidance: float
+    guidance: NotNegative
     """Classifier-free guidance scale."""
 
 

@@ -89,7 +89,7 @@ def test_erase_writes_an_erasure(tiny_pipe_folder: Path, tmp_path: Path, capsys)
 
 
 def test_erase_preset_and_single_options(tiny_pipe_folder: Path, tmp_path: Path, capsys):
-    arguments = ["erase", "hirm", "--model", str(tiny_pipe_folder), "--concept", "cat", "--preset", "paper-s"]
+    arguments = ["erase", "hirm", "--model", str(tiny_pipe_folder), "--concept", "cat", "--preset", "paper-s-object"]
     summary = run_json([*arguments, "--steps", "1", "--out", str(tmp_path / "made")], capsys)
     config = summary["strategy_config"]
     assert config["steps"] == 1

@@ -9,6 +9,7 @@ import pytest
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import OptionError, UnknownStrategyError
+from erasure.options import CountOrZero, NotNegative
 from erasure.strategies import STRATEGIES, Fit, Strategy, available, get, register
 
 
@@ -16,9 +17,9 @@ from erasure.strategies import STRATEGIES, Fit, Strategy, available, get, regist
 class Nothing(Strategy):
     """A strategy that does nothing."""
 
-    amount: float = 1.0
+    amount: NotNegative = 1.0
     where: Literal["here", "there"] = "here"
-    count: int = 2
+    count: CountOrZero = 2
     presets = {"much": {"amount": 10.0, "count": 5}}  # noqa: RUF012
 
     def fit(self, backbone: Any, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]) -> Fit:
