@@ -97,3 +97,7 @@ class UnknownTokenWarning(UserWarning):
 
 class ConceptWarning(UserWarning):
     """Words that may mean something else than what they are taken for, or that a model does not know."""
+
+
+class TwiceAttachedWarning(UserWarning):
+    """The same edits are attached to a pipeline under two names."""

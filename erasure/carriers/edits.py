@@ -183,6 +183,13 @@ class Edits:
         }
         return {name: tensor.contiguous() for name, tensor in pairs.items()}
 
+    def equals(self, other: Edits) -> bool:
+        """Whether other edits change a model alike, in whatever precision they are kept."""
+        one, two = ({**edits.lora_state_dict(), **edits.delta_state_dict()} for edits in (self, other))
+        return {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in two.items()} and all(
+            torch.equal(tensor.cpu().float(), two[key].cpu().float()) for key, tensor in one.items()
+        )
+
     @classmethod
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
         """The inverse of saving: deltas as they are, low-rank edits from the names of LoRA files.

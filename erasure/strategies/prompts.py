@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import TextTower
-from erasure.concept import TEMPLATES, Concept
+from erasure.concept import TEMPLATES, Concept, numbers
 from erasure.errors import ConceptError
 from erasure.training.states import Scene
+from erasure.world import World
 
 
 class AlignedPrompt(NamedTuple):
@@ -107,12 +108,24 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
-    """Every whole word that is one token, but for those of the concepts and the bare letters."""
-    erased = {token for concept in concepts for words in concept.names for token in tower.word_ids(words)}
+    """Every whole word that is one token, but for the bare letters and those of the concepts.
+
+    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals.
+    """
+    world = World.of(tower.pipe)
+    names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
+    erased = {token for name in names for token in tower.word_ids(name)}
+    forms = {form for name in names for part in (name, *name.split()) for form in numbers(part)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = token.removesuffix("</w>")
-        if token.endswith("</w>") and len(word) > 1 and word.isalpha() and word.isascii() and index not in erased:
+        if (
+            token.endswith("</w>")
+            and len(word) > 1
+            and word.isalpha()
+            and word.isascii()
+            and not (index in erased or word.lower() in forms)
+        ):
             words.append(word)
     return words
 
