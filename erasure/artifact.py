@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import tempfile
@@ -85,6 +86,16 @@ class Erasure:
     def components(self) -> list[str]:
         """Pipeline components that it changes."""
         return self.edits.components
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tensors and of the options that it was made with, 16 hex digits."""
+        found = hashlib.sha256(files.digest([self.config.strategy, self.config.strategy_config]).encode())
+        tensors = self.edits.delta_state_dict() | self.edits.lora_state_dict()
+        for key, tensor in sorted(tensors.items()):
+            found.update(key.encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @cached_property
     def size_bytes(self) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
+from erasure.baked import leave_trace, saved_to
 from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
 from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of
@@ -191,7 +192,7 @@ class ErasureManager:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, denoiser, now)
             if any(state.record.attached for state in now.values()):
-                CallGuard.install(self.pipe, "save_pretrained", _refuse_unsaveable)
+                CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
@@ -400,6 +401,9 @@ class ErasureManager:
             guards.check_saveable(self._modules().values(), beyond_weights)
 
 
-def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
-    """Refuse before the first file of a pipeline is written."""
-    ErasureManager(pipe).check_saveable()
+def _before_saving(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
+    """Refuse before the first file of a pipeline is written, or say beside its files what they are erased of."""
+    manager = ErasureManager(pipe)
+    manager.check_saveable()
+    if (folder := saved_to(args, kwargs)) is not None and not folder.is_file():
+        leave_trace(manager, folder)

@@ -93,3 +93,7 @@ class BrokenPluginWarning(UserWarning):
 
 class UnknownTokenWarning(UserWarning):
     """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""
+
+
+class ConceptWarning(UserWarning):
+    """Words that may mean something else than what they are taken for, or that a model does not know."""

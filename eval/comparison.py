@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from erasure.errors import EvaluationError
 from erasure.eval.results import Results
-from erasure.eval.rows import Record
+from erasure.eval.rows import Record, is_figure
 from erasure.files import differences, shown
 
 BASE = "base"
@@ -116,7 +116,7 @@ def compare(results: Sequence[Results | str | Path], labels: Sequence[str] = ())
     columns: dict[str, None] = {}
     for index, result in enumerate(loaded):
         where = str(result.folder or f"result {index + 1}")
-        for metric in result.metrics:
+        for metric in filter(is_figure, result.metrics):
             name = metric["name"]
             known, first = recipes.setdefault((result.suite, name), (metric["recipe"], where))
             if changed := differences(known, metric["recipe"]):

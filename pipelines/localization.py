@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
@@ -27,13 +26,14 @@ from erasure.interop.pipelines import execution_device
 from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SharedModulesMixin, in_one_state
+from erasure.pipelines.pictures import Pictures, cropped, padded, read_pixels
 
-Picture = Image.Image | np.ndarray | Tensor
-"""An image, an array `(height, width, 3)`, or a tensor `(3, height, width)` in 0-1."""
-Pictures = Picture | Sequence[Picture]
-"""One or several, or a batch as one array or tensor."""
 SIDE = 8
-"""Sides of images are multiples of this; stock pipelines ask for it."""
+"""Pixels that sides are continued to a multiple of; stock pipelines ask for it. The least side of an image."""
+MODE: Literal["mode"] = "mode"
+"""The likeliest latents of an image, in place of a draw."""
+Generators = torch.Generator | list[torch.Generator] | None
+Draw = Generators | Literal["mode"]
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read."""
 
@@ -108,53 +108,57 @@ class LocalizationMixin(SharedModulesMixin):
             maps = self._read_maps(latents, name, settings, generator)
             raw.append(maps[0])
             refined.append(maps[1])
-        size = (source.shape[2], source.shape[3])
+        size, side = (source.shape[2], source.shape[3]), as_pipeline(self).vae_scale_factor
+        whole = (latents.shape[2] * side, latents.shape[3] * side)
         things = ranged(1 - torch.stack(refined, 1)[:, :, 1].mean(1, keepdim=True))
         chosen = told_apart(torch.stack(raw, 1)[:, :, 0], things, settings)
-        large, own = (F.interpolate(part, size, mode="bilinear", align_corners=False) for part in (things, chosen))
+        large, own = (
+            cropped(F.interpolate(part, whole, mode="bilinear", align_corners=False), size)
+            for part in (things, chosen)
+        )
         masks = (large > settings.threshold) & (own > 0)
         return Localization(masks, torch.where(masks | (large <= settings.threshold), large, 0.0), source)
 
-    def read_images(self, image: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
-        """Images as `(batch, 3, height, width)` float32 in 0-1, of sides that the VAE can halve.
-
-        Args:
-            image: One or several PIL images or arrays `(height, width, 3)`, or tensors `(3, height, width)` in 0-1.
-            height: In pixels; the images' own when left out, cut to a multiple of 8 and of the VAE's factor.
-            width: The same.
+    def read_images(self, image: Pictures) -> Tensor:
+        """Images as `(batch, 3, height, width)` float32 in 0-1; see `read_pixels`.
 
         Raises:
-            MaskError: NaN in it, or images of several sizes.
+            MaskError: They cannot be read, or are too small for the VAE.
+        """
+        pixels = read_pixels(image)
+        rows, columns = pixels.shape[2:]
+        if min(rows, columns) < self._side:
+            raise MaskError(f"an image of {columns}x{rows} pixels is too small: {self._side} a side at least")
+        return pixels
+
+    @property
+    def _side(self) -> int:
+        """Pixels that the sides of what the model sees are multiples of."""
+        return max(SIDE, as_pipeline(self).vae_scale_factor)
+
+    def encode_images(self, images: Tensor, draw: Draw = MODE) -> Tensor:
+        """Latents `(batch, channels, h, w)` of images, which are continued to sides that the VAE can halve.
+
+        Args:
+            images: `(batch, 3, height, width)` in 0-1.
+            draw: `MODE` takes the likeliest latents, so that nothing depends on a draw; a generator, one for each
+                image, or `None` (torch's own) draws them.
         """
         pipe = as_pipeline(self)
-        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 3) == 4
-        pictures = list(cast(Sequence[Picture], image)) if several else [cast(Picture, image)]
-        batch = [_as_pixels(picture) for picture in pictures]
-        sizes = {part.size[::-1] if isinstance(part, Image.Image) else tuple(part.shape[-2:]) for part in batch}
-        if len(sizes) != 1:
-            raise MaskError(f"images of {len(sizes)} sizes: call the pipeline once for each size")
-        side = max(SIDE, pipe.vae_scale_factor)
-        rows, columns = (given or own for given, own in zip((height, width), sizes.pop(), strict=True))
-        if min(rows, columns) < side:
-            raise MaskError(f"an image of {columns}x{rows} pixels is too small: {side} a side at least")
-        pixels = pipe.image_processor.preprocess(
-            batch, height=rows // side * side, width=columns // side * side
-        ).float().cpu()  # fmt: skip
-        if not torch.isfinite(pixels).all():
-            raise MaskError("the image holds NaN or infinity")
-        return pixels / 2 + 0.5
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents `(batch, channels, h, w)`: the mode of the VAE's posterior, so that nothing depends on a draw."""
-        pipe = as_pipeline(self)
-        vae = pipe.vae
+        images, vae = padded(images, self._side), pipe.vae
         dtype = torch.float32 if vae.config.get("force_upcast") and vae.dtype == torch.float16 else vae.dtype
         before = vae.dtype
         if dtype != before:
             vae.to(dtype)
-        latents = vae.encode((2 * images - 1).to(execution_device(pipe), dtype)).latent_dist.mode()
+        encoded = vae.encode((2 * images - 1).to(execution_device(pipe), dtype)).latent_dist
         if dtype != before:
             vae.to(before)
+        if draw == MODE:
+            latents = encoded.mode()
+        else:
+            # As the stock pipelines draw: with the same noise, and in the same order.
+            noise = randn_tensor(encoded.mean.shape, draw, encoded.mean.device, encoded.mean.dtype)
+            latents = encoded.mean + encoded.std * noise
         return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)
 
     def _read_maps(
@@ -256,14 +260,6 @@ def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> 
     best, order = smooth.topk(2, dim=1)
     rival = torch.where(order[:, :1] == torch.arange(maps.shape[1])[None, :, None, None], best[:, 1:], best[:, :1])
     return smooth - rival
-
-
-def _as_pixels(image: Picture) -> Image.Image | Tensor:
-    """A PIL image as it is; anything else as a tensor `(3, height, width)` in 0-1."""
-    if isinstance(image, Image.Image):
-        return image
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) if isinstance(image, np.ndarray) else image
-    return pixels / 255 if pixels.dtype == torch.uint8 else pixels
 
 
 __all__ = ["Localization", "LocalizationMixin", "LocalizationSettings", "localization_sites"]

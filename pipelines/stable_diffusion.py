@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from erasure.interop.pipelines import progress_bar_config
-from erasure.pipelines.localization import Localization, Pictures
+from erasure.pipelines.localization import Localization
 from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.pictures import Pictures
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
 
 

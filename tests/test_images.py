@@ -109,3 +109,58 @@ def test_a_lazily_opened_damaged_picture_is_named(tmp_path: Path) -> None:
 def test_png_is_read_again() -> None:
     with Image.open(io.BytesIO(png(PICTURE))) as again:
         assert np.array_equal(np.array(again), np.array(PICTURE))
+
+
+SEEN = PICTURE.convert("RGB")
+STORED = {
+    1: SEEN,
+    2: SEEN.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    3: SEEN.transpose(Image.Transpose.ROTATE_180),
+    4: SEEN.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+    5: SEEN.transpose(Image.Transpose.TRANSPOSE),
+    6: SEEN.transpose(Image.Transpose.ROTATE_90),
+    7: SEEN.transpose(Image.Transpose.TRANSVERSE),
+    8: SEEN.transpose(Image.Transpose.ROTATE_270),
+}
+"""How a camera that was held so stores what is seen, by the number that EXIF has for it."""
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_photographs_are_upright(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+    ):
+        (tmp_path / "photo").write_bytes(encoded(STORED[orientation], kind, exif=exif, **options))
+        with Image.open(tmp_path / "photo") as opened:
+            for found in (read_rgb(tmp_path / "photo"), rgb(read_image(tmp_path / "photo")), rgb(opened)):
+                assert found.size == SEEN.size
+                away = np.abs(np.array(found).astype(int) - np.array(SEEN)).mean()
+                assert away < (3 if kind == "JPEG" else 1e-9), kind
+        # Nothing turns it a second time.
+        assert rgb(rgb(read_image(tmp_path / "photo"))).size == SEEN.size
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is_stored() -> None:
+    image = PICTURE.copy()
+    image.info["exif"] = b"Exif\x00\x00no header"
+    assert np.array_equal(np.array(rgb(image)), np.array(PICTURE))
+
+
+def test_what_is_transparent_is_white_and_said() -> None:
+    image = PICTURE.convert("RGBA")
+    image.putalpha(Image.fromarray(np.full((24, 32), 255, dtype=np.uint8)))
+    assert np.array_equal(np.array(rgb(image)), np.array(PICTURE))
+    image.putpixel((3, 2), (10, 20, 30, 0))
+    with pytest.warns(UserWarning, match="an image is transparent in places"):
+        assert rgb(image).getpixel((3, 2)) == (255, 255, 255)
+
+
+def test_an_animation_is_refused_wherever_it_comes_from() -> None:
+    with Image.open(io.BytesIO(encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]))) as opened:
+        with pytest.raises(ImageError, match="several pictures"):
+            rgb(opened)

@@ -35,7 +35,6 @@ from erasure.options import (
     Presets,
     Seed,
     ZeroToOne,
-    did_you_mean,
 )
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -191,11 +190,6 @@ def test_a_class_without_a_name_goes_by_its_own() -> None:
 
 def test_arguments_of_a_call_are_divided() -> None:
     assert Blur.divide({"radius": 2, "prompt": "a cat"}) == ({"radius": 2}, {"prompt": "a cat"})
-
-
-def test_the_nearest_word_is_found_whatever_its_case() -> None:
-    assert did_you_mean("Diff-QuickFix", ["uce", "diff_quickfix"]) == " Did you mean 'diff_quickfix'?"
-    assert did_you_mean("zzz", ["uce"]) == ""
 
 
 @pytest.mark.parametrize("module", ["erasure.options", "erasure.training.run"])

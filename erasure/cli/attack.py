@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from erasure.cli.described import list_of, options_of
-from erasure.cli.eval import metric_table
+from erasure.cli.eval import metric_table, refusals
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
-    canvas_facts,
     check_strengths,
     load_erasures,
-    make_concepts,
     open_model,
 )
 from erasure.cli.recording import left_out, record
@@ -27,6 +25,7 @@ from erasure.concept import Concept, Kind
 from erasure.eval.attacks import ATTACKS
 from erasure.options import Options
 from erasure.registry import Facts
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.eval import Results
@@ -123,7 +122,7 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
-        (concept,) = make_concepts((options.concept,), canvas_facts(options.model), options.kind)
+        concept = World.at(options.model).concept(options.concept, options.kind)
     elif options.prompts is None and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
     out = output_folder(options.out, may_hold=True)
@@ -158,9 +157,11 @@ def _parse(attack: Facts, start: Options, argv: list[str]) -> tuple[AttackOption
 
 def remarks(metrics: Sequence[Settings]) -> list[str]:
     """What a reader of the rates must know besides."""
-    lines = []
-    for row in metrics:
-        if row.get("missing"):
+    from erasure.eval.rows import is_figure
+
+    lines = refusals(metrics)
+    for row in filter(is_figure, metrics):
+        if row.get("missing") and row.get("value", 0) is not None:
             why = f" ({row['reason']})" if row.get("reason") else "; attacks.jsonl says why"
             lines.append(f"{row['name']}: {row['missing']} prompts have no outcome{why}.")
         texts = row.get("retokenised", {})

@@ -14,15 +14,17 @@ from PIL import Image
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.controls import Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row
+from erasure.eval.metrics.outcomes import collect
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.samples import Sample, sample_seed
-from erasure.eval.scoring import Judge
+from erasure.eval.scoring import Judge, score
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
-from erasure.eval.suites.canvas import world_of
+from erasure.eval.suites.canvas import draw_controls, world_of
 from erasure.interop import scopes
 from erasure.interop.protocols import Pipeline
 
@@ -63,7 +65,7 @@ class RemovalSuite:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = world_of(pipe)
+        world = world_of(pipe, "removal")
         rng = np.random.default_rng(seed)
         samples = []
         for number in range(SCENES[size]):
@@ -106,6 +108,25 @@ class RemovalSuite:
                 ).images  # fmt: skip
             yield batch, images
 
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+        """Single objects, which the stock model must draw; and the scenes, with the object and without it."""
+        scenes = {sample.prompt: sample for sample in plan.samples}.values()
+        found: dict[bool, list[tuple[Row, str, bool | None]]] = {True: [], False: []}
+        for sample in scenes:
+            drawn = plate(sample)
+            given = {True: drawn.image.image, False: drawn.clean}
+            scores, _ = score([sample] * 2, [Image.fromarray(pixels) for pixels in given.values()], judge, None)
+            for there, scored in zip(given, scores, strict=True):
+                judged = scored["judged"]
+                hit = None if judged is None else sample.objects[0] in judged["objects"]
+                found[there].append((sample.row(), sample.sample_id, hit))
+        with_it, without = (collect(items) for items in found.values())
+        return [
+            *draw_controls(stock, judge, world_of(stock, "removal"), plan.seed),
+            Control("control_scene", None, with_it, True, "the judge sees the object in the scene that is given"),
+            Control("control_clean", None, without, False, "the judge sees the object in the scene without it"),
+        ]
+
     def measure(self, sample: Sample, image: Image.Image) -> Record:
         """PSNR against the scene without the object: in its place, everywhere else, and well away from it."""
         truth = plate(sample)
@@ -126,7 +147,7 @@ class RemovalSuite:
         """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
 
         def gone(row: Row) -> bool | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else row["objects"][0] not in judged["objects"]
 
         found = rates("object_gone", "the object is not seen any more (score below 0.5)", plan, rows, gone)

@@ -43,17 +43,8 @@ def test_round_trip_in_the_stable_schema(tmp_path) -> None:
     results = make("hirm", 0.9)
     path = results.save(tmp_path)
     data = json.loads(path.read_text())
-    assert list(data) == [
-        "schema_version",
-        "suite",
-        "size",
-        "model",
-        "erasures",
-        "metrics",
-        "cost",
-        "date",
-        "versions",
-    ]
+    names = ["schema_version", "suite", "size", "model", "erasures", "metrics", "cost", "date", "versions"]
+    assert list(data) == names
     assert data["schema_version"] == 1
     assert Results.load(path) == Results.load(tmp_path) == results
 
