@@ -91,6 +91,8 @@ class TrainedStrategy(Optimisation, Strategy):
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
     refresh: Count = 50
     """Updates between two fillings of a buffer by the student."""
+    templates: bool = True
+    """Train on every phrasing of the concept. Without, on its names alone (released code)."""
     contexts: CountOrZero = 12
     """Random prompts that name each concept among other words, besides its phrasings."""
     retain_vocabulary: CountOrZero = 32
@@ -212,6 +214,16 @@ class TrainedStrategy(Optimisation, Strategy):
                 self.predict(task, Batch(states.x, states.t, prompts, states, None))
         return found
 
+    def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts with the concepts to roll out, and what the teacher is asked besides."""
+        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
+        named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
+        return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
+
+    def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts that must survive, to roll out."""
+        return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
+
     def target(self, states: States) -> Tensor:
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
@@ -224,9 +236,8 @@ class TrainedStrategy(Optimisation, Strategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
     ) -> Task:
         """Prompts, empty sources of states, and the student."""
-        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        scenes = concept_scenes(tower, concepts, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
-        kept = retain_scenes(tower, concepts, seed, self.retain_vocabulary) if self.retain_batch else []
+        scenes = self.scenes(tower, concepts, seed)
+        kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = PromptCache(backbone, every)
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
