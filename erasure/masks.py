@@ -112,8 +112,8 @@ def _values(mask: object) -> Tensor:
         values = values.permute(1, 2, 0)
     if values.ndim != 3 or values.shape[2] not in CHANNELS or not values.numel() or not values.isfinite().all():
         raise MaskError(
-            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or one to four "
-            "channels ahead or behind"
+            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or one to "
+            "four channels ahead or behind"
         )
     return values
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
+from annotated_types import Gt, Le
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from erasure.errors import MaskError
 from erasure.guards import unguarded
 from erasure.interop.pipelines import execution_device
 from erasure.interop.protocols import Pipeline, as_pipeline
+from erasure.options import Count, CountOrZero, Options, ZeroToOne
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import SharedModulesMixin, in_one_state
 from erasure.pipelines.pictures import Pictures, cropped, padded, read_pixels
@@ -39,18 +41,20 @@ GRIDS = (8, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalizationSettings:
+class LocalizationSettings(Options):
     """How things are found. Values without a source are those that did best on Canvas."""
 
-    num_inference_steps: int = 10
+    name: ClassVar[str] = "localisation"
+
+    num_inference_steps: Count = 10
     """Steps of the schedule, of which the last `strength` are looked at."""
-    strength: float = 0.3
+    strength: Annotated[float, Gt(0), Le(1)] = 0.3
     """How much noise the image has at first, as a share of the schedule; maps are averaged from there to none."""
-    power: int = 4
+    power: CountOrZero = 4
     """How often self-attention is applied to the maps (AttenCraft: 4)."""
-    threshold: float = 0.5
+    threshold: ZeroToOne = 0.5
     """What a map, between 0 and 1 over the image, must reach on what is named."""
-    smoothing: float = 0.3
+    smoothing: Annotated[float, Gt(0), Le(1)] = 0.3
     """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
 
 

@@ -27,7 +27,7 @@ from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, fitted, grow, latent_aligned, read_masks
 from erasure.pipelines import inversion
-from erasure.pipelines.free_u import free_u
+from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.inversion import check_ddim
 from erasure.pipelines.localization import MODE, Generators, LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
@@ -71,7 +71,7 @@ class ObjectRemovalMixin(LocalizationMixin):
             words: Without a mask: what to remove, found by `localize`.
             others: Other things in the image that must stay, which makes `localize` surer.
             prompt: What should be there instead, for all images or a list; the paper leaves it empty.
-            preset: Name of settings in `PRESETS`.
+            preset: Name of settings, see `RemovalSettings`.
             height: Height of the output in pixels; the image's own when left out.
             width: Width of the output in pixels; the image's own when left out.
             num_images_per_prompt: Results for each image, next to one another in the output.
@@ -123,14 +123,15 @@ class ObjectRemovalMixin(LocalizationMixin):
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
             **self._conditioning(source, keep, settings, generator), **rest,
         }  # fmt: skip
+        control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
             record: list[Tensor] = []
             if settings.sampler == "inversion":
                 record = self._invert(call, settings, keep)
                 call["latents"] = record[0]
-            control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
-            with control, guidance, free_u(as_pipeline(self).unet, settings.free_u):
+            factors = None if settings.free_u is None else FreeU(*settings.free_u)
+            with control, guidance, free_u(as_pipeline(self).unet, factors):
                 result = super().__call__(  # type: ignore[misc]
                     **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
                     callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
