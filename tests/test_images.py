@@ -161,9 +161,9 @@ def test_what_is_transparent_is_white_and_said() -> None:
 
 
 def test_an_animation_is_refused_wherever_it_comes_from() -> None:
-    with Image.open(io.BytesIO(encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]))) as opened:
-        with pytest.raises(ImageError, match="several pictures"):
-            rgb(opened)
+    moving = io.BytesIO(encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]))
+    with Image.open(moving) as opened, pytest.raises(ImageError, match="several pictures"):
+        rgb(opened)
 
 
 # Pictures that show nothing -----------------------------------------------------------------------------------------

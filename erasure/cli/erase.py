@@ -12,7 +12,7 @@ import tyro
 
 from erasure.cli.described import list_of, options_of
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
 from erasure.concept import Kind
 from erasure.options import Options
 from erasure.registry import Facts
@@ -75,8 +75,6 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if len(options.concept) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one --concept: make one erasure for each concept, or leave them out")
     terminal.json_only = options.json
-    if options.out is not None and options.out.exists():
-        output_folder(options.out, overwrite=options.overwrite)
     concepts = World.at(options.model).concepts(
         options.concept, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
     )
@@ -90,6 +88,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.artifact import default_name
 
     folder = options.out or Path(default_name(concepts, name))
+    if is_main_process():
+        check_output_folder(folder, overwrite=options.overwrite)
     if training is not None and training.checkpoints is None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
