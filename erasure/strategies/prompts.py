@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from erasure import files
 from erasure.backbones import TextTower
-from erasure.concept import TEMPLATES, Concept
-from erasure.errors import ConceptError
+from erasure.concept import TEMPLATES, Concept, numbers
+from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
+from erasure.world import World
+
+LARGEST_LIST = 64 * 2**20
+"""Bytes of a file of prompts."""
 
 
 class AlignedPrompt(NamedTuple):
@@ -107,12 +115,24 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
-    """Every whole word that is one token, but for those of the concepts and the bare letters."""
-    erased = {token for concept in concepts for words in concept.names for token in tower.word_ids(words)}
+    """Every whole word that is one token, but for the bare letters and those of the concepts.
+
+    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals.
+    """
+    world = World.of(tower.pipe)
+    names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
+    erased = {token for name in names for token in tower.word_ids(name)}
+    forms = {form for name in names for part in (name, *name.split()) for form in numbers(part)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = token.removesuffix("</w>")
-        if token.endswith("</w>") and len(word) > 1 and word.isalpha() and word.isascii() and index not in erased:
+        if (
+            token.endswith("</w>")
+            and len(word) > 1
+            and word.isalpha()
+            and word.isascii()
+            and not (index in erased or word.lower() in forms)
+        ):
             words.append(word)
     return words
 
@@ -189,6 +209,34 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
     generator = torch.Generator().manual_seed(seed + 1)
     random = vocabulary_prompts(words, count, generator) if words else []
     return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
+
+
+def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
+    """`count` prompts "a photo of X" that must survive: X of the retain lists, then random words of the tokeniser."""
+    listed = [word for concept in concepts for word in concept.retain]
+    words = [word for word in vocabulary(tower, concepts) if word not in listed]
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    every = list(dict.fromkeys([*listed, *(words[i] for i in order)]))
+    return [Scene(f"a photo of {word}") for word in every[: max(count, len(listed))]]
+
+
+def listed_scenes(path: str) -> list[Scene]:
+    """Prompts of a file: one a line, or the column `prompt` of a CSV file; each once.
+
+    Raises:
+        OptionError: The file cannot be read, holds no prompt or has no such column.
+    """
+    text = files.read_text(Path(path), LARGEST_LIST, error=OptionError)
+    rows = text.splitlines()
+    if path.lower().endswith(".csv"):
+        table = csv.DictReader(io.StringIO(text))
+        if "prompt" not in (table.fieldnames or ()):
+            raise OptionError(f"{path} has the columns {table.fieldnames}, expected one that is called 'prompt'")
+        rows = [row["prompt"] or "" for row in table]
+    prompts = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
+    if not prompts:
+        raise OptionError(f"{path} holds no prompt: write one on each line")
+    return [Scene(prompt) for prompt in prompts]
 
 
 def without(prompt: str, concept: Concept) -> str:
