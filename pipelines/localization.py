@@ -51,8 +51,8 @@ class LocalizationSettings(Options):
     smoothing: Annotated[float, Gt(0), Le(1)] = 0.3
     """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
     presence: Annotated[float, Ge(-1000), Le(1)] = 0.06
-    """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`; chosen on half of
-    Canvas' objects so that at most 3 of 100 absent words are found, and measured on the other half."""
+    """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`. It was chosen on
+    half of Canvas' objects, so that at most 3 of 100 absent words are found, and measured on the other half."""
 
 
 class Localization(NamedTuple):

@@ -278,8 +278,8 @@ def test_free_u_is_that_of_the_papers_code(tiny_pipe: Any) -> None:
     own, skip = before[0][:, :64], before[0][:, 64:]
     wanted = torch.cat([1.4 * own[:, :32], own[:, 32:], filtered(skip, 0.9)], 1)
     assert (given[0] - wanted).abs().max() < 1e-4
+    tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
     with pytest.raises(UnsupportedModelError, match="FreeU is on already"):
-        tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
         run(StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe), preset="official-sd21")
 
 
