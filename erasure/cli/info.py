@@ -50,6 +50,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         for name, edit in made.low_rank.items()
     ]
     tensors += [
+        {
+            "name": name, "form": "input map", "shape": [int(edit.outputs), edit.down.shape[1]],
+            "rank": edit.down.shape[0],
+        }
+        for name, edit in made.edits.maps.items()
+    ]  # fmt: skip
+    tensors += [
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()
     ]
