@@ -54,6 +54,13 @@ def singulars(word: str) -> Iterator[str]:
             yield from (word.removesuffix(ending) + other for other in others)
 
 
+def numbers(word: str) -> set[str]:
+    """A word in the form of `key`, and what may be its singular or plural."""
+    word = key(word)
+    plurals = {f"{word}s", f"{word}es", re.sub("y$", "ies", word), re.sub("fe?$", "ves", word)}
+    return {*singulars(word), *plurals}
+
+
 @dataclass(frozen=True)
 class Concept:
     """One concept to erase.
@@ -152,11 +159,8 @@ class Concept:
 
 def same_word(word: str, others: Iterable[str]) -> str | None:
     """The first of some words that another is, or is the plural or singular of."""
-    own = set(singulars(key(word)))
-    for other in others:
-        if key(word) in singulars(key(other)) or key(other) in own:
-            return other
-    return None
+    own = numbers(word)
+    return next((other for other in others if key(other) in own), None)
 
 
 def _tidy(text: str) -> str:

@@ -91,9 +91,17 @@ class BrokenPluginWarning(UserWarning):
     """Something that another package adds to this one cannot be loaded, and is left out."""
 
 
+class IgnoredRetainWarning(UserWarning):
+    """A concept says what must survive, and the options of the strategy leave that out."""
+
+
 class UnknownTokenWarning(UserWarning):
     """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""
 
 
 class ConceptWarning(UserWarning):
     """Words that may mean something else than what they are taken for, or that a model does not know."""
+
+
+class TwiceAttachedWarning(UserWarning):
+    """The same edits are attached to a pipeline under two names."""

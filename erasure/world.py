@@ -152,6 +152,12 @@ class World:
                 return Classes("object", object_)
         return None
 
+    def words(self, word: str) -> tuple[str, ...]:
+        """Every word for what a word stands for: its classes and their synonyms."""
+        classes = self.find(word)
+        members = () if classes is None else classes.members
+        return tuple(other for name in members for other in (name, *self.synonyms.get(name, ())))
+
     def kind(self, word: str) -> Kind:
         """What kind of concept a word is: as the world lists it, and an object elsewhere."""
         found = self.find(word)

@@ -15,7 +15,7 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.features import FeatureEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
+from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
     Gate,
@@ -32,9 +32,10 @@ from erasure.sae.gates import (
 from erasure.sae.mining import mine
 from erasure.sae.released import PHRASINGS, Statistic, released_edit
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
+from erasure.sae.standin import columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
@@ -58,6 +59,8 @@ class Choice(NamedTuple):
     """`(features,)` in 0-1: how much of that some other word draws."""
     gate: Gate
     """When to."""
+    anchor: Tensor | None = None
+    """`(dim,)`: what takes the concept's place; `None` where nothing does."""
 
 
 @register("itd")
@@ -111,9 +114,14 @@ class ItD(Strategy):
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: Factor = -10.0
+    tau: Factor | None = None
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
-    (released code: -8, for all)."""
+    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what lies
+    the other way is something else entirely then (the opposite of a cat is a gun)."""
+    anchored: NotNegative = 2.0
+    """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
+    they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
+    world, where the model declares one. Not for `replace` and `parity`."""
     shared: Factor = 0.5
     """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
     what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
@@ -182,7 +190,7 @@ class ItD(Strategy):
         if self.parity:
             edit = released_edit(
                 tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
-                names=[name for concept in concepts for name in concept.names], top=self.top, tau=self.tau,
+                names=[name for concept in concepts for name in concept.names], top=self.top, tau=self.push(False),
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Fit(Edits(features={key: edit}), log)
@@ -193,6 +201,10 @@ class ItD(Strategy):
             chooses = halves(labels, generator)
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
+            anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            if anchor is not None:
+                stand_in = self.anchor(tower, layer, sae, corpus, activity, anchor, seed)
+                choice = choice._replace(anchor=stand_in)
             if self.mining_steps:
                 active = self.edit(tower, layer, sae, [choice])
                 share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
@@ -270,6 +282,10 @@ class ItD(Strategy):
         words = joined([corpus, extra])
         return words, locate(tower, words, concept.names), extra
 
+    def push(self, anchored: bool) -> float:
+        """What a latent that only the concept fires is multiplied by."""
+        return (-1.0 if anchored else -10.0) if self.tau is None else self.tau
+
     # Features and gates ----------------------------------------------------------------------------------------------
 
     def choose(
@@ -294,6 +310,27 @@ class ItD(Strategy):
         shared = rivalry(activity, words, labels.holds, found, features)
         return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
+    def anchor(
+        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
+        concept: Concept, seed: int,
+    ) -> Tensor | None:  # fmt: skip
+        """What the latents of an anchor write, times `anchored`, `(dim,)`; `None` where it has none to itself.
+
+        Args:
+            tower: The text encoder.
+            layer: The block.
+            sae: The dictionary.
+            corpus: Words of ordinary prompts.
+            activity: Of these, see `strongest`.
+            concept: The anchor.
+            seed: Of the prompts that name it.
+        """
+        _, labels, extra = self.labelled(tower, layer, corpus, concept, torch.Generator().manual_seed(seed))
+        active = torch.cat([activity, strongest(sae, extra)])
+        found = evidence(active[labels.holds], active[~labels.holds], self.floor)
+        features = select(found, self)
+        return self.anchored * written(sae, features, found.magnitude[features]) if features else None
+
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
         return fit_gate(sae, words, labels, chooses, votes=self.votes, rate=self.false_positive_rate)
@@ -304,14 +341,17 @@ class ItD(Strategy):
         place = {feature: index for index, feature in enumerate(used)}
         part = sae.slice(used)
 
-        def pairs(of: Callable[[Choice], list[int]]) -> Tensor:
-            listed = [(c, place[i]) for c, choice in enumerate(choices) for i in of(choice)]
+        anchored = [(c, choice, choice.anchor) for c, choice in enumerate(choices) if choice.anchor is not None]
+        latents = [stand_in(sae, choice.features, choice.magnitude, anchor) for _, choice, anchor in anchored]
+
+        def pairs(of: Callable[[Choice], list[int]], more: Sequence[tuple[int, int]] = ()) -> Tensor:
+            listed = [*((c, place[i]) for c, choice in enumerate(choices) for i in of(choice)), *more]
             return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
 
         reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
-            own = self.shared + (self.tau - self.shared) * (1 - choice.rivalry) ** 2
+            own = self.shared + (self.push(choice.anchor is not None) - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
             # Of several concepts that share a latent, the one that pushes hardest.
             factor[index] = torch.minimum(factor[index], own)
@@ -325,9 +365,11 @@ class ItD(Strategy):
         half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
                 "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
                 "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
+        for name, tensor in columns(latents).items() if latents else ():
+            half[name] = torch.cat([half[name].detach().cpu(), tensor], half[name].ndim - 1 if name != "w_dec" else 0)
         return FeatureEdit(
             **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
-            edits=pairs(lambda choice: choice.features),
+            edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(anchored)]),
             votes=pairs(lambda choice: choice.gate.features),
             weight=torch.cat([gate.weight for gate in gates]),
             bias=torch.tensor([gate.bias for gate in gates]),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from erasure import files
-from erasure.backbones import TextTower
-from erasure.concept import TEMPLATES, Concept
+from erasure.backbones import Backbone, TextTower
+from erasure.concept import TEMPLATES, Concept, numbers
 from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
+from erasure.world import World
 
 LARGEST_LIST = 64 * 2**20
 """Bytes of a file of prompts."""
@@ -114,12 +115,24 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
-    """Every whole word that is one token, but for those of the concepts and the bare letters."""
-    erased = {token for concept in concepts for words in concept.names for token in tower.word_ids(words)}
+    """Every whole word that is one token, but for the bare letters and those of the concepts.
+
+    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals.
+    """
+    world = World.of(tower.pipe)
+    names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
+    erased = {token for name in names for token in tower.word_ids(name)}
+    forms = {form for name in names for part in (name, *name.split()) for form in numbers(part)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = token.removesuffix("</w>")
-        if token.endswith("</w>") and len(word) > 1 and word.isalpha() and word.isascii() and index not in erased:
+        if (
+            token.endswith("</w>")
+            and len(word) > 1
+            and word.isalpha()
+            and word.isascii()
+            and not (index in erased or word.lower() in forms)
+        ):
             words.append(word)
     return words
 
@@ -252,3 +265,11 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 """Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+
+
+def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
+    """What takes the place of a concept: its own anchor, or the one that the model's world suggests."""
+    word = concept.anchor
+    if word is None:
+        word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
+    return Concept(word, kind=concept.kind, templates=concept.templates) if word else None

@@ -118,6 +118,10 @@ class TrainedStrategy(Optimisation, Strategy):
         if self.group_lasso and not self.rank:
             self.refuse("group_lasso", self.group_lasso, "0 without a LoRA, which is what it prunes: raise 'rank'")
 
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return next((name for name in ("retain_batch", "retain_weight") if not getattr(self, name)), "")
+
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
