@@ -94,6 +94,9 @@ def erase(
     if attach:
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
+    for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
+        for tower in backbone.towers:
+            tower.check_words(words)
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
     backbone = backbone_for(base_pipe)
