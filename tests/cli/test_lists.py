@@ -163,12 +163,12 @@ def pixels(image: dict[str, Any]) -> np.ndarray:
 def test_a_file_of_prompts_is_drawn_row_by_row(
     write: Any, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    rows = "a cat,a dog,7,,3\na cat,,8,2,1.5\n"
+    rows = "a cat,a dog,7,,100\na cat,,8,2,1.5\n"
     listed = write("mine.csv", f"prompt,negative_prompt,evaluation_seed,steps,guidance\n{rows}")
     start = ["--model", tiny_pipe_folder, "--steps", 1, "--prompt", listed, "a house", "--out"]
     images = drawn(capsys, *start, tmp_path / "out")["images"]
     assert [(each["prompt"], each["seed"], each.get("guidance")) for each in images] == [
-        ("a cat", 7, 3.0), ("a cat", 8, 1.5), ("a house", 0, None),
+        ("a cat", 7, 100.0), ("a cat", 8, 1.5), ("a house", 0, None),
     ]  # fmt: skip
     assert all(each["steps"] == 1 for each in images), "an option goes before the file"
     assert Path(images[0]["file"]).name == "000-a-cat-7.png"
@@ -179,7 +179,7 @@ def test_a_file_of_prompts_is_drawn_row_by_row(
         (alone,) = drawn(capsys, "--model", tiny_pipe_folder, *words, "--out", tmp_path / f"alone-{number}")["images"]
         assert np.abs(pixels(alone) - pixels(each)).max() <= 1
     (plain,) = drawn(
-        capsys, "--model", tiny_pipe_folder, "--prompt", "a cat", "--seed", 7, "--steps", 1, "--guidance", 3,
+        capsys, "--model", tiny_pipe_folder, "--prompt", "a cat", "--seed", 7, "--steps", 1, "--guidance", 100,
         "--out", tmp_path / "plain",
     )["images"]  # fmt: skip
     assert np.abs(pixels(plain) - pixels(images[0])).max() > 1, "the negative prompt counts"
