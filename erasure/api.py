@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,18 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import learned_tokens
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ErasureError, NoMatchingModuleError, OptionError, UnsupportedModelError
+from erasure.errors import (
+    ArtifactError,
+    ErasureError,
+    IgnoredRetainWarning,
+    NoMatchingModuleError,
+    OptionError,
+    UnsupportedModelError,
+)
 from erasure.files.recognise import MODEL_FILE
 from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
-from erasure.strategies import get
+from erasure.strategies import Strategy, get
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
 from erasure.versions import library_versions
@@ -88,6 +96,7 @@ def erase(
         raise UnsupportedModelError(
             f"{strategy} works on {', '.join(method.families)}, this pipeline is {backbone.family}"
         )
+    _warn_of_ignored_retain(method, wanted)
     manager = ErasureManager(pipe)
     if fused := manager.fused_erasures:
         raise UnsupportedModelError(
@@ -237,6 +246,17 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _warn_of_ignored_retain(method: Strategy, concepts: Sequence[Concept]) -> None:
+    words = list(dict.fromkeys(word for concept in concepts for word in concept.retain))
+    if words and (option := method.ignores_retain()):
+        warnings.warn(
+            f"{method.name}: {', '.join(map(repr, words))} is to survive, and option {option!r} of "
+            f"{getattr(method, option)!r} leaves it out: set the option, or take it off the retain list",
+            IgnoredRetainWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_quantised(backbone: Backbone) -> None:

@@ -19,7 +19,7 @@ from erasure.baked import leave_trace, saved_to
 from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
 from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of, warn_of_same_edits
-from erasure.interop import adapters, scopes
+from erasure.interop import adapters, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
@@ -168,6 +168,7 @@ class ErasureManager:
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
         """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
         modules = self._modules()
+        patches.refuse_deep_cache(modules.values(), "attaching and switching erasures")
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
             recover(modules)
             with scopes.without_offloading(self.pipe):
@@ -233,6 +234,7 @@ class ErasureManager:
 
     def _beside(self, make: Callable[[], DiffusionPipeline], offloaded: bool) -> DiffusionPipeline:
         modules = self._modules()
+        patches.refuse_deep_cache(modules.values(), "making erasures, which copies the networks,")
         if scopes.is_offloaded(self.pipe) or any(map(interrupted, modules.values())):
             with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
                 recover(modules)

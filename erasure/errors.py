@@ -91,6 +91,10 @@ class BrokenPluginWarning(UserWarning):
     """Something that another package adds to this one cannot be loaded, and is left out."""
 
 
+class IgnoredRetainWarning(UserWarning):
+    """A concept says what must survive, and the options of the strategy leave that out."""
+
+
 class UnknownTokenWarning(UserWarning):
     """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""
 

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,8 @@ from erasure.state import ComponentState
 BLOCK = re.compile(r"encoder\.layers\.(\d+)\.?")
 """Path of a text encoder's block, or of something in it."""
 _ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
-SAMPLED, REMEMBERED = 64, 4096
-"""Values of an encoding by which it is known again, and encodings that are remembered."""
+SAMPLED, REMEMBERED = 8, 4096
+"""Values of a token's encoding by which it is known again, and prompts whose encodings are remembered."""
 
 
 class _Known(threading.local):
@@ -77,21 +77,35 @@ class Encodings:
         self.rows.extend(_sampled(states.detach()).cpu())
 
     def knows(self, states: Tensor) -> bool:
-        """Whether every encoding `(batch, tokens, dim)` is one of those, but for a cast, or zero beside one."""
+        """Whether every encoding `(batch, tokens, dim)` is made of those, but for a cast, or zero beside one.
+
+        A long prompt is encoded in chunks that are put behind one another, with or without the start and the end of
+        each, so tokens are looked for in all that is known, not whole prompts.
+        """
         asked = _sampled(states.detach()).cpu()
-        asked = asked[asked.abs().amax(1) > 0]
+        asked = asked[asked.abs().amax((1, 2)) > 0]
         if self.blind:
             return True
-        known = [row for row in list(self.rows) if row.shape == asked.shape[1:]]
+        known = [row for row in list(self.rows) if row.shape[1] == asked.shape[2]]
         if not known or not len(asked):
             return False
-        away = (torch.stack(known)[None] - asked[:, None]).abs().amax(-1).amin(1)
-        return bool((away <= 0.02 * asked.abs().amax(1)).all())
+        return all(_is_made_of(tokens, known) for tokens in asked)
+
+
+def _is_made_of(asked: Tensor, known: Sequence[Tensor]) -> bool:
+    """Whether every token `(tokens, values)` of an encoding is one of known encodings, the newest looked at first."""
+    left = asked
+    for row in reversed(known):
+        away = (row[None] - left[:, None]).abs().amax(-1).amin(1)
+        left = left[away > 0.02 * left.abs().amax(1)]
+        if not len(left):
+            return True
+    return False
 
 
 def _sampled(states: Tensor) -> Tensor:
-    flat = states.flatten(1)
-    return flat[:, :: max(1, flat.shape[1] // SAMPLED)].float()
+    """Some values of each token, `(batch, tokens, values)`."""
+    return states[..., :: max(1, states.shape[-1] // SAMPLED)].float()
 
 
 class _Remember(ModelHook):

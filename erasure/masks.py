@@ -16,6 +16,8 @@ from erasure.images import check_single, check_size, upright
 
 GROWN = 0.1
 """What a blurred mask must reach for a pixel to belong to the grown one (Attentive Eraser's code)."""
+OVERLAY = 140
+"""How strongly a mask is laid over an image, of 255."""
 CHANNELS = (1, 2, 3, 4)
 """Numbers of channels that a mask may have: grey or colours, with or without opacity."""
 COLOURLESS = 0.25
@@ -112,8 +114,8 @@ def _values(mask: object) -> Tensor:
         values = values.permute(1, 2, 0)
     if values.ndim != 3 or values.shape[2] not in CHANNELS or not values.numel() or not values.isfinite().all():
         raise MaskError(
-            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or one to four "
-            "channels ahead or behind"
+            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or one to "
+            "four channels ahead or behind"
         )
     return values
 
@@ -152,6 +154,12 @@ def _scaled(values: Tensor) -> Tensor:
     """Values of 0-1, 0-255 or 0-65535 in 0-1; which of them it is, the greatest tells."""
     most = float(values.max())
     return values / (1 if most <= 1 else 255 if most <= 255 else 65535)
+
+
+def laid_over(image: Image.Image, mask: Tensor) -> Image.Image:
+    """An image in RGB with a mask `(height, width)` bool over it in red."""
+    covered = Image.fromarray(mask.cpu().numpy()).convert("L").point([0] * 255 + [OVERLAY])
+    return Image.composite(Image.new("RGB", image.size, "red"), image.convert("RGB"), covered)
 
 
 def grow(masks: Tensor, kernel: int) -> Tensor:

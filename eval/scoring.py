@@ -66,9 +66,17 @@ def judgement(answer: Answer, sample: Sample) -> Record:
 
 
 def score(
-    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None
-) -> tuple[list[Record], list[np.ndarray | None]]:
+    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
+    plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False,
+) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
+
+    Args:
+        samples: What was asked for.
+        images: What was drawn.
+        judge: The detector.
+        clip: For scores and features, if there is one.
+        plain: Whether an image shows what was asked for although it is of one colour: a bare background.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
@@ -76,6 +84,7 @@ def score(
         features.
     """
     flaws = [flaw(image) for image in images]
+    flaws = [found and (None if plain(*pair) else found) for found, *pair in zip(flaws, samples, images, strict=True)]
     shown = [index for index, found in enumerate(flaws) if found is None]
     features: list[np.ndarray | None] = [None] * len(images)
     cosines: list[float | None] = [None] * len(images)

@@ -8,10 +8,9 @@ raises the map of the most neglected subject instead, is the other choice.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -24,6 +23,7 @@ from erasure.carriers.guidance import Forward, LatentGuidance
 from erasure.errors import DivergenceError, MaskError, OptionError, UnsupportedModelError
 from erasure.interop.protocols import Callback, Drawn, Pipeline, as_pipeline
 from erasure.masks import read_masks
+from erasure.options import Count, CountOrZero, NotNegative, Options, ZeroToOne
 from erasure.pipelines.attention_losses import (
     excitation,
     ranged,
@@ -41,43 +41,36 @@ Rivals = Literal["words", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompositionSettings:
+class CompositionSettings(Options):
     """How latents are guided."""
+
+    name: ClassVar[str] = "composition"
 
     loss: Loss = "a_star"
     """`a_star`: segregation and retention; `attend_and_excite`: the most neglected subject."""
-    step_size: float = 20.0
+    step_size: NotNegative = 20.0
     """Length of the gradient step at first; it falls with `sqrt(linspace(1, 0.5, steps))` (Attend-and-Excite's code;
     A-STAR says nothing)."""
-    segregation_until: float = 0.5
+    segregation_until: ZeroToOne = 0.5
     """Share of the steps in which maps are driven apart (open in the paper)."""
-    retention_until: float = 1.0
+    retention_until: ZeroToOne = 1.0
     """Share of the steps in which they are held (the paper loses subjects when it stops early)."""
-    excitation_until: float = 0.5
+    excitation_until: ZeroToOne = 0.5
     """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
-    threshold: float = 0.5
+    threshold: ZeroToOne = 0.5
     """A map is held where it is above this share of its greatest value (open in the paper)."""
-    grid: int = 16
+    grid: Count = 16
     """Shorter side of the token grid whose layers are read; the nearest that there is."""
-    refine: Mapping[float, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
+    refine: Mapping[ZeroToOne, ZeroToOne] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
     """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
     reaches this, and once more, as its code does (steps 0, 10 and 20 of 50)."""
-    refinements: int = 20
+    refinements: CountOrZero = 20
     """Most moves of one refinement."""
     rivals: Rivals | None = None
     """`attend_and_excite`: tokens over which it takes its softmax. `padded`: all behind the start but the last of the
     sequence, its code for Stable Diffusion 1.x; `words`: up to the end of the prompt, its code for 2.1. When left out,
     the tokeniser decides: that of 1.x pads with the token that ends a prompt. SDXL, which it does not know, goes by
     `words`."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.loss not in get_args(Loss):
-            raise OptionError(f"loss is one of {', '.join(get_args(Loss))}; got {self.loss!r}")
-        if self.rivals not in (None, *get_args(Rivals)):
-            raise OptionError(f"rivals is one of {', '.join(get_args(Rivals))}; got {self.rivals!r}")
-        if self.step_size < 0 or self.grid < 1:
-            raise OptionError(f"step_size is at least 0 and grid at least 1; got {self.step_size} and {self.grid}")
 
 
 class CompositionMixin(SharedModulesMixin):
@@ -104,8 +97,9 @@ class CompositionMixin(SharedModulesMixin):
             prompt: One prompt or several.
             subjects: The things in it, in the prompt's own words ("cat", "traffic light"); for several prompts a list
                 for each. A subject of several tokens counts as one, by the mean of their maps.
-            layout: Where each subject should be: a mask for each, as `erasure.masks.read_masks` takes them, that its
-                map is held to from the first step on.
+            layout: A mask for each subject, as `erasure.masks.read_masks` takes them, that retention compares its map
+                with from the first step on, in place of its own at the step before. Attention is drawn there, with a
+                larger `step_size` more; the things need not follow (on Canvas they stay in the order of the words).
             height: In pixels.
             width: In pixels.
             num_images_per_prompt: Images for each prompt.
@@ -125,9 +119,8 @@ class CompositionMixin(SharedModulesMixin):
                 f"the UNet takes {pipe.unet.config.in_channels} channels: it paints into pictures, and composition "
                 "draws from a prompt alone; use the text-to-image model that it was made from"
             )
-        known = {item.name for item in dataclasses.fields(CompositionSettings)}
-        settings = CompositionSettings(**{name: value for name, value in options.items() if name in known})
-        rest = {name: value for name, value in options.items() if name not in known}
+        own, rest = CompositionSettings.divide(options)
+        settings = CompositionSettings(**own)
         prompts = one_for_each("prompt", prompt, 1 if isinstance(prompt, str) else len(prompt))
         factor = pipe.vae_scale_factor
         height = height or pipe.unet.config.sample_size * factor

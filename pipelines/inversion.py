@@ -57,15 +57,20 @@ def check_ddim(denoiser: Denoiser, own: Scheduler, what: str) -> None:
     Raises:
         UnsupportedModelError: The scheduler has no noise levels of its own, or the UNet is distilled for a sampler.
     """
-    prediction = own.config.get("prediction_type", "epsilon")
-    flows = any(own.config.get(name) for name in ("use_flow_sigmas", "shift"))
-    if not hasattr(own, "alphas_cumprod") or prediction not in PREDICTIONS or flows:
-        raise UnsupportedModelError(
-            f"{what} samples with DDIM, and {type(own).__name__} ({prediction}) has not its noise levels; set "
-            f"pipe.scheduler to one of the DDPM family that predicts {', '.join(PREDICTIONS)}, or leave {what} out"
-        )
+    check_levels(own, what)
     if denoiser.config.get("time_cond_proj_dim") is not None:
         raise UnsupportedModelError(
             f"{what} samples with DDIM, and a latent consistency UNet (time_cond_proj_dim="
             f"{denoiser.config.time_cond_proj_dim}) is made for the LCM sampler: leave {what} out"
+        )
+
+
+def check_levels(own: Scheduler, what: str) -> None:
+    """Refuse a scheduler whose noise levels are not those that DDIM knows; see `check_ddim`."""
+    prediction = own.config.get("prediction_type", "epsilon")
+    flows = any(own.config.get(name) for name in ("use_flow_sigmas", "shift"))
+    if not hasattr(own, "alphas_cumprod") or prediction not in PREDICTIONS or flows:
+        raise UnsupportedModelError(
+            f"{what} goes by DDIM's noise levels, and {type(own).__name__} ({prediction}) has others; set "
+            f"pipe.scheduler to one of the DDPM family that predicts {', '.join(PREDICTIONS)}, or leave {what} out"
         )

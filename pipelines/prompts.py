@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from erasure.errors import OptionError
 from erasure.interop.protocols import Settings
@@ -30,6 +30,18 @@ def one_for_each(name: str, given: object, count: int) -> list[str]:
     if len(texts) != count:
         raise OptionError(f"{name} has {len(texts)} texts for {count}: give one for all, or {count}")
     return texts
+
+
+def names_of(given: object) -> list[str]:
+    """Names that were given as one text or as several.
+
+    Raises:
+        OptionError: Something else.
+    """
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise OptionError(f"names are {given!r}: give a text, or a list of texts")
+    return names
 
 
 def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
 from erasure.backbones import AttentionSite, attention_sites
@@ -27,9 +29,10 @@ from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, fitted, grow, latent_aligned, read_masks
 from erasure.pipelines import inversion
-from erasure.pipelines.free_u import free_u
+from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.inversion import check_ddim
-from erasure.pipelines.localization import MODE, Generators, LocalizationMixin
+from erasure.pipelines.latents import MODE, Generators
+from erasure.pipelines.localization import LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.pictures import Pictures, cropped, padded, resized
 from erasure.pipelines.prompts import for_each, one_for_each
@@ -68,10 +71,10 @@ class ObjectRemovalMixin(LocalizationMixin):
                 the same size, and the image's own pixels wherever nothing is removed, unless `blend_radius` is 0.
             mask_image: One mask for all, or one for each image; see `erasure.masks.read_masks`. An image whose mask is
                 empty comes back as it is.
-            words: Without a mask: what to remove, found by `localize`.
+            words: Without a mask: what to remove, found by `localize`; refused where it is not found.
             others: Other things in the image that must stay, which makes `localize` surer.
             prompt: What should be there instead, for all images or a list; the paper leaves it empty.
-            preset: Name of settings in `PRESETS`.
+            preset: Name of settings, see `RemovalSettings`.
             height: Height of the output in pixels; the image's own when left out.
             width: Width of the output in pixels; the image's own when left out.
             num_images_per_prompt: Results for each image, next to one another in the output.
@@ -123,14 +126,15 @@ class ObjectRemovalMixin(LocalizationMixin):
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
             **self._conditioning(source, keep, settings, generator), **rest,
         }  # fmt: skip
+        control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
             record: list[Tensor] = []
             if settings.sampler == "inversion":
                 record = self._invert(call, settings, keep)
                 call["latents"] = record[0]
-            control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
-            with control, guidance, free_u(as_pipeline(self).unet, settings.free_u):
+            factors = None if settings.free_u is None else FreeU(*settings.free_u)
+            with control, guidance, free_u(as_pipeline(self).unet, factors):
                 result = super().__call__(  # type: ignore[misc]
                     **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
                     callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
@@ -153,8 +157,7 @@ class ObjectRemovalMixin(LocalizationMixin):
             return read_masks(given, (source.shape[2], source.shape[3]), len(source))
         if words is None:
             raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-        found = self.localize(source, words, others=others)
-        return found.masks[:, : 1 if isinstance(words, str) else len(words)].any(1)
+        return self.localize(source, words, others=others).of_words()
 
     def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the output in pixels."""
@@ -283,12 +286,13 @@ class ObjectRemovalMixin(LocalizationMixin):
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-
+        """What the stock class returns: SDXL's has no safety checker, and its output no flags."""
         pipe = as_pipeline(self)
         images = pipe.image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
+        if isinstance(self, StableDiffusionXLInpaintPipeline):
+            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
         if not return_dict:
             return images, flags
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)

@@ -28,7 +28,7 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         prompt_or_image: str | Pictures,
         words: str | Sequence[str],
         *,
-        others: Sequence[str] = (),
+        others: str | Sequence[str] = (),
         generator: torch.Generator | None = None,
         call: Mapping[str, object] | None = None,
         **options: object,

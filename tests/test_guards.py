@@ -134,6 +134,28 @@ def test_embeddings_of_the_pipeline_itself_are_no_bypass(tiny_pipe: Any, hirm: E
         pipe([PROMPT, "a dog"], num_images_per_prompt=2, **SMALL)
 
 
+@pytest.mark.parametrize("trimmed", [False, True], ids=["whole chunks", "starts and ends left out"])
+def test_a_long_prompt_in_chunks_is_no_bypass(tiny_pipe: Any, hirm: Erasure, trimmed: bool) -> None:
+    """As compel and the long prompt weighting pipeline put the encodings of chunks behind one another."""
+
+    def chunked(*texts: str) -> torch.Tensor:
+        rows = [tiny_pipe.encode_prompt(text, "cpu", 1, False)[0] for text in texts]
+        if trimmed:
+            rows = [rows[0][:, :-1], *(row[:, 1:-1] for row in rows[1:-1]), rows[-1][:, 1:]]
+        return torch.cat(rows, 1)
+
+    ErasureManager(tiny_pipe).add(hirm, "cat", strict=True)
+    long, negative = chunked(PROMPT, "a car on a background", "a house"), chunked("", "", "")
+    tiny_pipe(prompt_embeds=long, negative_prompt_embeds=negative, **SMALL)
+    tiny_pipe(prompt_embeds=long.half().float(), negative_prompt_embeds=negative, **SMALL)
+    ErasureManager(tiny_pipe).disable()
+    stock = chunked(PROMPT, "a car on a background", "a house")
+    ErasureManager(tiny_pipe).enable()
+    mixed = torch.cat([stock[:, :77], chunked("a car", "a house")], 1)
+    with pytest.raises(BypassedErasureError, match="prompt_embeds= bypasses cat"):
+        tiny_pipe(prompt_embeds=mixed, negative_prompt_embeds=mixed, **SMALL)
+
+
 def test_embeddings_from_before_a_switch_are_a_bypass_after_it(tiny_pipe: Any, hirm: Erasure) -> None:
     manager = ErasureManager(tiny_pipe)
     manager.add(hirm, "cat", strict=True)

@@ -115,9 +115,10 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Tensor, Tensor]]]:
     """What each module has to put in, by its `id`."""
-    *blocks, norm = _places(encoder) or [None]
+    places = _places(encoder)
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for pin in pins:
+    for pin in pins if places else ():
+        *blocks, norm = places
         found.setdefault(id(norm), []).append((pin.input_ids, pin.hidden_states))
         for index, block in enumerate(blocks[: pin.blocks.shape[1]] if pin.blocks.numel() else ()):
             found.setdefault(id(block), []).append((pin.input_ids, pin.blocks[:, index]))

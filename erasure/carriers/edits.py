@@ -12,6 +12,7 @@ from torch import Tensor
 
 from erasure.carriers.activations import Pinned
 from erasure.carriers.features import BlockEdit, FeatureEdit
+from erasure.carriers.lora_names import PAIRS, file_names, layer_of
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -175,15 +176,12 @@ class Edits:
         return {key: tensor.contiguous() for key, tensor in (*self.deltas.items(), *pins.items(), *slices.items())}
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """The low-rank edits under the names of diffusers' LoRA files (scale 1)."""
-        state = {}
-        for key, (down, up) in self.low_rank.items():
-            component, path = key.split("/", 1)
-            # diffusers' text encoder files carry the prefix; its loader strips it where the class has none.
-            prefix = "text_model." if component.startswith("text_encoder") else ""
-            state[f"{component}.{prefix}{path}.lora_A.weight"] = down.contiguous()
-            state[f"{component}.{prefix}{path}.lora_B.weight"] = up.contiguous()
-        return state
+        """The low-rank edits under the names of LoRA files (scale 1); see `erasure.carriers.lora_names`."""
+        names = file_names(self.low_rank)
+        pairs = {
+            name: tensor for key, edit in self.low_rank.items() for name, tensor in zip(names[key], edit, strict=True)
+        }
+        return {name: tensor.contiguous() for name, tensor in pairs.items()}
 
     def equals(self, other: Edits) -> bool:
         """Whether other edits change a model alike, in whatever precision they are kept."""
@@ -194,7 +192,7 @@ class Edits:
 
     @classmethod
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
-        """The inverse of saving: deltas as they are, low-rank edits from diffusers' LoRA names.
+        """The inverse of saving: deltas as they are, low-rank edits from the names of LoRA files.
 
         Looks at names and shapes only, so that tensors on `meta` do; `check` looks at the values.
 
@@ -203,23 +201,24 @@ class Edits:
         """
         low_rank = {}
         for name in lora:
-            if name.endswith(".lora_B.weight"):
-                if name.replace(".lora_B.", ".lora_A.") not in lora:
-                    raise ArtifactError(f"LoRA tensor {name!r} has no lora_A beside it")
-                continue
-            if not name.endswith(".lora_A.weight") or "." not in name.removesuffix(".lora_A.weight"):
+            ends = next((pair for pair in PAIRS if name.endswith(pair)), None)
+            stem = "" if ends is None else name.removesuffix(ends[0]).removesuffix(ends[1])
+            key = layer_of(stem)
+            if ends is None or key is None:
                 raise ArtifactError(
-                    f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight"
+                    f"unknown LoRA key {name!r}; expected the name of a layer, and .lora_down.weight and "
+                    ".lora_up.weight, or .lora_A.weight and .lora_B.weight"
                 )
-            stem = name.removesuffix(".lora_A.weight")
-            up = lora.get(f"{stem}.lora_B.weight")
-            if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
+            down, up = (lora.get(stem + end) for end in ends)
+            if down is None or up is None:
+                raise ArtifactError(f"LoRA tensor {name!r} has no {ends[down is not None]} beside it")
+            if name.endswith(ends[1]):
+                continue
+            if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
-            component, path = stem.split(".", 1)
-            key = f"{component}/{path.removeprefix('text_model.')}"
             if key in low_rank:
-                raise ArtifactError(f"{key!r} is edited twice, with and without 'text_model.': keep one of them")
-            low_rank[key] = LowRank(lora[name], up)
+                raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
+            low_rank[key] = LowRank(down, up)
         kinds = ("pinned", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:

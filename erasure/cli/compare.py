@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 GAP = 3
 """Columns of the terminal between two columns of a table."""
-MOST_RUNS = 6
-"""Runs that a page has side by side; more of them go below one another."""
 
 
 @dataclass(kw_only=True)
@@ -56,13 +54,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     for part in [] if options.json else comparison.suites():
         columns, rows = layout(part, terminal.width)
         terminal.table(columns, rows, title=about(part))
+    terminal.say(*unmeasured(comparison))
     for method in comparison.repeated():
         terminal.say(
             f"No mean over concepts for {method}: one of them was measured more than once. --label tells runs apart."
         )
     if options.out is not None and terminal.speaks:
         parts = comparison.suites()
-        tables = [Table(about(part), *layout(part, most=MOST_RUNS)) for part in parts]
+        tables = [Table(about(part), *layout(part)) for part in parts]
         write_page(options.out, "Results side by side", tables)
         terminal.say(f"Wrote {options.out}")
 
@@ -70,43 +69,55 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 def about(comparison: Comparison) -> str:
     """What a table of one suite shows."""
     kinds = sorted({f"{row['suite']} ({row['size']})" for row in comparison.rows})
-    return f"Suite {', '.join(kinds)}. Values with 95 % intervals."
+    concepts = {row["concept"] for row in comparison.rows} - {None}
+    of = f", concept {concepts.pop()}" if len(concepts) == 1 else ""
+    return f"Suite {', '.join(kinds)}{of}. Values with 95 % intervals; what could not be measured is -."
 
 
-def layout(
-    comparison: Comparison, width: int | None = None, most: int | None = None
-) -> tuple[list[str], list[list[str]]]:
+def unmeasured(comparison: Comparison) -> list[str]:
+    """Why values are missing, a line for each reason."""
+    why: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        for name, reason in row["missing"].items():
+            if name not in row["cells"]:
+                why.setdefault(reason, []).append(f"{name} of {row['label']}")
+    return [f"{', '.join(which[:3])}{' and others' * (len(which) > 3)}: {reason}" for reason, which in why.items()]
+
+
+def layout(comparison: Comparison, width: int | None = None) -> tuple[list[str], list[list[str]]]:
     """A comparison as the columns and rows of a table, with means over concepts where there are several.
 
     Args:
         comparison: Results of one suite.
-        width: Characters of a line of the terminal. Runs that do not fit side by side stand below one another.
-        most: Runs that stand side by side at most.
+        width: Characters of a line. Runs that do not fit side by side stand below one another. Left out, they are
+            side by side, with their concepts in their names.
     """
     runs = [(row["label"], row["concept"] or "", _cells(comparison, row)) for row in comparison.rows]
     for row in comparison.means():
-        cells = {name: format_metric({"value": row["cells"].get(name)}) for name in comparison.columns}
+        cells = {name: format_metric({"value": value}) for name, value in row["cells"].items()}
         runs.append((row["label"], f"mean of {row['concepts']}", cells))
     names = list(dict.fromkeys(name for *_, cells in runs for name in cells))
     lines = [[name, *(cells.get(name, "") for *_, cells in runs)] for name in names]
-    if any(concept for _, concept, _ in runs):
-        lines.insert(0, ["concept", *(concept for _, concept, _ in runs)])
-    heads = ["", *(name for name, *_ in runs)]
-    needed = sum(max(map(len, column)) + GAP for column in zip(heads, *lines, strict=True))
-    if (width is None or needed <= width) and (most is None or len(runs) <= most):
-        return heads, lines
     several = len({concept for _, concept, _ in runs}) > 1
+    if width is None:
+        return ["", *(f"{label} ({concept})" if several and concept else label for label, concept, _ in runs)], lines
+    if several:
+        lines.insert(0, ["concept", *(concept for _, concept, _ in runs)])
+    heads = ["", *(label for label, *_ in runs)]
+    if sum(max(map(len, column)) + GAP for column in zip(heads, *lines, strict=True)) <= width:
+        return heads, lines
     below: list[list[str]] = []
     for name in names:
         below.append([name, "", ""])
-        below += [[f"  {label}", concept, cells[name]] for label, concept, cells in runs if name in cells]
+        below += [[f"  {label}", concept, cells[name]] for label, concept, cells in runs if cells.get(name)]
     keep = (0, 1, 2) if several else (0, 2)
     return [("metric, run", "concept", "value")[index] for index in keep], [[row[i] for i in keep] for row in below]
 
 
 def _cells(comparison: Comparison, row: Settings) -> dict[str, str]:
     """What stands in the column of a run."""
-    cells = {name: format_metric(row["cells"].get(name)) for name in comparison.columns}
+    known = row["cells"] | dict.fromkeys(set(row["missing"]) - set(row["cells"]))
+    cells = {name: format_metric(known[name]) for name in comparison.columns if name in known}
     if "seconds" in row:
         made = {"made in s": number(row["seconds"], ".1f"), "size in MB": number(row["size_bytes"], ".2f", 1e-6)}
         cells |= made

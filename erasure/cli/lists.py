@@ -178,11 +178,11 @@ def _table(path: str, content: str, needed: Sequence[str]) -> Iterator[tuple[str
     """The rows of a CSV file below its header, whatever stands between its columns."""
     header = content.lstrip("\r\n").partition("\n")[0]
     columns = {mark: [_column(name.strip('"')) for name in header.split(mark)] for mark in DELIMITERS}
-    mark = next((mark for mark, names in columns.items() if set(names) & set(needed)), None)
+    mark = next((mark for mark, present in columns.items() if set(present) & set(needed)), None)
     if mark is None:
-        names = ", ".join(columns[","][:8])
+        found = ", ".join(columns[","][:8])
         raise UsageError(
-            f"{path} has no column '{needed[0]}' (found: {shown(names)[1:-1]}): name the columns on the first line"
+            f"{path} has no column '{needed[0]}' (found: {shown(found)[1:-1]}): name the columns on the first line"
         )
     table = csv.reader(io.StringIO(content, newline=""), delimiter=mark, strict=True)
     names: list[str] = []

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from erasure.cli.terminal import UsageError
 
+MOST = 6
+"""Columns of a table that fit beside one another; of one with more, each row is a block of lines."""
+
 
 class Table(NamedTuple):
     """A table of a page."""
@@ -42,5 +45,5 @@ def write_page(
     from erasure.pages import html_page, png
 
     image = None if picture is None else png(picture.read_bytes())
-    content = html_page("table.html", title=title, tables=tables, picture=image, links=links or {})
+    content = html_page("table.html", title=title, tables=tables, most=MOST, picture=image, links=links or {})
     write_bytes(path, content.encode(), error=UsageError)

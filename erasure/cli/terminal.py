@@ -51,9 +51,25 @@ class UsageError(ErasureError, ValueError):
 
 
 def process() -> tuple[int, int]:
-    """Index of this process and how many there are, under `accelerate launch`; `(0, 1)` otherwise."""
-    first = lambda names, default: next((int(os.environ[n]) for n in names if n in os.environ), default)  # noqa: E731
-    return first(RANKS, 0), first(WORLDS, 1)
+    """Index of this process and how many there are, under `accelerate launch`; `(0, 1)` otherwise.
+
+    Raises:
+        UsageError: The environment says something else than numbers.
+    """
+    return _number_of(RANKS, 0), _number_of(WORLDS, 1)
+
+
+def _number_of(names: Sequence[str], default: int) -> int:
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return default
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UsageError(
+            f"the environment variable {name} is {os.environ[name]!r:.80}, expected a whole number: unset it, or start "
+            "with accelerate launch"
+        ) from None
 
 
 def is_main_process() -> bool:

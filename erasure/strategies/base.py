@@ -69,6 +69,10 @@ class Strategy(Options, ABC):
             progress: To be called with the share that is done, 0-1.
         """
 
+    def ignores_retain(self) -> str:
+        """Name of the option whose value leaves out what must survive; empty when retain lists have an effect."""
+        return ""
+
 
 S = TypeVar("S", bound=Strategy)
 

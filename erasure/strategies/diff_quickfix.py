@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,17 @@ from erasure.concept import Concept
 from erasure.interop.taps import tapped
 from erasure.options import CountOrZero, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import aligned_prompts, retain_prompts, vocabulary, vocabulary_prompts
-from erasure.strategies.uce import compress, factors, solve
+from erasure.strategies.closed_form import compress, factors, outputs_added, paired_at_the_end, solve
+from erasure.strategies.prompts import (
+    AlignedPrompt,
+    aligned_prompts,
+    retain_prompts,
+    vocabulary,
+    vocabulary_prompts,
+)
+
+RELEASED = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
+"""Phrasings of the released code."""
 
 
 @register("diff_quickfix")
@@ -32,6 +41,10 @@ class DiffQuickFix(Strategy):
 
     at the concept's last token and all that follow. Exactly low-rank, so the result is a LoRA.
 
+    Preset `released` is the authors' notebook: four phrasings of every concept, aligned by their last tokens, and
+    nothing preserved. Its `v_e` hold the layer's bias, which the layer then adds a second time. What retain lists name
+    is preserved with the preset too.
+
     Protects a hosted pipeline: whoever holds the weights can put the stock encoder back.
     """
 
@@ -43,41 +56,67 @@ class DiffQuickFix(Strategy):
 
     regularisation: Positive = 0.01
     """lambda, in squared units of the layer's inputs (released code: 0.01)."""
+    phrasings: Literal["concept", "released"] = "concept"
+    """Prompts that name the concept: those of its kind, or the four of the released code."""
+    doubled_bias: bool = False
+    """Whether the outputs for the anchor hold the layer's bias, so that it is added twice (released code)."""
     vocabulary: CountOrZero = 300
-    """Random prompts from the tokeniser's own words, preserved with the retain lists. 0: nothing is (paper)."""
+    """Random prompts from the tokeniser's own words, preserved besides the retain lists; 0 for none (paper)."""
 
-    presets: ClassVar[Presets] = {"released": {"vocabulary": 0, "regularisation": 0.01}}
+    presets: ClassVar[Presets] = {
+        "released": {"phrasings": "released", "doubled_bias": True, "vocabulary": 0, "regularisation": 0.01},
+    }
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Solve for all concepts at once in each text tower, in float64."""
-        edits = Edits()
+        edits, rank = Edits(), 0
         for tower in backbone.towers:
             layer = tower.blocks[0].self_attn.out_proj
-            keys, values = [], []
-            for concept in concepts:
-                for pair in aligned_prompts(tower, concept):
-                    erased, anchor = first_inputs(tower, layer, [pair.prompt, pair.anchor_prompt])
-                    keys.append(erased[pair.start :])
-                    values.append(anchor[pair.positions[pair.start :]])
+            keys, anchors = self.erased_inputs(tower, layer, concepts)
             progress(0.4)
-            kept = [first_inputs(tower, layer, retain_prompts(concepts)).flatten(0, 1)] if self.vocabulary else []
-            words = vocabulary(tower, concepts) if self.vocabulary else []
-            if words:
-                prompts = vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
-                kept += [
-                    first_inputs(tower, layer, prompts[i : i + 32]).flatten(0, 1) for i in range(0, len(prompts), 32)
-                ]
-            erased_keys, anchors = torch.cat(keys), torch.cat(values)
-            preserved = torch.cat(kept) if kept else erased_keys[:0]
-            update = solve(erased_keys, anchors, preserved, 1.0, 1.0, self.regularisation)
-            left, down = factors(update)
-            edit = LowRank(down, layer.weight.detach().double().cpu() @ left)
-            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = compress(edit)
+            preserved = self.preserved_inputs(tower, layer, concepts, seed)
+            weight = layer.weight.detach().double().cpu()
+            change = weight @ solve(keys, anchors, preserved, 1.0, 1.0, self.regularisation)
+            if self.doubled_bias and layer.bias is not None:
+                bias = layer.bias.detach().double().cpu().expand(len(keys), -1)
+                change += outputs_added(keys, bias, preserved, self.regularisation)
+            up, down = factors(change)
+            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = compress(LowRank(down, up))
             rank = len(down)
             progress(1.0)
         return Fit(edits, {"rank": float(rank)})
+
+    def erased_inputs(self, tower: TextTower, layer: nn.Linear, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+        """The layer's inputs for the concepts and for their anchors, `(inputs, dim)` each, float64."""
+        keys, anchors = [], []
+        for concept in concepts:
+            for pair in self.pairs(tower, concept):
+                erased, anchor = first_inputs(tower, layer, [pair.prompt, pair.anchor_prompt])
+                keys.append(erased[pair.start :])
+                anchors.append(anchor[pair.positions[pair.start :]])
+        return torch.cat(keys), torch.cat(anchors)
+
+    def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
+        """The prompts to erase, aligned with what takes their place."""
+        if self.phrasings == "concept":
+            return aligned_prompts(tower, concept)
+        return [
+            paired_at_the_end(tower, template, words, concept.anchor or "")
+            for words in concept.names
+            for template in RELEASED
+        ]
+
+    def preserved_inputs(self, tower: TextTower, layer: nn.Linear, concepts: Sequence[Concept], seed: int) -> Tensor:
+        """The layer's inputs that keep their outputs, `(inputs, dim)` float64; may be empty."""
+        prompts = retain_prompts(concepts)
+        if not self.vocabulary:
+            prompts.remove("")
+        elif words := vocabulary(tower, concepts):
+            prompts += vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
+        parts = [first_inputs(tower, layer, prompts[i : i + 32]).flatten(0, 1) for i in range(0, len(prompts), 32)]
+        return torch.cat(parts) if parts else torch.zeros(0, layer.in_features, dtype=torch.float64)
 
 
 @torch.no_grad()

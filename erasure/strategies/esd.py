@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,17 +11,22 @@ from torch import Tensor, nn
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
+from erasure.concept import Concept
 from erasure.interop import paths
 from erasure.options import Presets
 from erasure.strategies.base import register
+from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.training.objectives import negative_guidance
+from erasure.training.states import Scene, States
 from erasure.training.student import Student, make_student
 
 Method = Literal["x", "x-strict", "u", "self", "all"]
 
 RELEASED: dict[str, object] = {
     "method": "x", "rank": 0, "base": "null", "eta": 1.0, "steps": 200, "lr": 5e-5, "batch": 1, "retain_batch": 0,
-    "contexts": 0, "states": "online", "rollouts": 1000, "rollout_steps": 50, "clip": 0.0,
+    "templates": False, "contexts": 0, "states": "online", "rollouts": 1000, "rollout_steps": 50,
+    "rollout_guidance": 3.0, "clip": 0.0,
 }  # fmt: skip
 """What the released scripts have in common, in the paper's eta."""
 
@@ -38,6 +44,13 @@ class ESD(TrainedStrategy):
     anchor, where it has one, so that the rest of the prompt (a style, a second object) stays; besides, the teacher's
     own predictions are matched on prompts that must survive. Trains a LoRA on the layers of `esd-x` by default.
 
+    Presets train on the bare name and retain nothing. `paper` is the CompVis code: eta 1, Adam at 1e-5, 1000 updates
+    of one state that the student has come to. That code asks about each state at a timestep that is on average 47 of
+    1000 above the state's own, for its sampler goes two steps past the one that is drawn. Here each state is asked
+    about at its own timestep. `released-...` is esd_sd.py of 2025, whose teacher takes the steps, and `released-from`
+    its `--erase_from`: the anchor's prompt is rolled out and trained. Its weights in bfloat16 and its 1024 pixels for
+    a model of 512 are left out; states come from DDIM, where the script takes the pipeline's own scheduler.
+
     Protects released weights against prompts; learned embeddings, and attacks that optimise prompts, bring much of a
     concept back.
     """
@@ -49,22 +62,48 @@ class ESD(TrainedStrategy):
     cost: ClassVar[str] = "minutes, about 5 denoiser passes a training state"
 
     method: Method = "x"
-    """What is trained, as the released code names it: `x` the cross-attention, `x-strict` its keys and values, `self`
-    the self-attention, `u` everything but the cross-attention, `all` everything."""
+    """Linear and convolution layers that are trained, as the released code names them: `x` the cross-attention,
+    `x-strict` its keys and values, `self` the self-attention, `u` all but the cross-attention, `all` all of them."""
+    trained_prompt: Literal["concept", "anchor"] = "concept"
+    """Prompt that is rolled out and trained: with the concept, or with the anchor in its place. With the anchor, the
+    concept ("cowboy hat") is erased as a part of what the anchor ("cowboy") means, and the target starts from the
+    anchor's prediction: `e(x_t, a) - eta (e(x_t, c) - e(x_t, n))`."""
 
     presets: ClassVar[Presets] = {
-        # CompVis code: eta 1, Adam 1e-5, 1000 updates of one state, which the student has come to.
         "paper": {**RELEASED, "steps": 1000, "lr": 1e-5, "rollout_by": "student"},
         # esd_sd.py of 2025 starts from the concept's own prediction, so its eta of 2 is the paper's 1.
         "released-x": RELEASED,
         "released-x-strict": {**RELEASED, "method": "x-strict"},
         "released-u": {**RELEASED, "method": "u"},
         "released-all": {**RELEASED, "method": "all"},
-        # Its --erase_from starts from that prompt, with the same eta of 2.
-        "released-from": {**RELEASED, "base": "anchor", "against": "null", "eta": 2.0},
+        "released-from": {**RELEASED, "trained_prompt": "anchor", "base": "anchor", "against": "null", "eta": 2.0},
         # esd_sdxl.py: an eta of 1 from the concept's own prediction is a match of the empty prompt.
         "released-sdxl": {**RELEASED, "eta": 0.0, "lr": 2e-4, "rollout_guidance": 2.0},
     }
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow."""
+        super().__post_init__()
+        if self.trained_prompt == "anchor" and (self.scope_weight or self.contexts):
+            self.refuse("trained_prompt", "anchor", "'concept', unless 'scope_weight' and 'contexts' are 0")
+
+    def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """See `TrainedStrategy.scenes`; prompts with the anchors when those are trained."""
+        if self.trained_prompt == "concept":
+            return super().scenes(tower, concepts, seed)
+        for concept in concepts:
+            if not concept.anchor:
+                self.refuse("trained_prompt", "anchor", f"'concept' for {concept.target!r}, which has no anchor")
+        named = concepts if self.templates else [replace(concept, templates=("{}",)) for concept in concepts]
+        pairs = [pair for concept in named for pair in aligned_prompts(tower, concept)]
+        return list(dict.fromkeys(Scene(pair.anchor_prompt, (pair.prompt,)) for pair in pairs))
+
+    def target(self, states: States) -> Tensor:
+        """See `TrainedStrategy.target`."""
+        if self.trained_prompt == "concept":
+            return super().target(states)
+        base = states.own if self.base == "anchor" else states.null
+        return negative_guidance(base, states.asked[:, 0], base if self.against == "base" else states.null, self.eta)
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """A LoRA on the chosen layers, or their parameters themselves."""
@@ -91,7 +130,12 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
     sites = backbone.attention_sites()
     cross = tuple(f"{site.name}." for site in sites if site.kind != "self")
     own = tuple(f"{site.name}." for site in sites if site.kind == "self")
-    every = list(paths.canonical_parameters(backbone.denoiser))
+    denoiser = backbone.denoiser
+    every = [
+        path
+        for path in paths.canonical_parameters(denoiser)
+        if isinstance(paths.layer(denoiser, path.rpartition(".")[0]), (nn.Linear, nn.Conv2d))
+    ]
     if method == "x":
         return [path for path in every if path.startswith(cross)]
     if method == "x-strict":

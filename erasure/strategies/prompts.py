@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from erasure.backbones import TextTower
+from erasure import files
+from erasure.backbones import Backbone, TextTower
 from erasure.concept import TEMPLATES, Concept, numbers
-from erasure.errors import ConceptError
+from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
 from erasure.world import World
+
+LARGEST_LIST = 64 * 2**20
+"""Bytes of a file of prompts."""
 
 
 class AlignedPrompt(NamedTuple):
@@ -204,6 +211,34 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
     return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
 
 
+def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
+    """`count` prompts "a photo of X" that must survive: X of the retain lists, then random words of the tokeniser."""
+    listed = [word for concept in concepts for word in concept.retain]
+    words = [word for word in vocabulary(tower, concepts) if word not in listed]
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    every = list(dict.fromkeys([*listed, *(words[i] for i in order)]))
+    return [Scene(f"a photo of {word}") for word in every[: max(count, len(listed))]]
+
+
+def listed_scenes(path: str) -> list[Scene]:
+    """Prompts of a file: one a line, or the column `prompt` of a CSV file; each once.
+
+    Raises:
+        OptionError: The file cannot be read, holds no prompt or has no such column.
+    """
+    text = files.read_text(Path(path), LARGEST_LIST, error=OptionError)
+    rows = text.splitlines()
+    if path.lower().endswith(".csv"):
+        table = csv.DictReader(io.StringIO(text))
+        if "prompt" not in (table.fieldnames or ()):
+            raise OptionError(f"{path} has the columns {table.fieldnames}, expected one that is called 'prompt'")
+        rows = [row["prompt"] or "" for row in table]
+    prompts = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
+    if not prompts:
+        raise OptionError(f"{path} holds no prompt: write one on each line")
+    return [Scene(prompt) for prompt in prompts]
+
+
 def without(prompt: str, concept: Concept) -> str:
     """A prompt without the concept's words: every mention of every name, in upper or lower case, as whole words.
 
@@ -230,3 +265,11 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 """Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+
+
+def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
+    """What takes the place of a concept: its own anchor, or the one that the model's world suggests."""
+    word = concept.anchor
+    if word is None:
+        word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
+    return Concept(word, kind=concept.kind, templates=concept.templates) if word else None

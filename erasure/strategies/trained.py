@@ -91,6 +91,8 @@ class TrainedStrategy(Optimisation, Strategy):
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
     refresh: Count = 50
     """Updates between two fillings of a buffer by the student."""
+    templates: bool = True
+    """Train on every phrasing of the concept. Without, on its names alone (released code)."""
     contexts: CountOrZero = 12
     """Random prompts that name each concept among other words, besides its phrasings."""
     retain_vocabulary: CountOrZero = 32
@@ -115,6 +117,10 @@ class TrainedStrategy(Optimisation, Strategy):
             self.refuse("projection", self.projection, "0 without prompts to retain: raise 'retain_batch'")
         if self.group_lasso and not self.rank:
             self.refuse("group_lasso", self.group_lasso, "0 without a LoRA, which is what it prunes: raise 'rank'")
+
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return next((name for name in ("retain_batch", "retain_weight") if not getattr(self, name)), "")
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -212,6 +218,16 @@ class TrainedStrategy(Optimisation, Strategy):
                 self.predict(task, Batch(states.x, states.t, prompts, states, None))
         return found
 
+    def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts with the concepts to roll out, and what the teacher is asked besides."""
+        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
+        named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
+        return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
+
+    def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts that must survive, to roll out."""
+        return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
+
     def target(self, states: States) -> Tensor:
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
@@ -224,9 +240,8 @@ class TrainedStrategy(Optimisation, Strategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
     ) -> Task:
         """Prompts, empty sources of states, and the student."""
-        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        scenes = concept_scenes(tower, concepts, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
-        kept = retain_scenes(tower, concepts, seed, self.retain_vocabulary) if self.retain_batch else []
+        scenes = self.scenes(tower, concepts, seed)
+        kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = PromptCache(backbone, every)
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))

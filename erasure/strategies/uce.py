@@ -12,10 +12,17 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
-from erasure.errors import DivergenceError
 from erasure.options import CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import aligned_prompts, retain_prompts, subject_span, vocabulary, vocabulary_prompts
+from erasure.strategies.closed_form import compress, factors, paired_at_the_end, solve
+from erasure.strategies.prompts import (
+    AlignedPrompt,
+    aligned_prompts,
+    retain_prompts,
+    subject_span,
+    vocabulary,
+    vocabulary_prompts,
+)
 
 
 @register("uce")
@@ -31,6 +38,10 @@ class UCE(Strategy):
     solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
     `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
     erased features. So the result is exactly a LoRA. Biases cancel and stay untouched.
+
+    Preset `released` is the authors' script of 2025: of every bare name the last token is erased, and the anchor's
+    last token takes its place; where there is no anchor, that of "art" for a style and the start token for an object.
+    Names on the retain lists are preserved, and nothing else.
 
     Protects released weights against prompts; learned embeddings can bring the concept back.
     """
@@ -50,18 +61,26 @@ class UCE(Strategy):
     tokens: Literal["last", "from_last"] = "from_last"
     """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included,
     which carry the concept too because attention is causal."""
+    templates: bool = True
+    """Erase and preserve every phrasing of a concept. Without, its names alone (released code), whose last token
+    answers to the anchor's last, or to the start token where the anchor is empty."""
+    style_anchor: str = ""
+    """What takes the place of a style that has no anchor: nothing, or this word (released code: "art")."""
+    preserve_start: bool = True
+    """Preserve the start token, which is the same in every prompt (released code: no)."""
     vocabulary: CountOrZero = 300
     """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
     presets: ClassVar[Presets] = {
         "released": {
-            "tokens": "last",
-            "vocabulary": 0,
-            "regularisation": 0.5,
-            "erase_scale": 1.0,
-            "preserve_scale": 1.0,
+            "tokens": "last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
+            "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0,
         },
-    }
+    }  # fmt: skip
+
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "" if self.preserve_scale else "preserve_scale"
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -88,7 +107,7 @@ class UCE(Strategy):
         """Features to erase and those that take their place, `(features, dim)` each, float64."""
         erased, replacing = [], []
         for concept in concepts:
-            for pair in aligned_prompts(tower, concept):
+            for pair in self.pairs(tower, concept):
                 states, anchors = (
                     backbone.encode([pair.prompt]).tokens[0],
                     backbone.encode([pair.anchor_prompt]).tokens[0],
@@ -98,76 +117,42 @@ class UCE(Strategy):
                 replacing.append(anchors[pair.positions[pair.start : stop].to(anchors.device)])
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
 
+    def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
+        """The prompts to erase, aligned with what takes their place."""
+        default = self.style_anchor if concept.kind == "style" else ""
+        if self.templates:
+            return aligned_prompts(tower, concept, default)
+        anchor = default if concept.anchor is None else concept.anchor
+        return [paired_at_the_end(tower, "{}", words, anchor) for words in concept.names]
+
     @torch.no_grad()
     def preserved_features(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int
     ) -> Tensor:
         """Features to keep, `(features, dim)` float64; may be empty."""
-        kept = [backbone.encode([""]).tokens[0, :1]]
+        states = backbone.encode([""]).tokens[0]
+        kept = [states[: int(self.preserve_start)]]
         if self.tokens == "last":
-            for concept in concepts:
-                for words in concept.retain:
-                    for prompt in (template.format(words) for template in concept.phrasings()):
-                        span = subject_span(tower, prompt, words)
-                        kept.append(backbone.encode([prompt]).tokens[0, span.start : span.last + 1])
+            subjects = {
+                template.format(words): words
+                for concept in concepts
+                for words in concept.retain
+                for template in (concept.phrasings() if self.templates else ("{}",))
+            }
+            for prompt, words in subjects.items():
+                span = subject_span(tower, prompt, words)
+                kept.append(backbone.encode([prompt]).tokens[0, span.start : span.last + 1])
         else:
-            for prompt in retain_prompts(concepts):
+            for prompt in retain_prompts(concepts) if self.templates else ["", *retained_names(concepts)]:
                 kept.append(backbone.encode([prompt]).tokens[0])
         known = vocabulary(tower, concepts) if self.vocabulary else []
         if known:
             prompts = vocabulary_prompts(known, self.vocabulary, torch.Generator().manual_seed(seed))
             for first in range(0, len(prompts), 32):
-                states = backbone.encode(prompts[first : first + 32]).tokens
-                kept.append(states.flatten(0, 1))
+                kept.append(backbone.encode(prompts[first : first + 32]).tokens.flatten(0, 1))
         return torch.cat(kept).double().cpu()
 
 
-def solve(
-    erased: Tensor,
-    replacing: Tensor,
-    preserved: Tensor,
-    erase_scale: float,
-    preserve_scale: float,
-    regularisation: float,
-) -> Tensor:
-    """The matrix X with `W' - W = W X`.
-
-    Args:
-        erased: `(e, dim)` features c_e.
-        replacing: `(e, dim)` features c_a.
-        preserved: `(p, dim)` features c_p.
-        erase_scale: s_e.
-        preserve_scale: s_p.
-        regularisation: lambda > 0.
-
-    Returns:
-        `(dim, dim)`, of rank at most e.
-    """
-    dim = erased.shape[1]
-    gram = erase_scale * erased.T @ erased + preserve_scale * preserved.T @ preserved
-    gram = gram + regularisation * torch.eye(dim, dtype=erased.dtype)
-    cross = erase_scale * (replacing - erased).T @ erased
-    return torch.linalg.solve(gram, cross.T).T
-
-
-def factors(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The least factors `left @ right` of a matrix, `(dim, rank)` and `(rank, dim)`.
-
-    Raises:
-        DivergenceError: The matrix holds NaN or infinity.
-    """
-    if not torch.isfinite(update).all():
-        raise DivergenceError(
-            "the closed form gives NaN or infinity: are the model's weights sound? Raise regularisation"
-        )
-    left, singular, right = torch.linalg.svd(update)
-    rank = max(int((singular > 1e-7 * singular[0]).sum()), 1)
-    return left[:, :rank] * singular[:rank], right[:rank]
-
-
-def compress(edit: LowRank) -> LowRank:
-    """The same product in float32 and in no more columns than the layer has outputs."""
-    down, up = edit
-    if up.shape[0] < down.shape[0]:
-        up, down = torch.eye(up.shape[0], dtype=up.dtype), up @ down
-    return LowRank(down.float().contiguous(), up.float().contiguous())
+def retained_names(concepts: Sequence[Concept]) -> list[str]:
+    """The names on all retain lists, each once."""
+    return list(dict.fromkeys(words for concept in concepts for words in concept.retain))

@@ -177,3 +177,12 @@ def test_other_processes_are_silent(failing, capsys, monkeypatch):
     assert main(["strategies"]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "abc"), ("RANK", ""), ("PMI_RANK", "1.5")])
+def test_processes_that_cannot_be_counted(name: str, value: str, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert main(["strategies"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"erasure: error: the environment variable {name} is")
+    assert said.count("\n") == 1

@@ -32,7 +32,7 @@ def test_the_layer_gives_for_the_concept_what_it_gives_for_the_anchor(tiny_pipe:
     with torch.no_grad():
         wanted = layer(anchor[pair.positions[pair.start]].float())
         before = layer(own[pair.start].float())
-        erase(tiny_pipe, concept, "diff_quickfix", preset="released", regularisation=1e-7, progress=False)
+        erase(tiny_pipe, concept, "diff_quickfix", vocabulary=0, regularisation=1e-7, progress=False)
         after = layer(own[pair.start].float())
     assert (after - wanted).norm() < 0.05 * (before - wanted).norm()
 

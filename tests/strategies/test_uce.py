@@ -11,8 +11,9 @@ from erasure.backbones import backbone_for
 from erasure.carriers.edits import LowRank
 from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
+from erasure.strategies.closed_form import compress, factors, solve
 from erasure.strategies.prompts import aligned_prompts
-from erasure.strategies.uce import UCE, compress, factors, solve
+from erasure.strategies.uce import UCE
 
 
 def features(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -108,7 +109,8 @@ def test_the_edited_layer_sees_the_anchor(tiny_pipe: Any) -> None:
         anchor_key = layer(states[1, pair.positions[pair.start]])
         before = layer(states[0, pair.start])
         erase(
-            tiny_pipe, concept, "uce", preset="released", regularisation=1e-6, preserve_scale=0.0, progress=False
+            tiny_pipe, concept, "uce", preset="released", templates=True, regularisation=1e-6, preserve_scale=0.0,
+            progress=False,
         )  # fmt: skip
         after = layer(states[0, pair.start])
     assert (after - anchor_key).norm() < 1e-2 * (before - anchor_key).norm()
