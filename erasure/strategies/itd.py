@@ -189,10 +189,11 @@ class ItD(Strategy):
         corpus = read_words(tower, layer, ["", *ordinary])
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
+        push = ALONE if self.tau is None else self.tau
         if self.parity:
             edit = released_edit(
                 tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
-                names=[name for concept in concepts for name in concept.names], top=self.top, tau=ALONE if self.tau is None else self.tau,
+                names=[name for concept in concepts for name in concept.names], top=self.top, tau=push,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Fit(Edits(features={key: edit}), log)
@@ -204,7 +205,7 @@ class ItD(Strategy):
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
             anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
-            choice = choice._replace(push=ALONE if self.tau is None else self.tau)
+            choice = choice._replace(push=push)
             if anchor is not None:
                 mention = words.states[labels.positive].mean(0)
                 choice = self.replaced(tower, layer, sae, corpus, activity, choice, concept, anchor, mention, seed)
@@ -218,11 +219,9 @@ class ItD(Strategy):
                 kept = found[~labels.holds]
                 new, reached = fired(sae, mined.states, kept, choice.features, self.features, self.false_positive_rate)
                 log[f"{concept.target}_mined"] = float(len(new))
-                choice = choice._replace(
-                    features=[*choice.features, *new],
-                    magnitude=torch.cat([choice.magnitude, reached]),
-                    rivalry=torch.cat([choice.rivalry, torch.zeros(len(new))]),
-                )
+                reached = torch.cat([choice.magnitude, reached])
+                apart = torch.cat([choice.rivalry, torch.zeros(len(new))])
+                choice = choice._replace(features=[*choice.features, *new], magnitude=reached, rivalry=apart)
                 words, labels = with_mined(words, labels, mined.states, mined.learned)
                 chooses = torch.cat([chooses, torch.arange(mined.states.prompts) % 2 == 0])
                 choice = choice._replace(gate=self.fit_gate(sae, words, labels, chooses))
@@ -323,18 +322,6 @@ class ItD(Strategy):
 
         That is what the anchor's latents write; or, where latents say too little of the two to take the concept far
         enough, the difference of the states at their names. An anchor that the tokeniser does not know takes no place.
-
-        Args:
-            tower: The text encoder.
-            layer: The block.
-            sae: The dictionary.
-            corpus: Words of ordinary prompts.
-            activity: Of these, see `strongest`.
-            choice: What was chosen for the concept.
-            concept: The concept.
-            anchor: What takes its place.
-            mention: Mean state at the concept's name, `(dim,)`.
-            seed: Of the prompts that name the anchor.
         """
         words, labels, extra = self.labelled(tower, layer, corpus, anchor, torch.Generator().manual_seed(seed))
         if not labels.positive.any():
