@@ -42,7 +42,7 @@ def colour_judge(images: Any) -> list[Any]:
 
 colour_judge.version = "colour_judge"  # type: ignore[attr-defined]
 
-ALIKE = 3.0
+ALIKE = 0.5
 """Mean difference of two images up to which they count as the same, in steps of 256."""
 
 
