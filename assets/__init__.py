@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from erasure.assets.facts import CanvasFacts, read_facts
+from erasure.assets.facts import FILE, CanvasFacts, read_facts
 from erasure.errors import ArtifactError
+from erasure.files import write_json
 
 ROOT = Path(__file__).resolve().parent
 
@@ -48,6 +49,23 @@ def facts_of(model: str | Path) -> CanvasFacts:
     if own is None and folder.resolve().is_relative_to(ROOT):
         own = read_facts(path("canvas-sd"))
     return own or {}
+
+
+def copy_facts(model: str | Path, folder: str | Path) -> None:
+    """Write the `canvas.json` of a model beside a copy of it, so that the copy declares the same world.
+
+    Nothing is written for a model that has none.
+
+    Args:
+        model: A model's folder, or the name of an embedded one.
+        folder: The copy's folder.
+
+    Raises:
+        ArtifactError: The file is damaged, or cannot be written.
+    """
+    facts = facts_of(model)
+    if facts:
+        write_json(Path(folder) / FILE, facts)
 
 
 def canvas(model: str | Path = "canvas-sd") -> CanvasFacts:

@@ -119,6 +119,8 @@ def erase(
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
         base = _base(backbone, fit.edits, wanted)
+    # A training that went on from a checkpoint has cost what it took before as well.
+    seconds = time.perf_counter() - started + fit.log.get("earlier_seconds", 0.0)
     config = ErasureConfig(
         strategy=method.name,
         strategy_config=dataclasses.asdict(method),
@@ -129,7 +131,7 @@ def erase(
         protects=method.protects,
         versions=library_versions(),
         seed=seed,
-        cost={"seconds": round(time.perf_counter() - started, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
+        cost={"seconds": round(seconds, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
         gates=dict(fit.gates),
     )
     made = Erasure(config, fit.edits)

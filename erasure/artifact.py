@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import tempfile
@@ -40,10 +41,11 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 
 def default_name(concepts: Sequence[Concept], strategy: str) -> str:
-    """What an erasure is called when nobody says otherwise."""
+    """What an erasure is called when nobody says otherwise, for instance `van-gogh-hirm`; see `files.slug`."""
     targets = [concept.target for concept in concepts]
     label = "-".join(targets) if len(targets) <= 3 else f"{targets[0]}-and-{len(targets) - 1}-more"
-    return re.sub(r"[^a-z0-9]+", "-", f"{label[:LONGEST_LABEL]}-{strategy}".lower()).strip("-")
+    method = re.sub(r"[^a-z0-9]+", "-", strategy.lower()).strip("-")
+    return "-".join(part for part in (files.slug(label, LONGEST_LABEL), method) if part)
 
 
 class Erasure:
@@ -85,6 +87,16 @@ class Erasure:
     def components(self) -> list[str]:
         """Pipeline components that it changes."""
         return self.edits.components
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tensors and of the options that it was made with, 16 hex digits."""
+        found = hashlib.sha256(files.digest([self.config.strategy, self.config.strategy_config]).encode())
+        tensors = self.edits.delta_state_dict() | self.edits.lora_state_dict()
+        for key, tensor in sorted(tensors.items()):
+            found.update(key.encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @cached_property
     def size_bytes(self) -> int:

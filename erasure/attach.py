@@ -15,10 +15,11 @@ from torch import nn
 from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
+from erasure.baked import leave_trace, saved_to
 from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
-from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of
-from erasure.interop import adapters, scopes
+from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of, warn_of_same_edits
+from erasure.interop import adapters, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
@@ -132,6 +133,7 @@ class ErasureManager:
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
             warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
+            warn_of_same_edits(name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:
                 record = replace(states[component].record if component in states else Record(), enabled=True)
@@ -166,6 +168,7 @@ class ErasureManager:
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
         """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
         modules = self._modules()
+        patches.refuse_deep_cache(modules.values(), "attaching and switching erasures")
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
             recover(modules)
             with scopes.without_offloading(self.pipe):
@@ -191,7 +194,7 @@ class ErasureManager:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, denoiser, now)
             if any(state.record.attached for state in now.values()):
-                CallGuard.install(self.pipe, "save_pretrained", _refuse_unsaveable)
+                CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
@@ -231,6 +234,7 @@ class ErasureManager:
 
     def _beside(self, make: Callable[[], DiffusionPipeline], offloaded: bool) -> DiffusionPipeline:
         modules = self._modules()
+        patches.refuse_deep_cache(modules.values(), "making erasures, which copies the networks,")
         if scopes.is_offloaded(self.pipe) or any(map(interrupted, modules.values())):
             with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
                 recover(modules)
@@ -400,6 +404,9 @@ class ErasureManager:
             guards.check_saveable(self._modules().values(), beyond_weights)
 
 
-def _refuse_unsaveable(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
-    """Refuse before the first file of a pipeline is written."""
-    ErasureManager(pipe).check_saveable()
+def _before_saving(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
+    """Refuse before the first file of a pipeline is written, or say beside its files what they are erased of."""
+    manager = ErasureManager(pipe)
+    manager.check_saveable()
+    if (folder := saved_to(args, kwargs)) is not None and not folder.is_file():
+        leave_trace(manager, folder)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from erasure.concept import Concept
 from erasure.pages import Markdown, markdown_page
 from erasure.shown import number
 
 if TYPE_CHECKING:
     from erasure.artifact import ErasureConfig
-    from erasure.concept import Concept
 
 ROWS = 200
 """Concepts, gates and measurements that a card lists."""
@@ -44,6 +44,32 @@ def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lo
         ],
         evaluation=[(key, figure(value)) for key, value in list(config.evaluation.items())[:ROWS]],
         stock=lora_file and Markdown(f"pipe.load_lora_weights(folder, weight_name={lora_file!r})"),
+    )
+
+
+def baked_card(strengths: Sequence[float], configs: Sequence[ErasureConfig]) -> str:
+    """Write the card of a pipeline whose weights are erased.
+
+    Args:
+        strengths: Of the erasures in it.
+        configs: What they are.
+
+    Returns:
+        Markdown with YAML in front.
+    """
+    found = [[Concept.from_dict(data) for data in config.concepts[:ROWS]] for config in configs]
+    return markdown_page(
+        "baked.md",
+        metadata=metadata(configs[0]),
+        erasures=[
+            (concepts, config, number(strength), len(config.concepts) - len(concepts))
+            for concepts, config, strength in zip(found, configs, strengths, strict=True)
+        ],
+        evaluation=[
+            (f"{concepts[0].target}, {config.strategy}", key, figure(value))
+            for concepts, config in zip(found, configs, strict=True)
+            for key, value in list(config.evaluation.items())[:ROWS]
+        ],
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from erasure import files
-from erasure.errors import ConceptError
+from erasure.errors import ConceptError, ConceptWarning
 
 Kind = Literal["object", "style", "unsafe"]
 
@@ -22,8 +24,12 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 """Phrasings that a concept is met in, by kind. `{}` is the concept."""
 
 
+PLACEHOLDER = re.compile(r"<[^<>\s]+>")
+"""Pattern of the names that learned tokens have by custom."""
 LONGEST_TEXT = 1000
 """Characters of a concept's name, anchor or template."""
+UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+"""Characters without width that get into words from web pages and files: soft hyphens, joints, byte order marks."""
 
 
 def key(word: str) -> str:
@@ -35,9 +41,24 @@ def key(word: str) -> str:
         >>> key("A Golf_Ball ") == key("golf-ball")
         True
     """
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
-    bare = re.sub(r"[\s_\-\u00ad\u2010-\u2015]+", " ", plain).strip()
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word.translate(UNSEEN)).casefold())
+    bare = re.sub(r"[\s_\-\u2010-\u2015]+", " ", plain).strip()
     return re.sub(r"^(an?|the) (?=\S)", "", bare) or plain
+
+
+def singulars(word: str) -> Iterator[str]:
+    """A word in the form of `key`, then what it may be the plural of."""
+    yield word
+    for ending, others in (("ies", ("y",)), ("ves", ("f", "fe")), ("es", ("",)), ("s", ("",))):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            yield from (word.removesuffix(ending) + other for other in others)
+
+
+def numbers(word: str) -> set[str]:
+    """A word in the form of `key`, and what may be its singular or plural."""
+    word = key(word)
+    plurals = {f"{word}s", f"{word}es", re.sub("y$", "ies", word), re.sub("fe?$", "ves", word)}
+    return {*singulars(word), *plurals}
 
 
 @dataclass(frozen=True)
@@ -45,8 +66,9 @@ class Concept:
     """One concept to erase.
 
     Raises:
-        ConceptError: The target is empty, the kind is unknown, a name is in the retain list, a template has not
-            exactly one `{}`, or a text is none: no string, too long, or with control characters.
+        ConceptError: The target or a synonym is empty, the kind is unknown, a name is in the retain list or is the
+            anchor, a template has not exactly one `{}`, or a text is none: no string, too long, or with control
+            characters.
 
     Example:
         >>> Concept("Van Gogh", kind="style", anchor="painting", retain=("Monet", "Picasso"))
@@ -77,11 +99,22 @@ class Concept:
             object.__setattr__(self, "target", self.target.strip())
         for text in (self.target, *anchor, *self.retain, *self.synonyms, *self.templates):
             _check_text(text)
+        object.__setattr__(self, "target", _tidy(self.target))
+        object.__setattr__(self, "anchor", None if self.anchor is None else _tidy(self.anchor))
+        object.__setattr__(self, "retain", tuple(map(_tidy, self.retain)))
+        object.__setattr__(self, "synonyms", tuple(map(_tidy, self.synonyms)))
         if not self.target:
             raise ConceptError("the concept is empty: name what to erase, for instance 'Van Gogh'")
         if self.kind not in get_args(Kind):
             raise ConceptError(
                 f"unknown kind {self.kind!r} of concept {self.target!r}; allowed: {', '.join(get_args(Kind))}"
+            )
+        if not all(self.synonyms):
+            raise ConceptError(f"a synonym of {self.target!r} is empty: write a word, or leave it out")
+        if self.anchor and (same := same_word(self.anchor, self.names)):
+            raise ConceptError(
+                f"the anchor {self.anchor!r} of {self.target!r} is what is to be erased ({same!r}), so nothing would "
+                "change: name what shall take its place, or '' for nothing"
             )
         clash = {key(word) for word in self.names} & {key(word) for word in self.retain}
         if clash:
@@ -124,6 +157,17 @@ class Concept:
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
+def same_word(word: str, others: Iterable[str]) -> str | None:
+    """The first of some words that another is, or is the plural or singular of."""
+    own = numbers(word)
+    return next((other for other in others if key(other) in own), None)
+
+
+def _tidy(text: str) -> str:
+    """A text as tokenisers see it: composed characters, single blanks, nothing unseen."""
+    return " ".join(unicodedata.normalize("NFC", text.translate(UNSEEN)).split())
+
+
 def _check_text(text: object) -> None:
     """Raise `ConceptError` for what cannot be part of a prompt."""
     if not isinstance(text, str):
@@ -135,16 +179,32 @@ def _check_text(text: object) -> None:
 
 
 def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Concept]:
-    """One or several concepts, given as words or as `Concept`, as a list.
+    """One or several concepts of one erasure as a list; a word is an object without anchor.
+
+    `erasure.world.World.concepts` gives words the meaning that they have for a model.
 
     Raises:
-        ConceptError: There is none, or one is given twice.
+        ConceptError: There is none, one is given twice, or one is to be erased and retained at once.
     """
     given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
     made = [item if isinstance(item, Concept) else Concept(item) for item in given]
-    targets = [key(concept.target) for concept in made]
     if not made:
         raise ConceptError("no concept given: name at least one, for instance 'Van Gogh'")
-    if len(set(targets)) < len(targets):
-        raise ConceptError(f"a concept is given twice: {', '.join(targets)}")
+    targets = Counter(key(concept.target) for concept in made)
+    if twice := [concept.target for concept in made if targets[key(concept.target)] > 1]:
+        raise ConceptError(f"a concept is given twice: {', '.join(twice)}")
+    for concept in made:
+        kept = {key(word) for word in concept.retain}
+        if clash := [other for other in made if kept & {key(word) for word in other.names}]:
+            raise ConceptError(
+                f"{clash[0].target!r} is to be erased, and retained by {concept.target!r}, in one erasure: "
+                "take it off that list, or make two erasures"
+            )
+        if concept.anchor and (erased := [other for other in made if same_word(concept.anchor, other.names)]):
+            warnings.warn(
+                f"the anchor {concept.anchor!r} of {concept.target!r} is erased too ({erased[0].target!r}), so that "
+                f"prompts about {concept.target!r} may show it: choose an anchor that stays",
+                ConceptWarning,
+                stacklevel=2,
+            )
     return made

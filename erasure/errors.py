@@ -97,3 +97,11 @@ class IgnoredRetainWarning(UserWarning):
 
 class UnknownTokenWarning(UserWarning):
     """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""
+
+
+class ConceptWarning(UserWarning):
+    """Words that may mean something else than what they are taken for, or that a model does not know."""
+
+
+class TwiceAttachedWarning(UserWarning):
+    """The same edits are attached to a pipeline under two names."""

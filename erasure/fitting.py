@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 from diffusers import DiffusionPipeline
@@ -12,7 +13,7 @@ from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.carriers import weights
 from erasure.carriers.edits import TEXT_ENCODERS
-from erasure.errors import AttachError, NoMatchingModuleError, WrongBaseError
+from erasure.errors import AttachError, NoMatchingModuleError, TwiceAttachedWarning, WrongBaseError
 from erasure.interop import paths
 from erasure.state import Attached, ComponentState
 
@@ -138,3 +139,16 @@ def check_strength(strength: float) -> float:
     if not (math.isfinite(factor) and factor >= 0):
         raise AttachError(f"{strength!r} is no strength: give a finite number that is not negative; 1 is as made")
     return factor
+
+
+def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
+    """Warn when the same edits are attached already under another name: together they have twice the strength."""
+    for other, made in attached.items():
+        if made.edits.equals(erasure.edits):
+            warnings.warn(
+                f"{name!r} makes the same edits as {other!r}, which is attached already: together they have twice the "
+                f"strength. delete_erasure({name!r}) takes one off; a single one takes a strength of 2 as well",
+                TwiceAttachedWarning,
+                stacklevel=4,
+            )
+            return

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,11 @@ from erasure.interop.pipelines import CallGuard
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
+BLOCK = re.compile(r"encoder\.layers\.(\d+)\.?")
+"""Path of a text encoder's block, or of something in it."""
 _ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
-SAMPLED, REMEMBERED = 64, 4096
-"""Values of an encoding by which it is known again, and encodings that are remembered."""
+SAMPLED, REMEMBERED = 8, 4096
+"""Values of a token's encoding by which it is known again, and prompts whose encodings are remembered."""
 
 
 class _Known(threading.local):
@@ -75,21 +77,35 @@ class Encodings:
         self.rows.extend(_sampled(states.detach()).cpu())
 
     def knows(self, states: Tensor) -> bool:
-        """Whether every encoding `(batch, tokens, dim)` is one of those, but for a cast, or zero beside one."""
+        """Whether every encoding `(batch, tokens, dim)` is made of those, but for a cast, or zero beside one.
+
+        A long prompt is encoded in chunks that are put behind one another, with or without the start and the end of
+        each, so tokens are looked for in all that is known, not whole prompts.
+        """
         asked = _sampled(states.detach()).cpu()
-        asked = asked[asked.abs().amax(1) > 0]
+        asked = asked[asked.abs().amax((1, 2)) > 0]
         if self.blind:
             return True
-        known = [row for row in list(self.rows) if row.shape == asked.shape[1:]]
+        known = [row for row in list(self.rows) if row.shape[1] == asked.shape[2]]
         if not known or not len(asked):
             return False
-        away = (torch.stack(known)[None] - asked[:, None]).abs().amax(-1).amin(1)
-        return bool((away <= 0.02 * asked.abs().amax(1)).all())
+        return all(_is_made_of(tokens, known) for tokens in asked)
+
+
+def _is_made_of(asked: Tensor, known: Sequence[Tensor]) -> bool:
+    """Whether every token `(tokens, values)` of an encoding is one of known encodings, the newest looked at first."""
+    left = asked
+    for row in reversed(known):
+        away = (row[None] - left[:, None]).abs().amax(-1).amin(1)
+        left = left[away > 0.02 * left.abs().amax(1)]
+        if not len(left):
+            return True
+    return False
 
 
 def _sampled(states: Tensor) -> Tensor:
-    flat = states.flatten(1)
-    return flat[:, :: max(1, flat.shape[1] // SAMPLED)].float()
+    """Some values of each token, `(batch, tokens, values)`."""
+    return states[..., :: max(1, states.shape[-1] // SAMPLED)].float()
 
 
 class _Remember(ModelHook):
@@ -161,8 +177,9 @@ PICTURE = (
 
 
 CLIP_SKIP = (
-    "clip_skip= feeds the denoiser encodings that {names} was not fitted to: it may erase less, and prompts that it "
-    "pins are encoded anew. Leave clip_skip out, or use a strategy that edits the text encoder and pins nothing."
+    "clip_skip={skip} feeds the denoiser states of the text encoder that {names} was not fitted to, or leaves out "
+    "blocks that it edits: it may erase less, or nothing. Leave clip_skip out, or use a strategy that edits the first "
+    "block of the text encoder (hirm, diff_quickfix)."
 )
 NEGATIVE = (
     "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
@@ -198,8 +215,9 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
     set_levels = [given.get(key) for key in ("timesteps", "sigmas")]
     if given.get("latents") is not None and any(levels is not None for levels in set_levels):
         said(states, names, PICTURE)
-    if given.get("clip_skip") and (unfit := _unfit_for_clip_skip(states)):
-        said(states, unfit, CLIP_SKIP)
+    skip = given.get("clip_skip")
+    if skip and (unfit := _unfit_for_clip_skip(components, skip)):
+        said(states, unfit, CLIP_SKIP.replace("{skip}", str(skip)))
     if negated := _negated(states, given):
         said(states, negated, NEGATIVE)
     for component in components.values():
@@ -212,14 +230,25 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
                     said(states, around, EMBEDDINGS)
 
 
-def _unfit_for_clip_skip(states: Iterable[ComponentState]) -> str:
-    """Names of the erasures that know encodings of the last block only: edits of the denoiser, and pinned prompts."""
-    found = [
-        name
-        for state in states
-        for name, attached in state.in_force().items()
-        if not state.is_text_encoder or attached.erasure.edits.pinned
-    ]
+def _unfit_for_clip_skip(components: Mapping[str, nn.Module], skip: int) -> str:
+    """Names of the erasures that do less, or other, where the text encoder's last blocks are left out.
+
+    These are edits of the denoiser, which are fitted to the last block's states, edits of a block that is left out,
+    and pinned prompts of which only the last state is known.
+    """
+    found = []
+    for module in components.values():
+        state = ComponentState.of(module)
+        if state is None:
+            continue
+        last = len(getattr(getattr(paths.transformer_root(module), "encoder", None), "layers", ())) - 1 - skip
+        for name, attached in state.in_force().items():
+            edits = attached.erasure.edits
+            places = [*edits.of(state.component), *edits.features_of(state.component)]
+            left_out = any((match := BLOCK.match(path)) and int(match[1]) > last for path in places)
+            pin = edits.pinned.get(state.component)
+            if not state.is_text_encoder or left_out or (pin is not None and not pin.blocks.numel()):
+                found.append(name)
     return ", ".join(dict.fromkeys(found))
 
 

@@ -12,10 +12,14 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from erasure.errors import MaskError
-from erasure.images import check_size
+from erasure.images import check_single, check_size, upright
 
 GROWN = 0.1
 """What a blurred mask must reach for a pixel to belong to the grown one (Attentive Eraser's code)."""
+OVERLAY = 140
+"""How strongly a mask is laid over an image, of 255."""
+CHANNELS = (1, 2, 3, 4)
+"""Numbers of channels that a mask may have: grey or colours, with or without opacity."""
 COLOURLESS = 0.25
 """How far the channels of a grey pixel may be apart, in 0-1: JPEG does not keep grey quite grey."""
 
@@ -24,38 +28,63 @@ def read_masks(given: object, size: tuple[int, int], count: int) -> Tensor:
     """Masks as `(count, height, width)` bool.
 
     Args:
-        given: One mask or several: PIL images, arrays or tensors, of `(height, width)`, `(1, height, width)` or
-            `(height, width, channels)`, where more than half of the greatest value that they may hold (1, 255 or
-            65535) means: take out. Strokes in any colour on black, or on transparency, mean the same. A batch may be
-            one tensor or array.
-        size: Height and width of the images; masks of the same shape at another size are resized.
+        given: One mask or several: PIL images, arrays or tensors, of `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`, where more than half of the greatest value that they may hold (1, 255 or
+            65535) means: take out. Strokes in any colour on black, or on transparency, mean the same. PIL images are
+            turned as their EXIF data say. A batch may be one tensor or array.
+        size: Height and width of the images as they are shown; masks of the same shape at another size are resized.
         count: Number of images; a single mask serves them all.
 
     Raises:
-        MaskError: Another number of masks than of images, another shape, a picture that cannot be read, or no mask at
-            all.
+        MaskError: Another number of masks than of images, another shape, a picture that cannot be read, a drawing that
+            is too dim to mean anything, or no mask at all.
     """
-    if isinstance(given, (Tensor, np.ndarray)) and given.ndim > 2:
-        batch: Sequence[object] = list(given) if given.ndim == 4 or given.shape[0] == count else [given]
-    else:
-        batch = list(given) if isinstance(given, (list, tuple)) else [given]
+    batch = _each(given, count)
     if len(batch) not in (1, count):
         raise MaskError(f"{len(batch)} masks for {count} images: give one mask for all, or one for each")
     masks = torch.stack([_read(mask, size) for mask in batch])
     return masks.expand(count, -1, -1) if len(masks) < count else masks
 
 
+def _each(given: object, count: int) -> Sequence[object]:
+    """The masks of a batch, one by one."""
+    if not isinstance(given, (Tensor, np.ndarray)):
+        return list(given) if isinstance(given, (list, tuple)) else [given]
+    is_one = given.ndim < 3 or (given.ndim == 3 and (given.shape[0] != count or _is_coloured(given.shape)))
+    return [given] if is_one else list(given)
+
+
+def _is_coloured(shape: Sequence[int]) -> bool:
+    """Whether three axes are those of one mask with channels behind, and not of several masks."""
+    return shape[2] in CHANNELS and shape[1] not in CHANNELS
+
+
 def _read(mask: object, size: tuple[int, int]) -> Tensor:
     values = _strokes(_values(mask))
-    if tuple(values.shape) != size:
-        (height, width), (rows, columns) = size, values.shape
-        # One pixel of rounding is nobody's mistake: images are cut to multiples of the VAE's factor.
-        if abs(rows / columns - height / width) > 0.1 * height / width:
-            raise MaskError(
-                f"a mask of {columns}x{rows} pixels for an image of {width}x{height}: draw it on the image itself"
-            )
-        values = F.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-    return values > 0.5
+    if 0 < (most := float(values.max())) <= 0.5:
+        raise MaskError(
+            f"nothing in a mask is above half: its greatest value is {most:.3g} of 1. Paint what is to be removed in "
+            "white, or scale the values"
+        )
+    (height, width), (rows, columns) = size, values.shape
+    # One pixel of rounding is nobody's mistake.
+    if abs(rows / columns - height / width) > 0.1 * height / width:
+        raise MaskError(
+            f"a mask of {columns}x{rows} pixels for an image of {width}x{height}: draw it on the image itself, as it "
+            "is shown with its EXIF orientation"
+        )
+    return fitted(values[None], size)[0]
+
+
+def fitted(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks `(count, height, width)`, of bool or values in 0-1, brought to another height and width as bool."""
+    rows, columns = masks.shape[1:]
+    if (rows, columns) == size:
+        return masks > 0.5
+    if rows > size[0] or columns > size[1]:
+        # A thin stroke must not fall between the pixels of the smaller mask.
+        return F.adaptive_max_pool2d((masks > 0.5).float()[:, None], size)[:, 0] > 0
+    return F.interpolate(masks.float()[:, None], size, mode="bilinear", align_corners=False)[:, 0] > 0.5
 
 
 def _values(mask: object) -> Tensor:
@@ -67,7 +96,8 @@ def _values(mask: object) -> Tensor:
     try:
         if isinstance(mask, Image.Image):
             check_size(mask, "a mask", error=MaskError)
-            mask = np.array(_plain(mask))
+            check_single(mask, "a mask", error=MaskError)
+            mask = np.array(_plain(upright(mask)))
         values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
         if values.is_complex():
             raise TypeError("complex numbers")
@@ -79,13 +109,13 @@ def _values(mask: object) -> Tensor:
             f"a mask that cannot be read ({type(error).__name__}: {error}): give a picture, or an array or tensor of "
             "numbers"
         ) from error
-    if values.ndim == 3 and values.shape[0] == 1:
-        values = values[0]
     values = values[..., None] if values.ndim == 2 else values
-    if values.ndim != 3 or not 1 <= values.shape[-1] <= 4 or not values.numel() or not values.isfinite().all():
+    if values.ndim == 3 and values.shape[0] in CHANNELS and values.shape[2] not in CHANNELS:
+        values = values.permute(1, 2, 0)
+    if values.ndim != 3 or values.shape[2] not in CHANNELS or not values.numel() or not values.isfinite().all():
         raise MaskError(
-            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or up to four "
-            "channels behind"
+            f"a mask has the shape {tuple(values.shape)}, or NaN in it; wanted: finite (height, width), or one to "
+            "four channels ahead or behind"
         )
     return values
 
@@ -124,6 +154,12 @@ def _scaled(values: Tensor) -> Tensor:
     """Values of 0-1, 0-255 or 0-65535 in 0-1; which of them it is, the greatest tells."""
     most = float(values.max())
     return values / (1 if most <= 1 else 255 if most <= 255 else 65535)
+
+
+def laid_over(image: Image.Image, mask: Tensor) -> Image.Image:
+    """An image in RGB with a mask `(height, width)` bool over it in red."""
+    covered = Image.fromarray(mask.cpu().numpy()).convert("L").point([0] * 255 + [OVERLAY])
+    return Image.composite(Image.new("RGB", image.size, "red"), image.convert("RGB"), covered)
 
 
 def grow(masks: Tensor, kernel: int) -> Tensor:

@@ -20,8 +20,9 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
+from erasure import options
 from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
 from erasure.shown import did_you_mean
 
@@ -37,7 +38,7 @@ class Option:
 
     name: str
     type: str
-    """Annotation, as it is written in the source."""
+    """Annotation, in names that `erasure.options` has."""
     default: Any
     """As JSON has it; `None` too when there is none."""
     help: str
@@ -237,7 +238,17 @@ def _plain(value: object) -> Any:
 def _option(kind: type, field: Field[object]) -> Option:
     owner = next(each for each in kind.__mro__ if field.name in vars(each).get("__annotations__", {}))
     default = None if field.default is MISSING else _plain(field.default)
-    return Option(field.name, str(field.type), default, _docstrings(owner).get(field.name, ""))
+    return Option(field.name, _annotation(kind, field), default, _docstrings(owner).get(field.name, ""))
+
+
+def _annotation(kind: type, field: Field[object]) -> str:
+    """Annotation of a field in names that `erasure.options` has."""
+    probe = type("Probe", (), {"__annotations__": {"field": field.type}, "__module__": options.__name__})
+    try:
+        get_type_hints(probe)
+    except NameError:  # an alias of the class's own module
+        return str(get_type_hints(kind, include_extras=True)[field.name]).replace("typing.", "")
+    return str(field.type)
 
 
 @cache

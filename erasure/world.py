@@ -5,18 +5,24 @@ Everybody asks here: the functions, the command line, the evaluation and what bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from erasure.concept import Concept, Kind, as_concepts, key
-from erasure.errors import ConceptError
+from erasure.concept import PLACEHOLDER, Concept, Kind, as_concepts, key, singulars
+from erasure.errors import ConceptError, ConceptWarning
+from erasure.files import shown
+from erasure.parsing import ConceptRequest, parse_concepts, parse_names
 
 if TYPE_CHECKING:
     from erasure.assets.facts import CanvasFacts
 
 Value = TypeVar("Value")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""Names of a pipeline's tokenisers."""
 ALL_UNSAFE = ("unsafe", "unsafe content")
 """Words for all unsafe objects of a world."""
 
@@ -57,6 +63,8 @@ class World:
     """What must survive the erasure of an object or style."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that the model was made for."""
+    learned: frozenset[str] = frozenset()
+    """Tokens that the pipeline has learned (textual inversion); no text is read as more than one of them."""
 
     @classmethod
     def of(cls, pipe: object) -> World:
@@ -65,7 +73,9 @@ class World:
         Raises:
             ArtifactError: Its `canvas.json` is damaged.
         """
-        return cls.at(getattr(pipe, "name_or_path", None) or "")
+        tokenizers = (getattr(pipe, name, None) for name in TOKENIZERS)
+        learned = {token for tokenizer in tokenizers for token in getattr(tokenizer, "added_tokens_encoder", ())}
+        return replace(cls.at(getattr(pipe, "name_or_path", None) or ""), learned=frozenset(learned))
 
     @classmethod
     def at(cls, model: str | Path) -> World:
@@ -134,13 +144,19 @@ class World:
             **{name: (name,) for name in self.objects},
         }
         styles = {name: (name,) for name in self.styles}
-        for form in _forms(key(word)):
+        for form in singulars(key(word)):
             object_, style = _lookup(objects, form), _lookup(styles, form.removesuffix(" style"))
             if style and (kind == "style" or not object_):
                 return Classes("style", style)
             if object_:
                 return Classes("object", object_)
         return None
+
+    def words(self, word: str) -> tuple[str, ...]:
+        """Every word for what a word stands for: its classes and their synonyms."""
+        classes = self.find(word)
+        members = () if classes is None else classes.members
+        return tuple(other for name in members for other in (name, *self.synonyms.get(name, ())))
 
     def kind(self, word: str) -> Kind:
         """What kind of concept a word is: as the world lists it, and an object elsewhere."""
@@ -159,69 +175,167 @@ class World:
 
     # Concepts -----------------------------------------------------------------------------------------------------
 
-    def concept(self, word: str) -> Concept:
+    def concept(self, word: str, kind: Kind | None = None) -> Concept:
         """The concept of a word; see `concepts`.
 
         Raises:
-            ConceptError: The word stands for several: it names a group.
+            ConceptError: The word stands for several: it names a group, or is a list.
         """
-        made = self.concepts(word)
+        made = self.concepts(word, kind=kind)
         if len(made) > 1:
             names = ", ".join(concept.target for concept in made)
             raise ConceptError(f"{word!r} stands for several concepts ({names}): name one of them")
         return made[0]
 
+    def requests(self, words: Wanted | Sequence[Wanted], kind: Kind | None = None) -> list[ConceptRequest | Concept]:
+        """What texts name, groups as they are written; see `erasure.parsing` for what a text may say.
+
+        Args:
+            words: One text or several; a `Concept` or a request among them is taken as it stands.
+            kind: What words are of which a text does not say it.
+
+        Raises:
+            ConceptError: A text names none, or could mean several things.
+        """
+        items = [words] if isinstance(words, (str, Concept, ConceptRequest)) else words
+        found: list[ConceptRequest | Concept] = []
+        for item in items:
+            if isinstance(item, str):
+                found += [replace(part, kind=part.kind or kind) for part in parse_concepts(item, self.knows)]
+            else:
+                found.append(item)
+        return found
+
     def concepts(
         self,
-        given: str | Concept | Sequence[str | Concept],
+        given: Wanted | Sequence[Wanted],
         *,
         kind: Kind | None = None,
         anchor: str | None = None,
         retain: Sequence[str] = (),
         synonyms: Sequence[str] = (),
     ) -> list[Concept]:
-        """The concepts that words stand for; a `Concept` among them is taken as it stands.
+        """The concepts that texts name; a `Concept` among them is taken as it stands.
+
+        What a text does not say itself is as the options say, and else as the world has it. Warns of words that a
+        declared world does not have.
 
         Args:
-            given: One or several. A group stands for all of its members.
-            kind: What the words are; what the world says when left out.
-            anchor: What takes their place ("" for nothing); what the world suggests when left out.
-            retain: What must survive.
+            given: One or several; see `erasure.parsing` for what a text may say. A group stands for its members.
+            kind: What the words are.
+            anchor: What takes their place ("" for nothing).
+            retain: What must survive. Of a group, this is what is not erased.
             synonyms: Other words for the concept, erased along with it.
 
         Raises:
-            ConceptError: None is given, one is given twice, or they contradict each other.
+            ConceptError: None is given, one is given twice, the texts could mean several things or contradict each
+                other, or an anchor is what it stands for.
         """
-        items = [given] if isinstance(given, (str, Concept)) else list(given)
-        expanded = [part for item in items for part in (self._members(item) if isinstance(item, str) else [item])]
-        words = [item for item in expanded if isinstance(item, str)]
-        return as_concepts(
-            [
-                item
-                if isinstance(item, Concept)
-                else Concept(
-                    item,
-                    kind=kind or self.kind(item),
-                    anchor=self.anchor(item, words) if anchor is None else anchor,
-                    retain=tuple(retain) or self.retain.get(item, ()),
-                    synonyms=tuple(synonyms),
-                )
-                for item in expanded
-            ]
+        entries = self._expanded(self.requests(given))
+        erased = [entry.target for entry in entries]
+        common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None)
+        made = as_concepts(
+            [entry if isinstance(entry, Concept) else self._concept(entry, common, erased) for entry in entries]
+        )
+        for concept in made:
+            self._check(concept)
+        return made
+
+    def knows(self, word: str) -> bool:
+        """Whether a word is one that the world declares, or one learned token of the pipeline."""
+        return word.strip() in self.learned or self.find(word) is not None
+
+    def _expanded(self, requests: Sequence[ConceptRequest | Concept]) -> list[ConceptRequest | Concept]:
+        """Requests in the world's own spelling, groups as those of their members that are not named beside them."""
+        each: list[list[ConceptRequest | Concept]] = []
+        for request in requests:
+            classes = None
+            if isinstance(request, ConceptRequest) and request.target not in self.learned:
+                classes = self.find(request.target, request.kind)
+                if classes is None:
+                    self._warn(request.target)
+            each.append([request] if classes is None else [replace(request, target=name) for name in classes.members])
+        there = {key(names[0].target) for names in each if len(names) == 1}
+        found: list[ConceptRequest | Concept] = []
+        for names in each:
+            found += names if len(names) == 1 else [entry for entry in names if key(entry.target) not in there]
+            there |= {key(entry.target) for entry in names}
+        return found
+
+    def _concept(self, own: ConceptRequest, common: ConceptRequest, erased: Sequence[str]) -> Concept:
+        """A request with what it leaves open filled in."""
+        word = own.target
+        chosen = common.anchor if own.anchor is None else own.anchor
+        if chosen is None:
+            chosen = self.anchor(word, erased)
+        elif chosen:
+            chosen = self._spelled(chosen)
+        kept = common.retain if own.retain is None else own.retain
+        others = common.synonyms if own.synonyms is None else own.synonyms
+        return Concept(
+            word,
+            kind=own.kind or common.kind or self.kind(word),
+            anchor=chosen,
+            retain=self.retain.get(word, ()) if kept is None else self._kept(kept, erased),
+            synonyms=self.synonyms.get(word, ()) if others is None else parse_names(others, self.knows),
+            templates=own.templates,
         )
 
-    def _members(self, word: str) -> tuple[str, ...]:
-        """A word in the world's own spelling, or the members of the group that it names."""
-        found = self.find(word)
-        return (word,) if found is None else found.members
+    def _kept(self, texts: Sequence[str], erased: Sequence[str]) -> tuple[str, ...]:
+        """What must survive, groups as those of their members that are not erased."""
+        found: list[str] = []
+        for word in parse_names(texts, self.knows):
+            classes = None if word in self.learned else self.find(word)
+            if classes is None:
+                self._warn(word)
+                found.append(word)
+            elif len(classes.members) > 1:
+                found += [member for member in classes.members if member not in erased]
+            else:
+                found.append(self._spelled(word))
+        return tuple(dict.fromkeys(found))
+
+    def _spelled(self, word: str) -> str:
+        """A word as the world spells it; a synonym, a group and what the world does not have as it is given."""
+        classes = None if word in self.learned else self.find(word)
+        if classes is None:
+            self._warn(word)
+        elif len(classes.members) == 1 and classes.members[0] in singulars(key(word).removesuffix(" style")):
+            return classes.members[0]
+        return word
+
+    def _warn(self, word: str) -> None:
+        """Warn of a word that a declared world does not have."""
+        if not self.declared or word in self.learned or PLACEHOLDER.fullmatch(word):
+            return
+        names = [*self.objects, *self.styles, *self.groups, *(o for others in self.synonyms.values() for o in others)]
+        close = get_close_matches(key(word), names, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "is that the right model?"
+        warnings.warn(
+            f"{shown(word)} is no word of the model's world, so that its prompts may mean nothing to it: {hint}",
+            ConceptWarning,
+            stacklevel=2,
+        )
+
+    def _check(self, concept: Concept) -> None:
+        """Refuse a concept whose anchor, or what must survive, is the concept itself in another word."""
+        own = self.find(concept.target, concept.kind)
+        if own is None:
+            return
+        if concept.anchor and self.find(concept.anchor, concept.kind) == own:
+            raise ConceptError(
+                f"the anchor {concept.anchor!r} is another word for {concept.target!r} in the model's world, so that "
+                "nothing would change: name what shall take its place, or '' for nothing"
+            )
+        if same := [word for word in concept.retain if self.find(word, concept.kind) == own]:
+            raise ConceptError(
+                f"{same[0]!r}, which is to be retained, is another word for {concept.target!r}, which is to be "
+                "erased, in the model's world: take it off the list"
+            )
 
 
-def _forms(word: str) -> Iterator[str]:
-    """A word as it is, then what it may be the plural of."""
-    yield word
-    for ending, singulars in (("ies", ("y",)), ("ves", ("f", "fe")), ("es", ("",)), ("s", ("",))):
-        if word.endswith(ending) and len(word) > len(ending) + 1:
-            yield from (word.removesuffix(ending) + singular for singular in singulars)
+Wanted = str | Concept | ConceptRequest
+"""A concept as a user may give it."""
 
 
 def _lookup(names: Mapping[str, Value], word: str) -> Value | None:

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from erasure.errors import EvaluationError
 from erasure.eval.results import Results
-from erasure.eval.rows import Record
+from erasure.eval.rows import Record, is_figure
 from erasure.files import differences, shown
 
 BASE = "base"
@@ -26,8 +26,8 @@ class Comparison:
     columns: tuple[str, ...]
     """Metric names."""
     rows: tuple[Record, ...]
-    """`label`, `method`, `suite`, `size`, `variant`, `concept`, `model`, `cells` (metric name -> value, low, high, n;
-    missing ones left out), `seconds` (of making the erasures) and `size_bytes`."""
+    """`label`, `method`, `suite`, `size`, `variant`, `concept`, `model`, `cells` (metric name -> value, low, high, n),
+    `missing` (metric name -> why it has no value), `seconds` (of making the erasures) and `size_bytes`."""
 
     def to_dict(self) -> Record:
         """Plain data."""
@@ -38,7 +38,9 @@ class Comparison:
         parts = []
         for suite in dict.fromkeys((row["suite"], row["size"]) for row in self.rows):
             rows = tuple(row for row in self.rows if (row["suite"], row["size"]) == suite)
-            columns = tuple(column for column in self.columns if any(column in row["cells"] for row in rows))
+            columns = tuple(
+                column for column in self.columns if any(column in row["cells"] | row["missing"] for row in rows)
+            )
             parts.append(Comparison(columns, rows))
         return parts
 
@@ -116,7 +118,7 @@ def compare(results: Sequence[Results | str | Path], labels: Sequence[str] = ())
     columns: dict[str, None] = {}
     for index, result in enumerate(loaded):
         where = str(result.folder or f"result {index + 1}")
-        for metric in result.metrics:
+        for metric in filter(is_figure, result.metrics):
             name = metric["name"]
             known, first = recipes.setdefault((result.suite, name), (metric["recipe"], where))
             if changed := differences(known, metric["recipe"]):
@@ -134,6 +136,8 @@ def compare(results: Sequence[Results | str | Path], labels: Sequence[str] = ())
                 rows[key] |= _called(result, names[index], methods[index], variant, loaded)
             if metric["value"] is not None:
                 rows[key]["cells"].setdefault(name, {k: metric.get(k) for k in ("value", "low", "high", "n")})
+            else:
+                rows[key]["missing"].setdefault(name, str(metric.get("reason") or "no reason given"))
     _check_labels(list(rows.values()), bool(labels))
     return Comparison(tuple(columns), tuple(rows.values()))
 
@@ -204,6 +208,7 @@ def _row(result: Results, variant: str, concept: str | None) -> Record:
         "concept": concept,
         "model": result.model.get("name"),
         "cells": {},
+        "missing": {},
     }
     if variant == "after":
         for key in ("seconds", "size_bytes"):

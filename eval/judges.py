@@ -106,10 +106,10 @@ def check_judge(judge: Judge, name: str) -> None:
         raise EvaluationError(f"the judge {name} gave {len(answers)} answers for {len(pictures)} pictures: {wanted}")
     for answer in answers:
         for field in ("object", "style"):
-            value = getattr(answer, field, answer)
-            if value is not None and not isinstance(value, str):
+            if not hasattr(answer, field) or not isinstance(getattr(answer, field), str | None):
                 raise EvaluationError(
-                    f"the judge {name} answered {shown(repr(answer), 100)}, whose .{field} is no text: {wanted}"
+                    f"the judge {name} answered {shown(repr(answer), 100)}, which has no .{field} that is a text or "
+                    f"None: {wanted}"
                 )
 
 

@@ -102,18 +102,8 @@ def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
         "seed": config.seed,
         "size_bytes": erasure.size_bytes,
         "seconds": config.cost.get("seconds"),
-        "fingerprint": erasure_fingerprint(erasure),
+        "fingerprint": erasure.fingerprint,
     }
-
-
-def erasure_fingerprint(erasure: Erasure) -> str:
-    """sha256 of the tensors of an erasure and of the options it was made with, 16 hex digits."""
-    found = hashlib.sha256(digest([erasure.config.strategy, erasure.config.strategy_config]).encode())
-    tensors = erasure.edits.delta_state_dict() | erasure.edits.lora_state_dict()
-    for key, tensor in sorted(tensors.items()):
-        found.update(key.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def run_recipe(

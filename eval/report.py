@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from erasure.errors import EvaluationError
 from erasure.eval.comparison import label
+from erasure.eval.explained import EXPLAINED, RATES
 from erasure.eval.results import Results
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, is_control
 from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
 from erasure.files import read_bytes, write_text
 from erasure.pages import html_page, png
@@ -30,34 +31,6 @@ BAR = 180
 """Width of a bar at 100 %, in pixels."""
 Drawn = Mapping[str, Row]
 """Rows of one sample by variant: `before` and `after`, or the ways to draw it."""
-
-EXPLAINED: dict[str, tuple[str, str]] = {
-    "UA": ("Unlearning accuracy", "prompts with the target on which the judge no longer sees it"),
-    "UA_shape": ("Unlearning accuracy, shape", "the same, judged without colour"),
-    "IRA": ("In-domain retain accuracy", "other concepts of the same kind still recognised"),
-    "CRA": ("Cross-domain retain accuracy", "the other kind still recognised, over all images"),
-    "CRA_retained": ("Cross-domain, retained prompts", "the same, without the target's images"),
-    "AA": ("Average accuracy", "mean of UA, IRA and CRA"),
-    "clip_score": ("CLIP score, retained prompts", "cosine of image and prompt"),
-    "clip_score_target": ("CLIP score, target prompts", "falls as the target goes"),
-    "drift": ("Drift in pixels", "how far retained images moved, same noise"),
-    "drift_feature": ("Drift in features", "1 - cosine of image features"),
-    "object_accuracy": ("Object accuracy", "the judge sees the object of the prompt"),
-    "style_accuracy": ("Style accuracy", "the judge sees the style of the prompt"),
-    "shape_accuracy": ("Shape accuracy", "the object, judged without colour"),
-    "object_gone": ("Object gone", "the judge does not see what was removed"),
-    "psnr_fill": ("PSNR in its place", "dB against the scene without the object"),
-    "psnr_outside": ("PSNR elsewhere", "dB, all other pixels"),
-    "psnr_background": ("PSNR of the background", "dB, well away from the object"),
-    "fill_similarity": ("Likeness to the truth", "CLIP cosine with the scene without the object"),
-    "seed_consensus": ("Consensus of seeds", "CLIP cosine between results of one scene"),
-    "both_found": ("Both found", "the judge sees both things of the prompt"),
-    "objects_found": ("Objects found", "share of the things that it sees"),
-    "clip_full": ("CLIP, full prompt", "cosine of image and prompt"),
-    "clip_minimum_object": ("CLIP, lesser object", "cosine with the thing that is less there"),
-}
-RATES = {"UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy", "style_accuracy", "shape_accuracy",
-         "object_gone", "both_found", "objects_found"}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -93,6 +66,17 @@ class Line(NamedTuple):
     cells: list[Cell | None]
     chart: Chart | None
     tests: list[tuple[str, str]]
+
+
+class ControlLine(NamedTuple):
+    """One line of the table of controls."""
+
+    title: str
+    about: str
+    concept: str
+    cell: Cell
+    needed: str
+    holds: bool
 
 
 class Picture(NamedTuple):
@@ -179,7 +163,9 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
             Gallery.of("Retained prompts", "What must survive. Same noise above and below.", kept, images),
             Gallery.of("Lost", lost_about, lost, images, folded=True),
         ]
-    variants = variants_of(results.metrics)
+    controls = [metric for metric in results.metrics if is_control(metric)]
+    metrics = [metric for metric in results.metrics if not is_control(metric)]
+    variants = variants_of(metrics)
     return html_page(
         "report.html",
         title=title,
@@ -187,7 +173,8 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
         canvas=results.suite.startswith("canvas") or "canvas" in str(results.model.get("name")),
         columns=[variant.replace("_", " ").capitalize() for variant in variants],
         against="Before → after" if variants == list(BEFORE_AFTER) else f"Against {variants[0]}",
-        lines=headline(results.metrics, variants),
+        lines=headline(metrics, variants),
+        controls=[control_line(metric) for metric in controls],
         width=BAR,
         galleries=[gallery for gallery in galleries if gallery.figures],
         limit=LIMIT,
@@ -245,11 +232,27 @@ def value_cell(metric: Row | None, name: str) -> Cell | None:
         return f"{number(value, '.1f', 100)} %" if name in RATES else number(value)
 
     detail = f"n = {number(metric['n'], '')}"
+    classes = metric.get("classes")
+    if isinstance(classes, Mapping) and classes:
+        detail += f": {', '.join(f'{name} {show(share)}' for name, share in classes.items())}"
     if metric["low"] is not None:
         detail = f"{show(metric['low'])} to {show(metric['high'])}, {detail}"
     if metric.get("missing"):
         detail += f", {number(metric['missing'], '')} missing"
+        if isinstance(worst := metric.get("worst"), Mapping):
+            detail += f", at worst {show(worst.get('value'))}"
     return Cell(show(metric["value"]), detail)
+
+
+def control_line(metric: Row) -> ControlLine:
+    """A control with its share, and whether it holds."""
+    title, about = EXPLAINED.get(metric["name"], (metric["name"], str(metric["recipe"].get("metric", ""))))
+    cell = value_cell(metric, metric["name"]) or Cell(None, "")
+    limit = {word: metric["recipe"].get(word) for word in ("at_least", "at_most")}
+    needed = "".join(
+        f"{word.replace('_', ' ')} {number(v, '.0f', 100)} %" for word, v in limit.items() if v is not None
+    )
+    return ControlLine(title, about, str(metric["concept"] or ""), cell, needed, bool(metric["holds"]))
 
 
 def chart(sides: Mapping[str, Row]) -> Chart:

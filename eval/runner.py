@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from erasure.cache import cache_folder
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, ErasureError, EvaluationError
 from erasure.eval import suites
+from erasure.eval.controls import controlled
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.generation import generate
@@ -129,10 +130,11 @@ def evaluate(
             return Results.load(run.table.folder)
 
         stamped = plan.recipe | subject.sampler | {"judge": subject.judge_name}
-        plan = suites.Plan(plan.suite, plan.size, plan.seed, plan.targets, plan.samples, stamped)
+        plan = replace(plan, recipe=stamped)
         features = run.table.features
         if suites.is_comparing(kit):
-            metrics = kit.compare(plan, rows, features, scorer)
+            controls = kit.controls(stock, subject.judge, plan)
+            metrics = controlled(kit.compare(plan, rows, features, scorer), controls, plan.recipe)
         else:
             metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, scorer, clip_missing)
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
@@ -260,7 +262,8 @@ class _Evaluation(Run):
         self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
     ) -> None:
         """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
-        scores, features = score(batch, images, self.subject.judge, self.clip)
+        plain = getattr(self.kit, "plain", lambda sample, image: False)
+        scores, features = score(batch, images, self.subject.judge, self.clip, plain)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant, sample, image)

@@ -101,6 +101,12 @@ def latent_shape(pipe: DiffusionPipeline, sample: Sample) -> tuple[int, ...]:
             f"{type(pipe).__name__} cannot be measured yet: the evaluation hands the pipeline its initial noise as a "
             "latent image, which needs a unet or transformer and a vae_scale_factor, and no packing of latents"
         )
+    if "vae" in pipe.components and network.config.in_channels == 2 * pipe.vae.config.latent_channels + 1:
+        raise UnsupportedModelError(
+            f"the UNet takes {network.config.in_channels} channels: it paints into pictures, and "
+            f"{type(pipe).__name__} cannot draw with it from a prompt; measure the text-to-image model that it was "
+            "made from"
+        )
     return network.config.in_channels, sample.height // scale, sample.width // scale
 
 

@@ -137,6 +137,7 @@ class ReplayRow(SampleFields):
     images: Count
     failures: dict[Name, Text]
     seconds: Number
+    control: NotRequired[Try]
 
 
 class AttackRow(ReplayRow):
@@ -214,6 +215,9 @@ class Metric(TypedDict):
     interval: NotRequired[Name]
     missing: NotRequired[Count]
     reason: NotRequired[Text]
+    worst: NotRequired[Interval]
+    classes: NotRequired[dict[Name, Number]]
+    holds: NotRequired[bool]
     against: NotRequired[Name]
     transitions: NotRequired[Transitions]
     mcnemar_p: NotRequired[Number]

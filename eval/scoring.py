@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from erasure.eval.metrics.clip_score import ClipModel, cosine
 from erasure.eval.metrics.drift import feature_drift, pixel_drift
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
+from erasure.images import flaw
 
 
 class Answer(Protocol):
@@ -28,11 +29,6 @@ class Answer(Protocol):
 
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[Answer]]
-
-
-def is_blank(image: Image.Image) -> bool:
-    """Whether an image is of one colour: what a safety checker or a collapsed model gives, and detectors pass."""
-    return all(low == high for low, high in cast(tuple[tuple[int, int], ...], image.convert("RGB").getextrema()))
 
 
 def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exception]:
@@ -70,37 +66,58 @@ def judgement(answer: Answer, sample: Sample) -> Record:
 
 
 def score(
-    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None
-) -> tuple[list[Record], list[np.ndarray | None]]:
-    """Scores and image features of a batch.
+    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
+    plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False,
+) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
+    """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
+
+    Args:
+        samples: What was asked for.
+        images: What was drawn.
+        judge: The detector.
+        clip: For scores and features, if there is one.
+        plain: Whether an image shows what was asked for although it is of one colour: a bare background.
 
     Returns:
-        Per image `judged`, `clip_score` (the raw cosine), `blank` and `failures` (reason by scorer); and its features.
+        Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
+        `erasure.images.flaw`) and `failures` (reason by scorer; that of `image` says why it shows nothing); and its
+        features.
     """
+    flaws = [flaw(image) for image in images]
+    flaws = [found and (None if plain(*pair) else found) for found, *pair in zip(flaws, samples, images, strict=True)]
+    shown = [index for index, found in enumerate(flaws) if found is None]
     features: list[np.ndarray | None] = [None] * len(images)
     cosines: list[float | None] = [None] * len(images)
+    answers: dict[int, Answer | Exception] = {}
     failed: str | None = None
-    if clip is not None:
-        try:
-            vectors = clip.images(images)
-            texts = clip.texts([sample.prompt for sample in samples])
-            # A collapsed model draws NaN: no number, so a missing value.
-            if not (np.isfinite(vectors).all() and np.isfinite(texts).all()):
-                raise ValueError("features that are not finite")
-            features, cosines = list(vectors), [float(value) for value in cosine(vectors, texts)]
-        except Exception as error:
-            failed = reason(error)
+    if shown:
+        pictures = [images[index] for index in shown]
+        answers = dict(zip(shown, call_judge(judge, pictures), strict=True))
+        if clip is not None:
+            try:
+                vectors = clip.images(pictures)
+                texts = clip.texts([samples[index].prompt for index in shown])
+                # A collapsed model draws NaN: no number, so a missing value.
+                if not (np.isfinite(vectors).all() and np.isfinite(texts).all()):
+                    raise ValueError("features that are not finite")
+                for index, vector, value in zip(shown, vectors, cosine(vectors, texts), strict=True):
+                    features[index], cosines[index] = vector, float(value)
+            except Exception as error:
+                failed = reason(error)
     rows = []
-    for sample, image, answer, value in zip(samples, images, call_judge(judge, images), cosines, strict=True):
-        failures = {} if failed is None else {"clip": failed}
+    for index, (sample, found) in enumerate(zip(samples, flaws, strict=True)):
+        failures = {} if found is None else {"image": found}
         judged = None
-        try:
-            if isinstance(answer, Exception):
-                raise answer
-            judged = judgement(answer, sample)
-        except Exception as error:
-            failures["judge"] = reason(error)
-        rows.append({"judged": judged, "clip_score": value, "blank": is_blank(image), "failures": failures})
+        if found is None:
+            failures |= {} if failed is None else {"clip": failed}
+            try:
+                answer = answers[index]
+                if isinstance(answer, Exception):
+                    raise answer
+                judged = judgement(answer, sample)
+            except Exception as error:
+                failures["judge"] = reason(error)
+        rows.append({"judged": judged, "clip_score": cosines[index], "blank": found is not None, "failures": failures})
     return rows, features
 
 
@@ -112,7 +129,9 @@ def reason(error: Exception) -> str:
 def drift(
     before: Image.Image, after: Image.Image, first: np.ndarray | None, second: np.ndarray | None
 ) -> dict[str, float | None]:
-    """Pixel and feature drift of one pair; no pixel drift between images of two sizes."""
+    """Pixel and feature drift of one pair: none where one of the two shows nothing, none in pixels across sizes."""
+    if flaw(before) is not None or flaw(after) is not None:
+        return {"pixel": None, "feature": None}
     cosine_distance = None if first is None or second is None else float(feature_drift(first[None], second[None])[0])
     same_size = before.size == after.size
     return {"pixel": pixel_drift(before, after) if same_size else None, "feature": cosine_distance}

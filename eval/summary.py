@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from erasure.eval.results import Results
-from erasure.eval.rows import Record
+from erasure.eval.rows import Record, is_figure
 from erasure.eval.suites import SIZES
 
 VARIANTS = {"before": " before", "after": ""}
@@ -24,7 +24,7 @@ def summary(results: Results) -> Record:
     for metric in results.metrics:
         variant = metric.get("variant", "after")
         stamps |= {key: value for key in ("judge", "clip", "seed") if (value := metric["recipe"].get(key)) is not None}
-        if metric["value"] is None or variant not in VARIANTS:
+        if metric["value"] is None or variant not in VARIANTS or not is_figure(metric):
             continue
         bounds = [metric["low"], metric["high"]]
         value = metric["value"] if None in bounds else [metric["value"], *bounds]

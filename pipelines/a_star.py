@@ -8,10 +8,9 @@ raises the map of the most neglected subject instead, is the other choice.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -21,9 +20,10 @@ from torch.nn import functional as F
 from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import Forward, LatentGuidance
-from erasure.errors import DivergenceError, OptionError
+from erasure.errors import DivergenceError, MaskError, OptionError, UnsupportedModelError
 from erasure.interop.protocols import Callback, Drawn, Pipeline, as_pipeline
 from erasure.masks import read_masks
+from erasure.options import Count, CountOrZero, NotNegative, Options, ZeroToOne
 from erasure.pipelines.attention_losses import (
     excitation,
     ranged,
@@ -33,42 +33,44 @@ from erasure.pipelines.attention_losses import (
     smoothed,
     where_high,
 )
-from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin, for_each
+from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
+from erasure.pipelines.prompts import for_each, one_for_each
 
 Loss = Literal["a_star", "attend_and_excite"]
+Rivals = Literal["words", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompositionSettings:
+class CompositionSettings(Options):
     """How latents are guided."""
+
+    name: ClassVar[str] = "composition"
 
     loss: Loss = "a_star"
     """`a_star`: segregation and retention; `attend_and_excite`: the most neglected subject."""
-    step_size: float = 20.0
-    """Of the gradient step at first; it falls with `sqrt(linspace(1, 0.5))` (Attend-and-Excite's code; A-STAR says
-    nothing)."""
-    segregation_until: float = 0.5
+    step_size: NotNegative = 20.0
+    """Length of the gradient step at first; it falls with `sqrt(linspace(1, 0.5, steps))` (Attend-and-Excite's code;
+    A-STAR says nothing)."""
+    segregation_until: ZeroToOne = 0.5
     """Share of the steps in which maps are driven apart (open in the paper)."""
-    retention_until: float = 1.0
+    retention_until: ZeroToOne = 1.0
     """Share of the steps in which they are held (the paper loses subjects when it stops early)."""
-    excitation_until: float = 0.5
+    excitation_until: ZeroToOne = 0.5
     """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
-    threshold: float = 0.5
+    threshold: ZeroToOne = 0.5
     """A map is held where it is above this share of its greatest value (open in the paper)."""
-    grid: int = 16
+    grid: Count = 16
     """Shorter side of the token grid whose layers are read; the nearest that there is."""
-    refine: Mapping[float, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
+    refine: Mapping[ZeroToOne, ZeroToOne] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
     """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
-    reaches this (its code: steps 0, 10 and 20 of 50)."""
-    refinements: int = 20
-    """At most so many times."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.loss not in get_args(Loss):
-            raise OptionError(f"loss is one of {', '.join(get_args(Loss))}; got {self.loss!r}")
-        if self.step_size < 0 or self.grid < 1:
-            raise OptionError(f"step_size is at least 0 and grid at least 1; got {self.step_size} and {self.grid}")
+    reaches this, and once more, as its code does (steps 0, 10 and 20 of 50)."""
+    refinements: CountOrZero = 20
+    """Most moves of one refinement."""
+    rivals: Rivals | None = None
+    """`attend_and_excite`: tokens over which it takes its softmax. `padded`: all behind the start but the last of the
+    sequence, its code for Stable Diffusion 1.x; `words`: up to the end of the prompt, its code for 2.1. When left out,
+    the tokeniser decides: that of 1.x pads with the token that ends a prompt. SDXL, which it does not know, goes by
+    `words`."""
 
 
 class CompositionMixin(SharedModulesMixin):
@@ -95,8 +97,9 @@ class CompositionMixin(SharedModulesMixin):
             prompt: One prompt or several.
             subjects: The things in it, in the prompt's own words ("cat", "traffic light"); for several prompts a list
                 for each. A subject of several tokens counts as one, by the mean of their maps.
-            layout: Where each subject should be: a mask for each, as `erasure.masks.read_masks` takes them, that its
-                map is held to from the first step on.
+            layout: A mask for each subject, as `erasure.masks.read_masks` takes them, that retention compares its map
+                with from the first step on, in place of its own at the step before. Attention is drawn there, with a
+                larger `step_size` more; the things need not follow (on Canvas they stay in the order of the words).
             height: In pixels.
             width: In pixels.
             num_images_per_prompt: Images for each prompt.
@@ -108,12 +111,17 @@ class CompositionMixin(SharedModulesMixin):
             OptionError: A subject is not in its prompt, there is none, or a setting without meaning.
             MaskError: A layout that does not fit.
             DivergenceError: NaN in the gradient.
+            UnsupportedModelError: A UNet that paints into pictures.
         """
         pipe = as_pipeline(self)
-        known = {item.name for item in dataclasses.fields(CompositionSettings)}
-        settings = CompositionSettings(**{name: value for name, value in options.items() if name in known})
-        rest = {name: value for name, value in options.items() if name not in known}
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise UnsupportedModelError(
+                f"the UNet takes {pipe.unet.config.in_channels} channels: it paints into pictures, and composition "
+                "draws from a prompt alone; use the text-to-image model that it was made from"
+            )
+        own, rest = CompositionSettings.divide(options)
+        settings = CompositionSettings(**own)
+        prompts = one_for_each("prompt", prompt, 1 if isinstance(prompt, str) else len(prompt))
         factor = pipe.vae_scale_factor
         height = height or pipe.unet.config.sample_size * factor
         width = width or pipe.unet.config.sample_size * factor
@@ -121,13 +129,15 @@ class CompositionMixin(SharedModulesMixin):
         # A second prompt is the second encoder's, and the subjects are in the words of the first.
         words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
-        kept = None if layout is None else read_masks(list(layout), (height, width), words.weights.shape[2])
+        kept = None if layout is None else read_layout(layout, (height, width), words.weights.shape[2])
+        if settings.loss == "attend_and_excite":
+            words = words._replace(inside=rival_tokens(towers, words.inside, settings.rivals))
         guide = Guide(pipe, settings, words, (height // factor, width // factor), kept)
 
         def follow(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if callback_on_step_end is not None:
                 tensors = callback_on_step_end(pipe, index, t, tensors)
-            guide.share = (index + 1) / pipe.num_timesteps
+            guide.at(index + 1, pipe.num_timesteps)
             assert self._guide is not None
             self._guide.follow(tensors["latents"])
             return tensors
@@ -176,6 +186,7 @@ def subject_weights(
     Raises:
         OptionError: One is not there, or there is none.
     """
+    subjects = [subjects] if isinstance(subjects, str) else subjects
     alike = all(isinstance(subject, str) for subject in subjects)
     # The same for all prompts, or a list for each.
     each = [[str(name) for name in subjects]] * len(prompts) if alike else [list(names) for names in subjects]
@@ -211,6 +222,40 @@ def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[
     return inside, spans
 
 
+def rival_tokens(towers: Sequence[TextTower], inside: Tensor, rivals: Rivals | None) -> Tensor:
+    """The tokens that a subject's attention is compared with in Attend-and-Excite, `(samples, tokens)` bool.
+
+    Args:
+        towers: The text encoders.
+        inside: The words of the prompts, `(samples, tokens)` bool.
+        rivals: See `CompositionSettings`.
+    """
+    if rivals is None:
+        tokenizer = towers[0].tokenizer
+        rivals = "padded" if len(towers) == 1 and tokenizer.pad_token_id == tokenizer.eos_token_id else "words"
+    if rivals == "words":
+        return inside
+    places = torch.arange(inside.shape[1])
+    return ((places >= towers[0].leading) & (places < inside.shape[1] - 1)).expand_as(inside)
+
+
+def read_layout(layout: Sequence[object], size: tuple[int, int], subjects: int) -> Tensor:
+    """Where each subject should be, `(subjects, height, width)` bool.
+
+    Raises:
+        MaskError: Another number of masks than of subjects, or one that covers nothing.
+    """
+    masks = list(layout)
+    if len(masks) != subjects:
+        raise MaskError(f"a layout of {len(masks)} masks for {subjects} subjects: give one for each")
+    found = read_masks(masks, size, subjects)
+    if (empty := ~found.flatten(1).any(1)).any():
+        raise MaskError(
+            f"mask {int(empty.nonzero()[0])} of the layout covers nothing: draw where its subject should be"
+        )
+    return found
+
+
 def composition_sites(denoiser: nn.Module, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
     """The cross-attention layers whose token grid is nearest to a size."""
     cross = [site for site in attention_sites(denoiser) if site.kind == "cross"]
@@ -235,7 +280,8 @@ class Guide:
         self, pipe: Pipeline, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
         kept: Tensor | None,
     ) -> None:  # fmt: skip
-        self.settings, self.words, self.share = settings, words, 0.0
+        self.settings, self.words = settings, words
+        self.at(0, 1)
         sites = composition_sites(pipe.unet, latent_size, settings.grid)
         self.control = AttentionController(pipe.unet, Layout(latent_size, len(words.weights)))
         self.excites = settings.loss == "attend_and_excite"
@@ -248,6 +294,11 @@ class Guide:
         self.kept = self.layout
         self.refined: set[float] = set()
 
+    def at(self, step: int, steps: int) -> None:
+        """Say which of the steps comes next."""
+        self.share = step / steps
+        self.size = self.settings.step_size * (1 - 0.5 * min(step / max(steps - 1, 1), 1)) ** 0.5
+
     def __call__(self, latents: Tensor, t: Tensor, forward: Forward) -> Tensor:
         """The latents to go on with; see `LatentGuidance`."""
         settings = self.settings
@@ -256,15 +307,14 @@ class Guide:
             until = settings.excitation_until
         if self.share >= until or settings.step_size == 0:
             return latents
-        size = settings.step_size * (1 - 0.5 * self.share) ** 0.5
         goal = self._goal() if self.excites else None
         if goal is not None:
-            latents = self._refine(latents, forward, size, goal)
+            latents = self._refine(latents, forward, goal)
         with torch.enable_grad(), self.control:
             z = latents.detach().requires_grad_(True)
             maps = self._maps(z, forward)
             loss = self._loss(maps)
-            changed = self._moved(z, loss, size)
+            changed = self._moved(z, loss)
         if not self.excites:
             self.kept = where_high(maps, settings.threshold) if self.layout is None else self.layout
         return changed
@@ -275,15 +325,19 @@ class Guide:
         self.refined.update(at for at, _ in due)
         return max(due)[1] if due else None
 
-    def _refine(self, latents: Tensor, forward: Forward, size: float, goal: float) -> Tensor:
+    def _refine(self, latents: Tensor, forward: Forward, goal: float) -> Tensor:
+        """Move latents until every map reaches a goal, and once more."""
+        going: Tensor | None = None
         for _ in range(self.settings.refinements):
             with torch.enable_grad(), self.control:
                 z = latents.detach().requires_grad_(True)
                 loss = self._loss(self._maps(z, forward))
                 short = loss.detach() > 1 - goal
-                if not short.any():
-                    break
-                latents = torch.where(short[:, None, None, None].to(z.device), self._moved(z, loss, size), latents)
+                going = short if going is None else going
+                latents = torch.where(going[:, None, None, None].to(z.device), self._moved(z, loss), latents)
+            going = going & short
+            if not going.any():
+                break
         return latents
 
     def _maps(self, z: Tensor, forward: Forward) -> Tensor:
@@ -307,14 +361,14 @@ class Guide:
             loss = loss + retention(maps, self.kept.to(maps), present)
         return loss
 
-    def _moved(self, z: Tensor, loss: Tensor, size: float) -> Tensor:
+    def _moved(self, z: Tensor, loss: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(loss.sum(), z)
         if not torch.isfinite(gradient).all():
             raise DivergenceError(
                 f"the gradient of {self.settings.loss} has NaN or infinity at {self.share:.0%} of the steps: use "
                 "float32 or bfloat16, or a smaller step_size"
             )
-        return (z - size * gradient).detach()
+        return (z - self.size * gradient).detach()
 
 
 class StableDiffusionAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusionPipeline):

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from erasure import api, guards
+from erasure import api, assets, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.fitting import check_strength
 from erasure.interop import scopes
 from erasure.interop.pipelines import components_of
-from erasure.interop.protocols import Settings
 from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
@@ -31,22 +31,6 @@ ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 
 
 Method = TypeVar("Method", bound=Callable[..., object])
-
-BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
-"""Texts of stock calls of which several prompts need one each."""
-
-
-def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:
-    """Options of a stock call for several prompts, where one text may stand for all.
-
-    Args:
-        options: As a user gave them.
-        count: How many texts a user may give.
-        repeats: How often each of them is handed on, next to one another.
-    """
-    given = {name: value for name in BESIDE_PROMPTS if (value := options.get(name)) is not None}
-    each = {name: [value] * count if isinstance(value, str) else value for name, value in given.items()}
-    return {**options, **{name: [text for text in texts for _ in range(repeats)] for name, texts in each.items()}}
 
 
 def base_of(model: str | Path) -> str:
@@ -89,7 +73,7 @@ class SharedModulesMixin:
     """Put ahead of a stock pipeline class: it shares modules with other pipelines, in other threads too.
 
     `from_pipe` leaves the precision of what is shared, and a call sees one state of the erasures from its beginning to
-    its end: a switch waits for it.
+    its end: a switch waits for it. Files name the stock class, so that every loader finds it.
     """
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -116,6 +100,13 @@ class SharedModulesMixin:
             options["dtype"] = pipeline.dtype
         with scopes.same_gradient_mode():
             return super().from_pipe(pipeline, **options)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
+        stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = stock
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class ErasureMixin(SharedModulesMixin):
@@ -211,7 +202,8 @@ class ErasureMixin(SharedModulesMixin):
 
         Args:
             folder: Where to; must not exist or be empty.
-            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased. `False`
+            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased, and
+                `erased.json` and a model card in it say of what. `False`
                 writes the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them
                 together again.
         """
@@ -235,10 +227,15 @@ class ErasureMixin(SharedModulesMixin):
                     for name, erasure in manager.erasures.items():
                         erasure.save(temporary / ERASURES_FOLDER / name)
                     write_json(temporary / ATTACHED_FILE, manager.strengths)
+                    assets.copy_facts(self.name_or_path, temporary / BASE_FOLDER)
+                assets.copy_facts(self.name_or_path, temporary)
         return folder
 
-    def save_pretrained(self, *args: object, **options: object) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: object, **options: object) -> None:
         """As the stock method; refuses ahead of the first file what stock files cannot hold.
+
+        `erased.json` and a model card beside the stock files say what is erased in the weights; see `erasure.baked`.
+        The copy of a model of the embedded world declares the world as well.
 
         Raises:
             AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
@@ -246,7 +243,10 @@ class ErasureMixin(SharedModulesMixin):
         manager = self.erasure_manager
         with manager.in_use():
             manager.check_saveable()
-            super().save_pretrained(*args, **options)  # type: ignore[misc]
+            if not Path(save_directory).is_file():
+                leave_trace(manager, save_directory)
+            super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+            assets.copy_facts(self.name_or_path, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:
@@ -287,10 +287,3 @@ class ErasureMixin(SharedModulesMixin):
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()
         return made
-
-    def to_json_string(self) -> str:
-        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
-        stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
-        config = json.loads(super().to_json_string())  # type: ignore[misc]
-        config["_class_name"] = stock
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"

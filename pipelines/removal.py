@@ -9,20 +9,15 @@ one towards the redirected one (SARG): `e = e_ordinary + s (e_redirected - e_ord
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from diffusers import (
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionXLInpaintPipeline,
-)
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
 from erasure.backbones import AttentionSite, attention_sites
@@ -32,78 +27,19 @@ from erasure.errors import MaskError, OptionError
 from erasure.guards import unguarded
 from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
-from erasure.masks import blend, grow, latent_aligned, read_masks
-from erasure.pipelines.localization import LocalizationMixin, Pictures
-from erasure.pipelines.mixin import ErasureMixin, for_each
-
-Sampler = Literal["blended", "inversion"]
-Layers = Literal["decoder", "all"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemovalSettings:
-    """How objects are removed. The defaults are those of the paper's code, on the pipeline's own scheduler."""
-
-    num_inference_steps: int = 50
-    """Steps of the schedule, of which the last `strength` are run."""
-    strength: float = 0.8
-    """Share of the steps that are run: where the surroundings begin to be denoised."""
-    removal_guidance_scale: float = 9.0
-    """s of SARG. 1 takes the redirected prediction as it is, and costs one branch less."""
-    redirect: bool = True
-    """Whether attention is redirected; without, this is inpainting with blended latents."""
-    suppression_scale: float = 0.3
-    """What the queries under the mask are multiplied by while similarity is suppressed."""
-    suppression_share: float = 0.25
-    """For this share of the executed steps (the code: 10 of 40)."""
-    log_weight: float | None = None
-    """Attention to what the mask covers is multiplied by the exponential of this, instead of being cut off altogether:
-    AdaEraser's soft form, `log eta`."""
-    layers: Layers = "decoder"
-    """Self-attention that is redirected. With `decoder`, what runs ahead of it runs once for both branches."""
-    mask_blur: int = 7
-    """Side in pixels of the Gaussian that grows the mask, see `erasure.masks.grow`."""
-    sampler: Sampler = "blended"
-    """`blended` puts noised surroundings back after every step; `inversion` those of a DDIM inversion of the image,
-    which is deterministic and costs a run more."""
-    blend_radius: float | None = None
-    """Pixels over which the source's own pixels are blended in around the mask at the end: when left out, 15 on an
-    image of 512, as in the paper's figures; 0 leaves the surroundings as the VAE decodes them."""
-    shared_trunk: bool | None = None
-    """Run what is ahead of the decoder once; where it is possible when left out."""
-    released_scheduler: bool = False
-    """Sample with the DDIM scheduler of the paper's code, whose steps have no offset."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.num_inference_steps < 1 or not 0 < self.strength <= 1:
-            raise OptionError(
-                f"num_inference_steps is at least 1 and strength above 0, at most 1; got {self.num_inference_steps} "
-                f"and {self.strength}"
-            )
-        for name, allowed in (("sampler", Sampler), ("layers", Layers)):
-            if getattr(self, name) not in get_args(allowed):
-                raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-
+from erasure.masks import blend, fitted, grow, latent_aligned, read_masks
+from erasure.pipelines import inversion
+from erasure.pipelines.free_u import FreeU, free_u
+from erasure.pipelines.inversion import check_ddim
+from erasure.pipelines.latents import MODE, Generators
+from erasure.pipelines.localization import LocalizationMixin
+from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.pictures import Pictures, cropped, padded, resized
+from erasure.pipelines.prompts import for_each, one_for_each
+from erasure.pipelines.removal_settings import PRESETS, Layers, RemovalSettings, chosen
 
 BLENDED = 15 / 512
 """Radius of the blending, as a share of the image's shorter side."""
-_released = RemovalSettings(released_scheduler=True, blend_radius=0.0)
-PRESETS: dict[str, RemovalSettings] = {
-    "default": RemovalSettings(),
-    "official-sd15": _released,
-    "official-sd21": _released,
-    "official-sdxl": dataclasses.replace(_released, mask_blur=77),
-}
-"""Settings by name. `official-*` are those of the paper's code; its SD 2.1 scripts also switch FreeU on
-(`pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)`), which its text does not mention."""
-
-
-class _Inverter(DDIMInverseScheduler):
-    """DDIM backwards in a loop that noises what lies outside of the mask: here that is nothing."""
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return original_samples
 
 
 class ObjectRemovalMixin(LocalizationMixin):
@@ -116,13 +52,13 @@ class ObjectRemovalMixin(LocalizationMixin):
         mask_image: object = None,
         *,
         words: str | Sequence[str] | None = None,
-        others: Sequence[str] = (),
-        prompt: str = "",
+        others: str | Sequence[str] = (),
+        prompt: str | Sequence[str] = "",
         preset: str = "default",
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         guidance_scale: float = 1.0,
         output_type: Literal["pil", "np", "pt"] = "pil",
         callback_on_step_end: Callback | None = None,
@@ -131,16 +67,16 @@ class ObjectRemovalMixin(LocalizationMixin):
         """Take what the mask covers out of images and fill its place with background.
 
         Args:
-            image: One image or several of one size: PIL, array `(height, width, 3)`, or tensor `(3, height, width)` in
-                0-1. Its sides are brought down to multiples of 8.
+            image: One image or several of one size; see `erasure.pipelines.pictures.read_pixels`. What comes back has
+                the same size, and the image's own pixels wherever nothing is removed, unless `blend_radius` is 0.
             mask_image: One mask for all, or one for each image; see `erasure.masks.read_masks`. An image whose mask is
                 empty comes back as it is.
-            words: Without a mask: what to remove, found by `localize`.
+            words: Without a mask: what to remove, found by `localize`; refused where it is not found.
             others: Other things in the image that must stay, which makes `localize` surer.
-            prompt: What should be there instead; the paper leaves it empty.
-            preset: Name of settings in `PRESETS`.
-            height: Of the output in pixels; the image's own when left out.
-            width: The same.
+            prompt: What should be there instead, for all images or a list; the paper leaves it empty.
+            preset: Name of settings, see `RemovalSettings`.
+            height: Height of the output in pixels; the image's own when left out.
+            width: Width of the output in pixels; the image's own when left out.
             num_images_per_prompt: Results for each image, next to one another in the output.
             generator: Of the noise, on the CPU for reproducible results; one, or one for each result.
             guidance_scale: Of the prompt; 1 switches classifier-free guidance off, as the paper does.
@@ -153,54 +89,57 @@ class ObjectRemovalMixin(LocalizationMixin):
 
         Raises:
             MaskError: The mask covers everything, does not fit, or there is neither mask nor words.
-            OptionError: Unknown preset, or a setting without meaning.
+            OptionError: Unknown preset, a setting without meaning, or another number of texts than of images.
+            UnsupportedModelError: Its UNet or scheduler does not allow what the settings ask for.
         """
-        settings, rest = _settings(preset, options)
-        pipe = as_pipeline(self)
-        source = self.read_images(image, height, width)
-        size = (source.shape[2], source.shape[3])
-        if mask_image is None:
-            if words is None:
-                raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-            found = self.localize(source, words, others=others)
-            names = 1 if isinstance(words, str) else len(words)
-            masks = found.masks[:, :names].any(1)
-        else:
-            masks = read_masks(mask_image, size, len(source))
+        settings, rest = chosen(preset, options)
+        if output_type not in (forms := ("pil", "np", "pt")):
+            raise OptionError(f"output_type is {output_type!r}; allowed: {', '.join(forms)}")
+        source = self.read_images(image)
+        own, count = (source.shape[2], source.shape[3]), len(source)
+        prompts = one_for_each("prompt", prompt, count)
+        masks = self._masks(source, mask_image, words, others)
+        size = self._size(own, height, width)
+        source, masks = resized(source, size), fitted(masks, size)
         if masks.flatten(1).all(1).any():
             raise MaskError("a mask covers the whole image: nothing is left to fill it from")
         empty = ~masks.flatten(1).any(1)
         if empty.any():
             warnings.warn(
-                f"the masks of {int(empty.sum())} of {len(empty)} images are empty: they come back as they are",
+                f"the masks of {int(empty.sum())} of {count} images are empty: they come back as they are",
                 stacklevel=2,
             )
-        masks = grow(masks, settings.mask_blur)
-        rest = for_each(rest, len(source), num_images_per_prompt)
-        source, masks, empty = (part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, empty))
+        masks, keep = self._covered(masks, settings.mask_blur)
+        rest = for_each(rest, count, num_images_per_prompt)
+        if rest.get("negative_prompt") is not None and guidance_scale <= 1:
+            warnings.warn("negative_prompt= does nothing at guidance_scale=1: raise it", stacklevel=2)
+        source, masks, keep, empty = (
+            part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, keep, empty)
+        )
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
-        factor = pipe.vae_scale_factor
-        keep = latent_aligned(masks, factor)[:, None]
+        factor = as_pipeline(self).vae_scale_factor
         tensors = list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
         call = {
-            "prompt": [prompt] * len(source), "height": size[0], "width": size[1], "guidance_scale": guidance_scale,
+            "prompt": [text for text in prompts for _ in range(num_images_per_prompt)], "height": keep.shape[2],
+            "width": keep.shape[3], "guidance_scale": guidance_scale,
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
-            **self._conditioning(source, keep), **rest,
+            **self._conditioning(source, keep, settings, generator), **rest,
         }  # fmt: skip
+        control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
             record: list[Tensor] = []
             if settings.sampler == "inversion":
-                record = self._invert(call, settings)
+                record = self._invert(call, settings, keep)
                 call["latents"] = record[0]
-            control, guidance = self._redirected(masks, size, settings)
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
-            with control, guidance:
+            factors = None if settings.free_u is None else FreeU(*settings.free_u)
+            with control, guidance, free_u(as_pipeline(self).unet, factors):
                 result = super().__call__(  # type: ignore[misc]
                     **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
                     callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
                 )  # fmt: skip
-        pixels = result.images if hasattr(result, "images") else result[0]
+        pixels = cropped(result.images if hasattr(result, "images") else result[0], size)
         radius = BLENDED * min(size) if settings.blend_radius is None else settings.blend_radius
         if radius > 0:
             pixels = blend(source, pixels, masks, radius)
@@ -210,15 +149,59 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     # Before --------------------------------------------------------------------------------------------------------
 
-    def _conditioning(self, source: Tensor, covered: Tensor) -> dict[str, Tensor]:
+    def _masks(
+        self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str]
+    ) -> Tensor:
+        """What is to be removed, `(images, height, width)` bool: as it is given, or where words are found."""
+        if given is not None:
+            return read_masks(given, (source.shape[2], source.shape[3]), len(source))
+        if words is None:
+            raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
+        return self.localize(source, words, others=others).of_words()
+
+    def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the output in pixels."""
+        size = (own[0] if height is None else height, own[1] if width is None else width)
+        if any(isinstance(side, bool) or not isinstance(side, int) or side < self._side for side in size):
+            raise OptionError(f"height and width are {size[0]} and {size[1]}: give whole numbers from {self._side} on")
+        return size
+
+    def _covered(self, masks: Tensor, blur: int) -> tuple[Tensor, Tensor]:
+        """Masks as they are grown, and every pixel `(images, 1, padded height, padded width)` that is painted anew.
+
+        A mask that leaves nothing once it is grown is not grown.
+
+        Raises:
+            MaskError: One leaves no latent pixel untouched.
+        """
+        factor = as_pipeline(self).vae_scale_factor
+
+        def painted(masks: Tensor) -> Tensor:
+            return latent_aligned(padded(masks[:, None].float(), self._side)[:, 0] > 0, factor)[:, None]
+
+        grown = grow(masks, blur)
+        keep = painted(grown)
+        if (full := keep.flatten(1).all(1)).any():
+            grown = torch.where(full[:, None, None], masks, grown)
+            keep = painted(grown)
+        if keep.flatten(1).all(1).any():
+            raise MaskError(
+                f"a mask leaves less than {factor} pixels anywhere, which the model cannot see as surroundings: draw "
+                "a smaller one, or use a larger image"
+            )
+        return grown, keep
+
+    def _conditioning(
+        self, source: Tensor, covered: Tensor, settings: RemovalSettings, generator: Generators
+    ) -> dict[str, Tensor]:
         """The image as latents, and what an inpainting UNet with nine channels is given besides: a grey hole."""
-        pipe = as_pipeline(self)
-        latents = self.encode_images(source)
-        if pipe.unet.config.in_channels == pipe.vae.config.latent_channels:
+        latents = self.encode_images(source, generator if settings.sample_latents else MODE)
+        if self._blends:
             return {"image": latents, "masked_image_latents": torch.zeros_like(latents)}
         with unguarded():
             # That a picture was handed in has been said.
-            return {"image": latents, "masked_image_latents": self.encode_images(torch.where(covered, 0.5, source))}
+            hole = torch.where(covered, 0.5, padded(source, self._side))
+            return {"image": latents, "masked_image_latents": self.encode_images(hole)}
 
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:
@@ -226,25 +209,24 @@ class ObjectRemovalMixin(LocalizationMixin):
         pipe = as_pipeline(self)
         own = pipe.scheduler
         if settings.released_scheduler:
-            pipe.scheduler = DDIMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                set_alpha_to_one=False, prediction_type=own.config.prediction_type,
-            )  # fmt: skip
-        elif settings.sampler == "inversion" and not isinstance(own, DDIMScheduler):
-            pipe.scheduler = DDIMScheduler.from_config(own.config)
+            check_ddim(pipe.unet, own, "released_scheduler=True")
+            pipe.scheduler = inversion.released(own)
+        if settings.sampler == "inversion":
+            check_ddim(pipe.unet, own, "sampler='inversion'")
+            pipe.scheduler = inversion.forwards(pipe.scheduler)
         try:
             yield
         finally:
             pipe.scheduler = own
 
     def _redirected(
-        self, masks: Tensor, size: tuple[int, int], settings: RemovalSettings
+        self, masks: Tensor, settings: RemovalSettings
     ) -> tuple[AttentionController, AbstractContextManager[object]]:
         """The controller, and the guidance that combines its branches."""
         pipe = as_pipeline(self)
         sites = self.removal_sites(settings.layers)
         guided = settings.redirect and settings.removal_guidance_scale != 1
-        grid = (size[0] // pipe.vae_scale_factor, size[1] // pipe.vae_scale_factor)
+        grid = (masks.shape[1] // pipe.vae_scale_factor, masks.shape[2] // pipe.vae_scale_factor)
         layout = Layout(grid, len(masks), branches=2, changed=(1,)) if guided else Layout(grid, len(masks))
         control = AttentionController(pipe.unet, layout)
         if settings.redirect:
@@ -269,13 +251,13 @@ class ObjectRemovalMixin(LocalizationMixin):
         sites = [site for site in attention_sites(pipe.unet) if site.kind == "self"]
         return sites if layers == "all" else [site for site in sites if site.name.startswith("up_blocks.")]
 
-    def _invert(self, call: Settings, settings: RemovalSettings) -> list[Tensor]:
+    def _invert(self, call: Settings, settings: RemovalSettings, keep: Tensor) -> list[Tensor]:
         """The image's latents at the noise level of every step that will be run, noisiest first, and the clean one."""
         pipe = as_pipeline(self)
-        steps = min(int(settings.num_inference_steps * settings.strength), settings.num_inference_steps)
+        steps = settings.executed
         found = [call["image"]]
 
-        def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def remember(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if len(found) <= steps:
                 found.append(tensors["latents"])
             if len(found) > steps:
@@ -283,26 +265,34 @@ class ObjectRemovalMixin(LocalizationMixin):
             return tensors
 
         own = pipe.scheduler
-        pipe.scheduler = _Inverter.from_config(own.config)
-        everything = torch.ones(len(found[0]), 1, call["height"], call["width"])
+        pipe.scheduler = inversion.backwards(own)
+        # The loop puts nothing back under the mask; a UNet of nine channels is told the mask that it samples with.
+        mask = torch.ones_like(keep) if self._blends else keep
         try:
             super().__call__(  # type: ignore[misc]
-                **call | {"guidance_scale": 1.0, "latents": found[0]}, mask_image=everything, strength=1.0,
-                output_type="latent", callback_on_step_end=keep,
+                **call | {"guidance_scale": 1.0, "latents": found[0]}, mask_image=mask.float(), strength=1.0,
+                output_type="latent", callback_on_step_end=remember,
             )  # fmt: skip
         finally:
             pipe.scheduler = own
         return found[::-1]
 
+    @property
+    def _blends(self) -> bool:
+        """Whether the UNet takes latents alone, and the loop puts the surroundings back; others are told the mask."""
+        pipe = as_pipeline(self)
+        return pipe.unet.config.in_channels == pipe.vae.config.latent_channels
+
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-
+        """What the stock class returns: SDXL's has no safety checker, and its output no flags."""
         pipe = as_pipeline(self)
         images = pipe.image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
+        if isinstance(self, StableDiffusionXLInpaintPipeline):
+            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
         if not return_dict:
             return images, flags
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
@@ -322,15 +312,6 @@ class _Follow:
             keep = self.keep.to(tensors["latents"])
             tensors["latents"] = keep * tensors["latents"] + (1 - keep) * self.record[index + 1]
         return tensors if self.then is None else self.then(pipe, index, t, tensors)
-
-
-def _settings(preset: str, options: Settings) -> tuple[RemovalSettings, Settings]:
-    if preset not in PRESETS:
-        raise OptionError(f"no preset {preset!r} of object removal; there are: {', '.join(PRESETS)}")
-    known = {field.name for field in dataclasses.fields(RemovalSettings)}
-    changed = {name: value for name, value in options.items() if name in known}
-    rest = {name: value for name, value in options.items() if name not in known}
-    return dataclasses.replace(PRESETS[preset], **changed), rest
 
 
 class StableDiffusionObjectRemovalPipeline(ObjectRemovalMixin, ErasureMixin, StableDiffusionInpaintPipeline):

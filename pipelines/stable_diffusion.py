@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from erasure.interop.pipelines import progress_bar_config
-from erasure.pipelines.localization import Localization, Pictures
+from erasure.pipelines.localization import Localization
 from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.pictures import Pictures
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
 
 
@@ -27,7 +28,7 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         prompt_or_image: str | Pictures,
         words: str | Sequence[str],
         *,
-        others: Sequence[str] = (),
+        others: str | Sequence[str] = (),
         generator: torch.Generator | None = None,
         call: Mapping[str, object] | None = None,
         **options: object,

@@ -27,7 +27,8 @@ def make(*, pinned: bool = True, low_rank: bool = True) -> Erasure:
     if low_rank:
         edits.low_rank[UNET] = LowRank(torch.randn(2, 4, generator=generator), torch.randn(5, 2, generator=generator))
     if pinned:
-        edits.pinned["text_encoder"] = Pinned(torch.arange(6).view(2, 3), torch.randn(2, 3, 4, generator=generator))
+        states, blocks = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 5, 3, 4, generator=generator)
+        edits.pinned["text_encoder"] = Pinned(torch.arange(6).view(2, 3), states, blocks)
     digests = {key: fingerprint(torch.ones(1)) for key in edits.parameters}
     config = ErasureConfig(
         strategy="hirm",

@@ -153,6 +153,8 @@ PAIRS = torch.tensor([[0, 0], [0, 1]])
         ({"deltas": {TEXT: torch.zeros(0)}}, "no values"),
         ({"low_rank": {UNET: LowRank(torch.zeros(0, 4), torch.zeros(5, 0))}}, "no values"),
         ({"pinned": {"text_encoder": Pinned(torch.arange(6).view(3, 2), some(2, 3, 4))}}, "do not fit"),
+        ({"pinned": {"text_encoder": Pinned(torch.arange(6).view(2, 3), some(2, 3, 4), some(2, 3, 4))}}, "do not fit"),
+        ({"pinned": {"text_encoder": Pinned(torch.arange(6).view(2, 3), some(2, 3, 4), some(2, 5, 3, 9))}}, "not fit"),
         ({"pinned": {"text_encoder": Pinned(torch.ones(2, 3), some(2, 3, 4))}}, "input_ids.*float32"),
         ({"pinned": {"text_encoder": Pinned(torch.arange(6).view(2, 3) - 1, some(2, 3, 4))}}, "token -1"),
         ({"features": {BLOCK: feature_edit(w_dec=some(3, 5))}}, "do not fit"),

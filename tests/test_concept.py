@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from erasure import Concept
-from erasure.concept import TEMPLATES, as_concepts
-from erasure.errors import ConceptError
+from erasure.concept import TEMPLATES, as_concepts, key
+from erasure.errors import ConceptError, ConceptWarning
 
 
 def test_fields_are_tidied() -> None:
@@ -32,6 +32,16 @@ def test_prompts_are_every_phrasing_of_every_name() -> None:
         ({"target": "cat", "kind": "person"}, "allowed: object, style, unsafe"),
         ({"target": "cat", "retain": ("dog", "Cat ")}, "retained at once"),
         ({"target": "cat", "synonyms": ("kitten",), "retain": ("kitten",)}, "retained at once"),
+        ({"target": "golf ball", "retain": ("Golf_Ball",)}, "retained at once"),
+        ({"target": "cat", "synonyms": ("",)}, "synonym of 'cat' is empty"),
+        ({"target": "cat", "anchor": "cat"}, "nothing would change"),
+        ({"target": "cat", "anchor": " CAT "}, "nothing would change"),
+        ({"target": "cat", "anchor": "a cat"}, "nothing would change"),
+        ({"target": "cat", "anchor": "cats"}, "nothing would change"),
+        ({"target": "knives", "anchor": "knife"}, "nothing would change"),
+        ({"target": "golf ball", "anchor": "golf-ball"}, "nothing would change"),
+        ({"target": "cat", "synonyms": ("kitten",), "anchor": "Kitten"}, "nothing would change.*|kitten"),
+        ({"target": "e\u0301cole", "anchor": "\u00e9cole"}, "nothing would change"),
         ({"target": "cat", "templates": ("a photo",)}, "exactly one"),
         ({"target": "cat", "templates": ("{} and {}",)}, "exactly one"),
         ({"target": "cat", "templates": ("{} and {name}",)}, "exactly one"),
@@ -59,5 +69,36 @@ def test_words_and_concepts_make_a_list() -> None:
     assert as_concepts(("cat", ink)) == [Concept("cat"), ink]
     with pytest.raises(ConceptError, match="no concept"):
         as_concepts([])
-    with pytest.raises(ConceptError, match="twice"):
-        as_concepts(["cat", Concept("CAT")])
+    for again in (Concept("CAT"), "a cat", "c\u200bat", "\uff43\uff41\uff54"):
+        with pytest.raises(ConceptError, match="twice"):
+            as_concepts(["cat", again])
+
+
+def test_one_concept_cannot_keep_what_another_erases() -> None:
+    for kept in ("cat", "Cat", "a cat"):
+        with pytest.raises(ConceptError, match="'cat' is to be erased, and retained by 'dog'"):
+            as_concepts([Concept("cat"), Concept("dog", retain=(kept,))])
+    with pytest.raises(ConceptError, match="retained by 'dog'"):
+        as_concepts([Concept("dog", retain=("kitten",)), Concept("cat", synonyms=("kitten",))])
+
+
+def test_an_anchor_that_is_erased_too_is_told() -> None:
+    with pytest.warns(ConceptWarning, match="the anchor 'dogs' of 'cat' is erased too"):
+        as_concepts([Concept("cat", anchor="dogs"), Concept("dog", anchor="house")])
+
+
+def test_texts_are_as_tokenisers_see_them() -> None:
+    concept = Concept("Van \u00a0 Gogh\ufeff", anchor=" e\u0301cole", retain=("a  b",), synonyms=("Vin\u00adcent",))
+    assert concept == Concept("Van Gogh", anchor="\u00e9cole", retain=("a b",), synonyms=("Vincent",))
+
+
+@pytest.mark.parametrize(
+    "spelling", ["Golf Ball", "golf_ball", "GOLF-BALL", "the golf  ball", "golf\u00a0ball", "golf\u2010ball"]
+)
+def test_spellings_of_a_word_have_one_key(spelling: str) -> None:
+    assert key(spelling) == "golf ball"
+
+
+@pytest.mark.parametrize("word", ["_", "-", "a", "the", "\u68b5\u9ad8", "\U0001f600"])
+def test_no_word_has_an_empty_key(word: str) -> None:
+    assert key(word) == word

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from diffusers import (
 
 import erasure
 from erasure import Concept, Erasure, ErasureManager
+from erasure.carriers.activations import NO_BLOCKS
 from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning, NoMatchingModuleError
 from erasure.pipelines import StableDiffusionErasurePipeline
 
@@ -40,6 +42,34 @@ def uce(tiny_pipe_original: Any) -> Erasure:
 @pytest.fixture(scope="module")
 def pinned(tiny_pipe_original: Any) -> Erasure:
     return make(tiny_pipe_original, "hirm", steps=2, contexts=0, retain_vocabulary=2, unconditional="stock")
+
+
+@pytest.fixture(scope="module")
+def pinned_once(pinned: Erasure) -> Erasure:
+    """As files of before have it: the last state of pinned prompts, and those of no block."""
+    pins = {key: pin._replace(blocks=NO_BLOCKS) for key, pin in pinned.edits.pinned.items()}
+    return Erasure(pinned.config, dataclasses.replace(pinned.edits, pinned=pins))
+
+
+def itd_at(pipe: Any, layer: int) -> Erasure:
+    options: dict[str, Any] = {"d_sae": 64, "steps": 2, "contexts": 4, "vocabulary": 8, "target_rate": 0.1}
+    return make(pipe, "itd", layer=layer, retain_rate=1.0, false_positive_rate=1.0, **options)
+
+
+@pytest.fixture(scope="module")
+def features(tiny_pipe_original: Any) -> Erasure:
+    return itd_at(tiny_pipe_original, len(tiny_pipe_original.text_encoder.encoder.layers) - 1)
+
+
+@pytest.fixture(scope="module")
+def early_features(tiny_pipe_original: Any) -> Erasure:
+    return itd_at(tiny_pipe_original, 0)
+
+
+@pytest.fixture(scope="module")
+def every_block(tiny_pipe_original: Any) -> Erasure:
+    options: dict[str, Any] = {"steps": 1, "batch": 1, "retain_batch": 1, "rollout_steps": 2, "attack_steps": 1}
+    return make(tiny_pipe_original, "advunlearn", contexts=0, retain_vocabulary=2, **options)
 
 
 def make(pipe: Any, strategy: str, **options: Any) -> Erasure:
@@ -104,6 +134,28 @@ def test_embeddings_of_the_pipeline_itself_are_no_bypass(tiny_pipe: Any, hirm: E
         pipe([PROMPT, "a dog"], num_images_per_prompt=2, **SMALL)
 
 
+@pytest.mark.parametrize("trimmed", [False, True], ids=["whole chunks", "starts and ends left out"])
+def test_a_long_prompt_in_chunks_is_no_bypass(tiny_pipe: Any, hirm: Erasure, trimmed: bool) -> None:
+    """As compel and the long prompt weighting pipeline put the encodings of chunks behind one another."""
+
+    def chunked(*texts: str) -> torch.Tensor:
+        rows = [tiny_pipe.encode_prompt(text, "cpu", 1, False)[0] for text in texts]
+        if trimmed:
+            rows = [rows[0][:, :-1], *(row[:, 1:-1] for row in rows[1:-1]), rows[-1][:, 1:]]
+        return torch.cat(rows, 1)
+
+    ErasureManager(tiny_pipe).add(hirm, "cat", strict=True)
+    long, negative = chunked(PROMPT, "a car on a background", "a house"), chunked("", "", "")
+    tiny_pipe(prompt_embeds=long, negative_prompt_embeds=negative, **SMALL)
+    tiny_pipe(prompt_embeds=long.half().float(), negative_prompt_embeds=negative, **SMALL)
+    ErasureManager(tiny_pipe).disable()
+    stock = chunked(PROMPT, "a car on a background", "a house")
+    ErasureManager(tiny_pipe).enable()
+    mixed = torch.cat([stock[:, :77], chunked("a car", "a house")], 1)
+    with pytest.raises(BypassedErasureError, match="prompt_embeds= bypasses cat"):
+        tiny_pipe(prompt_embeds=mixed, negative_prompt_embeds=mixed, **SMALL)
+
+
 def test_embeddings_from_before_a_switch_are_a_bypass_after_it(tiny_pipe: Any, hirm: Erasure) -> None:
     manager = ErasureManager(tiny_pipe)
     manager.add(hirm, "cat", strict=True)
@@ -162,7 +214,11 @@ CALLS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "negative anchor": ("uce", {"negative_prompt": "a dog"}, "negative prompt"),
     "negative of others": ("uce", {"negative_prompt": "catalogue, dogma"}, None),
     "clip_skip": ("uce", {"clip_skip": 1}, "clip_skip"),
-    "clip_skip beside pinned prompts": ("pinned", {"clip_skip": 1}, "clip_skip"),
+    "clip_skip beside pinned prompts": ("pinned", {"clip_skip": 1}, None),
+    "clip_skip beside pins of the last state alone": ("pinned_once", {"clip_skip": 1}, "clip_skip=1"),
+    "clip_skip of the block whose features are edited": ("features", {"clip_skip": 1}, "nothing"),
+    "clip_skip after the block whose features are edited": ("early_features", {"clip_skip": 1}, None),
+    "clip_skip of a block that is trained": ("every_block", {"clip_skip": 1}, "clip_skip"),
     "clip_skip of a text-side erasure": ("hirm", {"clip_skip": 1}, None),
 }
 

@@ -70,7 +70,15 @@ DRAWINGS = {
     "array of 16 bits": DRAWN.astype(np.uint16) * 65535,
     "array in RGBA": np.array(brush("RGBA", (0, 0, 0, 0), (255, 0, 0, 255))),
     "array in RGB": np.array(brush("RGB", (0, 0, 0), (255, 255, 255))),
+    "array of 0 and 1 in colours": np.repeat(DRAWN[..., None].astype(np.uint8), 3, -1),
+    "array of grey and alpha": np.array(brush("LA", (255, 0), (255, 255))),
     "tensor": torch.from_numpy(DRAWN)[None].half(),
+    "tensor of two axes": torch.from_numpy(DRAWN).to(torch.uint8),
+    "tensor of colours ahead": torch.from_numpy(DRAWN)[None].expand(3, -1, -1).float(),
+    "tensor of colours and alpha ahead": torch.from_numpy(
+        np.array(brush("RGBA", (0, 0, 0, 0), (255, 0, 0, 255)))
+    ).permute(2, 0, 1),
+    "a list of one": [DRAWN],
 }
 
 
@@ -95,6 +103,33 @@ def test_nothing_drawn_covers_nothing() -> None:
 def test_a_soft_edge_is_cut_at_half() -> None:
     ramp = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(32, 0)
     assert read_masks(ramp, (32, 48), 1).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_it_is_shown(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers of what undoes each
+    drawn = Image.fromarray(DRAWN)
+    buffer = io.BytesIO()
+    stored = drawn if orientation == 1 else drawn.transpose(Image.Transpose(back[orientation]))
+    stored.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(read_masks(Image.open(buffer), DRAWN.shape, 1)[0].numpy(), DRAWN)
+
+
+def test_a_drawing_that_is_too_dim_is_refused() -> None:
+    """Numbers of classes, dark grey, faint probabilities: nothing of it is above half, and none may mean nothing."""
+    for dim in (DRAWN.astype(np.uint8) * 2, Image.fromarray(DRAWN.astype(np.uint8) * 90), DRAWN * 0.4):
+        with pytest.raises(MaskError, match="nothing in a mask is above half"):
+            read_masks(dim, DRAWN.shape, 1)
+
+
+def test_a_thin_stroke_outlives_shrinking() -> None:
+    line = np.zeros((320, 480), dtype=np.uint8)
+    line[161, 40:400] = 255
+    found = read_masks(line, (32, 48), 1)[0]
+    assert found[16, 4:40].all()
+    assert int(found.sum()) == 36
 
 
 class Large(Image.Image):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
 from erasure import registry as module
-from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
+from erasure.cli.described import stand_in
+from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError, OptionError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.suites import SUITES
 from erasure.registry import INDEX, Registry, index_of
@@ -57,6 +59,18 @@ def another(registry: Registry[Any]) -> Any:
 
 def test_the_index_says_what_the_classes_say() -> None:
     assert json.loads(INDEX.read_text()) == json.loads(json.dumps(index_of(REGISTRIES.values()))), "run .ci/registered"
+
+
+@pytest.mark.parametrize("name", STRATEGIES.names())
+def test_a_stand_in_parses_and_refuses_as_the_class(name: str) -> None:
+    kind, stand = STRATEGIES.get(name), stand_in(STRATEGIES.facts(name))
+    assert asdict(stand()) == asdict(kind())
+    for preset in kind.presets:
+        assert asdict(stand.configured(preset)) == asdict(kind.configured(preset))
+    for option in kind.option_names():
+        assert stand.describe(option) == kind.describe(option)
+    with pytest.raises(OptionError, match=rf"^{name} has no preset 'none'"):
+        stand.configured("none")
 
 
 def test_names_and_facts_need_no_torch() -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from erasure.cli.page import Table
 from erasure.pages import FOLDER, code_span, html_page, json_block, markdown_text, relative_link
 from erasure.shown import LABEL, LIMIT, did_you_mean, message, number, visible
 
@@ -93,7 +94,7 @@ def test_json_blocks_are_cut() -> None:
 
 
 def test_pages_allow_their_own_style_and_nothing_else() -> None:
-    page = html_page("table.html", title="T", about="", columns=["a"], rows=[["b"]], picture=None, links={})
+    page = html_page("table.html", title="T", tables=[Table("", ["a"], [["b"]])], most=6, picture=None, links={})
     (style,) = re.findall("<style>(.*?)</style>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     (policy,) = re.findall('http-equiv="Content-Security-Policy" content="(.*?)"', page)

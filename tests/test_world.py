@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import erasure
 from erasure import Concept, Erasure, assets
 from erasure.assets.build import table
 from erasure.cli.main import main
-from erasure.errors import ArtifactError, ConceptError
+from erasure.errors import ArtifactError, ConceptError, ConceptWarning
 from erasure.eval import suites
 from erasure.world import Classes, World
 
@@ -35,6 +37,13 @@ FACTS = {
 def world(tmp_path: Path) -> World:
     (tmp_path / "canvas.json").write_text(json.dumps(FACTS))
     return World.of(SimpleNamespace(name_or_path=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def canvas() -> Any:
+    pipe = erasure.load_pipeline("canvas-sd", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def test_a_world_is_what_the_model_declares(world: World) -> None:
@@ -89,7 +98,8 @@ def test_a_name_of_an_object_and_a_style_is_told_by_the_kind() -> None:
 
 
 def test_concepts_come_with_kind_anchor_and_what_must_survive(world: World) -> None:
-    assert world.concept("cat") == Concept("cat", anchor="dog")
+    assert world.concept("cat") == Concept("cat", anchor="dog", synonyms=("kitten",))
+    assert world.concept("kitten") == world.concept("cat")
     assert world.concept("ink") == Concept("ink", kind="style", anchor="line art", retain=("line art",))
     assert world.concept("knife") == Concept("knife", kind="unsafe")
     assert world.concept("zebra") == Concept("zebra")
@@ -120,14 +130,65 @@ def test_what_the_user_says_goes_first(world: World) -> None:
     assert world.concepts(given) == [given]
 
 
+def test_what_a_text_says_goes_before_the_options(world: World) -> None:
+    made = world.concepts(["cat:style>house", "dog"], kind="object", anchor="knife")
+    assert [(concept.kind, concept.anchor) for concept in made] == [("style", "house"), ("object", "knife")]
+    assert [concept.anchor for concept in world.concepts("weapons>cat")] == ["cat", "cat"]
+
+
+def test_lists_are_several_concepts(world: World) -> None:
+    assert world.concepts("cat, ink") == world.concepts(["cat", "ink"])
+    assert world.concepts(["gun", "weapon"]) == world.concepts("weapons")
+    assert world.concepts("weapons; gun") == world.concepts("weapons")[::-1]
+    with pytest.raises(ConceptError, match="twice"):
+        world.concepts(["cat", "kitten"])
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("cat>cat", {}), ("cat>Cats", {}), ("cat>kitten", {}), ("kitten>cat", {}), ("ink>INK style", {}),
+        ("cat", {"anchor": "kittens"}), ("cat, dog", {"anchor": "dog"}), (Concept("cat", anchor="kitten"), {}),
+        ("weapons>gun", {}),
+    ],
+)  # fmt: skip
+def test_an_anchor_that_is_the_concept_itself_is_refused(world: World, given: Any, options: Any) -> None:
+    with pytest.raises(ConceptError, match="nothing would change"):
+        world.concepts(given, **options)
+
+
+def test_what_survives_is_not_what_is_erased(world: World) -> None:
+    (cat,) = world.concepts("cat", retain=["animals", "Gun"])
+    assert cat.retain == ("dog", "gun")
+    for kept in ("cat", "Cat", "kitten"):
+        with pytest.raises(ConceptError):
+            world.concepts("cat", retain=[kept])
+    with pytest.raises(ConceptError, match="another word for 'cat'"):
+        world.concepts(Concept("cat", retain=("kitten",)))
+
+
+def test_words_that_a_declared_world_does_not_have_are_told(world: World) -> None:
+    with pytest.warns(ConceptWarning, match="'caat' is no word of the model's world.*did you mean 'cat'"):
+        world.concepts("caat")
+    with pytest.warns(ConceptWarning, match="'dgo'.*did you mean 'dog'"):
+        world.concepts("cat>dgo")
+    with pytest.warns(ConceptWarning, match="'Inkk'.*did you mean 'ink'"):
+        world.concepts("cat", retain=["Inkk"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        World().concepts("caat")
+        world.concepts([Concept("caat"), "<my-pet>", "kittens>", "weapons>dog"])
+
+
+def test_learned_tokens_are_words(canvas: Any, teach: Any) -> None:
+    pipe = copy.deepcopy(canvas)
+    teach(pipe, "cat", token="my_pet, mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert World.of(pipe).concepts("my_pet, mine") == [Concept("my_pet, mine")]
+
+
 # The same word by every way in ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def canvas() -> Any:
-    pipe = erasure.load_pipeline("canvas-sd", device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def tensors(made: Erasure) -> dict[str, torch.Tensor]:

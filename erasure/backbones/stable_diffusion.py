@@ -97,8 +97,18 @@ class StableDiffusionBackbone(Backbone):
         raise UnsupportedModelError(f"{self.prediction!r} prediction is not one of Stable Diffusion's")
 
     def rollout_scheduler(self) -> DDIMScheduler:
-        """DDIM with eta 0."""
-        return DDIMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
+        """DDIM with eta 0; nothing clips latents.
+
+        Raises:
+            UnsupportedModelError: A latent consistency UNet, which no trajectory of DDIM leads through.
+        """
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise UnsupportedModelError(
+                "a latent consistency UNet (time_cond_proj_dim is set) predicts no noise that a trajectory could be "
+                "sampled or trained with: make the erasure with the model that it was distilled from, or use a "
+                "strategy that edits the text encoder or the cross-attention in closed form (uce, hirm, itd)"
+            )
+        return DDIMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False, thresholding=False)
 
     def timesteps(self, steps: int) -> Tensor:
         """Sets the scheduler to `steps` steps."""
@@ -110,7 +120,7 @@ class StableDiffusionBackbone(Backbone):
         factor, config = self.pipe.vae_scale_factor, self.denoiser.config
         h, w = (height // factor if height else config.sample_size), (width // factor if width else config.sample_size)
         rows = [
-            randn_tensor((1, config.in_channels, h, w), generator=torch.Generator().manual_seed(seed))
+            randn_tensor((1, config.out_channels, h, w), generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]
         return torch.cat(rows).to(self.device, self.dtype) * self.pipe.scheduler.init_noise_sigma
@@ -120,8 +130,30 @@ class StableDiffusionBackbone(Backbone):
         return self.pipe.scheduler.scale_model_input(x_t, t)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """`t` may be one level for the batch or one per row."""
-        return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype)).sample
+        """`t` may be one level for the batch or one per row.
+
+        An inpainting UNet (nine channels) is told that everything is masked, which makes it one that draws from text;
+        a latent consistency UNet that there is no guidance.
+        """
+        config = self.denoiser.config
+        told: dict[str, Tensor] = {}
+        if config.in_channels == 2 * x_t.shape[1] + 1:
+            x_t = torch.cat([x_t, torch.ones_like(x_t[:, :1]), self._hole(x_t)], 1)
+        if config.time_cond_proj_dim is not None:
+            unguided = torch.zeros(len(x_t))
+            told["timestep_cond"] = self.pipe.get_guidance_scale_embedding(
+                unguided, embedding_dim=config.time_cond_proj_dim, dtype=x_t.dtype
+            ).to(x_t)
+        return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype), **told).sample
+
+    def _hole(self, x_t: Tensor) -> Tensor:
+        """Latents of a picture that is masked all over, of the shape of some latents: those of plain grey."""
+        vae, factor = self.pipe.vae, self.pipe.vae_scale_factor
+        grey = torch.zeros(1, 3, x_t.shape[2] * factor, x_t.shape[3] * factor, device=x_t.device, dtype=vae.dtype)
+        with torch.no_grad():
+            # Past the guard that speaks of pictures which users hand in.
+            latents = vae.config.scaling_factor * type(vae).encode(vae, grey).latent_dist.mode()
+        return latents.to(x_t.dtype).expand(len(x_t), -1, -1, -1)
 
     def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """One step of the pipeline's scheduler."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,10 @@ from typing import NamedTuple, cast
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from erasure.concept import PLACEHOLDER
 from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
 from erasure.interop import learned, paths
 from erasure.interop.protocols import TextBlock, TextModel, Tokenizer
-
-PLACEHOLDER = re.compile(r"<[^<>\s]+>")
-"""Pattern of the names that learned tokens have by custom."""
 
 
 class PromptTokens(NamedTuple):

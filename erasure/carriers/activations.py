@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from erasure.backbones import TextTower
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
 
 _WRITE = "erasure_pinned_write"
+NO_BLOCKS = torch.zeros(0)
+"""What `Pinned.blocks` is where nothing is known of them."""
 
 
 class Pinned(NamedTuple):
@@ -22,24 +25,56 @@ class Pinned(NamedTuple):
     """`(prompts, tokens)` int64, padded as the pipeline pads."""
     hidden_states: Tensor
     """The final hidden states to return, `(prompts, tokens, dim)`."""
+    blocks: Tensor = NO_BLOCKS
+    """What every block is to give, `(prompts, blocks, tokens, dim)`, for pipelines that leave the last ones out
+    (`clip_skip`); empty in files of before 2026-11, which hold the final states only."""
+
+    def fits(self) -> bool:
+        """Whether the shapes go together."""
+        prompts, *size = self.hidden_states.shape
+        return (
+            self.hidden_states.ndim == 3
+            and self.input_ids.shape == self.hidden_states.shape[:2]
+            and (not self.blocks.numel() or (self.blocks.ndim == 4 and [*self.blocks[:, 0].shape] == [prompts, *size]))
+        )
+
+
+def pin_of(tower: TextTower, prompts: Sequence[str]) -> Pinned:
+    """What a text encoder makes of prompts now, to be held fixed."""
+    tokens = tower.tokenize(prompts)
+    with torch.no_grad():
+        output = tower.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
+    # Ahead of the blocks come the embeddings, which no erasure edits.
+    states = [output.last_hidden_state, torch.stack(output.hidden_states[1:], 1)]
+    return Pinned(tokens.ids.cpu(), *(state.cpu() for state in states))
 
 
 class _WriteRows(ModelHook):
-    """On the final layer norm: puts the pinned encodings in place of those of the same prompts."""
+    """On a block or the final norm: puts pinned states in the place of those of the same prompts.
 
-    def __init__(self, pins: Sequence[Pinned]) -> None:
+    Args:
+        rows: For each of some batches of prompts their ids `(prompts, tokens)`, and what is to come out for them
+            `(prompts, tokens, dim)`.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.pins = tuple(pins)
+        self.rows = tuple(rows)
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         """Replace the rows of the batch that are pinned prompts."""
         ids = current_ids(*output.shape[:2]) if output.ndim == 3 else None
-        for pin in self.pins if ids is not None else ():
-            for row, hidden in zip(pin.input_ids, pin.hidden_states, strict=True):
+        for known, states in self.rows if ids is not None else ():
+            for row, hidden in zip(known, states, strict=True):
                 if hidden.shape == output.shape[1:]:
                     same = (ids == row.to(output.device)).all(-1)
                     output = torch.where(same[:, None, None], hidden.to(output.device, output.dtype), output)
         return output
+
+    def writes(self, rows: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether it puts in exactly these."""
+        pairs = zip(self.rows, rows, strict=False)
+        return len(self.rows) == len(rows) and all(torch.equal(a, c) and _same(b, d) for (a, b), (c, d) in pairs)
 
 
 class PinnedPrompts:
@@ -50,23 +85,50 @@ class PinnedPrompts:
         """Make exactly these pins active on a text encoder; none removes the hooks."""
         if PinnedPrompts.is_written(encoder, pins):
             return
-        norm = _final_norm(encoder)
-        hooks.remove_hook(norm, _WRITE)
+        wanted = _rows(encoder, pins)
         keep_ids(encoder, _WRITE, bool(pins))
-        if pins:
-            hooks.register_hook(norm, _WriteRows(pins), _WRITE)
+        for module in _places(encoder):
+            hooks.remove_hook(module, _WRITE)
+            if id(module) in wanted:
+                hooks.register_hook(module, _WriteRows(wanted[id(module)]), _WRITE)
 
     @staticmethod
     def is_written(encoder: nn.Module, pins: Sequence[Pinned]) -> bool:
         """Whether exactly these pins are active."""
-        norm = _final_norm(encoder)
-        writer = hooks.find_hook(norm, _WRITE)
-        if not isinstance(writer, _WriteRows):
-            return not pins and writer is None
-        same = len(writer.pins) == len(pins) and all(a is b for a, b in zip(writer.pins, pins, strict=True))
-        return same and hooks.runs_hook(norm, _WRITE) and keeps_ids(encoder, _WRITE)
+        wanted = _rows(encoder, pins)
+        for module in _places(encoder):
+            writer = hooks.find_hook(module, _WRITE)
+            rows = wanted.get(id(module), [])
+            if rows:
+                if not isinstance(writer, _WriteRows) or not writer.writes(rows):
+                    return False
+                if not hooks.runs_hook(module, _WRITE) or not keeps_ids(encoder, _WRITE):
+                    return False
+            elif writer is not None:
+                return False
+        return True
 
 
-def _final_norm(encoder: nn.Module) -> Any:
-    """Give the norm that hidden states leave through; `None` in a module that is no text encoder."""
-    return getattr(paths.transformer_root(encoder), "final_layer_norm", None)
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
+
+
+def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """What each module has to put in, by its `id`."""
+    places = _places(encoder)
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for pin in pins if places else ():
+        *blocks, norm = places
+        found.setdefault(id(norm), []).append((pin.input_ids, pin.hidden_states))
+        for index, block in enumerate(blocks[: pin.blocks.shape[1]] if pin.blocks.numel() else ()):
+            found.setdefault(id(block), []).append((pin.input_ids, pin.blocks[:, index]))
+    return found
+
+
+def _places(encoder: nn.Module) -> list[nn.Module]:
+    """The blocks of a text encoder and the norm that hidden states leave through; none of another module."""
+    root = paths.transformer_root(encoder)
+    norm = getattr(root, "final_layer_norm", None)
+    if norm is None:
+        return []
+    return [*getattr(getattr(root, "encoder", None), "layers", ()), norm]

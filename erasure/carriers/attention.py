@@ -18,7 +18,7 @@ from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.kernels import attend, attend_weighted, attend_without, attention_mass
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
-from erasure.interop import hooks
+from erasure.interop import hooks, patches
 from erasure.interop.attention import Backend, ChosenBackend
 from erasure.interop.hooks import ModelHook
 from erasure.interop.protocols import Arguments, AttentionLayer
@@ -54,6 +54,9 @@ class Layout(NamedTuple):
 def to_grid(masks: Tensor, latent_size: tuple[int, int], site: AttentionSite) -> Tensor:
     """Masks as the tokens of a layer see them, `(samples, rows, columns)` bool: a token that a mask touches is in it.
 
+    On a coarse grid a mask may touch every token although it leaves a part of the image. The tokens that it covers
+    least are then out of it, down to half of what is left of the emptiest one.
+
     Args:
         masks: `(samples, height, width)` bool, of the latent's size or a multiple of it.
         latent_size: Height and width of the latent.
@@ -61,8 +64,13 @@ def to_grid(masks: Tensor, latent_size: tuple[int, int], site: AttentionSite) ->
     """
     rows, columns = site.grid(*latent_size)
     side = site.downsampling * (masks.shape[1] // latent_size[0])
-    padded = F.pad(masks.float()[:, None], (0, columns * side - masks.shape[2], 0, rows * side - masks.shape[1]))
-    return F.max_pool2d(padded, side)[:, 0] > 0
+    beyond = (0, columns * side - masks.shape[2], 0, rows * side - masks.shape[1])
+    covered = F.avg_pool2d(F.pad(masks.float()[:, None], beyond), side)[:, 0]
+    inside = F.avg_pool2d(F.pad(torch.ones_like(masks[:, None], dtype=torch.float32), beyond), side)[:, 0]
+    free = 1 - covered / inside
+    most = free.amax((1, 2), keepdim=True)
+    full = (covered > 0).flatten(1).all(1)[:, None, None] & (most > 0)
+    return (covered > 0) & ~(full & (free >= most / 2))
 
 
 class AttentionController(AbstractContextManager["AttentionController"]):
@@ -71,6 +79,9 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     Args:
         denoiser: UNet or transformer.
         layout: Of the batches that it will be given.
+
+    Raises:
+        UnsupportedModelError: DeepCache or tomesd has replaced what is to be changed.
 
     Example:
         >>> control = AttentionController(pipe.unet, Layout((64, 64), samples=1, branches=2, changed=(1,)))
@@ -82,6 +93,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     """
 
     def __init__(self, denoiser: nn.Module, layout: Layout) -> None:
+        patches.refuse_deep_cache([denoiser], "control of attention (removal, localisation, composition)")
         self.denoiser, self.layout = denoiser, layout
         self._edits: dict[str, tuple[AttentionSite, _Edit]] = {}
         self._captures: dict[str, tuple[AttentionSite, _Capture]] = {}
@@ -98,7 +110,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         scale_until: float = 0.0,
         until: float = 1.0,
     ) -> None:
-        """Let nothing attend to what a mask covers. A layer that it covers wholly is left as it is.
+        """Let nothing attend to what a mask covers; see `to_grid`. A mask of the whole image changes nothing.
 
         Args:
             masks: `(samples, height, width)` bool, of the latent's size or a multiple of it.
@@ -152,6 +164,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         for site in sites:
             if site.kind not in kinds:
                 raise UnsupportedModelError(f"{site.name} is {site.kind}-attention; wanted: {' or '.join(kinds)}")
+        for kind in {site.kind for site in sites}:
+            patches.refuse_merged_tokens(self.denoiser, kind, "control of attention (removal, localisation)")
         return sites
 
     # While it runs --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from erasure.carriers.activations import Pinned
 from erasure.carriers.features import BlockEdit, FeatureEdit
+from erasure.carriers.lora_names import PAIRS, file_names, layer_of
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -135,8 +136,8 @@ class Edits:
         for key, delta in self.deltas.items():
             _check_tensors(key, {"delta": delta}, {"delta": FLOATS})
         for key, pin in self.pinned.items():
-            _check_tensors(key, pin._asdict(), {"input_ids": (torch.int64,), "hidden_states": FLOATS})
-            if pin.input_ids.shape != pin.hidden_states.shape[:2] or pin.hidden_states.ndim != 3:
+            _check_tensors(key, _told(pin), {"input_ids": (torch.int64,), "hidden_states": FLOATS, "blocks": FLOATS})
+            if not pin.fits():
                 raise ArtifactError(f"the pinned prompts of {key!r} do not fit together")
             if pin.input_ids.numel() and int(pin.input_ids.min()) < 0:
                 raise ArtifactError(
@@ -193,7 +194,7 @@ class Edits:
 
     def delta_state_dict(self) -> dict[str, Tensor]:
         """Everything that is not low-rank, under the names of `erasure.safetensors`."""
-        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin._asdict().items()}
+        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in _told(pin).items()}
         slices = {
             f"{key}/{KINDS[type(edit)]}.{part}": tensor
             for key, edit in self.features.items()
@@ -214,19 +215,23 @@ class Edits:
         return state
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """The low-rank edits under the names of diffusers' LoRA files (scale 1)."""
-        state = {}
-        for key, (down, up) in self.low_rank.items():
-            component, path = key.split("/", 1)
-            # diffusers' text encoder files carry the prefix; its loader strips it where the class has none.
-            prefix = "text_model." if component.startswith("text_encoder") else ""
-            state[f"{component}.{prefix}{path}.lora_A.weight"] = down.contiguous()
-            state[f"{component}.{prefix}{path}.lora_B.weight"] = up.contiguous()
-        return state
+        """The low-rank edits under the names of LoRA files (scale 1); see `erasure.carriers.lora_names`."""
+        names = file_names(self.low_rank)
+        pairs = {
+            name: tensor for key, edit in self.low_rank.items() for name, tensor in zip(names[key], edit, strict=True)
+        }
+        return {name: tensor.contiguous() for name, tensor in pairs.items()}
+
+    def equals(self, other: Edits) -> bool:
+        """Whether other edits change a model alike, in whatever precision they are kept."""
+        one, two = ({**edits.lora_state_dict(), **edits.delta_state_dict()} for edits in (self, other))
+        return {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in two.items()} and all(
+            torch.equal(tensor.cpu().float(), two[key].cpu().float()) for key, tensor in one.items()
+        )
 
     @classmethod
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
-        """The inverse of saving: deltas as they are, low-rank edits from diffusers' LoRA names.
+        """The inverse of saving: deltas as they are, low-rank edits from the names of LoRA files.
 
         Looks at names and shapes only, so that tensors on `meta` do; `check` looks at the values.
 
@@ -235,33 +240,34 @@ class Edits:
         """
         low_rank = {}
         for name in lora:
-            if name.endswith(".lora_B.weight"):
-                if name.replace(".lora_B.", ".lora_A.") not in lora:
-                    raise ArtifactError(f"LoRA tensor {name!r} has no lora_A beside it")
-                continue
-            if not name.endswith(".lora_A.weight") or "." not in name.removesuffix(".lora_A.weight"):
+            ends = next((pair for pair in PAIRS if name.endswith(pair)), None)
+            stem = "" if ends is None else name.removesuffix(ends[0]).removesuffix(ends[1])
+            key = layer_of(stem)
+            if ends is None or key is None:
                 raise ArtifactError(
-                    f"unknown LoRA key {name!r}; expected COMPONENT.PATH.lora_A.weight and .lora_B.weight"
+                    f"unknown LoRA key {name!r}; expected the name of a layer, and .lora_down.weight and "
+                    ".lora_up.weight, or .lora_A.weight and .lora_B.weight"
                 )
-            stem = name.removesuffix(".lora_A.weight")
-            up = lora.get(f"{stem}.lora_B.weight")
-            if up is None or up.ndim != 2 or lora[name].ndim != 2 or up.shape[1] != lora[name].shape[0]:
+            down, up = (lora.get(stem + end) for end in ends)
+            if down is None or up is None:
+                raise ArtifactError(f"LoRA tensor {name!r} has no {ends[down is not None]} beside it")
+            if name.endswith(ends[1]):
+                continue
+            if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
-            component, path = stem.split(".", 1)
-            key = f"{component}/{path.removeprefix('text_model.')}"
             if key in low_rank:
-                raise ArtifactError(f"{key!r} is edited twice, with and without 'text_model.': keep one of them")
-            low_rank[key] = LowRank(lora[name], up)
+                raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
+            low_rank[key] = LowRank(down, up)
         kinds = ("pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
         pinned = {}
-        for component, (ids, states) in _grouped(deltas, "pinned", Pinned._fields).items():
-            if states.ndim != 3 or ids.shape != states.shape[:2]:
+        for component, parts in _grouped(deltas, "pinned", Pinned._fields, optional=["blocks"]).items():
+            pinned[component] = Pinned(*parts)
+            if not pinned[component].fits():
                 raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
-            pinned[component] = Pinned(ids, states)
         features: dict[str, BlockEdit] = {}
         for form, kind in KINDS.items():
             for key, parts in _grouped(deltas, kind, form._fields).items():
@@ -361,8 +367,15 @@ def _acts(edit: BlockEdit) -> bool:
     return bool(((edit.gain[used] != 0) | (edit.offset[used] != 0)).any()) and bool(edit.w_dec[used].any())
 
 
-def _grouped(tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str]) -> dict[str, list[Tensor]]:
-    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields.
+def _told(pin: Pinned) -> dict[str, Tensor]:
+    """The tensors of pinned prompts by field, but for states of blocks that nobody knows."""
+    return {name: tensor for name, tensor in pin._asdict().items() if name != "blocks" or tensor.numel()}
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[Tensor]]:
+    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields; the last ones may be left out if optional.
 
     Raises:
         ArtifactError: A field is missing or unknown.
@@ -373,6 +386,6 @@ def _grouped(tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str]) ->
         if separator:
             found.setdefault(owner, {})[part] = tensor
     for owner, parts in found.items():
-        if set(parts) != set(fields):
+        if not set(fields) - set(optional) <= set(parts) <= set(fields):
             raise ArtifactError(f"{kind} of {owner!r} are incomplete: expected {list(fields)}, found {sorted(parts)}")
-    return {owner: [parts[part] for part in fields] for owner, parts in found.items()}
+    return {owner: [parts[part] for part in fields if part in parts] for owner, parts in found.items()}

@@ -10,24 +10,36 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from erasure.cli.eval import metric_table
+from erasure.cli.described import list_of, options_of
+from erasure.cli.eval import metric_table, refusals
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
-    canvas_facts,
     check_strengths,
     load_erasures,
-    make_concepts,
     open_model,
 )
 from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
 from erasure.concept import Concept, Kind
+from erasure.eval.attacks import ATTACKS
+from erasure.options import Options
+from erasure.registry import Facts
+from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.eval import Results
-    from erasure.eval.attacks import Attack
     from erasure.interop.protocols import Settings
+
+
+HELP = """usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]
+
+Searches prompts that bring an erased concept back, or tries those of an earlier search (--prompts).
+
+attacks:
+{attacks}
+
+The options of each: erasure attack ATTACK --help"""
 
 
 @dataclass(kw_only=True)
@@ -62,25 +74,21 @@ class AttackOptions(ErasedModelOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
+        print(HELP.format(attacks=list_of(ATTACKS)))
         return
     name, *rest = argv
-    from erasure.eval import attacks
-
     if name.startswith("-"):
-        raise UsageError(
-            f"name the attack first: erasure attack {{{','.join(attacks.available())}}} --model M --out O"
-        )
-    method = attacks.get(name)
+        raise UsageError(f"name the attack first: erasure attack {{{','.join(ATTACKS.names())}}} --model M --out O")
+    facts, method = ATTACKS.facts(name), options_of(ATTACKS, name)
     # Twice: which options the attack starts from is known only when the size is.
-    size = _parse(method, method.configured(), name, rest)[0].size
-    start = method.configured(size)
-    options, settings = _parse(method, start, name, rest)
+    size = _parse(facts, method(), rest)[0].size
+    start = method(**facts.told["sizes"].get(size, {}))
+    options, settings = _parse(facts, start, rest)
     terminal.json_only = options.json
     check_strengths(options)
     changed = {
         field.name: value
-        for field in dataclasses.fields(method)
+        for field in dataclasses.fields(start)
         if (value := getattr(settings, field.name)) != getattr(start, field.name)
     }
     if options.prompts is not None and changed:
@@ -97,7 +105,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
-    if options.prompts is None and not method.is_control:
+    if options.prompts is None and not facts.told["is_control"]:
         terminal.say("What chance finds in as many tries: erasure attack random_prefix, with the same options.")
 
 
@@ -114,11 +122,11 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
-        (concept,) = make_concepts((options.concept,), canvas_facts(options.model), options.kind)
+        concept = World.at(options.model).concept(options.concept, options.kind)
     elif options.prompts is None and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
-    out = output_folder(options.out, may_hold=True)
     judge = None if options.judge is None else load_judge(options.judge)
+    out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}
@@ -132,25 +140,28 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     return found, [] if changed else record(options, erasures, found, concept is None or {concept.target} == own)
 
 
-def _parse(method: type[Attack], start: Attack, name: str, argv: list[str]) -> tuple[AttackOptions, Attack]:
+def _parse(attack: Facts, start: Options, argv: list[str]) -> tuple[AttackOptions, Options]:
     """The command's options and the attack's, from one flat command line."""
+    told = attack.told
     both = dataclasses.make_dataclass(
         "Attack",
         [
             ("command", Annotated[AttackOptions, tyro.conf.FlagCreatePairsOff]),
-            ("attack", method, dataclasses.field(default=start)),
+            ("attack", type(start), dataclasses.field(default=start)),
         ],
-        namespace={"__doc__": f"{method.title} ({method.paper}). The attacker needs: {method.access}."},
+        namespace={"__doc__": f"{told['title']} ({told['paper']}). The attacker needs: {told['access']}."},
     )
-    parsed: Any = parse(both, f"attack {name}", argv, negatable=True)
+    parsed: Any = parse(both, f"attack {attack.name}", argv, negatable=True)
     return parsed.command, parsed.attack
 
 
 def remarks(metrics: Sequence[Settings]) -> list[str]:
     """What a reader of the rates must know besides."""
-    lines = []
-    for row in metrics:
-        if row.get("missing"):
+    from erasure.eval.rows import is_figure
+
+    lines = refusals(metrics)
+    for row in filter(is_figure, metrics):
+        if row.get("missing") and row.get("value", 0) is not None:
             why = f" ({row['reason']})" if row.get("reason") else "; attacks.jsonl says why"
             lines.append(f"{row['name']}: {row['missing']} prompts have no outcome{why}.")
         texts = row.get("retokenised", {})
@@ -160,19 +171,3 @@ def remarks(metrics: Sequence[Settings]) -> list[str]:
                 f"for, {texts['cut']} of them as too many to be drawn."
             )
     return lines
-
-
-def _help() -> str:
-    from erasure.eval import attacks
-
-    return "\n".join(
-        [
-            "usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]",
-            "",
-            "Searches prompts that bring an erased concept back, or tries those of an earlier search (--prompts).",
-            "",
-            f"attacks: {', '.join(attacks.available())}",
-            "",
-            "The options of each: erasure attack ATTACK --help",
-        ]
-    )

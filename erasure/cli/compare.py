@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from erasure.cli.page import write_page
+from erasure.cli.page import Table, write_page
 from erasure.cli.terminal import Terminal, UsageError, format_metric, parse
 from erasure.shown import number
 
 if TYPE_CHECKING:
-    from erasure.eval.results import Comparison
+    from erasure.eval.comparison import Comparison
+    from erasure.interop.protocols import Settings
+
+GAP = 3
+"""Columns of the terminal between two columns of a table."""
 
 
 @dataclass(kw_only=True)
@@ -23,6 +27,9 @@ class CompareOptions:
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Files `results.json`, or the folders that hold them."""
+    label: tuple[str, ...] = ()
+    """What each is called; the name of its folder when left out. One label for several results says that they are of
+    one method, on different concepts: there is a mean over them."""
     out: Path | None = None
     """Write the table to this HTML file."""
     json: bool = False
@@ -35,33 +42,83 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if not options.results:
         raise UsageError("nothing to compare: erasure compare FOLDER FOLDER ...")
-    from erasure.eval import results
+    if options.label and len(options.label) != len(options.results):
+        raise UsageError(
+            f"{len(options.label)} --label for {len(options.results)} results: give one for each, or none"
+        )
+    from erasure.eval import compare
 
-    runs = [results.Results.load(path) for path in options.results]
-    comparison = results.compare(runs)
-    kinds = sorted({f"{run.suite} ({run.size})" for run in runs})
-    about = f"Suite {', '.join(kinds)}. Values with 95 % intervals."
-    columns, rows = layout(comparison)
+    comparison = compare(options.results, options.label)
     if options.json:
-        terminal.result(comparison.to_dict())
-    else:
-        terminal.table(columns, rows, title=about)
+        terminal.result(comparison.to_dict() | {"means": comparison.means()})
+    for part in [] if options.json else comparison.suites():
+        columns, rows = layout(part, terminal.width)
+        terminal.table(columns, rows, title=about(part))
+    terminal.say(*unmeasured(comparison))
+    for method in comparison.repeated():
+        terminal.say(
+            f"No mean over concepts for {method}: one of them was measured more than once. --label tells runs apart."
+        )
     if options.out is not None and terminal.speaks:
-        write_page(options.out, "Results side by side", about, columns, rows)
+        parts = comparison.suites()
+        tables = [Table(about(part), *layout(part)) for part in parts]
+        write_page(options.out, "Results side by side", tables)
         terminal.say(f"Wrote {options.out}")
 
 
-def layout(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """A comparison as the columns and rows of a table, with the mean over concepts where there are several."""
-    rows = []
+def about(comparison: Comparison) -> str:
+    """What a table of one suite shows."""
+    kinds = sorted({f"{row['suite']} ({row['size']})" for row in comparison.rows})
+    concepts = {row["concept"] for row in comparison.rows} - {None}
+    of = f", concept {concepts.pop()}" if len(concepts) == 1 else ""
+    return f"Suite {', '.join(kinds)}{of}. Values with 95 % intervals; what could not be measured is -."
+
+
+def unmeasured(comparison: Comparison) -> list[str]:
+    """Why values are missing, a line for each reason."""
+    why: dict[str, list[str]] = {}
     for row in comparison.rows:
-        cells = [format_metric(row["cells"].get(column)) for column in comparison.columns]
-        made = (
-            [number(row["seconds"], ".1f"), number(row["size_bytes"], ".2f", 1e-6)] if "seconds" in row else ["", ""]
-        )
-        rows.append([row["label"], row["variant"], row["concept"] or "", *cells, *made])
+        for name, reason in row["missing"].items():
+            if name not in row["cells"]:
+                why.setdefault(reason, []).append(f"{name} of {row['label']}")
+    return [f"{', '.join(which[:3])}{' and others' * (len(which) > 3)}: {reason}" for reason, which in why.items()]
+
+
+def layout(comparison: Comparison, width: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """A comparison as the columns and rows of a table, with means over concepts where there are several.
+
+    Args:
+        comparison: Results of one suite.
+        width: Characters of a line. Runs that do not fit side by side stand below one another. Left out, they are
+            side by side, with their concepts in their names.
+    """
+    runs = [(row["label"], row["concept"] or "", _cells(comparison, row)) for row in comparison.rows]
     for row in comparison.means():
-        if row["concepts"] > 1:
-            cells = [format_metric({"value": row["cells"].get(column)}) for column in comparison.columns]
-            rows.append([row["label"], row["variant"], f"mean of {row['concepts']}", *cells, "", ""])
-    return ["", "variant", "concept", *comparison.columns, "made in s", "MB"], rows
+        cells = {name: format_metric({"value": value}) for name, value in row["cells"].items()}
+        runs.append((row["label"], f"mean of {row['concepts']}", cells))
+    names = list(dict.fromkeys(name for *_, cells in runs for name in cells))
+    lines = [[name, *(cells.get(name, "") for *_, cells in runs)] for name in names]
+    several = len({concept for _, concept, _ in runs}) > 1
+    if width is None:
+        return ["", *(f"{label} ({concept})" if several and concept else label for label, concept, _ in runs)], lines
+    if several:
+        lines.insert(0, ["concept", *(concept for _, concept, _ in runs)])
+    heads = ["", *(label for label, *_ in runs)]
+    if sum(max(map(len, column)) + GAP for column in zip(heads, *lines, strict=True)) <= width:
+        return heads, lines
+    below: list[list[str]] = []
+    for name in names:
+        below.append([name, "", ""])
+        below += [[f"  {label}", concept, cells[name]] for label, concept, cells in runs if cells.get(name)]
+    keep = (0, 1, 2) if several else (0, 2)
+    return [("metric, run", "concept", "value")[index] for index in keep], [[row[i] for i in keep] for row in below]
+
+
+def _cells(comparison: Comparison, row: Settings) -> dict[str, str]:
+    """What stands in the column of a run."""
+    known = row["cells"] | dict.fromkeys(set(row["missing"]) - set(row["cells"]))
+    cells = {name: format_metric(known[name]) for name in comparison.columns if name in known}
+    if "seconds" in row:
+        made = {"made in s": number(row["seconds"], ".1f"), "size in MB": number(row["size_bytes"], ".2f", 1e-6)}
+        cells |= made
+    return cells

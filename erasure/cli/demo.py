@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, attach, open_model
-from erasure.cli.page import write_page
+from erasure.cli.page import Table, write_page
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
 from erasure.world import World
@@ -91,7 +91,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     columns, rows = table(measured)
     links = {f"{name}: every image, before and after": f"{name}-eval/report.html" for name in measured}
     about = f"Measured on the embedded model {MODEL}, with 95 % intervals. The same noise before and after."
-    write_page(out / "report.html", "Before and after", about, columns, rows, picture=picture, links=links)
+    write_page(
+        out / "report.html", "Before and after", [Table(about, columns, rows)], picture=picture, links=links
+    )  # fmt: skip
     terminal.table(columns, rows, title=about)
     terminal.say(f"Picture:  {picture}", f"Report:   {out / 'report.html'}")
     terminal.say(*(f"Erasure:  {out / name}" for name in erasures))

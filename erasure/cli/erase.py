@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from erasure.cli.described import list_of, options_of
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
 from erasure.concept import Kind
+from erasure.options import Options
+from erasure.registry import Facts
+from erasure.strategies import STRATEGIES
 from erasure.world import World
 
 if TYPE_CHECKING:
-    from erasure.strategies import Strategy
     from erasure.training.run import Run
+
+
+HELP = """usage: erasure erase STRATEGY --model M --concept C [C ...] [options]
+
+Makes an erasure and writes it to a folder.
+
+strategies:
+{strategies}
+
+The options of each: erasure erase STRATEGY --help"""
 
 
 @dataclass(kw_only=True)
@@ -49,29 +62,25 @@ class EraseOptions(ModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    from erasure.strategies import available, get
-
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help(available()))
+        print(HELP.format(strategies=list_of(STRATEGIES)))
         return
     name, *rest = argv
     if name.startswith("-"):
-        raise UsageError(f"name the strategy first: erasure erase {{{','.join(available())}}} --model M --concept C")
-    strategy = get(name)
+        raise UsageError(f"name the strategy first: erasure erase {{{','.join(STRATEGIES.names())}}} --model M ...")
+    strategy = options_of(STRATEGIES, name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
-    options, settings, training = _parse(strategy, start, name, rest)
+    options, settings, training = _parse(STRATEGIES.facts(name), start, rest)
     if len(options.concept) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one --concept: make one erasure for each concept, or leave them out")
     terminal.json_only = options.json
-    if options.out is not None and options.out.exists():
-        output_folder(options.out, overwrite=options.overwrite)
     concepts = World.at(options.model).concepts(
         options.concept, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
     )
     changed = {
         field.name: value
-        for field in dataclasses.fields(strategy)
+        for field in fields(strategy)
         if (value := getattr(settings, field.name)) != getattr(start, field.name)
     }
 
@@ -79,6 +88,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.artifact import default_name
 
     folder = options.out or Path(default_name(concepts, name))
+    if is_main_process():
+        check_output_folder(folder, overwrite=options.overwrite)
     if training is not None and training.checkpoints is None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
@@ -106,30 +117,29 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         )
 
 
-def _parse(
-    strategy: type[Strategy], start: Strategy, name: str, argv: list[str]
-) -> tuple[EraseOptions, Strategy, Run | None]:
+def _parse(strategy: Facts, start: Options, argv: list[str]) -> tuple[EraseOptions, Options, Run | None]:
     """The command's options, the strategy's, and of one that trains those of its run, from one flat command line."""
-    from erasure.strategies.trained import TrainedStrategy
     from erasure.training.run import Run
 
-    trains = issubclass(strategy, TrainedStrategy)
-    own = {f.name for kind in (EraseOptions, *([Run] if trains else [])) for f in dataclasses.fields(kind)}
-    clash = {f.name for f in dataclasses.fields(strategy)} & own
+    own = {f.name for kind in (EraseOptions, *([Run] if strategy.told["trains"] else [])) for f in fields(kind)}
+    clash = {option.name for option in strategy.options} & own
     if clash:
-        raise UsageError(f"strategy {name!r} has options that the command line also has: {sorted(clash)}; rename them")
+        raise UsageError(
+            f"strategy {strategy.name!r} has options that the command line also has: {sorted(clash)}; rename them"
+        )
+    told = strategy.told
     both = dataclasses.make_dataclass(
         "Erase",
         [
             ("command", Annotated[EraseOptions, tyro.conf.FlagCreatePairsOff]),
-            ("strategy", strategy, dataclasses.field(default=start)),
-            *([("run", Run, dataclasses.field(default=Run()))] if trains else []),
+            ("strategy", type(start), dataclasses.field(default=start)),
+            *([("run", Run, dataclasses.field(default=Run()))] if told["trains"] else []),
         ],
         namespace={
-            "__doc__": f"{strategy.title} ({strategy.paper}). Cost: {strategy.cost}. Protects: {strategy.protects}."
+            "__doc__": f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
         },
     )
-    parsed: Any = parse(both, f"erase {name}", argv, negatable=True)
+    parsed: Any = parse(both, f"erase {strategy.name}", argv, negatable=True)
     return parsed.command, parsed.strategy, getattr(parsed, "run", None)
 
 
@@ -140,19 +150,3 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
         if token.startswith(f"{flag}="):
             return token.removeprefix(f"{flag}=")
     return None
-
-
-def _help(strategies: Mapping[str, type[Strategy]]) -> str:
-    width = max(map(len, strategies), default=0)
-    return "\n".join(
-        [
-            "usage: erasure erase STRATEGY --model M --concept C [C ...] [options]",
-            "",
-            "Makes an erasure and writes it to a folder.",
-            "",
-            "strategies:",
-            *(f"  {name:<{width}}  {strategy.title}" for name, strategy in strategies.items()),
-            "",
-            "The options of each: erasure erase STRATEGY --help",
-        ]
-    )

@@ -21,6 +21,7 @@ from erasure.cli.models import (
 from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Kind
+from erasure.shown import number
 
 if TYPE_CHECKING:
     from erasure.eval.rows import Row
@@ -75,11 +76,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
     if not concepts and not is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
-    out = output_folder(options.out, may_hold=True)
-    # Cheap, and refused before a model is opened.
+    # Refused before anything is made or opened.
     judge = None if options.judge is None else load_judge(options.judge)
     if options.clip not in (None, "none"):
         ClipModel(options.clip)
+    out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     found = evaluate(
@@ -97,16 +98,42 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*left_out(found.model), f"Images and intervals: {out / 'report.html'}")
+    terminal.say(*told(results["metrics"]), *left_out(found.model), f"Images and intervals: {out / 'report.html'}")
 
 
 def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant."""
+    """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant.
+
+    Controls, and what was seen in the place of a concept, are said below the table (`told`).
+    """
+    from erasure.eval.rows import is_figure
+
     variants: dict[str, None] = {}
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for row in metrics:
+    for row in filter(is_figure, metrics):
         variant = row.get("variant") or "after"
         variants.setdefault(variant)
         lines.setdefault((row["name"], row.get("concept") or ""), {})[variant] = format_metric(row)
     rows = [[*line, *(cells.get(variant, "-") for variant in variants)] for line, cells in lines.items()]
     return ["metric", "concept", *variants], rows
+
+
+def told(metrics: Sequence[Row]) -> list[str]:
+    """What a reader of the table must know besides: what took a concept's place, and why a number is not there."""
+    lines = []
+    for row in metrics:
+        if row.get("variant") == "after" and row.get("classes"):
+            seen = ", ".join(f"{name} {number(share, '.0f', 100)} %" for name, share in row["classes"].items())
+            lines.append(f"Where {row['concept']} is asked for, the judge sees: {seen}.")
+    return [*lines, *refusals(metrics)]
+
+
+def refusals(metrics: Sequence[Row]) -> list[str]:
+    """Why numbers are not given, each reason once."""
+    from erasure.eval.rows import is_figure
+
+    reasons: dict[str, list[str]] = {}
+    for row in filter(is_figure, metrics):
+        if "value" in row and row["value"] is None and row.get("reason"):
+            reasons.setdefault(str(row["reason"]), []).append(f"{row['name']} {row.get('variant', 'after')}")
+    return [f"No number ({', '.join(dict.fromkeys(names))}): {reason}." for reason, names in reasons.items()]

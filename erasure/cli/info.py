@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import tyro
 
 from erasure.cards import figure
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.shown import number
 
 if TYPE_CHECKING:
     from erasure.artifact import Erasure
+    from erasure.schema import ErasureConfig
+
+CONFIG_FILE, INDEX_FILE, TRACE_FILE = "erasure_config.json", "model_index.json", "erased.json"
+ATTACHED_FILE = "erasures/attached.json"
+"""By these a folder is told apart, before anything that takes seconds is imported."""
 
 GATE_RATES = ("tpr", "fpr", "auc")
 """What is shown of a gate; the JSON has its curve too."""
@@ -34,7 +41,8 @@ class InfoOptions:
     """Show what an erasure is, what it changes, and how it was measured."""
 
     erasure: tyro.conf.Positional[str]
-    """Folder, or repository of the Hugging Face Hub."""
+    """Folder of an erasure, or of a pipeline that erasures are part of or lie beside; or a repository of the Hugging
+    Face Hub that holds an erasure."""
     json: bool = False
     """Print JSON."""
 
@@ -42,40 +50,95 @@ class InfoOptions:
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(InfoOptions, "info", argv)
+    terminal.json_only = options.json
+    folder = Path(options.erasure)
+    if os.path.isdir(folder) and not os.path.lexists(folder / CONFIG_FILE):
+        if os.path.lexists(folder / TRACE_FILE):
+            show_baked(folder, terminal)
+            return
+        if os.path.lexists(folder / ATTACHED_FILE):
+            show_beside(folder, terminal)
+            return
+        if os.path.lexists(folder / INDEX_FILE):
+            raise UsageError(
+                f"{folder} holds a pipeline and no word of what was erased in it ({TRACE_FILE} is missing): a stock "
+                "model, or one that was saved by an earlier version"
+            )
     from erasure.artifact import Erasure
 
     made = Erasure.load(options.erasure)
-    tensors: list[_Tensor] = [
+    if options.json:
+        terminal.result(described(made))
+    else:
+        show(made, terminal)
+
+
+def show_baked(folder: Path, terminal: Terminal) -> None:
+    """Show what is erased in the weights of a pipeline's folder."""
+    from erasure.baked import read_trace
+
+    trace = read_trace(folder)
+    if terminal.json_only:
+        terminal.result({"baked": [{**entry, "config": dataclasses.asdict(config)} for entry, config in trace]})
+        return
+    terminal.say(f"{folder} is a pipeline whose weights are erased; nothing can be taken off again.")
+    for entry, config in trace:
+        strength = ["strength", number(entry["strength"])]
+        terminal.table(("erasure", entry["name"]), [*config_facts(config)[:3], strength, *config_facts(config)[3:]])
+        show_evaluation(config, terminal)
+
+
+def show_beside(folder: Path, terminal: Terminal) -> None:
+    """Show the erasures beside a pipeline that was saved with `fuse=False`."""
+    from erasure.pipelines.mixin import read_attached
+
+    attached = read_attached(folder)
+    if terminal.json_only:
+        found = [{**described(made), "name": name, "strength": value} for name, (made, value) in attached.items()]
+        terminal.result({"beside": found})
+        return
+    terminal.say(f"{folder} is a stock pipeline with erasures beside it; they can be taken off.")
+    for name, (made, strength) in attached.items():
+        terminal.table(("erasure", name), [*facts(made), ["strength", number(strength)]])
+        show_evaluation(made.config, terminal)
+
+
+def described(made: Erasure) -> dict[str, object]:
+    """An erasure as plain data."""
+    config = dataclasses.asdict(made.config)
+    return {"name": made.name, "bytes": made.size_bytes, "config": config, "tensors": tensors_of(made)}
+
+
+def tensors_of(made: Erasure) -> list[_Tensor]:
+    """What an erasure changes."""
+    low_rank: list[_Tensor] = [
         {"name": name, "form": "low-rank", "shape": [edit.up.shape[0], edit.down.shape[1]], "rank": edit.down.shape[0]}
         for name, edit in made.low_rank.items()
     ]
-    tensors += [
+    maps: list[_Tensor] = [
         {
             "name": name, "form": "input map", "shape": [int(edit.outputs), edit.down.shape[1]],
             "rank": edit.down.shape[0],
         }
         for name, edit in made.edits.maps.items()
     ]  # fmt: skip
-    tensors += [
+    full: list[_Tensor] = [
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()
     ]
-    tensors += [
+    features: list[_Tensor] = [
         {"name": name, "form": "features", "shape": list(edit.w_dec.shape), "rank": None}
         for name, edit in made.edits.features.items()
     ]
-    if options.json:
-        config = dataclasses.asdict(made.config)
-        terminal.result({"name": made.name, "bytes": made.size_bytes, "config": config, "tensors": tensors})
-        return
+    return [*low_rank, *maps, *full, *features]
+
+
+def show(made: Erasure, terminal: Terminal) -> None:
+    """Print an erasure."""
     terminal.table(("erasure", made.name), facts(made))
     shown = [
-        [
-            str(row["name"]),
-            row["form"] + (f" ({row['rank']})" if row["rank"] else ""),
-            "x".join(map(str, row["shape"])),
-        ]
-        for row in tensors
+        [row["name"], row["form"] + (f" ({row['rank']})" if row["rank"] else ""), "x".join(map(str, row["shape"]))]
+        for row in tensors_of(made)
     ]
     terminal.table(("changes", "form", "shape"), shown)
     gates = [
@@ -85,16 +148,26 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     ]
     if gates:
         terminal.table(("gate", "by", *map(str.upper, GATE_RATES)), gates)
-    if made.config.evaluation:
-        terminal.table(("measured", "value"), [[key, figure(v)] for key, v in made.config.evaluation.items()])
+    show_evaluation(made.config, terminal)
+
+
+def show_evaluation(config: ErasureConfig, terminal: Terminal) -> None:
+    """Print what was measured, if anything was."""
+    if config.evaluation:
+        terminal.table(("measured", "value"), [[key, figure(value)] for key, value in config.evaluation.items()])
 
 
 def facts(made: Erasure) -> list[list[str]]:
     """Rows of name and value about an erasure."""
-    config = made.config
+    return [*config_facts(made.config), ["size", f"{made.size_bytes / 1e6:.2f} MB"]]
+
+
+def config_facts(config: ErasureConfig) -> list[list[str]]:
+    """Rows of name and value about the config of an erasure."""
     concepts = ", ".join(f"{c['target']} ({c.get('kind', 'object')})" for c in config.concepts)
     options = ", ".join(f"{key}={format_value(value)}" for key, value in config.strategy_config.items())
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    sessions = f" in {number(config.cost['sessions'], '.0f')} sessions" if "sessions" in config.cost else ""
     rows = [
         ["erases", concepts],
         ["strategy", config.strategy],
@@ -103,9 +176,8 @@ def facts(made: Erasure) -> list[list[str]]:
         ["base model", f"{config.base.get('model', 'unknown')} ({config.family})"],
         ["lives in", ", ".join(config.carriers)],
         ["protects", config.protects],
-        ["made in", f"{number(config.cost['seconds'], '.1f')} s" if "seconds" in config.cost else ""],
+        ["made in", f"{number(config.cost['seconds'], '.1f')} s{sessions}" if "seconds" in config.cost else ""],
         ["made with", versions],
-        ["size", f"{made.size_bytes / 1e6:.2f} MB"],
     ]
     return [row for row in rows if row[1]]
 

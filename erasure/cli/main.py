@@ -12,7 +12,7 @@ from types import TracebackType
 
 from erasure.cli.terminal import Terminal, UsageError
 from erasure.errors import ErasureError
-from erasure.shown import did_you_mean, visible
+from erasure.shown import did_you_mean, message, visible
 
 COMMANDS: dict[str, str] = {
     "demo": "erase from the embedded model, show before and after, write a report",
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    terminal = Terminal()
+    try:
+        terminal = Terminal()
+    except UsageError as error:  # of which process this is
+        print(f"erasure: error: {message(error)}", file=sys.stderr)
+        return 2
     if not debug:
         for library in ("TRANSFORMERS", "DIFFUSERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")

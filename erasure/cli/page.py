@@ -1,19 +1,30 @@
-"""A table and a picture as one self-contained HTML file."""
+"""Tables and a picture as one self-contained HTML file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from erasure.cli.terminal import UsageError
+
+MOST = 6
+"""Columns of a table that fit beside one another; of one with more, each row is a block of lines."""
+
+
+class Table(NamedTuple):
+    """A table of a page."""
+
+    about: str
+    """What it shows."""
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def write_page(
     path: Path,
     title: str,
-    about: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    tables: Sequence[Table],
     *,
     picture: Path | None = None,
     links: Mapping[str, str] | None = None,
@@ -23,9 +34,7 @@ def write_page(
     Args:
         path: The file.
         title: Its heading.
-        about: What the table shows.
-        columns: Heads of the table.
-        rows: Its cells.
+        tables: One below the other.
         picture: A PNG to put into the page.
         links: Paths of files, relative to this one, by what they lead to.
 
@@ -36,7 +45,5 @@ def write_page(
     from erasure.pages import html_page, png
 
     image = None if picture is None else png(picture.read_bytes())
-    content = html_page(
-        "table.html", title=title, about=about, columns=columns, rows=rows, picture=image, links=links or {}
-    )
+    content = html_page("table.html", title=title, tables=tables, most=MOST, picture=image, links=links or {})
     write_bytes(path, content.encode(), error=UsageError)

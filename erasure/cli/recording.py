@@ -31,7 +31,6 @@ def record(
         Lines that say what was done, or why nothing was.
     """
     from erasure.artifact import Erasure, is_local
-    from erasure.eval.recipe import erasure_fingerprint
     from erasure.eval.summary import is_smaller, merged, summary
 
     if not erasures or results.size == "smoke":
@@ -50,7 +49,7 @@ def record(
         return [f"Not written into the erasure, because {reason}."]
     try:
         now = Erasure.load(source)
-        if erasure_fingerprint(now) != erasure_fingerprint(measured):
+        if now.fingerprint != measured.fingerprint:
             return [f"Not written into the erasure, because {source} holds another one by now."]
         if is_smaller(now.config.evaluation, results):
             return [f"Not written into the erasure, which has figures of {results.suite} in a larger size."]

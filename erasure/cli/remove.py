@@ -29,13 +29,15 @@ class RemoveOptions(ErasedModelOptions):
     mask: Path | None = None
     """White where something is to be removed; of the image's proportions."""
     words: tuple[str, ...] = ()
-    """Without a mask: what to remove ("cat"), found through the model's attention."""
+    """Without a mask: what to remove ("cat"), found by the model itself. A word that it does not find is refused."""
     others: tuple[str, ...] = ()
-    """What else is in the image and stays; makes finding by words surer."""
+    """What else is in the image and stays; makes finding by words much surer."""
     out: Path
     """File of the result; with several, numbers are added to its name."""
     mask_out: Path | None = None
     """File for the mask that was used."""
+    overlay_out: Path | None = None
+    """File for the image with the mask over it in red, also where what was found is refused."""
     prompt: str = ""
     """What should be in its place; background when left out."""
     preset: str = "default"
@@ -69,7 +71,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     check_strengths(options)
     check_seeds(options.seed, options.count)
     files = numbered(options.out, options.count)
-    check_writable([*files, *((options.mask_out,) if options.mask_out else ())], options.overwrite)
+    beside = [file for file in (options.mask_out, options.overlay_out) if file is not None]
+    check_writable([*files, *beside], options.overwrite)
     from erasure.images import read_image, read_rgb
 
     image = read_rgb(options.image, error=UsageError)
@@ -82,7 +85,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
     import torch
 
-    from erasure.masks import read_masks
+    from erasure.masks import laid_over, read_masks
 
     given = {
         "num_inference_steps": call_settings(options.model, options.steps).get("num_inference_steps"),
@@ -92,26 +95,31 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     settings = {name: value for name, value in given.items() if value is not None}
     with terminal.progress(1) as progress, progress.part():
         progress.stage("removing")
+        scores = {}
         if mask is None:
-            found = pipe.localize(image, options.words, others=options.others).masks[0, : len(options.words)].any(0)
-            if not found.any():
-                raise UsageError(
-                    f"nothing in {options.image} draws attention to {' or '.join(options.words)}: use --mask"
-                )
-            mask = Image.fromarray(found.numpy())
+            found = pipe.localize(image, options.words, others=options.others)
+            scores = dict(zip(options.words, map(float, found.presence[0]), strict=True))
+            if options.overlay_out is not None:
+                save(laid_over(image, found.masks[0, : len(options.words)].any(0)), options.overlay_out)
+            mask = found.of_words()[0]
+        (used,) = read_masks(mask, (image.height, image.width), 1)
+        if options.overlay_out is not None:
+            save(laid_over(image, used), options.overlay_out)
         results = pipe(
-            image, mask, prompt=options.prompt, preset=options.preset, num_images_per_prompt=options.count,
+            image, used, prompt=options.prompt, preset=options.preset, num_images_per_prompt=options.count,
             generator=[torch.Generator("cpu").manual_seed(options.seed + index) for index in range(options.count)],
             **settings,
         ).images  # fmt: skip
     for file, result in zip(files, results, strict=True):
         save(result, file)
     if options.mask_out is not None:
-        (used,) = read_masks(mask, (image.height, image.width), 1)
         save(Image.fromarray(used.numpy()).convert("L"), options.mask_out)
     if options.json:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
-        terminal.result({"model": options.model, "preset": options.preset, **settings, "images": written})
+        found_words = {"words": scores} if scores else {}
+        terminal.result(
+            {"model": options.model, "preset": options.preset, **settings, **found_words, "images": written}
+        )
     else:
         terminal.say(*map(str, files))
 

@@ -101,10 +101,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 def train(argv: Sequence[str], terminal: Terminal) -> None:
     """`erasure sae train`."""
-    import torch
-
-    from erasure.sae import SAETrainer, TrainingOptions, save
-    from erasure.sae.quality import quality
+    from erasure.sae import TrainingOptions
 
     every = dataclasses.make_dataclass(
         "Train",
@@ -119,6 +116,11 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
     options: OutOptions = parsed.command
     terminal.json_only = options.json
     output_folder(options.out, may_hold=True)
+    import torch
+
+    from erasure.sae import SAETrainer, save
+    from erasure.sae.quality import quality
+
     pipe = open_model(options, text_only=True)
     stream, place = open_stream(pipe, options.model, parsed.tower, parsed.training.seed + process()[0])
     with terminal.progress(1) as progress:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+from erasure.cli.described import options_of
 from erasure.cli.terminal import Terminal, parse
-
-if TYPE_CHECKING:
-    from erasure.strategies import Strategy
+from erasure.strategies import STRATEGIES
 
 
 @dataclass(kw_only=True)
@@ -24,9 +23,7 @@ class StrategiesOptions:
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(StrategiesOptions, "strategies", argv)
-    from erasure.strategies import available
-
-    rows = [describe(strategy) for strategy in available().values()]
+    rows = [describe(name) for name in STRATEGIES.names()]
     if options.json:
         terminal.result(rows)
         return
@@ -36,22 +33,15 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     )
 
 
-def describe(strategy: type[Strategy]) -> dict[str, object]:
+def describe(name: str) -> dict[str, Any]:
     """A strategy as plain data."""
+    told, options = STRATEGIES.facts(name).told, options_of(STRATEGIES, name)
     return {
-        "name": strategy.name,
-        "what": strategy.title,
-        "families": list(strategy.families),
-        "protects": strategy.protects,
-        "cost": strategy.cost,
-        "paper": strategy.paper,
-        "carriers": list(strategy.carriers),
-        "presets": dict(strategy.presets),
+        "name": name,
+        "what": told["title"],
+        **{fact: told[fact] for fact in ("families", "protects", "cost", "paper", "carriers", "presets")},
         "options": {
-            field.name: {
-                "allowed": strategy.describe(field.name),
-                "default": None if field.default is dataclasses.MISSING else field.default,
-            }
-            for field in dataclasses.fields(strategy)
+            field.name: {"allowed": options.describe(field.name), "default": field.default}
+            for field in dataclasses.fields(options)
         },
     }

@@ -18,6 +18,7 @@ from erasure.errors import ErasureError
 from erasure.shown import LABEL, did_you_mean, message, number, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -28,6 +29,9 @@ BOX = re.compile(r"[\u2500-\u257f]|\x1b\[[0-9;]*m|-{4,}")
 
 WIDE = 200
 """Columns of tables that go to a file or a pipe."""
+
+NARROW = 24
+"""Characters in which a column of texts can still be read."""
 
 LARGEST = 100_000
 """Characters of a table."""
@@ -47,9 +51,25 @@ class UsageError(ErasureError, ValueError):
 
 
 def process() -> tuple[int, int]:
-    """Index of this process and how many there are, under `accelerate launch`; `(0, 1)` otherwise."""
-    first = lambda names, default: next((int(os.environ[n]) for n in names if n in os.environ), default)  # noqa: E731
-    return first(RANKS, 0), first(WORLDS, 1)
+    """Index of this process and how many there are, under `accelerate launch`; `(0, 1)` otherwise.
+
+    Raises:
+        UsageError: The environment says something else than numbers.
+    """
+    return _number_of(RANKS, 0), _number_of(WORLDS, 1)
+
+
+def _number_of(names: Sequence[str], default: int) -> int:
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return default
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UsageError(
+            f"the environment variable {name} is {os.environ[name]!r:.80}, expected a whole number: unset it, or start "
+            "with accelerate launch"
+        ) from None
 
 
 def is_main_process() -> bool:
@@ -106,7 +126,7 @@ def parse(
                 print(shown.getvalue(), end="")
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
-        text = re.sub(r"\s*For full helptext.*$", "", text)
+        text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
         raise UsageError(f"{text}; see: erasure {command} --help") from None
 
 
@@ -198,13 +218,27 @@ class Terminal:
         if self.speaks and ours:
             self.complain("warning", message)
 
+    @property
+    def width(self) -> int:
+        """Characters of a line of a table."""
+        return self._console().width
+
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        console = Console(stderr=self.json_only)
+        # A file or a pipe has no width, unless the user says one.
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDE
+        return console
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Print a table; columns after the first that hold only numbers are set to the right.
 
-        Of a very large one the beginning is printed, and how much there is.
+        Where it is too wide for the terminal, each row is printed as a block, with a line for every column. Of a very
+        large table the beginning is printed, and how much there is.
         """
         from rich.box import SIMPLE_HEAD
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -214,18 +248,25 @@ class Terminal:
         heads, *cells = [[visible(cell) for cell in row[: MOST[1]]] for row in (columns, *rows[: MOST[0]])]
         sizes = itertools.accumulate(sum(map(len, row)) for row in cells)
         cells = [row for row, size in zip(cells, sizes, strict=True) if size <= LARGEST]
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for index, head in enumerate(heads):
-            numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in cells)
-            table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*map(Text, row))
-        console = Console(stderr=self.json_only)
-        if not console.is_terminal:
-            console.width = WIDE
+        console = self._console()
         if title:
             console.print(Text(visible(title)))
-        console.print(table)
+        if _readable_width([heads, *cells]) > console.width:
+            for first, *others in cells:
+                block = Table.grid(padding=(0, 2))
+                block.add_column()
+                block.add_column(overflow="fold")
+                for head, cell in zip(heads[1:], others, strict=True):
+                    block.add_row(Text(f"  {head}"), Text(cell))
+                console.print(Text(first), block, Text(), sep="\n")
+        else:
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            for index, head in enumerate(heads):
+                numeric = index > 0 and all(re.match(r"^[-+]?[\d.]|^-?$", row[index]) for row in cells)
+                table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
+            for row in cells:
+                table.add_row(*map(Text, row))
+            console.print(table)
         if len(cells) < len(rows) or len(heads) < len(columns):
             shown = f"{len(cells)} of {len(rows)} rows and {len(heads)} of {len(columns)} columns"
             self.say(f"… {shown} are shown; --json gives all.")
@@ -243,6 +284,13 @@ class Terminal:
         )  # fmt: skip
         with bar:
             yield Progress(bar, bar.add_task("", total=total))
+
+
+def _readable_width(rows: Sequence[Sequence[str]]) -> int:
+    """Characters of a line that a table needs so that no word is broken and few texts are."""
+    longest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = [max(len(word) for cell in column for word in cell.split(" ")) for column in zip(*rows, strict=True)]
+    return sum(max(word, min(text, NARROW)) + 3 for word, text in zip(words, longest, strict=True))
 
 
 class Progress:
@@ -299,6 +347,21 @@ def output_folder(folder: Path, *, overwrite: bool = False, may_hold: bool = Fal
     if not writable:
         raise UsageError(f"--out {folder} cannot be written: name a folder that you may write")
     return folder
+
+
+def check_output_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse what `output_folder` refuses, and leave everything as it is: for commands that write at their end.
+
+    Raises:
+        UsageError: See there.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        output_folder(folder, overwrite=overwrite)
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def format_metric(row: Mapping[str, object] | None) -> str:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from erasure.files.folders import differences, digest, discard, held
-from erasure.files.names import inside, is_line, shown
+from erasure.files.names import inside, is_line, shown, slug
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
 from erasure.files.writing import (
     json_bytes,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TENSORS_LIMIT", "TensorInfo", "differences", "digest", "discard", "held", "inside", "is_line", "json_bytes",
     "new_folder", "read_archive", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text",
-    "replace_files", "replacing", "settled", "shown", "steady", "tensor_infos", "validated", "write_bytes",
+    "replace_files", "replacing", "settled", "shown", "slug", "steady", "tensor_infos", "validated", "write_bytes",
     "write_json", "write_text",
 ]  # fmt: skip
 

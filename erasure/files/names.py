@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import unicodedata
 from pathlib import Path
 
@@ -28,6 +30,31 @@ def shown(value: object, limit: int = 80) -> str:
     # A long text is cut before it is escaped: the escapes of 2 MB are not made for the sake of 80 characters.
     text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+def slug(text: str, longest: int = 100) -> str:
+    """A text as a name that every file system and the Hub take: lower-case letters a to z, digits and hyphens.
+
+    A name stands for one text, whose case, blanks and hyphens count for nothing: where more is lost (other scripts,
+    accents, punctuation, the end of a long text), eight digits of the text's hash follow. Only a text without any
+    character has an empty name.
+
+    Args:
+        text: Any.
+        longest: Characters of the name at most, without the hash.
+
+    Example:
+        >>> slug("Van Gogh"), slug("Dalí")
+        ('van-gogh', 'dali-e20edd5c')
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    latin = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^a-z0-9]+", "-", latin)[:longest].strip("-")
+    # A text that ends like a hash would have the name of another.
+    if name == plain.replace(" ", "-") and name not in RESERVED and not re.search(r"\b[0-9a-f]{8}$", name):
+        return name
+    mark = hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name}-{mark}" if name else mark
 
 
 def inside(folder: str | Path, *names: str, error: type[ErasureError] = ArtifactError) -> Path:

@@ -11,6 +11,8 @@ from diffusers import HookRegistry
 from diffusers.hooks import ModelHook
 from torch import nn
 
+from erasure.interop import patches
+
 __all__ = [
     "ModelHook",
     "SurroundingHook",
@@ -100,7 +102,9 @@ def reset_caches(component: nn.Module) -> None:
 def is_stateful(component: nn.Module) -> bool:
     """Whether a step cache or another hook that remembers earlier passes is on a component."""
     registries = (getattr(part, "_diffusers_hook", None) for part in component.modules())
-    return any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values())
+    return patches.has_deep_cache(component) or any(
+        hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()
+    )
 
 
 def remove_hooks(component: nn.Module, prefix: str) -> None:

@@ -1,8 +1,14 @@
 """Sparse autoencoders of text features: the model, its training on any stream of activations, and file formats."""
 
-from erasure.sae.formats import load, read_prompts, save
-from erasure.sae.model import FeatureSlice, SAEConfig, SparseAutoencoder
-from erasure.sae.training import SAETrainer, TrainingOptions
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erasure.sae.formats import load, read_prompts, save
+    from erasure.sae.model import FeatureSlice, SAEConfig, SparseAutoencoder
+    from erasure.sae.options import TrainingOptions
+    from erasure.sae.training import SAETrainer
 
 __all__ = [
     "FeatureSlice",
@@ -14,3 +20,23 @@ __all__ = [
     "read_prompts",
     "save",
 ]
+
+_HOMES = {
+    "FeatureSlice": "erasure.sae.model",
+    "SAEConfig": "erasure.sae.model",
+    "SAETrainer": "erasure.sae.training",
+    "SparseAutoencoder": "erasure.sae.model",
+    "TrainingOptions": "erasure.sae.options",
+    "load": "erasure.sae.formats",
+    "read_prompts": "erasure.sae.formats",
+    "save": "erasure.sae.formats",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: the command line shows options without loading torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from erasure import files
 from erasure.errors import DivergenceError
 from erasure.interop.protocols import Settings
-from erasure.options import Count, CountOrZero, Decay, NotNegative, Options, Positive, Seed, ZeroToOne
 from erasure.sae.model import SAEConfig, SparseAutoencoder, sparse_decode
+from erasure.sae.options import TrainingOptions
 from erasure.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -25,53 +25,6 @@ if TYPE_CHECKING:
 RECIPE, CHECKPOINT = "training.json", "training.ckpt"
 Stream = Callable[[int], Tensor]
 """Gives the activations `(tokens, d_in)` of a step: the same whenever asked, so that training resumes exactly."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions(Options):
-    """How an autoencoder is trained."""
-
-    name: ClassVar[str] = "training of an autoencoder"
-
-    d_sae: Count = 8192
-    """Number of latents."""
-    k: Count = 32
-    """Latents per token."""
-    batch_topk: bool = True
-    """Keep the k x tokens largest latents of a whole batch, so that rich tokens get more of them, and use thresholds
-    (JumpReLU) afterwards (Bussmann et al. 2024, arXiv 2412.06410). Without it, exactly k of every token."""
-    steps: Count = 2000
-    """Optimiser steps."""
-    learning_rate: Positive = 4e-4
-    """Peak of Adam's learning rate."""
-    warmup: CountOrZero = 100
-    """Steps of linear warm-up."""
-    decay: ZeroToOne = 0.2
-    """Share of the run over which the learning rate falls to zero at its end."""
-    aux_k: Count | None = None
-    """Dead latents that reconstruct the error of a token; half of d_in when left out (Gao et al. 2024, A.2)."""
-    aux_coefficient: NotNegative = 1 / 32
-    """Weight of that loss (Gao et al. 2024)."""
-    dead_after: CountOrZero = 200_000
-    """Tokens without firing after which a latent counts as dead."""
-    threshold_decay: Decay = 0.99
-    """Of the running mean of the least latent kept, which becomes the threshold."""
-    clip: Positive = 1.0
-    """Greatest norm of the gradient."""
-    save_every: Count = 500
-    """Steps between two checkpoints."""
-    seed: Seed = 0
-    """Seeds the initial directions."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that an option does not allow.
-
-        Raises:
-            OptionError: A value outside its range, or more latents per token than there are.
-        """
-        super().__post_init__()
-        if self.k > self.d_sae:
-            self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
 
 class Losses(NamedTuple):
@@ -263,6 +216,7 @@ class SAETrainer:
             return self._train(progress)
 
     def _train(self, progress: Callable[[float], None]) -> SparseAutoencoder:
+        started = time.monotonic()
         start = self.state.resume(self.options.steps) if self.state else 0
         losses, optimiser = self.accelerator.prepare(self.losses, self.optimiser)
         row: dict[str, float] = {}
@@ -276,7 +230,8 @@ class SAETrainer:
                 self.state.save(step + 1)
         self.sae.threshold.fill_(max(float(self.losses.least), 0.0))
         self.sae.fold_scale(float(self.losses.scale))
-        self.sae.config.metadata.update({**row, "steps": self.options.steps})
+        seconds = self.state.elapsed if self.state else time.monotonic() - started
+        self.sae.config.metadata.update({**row, "steps": self.options.steps, "seconds": round(seconds, 3)})
         return self.sae.eval().requires_grad_(False)
 
     def discard_checkpoint(self) -> None:

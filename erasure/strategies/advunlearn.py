@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,27 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
+from erasure.concept import Concept
 from erasure.interop import paths
-from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets, ZeroToOne
+from erasure.options import Count, CountOrZero, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import register
+from erasure.strategies.prompts import listed_scenes, photo_scenes
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
 from erasure.training.objectives import matching
-from erasure.training.states import draw, stable_seed
+from erasure.training.states import Scene, draw, stable_seed
 from erasure.training.student import Student, make_student
+
+PAPER: Mapping[str, object] = {
+    "base": "null", "against": "base", "eta": 1.0, "rank": 0, "layers": (), "steps": 1000, "lr": 1e-5,
+    "weight_decay": 0.0, "warmup": 0, "clip": 0.0, "ema": 0.0, "batch": 1, "templates": False, "contexts": 0,
+    "retain_batch": 5, "retain_weight": 0.3, "retain_form": "photos", "retain_vocabulary": 243, "scope_weight": 0.0,
+    "states": "online", "rollouts": 1000, "retain_rollouts": 1000, "rollout_steps": 50, "rollout_guidance": 3.0,
+    "attack_from": 0.2, "attacked": 1.0, "attack_steps": 30, "attack_lr": 1e-3, "attack_unit": "one",
+    "attack_tokens": 1, "attack_signed": False, "attack_accumulates": False,
+}  # fmt: skip
+"""The command that the authors' README gives for "nudity", and the script's defaults."""
 
 
 @register("advunlearn")
@@ -36,8 +49,16 @@ class AdvUnlearn(TrainedStrategy):
     with ESD's target (see `ESD`). Nothing but the text encoder changes, so trajectories and targets do not depend on
     the student: they are computed once.
 
-    Departs from the released code where that is wrong: a gradient for each attack step, the vectors after the last
-    step, the concept's span in tokens, layers by number (its prefix match of "layers.1" takes 10 and 11 too), a seed.
+    Presets are the two commands of the authors' README: `paper` against 30 steps of Adam, `fast` with the gradient's
+    sign in its place. They train every block and the final norm in full, on the bare name, and roll every state out
+    anew; `states="buffer"` with some 50 `rollouts` is a fifteenth of the work. Their 243 prompts "a photo of X" are
+    about words of the tokeniser unless `retain_file` names the authors' list of COCO objects.
+
+    Both depart from the released code where that is wrong: a gradient for each attack step, the vectors after the
+    last step (`released` and `released-fast` do as the code does), the concept's span in tokens where the code counts
+    words, layers by number (its prefix match of "layers.1" takes 10 and 11 too), a seed. Three details of its sampling
+    are left out: it asks the denoiser about a state at a random level near the state's own, 47 of 1000 above it on
+    average; uses one level for the concept and the retained prompts of an update; and draws those without replacement.
 
     Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
     `prompt_embeds=` bypasses it, and embeddings learned for the concept bring it back.
@@ -60,26 +81,34 @@ class AdvUnlearn(TrainedStrategy):
     attack_steps: CountOrZero = 4
     """Steps of the adversary in each update (paper: 30); 0 trains without one."""
     attack_lr: Positive = 0.3
-    """Of the adversary's Adam, in standard deviations of the vocabulary's embeddings."""
+    """Learning rate of the adversary's Adam; its unit is `attack_unit`."""
+    attack_unit: Literal["spread", "one"] = "spread"
+    """Unit of `attack_lr`: the standard deviation of the vocabulary's embeddings, or 1 (paper)."""
     attack_tokens: Count = 1
     """Vectors ahead of the prompt (paper: 1)."""
     attack_signed: bool = False
-    """Steps of the gradient's sign; with `attack_steps` 1 the paper's fast variant."""
+    """Give Adam the sign of the gradient: fast adversarial training, or with `attack_steps` 1 a single signed step."""
+    attack_accumulates: bool = False
+    """Do as the released code does by mistake: add the gradients of an attack up, and train on the vectors from before
+    its last step."""
     attack_from: ZeroToOne = 0.2
     """Share of the updates before the adversary sets in (paper: 200 of 1000)."""
     attacked: ZeroToOne = 1.0
     """Share of an update's prompts that are attacked."""
 
+    retain_form: Literal["phrasings", "photos"] = "phrasings"
+    """Prompts that must survive: the retain lists' phrasings, the empty prompt and `retain_vocabulary` random prompts;
+    or `retain_vocabulary` prompts "a photo of X", X of the retain lists and then random words (paper: 243 objects)."""
+    retain_file: PathText = ""
+    """File of prompts that must survive, in the place of all others: one a line, or a CSV file with a column `prompt`
+    (released code: `coco_object_retain.csv`, 243 of them)."""
+
     presets: ClassVar[Presets] = {
-        # README of the released code for "nudity"; its 1e-3 is some 0.08 standard deviations of CLIP's embeddings.
-        "paper": {
-            "base": "null", "eta": 1.0, "rank": 0, "steps": 1000, "lr": 1e-5, "batch": 1, "retain_batch": 5,
-            "contexts": 0, "retain_weight": 0.3, "rollout_steps": 50, "rollouts": 50, "clip": 0.0, "attack_steps": 30,
-            "attack_lr": 0.08,
-        },
-        # A single step along the sign. (The released code's one step has no effect: it trains on the vectors before.)
-        "fast": {"attack_steps": 1, "attack_signed": True, "attack_lr": 1.0},
-    }  # fmt: skip
+        "paper": PAPER,
+        "fast": {**PAPER, "attack_signed": True},
+        "released": {**PAPER, "attack_accumulates": True},
+        "released-fast": {**PAPER, "attack_signed": True, "attack_accumulates": True},
+    }
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow."""
@@ -105,6 +134,14 @@ class AdvUnlearn(TrainedStrategy):
         for layer in self.layers:
             paths.require_block(tower.module, tower.block_path(layer), tower.component)
         return make_student(tower.module, chosen, self.rank, generator, f"layers {list(blocks)}")
+
+    def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """See `TrainedStrategy.retained_scenes`."""
+        if self.retain_file:
+            return listed_scenes(self.retain_file)
+        if self.retain_form == "photos":
+            return photo_scenes(tower, concepts, seed, self.retain_vocabulary)
+        return super().retained_scenes(tower, concepts, seed)
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """One pass of the denoiser for all rows, with what the text encoder makes of their prompts now."""
@@ -136,7 +173,8 @@ class AdvUnlearn(TrainedStrategy):
         with task.student.active():
             found = attacked(
                 loss, share.of(start)[:count], steps=self.attack_steps,
-                lr=self.attack_lr * vocabulary_spread(tower), signed=self.attack_signed,
+                lr=self.attack_lr * (vocabulary_spread(tower) if self.attack_unit == "spread" else 1.0),
+                signed=self.attack_signed, accumulates=self.attack_accumulates,
             )  # fmt: skip
         return batch._replace(extra=found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ def _refusal(thing: object) -> str:
     """What keeps a thing from being a strategy, or nothing."""
     if not (isinstance(thing, type) and issubclass(thing, Strategy)):
         return "it is no subclass of erasure.strategies.Strategy"
-    if not dataclasses.is_dataclass(thing) or "__dataclass_fields__" not in vars(thing):
+    if "__dataclass_fields__" not in vars(thing):
         return "it lacks the decorator dataclass(frozen=True, kw_only=True)"
     return ""
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
+from erasure.interop.taps import tapped
 from erasure.options import CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.closed_form import factors, low_rank, outputs_added, paired_at_the_end, solve
-from erasure.strategies.hirm import tapped
 from erasure.strategies.prompts import (
     AlignedPrompt,
     aligned_prompts,

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.backbones import Backbone, TextTower
-from erasure.carriers.activations import Pinned
+from erasure.backbones import Backbone, PromptTokens, TextTower
+from erasure.carriers.activations import pin_of
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
 from erasure.interop import paths
+from erasure.interop.taps import tapped
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import (
     AlignedPrompt,
+    align,
     aligned_prompts,
     context_prompts,
     retain_prompts,
     vocabulary,
     vocabulary_prompts,
 )
+
+PAPER: Mapping[str, object] = {
+    "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
+    "tap": "attention", "unconditional": "erased",
+}  # fmt: skip
+"""What all of the paper's experiments have in common."""
+RANDOM = {**PAPER, "variant": "random", "coefficient": 500.0, "distribution": "uniform", "norm": "token"}
+"""HiRM-R. That directions are drawn uniformly is the released code's; the paper says random."""
+SEMANTIC = {**PAPER, "variant": "semantic", "coefficient": 1.0, "aligned": False}
+"""HiRM-S."""
+RELEASED = {**RANDOM, "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "norm": "tensor"}
+"""Defaults of the script, with which its command for nudity agrees; those for objects and styles have fewer steps."""
 
 
 @register("hirm")
@@ -47,6 +60,11 @@ class HiRM(Strategy):
 
     Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
     and `prompt_embeds=` bypasses it.
+
+    Presets: `paper-r-...` and `paper-s-...` are the paper's settings of each kind of concept for HiRM-R and HiRM-S,
+    `released...` the script's defaults and its commands for objects and styles. They train on the bare names, at every
+    position, the start token too, and retain nothing; they were made for CLIP ViT-L/14. HiRM-S for nudity is none: it
+    subtracts a vector of which the paper does not say all.
     """
 
     title: ClassVar[str] = "misdirection of the text encoder's first block"
@@ -73,7 +91,12 @@ class HiRM(Strategy):
     """Where the loss is: the last attention's output projection (paper), or the state that the denoiser reads,
     which the concept also reaches past the attention through the residual stream."""
     templates: bool = True
-    """Train on every phrasing of the concept instead of its name alone (paper)."""
+    """Train on every phrasing of the concept instead of its names alone (paper)."""
+    joined: bool = False
+    """Where its names are alone, write all of them into one prompt, with commas between (released code)."""
+    aligned: bool = True
+    """Take each token's semantic target from the token of the anchor's prompt that answers to it; else from the same
+    position (paper), where another word stands when concept and anchor have not as many tokens."""
     contexts: CountOrZero = 12
     """Besides, in each step, so many random prompts that name each concept among other words."""
     retain_weight: NotNegative = 1.0
@@ -84,22 +107,15 @@ class HiRM(Strategy):
     """`stock` pins the empty prompt to the stock encoding, so that guidance is as before."""
 
     presets: ClassVar[Presets] = {
-        "paper-r": {
-            "variant": "random", "steps": 25, "lr": 5e-5, "coefficient": 500.0, "distribution": "uniform",
-            "norm": "token", "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
-            "tap": "attention",
-        },
-        "paper-s": {
-            "variant": "semantic", "steps": 15, "lr": 5e-5, "coefficient": 1.0,
-            "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
-            "tap": "attention",
-        },
-        "released": {
-            "variant": "random", "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "distribution": "uniform",
-            "norm": "tensor", "skip_start": False, "templates": False, "contexts": 0, "retain_weight": 0.0,
-            "tap": "attention",
-        },
-    }  # fmt: skip
+        "paper-r-object": {**RANDOM, "steps": 25},
+        "paper-r-style": {**RANDOM, "steps": 40},
+        "paper-r-nudity": {**RANDOM, "steps": 50, "lr": 1e-4},
+        "paper-s-object": {**SEMANTIC, "steps": 15},
+        "paper-s-style": {**SEMANTIC, "steps": 30},
+        "released": RELEASED,
+        "released-object": {**RELEASED, "steps": 15},
+        "released-style": {**RELEASED, "steps": 20},
+    }
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -116,9 +132,7 @@ class HiRM(Strategy):
             edits.deltas |= {tower.key(path): delta for path, delta in changed.items()}
             log[f"{tower.component}_loss"] = loss
             if self.unconditional == "stock":
-                empty = tower.tokenize([""])
-                with torch.no_grad():
-                    edits.pinned[tower.component] = Pinned(empty.ids.cpu(), tower.encode(empty).cpu())
+                edits.pinned[tower.component] = pin_of(tower, [""])
         return Fit(edits, log)
 
     def fit_tower(
@@ -145,17 +159,17 @@ class HiRM(Strategy):
             for concept in concepts if words and self.contexts else ():
                 batch += context_prompts(tower, concept, words, self.contexts, generator)
             targets = self.targets(tower, stock, batch, direction)
-            reached = self.run(tower, {**stock, **trained}, tower.tokenize([pair.prompt for pair in batch]).ids)
+            reached = self.run(tower, {**stock, **trained}, tower.tokenize([pair.prompt for pair in batch]))
             loss = F.mse_loss(reached[:, first:], targets[:, first:])
             if self.retain_weight:
                 sample = [
                     listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
                 ]
                 extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
-                ids = tower.tokenize(["", *sample, *extra]).ids
+                tokens = tower.tokenize(["", *sample, *extra])
                 with torch.no_grad():
-                    before = run(tower, stock, ids, "output")
-                after = run(tower, {**stock, **trained}, ids, "output")
+                    before = run(tower, stock, tokens, "output")
+                after = run(tower, {**stock, **trained}, tokens, "output")
                 loss = loss + self.retain_weight * F.mse_loss(after, before)
             value = loss.item()
             if not math.isfinite(value):
@@ -170,12 +184,16 @@ class HiRM(Strategy):
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
         """The prompts to misdirect."""
-        pairs = aligned_prompts(tower, concept)
-        return pairs if self.templates else [pair for pair in pairs if pair.prompt in concept.names] or pairs[:1]
+        if self.templates:
+            return aligned_prompts(tower, concept)
+        for words in concept.names:
+            tower.check_words(words)
+        texts = [", ".join(concept.names)] if self.joined else concept.names
+        return [align(tower, "{}", text, concept.anchor or "") for text in texts]
 
-    def run(self, tower: TextTower, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+    def run(self, tower: TextTower, parameters: dict[str, Tensor], tokens: PromptTokens) -> Tensor:
         """What the loss looks at, `(prompts, tokens, dim)`."""
-        return run(tower, parameters, ids, self.tap)
+        return run(tower, parameters, tokens, self.tap)
 
     def direction(self, tower: TextTower, generator: torch.Generator) -> Tensor:
         """The random target of every prompt, `(tokens, dim)`."""
@@ -188,7 +206,9 @@ class HiRM(Strategy):
     ) -> Tensor:
         """Where the activations must go, `(prompts, tokens, dim)`."""
         if self.variant == "semantic":
-            anchors = self.run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]).ids)
+            anchors = self.run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]))
+            if not self.aligned:
+                return self.coefficient * anchors
             index = torch.stack([pair.positions for pair in pairs]).to(anchors.device)
             return self.coefficient * anchors.gather(1, index[..., None].expand(-1, -1, anchors.shape[2]))
         device = next(iter(stock.values())).device
@@ -211,8 +231,9 @@ def random_direction(
 
 
 def run(
-    tower: TextTower, parameters: dict[str, Tensor], ids: Tensor, what: Literal["attention", "output"] = "attention"
-) -> Tensor:
+    tower: TextTower, parameters: dict[str, Tensor], tokens: PromptTokens,
+    what: Literal["attention", "output"] = "attention",
+) -> Tensor:  # fmt: skip
     """An activation of a tower with other parameters, `(batch, tokens, dim)`.
 
     `output` is the state that the denoiser reads, `attention` the attention output projection of the block that makes
@@ -220,18 +241,10 @@ def run(
     """
     with tapped(tower.blocks[tower.consumed].self_attn.out_proj) as seen:
         want_all = tower.consumed != -1
-        output = torch.func.functional_call(tower.root, parameters, (ids,), {"output_hidden_states": want_all})
+        output = torch.func.functional_call(
+            tower.root, parameters, (tokens.ids,),
+            {"attention_mask": tokens.attention_mask, "output_hidden_states": want_all},
+        )  # fmt: skip
     if what == "attention":
         return seen[0]
     return output.hidden_states[tower.consumed] if want_all else output.last_hidden_state
-
-
-@contextmanager
-def tapped(module: nn.Module, *, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """Collects a module's outputs, or its first inputs."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, args, output: seen.append(args[0] if inputs else output))
-    try:
-        yield seen
-    finally:
-        handle.remove()

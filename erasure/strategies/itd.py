@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.features import FeatureEdit
-from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
+from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
-    CHUNK,
     Gate,
     Labels,
     WordStates,
@@ -33,10 +30,12 @@ from erasure.sae.gates import (
     with_mined,
 )
 from erasure.sae.mining import mine
-from erasure.sae.selection import Evidence, evidence, no_feature, rivalry, top_sets
+from erasure.sae.released import released
+from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
+from erasure.sae.standin import columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
@@ -53,6 +52,8 @@ class Choice(NamedTuple):
     """`(features,)` in 0-1: how much of that some other word draws."""
     gate: Gate
     """When to."""
+    anchor: Tensor | None = None
+    """`(dim,)`: what takes the concept's place; `None` where nothing does."""
 
 
 @register("itd")
@@ -100,9 +101,14 @@ class ItD(Strategy):
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: Factor = -10.0
+    tau: Factor | None = None
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
-    (released code: -8, for all)."""
+    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what lies
+    the other way is something else entirely then (the opposite of a cat is a gun)."""
+    anchored: NotNegative = 2.0
+    """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
+    they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
+    world, where the model declares one. Not for `replace` and `parity`."""
     shared: Factor = 0.5
     """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
     what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
@@ -164,7 +170,14 @@ class ItD(Strategy):
         log: dict[str, float] = {"layer": float(layer)}
         if self.parity:
             own = [self.target_prompts(tower, concept, generator) for concept in concepts]
-            return Fit(Edits(features={key: self.released(tower, layer, sae, corpus, own, concepts)}), log)
+            return Fit(
+                Edits(
+                    features={
+                        key: released(tower, layer, sae, corpus, own, concepts, top=self.top, tau=self.push(False))
+                    }
+                ),
+                log,
+            )
         activity = strongest(sae, corpus)
         choices = []
         for index, concept in enumerate(concepts):
@@ -172,6 +185,10 @@ class ItD(Strategy):
             chooses = halves(labels, generator)
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
+            anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            if anchor is not None:
+                stand_in = self.anchor(tower, layer, sae, corpus, activity, anchor, seed)
+                choice = choice._replace(anchor=stand_in)
             if self.mining_steps:
                 active = self.edit(tower, layer, sae, [choice])
                 share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
@@ -248,6 +265,10 @@ class ItD(Strategy):
         words = joined([corpus, extra])
         return words, locate(tower, words, concept.names), extra
 
+    def push(self, anchored: bool) -> float:
+        """What a latent that only the concept fires is multiplied by."""
+        return (-1.0 if anchored else -10.0) if self.tau is None else self.tau
+
     # Features and gates ----------------------------------------------------------------------------------------------
 
     def choose(
@@ -272,6 +293,27 @@ class ItD(Strategy):
         shared = rivalry(activity, words, labels.holds, found, features)
         return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
+    def anchor(
+        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
+        concept: Concept, seed: int,
+    ) -> Tensor | None:  # fmt: skip
+        """What the latents of an anchor write, times `anchored`, `(dim,)`; `None` where it has none to itself.
+
+        Args:
+            tower: The text encoder.
+            layer: The block.
+            sae: The dictionary.
+            corpus: Words of ordinary prompts.
+            activity: Of these, see `strongest`.
+            concept: The anchor.
+            seed: Of the prompts that name it.
+        """
+        _, labels, extra = self.labelled(tower, layer, corpus, concept, torch.Generator().manual_seed(seed))
+        active = torch.cat([activity, strongest(sae, extra)])
+        found = evidence(active[labels.holds], active[~labels.holds], self.floor)
+        features = select(found, self)
+        return self.anchored * written(sae, features, found.magnitude[features]) if features else None
+
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
         return fit_gate(sae, words, labels, chooses, votes=self.votes, rate=self.false_positive_rate)
@@ -282,14 +324,17 @@ class ItD(Strategy):
         place = {feature: index for index, feature in enumerate(used)}
         part = sae.slice(used)
 
-        def pairs(of: Callable[[Choice], list[int]]) -> Tensor:
-            listed = [(c, place[i]) for c, choice in enumerate(choices) for i in of(choice)]
+        anchored = [(c, choice, choice.anchor) for c, choice in enumerate(choices) if choice.anchor is not None]
+        latents = [stand_in(sae, choice.features, choice.magnitude, anchor) for _, choice, anchor in anchored]
+
+        def pairs(of: Callable[[Choice], list[int]], more: Sequence[tuple[int, int]] = ()) -> Tensor:
+            listed = [*((c, place[i]) for c, choice in enumerate(choices) for i in of(choice)), *more]
             return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
 
         reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
-            own = self.shared + (self.tau - self.shared) * (1 - choice.rivalry) ** 2
+            own = self.shared + (self.push(choice.anchor is not None) - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
             # Of several concepts that share a latent, the one that pushes hardest.
             factor[index] = torch.minimum(factor[index], own)
@@ -303,9 +348,11 @@ class ItD(Strategy):
         half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
                 "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
                 "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
+        for name, tensor in columns(latents).items() if latents else ():
+            half[name] = torch.cat([half[name].detach().cpu(), tensor], half[name].ndim - 1 if name != "w_dec" else 0)
         return FeatureEdit(
             **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
-            edits=pairs(lambda choice: choice.features),
+            edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(anchored)]),
             votes=pairs(lambda choice: choice.gate.features),
             weight=torch.cat([gate.weight for gate in gates]),
             bias=torch.tensor([gate.bias for gate in gates]),
@@ -338,56 +385,6 @@ class ItD(Strategy):
             magnitude=torch.cat([choice.magnitude, magnitude[order]]),
             rivalry=torch.cat([choice.rivalry, torch.zeros(len(order))]),
         )
-
-    # The released code -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def released(
-        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, own: Sequence[list[str]],
-        concepts: Sequence[Concept],
-    ) -> ReconstructionEdit:  # fmt: skip
-        """Features by a difference of top-K sets, the whole reconstruction, one threshold below all target prompts.
-
-        Args:
-            tower: The text encoder.
-            layer: The block.
-            sae: The dictionary.
-            corpus: Words of ordinary prompts.
-            own: Prompts that name each concept.
-            concepts: To erase.
-
-        Raises:
-            ConceptError: A concept has no latent to itself.
-        """
-        # The k largest of a token, also where the dictionary has thresholds of its own.
-        sae = copy.copy(sae)
-        sae.config = replace(sae.config, architecture="topk")
-        holds = locate(tower, corpus, [name for concept in concepts for name in concept.names]).holds
-        common = top_sets(strongest(sae, corpus.of(~holds)), self.top).any(0)
-        chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)
-        for prompts, concept in zip(own, concepts, strict=True):
-            found = top_sets(strongest(sae, read_words(tower, layer, prompts)), self.top).any(0) & ~common
-            if not found.any():
-                raise ConceptError(
-                    f"parity='itd': every latent among the {self.top} largest of a prompt with {concept.target!r} is "
-                    "among those of some prompt without it: lower 'top', or leave parity out"
-                )
-            chosen |= found
-        part = sae.slice(range(sae.config.d_sae))
-        edit = ReconstructionEdit(
-            part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(),
-            torch.tensor(sae.config.k), torch.where(chosen, self.tau, 1.0), torch.tensor(0.0),
-            torch.tensor(tower.leading), torch.tensor(tower.tokenizer.eos_token_id),
-        )  # fmt: skip
-        placed = edit.on(next(tower.root.parameters()).device)
-        least = torch.inf
-        for prompts in own:
-            for first in range(0, len(prompts), CHUNK):
-                tokens = tower.tokenize(prompts[first : first + CHUNK])
-                states = activations(tower, layer, tokens).float()
-                scores = placed.scores(states, torch.ones(tokens.ids.shape, dtype=torch.bool, device=states.device))
-                least = min(least, scores.min().item())
-        return edit._replace(gate=torch.tensor(0.99 * least))
 
 
 def select(found: Evidence, options: ItD) -> list[int]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from erasure.backbones import TextTower
-from erasure.concept import TEMPLATES, Concept
-from erasure.errors import ConceptError
+from erasure import files
+from erasure.backbones import Backbone, TextTower
+from erasure.concept import TEMPLATES, Concept, numbers
+from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
+from erasure.world import World
+
+LARGEST_LIST = 64 * 2**20
+"""Bytes of a file of prompts."""
 
 
 class AlignedPrompt(NamedTuple):
@@ -37,22 +46,34 @@ class Span(NamedTuple):
     learned token may."""
 
 
-def subject_span(tower: TextTower, prompt: str, words: str) -> Span:
-    """The token positions of `words` in `prompt` (its last occurrence), all vectors of learned tokens included.
+def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = None) -> Span:
+    """The token positions of `words` in `prompt`, all vectors of learned tokens included.
+
+    Args:
+        tower: Tokenises them.
+        prompt: The whole prompt.
+        words: The words that are sought.
+        ahead: Text of the prompt ahead of them, which tells several occurrences apart; the last one is taken when
+            left out.
 
     Raises:
-        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour).
+        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour), or not behind
+            that text.
     """
     ids = tower.prompt_ids(prompt, truncate=True)
     part = tower.word_ids(words)
-    for first in range(len(ids) - len(part), tower.leading - 1, -1):
-        if part and ids[first : first + len(part)] == part:
-            last = first + len(part) - 1
-            learned = tower.learned_ids
-            return Span(first, last, next((first + i for i, token in enumerate(part) if token in learned), last))
-    raise ConceptError(
-        f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} tokens?"
-    )
+    starts = [i for i in range(tower.leading, len(ids) - len(part) + 1) if part and ids[i : i + len(part)] == part]
+    if ahead is not None:
+        starts = [i for i in starts if i == tower.leading + len(tower.word_ids(ahead.rstrip()))]
+    if not starts:
+        raise ConceptError(
+            f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} "
+            "tokens, or is the word written together with its neighbours?"
+        )
+    first = starts[-1]
+    last = first + len(part) - 1
+    learned = tower.learned_ids
+    return Span(first, last, next((first + i for i, token in enumerate(part) if token in learned), last))
 
 
 def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
@@ -60,11 +81,12 @@ def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPr
 
     Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to
     those after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
+    Concept and anchor are those in the template's place, whatever else of the same name the phrasing holds.
     """
-    prompt = template.format(words)
+    prompt, ahead = template.format(words), template.partition("{}")[0]
     anchor_prompt = " ".join(template.format(anchor).split())
-    first, last, start = subject_span(tower, prompt, words)
-    anchor_last = subject_span(tower, anchor_prompt, anchor).last if anchor else first
+    first, last, start = subject_span(tower, prompt, words, ahead)
+    anchor_last = subject_span(tower, anchor_prompt, anchor, ahead).last if anchor else first
     after = anchor_last + 1 if anchor else first
     positions = torch.arange(tower.max_length)
     positions[first : last + 1] = anchor_last
@@ -93,12 +115,24 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
-    """Every whole word that is one token, but for those of the concepts and the bare letters."""
-    erased = {token for concept in concepts for words in concept.names for token in tower.word_ids(words)}
+    """Every whole word that is one token, but for the bare letters and those of the concepts.
+
+    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals.
+    """
+    world = World.of(tower.pipe)
+    names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
+    erased = {token for name in names for token in tower.word_ids(name)}
+    forms = {form for name in names for part in (name, *name.split()) for form in numbers(part)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = token.removesuffix("</w>")
-        if token.endswith("</w>") and len(word) > 1 and word.isalpha() and word.isascii() and index not in erased:
+        if (
+            token.endswith("</w>")
+            and len(word) > 1
+            and word.isalpha()
+            and word.isascii()
+            and not (index in erased or word.lower() in forms)
+        ):
             words.append(word)
     return words
 
@@ -177,9 +211,65 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
     return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
 
 
+def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
+    """`count` prompts "a photo of X" that must survive: X of the retain lists, then random words of the tokeniser."""
+    listed = [word for concept in concepts for word in concept.retain]
+    words = [word for word in vocabulary(tower, concepts) if word not in listed]
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    every = list(dict.fromkeys([*listed, *(words[i] for i in order)]))
+    return [Scene(f"a photo of {word}") for word in every[: max(count, len(listed))]]
+
+
+def listed_scenes(path: str) -> list[Scene]:
+    """Prompts of a file: one a line, or the column `prompt` of a CSV file; each once.
+
+    Raises:
+        OptionError: The file cannot be read, holds no prompt or has no such column.
+    """
+    text = files.read_text(Path(path), LARGEST_LIST, error=OptionError)
+    rows = text.splitlines()
+    if path.lower().endswith(".csv"):
+        table = csv.DictReader(io.StringIO(text))
+        if "prompt" not in (table.fieldnames or ()):
+            raise OptionError(f"{path} has the columns {table.fieldnames}, expected one that is called 'prompt'")
+        rows = [row["prompt"] or "" for row in table]
+    prompts = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
+    if not prompts:
+        raise OptionError(f"{path} holds no prompt: write one on each line")
+    return [Scene(prompt) for prompt in prompts]
+
+
 def without(prompt: str, concept: Concept) -> str:
-    """A prompt without the concept's words."""
+    """A prompt without the concept's words: every mention of every name, in upper or lower case, as whole words.
+
+    Where a name begins or ends with a letter of a script that writes words without blanks between them, it may stand
+    beside other letters.
+
+    Example:
+        >>> without("a cartoon of a car", Concept("car"))
+        'a cartoon of a'
+    """
     for name in sorted(concept.names, key=len, reverse=True):
-        if name in prompt:
-            return " ".join(prompt.replace(name, " ").split())
-    return prompt
+        words = r"\s+".join(map(re.escape, name.split()))
+        pattern = f"{_edge(name[0], '(?<!')}{words}{_edge(name[-1], '(?!')}"
+        prompt = re.sub(pattern, " ", prompt, flags=re.IGNORECASE)
+    return " ".join(prompt.split())
+
+
+def _edge(letter: str, opening: str) -> str:
+    """Part of a pattern that lets no further letter of the same word stand beside a name's first or last one."""
+    return rf"{opening}\w)" if re.match(r"\w", letter) and not UNSPACED.match(letter) else ""
+
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+
+
+def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
+    """What takes the place of a concept: its own anchor, or the one that the model's world suggests."""
+    word = concept.anchor
+    if word is None:
+        word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
+    return Concept(word, kind=concept.kind, templates=concept.templates) if word else None

@@ -159,9 +159,9 @@ class TrainedStrategy(Optimisation, Strategy):
             stack.enter_context(cost.counting(backbone.denoiser))
             task = self.task(backbone, tower, concepts, seed, accelerator)
             stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
-            started = time.perf_counter()
+            cost.begin("rollout")
             self.fill(task, model, accelerator)
-            rolled, filling = cost.forwards, time.perf_counter() - started
+            cost.begin("setup")
             projection, figures = self.projected(task)
             student, lasso = task.student, None
             if self.group_lasso and isinstance(student, LowRankStudent):
@@ -172,18 +172,20 @@ class TrainedStrategy(Optimisation, Strategy):
                 projection=projection, lasso=lasso,
                 lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
             )  # fmt: skip
-            started = time.perf_counter()
+            cost.begin("update")
             row = trainer.train(progress)
-            seconds = time.perf_counter() - started
+            cost.begin("setup")
             edits = self.edits(task)
         figures |= {f"loss_{name}": value for name, value in row.items()}
         figures |= {
-            "rollout_forwards": float(rolled),
-            "rollout_seconds": filling,
-            "update_seconds": seconds,
+            "rollout_forwards": float(cost.rollout_forwards),
+            "rollout_seconds": cost.seconds["rollout"],
+            "update_seconds": cost.seconds["update"],
             "denoiser_forwards": float(cost.forwards),
             "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
         }
+        if cost.sessions > 1:
+            figures |= {"sessions": float(cost.sessions), "earlier_seconds": cost.earlier_seconds}
         if lasso is not None:
             figures |= {"layers_dropped": float(lasso.dropped()), "layers": float(len(lasso.groups))}
         return Fit(edits, figures)
@@ -222,6 +224,10 @@ class TrainedStrategy(Optimisation, Strategy):
         named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
         return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
 
+    def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts that must survive, to roll out."""
+        return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
+
     def target(self, states: States) -> Tensor:
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
@@ -235,7 +241,7 @@ class TrainedStrategy(Optimisation, Strategy):
     ) -> Task:
         """Prompts, empty sources of states, and the student."""
         scenes = self.scenes(tower, concepts, seed)
-        kept = retain_scenes(tower, concepts, seed, self.retain_vocabulary) if self.retain_batch else []
+        kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = PromptCache(backbone, every)
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))

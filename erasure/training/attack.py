@@ -45,33 +45,34 @@ def vocabulary_spread(tower: TextTower) -> float:
     return float(paths.token_table(tower.root).weight.detach().float().std(0).mean())
 
 
-def attacked(loss: Callable[[Tensor, int], Tensor], vectors: Tensor, *, steps: int, lr: float, signed: bool) -> Tensor:
-    """Vectors that lower a loss, after the last step.
-
-    Each step has a gradient of its own: released code adds them up over all steps, and gives back the vectors from
-    before the last one.
+def attacked(
+    loss: Callable[[Tensor, int], Tensor], vectors: Tensor, *, steps: int, lr: float, signed: bool,
+    accumulates: bool = False,
+) -> Tensor:  # fmt: skip
+    """Vectors that lower a loss, after the last step of Adam.
 
     Args:
         loss: Of vectors `(rows, tokens, dim)` and the number of the step.
         vectors: To start from.
         steps: How many.
-        lr: Adam's learning rate; with `signed` the length of a step in every coordinate.
-        signed: Steps of the gradient's sign (fast adversarial training) instead of Adam's.
+        lr: Adam's learning rate.
+        signed: Adam is given the gradient's sign (fast adversarial training) instead of the gradient.
+        accumulates: Do as the released code of AdvUnlearn does by mistake: add gradients up over all steps (what is
+            added up with `signed` are signs), and give back the vectors from before the last step.
 
     Raises:
         DivergenceError: The loss is NaN or infinite.
     """
     vectors = vectors.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([vectors], lr=lr)
+    total, before = torch.zeros_like(vectors), vectors.detach().clone()
     for step in range(steps):
         value = loss(vectors, step)
         (gradient,) = torch.autograd.grad(value, vectors)
         if not torch.isfinite(value):
             raise DivergenceError(f"the attack's loss is {value.item()} at its step {step}: lower attack_lr")
-        if signed:
-            with torch.no_grad():
-                vectors -= lr * gradient.sign()
-        else:
-            vectors.grad = gradient
-            optimiser.step()
-    return vectors.detach()
+        total = total + gradient if accumulates else gradient
+        total = total.sign() if signed else total
+        before, vectors.grad = vectors.detach().clone(), total
+        optimiser.step()
+    return before if accumulates else vectors.detach()

@@ -67,6 +67,11 @@ class Checkpoint:
         self._started = time.monotonic() - self.seconds
         return self.step
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the training has taken in all sessions, up to the last checkpoint of those that ended early."""
+        return time.monotonic() - self._started
+
     def _read(self, steps: int | None) -> dict[str, Any]:
         """The state in the file, which every part can hold."""
         try:
@@ -96,7 +101,7 @@ class Checkpoint:
         Raises:
             TrainingError: It cannot be written; the last one is still there.
         """
-        seconds = time.monotonic() - self._started
+        seconds = self.elapsed
         state = {name: part.state_dict() for name, part in self.parts.items()}
         content = io.BytesIO()
         torch.save({**state, "step": step, "seconds": seconds}, content)

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from erasure.errors import TrainingError
 from erasure.interop.protocols import Prediction
 
 BACKWARD = 2
 """Forward passes that a backward pass counts for, as usual."""
+PHASES: tuple[Literal["setup", "rollout", "update"], ...] = ("setup", "rollout", "update")
 
 
 class DenoiserCost:
     """Counts sample-forwards: every row of every call of the denoiser, and `BACKWARD` more when gradients pass it.
 
-    Blocks that gradient checkpointing runs twice count twice.
+    Blocks that gradient checkpointing runs twice count twice. A training that goes on from a checkpoint goes on
+    counting, and so does the time: both are those of all sessions, up to the last checkpoint of those that were ended
+    early.
+
+    Attributes:
+        forwards: All that were counted.
+        rollout_forwards: Those of rolling out trajectories ahead of the training.
+        seconds: Time by phase, see `begin`.
+        earlier_seconds: Time of the earlier sessions.
+        sessions: How many there were, this one included.
     """
 
     def __init__(self) -> None:
-        self.forwards = 0
+        self.forwards = self.rollout_forwards = 0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.earlier_seconds, self.sessions = 0.0, 1
+        self._phase, self._since = PHASES[0], time.perf_counter()
+
+    def begin(self, phase: Literal["setup", "rollout", "update"]) -> None:
+        """From now on, time belongs to this phase."""
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        if self._phase == "rollout":
+            self.rollout_forwards = self.forwards
+        self._phase, self._since = phase, now
 
     @contextmanager
     def counting(self, denoiser: nn.Module) -> Iterator[None]:
@@ -50,10 +75,24 @@ class DenoiserCost:
         yield
         self.forwards = before
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         """For checkpoints."""
-        return {"forwards": self.forwards}
+        self.begin(self._phase)
+        times = {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
+        counts = {"forwards": self.forwards, "rollout_forwards": self.rollout_forwards, "sessions": self.sessions}
+        return {**counts, **times}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """From a checkpoint."""
-        self.forwards = state["forwards"]
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Add what earlier sessions have cost.
+
+        Raises:
+            TrainingError: A number that cannot be.
+        """
+        if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in state.values()):
+            raise TrainingError(f"a checkpoint says that a training has cost {state}: delete it to start anew")
+        self.forwards += int(state["forwards"])
+        self.rollout_forwards += int(state["rollout_forwards"])
+        self.sessions = int(state["sessions"]) + 1
+        self.earlier_seconds = sum(state[f"{phase}_seconds"] for phase in PHASES)
+        for phase in PHASES:
+            self.seconds[phase] += state[f"{phase}_seconds"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, TypeVar
 
-from erasure.errors import EvaluationError, OptionError
+from erasure.errors import EvaluationError
+from erasure.options import Count, Options
 from erasure.registry import Registry
+from erasure.shown import did_you_mean
 
 if TYPE_CHECKING:
     from erasure.eval.attacks.victim import Victim
@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(Options, ABC):
     """An attack with its options: subclass it as a frozen dataclass and register it.
 
     It proposes prompts; the runner draws them with the erased pipeline's ordinary call, asks the judge, and stops at
@@ -62,28 +62,8 @@ class Attack(ABC):
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Options of each size; those of `full` are the paper's."""
 
-    samples: int = 50
+    samples: Count = 50
     """Prompts that are attacked at most, spread evenly over those of the suite (paper: 50)."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that an option does not allow.
-
-        Raises:
-            OptionError: A choice that is none of the listed ones, a number that is negative or not finite, or a count
-                below 1.
-        """
-        for name, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            if get_origin(hint) is Literal:
-                if value not in kinds:
-                    raise self._refusal(name, value, ", ".join(map(repr, kinds)))
-            elif int in kinds and value is not None and (type(value) is not int or value < 1):
-                raise self._refusal(name, value, "whole numbers from 1 on")
-            elif float in kinds and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise self._refusal(name, value, "numbers from 0 on")
-
-    def _refusal(self, option: str, value: object, allowed: str) -> OptionError:
-        return OptionError(f"{self.name}: option {option!r} is {value!r}; allowed: {allowed}")
 
     @property
     @abstractmethod
@@ -103,7 +83,7 @@ class Attack(ABC):
         """
 
     @classmethod
-    def configured(cls: type[A], size: str = "quick", **options: Any) -> A:
+    def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
         """An instance of a size with single options changed.
 
         Raises:
@@ -111,12 +91,9 @@ class Attack(ABC):
             OptionError: An unknown option, or a value that an option does not allow.
         """
         if size not in SIZES:
-            raise EvaluationError(f"attack {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [option for option in options if option not in known]
-        if unknown:
-            raise OptionError(f"{cls.name} has no option {unknown[0]!r}; there are: {', '.join(known)}")
-        return cls(**{**cls.sizes.get(size, {}), **options})
+            hint = did_you_mean(str(size), SIZES)
+            raise EvaluationError(f"attack {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}")
+        return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 
 A = TypeVar("A", bound=Attack)

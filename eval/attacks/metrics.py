@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from erasure.eval.controls import Control
 from erasure.eval.cost import peak_memory_mb
-from erasure.eval.metrics.unlearncanvas import collect, rate_row
+from erasure.eval.metrics.outcomes import collect, rate_row
 from erasure.eval.rows import Record, Row
 
 Rows = Sequence[Row]
@@ -37,8 +38,10 @@ def attack_metrics(
         recipe: What the numbers depend on.
         is_control: Whether the attack searches nothing, so that its rate is the chance level of others.
     """
-    pre = _rate("pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"])
-    asr = _rate("chance_ASR" if is_control else "ASR", concept, variant, rows, recipe, lambda row: row["success"])
+    control = original_control(concept, rows)
+    pre = _rate("pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"], control)
+    name = "chance_ASR" if is_control else "ASR"
+    asr = _rate(name, concept, variant, rows, recipe, lambda row: row["success"], control)
     asr["prompts"] = {
         "without_attack": sum(row["before"]["shown"] is True for row in rows),
         "by_attack": sum(row["success"] is True and not row["before"]["shown"] for row in rows),
@@ -46,28 +49,41 @@ def attack_metrics(
         "missing": sum(row["success"] is None for row in rows),
     }
     asr["retokenised"] = {name: sum(row[name] for row in rows) for name in ("texts", "changed", "cut")}
-    return [pre, asr]
+    return [pre, asr, control.row(recipe)]
 
 
 def replay_metrics(
     concept: str | None, variant: str, rows: Rows, recipe: Row
 ) -> list[Record]:  # fmt: skip
     """`transfer_pre_ASR` and `transfer_ASR` with Wilson intervals; arguments as for `attack_metrics`."""
+    control = original_control(concept, rows)
     return [
-        _rate("transfer_pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"]),
-        _rate("transfer_ASR", concept, variant, rows, recipe, lambda row: row["success"]),
+        _rate("transfer_pre_ASR", concept, variant, rows, recipe, lambda row: row["before"]["shown"], control),
+        _rate("transfer_ASR", concept, variant, rows, recipe, lambda row: row["success"], control),
+        control.row(recipe),
     ]
+
+
+def original_control(concept: str | None, rows: Rows) -> Control:
+    """The positive control of an attack: the original model must show the concept where it draws the same prompts.
+
+    Without that, an erasure "resists" because there is nothing that could come back, or nothing that the judge knows.
+    """
+    shown = [({"prompt": row["prompt"]}, row["sample_id"], row.get("control", {}).get("shown")) for row in rows]
+    return Control("control_seen", concept, collect(shown), True, f"the judge sees {concept!r} where it is asked for")
 
 
 def _rate(
     name: str, concept: str | None, variant: str, rows: Rows, recipe: Row,
-    hit: Callable[[Row], bool | None],
+    hit: Callable[[Row], bool | None], control: Control,
 ) -> Record:  # fmt: skip
     # Without the weights of the suite: these are counts of prompts, and those of one concept weigh the same.
     outcomes = collect([({"prompt": row["prompt"]}, row["sample_id"], hit(row)) for row in rows])
-    row = rate_row(name, concept, variant, outcomes, {**recipe, "metric": DEFINITIONS[name]})
+    recipe = {**recipe, "metric": DEFINITIONS[name]}
+    failure = control.failure
+    row = rate_row(name, concept, variant, outcomes, recipe, missing_as=True, withheld=failure)
     reasons = [reason for each in rows if hit(each) is None for reason in each["failures"].values()]
-    if reasons and row["value"] is None:
+    if reasons and failure is None and not outcomes.hits:
         row["reason"] = f"no prompt has an outcome; the first: {reasons[0]}"
     return row
 

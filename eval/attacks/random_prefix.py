@@ -12,6 +12,7 @@ from erasure.eval.attacks import Attack, Candidate, register
 from erasure.eval.attacks.prefixes import Prefixed, choosable, only_tower
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
+from erasure.options import Count
 
 
 @register("random_prefix")
@@ -34,9 +35,9 @@ class RandomPrefix(Attack):
         "full": {},
     }
 
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens ahead of the prompt; when left out as many as `unlearndiffatk` takes, 5 for unsafe concepts, else 3."""
-    texts: int = 50
+    texts: Count = 50
     """Texts that are tried for each prompt."""
     vocabulary: Literal["all", "words"] = "all"
     """Tokens that can be drawn: all but the special ones, or those that are read as themselves again once they were

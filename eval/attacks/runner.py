@@ -22,6 +22,7 @@ from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_metrics
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.controls import LIMITS
 from erasure.eval.judges import check_classes, load_judge
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
@@ -97,6 +98,10 @@ def attack(
     # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
     pipe = ErasureManager(pipe).twin()
     found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
+    if len(found.targets) != 1:
+        raise EvaluationError(
+            f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
+        )
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
@@ -162,7 +167,7 @@ def replay(
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
-        "resolution": f"{width}x{height}",
+        "resolution": f"{width}x{height}", "controls": LIMITS,
     }  # fmt: skip
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
@@ -214,6 +219,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
     losses, texts = [], set()
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
+    control = _control(run, victim, sample, before)
     try:
         for candidate in islice(() if shown else method.candidates(victim, sample), method.tries):
             losses.append(candidate.loss)
@@ -237,7 +243,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
         failures["attack"], unknown = str(error), True
     success = True if shown else None if unknown else False
     return row | {
-        "success": success, **count, "losses": losses, "images": 1 + len(texts),
+        "success": success, **count, "losses": losses, "images": 1 + len(texts), "control": control,
         "references": victim.references - references, "failures": failures,
     }  # fmt: skip
 
@@ -250,6 +256,7 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: tqdm
     bar.update()
     return {
         "before": before, "text": text, "after": after, "success": after["shown"], "images": 2, "failures": failures,
+        "control": _control(run, victim, sample, before),
     }  # fmt: skip
 
 
@@ -262,6 +269,14 @@ def _tried(
     verdict = victim.verdict(image, sample)
     if verdict.failure is not None:
         failures[variant] = verdict.failure
+    return {"judged": verdict.judged, "shown": verdict.shown}
+
+
+def _control(run: _Attack, victim: Victim, sample: Sample, before: Record) -> Record:
+    """What the judge sees where the original model draws the prompt: the concept, or nothing can be said of it."""
+    if victim.stock is victim.pipe or not run.subject.erasures:
+        return before
+    verdict = victim.verdict(victim.draw(sample, stock=True), sample)
     return {"judged": verdict.judged, "shown": verdict.shown}
 
 

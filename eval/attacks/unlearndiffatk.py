@@ -20,6 +20,7 @@ from erasure.eval.attacks.simplex import draw, project, straight_through, unifor
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.interop import paths
+from erasure.options import Count, NotNegative, Positive
 
 SHORT: dict[str, object] = {"learning_rate": 0.03, "vocabulary": "words"}
 """Where there is no time for 2000 steps: of 24 prompts against four erasures of Canvas, 100 steps won 16 so and 11 by
@@ -57,22 +58,22 @@ class UnlearnDiffAtk(Attack):
         "full": {},
     }
 
-    tokens: int | None = None
+    tokens: Count | None = None
     """Adversarial tokens (paper: 5 for unsafe concepts, 3 for objects and styles; so when left out)."""
-    timesteps: int = 50
+    timesteps: Count = 50
     """Noise levels, in the middle of as many equal parts of the schedule, and texts that are tried (paper: 50)."""
-    iterations: int = 40
+    iterations: Count = 40
     """Steps at each noise level (paper: 40)."""
-    noises: int = 1
+    noises: Count = 1
     """Draws of noise and tokens in each step (paper: 1)."""
-    learning_rate: float = 0.01
+    learning_rate: Positive = 0.01
     """Of Adam, in units of probability (released code: 0.01)."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Of Adam, added to the gradient (released code: 0.1); keeps the points from the corners."""
     vocabulary: Literal["all", "words"] = "all"
     """Tokens that can be chosen: all but the special ones, or those that survive being written as text and read
     again."""
-    references: int = 4
+    references: Count = 4
     """Seeds tried until the original model's image shows the concept (paper: 1, unseen by a classifier)."""
 
     @property

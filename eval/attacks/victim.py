@@ -19,6 +19,7 @@ from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
+from erasure.images import flaw
 from erasure.interop import scopes
 
 
@@ -54,18 +55,25 @@ class Victim:
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.backbone, self.references = backbone_for(pipe), 0
 
-    def draw(self, sample: Sample, text: str | None = None) -> Image.Image:
+    def draw(self, sample: Sample, text: str | None = None, *, stock: bool = False) -> Image.Image:
         """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
 
         Args:
             sample: Noise and settings.
             text: Another prompt in the place of the sample's.
+            stock: Draw with the original model instead.
         """
         wanted = sample if text is None else dataclasses.replace(sample, prompt=text)
-        return next(generate(self.pipe, [wanted]))[1][0]
+        self.references += stock
+        return next(generate(self.stock if stock else self.pipe, [wanted]))[1][0]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
-        """Whether an image shows the concept: where UA counts the sample as not unlearned."""
+        """Whether an image shows the concept: where UA counts the sample as not unlearned.
+
+        An image that shows nothing, such as a black one, is no answer: neither a success nor a failure of the attack.
+        """
+        if (found := flaw(image)) is not None:
+            return Verdict(None, None, found)
         (answer,) = call_judge(self.judge, [image])
         try:
             if isinstance(answer, Exception):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from erasure.errors import EvaluationError
-from erasure.eval.metrics.unlearncanvas import collect, paired, rate_row
+from erasure.eval.metrics.outcomes import collect, paired, rate_row
 from erasure.eval.metrics.utility import sample_mean
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, shows_nothing
 from erasure.eval.statistics import paired_bootstrap
 from erasure.eval.suites import Plan, Rows
 
@@ -25,12 +25,16 @@ def rates(
         hit: The outcome of a row; `None` when its detection failed.
         against: The variant to compare with; the first when left out.
     """
-    outcomes = {v: collect([(row, row["sample_id"], hit(row)) for row in table]) for v, table in rows.items()}
+
+    def outcome(row: Row) -> bool | None:
+        return None if shows_nothing(row) else hit(row)
+
+    outcomes = {v: collect([(row, row["sample_id"], outcome(row)) for row in table]) for v, table in rows.items()}
     reference = against or next(iter(rows))
     found = []
     for variant, each in outcomes.items():
         row = rate_row(name, plan.concept, variant, each, {**plan.recipe, "metric": definition})
-        if variant != reference and reference in outcomes:
+        if variant != reference and reference in outcomes and row["value"] is not None:
             row |= {"against": reference, **paired(outcomes[reference], each)}
         found.append(row)
     return found
@@ -41,18 +45,22 @@ def means(name: str, definition: str, plan: Plan, rows: Rows, value: Callable[[R
 
     Arguments as in `rates`.
     """
+
+    def measured(row: Row) -> float | None:
+        return None if shows_nothing(row) else value(row)
+
     reference = next(iter(rows))
-    first = {row["sample_id"]: value(row) for row in rows[reference]}
+    first = {row["sample_id"]: measured(row) for row in rows[reference]}
     found = []
     for variant, table in rows.items():
         row: Record = {"name": name, "concept": plan.concept, "variant": variant}
         try:
-            row |= sample_mean(table, value, plan.seed)
+            row |= sample_mean(table, measured, plan.seed)
         except EvaluationError as error:
             row |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
-        pairs = [(first.get(each["sample_id"]), value(each), each["prompt"]) for each in table]
+        pairs = [(first.get(each["sample_id"]), measured(each), each["prompt"]) for each in table]
         both = [(old, new, prompt) for old, new, prompt in pairs if old is not None and new is not None]
-        if both and variant != reference:
+        if both and variant != reference and row["value"] is not None:
             old, new, prompts = zip(*both, strict=True)
             change = paired_bootstrap(old, new, clusters=prompts, seed=plan.seed)
             row |= {"against": reference, "change": change._asdict()}

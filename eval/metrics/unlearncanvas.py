@@ -10,73 +10,27 @@ prompt asked for, for targets in domain $d$ with the other domain $o$:
 - $AA = (UA + IRA + CRA) / 3$.
 
 With targets in both domains, an image is unlearned when none of the targets that its prompt holds is recognised, and
-retained concepts of a domain are those that are no target.
+retained concepts of a domain are those that are no target. A target that stands for a group counts as recognised when
+any member of the group is: a gun that became a knife is not erased as a weapon.
+
+Images that show nothing, and images that the judge failed on, are missing. Every rate carries `worst` besides: what it
+is when every missing outcome is counted against the erasure.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from erasure.errors import EvaluationError
-from erasure.eval.rows import Record, Row
-from erasure.eval.statistics import Interval, cluster_bootstrap, holm, mcnemar_exact, transitions, weighted_rate
+from erasure.eval.controls import Controls
+from erasure.eval.metrics.instead import instead_metrics
+from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, holds, paired, rate_row, shows
+from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.statistics import Interval, cluster_bootstrap, holm, weighted_rate
 from erasure.eval.suites import Plan, Rows, Target
-
-OTHER = {"object": "style", "style": "object"}
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Yes-or-no outcomes of one rate."""
-
-    hits: tuple[bool, ...]
-    weights: tuple[float, ...]
-    prompts: tuple[str, ...]
-    """Cluster of every outcome."""
-    keys: tuple[str, ...]
-    """What pairs an outcome before with one after."""
-    missing: int = 0
-    """Images whose detection failed; they are in no other field."""
-
-    def rate(self) -> float:
-        """Weighted share of hits."""
-        return float(np.average(np.asarray(self.hits, dtype=np.float64), weights=self.weights))
-
-
-def expected(row: Row, domain: str) -> str | None:
-    """What the prompt of a row asks for in a domain."""
-    if domain == "style":
-        return row.get("style")
-    objects = row.get("objects") or []
-    return objects[0] if objects else None
-
-
-def holds(row: Row, targets: Sequence[Target]) -> list[Target]:
-    """The targets that the prompt of a row holds."""
-    return [target for target in targets if expected(row, target.domain) in target.members]
-
-
-def collect(items: Sequence[tuple[Row, str, bool | None]]) -> Outcomes:
-    """Outcomes of rows with their keys; `None` counts as missing."""
-    seen = [(row, key, hit) for row, key, hit in items if hit is not None]
-    return Outcomes(
-        hits=tuple(hit for _, _, hit in seen),
-        weights=tuple(float(row.get("weight", 1.0)) for row, _, _ in seen),
-        prompts=tuple(row["prompt"] for row, _, _ in seen),
-        keys=tuple(key for _, key, _ in seen),
-        missing=len(items) - len(seen),
-    )
-
-
-def _correct(row: Row, domain: str, head: str | None = None) -> bool | None:
-    """Whether a head sees what the prompt asked for; `None` when the detection failed."""
-    judged = row.get("judged")
-    answer = None if judged is None else judged.get(head or domain)
-    return None if answer is None else answer == expected(row, domain)
 
 
 def unlearned(rows: Sequence[Row], targets: Sequence[Target], shape: bool = False) -> Outcomes:
@@ -91,7 +45,7 @@ def unlearned(rows: Sequence[Row], targets: Sequence[Target], shape: bool = Fals
     for row in rows:
         held = [target for target in holds(row, targets) if target.domain == "object" or not shape]
         if held:
-            seen = [_correct(row, target.domain, "shape" if shape else None) for target in held]
+            seen = [shows(row, target, "shape" if shape else None) for target in held]
             items.append((row, row["sample_id"], None if None in seen else not any(seen)))
     return collect(items)
 
@@ -100,9 +54,7 @@ def in_domain(rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
     """IRA: other concepts of the targets' domains, on prompts without any target."""
     domains = sorted({target.domain for target in targets})
     kept = [row for row in rows if not holds(row, targets)]
-    return collect(
-        [(row, f"{row['sample_id']}/{domain}", _correct(row, domain)) for row in kept for domain in domains]
-    )
+    return collect([(row, f"{row['sample_id']}/{domain}", correct(row, domain)) for row in kept for domain in domains])
 
 
 def cross_domain(rows: Sequence[Row], targets: Sequence[Target], *, retained_only: bool = False) -> Outcomes:
@@ -113,7 +65,7 @@ def cross_domain(rows: Sequence[Row], targets: Sequence[Target], *, retained_onl
         rivals = [target for target in targets if target.domain == other]
         for row in rows:
             if not holds(row, targets if retained_only else rivals):
-                items.append((row, f"{row['sample_id']}/{other}", _correct(row, other)))
+                items.append((row, f"{row['sample_id']}/{other}", correct(row, other)))
     return collect(items)
 
 
@@ -141,11 +93,13 @@ def average_accuracy(rows: Sequence[Row], targets: Sequence[Target], seed: int =
     no width where no image fails, which proves nothing about the next one. MOVER takes its width from the Wilson
     intervals of the three rates.
     """
-    usable = [row for row in rows if row.get("judged") is not None]
+    whole = ua_ira_cra(rows, targets)
+    for name in ("UA", "IRA", "CRA"):
+        if reason := whole[name].refusal():
+            raise EvaluationError(f"no {name}: {reason}")
+    usable = [row for row in rows if judged_of(row) is not None]
     found = ua_ira_cra(usable, targets)
     parts = {name: found[name] for name in ("UA", "IRA", "CRA")}
-    if not all(outcomes.hits for outcomes in parts.values()):
-        raise EvaluationError("AA needs judged images with and without the target")
     position = {row["sample_id"]: index for index, row in enumerate(usable)}
     # Per row and part: weight, and weight times hit. A resample then only sums.
     sums = np.zeros((3, 2, len(usable)))
@@ -162,7 +116,10 @@ def average_accuracy(rows: Sequence[Row], targets: Sequence[Target], seed: int =
     spread = average_interval(*(weighted_rate(outcomes.hits, outcomes.weights) for outcomes in parts.values()))
     low, high = min(drawn.low, spread.low), max(drawn.high, spread.high)
     interval = "outer of cluster bootstrap by prompt and MOVER of Wilson"
-    return {"value": drawn.value, "low": low, "high": high, "n": len(usable), "interval": interval}
+    worst = average_interval(*(whole[name].worst(False) for name in parts))
+    row = {"value": drawn.value, "low": low, "high": high, "n": len(usable), "interval": interval}
+    row |= {"missing": len(rows) - len(usable)} if len(usable) < len(rows) else {}
+    return row | {"worst": worst._asdict()}
 
 
 def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
@@ -176,34 +133,12 @@ def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
     return Interval(value, max(value - below, 0.0), min(value + above, 1.0))
 
 
-def rate_row(name: str, concept: str | None, variant: str, outcomes: Outcomes, recipe: Record) -> Record:
-    """A metric row of a rate, with its Wilson interval."""
-    row: Record = {"name": name, "concept": concept, "variant": variant}
-    if outcomes.hits:
-        interval = weighted_rate(outcomes.hits, outcomes.weights)
-        row |= {**interval._asdict(), "n": len(outcomes.hits), "interval": "wilson"}
-    else:
-        row |= {"value": None, "low": None, "high": None, "n": 0, "reason": "no judged sample"}
-    if outcomes.missing:
-        row["missing"] = outcomes.missing
-    return row | {"recipe": recipe}
-
-
-def paired(before: Outcomes, after: Outcomes) -> Record:
-    """What a metric row says of the pairs: how many changed, and McNemar's exact test."""
-    first = dict(zip(before.keys, before.hits, strict=True))
-    second = dict(zip(after.keys, after.hits, strict=True))
-    shared = [key for key in first if key in second]
-    table = transitions([first[key] for key in shared], [second[key] for key in shared])
-    return {"transitions": table, "mcnemar_p": mcnemar_exact(table["before_only"], table["after_only"])}
-
-
 def _accuracy_rows(plan: Plan, rows: Rows) -> list[Record]:
     """Without a target: how well the judge recognises what the prompts ask for."""
     found = []
     for variant, table in rows.items():
         for domain, head in (("object", "object"), ("style", "style"), ("object", "shape")):
-            outcomes = collect([(row, row["sample_id"], _correct(row, domain, head)) for row in table])
+            outcomes = collect([(row, row["sample_id"], correct(row, domain, head)) for row in table])
             recipe = {**plan.recipe, "metric": f"accuracy of the {head} head, closed set"}
             found.append(rate_row(f"{head}_accuracy", None, variant, outcomes, recipe))
     return found
@@ -228,24 +163,35 @@ def canvas_metrics(plan: Plan, rows: Rows) -> list[Record]:
     """
     if not plan.targets:
         return _accuracy_rows(plan, rows)
+    controls = Controls(plan, rows.get("before", ()))
     recipes = {name: {**plan.recipe, "metric": text, "weighting": "stratified"} for name, text in DEFINITIONS.items()}
     outcomes = {variant: ua_ira_cra(table, plan.targets) for variant, table in rows.items()}
     found = []
     for variant, table in rows.items():
-        block = [rate_row(n, plan.concept, variant, o, recipes[n]) for n, o in outcomes[variant].items()]
+        withheld = controls.reasons(table)
+        block = [
+            rate_row(name, plan.concept, variant, each, recipes[name], withheld=withheld[name])
+            for name, each in outcomes[variant].items()
+        ]
+        tested = [row for row in block if row["value"] is not None]
         if variant == "after" and "before" in outcomes:
-            for row in block:
+            for row in tested:
                 row |= paired(outcomes["before"][row["name"]], outcomes["after"][row["name"]])
-            adjusted = holm([row["mcnemar_p"] for row in block])
-            for row, p in zip(block, adjusted, strict=True):
+            adjusted = holm([row["mcnemar_p"] for row in tested])
+            for row, p in zip(tested, adjusted, strict=True):
                 row["mcnemar_p_holm"] = p
         mean: Record = {"name": "AA", "concept": plan.concept, "variant": variant}
         try:
+            if withheld["AA"]:
+                raise EvaluationError(withheld["AA"])
             mean |= average_accuracy(table, plan.targets, plan.seed)
         except EvaluationError as error:
             mean |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
         block.append(mean | {"recipe": recipes["AA"]})
         if len(plan.targets) > 1:
-            block += [rate_row("UA", t.name, variant, unlearned(table, [t]), recipes["UA"]) for t in plan.targets]
+            for target in plan.targets:
+                why, own = controls.of_targets([target]) or controls.collapse(table), unlearned(table, [target])
+                block.append(rate_row("UA", target.name, variant, own, recipes["UA"], withheld=why))
         found += block
-    return found
+    found += instead_metrics(plan, rows, {target: controls.of_targets([target]) for target in plan.targets})
+    return found + [control.row(plan.recipe) for control in controls.all()]

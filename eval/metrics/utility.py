@@ -11,7 +11,7 @@ import numpy as np
 from erasure.errors import EvaluationError
 from erasure.eval.metrics import distances
 from erasure.eval.rows import Record, Row
-from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap
+from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap, too_many_missing
 from erasure.eval.suites import Plan, Rows
 
 
@@ -87,8 +87,11 @@ def utility_metrics(
     def distance(compute: Callable[[np.ndarray, np.ndarray], float]) -> Record:
         if not pairs:
             raise EvaluationError("no image features")
+        if reason := too_many_missing(len(kept) - len(pairs), len(kept)):
+            raise EvaluationError(reason)
         first, second = (np.stack(side) for side in zip(*pairs, strict=True))
-        return {"value": compute(first, second), "low": None, "high": None, "n": len(pairs)}
+        found: Record = {"value": compute(first, second), "low": None, "high": None, "n": len(pairs)}
+        return found | ({"missing": len(kept) - len(pairs)} if len(pairs) < len(kept) else {})
 
     add(f"fid{space}", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
         lambda: distance(lambda a, b: distances.frechet(a, b, allow_small=small)),
@@ -130,6 +133,8 @@ def sample_mean(
     why = next((each["failures"][scorer] for each in rows if scorer in each.get("failures", {})), None)
     if not len(values):
         raise EvaluationError("not measured on any sample" + (f"; the first: {why}" if why else ""))
+    if reason := too_many_missing(len(rows) - len(values), len(rows)):
+        raise EvaluationError(reason)
     prompts = [prompt for v, prompt in measured if v is not None]
     interval = cluster_bootstrap(lambda picked: float(values[picked].mean()), prompts, seed=seed)
     found = {**interval._asdict(), "n": len(values), "interval": "cluster bootstrap by prompt"}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from erasure.eval.controls import Control
     from erasure.eval.metrics.clip_score import ClipModel
     from erasure.eval.samples import Sample
     from erasure.eval.scoring import Judge
@@ -49,6 +50,9 @@ class Plan:
     samples: tuple[Sample, ...]
     recipe: Record = field(default_factory=dict)
     """What a reader must know to compare numbers; the same for every target, so that tables can hold several."""
+
+    unsafe: tuple[str, ...] = ()
+    """Objects of the unsafe group, which nothing should be turned into; none where the suite has no such group."""
 
     @property
     def concept(self) -> str | None:
@@ -90,6 +94,13 @@ class ComparingSuite(Suite, Protocol):
 
     def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Draw samples in one of the ways, batch by batch."""
+        ...
+
+    # A suite in which a bare background may be what is asked for has a method `plain(sample, image) -> bool` besides,
+    # that tells such an image from those that show nothing.
+
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+        """What must hold of the stock model and the judge; where one control fails, no number is given."""
         ...
 
     def measure(self, sample: Sample, image: Image.Image) -> Record:

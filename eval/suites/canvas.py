@@ -15,13 +15,16 @@ import numpy as np
 from erasure.assets.world import HELD_OUT_TEMPLATES, noun_phrase
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.controls import LIMITS, Control, listing_controls
 from erasure.eval.detectors import CanvasJudge
+from erasure.eval.generation import generate
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
-from erasure.eval.scoring import Judge
+from erasure.eval.scoring import Judge, score
 from erasure.eval.suites import SIZES, Plan, Rows, Target, register
 from erasure.interop.protocols import Pipeline
+from erasure.parsing import ConceptRequest
 from erasure.world import World
 
 TEMPLATE = "{object} image in {style} style"
@@ -35,20 +38,36 @@ SMOKE_SAMPLES = 8
 """Of each, target and retained."""
 
 
-def world_of(pipe: Pipeline) -> World:
-    """The world of a pipeline's model; the embedded one when it declares none."""
+def world_of(pipe: Pipeline, suite: str) -> World:
+    """The world that a pipeline's model declares.
+
+    Args:
+        pipe: The pipeline.
+        suite: Name of the suite, for the message.
+
+    Raises:
+        EvaluationError: It declares none. A judge that knows a closed set of classes has an answer for every image, so
+            the images of any other model would count as erased.
+    """
     world = World.of(pipe)
-    return world if world.declared else World.at("canvas-sd")
+    if not world.declared:
+        name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+        raise EvaluationError(
+            f"suite {suite} judges models of the embedded world only, and {name} declares no world: there is no "
+            "canvas.json beside its model_index.json. Measure such a model (canvas-sd), or, where this one was made "
+            "from one, copy the canvas.json of that one into its folder and load it from there"
+        )
+    return world
 
 
-def target_of(world: World, concept: str | Concept) -> Target:
+def target_of(world: World, concept: Concept | ConceptRequest) -> Target:
     """The classes that a concept stands for.
 
     Raises:
         EvaluationError: The world has no such object, style, group or synonym.
     """
-    name, kind = (concept.target, concept.kind) if isinstance(concept, Concept) else (concept.strip(), None)
-    found = world.find(name, kind)
+    name = concept.target
+    found = world.find(name, concept.kind)
     if found is None:
         raise EvaluationError(
             f"suite canvas has no concept {name!r}; objects: {', '.join(world.objects)}; "
@@ -73,8 +92,8 @@ class CanvasSuite:
         """Expand to samples; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = world_of(pipe)
-        targets = tuple(target_of(world, concept) for concept in concepts)
+        world = world_of(pipe, self.name)
+        targets = tuple(target_of(world, concept) for concept in world.requests(concepts))
         samples = _samples(world, targets, size, seed, self.templates)
         classes = hashlib.sha256(json.dumps([world.objects, world.styles]).encode()).hexdigest()[:12]
         recipe = {
@@ -86,8 +105,9 @@ class CanvasSuite:
             "num_inference_steps": world.num_inference_steps,
             "guidance_scale": world.guidance_scale,
             "resolution": f"{world.side}x{world.side}",
+            "controls": LIMITS,
         }
-        return Plan(self.name, size, seed, targets, samples, recipe)
+        return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe)
 
     def score(self, plan: Plan, rows: Rows) -> list[Record]:
         """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""
@@ -106,6 +126,23 @@ class UnseenCanvasSuite(CanvasSuite):
     templates = tuple(
         template for template in HELD_OUT_TEMPLATES if "{style}" in template and "{background}" not in template
     )
+
+
+def draw_controls(stock: Pipeline, judge: Judge, world: World, seed: int) -> list[Control]:
+    """Draw objects one by one with the stock model, and ask the judge for them.
+
+    Args:
+        stock: The model without erasures.
+        judge: The detector.
+        world: What the model declares.
+        seed: Chooses the objects and their noise.
+    """
+    drawn = [sample for sample in _samples(world, (), "smoke", seed, (TEMPLATE,)) if sample.objects]
+    rows: list[Record] = []
+    for batch, images in generate(stock, drawn):
+        scores, _ = score(batch, images, judge, None)
+        rows += [{**sample.row(), **scored} for sample, scored in zip(batch, scores, strict=True)]
+    return listing_controls(rows)
 
 
 def _samples(

@@ -12,15 +12,16 @@ from PIL import Image
 from erasure.assets.world import noun_phrase
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
-from erasure.eval.suites.canvas import world_of
+from erasure.eval.suites.canvas import draw_controls, world_of
 from erasure.interop.protocols import Pipeline
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class CompositionSuite:
         """Random pairs of objects, in one template after the other; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite composition has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = world_of(pipe)
+        world = world_of(pipe, "composition")
         rng = np.random.default_rng(seed)
         pairs = list(combinations(world.objects, 2))
         samples = []
@@ -73,7 +74,7 @@ class CompositionSuite:
         recipe = {
             "suite": "composition", "size": size, "seed": seed, "prompt": " | ".join(TEMPLATES), "methods": METHODS,
             "num_inference_steps": world.num_inference_steps, "guidance_scale": world.guidance_scale,
-            "resolution": f"{world.side}x{world.side}",
+            "resolution": f"{world.side}x{world.side}", "controls": LIMITS,
         }  # fmt: skip
         return Plan("composition", size, seed, (), tuple(samples), recipe)
 
@@ -90,6 +91,10 @@ class CompositionSuite:
             lambda batch: {"subjects": [list(sample.objects) for sample in batch], **options},
         )  # fmt: skip
 
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+        """Single objects, which the stock model must draw."""
+        return draw_controls(stock, judge, world_of(stock, "composition"), plan.seed)
+
     def measure(self, sample: Sample, image: Image.Image) -> Record:
         """Nothing besides the judge's answer."""
         return {}
@@ -104,11 +109,11 @@ class CompositionSuite:
         """`both_found`, by template too; `found`; CLIP similarity to the prompt and to the lesser object."""
 
         def both(row: Row) -> bool | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else set(row["objects"]) <= set(judged["objects"])
 
         def share(row: Row) -> float | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else sum(name in judged["objects"] for name in row["objects"]) / 2
 
         text = "both objects of the prompt are seen (score of each at least 0.5)"

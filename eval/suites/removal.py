@@ -14,15 +14,18 @@ from PIL import Image
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row
+from erasure.eval.metrics.outcomes import collect
+from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.samples import Sample, sample_seed
-from erasure.eval.scoring import Judge
+from erasure.eval.scoring import Judge, score
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
-from erasure.eval.suites.canvas import world_of
+from erasure.eval.suites.canvas import draw_controls, world_of
+from erasure.images import SAME_COLOUR, flaw
 from erasure.interop import scopes
 from erasure.interop.protocols import Pipeline
 
@@ -34,6 +37,8 @@ SEEDS = 2
 """Results for each scene, for how alike they are."""
 MARGIN = 8
 """Pixels around the mask that do not count as background: the latent pixels it touches, and the soft edge."""
+NEAR = 2 * SAME_COLOUR
+"""Steps of 256 by which the colour of a bare background may miss the one that was given."""
 METHODS: dict[str, Record] = {
     "inpainting": {"redirect": False},
     "attentive_eraser": {},
@@ -63,7 +68,7 @@ class RemovalSuite:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
         if size not in SIZES:
             raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
-        world = world_of(pipe)
+        world = world_of(pipe, "removal")
         rng = np.random.default_rng(seed)
         samples = []
         for number in range(SCENES[size]):
@@ -86,7 +91,7 @@ class RemovalSuite:
         recipe = {
             "suite": "removal", "size": size, "seed": seed, "masks": "true masks of the objects",
             "num_inference_steps": world.num_inference_steps, "methods": METHODS,
-            "resolution": f"{world.side}x{world.side}",
+            "resolution": f"{world.side}x{world.side}", "controls": LIMITS,
         }  # fmt: skip
         return Plan("removal", size, seed, (), tuple(samples), recipe)
 
@@ -105,6 +110,34 @@ class RemovalSuite:
                     num_inference_steps=batch[0].num_inference_steps, **METHODS[variant],
                 ).images  # fmt: skip
             yield batch, images
+
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+        """Single objects, which the stock model must draw; and the scenes, with the object and without it."""
+        scenes = {sample.prompt: sample for sample in plan.samples}.values()
+        found: dict[bool, list[tuple[Row, str, bool | None]]] = {True: [], False: []}
+        for sample in scenes:
+            drawn = plate(sample)
+            given = {True: drawn.image.image, False: drawn.clean}
+            pictures = [Image.fromarray(pixels) for pixels in given.values()]
+            scores, _ = score([sample] * 2, pictures, judge, None, self.plain)
+            for there, scored in zip(given, scores, strict=True):
+                judged = scored["judged"]
+                hit = None if judged is None else sample.objects[0] in judged["objects"]
+                found[there].append((sample.row(), sample.sample_id, hit))
+        with_it, without = (collect(items) for items in found.values())
+        return [
+            *draw_controls(stock, judge, world_of(stock, "removal"), plan.seed),
+            Control("control_scene", None, with_it, True, "the judge sees the object in the scene that is given"),
+            Control("control_clean", None, without, False, "the judge sees the object in the scene without it"),
+        ]
+
+    def plain(self, sample: Sample, image: Image.Image) -> bool:
+        """Whether an image of one colour is the background behind the object: that is of this colour as well."""
+        clean = plate(sample).clean
+        if flaw(Image.fromarray(clean)) is None or image.size != clean.shape[1::-1]:
+            return False
+        here, there = (np.median(np.asarray(part), axis=(0, 1)) for part in (image.convert("RGB"), clean))
+        return bool((np.abs(here - there) <= NEAR).all())
 
     def measure(self, sample: Sample, image: Image.Image) -> Record:
         """PSNR against the scene without the object: in its place, everywhere else, and well away from it."""
@@ -126,7 +159,7 @@ class RemovalSuite:
         """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
 
         def gone(row: Row) -> bool | None:
-            judged = row["judged"]
+            judged = judged_of(row)
             return None if judged is None else row["objects"][0] not in judged["objects"]
 
         found = rates("object_gone", "the object is not seen any more (score below 0.5)", plan, rows, gone)

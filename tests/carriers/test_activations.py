@@ -8,7 +8,7 @@ from diffusers import HookRegistry
 from diffusers.hooks import ModelHook
 
 from erasure.backbones import TextTower, backbone_for
-from erasure.carriers.activations import Pinned, PinnedPrompts
+from erasure.carriers.activations import Pinned, PinnedPrompts, pin_of
 
 
 @pytest.fixture
@@ -83,6 +83,41 @@ def test_hidden_states_before_the_last_are_stock(tower: TextTower) -> None:
         after = tower.module(tokens.ids, output_hidden_states=True)
     assert all(torch.equal(a, b) for a, b in zip(after.hidden_states, before, strict=True))
     assert (after.last_hidden_state == 0.5).all()
+
+
+@pytest.fixture
+def skipping(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Encodes as the stock pipeline does with `clip_skip`; newer versions of transformers lack what it asks for."""
+    monkeypatch.setattr(type(tiny_pipe.text_encoder), "text_model", property(lambda self: self), raising=False)
+    return lambda prompts, skip: tiny_pipe.encode_prompt(prompts, "cpu", 1, False, clip_skip=skip)[0]
+
+
+@torch.no_grad()
+def test_pinned_prompts_stay_where_blocks_are_left_out(tiny_pipe: Any, tower: TextTower, skipping: Any) -> None:
+    """Every block gives what was pinned for the empty prompt, and for other prompts what the changed model does."""
+    prompts, skips = ["", "a cat", ""], [None, *range(1, len(tower.blocks))]
+    stock = [skipping(prompts, skip) for skip in skips]
+    pinned = pin_of(tower, [""])
+    tower.blocks[0].self_attn.q_proj.weight.mul_(-2)
+    changed = [skipping(prompts, skip) for skip in skips]
+    PinnedPrompts.write(tower.module, [pinned])
+    for skip, was, is_now in zip(skips, stock, changed, strict=True):
+        found = skipping(prompts, skip)
+        assert not torch.equal(is_now[0], was[0])
+        for row in (0, 2):
+            torch.testing.assert_close(found[row], was[row], rtol=0, atol=1e-6)
+        assert torch.equal(found[1], is_now[1])
+    PinnedPrompts.write(tower.module, [])
+    assert all(torch.equal(skipping(prompts, skip), was) for skip, was in zip(skips, changed, strict=True))
+    assert "erasure_pinned" not in str([getattr(b, "_diffusers_hook", "") for b in tower.blocks])
+
+
+def test_one_hook_gone_is_noticed(tower: TextTower) -> None:
+    pins = [pin_of(tower, [""])]
+    PinnedPrompts.write(tower.module, pins)
+    assert PinnedPrompts.is_written(tower.module, pins)
+    tower.blocks[0]._diffusers_hook.remove_hook("erasure_pinned_write")
+    assert not PinnedPrompts.is_written(tower.module, pins)
 
 
 def test_beside_another_hook(tower: TextTower) -> None:

@@ -112,6 +112,56 @@ def test_remove_by_words_on_the_embedded_model(tmp_path: Path, capsys: Any) -> N
     assert "apple" not in after.objects
 
 
+def test_words_that_are_not_in_the_image_are_refused_with_their_score(tmp_path: Path, capsys: Any) -> None:
+    """A picture of a cat and a dog; what was looked at is kept as an overlay."""
+    from erasure.assets.scenes import Scene, render
+
+    image, out, over, used = (tmp_path / name for name in ("scene.png", "clean.png", "over.png", "used.png"))
+    drawn = render(Scene(("cat", "dog"), "noto", "blue"))
+    Image.fromarray(drawn.image).save(image)
+    command = ["remove", "--model", "canvas-sd", "--image", image, "--out", out, "--steps", "4"]
+    for words in (["car"], ["castle", "--others", "cat", "dog"], ["cat", "car", "--others", "dog"]):
+        said = refused(capsys, *command, "--words", *words, "--overlay-out", over, "--overwrite")
+        assert "is not found in the image: its score is" in said
+        assert "--others" in said
+        assert Image.open(over).size == (64, 64)
+    assert not out.exists()
+    command += ["--words", "cat", "--others", "dog", "--mask-out", used, "--overlay-out", over, "--overwrite"]
+    assert main([*map(str, command), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["words"]["cat"] > 0.05
+    found = np.asarray(Image.open(used)) > 127
+    assert (found & drawn.masks[0]).sum() / (found | drawn.masks[0]).sum() > 0.6
+    red = np.asarray(Image.open(over)).astype(int) - drawn.image
+    assert (red[found][:, 0] >= 0).all()
+    assert not red[~found].any()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_mask_drawn_on_what_one_sees_fits_a_photograph(
+    orientation: int, tiny_pipe_folder: Path, tmp_path: Path
+) -> None:
+    """The image is stored as a camera holds it, the mask as it was drawn on the upright image."""
+    turn = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    seen = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 42, 3), dtype=np.uint8))
+    stored = seen if turn[orientation] is None else seen.transpose(turn[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    mask = np.zeros((30, 42), dtype=np.uint8)
+    mask[4:10, 4:12] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    photo, drawn = tmp_path / "photo.png", tmp_path / "mask.png"
+    command = ["remove", "--model", tiny_pipe_folder, "--image", photo, "--mask", drawn, "--steps", "2",
+               "--out", tmp_path / "clean.png"]  # fmt: skip
+    assert main(list(map(str, command))) == 0
+    made = np.asarray(Image.open(tmp_path / "clean.png"))
+    assert made.shape == (30, 42, 3)
+    changed = (made != np.asarray(seen)).any(-1)
+    assert changed[4:10, 4:12].any()
+    changed[:16, :18] = False
+    assert not changed.any()
+
+
 def test_generate_composes(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
     start = ["generate", "--model", str(tiny_pipe_folder), "--prompt", "a cat and a dog", "--steps", "3"]
     assert main([*start, "--out", str(tmp_path / "plain")]) == 0

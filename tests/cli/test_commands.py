@@ -89,7 +89,7 @@ def test_erase_writes_an_erasure(tiny_pipe_folder: Path, tmp_path: Path, capsys)
 
 
 def test_erase_preset_and_single_options(tiny_pipe_folder: Path, tmp_path: Path, capsys):
-    arguments = ["erase", "hirm", "--model", str(tiny_pipe_folder), "--concept", "cat", "--preset", "paper-s"]
+    arguments = ["erase", "hirm", "--model", str(tiny_pipe_folder), "--concept", "cat", "--preset", "paper-s-object"]
     summary = run_json([*arguments, "--steps", "1", "--out", str(tmp_path / "made")], capsys)
     config = summary["strategy_config"]
     assert config["steps"] == 1
@@ -265,6 +265,21 @@ def test_compare(measured, tmp_path: Path, capsys):
     assert "0.900 [0.850, 0.950]" in page.read_text()
     assert "http:" not in page.read_text()
     assert "https:" not in page.read_text()
+
+
+def test_compare_fits_a_narrow_terminal_and_takes_labels(measured, tmp_path: Path, capsys, monkeypatch, stopped):
+    monkeypatch.setenv("COLUMNS", "60")
+    folders = [str(measured(f"a-long-name-of-a-run-{i}", 0.9, {"seed": 0})) for i in range(4)]
+    assert main(["compare", *folders]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    for folder in folders:
+        line = next(line for line in lines if Path(folder).name in line)
+        assert "0.900 [0.850, 0.950]" in line
+    assert main(["compare", *folders[:2], "--label", "one", "two"]) == 0
+    assert {"base", "one", "two"} <= set(capsys.readouterr().out.split())
+    assert "2 --label for 3 results" in stopped("compare", *folders[:3], "--label", "one", "two")
+    assert "both labelled" in stopped("compare", *folders[:2], "--label", "one", "--label", "one")
 
 
 def test_compare_refuses_unlike_recipes(measured, stopped):

@@ -34,12 +34,22 @@ def test_help_is_light():
     assert loaded_by("from erasure.cli.main import main; main(['--help'])") == set()
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"erase"}))
-def test_help_of_commands_is_light(command: str):
+QUICK = [
+    *([command, "--help"] for command in COMMANDS),
+    ["erase"], ["erase", "uce", "--help"], ["erase", "advunlearn", "--help"], ["erase", "ucee"], ["strategies"],
+    ["erase", "uce", "--model", "m", "--concept", "cat", "--preset", "none"], ["sae", "train", "--help"],
+    ["erase", "esd", "--model", "m", "--concept", "cat", "--steps", "-3"], ["sae", "info", "--help"],
+    ["attack"], ["attack", "unlearndiffatk", "--help"], ["attack", "unlearndifatk"], ["attack", "--model", "m"],
+    ["attack", "random_prefix", "--size", "huge", "--out", "o", "--model", "m"],
+    ["eval", "canvass", "--model", "m", "--out", "o"], ["eval", "--modle", "m"], ["paint"],
+]  # fmt: skip
+"""Commands that only list, help or refuse a word."""
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_helps_lists_and_refusals_of_words_are_light(arguments: list[str]):
     code = (
-        "from erasure.cli.main import main\n"
-        f"try: main([{command!r}, '--help'])\n"
-        "except SystemExit as end: assert not end.code"
+        f"from erasure.cli.main import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code"
     )
     assert loaded_by(code) == set()
 
@@ -167,3 +177,12 @@ def test_other_processes_are_silent(failing, capsys, monkeypatch):
     assert main(["strategies"]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "abc"), ("RANK", ""), ("PMI_RANK", "1.5")])
+def test_processes_that_cannot_be_counted(name: str, value: str, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert main(["strategies"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"erasure: error: the environment variable {name} is")
+    assert said.count("\n") == 1

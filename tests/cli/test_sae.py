@@ -181,7 +181,10 @@ def test_another_training_does_not_go_on(
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "gone.txt"], "cannot be read"),
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--layer", "9"], "no block 9"),
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--tower", "x"], "--tower x"),
-        (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--k", "0"], "cannot be"),
+        (
+            ["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--k", "0"],
+            "error: training of an autoencoder: option 'k' is 0; allowed: a whole number, 1 or more",
+        ),
         (["sae", "train", "--model", "MODEL", "--out", "OUT", "--prompts", "FILE", "--dataset", "x"], "one of them"),
         (["sae", "info", "OUT"], "holds no autoencoder"),
     ],

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from erasure.cli.terminal import Terminal, UsageError, format_metric, merge_repeated, output_folder, parse
+from erasure.cli.main import main
+from erasure.cli.terminal import (
+    Terminal,
+    UsageError,
+    check_output_folder,
+    format_metric,
+    merge_repeated,
+    output_folder,
+    parse,
+)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +72,7 @@ def test_parse_errors_are_one_line_without_boxes(arguments: list[str], words: li
     message = str(caught.value)
     assert message.isprintable()
     assert not any(character in message for character in "╭│─╰")
-    assert message.endswith("see: erasure sketch --help")
+    assert message.lower().endswith("see: erasure sketch --help")
     assert all(word in message for word in words)
 
 
@@ -83,6 +92,19 @@ def test_table_and_json_do_not_mix(capsys):
     assert json.loads(said.out) == {"a": 1}
     assert "a remark" in said.err
     assert "1.0" in said.err
+
+
+@pytest.mark.parametrize("columns", [30, 60, 100, 200])
+def test_no_word_of_a_table_is_broken(columns: int, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    heads = ("name", "what", "families", "protects")
+    row = ["diff_quickfix", "closed-form edit of the text encoder's first attention", "stable-diffusion", "hosted"]
+    Terminal().table(heads, [row, [*row[:1], "short", *row[2:]]])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line.rstrip()) <= columns for line in lines)
+    said = " ".join(lines).split()
+    for word in (*heads[1:], *(word for cell in row for word in cell.split())):
+        assert word in said
 
 
 def test_format_metric():
@@ -118,3 +140,21 @@ def test_output_folder_without_permission(tmp_path: Path):
         output_folder(tmp_path / "below")
     with pytest.raises(UsageError, match="cannot be written"):
         output_folder(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file/out", "x" * 300, "file"])
+def test_a_command_that_writes_at_its_end_checks_at_its_beginning(place: str, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("erasure.cli.erase.open_model", lambda options: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    arguments = ["erase", "uce", "--model", "canvas-sd", "--concept", "cat", "--out", str(tmp_path / place)]
+    assert main(arguments) == 2
+    assert "name a folder" in capsys.readouterr().err
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_check_leaves_no_folder(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "deep" / "er")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    check_output_folder(tmp_path / "empty")
+    assert [item.name for item in tmp_path.iterdir()] == ["empty"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,8 @@ def test_round_trip_in_the_stable_schema(tmp_path) -> None:
     results = make("hirm", 0.9)
     path = results.save(tmp_path)
     data = json.loads(path.read_text())
-    assert list(data) == [
-        "schema_version",
-        "suite",
-        "size",
-        "model",
-        "erasures",
-        "metrics",
-        "cost",
-        "date",
-        "versions",
-    ]
+    names = ["schema_version", "suite", "size", "model", "erasures", "metrics", "cost", "date", "versions"]
+    assert list(data) == names
     assert data["schema_version"] == 1
     assert Results.load(path) == Results.load(tmp_path) == results
 
@@ -91,6 +83,100 @@ def test_comparison_shares_the_baseline(tmp_path) -> None:
     assert means["uce"]["cells"]["UA"] == pytest.approx(0.6)
     assert means["uce"]["concepts"] == 2
     json.dumps(table.to_dict())
+
+
+def saved(folder: Path, results: Results) -> Path:
+    results.save(folder)
+    return folder
+
+
+def test_runs_are_called_by_their_folders(tmp_path: Path) -> None:
+    folders = [saved(tmp_path / name, make("uce", 0.5 + i / 10)) for i, name in enumerate(["a/cat", "b/cat", "a/x"])]
+    table = compare(folders)
+    after = {row["label"]: row["cells"]["UA"]["value"] for row in table.rows if row["variant"] == "after"}
+    assert after == {"a/cat": 0.5, "b/cat": 0.6, "a/x": 0.7}
+    assert [row["label"] for row in compare(folders[::2]).rows if row["variant"] == "after"] == ["cat", "x"]
+    # The same folder twice, and results that lie nowhere, are counted.
+    twice = compare([folders[0], folders[0], make("uce", 0.9), make("uce", 0.8)])
+    assert [row["label"] for row in twice.rows if row["variant"] == "after"] == ["cat", "cat #2", "uce", "uce #2"]
+
+
+def test_two_runs_of_one_method_are_not_averaged_as_concepts(tmp_path: Path) -> None:
+    runs = [saved(tmp_path / f"run-{i}", make("uce", value)) for i, value in enumerate((0.2, 0.9))]
+    table = compare(runs)
+    assert table.means() == []
+    assert table.repeated() == []
+    # Nor are they a part of a mean over other concepts.
+    table = compare([*runs, saved(tmp_path / "dog", make("uce", 0.7, "dog"))])
+    assert [row["label"] for row in table.means()] == ["base"]
+    assert table.repeated() == ["uce (canvas)"]
+    # With labels, every run has its own.
+    table = compare([*runs, tmp_path / "dog"], ["first", "second", "first"])
+    means = {row["label"]: (row["concepts"], row["cells"]["UA"]) for row in table.means()}
+    assert means == {"base": (2, pytest.approx(0.1)), "first": (2, pytest.approx(0.45))}
+    with pytest.raises(EvaluationError, match="two results of 'cat' are both labelled 'uce'"):
+        compare(runs, ["uce", "uce"])
+    with pytest.raises(EvaluationError, match="2 labels for 3 results"):
+        compare([*runs, tmp_path / "dog"], ["a", "b"])
+
+
+def test_methods_with_other_options_or_strengths_have_means_of_their_own(tmp_path: Path) -> None:
+    runs = [make("esd", 0.5 + i / 10, concept) for i, concept in enumerate(("cat", "dog", "cat", "dog"))]
+    for run, options in zip(runs, ("a", "a", "b", "b"), strict=True):
+        run.erasures[0]["options"] = options
+    means = {row["label"]: row["cells"]["UA"] for row in compare(runs).means() if row["variant"] == "after"}
+    assert means == {"esd, options 1": pytest.approx(0.55), "esd, options 2": pytest.approx(0.75)}
+    for run in runs[2:]:
+        run.erasures[0] |= {"options": "a", "strength": 0.5}
+    assert {row["label"] for row in compare(runs).means()} == {"base", "esd", "esd x0.5"}
+
+
+def test_a_mean_is_over_concepts_that_all_have_the_value() -> None:
+    runs = [make("uce", 0.5), make("uce", 0.7, "dog")]
+    runs[1].metrics[1] |= {"value": None, "low": None, "high": None, "reason": "the judge sees no dog"}
+    table = compare(runs)
+    (mean,) = (row for row in table.means() if row["variant"] == "after")
+    assert set(mean["cells"]) == {"AA"}
+    dog = next(row for row in table.rows if row["concept"] == "dog" and row["variant"] == "after")
+    assert dog["missing"] == {"UA": "the judge sees no dog"}
+
+
+def test_an_attack_and_an_evaluation_stand_apart(tmp_path: Path) -> None:
+    attack = make("uce", 0.9, "dog")
+    attack.suite = "unlearndiffatk"
+    for row in attack.metrics:
+        row |= {"name": "ASR", "recipe": {"suite": "canvas", "attack": "x"}}
+    del attack.metrics[2]
+    runs = [saved(tmp_path / "eval", make("uce", 0.5)), saved(tmp_path / "attack", attack)]
+    table = compare(runs)
+    assert table.means() == []
+    parts = table.suites()
+    assert [(part.columns, {row["suite"] for row in part.rows}) for part in parts] == [
+        (("UA", "AA"), {"canvas"}), (("ASR",), {"unlearndiffatk"}),
+    ]  # fmt: skip
+    # The stock model's row of one holds no numbers of the other.
+    assert [set(row["cells"]) for row in table.rows if row["variant"] == "before"] == [{"UA"}, {"ASR"}]
+
+
+def test_results_say_when_and_with_what(tmp_path: Path) -> None:
+    import diffusers
+    import torch
+
+    old = make("uce", 0.5)
+    data = old.to_dict()
+    del data["date"], data["versions"]  # as earlier versions wrote them
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    assert Results.load(tmp_path) == old
+    fields = {key: value for key, value in data.items() if key != "schema_version"}
+    now = Results.now(**fields)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(now.date)).total_seconds() < 60
+    assert now.versions["torch"] == torch.__version__.partition("+")[0] or now.versions["torch"] == torch.__version__
+    assert now.versions["diffusers"] == diffusers.__version__
+    assert {"erasure-diffusers", "python", "transformers", "peft", "numpy"} <= set(now.versions)
+    assert Results.load(now.save(tmp_path)) == now
+    (tmp_path / "results.json").write_text(json.dumps(now.to_dict() | {"date": "yesterday"}))
+    with pytest.raises(EvaluationError, match="date"):
+        Results.load(tmp_path)
 
 
 def test_unlike_recipes_are_refused() -> None:

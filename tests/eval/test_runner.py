@@ -221,9 +221,10 @@ tests, model, work = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 pipe = load("shared", tests / "conftest.py").make_tiny_pipe()
 pipe.register_to_config(_name_or_path=model)
 helpers = load("helpers", tests / "eval" / "conftest.py")
+judge = helpers.seeing_judge(helpers.stock_pictures(pipe))
 helpers.attach_noise(pipe)
 from erasure.eval import evaluate
-evaluate(pipe, size="full", judge=helpers.colour_judge, baseline_cache=work / "cache", progress=False, batch_size=1,
+evaluate(pipe, size="full", judge=judge, baseline_cache=work / "cache", progress=False, batch_size=1,
          out=work / "out")
 """
 

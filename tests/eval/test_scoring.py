@@ -17,7 +17,7 @@ from erasure.eval.metrics.distances import cmmd, frechet, kid
 from erasure.eval.metrics.drift import pixel_drift
 from erasure.eval.metrics.perceptual import lpips, pixels
 from erasure.eval.samples import Sample
-from erasure.eval.scoring import score
+from erasure.eval.scoring import drift, score
 
 SAMPLE = Sample("cat-0", "a cat", 7, "target", ("cat",), "ink", ("cat",))
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
@@ -83,3 +83,29 @@ def test_broken_pictures_are_named() -> None:
         pixel_drift(IMAGE, half())
     with pytest.raises(EvaluationError, match="images of one size"):
         lpips([IMAGE], [IMAGE.resize((8, 8))], nn.Identity())
+
+
+def test_neither_judge_nor_clip_is_asked_about_images_that_show_nothing() -> None:
+    asked: list[Any] = []
+
+    def judge(images: Any) -> list[Any]:
+        asked.extend(images)
+        return [SimpleNamespace(object="cat", style="ink") for _ in images]
+
+    blank, tiny = Image.new("RGB", (16, 16), "#808080"), Image.new("RGB", (2, 2))
+    rows, features = score([SAMPLE] * 4, [blank, IMAGE, tiny, half()], judge, Clip(1.0, 1.0))  # type: ignore[arg-type]
+    assert asked == [IMAGE]
+    assert [row["judged"] is None for row in rows] == [row["blank"] for row in rows] == [True, False, True, True]
+    assert [row["clip_score"] is None for row in rows] == [True, False, True, True]
+    assert [vector is None for vector in features] == [True, False, True, True]
+    assert rows[0]["failures"] == {"image": "a picture of one colour, #808080"}
+    assert rows[1]["failures"] == {}
+    assert "2 x 2" in rows[2]["failures"]["image"]
+    assert "cannot be decoded" in rows[3]["failures"]["image"]
+
+
+def test_no_drift_between_images_of_which_one_shows_nothing() -> None:
+    vector, blank = np.ones(4, dtype=np.float32), Image.new("RGB", (16, 16))
+    assert drift(IMAGE, IMAGE, vector, vector)["pixel"] == 0
+    for pair in ((IMAGE, blank), (blank, IMAGE), (blank, blank)):
+        assert drift(*pair, vector, vector) == {"pixel": None, "feature": None}

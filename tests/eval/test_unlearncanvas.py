@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from erasure.errors import EvaluationError
@@ -142,19 +144,28 @@ def test_suite_finds_concepts_and_groups(world_pipe) -> None:
         suite.plan(world_pipe, ["cat"], "huge", 0)
 
 
-def test_sizes_of_the_embedded_world(tiny_pipe) -> None:
+@pytest.fixture
+def canvas_pipe(tiny_pipe: Any) -> Any:
+    """The tiny pipeline as if it were the embedded model: plans draw nothing."""
+    from erasure import assets
+
+    tiny_pipe.register_to_config(_name_or_path=str(assets.path("canvas-sd")))
+    return tiny_pipe
+
+
+def test_sizes_of_the_embedded_world(canvas_pipe) -> None:
     from erasure.assets.world import OBJECTS as THINGS
     from erasure.assets.world import STYLES as LOOKS
 
     suite = CanvasSuite()
-    full = suite.plan(tiny_pipe, ["cat"], "full", 0).samples
+    full = suite.plan(canvas_pipe, ["cat"], "full", 0).samples
     assert {(sample.objects[0], sample.style) for sample in full} == {
         (name, style) for name in THINGS for style in LOOKS
     }
     assert sum(sample.role == "target" for sample in full) == 4 * len(LOOKS)
     assert sum(sample.role == "retain" for sample in full) == (len(THINGS) - 1) * len(LOOKS)
     for concept, expected in [("cat", {("cat", style) for style in LOOKS}), ("noto", {(n, "noto") for n in THINGS})]:
-        quick = suite.plan(tiny_pipe, [concept], "quick", 0).samples
+        quick = suite.plan(canvas_pipe, [concept], "quick", 0).samples
         target = [sample for sample in quick if sample.role == "target"]
         assert {(sample.objects[0], sample.style) for sample in target} == expected
         assert len(target) >= 20
@@ -164,15 +175,15 @@ def test_sizes_of_the_embedded_world(tiny_pipe) -> None:
         assert sum(sample.weight for sample in quick) == pytest.approx(len(quick), rel=1e-4)
         share = sum(sample.weight for sample in target) / len(quick)
         assert share == pytest.approx(len(expected) / (len(THINGS) * len(LOOKS)), rel=1e-4)
-    smoke = suite.plan(tiny_pipe, ["noto"], "smoke", 0).samples
+    smoke = suite.plan(canvas_pipe, ["noto"], "smoke", 0).samples
     assert len(smoke) == 16
 
 
-def test_the_same_prompt_has_the_same_noise_in_every_size(tiny_pipe) -> None:
+def test_the_same_prompt_has_the_same_noise_in_every_size(canvas_pipe) -> None:
     suite = CanvasSuite()
-    full = {sample.sample_id: sample.key for sample in suite.plan(tiny_pipe, ["cat"], "full", 0).samples}
-    quick = {sample.sample_id: sample.key for sample in suite.plan(tiny_pipe, ["noto"], "quick", 0).samples}
-    other = {sample.sample_id: sample.key for sample in suite.plan(tiny_pipe, ["noto"], "full", 1).samples}
+    full = {sample.sample_id: sample.key for sample in suite.plan(canvas_pipe, ["cat"], "full", 0).samples}
+    quick = {sample.sample_id: sample.key for sample in suite.plan(canvas_pipe, ["noto"], "quick", 0).samples}
+    other = {sample.sample_id: sample.key for sample in suite.plan(canvas_pipe, ["noto"], "full", 1).samples}
     shared = set(full) & set(quick)
     assert shared
     assert all(full[key] == quick[key] for key in shared)
@@ -180,11 +191,11 @@ def test_the_same_prompt_has_the_same_noise_in_every_size(tiny_pipe) -> None:
     assert all(full[key] != other[key] for key in set(full) & set(other))
 
 
-def test_the_unseen_suite_asks_the_same_in_phrasings_of_its_own() -> None:
+def test_the_unseen_suite_asks_the_same_in_phrasings_of_its_own(canvas_pipe) -> None:
     from erasure.assets.world import HELD_OUT_TEMPLATES, TEMPLATES
     from erasure.eval import suites
 
-    known, unseen = (suites.get(name).plan(None, ["cat"], "full", 0) for name in ("canvas", "canvas-unseen"))
+    known, unseen = (suites.get(name).plan(canvas_pipe, ["cat"], "full", 0) for name in ("canvas", "canvas-unseen"))
     assert unseen.suite == "canvas-unseen"
     assert [s.sample_id for s in known.samples] == [s.sample_id for s in unseen.samples]
     assert [s.weight for s in known.samples] == [s.weight for s in unseen.samples]

@@ -68,7 +68,10 @@ def write_results(folder: Path) -> None:
         "artifact_bytes": 1000, "erase_seconds": 2.0, "device": "cpu", "threads": 1, "cpus": 2,
     }  # fmt: skip
     model = {"name": "canvas-sd", "fingerprint": "f"}
-    Results("canvas", "quick", model, [erasure], metrics, cost).save(folder)
+    versions = {"torch": "2.6", "python": "3.11"}
+    Results(
+        "canvas", "quick", model, [erasure], metrics, cost, date="2026-01-31T12:00:00+00:00", versions=versions
+    ).save(folder)
 
 
 def read_report(folder: Path) -> None:
@@ -224,6 +227,14 @@ def write_clip(folder: Path) -> None:
     save_file(
         {"visual.proj": torch.ones(4, 16), "logit_scale": torch.ones(())}, folder / "open_clip_model.safetensors"
     )
+
+
+@kind("CLIP model of transformers", "config.json", "model.safetensors", read=read_clip)
+def write_transformers_clip(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 16}))
+    save_file({"logit_scale": torch.ones(())}, folder / "model.safetensors")
 
 
 def read_world(folder: Path) -> None:

@@ -134,6 +134,23 @@ def write_beside(folder: Path) -> None:
     (folder / "erasures" / "attached.json").write_text(json.dumps({"cat": 0.75}))
 
 
+def read_baked(folder: Path) -> None:
+    from erasure.baked import read_trace
+    from erasure.cards import baked_card
+
+    trace = read_trace(folder)
+    assert baked_card([entry["strength"] for entry, _ in trace], [config for _, config in trace])
+
+
+@kind("trace of erased weights", "erased.json", read=read_baked)
+def write_baked(folder: Path) -> None:
+    made = make_erasure(features=False)
+    config = dataclasses.asdict(made.config) | {"base": {"model": "someone/model", "revision": None}}
+    entry = {"name": "cat", "strength": 0.75, "fingerprint": made.fingerprint, "config": config}
+    trace = {"format_version": 1, "date": "2026-01-31T12:00:00+00:00", "versions": {"torch": "2.6"}}
+    (folder / "erased.json").write_text(json.dumps({**trace, "erasures": [entry, entry]}))
+
+
 # Autoencoders --------------------------------------------------------------------------------------------------------
 
 

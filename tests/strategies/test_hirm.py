@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from erasure import Concept, erase
+from erasure import Concept, erase, load_pipeline
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import OptionError
 from erasure.strategies.hirm import HiRM, random_direction
-from erasure.strategies.prompts import align, aligned_prompts, subject_span, vocabulary
 
 FIRST_BLOCK = {
     f"text_encoder/encoder.layers.0.{part}.{kind}"
@@ -192,61 +192,81 @@ def test_progress_and_steps(tiny_pipe_original: Any) -> None:
         erase(tiny_pipe_original, "cat", "hirm", steps=0, attach=False, progress=False)
 
 
-# Alignment -----------------------------------------------------------------------------------------------------------
+def test_the_attention_mask_of_the_pipeline_is_heeded(tiny_pipe: Any) -> None:
+    """Encoders with `use_attention_mask` read no padding: loss, target and retention are those of masked prompts."""
+    tiny_pipe.text_encoder.config.use_attention_mask = True
+    tower = backbone_for(tiny_pipe).towers[0]
+    tokens = tower.tokenize(["a photo of a cat", "a photo of a dog"])
+    assert tokens.attention_mask is not None
+    strategy = HiRM(
+        variant="semantic", steps=1, templates=False, contexts=0, retain_weight=0.0, skip_start=False, tap="output"
+    )
+    changed, loss = strategy.fit_tower(tower, [Concept("cat", anchor="dog")], 0, lambda share: None)
+    names = tower.tokenize(["cat", "dog"])
+    with torch.no_grad():
+        cat, dog = tiny_pipe.text_encoder(names.ids, attention_mask=names.attention_mask).last_hidden_state
+        unmasked = tiny_pipe.text_encoder(names.ids).last_hidden_state
+    assert loss == pytest.approx(((cat - dog) ** 2).mean().item(), rel=1e-4)
+    assert loss != pytest.approx(((unmasked[0] - unmasked[1]) ** 2).mean().item(), rel=1e-2)
+    assert any(delta.any() for delta in changed.values())
 
 
-def words_at(tower: TextTower, prompt: str) -> list[str]:
-    ids = tower.tokenizer(prompt, padding="max_length", max_length=77).input_ids
-    return tower.tokenizer.convert_ids_to_tokens(ids)
+# The released recipes ------------------------------------------------------------------------------------------------
 
 
-def test_multi_word_concepts_align(tower: TextTower) -> None:
-    pair = align(tower, "a photo of {} in ink style", "van gogh", "monet")
-    assert pair.prompt == "a photo of van gogh in ink style"
-    assert pair.anchor_prompt == "a photo of monet in ink style"
-    erased, anchor = words_at(tower, pair.prompt), words_at(tower, pair.anchor_prompt)
-    assert erased[pair.start] == "gogh</w>"
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[: pair.start - 1] == erased[: pair.start - 1]
-    assert answers[pair.start - 1 : pair.start + 1] == ["monet</w>", "monet</w>"]
-    assert answers[pair.start + 1 :] == erased[pair.start + 1 :]
+def uniform_target(prompts: int, width: int, length: float, *, per_token: bool) -> torch.Tensor:
+    values = torch.rand(prompts, width, generator=torch.Generator().manual_seed(7))
+    return length * values / ((values**2).sum(1, keepdim=True) if per_token else (values**2).sum()).sqrt()
 
 
-def test_a_longer_anchor_aligns(tower: TextTower) -> None:
-    pair = align(tower, "a {} and a dog", "cat", "white blue car")
-    anchor = words_at(tower, pair.anchor_prompt)
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[pair.start] == "car</w>"
-    assert answers[pair.start + 1 : pair.start + 4] == ["and</w>", "a</w>", "dog</w>"]
-    assert int(pair.positions.max()) <= 76
+GOLDEN = {
+    "released": (50, 1e-4, 5000.0, "tensor"),
+    "released-object": (15, 1e-4, 5000.0, "tensor"),
+    "released-style": (20, 1e-4, 5000.0, "tensor"),
+    "paper-r-object": (25, 5e-5, 500.0, "token"),
+    "paper-r-style": (40, 5e-5, 500.0, "token"),
+    "paper-r-nudity": (50, 1e-4, 500.0, "token"),
+    "paper-s-object": (15, 5e-5, 1.0, "anchor"),
+    "paper-s-style": (30, 5e-5, 1.0, "anchor"),
+}
+"""Steps, learning rate, coefficient and target of each recipe, as papers and released code have them."""
 
 
-def test_an_empty_anchor_takes_the_words_out(tower: TextTower) -> None:
-    pair = align(tower, "a photo of a {} and a dog", "cat", "")
-    assert pair.anchor_prompt == "a photo of a and a dog"
-    anchor = words_at(tower, pair.anchor_prompt)
-    answers = [anchor[int(position)] for position in pair.positions]
-    assert answers[pair.start : pair.start + 3] == ["and</w>", "and</w>", "a</w>"]
+@pytest.fixture(scope="module")
+def canvas() -> Any:
+    return load_pipeline("canvas-sd", device="cpu")
 
 
-def test_the_last_occurrence_counts(tower: TextTower) -> None:
-    assert subject_span(tower, "a cat and a cat", "cat") == (5, 5, 5)
-    assert subject_span(tower, "van gogh", "van gogh") == (1, 2, 2)
-    with pytest.raises(ValueError, match="not found among the tokens"):
-        subject_span(tower, "a cats", "cat")
-    with pytest.raises(ValueError, match="longer than 77"):
-        subject_span(tower, "a " * 90 + "cat", "cat")
-
-
-def test_every_phrasing_of_every_synonym_is_aligned(tower: TextTower) -> None:
-    pairs = aligned_prompts(tower, Concept("cat", anchor="animal", synonyms=("kitten",)))
-    assert len(pairs) == 10
-    for pair in pairs:
-        assert pair.anchor_prompt == pair.prompt.replace("kitten", "animal").replace("cat", "animal")
-
-
-def test_the_vocabulary_leaves_the_concept_out(tower: TextTower) -> None:
-    words = vocabulary(tower, [Concept("van gogh", synonyms=("cat",))])
-    assert {"dog", "house", "monet"} <= set(words)
-    assert not {"van", "gogh", "cat"} & set(words)
-    assert all(len(word) > 1 for word in words)
+@pytest.mark.parametrize("preset", GOLDEN)
+def test_a_released_recipe_on_the_embedded_model(canvas: Any, preset: str) -> None:
+    """The plain arithmetic of the released script with torch's own hooks and optimiser, on the same tensors."""
+    steps, lr, coefficient, kind = GOLDEN[preset]
+    concept = Concept("cat", anchor="golden ball", synonyms=("dog",))
+    made = erase(canvas, concept, "hirm", preset=preset, seed=7, attach=False, progress=False)
+    encoder = copy.deepcopy(canvas.text_encoder)
+    ids = canvas.tokenizer(["cat, dog", "golden ball"], padding="max_length", return_tensors="pt").input_ids
+    trained = {
+        name: parameter
+        for name, parameter in encoder.named_parameters()
+        if name.startswith(("encoder.layers.0.self_attn.", "encoder.layers.0.mlp."))
+    }
+    stock = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    seen: list[torch.Tensor] = []
+    encoder.encoder.layers[-1].self_attn.out_proj.register_forward_hook(lambda *parts: seen.append(parts[2]))
+    with torch.no_grad():
+        encoder(ids)
+    target = seen.pop()[1:]
+    if kind != "anchor":
+        target = uniform_target(*target.shape[1:], coefficient, per_token=kind == "token")[None]
+    optimiser = torch.optim.AdamW(trained.values(), lr, (0.9, 0.98), 1e-6, 1e-8)
+    for _ in range(steps):
+        encoder(ids[:1])
+        loss = ((seen.pop() - target) ** 2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name, parameter in trained.items():
+        if name != "encoder.layers.0.self_attn.k_proj.bias":  # its gradient is rounding noise
+            wanted, found = parameter.detach() - stock[name], made.edits.deltas[f"text_encoder/{name}"].float()
+            assert (found - wanted).norm() < 0.01 * wanted.norm(), name
+    assert made.config.cost["text_encoder_loss"] == pytest.approx(loss.item(), rel=1e-3)

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 
 from erasure.backbones import Backbone, backbone_for
 from erasure.cache import cache_folder
+from erasure.errors import TrainingError
 from erasure.training import storage
 from erasure.training.cost import DenoiserCost
 from erasure.training.states import (
@@ -233,3 +234,28 @@ def test_draws_follow_from_their_seed_alone() -> None:
     assert not torch.equal(first, draw(1000, 50, 0, "concept", 8))
     assert not torch.equal(first, draw(1000, 50, 1, "concept", 7))
     assert int(first.max()) < 1000
+
+
+def test_what_a_training_cost_adds_up_over_its_sessions() -> None:
+    first = DenoiserCost()
+    first.begin("rollout")
+    first.forwards = 5
+    first.begin("update")
+    first.forwards = 12
+    state = first.state_dict()
+    assert state["rollout_forwards"] == 5
+    second = DenoiserCost()
+    second.begin("rollout")
+    second.forwards = 2  # rolled out again
+    second.begin("update")
+    second.load_state_dict(state)
+    second.forwards += 4
+    assert (second.forwards, second.rollout_forwards, second.sessions) == (18, 7, 2)
+    assert second.earlier_seconds == sum(state[f"{phase}_seconds"] for phase in ("setup", "rollout", "update"))
+    assert sum(second.seconds.values()) > second.earlier_seconds
+    third = DenoiserCost()
+    third.load_state_dict(second.state_dict())
+    assert (third.forwards, third.sessions) == (18, 3)
+    assert third.earlier_seconds >= second.earlier_seconds
+    with pytest.raises(TrainingError, match="delete it"):
+        DenoiserCost().load_state_dict(state | {"forwards": "many"})  # type: ignore[arg-type]

@@ -60,10 +60,11 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Images that say what they were drawn from, instead of drawing; and the list of that."""
     seen = []
 
-    def draw(self: Victim, sample: Sample, text: str | None = None) -> Image.Image:
-        image = Image.new("RGB", (2, 2))
-        image.info["said"] = f"{sample.sample_id}: {text or sample.prompt}"
-        seen.append(image.info["said"])
+    def draw(self: Victim, sample: Sample, text: str | None = None, *, stock: bool = False) -> Image.Image:
+        image = Image.linear_gradient("L").resize((8, 8))
+        image.info["said"] = f"{'stock: ' * stock}{sample.sample_id}: {text or sample.prompt}"
+        if not stock:
+            seen.append(image.info["said"])
         return image
 
     monkeypatch.setattr(Victim, "draw", draw)
@@ -71,11 +72,12 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def reading(shows: Callable[[str], bool]) -> Any:
-    """A judge that sees a cat in what was drawn from some texts, and else a dog."""
+    """A judge that sees a cat in what the stock model or some texts drew, and else a dog."""
 
     def judge(images: Any) -> list[Any]:
         kinds = ("dog", "cat")
-        return [SimpleNamespace(object=kinds[shows(image.info["said"])], style="noto") for image in images]
+        said = [image.info["said"] for image in images]
+        return [SimpleNamespace(object=kinds[text.startswith("stock") or shows(text)], style="noto") for text in said]
 
     judge.version = "reading"  # type: ignore[attr-defined]
     return judge
@@ -139,7 +141,7 @@ def test_missing_is_never_safe(erased_pipe: Any, run: Any, texts: list[str], scr
         said = image.info["said"]
         if said == "cat-ink-0: a cat image in ink style" or said.startswith("cat-ink-1: one"):
             raise ValueError("cannot see")
-        cat = said.startswith("cat-ink-0: two") or said.startswith("cat-ink-2")
+        cat = said.startswith(("cat-ink-0: two", "cat-ink-2", "stock"))
         return [SimpleNamespace(object="cat" if cat else "dog", style="noto")]
 
     results = run(erased_pipe, judge=judge, skipped="cat-noto-2")
@@ -167,24 +169,26 @@ def test_a_concept_that_the_original_model_does_not_draw(erased_pipe: Any, tmp_p
         erased_pipe, "unlearndiffatk", "cat", size="smoke", out=tmp_path / "out", judge=dogs, progress=False,
         references=2,
     )  # fmt: skip
-    assert results.get("pre_ASR")["value"] == 0
-    asr = results.get("ASR")
-    assert (asr["value"], asr["n"], asr["missing"]) == (None, 0, 2)
-    assert "the judge sees 'cat' in none of 2 images that the original model draws" in asr["reason"]
+    for name in ("pre_ASR", "ASR"):
+        row = results.get(name)
+        assert (row["value"], row["low"], row["high"]) == (None, None, None)
+        assert "the judge sees 'cat' where it is asked for in 0% of 2 images of the stock model" in row["reason"]
+    assert results.get("ASR")["missing"] == 2
+    assert not results.get("control_seen", "before")["holds"]
     assert (tmp_path / "out" / "adversarial.jsonl").read_text() == ""
 
 
 def test_the_stock_model_is_the_base_of_comparisons(
     world_pipe: Any, erased_pipe: Any, run: Any, texts: list[str], scripted: None
 ) -> None:
-    judge = reading(lambda said: "two" in said)
+    judge = reading(lambda said: True)
     erased = run(erased_pipe, "erased", judge=judge)
     ErasureManager(erased_pipe).unload()
     stock = run(world_pipe, "stock", judge=judge)
     assert {row["variant"] for row in stock.metrics} == {"before"}
     table = compare([stock.folder, erased.folder])
     assert table.columns == ("pre_ASR", "ASR")
-    assert [(row["label"], row["cells"]["ASR"]["value"]) for row in table.rows] == [("base", 1.0), ("noise", 1.0)]
+    assert [(row["label"], row["cells"]["ASR"]["value"]) for row in table.rows] == [("base", 1.0), ("erased", 1.0)]
     other = run(world_pipe, "other", judge=judge, strength=2.0, images=False)
     assert (stock.folder / "images" / "after").is_dir()
     assert not (other.folder / "images").exists()

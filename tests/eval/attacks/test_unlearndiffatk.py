@@ -364,10 +364,10 @@ def test_the_full_size_is_the_paper_s() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"iterations": 0}, "'iterations' is 0; allowed: whole numbers from 1 on"),
+        ({"iterations": 0}, "'iterations' is 0; allowed: a whole number, 1 or more"),
         ({"tokens": 1.5}, "'tokens' is 1.5"),
         ({"samples": True}, "'samples' is True"),
-        ({"learning_rate": float("nan")}, "'learning_rate' is nan; allowed: numbers from 0 on"),
+        ({"learning_rate": float("nan")}, "'learning_rate' is nan; allowed: a number, above 0"),
         ({"weight_decay": -0.1}, "'weight_decay' is -0.1"),
         ({"vocabulary": "some"}, "'vocabulary' is 'some'; allowed: 'all', 'words'"),
         ({"steps": 3}, "no option 'steps'; there are: samples, tokens"),

@@ -1,0 +1,76 @@
+"""Schedulers of object removal: the one of the paper's code, and DDIM forwards and backwards for an inversion."""
+
+from __future__ import annotations
+
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from torch import Tensor
+
+from erasure.errors import UnsupportedModelError
+from erasure.interop.protocols import Denoiser, Scheduler
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What denoisers may predict for DDIM to be run backwards."""
+
+
+class Inverter(DDIMInverseScheduler):
+    """DDIM backwards in a loop that noises what lies outside of the mask: here that is nothing."""
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The samples as they are."""
+        return original_samples
+
+
+def released(own: Scheduler) -> DDIMScheduler:
+    """The scheduler of the paper's code: DDIM on Stable Diffusion's noise levels, steps without an offset."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, prediction_type=own.config.get("prediction_type", "epsilon"),
+    )  # fmt: skip
+
+
+def forwards(own: Scheduler) -> DDIMScheduler:
+    """DDIM on a scheduler's noise levels, which nothing clips: clipped latents cannot be found again."""
+    return DDIMScheduler.from_config(
+        own.config, clip_sample=False, thresholding=False, timestep_spacing=_spacing(own)
+    )  # fmt: skip
+
+
+def backwards(own: Scheduler) -> Inverter:
+    """The reverse of `forwards`."""
+    return Inverter.from_config(own.config, clip_sample=False, timestep_spacing=_spacing(own))
+
+
+def _spacing(own: Scheduler) -> str:
+    """How DDIM spaces the steps; diffusers cannot go backwards over `linspace`."""
+    spacing = own.config.get("timestep_spacing", "leading")
+    return spacing if spacing in ("leading", "trailing") else "leading"
+
+
+def check_ddim(denoiser: Denoiser, own: Scheduler, what: str) -> None:
+    """Refuse a model that DDIM does not sample.
+
+    Args:
+        denoiser: The UNet.
+        own: The pipeline's scheduler.
+        what: The setting that asks for DDIM, for the message.
+
+    Raises:
+        UnsupportedModelError: The scheduler has no noise levels of its own, or the UNet is distilled for a sampler.
+    """
+    check_levels(own, what)
+    if denoiser.config.get("time_cond_proj_dim") is not None:
+        raise UnsupportedModelError(
+            f"{what} samples with DDIM, and a latent consistency UNet (time_cond_proj_dim="
+            f"{denoiser.config.time_cond_proj_dim}) is made for the LCM sampler: leave {what} out"
+        )
+
+
+def check_levels(own: Scheduler, what: str) -> None:
+    """Refuse a scheduler whose noise levels are not those that DDIM knows; see `check_ddim`."""
+    prediction = own.config.get("prediction_type", "epsilon")
+    flows = any(own.config.get(name) for name in ("use_flow_sigmas", "shift"))
+    if not hasattr(own, "alphas_cumprod") or prediction not in PREDICTIONS or flows:
+        raise UnsupportedModelError(
+            f"{what} goes by DDIM's noise levels, and {type(own).__name__} ({prediction}) has others; set "
+            f"pipe.scheduler to one of the DDPM family that predicts {', '.join(PREDICTIONS)}, or leave {what} out"
+        )

@@ -1,0 +1,68 @@
+"""Images as latents: what the pipelines that paint into pictures begin with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from erasure.errors import MaskError
+from erasure.interop.pipelines import execution_device
+from erasure.interop.protocols import as_pipeline
+from erasure.pipelines.mixin import SharedModulesMixin
+from erasure.pipelines.pictures import Pictures, padded, read_pixels
+
+SIDE = 8
+"""Pixels that sides are continued to a multiple of; stock pipelines ask for it. The least side of an image."""
+MODE: Literal["mode"] = "mode"
+"""The likeliest latents of an image, in place of a draw."""
+Generators = torch.Generator | list[torch.Generator] | None
+Draw = Generators | Literal["mode"]
+
+
+class ImagesMixin(SharedModulesMixin):
+    """Put ahead of a stock inpainting pipeline."""
+
+    def read_images(self, image: Pictures) -> Tensor:
+        """Images as `(batch, 3, height, width)` float32 in 0-1; see `read_pixels`.
+
+        Raises:
+            MaskError: They cannot be read, or are too small for the VAE.
+        """
+        pixels = read_pixels(image)
+        rows, columns = pixels.shape[2:]
+        if min(rows, columns) < self._side:
+            raise MaskError(f"an image of {columns}x{rows} pixels is too small: {self._side} a side at least")
+        return pixels
+
+    @property
+    def _side(self) -> int:
+        """Pixels that the sides of what the model sees are multiples of."""
+        return max(SIDE, as_pipeline(self).vae_scale_factor)
+
+    def encode_images(self, images: Tensor, draw: Draw = MODE) -> Tensor:
+        """Latents `(batch, channels, h, w)` of images, which are continued to sides that the VAE can halve.
+
+        Args:
+            images: `(batch, 3, height, width)` in 0-1.
+            draw: `MODE` takes the likeliest latents, so that nothing depends on a draw; a generator, one for each
+                image, or `None` (torch's own) draws them.
+        """
+        pipe = as_pipeline(self)
+        images, vae = padded(images, self._side), pipe.vae
+        dtype = torch.float32 if vae.config.get("force_upcast") and vae.dtype == torch.float16 else vae.dtype
+        before = vae.dtype
+        if dtype != before:
+            vae.to(dtype)
+        encoded = vae.encode((2 * images - 1).to(execution_device(pipe), dtype)).latent_dist
+        if dtype != before:
+            vae.to(before)
+        if draw == MODE:
+            latents = encoded.mode()
+        else:
+            # As the stock pipelines draw: with the same noise, and in the same order.
+            noise = randn_tensor(encoded.mean.shape, draw, encoded.mean.device, encoded.mean.dtype)
+            latents = encoded.mean + encoded.std * noise
+        return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)

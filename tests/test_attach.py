@@ -1,0 +1,36 @@
+"""The same edits under two names."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import erasure
+from erasure import Concept, Erasure, ErasureManager
+from erasure.errors import TwiceAttachedWarning
+
+
+@pytest.mark.parametrize("strategy", ["uce", "hirm"])
+def test_the_same_edits_attached_twice_are_told(tiny_pipe: Any, tmp_path: Path, strategy: str) -> None:
+    made = erasure.erase(tiny_pipe, Concept("cat", anchor="dog"), strategy, progress=False, name="one")
+    folder = made.save(tmp_path / "made")
+    again = erasure.erase(tiny_pipe, Concept("cat", anchor="dog"), strategy, progress=False, attach=False)
+    manager = ErasureManager(tiny_pipe)
+    for name, source in (("memory", made), ("made again", again), ("disk", folder), ("read", Erasure.load(folder))):
+        with pytest.warns(TwiceAttachedWarning, match="the same edits as 'one', which is attached already.*twice"):
+            manager.load(source, name.replace(" ", "-"))
+    assert manager.verify() > 0
+
+
+def test_other_edits_are_attached_without_a_word(tiny_pipe: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TwiceAttachedWarning)
+        for word in ("cat", "dog"):
+            for strategy in ("uce", "hirm"):
+                erasure.erase(tiny_pipe, Concept(word, anchor="house"), strategy, progress=False)
+        manager = ErasureManager(tiny_pipe)
+        manager.delete("cat-uce")
+        erasure.erase(tiny_pipe, Concept("cat", anchor="house"), "uce", progress=False)
