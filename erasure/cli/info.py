@@ -116,12 +116,9 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         for name, edit in made.low_rank.items()
     ]
     maps: list[_Tensor] = [
-        {
-            "name": name, "form": "input map", "shape": [int(edit.outputs), edit.down.shape[1]],
-            "rank": edit.down.shape[0],
-        }
+        {"name": name, "form": "input map", "shape": [int(edit.outputs), edit.down.shape[1]], "rank": len(edit.down)}
         for name, edit in made.edits.maps.items()
-    ]  # fmt: skip
+    ]
     full: list[_Tensor] = [
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()

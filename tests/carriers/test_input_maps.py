@@ -25,7 +25,7 @@ def two_layers() -> Edits:
 
 @pytest.fixture(scope="module")
 def made(tiny_pipe_original: Any) -> Erasure:
-    return erase(tiny_pipe_original, "cat", "uce", vocabulary=8, attach=False, progress=False)
+    return erase(tiny_pipe_original, "cat", "uce", vocabulary=8, saved_as="map", attach=False, progress=False)
 
 
 @pytest.fixture(scope="module")
