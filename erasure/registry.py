@@ -248,7 +248,8 @@ def _annotation(kind: type, field: Field[object]) -> str:
         get_type_hints(probe)
     except NameError:  # an alias of the class's own module
         written = str(get_type_hints(kind, include_extras=True)[field.name]).replace("typing.", "")
-        return written.replace("Optional[", "Union[None, ")
+        inner = written.removeprefix("Optional[")
+        return written if inner == written else f"Union[{inner.removesuffix(']')}, None]"
     return str(field.type)
 
 
