@@ -162,6 +162,10 @@ class ItD(Strategy):
         if self.k > self.d_sae:
             self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "parity" if self.parity else ""
+
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
