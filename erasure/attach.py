@@ -168,6 +168,7 @@ class ErasureManager:
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
         """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
         modules = self._modules()
+        patches.refuse_deep_cache(modules.values(), "attaching and switching erasures")
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
             recover(modules)
             with scopes.without_offloading(self.pipe):

@@ -191,6 +191,8 @@ def _plain(value: object) -> object:
     """
     if isinstance(value, (tuple, list)):
         return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Integral):

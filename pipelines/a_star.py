@@ -97,8 +97,9 @@ class CompositionMixin(SharedModulesMixin):
             prompt: One prompt or several.
             subjects: The things in it, in the prompt's own words ("cat", "traffic light"); for several prompts a list
                 for each. A subject of several tokens counts as one, by the mean of their maps.
-            layout: Where each subject should be: a mask for each, as `erasure.masks.read_masks` takes them, that its
-                map is held to from the first step on.
+            layout: A mask for each subject, as `erasure.masks.read_masks` takes them, that retention compares its map
+                with from the first step on, in place of its own at the step before. Attention is drawn there, with a
+                larger `step_size` more; the things need not follow (on Canvas they stay in the order of the words).
             height: In pixels.
             width: In pixels.
             num_images_per_prompt: Images for each prompt.

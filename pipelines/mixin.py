@@ -73,7 +73,7 @@ class SharedModulesMixin:
     """Put ahead of a stock pipeline class: it shares modules with other pipelines, in other threads too.
 
     `from_pipe` leaves the precision of what is shared, and a call sees one state of the erasures from its beginning to
-    its end: a switch waits for it.
+    its end: a switch waits for it. Files name the stock class, so that every loader finds it.
     """
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -101,9 +101,19 @@ class SharedModulesMixin:
         with scopes.same_gradient_mode():
             return super().from_pipe(pipeline, **options)  # type: ignore[misc]
 
+    def to_json_string(self) -> str:
+        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
+        stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = stock
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
 
 class ErasureMixin(SharedModulesMixin):
     """Put ahead of a stock pipeline class."""
+
+    name_or_path: str
+    """Where the pipeline was loaded from, as the stock class says it."""
 
     @property
     def erasure_manager(self) -> ErasureManager:
@@ -280,10 +290,3 @@ class ErasureMixin(SharedModulesMixin):
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()
         return made
-
-    def to_json_string(self) -> str:
-        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
-        stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
-        config = json.loads(super().to_json_string())  # type: ignore[misc]
-        config["_class_name"] = stock
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"

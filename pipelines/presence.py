@@ -30,8 +30,9 @@ STEPS, NOISE = 5, 0.8
 """Steps of the schedule, and the share of them that is asked at: from much noise to little, without the extremes."""
 ROWS = 4
 """Texts and pictures that are asked about at once."""
-REST = 0.5
-"""Weight of what a part's score is above that of the rest of the picture."""
+REST, APART = 0.5, 0.1
+"""Weight of what a part's score is above that of the rest of the picture, and how far above it has to be: a word that
+the denoiser does not know fits everything alike, and a little better than no word."""
 MARGIN = 1.15
 """Size of the window around a part, times the part's."""
 GRID = 128
@@ -98,7 +99,10 @@ class PresenceMixin(ImagesMixin):
         best = int(gains.argmax())
         apart = [float(gain) for part, gain in zip(parts, gains, strict=True) if not (part & parts[best]).any()]
         gain = float(gains[best])
-        return gain + (REST * (gain - max(apart)) if apart else 0.0), parts[best]
+        if not apart:
+            return gain, parts[best]
+        above = gain - max(apart)
+        return min(gain + REST * above, above - APART), parts[best]
 
     def _errors(self, latents: Tensor, texts: Sequence[str]) -> Tensor:
         """Mean squared error of the denoiser on latents `(rows, channels, h, w)`, told a text each, `(rows,)`."""
@@ -124,7 +128,7 @@ class PresenceMixin(ImagesMixin):
                 tensors["latents"] = listener.noised(left[0]).to(tensors["latents"])
             return tensors
 
-        with hooks.hooked(cast(nn.Module, paths.uncompiled(pipe.unet)), listener, _LISTEN):
+        with hooks.hooked(paths.uncompiled(pipe.unet), listener, _LISTEN):
             super().__call__(  # type: ignore[misc]
                 prompt=texts, image=latents, masked_image_latents=latents,
                 mask_image=torch.zeros(count, 1, height, width), height=height, width=width,

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
 from erasure.backbones import AttentionSite, attention_sites
@@ -284,12 +286,13 @@ class ObjectRemovalMixin(LocalizationMixin):
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-
+        """What the stock class returns: SDXL's has no safety checker, and its output no flags."""
         pipe = as_pipeline(self)
         images = pipe.image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
+        if isinstance(self, StableDiffusionXLInpaintPipeline):
+            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
         if not return_dict:
             return images, flags
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)

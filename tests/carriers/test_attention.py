@@ -377,3 +377,19 @@ def test_what_cannot_be_controlled_is_refused() -> None:
         call(unet, batch=3)
     with pytest.raises(UnsupportedModelError, match="Linear"):
         attention_sites(torch.nn.Linear(1, 1))
+
+
+def test_on_a_grid_that_a_mask_covers_the_freest_tokens_stay(tiny_pipe: Any) -> None:
+    """A mask that touches every token of a coarse grid: attention goes to those that it covers least."""
+    site = AttentionSite("attn1", torch.nn.Identity(), "self", 4)
+    mask = torch.ones(2, 16, 16, dtype=torch.bool)
+    mask[0, :3, :4] = False  # three quarters of the first token, and a quarter of the second
+    mask[0, 0, 4:8] = False
+    mask[1, 0, 0] = False
+    grid = to_grid(mask, (16, 16), site)
+    assert (~grid).nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
+    everything = torch.ones(1, 16, 16, dtype=torch.bool)
+    assert to_grid(everything, (16, 16), site).all()
+    ragged = torch.ones(1, 7, 5, dtype=torch.bool)
+    ragged[0, 6, 4] = False
+    assert (~to_grid(ragged, (7, 5), site)).nonzero().tolist() == [[0, 1, 1]]

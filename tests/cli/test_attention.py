@@ -150,8 +150,9 @@ def test_a_mask_drawn_on_what_one_sees_fits_a_photograph(
     mask = np.zeros((30, 42), dtype=np.uint8)
     mask[4:10, 4:12] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    command = ["remove", "--model", tiny_pipe_folder, "--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png",
-               "--steps", "2", "--out", tmp_path / "clean.png"]  # fmt: skip
+    photo, drawn = tmp_path / "photo.png", tmp_path / "mask.png"
+    command = ["remove", "--model", tiny_pipe_folder, "--image", photo, "--mask", drawn, "--steps", "2",
+               "--out", tmp_path / "clean.png"]  # fmt: skip
     assert main(list(map(str, command))) == 0
     made = np.asarray(Image.open(tmp_path / "clean.png"))
     assert made.shape == (30, 42, 3)

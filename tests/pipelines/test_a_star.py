@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from erasure.backbones import TextTower, text_towers
-from erasure.errors import DivergenceError, OptionError
+from erasure.errors import DivergenceError, MaskError, OptionError
 from erasure.pipelines import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines import attention_losses as losses
-from erasure.pipelines.a_star import composition_sites, subject_weights
+from erasure.pipelines.a_star import Guide, composition_sites, subject_weights
 
 SUBJECTS = ["cat", "dog"]
 PROMPT = "a cat and a dog"
@@ -129,7 +130,7 @@ def test_subjects_that_are_not_there_are_refused(pipe: Any, towers: Any) -> None
         subject_weights(towers, ["a photo " * 60 + "cat"], ["cat"])
     with pytest.raises(OptionError, match="2 prompts need"):
         run(pipe, [PROMPT] * 2, [["cat"]])
-    with pytest.raises(OptionError, match="loss is one of"):
+    with pytest.raises(OptionError, match="option 'loss' is 'none'"):
         run(pipe, loss="none")
 
 
@@ -229,11 +230,73 @@ def test_one_negative_prompt_serves_all_prompts(stock: Any, pipe: Any) -> None:
     assert not torch.equal(run(pipe, prompts, subjects, generator=seeds(), guidance_scale=3.0), one)
 
 
-def test_a_layout_holds_subjects_from_the_first_step_on(pipe: Any) -> None:
-    left, right = torch.zeros(32, 32), torch.zeros(32, 32)
-    left[:, :16], right[:, 16:] = 1, 1
-    one, other = run(pipe, layout=[left, right]), run(pipe, layout=[right, left])
-    assert not torch.equal(one, other)
+def test_a_layout_draws_the_attention_of_subjects_to_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the embedded model, with the same noise: how much of each map is in the left half at the last step.
+
+    The things themselves stay where the order of the words puts them there, so nothing is claimed of them.
+    """
+    import erasure
+
+    model = erasure.load_pipeline("canvas-sd", device="cpu")
+    pipe = StableDiffusionAStarPipeline.from_pipe(model)
+    pipe.set_progress_bar_config(disable=True)
+    read, shares = Guide._maps, []
+
+    def watch(guide: Guide, z: Tensor, forward: Any) -> Tensor:
+        maps = read(guide, z, forward)
+        found = maps.detach()
+        shares.append(found[..., : found.shape[-1] // 2].sum((2, 3)) / found.sum((2, 3)))
+        return maps
+
+    monkeypatch.setattr(Guide, "_maps", watch)
+    left, right = np.zeros((64, 64), dtype=bool), np.zeros((64, 64), dtype=bool)
+    left[:, :32], right[:, 32:] = True, True
+
+    def last(layout: Any) -> Tensor:
+        shares.clear()
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        pipe(
+            [PROMPT] * 3, subjects=SUBJECTS, layout=layout, generator=generators, num_inference_steps=6,
+            height=64, width=64, step_size=300.0, output_type="latent",
+        )  # fmt: skip
+        return shares[-1]
+
+    as_said, swapped = last([left, right]), last([right, left])
+    assert (as_said[:, 0] - swapped[:, 0] > 0.05).all()
+    assert (swapped[:, 1] - as_said[:, 1] > 0.05).all()
+
+
+def test_a_layout_that_means_nothing_is_refused(pipe: Any) -> None:
+    left, empty = torch.zeros(32, 32), torch.zeros(32, 32)
+    left[:, :16] = 1
+    for layout, said in (([left], "1 masks for 2 subjects"), ([left, empty], "mask 1 of the layout covers nothing")):
+        with pytest.raises(MaskError, match=said):
+            run(pipe, layout=layout)
+
+
+def test_prompts_and_subjects_are_texts_or_lists(pipe: Any) -> None:
+    one = run(pipe, PROMPT, "cat")
+    assert torch.equal(run(pipe, [PROMPT], ["cat"]), one)
+    assert torch.equal(run(pipe, (PROMPT,), [["cat"]]), one)
+    for prompt in ([], [None], 7, [PROMPT, 7]):
+        with pytest.raises(OptionError, match="prompt"):
+            run(pipe, prompt)
+    for negative in (["a house"] * 3, [], 7, [None]):
+        with pytest.raises(OptionError, match="negative_prompt"):
+            run(pipe, [PROMPT] * 2, negative_prompt=negative)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_size": float("nan")}, {"step_size": -1.0}, {"step_size": True}, {"grid": 0}, {"grid": 1.5},
+        {"threshold": 2.0}, {"retention_until": -0.1}, {"refine": {0.0: 7.0}}, {"refinements": -1}, {"rivals": "all"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_without_meaning_are_refused(tiny_pipe: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        run(StableDiffusionAStarPipeline.from_pipe(tiny_pipe), **options)
 
 
 def test_neither_the_callers_latents_nor_the_pipeline_is_changed(stock: Any, pipe: Any, draw: Any) -> None:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
 
 import erasure
 from erasure.errors import ArtifactError, AttachError, UnsupportedModelError
@@ -172,3 +175,50 @@ def test_the_commands_for_attention_take_sdxl(tiny_xl_original: Any, tmp_path: P
     assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
     with pytest.raises(UnsupportedModelError, match="text-to-image"):
         erasure.load_pipeline(model)
+
+
+@pytest.mark.parametrize("task", ["object-removal", "composition"])
+def test_sdxl_comes_as_our_class_by_every_way_and_is_written_as_the_stock_one(
+    tiny_xl_original: Any, tmp_path: Path, task: Any
+) -> None:
+    """`from_pretrained`, `from_pipe`, `load_pipeline`, and again from what it wrote."""
+    import erasure
+    from erasure.pipelines import StableDiffusionXLAStarPipeline, StableDiffusionXLObjectRemovalPipeline
+
+    ours: Any = {
+        "object-removal": StableDiffusionXLObjectRemovalPipeline,
+        "composition": StableDiffusionXLAStarPipeline,
+    }
+    kind = ours[task]
+    tiny_xl_original.save_pretrained(tmp_path / "stock")
+    made = [
+        kind.from_pretrained(tmp_path / "stock"),
+        kind.from_pipe(tiny_xl_original),
+        erasure.load_pipeline(tmp_path / "stock", task=task, device="cpu"),
+    ]
+    made[0].save_pretrained(tmp_path / "again")
+    made.append(erasure.load_pipeline(tmp_path / "again", task=task, device="cpu"))
+    made.append(kind.from_pretrained(tmp_path / "again"))
+    assert [type(pipe) for pipe in made] == [kind] * 5
+    stock = {"object-removal": "StableDiffusionXLInpaintPipeline", "composition": "StableDiffusionXLPipeline"}[task]
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "again")).__name__ == stock
+
+
+def test_removal_returns_what_the_stock_class_returns(tiny_pipe_original: Any, tiny_xl_original: Any) -> None:
+    from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+    from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+
+    from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
+
+    image, mask = Image.new("RGB", (32, 32), "white"), np.zeros((32, 32), dtype=bool)
+    for base, kind, output, count in (
+        (tiny_pipe_original, StableDiffusionObjectRemovalPipeline, StableDiffusionPipelineOutput, 2),
+        (tiny_xl_original, StableDiffusionXLObjectRemovalPipeline, StableDiffusionXLPipelineOutput, 1),
+    ):
+        pipe: Any = kind.from_pipe(base)
+        pipe.set_progress_bar_config(disable=True)
+        for covered in (mask, np.arange(1024).reshape(32, 32) % 32 < 8):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                assert type(pipe(image, covered, num_inference_steps=2)) is output
+                assert len(pipe(image, covered, num_inference_steps=2, return_dict=False)) == count

@@ -229,7 +229,7 @@ def test_erasures_stay_in_force_and_come_off_around_deep_cache(tiny_pipe: Any, d
     cache.enable()
     assert torch.equal(draw(tiny_pipe), erased)
     assert manager.verify() > 0
-    for change in (manager.unload, manager.disable):
+    for change in (manager.unload, manager.disable, manager.twin):
         with pytest.raises(UnsupportedModelError, match="DeepCache is enabled"):
             change()
     cache.disable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from erasure.backbones import text_towers
-from erasure.errors import AttachError, BypassedErasureWarning, MaskError, OptionError
+from erasure.errors import AttachError, BypassedErasureWarning, MaskError, OptionError, UnsupportedModelError
 from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
+from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.localization import describe
 from erasure.pipelines.removal import PRESETS
 
@@ -201,10 +203,107 @@ def test_the_papers_schedule(pipe: Any) -> None:
     assert settings.suppression_share * len(seen) == 10
 
 
+@pytest.mark.parametrize(
+    ("preset", "blur", "factors"),
+    [
+        # inference/SIP.py with AAS/data.py (13); the notebook's line for 1.5; main.py. FreeU: s1, s2, b1, b2.
+        ("official-sd21", 13, (0.9, 0.2, 1.4, 1.6)),
+        ("official-sd15", 13, (0.9, 0.2, 1.5, 1.6)),
+        ("official-sdxl", 77, None),
+    ],
+)
+def test_every_number_of_the_official_presets_is_that_of_the_papers_code(
+    preset: str, blur: int, factors: tuple[float, ...] | None
+) -> None:
+    """Anonym0u3/AttentiveEraser at 0b7881d; its counter of suppressed steps runs from 0 to 9 of the 40 executed."""
+    wanted = {
+        "num_inference_steps": 50, "strength": 0.8, "removal_guidance_scale": 9.0, "redirect": True,
+        "suppression_scale": 0.3, "suppression_share": 10 / 40, "log_weight": None, "layers": "decoder",
+        "mask_blur": blur, "sampler": "blended", "blend_radius": 0.0, "shared_trunk": None,
+        "released_scheduler": True, "sample_latents": True, "free_u": factors,
+    }  # fmt: skip
+    assert dataclasses.asdict(PRESETS[preset]) == wanted
+    assert PRESETS[preset].executed == 40
+
+
+def test_the_default_preset_differs_from_the_papers_code_where_it_says_so() -> None:
+    changed = {"mask_blur": 13, "blend_radius": 0.0, "released_scheduler": True, "sample_latents": True,
+               "free_u": (0.9, 0.2, 1.4, 1.6)}  # fmt: skip
+    assert dataclasses.replace(PRESETS["default"], **changed) == PRESETS["official-sd21"]
+
+
+def test_latents_are_drawn_as_the_stock_pipeline_draws_them(tiny_pipe: Any) -> None:
+    """Without redirection it is the stock inpainting pipeline, whose generator draws latents ahead of the noise."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    pipe, stock = (
+        kind.from_pipe(tiny_pipe) for kind in (StableDiffusionObjectRemovalPipeline, StableDiffusionInpaintPipeline)
+    )
+    for each in (pipe, stock):
+        each.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 5, "strength": 0.8, "output_type": "pt"}
+    plain = {"redirect": False, "blend_radius": 0.0, "mask_blur": 0}
+    made = run(pipe, sample_latents=True, **plain, **settings)
+    wanted = stock(
+        "", picture(), square(), guidance_scale=1.0, generator=torch.Generator().manual_seed(0), height=32, width=32,
+        **settings,
+    ).images  # fmt: skip
+    assert (made - wanted).abs().max() < 1e-5
+    assert (run(pipe, **plain, **settings) - made).abs().max() > 1e-4
+
+
+def test_free_u_is_that_of_the_papers_code(tiny_pipe: Any) -> None:
+    """Layers by the width of their features, in plain arithmetic; diffusers goes by blocks."""
+    unet = tiny_pipe.unet
+    factors = FreeU(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    given: list[Tensor] = []
+    for block in unet.up_blocks:
+        for layer in block.resnets:
+            layer.register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
+    call = (torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 9, torch.zeros(1, 7, 32))
+    plain = unet(*call).sample
+    before = list(given)
+    given.clear()
+    with free_u(unet, factors):
+        assert (unet(*call).sample - plain).abs().max() > 1e-3
+    assert torch.equal(unet(*call).sample, plain)
+
+    def filtered(skip: Tensor, scale: float) -> Tensor:
+        frequencies = torch.fft.fftshift(torch.fft.fft2(skip), dim=(-2, -1))
+        middle = skip.shape[-1] // 2
+        frequencies[..., middle - 1 : middle + 1, middle - 1 : middle + 1] *= scale
+        return torch.fft.ifft2(torch.fft.ifftshift(frequencies, dim=(-2, -1))).real
+
+    # The first layer has all of what it was given: 64 features, the widest, and 64 of the skip connection.
+    own, skip = before[0][:, :64], before[0][:, 64:]
+    wanted = torch.cat([1.4 * own[:, :32], own[:, 32:], filtered(skip, 0.9)], 1)
+    assert (given[0] - wanted).abs().max() < 1e-4
+    tiny_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    with pytest.raises(UnsupportedModelError, match="FreeU is on already"):
+        run(StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe), preset="official-sd21")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strength": float("nan")}, {"strength": 1.5}, {"strength": True}, {"num_inference_steps": 0},
+        {"num_inference_steps": 2.5}, {"removal_guidance_scale": -1.0}, {"suppression_share": 2.0},
+        {"mask_blur": -7}, {"mask_blur": 8}, {"blend_radius": float("inf")}, {"redirect": 1}, {"log_weight": "0"},
+        {"sampler": "none"}, {"free_u": (1.0, 1.0)}, {"preset": 3}, {"output_type": "latent"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_without_meaning_are_refused(tiny_pipe: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        run(StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe), **options)
+
+
 def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = pipe.localize(picture(), "cat", num_inference_steps=4, threshold=0.2, power=0)
     assert found.masks.shape == found.scores.shape == (1, 1, 32, 32)
     assert found.masks.any()
+    # The scores of random weights mean nothing.
+    found = found._replace(presence=torch.ones(1, 1))
     monkeypatch.setattr(pipe, "localize", lambda *_, **__: found)
     settings = {"num_inference_steps": 4, "output_type": "pt"}
     by_words = pipe(picture(), words="cat", generator=torch.Generator().manual_seed(0), **settings).images
@@ -213,8 +312,13 @@ def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -
     many = pipe.localize([picture(), picture(seed=1)], ["cat", "the dog"], others=["apple"], num_inference_steps=4)
     assert many.masks.shape == (2, 3, 32, 32)
     assert (many.masks.sum(1) <= 1).all()
+    one = pipe.localize(picture(), "cat", others="dog", num_inference_steps=4)
+    assert one.names == ("cat", "dog")
+    assert one.presence.shape == (1, 1)
     with pytest.raises(MaskError, match="names nothing"):
         pipe.localize(picture(), "the ")
+    with pytest.raises(MaskError, match=r"'cat' is not found in the image: its score is -0\.50, wanted: 0\.06"):
+        found._replace(presence=torch.tensor([[-0.5]])).of_words()
 
 
 def test_the_name_of_a_learned_token_begins_behind_its_article(tiny_pipe: Any, teach: Any) -> None:
@@ -319,6 +423,42 @@ def test_negative_prompts_are_texts_or_lists(pipe: Any, sampler: str) -> None:
     each = drawn(negative_prompt=["a cat", "a dog"])
     assert torch.equal(each[:2], one[:2])
     assert not torch.equal(each[2:], one[2:])
+
+
+def test_prompts_are_texts_or_lists_of_the_images_number(pipe: Any) -> None:
+    images = [picture(seed=0), picture(seed=1)]
+
+    def drawn(**options: Any) -> Tensor:
+        return run(pipe, images, generator=[torch.Generator().manual_seed(i) for i in range(2)], **options)
+
+    one = drawn(prompt="a cat")
+    assert torch.equal(drawn(prompt=["a cat", "a cat"]), one)
+    each = drawn(prompt=("a cat", "a dog"))
+    assert (each[0] - one[0]).abs().max() < 1e-6
+    assert (each[1] - one[1]).abs().max() > 1e-6
+    for name in ("prompt", "negative_prompt"):
+        for given in (["a cat"], ["a cat"] * 3, 7, ["a cat", None], []):
+            with pytest.raises(OptionError, match=f"{name} "):
+                drawn(**{name: given})
+
+
+def test_a_negative_prompt_that_does_nothing_is_said(tiny_pipe: Any) -> None:
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    with pytest.warns(UserWarning, match="negative_prompt= does nothing"):
+        run(pipe, negative_prompt="a cat")
+
+
+def test_a_mask_that_leaves_next_to_nothing_still_redirects_or_is_refused(tiny_pipe: Any) -> None:
+    """Once it is grown it covers every latent pixel; a frame of one latent pixel is left."""
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
+    nearly = np.zeros((32, 32), dtype=bool)
+    nearly[2:30, 2:30] = True
+    made = run(pipe, mask=nearly)
+    assert torch.isfinite(made).all()
+    assert (made - run(pipe, mask=nearly, redirect=False)).abs().max() > 1e-3
+    nearly[1:31, 1:31] = True
+    with pytest.raises(MaskError, match="leaves less than 2 pixels"):
+        run(pipe, mask=nearly)
 
 
 def warned(call: Any) -> list[str]:
