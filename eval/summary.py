@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from erasure.eval.results import Results
-from erasure.eval.rows import Record, is_figure
+from erasure.eval.rows import Record, is_control, is_figure
 from erasure.eval.suites import SIZES
 
 VARIANTS = {"before": " before", "after": ""}
