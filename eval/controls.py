@@ -65,7 +65,7 @@ class Control:
             "the judge cannot tell here what an erasure does"
         )
 
-    def row(self, recipe: Record) -> Record:
+    def row(self, recipe: Row) -> Record:
         """The control as a metric row of the stock model, with its share and whether it holds."""
         limit = {"at_least": SEEN} if self.positive else {"at_most": UNASKED}
         about = {**recipe, "metric": f"share of the stock model's images: {self.what}", **limit}

@@ -83,8 +83,10 @@ def score(
         `erasure.images.flaw`) and `failures` (reason by scorer; that of `image` says why it shows nothing); and its
         features.
     """
-    flaws = [flaw(image) for image in images]
-    flaws = [found and (None if plain(*pair) else found) for found, *pair in zip(flaws, samples, images, strict=True)]
+    flaws = [
+        None if found is None or plain(sample, image) else found
+        for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
+    ]
     shown = [index for index, found in enumerate(flaws) if found is None]
     features: list[np.ndarray | None] = [None] * len(images)
     cosines: list[float | None] = [None] * len(images)

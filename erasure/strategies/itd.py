@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from erasure.sae.gates import (
     with_mined,
 )
 from erasure.sae.mining import mine
-from erasure.sae.released import released
+from erasure.sae.released import PHRASINGS, Statistic, released_edit
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
 from erasure.sae.standin import columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
@@ -39,6 +39,13 @@ from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompt
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
+
+
+RELEASED: Mapping[str, object] = {
+    "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
+    "gate_statistic": "mean",
+}  # fmt: skip
+"""What the released code does alike for people, styles and nudity."""
 
 
 class Choice(NamedTuple):
@@ -73,11 +80,13 @@ class ItD(Strategy):
     Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
     hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
 
-    The paper's released code (preset `released`) instead puts in the whole reconstruction, so that what the
-    autoencoder cannot say is lost in every prompt that is touched; takes the features by a difference of top-K sets;
-    and sets one threshold, on the prompts that it is tested on, at 0.99 of their least change, with another statistic
-    for celebrities (the greatest token) than the gate then compares (the mean). Its results depend on what else is in
-    the batch, because it pads to the longest prompt; here every prompt is padded as the pipeline pads.
+    The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
+    in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
+    of the least change of the prompts that it is tested on. Presets `released` (people), `released-style` and
+    `released-nudity` do so, with `prompts` for a file of what must survive. For people the threshold is set by the
+    greatest token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every
+    prompt. Two things differ: the code pads to the longest prompt of a batch, so that its results depend on what else
+    is in it, here every prompt is padded as the pipeline pads; and its negative prompts pass no gate.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -86,7 +95,11 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    presets: ClassVar[Presets] = {"released": {"parity": "itd", "tau": -8.0}}
+    presets: ClassVar[Presets] = {
+        "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
+        "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
+        "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
+    }
 
     dictionary: PathText = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
@@ -141,6 +154,12 @@ class ItD(Strategy):
     """`itd` edits and gates as the paper's released code does."""
     top: Count = 128
     """With `parity`: latents of a prompt that count as active (released code: 128, for styles 256)."""
+    phrasings: Literal["concept", "celebrity", "style", "names"] = "concept"
+    """Prompts that name a concept: those of its kind, the released code's for people or styles, or its bare names."""
+    gate_tau: Factor = -8.0
+    """With `parity`: factor of the latents where the gate's threshold is set (released code: -6 for styles)."""
+    gate_statistic: Statistic = "mean"
+    """With `parity`: what the threshold is set by (`erasure.sae.released`); the gate compares the mean."""
     d_sae: Count = 1024
     """Latents of a dictionary that is trained first."""
     k: Count = 8
@@ -169,15 +188,12 @@ class ItD(Strategy):
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
         if self.parity:
-            own = [self.target_prompts(tower, concept, generator) for concept in concepts]
-            return Fit(
-                Edits(
-                    features={
-                        key: released(tower, layer, sae, corpus, own, concepts, top=self.top, tau=self.push(False))
-                    }
-                ),
-                log,
-            )
+            edit = released_edit(
+                tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
+                names=[name for concept in concepts for name in concept.names], top=self.top, tau=self.push(False),
+                gate_tau=self.gate_tau, statistic=self.gate_statistic,
+            )  # fmt: skip
+            return Fit(Edits(features={key: edit}), log)
         activity = strongest(sae, corpus)
         choices = []
         for index, concept in enumerate(concepts):
@@ -250,7 +266,8 @@ class ItD(Strategy):
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
         """Phrasings of a concept, and random prompts that name it among other words."""
-        prompts = [template.format(words) for words in concept.names for template in concept.phrasings()]
+        templates = PHRASINGS.get(self.phrasings, concept.phrasings())
+        prompts = [template.format(words) for words in concept.names for template in templates]
         known = vocabulary(tower, [concept])
         return prompts + [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
 
