@@ -197,6 +197,18 @@ def test_a_file_of_stable_diffusions_size_is_below_a_megabyte() -> None:
         assert error(whole, weight @ up.double() @ down.double(), features) <= 1.001e-3
 
 
+def test_a_lora_is_written_while_it_is_small(monkeypatch: pytest.MonkeyPatch, tiny_pipe_original: Any) -> None:
+    """Other programs read that; one map for all layers is what stays small at Stable Diffusion's size."""
+    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    assert made.edits.low_rank
+    assert not made.edits.maps
+    size = sum(edit.down.nbytes + edit.up.nbytes for edit in made.edits.low_rank.values())
+    monkeypatch.setattr("erasure.strategies.uce.LARGEST_LORA", size // 2 - 1)
+    two = erase(tiny_pipe_original, ["cat", "dog"], "uce", vocabulary=0, attach=False, progress=False)
+    assert two.edits.maps
+    assert not two.edits.low_rank
+
+
 def test_rounding_an_edit_spares_what_is_preserved() -> None:
     """Rounded value by value to float16, the same factors miss several times as much."""
     generator = torch.Generator().manual_seed(0)
