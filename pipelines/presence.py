@@ -128,7 +128,7 @@ class PresenceMixin(ImagesMixin):
                 tensors["latents"] = listener.noised(left[0]).to(tensors["latents"])
             return tensors
 
-        with hooks.hooked(cast(nn.Module, paths.uncompiled(pipe.unet)), listener, _LISTEN):
+        with hooks.hooked(paths.uncompiled(pipe.unet), listener, _LISTEN):
             super().__call__(  # type: ignore[misc]
                 prompt=texts, image=latents, masked_image_latents=latents,
                 mask_image=torch.zeros(count, 1, height, width), height=height, width=width,

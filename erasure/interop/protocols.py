@@ -105,6 +105,9 @@ class Prediction(Protocol):
 class Latents(Protocol):
     """The distribution of an image's latents."""
 
+    mean: Tensor
+    std: Tensor
+
     def mode(self) -> Tensor:
         """The likeliest."""
 
