@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
+from erasure import files
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
@@ -29,6 +30,7 @@ from erasure.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from erasure.files.recognise import MODEL_FILE
 from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
 from erasure.strategies import Strategy, get
@@ -103,6 +105,9 @@ def erase(
     if attach:
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
+    for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
+        for tower in backbone.towers:
+            tower.check_words(words)
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
     backbone = backbone_for(base_pipe)
@@ -168,6 +173,7 @@ def load_pipeline(
     """
     from erasure.pipelines import base_of, pipeline_class
 
+    _check_is_model(model)
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
         config = DiffusionPipeline.load_config(base_of(source))
@@ -186,6 +192,7 @@ def load_text_encoders(
     """
     from erasure.pipelines import base_of
 
+    _check_is_model(model)
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
         source = base_of(source)
@@ -194,6 +201,13 @@ def load_text_encoders(
         left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]
         pipe = DiffusionPipeline.from_pretrained(source, dtype=settings[0], **dict.fromkeys(left_out))
     return pipe.to(settings[1])
+
+
+def _check_is_model(model: str | Path) -> None:
+    """Refuse what is here and no model, before diffusers looks for it on the Hub."""
+    here = os.path.isfile(model) or (os.path.isdir(model) and not os.path.isfile(Path(model) / MODEL_FILE))
+    if here and (said := files.advice(model)) is not None:
+        raise ArtifactError(f"{files.shown(str(model), 200)} is no model of diffusers, but {said}")
 
 
 def _source(model: str | Path) -> str:

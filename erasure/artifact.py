@@ -172,15 +172,15 @@ class Erasure:
         """
         folder = Path(folder)
         if not os.path.isdir(folder):
-            found = "a file: give the folder that holds it" if os.path.isfile(folder) else "no folder: check the path"
-            raise ArtifactError(f"{folder} is no erasure but {found}")
+            raise ArtifactError(f"{folder} is no erasure but {files.advice(folder) or 'no folder: check the path'}")
         return files.steady(folder, FILES, lambda paths: cls._read(folder, paths))
 
     @classmethod
     def _read(cls, folder: Path, paths: Mapping[str, Path]) -> Erasure:
         if CONFIG_FILE not in paths:
             present = ", ".join(files.shown(name)[1:-1] for name in _listed(folder)[:6]) or "nothing"
-            raise ArtifactError(f"{folder} is no erasure: {CONFIG_FILE} is missing (found: {present})")
+            said = f"; it is {advice}" if (advice := files.advice(folder)) else ""
+            raise ArtifactError(f"{folder} is no erasure: {CONFIG_FILE} is missing (found: {present}){said}")
         path = paths[CONFIG_FILE]
         data: JsonValue = files.read_json(path, JsonValue, CONFIG_LIMIT)
         config = ErasureConfig.from_dict(data, str(path))

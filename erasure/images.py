@@ -111,7 +111,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def on_white(image: Image.Image, where: str) -> Image.Image:
     """A picture in RGBA on a white ground, in RGB. Warns where that can be seen: colours behind it are not shown."""
-    if np.asarray(image.getchannel("A")).min() < 255:
+    if image.getchannel("A").getextrema() != (255, 255):
         warnings.warn(f"{where} is transparent in places: they are taken as white", stacklevel=3)
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from erasure.artifact import Erasure
 from erasure.carriers import beside, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
-from erasure.carriers.edits import LowRank
+from erasure.carriers.edits import Edit
 from erasure.carriers.features import EditedFeatures
 from erasure.carriers.features import Terms as FeatureTerms
 from erasure.carriers.weights import Terms, WritePlan, Written
@@ -154,7 +154,9 @@ class ComponentState:
     def _beside(self, module: nn.Module) -> dict[str, beside.Terms]:
         terms = self.terms(module, run_beside=True)
         return {
-            path.removesuffix(".weight"): [(strength, edit) for strength, edit in pairs if isinstance(edit, LowRank)]
+            path.removesuffix(".weight"): [
+                (strength, edit) for strength, edit in pairs if not isinstance(edit, Tensor)
+            ]
             for path, pairs in terms.items()
         }
 
@@ -211,10 +213,10 @@ class ComponentState:
         return compared
 
 
-def _has_like(module: nn.Module, path: str, edit: object) -> bool:
+def _has_like(module: nn.Module, path: str, edit: Edit) -> bool:
     """Whether a ControlNet has a layer of the denoiser, of the same shape."""
     try:
         shape = tuple(paths.parameter(module, path).shape)
     except AttributeError:
         return False
-    return shape == ((edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape))  # type: ignore[attr-defined]
+    return shape == weights.shape_of(edit)

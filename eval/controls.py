@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, expected, holds, rate_row, shows
 from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.statistics import MISSING_LIMIT
 from erasure.eval.suites import Plan, Target
 
 SEEN = 0.75
@@ -27,6 +28,11 @@ COLLAPSED = 0.25
 """Share of an erased model's images of retained prompts on which the judge must see the object that is asked for, for
 UA to count. A model that draws noise, or one picture for all prompts, is right in 0.04 of them, one in 24; the most
 destructive methods measured on canvas-sd are right in 0.7."""
+
+LIMITS: Record = {
+    "seen_at_least": SEEN, "unasked_at_most": UNASKED, "collapsed_below": COLLAPSED, "missing_at_most": MISSING_LIMIT,
+}  # fmt: skip
+"""What recipes say of the controls."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Control:
             "the judge cannot tell here what an erasure does"
         )
 
-    def row(self, recipe: Record) -> Record:
+    def row(self, recipe: Row) -> Record:
         """The control as a metric row of the stock model, with its share and whether it holds."""
         limit = {"at_least": SEEN} if self.positive else {"at_most": UNASKED}
         about = {**recipe, "metric": f"share of the stock model's images: {self.what}", **limit}

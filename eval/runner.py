@@ -262,7 +262,8 @@ class _Evaluation(Run):
         self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
     ) -> None:
         """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
-        scores, features = score(batch, images, self.subject.judge, self.clip)
+        plain = getattr(self.kit, "plain", lambda sample, image: False)
+        scores, features = score(batch, images, self.subject.judge, self.clip, plain)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant, sample, image)

@@ -66,16 +66,27 @@ def judgement(answer: Answer, sample: Sample) -> Record:
 
 
 def score(
-    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None
-) -> tuple[list[Record], list[np.ndarray | None]]:
+    samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
+    plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False,
+) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
+
+    Args:
+        samples: What was asked for.
+        images: What was drawn.
+        judge: The detector.
+        clip: For scores and features, if there is one.
+        plain: Whether an image shows what was asked for although it is of one colour: a bare background.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
         `erasure.images.flaw`) and `failures` (reason by scorer; that of `image` says why it shows nothing); and its
         features.
     """
-    flaws = [flaw(image) for image in images]
+    flaws = [
+        None if found is None or plain(sample, image) else found
+        for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
+    ]
     shown = [index for index, found in enumerate(flaws) if found is None]
     features: list[np.ndarray | None] = [None] * len(images)
     cosines: list[float | None] = [None] * len(images)

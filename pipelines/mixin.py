@@ -112,6 +112,9 @@ class SharedModulesMixin:
 class ErasureMixin(SharedModulesMixin):
     """Put ahead of a stock pipeline class."""
 
+    name_or_path: str
+    """Where the pipeline was loaded from, as the stock class says it."""
+
     @property
     def erasure_manager(self) -> ErasureManager:
         """The manager behind the methods below."""

@@ -286,7 +286,7 @@ def test_a_very_large_erasure_does_not_fill_the_card_or_the_terminal(
 
 def evaluation() -> dict[str, Any]:
     """`results.json` and the rows of a sample, with every field that there is."""
-    results = example(ResultsFile)
+    results = example(ResultsFile) | {"date": "2026-01-01T00:00:00+00:00"}
     after = results["metrics"][0] | {"name": "UA", "variant": "after"}
     results["metrics"] = [after | {"variant": "before"}, after, after | {"name": "drift", "value": None}]
     del results["metrics"][1]["mcnemar_p"]  # or the change is not shown

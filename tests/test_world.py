@@ -193,8 +193,7 @@ def test_learned_tokens_are_words(canvas: Any, teach: Any) -> None:
 
 def tensors(made: Erasure) -> dict[str, torch.Tensor]:
     """Every tensor of an erasure by name."""
-    low = {f"{name}.{part}": getattr(edit, part) for name, edit in made.low_rank.items() for part in ("up", "down")}
-    return {**low, **made.deltas}
+    return {**made.edits.lora_state_dict(), **made.edits.delta_state_dict()}
 
 
 def same(first: Erasure, second: Erasure) -> bool:

@@ -110,7 +110,7 @@ class TextTower:
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
 
-        Warns when it is named like a learned token that is not loaded.
+        Warns when a part of it is unknown, or when it is named like a learned token that is not loaded.
         """
         ids = self.word_ids(words)
         unknown = self.tokenizer.unk_token_id
@@ -123,6 +123,13 @@ class TextTower:
             raise ConceptError(
                 f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(self.tokenizer)} tokens), so no "
                 f"prompt can name it and there is nothing to erase (tokens: {letters})"
+            )
+        if unknown is not None and unknown in ids:
+            warnings.warn(
+                f"part of {words!r} is unknown to {self.component}'s tokeniser, which reads {letters}: other words "
+                "with the same tokens mean the same to it",
+                UnknownTokenWarning,
+                stacklevel=2,
             )
         for placeholder in PLACEHOLDER.findall(words):
             spelling = self.word_ids(placeholder)

@@ -1,6 +1,7 @@
 """Low-rank edits that run beside layers whose weights cannot be written, because they are quantised.
 
-`y = W x + sum_i strength_i * up_i (down_i x)`. The sum is a hook on the layer itself, not a PEFT adapter: what a user
+`y = W x + sum_i strength_i * up_i (down_i x)`, where an input map `m` counts as `W (x + strength * up_m (down_m x))`.
+This is a hook on the layer itself, not a PEFT adapter: what a user
 does with adapters (loading, scaling per call, switching off, unloading) does not reach it.
 """
 
@@ -12,31 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasure.carriers.edits import LowRank
+from erasure.carriers.edits import InputMap, LowRank
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import SurroundingHook
 
 _HOOK = "erasure_beside"
-Terms = list[tuple[float, LowRank]]
+Terms = list[tuple[float, LowRank | InputMap]]
 """(strength, edit) pairs of one layer."""
 
 
 class _Beside(SurroundingHook):
-    """On a linear layer: adds what the edits make of its input."""
+    """On a linear layer: maps its input, and adds what the edits make of it."""
 
-    def __init__(self, terms: Sequence[tuple[float, LowRank]]) -> None:
+    def __init__(self, terms: Terms) -> None:
         super().__init__()
         self.terms = tuple(terms)
-        # One product of ranks for all terms together.
-        self.down = torch.cat([edit.down.float() for _, edit in terms])
-        self.up = torch.cat([strength * edit.up.float() for strength, edit in terms], 1)
+        self.mapped = _Product([(s, edit) for s, edit in terms if isinstance(edit, InputMap)])
+        self.added = _Product([(s, edit) for s, edit in terms if isinstance(edit, LowRank)])
 
     def around(self, forward: Callable[..., Tensor], x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Run the layer and add to its output."""
-        output = forward(x, *args, **kwargs)
+        """Run the layer on the mapped input and add to its output."""
+        output = forward(x if self.mapped.is_nothing else x + self.mapped(x), *args, **kwargs)
+        return output if self.added.is_nothing else output + self.added(x).to(output.dtype)
+
+
+class _Product:
+    """`sum_i strength_i * up_i (down_i x)`, one product of ranks for all terms together."""
+
+    def __init__(self, terms: Sequence[tuple[float, LowRank | InputMap]]) -> None:
+        self.is_nothing = not terms
+        if terms:
+            self.down = torch.cat([edit.down.float() for _, edit in terms])
+            self.up = torch.cat([strength * edit.up.float() for strength, edit in terms], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
         if self.down.device != x.device or self.down.dtype != x.dtype:
             self.down, self.up = self.down.to(x.device, x.dtype), self.up.to(x.device, x.dtype)
-        return output + F.linear(F.linear(x, self.down), self.up).to(output.dtype)
+        return F.linear(F.linear(x, self.down), self.up)
 
 
 def write(component: nn.Module, terms: Mapping[str, Terms]) -> None:

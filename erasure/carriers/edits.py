@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,6 +42,24 @@ class LowRank(NamedTuple):
     """`(out_features, rank)`."""
 
 
+class InputMap(NamedTuple):
+    """The edit `delta = W @ up @ down` of one linear layer whose base weight is `W`: what the layer reads is mapped.
+
+    Layers that read the same input share the factors, which are kept once.
+    """
+
+    down: Tensor
+    """`(rank, in_features)`."""
+    up: Tensor
+    """`(in_features, rank)`."""
+    outputs: Tensor
+    """`()`, whole number: `out_features` of the layer."""
+
+
+Edit = Tensor | LowRank | InputMap
+"""The edit of one parameter."""
+
+
 @dataclass
 class Edits:
     """All edits of one erasure."""
@@ -53,15 +72,17 @@ class Edits:
     """By text encoder component: prompts whose encoding stays as it is."""
     features: dict[str, BlockEdit] = field(default_factory=dict)
     """By `component/block.path`: autoencoder latents to change at that block's output."""
+    maps: dict[str, InputMap] = field(default_factory=dict)
+    """By `component/module.path`; edits that module's `weight`."""
 
     def __len__(self) -> int:
         """Number of edited parameters and blocks."""
-        return len(self.low_rank) + len(self.deltas) + len(self.features)
+        return len(self.low_rank) + len(self.deltas) + len(self.features) + len(self.maps)
 
     @property
     def parameters(self) -> list[str]:
         """Keys of every edited parameter, `component/module.path.parameter`."""
-        return [*(f"{key}.weight" for key in self.low_rank), *self.deltas]
+        return [*(f"{key}.weight" for key in (*self.low_rank, *self.maps)), *self.deltas]
 
     @property
     def components(self) -> list[str]:
@@ -73,11 +94,12 @@ class Edits:
         """What it does that the weights of a model cannot hold, if anything."""
         return "pins prompts" if self.pinned else "edits features" if self.features else None
 
-    def of(self, component: str) -> dict[str, Tensor | LowRank]:
+    def of(self, component: str) -> dict[str, Edit]:
         """The edits of one component by parameter path without the component's name."""
         prefix = component + "/"
-        edits: dict[str, Tensor | LowRank] = {
-            key.removeprefix(prefix) + ".weight": edit for key, edit in self.low_rank.items() if key.startswith(prefix)
+        layers: dict[str, LowRank | InputMap] = {**self.low_rank, **self.maps}
+        edits: dict[str, Edit] = {
+            key.removeprefix(prefix) + ".weight": edit for key, edit in layers.items() if key.startswith(prefix)
         }
         edits |= {key.removeprefix(prefix): delta for key, delta in self.deltas.items() if key.startswith(prefix)}
         return edits
@@ -102,10 +124,15 @@ class Edits:
         """
         for key in (*self.parameters, *self.pinned, *self.features):
             check_key(key, text_only=key in self.pinned or key in self.features)
-        if twice := sorted({f"{key}.weight" for key in self.low_rank} & set(self.deltas)):
-            raise ArtifactError(f"{twice[0]!r} is edited twice, low-rank and full-rank: add both edits up to one")
+        every = Counter(self.parameters)
+        if twice := sorted(key for key, count in every.items() if count > 1):
+            raise ArtifactError(f"{twice[0]!r} is edited twice, in two forms: add both edits up to one")
         for key, edit in self.low_rank.items():
             _check_tensors(key, edit._asdict(), dict.fromkeys(edit._fields, FLOATS))
+        for key, mapped in self.maps.items():
+            _check_tensors(key, mapped._asdict(), {"down": FLOATS, "up": FLOATS, "outputs": (torch.int64,)})
+            if not _goes_together(mapped) or int(mapped.outputs) < 1:
+                raise ArtifactError(f"the input map of {key!r} does not fit together: make the erasure again")
         for key, delta in self.deltas.items():
             _check_tensors(key, {"delta": delta}, {"delta": FLOATS})
         for key, pin in self.pinned.items():
@@ -129,8 +156,9 @@ class Edits:
     def is_empty(self) -> bool:
         """Whether every edit is nothing, so that no image would change."""
         total = 0.0
-        for edit in self.low_rank.values():
-            down, up = edit.down.detach().double().cpu(), edit.up.detach().double().cpu()
+        pairs = [(edit.down, edit.up) for edit in self.low_rank.values()]
+        pairs += [(edit.down, edit.up) for edit in self.maps.values()]
+        for down, up in ((a.detach().double().cpu(), b.detach().double().cpu()) for a, b in pairs):
             # |up down|^2 without the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
         for delta in self.deltas.values():
@@ -173,7 +201,19 @@ class Edits:
             for key, edit in self.features.items()
             for part, tensor in edit._asdict().items()
         }
-        return {key: tensor.contiguous() for key, tensor in (*self.deltas.items(), *pins.items(), *slices.items())}
+        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict()}
+        return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+    def _map_state_dict(self) -> dict[str, Tensor]:
+        """`COMPONENT/input_map.NUMBER.down` and `.up`, and for each layer that has it `LAYER/mapped.NUMBER`."""
+        state, numbers = {}, dict[tuple[str, int, int], int]()
+        for key, (down, up, outputs) in self.maps.items():
+            component = key.split("/")[0]
+            number = numbers.setdefault((component, id(down), id(up)), len(numbers))
+            state[f"{component}/input_map.{number}.down"] = down
+            state[f"{component}/input_map.{number}.up"] = up
+            state[f"{key}/mapped.{number}"] = outputs
+        return state
 
     def lora_state_dict(self) -> dict[str, Tensor]:
         """The low-rank edits under the names of LoRA files (scale 1); see `erasure.carriers.lora_names`."""
@@ -219,7 +259,7 @@ class Edits:
             if key in low_rank:
                 raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
             low_rank[key] = LowRank(down, up)
-        kinds = ("pinned", *KINDS.values())
+        kinds = ("pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
@@ -235,7 +275,7 @@ class Edits:
                 if key in features:
                     raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
                 features[key] = form(*parts)
-        return cls(low_rank, full_rank, pinned, features)
+        return cls(low_rank, full_rank, pinned, features, _maps(deltas))
 
 
 def check_key(key: str, *, text_only: bool = False) -> None:
@@ -287,6 +327,35 @@ def _check_block(key: str, edit: BlockEdit) -> None:
         last = 1 if name in SWITCHES else 2**31 - 1
         if not 0 <= int(tensor) <= last:
             raise ArtifactError(f"the {kind} of {key!r}: {name} is {int(tensor)}, allowed: 0 to {last}")
+
+
+def _goes_together(edit: InputMap) -> bool:
+    down, up = edit.down.shape, edit.up.shape
+    return len(down) == 2 and up == down[::-1] and edit.outputs.ndim == 0
+
+
+def _maps(tensors: Mapping[str, Tensor]) -> dict[str, InputMap]:
+    """The input maps by layer.
+
+    Raises:
+        ArtifactError: A layer's map is missing, a map has no layer, its tensors do not fit, or one layer has two.
+    """
+    found: dict[str, InputMap] = {}
+    used = set()
+    for name, outputs in tensors.items():
+        key, separator, number = name.partition("/mapped.")
+        if not separator:
+            continue
+        parts = [f"{key.split('/')[0]}/input_map.{number}.{part}" for part in ("down", "up")]
+        if key in found or not all(part in tensors for part in parts):
+            raise ArtifactError(f"the input map of {shown(key)} is missing or there are two: make the erasure again")
+        found[key] = InputMap(tensors[parts[0]], tensors[parts[1]], outputs)
+        if not _goes_together(found[key]):
+            raise ArtifactError(f"the input map of {shown(key)} does not fit together: make the erasure again")
+        used |= set(parts)
+    if unused := sorted(name for name in tensors if "/input_map." in name and name not in used):
+        raise ArtifactError(f"no layer has the input map {shown(unused[0])}: the file is damaged; make it again")
+    return found
 
 
 def _acts(edit: BlockEdit) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from erasure.carriers.edits import LowRank
+from erasure.carriers.edits import Edit, InputMap, LowRank
 from erasure.errors import (
     AttachError,
     NoMatchingModuleError,
@@ -31,11 +31,26 @@ SAMPLED = 32
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def delta_of(edit: Tensor | LowRank) -> Tensor:
-    """An edit as a dense float32 tensor on the CPU."""
+def delta_of(edit: Edit, base: Tensor | None = None) -> Tensor:
+    """An edit as a dense float32 tensor on the CPU.
+
+    Args:
+        edit: The edit.
+        base: Base value of the parameter, which input maps need.
+    """
+    if isinstance(edit, InputMap):
+        assert base is not None, "an input map changes a weight by what the weight is"
+        return base.detach().float().cpu() @ edit.up.float().cpu() @ edit.down.float().cpu()
     if isinstance(edit, LowRank):
         return edit.up.float().cpu() @ edit.down.float().cpu()
     return edit.float().cpu()
+
+
+def shape_of(edit: Edit) -> tuple[int, ...]:
+    """Shape of the parameter that an edit is made for."""
+    if isinstance(edit, InputMap):
+        return (int(edit.outputs), edit.down.shape[1])
+    return (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
 
 
 def fingerprint(tensor: Tensor) -> dict[str, str]:
@@ -79,7 +94,7 @@ def sample(encoder: nn.Module, written: Written) -> Tensor:
     return torch.cat(parts)
 
 
-Terms = list[tuple[float, Tensor | LowRank]]
+Terms = list[tuple[float, Edit]]
 """(strength, edit) pairs of one parameter."""
 
 
@@ -108,7 +123,7 @@ class Written:
         value = base.detach().cpu()
         value = value if value.dtype == torch.float64 else value.float()
         for strength, edit in terms:
-            value = value + strength * delta_of(edit)
+            value = value + strength * delta_of(edit, base)
         # PEFT merges into weights; a base value that is read just now holds what is merged already.
         wrapper = _wrapper(component, path) if path in self.originals and path.endswith(".weight") else None
         try:
@@ -196,7 +211,7 @@ def check_fits(
     name: str,
     component: nn.Module,
     written: Written,
-    edits: Mapping[str, Tensor | LowRank],
+    edits: Mapping[str, Edit],
     digests: Mapping[str, Mapping[str, str]] | None,
 ) -> None:
     """Raise unless every edit fits: paths, shapes, the right base.
@@ -213,7 +228,7 @@ def check_fits(
     """
     for path, edit in edits.items():
         found = paths.parameter(component, path)
-        shape = (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
+        shape = shape_of(edit)
         if paths.is_plain(found) and tuple(found.shape) != shape:
             raise WrongBaseError(
                 f"{name}/{path} has shape {tuple(found.shape)}, the erasure expects {shape}: "
@@ -258,7 +273,8 @@ def cancelled(component: nn.Module, written: Written) -> str | None:
         adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None
         if adapter is None and len(terms) < 2:
             continue
-        deltas = [strength * delta_of(edit) for strength, edit in terms]
+        base = written.base(component, path)
+        deltas = [strength * delta_of(edit, base) for strength, edit in terms]
         whole = torch.stack(deltas).sum(0)
         # A large adapter has some share of any edit by chance; one that takes it back points the other way too.
         if adapter is not None and adapter.shape == whole.shape and _takes_back(adapter, whole, 0.5, 0.3):
@@ -334,7 +350,7 @@ def _rounded(found: Tensor, expected: Tensor, base: Tensor) -> bool:
     return near and (not edit.any() or 0.9 <= _share(own - stock, edit) <= 1.1)
 
 
-def is_beside(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowRank]) -> bool:
+def is_beside(name: str, component: nn.Module, edits: Mapping[str, Edit]) -> bool:
     """Whether edits must run beside the layers, because their weights are quantised and cannot be written.
 
     Raises:
@@ -351,7 +367,7 @@ def is_beside(name: str, component: nn.Module, edits: Mapping[str, Tensor | LowR
                 f"{name} has no {path!r}: the erasure was made for another architecture"
             ) from None
         if not paths.is_plain(found):
-            if not isinstance(edit, LowRank):
+            if isinstance(edit, Tensor):
                 raise UnsupportedModelError(
                     f"{name}/{path} is quantised ({type(found).__name__}, {found.dtype}) and a full-rank edit cannot "
                     "be written into it: attach the erasure to the unquantised model, save that and quantise it"

@@ -125,8 +125,8 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
         concept = World.at(options.model).concept(options.concept, options.kind)
     elif options.prompts is None and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
-    out = output_folder(options.out, may_hold=True)
     judge = None if options.judge is None else load_judge(options.judge)
+    out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from erasure.cli.described import list_of, options_of
+from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import ModelOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
 from erasure.concept import Kind
 from erasure.options import Options
+from erasure.parsing import ConceptRequest
 from erasure.registry import Facts
 from erasure.strategies import STRATEGIES
 from erasure.world import World
@@ -37,13 +39,18 @@ The options of each: erasure erase STRATEGY --help"""
 class EraseOptions(ModelOptions):
     """What to erase, from which model, and where to write the result."""
 
-    concept: tuple[str, ...]
-    """What to erase: one or several words or names."""
+    concept: tuple[str, ...] = ()
+    """What to erase, as NAME, NAME:KIND, NAME>ANCHOR or NAME:KIND>ANCHOR, for instance "Van Gogh:style>painting".
+    Several with ";" between them, or one behind the other; in double quotes every character is part of a name."""
+    concepts: Path | None = None
+    """File of what to erase: CSV with columns concept, kind, anchor, retain and synonyms, JSON with those keys, or a
+    text with one concept on each line."""
     kind: Kind | None = None
-    """What the concepts are. Left out, a Canvas model says it, and other models take them for objects."""
+    """What those concepts are that do not say it. Left out, a Canvas model says it, and other models take them for
+    objects."""
     anchor: str | None = None
-    """What prompts with the concept should mean instead ("" for nothing). Left out, a Canvas model suggests it, and
-    with other models the words are taken out of the prompt."""
+    """What prompts should mean instead ("" for nothing) of those concepts that do not say it. Left out, a Canvas model
+    suggests it, and with other models the words are taken out of the prompt."""
     retain: tuple[str, ...] = ()
     """Concepts that must survive."""
     synonyms: tuple[str, ...] = ()
@@ -72,12 +79,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
     options, settings, training = _parse(STRATEGIES.facts(name), start, rest)
-    if len(options.concept) > 1 and options.synonyms:
-        raise UsageError("--synonyms go with one --concept: make one erasure for each concept, or leave them out")
     terminal.json_only = options.json
     concepts = World.at(options.model).concepts(
-        options.concept, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
+        wanted(options), kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
     )
+    if len(concepts) > 1 and options.synonyms:
+        raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
     changed = {
         field.name: value
         for field in fields(strategy)
@@ -115,6 +122,21 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(
             f"Draw with it: erasure generate --model {options.model} --erasure {folder} --prompt ... --out images"
         )
+
+
+def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
+    """What the options and their file say is to be erased.
+
+    Raises:
+        UsageError: Nothing is, the file cannot be read, or it is given as a concept.
+    """
+    for text in options.concept:
+        if is_list_file(text):
+            raise UsageError(f"--concept {text} is a file: --concepts {text} reads it")
+    listed = read_concepts(options.concepts) if options.concepts is not None else []
+    if not options.concept and not listed:
+        raise UsageError("nothing to erase: name it with --concept, or a file of concepts with --concepts")
+    return [*options.concept, *listed]
 
 
 def _parse(strategy: Facts, start: Options, argv: list[str]) -> tuple[EraseOptions, Options, Run | None]:

@@ -76,11 +76,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
     if not concepts and not is_comparing(suite):
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
-    out = output_folder(options.out, may_hold=True)
-    # Cheap, and refused before a model is opened.
+    # Refused before anything is made or opened.
     judge = None if options.judge is None else load_judge(options.judge)
     if options.clip not in (None, "none"):
         ClipModel(options.clip)
+    out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     found = evaluate(

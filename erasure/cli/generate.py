@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from erasure.cli.lists import PromptRow, is_list_file, read_prompts
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
@@ -20,6 +22,9 @@ from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, pro
 from erasure.world import World
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
     from erasure.interop.protocols import Settings
 
 
@@ -28,13 +33,20 @@ class GenerateOptions(ErasedModelOptions):
     """Draw images, with or without erasures."""
 
     prompt: tuple[str, ...]
-    """What to draw; several prompts give several images."""
-    seed: int = 0
-    """Seed of the noise: image number i of a prompt has the noise of seed + i, whatever is attached."""
+    """What to draw: texts, and files of them. A CSV file has a column `prompt`, and may have `negative_prompt`,
+    `seed`, `guidance`, `steps`, `height` and `width` (or the names that UCE's, ESD's and I2P's files have for them); a
+    text file has one prompt on each line; JSON (lines) are texts or objects with those keys."""
+    negative_prompt: str | None = None
+    """What the images must not show; that of a file's row when left out."""
+    seed: int | None = None
+    """Seed of the noise: image number i of a prompt has the noise of seed + i, whatever is attached and however many
+    are drawn at once. Left out, a file's row says it, and else it is 0."""
     steps: int | None = None
-    """Denoising steps; the model's own number when left out."""
+    """Denoising steps; those of a file's row, or else the model's own number when left out."""
     guidance: float | None = None
-    """Guidance scale; the model's own when left out."""
+    """Guidance scale; that of a file's row, or else the model's own when left out."""
+    batch_size: int = 4
+    """Images that are drawn at once: fewer take less memory."""
     count: int = 1
     """Images for each prompt."""
     compose: tuple[str, ...] = ()
@@ -55,43 +67,98 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if not options.prompt:
         raise UsageError("--prompt is empty: say what to draw")
-    if options.count < 1 or (options.steps is not None and options.steps < 1):
-        raise UsageError("--count and --steps are at least 1")
+    if options.count < 1 or options.batch_size < 1 or (options.steps is not None and options.steps < 1):
+        raise UsageError("--count, --batch-size and --steps are at least 1")
     check_strengths(options)
-    check_seeds(options.seed, options.count)
+    rows = prompt_rows(options)
+    for row in rows:
+        check_seeds(row.seed or 0, options.count)
+    if any(row.negative_prompt and guidance_of(row, options) <= 1 for row in rows):
+        terminal.complain("warning", "negative prompts count for nothing where the guidance scale is 1 or less")
     rank, world = process()
     out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
     erasures = load_erasures(options)
     pipe = open_model(options, task="composition" if options.compose else "text-to-image")
     manager = attach(pipe, erasures, options.strength)
 
-    import torch
-
-    from erasure.files import write_bytes
+    from erasure.files import slug, write_bytes
     from erasure.images import png
     from erasure.proof import LEAST_STRENGTH
 
-    settings = call_settings(options.model, options.steps, options.guidance)
-    if options.compose:
-        settings |= {"subjects": list(options.compose), "loss": options.compose_loss}
-    jobs = [(prompt, options.seed + index) for prompt in options.prompt for index in range(options.count)]
+    images = [replace(row, seed=(row.seed or 0) + index) for row in rows for index in range(options.count)]
+    mine = list(enumerate(images))[rank::world]
     written = []
-    with terminal.progress(len(jobs[rank::world])) as progress:
-        for index, (prompt, seed) in list(enumerate(jobs))[rank::world]:
-            progress.stage(prompt)
-            generator = torch.Generator("cpu").manual_seed(seed)
-            image = pipe(prompt, generator=generator, **settings).images[0]
-            path = out / f"{index:03d}-{slug(prompt)}-{seed}.png"
-            write_bytes(path, png(image), error=UsageError)
-            written.append({"file": str(path), "prompt": prompt, "seed": seed})
-            progress.advance()
+    with terminal.progress(len(mine)) as progress:
+        for batch in batches(mine, options.batch_size):
+            progress.stage(batch[0][1].prompt)
+            drawn = draw(pipe, [row for _, row in batch], options)
+            for (index, row), image in zip(batch, drawn, strict=True):
+                path = out / f"{index:03d}-{slug(row.prompt, 48) or 'empty'}-{row.seed}.png"
+                write_bytes(path, png(image), error=UsageError)
+                said = {name: value for name, value in asdict(row).items() if value is not None}
+                written.append({"file": str(path), **said})
+                progress.advance()
     if erasures:
         # Whoever asks for a weak erasure, or for none to compare with, gets it.
         manager.verify(least_strength=min([LEAST_STRENGTH, *manager.strengths.values()]))
     if options.json:
+        settings = call_settings(options.model, options.steps, options.guidance) | composition(options)
         terminal.result({"model": options.model, "erasures": list(options.erasure), **settings, "images": written})
     else:
-        terminal.say(f"{len(jobs)} images in {out}")
+        terminal.say(f"{len(images)} images in {out}")
+
+
+def prompt_rows(options: GenerateOptions) -> list[PromptRow]:
+    """Every prompt, those of files among them, with what the options say of all of them.
+
+    Raises:
+        UsageError: A file that is missing or cannot be read.
+    """
+    found: list[PromptRow] = []
+    for text in options.prompt:
+        found += read_prompts(text) if is_list_file(text) else [PromptRow(text)]
+    own = {name: getattr(options, name) for name in ("negative_prompt", "seed", "steps", "guidance")}
+    return [replace(row, **{name: value for name, value in own.items() if value is not None}) for row in found]
+
+
+def batches(images: Sequence[tuple[int, PromptRow]], size: int) -> Iterator[list[tuple[int, PromptRow]]]:
+    """Images in their order, those together that one call can draw."""
+    settings = attrgetter("steps", "guidance", "height", "width")
+    for _, alike in groupby(images, lambda image: settings(image[1])):
+        rest = list(alike)
+        while rest:
+            yield rest[:size]
+            rest = rest[size:]
+
+
+def draw(pipe: DiffusionPipeline, rows: Sequence[PromptRow], options: GenerateOptions) -> list[Image.Image]:
+    """The images of some rows, each from the noise of its seed; fewer at once where memory does not suffice."""
+    import torch
+
+    first = rows[0]
+    settings = call_settings(options.model, first.steps, first.guidance) | composition(options)
+    settings |= {name: value for name in ("height", "width") if (value := getattr(first, name)) is not None}
+    if any(row.negative_prompt for row in rows):
+        settings["negative_prompt"] = [row.negative_prompt or "" for row in rows]
+    generators = [torch.Generator("cpu").manual_seed(row.seed or 0) for row in rows]
+    try:
+        images: list[Image.Image] = pipe([row.prompt for row in rows], generator=generators, **settings).images
+        return images
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    half = len(rows) // 2
+    return [*draw(pipe, rows[:half], options), *draw(pipe, rows[half:], options)]
+
+
+def composition(options: GenerateOptions) -> Settings:
+    """Arguments that make a call draw all that every prompt names."""
+    return {"subjects": list(options.compose), "loss": options.compose_loss} if options.compose else {}
+
+
+def guidance_of(row: PromptRow, options: GenerateOptions) -> float:
+    """Guidance scale that a row is drawn with; that of most pipelines where nobody says it."""
+    return float(call_settings(options.model, row.steps, row.guidance).get("guidance_scale", 7.5))
 
 
 def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> Settings:
@@ -102,8 +169,3 @@ def call_settings(model: str, steps: int | None = None, guidance: float | None =
     if guidance is not None:
         settings["guidance_scale"] = guidance
     return settings
-
-
-def slug(text: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "empty"

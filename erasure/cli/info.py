@@ -115,6 +115,10 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "low-rank", "shape": [edit.up.shape[0], edit.down.shape[1]], "rank": edit.down.shape[0]}
         for name, edit in made.low_rank.items()
     ]
+    maps: list[_Tensor] = [
+        {"name": name, "form": "input map", "shape": [int(edit.outputs), edit.down.shape[1]], "rank": len(edit.down)}
+        for name, edit in made.edits.maps.items()
+    ]
     full: list[_Tensor] = [
         {"name": name, "form": "full-rank", "shape": list(delta.shape), "rank": None}
         for name, delta in made.deltas.items()
@@ -123,7 +127,7 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "features", "shape": list(edit.w_dec.shape), "rank": None}
         for name, edit in made.edits.features.items()
     ]
-    return [*low_rank, *full, *features]
+    return [*low_rank, *maps, *full, *features]
 
 
 def show(made: Erasure, terminal: Terminal) -> None:

@@ -67,8 +67,8 @@ def _number_of(names: Sequence[str], default: int) -> int:
         return int(os.environ[name])
     except ValueError:
         raise UsageError(
-            f"the environment variable {name} is {os.environ[name]!r:.80}, expected a whole number: unset it, or start "
-            "with accelerate launch"
+            f"the environment variable {name} is {os.environ[name]!r:.80}, expected a whole number: unset it, or "
+            "start with accelerate launch"
         ) from None
 
 

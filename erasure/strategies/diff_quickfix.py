@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone, TextTower
-from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.interop.taps import tapped
-from erasure.options import CountOrZero, Positive, Presets
+from erasure.options import CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.closed_form import compress, factors, outputs_added, paired_at_the_end, solve
+from erasure.strategies.closed_form import factors, low_rank, outputs_added, paired_at_the_end, solve
 from erasure.strategies.prompts import (
     AlignedPrompt,
     aligned_prompts,
@@ -60,12 +60,16 @@ class DiffQuickFix(Strategy):
     """Prompts that name the concept: those of its kind, or the four of the released code."""
     doubled_bias: bool = False
     """Whether the outputs for the anchor hold the layer's bias, so that it is added twice (released code)."""
+    tolerance: ZeroToOne = 1e-3
+    """How far the change may be from the whole to make the file smaller: relative, over the inputs that are erased,
+    take their place or are preserved. 0 keeps all, in float32."""
     vocabulary: CountOrZero = 300
     """Random prompts from the tokeniser's own words, preserved besides the retain lists; 0 for none (paper)."""
 
     presets: ClassVar[Presets] = {
-        "released": {"phrasings": "released", "doubled_bias": True, "vocabulary": 0, "regularisation": 0.01},
-    }
+        "released": {"phrasings": "released", "doubled_bias": True, "vocabulary": 0, "regularisation": 0.01,
+                     "tolerance": 0.0},
+    }  # fmt: skip
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
@@ -82,9 +86,10 @@ class DiffQuickFix(Strategy):
             if self.doubled_bias and layer.bias is not None:
                 bias = layer.bias.detach().double().cpu().expand(len(keys), -1)
                 change += outputs_added(keys, bias, preserved, self.regularisation)
-            up, down = factors(change)
-            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = compress(LowRank(down, up))
-            rank = len(down)
+            features = torch.cat([keys, anchors, preserved])
+            edit = low_rank(*factors(change), features, self.tolerance)
+            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = edit
+            rank = len(edit.down)
             progress(1.0)
         return Fit(edits, {"rank": float(rank)})
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.features import FeatureEdit
-from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
+from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
-    CHUNK,
     Gate,
     Labels,
     WordStates,
@@ -33,13 +30,22 @@ from erasure.sae.gates import (
     with_mined,
 )
 from erasure.sae.mining import mine
-from erasure.sae.selection import Evidence, evidence, no_feature, rivalry, top_sets
+from erasure.sae.released import PHRASINGS, Statistic, released_edit
+from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
+from erasure.sae.standin import columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
+
+
+RELEASED: Mapping[str, object] = {
+    "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
+    "gate_statistic": "mean",
+}  # fmt: skip
+"""What the released code does alike for people, styles and nudity."""
 
 
 class Choice(NamedTuple):
@@ -53,6 +59,8 @@ class Choice(NamedTuple):
     """`(features,)` in 0-1: how much of that some other word draws."""
     gate: Gate
     """When to."""
+    anchor: Tensor | None = None
+    """`(dim,)`: what takes the concept's place; `None` where nothing does."""
 
 
 @register("itd")
@@ -72,11 +80,13 @@ class ItD(Strategy):
     Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
     hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
 
-    The paper's released code (preset `released`) instead puts in the whole reconstruction, so that what the
-    autoencoder cannot say is lost in every prompt that is touched; takes the features by a difference of top-K sets;
-    and sets one threshold, on the prompts that it is tested on, at 0.99 of their least change, with another statistic
-    for celebrities (the greatest token) than the gate then compares (the mean). Its results depend on what else is in
-    the batch, because it pads to the longest prompt; here every prompt is padded as the pipeline pads.
+    The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
+    in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
+    of the least change of the prompts that it is tested on. Presets `released` (people), `released-style` and
+    `released-nudity` do so, with `prompts` for a file of what must survive. For people the threshold is set by the
+    greatest token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every
+    prompt. Two things differ: the code pads to the longest prompt of a batch, so that its results depend on what else
+    is in it, here every prompt is padded as the pipeline pads; and its negative prompts pass no gate.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -85,7 +95,11 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    presets: ClassVar[Presets] = {"released": {"parity": "itd", "tau": -8.0}}
+    presets: ClassVar[Presets] = {
+        "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
+        "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
+        "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
+    }
 
     dictionary: PathText = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
@@ -100,9 +114,14 @@ class ItD(Strategy):
     """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
     wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
-    tau: Factor = -10.0
+    tau: Factor | None = None
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
-    (released code: -8, for all)."""
+    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what lies
+    the other way is something else entirely then (the opposite of a cat is a gun)."""
+    anchored: NotNegative = 2.0
+    """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
+    they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
+    world, where the model declares one. Not for `replace` and `parity`."""
     shared: Factor = 0.5
     """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
     what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
@@ -135,6 +154,12 @@ class ItD(Strategy):
     """`itd` edits and gates as the paper's released code does."""
     top: Count = 128
     """With `parity`: latents of a prompt that count as active (released code: 128, for styles 256)."""
+    phrasings: Literal["concept", "celebrity", "style", "names"] = "concept"
+    """Prompts that name a concept: those of its kind, the released code's for people or styles, or its bare names."""
+    gate_tau: Factor = -8.0
+    """With `parity`: factor of the latents where the gate's threshold is set (released code: -6 for styles)."""
+    gate_statistic: Statistic = "mean"
+    """With `parity`: what the threshold is set by (`erasure.sae.released`); the gate compares the mean."""
     d_sae: Count = 1024
     """Latents of a dictionary that is trained first."""
     k: Count = 8
@@ -163,8 +188,12 @@ class ItD(Strategy):
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
         if self.parity:
-            own = [self.target_prompts(tower, concept, generator) for concept in concepts]
-            return Fit(Edits(features={key: self.released(tower, layer, sae, corpus, own, concepts)}), log)
+            edit = released_edit(
+                tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
+                names=[name for concept in concepts for name in concept.names], top=self.top, tau=self.push(False),
+                gate_tau=self.gate_tau, statistic=self.gate_statistic,
+            )  # fmt: skip
+            return Fit(Edits(features={key: edit}), log)
         activity = strongest(sae, corpus)
         choices = []
         for index, concept in enumerate(concepts):
@@ -172,6 +201,10 @@ class ItD(Strategy):
             chooses = halves(labels, generator)
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
+            anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            if anchor is not None:
+                stand_in = self.anchor(tower, layer, sae, corpus, activity, anchor, seed)
+                choice = choice._replace(anchor=stand_in)
             if self.mining_steps:
                 active = self.edit(tower, layer, sae, [choice])
                 share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
@@ -233,7 +266,8 @@ class ItD(Strategy):
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
         """Phrasings of a concept, and random prompts that name it among other words."""
-        prompts = [template.format(words) for words in concept.names for template in concept.phrasings()]
+        templates = PHRASINGS.get(self.phrasings, concept.phrasings())
+        prompts = [template.format(words) for words in concept.names for template in templates]
         known = vocabulary(tower, [concept])
         return prompts + [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
 
@@ -247,6 +281,10 @@ class ItD(Strategy):
         extra = read_words(tower, layer, prompts)
         words = joined([corpus, extra])
         return words, locate(tower, words, concept.names), extra
+
+    def push(self, anchored: bool) -> float:
+        """What a latent that only the concept fires is multiplied by."""
+        return (-1.0 if anchored else -10.0) if self.tau is None else self.tau
 
     # Features and gates ----------------------------------------------------------------------------------------------
 
@@ -272,6 +310,27 @@ class ItD(Strategy):
         shared = rivalry(activity, words, labels.holds, found, features)
         return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
+    def anchor(
+        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
+        concept: Concept, seed: int,
+    ) -> Tensor | None:  # fmt: skip
+        """What the latents of an anchor write, times `anchored`, `(dim,)`; `None` where it has none to itself.
+
+        Args:
+            tower: The text encoder.
+            layer: The block.
+            sae: The dictionary.
+            corpus: Words of ordinary prompts.
+            activity: Of these, see `strongest`.
+            concept: The anchor.
+            seed: Of the prompts that name it.
+        """
+        _, labels, extra = self.labelled(tower, layer, corpus, concept, torch.Generator().manual_seed(seed))
+        active = torch.cat([activity, strongest(sae, extra)])
+        found = evidence(active[labels.holds], active[~labels.holds], self.floor)
+        features = select(found, self)
+        return self.anchored * written(sae, features, found.magnitude[features]) if features else None
+
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
         return fit_gate(sae, words, labels, chooses, votes=self.votes, rate=self.false_positive_rate)
@@ -282,14 +341,17 @@ class ItD(Strategy):
         place = {feature: index for index, feature in enumerate(used)}
         part = sae.slice(used)
 
-        def pairs(of: Callable[[Choice], list[int]]) -> Tensor:
-            listed = [(c, place[i]) for c, choice in enumerate(choices) for i in of(choice)]
+        anchored = [(c, choice, choice.anchor) for c, choice in enumerate(choices) if choice.anchor is not None]
+        latents = [stand_in(sae, choice.features, choice.magnitude, anchor) for _, choice, anchor in anchored]
+
+        def pairs(of: Callable[[Choice], list[int]], more: Sequence[tuple[int, int]] = ()) -> Tensor:
+            listed = [*((c, place[i]) for c, choice in enumerate(choices) for i in of(choice)), *more]
             return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
 
         reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
-            own = self.shared + (self.tau - self.shared) * (1 - choice.rivalry) ** 2
+            own = self.shared + (self.push(choice.anchor is not None) - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
             # Of several concepts that share a latent, the one that pushes hardest.
             factor[index] = torch.minimum(factor[index], own)
@@ -303,9 +365,11 @@ class ItD(Strategy):
         half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
                 "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
                 "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
+        for name, tensor in columns(latents).items() if latents else ():
+            half[name] = torch.cat([half[name].detach().cpu(), tensor], half[name].ndim - 1 if name != "w_dec" else 0)
         return FeatureEdit(
             **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
-            edits=pairs(lambda choice: choice.features),
+            edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(anchored)]),
             votes=pairs(lambda choice: choice.gate.features),
             weight=torch.cat([gate.weight for gate in gates]),
             bias=torch.tensor([gate.bias for gate in gates]),
@@ -338,56 +402,6 @@ class ItD(Strategy):
             magnitude=torch.cat([choice.magnitude, magnitude[order]]),
             rivalry=torch.cat([choice.rivalry, torch.zeros(len(order))]),
         )
-
-    # The released code -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def released(
-        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, own: Sequence[list[str]],
-        concepts: Sequence[Concept],
-    ) -> ReconstructionEdit:  # fmt: skip
-        """Features by a difference of top-K sets, the whole reconstruction, one threshold below all target prompts.
-
-        Args:
-            tower: The text encoder.
-            layer: The block.
-            sae: The dictionary.
-            corpus: Words of ordinary prompts.
-            own: Prompts that name each concept.
-            concepts: To erase.
-
-        Raises:
-            ConceptError: A concept has no latent to itself.
-        """
-        # The k largest of a token, also where the dictionary has thresholds of its own.
-        sae = copy.copy(sae)
-        sae.config = replace(sae.config, architecture="topk")
-        holds = locate(tower, corpus, [name for concept in concepts for name in concept.names]).holds
-        common = top_sets(strongest(sae, corpus.of(~holds)), self.top).any(0)
-        chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)
-        for prompts, concept in zip(own, concepts, strict=True):
-            found = top_sets(strongest(sae, read_words(tower, layer, prompts)), self.top).any(0) & ~common
-            if not found.any():
-                raise ConceptError(
-                    f"parity='itd': every latent among the {self.top} largest of a prompt with {concept.target!r} is "
-                    "among those of some prompt without it: lower 'top', or leave parity out"
-                )
-            chosen |= found
-        part = sae.slice(range(sae.config.d_sae))
-        edit = ReconstructionEdit(
-            part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(),
-            torch.tensor(sae.config.k), torch.where(chosen, self.tau, 1.0), torch.tensor(0.0),
-            torch.tensor(tower.leading), torch.tensor(tower.tokenizer.eos_token_id),
-        )  # fmt: skip
-        placed = edit.on(next(tower.root.parameters()).device)
-        least = torch.inf
-        for prompts in own:
-            for first in range(0, len(prompts), CHUNK):
-                tokens = tower.tokenize(prompts[first : first + CHUNK])
-                states = activations(tower, layer, tokens).float()
-                scores = placed.scores(states, torch.ones(tokens.ids.shape, dtype=torch.bool, device=states.device))
-                least = min(least, scores.min().item())
-        return edit._replace(gate=torch.tensor(0.99 * least))
 
 
 def select(found: Evidence, options: ItD) -> list[int]:

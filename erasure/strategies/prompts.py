@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erasure import files
-from erasure.backbones import TextTower
+from erasure.backbones import Backbone, TextTower
 from erasure.concept import TEMPLATES, Concept, numbers
 from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
@@ -265,3 +265,11 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 """Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+
+
+def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
+    """What takes the place of a concept: its own anchor, or the one that the model's world suggests."""
+    word = concept.anchor
+    if word is None:
+        word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
+    return Concept(word, kind=concept.kind, templates=concept.templates) if word else None

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
-from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.edits import Edits, InputMap
 from erasure.concept import Concept
-from erasure.options import CountOrZero, NotNegative, Positive, Presets
+from erasure.options import CountOrZero, NotNegative, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.closed_form import compress, factors, paired_at_the_end, solve
+from erasure.strategies.closed_form import factors, low_rank, paired_at_the_end, shortened_map, solve
 from erasure.strategies.prompts import (
     AlignedPrompt,
     aligned_prompts,
@@ -23,6 +23,9 @@ from erasure.strategies.prompts import (
     vocabulary,
     vocabulary_prompts,
 )
+
+LARGEST_LORA = 1_000_000
+"""Bytes a concept that a LoRA may take in the place of one common map."""
 
 
 @register("uce")
@@ -37,7 +40,7 @@ class UCE(Strategy):
     over `W'`, with erased features `c_e`, the features `c_a` that take their place, and preserved features `c_p`. The
     solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
     `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
-    erased features. So the result is exactly a LoRA. Biases cancel and stay untouched.
+    erased features. The file holds X once, in as few numbers as keep its effect. Biases cancel and stay untouched.
 
     Preset `released` is the authors' script of 2025: of every bare name the last token is erased, and the anchor's
     last token takes its place; where there is no anchor, that of "art" for a style and the start token for an object.
@@ -68,13 +71,19 @@ class UCE(Strategy):
     """What takes the place of a style that has no anchor: nothing, or this word (released code: "art")."""
     preserve_start: bool = True
     """Preserve the start token, which is the same in every prompt (released code: no)."""
+    tolerance: ZeroToOne = 1e-3
+    """How far the change of each layer may be from the whole to make the file smaller: relative, over the features
+    that are erased, take their place or are preserved. 0 keeps all, in float32."""
+    saved_as: Literal["auto", "lora", "map"] = "auto"
+    """`lora`: a LoRA that other programs load too, with factors for every layer. `map`: X once for all layers, some
+    thirty times smaller, which this package reads. `auto`: the LoRA while it takes no more than 1 MB a concept."""
     vocabulary: CountOrZero = 300
     """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
     presets: ClassVar[Presets] = {
         "released": {
             "tokens": "last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
-            "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0,
+            "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0, "tolerance": 0.0,
         },
     }  # fmt: skip
 
@@ -92,13 +101,21 @@ class UCE(Strategy):
         preserved = self.preserved_features(backbone, tower, concepts, seed)
         progress(0.7)
         update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
-        left, down = factors(update)
-        low_rank = {}
-        for layer in backbone.entry_layers():
-            weight = layer.module.weight.detach().double().cpu()
-            low_rank[layer.key] = compress(LowRank(down, weight @ left))
+        left, right = factors(update)
+        weights = {layer.key: layer.module.weight.detach().double().cpu() for layer in backbone.entry_layers()}
+        features = torch.cat([erased, replacing, preserved])
+        up, down = shortened_map(left, right, list(weights.values()), features, self.tolerance)
+        # A layer's own factors are as long as the common ones, or a little shorter.
+        expected = sum(len(down) * sum(weight.shape) * down.element_size() for weight in weights.values())
+        if self.saved_as == "map" or (self.saved_as == "auto" and expected > LARGEST_LORA * len(concepts)):
+            outputs = {key: torch.tensor(len(weight)) for key, weight in weights.items()}
+            edits = Edits(maps={key: InputMap(down, up, number) for key, number in outputs.items()})
+        else:
+            edits = Edits(
+                {key: low_rank(weight @ left, right, features, self.tolerance) for key, weight in weights.items()}
+            )
         progress(1.0)
-        return Fit(Edits(low_rank), {"rank": float(len(down)), "erased_features": float(len(erased))})
+        return Fit(edits, {"rank": float(len(down)), "erased_features": float(len(erased))})
 
     @torch.no_grad()
     def erased_features(

@@ -22,6 +22,7 @@ from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_metrics
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.controls import LIMITS
 from erasure.eval.judges import check_classes, load_judge
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
@@ -166,7 +167,7 @@ def replay(
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
-        "resolution": f"{width}x{height}",
+        "resolution": f"{width}x{height}", "controls": LIMITS,
     }  # fmt: skip
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)

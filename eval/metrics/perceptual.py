@@ -64,22 +64,23 @@ def lpips(
         raise EvaluationError(
             f"LPIPS compares pairs of images, at least one, got {len(before)} and {len(after)} images"
         )
-    for index, (first, second) in enumerate(zip(before, after, strict=True)):
-        if first.size != second.size:
+    for index, (one, other) in enumerate(zip(before, after, strict=True)):
+        if one.size != other.size:
             raise EvaluationError(
-                f"LPIPS compares images of one size, got {first.size} and {second.size} in pair {index}: leave the "
+                f"LPIPS compares images of one size, got {one.size} and {other.size} in pair {index}: leave the "
                 "pair out and say so, or resize one"
             )
-    if not isinstance(network, nn.Module):
-        image = require("torchmetrics.image.lpip")
-        network = image.LearnedPerceptualImagePatchSimilarity(net_type=network).net
-    device, dtype = _home(network)
+    if isinstance(network, nn.Module):
+        distance = network
+    else:
+        distance = require("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity(net_type=network).net
+    device, dtype = _home(distance)
     chunks = []
-    with scopes.frozen(network), torch.no_grad():
+    with scopes.frozen(distance), torch.no_grad():
         for group in _by_size(before):
             sides = (pixels([images[index] for index in group]) for images in (before, after))
             first, second = ((side.float() / 127.5 - 1).to(device, dtype) for side in sides)
-            chunks.append(network(first, second).flatten().cpu().double())
+            chunks.append(distance(first, second).flatten().cpu().double())
     found = torch.cat(chunks)
     if len(found) != len(before) or not found.isfinite().all():
         raise EvaluationError(

@@ -96,6 +96,9 @@ class ComparingSuite(Suite, Protocol):
         """Draw samples in one of the ways, batch by batch."""
         ...
 
+    # A suite in which a bare background may be what is asked for has a method `plain(sample, image) -> bool` besides,
+    # that tells such an image from those that show nothing.
+
     def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
         """What must hold of the stock model and the judge; where one control fails, no number is given."""
         ...

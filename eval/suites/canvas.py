@@ -15,7 +15,7 @@ import numpy as np
 from erasure.assets.world import HELD_OUT_TEMPLATES, noun_phrase
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
-from erasure.eval.controls import Control, listing_controls
+from erasure.eval.controls import LIMITS, Control, listing_controls
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.metrics.unlearncanvas import canvas_metrics
@@ -105,6 +105,7 @@ class CanvasSuite:
             "num_inference_steps": world.num_inference_steps,
             "guidance_scale": world.guidance_scale,
             "resolution": f"{world.side}x{world.side}",
+            "controls": LIMITS,
         }
         return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe)
 

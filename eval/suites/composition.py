@@ -12,7 +12,7 @@ from PIL import Image
 from erasure.assets.world import noun_phrase
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
-from erasure.eval.controls import Control
+from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.metrics.clip_score import cosine
@@ -74,7 +74,7 @@ class CompositionSuite:
         recipe = {
             "suite": "composition", "size": size, "seed": seed, "prompt": " | ".join(TEMPLATES), "methods": METHODS,
             "num_inference_steps": world.num_inference_steps, "guidance_scale": world.guidance_scale,
-            "resolution": f"{world.side}x{world.side}",
+            "resolution": f"{world.side}x{world.side}", "controls": LIMITS,
         }  # fmt: skip
         return Plan("composition", size, seed, (), tuple(samples), recipe)
 

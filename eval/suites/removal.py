@@ -14,7 +14,7 @@ from PIL import Image
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
-from erasure.eval.controls import Control
+from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
 from erasure.eval.metrics.clip_score import cosine
@@ -25,6 +25,7 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
 from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
 from erasure.eval.suites.canvas import draw_controls, world_of
+from erasure.images import SAME_COLOUR, flaw
 from erasure.interop import scopes
 from erasure.interop.protocols import Pipeline
 
@@ -36,6 +37,8 @@ SEEDS = 2
 """Results for each scene, for how alike they are."""
 MARGIN = 8
 """Pixels around the mask that do not count as background: the latent pixels it touches, and the soft edge."""
+NEAR = 2 * SAME_COLOUR
+"""Steps of 256 by which the colour of a bare background may miss the one that was given."""
 METHODS: dict[str, Record] = {
     "inpainting": {"redirect": False},
     "attentive_eraser": {},
@@ -88,7 +91,7 @@ class RemovalSuite:
         recipe = {
             "suite": "removal", "size": size, "seed": seed, "masks": "true masks of the objects",
             "num_inference_steps": world.num_inference_steps, "methods": METHODS,
-            "resolution": f"{world.side}x{world.side}",
+            "resolution": f"{world.side}x{world.side}", "controls": LIMITS,
         }  # fmt: skip
         return Plan("removal", size, seed, (), tuple(samples), recipe)
 
@@ -115,7 +118,8 @@ class RemovalSuite:
         for sample in scenes:
             drawn = plate(sample)
             given = {True: drawn.image.image, False: drawn.clean}
-            scores, _ = score([sample] * 2, [Image.fromarray(pixels) for pixels in given.values()], judge, None)
+            pictures = [Image.fromarray(pixels) for pixels in given.values()]
+            scores, _ = score([sample] * 2, pictures, judge, None, self.plain)
             for there, scored in zip(given, scores, strict=True):
                 judged = scored["judged"]
                 hit = None if judged is None else sample.objects[0] in judged["objects"]
@@ -126,6 +130,14 @@ class RemovalSuite:
             Control("control_scene", None, with_it, True, "the judge sees the object in the scene that is given"),
             Control("control_clean", None, without, False, "the judge sees the object in the scene without it"),
         ]
+
+    def plain(self, sample: Sample, image: Image.Image) -> bool:
+        """Whether an image of one colour is the background behind the object: that is of this colour as well."""
+        clean = plate(sample).clean
+        if flaw(Image.fromarray(clean)) is None or image.size != clean.shape[1::-1]:
+            return False
+        here, there = (np.median(np.asarray(part), axis=(0, 1)) for part in (image.convert("RGB"), clean))
+        return bool((np.abs(here - there) <= NEAR).all())
 
     def measure(self, sample: Sample, image: Image.Image) -> Record:
         """PSNR against the scene without the object: in its place, everywhere else, and well away from it."""

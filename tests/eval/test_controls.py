@@ -23,6 +23,7 @@ from erasure.eval.metrics.comparisons import means, rates
 from erasure.eval.metrics.unlearncanvas import canvas_metrics, ua_ira_cra
 from erasure.eval.report import write_report
 from erasure.eval.rows import is_control
+from erasure.eval.scoring import score
 from erasure.eval.statistics import MISSING_LIMIT, wilson
 from erasure.eval.suites import Plan, Target
 from erasure.pipelines import StableDiffusionErasurePipeline
@@ -61,6 +62,13 @@ def table(before: list[Any], after: list[Any], *targets: Target) -> dict[tuple[s
 
 def refused(row: dict[str, Any], reason: str) -> bool:
     return row["value"] is row["low"] is row["high"] is None and reason in row["reason"] and "mcnemar_p" not in row
+
+
+def assets_pipe() -> Any:
+    """Stands for the embedded model where nothing is drawn."""
+    from erasure import assets
+
+    return SimpleNamespace(name_or_path=str(assets.path("canvas-sd")))
 
 
 # Missing ------------------------------------------------------------------------------------------------------------
@@ -232,19 +240,19 @@ def measure(pipe: Any, folder: Path, judge: Any, **options: Any) -> Results:
     return evaluate(pipe, out=folder / "out", judge=judge, **(given | options))
 
 
-def darken(pipe: Any) -> None:
-    """Attach an erasure that makes the denoiser overflow: every image is black."""
+def disturb(pipe: Any, by: float) -> None:
+    """Attach an erasure that adds a number to the weights of the last convolution: 3e38 makes every image black."""
     from erasure.artifact import Erasure, ErasureConfig
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-    edits = Edits(deltas={"unet/conv_out.weight": torch.full(pipe.unet.conv_out.weight.shape, 3e38)})
-    config = ErasureConfig("collapse", [Concept("cat").to_dict()], "stable-diffusion")
+    edits = Edits(deltas={"unet/conv_out.weight": torch.full(pipe.unet.conv_out.weight.shape, by)})
+    config = ErasureConfig("disturb", [Concept("cat").to_dict()], "stable-diffusion")
     ErasureManager(pipe).add(Erasure(config, edits), check_base=False)
 
 
 def test_a_model_that_draws_black_pictures_gets_no_number(world_pipe: Any, judge: Any, tmp_path: Path) -> None:
-    darken(world_pipe)
+    disturb(world_pipe, 3e38)
     results = measure(world_pipe, tmp_path, judge)
     for row in results.metrics:
         if row["variant"] == "after":
@@ -302,15 +310,34 @@ def test_ways_to_draw_are_not_compared_on_a_model_that_draws_nothing(suite: str,
 def test_saved_copies_declare_the_world(world_pipe: Any, judge: Any, tmp_path: Path) -> None:
     pipe = StableDiffusionErasurePipeline.from_pipe(world_pipe)
     assert World.of(pipe).declared
-    darken(pipe)
+    disturb(pipe, 0.1)
     pipe.save_erased_pipeline(tmp_path / "fused")
     pipe.save_erased_pipeline(tmp_path / "beside", fuse=False)
-    pipe.delete_erasures("cat-collapse")
+    pipe.delete_erasures("cat-disturb")
     pipe.save_pretrained(tmp_path / "plain")
     for name in ("fused", "beside", "plain"):
         assert World.at(tmp_path / name).objects == ("cat", "dog", "gun")
         copied = StableDiffusionErasurePipeline.from_pretrained(tmp_path / name)
         assert suites.get("canvas").plan(copied, ["cat"], "smoke", 0).samples
+
+
+def test_a_bare_background_is_no_blank_picture_where_it_is_what_is_behind() -> None:
+    kit: Any = suites.get("removal")
+    samples = kit.plan(assets_pipe(), (), "full", 0).samples
+    plain, patterned = (
+        next(s for s in samples if s.scene["background"] == ground and len(s.scene["objects"]) == 1)
+        for ground in ("white", "striped")
+    )
+    white, black = (Image.new("RGB", (64, 64), colour) for colour in ("#f8f8f8", "black"))
+    asked: list[Any] = []
+
+    def judge(images: Any) -> list[Any]:
+        asked.extend(images)
+        return [SimpleNamespace(object="cat", objects=(), style="ink") for _ in images]
+
+    rows, _ = score([plain, plain, patterned], [white, black, white], judge, None, kit.plain)
+    assert [row["blank"] for row in rows] == [False, True, True]
+    assert asked == [white]
 
 
 # Through the command line -------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import eval_kinds  # noqa: F401  (adds its kinds)
+import list_kinds  # noqa: F401  (adds its kinds)
 from kinds import KINDS
 from mutations import mutate
 

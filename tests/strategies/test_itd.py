@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from erasure.sae import save
 from erasure.sae.detection import detect_concepts
 from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
 from erasure.sae.selection import Evidence, evidence, top_sets
+from erasure.strategies import get
 from erasure.strategies.itd import ItD, select
 
 
@@ -176,7 +178,9 @@ def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(ca
 def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
     prompts = ["a gun in ink style", "a dog in noto style"]
     before = [image_of(canvas, prompt).tobytes() for prompt in prompts]
-    made = erasure.erase(canvas, "gun", "itd", preset="released", top=8, progress=False)
+    # The embedded dictionary is small, and its model never read the phrasings of the released code.
+    options: dict[str, Any] = {"top": 8, "phrasings": "concept", "contexts": 96, "gate_statistic": "mean"}
+    made = erasure.erase(canvas, "gun", "itd", preset="released", progress=False, **options)
     manager = ErasureManager(canvas)
     try:
         (edit,) = made.edits.features.values()
@@ -192,9 +196,32 @@ def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
         manager.unload()
 
 
+RECIPES = {
+    "released": (
+        ["A portrait of {}", "An image capturing {} at a public event", "An oil painting of {}", "A sketch of {}",
+         "{} in an official photo"], 128, -8.0, max,
+    ),
+    "released-style": (
+        ["Image in the style of {}", "Art inspired by {}", "Painting in the style of {}",
+         "A reproduction of art by {}", "A famous artwork by {}"], 256, -6.0, statistics.fmean,
+    ),
+    "released-nudity": (["{}"], 128, -8.0, None),
+}  # fmt: skip
+"""Prompts, active latents, factor where the threshold is set, and its statistic over a prompt's tokens, as
+`generate_images.py` has them for people, styles and nudity."""
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_a_released_recipe_has_the_script_s_numbers(preset: str) -> None:
+    made = get("itd").configured(preset)
+    assert (made.tau, made.top, made.gate_tau) == (-8.0, *RECIPES[preset][1:3])
+    assert (made.parity, made.contexts, made.mining_steps) == ("itd", 0, 0)
+
+
+@pytest.mark.parametrize("preset", RECIPES)
 @torch.no_grad()
 def test_the_released_choice_and_threshold_equal_plain_loops(
-    tiny_pipe_factory: Any, make_dictionary: Any, tmp_path: Path
+    tiny_pipe_factory: Any, make_dictionary: Any, tmp_path: Path, preset: str
 ) -> None:
     """Top-K sets of target prompts less those of the others, and 0.99 of the least change of a target prompt."""
     from erasure.sae import load
@@ -203,11 +230,12 @@ def test_the_released_choice_and_threshold_equal_plain_loops(
     folder = make_dictionary(pipe, layer=1, d_sae=512)
     others = ["a dog", "a white car"]
     (tmp_path / "others.txt").write_text("\n".join(others))
-    concept = Concept("cat", templates=("a {}", "a photo of a {} in ink style"))
+    concept = Concept("cat", synonyms=("monet",))
     made = erasure.erase(
-        pipe, concept, "itd", dictionary=str(folder), prompts=str(tmp_path / "others.txt"), preset="released", top=5,
-        contexts=0, attach=False, progress=False,
+        pipe, concept, "itd", dictionary=str(folder), prompts=str(tmp_path / "others.txt"), preset=preset, top=5,
+        attach=False, progress=False,
     )  # fmt: skip
+    templates, _, tau, statistic = RECIPES[preset]
     sae, encoder = load(folder), pipe.text_encoder
 
     def states(prompt: str, padded: bool) -> torch.Tensor:
@@ -225,20 +253,23 @@ def test_the_released_choice_and_threshold_equal_plain_loops(
                 greatest[i] = max(value, greatest.get(i, 0.0))
         return set(sorted(greatest, key=lambda i: -greatest[i])[:5])
 
-    targets = [template.format("cat") for template in concept.templates]
+    targets = [template.format(name) for name in ("cat", "monet") for template in templates]
     chosen = set().union(*map(active, targets)) - set().union(*map(active, ["", *others]))
     ((_, edit),) = made.edits.features.items()
     assert {i for i, factor in enumerate(edit.factor.tolist()) if factor == -8.0} == chosen
     assert chosen
+    if statistic is None:
+        assert float(edit.gate) == 0, "always open"
+        return
     change = []
     for prompt in targets:
-        total = 0.0
+        tokens = []
         for position, token in enumerate(states(prompt, padded=True)):
             row = sae.b_dec.clone()
             for i, value in kept(token).items():
-                row += value * (-8.0 if i in chosen and position else 1.0) * sae.W_dec[i]
-            total += float((row - token).square().mean()) / 77
-        change.append(total)
+                row += value * (tau if i in chosen and position else 1.0) * sae.W_dec[i]
+            tokens.append(float((row - token).square().mean()))
+        change.append(statistic(tokens))
     assert float(edit.gate) == pytest.approx(0.99 * min(change), rel=1e-5)
 
 

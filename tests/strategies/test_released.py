@@ -83,8 +83,9 @@ def unified_concept_editing(
 def test_uce_released(pipe: Any, concepts: Any, pairs: list[tuple[str, str]], preserved: list[str]) -> None:
     made = make(pipe, concepts, "uce", "released")
     wanted = unified_concept_editing(pipe, pairs, preserved)
-    assert set(made.low_rank) == set(wanted)
-    assert max(off(delta_of(made.low_rank[key]), wanted[key]) for key in wanted) < FLOAT32
+    assert set(made.edits.maps) == set(wanted)
+    weights = {key: pipe.unet.get_submodule(key.split("/")[1]).weight for key in wanted}
+    assert max(off(delta_of(made.edits.maps[key], weights[key]), wanted[key]) for key in wanted) < FLOAT32
 
 
 # Diff-QuickFix -------------------------------------------------------------------------------------------------------

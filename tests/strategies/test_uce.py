@@ -6,12 +6,12 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear
 
-from erasure import Concept, erase
+from erasure import Concept, erase, load_pipeline
 from erasure.backbones import backbone_for
 from erasure.carriers.edits import LowRank
 from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
-from erasure.strategies.closed_form import compress, factors, solve
+from erasure.strategies.closed_form import compress, factors, shortened_map, solve
 from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.uce import UCE
 
@@ -77,7 +77,7 @@ def test_compress_keeps_the_product() -> None:
 
 
 def test_edits_keys_and_values_of_cross_attention_only(tiny_pipe_original: Any) -> None:
-    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
     unet = tiny_pipe_original.unet
     expected = {f"unet/{name}" for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert set(made.low_rank) == expected
@@ -119,7 +119,9 @@ def test_the_edited_layer_sees_the_anchor(tiny_pipe: Any) -> None:
 def test_a_preserved_concept_changes_less(tiny_pipe_original: Any) -> None:
     def moved(retain: tuple[str, ...]) -> float:
         concept = Concept("cat", anchor="car", retain=retain)
-        made = erase(tiny_pipe_original, concept, "uce", vocabulary=0, attach=False, progress=False)
+        made = erase(
+            tiny_pipe_original, concept, "uce", vocabulary=0, saved_as="lora", attach=False, progress=False
+        )  # fmt: skip
         backbone = backbone_for(tiny_pipe_original)
         with torch.no_grad():
             states = backbone.encode(["a photo of a dog"]).tokens[0]
@@ -137,10 +139,87 @@ def test_several_concepts_share_one_solve(tiny_pipe_original: Any) -> None:
     fit = strategy.fit(backbone, concepts, seed=0, progress=lambda share: None)
     assert fit.log["erased_features"] == 2
     assert fit.log["rank"] <= 2
-    assert all(edit.down.shape[0] <= 2 for edit in fit.edits.low_rank.values())
+    assert all(edit.down.shape[0] <= 2 for edit in fit.edits.maps.values())
 
 
 def test_fused_projections_are_refused(tiny_pipe: Any) -> None:
     tiny_pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         erase(tiny_pipe, "cat", "uce", vocabulary=0, progress=False)
+
+
+# Size ----------------------------------------------------------------------------------------------------------------
+
+
+def error(wanted: torch.Tensor, found: torch.Tensor, features: torch.Tensor) -> float:
+    """Relative difference of two changes of a layer over features."""
+    return float(((found.double() - wanted) @ features.T).norm() / (wanted @ features.T).norm())
+
+
+@pytest.mark.parametrize("saved_as", ["map", "lora"])
+def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: Any) -> None:
+    pipe = load_pipeline("canvas-sd", device="cpu")
+    backbone, concept = backbone_for(pipe), Concept("cat", anchor="dog", retain="car")
+    whole, short = UCE(tolerance=0.0, vocabulary=60), UCE(saved_as=saved_as, vocabulary=60)
+    tower = backbone.towers[0]
+    erased, replacing = whole.erased_features(backbone, tower, [concept])
+    preserved = whole.preserved_features(backbone, tower, [concept], 0)
+    update = solve(erased, replacing, preserved, whole.erase_scale, whole.preserve_scale, whole.regularisation)
+    fit = short.fit(backbone, [concept], seed=0, progress=lambda share: None)
+    features = torch.cat([erased, replacing, preserved])
+    edits = fit.edits.maps or fit.edits.low_rank
+    ranks, rank = {len(edit.down) for edit in edits.values()}, int(torch.linalg.matrix_rank(update))
+    assert max(ranks) < 0.5 * rank
+    for layer in backbone.entry_layers():
+        weight = layer.module.weight.detach().double()
+        assert edits[layer.key].down.dtype == torch.float16
+        found = delta_of(edits[layer.key], weight)
+        assert error(weight @ update, found, features) <= 1.001e-3
+        # What is erased is what the edit is for.
+        assert error(weight @ update, found, erased) <= 1e-3
+
+
+def test_a_file_of_stable_diffusions_size_is_below_a_megabyte() -> None:
+    """One matrix for 32 layers: 367 features of CLIP's width that are no combinations of a few."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.linspace(0, -4, 367, dtype=torch.float64).exp()[:, None]
+    erased = torch.randn(367, 768, generator=generator, dtype=torch.float64) * smooth
+    replacing = erased.flip(1)
+    preserved = torch.randn(1000, 768, generator=generator, dtype=torch.float64)
+    left, right = factors(solve(erased, replacing, preserved, 10.0, 1.0, 0.5))
+    weights = [torch.randn(size, 768, generator=generator, dtype=torch.float64) for size in (320, 640)]
+    features = torch.cat([erased, replacing, preserved])
+    up, down = shortened_map(left, right, weights, features, 1e-3)
+    assert up.dtype == down.dtype == torch.float16
+    assert up.nbytes + down.nbytes < 1e6
+    for weight in weights:
+        whole = weight @ left @ right
+        assert error(whole, weight @ up.double() @ down.double(), features) <= 1.001e-3
+
+
+def test_a_lora_is_written_while_it_is_small(monkeypatch: pytest.MonkeyPatch, tiny_pipe_original: Any) -> None:
+    """Other programs read that; one map for all layers is what stays small at Stable Diffusion's size."""
+    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    assert made.edits.low_rank
+    assert not made.edits.maps
+    size = sum(edit.down.nbytes + edit.up.nbytes for edit in made.edits.low_rank.values())
+    monkeypatch.setattr("erasure.strategies.uce.LARGEST_LORA", size // 2 - 1)
+    two = erase(tiny_pipe_original, ["cat", "dog"], "uce", vocabulary=0, attach=False, progress=False)
+    assert two.edits.maps
+    assert not two.edits.low_rank
+
+
+def test_rounding_an_edit_spares_what_is_preserved() -> None:
+    """Rounded value by value to float16, the same factors miss several times as much."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(12, 64, generator=generator, dtype=torch.float64)
+    erased = torch.randn(6, 12, generator=generator, dtype=torch.float64) @ basis
+    preserved = torch.randn(400, 12, generator=generator, dtype=torch.float64) @ basis
+    left, right = factors(solve(erased, erased.flip(0), preserved, 1.0, 1.0, 0.01))
+    features = torch.cat([erased, preserved])
+    (weight,) = weights = [torch.randn(48, 64, generator=generator, dtype=torch.float64)]
+    up, down = shortened_map(left, right, weights, features, 1e-3)
+    whole = weight @ left @ right
+    naive = weight @ left.half().double() @ right.half().double()
+    assert up.dtype == down.dtype == torch.float16
+    assert error(whole, weight @ up.double() @ down.double(), features) < 1e-3 < error(whole, naive, features)

@@ -54,9 +54,9 @@ class InCompany(Erasing):
         """What is in force does not matter to an erasure that is made."""
         if any(entry.fused for entry in self.model.attached.values()):
             with pytest.raises(ErasureError):
-                erasure.erase(self.pipe, "dog", "uce", vocabulary=0, attach=False, progress=False)
+                erasure.erase(self.pipe, "dog", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
             return
-        made = erasure.erase(self.pipe, "dog", "uce", vocabulary=0, attach=False, progress=False)
+        made = erasure.erase(self.pipe, "dog", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
         wanted = self.kit.erasures["uce"].edits.low_rank
         assert all(
             torch.equal(a, b) for key in wanted for a, b in zip(wanted[key], made.edits.low_rank[key], strict=True)

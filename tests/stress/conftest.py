@@ -24,7 +24,7 @@ def kit(tiny_pipe_original: Any) -> Kit:
     """Small erasures of every kind for the tiny pipeline."""
     pipe = copy.deepcopy(tiny_pipe_original)
     made = make_erasures(pipe)
-    made["uce"] = erasure.erase(pipe, "dog", "uce", vocabulary=0, attach=False, progress=False)
+    made["uce"] = erasure.erase(pipe, "dog", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
     return Kit(made)
 
 

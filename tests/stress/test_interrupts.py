@@ -63,7 +63,7 @@ def block(pipe: Any, kit: Kit, folder: Path) -> None:
 
 
 def erase(pipe: Any, attach: bool) -> Erasure:
-    return erasure.erase(pipe, "dog", "uce", name="more", vocabulary=0, attach=attach, progress=False)
+    return erasure.erase(pipe, "dog", "uce", name="more", vocabulary=0, saved_as="lora", attach=attach, progress=False)
 
 
 SWITCHES = {

@@ -1,0 +1,84 @@
+"""The choice of features and the gate of ItD's released code (Tian et al. 2025), apart from how prompts are padded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from erasure.backbones import TextTower
+from erasure.carriers.reconstruction import ReconstructionEdit
+from erasure.errors import ConceptError
+from erasure.sae.gates import CHUNK, WordStates, locate, read_words, strongest
+from erasure.sae.model import SparseAutoencoder
+from erasure.sae.selection import top_sets
+from erasure.sae.stream import activations
+
+Statistic = Literal["mean", "greatest", "none"]
+"""What the threshold of a gate is set by: the mean change of tokens, the greatest, or nothing: it is always open."""
+PHRASINGS: Mapping[str, Sequence[str]] = {
+    "celebrity": ("A portrait of {}", "An image capturing {} at a public event", "An oil painting of {}",
+                  "A sketch of {}", "{} in an official photo"),
+    "style": ("Image in the style of {}", "Art inspired by {}", "Painting in the style of {}",
+              "A reproduction of art by {}", "A famous artwork by {}"),
+    "names": ("{}",),
+}  # fmt: skip
+"""Prompts that name a concept, by what it is; the four words of nudity are prompts of their own."""
+
+
+@torch.no_grad()
+def released_edit(
+    tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, own: Mapping[str, Sequence[str]], *,
+    names: Sequence[str], top: int, tau: float, gate_tau: float, statistic: Statistic,
+) -> ReconstructionEdit:  # fmt: skip
+    """Features by a difference of top-K sets, the whole reconstruction, one threshold below all target prompts.
+
+    Args:
+        tower: The text encoder.
+        layer: The block.
+        sae: The dictionary.
+        corpus: Words of ordinary prompts.
+        own: Prompts that name each concept, by its target.
+        names: All names of all concepts; ordinary prompts with one of them are left out.
+        top: Latents of a prompt that count as active.
+        tau: What chosen latents are multiplied by.
+        gate_tau: The same where the threshold is set.
+        statistic: What it is set by; a prompt's mean is compared with it in any case.
+
+    Raises:
+        ConceptError: A concept has no latent to itself.
+    """
+    # The k largest of a token, also where the dictionary has thresholds of its own.
+    sae = copy.copy(sae)
+    sae.config = replace(sae.config, architecture="topk")
+    holds = locate(tower, corpus, names).holds
+    common = top_sets(strongest(sae, corpus.of(~holds)), top).any(0)
+    chosen = torch.zeros(sae.config.d_sae, dtype=torch.bool)
+    for target, prompts in own.items():
+        found = top_sets(strongest(sae, read_words(tower, layer, prompts)), top).any(0) & ~common
+        if not found.any():
+            raise ConceptError(
+                f"parity='itd': every latent among the {top} largest of a prompt with {target!r} is among those of "
+                "some prompt without it: lower 'top', or leave parity out"
+            )
+        chosen |= found
+    part = sae.slice(range(sae.config.d_sae))
+    edit = ReconstructionEdit(
+        part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(), torch.tensor(sae.config.k),
+        torch.where(chosen, tau, 1.0), torch.tensor(0.0), torch.tensor(tower.leading),
+        torch.tensor(tower.tokenizer.eos_token_id),
+    )  # fmt: skip
+    if statistic == "none":
+        return edit
+    placed = edit._replace(factor=torch.where(chosen, gate_tau, 1.0)).on(next(tower.root.parameters()).device)
+    every = [prompt for prompts in own.values() for prompt in prompts]
+    least = torch.inf
+    for first in range(0, len(every), CHUNK):
+        states = activations(tower, layer, tower.tokenize(every[first : first + CHUNK])).float()
+        change = (placed.edited(states) - states).square().mean(2)
+        scores = change.mean(1) if statistic == "mean" else change.amax(1)
+        least = min(least, scores.min().item())
+    return edit._replace(gate=torch.tensor(0.99 * least))

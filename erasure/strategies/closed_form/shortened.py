@@ -1,0 +1,131 @@
+"""Changes of linear layers in as few numbers as keep their effect on given features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from erasure.carriers.edits import LowRank
+from erasure.strategies.closed_form.least_squares import compress
+
+RESERVE = 0.8
+"""Part of the tolerance that leaving out directions may use; rounding to float16 takes some of the rest."""
+TINY = 1e-30
+"""Length or effect below which there is nothing."""
+
+
+def shortened_map(
+    left: Tensor, right: Tensor, weights: Sequence[Tensor], features: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Shorten the change `W X` of several layers that read the same input, where `X = left @ right`.
+
+    Args:
+        left: `(dim, rank)` float64.
+        right: `(rank, dim)` float64.
+        weights: `(out, dim)` float64 of each layer.
+        features: `(n, dim)` float64 that count.
+        tolerance: How far each layer's change may be from the whole, relative, over all features; 0 keeps everything.
+
+    Returns:
+        Factors `up` `(dim, rank)` and `down` `(rank, dim)`: in float16 if that is near enough, else in float32.
+    """
+    if not tolerance:
+        return left.float().contiguous(), right.float().contiguous()
+    x, gram = left @ right, features.T @ features
+    effects = [_energy(weight, x, gram) for weight in weights]
+    metric = sum((weight.T @ weight / max(effect, TINY) for weight, effect in zip(weights, effects, strict=True)),
+                 torch.zeros_like(x))  # fmt: skip
+    half, inverse = _root(metric)
+    directions, singular = _principal(half @ x, gram)
+    for dtype in (torch.float16, torch.float32):
+        rank = _rank(singular, RESERVE * tolerance)
+        while True:
+            kept = directions[:, :rank]
+            up, down = _rounded(inverse @ kept, kept.T @ half @ x, gram, dtype)
+            error = x - up.double() @ down.double()
+            if all(_energy(w, error, gram) <= tolerance**2 * e for w, e in zip(weights, effects, strict=True)):
+                return up, down
+            if rank == len(singular):
+                break
+            rank = min(len(singular), rank + max(1, rank // 10))
+    return left.float().contiguous(), right.float().contiguous()
+
+
+def low_rank(left: Tensor, right: Tensor, features: Tensor, tolerance: float) -> LowRank:
+    """Shorten the change `left @ right` of one layer, as a LoRA holds it.
+
+    Args:
+        left: `(out, rank)` float64.
+        right: `(rank, dim)` float64.
+        features: `(n, dim)` float64 that count.
+        tolerance: How far it may be from the whole, relative, over all features; 0 keeps everything.
+
+    Returns:
+        The factors: in float16 if that is near enough, else in float32.
+    """
+    if not tolerance:
+        return compress(LowRank(right, left))
+    change = left @ right
+    gram = features.T @ features
+    identity = torch.eye(len(change), dtype=change.dtype)
+    effect = _energy(identity, change, gram)
+    directions, singular = _principal(change, gram)
+    for dtype in (torch.float16, torch.float32):
+        rank = _rank(singular, RESERVE * tolerance)
+        while True:
+            kept = directions[:, :rank]
+            up, down = _rounded(kept, kept.T @ change, gram, dtype)
+            if _energy(identity, change - up.double() @ down.double(), gram) <= tolerance**2 * effect:
+                return LowRank(down, up)
+            if rank == len(singular):
+                break
+            rank = min(len(singular), rank + max(1, rank // 10))
+    return compress(LowRank(right, left))
+
+
+def _energy(weight: Tensor, change: Tensor, gram: Tensor) -> float:
+    """`sum_c |W change c|^2` over features with that Gram matrix."""
+    return float(((weight @ (change @ gram @ change.T)) * weight).sum().clamp_min(0))
+
+
+def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a positive matrix and its inverse; flat directions are lifted to a millionth."""
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(1e-12 * values[-1]).sqrt()
+    return vectors * values @ vectors.T, vectors / values @ vectors.T
+
+
+def _principal(change: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal output directions `(out, n)` by how much a change moves features along them, and how much `(n,)`."""
+    values, vectors = torch.linalg.eigh(change @ gram @ change.T)
+    return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
+
+
+def _rank(singular: Tensor, tolerance: float) -> int:
+    """Directions of which the rest is a share of at most `tolerance`; at least 1."""
+    rest = singular.flip(0).square().cumsum(0).flip(0).sqrt()
+    return max(1, int((rest > tolerance * rest[0]).sum()))
+
+
+def _rounded(up: Tensor, down: Tensor, gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors of the same product, of equal length, rounded so that the features see little of it.
+
+    What rounding an input of `down` changes is made up for by the inputs that are rounded later, as far as features
+    move both (error feedback along the Cholesky factor of the inverse Gram matrix). Rounded one by one, preserved
+    features suffer most: they are where large parts of the change cancel.
+    """
+    ratio = (down.norm(dim=1).clamp_min(TINY) / up.norm(dim=0).clamp_min(TINY)).sqrt()
+    up, down = (up * ratio).to(dtype), down / ratio[:, None]
+    if dtype != torch.float16:
+        return up.contiguous(), down.to(dtype).contiguous()
+    order = gram.diagonal().argsort(descending=True)
+    lifted = gram + 1e-8 * gram.diagonal().mean().clamp_min(TINY) * torch.eye(len(gram), dtype=gram.dtype)
+    factor = torch.linalg.cholesky(torch.linalg.inv(lifted[order][:, order]), upper=True)
+    wanted, rounded = down[:, order].clone(), torch.empty(down.shape, dtype=dtype)
+    for place, column in enumerate(order.tolist()):
+        rounded[:, column] = wanted[:, place].to(dtype)
+        missed = (wanted[:, place] - rounded[:, column]) / factor[place, place]
+        wanted[:, place + 1 :] -= missed[:, None] * factor[place, place + 1 :]
+    return up.contiguous(), rounded
