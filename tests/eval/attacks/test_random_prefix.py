@@ -86,7 +86,8 @@ def test_its_rate_is_named_after_chance(world_pipe: Any, tmp_path: Path) -> None
         world_pipe, "random_prefix", "cat", size="smoke", judge=colour_judge, out=tmp_path / "out", progress=False
     )
     rates = {row["name"]: row for row in results.metrics}
-    assert list(rates) == ["pre_ASR", "chance_ASR"]
+    assert {"pre_ASR", "chance_ASR"} <= set(rates)
+    assert "ASR" not in rates
     assert rates["chance_ASR"]["value"] >= rates["pre_ASR"]["value"]
     assert "random words" in rates["chance_ASR"]["recipe"]["metric"]
     assert results.cost["gradient_steps"] == 0
