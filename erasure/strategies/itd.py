@@ -77,11 +77,11 @@ class ItD(Strategy):
 
     The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
     in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
-    of the least change of the prompts that it is tested on. So do the presets `released` (people), `released-style`
-    and `released-nudity`, with `prompts` for a file of what must survive. For people the threshold is set by the
-    greatest token and compared with the mean; for nudity there is none: the code crashes, the preset edits every
-    prompt. Two things differ: the code pads to the longest prompt of a batch, on which its results depend, here every
-    prompt is padded as the pipeline pads; and its negative prompts pass no gate.
+    of the least change of prompts that it is tested on. So do the presets `released` (people), `released-style` and
+    `released-nudity`, with `prompts` for a file of what must survive. For people the threshold is set by the greatest
+    token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every prompt.
+    Two things differ: the code pads to the longest prompt of a batch, on which its results depend, here every prompt
+    is padded as the pipeline pads; and its negative prompts pass no gate.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
