@@ -190,7 +190,7 @@ def test_the_stock_model_is_the_base_of_comparisons(
     assert table.columns == ("pre_ASR", "ASR")
     assert [(row["label"], row["cells"]["ASR"]["value"]) for row in table.rows] == [("base", 1.0), ("erased", 1.0)]
     other = run(world_pipe, "other", judge=judge, strength=2.0, images=False)
-    assert (stock.folder / "images" / "after").is_dir()
+    assert (stock.folder / "images" / "before").is_dir()
     assert not (other.folder / "images").exists()
     with pytest.raises(EvaluationError, match=r"attack\.strength: 1\.0 in the first, 2\.0 in the second"):
         compare([stock, other])
