@@ -30,7 +30,7 @@ QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
 SPECIAL = f'{COMMAS}{BREAKS}\\:>_"'
 """Characters that a backslash makes part of a name."""
 KINDS = get_args(Kind)
-LONGEST_LIST = 100_000
+LONGEST_LIST = 30_000
 """Characters of a text that names concepts."""
 HOW = "in double quotes every character is part of the name, and so is one behind a backslash"
 JOINERS = re.compile(r"\s+(?:and|&|\+)\s+", re.IGNORECASE)

@@ -20,7 +20,8 @@ from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
 from erasure.interop import paths, scopes
-from erasure.sae.gates import WordStates
+from erasure.sae.gates import WordStates, strongest
+from erasure.sae.model import SparseAutoencoder
 from erasure.sae.stream import activations
 
 TOKENS = 4
@@ -141,3 +142,24 @@ def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
             noise = torch.Generator().manual_seed(seed + index)
             made.append(backbone.pipe(prompt, generator=noise, num_inference_steps=15, output_type="latent").images)
     return torch.cat(made)
+
+
+def fired(
+    sae: SparseAutoencoder, mined: WordStates, retain: Tensor, known: list[int], most: int, rate: float
+) -> tuple[list[int], Tensor]:
+    """Latents that fire on mined words and on next to no ordinary prompt, and what each reaches.
+
+    Args:
+        sae: The dictionary.
+        mined: Words of mined prompts.
+        retain: `(prompts, d_sae)` activity of prompts without the concept.
+        known: Latents that are left out.
+        most: How many are wanted at most, those that fire most first.
+        rate: Share of the ordinary prompts on which one may fire.
+    """
+    active = strongest(sae, mined)
+    share, magnitude = (active > 0).float().mean(0), active.amax(0)
+    new = (magnitude > 0) & ((retain > 0).float().mean(0) <= rate)
+    new[known] = False
+    order = (share * magnitude).masked_fill(~new, -1).topk(min(most, int(new.sum()))).indices
+    return order.tolist(), magnitude[order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -29,23 +29,16 @@ from erasure.sae.gates import (
     strongest,
     with_mined,
 )
-from erasure.sae.mining import mine
-from erasure.sae.released import PHRASINGS, Statistic, released_edit
+from erasure.sae.mining import fired, mine
+from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
-from erasure.sae.standin import columns, stand_in, written
+from erasure.sae.standin import ALONE, FAR, PUSH, WHOLE, columns, moved, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
-
-
-RELEASED: Mapping[str, object] = {
-    "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
-    "gate_statistic": "mean",
-}  # fmt: skip
-"""What the released code does alike for people, styles and nudity."""
 
 
 class Choice(NamedTuple):
@@ -61,6 +54,8 @@ class Choice(NamedTuple):
     """When to."""
     anchor: Tensor | None = None
     """`(dim,)`: what takes the concept's place; `None` where nothing does."""
+    push: float = ALONE
+    """What a latent that only the concept fires is multiplied by."""
 
 
 @register("itd")
@@ -82,11 +77,11 @@ class ItD(Strategy):
 
     The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
     in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
-    of the least change of the prompts that it is tested on. Presets `released` (people), `released-style` and
-    `released-nudity` do so, with `prompts` for a file of what must survive. For people the threshold is set by the
-    greatest token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every
-    prompt. Two things differ: the code pads to the longest prompt of a batch, so that its results depend on what else
-    is in it, here every prompt is padded as the pipeline pads; and its negative prompts pass no gate.
+    of the least change of the prompts that it is tested on. So do the presets `released` (people), `released-style` and
+    `released-nudity`, with `prompts` for a file of what must survive. For people the threshold is set by the greatest
+    token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every prompt.
+    Two things differ: the code pads to the longest prompt of a batch, on which its results depend, here every prompt
+    is padded as the pipeline pads; and its negative prompts pass no gate.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -95,11 +90,7 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    presets: ClassVar[Presets] = {
-        "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
-        "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
-        "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
-    }
+    presets: ClassVar[Presets] = RECIPES
 
     dictionary: PathText = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
@@ -116,8 +107,8 @@ class ItD(Strategy):
     concept, of the end token and of the padding, whatever fires there."""
     tau: Factor | None = None
     """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
-    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what lies
-    the other way is something else entirely then (the opposite of a cat is a gun)."""
+    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what
+    lies the other way is something else entirely then (the opposite of a cat is a gun)."""
     anchored: NotNegative = 2.0
     """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
     they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
@@ -173,6 +164,10 @@ class ItD(Strategy):
         if self.k > self.d_sae:
             self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "parity" if self.parity else ""
+
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
@@ -187,10 +182,11 @@ class ItD(Strategy):
         corpus = read_words(tower, layer, ["", *ordinary])
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
+        push = ALONE if self.tau is None else self.tau
         if self.parity:
             edit = released_edit(
                 tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
-                names=[name for concept in concepts for name in concept.names], top=self.top, tau=self.push(False),
+                names=[name for concept in concepts for name in concept.names], top=self.top, tau=push,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Fit(Edits(features={key: edit}), log)
@@ -202,9 +198,10 @@ class ItD(Strategy):
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
             anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            choice = choice._replace(push=push)
             if anchor is not None:
-                stand_in = self.anchor(tower, layer, sae, corpus, activity, anchor, seed)
-                choice = choice._replace(anchor=stand_in)
+                mention = words.states[labels.positive].mean(0)
+                choice = self.replaced(tower, layer, sae, corpus, activity, choice, concept, anchor, mention, seed)
             if self.mining_steps:
                 active = self.edit(tower, layer, sae, [choice])
                 share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
@@ -212,11 +209,15 @@ class ItD(Strategy):
                     backbone, concept, key, active, self.mining_steps, seed,
                     lambda part, share=share: progress(share[0] + share[1] * part),  # type: ignore[misc]
                 )  # fmt: skip
-                new = self.mined_features(sae, mined.states, found[~labels.holds], choice)
-                log[f"{concept.target}_mined"] = float(len(new.features) - len(choice.features))
+                kept = found[~labels.holds]
+                new, reached = fired(sae, mined.states, kept, choice.features, self.features, self.false_positive_rate)
+                log[f"{concept.target}_mined"] = float(len(new))
+                reached = torch.cat([choice.magnitude, reached])
+                apart = torch.cat([choice.rivalry, torch.zeros(len(new))])
+                choice = choice._replace(features=[*choice.features, *new], magnitude=reached, rivalry=apart)
                 words, labels = with_mined(words, labels, mined.states, mined.learned)
                 chooses = torch.cat([chooses, torch.arange(mined.states.prompts) % 2 == 0])
-                choice = new._replace(gate=self.fit_gate(sae, words, labels, chooses))
+                choice = choice._replace(gate=self.fit_gate(sae, words, labels, chooses))
             choices.append(choice)
             log[f"{concept.target}_features"] = float(len(choice.features))
             progress(0.7 + 0.29 * (index + 1) / len(concepts))
@@ -282,10 +283,6 @@ class ItD(Strategy):
         words = joined([corpus, extra])
         return words, locate(tower, words, concept.names), extra
 
-    def push(self, anchored: bool) -> float:
-        """What a latent that only the concept fires is multiplied by."""
-        return (-1.0 if anchored else -10.0) if self.tau is None else self.tau
-
     # Features and gates ----------------------------------------------------------------------------------------------
 
     def choose(
@@ -310,26 +307,30 @@ class ItD(Strategy):
         shared = rivalry(activity, words, labels.holds, found, features)
         return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
 
-    def anchor(
+    def replaced(
         self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
-        concept: Concept, seed: int,
-    ) -> Tensor | None:  # fmt: skip
-        """What the latents of an anchor write, times `anchored`, `(dim,)`; `None` where it has none to itself.
+        choice: Choice, concept: Concept, anchor: Concept, mention: Tensor, seed: int,
+    ) -> Choice:  # fmt: skip
+        """A choice with an anchor in the concept's place.
 
-        Args:
-            tower: The text encoder.
-            layer: The block.
-            sae: The dictionary.
-            corpus: Words of ordinary prompts.
-            activity: Of these, see `strongest`.
-            concept: The anchor.
-            seed: Of the prompts that name it.
+        That is what the anchor's latents write; or, where latents say too little of the two to take the concept far
+        enough, the difference of the states at their names. An anchor that the tokeniser does not know takes no place.
         """
-        _, labels, extra = self.labelled(tower, layer, corpus, concept, torch.Generator().manual_seed(seed))
+        words, labels, extra = self.labelled(tower, layer, corpus, anchor, torch.Generator().manual_seed(seed))
+        if not labels.positive.any():
+            return choice
         active = torch.cat([activity, strongest(sae, extra)])
         found = evidence(active[labels.holds], active[~labels.holds], self.floor)
         features = select(found, self)
-        return self.anchored * written(sae, features, found.magnitude[features]) if features else None
+        push = PUSH if self.tau is None else self.tau
+        difference = WHOLE * self.anchored * (words.states[labels.positive].mean(0) - mention)
+        by_latents = self.anchored * written(sae, features, found.magnitude[features])
+        for direction in (by_latents, difference):
+            choice = choice._replace(push=push, anchor=direction)
+            edit = self.edit(tower, layer, sae, [choice])
+            if features and moved(tower, layer, edit, concept, anchor.target) >= FAR:
+                break
+        return choice
 
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
@@ -351,7 +352,7 @@ class ItD(Strategy):
         reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
-            own = self.shared + (self.push(choice.anchor is not None) - self.shared) * (1 - choice.rivalry) ** 2
+            own = self.shared + (choice.push - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
             # Of several concepts that share a latent, the one that pushes hardest.
             factor[index] = torch.minimum(factor[index], own)
@@ -381,26 +382,6 @@ class ItD(Strategy):
             local=torch.tensor(int(self.tokens == "word" or self.mode == "replace")),
             first=torch.tensor(tower.leading),
             end=torch.tensor(tower.tokenizer.eos_token_id),
-        )
-
-    def mined_features(self, sae: SparseAutoencoder, mined: WordStates, retain: Tensor, choice: Choice) -> Choice:
-        """The choice with what fires on mined words and on next to no ordinary prompt.
-
-        Args:
-            sae: The dictionary.
-            mined: Words of mined prompts.
-            retain: `(prompts, d_sae)` activity of prompts without the concept.
-            choice: What was chosen by words.
-        """
-        active = strongest(sae, mined)
-        rate, magnitude = (active > 0).float().mean(0), active.amax(0)
-        new = (magnitude > 0) & ((retain > 0).float().mean(0) <= self.false_positive_rate)
-        new[choice.features] = False
-        order = (rate * magnitude).masked_fill(~new, -1).topk(min(self.features, int(new.sum()))).indices
-        return choice._replace(
-            features=[*choice.features, *order.tolist()],
-            magnitude=torch.cat([choice.magnitude, magnitude[order]]),
-            rivalry=torch.cat([choice.rivalry, torch.zeros(len(order))]),
         )
 
 

@@ -310,10 +310,10 @@ def test_ways_to_draw_are_not_compared_on_a_model_that_draws_nothing(suite: str,
 def test_saved_copies_declare_the_world(world_pipe: Any, judge: Any, tmp_path: Path) -> None:
     pipe = StableDiffusionErasurePipeline.from_pipe(world_pipe)
     assert World.of(pipe).declared
-    disturb(pipe, 0.1)
+    pipe.erase("cat", strategy="uce", progress=False)
     pipe.save_erased_pipeline(tmp_path / "fused")
     pipe.save_erased_pipeline(tmp_path / "beside", fuse=False)
-    pipe.delete_erasures("cat-disturb")
+    pipe.delete_erasures("cat-uce")
     pipe.save_pretrained(tmp_path / "plain")
     for name in ("fused", "beside", "plain"):
         assert World.at(tmp_path / name).objects == ("cat", "dog", "gun")

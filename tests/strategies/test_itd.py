@@ -19,6 +19,7 @@ from erasure.sae import save
 from erasure.sae.detection import detect_concepts
 from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
 from erasure.sae.selection import Evidence, evidence, top_sets
+from erasure.sae.standin import columns, stand_in, written
 from erasure.strategies import get
 from erasure.strategies.itd import ItD, select
 
@@ -271,6 +272,61 @@ def test_the_released_choice_and_threshold_equal_plain_loops(
             tokens.append(float((row - token).square().mean()))
         change.append(statistic(tokens))
     assert float(edit.gate) == pytest.approx(0.99 * min(change), rel=1e-5)
+
+
+def test_a_stand_in_writes_the_anchor_where_the_concept_fires_as_usual(make_sae: Any) -> None:
+    sae = make_sae("jumprelu")
+    features, magnitude = [3, 17, 30], torch.tensor([1.0, 2.0, 4.0])
+    state = torch.randn(12, generator=torch.Generator().manual_seed(2))
+    anchor = written(sae, [5, 6], torch.tensor([2.0, 0.5]))
+    torch.testing.assert_close(anchor, 2 * sae.W_dec[5] + 0.5 * sae.W_dec[6])
+    latent = stand_in(sae, features, magnitude, anchor)
+    before = ((state - sae.b_dec) @ sae.W_enc + sae.b_enc)[features]
+    torch.testing.assert_close(state @ latent.w_enc + latent.b_enc, (before / magnitude).mean())
+    fields = columns([latent, latent])
+    assert fields["w_enc"].shape == (12, 2)
+    assert fields["w_dec"].shape == (2, 12)
+    assert fields["gain"].tolist() == [1, 1]
+
+
+def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any) -> None:
+    from erasure.assets.world import UNSAFE
+    from erasure.eval.detectors import CanvasJudge
+
+    judge, prompts = CanvasJudge(), [f"a cat image in {style} style" for style in ("ink", "noto", "pixel")]
+    seen = {}
+    for name, concept, options in (
+        ("default", "cat", {}),
+        ("no anchor of its own", Concept("cat"), {}),
+        ("other", Concept("cat", anchor="house"), {}),
+        ("pushed", Concept("cat", anchor=""), {}),
+        ("pushed too", "cat", {"anchored": 0.0}),
+    ):
+        made = erasure.erase(canvas, concept, "itd", progress=False, **options)
+        try:
+            answers = judge([image_of(canvas, prompt) for prompt in prompts])
+        finally:
+            ErasureManager(canvas).unload()
+        assert "cat" not in {answer.object for answer in answers}
+        seen[name] = [{answer.object, *answer.objects} for answer in answers]
+        assert made.size_bytes < 100_000
+    for name in ("default", "no anchor of its own", "other"):
+        assert all(each.isdisjoint(UNSAFE) for each in seen[name]), name
+    assert sum("dog" in each for each in seen["default"]) >= 2
+    assert sum("house" in each for each in seen["other"]) >= 2
+    # The opposite of a cat: what the anchor is for.
+    assert all("gun" in each for each in seen["pushed"])
+    assert seen["pushed"] == seen["pushed too"]
+
+
+def test_a_concept_with_an_anchor_is_pushed_gently_unless_told_otherwise(canvas: Any) -> None:
+    made = [
+        erasure.erase(canvas, Concept("cat", anchor=anchor), "itd", attach=False, progress=False, **options)
+        for anchor, options in (("dog", {}), ("", {}), ("dog", {"tau": -10.0}))
+    ]
+    least = [next(iter(each.edits.features.values())).gain.min().item() for each in made]
+    assert -2 <= least[0] < 0
+    assert least[1] == least[2] < -5
 
 
 def test_mining_adds_features_that_words_do_not_reach(canvas: Any) -> None:

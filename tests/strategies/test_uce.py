@@ -182,7 +182,7 @@ def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: An
 def test_a_file_of_stable_diffusions_size_is_below_a_megabyte() -> None:
     """One matrix for 32 layers: 367 features of CLIP's width that are no combinations of a few."""
     generator = torch.Generator().manual_seed(0)
-    smooth = torch.linspace(0, -4, 367, dtype=torch.float64).exp()[:, None]
+    smooth = torch.linspace(0, -9, 367, dtype=torch.float64).exp()[:, None]
     erased = torch.randn(367, 768, generator=generator, dtype=torch.float64) * smooth
     replacing = erased.flip(1)
     preserved = torch.randn(1000, 768, generator=generator, dtype=torch.float64)
