@@ -36,14 +36,15 @@ def path(name: str) -> Path:
     return folder
 
 
-def facts_of(model: str | Path) -> CanvasFacts:
+def facts_of(model: str | Path | None) -> CanvasFacts:
     """`canvas.json` of a model's folder or of an embedded model; empty for other models.
 
     Raises:
         ArtifactError: It is damaged.
     """
-    folder = Path(model) if os.path.isdir(model) else find(str(model))
-    if folder is None or not str(model):
+    # A pipeline that was put together from its parts came from nowhere.
+    folder = (Path(model) if os.path.isdir(model) else find(str(model))) if model else None
+    if folder is None:
         return {}
     own = read_facts(folder)
     if own is None and folder.resolve().is_relative_to(ROOT):
@@ -51,7 +52,7 @@ def facts_of(model: str | Path) -> CanvasFacts:
     return own or {}
 
 
-def copy_facts(model: str | Path, folder: str | Path) -> None:
+def copy_facts(model: str | Path | None, folder: str | Path) -> None:
     """Write the `canvas.json` of a model beside a copy of it, so that the copy declares the same world.
 
     Nothing is written for a model that has none.

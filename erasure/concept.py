@@ -26,6 +26,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 PLACEHOLDER = re.compile(r"<[^<>\s]+>")
 """Pattern of the names that learned tokens have by custom."""
+MOST_CONCEPTS = 10_000
+"""Concepts of one erasure."""
 LONGEST_TEXT = 1000
 """Characters of a concept's name, anchor or template."""
 UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
@@ -187,22 +189,26 @@ def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Conce
         ConceptError: There is none, one is given twice, or one is to be erased and retained at once.
     """
     given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
+    if len(given) > MOST_CONCEPTS:
+        raise ConceptError(
+            f"an erasure of {len(given):,} concepts, at most {MOST_CONCEPTS:,} are allowed: make several"
+        )
     made = [item if isinstance(item, Concept) else Concept(item) for item in given]
     if not made:
         raise ConceptError("no concept given: name at least one, for instance 'Van Gogh'")
     targets = Counter(key(concept.target) for concept in made)
     if twice := [concept.target for concept in made if targets[key(concept.target)] > 1]:
         raise ConceptError(f"a concept is given twice: {', '.join(twice)}")
+    erased = {key(name): concept.target for concept in made for name in concept.names}
     for concept in made:
-        kept = {key(word) for word in concept.retain}
-        if clash := [other for other in made if kept & {key(word) for word in other.names}]:
+        if clash := [erased[key(word)] for word in concept.retain if key(word) in erased]:
             raise ConceptError(
-                f"{clash[0].target!r} is to be erased, and retained by {concept.target!r}, in one erasure: "
+                f"{clash[0]!r} is to be erased, and retained by {concept.target!r}, in one erasure: "
                 "take it off that list, or make two erasures"
             )
-        if concept.anchor and (erased := [other for other in made if same_word(concept.anchor, other.names)]):
+        if concept.anchor and (also := [erased[form] for form in numbers(concept.anchor) if form in erased]):
             warnings.warn(
-                f"the anchor {concept.anchor!r} of {concept.target!r} is erased too ({erased[0].target!r}), so that "
+                f"the anchor {concept.anchor!r} of {concept.target!r} is erased too ({also[0]!r}), so that "
                 f"prompts about {concept.target!r} may show it: choose an anchor that stays",
                 ConceptWarning,
                 stacklevel=2,

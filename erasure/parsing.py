@@ -30,7 +30,7 @@ QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
 SPECIAL = f'{COMMAS}{BREAKS}\\:>_"'
 """Characters that a backslash makes part of a name."""
 KINDS = get_args(Kind)
-LONGEST_LIST = 100_000
+LONGEST_LIST = 30_000
 """Characters of a text that names concepts."""
 HOW = "in double quotes every character is part of the name, and so is one behind a backslash"
 JOINERS = re.compile(r"\s+(?:and|&|\+)\s+", re.IGNORECASE)
@@ -80,7 +80,7 @@ def parse_concepts(text: str, known: Known = lambda word: False) -> list[Concept
     parts, doubtful = _parts(text, known)
     requests = [_request(part, known) for part in parts]
     if not requests:
-        raise ConceptError(f"{shown(text)} names no concept: name at least one, for instance 'Van Gogh'")
+        raise ConceptError(f"{shown(text)} names no concept, it is empty: name one, for instance 'Van Gogh'")
     names = [request.target for request in requests]
     if doubtful and not all(known(name) for name in names):
         doubted = [name for name in names[1:] if PART_OF_A_NAME.match(name)]

@@ -247,7 +247,9 @@ def _annotation(kind: type, field: Field[object]) -> str:
     try:
         get_type_hints(probe)
     except NameError:  # an alias of the class's own module
-        return str(get_type_hints(kind, include_extras=True)[field.name]).replace("typing.", "")
+        written = str(get_type_hints(kind, include_extras=True)[field.name]).replace("typing.", "")
+        inner = written.removeprefix("Optional[")
+        return written if inner == written else f"Union[{inner.removesuffix(']')}, None]"
     return str(field.type)
 
 

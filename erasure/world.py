@@ -6,11 +6,12 @@ Everybody asks here: the functions, the command line, the evaluation and what bu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from erasure.concept import PLACEHOLDER, Concept, Kind, as_concepts, key, singulars
 from erasure.errors import ConceptError, ConceptWarning
@@ -20,7 +21,6 @@ from erasure.parsing import ConceptRequest, parse_concepts, parse_names
 if TYPE_CHECKING:
     from erasure.assets.facts import CanvasFacts
 
-Value = TypeVar("Value")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """Names of a pipeline's tokenisers."""
 ALL_UNSAFE = ("unsafe", "unsafe content")
@@ -137,20 +137,25 @@ class World:
             word: A name, in any case and number, with or without article.
             kind: Decides where the world has an object and a style of that name.
         """
+        objects, styles = self._names
+        for form in singulars(key(word)):
+            object_, style = objects.get(form), styles.get(form.removesuffix(" style"))
+            if style and (kind == "style" or not object_):
+                return Classes("style", style)
+            if object_:
+                return Classes("object", object_)
+        return None
+
+    @cached_property
+    def _names(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+        """The classes of every object, group and synonym, and those of every style, by the `key` of the word."""
         objects: dict[str, tuple[str, ...]] = {
             **dict(self.groups),
             **({name: self.unsafe for name in ALL_UNSAFE} if self.unsafe else {}),
             **{other: (name,) for name, others in self.synonyms.items() for other in others},
             **{name: (name,) for name in self.objects},
         }
-        styles = {name: (name,) for name in self.styles}
-        for form in singulars(key(word)):
-            object_, style = _lookup(objects, form), _lookup(styles, form.removesuffix(" style"))
-            if style and (kind == "style" or not object_):
-                return Classes("style", style)
-            if object_:
-                return Classes("object", object_)
-        return None
+        return {key(name): found for name, found in objects.items()}, {key(name): (name,) for name in self.styles}
 
     def words(self, word: str) -> tuple[str, ...]:
         """Every word for what a word stands for: its classes and their synonyms."""
@@ -165,7 +170,7 @@ class World:
             return "unsafe" if found and set(found.members) <= set(self.unsafe) else "object"
         return "style"
 
-    def anchor(self, word: str, erased: Sequence[str] = ()) -> str | None:
+    def anchor(self, word: str, erased: Collection[str] = ()) -> str | None:
         """What the world suggests in place of a word, passing over what is erased as well; `None` elsewhere."""
         chosen, seen = self.anchors.get(word), {word}
         while chosen is not None and chosen in erased and chosen not in seen:
@@ -232,13 +237,15 @@ class World:
                 other, or an anchor is what it stands for.
         """
         entries = self._expanded(self.requests(given))
-        erased = [entry.target for entry in entries]
+        erased = frozenset(entry.target for entry in entries)
         common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None)
         made = as_concepts(
             [entry if isinstance(entry, Concept) else self._concept(entry, common, erased) for entry in entries]
         )
         for concept in made:
             self._check(concept)
+        told = [concept for concept, entry in zip(made, entries, strict=True) if entry is not concept]
+        self._warn(word for concept in told for word in (concept.target, concept.anchor, *concept.retain) if word)
         return made
 
     def knows(self, word: str) -> bool:
@@ -252,8 +259,6 @@ class World:
             classes = None
             if isinstance(request, ConceptRequest) and request.target not in self.learned:
                 classes = self.find(request.target, request.kind)
-                if classes is None:
-                    self._warn(request.target)
             each.append([request] if classes is None else [replace(request, target=name) for name in classes.members])
         there = {key(names[0].target) for names in each if len(names) == 1}
         found: list[ConceptRequest | Concept] = []
@@ -262,7 +267,7 @@ class World:
             there |= {key(entry.target) for entry in names}
         return found
 
-    def _concept(self, own: ConceptRequest, common: ConceptRequest, erased: Sequence[str]) -> Concept:
+    def _concept(self, own: ConceptRequest, common: ConceptRequest, erased: Collection[str]) -> Concept:
         """A request with what it leaves open filled in."""
         word = own.target
         chosen = common.anchor if own.anchor is None else own.anchor
@@ -281,15 +286,12 @@ class World:
             templates=own.templates,
         )
 
-    def _kept(self, texts: Sequence[str], erased: Sequence[str]) -> tuple[str, ...]:
+    def _kept(self, texts: Sequence[str], erased: Collection[str]) -> tuple[str, ...]:
         """What must survive, groups as those of their members that are not erased."""
         found: list[str] = []
         for word in parse_names(texts, self.knows):
             classes = None if word in self.learned else self.find(word)
-            if classes is None:
-                self._warn(word)
-                found.append(word)
-            elif len(classes.members) > 1:
+            if classes is not None and len(classes.members) > 1:
                 found += [member for member in classes.members if member not in erased]
             else:
                 found.append(self._spelled(word))
@@ -298,23 +300,28 @@ class World:
     def _spelled(self, word: str) -> str:
         """A word as the world spells it; a synonym, a group and what the world does not have as it is given."""
         classes = None if word in self.learned else self.find(word)
-        if classes is None:
-            self._warn(word)
-        elif len(classes.members) == 1 and classes.members[0] in singulars(key(word).removesuffix(" style")):
+        if (
+            classes is not None
+            and len(classes.members) == 1
+            and classes.members[0] in singulars(key(word).removesuffix(" style"))
+        ):
             return classes.members[0]
         return word
 
-    def _warn(self, word: str) -> None:
-        """Warn of a word that a declared world does not have."""
-        if not self.declared or word in self.learned or PLACEHOLDER.fullmatch(word):
+    def _warn(self, words: Iterable[str]) -> None:
+        """Warn of words that a declared world does not have, all at once."""
+        unknown = [word for word in dict.fromkeys(words) if not (self.knows(word) or PLACEHOLDER.fullmatch(word))]
+        if not self.declared or not unknown:
             return
         names = [*self.objects, *self.styles, *self.groups, *(o for others in self.synonyms.values() for o in others)]
-        close = get_close_matches(key(word), names, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "is that the right model?"
+        close = {word: get_close_matches(key(word), names, n=1) for word in unknown[:5]}
+        hints = ", ".join(f"did you mean {match[0]!r} by {shown(word)}?" for word, match in close.items() if match)
+        listed = ", ".join(map(shown, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         warnings.warn(
-            f"{shown(word)} is no word of the model's world, so that its prompts may mean nothing to it: {hint}",
+            f"{listed}: no word of the model's world, so prompts with it may mean nothing to the model; "
+            f"{hints or 'is it the right model?'}",
             ConceptWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
     def _check(self, concept: Concept) -> None:
@@ -336,8 +343,3 @@ class World:
 
 Wanted = str | Concept | ConceptRequest
 """A concept as a user may give it."""
-
-
-def _lookup(names: Mapping[str, Value], word: str) -> Value | None:
-    """The value of the first name that is the word in some spelling."""
-    return next((value for name, value in names.items() if key(name) == word), None)

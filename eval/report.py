@@ -356,6 +356,8 @@ def costs(results: Results) -> list[tuple[str, str]]:
     if results.erasures:
         rows.append(("Making the erasures", _seconds(cost.get("erase_seconds"))))
         rows.append(("Size of the erasures", f"{number(cost.get('artifact_bytes', 0), '.2f', 1e-6)} MB"))
+    if results.date:
+        rows.append(("Finished", results.date))
     rows.append(("Machine", f"{cost.get('device')}, {cost.get('threads')} threads of {cost.get('cpus')} cores"))
     return rows
 
@@ -376,5 +378,5 @@ def recipes(results: Results) -> list[tuple[str, Record]]:
         )
         for metric in results.metrics
     ]
-    whole = {"model": results.model, "erasures": results.erasures, "cost": results.cost}
-    return [*blocks, ("Model, erasures, cost", whole)]
+    whole = {"model": results.model, "erasures": results.erasures, "cost": results.cost, "versions": results.versions}
+    return [*blocks, ("Model, erasures, cost, versions", whole)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from erasure.eval.results import Results
-from erasure.eval.rows import Record, is_figure
+from erasure.eval.rows import Record, is_control, is_figure
 from erasure.eval.suites import SIZES
 
 VARIANTS = {"before": " before", "after": ""}
@@ -17,7 +17,8 @@ def summary(results: Results) -> Record:
     """Figures of an evaluation or attack as an erasure's config holds them.
 
     Every key begins with the suite. A metric with an interval is `[value, low, high]`, one without is a number; those
-    of the stock model have `before` in their names. What could not be measured is left out.
+    of the stock model have `before` in their names. What could not be measured is left out; where single images could
+    not, the worst case stands beside.
     """
     figures: Record = {}
     stamps: Record = {"size": results.size, "date": results.date}
@@ -28,8 +29,16 @@ def summary(results: Results) -> Record:
             continue
         bounds = [metric["low"], metric["high"]]
         value = metric["value"] if None in bounds else [metric["value"], *bounds]
-        figures[f"{results.suite}: {metric['name']}{VARIANTS[variant]}"] = value
+        name = f"{results.suite}: {metric['name']}{VARIANTS[variant]}"
+        figures[name] = value
+        if metric.get("missing") and isinstance(worst := metric.get("worst"), Mapping):
+            figures[f"{name}, at worst"] = worst["value"]
     return figures | {f"{results.suite}: {key}": stamps[key] for key in STAMPS if stamps.get(key) is not None}
+
+
+def is_valid(results: Results) -> bool:
+    """Whether every control holds, without which the figures mean nothing."""
+    return all(metric["holds"] for metric in results.metrics if is_control(metric))
 
 
 def merged(known: Mapping[str, object], found: Record, suite: str) -> Record:

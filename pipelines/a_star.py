@@ -34,7 +34,7 @@ from erasure.pipelines.attention_losses import (
     where_high,
 )
 from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
-from erasure.pipelines.prompts import for_each, one_for_each
+from erasure.pipelines.prompts import for_each, texts_of
 
 Loss = Literal["a_star", "attend_and_excite"]
 Rivals = Literal["words", "padded"]
@@ -121,7 +121,7 @@ class CompositionMixin(SharedModulesMixin):
             )
         own, rest = CompositionSettings.divide(options)
         settings = CompositionSettings(**own)
-        prompts = one_for_each("prompt", prompt, 1 if isinstance(prompt, str) else len(prompt))
+        prompts = texts_of("prompt", prompt)
         factor = pipe.vae_scale_factor
         height = height or pipe.unet.config.sample_size * factor
         width = width or pipe.unet.config.sample_size * factor

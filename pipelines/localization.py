@@ -28,7 +28,7 @@ from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import in_one_state
 from erasure.pipelines.pictures import Pictures, cropped
 from erasure.pipelines.presence import PresenceMixin
-from erasure.pipelines.prompts import names_of
+from erasure.pipelines.prompts import texts_of
 
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read."""
@@ -120,12 +120,11 @@ class LocalizationMixin(PresenceMixin):
 
         Raises:
             MaskError: A name is empty, or the images do not fit; see `read_images`.
+            OptionError: There is no word, or something that is no text.
         """
         settings = LocalizationSettings(**options)
-        wanted, beside = names_of(words), names_of(others)
+        wanted, beside = texts_of("words", words), texts_of("others", others) if others else []
         names = [*wanted, *beside]
-        if not wanted:
-            raise MaskError("nothing to find: name it with words=")
         source = self.read_images(image)
         with unguarded():
             # Nothing is drawn from it.

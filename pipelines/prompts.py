@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from erasure.errors import OptionError
 from erasure.interop.protocols import Settings
 
 BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
 """Texts of stock calls of which several prompts need one each."""
+
+
+def texts_of(name: str, given: object) -> list[str]:
+    """Texts that were given as one or as several.
+
+    Args:
+        name: The option's name, for messages.
+        given: A text, or a list of them.
+
+    Raises:
+        OptionError: Something else, or none.
+    """
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise OptionError(f"{name} is {given!r}: give a text, or a list of texts")
+    return texts
 
 
 def one_for_each(name: str, given: object, count: int) -> list[str]:
@@ -22,26 +38,12 @@ def one_for_each(name: str, given: object, count: int) -> list[str]:
     Raises:
         OptionError: No text, or another number of them.
     """
+    texts = texts_of(name, given)
     if isinstance(given, str):
-        return [given] * count
-    texts = list(given) if isinstance(given, Sequence) else None
-    if texts is None or not all(isinstance(text, str) for text in texts):
-        raise OptionError(f"{name} is {given!r}: give a text, or a list of texts")
+        return texts * count
     if len(texts) != count:
         raise OptionError(f"{name} has {len(texts)} texts for {count}: give one for all, or {count}")
     return texts
-
-
-def names_of(given: object) -> list[str]:
-    """Names that were given as one text or as several.
-
-    Raises:
-        OptionError: Something else.
-    """
-    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else None
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise OptionError(f"names are {given!r}: give a text, or a list of texts")
-    return names
 
 
 def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:

@@ -36,7 +36,7 @@ def hirm(tiny_pipe_original: Any) -> Erasure:
 
 @pytest.fixture(scope="module")
 def uce(tiny_pipe_original: Any) -> Erasure:
-    return make(tiny_pipe_original, "uce", vocabulary=8, saved_as="lora")
+    return make(tiny_pipe_original, "uce", vocabulary=8, saved_as="lora", tolerance=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,10 @@ from erasure.pipelines import StableDiffusionErasurePipeline
 
 
 def make(pipe: Any, strategy: str, concept: Any = "cat", **options: Any) -> Erasure:
-    quick = {"hirm": {"steps": 3, "contexts": 2, "retain_vocabulary": 2}, "uce": {"vocabulary": 8, "saved_as": "lora"}}
+    quick = {
+        "hirm": {"steps": 3, "contexts": 2, "retain_vocabulary": 2},
+        "uce": {"vocabulary": 8, "saved_as": "lora", "tolerance": 0.0},
+    }
     return erasure.erase(pipe, concept, strategy, **{"progress": False, "attach": False, **quick[strategy], **options})
 
 

@@ -17,7 +17,7 @@ from erasure.errors import AttachError, ErasureError, NoMatchingModuleError, Ver
 from erasure.interop import hooks, paths
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "uce": ("uce", {"vocabulary": 8, "saved_as": "lora"}),
+    "uce": ("uce", {"vocabulary": 8, "saved_as": "lora", "tolerance": 0.0}),
     "diff_quickfix": ("diff_quickfix", {"vocabulary": 8}),
     "hirm": ("hirm", {"steps": 3, "contexts": 2, "retain_vocabulary": 2, "unconditional": "stock"}),
     "itd": ("itd", {"vocabulary": 8, "steps": 3, "d_sae": 128, "retain_rate": 1.0, "false_positive_rate": 1.0}),

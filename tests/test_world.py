@@ -168,7 +168,7 @@ def test_what_survives_is_not_what_is_erased(world: World) -> None:
 
 
 def test_words_that_a_declared_world_does_not_have_are_told(world: World) -> None:
-    with pytest.warns(ConceptWarning, match="'caat' is no word of the model's world.*did you mean 'cat'"):
+    with pytest.warns(ConceptWarning, match="'caat': no word of the model's world.*did you mean 'cat'"):
         world.concepts("caat")
     with pytest.warns(ConceptWarning, match="'dgo'.*did you mean 'dog'"):
         world.concepts("cat>dgo")

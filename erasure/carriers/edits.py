@@ -156,8 +156,9 @@ class Edits:
     def is_empty(self) -> bool:
         """Whether every edit is nothing, so that no image would change."""
         total = 0.0
-        for edit in (*self.low_rank.values(), *self.maps.values()):
-            down, up = edit.down.detach().double().cpu(), edit.up.detach().double().cpu()
+        pairs = [(edit.down, edit.up) for edit in self.low_rank.values()]
+        pairs += [(edit.down, edit.up) for edit in self.maps.values()]
+        for down, up in ((a.detach().double().cpu(), b.detach().double().cpu()) for a, b in pairs):
             # |up down|^2 without the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
         for delta in self.deltas.values():

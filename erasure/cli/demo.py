@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from erasure.cli.generate import call_settings
-from erasure.cli.models import ModelOptions, attach, open_model
+from erasure.cli.models import ErasedModelOptions, ModelOptions, attach, open_model
 from erasure.cli.page import Table, write_page
+from erasure.cli.recording import record
 from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
 from erasure.world import World
@@ -84,6 +85,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
             name = f"{part.concept.target}-{part.strategy}"
             erasures[name] = make(pipe, part, out / name, options.seed, progress)
             measured[name] = measure(pipe, name, erasures[name], options, progress)
+            if is_main_process():
+                source = ErasedModelOptions(model=MODEL, erasure=(str(out / name),))
+                record(source, {name: erasures[name]}, measured[name])
         if not is_main_process():
             return
         picture = draw(pipe, erasures, out / "demo.png", options.seed, progress)

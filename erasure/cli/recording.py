@@ -31,7 +31,7 @@ def record(
         Lines that say what was done, or why nothing was.
     """
     from erasure.artifact import Erasure, is_local
-    from erasure.eval.summary import is_smaller, merged, summary
+    from erasure.eval.summary import is_smaller, is_valid, merged, summary
 
     if not erasures or results.size == "smoke":
         return []
@@ -45,6 +45,8 @@ def record(
         reason = "other concepts than its own were measured"
     elif not is_local(source):
         reason = f"{source} is a repository of the Hub, not a folder here"
+    elif not is_valid(results):
+        reason = "a control fails, so that some numbers cannot be given"
     if reason is not None:
         return [f"Not written into the erasure, because {reason}."]
     try:

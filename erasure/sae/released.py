@@ -12,6 +12,7 @@ import torch
 from erasure.backbones import TextTower
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ConceptError
+from erasure.options import Presets
 from erasure.sae.gates import CHUNK, WordStates, locate, read_words, strongest
 from erasure.sae.model import SparseAutoencoder
 from erasure.sae.selection import top_sets
@@ -27,6 +28,18 @@ PHRASINGS: Mapping[str, Sequence[str]] = {
     "names": ("{}",),
 }  # fmt: skip
 """Prompts that name a concept, by what it is; the four words of nudity are prompts of their own."""
+
+RELEASED: Mapping[str, object] = {
+    "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
+    "gate_statistic": "mean",
+}  # fmt: skip
+"""What the released code does alike for people, styles and nudity."""
+RECIPES: Presets = {
+    "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
+    "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
+    "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
+}
+"""Options of `ItD` with which it does what the released code does."""
 
 
 @torch.no_grad()

@@ -117,6 +117,10 @@ class HiRM(Strategy):
         "released-style": {**RELEASED, "steps": 20},
     }
 
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "" if self.retain_weight else "retain_weight"
+
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:

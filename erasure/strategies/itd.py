@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from erasure.sae.gates import (
     with_mined,
 )
 from erasure.sae.mining import fired, mine
-from erasure.sae.released import PHRASINGS, Statistic, released_edit
+from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
 from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
 from erasure.sae.standin import ALONE, FAR, PUSH, WHOLE, columns, moved, stand_in, written
 from erasure.sae.stream import activations, reads_from
@@ -39,13 +39,6 @@ from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompt
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
-
-
-RELEASED: Mapping[str, object] = {
-    "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
-    "gate_statistic": "mean",
-}  # fmt: skip
-"""What the released code does alike for people, styles and nudity."""
 
 
 class Choice(NamedTuple):
@@ -84,11 +77,11 @@ class ItD(Strategy):
 
     The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
     in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
-    of the least change of the prompts that it is tested on. Presets `released` (people), `released-style` and
-    `released-nudity` do so, with `prompts` for a file of what must survive. For people the threshold is set by the
-    greatest token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every
-    prompt. Two things differ: the code pads to the longest prompt of a batch, so that its results depend on what else
-    is in it, here every prompt is padded as the pipeline pads; and its negative prompts pass no gate.
+    of the least change of prompts that it is tested on. So do the presets `released` (people), `released-style` and
+    `released-nudity`, with `prompts` for a file of what must survive. For people the threshold is set by the greatest
+    token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every prompt.
+    Two things differ: the code pads to the longest prompt of a batch, on which its results depend, here every prompt
+    is padded as the pipeline pads; and its negative prompts pass no gate.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -97,11 +90,7 @@ class ItD(Strategy):
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
-    presets: ClassVar[Presets] = {
-        "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
-        "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
-        "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
-    }
+    presets: ClassVar[Presets] = RECIPES
 
     dictionary: PathText = ""
     """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
@@ -174,6 +163,10 @@ class ItD(Strategy):
         super().__post_init__()
         if self.k > self.d_sae:
             self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
+
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "parity" if self.parity else ""
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]

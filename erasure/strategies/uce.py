@@ -24,6 +24,9 @@ from erasure.strategies.prompts import (
     vocabulary_prompts,
 )
 
+LARGEST_LORA = 1_000_000
+"""Bytes a concept that a LoRA may take in the place of one common map."""
+
 
 @register("uce")
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,9 @@ class UCE(Strategy):
     tolerance: ZeroToOne = 1e-3
     """How far the change of each layer may be from the whole to make the file smaller: relative, over the features
     that are erased, take their place or are preserved. 0 keeps all, in float32."""
-    saved_as: Literal["map", "lora"] = "map"
-    """`map`: X once for all layers, which this package reads. `lora`: a LoRA that other programs load too, with
-    factors for every layer, some thirty times as large."""
+    saved_as: Literal["auto", "lora", "map"] = "auto"
+    """`lora`: a LoRA that other programs load too, with factors for every layer. `map`: X once for all layers, some
+    thirty times smaller, which this package reads. `auto`: the LoRA while it takes no more than 1 MB a concept."""
     vocabulary: CountOrZero = 300
     """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
 
@@ -101,17 +104,18 @@ class UCE(Strategy):
         left, right = factors(update)
         weights = {layer.key: layer.module.weight.detach().double().cpu() for layer in backbone.entry_layers()}
         features = torch.cat([erased, replacing, preserved])
-        edits = Edits()
-        if self.saved_as == "map":
-            up, down = shortened_map(left, right, list(weights.values()), features, self.tolerance)
-            edits.maps = {key: InputMap(down, up, torch.tensor(len(weight))) for key, weight in weights.items()}
+        up, down = shortened_map(left, right, list(weights.values()), features, self.tolerance)
+        # A layer's own factors are as long as the common ones, or a little shorter.
+        expected = sum(len(down) * sum(weight.shape) * down.element_size() for weight in weights.values())
+        if self.saved_as == "map" or (self.saved_as == "auto" and expected > LARGEST_LORA * len(concepts)):
+            outputs = {key: torch.tensor(len(weight)) for key, weight in weights.items()}
+            edits = Edits(maps={key: InputMap(down, up, number) for key, number in outputs.items()})
         else:
-            edits.low_rank = {
-                key: low_rank(weight @ left, right, features, self.tolerance) for key, weight in weights.items()
-            }
-        ranks = [len(edit.down) for edit in (*edits.maps.values(), *edits.low_rank.values())]
+            edits = Edits(
+                {key: low_rank(weight @ left, right, features, self.tolerance) for key, weight in weights.items()}
+            )
         progress(1.0)
-        return Fit(edits, {"rank": float(max(ranks, default=0)), "erased_features": float(len(erased))})
+        return Fit(edits, {"rank": float(len(down)), "erased_features": float(len(erased))})
 
     @torch.no_grad()
     def erased_features(

@@ -34,7 +34,9 @@ def quantise(layer: nn.Linear) -> None:
 
 @pytest.fixture(scope="module")
 def uce(tiny_pipe_original: Any) -> Erasure:
-    return erase(tiny_pipe_original, "cat", "uce", vocabulary=8, saved_as="lora", attach=False, progress=False)
+    return erase(
+        tiny_pipe_original, "cat", "uce", vocabulary=8, saved_as="lora", tolerance=0.0, attach=False, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,9 @@ def test_low_rank_on_quantised_weights_runs_beside_the_layers(
 
 @pytest.fixture(scope="module")
 def other_uce(tiny_pipe_original: Any) -> Erasure:
-    return erase(tiny_pipe_original, "dog", "uce", vocabulary=8, saved_as="lora", attach=False, progress=False)
+    return erase(
+        tiny_pipe_original, "dog", "uce", vocabulary=8, saved_as="lora", tolerance=0.0, attach=False, progress=False
+    )
 
 
 def users_lora(pipe: Any, value: float = 0.5) -> dict[str, torch.Tensor]:

@@ -18,7 +18,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("ERASURE_CACHE", str(tmp_path_factory.getbasetemp() / "baseline"))
 
 
-def test_eval_measures_what_the_erasure_erases(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+JUDGE = """
+from types import SimpleNamespace
+
+def judge(images):
+    return [SimpleNamespace(object="cat", style="ink") for _ in images]
+"""
+
+
+def test_eval_measures_what_the_erasure_erases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "ink"
     assert main(["erase", "uce", "--model", "canvas-sd", "--concept", "ink", "--out", str(folder)]) == 0
     config = json.loads((folder / "erasure_config.json").read_text())
@@ -35,6 +45,15 @@ def test_eval_measures_what_the_erasure_erases(tmp_path: Path, capsys: pytest.Ca
         seen.append((tmp_path / "eval" / "samples.jsonl").read_bytes())
     assert seen[0] == seen[1]
     assert (tmp_path / "eval" / "report.html").is_file()
+    # Another judge sees the same images, and none is drawn again. A smoke run is no measurement to be written down.
+    (tmp_path / "a_judge_of_mine.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--out", "again", "--judge", "a_judge_of_mine:judge", "--clip", "none"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["cost"]["images_generated"] == 0
+    assert again["metrics"][0]["recipe"]["judge"].startswith("judge (source ")
+    assert {row["name"] for row in again["metrics"]} >= {"fid", "cmmd", "kid"}
+    assert not json.loads((folder / "erasure_config.json").read_text())["evaluation"]
 
 
 def test_eval_without_erasure_needs_a_concept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -81,6 +81,23 @@ def test_figures_of_other_suites_stay_and_smaller_sizes_replace_nothing(saved: P
     assert Erasure.load(saved).config.evaluation == found
 
 
+def test_figures_without_a_control_that_holds_replace_none(saved: Path) -> None:
+    recorded(saved, results())
+    found = Erasure.load(saved).config.evaluation
+    failed = results()
+    control = {"name": "seen_before", "concept": "cat", "variant": "before", **SHARE, "holds": False}
+    failed.metrics = [failed.metrics[2], control]
+    assert "a control fails" in recorded(saved, failed)
+    assert Erasure.load(saved).config.evaluation == found
+    missing = results()
+    missing.metrics[1] |= {"missing": 2, "worst": {"value": 0.9, "low": 0.8, "high": 0.95}}
+    missing.metrics.append(control | {"holds": True})
+    recorded(saved, missing)
+    found = Erasure.load(saved).config.evaluation
+    assert found["canvas: UA, at worst"] == 0.9
+    assert "canvas: seen_before before" not in found
+
+
 def test_what_is_not_of_this_erasure_alone_is_not_recorded(saved: Path, tmp_path: Path) -> None:
     second = Erasure.load(saved).save(tmp_path / "second")
     before = (saved / "erasure_config.json").read_bytes()

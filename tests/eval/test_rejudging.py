@@ -109,7 +109,9 @@ def test_what_changes_images_is_drawn_anew(erased_pipe: Any, measure: Any, drawn
     assert sum(drawn) == 24
 
 
-def test_a_judge_that_does_not_say_what_it_is_is_asked_again(erased_pipe: Any, measure: Any) -> None:
+def test_a_judge_that_does_not_say_what_it_is_is_asked_again(
+    erased_pipe: Any, measure: Any, tmp_path: Path
+) -> None:  # fmt: skip
     asked: list[int] = []
     answer = ["dog"]
 
@@ -117,11 +119,11 @@ def test_a_judge_that_does_not_say_what_it_is_is_asked_again(erased_pipe: Any, m
         asked.append(len(images))
         return [SimpleNamespace(object=answer[0], style="noto", shape=answer[0]) for _ in images]
 
-    first = measure(erased_pipe, "first", judge=undeclared)
+    measure(erased_pipe, "first", judge=undeclared)
     answer[0] = "cat"  # as if its weights had been replaced
-    second = measure(erased_pipe, "second", judge=undeclared)
+    measure(erased_pipe, "second", judge=undeclared)
     assert sum(asked) == 48
-    assert (first.get("UA")["value"], second.get("UA")["value"]) == (1.0, 0.0)
+    assert {row["judged"]["object"] for row in rows(tmp_path / "second")} == {"cat"}
     undeclared.version = "2"  # type: ignore[attr-defined]
     measure(erased_pipe, "third", judge=undeclared)
     asked.clear()
@@ -196,7 +198,7 @@ class Checker(nn.Module):
     device, dtype = torch.device("cpu"), torch.float32
 
     def forward(self, images: Any, clip_input: Any) -> Any:
-        return images * 0 - 1, [True] * len(images)
+        return images * 0, [True] * len(images)
 
 
 def extractor(images: Any, return_tensors: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +111,22 @@ def test_datasets_are_told_apart(tiny_pipe: Any) -> None:
     first, second, again = (stream(tiny_pipe, rows(*words)).recipe() for words in (("a", "b"), ("a", "c"), ("a", "b")))
     assert first == again
     assert first != second
+
+
+def test_the_time_of_all_sessions_is_told(tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("erasure.training.checkpoint.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def slow(share: float) -> None:
+        clock.now += 100
+        kill(share)
+
+    def fast(share: float) -> None:
+        clock.now += 1
+
+    with pytest.raises(Killed):
+        SAETrainer(stream(tiny_pipe), OPTIONS, folder=tmp_path).train(slow)
+    sae = SAETrainer(stream(tiny_pipe), OPTIONS, folder=tmp_path).train(fast)
+    # Two steps to the last checkpoint, and the four behind it.
+    assert sae.config.metadata["seconds"] == 204
+    assert SAETrainer(stream(tiny_pipe), OPTIONS).train().config.metadata["seconds"] > 0

@@ -49,7 +49,7 @@ gets those that it has."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in available()},
     "hirm-pinned": ("hirm", {"unconditional": "stock"}),
-    "uce-lora": ("uce", {"saved_as": "lora"}),
+    "uce-map": ("uce", {"saved_as": "map"}),
     "esd-full": ("esd", {"rank": 0, "method": "x-strict"}),
 }
 """Strategies by default options, and settings that use another carrier."""

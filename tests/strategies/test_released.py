@@ -80,12 +80,16 @@ def unified_concept_editing(
     ],
     ids=["anchor", "nothing", "no-anchor", "style", "style-anchor", "retain", "synonyms", "two"],
 )
-def test_uce_released(pipe: Any, concepts: Any, pairs: list[tuple[str, str]], preserved: list[str]) -> None:
-    made = make(pipe, concepts, "uce", "released")
+@pytest.mark.parametrize("saved_as", ["lora", "map"])
+def test_uce_released(
+    pipe: Any, concepts: Any, pairs: list[tuple[str, str]], preserved: list[str], saved_as: str
+) -> None:
+    made = make(pipe, concepts, "uce", "released", saved_as=saved_as)
     wanted = unified_concept_editing(pipe, pairs, preserved)
-    assert set(made.edits.maps) == set(wanted)
+    edits = {**made.edits.maps, **made.low_rank}
+    assert set(edits) == set(wanted)
     weights = {key: pipe.unet.get_submodule(key.split("/")[1]).weight for key in wanted}
-    assert max(off(delta_of(made.edits.maps[key], weights[key]), wanted[key]) for key in wanted) < FLOAT32
+    assert max(off(delta_of(edits[key], weights[key]), wanted[key]) for key in wanted) < FLOAT32
 
 
 # Diff-QuickFix -------------------------------------------------------------------------------------------------------

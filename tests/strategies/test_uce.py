@@ -182,7 +182,7 @@ def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: An
 def test_a_file_of_stable_diffusions_size_is_below_a_megabyte() -> None:
     """One matrix for 32 layers: 367 features of CLIP's width that are no combinations of a few."""
     generator = torch.Generator().manual_seed(0)
-    smooth = torch.linspace(0, -4, 367, dtype=torch.float64).exp()[:, None]
+    smooth = torch.linspace(0, -9, 367, dtype=torch.float64).exp()[:, None]
     erased = torch.randn(367, 768, generator=generator, dtype=torch.float64) * smooth
     replacing = erased.flip(1)
     preserved = torch.randn(1000, 768, generator=generator, dtype=torch.float64)
@@ -195,6 +195,18 @@ def test_a_file_of_stable_diffusions_size_is_below_a_megabyte() -> None:
     for weight in weights:
         whole = weight @ left @ right
         assert error(whole, weight @ up.double() @ down.double(), features) <= 1.001e-3
+
+
+def test_a_lora_is_written_while_it_is_small(monkeypatch: pytest.MonkeyPatch, tiny_pipe_original: Any) -> None:
+    """Other programs read that; one map for all layers is what stays small at Stable Diffusion's size."""
+    made = erase(tiny_pipe_original, "cat", "uce", vocabulary=0, attach=False, progress=False)
+    assert made.edits.low_rank
+    assert not made.edits.maps
+    size = sum(edit.down.nbytes + edit.up.nbytes for edit in made.edits.low_rank.values())
+    monkeypatch.setattr("erasure.strategies.uce.LARGEST_LORA", size // 2 - 1)
+    two = erase(tiny_pipe_original, ["cat", "dog"], "uce", vocabulary=0, attach=False, progress=False)
+    assert two.edits.maps
+    assert not two.edits.low_rank
 
 
 def test_rounding_an_edit_spares_what_is_preserved() -> None:

@@ -121,8 +121,11 @@ def _rounded(up: Tensor, down: Tensor, gram: Tensor, dtype: torch.dtype) -> tupl
     if dtype != torch.float16:
         return up.contiguous(), down.to(dtype).contiguous()
     order = gram.diagonal().argsort(descending=True)
-    lifted = gram + 1e-8 * gram.diagonal().mean().clamp_min(TINY) * torch.eye(len(gram), dtype=gram.dtype)
-    factor = torch.linalg.cholesky(torch.linalg.inv(lifted[order][:, order]), upper=True)
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    lifted = gram + 1e-6 * gram.diagonal().mean().clamp_min(TINY) * identity
+    # The upper root U of G = U U^T; then G^-1 = V^T V with V = U^-1, which needs no inverse of G.
+    root = torch.linalg.cholesky(lifted[order][:, order].flip(0, 1)).flip(0, 1)
+    factor = torch.linalg.solve_triangular(root, identity, upper=True)
     wanted, rounded = down[:, order].clone(), torch.empty(down.shape, dtype=dtype)
     for place, column in enumerate(order.tolist()):
         rounded[:, column] = wanted[:, place].to(dtype)

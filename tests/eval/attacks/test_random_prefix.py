@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,11 +83,16 @@ def test_no_room_for_the_words(victim: Victim) -> None:
 
 
 def test_its_rate_is_named_after_chance(world_pipe: Any, tmp_path: Path) -> None:
+    """By a judge that sees a cat everywhere."""
+
+    def judge(images: Any) -> list[Any]:
+        return [SimpleNamespace(object="cat", objects=("cat",), style="noto", shape="cat") for _ in images]
+
     results = attack(
-        world_pipe, "random_prefix", "cat", size="smoke", judge=colour_judge, out=tmp_path / "out", progress=False
+        world_pipe, "random_prefix", "cat", size="smoke", judge=judge, out=tmp_path / "out", progress=False
     )
     rates = {row["name"]: row for row in results.metrics}
-    assert list(rates) == ["pre_ASR", "chance_ASR"]
-    assert rates["chance_ASR"]["value"] >= rates["pre_ASR"]["value"]
+    assert "ASR" not in rates
+    assert rates["chance_ASR"]["value"] == rates["pre_ASR"]["value"] == 1
     assert "random words" in rates["chance_ASR"]["recipe"]["metric"]
     assert results.cost["gradient_steps"] == 0
