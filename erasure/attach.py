@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,19 @@ from torch import nn
 from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
-from erasure.baked import leave_trace, saved_to
+from erasure.baked import before_saving
 from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
-from erasure.fitting import CONTROLNET, check_fit, check_strength, is_denoiser, sources_of, warn_of_same_edits
+from erasure.fitting import (
+    CONTROLNET,
+    check_fit,
+    check_name,
+    check_strength,
+    is_denoiser,
+    sources_of,
+    strengths_of,
+    warn_of_same_edits,
+)  # fmt: skip
 from erasure.interop import adapters, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
@@ -147,12 +155,7 @@ class ErasureManager:
 
     def check_name(self, name: str) -> None:
         """Raise `AttachError` when a name is taken, or cannot name an erasure."""
-        if not re.fullmatch(r"[\w-]{1,200}", name):
-            raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
-        if name in self._attached():
-            raise AttachError(
-                f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first"
-            )
+        check_name(name, self._attached())
 
     def adopt(self) -> None:
         """Take charge of the erasures that components of another pipeline brought along."""
@@ -273,16 +276,10 @@ class ErasureManager:
         Raises:
             AttachError: An unknown or fused name, another number of strengths than of names, or one that is no factor.
         """
-        chosen = self._known(names)
-        factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(chosen)
-        if len(factors) != len(chosen):
-            raise AttachError(
-                f"{len(factors)} strengths for {len(chosen)} erasures: give one for each, or a single number"
-            )
-        fused = [name for name in chosen if name in self.fused_erasures]
+        wanted = strengths_of(self._known(names), strengths)
+        fused = [name for name in wanted if name in self.fused_erasures]
         if fused:
             raise AttachError(f"{fused[0]!r} is fused and always in force: unfuse_erasure() first")
-        wanted = {name: 1.0 if f is None else check_strength(f) for name, f in zip(chosen, factors, strict=True)}
 
         def chosen_ones(attached: Mapping[str, Attached]) -> Mapping[str, Attached]:
             return {
@@ -406,7 +403,4 @@ class ErasureManager:
 
 def _before_saving(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
     """Refuse before the first file of a pipeline is written, or say beside its files what they are erased of."""
-    manager = ErasureManager(pipe)
-    manager.check_saveable()
-    if (folder := saved_to(args, kwargs)) is not None and not folder.is_file():
-        leave_trace(manager, folder)
+    before_saving(ErasureManager(pipe), args, kwargs)

@@ -82,7 +82,7 @@ def read_trace(folder: str | Path) -> list[tuple[BakedErasure, ErasureConfig]]:
     ]
 
 
-def leave_trace(manager: ErasureManager, folder: str | Path) -> None:
+def leave_trace(manager: ErasureManager, folder: str | os.PathLike[str]) -> None:
     """Write what is in force on a pipeline into the folder that it is about to be saved to.
 
     What the model had been erased of when it was loaded, according to the trace where it came from, comes first.
@@ -135,7 +135,19 @@ def _config(config: ErasureConfig) -> dict[str, Any]:
     return dataclasses.asdict(dataclasses.replace(config, base=base))
 
 
-def saved_to(args: Sequence[object], options: dict[str, object]) -> Path | None:
-    """The folder that a call of `save_pretrained` names, if it names one."""
+def before_saving(manager: ErasureManager, args: Sequence[object], options: dict[str, object]) -> None:
+    """Refuse a call of `save_pretrained` ahead of its first file, or say beside its files what they are erased of.
+
+    Args:
+        manager: Of the pipeline.
+        args: Positional arguments of the call.
+        options: Keyword arguments of the call.
+
+    Raises:
+        AttachError: Stock files cannot hold what is in force.
+        ArtifactError: The folder cannot be written.
+    """
+    manager.check_saveable()
     named = args[0] if args else options.get("save_directory")
-    return Path(named) if isinstance(named, str | os.PathLike) else None
+    if isinstance(named, str | os.PathLike) and not Path(named).is_file():
+        leave_trace(manager, named)

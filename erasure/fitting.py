@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -126,6 +127,16 @@ def check_fit(
     return frozenset(beside)
 
 
+def check_name(name: str, attached: Container[str]) -> None:
+    """Raise `AttachError` when a name is among the attached ones, or cannot name an erasure."""
+    if not re.fullmatch(r"[\w-]{1,200}", name):
+        raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
+    if name in attached:
+        raise AttachError(
+            f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first"
+        )
+
+
 def check_strength(strength: float) -> float:
     """Give a strength as a float.
 
@@ -139,6 +150,18 @@ def check_strength(strength: float) -> float:
     if not (math.isfinite(factor) and factor >= 0):
         raise AttachError(f"{strength!r} is no strength: give a finite number that is not negative; 1 is as made")
     return factor
+
+
+def strengths_of(names: Sequence[str], strengths: float | Sequence[float] | None) -> dict[str, float]:
+    """The strength of each of some erasures; 1 where none is given.
+
+    Raises:
+        AttachError: Another number of strengths than of names, or one that is no factor.
+    """
+    factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(names)
+    if len(factors) != len(names):
+        raise AttachError(f"{len(factors)} strengths for {len(names)} erasures: give one for each, or a single number")
+    return {name: 1.0 if f is None else check_strength(f) for name, f in zip(names, factors, strict=True)}
 
 
 def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
