@@ -18,13 +18,13 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "options", "pages", "parsing", "registry",
-        "shown", "versions",
+        "concept", "errors", "extras", "files", "images", "interop", "leases", "options", "pages", "parsing",
+        "registry", "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(
     {
-        "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "leases", "proof", "schema",
+        "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "proof", "schema",
         "state", "switching", "twins",
     }
 )  # fmt: skip

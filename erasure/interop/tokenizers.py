@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from diffusers import DiffusionPipeline
+
+from erasure.leases import Lease
 
 _METHODS = ("_encode_plus", "_batch_encode_plus")
 """What sets padding and truncation and then encodes; the second is of transformers before 5."""
 
 
-class _Turn:
-    """A lock; a copy or a pickle has one of its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
-        """Leave the lock out."""
-        return _Turn, ()
-
-
 class _InTurn:
     """One method of one tokeniser, for one thread at a time. An object, so that a deep copy serves the copy."""
 
-    def __init__(self, tokenizer: object, method: str, turn: _Turn) -> None:
-        self.tokenizer, self.method, self.turn = tokenizer, method, turn
+    def __init__(self, tokenizer: object, method: str) -> None:
+        self.tokenizer, self.method = tokenizer, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the class's method."""
-        with self.turn.lock:
+        with Lease([self.tokenizer], exclusive=True):
             return getattr(type(self.tokenizer), self.method)(self.tokenizer, *args, **kwargs)
 
 
@@ -42,7 +32,6 @@ def take_turns(pipe: DiffusionPipeline) -> None:
     """
     for tokenizer in pipe.components.values():
         if hasattr(tokenizer, "backend_tokenizer"):
-            turn = _Turn()
             for method in _METHODS:
                 if hasattr(type(tokenizer), method) and method not in vars(tokenizer):
-                    vars(tokenizer)[method] = _InTurn(tokenizer, method, turn)
+                    vars(tokenizer)[method] = _InTurn(tokenizer, method)

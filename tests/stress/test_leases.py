@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from erasure import ErasureManager
 from erasure.errors import AttachError
+from erasure.leases import Lease
 
 from .crew import THREADS, B, Crew, put
+from .lines import Lines
 from .looks import differing, digest, drop_in, hook_names, look
 from .model import Kit, draw, tensors_of
 
@@ -171,3 +174,22 @@ def test_a_call_that_fails_gives_the_lease_back(pipe: Any) -> None:
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_an_interrupt_at_any_line_holds_nobody_up() -> None:
+    """Not at the end of a block of a lock either, where an interrupt would leave it locked for ever."""
+    thing = object()
+
+    def use() -> None:
+        with Lease([thing], exclusive=True):
+            pass
+
+    with Lines() as whole:
+        use()
+    for at in range(1, whole.lines + 1):
+        with Lines(at), contextlib.suppress(KeyboardInterrupt):
+            use()
+        other = threading.Thread(target=use, daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive(), f"line {at} of {whole.lines}"
