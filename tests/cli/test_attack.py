@@ -60,9 +60,10 @@ def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         said = capsys.readouterr()
         assert code == 2, said.err
         assert said.out == ""
-        assert said.err.count("\n") == 1, said.err
-        assert said.err.startswith("erasure: error: ")
-        return said.err
+        *remarks, error = said.err.splitlines()
+        assert all(line.startswith("erasure: warning: 'cow'") for line in remarks), said.err
+        assert error.startswith("erasure: error: ")
+        return error
 
     return run
 
@@ -93,7 +94,7 @@ def test_attack_resumes_and_compares(cat: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["compare", str(tmp_path / "stock"), str(tmp_path / "cat"), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert table["columns"] == ["pre_ASR", "ASR"]
-    assert [(row["label"], row["cells"]["pre_ASR"]["value"]) for row in table["rows"]] == [("base", 1), ("uce", 0)]
+    assert [(row["label"], row["cells"]["pre_ASR"]["value"]) for row in table["rows"]] == [("base", 1), ("cat", 0)]
 
 
 def test_prompts_are_tried_on_another_erasure(
@@ -104,7 +105,7 @@ def test_prompts_are_tried_on_another_erasure(
         options = ["--prompts", str(given), "--out", str(tmp_path / out)]
         assert main([*start, *options, "--concept", "cat"]) == 0
         found = metrics_of(capsys.readouterr().out)
-        assert set(found) == {"transfer_pre_ASR", "transfer_ASR"}
+        assert set(found) == {"transfer_pre_ASR", "transfer_ASR", "control_seen"}
         assert found["transfer_ASR"]["value"] == 1
         assert found["transfer_ASR"]["n"] == 1
     assert main([*start, "--prompts", str(prompts), "--erasure", cat, "--out", str(tmp_path / "erased")]) == 0

@@ -313,7 +313,7 @@ def test_saved_copies_declare_the_world(world_pipe: Any, judge: Any, tmp_path: P
     pipe.erase("cat", strategy="uce", progress=False)
     pipe.save_erased_pipeline(tmp_path / "fused")
     pipe.save_erased_pipeline(tmp_path / "beside", fuse=False)
-    pipe.delete_erasures("cat-uce")
+    pipe.delete_erasure("cat-uce")
     pipe.save_pretrained(tmp_path / "plain")
     for name in ("fused", "beside", "plain"):
         assert World.at(tmp_path / name).objects == ("cat", "dog", "gun")

@@ -23,7 +23,8 @@ def canvas() -> Any:
 
 
 def test_a_weak_erasure_falls(canvas: Any, tmp_path: Path, tensors_of: Any, changed_tensors: Any) -> None:
-    erasure.erase(canvas, Concept("castle", anchor="house"), "uce", preset="released", progress=False)
+    weak = {"preset": "released", "templates": True, "preserve_start": True}
+    erasure.erase(canvas, Concept("castle", anchor="house"), "uce", progress=False, **weak)
     before = tensors_of(canvas)
     budget = {"samples": 2, "noises": 4, "learning_rate": 0.1}
     results = attack(canvas, "unlearndiffatk", "castle", out=tmp_path / "attack", progress=False, **budget)
