@@ -36,12 +36,15 @@ def smooth_step(score: Tensor, level: Tensor, least: Tensor | float) -> Tensor:
 
     Args:
         score: Any shape; entries of -inf stand for what cannot open a gate, and give 0.
-        level: Broadcasts with it.
+        level: Broadcasts with it; -inf is a gate that is always open, and gives 1.
         least: The least width, in the score's unit.
     """
     distance = score - level
-    width = distance.detach().abs().clamp_min(least)
-    return torch.sigmoid((distance / width).masked_fill(distance.isneginf(), -torch.inf))
+    near = distance.isfinite()
+    # What is infinitely far has no slope, and must not reach a division: its gradient would be NaN.
+    finite = torch.where(near, distance, 0.0)
+    width = finite.detach().abs().clamp_min(least)
+    return torch.where(near, torch.sigmoid(finite / width), (score >= level).to(distance.dtype))
 
 
 def seeing_jump(latents: Tensor, before: Tensor, threshold: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ def mine(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            if not torch.isfinite(vectors).all():
+                raise DivergenceError(f"feature mining: a learned word is not finite after step {step}")
             with torch.no_grad():
                 vectors.copy_(vectors.clamp(low, high))
             if (step + 1) % max(steps // SNAPSHOTS, 1) == 0:

@@ -58,6 +58,7 @@ def test_mining_gives_learned_words_and_leaves_the_model_as_it_was(backbone: Bac
     assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.denoiser.parameters())
     again = mine(backbone, CAT, KEY, edit, 6, 0, lambda share: None)
     assert torch.equal(found.states.states, again.states.states)
+    assert found.states.states.isfinite().all()
 
 
 def test_nan_is_refused(backbone: Backbone, edit: FeatureEdit, monkeypatch: pytest.MonkeyPatch) -> None:
