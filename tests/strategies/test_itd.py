@@ -39,7 +39,8 @@ def test_the_features_that_say_most_come_first_and_common_ones_not_at_all() -> N
     )
     assert select(found, ItD()) == [2, 0]
     assert select(found, ItD(features=1)) == [2]
-    assert select(found, ItD(retain_rate=0.0, target_rate=1.01)) == []
+    rarer = Evidence(torch.tensor([0.9, 1.0, 0.9, 0.2]), *found[1:])
+    assert select(rarer, ItD(retain_rate=0.0, target_rate=1.0)) == []
 
 
 def test_the_greatest_of_each_prompt_is_taken(make_sae: Any) -> None:
