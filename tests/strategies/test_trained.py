@@ -83,7 +83,6 @@ def test_targets_of_presets_are_the_released_arithmetic() -> None:
     for preset, wanted in {
         "paper": null - 1.0 * (own - null),
         "released-x": own - 2.0 * (own - null),  # negative_guidance 2, erase_from the concept itself
-        "released-from": anchor - 2.0 * (own - null),
         "released-sdxl": own - 1.0 * (own - null),
     }.items():
         torch.testing.assert_close(get("esd").configured(preset).target(states), wanted, msg=preset)
@@ -301,7 +300,7 @@ def test_a_retain_set_that_spans_the_target_warns(tiny_pipe_original: Any) -> No
     concept = Concept("cat", retain=("kitten", "dog", "apple", "house", "car"))
     with pytest.warns(ErasabilityWarning, match="hardly be erased"):
         make(tiny_pipe_original, "esd", concept, projection=1.0, method="x-strict", retain_vocabulary=30, steps=1)
-    with pytest.raises(OptionError, match="'retain_batch' of 1 or more"):
+    with pytest.raises(OptionError, match="raise 'retain_batch'"):
         make(tiny_pipe_original, "esd", projection=1.0, retain_batch=0)
 
 
@@ -314,7 +313,7 @@ def test_group_lasso_drops_layers_from_the_file(name: str, tiny_pipe_original: A
     assert 0 < pruned.config.cost["layers_dropped"] <= pruned.config.cost["layers"]
     assert len(pruned.edits) < len(whole.edits)
     assert pruned.size_bytes < whole.size_bytes
-    with pytest.raises(OptionError, match="needs a 'rank'"):
+    with pytest.raises(OptionError, match="raise 'rank'"):
         make(tiny_pipe_original, name, group_lasso=1.0, rank=0)
 
 
