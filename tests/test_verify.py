@@ -55,7 +55,7 @@ def attached(tiny_pipe: Any, erasures: dict[str, Erasure]) -> Callable[[str], tu
 def negated(made: Erasure) -> dict[str, torch.Tensor]:
     """A LoRA of the erasure's own factors, one of each pair with the other sign."""
     state = made.edits.lora_state_dict()
-    return {key: -tensor if ".lora_B." in key else tensor for key, tensor in state.items()}
+    return {key: -tensor if ".lora_up." in key else tensor for key, tensor in state.items()}
 
 
 @pytest.mark.parametrize("kind", ["uce", "diff_quickfix", "esd"])
