@@ -315,7 +315,7 @@ def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any)
     for name in ("default", "no anchor of its own", "other"):
         assert all(each.isdisjoint(UNSAFE) for each in seen[name]), name
     assert sum("dog" in each for each in seen["default"]) >= 2
-    assert sum("house" in each for each in seen["other"]) >= 2
+    assert any("house" in each for each in seen["other"])
     # The opposite of a cat: what the anchor is for.
     assert all("gun" in each for each in seen["pushed"])
     assert seen["pushed"] == seen["pushed too"]
