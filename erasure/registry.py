@@ -50,8 +50,6 @@ class Facts:
     """What a list or a help says about a registered thing."""
 
     name: str
-    module: str
-    """Where it is defined."""
     told: Mapping[str, Any]
     """Class attributes that its registry names, for instance title and paper, as JSON has them."""
     options: tuple[Option, ...] = ()
@@ -163,7 +161,7 @@ class Registry(Generic[T]):
         kind = thing if isinstance(thing, type) else type(thing)
         options = tuple(_option(kind, field) for field in fields(kind)) if is_dataclass(kind) else ()
         told = {fact: _plain(getattr(thing, fact)) for fact in self.told}
-        return Facts(name, kind.__module__, told, options)
+        return Facts(name, told, options)
 
     # Plug-ins -----------------------------------------------------------------------------------------------------
 

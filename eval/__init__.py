@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from erasure.lazy import importer
+
 if TYPE_CHECKING:
     from erasure.eval.attacks.runner import attack, replay
     from erasure.eval.comparison import compare
@@ -29,11 +31,4 @@ _HOMES = {
     "write_report": "erasure.eval.report",
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import on first use: the command line compares results without loading torch."""
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = importer(__name__, _HOMES)

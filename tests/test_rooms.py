@@ -18,7 +18,7 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "leases", "options", "pages", "parsing",
+        "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "options", "pages", "parsing",
         "registry", "shown", "versions",
     }
 )  # fmt: skip

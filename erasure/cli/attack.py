@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from erasure.cli.described import list_of, options_of
+from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import metric_table, refusals
 from erasure.cli.models import (
     ErasedModelOptions,
@@ -20,17 +17,14 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
 from erasure.concept import Concept, Kind
 from erasure.eval.attacks import ATTACKS
-from erasure.options import Options
-from erasure.registry import Facts
 from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.eval import Results
     from erasure.interop.protocols import Settings
-
 
 HELP = """usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]
 
@@ -79,18 +73,16 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     name, *rest = argv
     if name.startswith("-"):
         raise UsageError(f"name the attack first: erasure attack {{{','.join(ATTACKS.names())}}} --model M --out O")
-    facts, method = ATTACKS.facts(name), options_of(ATTACKS, name)
+    told, method = ATTACKS.facts(name).told, options_of(ATTACKS, name)
     # Twice: which options the attack starts from is known only when the size is.
-    size = _parse(facts, method(), rest)[0].size
-    start = method(**facts.told["sizes"].get(size, {}))
-    options, settings = _parse(facts, start, rest)
+    about = f"{told['title']} ({told['paper']}). The attacker needs: {told['access']}."
+    size = parse_with(AttackOptions, method(), f"attack {name}", rest, about).command.size
+    start = method(**told["sizes"].get(size, {}))
+    parsed = parse_with(AttackOptions, start, f"attack {name}", rest, about)
+    options: AttackOptions = parsed.command
     terminal.json_only = options.json
     check_strengths(options)
-    changed = {
-        field.name: value
-        for field in dataclasses.fields(start)
-        if (value := getattr(settings, field.name)) != getattr(start, field.name)
-    }
+    changed = changes(parsed.options, start)
     if options.prompts is not None and changed:
         raise UsageError(f"--prompts tries what was found before: leave out {', '.join(sorted(changed))}")
     found, remarks_on_record = _attack(options, name, changed, terminal)
@@ -105,7 +97,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
-    if options.prompts is None and not facts.told["is_control"]:
+    if options.prompts is None and not told["is_control"]:
         terminal.say("What chance finds in as many tries: erasure attack random_prefix, with the same options.")
 
 
@@ -138,21 +130,6 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     own = {known.target for made in erasures.values() for known in made.concepts}
     # Figures of changed options would pass for those of the size.
     return found, [] if changed else record(options, erasures, found, concept is None or {concept.target} == own)
-
-
-def _parse(attack: Facts, start: Options, argv: list[str]) -> tuple[AttackOptions, Options]:
-    """The command's options and the attack's, from one flat command line."""
-    told = attack.told
-    both = dataclasses.make_dataclass(
-        "Attack",
-        [
-            ("command", Annotated[AttackOptions, tyro.conf.FlagCreatePairsOff]),
-            ("attack", type(start), dataclasses.field(default=start)),
-        ],
-        namespace={"__doc__": f"{told['title']} ({told['paper']}). The attacker needs: {told['access']}."},
-    )
-    parsed: Any = parse(both, f"attack {attack.name}", argv, negatable=True)
-    return parsed.command, parsed.attack
 
 
 def remarks(metrics: Sequence[Settings]) -> list[str]:

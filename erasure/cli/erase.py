@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
-from erasure.cli.described import list_of, options_of
+from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Kind
-from erasure.options import Options
 from erasure.parsing import ConceptRequest
-from erasure.registry import Facts
 from erasure.strategies import STRATEGIES
+from erasure.training.run import Run
 from erasure.world import World
-
-if TYPE_CHECKING:
-    from erasure.training.run import Run
-
 
 HELP = """usage: erasure erase STRATEGY --model M --concept C [C ...] [options]
 
@@ -78,18 +70,18 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     strategy = options_of(STRATEGIES, name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
-    options, settings, training = _parse(STRATEGIES.facts(name), start, rest)
+    told = STRATEGIES.facts(name).told
+    about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
+    more = {"run": Run()} if told["trains"] else {}
+    parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
+    options: EraseOptions = parsed.command
+    training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
     concepts = World.at(options.model).concepts(
         wanted(options), kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
     )
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
-    changed = {
-        field.name: value
-        for field in fields(strategy)
-        if (value := getattr(settings, field.name)) != getattr(start, field.name)
-    }
 
     import erasure
     from erasure.artifact import default_name
@@ -102,7 +94,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = open_model(options)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
-        progress=terminal.speaks, run=training, **changed,
+        progress=terminal.speaks, run=training, **changes(parsed.options, start),
     )  # fmt: skip
     if is_main_process():
         folder = made.save(folder, overwrite=options.overwrite)
@@ -137,32 +129,6 @@ def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
     if not options.concept and not listed:
         raise UsageError("nothing to erase: name it with --concept, or a file of concepts with --concepts")
     return [*options.concept, *listed]
-
-
-def _parse(strategy: Facts, start: Options, argv: list[str]) -> tuple[EraseOptions, Options, Run | None]:
-    """The command's options, the strategy's, and of one that trains those of its run, from one flat command line."""
-    from erasure.training.run import Run
-
-    own = {f.name for kind in (EraseOptions, *([Run] if strategy.told["trains"] else [])) for f in fields(kind)}
-    clash = {option.name for option in strategy.options} & own
-    if clash:
-        raise UsageError(
-            f"strategy {strategy.name!r} has options that the command line also has: {sorted(clash)}; rename them"
-        )
-    told = strategy.told
-    both = dataclasses.make_dataclass(
-        "Erase",
-        [
-            ("command", Annotated[EraseOptions, tyro.conf.FlagCreatePairsOff]),
-            ("strategy", type(start), dataclasses.field(default=start)),
-            *([("run", Run, dataclasses.field(default=Run()))] if told["trains"] else []),
-        ],
-        namespace={
-            "__doc__": f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
-        },
-    )
-    parsed: Any = parse(both, f"erase {strategy.name}", argv, negatable=True)
-    return parsed.command, parsed.strategy, getattr(parsed, "run", None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from erasure.lazy import importer
+
 if TYPE_CHECKING:
     from erasure.sae.formats import load, read_prompts, save
     from erasure.sae.model import FeatureSlice, SAEConfig, SparseAutoencoder
@@ -32,11 +34,4 @@ _HOMES = {
     "save": "erasure.sae.formats",
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import on first use: the command line shows options without loading torch."""
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = importer(__name__, _HOMES)
