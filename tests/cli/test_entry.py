@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,16 +116,25 @@ def test_the_nearest_word_is_named(arguments: list[str], nearest: str, capsys: A
     assert f"Did you mean {nearest!r}?" in capsys.readouterr().err
 
 
-def test_no_colour_where_none_is_wanted(tmp_path: Path) -> None:
-    """Help on a terminal, which `script` makes."""
-    if shutil.which("script") is None:
-        pytest.skip("needs the command `script`")
-    command = ["script", "-qec", f"{sys.executable} -m erasure info --help", str(tmp_path / "log")]
-    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")} | {"TERM": "xterm"}
-    coloured, bare = (
-        subprocess.run(command, env=plain | more, capture_output=True, text=True, check=True).stdout
-        for more in ({}, {"NO_COLOR": "1"})
-    )
+def on_a_terminal(arguments: list[str], environment: dict[str, str]) -> str:
+    """Run the program as on a terminal, and give what it prints."""
+    reading, writing = os.openpty()
+    command = [sys.executable, "-m", "erasure", *arguments]
+    with subprocess.Popen(command, env=environment, stdin=writing, stdout=writing, stderr=writing) as process:
+        os.close(writing)
+        said = b""
+        # Linux tells by an error that the other end is closed.
+        with contextlib.suppress(OSError):
+            while chunk := os.read(reading, 4096):
+                said += chunk
+        os.close(reading)
+    assert process.returncode == 0
+    return said.decode()
+
+
+def test_no_colour_where_none_is_wanted() -> None:
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    coloured, bare = (on_a_terminal(["info", "--help"], plain | more) for more in ({}, {"NO_COLOR": "1"}))
     assert "\x1b[" in coloured
     assert "\x1b[" not in bare
     assert "usage: erasure info" in bare
