@@ -44,7 +44,7 @@ class CanvasFacts(TypedDict, total=False):
     synonyms: dict[Word, Words]
     anchors: dict[Word, Word]
     retain: dict[Word, Words]
-    """What must survive the erasure of an object or style."""
+    """Concepts that must survive the erasure of an object or style."""
     generation: Generation
 
 

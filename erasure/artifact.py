@@ -41,7 +41,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 
 def default_name(concepts: Sequence[Concept], strategy: str) -> str:
-    """What an erasure is called when nobody says otherwise, for instance `van-gogh-hirm`; see `files.slug`."""
+    """Name an erasure after its concepts and strategy, for instance `van-gogh-hirm`; see `files.slug`."""
     targets = [concept.target for concept in concepts]
     label = "-".join(targets) if len(targets) <= 3 else f"{targets[0]}-and-{len(targets) - 1}-more"
     method = re.sub(r"[^a-z0-9]+", "-", strategy.lower()).strip("-")

@@ -39,7 +39,7 @@ class BakedErasure(TypedDict):
     name: Name
     strength: Number
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    """Of its tensors and options, as results of evaluations have it."""
+    """Fingerprint of its tensors and options, as results of evaluations have it."""
     config: dict[str, Any]
     """Its `ErasureConfig`, without the digests of the base's tensors."""
 
@@ -62,7 +62,7 @@ def has_trace(folder: str | Path) -> bool:
 
 
 def read_trace(folder: str | Path) -> list[tuple[BakedErasure, ErasureConfig]]:
-    """What is erased in the weights of a pipeline's folder.
+    """Read what is erased in the weights of a pipeline's folder.
 
     Raises:
         ArtifactError: It does not say, or the file is damaged or of a newer version.

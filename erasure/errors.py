@@ -104,4 +104,4 @@ class ConceptWarning(UserWarning):
 
 
 class TwiceAttachedWarning(UserWarning):
-    """The same edits are attached to a pipeline under two names."""
+    """Equal edits are attached to a pipeline under two names."""

@@ -14,7 +14,7 @@ REQUIREMENTS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""What pip installs for each package that is imported here. Those with a version are extras of this package too."""
+"""Requirement that pip installs for each optional package. Those with a version are extras of this package too."""
 
 
 def require(module: str) -> ModuleType:

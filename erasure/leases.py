@@ -1,4 +1,4 @@
-"""Who uses what now: many calls may draw at once, a switch of erasures waits for them and they for it.
+"""Leases on what threads share: many calls may draw at once, a switch of erasures waits for them and they for it.
 
 A lease is released at the end of its `with` block. Should an interruption hit the very end of that block, it is
 released with the frame that held it: a lease that nothing refers to any more does not count.

@@ -17,7 +17,7 @@ from erasure.images import check_single, check_size, upright
 GROWN = 0.1
 """What a blurred mask must reach for a pixel to belong to the grown one (Attentive Eraser's code)."""
 OVERLAY = 140
-"""How strongly a mask is laid over an image, of 255."""
+"""Opacity of a mask that is laid over an image, out of 255."""
 CHANNELS = (1, 2, 3, 4)
 """Numbers of channels that a mask may have: grey or colours, with or without opacity."""
 COLOURLESS = 0.25

@@ -73,7 +73,7 @@ class Options:
     """
 
     name: ClassVar[str] = ""
-    """What messages call it; the name of the class when empty."""
+    """Name of the options in messages; the name of the class when empty."""
     presets: ClassVar[Presets] = {}
     """Named sets of options, for instance those of a paper."""
 
@@ -105,7 +105,7 @@ class Options:
 
     @classmethod
     def describe(cls, option: str) -> str:
-        """What an option allows, in words."""
+        """Describe in words which values an option allows."""
         return allowed(_adapters(cls)[option][0])
 
     @classmethod
@@ -151,7 +151,7 @@ class Options:
 
 
 def allowed(hint: object) -> str:
-    """What an annotation allows, in words: "a whole number, 1 or more"."""
+    """Describe in words which values an annotation allows: "a whole number, 1 or more"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = [bound for bound in arguments[1:] if type(bound) in BOUNDS]

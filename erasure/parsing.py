@@ -35,7 +35,7 @@ LONGEST_LIST = 30_000
 HOW = "in double quotes every character is part of the name, and so is one behind a backslash"
 JOINERS = re.compile(r"\s+(?:and|&|\+)\s+", re.IGNORECASE)
 PART_OF_A_NAME = re.compile(r"(the|of|jr\.?|sr\.?|i{1,3}|iv|ph\.?d\.?|inc\.?|([a-z]\.)+)(\s|$)", re.IGNORECASE)
-"""How parts of a name begin that stand behind a comma, as in "Tyler, the Creator" and "Martin Luther King, Jr."."""
+"""Beginning of a part of a name behind a comma, as in "Tyler, the Creator" and "Martin Luther King, Jr."."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ConceptRequest:
     target: str
     kind: Kind | None = None
     anchor: str | None = None
-    """What takes its place; "" for nothing."""
+    """Words that take its place; "" for nothing."""
     retain: tuple[str, ...] | None = None
     synonyms: tuple[str, ...] | None = None
     templates: tuple[str, ...] = ()
@@ -231,7 +231,7 @@ def _characters(text: str) -> list[Character]:
 
 
 def _quoted(text: str, start: int) -> re.Match[str] | None:
-    """What stands in quotes that a name begins with, if they hold all of it: `"Weird Al" Yankovic` has others."""
+    """Match quotes that hold a whole name; `"Weird Al" Yankovic` has quotes of another kind."""
     closing = re.escape(QUOTES[text[start]])
     found = re.compile(rf".([^{closing}]*){closing}\s*(?=[{re.escape(COMMAS + BREAKS)}:>]|$)").match(text, start)
     if found is None and not re.compile(rf".[^{closing}]*{closing}").match(text, start):
@@ -240,7 +240,7 @@ def _quoted(text: str, start: int) -> re.Match[str] | None:
 
 
 def _stripped(part: list[Character]) -> list[Character]:
-    """Without the blanks around it."""
+    """Strip blanks from both ends of a part."""
     inner = [index for index, (value, literal) in enumerate(part) if literal or not value.isspace()]
     return part[inner[0] : inner[-1] + 1] if inner else []
 

@@ -29,7 +29,7 @@ from erasure.shown import did_you_mean
 T = TypeVar("T")
 
 INDEX = Path(__file__).with_name("registered.json")
-"""What is said about the things that come with the package."""
+"""File with the facts of everything that comes with the package."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a list or a help says about a registered thing."""
+    """Facts of a registered thing, which lists and helps show."""
 
     name: str
     told: Mapping[str, Any]
@@ -145,7 +145,7 @@ class Registry(Generic[T]):
         return found
 
     def facts(self, name: str) -> Facts:
-        """What is to be said about the thing of a name, without importing it when it comes with this package.
+        """Give the facts of the thing of a name, without importing it when it comes with this package.
 
         Raises:
             ErasureError: See `get`.
@@ -156,7 +156,7 @@ class Registry(Generic[T]):
         return _facts(_index()[self.plural][name])
 
     def describe(self, name: str) -> Facts:
-        """The same from the thing itself."""
+        """Collect the facts from the thing itself, which is imported."""
         thing = self.get(name)
         kind = thing if isinstance(thing, type) else type(thing)
         options = tuple(_option(kind, field) for field in fields(kind)) if is_dataclass(kind) else ()
@@ -211,7 +211,7 @@ def _origin(thing: object) -> str:
 
 
 def index_of(registries: Iterable[Registry[Any]]) -> dict[str, dict[str, object]]:
-    """What `registered.json` is to hold: the facts of everything that comes with the package."""
+    """Collect the content of `registered.json`: the facts of everything that comes with the package."""
     return {
         registry.plural: {name: asdict(registry.describe(name)) for name in sorted(registry.built_in)}
         for registry in registries

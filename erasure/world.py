@@ -1,4 +1,4 @@
-"""What words mean to a model: which kind a concept is, what takes its place, what must survive, its other names.
+"""Worlds: what words mean to a model, which kind a concept is, what takes its place, what must survive.
 
 Everybody asks here: the functions, the command line, the evaluation and what builds the embedded models.
 """
@@ -28,7 +28,7 @@ ALL_UNSAFE = ("unsafe", "unsafe content")
 
 
 class Classes(NamedTuple):
-    """What a word names in a world."""
+    """Classes of a world that a word names."""
 
     domain: Literal["object", "style"]
     """Which of the judge's classifiers knows them."""
@@ -58,9 +58,9 @@ class World:
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Other words for an object."""
     anchors: Mapping[str, str] = field(default_factory=dict)
-    """What takes the place of an object or style."""
+    """Anchor of each object or style."""
     retain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What must survive the erasure of an object or style."""
+    """Concepts that must survive the erasure of an object or style."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that the model was made for."""
     learned: frozenset[str] = frozenset()
@@ -164,14 +164,14 @@ class World:
         return tuple(other for name in members for other in (name, *self.synonyms.get(name, ())))
 
     def kind(self, word: str) -> Kind:
-        """What kind of concept a word is: as the world lists it, and an object elsewhere."""
+        """Tell what kind of concept a word is: as the world lists it, and an object elsewhere."""
         found = self.find(word)
         if found is None or found.domain == "object":
             return "unsafe" if found and set(found.members) <= set(self.unsafe) else "object"
         return "style"
 
     def anchor(self, word: str, erased: Collection[str] = ()) -> str | None:
-        """What the world suggests in place of a word, passing over what is erased as well; `None` elsewhere."""
+        """Suggest what takes the place of a word, passing over what is erased too; `None` where nothing is declared."""
         chosen, seen = self.anchors.get(word), {word}
         while chosen is not None and chosen in erased and chosen not in seen:
             seen.add(chosen)
@@ -193,7 +193,7 @@ class World:
         return made[0]
 
     def requests(self, words: Wanted | Sequence[Wanted], kind: Kind | None = None) -> list[ConceptRequest | Concept]:
-        """What texts name, groups as they are written; see `erasure.parsing` for what a text may say.
+        """Read the concepts that texts name, groups as they are written; see `erasure.parsing` for the syntax.
 
         Args:
             words: One text or several; a `Concept` or a request among them is taken as it stands.
@@ -287,7 +287,7 @@ class World:
         )
 
     def _kept(self, texts: Sequence[str], erased: Collection[str]) -> tuple[str, ...]:
-        """What must survive, groups as those of their members that are not erased."""
+        """Expand what must survive; a group stands for those of its members that are not erased."""
         found: list[str] = []
         for word in parse_names(texts, self.knows):
             classes = None if word in self.learned else self.find(word)

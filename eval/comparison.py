@@ -16,7 +16,7 @@ from erasure.eval.rows import Record, is_figure
 from erasure.files import differences, shown
 
 BASE = "base"
-"""What the stock model is called."""
+"""Label of the stock model."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _names(loaded: Sequence[Results]) -> list[str]:
 
 
 def _methods(loaded: Sequence[Results]) -> list[str]:
-    """What was done to the model, the same for every concept: strategies, options and strengths."""
+    """Name what was done to the model, the same for every concept: strategies, options and strengths."""
     labels = [label(result) for result in loaded]
     keys = [
         json.dumps([[e.get("strategy"), e.get("options"), e.get("strength", 1.0)] for e in result.erasures])

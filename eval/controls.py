@@ -32,7 +32,7 @@ destructive methods measured on canvas-sd are right in 0.7."""
 LIMITS: Record = {
     "seen_at_least": SEEN, "unasked_at_most": UNASKED, "collapsed_below": COLLAPSED, "missing_at_most": MISSING_LIMIT,
 }  # fmt: skip
-"""What recipes say of the controls."""
+"""Limits of the controls, as recipes hold them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Control:
     positive: bool
     """Whether the judge must see something, or must not."""
     what: str
-    """What the judge is asked to see, and on which images."""
+    """Sentence that says what the judge must see, and on which images."""
 
     @property
     def failure(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What metrics are called in reports, and what they say in a few words."""
+"""Names of metrics in reports, and their meaning in a few words."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _from_folder(folder: Path) -> Judge:
 
 
 def _from_module(module: str, attribute: str) -> Judge:
-    """What a module holds under a name."""
+    """Import what a module holds under a name."""
     # The working folder is on the path of `python -m erasure`, but not of the program `erasure`.
     sys.path.insert(0, os.getcwd())
     try:

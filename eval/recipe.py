@@ -78,7 +78,7 @@ def _files_fingerprint(folder: Path) -> str:
 
 
 def put_on_besides(pipe: DiffusionPipeline) -> list[Record]:
-    """What a user has put on the components of a pipeline that changes images but not its own weights.
+    """Find what a user has put on a pipeline that changes images but not its own weights.
 
     LoRA adapters with their weights and scales, and FreeU.
     """
@@ -149,5 +149,5 @@ def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Reco
 
 
 def in_force_entries(erasures: list[Record]) -> list[Record]:
-    """What images depend on of the attached erasures, in the order in which they act."""
+    """Describe the attached erasures as far as images depend on them, in the order in which they act."""
     return [{key: entry[key] for key in ("name", "strength", "fingerprint")} for entry in erasures]

@@ -14,7 +14,7 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 def judged_of(row: Row) -> Row | None:
-    """What the judge saw on a sample's image; `None` when it failed or the image shows nothing (`shows_nothing`)."""
+    """Give the judge's answer on a sample's image; `None` when it failed or the image shows nothing."""
     return None if shows_nothing(row) else row.get("judged")
 
 

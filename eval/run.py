@@ -55,7 +55,7 @@ class Subject:
 
     pipe: DiffusionPipeline
     drawing: Record
-    """What images of the stock model depend on, besides their sample."""
+    """Everything that images of the stock model depend on besides their sample."""
     erasures: list[Record]
     """Entries of the attached erasures, as results have them."""
     judge: Judge

@@ -185,7 +185,7 @@ def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tupl
 def _cache(
     root: Path, subject: Subject, plan: suites.Plan, kit: suites.Suite, variant: str, images: bool
 ) -> DrawingCache | None:
-    """Where images of a variant are kept; `None` when they are not."""
+    """Give the cache of a variant's images; `None` when they are not kept."""
     if variant == "before":
         judging = {"judge": subject.judge_name, "clip": subject.clip, "package": __version__}
         return DrawingCache(root, subject.drawing, judging if is_identified(subject.judge) else None, prompt_key)

@@ -1,4 +1,4 @@
-"""What an erasure's config says of a measurement: a few figures by name, which its card and `erasure info` show."""
+"""Summaries of measurements for an erasure's config: a few figures by name, which its card and `erasure info` show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from erasure.eval.rows import Record, is_control, is_figure
 from erasure.eval.suites import SIZES
 
 VARIANTS = {"before": " before", "after": ""}
-"""What the names of figures end with, by variant."""
+"""Endings of the names of figures, by variant."""
 STAMPS = ("size", "date", "judge", "clip", "seed")
 
 

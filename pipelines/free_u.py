@@ -29,11 +29,11 @@ class FreeU(NamedTuple):
     s1: float
     """Factor of the low frequencies of skip features beside the widest features."""
     s2: float
-    """The same beside features half as wide."""
+    """Factor of the low frequencies of skip features beside features half as wide."""
     b1: float
     """Factor of the first half of the widest features."""
     b2: float
-    """The same of features half as wide."""
+    """Factor of the first half of features half as wide."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from erasure.errors import UnsupportedModelError
 from erasure.interop.protocols import Denoiser, Scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""What denoisers may predict for DDIM to be run backwards."""
+"""Prediction types of denoisers over which DDIM can be run backwards."""
 
 
 class Inverter(DDIMInverseScheduler):
@@ -41,7 +41,7 @@ def backwards(own: Scheduler) -> Inverter:
 
 
 def _spacing(own: Scheduler) -> str:
-    """How DDIM spaces the steps; diffusers cannot go backwards over `linspace`."""
+    """Choose how DDIM spaces the steps; diffusers cannot go backwards over `linspace`."""
     spacing = own.config.get("timestep_spacing", "leading")
     return spacing if spacing in ("leading", "trailing") else "leading"
 

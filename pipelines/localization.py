@@ -65,11 +65,11 @@ class Localization(NamedTuple):
     images: Tensor
     """`(images, 3, height, width)` in 0-1: what was looked at."""
     names: tuple[str, ...] = ()
-    """What was looked for, in the order of the masks."""
+    """Words that were looked for, in the order of the masks."""
     presence: Tensor | None = None
     """`(images, words)`: how surely each word is in the picture at all; the others are taken for granted."""
     least: float = 0.0
-    """What `presence` must reach for a word to count as found."""
+    """Least `presence` with which a word counts as found."""
 
     def of_words(self) -> Tensor:
         """Where any of the words is, `(images, height, width)` bool.

@@ -113,7 +113,7 @@ class ErasureMixin(SharedModulesMixin):
     """Put ahead of a stock pipeline class."""
 
     name_or_path: str
-    """Where the pipeline was loaded from, as the stock class says it."""
+    """Folder or repository that the pipeline was loaded from, as the stock class says it."""
 
     @property
     def erasure_manager(self) -> ErasureManager:

@@ -21,7 +21,7 @@ Pictures = Picture | Sequence[Picture]
 CHANNELS = (1, 3, 4)
 """Grey, colours, colours with opacity."""
 ROUNDING = 1e-3
-"""How far fractions may be out of range: what they were computed with rounds."""
+"""Distance by which fractions may be out of range through rounding."""
 
 
 def read_pixels(pictures: Pictures) -> Tensor:

@@ -48,7 +48,7 @@ class PresenceMixin(ImagesMixin):
     def look(
         self, source: Tensor, latents: Tensor, things: Tensor, phrases: Sequence[str], words: int, least: float
     ) -> tuple[Tensor, Tensor]:
-        """How surely words are in pictures, and where, as far as that follows.
+        """Score how surely words are in pictures, and where, as far as that follows.
 
         Args:
             source: `(images, 3, height, width)` in 0-1.

@@ -286,7 +286,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        """What the stock class returns: SDXL's has no safety checker, and its output no flags."""
+        """Wrap images as the stock class does: SDXL's has no safety checker, and its output no flags."""
         pipe = as_pipeline(self)
         images = pipe.image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)

@@ -1,4 +1,4 @@
-"""How objects are removed: the settings of Attentive Eraser (Sun et al. 2025, arXiv 2412.12974) and their presets."""
+"""Settings of Attentive Eraser (Sun et al. 2025, arXiv 2412.12974) and their presets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _released: dict[str, object] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalSettings(Options):
-    """How objects are removed. The defaults are those of the paper's code, on the pipeline's own scheduler.
+    """Settings of object removal. The defaults are those of the paper's code, on the pipeline's own scheduler.
 
     The presets `official-*` are those of the paper's code (Anonym0u3/AttentiveEraser at 0b7881d): of its batch script
     `inference/SIP.py` with `AAS/data.py` for SD 2.1, the same with the notebook's FreeU for SD 1.5, and of `main.py`
@@ -48,7 +48,7 @@ class RemovalSettings(Options):
     redirect: bool = True
     """Whether attention is redirected; without, this is inpainting with blended latents."""
     suppression_scale: NotNegative = 0.3
-    """What the queries under the mask are multiplied by while similarity is suppressed."""
+    """Factor of the queries under the mask while similarity is suppressed."""
     suppression_share: ZeroToOne = 0.25
     """For this share of the executed steps (the code: 10 of 40)."""
     log_weight: Annotated[float, Ge(-1000), Le(0)] | None = None

@@ -15,7 +15,7 @@ from erasure.interop.hooks import ModelHook
 
 _WRITE = "erasure_pinned_write"
 NO_BLOCKS = torch.zeros(0)
-"""What `Pinned.blocks` is where nothing is known of them."""
+"""Value of `Pinned.blocks` where the states of blocks are not known."""
 
 
 class Pinned(NamedTuple):
@@ -26,7 +26,7 @@ class Pinned(NamedTuple):
     hidden_states: Tensor
     """The final hidden states to return, `(prompts, tokens, dim)`."""
     blocks: Tensor = NO_BLOCKS
-    """What every block is to give, `(prompts, blocks, tokens, dim)`, for pipelines that leave the last ones out
+    """Output of every block, `(prompts, blocks, tokens, dim)`, for pipelines that leave the last ones out
     (`clip_skip`); empty in files of before 2026-11, which hold the final states only."""
 
     def fits(self) -> bool:
@@ -40,7 +40,7 @@ class Pinned(NamedTuple):
 
 
 def pin_of(tower: TextTower, prompts: Sequence[str]) -> Pinned:
-    """What a text encoder makes of prompts now, to be held fixed."""
+    """Encode prompts with a text encoder as it is now, so that the result can be held fixed."""
     tokens = tower.tokenize(prompts)
     with torch.no_grad():
         output = tower.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
@@ -114,7 +114,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """What each module has to put in, by its `id`."""
+    """Hidden states that each module puts in, by the `id` of the module."""
     places = _places(encoder)
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for pin in pins if places else ():

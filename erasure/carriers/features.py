@@ -192,7 +192,7 @@ class GatedEdit:
         return change * after[:, None], opened.any(-1)[:, 0]
 
     def smooth(self, logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each gate is open for gradients: in a prompt as a whole, and at each of its tokens.
+        """Give how far each gate is open for gradients: in a prompt as a whole, and at each of its tokens.
 
         Args:
             logits: `(batch, tokens, concepts)`.

@@ -27,7 +27,7 @@ PARTS = sorted(
 """Names of modules in these networks: kohya's names have underscores for dots, and these tell where the dots were."""
 PART = re.compile(rf"({'|'.join(PARTS)})(?:_|$)")
 PAIRS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
-"""How the names of the two factors end: kohya's, and PEFT's."""
+"""Endings of the names of the two factors: kohya's, and PEFT's."""
 
 
 def file_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -74,7 +74,7 @@ class PlacedReconstruction:
         self.k, self.first, self.end = int(e.k), int(e.first), int(e.end)
 
     def edited(self, x: Tensor) -> Tensor:
-        """What takes the place of activations `(batch, tokens, dim)`."""
+        """Replace activations `(batch, tokens, dim)` by the edited reconstruction."""
         before = x @ self.edit.w_enc + self.edit.b_enc
         values, indices = before.topk(self.k, dim=-1)
         latents = torch.zeros_like(before).scatter(-1, indices, values.relu())

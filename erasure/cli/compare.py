@@ -67,7 +67,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 
 def about(comparison: Comparison) -> str:
-    """What a table of one suite shows."""
+    """Describe the table of one suite in a sentence."""
     kinds = sorted({f"{row['suite']} ({row['size']})" for row in comparison.rows})
     concepts = {row["concept"] for row in comparison.rows} - {None}
     of = f", concept {concepts.pop()}" if len(concepts) == 1 else ""
@@ -115,7 +115,7 @@ def layout(comparison: Comparison, width: int | None = None) -> tuple[list[str],
 
 
 def _cells(comparison: Comparison, row: Settings) -> dict[str, str]:
-    """What stands in the column of a run."""
+    """Format the values of one run, by metric."""
     known = row["cells"] | dict.fromkeys(set(row["missing"]) - set(row["cells"]))
     cells = {name: format_metric(known[name]) for name in comparison.columns if name in known}
     if "seconds" in row:

@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     @property
     def concept(self) -> Concept:
-        """What the word means to the embedded model."""
+        """Say what the word means to the embedded model."""
         return World.at(MODEL).concept(self.word)
 
 

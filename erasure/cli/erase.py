@@ -117,7 +117,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 
 def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
-    """What the options and their file say is to be erased.
+    """Collect the concepts that the options and their file name.
 
     Raises:
         UsageError: Nothing is, the file cannot be read, or it is given as a concept.

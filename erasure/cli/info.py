@@ -110,7 +110,7 @@ def described(made: Erasure) -> dict[str, object]:
 
 
 def tensors_of(made: Erasure) -> list[_Tensor]:
-    """What an erasure changes."""
+    """List the tensors and blocks that an erasure changes."""
     low_rank: list[_Tensor] = [
         {"name": name, "form": "low-rank", "shape": [edit.up.shape[0], edit.down.shape[1]], "rank": edit.down.shape[0]}
         for name, edit in made.low_rank.items()

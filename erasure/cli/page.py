@@ -16,7 +16,7 @@ class Table(NamedTuple):
     """A table of a page."""
 
     about: str
-    """What it shows."""
+    """Sentence that says what the table shows."""
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 

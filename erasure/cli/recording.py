@@ -64,7 +64,7 @@ def record(
 
 
 def left_out(model: Settings) -> list[str]:
-    """What a reader must know of the pipeline that was measured."""
+    """Give remarks on the pipeline that was measured."""
     if "safety_checker" in model and model["safety_checker"] != "off":
         return ["The pipeline's safety checker was left out: its black images would count as erased."]
     return []

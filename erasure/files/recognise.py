@@ -1,4 +1,4 @@
-"""What a file or folder is that was named as a model or as an erasure and is neither."""
+"""Recognise files and folders that were named as a model or as an erasure and are neither."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def advice(path: str | Path) -> str | None:
-    """What a file or folder is, and what to do with it; `None` where there is nothing of that name, or no knowing.
+    """Say what a file or folder is, and what to do with it; `None` where nothing is there or nothing is known.
 
     Nothing but the names of tensors is read, and never a pickle.
 
@@ -68,7 +68,7 @@ def advice(path: str | Path) -> str | None:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """What a safetensors file holds, by the names of its tensors."""
+    """Tell what a safetensors file holds by the names of its tensors."""
     from erasure.files.tensors import tensor_infos
 
     try:

@@ -10,7 +10,7 @@ from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 
 _TOKENS_MERGED = {"self": "merge_attn", "cross": "merge_crossattn"}
-"""What tomesd calls the merging of tokens ahead of each kind of attention."""
+"""Name of tomesd's option that merges tokens ahead of each kind of attention."""
 
 
 def has_deep_cache(component: nn.Module) -> bool:

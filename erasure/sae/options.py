@@ -10,7 +10,7 @@ from erasure.options import Count, CountOrZero, Decay, NotNegative, Options, Pos
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
-    """How an autoencoder is trained."""
+    """Options of an autoencoder's training."""
 
     name: ClassVar[str] = "training of an autoencoder"
 
@@ -36,7 +36,7 @@ class TrainingOptions(Options):
     dead_after: CountOrZero = 200_000
     """Tokens without firing after which a latent counts as dead."""
     threshold_decay: Decay = 0.99
-    """Of the running mean of the least latent kept, which becomes the threshold."""
+    """Decay of the running mean of the least latent kept, which becomes the threshold."""
     clip: Positive = 1.0
     """Greatest norm of the gradient."""
     save_every: Count = 500

@@ -19,7 +19,7 @@ from erasure.sae.selection import top_sets
 from erasure.sae.stream import activations
 
 Statistic = Literal["mean", "greatest", "none"]
-"""What the threshold of a gate is set by: the mean change of tokens, the greatest, or nothing: it is always open."""
+"""Statistic that sets the threshold of a gate: mean or greatest change of tokens; with `none` it is always open."""
 PHRASINGS: Mapping[str, Sequence[str]] = {
     "celebrity": ("A portrait of {}", "An image capturing {} at a public event", "An oil painting of {}",
                   "A sketch of {}", "{} in an official photo"),
@@ -33,7 +33,7 @@ RELEASED: Mapping[str, object] = {
     "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
     "gate_statistic": "mean",
 }  # fmt: skip
-"""What the released code does alike for people, styles and nudity."""
+"""Options that the released code has in common for people, styles and nudity."""
 RECIPES: Presets = {
     "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
     "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},

@@ -1,4 +1,4 @@
-"""What takes the place of a concept whose latents are turned off: what the latents of its anchor write."""
+"""Stand-ins for concepts whose latents are turned off: what the latents of their anchors write."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from erasure.sae.model import SparseAutoencoder
 LEAST = 0.1
 """Share of its usual value below which a concept does not fire, so that words without it are left alone."""
 PUSH = -1.0
-"""What the latents of a concept with an anchor are multiplied by."""
+"""Factor of the latents of a concept with an anchor."""
 ALONE = -10.0
-"""What those of a concept without one are multiplied by."""
+"""Factor of the latents of a concept without an anchor."""
 FAR = 0.6
 """Least distance by which an edit must move a concept's prompts, in units of how far away the anchor's are. On the
 embedded model, prompts that moved by 0.4 still drew the concept, those that moved by 0.7 and more did not."""
@@ -37,7 +37,7 @@ class StandIn(NamedTuple):
 
 
 def written(sae: SparseAutoencoder, features: list[int], magnitude: Tensor) -> Tensor:
-    """What latents write where they fire as they usually do, `(dim,)` on the CPU.
+    """Sum what latents write where they fire as they usually do, `(dim,)` on the CPU.
 
     Args:
         sae: The dictionary.
@@ -80,7 +80,7 @@ def columns(latents: list[StandIn]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def moved(tower: TextTower, layer: int, edit: FeatureEdit, concept: Concept, anchor: str) -> float:
-    """How far an edit moves what the denoiser reads of a concept's prompts.
+    """Measure how far an edit moves what the denoiser reads of a concept's prompts.
 
     The mean length of the change over the words of all phrasings, over that of the change when the anchor's name is
     put in the place of the concept's.

@@ -78,7 +78,7 @@ S = TypeVar("S", bound=Strategy)
 
 
 def _refusal(thing: object) -> str:
-    """What keeps a thing from being a strategy, or nothing."""
+    """Say what keeps a thing from being a strategy; empty where nothing does."""
     if not (isinstance(thing, type) and issubclass(thing, Strategy)):
         return "it is no subclass of erasure.strategies.Strategy"
     if "__dataclass_fields__" not in vars(thing):

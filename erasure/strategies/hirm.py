@@ -34,7 +34,7 @@ PAPER: Mapping[str, object] = {
     "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
     "tap": "attention", "unconditional": "erased",
 }  # fmt: skip
-"""What all of the paper's experiments have in common."""
+"""Options that all of the paper's experiments have in common."""
 RANDOM = {**PAPER, "variant": "random", "coefficient": 500.0, "distribution": "uniform", "norm": "token"}
 """HiRM-R. That directions are drawn uniformly is the released code's; the paper says random."""
 SEMANTIC = {**PAPER, "variant": "semantic", "coefficient": 1.0, "aligned": False}
@@ -93,7 +93,7 @@ class HiRM(Strategy):
     templates: bool = True
     """Train on every phrasing of the concept instead of its names alone (paper)."""
     joined: bool = False
-    """Where its names are alone, write all of them into one prompt, with commas between (released code)."""
+    """Write all names of a concept into one prompt, commas between, where prompts are bare names (released code)."""
     aligned: bool = True
     """Take each token's semantic target from the token of the anchor's prompt that answers to it; else from the same
     position (paper), where another word stands when concept and anchor have not as many tokens."""

@@ -38,7 +38,7 @@ from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
-"""What a latent is multiplied by; far greater ones leave the range of float16, in which they are kept."""
+"""Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
 
 
 class Choice(NamedTuple):
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
     anchor: Tensor | None = None
     """`(dim,)`: what takes the concept's place; `None` where nothing does."""
     push: float = ALONE
-    """What a latent that only the concept fires is multiplied by."""
+    """Factor of a latent that only the concept fires."""
 
 
 @register("itd")

@@ -268,7 +268,7 @@ UNSPACED = re.compile(
 
 
 def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
-    """What takes the place of a concept: its own anchor, or the one that the model's world suggests."""
+    """Choose what takes the place of a concept: its own anchor, or the one that the model's world suggests."""
     word = concept.anchor
     if word is None:
         word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])

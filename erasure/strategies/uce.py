@@ -68,7 +68,7 @@ class UCE(Strategy):
     """Erase and preserve every phrasing of a concept. Without, its names alone (released code), whose last token
     answers to the anchor's last, or to the start token where the anchor is empty."""
     style_anchor: str = ""
-    """What takes the place of a style that has no anchor: nothing, or this word (released code: "art")."""
+    """Word that takes the place of a style without anchor; nothing does when empty (released code: "art")."""
     preserve_start: bool = True
     """Preserve the start token, which is the same in every prompt (released code: no)."""
     tolerance: ZeroToOne = 1e-3

@@ -100,7 +100,7 @@ A = TypeVar("A", bound=Attack)
 
 
 def _refusal(thing: object) -> str:
-    """What keeps a thing from being an attack, or nothing."""
+    """Say what keeps a thing from being an attack; empty where nothing does."""
     is_attack = isinstance(thing, type) and issubclass(thing, Attack)
     return "" if is_attack else "it is no subclass of erasure.eval.attacks.Attack"
 

@@ -273,7 +273,7 @@ def _tried(
 
 
 def _control(run: _Attack, victim: Victim, sample: Sample, before: Record) -> Record:
-    """What the judge sees where the original model draws the prompt: the concept, or nothing can be said of it."""
+    """Answer of the judge on the original model's image of the prompt, which must show the concept."""
     if victim.stock is victim.pipe or not run.subject.erasures:
         return before
     verdict = victim.verdict(victim.draw(sample, stock=True), sample)

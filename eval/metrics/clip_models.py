@@ -1,4 +1,4 @@
-"""Where a CLIP model comes from, what is in its folder, and how open_clip or transformers loads it."""
+"""CLIP models: finding their folders, checking what is in them, loading them with open_clip or transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What took the place of an erased concept: the classes that are seen instead, and the share that is unsafe.
+"""Metrics of what took the place of an erased concept: the classes seen instead, and the share that is unsafe.
 
 UA calls every change of a concept a success, one into a weapon too.
 """

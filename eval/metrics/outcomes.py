@@ -24,7 +24,7 @@ class Outcomes:
     prompts: tuple[str, ...]
     """Cluster of every outcome."""
     keys: tuple[str, ...]
-    """What pairs an outcome before with one after."""
+    """Key of every outcome, which pairs one before with one after."""
     lost: tuple[float, ...] = ()
     """Weights of the outcomes that are missing; they are in no other field."""
 
@@ -47,7 +47,7 @@ class Outcomes:
 
 
 def expected(row: Row, domain: str) -> str | None:
-    """What the prompt of a row asks for in a domain."""
+    """Give the class that the prompt of a row asks for in a domain."""
     if domain == "style":
         return row.get("style")
     objects = row.get("objects") or []
@@ -60,7 +60,7 @@ def holds(row: Row, targets: Sequence[Target]) -> list[Target]:
 
 
 def answer_of(row: Row, head: str) -> str | None:
-    """What a head of the judge (`object`, `style` or `shape`) sees; `None` when there is no answer."""
+    """Give the class that a head of the judge (`object`, `style` or `shape`) sees; `None` when there is no answer."""
     judged = judged_of(row)
     return None if judged is None else judged.get(head)
 
@@ -119,7 +119,7 @@ def rate_row(
 
 
 def paired(before: Outcomes, after: Outcomes) -> Record:
-    """What a metric row says of the pairs: how many changed, and McNemar's exact test."""
+    """Compare outcomes pair by pair: how many changed, and McNemar's exact test."""
     first = dict(zip(before.keys, before.hits, strict=True))
     second = dict(zip(after.keys, after.hits, strict=True))
     shared = [key for key in first if key in second]

@@ -36,7 +36,7 @@ CHUNK = 32
 
 
 def _home(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the weights of a network are, and their precision."""
+    """Give the device of a network's weights, and their precision."""
     tensors = (t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point())
     first = next(tensors, torch.empty(0))
     return first.device, first.dtype

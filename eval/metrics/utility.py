@@ -20,11 +20,11 @@ class FeatureSpace(Protocol):
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """Name in results."""
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from others of that name."""
+        """Fingerprint that tells it from others of that name."""
 
 
 def utility_metrics(

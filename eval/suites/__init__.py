@@ -100,7 +100,7 @@ class ComparingSuite(Suite, Protocol):
     # that tells such an image from those that show nothing.
 
     def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
-        """What must hold of the stock model and the judge; where one control fails, no number is given."""
+        """Give what must hold of the stock model and the judge; where one control fails, no number is given."""
         ...
 
     def measure(self, sample: Sample, image: Image.Image) -> Record:
@@ -120,7 +120,7 @@ def is_comparing(suite: Suite) -> TypeGuard[ComparingSuite]:
 
 
 def _refusal(thing: object) -> str:
-    """What keeps a thing from being a suite, or nothing."""
+    """Say what keeps a thing from being a suite; empty where nothing does."""
     missing = [name for name in ("title", "plan", "judge", "score") if not hasattr(thing, name)]
     return f"it lacks {', '.join(missing)}" if missing else ""
 

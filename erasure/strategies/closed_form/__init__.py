@@ -1,4 +1,4 @@
-"""What methods share that edit linear layers in closed form."""
+"""Arithmetic that methods share which edit linear layers in closed form."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def factors(update: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compress(edit: LowRank) -> LowRank:
-    """The same product in float32 and in no more columns than the layer has outputs."""
+    """Give factors of the same product in float32, in no more columns than the layer has outputs."""
     down, up = edit
     if up.shape[0] < down.shape[0]:
         up, down = torch.eye(up.shape[0], dtype=up.dtype), up @ down
