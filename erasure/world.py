@@ -171,7 +171,7 @@ class World:
         return "style"
 
     def anchor(self, word: str, erased: Collection[str] = ()) -> str | None:
-        """Suggest what takes the place of a word, passing over what is erased too; `None` where nothing is declared."""
+        """Suggest what takes the place of a word, passing over what is erased; `None` where nothing is declared."""
         chosen, seen = self.anchors.get(word), {word}
         while chosen is not None and chosen in erased and chosen not in seen:
             seen.add(chosen)

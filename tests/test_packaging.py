@@ -77,6 +77,20 @@ def test_every_marker_is_used(project: dict[str, Any]) -> None:
         assert f"pytest.mark.{marker.partition(':')[0]}" in tests, marker
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/numbers.md"])
+def test_links_lead_somewhere(page: str, project: dict[str, Any]) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http:", "https:"))]
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        headings = [
+            line.lstrip("# ").lower() for line in target.read_text().splitlines() if heading and line[:1] == "#"
+        ]
+        assert not heading or heading in [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings], link
+
+
 def test_wheel_holds_the_tree(wheel: zipfile.ZipFile):
     expected = {f"{inside}/{file}" for folder, inside in FOLDERS.items() for file in files_of(ROOT / folder)}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}

@@ -1,4 +1,4 @@
-"""Erase every concept of Canvas, one at a time, with every strategy, measure each, and make the README's tables."""
+"""Erase every concept of Canvas alone with every strategy, measure each, and make the tables of README and docs."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def per_concept(out: Path, strategies: tuple[str, ...]) -> str:
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The means over concepts, as they stand in the README."""
+    """The means over concepts, as they stand in README.md."""
     lines = ["| method | concepts | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|---|"]
     for row in table:
         rates = " | ".join(f"{row[k].value:.3f} ({row[k].low:.2f}-{row[k].high:.2f})" for k in RATES)
