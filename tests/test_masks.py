@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from erasure.errors import MaskError
-from erasure.masks import read_masks
+from erasure.masks import blend, grow, latent_aligned, read_masks
 
 DRAWN = np.zeros((32, 48), dtype=bool)
 DRAWN[8:20, 8:30] = True
@@ -162,3 +162,41 @@ def test_a_damaged_file_opened_lazily_is_named() -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48), dtype=np.uint8)).save(buffer, "PNG")
     with pytest.raises(MaskError, match="cannot be read"):
         read_masks(Image.open(io.BytesIO(buffer.getvalue()[:600])), DRAWN.shape, 1)
+
+
+# What is made of masks ----------------------------------------------------------------------------------------------
+
+
+def test_masks_grow_as_far_as_the_blur_says() -> None:
+    mask = torch.zeros(1, 200, 200, dtype=torch.bool)
+    mask[:, :, :100] = True
+    for kernel, pixels in ((1, 0), (7, 2), (13, 3), (77, 15)):
+        # An edge grows by 1.28 sigma: 1.8, 2.9 and 15.3 pixels.
+        assert int(grow(mask, kernel)[0, 100].sum()) - 100 == pytest.approx(pixels, abs=1)
+        assert (grow(mask, kernel) | ~mask).all()
+
+
+def test_latent_masks_cover_every_touched_pixel() -> None:
+    mask = torch.zeros(1, 16, 24, dtype=torch.bool)
+    mask[0, 7, 8] = True
+    aligned = latent_aligned(mask, 8)
+    assert aligned[0, :8, 8:16].all()
+    assert int(aligned.sum()) == 64
+
+
+def test_one_mask_serves_all_images_and_colours_do_not_matter() -> None:
+    drawn = Image.new("RGB", (32, 32))
+    drawn.paste("white", (8, 8, 16, 16))
+    masks = read_masks(drawn, (32, 32), 3)
+    assert masks.shape == (3, 32, 32)
+    assert int(masks[0].sum()) == 64
+
+
+def test_blending_keeps_the_mask_and_the_far_surroundings() -> None:
+    source, made = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, 20:40, 20:40] = True
+    mixed = blend(source, made, mask, 2.0)
+    assert (mixed[:, :, 20:40, 20:40] == 1).all()
+    assert (mixed[:, :, :10] == 0).all()
+    assert 0 < mixed[0, 0, 30, 41] < 1

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from erasure.backbones import text_towers
 from erasure.errors import AttachError, BypassedErasureWarning, MaskError, OptionError, UnsupportedModelError
-from erasure.masks import blend, grow, latent_aligned, read_masks
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.localization import describe
@@ -496,39 +495,3 @@ def test_a_look_for_something_sees_one_state(tiny_pipe: Any, monkeypatch: pytest
     with pytest.raises(AttachError, match="inside of a call"):
         pipe.localize(picture(64, 64), "dog")
     assert pipe.verify_erasures() > 0
-
-
-# Masks --------------------------------------------------------------------------------------------------------------
-
-
-def test_masks_grow_as_far_as_the_blur_says() -> None:
-    mask = torch.zeros(1, 200, 200, dtype=torch.bool)
-    mask[:, :, :100] = True
-    for kernel, pixels in ((1, 0), (7, 2), (13, 3), (77, 15)):
-        # An edge grows by 1.28 sigma: 1.8, 2.9 and 15.3 pixels.
-        assert int(grow(mask, kernel)[0, 100].sum()) - 100 == pytest.approx(pixels, abs=1)
-        assert (grow(mask, kernel) | ~mask).all()
-
-
-def test_latent_masks_cover_every_touched_pixel() -> None:
-    mask = torch.zeros(1, 16, 24, dtype=torch.bool)
-    mask[0, 7, 8] = True
-    aligned = latent_aligned(mask, 8)
-    assert aligned[0, :8, 8:16].all()
-    assert int(aligned.sum()) == 64
-
-
-def test_one_mask_serves_all_images_and_colours_do_not_matter() -> None:
-    masks = read_masks(square().convert("RGB"), (32, 32), 3)
-    assert masks.shape == (3, 32, 32)
-    assert int(masks[0].sum()) == 64
-
-
-def test_blending_keeps_the_mask_and_the_far_surroundings() -> None:
-    source, made = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
-    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
-    mask[:, 20:40, 20:40] = True
-    mixed = blend(source, made, mask, 2.0)
-    assert (mixed[:, :, 20:40, 20:40] == 1).all()
-    assert (mixed[:, :, :10] == 0).all()
-    assert 0 < mixed[0, 0, 30, 41] < 1

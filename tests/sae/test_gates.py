@@ -18,8 +18,11 @@ from erasure.sae.gates import (
     joined,
     locate,
     logistic,
+    most_telling,
     read_words,
     roc,
+    strongest,
+    with_mined,
 )
 from erasure.sae.stream import activations
 
@@ -160,3 +163,33 @@ def test_a_gate_is_fitted_even_to_one_prompt(tower: TextTower, words: WordStates
     assert gate.figures["prompts_with"] == 1
     assert gate.figures["probe"]["tpr"] == 1.0
     assert torch.isfinite(torch.tensor([gate.level, gate.bias, gate.probe_level, *gate.weight.tolist()])).all()
+
+
+def test_the_greatest_of_each_prompt_is_taken(make_sae: Any) -> None:
+    sae = make_sae("jumprelu")
+    states = torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
+    words = WordStates(states, torch.arange(7), torch.tensor([0, 0, 0, 2, 2, 3, 3]), 4)
+    latents = sae.encode(states)
+    expected = [latents[:3].amax(0), torch.zeros(40), latents[3:5].amax(0), latents[5:].amax(0)]
+    torch.testing.assert_close(strongest(sae, words), torch.stack(expected))
+
+
+def test_what_differs_most_is_most_telling(make_sae: Any) -> None:
+    sae = make_sae("jumprelu")
+    states = torch.randn(300, 12, generator=torch.Generator().manual_seed(2))
+    latents = sae.encode(states)
+    y = latents[:, 17] > latents[:, 17].quantile(0.8)
+    assert most_telling(sae, states, y)[0] == 17
+
+
+def test_mined_words_count_as_the_concept() -> None:
+    words = WordStates(torch.zeros(3, 4), torch.arange(3), torch.tensor([0, 0, 1]), 2)
+    flags = lambda *values: torch.tensor(values, dtype=torch.bool)  # noqa: E731
+    labels = Labels(flags(1, 0), flags(0, 1, 0), flags(1, 0, 1))
+    mined = WordStates(torch.ones(2, 4), torch.arange(2), torch.tensor([0, 0]), 1)
+    both, found = with_mined(words, labels, mined, flags(0, 1))
+    assert both.prompts == 3
+    assert both.prompt.tolist() == [0, 0, 1, 2, 2]
+    assert found.holds.tolist() == [True, False, True]
+    assert found.positive.tolist() == [False, True, False, False, True]
+    assert found.negative.tolist() == [True, False, True, False, False]

@@ -17,9 +17,7 @@ from erasure.cli.main import main
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
 from erasure.sae import save
 from erasure.sae.detection import detect_concepts
-from erasure.sae.gates import Labels, WordStates, most_telling, strongest, with_mined
 from erasure.sae.selection import Evidence, evidence, top_sets
-from erasure.sae.standin import columns, stand_in, written
 from erasure.strategies import get
 from erasure.strategies.itd import ItD, select
 
@@ -43,40 +41,10 @@ def test_the_features_that_say_most_come_first_and_common_ones_not_at_all() -> N
     assert select(rarer, ItD(retain_rate=0.0, target_rate=1.0)) == []
 
 
-def test_the_greatest_of_each_prompt_is_taken(make_sae: Any) -> None:
-    sae = make_sae("jumprelu")
-    states = torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
-    words = WordStates(states, torch.arange(7), torch.tensor([0, 0, 0, 2, 2, 3, 3]), 4)
-    latents = sae.encode(states)
-    expected = [latents[:3].amax(0), torch.zeros(40), latents[3:5].amax(0), latents[5:].amax(0)]
-    torch.testing.assert_close(strongest(sae, words), torch.stack(expected))
-
-
-def test_what_differs_most_is_most_telling(make_sae: Any) -> None:
-    sae = make_sae("jumprelu")
-    states = torch.randn(300, 12, generator=torch.Generator().manual_seed(2))
-    latents = sae.encode(states)
-    y = latents[:, 17] > latents[:, 17].quantile(0.8)
-    assert most_telling(sae, states, y)[0] == 17
-
-
 def test_silent_latents_are_in_no_set() -> None:
     activity = torch.tensor([[0.0, 3.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
     assert top_sets(activity, 1).tolist() == [[False, True, False, False], [True, False, False, False]]
     assert top_sets(activity, 3).sum(1).tolist() == [2, 1]
-
-
-def test_mined_words_count_as_the_concept() -> None:
-    words = WordStates(torch.zeros(3, 4), torch.arange(3), torch.tensor([0, 0, 1]), 2)
-    flags = lambda *values: torch.tensor(values, dtype=torch.bool)  # noqa: E731
-    labels = Labels(flags(1, 0), flags(0, 1, 0), flags(1, 0, 1))
-    mined = WordStates(torch.ones(2, 4), torch.arange(2), torch.tensor([0, 0]), 1)
-    both, found = with_mined(words, labels, mined, flags(0, 1))
-    assert both.prompts == 3
-    assert both.prompt.tolist() == [0, 0, 1, 2, 2]
-    assert found.holds.tolist() == [True, False, True]
-    assert found.positive.tolist() == [False, True, False, False, True]
-    assert found.negative.tolist() == [True, False, True, False, False]
 
 
 @pytest.fixture(scope="module")
@@ -273,21 +241,6 @@ def test_the_released_choice_and_threshold_equal_plain_loops(
             tokens.append(float((row - token).square().mean()))
         change.append(statistic(tokens))
     assert float(edit.gate) == pytest.approx(0.99 * min(change), rel=1e-5)
-
-
-def test_a_stand_in_writes_the_anchor_where_the_concept_fires_as_usual(make_sae: Any) -> None:
-    sae = make_sae("jumprelu")
-    features, magnitude = [3, 17, 30], torch.tensor([1.0, 2.0, 4.0])
-    state = torch.randn(12, generator=torch.Generator().manual_seed(2))
-    anchor = written(sae, [5, 6], torch.tensor([2.0, 0.5]))
-    torch.testing.assert_close(anchor, 2 * sae.W_dec[5] + 0.5 * sae.W_dec[6])
-    latent = stand_in(sae, features, magnitude, anchor)
-    before = ((state - sae.b_dec) @ sae.W_enc + sae.b_enc)[features]
-    torch.testing.assert_close(state @ latent.w_enc + latent.b_enc, (before / magnitude).mean())
-    fields = columns([latent, latent])
-    assert fields["w_enc"].shape == (12, 2)
-    assert fields["w_dec"].shape == (2, 12)
-    assert fields["gain"].tolist() == [1, 1]
 
 
 def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any) -> None:
