@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,18 +39,17 @@ def shortened_map(
                  torch.zeros_like(x))  # fmt: skip
     half, inverse = _root(metric)
     directions, singular = _principal(half @ x, gram)
-    for dtype in (torch.float16, torch.float32):
-        rank = _rank(singular, RESERVE * tolerance)
-        while True:
-            kept = directions[:, :rank]
-            up, down = _rounded(inverse @ kept, kept.T @ half @ x, gram, dtype)
-            error = x - up.double() @ down.double()
-            if all(_energy(w, error, gram) <= tolerance**2 * e for w, e in zip(weights, effects, strict=True)):
-                return up, down
-            if rank == len(singular):
-                break
-            rank = min(len(singular), rank + max(1, rank // 10))
-    return left.float().contiguous(), right.float().contiguous()
+
+    def made(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _rounded(inverse @ kept, kept.T @ half @ x, gram, dtype)
+
+    def near(up: Tensor, down: Tensor) -> bool:
+        error = x - up.double() @ down.double()
+        return all(_energy(w, error, gram) <= tolerance**2 * e for w, e in zip(weights, effects, strict=True))
+
+    return _shortest(directions, singular, tolerance, made, near) or (
+        left.float().contiguous(), right.float().contiguous(),
+    )  # fmt: skip
 
 
 def low_rank(left: Tensor, right: Tensor, features: Tensor, tolerance: float) -> LowRank:
@@ -72,17 +71,38 @@ def low_rank(left: Tensor, right: Tensor, features: Tensor, tolerance: float) ->
     identity = torch.eye(len(change), dtype=change.dtype)
     effect = _energy(identity, change, gram)
     directions, singular = _principal(change, gram)
+
+    def made(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return _rounded(kept, kept.T @ change, gram, dtype)
+
+    def near(up: Tensor, down: Tensor) -> bool:
+        return _energy(identity, change - up.double() @ down.double(), gram) <= tolerance**2 * effect
+
+    pair = _shortest(directions, singular, tolerance, made, near)
+    return compress(LowRank(right, left)) if pair is None else LowRank(pair[1], pair[0])
+
+
+def _shortest(
+    directions: Tensor, singular: Tensor, tolerance: float,
+    made: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]], near: Callable[[Tensor, Tensor], bool],
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Find the factors (up, down) of least rank that are near enough, float16 before float32; `None` if none are.
+
+    Args:
+        directions: `(out, n)`: those that matter most come first.
+        singular: `(n,)`: how much each matters.
+        tolerance: Share of all that may be left out.
+        made: Gives factors from the directions that are kept, in a precision.
+        near: Says whether factors are near enough.
+    """
     for dtype in (torch.float16, torch.float32):
         rank = _rank(singular, RESERVE * tolerance)
-        while True:
-            kept = directions[:, :rank]
-            up, down = _rounded(kept, kept.T @ change, gram, dtype)
-            if _energy(identity, change - up.double() @ down.double(), gram) <= tolerance**2 * effect:
-                return LowRank(down, up)
-            if rank == len(singular):
-                break
-            rank = min(len(singular), rank + max(1, rank // 10))
-    return compress(LowRank(right, left))
+        while rank:
+            pair = made(directions[:, :rank], dtype)
+            if near(*pair):
+                return pair
+            rank = 0 if rank == len(singular) else min(len(singular), rank + max(1, rank // 10))
+    return None
 
 
 def _energy(weight: Tensor, change: Tensor, gram: Tensor) -> float:
