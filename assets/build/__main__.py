@@ -46,11 +46,25 @@ def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
     train(work, steps, batch)
 
 
-def denoiser(work: Path = WORK, steps: int = 7000, batch: int = 16, bank: int = 12_000, pairs: float = 0.4) -> None:
+def denoiser(
+    work: Path = WORK,
+    steps: int = 7000,
+    batch: int = 16,
+    bank: int = 12_000,
+    pairs: float = 0.4,
+    peak: float = 1e-3,
+    emptied: float = 0.5,
+    grounding: float = 0.1,
+    grounded: float = 0.5,
+    shipped: bool = False,
+) -> None:
     """Train the denoiser; `torchrun --nproc_per_node 2 -m erasure.assets.build denoiser` uses two cores."""
     from erasure.assets.build.denoiser import train
 
-    train(work, steps, batch, bank=bank, pairs=pairs)
+    train(
+        work, steps, batch, peak, bank=bank, pairs=pairs, emptied=emptied, grounding=grounding, grounded=grounded,
+        shipped=shipped,
+    )  # fmt: skip
 
 
 def export(work: Path = WORK) -> None:

@@ -17,11 +17,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from erasure.assets import path as embedded
+from erasure.assets.build.grounding import grounding_loss, object_masks, object_tokens, without_end
 from erasure.assets.build.loop import batches, log
 from erasure.assets.build.tokenizer import CONTEXT
 from erasure.assets.scenes import Scene, caption
+from erasure.backbones import attention_sites
+from erasure.carriers.attention import AttentionController, Layout
 from erasure.training.checkpoint import Checkpoint
 
 SCHEDULER: dict[str, Any] = {
@@ -46,10 +50,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def latent_bank(vae: AutoencoderKL, path: Path, size: int, seed: int) -> tuple[Tensor, list[Scene]]:
+def latent_bank(vae: AutoencoderKL, path: Path, size: int, seed: int, pairs: float) -> tuple[Tensor, list[Scene]]:
     """Scaled latents `(size, 4, 16, 16)` of `size` scenes, kept in `path`."""
     scenes: list[Scene] = []
-    stream = batches(50, seed)
+    stream = batches(50, seed, pairs=pairs)
     cached = torch.load(path, weights_only=True) if path.exists() else None
     latents = []
     with torch.no_grad():
@@ -73,6 +77,10 @@ def train(
     bank: int = 12_000,
     drop: float = 0.1,
     pairs: float = 0.4,
+    emptied: float = 0.5,
+    grounding: float = 0.1,
+    grounded: float = 0.5,
+    shipped: bool = False,
     sync: int = 8,
     seed: int = 3,
 ) -> None:
@@ -87,49 +95,72 @@ def train(
         bank: Scenes whose latents each process keeps.
         drop: Share of captions replaced by "" for guidance.
         pairs: Share of two-object scenes in a batch; more of them late in the run teach which object is where.
+        emptied: Share of captions whose end token and padding have the states of the empty prompt, so that the words
+            alone say what to draw.
+        grounding: Weight of the loss on words' attention, see `grounding_loss`.
+        grounded: Share of attention that an object's word should draw on the object.
+        shipped: Go on from the shipped denoiser, with the shipped autoencoder and text tower, in place of `folder`'s.
         sync: Steps between two averagings over the processes; the exported weights are a running mean of them.
         seed: Seeds everything; process i uses `seed + 1000 * i`.
     """
     accelerator = Accelerator()
     rank = accelerator.process_index
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
-    text = CLIPModel.from_pretrained(folder / "clip").text_model.requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    unet = UNet2DConditionModel(**CONFIG)
+    source = embedded("canvas-sd") if shipped else folder
+    vae = AutoencoderKL.from_pretrained(source / "vae").requires_grad_(False)
+    text = CLIPTextModel.from_pretrained(source / ("text_encoder" if shipped else "clip")).requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    unet = UNet2DConditionModel.from_pretrained(source / "unet") if shipped else UNet2DConditionModel(**CONFIG)
+    sites = [site for site in attention_sites(unet) if site.kind == "cross"]
     scheduler = DDIMScheduler(**SCHEDULER)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = EMAModel(unet.parameters(), decay=0.995, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
     state = Checkpoint(folder / "unet.ckpt", model=unet, optimiser=optimiser, average=average)
     start = state.resume()
-    latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000)
+    latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, 0.4)
+    masks = object_masks(scenes, latents.shape[-1])
     double = np.array([len(scene.objects) == 2 for scene in scenes])
     odds = np.where(double, pairs / double.sum(), (1 - pairs) / (~double).sum())
     rng = np.random.default_rng([seed, rank, start])
     torch.manual_seed(seed + 1000 * rank + start)
+    def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and states of captions."""
+        ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return ids, text(ids).last_hidden_state
+
+    empty = encode([""])[1][0]
     losses = []
     for step in range(start, steps):
         for group in optimiser.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 200, (steps - step) / (decay * steps))
         rows = rng.choice(bank, size=batch, p=odds)
         captions = ["" if rng.random() < drop else caption(scenes[row], rng) for row in rows]
-        ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-        with torch.no_grad():
-            condition = text(ids).last_hidden_state
+        ids, condition = encode(captions)
+        bare = without_end(condition, ids, empty, tokenizer.eos_token_id)
+        condition = torch.where((torch.rand(batch) < emptied)[:, None, None], bare, condition)
+        marked = object_tokens(tokenizer, ids, [scenes[row] for row in rows])
+        control = AttentionController(unet, Layout(latents.shape[2:], batch))
+        control.capture(marked, sites)
         clean, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
         t = torch.randint(scheduler.config.num_train_timesteps, (batch,))
         noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
-        loss = F.mse_loss(unet(noisy, t, condition).sample, target)
+        with control:
+            drawn = unet(noisy, t, condition).sample
+        known = marked.sum(1) > 0
+        errors = {"loss": F.mse_loss(drawn, target)}
+        errors["grounding"] = grounding_loss(control.maps, masks[rows], known, grounded)
+        loss = errors["loss"] + grounding * errors["grounding"]
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
-        losses.append(loss.item())
+        losses.append({name: error.item() for name, error in errors.items()})
         if (step + 1) % sync == 0 or step + 1 == steps:
             share_weights(accelerator, unet)
             average.step(unet.parameters())
         if (step + 1) % (25 * sync) == 0 and accelerator.is_main_process:
-            log(folder / "unet.jsonl", step=step + 1, loss=float(np.mean(losses)), seconds=state.seconds)
+            log(folder / "unet.jsonl", step=step + 1, seconds=state.seconds, **means(losses))
             losses = []
             state.save(step + 1)
     if accelerator.is_main_process:
@@ -145,3 +176,8 @@ def share_weights(accelerator: Accelerator, network: torch.nn.Module) -> None:
         parameters = list(network.parameters())
         mean = accelerator.reduce(torch.nn.utils.parameters_to_vector(parameters), reduction="mean")
         torch.nn.utils.vector_to_parameters(mean, parameters)
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each column."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,101 @@
+"""What the words of a prompt draw: their share of cross-attention, and how well it lies on what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from erasure.assets.build.grounding import object_masks, object_tokens, without_end
+from erasure.assets.scenes import Scene, render
+from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES, noun_phrase
+from erasure.backbones import attention_sites
+from erasure.carriers.attention import AttentionController, Layout
+from erasure.sae.gates import area
+
+
+class Maps(NamedTuple):
+    """Attention to the words of scenes with one object each."""
+
+    scenes: list[Scene]
+    pixels: Tensor
+    """`(scenes, 3, 64, 64)` in [-1, 1]."""
+    share: Tensor
+    """`(scenes,)`: what the object's word draws, mean over layers, image tokens and noise levels."""
+    grids: dict[int, Tensor]
+    """By side of the grid, `(scenes, side, side)`: mean over the layers of that grid, and over noise levels."""
+
+
+def plan(seed: int = 0) -> list[Scene]:
+    """Every object in every style, on backgrounds in turn."""
+    rng = np.random.default_rng(seed)
+    return [
+        Scene((name,), style, BACKGROUNDS[rng.integers(len(BACKGROUNDS))], (tuple(rng.integers(-2, 3, 2).tolist()),))
+        for name in OBJECTS
+        for style in STYLES
+    ]
+
+
+@torch.no_grad()
+def attention(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int = 10, batch: int = 60) -> Maps:
+    """Read the maps of the objects' words from renders under the noise of each step of a drawing.
+
+    Args:
+        pipe: The model.
+        scenes: With one object each.
+        steps: Noise levels.
+        batch: Scenes at once.
+    """
+    images = np.stack([render(scene).image for scene in scenes])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts = [_read(pipe, scenes[i : i + batch], pixels[i : i + batch], steps) for i in range(0, len(scenes), batch)]
+    share = torch.cat([part[0] for part in parts])
+    return Maps(scenes, pixels, share, {side: torch.cat([part[1][side] for part in parts]) for side in parts[0][1]})
+
+
+def _read(
+    pipe: StableDiffusionPipeline, scenes: list[Scene], pixels: Tensor, steps: int
+) -> tuple[Tensor, dict[int, Tensor]]:
+    captions = [f"{noun_phrase(scene.objects[0])} in {scene.style} style" for scene in scenes]
+    ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    states = pipe.text_encoder(ids)[0]
+    marked = object_tokens(pipe.tokenizer, ids, scenes)[..., :1]
+    clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    control = AttentionController(pipe.unet, Layout(clean.shape[2:], len(scenes)))
+    control.capture(marked, [site for site in attention_sites(pipe.unet) if site.kind == "cross"])
+    pipe.scheduler.set_timesteps(steps)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    shares: list[Tensor] = []
+    grids: dict[int, list[Tensor]] = {}
+    with control:
+        for t in pipe.scheduler.timesteps:
+            pipe.unet(pipe.scheduler.add_noise(clean, noise, t[None]), t, states)
+            for drawn in control.maps.values():
+                shares.append(drawn[:, 0].mean((1, 2)))
+                grids.setdefault(drawn.shape[-1], []).append(drawn[:, 0])
+    return torch.stack(shares).mean(0), {side: torch.stack(maps).mean(0) for side, maps in grids.items()}
+
+
+def figures(maps: Maps) -> dict[str, float]:
+    """`word_share`, and `word_auc_N`: area under the ROC curve of the map of N tokens a side against the true mask.
+
+    A token is on the object when half of it is covered. Means over scenes.
+    """
+    made = {"word_share": float(maps.share.mean())}
+    for side, each in sorted(maps.grids.items()):
+        truth = object_masks(maps.scenes, side)[:, 0] >= 0.5
+        areas = [area(one[on], one[~on]) for one, on in zip(each, truth, strict=True) if on.any() and not on.all()]
+        made[f"word_auc_{side}"] = float(np.mean(areas))
+    return made
+
+
+@torch.no_grad()
+def by_words_alone(pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[Tensor]:
+    """Text states `(tokens, dim)` of prompts whose end token and padding are those of the empty prompt."""
+    ids = pipe.tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
+    states = pipe.text_encoder(ids)[0]
+    yield from without_end(states[1:], ids[1:], states[0], pipe.tokenizer.eos_token_id)
