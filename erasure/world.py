@@ -171,12 +171,20 @@ class World:
         return "style"
 
     def anchor(self, word: str, erased: Collection[str] = ()) -> str | None:
-        """Suggest what takes the place of a word, passing over what is erased; `None` where nothing is declared."""
+        """Suggest what takes the place of a word, passing over what is erased; `None` where nothing is declared.
+
+        Where all that the world's anchors lead to is erased, it is the next of its objects or styles that is left.
+        """
         chosen, seen = self.anchors.get(word), {word}
         while chosen is not None and chosen in erased and chosen not in seen:
             seen.add(chosen)
             chosen = self.anchors.get(chosen)
-        return None if chosen in erased else chosen
+        if word not in self.anchors or (chosen is not None and chosen not in {*erased, word}):
+            return chosen
+        names = self.styles if word in self.styles else self.objects
+        start = names.index(word) + 1 if word in names else 0
+        left = [name for name in names[start:] + names[:start] if name not in {*erased, *self.unsafe, word}]
+        return left[0] if left else None
 
     # Concepts -----------------------------------------------------------------------------------------------------
 

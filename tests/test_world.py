@@ -121,6 +121,16 @@ def test_anchors_pass_over_what_is_erased_too() -> None:
     world = World(objects=("a1", "b1", "c1"), anchors={"a1": "b1", "b1": "c1", "c1": "a1"})
     assert [concept.anchor for concept in world.concepts(["a1", "b1"])] == ["c1", "c1"]
     assert [concept.anchor for concept in world.concepts(["a1", "b1", "c1"])] == [None, None, None]
+    assert world.anchor("b1", ["c1", "a1"]) is None, "a word is no anchor of its own"
+
+
+def test_where_a_whole_group_is_erased_the_next_safe_word_of_the_kind_takes_the_place() -> None:
+    world = World.at("canvas-sd")
+    assert [concept.anchor for concept in world.concepts(["house", "castle"])] == ["cat", "cat"]
+    animals = world.concepts("animals")
+    assert {concept.anchor for concept in animals} == {"apple"}
+    assert world.anchor("ink", world.styles) is None
+    assert world.anchor("whatever") is None
 
 
 def test_what_the_user_says_goes_first(world: World) -> None:

@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, table, gates, controls, localiser.
+evaluate, table, several, gates, controls, localiser.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def export(work: Path = WORK) -> None:
 
 def sae(out: Path = ROOT / "canvas-sae") -> None:
     """Train the sparse autoencoder of the shipped text encoder, as a user would with `erasure sae train`."""
-    settings = "--layer 0 --d-sae 512 --k 8 --steps 3000 --learning-rate 1e-3 --dead-after 50000"
+    settings = "--layer 0 --d-sae 1024 --k 8 --steps 3000 --learning-rate 1e-3 --dead-after 50000"
     command = [sys.executable, "-m", "erasure", "sae", "train", "--model", "canvas-sd", "--out", str(out)]
     raise SystemExit(subprocess.call([*command, *settings.split()]))
 
@@ -110,6 +110,32 @@ def table(
     measure(out, strategies, size, share, suite)
     if share[1] == 1:
         print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
+
+
+def several(
+    out: Path = Path("results/several"),
+    count: int = 5,
+    draws: int = 20,
+    strategy: str = "itd",
+    size: Literal["smoke", "quick", "full"] = "quick",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Erase random sets of concepts, each in one erasure, and measure (resumes), then print a table.
+
+    Args:
+        out: Results, a folder for each set.
+        count: Concepts in a set.
+        draws: How many sets.
+        strategy: What erases.
+        size: Of the suite.
+        share: `i n` does every n-th set from the i-th on, so that n processes share the work.
+    """
+    from erasure.assets.build import several as step
+
+    sets = step.draws(count, draws)
+    step.measure(out, strategy, sets, size, share)
+    if share[1] == 1:
+        print(step.markdown(out, strategy, sets))
 
 
 def gates(told: bool = True) -> None:
@@ -147,7 +173,7 @@ def localiser(scenes: int = 200) -> None:
 
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, gates, controls, localiser)
+    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, several, gates, controls, localiser)
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

@@ -89,7 +89,7 @@ def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
                 values, images = [part["value"] for part in found], sum(part["n"] for part in found)
                 spread = average_interval(*pooled) if rate == "AA" else wilson(float(np.mean(values)) * images, images)
                 pooled.append(spread)
-                drawn = cluster_bootstrap(partial(_mean_at, np.asarray(values)), range(len(names)))
+                drawn = cluster_bootstrap(partial(mean_at, np.asarray(values)), range(len(names)))
                 row[rate] = Interval(drawn.value, min(drawn.low, spread.low), max(drawn.high, spread.high))
             costs = [json.loads((f / "erasure" / "erasure_config.json").read_text())["cost"] for f in folders]
             row["seconds"] = float(np.mean([cost["seconds"] for cost in costs]))
@@ -99,7 +99,8 @@ def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
     return made
 
 
-def _mean_at(values: np.ndarray, index: np.ndarray) -> float:
+def mean_at(values: np.ndarray, index: np.ndarray) -> float:
+    """Mean of some values, as a bootstrap asks for it."""
     return float(values[index].mean())
 
 

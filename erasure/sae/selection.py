@@ -35,34 +35,6 @@ def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
     return Evidence(fires[0], fires[1], magnitude)
 
 
-MENTIONS = 30
-"""Words that come in fewer prompts tell nothing of how a latent takes them."""
-
-
-def rivalry(activity: Tensor, words: WordStates, holds: Tensor, found: Evidence, features: list[int]) -> Tensor:
-    """How much of each feature some other word draws, `(features,)` in 0-1.
-
-    The mean of a latent's greatest value in the prompts with that other word and without the concept, over what it
-    usually reaches in prompts with the concept: 0 for one that the concept has to itself, 1 for one that another word
-    brings as high. Attention is causal, so a word may make a latent fire at any word after it: prompts are compared,
-    not mentions.
-
-    Args:
-        activity: `(prompts, d_sae)`, see `erasure.sae.gates.strongest`.
-        words: Of all prompts.
-        holds: `(prompts,)` bool: prompts with the concept.
-        found: Of all latents.
-        features: Which.
-    """
-    others = words.of(~holds)
-    prompt, token = torch.stack([others.prompt, others.ids]).unique(dim=1)
-    ids, which, count = token.unique(return_inverse=True, return_counts=True)
-    values = activity[~holds][:, features]
-    means = torch.zeros(len(ids), len(features)).index_add_(0, which, values[prompt]) / count[:, None]
-    strongest = means[count >= MENTIONS].amax(0) if (count >= MENTIONS).any() else torch.zeros(len(features))
-    return (strongest / found.magnitude[features].clamp_min(1e-6)).clamp(0, 1)
-
-
 def top_sets(activity: Tensor, top: int) -> Tensor:
     """Whether each latent is among the largest of each prompt, `(prompts, d_sae)` bool; silent ones never are."""
     largest = activity.topk(min(top, activity.shape[1]), dim=1).indices

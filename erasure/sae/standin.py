@@ -7,22 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from erasure.backbones import TextTower
-from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
-from erasure.concept import Concept
 from erasure.sae.model import SparseAutoencoder
 
 LEAST = 0.1
 """Share of its usual value below which a concept does not fire, so that words without it are left alone."""
-PUSH = -1.0
-"""Factor of the latents of a concept with an anchor."""
 ALONE = -10.0
 """Factor of the latents of a concept without an anchor."""
-FAR = 0.6
-"""Least distance by which an edit must move a concept's prompts, in units of how far away the anchor's are. On the
-embedded model, prompts that moved by 0.4 still drew the concept, those that moved by 0.7 and more did not."""
-WHOLE = 0.75
-"""Share of `ItD.anchored` that the difference of the states is multiplied by, where it stands in for latents."""
 
 
 class StandIn(NamedTuple):
@@ -76,30 +66,3 @@ def columns(latents: list[StandIn]) -> dict[str, Tensor]:
         "gain": torch.ones(count),
         "offset": torch.zeros(count),
     }
-
-
-@torch.no_grad()
-def moved(tower: TextTower, layer: int, edit: FeatureEdit, concept: Concept, anchor: str) -> float:
-    """Measure how far an edit moves what the denoiser reads of a concept's prompts.
-
-    The mean length of the change over the words of all phrasings, over that of the change when the anchor's name is
-    put in the place of the concept's.
-
-    Args:
-        tower: The text encoder, which is left as it was.
-        layer: The block that is edited.
-        edit: The edit.
-        concept: The concept.
-        anchor: The words that take its place.
-    """
-    forms = concept.phrasings()
-    own, other = (tower.tokenize([form.format(word) for form in forms]) for word in (concept.target, anchor))
-    before, wanted = tower.encode(own), tower.encode(other)
-    EditedFeatures.write(tower.module, {tower.block_path(layer): [(1.0, edit)]})
-    try:
-        after = tower.encode(own)
-    finally:
-        EditedFeatures.write(tower.module, {})
-    words = word_mask(own.ids, tower.tokenizer.eos_token_id, tower.leading)
-    made, needed = ((states - before)[words].float().norm(dim=-1).mean() for states in (after, wanted))
-    return float(made / needed.clamp_min(1e-6))

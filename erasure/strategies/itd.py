@@ -31,8 +31,8 @@ from erasure.sae.gates import (
 )
 from erasure.sae.mining import fired, mine
 from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
-from erasure.sae.selection import Evidence, evidence, no_feature, rivalry
-from erasure.sae.standin import ALONE, FAR, PUSH, WHOLE, columns, moved, stand_in, written
+from erasure.sae.selection import Evidence, evidence, no_feature
+from erasure.sae.standin import ALONE, columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
@@ -48,14 +48,12 @@ class Choice(NamedTuple):
     """Latents to edit."""
     magnitude: Tensor
     """`(features,)`: what each usually reaches in prompts with the concept."""
-    rivalry: Tensor
-    """`(features,)` in 0-1: how much of that some other word draws."""
     gate: Gate
     """When to."""
     anchor: Tensor | None = None
     """`(dim,)`: what takes the concept's place; `None` where nothing does."""
-    push: float = ALONE
-    """Factor of a latent that only the concept fires."""
+    factor: float = ALONE
+    """What its latents are multiplied by."""
 
 
 @register("itd")
@@ -101,21 +99,18 @@ class ItD(Strategy):
     prompts: PathText = ""
     """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
     dictionary when left out, and random prompts of the tokeniser's words when there are none."""
-    mode: Literal["scale", "ablate", "clamp", "replace"] = "scale"
-    """`scale` multiplies a latent by tau; `ablate` takes it away; `clamp` sets it to tau times what it usually reaches
-    wherever it fires, however weakly; `replace` puts the empty prompt's states in place of the words that hold the
+    mode: Literal["scale", "clamp", "replace"] = "scale"
+    """`scale` multiplies a latent by tau; `clamp` sets it to tau times what it usually reaches wherever it fires,
+    however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
     tau: Factor | None = None
-    """What a latent that only the concept fires is multiplied by: 0 takes it away, below 0 pushes the other way
-    (released code: -8, for all). Left out, it is -1 for a concept with an anchor, and -10 for one without: what
-    lies the other way is something else entirely then (the opposite of a cat is a gun)."""
+    """What a latent is multiplied by: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
+    is 0 for a concept with an anchor, which takes the place, and -10 for one without: something else entirely lies
+    the other way (the opposite of a cat was a gun)."""
     anchored: NotNegative = 2.0
     """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
     they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
     world, where the model declares one. Not for `replace` and `parity`."""
-    shared: Factor = 0.5
-    """What one is multiplied by that another word fires as strongly. In between, the factor goes with the square of
-    what the concept has to itself (`erasure.sae.selection.rivalry`); `ablate` takes all away."""
     features: Count = 32
     """At most so many latents of a concept are edited."""
     floor: ZeroToOne = 0.25
@@ -182,11 +177,11 @@ class ItD(Strategy):
         corpus = read_words(tower, layer, ["", *ordinary])
         key = tower.key(tower.block_path(layer))
         log: dict[str, float] = {"layer": float(layer)}
-        push = ALONE if self.tau is None else self.tau
         if self.parity:
             edit = released_edit(
                 tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
-                names=[name for concept in concepts for name in concept.names], top=self.top, tau=push,
+                names=[name for concept in concepts for name in concept.names], top=self.top,
+                tau=ALONE if self.tau is None else self.tau,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Fit(Edits(features={key: edit}), log)
@@ -198,10 +193,12 @@ class ItD(Strategy):
             found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
             anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
-            choice = choice._replace(push=push)
             if anchor is not None:
                 mention = words.states[labels.positive].mean(0)
-                choice = self.replaced(tower, layer, sae, corpus, activity, choice, concept, anchor, mention, seed)
+                place = self.replacement(tower, layer, sae, corpus, activity, anchor, mention, seed)
+                choice = choice._replace(anchor=place, factor=ALONE if place is None else 0.0)
+            if self.tau is not None:
+                choice = choice._replace(factor=self.tau)
             if self.mining_steps:
                 active = self.edit(tower, layer, sae, [choice])
                 share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
@@ -213,8 +210,7 @@ class ItD(Strategy):
                 new, reached = fired(sae, mined.states, kept, choice.features, self.features, self.false_positive_rate)
                 log[f"{concept.target}_mined"] = float(len(new))
                 reached = torch.cat([choice.magnitude, reached])
-                apart = torch.cat([choice.rivalry, torch.zeros(len(new))])
-                choice = choice._replace(features=[*choice.features, *new], magnitude=reached, rivalry=apart)
+                choice = choice._replace(features=[*choice.features, *new], magnitude=reached)
                 words, labels = with_mined(words, labels, mined.states, mined.learned)
                 chooses = torch.cat([chooses, torch.arange(mined.states.prompts) % 2 == 0])
                 choice = choice._replace(gate=self.fit_gate(sae, words, labels, chooses))
@@ -304,33 +300,36 @@ class ItD(Strategy):
         features = select(found, self)
         if not features:
             raise ConceptError(no_feature(tower, sae, words, labels, found, name))
-        shared = rivalry(activity, words, labels.holds, found, features)
-        return Choice(features, found.magnitude[features], shared, self.fit_gate(sae, words, labels, chooses))
+        return Choice(features, found.magnitude[features], self.fit_gate(sae, words, labels, chooses))
 
-    def replaced(
+    def replacement(
         self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
-        choice: Choice, concept: Concept, anchor: Concept, mention: Tensor, seed: int,
-    ) -> Choice:  # fmt: skip
-        """A choice with an anchor in the concept's place.
+        anchor: Concept, mention: Tensor, seed: int,
+    ) -> Tensor | None:  # fmt: skip
+        """What is written where a concept's latents fire, `(dim,)`.
 
-        That is what the anchor's latents write; or, where latents say too little of the two to take the concept far
-        enough, the difference of the states at their names. An anchor that the tokeniser does not know takes no place.
+        That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
+        of the states at their names. `None` for an anchor that the tokeniser does not know.
+
+        Args:
+            tower: The text encoder.
+            layer: The block that is edited.
+            sae: The dictionary.
+            corpus: Words of ordinary prompts.
+            activity: `(prompts, d_sae)` of the same, see `strongest`.
+            anchor: What takes the concept's place.
+            mention: `(dim,)`: mean state at the concept's names.
+            seed: Of the prompts with the anchor.
         """
         words, labels, extra = self.labelled(tower, layer, corpus, anchor, torch.Generator().manual_seed(seed))
         if not labels.positive.any():
-            return choice
+            return None
         active = torch.cat([activity, strongest(sae, extra)])
         found = evidence(active[labels.holds], active[~labels.holds], self.floor)
         features = select(found, self)
-        push = PUSH if self.tau is None else self.tau
-        difference = WHOLE * self.anchored * (words.states[labels.positive].mean(0) - mention)
-        by_latents = self.anchored * written(sae, features, found.magnitude[features])
-        for direction in (by_latents, difference):
-            choice = choice._replace(push=push, anchor=direction)
-            edit = self.edit(tower, layer, sae, [choice])
-            if features and moved(tower, layer, edit, concept, anchor.target) >= FAR:
-                break
-        return choice
+        if features:
+            return self.anchored * written(sae, features, found.magnitude[features])
+        return words.states[labels.positive].mean(0) - mention
 
     def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
@@ -352,11 +351,10 @@ class ItD(Strategy):
         reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
         for choice in choices:
             index = torch.tensor([place[i] for i in choice.features])
-            own = self.shared + (choice.push - self.shared) * (1 - choice.rivalry) ** 2
             reached[index] = torch.maximum(reached[index], choice.magnitude)
             # Of several concepts that share a latent, the one that pushes hardest.
-            factor[index] = torch.minimum(factor[index], own)
-        factor = torch.where(factor.isinf(), 1.0, torch.zeros_like(factor) if self.mode == "ablate" else factor)
+            factor[index] = factor[index].clamp(max=choice.factor)
+        factor = torch.where(factor.isinf(), 1.0, factor)
         clamp = self.mode == "clamp"
         dim = part.w_enc.shape[0]
         filler = torch.zeros(0, dim)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erasure import files
 from erasure.backbones import Backbone, TextTower
-from erasure.concept import TEMPLATES, Concept, numbers
+from erasure.concept import TEMPLATES, Concept, key, numbers
 from erasure.errors import ConceptError, OptionError
 from erasure.training.states import Scene
 from erasure.world import World
@@ -268,8 +268,15 @@ UNSPACED = re.compile(
 
 
 def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
-    """Choose what takes the place of a concept: its own anchor, or the one that the model's world suggests."""
-    word = concept.anchor
-    if word is None:
+    """Choose what takes the place of a concept: its own anchor, or the one that the model's world suggests.
+
+    Where the anchor is erased as well, what takes its place takes the concept's too.
+    """
+    erased = {key(name): other for other in concepts for name in other.names}
+    word, passed = concept.anchor, {key(concept.target)}
+    while word and key(word) in erased and key(word) not in passed:
+        passed.add(key(word))
+        word = erased[key(word)].anchor
+    if word is None or key(word) in erased:
         word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
     return Concept(word, kind=concept.kind, templates=concept.templates) if word else None
