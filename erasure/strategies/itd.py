@@ -36,6 +36,7 @@ from erasure.sae.standin import ALONE, columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.world import World
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
@@ -128,7 +129,7 @@ class ItD(Strategy):
     """Edit every token of a prompt whose gate is open, or only those whose own score would open it."""
     false_positive_rate: ZeroToOne = 0.01
     """Share of ordinary prompts without the concept that may open its gate, measured on prompts that chose nothing.
-    Words that mean the concept, but are not given as synonyms, count as such."""
+    Other words for the concept count as such unless they are given as synonyms, or the model's world knows them."""
     contexts: CountOrZero = 96
     """Random prompts that name the concept among other words."""
     vocabulary: Count = 2400
@@ -188,9 +189,8 @@ class ItD(Strategy):
         activity = strongest(sae, corpus)
         choices = []
         for index, concept in enumerate(concepts):
-            words, labels, extra = self.labelled(tower, layer, corpus, concept, generator)
+            words, labels, found = self.labelled(tower, layer, sae, corpus, activity, concept, generator)
             chooses = halves(labels, generator)
-            found = torch.cat([activity, strongest(sae, extra)])
             choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
             anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
             if anchor is not None:
@@ -269,15 +269,27 @@ class ItD(Strategy):
         return prompts + [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
 
     def labelled(
-        self, tower: TextTower, layer: int, corpus: WordStates, concept: Concept, generator: torch.Generator
-    ) -> tuple[WordStates, Labels, WordStates]:
-        """Words of prompts with a concept and without it, and which of them are not the corpus'."""
+        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
+        concept: Concept, generator: torch.Generator,
+    ) -> tuple[WordStates, Labels, Tensor]:  # fmt: skip
+        """Words of prompts with a concept and without it, where it is in them, and the activity of all latents.
+
+        Prompts that hold another word for the concept, which the model's world knows and the concept does not list,
+        are left out: they are no prompts without it.
+        """
         prompts = self.target_prompts(tower, concept, generator)
         prompts += retain_prompts([concept])
         prompts += [t.format(concept.anchor) for t in concept.phrasings() if concept.anchor]
         extra = read_words(tower, layer, prompts)
-        words = joined([corpus, extra])
-        return words, locate(tower, words, concept.names), extra
+        words, active = joined([corpus, extra]), torch.cat([activity, strongest(sae, extra)])
+        world = World.of(tower.pipe)
+        others = [word for name in concept.names for word in world.words(name) if word not in concept.names]
+        labels = locate(tower, words, concept.names)
+        clear = labels.holds | ~locate(tower, words, others).holds
+        if not clear.all():
+            words, active = words.of(clear), active[clear]
+            labels = locate(tower, words, concept.names)
+        return words, labels, active
 
     # Features and gates ----------------------------------------------------------------------------------------------
 
@@ -310,21 +322,11 @@ class ItD(Strategy):
 
         That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
         of the states at their names. `None` for an anchor that the tokeniser does not know.
-
-        Args:
-            tower: The text encoder.
-            layer: The block that is edited.
-            sae: The dictionary.
-            corpus: Words of ordinary prompts.
-            activity: `(prompts, d_sae)` of the same, see `strongest`.
-            anchor: What takes the concept's place.
-            mention: `(dim,)`: mean state at the concept's names.
-            seed: Of the prompts with the anchor.
         """
-        words, labels, extra = self.labelled(tower, layer, corpus, anchor, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        words, labels, active = self.labelled(tower, layer, sae, corpus, activity, anchor, generator)
         if not labels.positive.any():
             return None
-        active = torch.cat([activity, strongest(sae, extra)])
         found = evidence(active[labels.holds], active[~labels.holds], self.floor)
         features = select(found, self)
         if features:

@@ -11,6 +11,7 @@ import torch
 
 import erasure
 from erasure import Concept, Erasure, ErasureManager
+from erasure.assets.world import STYLES
 from erasure.backbones import backbone_for
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.cli.main import main
@@ -21,6 +22,7 @@ from erasure.sae.selection import Evidence, evidence, top_sets
 from erasure.strategies import get
 from erasure.strategies.itd import ItD, select
 from erasure.strategies.prompts import anchor_of
+from erasure.world import World
 
 
 def test_evidence_counts_what_is_above_the_floor() -> None:
@@ -293,6 +295,24 @@ def test_concepts_erased_together_do_not_shield_each_other(canvas: Any) -> None:
     (edit,) = together.edits.features.values()
     assert edit.edits[1].unique().numel() < edit.edits.shape[1], "some are shared"
     assert set(edit.gain[edit.edits[1]].tolist()) == {-1.0, 1.0}
+
+
+def test_prompts_with_another_word_for_the_concept_are_no_prompts_without_it(
+    canvas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, without = ErasureManager(canvas), []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(World, "words", lambda self, word: ())
+        made = erasure.erase(canvas, Concept("cat", anchor="dog"), "itd", name="x", progress=False)
+        without.append(made.config.gates["cat"]["prompts_without"])
+        prompts = [f"a drawing of a {word} in {style} style" for word in ("kitten", "kitty") for style in STYLES]
+        try:
+            if known:
+                assert all(each["cat"].present for each in detect_concepts(manager.pipe, prompts))
+        finally:
+            manager.unload()
+    assert without[0] < without[1], "a world that knows no other word counts them"
 
 
 def test_what_takes_the_place_is_not_erased_as_well(canvas: Any) -> None:
