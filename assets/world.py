@@ -107,8 +107,8 @@ PAIR_PHRASES: tuple[str, ...] = (
     "{left} next to {right}",
     *SIDED_PHRASES,
 )
-"""Two objects. But for `SIDED_PHRASES`, captions name them in either order: as in pictures of the real world, the noise
-decides where each is drawn, and not its place in the prompt."""
+"""Two objects. But for `SIDED_PHRASES`, captions name them in either order: as in pictures of the real world, the
+noise decides where each is drawn, and not its place in the prompt."""
 
 EMPTY_TEMPLATES: tuple[str, ...] = (
     "a {background} background",
