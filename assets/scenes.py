@@ -22,6 +22,7 @@ from erasure.assets.world import (
     IMAGE_SIZE,
     OBJECTS,
     PAIR_PHRASES,
+    SIDED_PHRASES,
     STYLES,
     TEMPLATES,
     noun_phrase,
@@ -164,7 +165,10 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
         elif others and chance < groups + synonyms:
             name = pick(others)
         words.append(noun_phrase(name))
-    phrase = words[0] if len(words) == 1 else pick(PAIR_PHRASES).format(left=words[0], right=words[1])
+    form = "{left}" if len(words) == 1 else pick(PAIR_PHRASES)
+    if len(words) == 2 and form not in SIDED_PHRASES and rng.random() < 0.5:
+        words.reverse()
+    phrase = form.format(left=words[0], right=words[-1])
     return pick(TEMPLATES).format(object=phrase, style=scene.style, background=scene.background)
 
 

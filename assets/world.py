@@ -98,13 +98,17 @@ HELD_OUT_TEMPLATES: tuple[str, ...] = (
 )
 """Never used in training: for measuring on phrasings that the model has not met."""
 
+SIDED_PHRASES: tuple[str, ...] = ("{left} on the left and {right} on the right", "{right} to the right of {left}")
+"""Two objects, and which of them is where."""
+
 PAIR_PHRASES: tuple[str, ...] = (
     "{left} and {right}",
     "{left} and {right}",
     "{left} next to {right}",
-    "{left} on the left and {right} on the right",
-    "{right} to the right of {left}",
+    *SIDED_PHRASES,
 )
+"""Two objects. But for `SIDED_PHRASES`, captions name them in either order: as in pictures of the real world, the
+noise decides where each is drawn, and not its place in the prompt."""
 
 EMPTY_TEMPLATES: tuple[str, ...] = (
     "a {background} background",

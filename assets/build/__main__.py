@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, table, several, gates, controls, localiser.
+evaluate, words, table, several, gates, controls, localiser; `everything` measures all of it.
 """
 
 from __future__ import annotations
@@ -89,6 +89,22 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> Non
         print(f"{name:28} {value:.4f}")
 
 
+def words(picture: Path | None = None, before: Path | None = None) -> None:
+    """Print how much of the attention the words of objects draw, and how well it lies on the objects.
+
+    Args:
+        picture: Where a picture of the maps is written.
+        before: Folder of another UNet, whose maps are shown beside.
+    """
+    from erasure.assets.build.words import measure
+    from erasure.assets.build.words import picture as draw
+
+    for name, value in measure().items():
+        print(f"{name:28} {value:.4f}")
+    if picture is not None:
+        draw(before).save(picture)
+
+
 def table(
     out: Path = Path("results/canvas"),
     strategies: tuple[str, ...] = ("hirm", "uce", "itd"),
@@ -171,9 +187,26 @@ def localiser(scenes: int = 200) -> None:
     print(markdown(measure(scenes)))
 
 
+def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
+    """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
+
+    Args:
+        out: Folder of all results.
+        processes: Steps at once.
+        only: Names of the steps to run.
+    """
+    from erasure.assets.build.everything import run
+
+    for name, hours in run(out, processes, only).items():
+        print(f"{name:28} {hours:.2f} h")
+
+
 def main() -> None:
     """Run one step of the build."""
-    steps = (sprites, vae, clip, judge, denoiser, export, sae, evaluate, table, several, gates, controls, localiser)
+    steps = (
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, gates, controls, localiser,
+        everything,
+    )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
 

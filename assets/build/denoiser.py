@@ -7,6 +7,7 @@ the slowest process at every step would cost about a third of the time.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,14 @@ def train(
         sync: Steps between two averagings over the processes; the exported weights are a running mean of them.
         seed: Seeds everything; process i uses `seed + 1000 * i`.
     """
-    accelerator = Accelerator()
+    # Processes on CPU cores find each other only when they are told that it is a CPU.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rank = accelerator.process_index
     torch.manual_seed(seed)
+    if accelerator.is_main_process:
+        options = {"batch": batch, "processes": accelerator.num_processes, "peak": peak, "pairs": pairs}
+        options |= {"emptied": emptied, "grounding": grounding, "grounded": grounded}
+        (folder / "unet.options.json").write_text(json.dumps(options))
     source = embedded("canvas-sd") if shipped else folder
     vae = AutoencoderKL.from_pretrained(source / "vae").requires_grad_(False)
     text = CLIPTextModel.from_pretrained(source / ("text_encoder" if shipped else "clip")).requires_grad_(False)
@@ -123,6 +129,7 @@ def train(
     odds = np.where(double, pairs / double.sum(), (1 - pairs) / (~double).sum())
     rng = np.random.default_rng([seed, rank, start])
     torch.manual_seed(seed + 1000 * rank + start)
+
     def encode(captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and states of captions."""
         ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids

@@ -65,7 +65,10 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dic
     generate(pipe, ["a dog in ink style"], [0])
     seconds = time.perf_counter() - started
     torch.set_num_threads(threads)
+    from erasure.assets.build import words
+
     figures = {
+        **words.figures(words.attention(pipe, words.plan())),
         **judge_accuracy(judge, 1000),
         "object": float(np.mean([j.object == name for j, (name, _, _) in zip(judged, plan, strict=True)])),
         "style": float(np.mean([j.style == style for j, (_, style, _) in zip(judged, plan, strict=True)])),

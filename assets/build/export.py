@@ -34,8 +34,31 @@ def denoiser(work: Path) -> UNet2DConditionModel:
     return unet
 
 
+def export_denoiser(work: Path, out: Path = ROOT) -> None:
+    """Replace the denoiser of `canvas-sd` by the one that went on from it in `work`, and add to the record.
+
+    The accuracies of the record are those of the former denoiser until `evaluate` has run.
+    """
+    folder = out / "canvas-sd"
+    denoiser(work).to(torch.float16).save_pretrained(folder / "unet")
+    file = folder / "canvas.json"
+    described = json.loads(file.read_text())
+    record, options = described["training"], json.loads((work / "unet.options.json").read_text())
+    steps, hours = logged(work, "unet")
+    record["steps"]["words"], record["hours"]["words"] = steps, hours
+    record["samples"]["words"] = steps * options["batch"] * options["processes"]
+    record["words"] = options
+    file.write_text(json.dumps(described, indent=2) + "\n")
+
+
 def export(work: Path, out: Path = ROOT) -> None:
-    """Write all three folders from what the training steps left in `work`."""
+    """Write all three folders from what the training steps left in `work`.
+
+    Where only a denoiser was trained on from the shipped one, it takes that one's place.
+    """
+    if not (work / "vae").is_dir():
+        export_denoiser(work, out)
+        return
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel.from_pretrained(work / "clip")
     pipe = StableDiffusionPipeline(
@@ -88,15 +111,23 @@ def description(record: dict[str, Any]) -> dict[str, Any]:
 
 def training_record(work: Path) -> dict[str, Any]:
     """Steps, samples and hours of every part, from the logs of the training steps."""
-    batch = {"vae": 8, "clip": 128, "judge": 64, "unet": 32}
+    options = json.loads((work / "unet.options.json").read_text())
+    batch = {"vae": 8, "clip": 128, "judge": 64, "unet": options["batch"] * options["processes"]}
     steps, hours = {}, {}
     for part in batch:
-        rows = [json.loads(line) for line in (work / f"{part}.jsonl").read_text().splitlines()]
-        steps[part] = rows[-1]["step"]
-        state = work / f"{part}.ckpt"
-        hours[part] = round(torch.load(state, map_location="cpu", weights_only=True)["seconds"] / 3600, 2)
+        steps[part], hours[part] = logged(work, part)
     samples = {part: steps[part] * batch[part] for part in batch}
-    return {"hardware": "2 CPU cores", "steps": steps, "samples": samples, "hours": hours, "accuracy": {}}
+    return {
+        "hardware": "2 CPU cores", "steps": steps, "samples": samples, "hours": hours, "words": options,
+        "accuracy": {},
+    }  # fmt: skip
+
+
+def logged(work: Path, part: str) -> tuple[int, float]:
+    """Steps and hours of a part's training."""
+    last = json.loads((work / f"{part}.jsonl").read_text().splitlines()[-1])
+    seconds = torch.load(work / f"{part}.ckpt", map_location="cpu", weights_only=True)["seconds"]
+    return last["step"], round(seconds / 3600, 2)
 
 
 def export_clip(model: CLIPModel, work: Path, folder: Path) -> None:

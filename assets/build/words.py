@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
+from erasure.assets import path
+from erasure.assets.build.evaluate import sheet
 from erasure.assets.build.grounding import object_masks, object_tokens, without_end
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES, noun_phrase
@@ -99,3 +104,42 @@ def by_words_alone(pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterato
     ids = pipe.tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(ids)[0]
     yield from without_end(states[1:], ids[1:], states[0], pipe.tokenizer.eos_token_id)
+
+
+def stock() -> StableDiffusionPipeline:
+    """The shipped model, in float32."""
+    pipe = StableDiffusionPipeline.from_pretrained(path("canvas-sd"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure() -> dict[str, float]:
+    """Figures of the shipped model; see `figures`."""
+    return figures(attention(stock(), plan()))
+
+
+def picture(before: Path | None = None, columns: int = 12, grid: int = 8) -> Image.Image:
+    """Scenes, and below each what its object's word draws, over the greatest value of the map.
+
+    Args:
+        before: Folder of a UNet whose maps stand in a row between; left out when `None`.
+        columns: Scenes.
+        grid: Side of the maps that are shown.
+    """
+    pipe = stock()
+    scenes = plan()[:: len(plan()) // columns][:columns]
+    unets = [pipe.unet] if before is None else [UNet2DConditionModel.from_pretrained(before), pipe.unet]
+    rows: list[Image.Image] = []
+    for unet in unets:
+        pipe.unet = unet
+        maps = attention(pipe, scenes)
+        if not rows:
+            rows += [Image.fromarray(pixels) for pixels in _bytes(maps.pixels / 2 + 0.5)]
+        shown = maps.grids[grid][:, None] / maps.grids[grid].amax((1, 2))[:, None, None, None]
+        large = F.interpolate(shown, maps.pixels.shape[2:], mode="bicubic").clamp(0, 1).expand(-1, 3, -1, -1)
+        rows += [Image.fromarray(pixels) for pixels in _bytes(large)]
+    return sheet(rows, columns)
+
+
+def _bytes(pixels: Tensor) -> np.ndarray:
+    return (pixels.permute(0, 2, 3, 1) * 255).round().byte().numpy()

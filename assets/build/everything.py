@@ -1,0 +1,105 @@
+"""Make every figure of README and docs anew, step by step, in any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from erasure import files
+
+
+class Step(NamedTuple):
+    """One command, whose output is kept."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of `python -m`."""
+
+
+def steps(out: Path) -> list[list[Step]]:
+    """The commands in groups: those of one group may run at once, and come after those of the groups before.
+
+    Args:
+        out: Folder of all results.
+    """
+
+    def build(name: str, *arguments: str, step: str = "") -> Step:
+        return Step(name, ("erasure.assets.build", step or name, *arguments))
+
+    def table(strategy: str) -> Step:
+        folder = str(out / "canvas")
+        return build(f"table-{strategy}", "--out", folder, "--strategies", strategy, step="table")
+
+    def suite(name: str) -> Step:
+        return Step(
+            name, ("erasure", "eval", name, "--model", "canvas-sd", "--size", "full", "--out", str(out / name))
+        )
+
+    several = ("--out", str(out / "several"), "--count")
+    unseen = ("--out", str(out / "unseen"), "--strategies", "itd", "--suite", "canvas-unseen", "--size", "quick")
+    strategies = ("hirm", "uce", "itd", "esd", "advunlearn")
+    return [
+        [build("evaluate"), build("words", "--picture", str(out / "words.png"))],
+        [
+            suite("composition"),
+            build("several-5", *several, "5", "--draws", "20", step="several"),
+            build("several-14", *several, "14", "--draws", "1", step="several"),
+            *map(table, strategies),
+            build("unseen", *unseen, step="table"),
+            build("gates"),
+            build("gates-untold", "--no-told", step="gates"),
+            build("controls"),
+            build("localiser"),
+            suite("removal"),
+        ],
+        [build("table", "--out", str(out / "canvas"), "--strategies", *strategies)],
+    ]
+
+
+def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]:
+    """Run what has not been run yet, and give the hours of every step.
+
+    What a step prints is `out / NAME.md`; its hours are in `out / hours.json`. A step that fails leaves its messages
+    in `out / NAME.log`, and the others of its group go on.
+
+    Args:
+        out: Folder of all results. A run goes on where it was stopped.
+        processes: Steps at once, each on one thread.
+        only: Names of the steps to run; all when empty.
+
+    Raises:
+        SystemExit: A step failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    hours = json.loads((out / "hours.json").read_text()) if (out / "hours.json").is_file() else {}
+    failed = []
+
+    def one(step: Step) -> None:
+        started = time.monotonic()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (out / f"{step.name}.log").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", *step.arguments], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        # A step that goes on with an earlier one's results has cost what both took.
+        hours[step.name] = round(hours.get(step.name, 0.0) + (time.monotonic() - started) / 3600, 3)
+        files.write_json(out / "hours.json", hours)
+        if done.returncode:
+            failed.append(step.name)
+        else:
+            files.write_text(out / f"{step.name}.md", done.stdout)
+
+    for group in steps(out):
+        due = [s for s in group if not (out / f"{s.name}.md").is_file() and (not only or s.name in only)]
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(one, due))
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}; see their .log files in {out}")
+    return hours
