@@ -11,7 +11,7 @@ from erasure.sae.model import SparseAutoencoder
 
 LEAST = 0.1
 """Share of its usual value below which a concept does not fire, so that words without it are left alone."""
-ALONE = -10.0
+ALONE = -1.0
 """Factor of the latents of a concept without an anchor."""
 
 

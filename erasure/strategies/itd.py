@@ -60,16 +60,18 @@ class Choice(NamedTuple):
 @register("itd")
 @dataclass(frozen=True, kw_only=True)
 class ItD(Strategy):
-    """Turn off the latents that only prompts with the concept fire, in prompts that hold it.
+    """Turn off the latents that tell a concept, in prompts that hold it, and write those of an anchor in their place.
 
     A sparse autoencoder of the text encoder's residual stream gives latents `z` with decoder rows `d`. Those that fire
     on most prompts with the concept and on few of the others are its features F. In use,
 
-        x' = x + sum_{i in F} (tau_i - 1) z_i d_i
+        x' = x + sum_{i in F} (tau - 1) z_i d_i + s a
 
-    at every token but the first, in prompts where the concept's gate is open: a logistic score of latents on some word
-    (see `erasure.carriers.features`). What the autoencoder does not explain is left as it is, prompts below the
-    threshold too, bit for bit. A linear probe of the same activations is fitted and calibrated beside it.
+    at every token but the first, with `s` the mean of the features in units of what they usually reach and `a` what
+    the anchor's features write (`erasure.sae.standin`). This happens in prompts where the concept's gate is open: a
+    logistic score of latents on some word (see `erasure.carriers.features`). What the autoencoder does not explain is
+    left as it is, prompts below the threshold too, bit for bit. A linear probe of the same activations is fitted and
+    calibrated beside it.
 
     Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
     hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
@@ -106,8 +108,8 @@ class ItD(Strategy):
     concept, of the end token and of the padding, whatever fires there."""
     tau: Factor | None = None
     """What a latent is multiplied by: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
-    is 0 for a concept with an anchor, which takes the place, and -10 for one without: something else entirely lies
-    the other way (the opposite of a cat was a gun)."""
+    is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
+    the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
     anchored: NotNegative = 2.0
     """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
     they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
@@ -182,7 +184,7 @@ class ItD(Strategy):
             edit = released_edit(
                 tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
                 names=[name for concept in concepts for name in concept.names], top=self.top,
-                tau=ALONE if self.tau is None else self.tau,
+                tau=self.gate_tau if self.tau is None else self.tau,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Fit(Edits(features={key: edit}), log)
