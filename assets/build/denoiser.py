@@ -108,10 +108,6 @@ def train(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rank = accelerator.process_index
     torch.manual_seed(seed)
-    if accelerator.is_main_process:
-        options = {"batch": batch, "processes": accelerator.num_processes, "peak": peak, "pairs": pairs}
-        options |= {"emptied": emptied, "grounding": grounding, "grounded": grounded}
-        (folder / "unet.options.json").write_text(json.dumps(options))
     source = embedded("canvas-sd") if shipped else folder
     vae = AutoencoderKL.from_pretrained(source / "vae").requires_grad_(False)
     text = CLIPTextModel.from_pretrained(source / ("text_encoder" if shipped else "clip")).requires_grad_(False)
@@ -123,6 +119,11 @@ def train(
     average = EMAModel(unet.parameters(), decay=0.995, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
     state = Checkpoint(folder / "unet.ckpt", model=unet, optimiser=optimiser, average=average)
     start = state.resume()
+    if accelerator.is_main_process:
+        options = {"batch": batch, "processes": accelerator.num_processes, "peak": peak, "pairs": pairs}
+        note(folder / "unet.options.json", start, options | {
+            "emptied": emptied, "grounding": grounding, "grounded": grounded,
+        })  # fmt: skip
     latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, 0.4)
     masks = object_masks(scenes, latents.shape[-1])
     double = np.array([len(scene.objects) == 2 for scene in scenes])
@@ -147,7 +148,7 @@ def train(
         bare = without_end(condition, ids, empty, tokenizer.eos_token_id)
         condition = torch.where((torch.rand(batch) < emptied)[:, None, None], bare, condition)
         marked = object_tokens(tokenizer, ids, [scenes[row] for row in rows])
-        control = AttentionController(unet, Layout(latents.shape[2:], batch))
+        control = AttentionController(unet, Layout((latents.shape[2], latents.shape[3]), batch))
         control.capture(marked, sites)
         clean, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
         t = torch.randint(scheduler.config.num_train_timesteps, (batch,))
@@ -174,6 +175,14 @@ def train(
         average.copy_to(unet.parameters())
         unet.save_pretrained(folder / "unet")
         scheduler.save_pretrained(folder / "scheduler")
+
+
+def note(path: Path, step: int, options: dict[str, float]) -> None:
+    """Note the options of a training from a step on, after those of the steps before."""
+    rows = json.loads(path.read_text()) if path.exists() and step else []
+    if not rows or {**rows[-1], "from_step": 0} != {**options, "from_step": 0}:
+        rows.append({"from_step": step, **options})
+    path.write_text(json.dumps(rows))
 
 
 @torch.no_grad()

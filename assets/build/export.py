@@ -41,12 +41,13 @@ def export_denoiser(work: Path, out: Path = ROOT) -> None:
     """
     folder = out / "canvas-sd"
     denoiser(work).to(torch.float16).save_pretrained(folder / "unet")
+    forget_paths(folder)
     file = folder / "canvas.json"
     described = json.loads(file.read_text())
     record, options = described["training"], json.loads((work / "unet.options.json").read_text())
     steps, hours = logged(work, "unet")
     record["steps"]["words"], record["hours"]["words"] = steps, hours
-    record["samples"]["words"] = steps * options["batch"] * options["processes"]
+    record["samples"]["words"] = steps * per_step(options)
     record["words"] = options
     file.write_text(json.dumps(described, indent=2) + "\n")
 
@@ -75,6 +76,7 @@ def export(work: Path, out: Path = ROOT) -> None:
     record = training_record(work)
     kept = (folder / "canvas.json").read_text() if (folder / "canvas.json").is_file() else None
     pipe.to(torch.float16).save_pretrained(folder)
+    forget_paths(folder)
     set_dtype(folder / "text_encoder" / "config.json", "float32")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
@@ -84,6 +86,14 @@ def export(work: Path, out: Path = ROOT) -> None:
     export_clip(CLIPModel.from_pretrained(work / "clip"), work, out / "canvas-clip")
     shutil.rmtree(out / "canvas-judge", ignore_errors=True)
     shutil.copytree(work / "judge", out / "canvas-judge")
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of the configs where their parts were loaded from."""
+    for config in folder.rglob("config.json"):
+        described = json.loads(config.read_text())
+        if described.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def set_dtype(config: Path, dtype: str) -> None:
@@ -112,7 +122,7 @@ def description(record: dict[str, Any]) -> dict[str, Any]:
 def training_record(work: Path) -> dict[str, Any]:
     """Steps, samples and hours of every part, from the logs of the training steps."""
     options = json.loads((work / "unet.options.json").read_text())
-    batch = {"vae": 8, "clip": 128, "judge": 64, "unet": options["batch"] * options["processes"]}
+    batch = {"vae": 8, "clip": 128, "judge": 64, "unet": per_step(options)}
     steps, hours = {}, {}
     for part in batch:
         steps[part], hours[part] = logged(work, part)
@@ -121,6 +131,11 @@ def training_record(work: Path) -> dict[str, Any]:
         "hardware": "2 CPU cores", "steps": steps, "samples": samples, "hours": hours, "words": options,
         "accuracy": {},
     }  # fmt: skip
+
+
+def per_step(options: list[dict[str, float]]) -> int:
+    """Samples of one step of the denoiser's training, in all processes."""
+    return int(options[-1]["batch"] * options[-1]["processes"])
 
 
 def logged(work: Path, part: str) -> tuple[int, float]:

@@ -76,7 +76,7 @@ def grounding_loss(maps: Mapping[str, Tensor], masks: Tensor, marked: Tensor, sh
     """
     losses = []
     for drawn in maps.values():
-        wanted = share * F.adaptive_avg_pool2d(masks, drawn.shape[2:])
+        wanted = share * F.adaptive_avg_pool2d(masks, (drawn.shape[2], drawn.shape[3]))
         each = F.binary_cross_entropy(drawn.clamp(1e-6, 1 - 1e-6), wanted, reduction="none").mean((2, 3))
         losses.append(each[marked].mean())
     return torch.stack(losses).mean()

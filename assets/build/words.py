@@ -70,7 +70,7 @@ def _read(
     states = pipe.text_encoder(ids)[0]
     marked = object_tokens(pipe.tokenizer, ids, scenes)[..., :1]
     clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-    control = AttentionController(pipe.unet, Layout(clean.shape[2:], len(scenes)))
+    control = AttentionController(pipe.unet, Layout((clean.shape[2], clean.shape[3]), len(scenes)))
     control.capture(marked, [site for site in attention_sites(pipe.unet) if site.kind == "cross"])
     pipe.scheduler.set_timesteps(steps)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
