@@ -37,7 +37,6 @@ from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
 from erasure.pipelines.prompts import for_each, texts_of
 
 Loss = Literal["a_star", "attend_and_excite"]
-Maps = Literal["ranged", "rivalled"]
 Rivals = Literal["words", "padded"]
 
 
@@ -50,37 +49,29 @@ class CompositionSettings(Options):
     loss: Loss = "a_star"
     """`a_star`: segregation and retention; `attend_and_excite`: the most neglected subject."""
     step_size: NotNegative = 20.0
-    """Length of the gradient step at first; it falls with `sqrt(linspace(1, 0.5, steps))` (Attend-and-Excite's code;
-    A-STAR says nothing)."""
+    """Length of the gradient step at first; it falls with `sqrt(linspace(1, 0.5, steps))` (Attend-and-Excite's code,
+    which draws in 50 steps; A-STAR says nothing). On Canvas, in 10 steps, A-STAR does best with 100."""
     segregation_until: ZeroToOne = 0.5
     """Share of the steps in which maps are driven apart (open in the paper)."""
     retention_until: ZeroToOne = 1.0
     """Share of the steps in which they are held (the paper loses subjects when it stops early)."""
     excitation_until: ZeroToOne = 0.5
     """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
-    maps: Maps | None = None
-    """What the losses see (open in the paper): `ranged`, each subject's map brought to 0-1; `rivalled`, what it draws
-    in a softmax over the words, as in Attend-and-Excite's code. When left out, `ranged` for `a_star` and `rivalled`
-    for `attend_and_excite`, whose goals are made for it."""
     threshold: ZeroToOne = 0.5
     """A map is held where it is above this share of its greatest value (open in the paper)."""
     grid: Count = 16
-    """Shorter side of the token grid whose layers are read; the nearest that there is."""
+    """Shorter side of the token grid whose layers are read; the nearest that there is. On Canvas, whose latents have
+    16 tokens a side, A-STAR does best with 8."""
     refine: Mapping[ZeroToOne, ZeroToOne] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
     """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
     reaches this, and once more, as its code does (steps 0, 10 and 20 of 50)."""
     refinements: CountOrZero = 20
     """Most moves of one refinement."""
     rivals: Rivals | None = None
-    """Tokens over which `rivalled` maps take their softmax. `padded`: all behind the start but the last of the
+    """`attend_and_excite`: tokens over which it takes its softmax. `padded`: all behind the start but the last of the
     sequence, its code for Stable Diffusion 1.x; `words`: up to the end of the prompt, its code for 2.1. When left out,
     the tokeniser decides: that of 1.x pads with the token that ends a prompt. SDXL, which it does not know, goes by
     `words`."""
-
-    @property
-    def rivalled(self) -> bool:
-        """Whether subjects' maps are shares of a softmax over the words."""
-        return (self.maps or ("rivalled" if self.loss == "attend_and_excite" else "ranged")) == "rivalled"
 
 
 class CompositionMixin(SharedModulesMixin):
@@ -140,7 +131,7 @@ class CompositionMixin(SharedModulesMixin):
         words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
         kept = None if layout is None else read_layout(layout, (height, width), words.weights.shape[2])
-        if settings.rivalled:
+        if settings.loss == "attend_and_excite":
             words = words._replace(inside=rival_tokens(towers, words.inside, settings.rivals))
         guide = Guide(pipe, settings, words, (height // factor, width // factor), kept)
 
@@ -296,7 +287,7 @@ class Guide:
         self.control = AttentionController(pipe.unet, Layout(latent_size, len(words.weights)))
         self.excites = settings.loss == "attend_and_excite"
         tokens = torch.eye(words.inside.shape[1])[None].expand(len(words.inside), -1, -1)
-        self.control.capture(tokens if settings.rivalled else words.weights, sites)
+        self.control.capture(tokens if self.excites else words.weights, sites)
         self.layout: Tensor | None = None
         if kept is not None:
             self.layout = F.interpolate(kept[None].float(), sites[0].grid(*latent_size), mode="area")
@@ -354,7 +345,7 @@ class Guide:
         """`(samples, subjects, rows, columns)` float32, mean over the layers."""
         self.control.collect(lambda: forward(z))
         maps = torch.stack(list(self.control.maps.values())).mean(0)
-        if not self.settings.rivalled:
+        if not self.excites:
             return ranged(smoothed(maps))
         won = rivalled(maps, self.words.inside.to(maps.device))
         return smoothed(torch.einsum("btyx,bts->bsyx", won, self.words.weights.to(maps)))

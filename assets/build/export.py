@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,6 +22,9 @@ from erasure.assets.world import ANCHORS, BACKGROUNDS, HELD_OUT_TEMPLATES, OBJEC
 
 GENERATION = {"num_inference_steps": 10, "guidance_scale": 2.0}
 """Settings that every evaluation of Canvas uses unless told otherwise."""
+
+
+Part = TypeVar("Part", AutoencoderKL, UNet2DConditionModel)
 
 
 def denoiser(work: Path) -> UNet2DConditionModel:
@@ -40,8 +44,7 @@ def export_denoiser(work: Path, out: Path = ROOT) -> None:
     The accuracies of the record are those of the former denoiser until `evaluate` has run.
     """
     folder = out / "canvas-sd"
-    denoiser(work).to(torch.float16).save_pretrained(folder / "unet")
-    forget_paths(folder)
+    anew(denoiser(work)).to(torch.float16).save_pretrained(folder / "unet")
     file = folder / "canvas.json"
     described = json.loads(file.read_text())
     record, options = described["training"], json.loads((work / "unet.options.json").read_text())
@@ -63,10 +66,10 @@ def export(work: Path, out: Path = ROOT) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel.from_pretrained(work / "clip")
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=anew(AutoencoderKL.from_pretrained(work / "vae")),
         text_encoder=text,
         tokenizer=tokenizer,
-        unet=denoiser(work),
+        unet=anew(denoiser(work)),
         scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -76,7 +79,6 @@ def export(work: Path, out: Path = ROOT) -> None:
     record = training_record(work)
     kept = (folder / "canvas.json").read_text() if (folder / "canvas.json").is_file() else None
     pipe.to(torch.float16).save_pretrained(folder)
-    forget_paths(folder)
     set_dtype(folder / "text_encoder" / "config.json", "float32")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
@@ -88,12 +90,12 @@ def export(work: Path, out: Path = ROOT) -> None:
     shutil.copytree(work / "judge", out / "canvas-judge")
 
 
-def forget_paths(folder: Path) -> None:
-    """Take out of the configs where their parts were loaded from."""
-    for config in folder.rglob("config.json"):
-        described = json.loads(config.read_text())
-        if described.pop("_name_or_path", None) is not None:
-            config.write_text(json.dumps(described, indent=2) + "\n")
+def anew(model: Part) -> Part:
+    """A copy of a part whose config does not say where it was loaded from."""
+    known = inspect.signature(type(model).__init__).parameters
+    fresh = type(model)(**{key: value for key, value in model.config.items() if key in known})
+    fresh.load_state_dict(model.state_dict())
+    return fresh
 
 
 def set_dtype(config: Path, dtype: str) -> None:

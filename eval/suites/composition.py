@@ -28,15 +28,18 @@ if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
 
 TEMPLATES = ("{left} and {right}", "{bare_left} and {bare_right}")
-"""With articles, as the model was trained on, and without, as it was not: there it leaves out one in two."""
+"""With articles, as the model was trained on, and without, as it was not."""
 SAMPLES = {"smoke": 8, "quick": 48, "full": 240}
 METHODS: dict[str, Record] = {
     "stock": {},
     "attend_and_excite": {"loss": "attend_and_excite", "refine": {}},
-    "a_star": {"loss": "a_star"},
-}
-"""Attend-and-Excite goes without moving latents again and again at three of its steps: that takes eight times as long,
-and on 64 prompts of the embedded model found as many pairs."""
+    "a_star": {
+        "loss": "a_star", "grid": 8, "step_size": 100.0, "segregation_until": 0.3, "retention_until": 0.3,
+    },
+}  # fmt: skip
+"""Each as it did best on 80 other prompts of the embedded model, which draws in 10 steps and settles in the first
+three where things are. Attend-and-Excite goes without moving latents again and again at three of its steps: that takes
+eight times as long, and found no more pairs."""
 
 
 @register("composition")
