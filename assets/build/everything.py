@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,26 +80,30 @@ def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]
     out.mkdir(parents=True, exist_ok=True)
     hours = json.loads((out / "hours.json").read_text()) if (out / "hours.json").is_file() else {}
     failed = []
-
-    def one(step: Step) -> None:
-        started = time.monotonic()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with (out / f"{step.name}.log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", *step.arguments], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        # A step that goes on with an earlier one's results has cost what both took.
-        hours[step.name] = round(hours.get(step.name, 0.0) + (time.monotonic() - started) / 3600, 3)
-        files.write_json(out / "hours.json", hours)
-        if done.returncode:
-            failed.append(step.name)
-        else:
-            files.write_text(out / f"{step.name}.md", done.stdout)
-
     for group in steps(out):
         due = [s for s in group if not (out / f"{s.name}.md").is_file() and (not only or s.name in only)]
         with ThreadPoolExecutor(processes) as pool:
-            list(pool.map(one, due))
+            running = {pool.submit(_output, step, out / f"{step.name}.log"): step.name for step in due}
+            for done in as_completed(running):
+                name, (printed, seconds) = running[done], done.result()
+                # A step that goes on with an earlier one's results has cost what both took.
+                hours[name] = round(hours.get(name, 0.0) + seconds / 3600, 3)
+                files.write_json(out / "hours.json", hours)
+                if printed is None:
+                    failed.append(name)
+                else:
+                    files.write_text(out / f"{name}.md", printed)
         if failed:
             raise SystemExit(f"failed: {', '.join(failed)}; see their .log files in {out}")
     return hours
+
+
+def _output(step: Step, log: Path) -> tuple[str | None, float]:
+    """What a step prints, `None` when it fails, and its seconds."""
+    started = time.monotonic()
+    with log.open("w") as messages:
+        done = subprocess.run(
+            [sys.executable, "-m", *step.arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=messages, text=True,
+        )  # fmt: skip
+    return (None if done.returncode else done.stdout), time.monotonic() - started

@@ -52,7 +52,10 @@ def test_rows_have_the_promised_names(run: Any) -> None:
     suite, _, results = run
     wanted = {
         "removal": ({"object_gone", "psnr_fill", "psnr_background"}, {"inpainting", "attentive_eraser"}),
-        "composition": ({"both_found", "clip_full", "clip_minimum_object"}, {"stock", "attend_and_excite", "a_star"}),
+        "composition": (
+            {"both_found", "clip_full", "clip_minimum_object"},
+            {"stock", "attend_and_excite", "a_star", "segregation"},
+        ),
     }[suite]
     for name in wanted[0]:
         for variant in wanted[1]:
