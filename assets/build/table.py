@@ -22,8 +22,8 @@ from erasure.world import World
 
 TUNED_ON = ("cat", "gun", "ink")
 """Concepts that defaults were chosen on; the table reports the others separately."""
-TRAINED = ("esd", "advunlearn")
-"""Strategies that take minutes a concept: defaults were chosen on every second concept, the others are measured."""
+HALVED = ("itd", "esd", "advunlearn")
+"""Strategies whose defaults were chosen on every second concept; the others are measured."""
 RATES = ("UA", "IRA", "CRA", "AA")
 
 
@@ -36,13 +36,13 @@ def concepts() -> list[Concept]:
 def measured(strategy: str) -> list[str]:
     """Concepts that the table has of a strategy."""
     names = [concept.target for concept in concepts()]
-    return names[1::2] if strategy in TRAINED else names
+    return names[1::2] if strategy in HALVED else names
 
 
 def groups(strategy: str) -> dict[str, list[str]]:
     """Concepts by the group that a row is about: those that chose nothing, and those that chose defaults."""
     names = measured(strategy)
-    tuned = [] if strategy in TRAINED else list(TUNED_ON)
+    tuned = [] if strategy in HALVED else list(TUNED_ON)
     free = [name for name in names if name not in tuned]
     found = {
         "objects": [name for name in free if name in OBJECTS],
