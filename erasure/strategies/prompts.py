@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from erasure import files
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import TEMPLATES, Concept, key, numbers
 from erasure.errors import ConceptError, OptionError
+from erasure.interop import paths
 from erasure.training.states import Scene
 from erasure.world import World
 
@@ -114,14 +116,22 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+SAME = 0.95
+"""Cosine of two embeddings from which on no map of the text encoder tells them apart."""
+
+
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
     """Every whole word that is one token, but for the bare letters and those of the concepts.
 
-    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals.
+    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals; and words
+    whose embedding is all but that of one of its tokens, as of a token that was learned from them: what cannot be told
+    from the concept cannot be kept when it goes.
     """
     world = World.of(tower.pipe)
     names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
     erased = {token for name in names for token in tower.word_ids(name)}
+    table = F.normalize(paths.token_table(tower.root).weight.detach().float(), dim=1)
+    alike = (table @ table[sorted(erased)].T >= SAME).any(1).tolist()
     forms = {form for name in names for part in (name, *name.split()) for form in numbers(part)}
     words = []
     for token, index in sorted(tower.tokenizer.get_vocab().items(), key=lambda item: item[1]):
@@ -131,7 +141,7 @@ def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
             and len(word) > 1
             and word.isalpha()
             and word.isascii()
-            and not (index in erased or word.lower() in forms)
+            and not (index in erased or word.lower() in forms or alike[index])
         ):
             words.append(word)
     return words
