@@ -53,12 +53,25 @@ def denoiser(
     bank: int = 12_000,
     pairs: float = 0.4,
     peak: float = 1e-3,
-    emptied: float = 0.5,
-    grounding: float = 0.1,
-    grounded: float = 0.5,
+    emptied: float = 0.4,
+    grounding: float = 0.3,
+    grounded: float = 0.8,
     shipped: bool = False,
 ) -> None:
-    """Train the denoiser; `torchrun --nproc_per_node 2 -m erasure.assets.build denoiser` uses two cores."""
+    """Train the denoiser; `torchrun --nproc_per_node 2 -m erasure.assets.build denoiser` uses two cores.
+
+    Args:
+        work: Where the other steps left their parts, and where the training is kept.
+        steps: Optimiser steps in all.
+        batch: Scenes of each process per step.
+        bank: Scenes whose latents each process keeps.
+        pairs: Share of two-object scenes.
+        peak: Greatest learning rate.
+        emptied: Share of captions whose end token and padding have the states of the empty prompt.
+        grounding: Weight of the loss on words' attention.
+        grounded: Share of attention that an object's word should draw on the object.
+        shipped: Go on from the shipped denoiser, with the shipped autoencoder and text tower.
+    """
     from erasure.assets.build.denoiser import train
 
     train(
@@ -90,7 +103,7 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> Non
 
 
 def words(picture: Path | None = None, before: Path | None = None) -> None:
-    """Print how much of the attention the words of objects draw, and how well it lies on the objects.
+    """Print how much attention objects' words draw, how well it lies on the objects, and what words alone draw.
 
     Args:
         picture: Where a picture of the maps is written.

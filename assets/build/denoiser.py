@@ -51,10 +51,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def latent_bank(vae: AutoencoderKL, path: Path, size: int, seed: int, pairs: float) -> tuple[Tensor, list[Scene]]:
+def latent_bank(vae: AutoencoderKL, path: Path, size: int, seed: int) -> tuple[Tensor, list[Scene]]:
     """Scaled latents `(size, 4, 16, 16)` of `size` scenes, kept in `path`."""
     scenes: list[Scene] = []
-    stream = batches(50, seed, pairs=pairs)
+    stream = batches(50, seed)
     cached = torch.load(path, weights_only=True) if path.exists() else None
     latents = []
     with torch.no_grad():
@@ -78,9 +78,9 @@ def train(
     bank: int = 12_000,
     drop: float = 0.1,
     pairs: float = 0.4,
-    emptied: float = 0.5,
-    grounding: float = 0.1,
-    grounded: float = 0.5,
+    emptied: float = 0.4,
+    grounding: float = 0.3,
+    grounded: float = 0.8,
     shipped: bool = False,
     sync: int = 8,
     seed: int = 3,
@@ -124,7 +124,7 @@ def train(
         note(folder / "unet.options.json", start, options | {
             "emptied": emptied, "grounding": grounding, "grounded": grounded,
         })  # fmt: skip
-    latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, 0.4)
+    latents, scenes = latent_bank(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000)
     masks = object_masks(scenes, latents.shape[-1])
     double = np.array([len(scene.objects) == 2 for scene in scenes])
     odds = np.where(double, pairs / double.sum(), (1 - pairs) / (~double).sum())

@@ -20,11 +20,11 @@ class Step(NamedTuple):
 
     name: str
     arguments: tuple[str, ...]
-    """Of `python -m`."""
+    """Arguments of `python -m`."""
 
 
 def steps(out: Path) -> list[list[Step]]:
-    """The commands in groups: those of one group may run at once, and come after those of the groups before.
+    """List the commands in groups: those of one group may run at once, and come after those of the groups before.
 
     Args:
         out: Folder of all results.
@@ -99,7 +99,7 @@ def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]
 
 
 def _output(step: Step, log: Path) -> tuple[str | None, float]:
-    """What a step prints, `None` when it fails, and its seconds."""
+    """Run a step, and give what it prints (`None` when it fails) and its seconds."""
     started = time.monotonic()
     with log.open("w") as messages:
         done = subprocess.run(

@@ -25,6 +25,7 @@ GENERATION = {"num_inference_steps": 10, "guidance_scale": 2.0}
 
 
 Part = TypeVar("Part", AutoencoderKL, UNet2DConditionModel)
+"""A part that is saved by itself."""
 
 
 def denoiser(work: Path) -> UNet2DConditionModel:
@@ -91,7 +92,7 @@ def export(work: Path, out: Path = ROOT) -> None:
 
 
 def anew(model: Part) -> Part:
-    """A copy of a part whose config does not say where it was loaded from."""
+    """Copy a part, so that its config does not say where it was loaded from."""
     known = inspect.signature(type(model).__init__).parameters
     fresh = type(model)(**{key: value for key, value in model.config.items() if key in known})
     fresh.load_state_dict(model.state_dict())

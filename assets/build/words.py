@@ -1,8 +1,7 @@
-"""What the words of a prompt draw: their share of cross-attention, and how well it lies on what they name."""
+"""Measure what the words of a prompt draw: their share of cross-attention, and how well it lies on what they name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +14,13 @@ from torch.nn import functional as F
 
 from erasure.assets import path
 from erasure.assets.build.evaluate import sheet
+from erasure.assets.build.export import GENERATION
 from erasure.assets.build.grounding import object_masks, object_tokens, without_end
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES, noun_phrase
 from erasure.backbones import attention_sites
 from erasure.carriers.attention import AttentionController, Layout
+from erasure.eval.detectors import CanvasJudge
 from erasure.sae.gates import area
 
 
@@ -45,6 +46,11 @@ def plan(seed: int = 0) -> list[Scene]:
     ]
 
 
+def described(scene: Scene) -> str:
+    """A caption with the object and the style of a scene."""
+    return f"{noun_phrase(scene.objects[0])} in {scene.style} style"
+
+
 @torch.no_grad()
 def attention(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int = 10, batch: int = 60) -> Maps:
     """Read the maps of the objects' words from renders under the noise of each step of a drawing.
@@ -65,7 +71,7 @@ def attention(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int = 1
 def _read(
     pipe: StableDiffusionPipeline, scenes: list[Scene], pixels: Tensor, steps: int
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    captions = [f"{noun_phrase(scene.objects[0])} in {scene.style} style" for scene in scenes]
+    captions = [described(scene) for scene in scenes]
     ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(ids)[0]
     marked = object_tokens(pipe.tokenizer, ids, scenes)[..., :1]
@@ -99,11 +105,11 @@ def figures(maps: Maps) -> dict[str, float]:
 
 
 @torch.no_grad()
-def by_words_alone(pipe: StableDiffusionPipeline, prompts: list[str]) -> Iterator[Tensor]:
-    """Text states `(tokens, dim)` of prompts whose end token and padding are those of the empty prompt."""
+def by_words_alone(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
+    """Encode prompts, with the empty prompt's states of end token and padding, `(prompts, tokens, dim)`."""
     ids = pipe.tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(ids)[0]
-    yield from without_end(states[1:], ids[1:], states[0], pipe.tokenizer.eos_token_id)
+    return without_end(states[1:], ids[1:], states[0], pipe.tokenizer.eos_token_id)
 
 
 def stock() -> StableDiffusionPipeline:
@@ -114,8 +120,30 @@ def stock() -> StableDiffusionPipeline:
 
 
 def measure() -> dict[str, float]:
-    """Figures of the shipped model; see `figures`."""
-    return figures(attention(stock(), plan()))
+    """Measure the shipped model; see `figures` and `drawn_by_words_alone`."""
+    pipe = stock()
+    return {**figures(attention(pipe, plan())), **drawn_by_words_alone(pipe, plan()[::2])}
+
+
+def drawn_by_words_alone(pipe: StableDiffusionPipeline, scenes: list[Scene], batch: int = 20) -> dict[str, float]:
+    """Share of images by words alone (see `by_words_alone`) that show the object, and that are in the style.
+
+    Args:
+        pipe: The model.
+        scenes: With one object each.
+        batch: Images at once.
+    """
+    states = by_words_alone(pipe, [described(scene) for scene in scenes])
+    images: list[Image.Image] = []
+    for first in range(0, len(scenes), batch):
+        part = states[first : first + batch]
+        generators = [torch.Generator().manual_seed(1000 + first + row) for row in range(len(part))]
+        images += pipe(prompt_embeds=part, generator=generators, **GENERATION).images
+    answers = CanvasJudge()(images)
+    return {
+        "words_alone_object": float(np.mean([a.object == s.objects[0] for a, s in zip(answers, scenes, strict=True)])),
+        "words_alone_style": float(np.mean([a.style == s.style for a, s in zip(answers, scenes, strict=True)])),
+    }
 
 
 def picture(before: Path | None = None, columns: int = 12, grid: int = 8) -> Image.Image:

@@ -54,7 +54,7 @@ class Choice(NamedTuple):
     anchor: Tensor | None = None
     """`(dim,)`: what takes the concept's place; `None` where nothing does."""
     factor: float = ALONE
-    """What its latents are multiplied by."""
+    """Factor of its latents."""
 
 
 @register("itd")
@@ -107,7 +107,7 @@ class ItD(Strategy):
     however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
     tau: Factor | None = None
-    """What a latent is multiplied by: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
+    """Factor of a latent: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
     is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
     the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
     anchored: NotNegative = 2.0
@@ -320,7 +320,7 @@ class ItD(Strategy):
         self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
         anchor: Concept, mention: Tensor, seed: int,
     ) -> Tensor | None:  # fmt: skip
-        """What is written where a concept's latents fire, `(dim,)`.
+        """Find what is written where a concept's latents fire, `(dim,)`.
 
         That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
         of the states at their names. `None` for an anchor that the tokeniser does not know.
