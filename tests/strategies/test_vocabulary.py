@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import erasure
 from erasure import Concept
@@ -28,19 +29,34 @@ def test_no_word_for_the_concept_is_retained(canvas: Any, concept: Concept) -> N
     assert every - left <= {form for word in ("cat", "kitten", "kitty", "cats") for form in numbers(word)}
 
 
+class Tower:
+    """A tower of a few words. The first is known as "knife", and embeddings are the rows of a table."""
+
+    pipe = None
+
+    def __init__(self, words: tuple[str, ...], table: torch.Tensor) -> None:
+        self.tokenizer = self
+        self.words = words
+        self.root = torch.nn.Module()
+        self.root.embeddings = torch.nn.Embedding.from_pretrained(table)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"{word}</w>": number for number, word in enumerate(self.words)}
+
+    def word_ids(self, words: str) -> list[int]:
+        return [0] if words == "knife" else []
+
+
 def test_plurals_are_not_retained() -> None:
-    class Tokenizer:
-        def get_vocab(self) -> dict[str, int]:
-            return {
-                f"{word}</w>": number
-                for number, word in enumerate(("knife", "knives", "Knife", "fork", "butterflies"))
-            }
-
-    class Tower:
-        pipe, tokenizer = None, Tokenizer()
-
-        def word_ids(self, words: str) -> list[int]:
-            return [0] if words == "knife" else []
-
-    tower: Any = Tower()
+    tower: Any = Tower(("knife", "knives", "Knife", "fork", "butterflies"), torch.eye(5))
     assert vocabulary(tower, [Concept("knife"), Concept("butterfly")]) == ["fork"]
+
+
+def test_words_that_cannot_be_told_from_a_concept_are_not_retained() -> None:
+    """A learned token's vector lies by the word that it was learned from."""
+    table = torch.eye(4)
+    table[1] = table[0] + 0.05 * table[3]
+    table[2] = table[0] + 0.5 * table[3]
+    tower: Any = Tower(("knife", "dagger", "sword", "fork"), table)
+    assert vocabulary(tower, [Concept("knife")]) == ["sword", "fork"]
+    assert vocabulary(tower, ()) == ["knife", "dagger", "sword", "fork"]
