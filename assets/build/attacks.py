@@ -46,7 +46,13 @@ def measure(out: Path, made: Path, strategies: tuple[str, ...], size: str, share
                     manager.load(made / f"{name}-{strategy}" / "erasure", name)
                 found = attack(pipe, method, world.concept(name), size=size, out=folder, images=False, progress=False)
                 manager.unload()
-                print(folder.name, json.dumps({rate: found.get(rate)["value"] for rate in rates}), flush=True)
+                values = {rate: found.get(rate, variant(strategy))["value"] for rate in rates}
+                print(folder.name, json.dumps(values), flush=True)
+
+
+def variant(strategy: str) -> str:
+    """What an attack calls the model that it was made on."""
+    return "before" if strategy == STOCK else "after"
 
 
 def markdown(out: Path, strategies: tuple[str, ...]) -> str:
@@ -57,7 +63,8 @@ def markdown(out: Path, strategies: tuple[str, ...]) -> str:
     for strategy in strategies:
         cells = []
         for method, rate in columns:
-            found = [Results.load(out / f"{name}-{strategy}-{method}" / "results.json").get(rate) for name in ATTACKED]
+            results = [Results.load(out / f"{name}-{strategy}-{method}" / "results.json") for name in ATTACKED]
+            found = [result.get(rate, variant(strategy)) for result in results]
             images = sum(each["n"] for each in found)
             spread = wilson(sum(each["value"] * each["n"] for each in found), images)
             cells.append(f"{spread.value:.2f} ({spread.low:.2f}-{spread.high:.2f}) of {images}")

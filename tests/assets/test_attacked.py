@@ -29,7 +29,9 @@ def test_an_attack_with_results_is_not_made_again(tmp_path: Path, monkeypatch: p
 
     def search(pipe, method, concept, *, out, **_: object) -> Results:
         asked.append((out.name, bool(ErasureManager(pipe).active_erasures())))
-        metrics = [{"name": rate, "concept": None, "value": 0.5} for rate in attacks.RATES[method]]
+        metrics = [
+            {"name": rate, "concept": None, "variant": "before", "value": 0.5} for rate in attacks.RATES[method]
+        ]
         return Results(suite="canvas", size="smoke", model={}, erasures=[], metrics=metrics, cost={})
 
     monkeypatch.setattr(attacks, "attack", search)
@@ -47,7 +49,7 @@ def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.
         def __init__(self, folder: str) -> None:
             self.n = 10 if folder.startswith("dog") else 5
 
-        def get(self, rate: str) -> dict[str, float]:
+        def get(self, rate: str, variant: str) -> dict[str, float]:
             return {"value": 1.0 if self.n == 10 else 0.2, "n": self.n}
 
     monkeypatch.setattr(Results, "load", lambda path: Measured(path.parent.name))
