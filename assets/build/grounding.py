@@ -61,8 +61,17 @@ def without_end(states: Tensor, ids: Tensor, empty: Tensor, end: int) -> Tensor:
         empty: States of the empty prompt, `(tokens, dim)`.
         end: Id of the token that ends a prompt.
     """
-    after = (ids == end).cumsum(1) > 0
-    return torch.where(after[..., None], empty, states)
+    return torch.where(after_words(ids, end)[..., None], empty, states)
+
+
+def after_words(ids: Tensor, end: int) -> Tensor:
+    """Whether each token ends the prompt or stands behind its end, `(captions, tokens)` bool.
+
+    Args:
+        ids: `(captions, tokens)`.
+        end: Id of the token that ends a prompt.
+    """
+    return (ids == end).cumsum(1) > 0
 
 
 def grounding_loss(maps: Mapping[str, Tensor], masks: Tensor, marked: Tensor, share: float) -> Tensor:

@@ -13,8 +13,8 @@ from transformers import CLIPTokenizer
 
 from erasure import assets
 from erasure.assets.build import everything, words
-from erasure.assets.build.denoiser import note
 from erasure.assets.build.export import export
+from erasure.assets.build.fit import note
 from erasure.assets.build.grounding import grounding_loss, object_masks, object_tokens, without_end
 from erasure.assets.scenes import Scene, caption, render
 from erasure.assets.world import SIDED_PHRASES, noun_phrase
