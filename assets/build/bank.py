@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,15 @@ class Bank:
     """Chance of each scene to be drawn, `(scenes,)`."""
 
     @classmethod
-    def of(cls, vae: AutoencoderKL, path: Path, size: int, seed: int, pairs: float) -> Bank:
+    def of(
+        cls,
+        vae: AutoencoderKL,
+        path: Path,
+        size: int,
+        seed: int,
+        pairs: float,
+        change: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Bank:
         """Draw `size` scenes, and encode them unless their latents are in `path` already.
 
         Args:
@@ -34,19 +43,23 @@ class Bank:
             size: Number of scenes, a multiple of 50.
             seed: Seeds the scenes.
             pairs: Share of two-object scenes among those that `draw` gives.
+            change: Changes images `(images, 3, 64, 64)`, given the number of the first one's scene.
         """
         scenes: list[Scene] = []
         stream = batches(50, seed)
         cached = torch.load(path, weights_only=True) if path.exists() else None
+        if cached is not None and len(cached) != size:
+            cached = None
         latents = []
         device = next(vae.parameters()).device
         with torch.no_grad():
             while len(scenes) < size:
                 drawn, pixels, _ = next(stream)
-                scenes += drawn
                 if cached is None:
+                    pixels = change(pixels, len(scenes)) if change else pixels
                     mean = vae.encode(pixels.to(device)).latent_dist.mean
                     latents.append((mean * vae.config.scaling_factor).cpu())
+                scenes += drawn
         if cached is None:
             cached = torch.cat(latents)
             torch.save(cached, path)

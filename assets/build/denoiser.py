@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,6 @@ def train(
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
     unet = UNet2DConditionModel.from_pretrained(source / "unet") if shipped else UNet2DConditionModel(**CONFIG)
     unet.to(device)
-    sites = [site for site in attention_sites(unet) if site.kind == "cross"]
     scheduler = DDIMScheduler(**SCHEDULER)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     stored = Bank.of(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, pairs).to(device)
@@ -107,19 +107,9 @@ def train(
         bare = without_end(condition, ids, empty, tokenizer.eos_token_id)
         condition = torch.where((torch.rand(batch) < emptied).to(device)[:, None, None], bare, condition)
         marked = object_tokens(tokenizer, ids.cpu(), [stored.scenes[row] for row in rows]).to(device)
-        clean = stored.latents[rows]
-        control = AttentionController(unet, Layout((clean.shape[2], clean.shape[3]), batch))
-        control.capture(marked, sites)
-        noise = torch.randn(clean.shape).to(device)
-        t = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
-        noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
-        with control:
-            drawn = unet(noisy, t, condition).sample
-        known = marked.sum(1) > 0
-        return {
-            "loss": F.mse_loss(drawn.float(), target),
-            "grounding": grounding_loss(control.maps, masks[rows], known, grounded),
-        }
+        return losses_of(
+            unet, scheduler, stored.latents[rows], {"encoder_hidden_states": condition}, marked, masks[rows], grounded
+        )  # fmt: skip
 
     options = {
         "batch": batch, "peak": peak, "pairs": pairs, "emptied": emptied, "grounding": grounding, "grounded": grounded,
@@ -130,3 +120,38 @@ def train(
     )  # fmt: skip
     if accelerator.is_main_process:
         scheduler.save_pretrained(folder / "scheduler")
+
+
+def losses_of(
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    clean: Tensor,
+    told: Mapping[str, Any],
+    marked: Tensor,
+    masks: Tensor,
+    grounded: float,
+) -> dict[str, Tensor]:
+    """Losses of a UNet at random noise: of what it draws, and of where words' attention lies.
+
+    Args:
+        unet: What draws.
+        scheduler: Of the noise.
+        clean: Scaled latents, `(batch, 4, 16, 16)`.
+        told: What the UNet is told, by the name of its argument.
+        marked: Which token names which object, see `object_tokens`.
+        masks: Where objects are, see `object_masks`.
+        grounded: Share of attention that an object's word should draw on the object.
+    """
+    batch, device = len(clean), clean.device
+    control = AttentionController(unet, Layout((clean.shape[2], clean.shape[3]), batch))
+    control.capture(marked, [site for site in attention_sites(unet) if site.kind == "cross"])
+    noise = torch.randn(clean.shape).to(device)
+    t = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
+    noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
+    with control:
+        drawn = unet(noisy, t, **told).sample
+    known = marked.sum(1) > 0
+    return {
+        "loss": F.mse_loss(drawn.float(), target),
+        "grounding": grounding_loss(control.maps, masks, known, grounded),
+    }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from erasure.assets.build.loop import log
 from erasure.training.checkpoint import Checkpoint
 
+Network = TypeVar("Network", bound=ModelMixin)
 Losses = Callable[[np.random.Generator], Mapping[str, Tensor]]
 """Losses of one step, by name; the generator says which scenes and captions."""
 
@@ -74,7 +76,8 @@ def fit(
     groups = [group for optimiser in optimisers.values() for group in optimiser.param_groups]
     average.to(accelerator.device)
     if accelerator.is_main_process:
-        note(folder / f"{name}.options.json", start, {"processes": accelerator.num_processes, **options})
+        where = {"processes": accelerator.num_processes, "device": accelerator.device.type}
+        note(folder / f"{name}.options.json", start, where | dict(options))
     rng = np.random.default_rng([seed, rank, start])
     torch.manual_seed(seed + 1000 * rank + start)
     rows = []
@@ -103,7 +106,24 @@ def fit(
         network.save_pretrained(folder / name)
 
 
-def note(path: Path, step: int, options: Mapping[str, float]) -> None:
+def trained(network: Network, work: Path, name: str) -> Network:
+    """Give a network the weights of its training: the finished ones, or the averages of the last checkpoint.
+
+    Args:
+        network: A new one.
+        work: Folder of the training.
+        name: Name of the network there.
+    """
+    if (work / name).is_dir():
+        network.load_state_dict(type(network).from_pretrained(work / name).state_dict())
+        return network
+    average = EMAModel(network.parameters())
+    average.load_state_dict(torch.load(work / f"{name}.ckpt", map_location="cpu", weights_only=True)["average"])
+    average.copy_to(network.parameters())
+    return network
+
+
+def note(path: Path, step: int, options: Mapping[str, float | str]) -> None:
     """Note the options of a training from a step on, after those of the steps before."""
     rows = json.loads(path.read_text()) if path.exists() and step else []
     if not rows or {**rows[-1], "from_step": 0} != {**options, "from_step": 0}:

@@ -6,23 +6,19 @@ carries the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from erasure.assets import path as embedded
 from erasure.assets.build import flow
-from erasure.assets.build.bank import Bank
-from erasure.assets.build.fit import fit, processes
+from erasure.assets.build.fit import processes, trained
 from erasure.assets.build.prompts import Prompts, Told, Tower
-from erasure.assets.build.tokenizer import CONTEXT
 
 CONFIG: dict[str, Any] = {
     "in_channels": 16,
@@ -36,8 +32,6 @@ CONFIG: dict[str, Any] = {
     "axes_dims_rope": (8, 12, 12),
 }
 SCHEDULER: dict[str, Any] = {"use_dynamic_shifting": True}
-SHIFT = 1.6
-"""What the scheduler's dynamic shift comes to at 64 image tokens."""
 
 
 def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
@@ -70,22 +64,35 @@ def pack(latents: Tensor) -> Tensor:
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def positions(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids of image tokens, `(tokens, 3)`, for latents of `side`, and of text tokens."""
-    image = FluxPipeline._prepare_latent_image_ids(1, side // 2, side // 2, device, torch.float32)
-    return image, torch.zeros(CONTEXT, 3, device=device)
+def predict(
+    transformer: FluxTransformer2DModel,
+    noisy: Tensor,
+    level: Tensor,
+    told: Mapping[str, Tensor],
+    guidance: Tensor | None = None,
+) -> Tensor:
+    """Tell the velocity, packed, `(batch, tokens, channels * 4)`.
+
+    Args:
+        transformer: What tells it.
+        noisy: `(batch, channels, rows, columns)`.
+        level: `(batch,)` in 0-1.
+        told: `tokens` and `pooled`.
+        guidance: `(batch,)`, for a transformer that guides itself.
+    """
+    rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
+    image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, noisy.device, torch.float32)
+    words = torch.zeros(told["tokens"].shape[1], 3, device=noisy.device)
+    return transformer(pack(noisy), told["tokens"], told["pooled"], level, image, words, guidance).sample
 
 
 def train(
     folder: Path,
     steps: int,
-    batch: int = 48,
-    bank: int = 12_000,
-    drop: float = 0.1,
+    recipe: flow.Recipe = flow.Recipe(),  # noqa: B008
     tokens: float = 0.25,
     pooled: float = 0.15,
     emptied: float = 0.4,
-    pairs: float = 0.5,
     seed: int = 5,
 ) -> None:
     """Train for `steps` steps (resuming from `folder`) and save `folder / "transformer"`.
@@ -93,53 +100,35 @@ def train(
     Args:
         folder: Where the step `t5` left its parts.
         steps: Optimiser steps in all; may be changed when resuming before the learning rate falls.
-        batch: Scenes of each process per step.
-        bank: Scenes whose latents each process keeps.
-        drop: Share of captions replaced by "" for guidance.
-        tokens: Share of captions of which only the pooled vector is told.
-        pooled: Share of captions of which only the tokens are told.
+        recipe: Scenes and captions.
+        tokens: How often the tokens are left out.
+        pooled: How often the pooled vector is left out.
         emptied: Share of captions whose end token and padding say nothing.
-        pairs: Share of two-object scenes.
         seed: Seeds everything.
     """
     accelerator = processes()
-    device, rank = accelerator.device, accelerator.process_index
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(embedded("canvas-sd") / "vae").to(device)
-    prompts = Prompts(reader(folder, device), {"tokens": tokens, "pooled": pooled}, emptied)
+    prompts = Prompts(reader(folder, accelerator.device), {"tokens": tokens, "pooled": pooled}, emptied)
     transformer = FluxTransformer2DModel(**CONFIG)
     flow.initialise(transformer)
-    transformer.to(device)
-    optimisers = flow.optimisers(transformer)
-    stored = Bank.of(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, pairs).to(device)
-    image, words = positions(stored.latents.shape[-1], device)
+    transformer.to(accelerator.device)
 
-    def losses(rng: np.random.Generator) -> dict[str, Tensor]:
-        rows, captions = stored.draw(rng, batch, drop)
-        told = prompts(captions)
-        clean = stored.latents[rows]
-        level = flow.levels(batch, SHIFT).to(device)
-        noisy, velocity = flow.noised(clean, torch.randn(clean.shape).to(device), level)
-        drawn = transformer(pack(noisy), told["tokens"], told["pooled"], level, image, words).sample
-        return {"loss": F.mse_loss(drawn.float(), pack(velocity))}
+    def compare(state: flow.State) -> tuple[Tensor, Tensor]:
+        return predict(transformer, state.noisy, state.level, state.told), pack(state.velocity)
 
-    options = {"batch": batch, "drop": drop, "tokens": tokens, "pooled": pooled, "emptied": emptied, "pairs": pairs}
-    fit(
-        folder, "transformer", transformer, optimisers, losses, accelerator, steps=steps, options=options, seed=seed,
-        every=96,
+    flow.train(
+        folder, "transformer", transformer, flow.optimisers(transformer), compare, prompts, accelerator, recipe,
+        steps=steps, seed=seed,
     )  # fmt: skip
 
 
 def distil(
     folder: Path,
     steps: int,
-    batch: int = 32,
-    bank: int = 12_000,
-    drop: float = 0.15,
+    recipe: flow.Recipe = flow.Recipe(batch=32, drop=0.15),  # noqa: B008
     tokens: float = 0.2,
     pooled: float = 0.1,
     emptied: float = 0.3,
-    pairs: float = 0.5,
     greatest: float = 4.0,
     seed: int = 6,
 ) -> None:
@@ -151,44 +140,31 @@ def distil(
     Args:
         folder: Where `train` left `transformer`.
         steps: Optimiser steps in all.
-        batch: Scenes of each process per step.
-        bank: Scenes whose latents each process keeps.
-        drop: Share of empty captions, which guidance must not change.
-        tokens: Share of captions of which only the pooled vector is told.
-        pooled: Share of captions of which only the tokens are told.
+        recipe: Scenes and captions; empty captions are those that guidance must not change.
+        tokens: How often the tokens are left out.
+        pooled: How often the pooled vector is left out.
         emptied: Share of captions whose end token and padding say nothing.
-        pairs: Share of two-object scenes.
         greatest: Greatest guidance; it is drawn evenly from 1 on.
         seed: Seeds everything.
     """
     accelerator = processes()
-    device, rank = accelerator.device, accelerator.process_index
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(embedded("canvas-sd") / "vae").to(device)
-    prompts = Prompts(reader(folder, device), {"tokens": tokens, "pooled": pooled}, emptied)
-    teacher = FluxTransformer2DModel.from_pretrained(folder / "transformer").requires_grad_(False).to(device)
-    student = guided(teacher).to(device)
-    optimisers = flow.optimisers(student, matrices=0.002, others=5e-4)
-    stored = Bank.of(vae, folder / f"latents-{rank}.pt", bank, seed + 1000 * rank + 30_000, pairs).to(device)
-    image, words = positions(stored.latents.shape[-1], device)
+    prompts = Prompts(reader(folder, accelerator.device), {"tokens": tokens, "pooled": pooled}, emptied)
+    teacher = trained(FluxTransformer2DModel(**CONFIG), folder, "transformer").requires_grad_(False)
+    student = guided(teacher).to(accelerator.device)
+    teacher.to(accelerator.device)
 
-    def losses(rng: np.random.Generator) -> dict[str, Tensor]:
-        rows, captions = stored.draw(rng, batch, drop)
-        told = prompts(captions)
-        clean = stored.latents[rows]
-        level = flow.levels(batch, SHIFT).to(device)
-        noisy = pack(flow.noised(clean, torch.randn(clean.shape).to(device), level)[0])
-        guidance = 1 + (greatest - 1) * torch.rand(batch).to(device)
+    def compare(state: flow.State) -> tuple[Tensor, Tensor]:
+        guidance = (1 + (greatest - 1) * torch.rand(len(state.noisy))).to(state.noisy.device)
         with torch.no_grad():
-            own = teacher(noisy, told["tokens"], told["pooled"], level, image, words).sample
-            empty = {name: part.expand(batch, *part.shape[1:]) for name, part in prompts.empty.items()}
-            null = teacher(noisy, empty["tokens"], empty["pooled"], level, image, words).sample
-        drawn = student(noisy, told["tokens"], told["pooled"], level, image, words, guidance).sample
-        return {"loss": F.mse_loss(drawn.float(), null + guidance[:, None, None] * (own - null))}
+            own = predict(teacher, state.noisy, state.level, state.told)
+            null = predict(teacher, state.noisy, state.level, state.empty)
+        drawn = predict(student, state.noisy, state.level, state.told, guidance)
+        return drawn, null + guidance[:, None, None] * (own - null)
 
-    options = {"batch": batch, "drop": drop, "tokens": tokens, "pooled": pooled, "emptied": emptied, "pairs": pairs}
-    fit(
-        folder, "guided", student, optimisers, losses, accelerator, steps=steps, options=options, seed=seed, every=48,
+    optimisers = flow.optimisers(student, matrices=0.002, others=5e-4)
+    flow.train(
+        folder, "guided", student, optimisers, compare, prompts, accelerator, recipe, steps=steps, seed=seed,
     )  # fmt: skip
 
 
