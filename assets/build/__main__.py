@@ -3,9 +3,9 @@
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
 evaluate, words, table, several, gates, controls, localiser; `everything` measures all of it.
 
-The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and distil,
-`canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and `evaluate`
-measures each.
+The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
+distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
+`evaluate` measures each.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 from erasure.assets import ROOT
 
 WORK = Path("canvas-work")
+Family = Literal["canvas-flux", "canvas-sdxl", "canvas-sd3"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 def sprites(work: Path = WORK) -> None:

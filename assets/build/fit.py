@@ -97,7 +97,7 @@ def fit(
         if (step + 1) % sync == 0 or step + 1 == steps:
             share_weights(accelerator, network)
             average.step(network.parameters())
-        if (step + 1) % every == 0 and accelerator.is_main_process:
+        if ((step + 1) % every == 0 or step + 1 == steps) and accelerator.is_main_process:
             log(folder / f"{name}.jsonl", step=step + 1, seconds=state.elapsed, **means(rows))
             rows = []
             state.save(step + 1)

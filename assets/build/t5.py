@@ -111,7 +111,7 @@ def train(folder: Path, steps: int, batch: int = 32, peak: float = 2e-3, hidden:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             right = (logits.argmax(-1) == ids)[chosen].float().mean().item()
             log(folder / "t5.jsonl", step=step + 1, loss=loss.item(), accuracy=right)
             state.save(step + 1)

@@ -114,7 +114,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             log(folder / "clip-2.jsonl", step=step + 1, loss=loss.item(), accuracy=accuracy)
             state.save(step + 1)
     model.save_pretrained(folder / "clip-2")

@@ -13,7 +13,7 @@ from erasure.assets.build.tokenizer import words
 from erasure.training.checkpoint import Checkpoint
 
 
-@pytest.mark.parametrize("step", ["sprites", "vae", "clip", "judge", "denoiser", "export", "evaluate"])
+@pytest.mark.parametrize("step", ["sprites", "vae", "clip", "judge", "denoiser", "export", "evaluate", "families"])
 def test_every_step_has_help(step: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "erasure.assets.build", step, "--help"], capture_output=True, text=True, check=True
