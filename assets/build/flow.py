@@ -143,7 +143,8 @@ def optimisers(network: ModelMixin, matrices: float = 0.02, others: float = 2e-3
         matrices: Learning rate of Muon.
         others: Learning rate of AdamW.
     """
-    by_muon, by_adam = [], []
+    by_muon: list[nn.Parameter] = []
+    by_adam: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         inside = "transformer_blocks." in name and "norm" not in name and parameter.ndim == 2
         (by_muon if inside else by_adam).append(parameter)

@@ -238,7 +238,8 @@ def train(
 
 def optimiser_of(unet: UNet2DConditionModel, peak: float, body: float) -> torch.optim.Optimizer:
     """AdamW with one learning rate for the layers where prompts and sizes enter, and another for the rest."""
-    entries, rest = [], []
+    entries: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in unet.named_parameters():
         enters = "add_embedding" in name or name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
         (entries if enters else rest).append(parameter)
