@@ -97,7 +97,7 @@ def train(
         drawn, wanted = compare(State(noisy, velocity, level, prompts(captions), empty))
         return {"loss": F.mse_loss(drawn.float(), wanted)}
 
-    options = {**asdict(recipe), **prompts.shares, "emptied": prompts.emptied}
+    options = {**asdict(recipe), **prompts.shares, "emptied": prompts.emptied, "thinned": prompts.thinned}
     fit(folder, name, network, optimisers, losses, accelerator, steps=steps, options=options, seed=seed, every=96)
 
 

@@ -73,12 +73,15 @@ class Prompts:
         encode: Gives the parts of captions.
         shares: How often each part is left out. Never are all parts of a caption.
         emptied: Share of captions whose end tokens and padding say nothing, so that the words alone do.
+        thinned: Share of captions of which half of each part's tokens say nothing, so that a part must say what
+            another does not: without these, a denoiser heeds no other part while it is told one whole.
         absent: What stands for a part that is left out; the empty prompt's where nothing is given.
     """
 
     encode: Callable[[list[str]], Told]
     shares: Mapping[str, float]
     emptied: float
+    thinned: float = 0.2
     absent: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,11 +91,12 @@ class Prompts:
         """The parts of captions."""
         told = self.encode(captions)
         gone = left_out(len(captions), self.shares)
-        words_alone = torch.rand(len(captions)) < self.emptied
+        words_alone, thin = (torch.rand(len(captions)) < share for share in (self.emptied, self.thinned))
         parts = {}
         for name, states in told.parts.items():
             if name in told.after:
-                bare = words_alone.to(states.device)[:, None] & told.after[name]
+                chosen = thin[:, None] & (torch.rand(states.shape[:2]) < 0.5)
+                bare = chosen.to(states.device) | (words_alone.to(states.device)[:, None] & told.after[name])
                 states = torch.where(bare[..., None], self.empty[name], states)
             without = gone[name].to(states.device).view(-1, *[1] * (states.ndim - 1))
             parts[name] = torch.where(without, self.absent.get(name, self.empty[name]), states)

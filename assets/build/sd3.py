@@ -96,7 +96,7 @@ def train(
     encode = reader(folder, accelerator.device)
     parts = encode([""]).parts
     absent = {"tokens_3": torch.zeros_like(parts["tokens_3"])}
-    prompts = Prompts(encode, dict.fromkeys(parts, left_out), emptied, absent)
+    prompts = Prompts(encode, dict.fromkeys(parts, left_out), emptied, absent=absent)
     transformer = SD3Transformer2DModel(**CONFIG)
     flow.initialise(transformer)
     transformer.to(accelerator.device)

@@ -228,7 +228,7 @@ def train(
 
     options = {
         "batch": batch, "peak": peak, "body": body, "drop": drop, "zeros": zeros, "left_out": left_out,
-        "emptied": emptied, "pairs": pairs, "grounding": grounding, "grounded": grounded,
+        "emptied": emptied, "thinned": prompts.thinned, "pairs": pairs, "grounding": grounding, "grounded": grounded,
     }  # fmt: skip
     fit(
         folder, "unet-xl", unet, {"optimiser": optimiser_of(unet, peak, body)}, losses, accelerator, steps=steps,

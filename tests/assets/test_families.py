@@ -122,12 +122,17 @@ def test_a_part_that_is_left_out_is_the_empty_prompts_or_what_is_told() -> None:
             {"tokens": after},
         )
 
-    assert Prompts(encode, {"tokens": 1.0, "pooled": 0.0}, 0.0)(["abc"])["tokens"].eq(0).all()
+    gone, whole = {"tokens": 1.0, "pooled": 0.0}, {"tokens": 0.0, "pooled": 0.0}
+    assert Prompts(encode, gone, 0.0)(["abc"])["tokens"].eq(0).all()
     absent = {"tokens": torch.full((1, 2, 3), 7.0)}
-    assert Prompts(encode, {"tokens": 1.0, "pooled": 0.0}, 0.0, absent)(["abc"])["tokens"].eq(7).all()
-    kept = Prompts(encode, {"tokens": 0.0, "pooled": 0.0}, 1.0)(["abc"])
+    assert Prompts(encode, gone, 0.0, absent=absent)(["abc"])["tokens"].eq(7).all()
+    kept = Prompts(encode, whole, 1.0, thinned=0.0)(["abc"])
     assert kept["tokens"].tolist() == [[[3.0] * 3, [0.0] * 3]]
     assert kept["pooled"].eq(3).all()
+    thin = Prompts(encode, whole, 0.0, thinned=1.0)(["abc"] * 500)
+    assert float(thin["tokens"].eq(0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert thin["tokens"].eq(thin["tokens"][..., :1]).all()
+    assert thin["pooled"].eq(3).all()
 
 
 # Flow
