@@ -86,7 +86,7 @@ def denoiser(
     )  # fmt: skip
 
 
-def t5(work: Path = WORK, steps: int = 500, batch: int = 32) -> None:
+def t5(work: Path = WORK, steps: int = 2000, batch: int = 32) -> None:
     """Train the T5 tower of `canvas-flux` and `canvas-sd3`."""
     from erasure.assets.build.t5 import train
 

@@ -27,11 +27,15 @@ Losses = Callable[[np.random.Generator], Mapping[str, Tensor]]
 """Losses of one step, by name; the generator says which scenes and captions."""
 
 
-def processes() -> Accelerator:
-    """The processes that train together, on the GPU where there is one."""
-    # Processes on CPU cores find each other only when they are told that it is a CPU.
+def processes(*, reduced: bool = False) -> Accelerator:
+    """The processes that train together, on the GPU where there is one.
+
+    Args:
+        reduced: Whether a GPU computes losses in bfloat16. The tiny matrices gain nothing by it on a CPU.
+    """
     gpu = torch.cuda.is_available()
-    return Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
+    # Processes on CPU cores find each other only when they are told that it is a CPU.
+    return Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu and reduced else "no")
 
 
 def fit(

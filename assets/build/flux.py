@@ -106,7 +106,7 @@ def train(
         emptied: Share of captions whose end token and padding say nothing.
         seed: Seeds everything.
     """
-    accelerator = processes()
+    accelerator = processes(reduced=True)
     torch.manual_seed(seed)
     prompts = Prompts(reader(folder, accelerator.device), {"tokens": tokens, "pooled": pooled}, emptied)
     transformer = FluxTransformer2DModel(**CONFIG)
@@ -147,7 +147,7 @@ def distil(
         greatest: Greatest guidance; it is drawn evenly from 1 on.
         seed: Seeds everything.
     """
-    accelerator = processes()
+    accelerator = processes(reduced=True)
     torch.manual_seed(seed)
     prompts = Prompts(reader(folder, accelerator.device), {"tokens": tokens, "pooled": pooled}, emptied)
     teacher = trained(FluxTransformer2DModel(**CONFIG), folder, "transformer").requires_grad_(False)

@@ -91,7 +91,7 @@ def train(
         emptied: Share of captions whose end tokens and padding say nothing.
         seed: Seeds everything.
     """
-    accelerator = processes()
+    accelerator = processes(reduced=True)
     torch.manual_seed(seed)
     encode = reader(folder, accelerator.device)
     parts = encode([""]).parts

@@ -102,7 +102,8 @@ def train(folder: Path, steps: int, batch: int = 32, peak: float = 2e-3, hidden:
         for group in optimiser.param_groups:
             group["lr"] = cosine(step, steps, peak)
         texts = captions(batch, seed + 10_000 + step)
-        ids = pieces(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        # Unlike its users, nothing that trains a T5 lets it read much padding.
+        ids = pieces(texts, padding="longest", truncation=True, return_tensors="pt").input_ids
         chosen = (torch.rand(ids.shape) < hidden) & (ids > pieces.unk_token_id)
         given = small[masked(ids, chosen, mask, len(pieces))]
         logits = head(model(given).last_hidden_state)
