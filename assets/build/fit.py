@@ -52,6 +52,7 @@ def fit(
     decay: float = 0.3,
     sync: int = 8,
     every: int = 200,
+    memory: float = 0.995,
     seed: int = 3,
 ) -> None:
     """Train for `steps` steps (resuming from `folder`) and save `folder / name` with averaged weights.
@@ -69,10 +70,11 @@ def fit(
         decay: Share of the run over which the learning rates fall to zero, linearly.
         sync: Steps between two averagings over the processes; the saved weights are a running mean of them.
         every: Steps between two checkpoints, a multiple of `sync`.
+        memory: Share of the running mean that stays when the weights of a `sync` are added.
         seed: Seeds everything; process i uses `seed + 1000 * i`.
     """
     rank = accelerator.process_index
-    average = EMAModel(network.parameters(), decay=0.995, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
+    average = EMAModel(network.parameters(), decay=memory, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
     # Resuming puts the rates of the last step into the groups.
     peaks = [group["lr"] for optimiser in optimisers.values() for group in optimiser.param_groups]
     state = Checkpoint(folder / f"{name}.ckpt", model=network, average=average, **optimisers)

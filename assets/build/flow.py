@@ -98,7 +98,10 @@ def train(
         return {"loss": F.mse_loss(drawn.float(), wanted)}
 
     options = {**asdict(recipe), **prompts.shares, "emptied": prompts.emptied, "thinned": prompts.thinned}
-    fit(folder, name, network, optimisers, losses, accelerator, steps=steps, options=options, seed=seed, every=96)
+    fit(
+        folder, name, network, optimisers, losses, accelerator, steps=steps, options=options, every=96, memory=0.98,
+        seed=seed,
+    )  # fmt: skip
 
 
 def levels(count: int, shift: float) -> Tensor:
