@@ -87,5 +87,6 @@ def grounding_loss(maps: Mapping[str, Tensor], masks: Tensor, marked: Tensor, sh
     for drawn in maps.values():
         wanted = share * F.adaptive_avg_pool2d(masks, (drawn.shape[2], drawn.shape[3]))
         each = F.binary_cross_entropy(drawn.clamp(1e-6, 1 - 1e-6), wanted, reduction="none").mean((2, 3))
-        losses.append(each[marked].mean())
+        # A batch in which no word is known has no loss.
+        losses.append(each[marked].sum() / marked.sum().clamp(min=1))
     return torch.stack(losses).mean()

@@ -217,14 +217,16 @@ def train(
     def losses(rng: np.random.Generator) -> dict[str, Tensor]:
         rows, captions = stored.draw(rng, batch, drop)
         empty = torch.tensor([caption == "" for caption in captions])
-        told = compose(prompts(captions), told_sizes[rows], (empty & (torch.rand(batch) < zeros)).to(device))
+        parts = prompts(captions)
+        told = compose(parts, told_sizes[rows], (empty & (torch.rand(batch) < zeros)).to(device))
         ids = pieces(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-        marked = object_tokens(pieces, ids, [stored.scenes[row] for row in rows])
+        marked = object_tokens(pieces, ids, [stored.scenes[row] for row in rows]).to(device)
+        # A word that neither tower says draws nothing.
+        said = [(parts[name] != prompts.empty[name]).any(-1) for name in ("tokens_1", "tokens_2")]
+        marked *= (said[0] | said[1])[..., None]
         # The masks are those of scenes that nothing was cut off from.
         marked[sizes[rows][:, 2:4].sum(1) > 0] = 0
-        return denoiser.losses_of(
-            unet, scheduler, stored.latents[rows], told, marked.to(device), masks[rows], grounded
-        )  # fmt: skip
+        return denoiser.losses_of(unet, scheduler, stored.latents[rows], told, marked, masks[rows], grounded)
 
     options = {
         "batch": batch, "peak": peak, "body": body, "drop": drop, "zeros": zeros, "left_out": left_out,

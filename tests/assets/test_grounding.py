@@ -87,6 +87,7 @@ def test_an_object_whose_word_is_unknown_has_no_loss() -> None:
     gradient = maps["layer"].grad
     assert gradient[:, 0].any()
     assert not gradient[:, 1].any()
+    assert grounding_loss(maps, masks, torch.tensor([[False, False]]), 0.6).item() == 0
 
 
 def test_captions_name_two_objects_in_either_order() -> None:
