@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning
 from erasure.interop import adapters, hooks, paths
+from erasure.interop.encoders import block_of, blocks_of, norm_of
 from erasure.interop.hooks import ModelHook
 from erasure.interop.pipelines import CallGuard
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
-BLOCK = re.compile(r"encoder\.layers\.(\d+)\.?")
-"""Path of a text encoder's block, or of something in it."""
 _ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
 SAMPLED, REMEMBERED = 8, 4096
 """Values of a token's encoding by which it is known again, and prompts whose encodings are remembered."""
@@ -241,11 +240,11 @@ def _unfit_for_clip_skip(components: Mapping[str, nn.Module], skip: int) -> str:
         state = ComponentState.of(module)
         if state is None:
             continue
-        last = len(getattr(getattr(paths.transformer_root(module), "encoder", None), "layers", ())) - 1 - skip
+        last = len(blocks_of(paths.transformer_root(module))) - 1 - skip
         for name, attached in state.in_force().items():
             edits = attached.erasure.edits
             places = [*edits.of(state.component), *edits.features_of(state.component)]
-            left_out = any((match := BLOCK.match(path)) and int(match[1]) > last for path in places)
+            left_out = any((block := block_of(path)) is not None and block > last for path in places)
             pin = edits.pinned.get(state.component)
             if not state.is_text_encoder or left_out or (pin is not None and not pin.blocks.numel()):
                 found.append(name)
@@ -335,8 +334,8 @@ def install(components: Mapping[str, nn.Module], denoiser: str, states: Mapping[
             CallGuard.install(component, "save_pretrained", refuse_unsaveable)
         else:
             CallGuard.remove(component, "save_pretrained")
-        norm = getattr(paths.transformer_root(component), "final_layer_norm", None)
-        if isinstance(norm, nn.Module):
+        norm = norm_of(paths.transformer_root(component))
+        if norm is not None:
             hooks.remove_hook(norm, _ENCODINGS)
             if name in attached:
                 hooks.register_hook(norm, _Remember(encodings), _ENCODINGS)

@@ -62,11 +62,42 @@ def make_tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
+def make_tiny_clip(tokenizer: Any, projected: bool = False, seed: int | None = None) -> Any:
+    """A CLIP text encoder of width 32 and four blocks with random weights, with or without its projection."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, projection_dim=32,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval().requires_grad_(False)
+
+
+def make_tiny_t5(seed: int = 4) -> Any:
+    """A T5 encoder of width 32 and three blocks with random weights, and a tokeniser of letters and `WORDS`."""
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["▁", *(f"▁{word}" for word in WORDS), "cat", "s", *string.ascii_lowercase, *string.punctuation]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scores = [(piece, -float(place)) for place, piece in enumerate(dict.fromkeys(pieces))]
+    tokenizer = T5Tokenizer(vocab=[*special, *scores], extra_ids=0)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval().requires_grad_(False), tokenizer
+
+
 def make_tiny_pipe(seed: int = 0) -> Any:
     """A `StableDiffusionPipeline` of 16x16 latents and 32x32 images with random weights."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = make_tiny_tokenizer()
     torch.manual_seed(seed)
@@ -79,13 +110,7 @@ def make_tiny_pipe(seed: int = 0) -> Any:
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
     )  # fmt: skip
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-            num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
+    text_encoder = make_tiny_clip(tokenizer)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(
@@ -104,6 +129,42 @@ def make_tiny_pipe(seed: int = 0) -> Any:
 def tiny_tokenizer() -> Any:
     """The tokeniser of the tiny pipeline: read it, never change it."""
     return make_tiny_tokenizer()
+
+
+def make_tiny_latent_consistency(seed: int = 0) -> Any:
+    """The tiny pipeline with a UNet that is told its guidance, and its sampler."""
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    pipe = make_tiny_pipe(seed)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8)
+    pipe.unet.eval().requires_grad_(False)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "stable-diffusion": make_tiny_pipe,
+    "latent-consistency": make_tiny_latent_consistency,
+}
+"""Makes tiny pipelines with random weights: of every family, by its name, and of kinds that can do less."""
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, Callable[..., Any]]:
+    """Makes tiny pipelines of a family: `tiny_models["stable-diffusion"](seed=1)`."""
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Callable[..., Any]:
+    """Makes CLIP text encoders: `tiny_clip(tokenizer, projected=True, seed=2)`."""
+    return make_tiny_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_t5() -> Callable[..., Any]:
+    """Makes a T5 encoder and its tokeniser: `encoder, tokenizer = tiny_t5()`."""
+    return make_tiny_t5
 
 
 @pytest.fixture(scope="session")

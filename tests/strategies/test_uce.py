@@ -13,8 +13,9 @@ from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
 from erasure.strategies.closed_form import compress, factors, shortened_map, solve
 from erasure.strategies.closed_form.shortened import _rounded
-from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.uce import UCE
+from erasure.text.encodings import Reader
+from erasure.text.words import aligned_prompts
 
 
 def features(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ def test_several_concepts_share_one_solve(tiny_pipe_original: Any) -> None:
     backbone = backbone_for(tiny_pipe_original)
     concepts = [Concept("cat", templates=("a {}",)), Concept("dog", templates=("a {}",))]
     strategy = UCE(tokens="last", vocabulary=0)
-    erased, replacing = strategy.erased_features(backbone, backbone.towers[0], concepts)
+    erased, replacing = strategy.erased_features(Reader(backbone, 1), "tokens", concepts)
     assert erased.shape == replacing.shape == (2, 32)
     fit = strategy.fit(backbone, concepts, seed=0, progress=lambda share: None)
     assert fit.log["erased_features"] == 2
@@ -162,9 +163,9 @@ def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: An
     pipe = load_pipeline("canvas-sd", device="cpu")
     backbone, concept = backbone_for(pipe), Concept("cat", anchor="dog", retain="car")
     whole, short = UCE(tolerance=0.0, vocabulary=60), UCE(saved_as=saved_as, vocabulary=60)
-    tower = backbone.towers[0]
-    erased, replacing = whole.erased_features(backbone, tower, [concept])
-    preserved = whole.preserved_features(backbone, tower, [concept], 0)
+    reader = Reader(backbone, 1)
+    erased, replacing = whole.erased_features(reader, "tokens", [concept])
+    preserved = whole.preserved_features(reader, "tokens", [concept], 0)
     update = solve(erased, replacing, preserved, whole.erase_scale, whole.preserve_scale, whole.regularisation)
     fit = short.fit(backbone, [concept], seed=0, progress=lambda share: None)
     features = torch.cat([erased, replacing, preserved])
