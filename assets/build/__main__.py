@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, gates, controls, localiser; `everything` measures all of it.
+evaluate, words, table, several, attacks, ways, gates, controls, localiser; `everything` measures all of it.
 """
 
 from __future__ import annotations
@@ -121,11 +121,11 @@ def words(picture: Path | None = None, before: Path | None = None) -> None:
 def table(
     out: Path = Path("results/canvas"),
     strategies: tuple[str, ...] = ("hirm", "uce", "itd"),
-    size: Literal["smoke", "quick", "full"] = "full",
+    size: Literal["smoke", "quick", "full"] = "quick",
     share: tuple[int, int] = (0, 1),
     suite: Literal["canvas", "canvas-unseen"] = "canvas",
 ) -> None:
-    """Erase and measure every concept with every strategy (resumes), then print the README's tables.
+    """Erase and measure every second concept with every strategy (resumes), then print the README's tables.
 
     Args:
         out: Results, a folder for each concept and strategy.
@@ -167,6 +167,44 @@ def several(
         print(step.markdown(out, strategy, sets))
 
 
+def attacks(
+    out: Path = Path("results/attacks"),
+    made: Path = Path("results/canvas"),
+    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn"),
+    size: Literal["smoke", "quick", "full"] = "quick",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print a table.
+
+    Args:
+        out: Results, a folder for each attack.
+        made: Results of step `table`.
+        strategies: Whose erasures; `nothing` for the stock model.
+        size: Of the attacks.
+        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+    """
+    from erasure.assets.build import attacks as step
+
+    step.measure(out, made, strategies, size, share)
+    if share[1] == 1:
+        print(step.markdown(out, strategies))
+
+
+def ways(
+    made: Path = Path("results/canvas"),
+    strategies: tuple[str, ...] = ("hirm", "uce", "itd", "diff_quickfix", "esd", "advunlearn"),
+) -> None:
+    """Print what else than a prompt brings an erased dog back.
+
+    Args:
+        made: Results of step `table`, for erasures that are there already.
+        strategies: What erases.
+    """
+    from erasure.assets.build.ways import markdown, measure
+
+    print(markdown(measure(made, strategies)))
+
+
 def gates(told: bool = True) -> None:
     """Print how surely itd's gates tell every concept, on phrasings that nothing has seen.
 
@@ -178,7 +216,7 @@ def gates(told: bool = True) -> None:
     print(markdown(measure(told)))
 
 
-def controls(size: Literal["smoke", "quick", "full"] = "smoke") -> None:
+def controls(size: Literal["smoke", "quick", "full"] = "quick") -> None:
     """Print what random features, and those of another concept, erase behind a concept's gate.
 
     Args:
@@ -217,8 +255,8 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, gates, controls, localiser,
-        everything,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, attacks, ways, gates,
+        controls, localiser, everything,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

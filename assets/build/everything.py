@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from erasure import files
 
+TIMED = (["itd"], ["attention"], ["training", "--updates", "2"])
+"""What `erasure bench` times, besides the image of each strategy."""
+
 
 class Step(NamedTuple):
     """One command, whose output is kept."""
@@ -59,7 +62,13 @@ def steps(out: Path) -> list[list[Step]]:
             build("localiser"),
             suite("removal"),
         ],
-        [build("table", "--out", str(out / "canvas"), "--strategies", *strategies)],
+        [
+            build("table", "--out", str(out / "canvas"), "--strategies", *strategies),
+            build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas")),
+            build("ways", "--made", str(out / "canvas")),
+        ],
+        # Each in a group of its own, because nothing else may run beside what is timed.
+        *([Step("-".join(("bench", *what)), ("erasure", "bench", *what))] for what in ([], *TIMED)),
     ]
 
 

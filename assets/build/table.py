@@ -1,4 +1,4 @@
-"""Erase every concept of Canvas alone with every strategy, measure each, and make the tables of README and docs."""
+"""Erase concepts of Canvas, each alone with every strategy, measure, and make the tables of README and docs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ from erasure.eval.results import Results
 from erasure.eval.statistics import Interval, cluster_bootstrap, wilson
 from erasure.world import World
 
-TUNED_ON = ("cat", "gun", "ink")
-"""Concepts that defaults were chosen on; the table reports the others separately."""
-HALVED = ("itd", "esd", "advunlearn")
-"""Strategies whose defaults were chosen on every second concept; the others are measured."""
 RATES = ("UA", "IRA", "CRA", "AA")
 
 
@@ -33,24 +29,19 @@ def concepts() -> list[Concept]:
     return [world.concept(name) for name in (*world.objects, *world.styles)]
 
 
-def measured(strategy: str) -> list[str]:
-    """Concepts that the table has of a strategy."""
-    names = [concept.target for concept in concepts()]
-    return names[1::2] if strategy in HALVED else names
+def measured() -> list[Concept]:
+    """Every second concept: the others chose the defaults."""
+    return concepts()[1::2]
 
 
-def groups(strategy: str) -> dict[str, list[str]]:
-    """Concepts by the group that a row is about: those that chose nothing, and those that chose defaults."""
-    names = measured(strategy)
-    tuned = [] if strategy in HALVED else list(TUNED_ON)
-    free = [name for name in names if name not in tuned]
-    found = {
-        "objects": [name for name in free if name in OBJECTS],
-        "styles": [name for name in free if name in STYLES],
-        "weapons, counted above too": [name for name in free if name in UNSAFE],
-        f"tuned on ({', '.join(tuned)})": tuned,
+def groups() -> dict[str, list[str]]:
+    """Measured concepts by the group that a row is about."""
+    names = [concept.target for concept in measured()]
+    return {
+        "objects": [name for name in names if name in OBJECTS],
+        "styles": [name for name in names if name in STYLES],
+        "weapons, counted above too": [name for name in names if name in UNSAFE],
     }
-    return {group: members for group, members in found.items() if members}
 
 
 def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int, int], suite: str = "canvas") -> None:
@@ -58,10 +49,10 @@ def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int,
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
-    for concept in concepts()[share[0] :: share[1]]:
+    for concept in measured()[share[0] :: share[1]]:
         for strategy in strategies:
             folder = out / f"{concept.target}-{strategy}"
-            if concept.target not in measured(strategy) or (folder / "results.json").is_file():
+            if (folder / "results.json").is_file():
                 continue
             made = erasure.erase(pipe, concept, strategy, progress=False)
             found = evaluate(pipe, suite, [concept], size=size, out=folder, images=False, report=False, progress=False)
@@ -79,7 +70,7 @@ def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
     """
     made = []
     for strategy in strategies:
-        for group, names in groups(strategy).items():
+        for group, names in groups().items():
             folders = [out / f"{name}-{strategy}" for name in names]
             results = [Results.load(folder / "results.json") for folder in folders]
             row: dict[str, Any] = {"strategy": strategy, "concepts": f"{group}: {len(names)}"}
@@ -108,12 +99,9 @@ def per_concept(out: Path, strategies: tuple[str, ...]) -> str:
     """One row for each concept: UA / IRA / CRA and AA with its 95 % interval, by strategy, as Markdown."""
     lines = ["| concept | " + " | ".join(f"`{s}` UA / IRA / CRA | AA" for s in strategies) + " |"]
     lines.append("|---" * (1 + 2 * len(strategies)) + "|")
-    for concept in concepts():
+    for concept in measured():
         cells = []
         for strategy in strategies:
-            if concept.target not in measured(strategy):
-                cells += ["", ""]
-                continue
             found = Results.load(out / f"{concept.target}-{strategy}" / "results.json")
             mean = found.get("AA")
             cells.append(" / ".join(f"{found.get(rate)['value']:.2f}" for rate in RATES[:3]))

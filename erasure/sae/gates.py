@@ -22,6 +22,9 @@ CANDIDATES = 512
 """Latents that a gate is chosen from."""
 PENALTY = {"features": 1e-4, "probe": 1e-3}
 """Of the squared weights of a gate's score."""
+ROOM = 0.2
+"""Where a gate opens: this share of the way from the highest scores without a concept to the lowest with it. Words for
+the concept that nothing was trained on score between the two; on Canvas half of the way missed more of them."""
 ROC_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """False positive rates at which a curve is written down."""
 
@@ -165,7 +168,7 @@ def logistic(x: Tensor, y: Tensor, penalty: float, steps: int = 100) -> tuple[Te
 def calibrate(target: Tensor, retain: Tensor, rate: float) -> float:
     """The least score of an open gate: at most a share `rate` of the prompts without the concept opens it.
 
-    Where more than that separates the two, it stands in the middle between them, so that both have room.
+    Where more than that separates the two, it stands between them, see `ROOM`.
 
     Args:
         target: `(prompts,)` scores of prompts with the concept.
@@ -176,7 +179,7 @@ def calibrate(target: Tensor, retain: Tensor, rate: float) -> float:
     allowed = min(int(rate * len(above)), len(above) - 1)
     # One float above the first score that may not open it.
     low = torch.nextafter(above[allowed], torch.tensor(torch.inf)).item()
-    return max(low, (low + target.quantile(0.01).item()) / 2)
+    return max(low, low + ROOM * (target.quantile(0.01).item() - low))
 
 
 def area(target: Tensor, retain: Tensor) -> float:

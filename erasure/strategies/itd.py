@@ -112,7 +112,7 @@ class ItD(Strategy):
     """Factor of a latent: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
     is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
     the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
-    anchored: NotNegative = 2.0
+    anchored: NotNegative = 3.0
     """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
     they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
     world, where the model declares one. Not for `replace` and `parity`."""

@@ -97,7 +97,7 @@ class TrainedStrategy(Optimisation, Strategy):
     """Random prompts that name each concept among other words, besides its phrasings."""
     retain_vocabulary: CountOrZero = 32
     """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
-    retain_weight: NotNegative = 1.0
+    retain_weight: NotNegative = 4.0
     """Weight of their loss."""
     scope_weight: NotNegative = 0.0
     """Weight of a loss that keeps what prompts mean without the concept's words, at the concept's own states: benign

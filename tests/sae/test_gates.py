@@ -112,9 +112,9 @@ def test_the_regression_finds_the_minimum() -> None:
     assert wrong.sum().abs() < 1e-5
 
 
-def test_the_gate_stands_in_the_middle_of_the_gap() -> None:
+def test_the_gate_stands_a_fifth_of_the_way_into_the_gap() -> None:
     target, retain = torch.tensor([0.8, 0.8, 0.9]), torch.tensor([0.0, 0.1, 0.2])
-    assert calibrate(target, retain, 0.01) == pytest.approx(0.5, abs=1e-3)
+    assert calibrate(target, retain, 0.01) == pytest.approx(0.32, abs=1e-3)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.05, 0.5])

@@ -1,0 +1,78 @@
+"""What erasures withstand: the tables of attacks and of ways around them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+import erasure
+from erasure.assets.build import attacks, table, ways
+from erasure.attach import ErasureManager
+from erasure.errors import BypassedErasureWarning
+from erasure.eval.detectors import CanvasJudge
+from erasure.eval.results import Results
+from erasure.eval.statistics import wilson
+from erasure.world import World
+
+
+def test_what_is_attacked_chose_no_defaults() -> None:
+    measured = [concept.target for concept in table.measured()]
+    assert set(attacks.ATTACKED) <= set(measured)
+    assert sorted(measured) == sorted(table.groups()["objects"] + table.groups()["styles"])
+    assert 2 * len(measured) == len(table.concepts()) - len(table.concepts()) % 2
+
+
+def test_an_attack_with_results_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def search(pipe, method, concept, *, out, **_: object) -> Results:
+        asked.append((out.name, bool(ErasureManager(pipe).active_erasures())))
+        metrics = [
+            {"name": rate, "concept": None, "variant": "before", "value": 0.5} for rate in attacks.RATES[method]
+        ]
+        return Results(suite="canvas", size="smoke", model={}, erasures=[], metrics=metrics, cost={})
+
+    monkeypatch.setattr(attacks, "attack", search)
+    for name in attacks.ATTACKED[1:]:
+        for method in attacks.RATES:
+            folder = tmp_path / f"{name}-{attacks.STOCK}-{method}"
+            folder.mkdir()
+            (folder / "results.json").write_text("{}")
+    attacks.measure(tmp_path, tmp_path, (attacks.STOCK,), "smoke", (0, 1))
+    assert asked == [(f"dog-{attacks.STOCK}-{method}", False) for method in attacks.RATES]
+
+
+def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured:
+        def __init__(self, folder: str) -> None:
+            self.n = 10 if folder.startswith("dog") else 5
+
+        def get(self, rate: str, variant: str) -> dict[str, float]:
+            return {"value": 1.0 if self.n == 10 else 0.2, "n": self.n}
+
+    monkeypatch.setattr(Results, "load", lambda path: Measured(path.parent.name))
+    row = attacks.markdown(Path("out"), ("uce",)).splitlines()[2]
+    spread = wilson(10 + 4 * 0.2 * 5, 30)
+    assert row.split(" | ")[1] == f"{spread.value:.2f} ({spread.low:.2f}-{spread.high:.2f}) of 30"
+
+
+def test_ways_around_a_text_side_erasure_bring_the_object_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "IMAGES", 2)
+    stock, erased = (erasure.load_pipeline("canvas-sd") for _ in range(2))
+    for pipe in (stock, erased):
+        pipe.set_progress_bar_config(disable=True)
+    concept = World.at("canvas-sd").concept("dog")
+    erased.erase(concept, "diff_quickfix", progress=False)
+    judge, shown = CanvasJudge(), {}
+    plain = "none: the plain prompt"
+    for way, drawn in ways.ways(stock, erased, concept).items():
+        with nullcontext() if way == plain else pytest.warns(BypassedErasureWarning):
+            shown[way] = sum("dog" in answer.objects for answer in judge([drawn(0), drawn(1)]))
+    assert shown.pop(plain) == 0
+    assert shown["`prompt_embeds=` of the stock model"] == 2
+    assert shown["image to image from a picture of it"] >= 1
+    assert shown["`latents=` with `timesteps=`"] >= 1
+    lines = ways.markdown({way: {"diff_quickfix": count} for way, count in shown.items()}).splitlines()
+    assert lines[2] == "| `prompt_embeds=` of the stock model | 2 |"
