@@ -142,8 +142,32 @@ def make_tiny_latent_consistency(seed: int = 0) -> Any:
     return pipe
 
 
+def make_tiny_xl(seed: int = 0) -> Any:
+    """A `StableDiffusionXLPipeline` of 16x16 latents and 32x32 images with random weights."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    plain = make_tiny_pipe(seed)
+    torch.manual_seed(seed + 1)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, use_linear_projection=True,
+    )  # fmt: skip
+    tokenizer = make_tiny_tokenizer()
+    pipe = StableDiffusionXLPipeline(
+        vae=plain.vae, unet=unet.eval().requires_grad_(False), text_encoder=plain.text_encoder,
+        text_encoder_2=make_tiny_clip(tokenizer, projected=True), tokenizer=plain.tokenizer, tokenizer_2=tokenizer,
+        scheduler=plain.scheduler, add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "stable-diffusion": make_tiny_pipe,
+    "stable-diffusion-xl": make_tiny_xl,
     "latent-consistency": make_tiny_latent_consistency,
 }
 """Makes tiny pipelines with random weights: of every family, by its name, and of kinds that can do less."""
@@ -216,7 +240,12 @@ def tensors_of_pipe(pipe: Any) -> dict[str, Any]:
     import torch
 
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {f"{name}/{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+    # Paths as erasures have them, whichever way a text encoder's class nests its model.
+    return {
+        f"{name}/{key.removeprefix('text_model.')}": value.clone()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -271,9 +300,10 @@ def add_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
         width, dim = attention.to_k.out_features, attention.to_k.in_features
         for part in ("to_k_ip", "to_v_ip"):
             adapter[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, dim, generator=generator) * 0.1
+    dim = pipe.unet.config.cross_attention_dim
     projection = {
-        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+        "proj.weight": torch.randn(4 * dim, 16, generator=generator), "proj.bias": torch.zeros(4 * dim),
+        "norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim),
     }  # fmt: skip
     pipe.unet._load_ip_adapter_weights([{"ip_adapter": adapter, "image_proj": projection}])
     return dict(pipe.unet.attn_processors)

@@ -8,10 +8,11 @@ from erasure.backbones.base import Backbone, EntryLayer, TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
+from erasure.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from erasure.backbones.towers import PromptTokens, TextTower, TowerOutput, text_towers
 from erasure.errors import UnsupportedModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone,)
+FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone, StableDiffusionXLBackbone)
 """Known families; the first that matches a pipeline is taken."""
 
 

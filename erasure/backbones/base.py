@@ -46,6 +46,16 @@ class TokenRun(NamedTuple):
         return self.towers[0]
 
 
+class Written(NamedTuple):
+    """Where the states of one text encoder stand in the tokens of a conditioning."""
+
+    component: str
+    places: slice
+    """Tokens."""
+    columns: slice
+    """Features."""
+
+
 class Backbone(ABC):
     """One pipeline seen through its family.
 
@@ -73,6 +83,9 @@ class Backbone(ABC):
         if need == "causal text encoder" and not any(run.tower.causal for run in self.token_runs):
             both_ways = ", ".join(run.tower.component for run in self.token_runs)
             return f"the tokens that its denoiser reads come from {both_ways}, in which a token sees those that follow"
+        if need == "one text encoder" and len(self.towers) > 1:
+            several = " and ".join(tower.component for tower in self.towers)
+            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -116,6 +129,16 @@ class Backbone(ABC):
     def reader(self) -> TextTower:
         """The text encoder whose tokens the denoiser reads first: its tokeniser says which words there are."""
         return self.token_runs[0].tower
+
+    def written(self) -> list[Written]:
+        """Where the states of each text encoder stand in the tokens of a conditioning."""
+        parts, runs = [], self.token_runs
+        for run, end in zip(runs, [*(run.first for run in runs[1:]), None], strict=True):
+            column = 0
+            for tower in run.towers:
+                parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
+                column += tower.width
+        return parts
 
     def tower(self, component: str) -> TextTower:
         """The text encoder of a name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -41,6 +42,13 @@ class Latents:
                 )
             sides.append(pixels // self.factor if pixels else usual)
         return self.channels, sides[0], sides[1]
+
+    def of_size(self, size: tuple[int, int] | None) -> Self:
+        """The same for drawings of a height and width in pixels, where that is said; see `shape`."""
+        if size is None:
+            return self
+        _, rows, columns = self.shape(*size)
+        return replace(self, side=(rows, columns))
 
     @property
     def step(self) -> int:

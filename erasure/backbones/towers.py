@@ -117,6 +117,14 @@ class TextTower:
         """Path of the norm that the states of the last block leave through."""
         return self._anatomy.norm
 
+    @property
+    def leaving(self) -> list[nn.Module]:
+        """The modules whose output a denoiser may read: the last norm, or the blocks where it is not passed.
+
+        Pipelines that leave blocks out (`clip_skip`) hand an earlier block's states to that norm, or read them.
+        """
+        return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
+
     # Text to tokens --------------------------------------------------------------------------------------------------
 
     @property

@@ -65,9 +65,8 @@ class UNetBackbone(Backbone):
         config, factor = self.denoiser.config, self.pipe.vae_scale_factor
         own = config.sample_size
         rows, columns = (own, own) if isinstance(own, int) else own
-        if self.size is not None:
-            rows, columns = (pixels // factor for pixels in self.size)
-        return Latents(config.out_channels, (rows, columns), factor, self.pipe.vae.config.scaling_factor)
+        latents = Latents(config.out_channels, (rows, columns), factor, self.pipe.vae.config.scaling_factor)
+        return latents.of_size(self.size)
 
     def rollout_scheduler(self) -> DDIMScheduler:
         """DDIM with eta 0; nothing clips latents.

@@ -67,7 +67,7 @@ class AdvUnlearn(TrainedStrategy):
 
     title: ClassVar[str] = "adversarial training of the text encoder"
     paper: ClassVar[str] = "AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234"
-    needs: ClassVar[tuple[Need, ...]] = ("trajectories", "word states")
+    needs: ClassVar[tuple[Need, ...]] = ("trajectories", "one text encoder")
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
 

@@ -73,7 +73,7 @@ class DiffQuickFix(Strategy):
     ) -> Fit:
         """Solve for all concepts at once in each text tower, in float64."""
         edits, rank = Edits(), 0
-        for tower in backbone.towers:
+        for tower in (tower for tower in backbone.towers if tower.causal):
             path = tower.attention_out(0)
             layer = cast(nn.Linear, paths.layer(tower.root, path))
             keys, anchors = self.erased_inputs(tower, layer, concepts)

@@ -89,7 +89,7 @@ class ItD(Strategy):
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
     paper: ClassVar[str] = "Tian et al. 2025, arXiv 2503.09446"
-    needs: ClassVar[tuple[Need, ...]] = ("word states",)
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)

@@ -105,7 +105,7 @@ class Victim:
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
             with torch.no_grad(), scopes.quiet(self.stock):
                 latent = self.stock(
-                    prompt=sample.prompt, negative_prompt=sample.negative_prompt,
+                    prompt=sample.prompt, negative_prompt=sample.negative_prompt or None,
                     generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
                 ).images  # fmt: skip
                 latent = self.backbone.latents.unpacked(latent, *size)

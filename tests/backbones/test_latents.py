@@ -20,6 +20,13 @@ def test_sizes_are_in_pixels_and_the_own_ones_when_left_out() -> None:
     assert PLAIN.shape(256, 128) == (4, 32, 16)
 
 
+def test_a_session_may_have_a_size_of_its_own() -> None:
+    assert PACKED.of_size(None) is PACKED
+    assert PACKED.of_size((64, 128)).shape() == (16, 8, 16)
+    with pytest.raises(OptionError, match="multiples of 16"):
+        PACKED.of_size((64, 72))
+
+
 @pytest.mark.parametrize(("latents", "step"), [(PLAIN, 8), (PACKED, 16)])
 def test_sizes_that_do_not_divide_are_refused_with_one_that_does(latents: Latents, step: int) -> None:
     with pytest.raises(

@@ -34,6 +34,7 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
+from erasure.interop import paths
 from erasure.pipelines import pipeline_class
 from erasure.strategies import available, get
 
@@ -53,11 +54,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Strategies by default options, and settings that use another carrier."""
 
+ONE_OF_TWO = "told the prompt by text_encoder and text_encoder_2"
 TRAJECTORIES = "a latent consistency UNet"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
+    ("advunlearn", "stable-diffusion-xl"): ONE_OF_TWO,
+    ("itd", "stable-diffusion-xl"): ONE_OF_TWO,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES]
@@ -269,9 +273,9 @@ class TestEveryStrategy:
     # Learned tokens -----------------------------------------------------------------------------------------------
 
     def test_every_vector_of_learned_tokens_is_read(self, case: str, tiny_pipe: Any, teach: Any) -> None:
-        teach(tiny_pipe, "a", "cat", "a")
-        teach(tiny_pipe, "a", "house", token="<my-home>")
-        teach(tiny_pipe, "white", "dog", token="<your-pet>")
+        teach_all(teach, tiny_pipe, "a", "cat", "a")
+        teach_all(teach, tiny_pipe, "a", "house", token="<my-home>")
+        teach_all(teach, tiny_pipe, "white", "dog", token="<your-pet>")
         known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
         seen: list[torch.Tensor] = []
         table = tiny_pipe.text_encoder.get_input_embeddings()
@@ -288,7 +292,7 @@ class TestEveryStrategy:
     def test_learned_tokens_that_a_pipeline_lacks_are_said(
         self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, teach: Any, tmp_path: Any
     ) -> None:
-        teach(tiny_pipe, "a", "cat")
+        teach_all(teach, tiny_pipe, "a", "cat")
         saved = fit(tiny_pipe, case, "<my-pet>").save(tmp_path / "saved")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UnknownTokenWarning)
@@ -296,7 +300,7 @@ class TestEveryStrategy:
         lacking, unlike = copy.deepcopy(tiny_pipe_original), copy.deepcopy(tiny_pipe_original)
         with pytest.warns(UnknownTokenWarning, match="which this pipeline lacks"):
             erasure.load(lacking, saved, name="lacking")
-        teach(unlike, "a", "dog")
+        teach_all(teach, unlike, "a", "dog")
         with pytest.warns(UnknownTokenWarning, match="other vectors"):
             erasure.load(unlike, saved, name="unlike")
 
@@ -305,7 +309,7 @@ class TestEveryStrategy:
     ) -> None:
         manager.add(made)
         erased = draw(tiny_pipe)
-        teach(tiny_pipe, "a", "cat")
+        teach_all(teach, tiny_pipe, "a", "cat")
         assert torch.equal(draw(tiny_pipe), erased)
         assert manager.verify() > 0
         manager.unload()
@@ -546,7 +550,7 @@ class TestEveryStrategy:
         manager.unload()
         for key in edited(made):
             component, path = key.split("/")
-            assert torch.equal(tiny_pipe.components[component].get_parameter(path), base[key]), key
+            assert torch.equal(paths.parameter(tiny_pipe.components[component], path), base[key]), key
 
     def test_deepcopy_keeps_it_and_is_independent(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any, draw: Any,
@@ -616,7 +620,7 @@ class TestEveryStrategy:
     def test_a_slightly_tuned_model_is_refused(self, tiny_pipe: Any, made: Erasure, manager: ErasureManager) -> None:
         component, path = next(key for key in known(made) if key.endswith(".weight")).split("/")
         with torch.no_grad():
-            tiny_pipe.components[component].get_parameter(path).mul_(1 + 1e-6)
+            paths.parameter(tiny_pipe.components[component], path).mul_(1 + 1e-6)
         with pytest.raises(WrongBaseError):
             manager.add(made)
 
@@ -723,7 +727,7 @@ class TestEveryStrategy:
             manager.verify()
         manager.enable()
         component, path = next(iter(known(made))).split("/")
-        tensor = tiny_pipe.components[component].get_parameter(path)
+        tensor = paths.parameter(tiny_pipe.components[component], path)
         kept = tensor.detach().clone()
         if edited(made):
             with torch.no_grad():
@@ -852,7 +856,7 @@ class TestEveryStrategy:
         if order != "unload, unfuse":
             for key in edited(made):
                 component, path = key.split("/")
-                assert torch.equal(tiny_pipe.components[component].get_parameter(path), base[key]), key
+                assert torch.equal(paths.parameter(tiny_pipe.components[component], path), base[key]), key
         torch.testing.assert_close(draw(tiny_pipe), base_image, atol=1e-4, rtol=0)
 
     def test_made_beside_a_users_lora_has_canonical_keys(self, case: str, tiny_pipe: Any, made: Erasure) -> None:
@@ -892,6 +896,13 @@ def test_what_cannot_work_is_refused_with_the_reason_and_nothing_else_is(
 def test_every_family_has_a_tiny_pipeline_of_its_own(tiny_models: Any) -> None:
     assert set(NAMES) <= set(tiny_models)
     assert [backbone_for(tiny_models[name]()).family for name in NAMES] == NAMES
+
+
+def teach_all(teach: Any, pipe: Any, *words: str, token: str = "<my-pet>") -> None:
+    """Teach a token to all of a pipeline's text encoders."""
+    for name in ("", "_2", "_3"):
+        if pipe.components.get(f"tokenizer{name}") is not None:
+            teach(pipe, *words, token=token, suffix=name)
 
 
 def embeddings(pipe: Any) -> dict[str, torch.Tensor]:

@@ -224,3 +224,35 @@ def test_rounding_an_edit_spares_what_is_preserved() -> None:
     assert up.dtype == down.dtype == torch.float16
     naive = left.half().double() @ right.half().double()
     assert error(whole, up.double() @ down.double(), features) < 0.8 * error(whole, naive, features)
+
+
+# Pooled vectors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved_as", ["map", "lora"])
+def test_pooled_vectors_are_erased_where_they_enter_and_nothing_else_is(tiny_models: Any, saved_as: Any) -> None:
+    """Against the closed form in plain arithmetic: the layer reads a pooled vector, and codes of sizes behind it."""
+    pipe = tiny_models["stable-diffusion-xl"]()
+    backbone, concept, layer = backbone_for(pipe), Concept("cat", anchor="dog"), "add_embedding.linear_1"
+    made = erase(
+        pipe, concept, "uce", vocabulary=0, tolerance=0.0, saved_as=saved_as, attach=False, progress=False
+    )  # fmt: skip
+    with torch.no_grad():
+        texts = [template.format(words) for words in ("cat", "dog") for template in concept.phrasings()]
+        pooled = [backbone.encode([text]).pooled[0].double() for text in [*texts, ""]]  # type: ignore[index]
+    half = len(texts) // 2
+    erased, anchors, empty = torch.stack(pooled[:half]), torch.stack(pooled[half:-1]), pooled[-1]
+    gram = 10 * erased.T @ erased + torch.outer(empty, empty) + 0.5 * torch.eye(32, dtype=torch.float64)
+    wanted = torch.zeros(pipe.unet.get_submodule(layer).weight.shape, dtype=torch.float64)
+    weight = pipe.unet.get_submodule(layer).weight.double()
+    wanted[:, :32] = weight[:, :32] @ (10 * (anchors - erased).T @ erased @ torch.linalg.inv(gram))
+    if saved_as == "map":
+        edit = made.edits.maps[f"unet/{layer}"]
+        found = weight @ edit.up.double() @ edit.down.double()
+    else:
+        pair = made.low_rank[f"unet/{layer}"]
+        found = pair.up.double() @ pair.down.double()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    assert (found[:, 32:] == 0).all()
+    # The tokens have a change of their own, in every layer that reads them.
+    assert set(made.edits.parameters) == {f"{entry.key}.weight" for entry in backbone.entry_layers()}

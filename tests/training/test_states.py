@@ -59,8 +59,13 @@ def assert_equal(first: States, second: States) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_trajectory_is_the_stock_pipeline_s(tiny_pipe: Any, prediction: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "prediction"),
+    [("stable-diffusion", "epsilon"), ("stable-diffusion", "v_prediction"), ("stable-diffusion-xl", "epsilon")],
+)
+def test_a_trajectory_is_the_stock_pipeline_s(tiny_models: Any, family: str, prediction: str) -> None:
+    """With the family's own input in the place of the empty prompt, which for SDXL is zeros."""
+    tiny_pipe = tiny_models[family]()
     tiny_pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config, prediction_type=prediction)
     backbone = backbone_for(tiny_pipe)
     source = buffer_of(
