@@ -1,9 +1,10 @@
 """Masks of named things from the attention that a denoiser pays to their words, without a segmentation model.
 
-After the localiser of AttenCraft (Shentu et al. 2024, arXiv 2405.17965): cross-attention maps, with the start token's
-as that of the background, are refined by self-attention and compared. Two things differ, both measured on Canvas:
-every name has a prompt of its own, because in a common one each word's attention falls on its neighbours' things as
-well; and its map counts the end of the prompt and the padding too, which have read the name and draw most attention.
+After the localiser of AttenCraft (Shentu et al. 2024, arXiv 2405.17965): the start token's cross-attention, refined by
+self-attention, tells the background, and the words' own, all in one prompt, tell what names the rest. Three things are
+added, each measured on Canvas: names are asked for in two orders, because a word draws what is where it stands in the
+prompt as well; what a word draws is compared relative to its mean and with its neighbours'; and masks follow the edges
+of the image, because a token of the finest grid is many pixels wide.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.options import Count, CountOrZero, Options, ZeroToOne
 from erasure.pipelines.attention_losses import ranged
 from erasure.pipelines.mixin import in_one_state
-from erasure.pipelines.pictures import Pictures, cropped
+from erasure.pipelines.pictures import Pictures, cropped, padded
 from erasure.pipelines.presence import PresenceMixin
 from erasure.pipelines.prompts import texts_of
 
 GRIDS = (8, 32)
-"""Least and greatest shorter side of the token grids whose attention is read."""
+"""Least and greatest shorter side of the token grids whose attention is read: that to words at the decoder's coarsest,
+which knows best what a thing is, and that of image tokens at its finest (AttenCraft with Stable Diffusion: 16, 32)."""
+DETAIL = 4
+"""Most rows and columns into which a token is divided to find the image's edges."""
+EDGE = 1e-4
+"""Variance of colours in 0-1 that counts as an edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class LocalizationSettings(Options):
     """What a map, between 0 and 1 over the image, must reach on what is named."""
     smoothing: Annotated[float, Gt(0), Le(1)] = 0.3
     """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
+    edge_radius: CountOrZero = 2
+    """Tokens around a pixel whose colours decide where a map's edge is; 0 leaves maps as smooth as they are."""
     presence: Annotated[float, Ge(-1000), Le(1)] = 0.06
     """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`. It was chosen on
     half of Canvas' objects, so that at most 3 of 100 absent words are found, and measured on the other half."""
@@ -119,7 +127,8 @@ class LocalizationMixin(PresenceMixin):
             that are not.
 
         Raises:
-            MaskError: A name is empty, or the images do not fit; see `read_images`.
+            MaskError: A name is empty, there are more than one prompt holds, or the images do not fit; see
+                `read_images`.
             OptionError: There is no word, or something that is no text.
         """
         settings = LocalizationSettings(**options)
@@ -131,25 +140,23 @@ class LocalizationMixin(PresenceMixin):
             latents = self.encode_images(source)
         generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
         state = generator.get_state()
-        raw, refined = [], []
-        for name in names:
-            generator.set_state(state)  # the same noise for all names
-            maps = self._read_maps(latents, name, settings, generator)
-            raw.append(maps[0])
-            refined.append(maps[1])
-        size, side = (source.shape[2], source.shape[3]), as_pipeline(self).vae_scale_factor
-        whole = (latents.shape[2] * side, latents.shape[3] * side)
-        things = ranged(1 - torch.stack(refined, 1)[:, :, 1].mean(1, keepdim=True))
-        chosen = told_apart(torch.stack(raw, 1)[:, :, 0], things, settings)
-        large, own = (
-            cropped(F.interpolate(part, whole, mode="bilinear", align_corners=False), size)
-            for part in (things, chosen)
-        )
+        maps = []
+        for order in ([*range(len(names))], [*range(len(names))][::-1])[: len(names)]:
+            generator.set_state(state)  # the same noise for both orders
+            found = self._read_maps(latents, [names[at] for at in order], settings, generator)
+            maps.append(found[:, [0, *(1 + order.index(at) for at in range(len(names)))]])
+        mean = torch.stack(maps).mean(0)
+        things = ranged(1 - mean[:, :1])
+        drawn = told_apart(mean[:, 1:], things, settings)
+        blurred, refined = self._in_pixels(source, things, drawn, settings)
+        large = refined.sum(1, keepdim=True).clamp(0, 1)
         inside = large > settings.threshold
-        phrases = [describe(text_towers(as_pipeline(self))[0], name)[0] for name in names]
+        phrases = [" ".join(describe(name)) for name in names]
         with unguarded():
-            presence, places = self.look(source, latents, inside[:, 0], phrases, len(wanted), settings.presence)
-        masks = inside & (own > 0)
+            parts = blurred[:, 0] > settings.threshold
+            presence, places = self.look(source, latents, parts, phrases, len(wanted), settings.presence)
+        places &= inside
+        masks = inside & belongs(refined)
         # A place that is certain belongs to its word alone.
         masks &= ~places.any(1, keepdim=True)
         found = places.any((2, 3), keepdim=True)
@@ -158,31 +165,31 @@ class LocalizationMixin(PresenceMixin):
         return Localization(masks, scores, source, tuple(names), presence, settings.presence)
 
     def _read_maps(
-        self, latents: Tensor, name: str, settings: LocalizationSettings, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Mean maps `(images, 2, rows, columns)` of a name and of the start token: as they are, and refined."""
+        self, latents: Tensor, names: Sequence[str], settings: LocalizationSettings, generator: torch.Generator
+    ) -> Tensor:
+        """Mean maps `(images, 1 + names, rows, columns)`: the start token's, refined, and the names' as they are."""
         pipe = as_pipeline(self)
         tower = text_towers(pipe)[0]
-        prompt, begins = describe(tower, name)
-        weights = torch.zeros(1, tower.max_length, 2)
-        weights[:, begins:, 0] = 1
-        weights[:, 0, 1] = 1
+        prompt, spans = prompt_of(tower, names)
+        weights = torch.zeros(1, tower.max_length, 1 + len(names))
+        weights[:, 0, 0] = 1
+        for column, span in enumerate(spans):
+            weights[:, span, 1 + column] = 1
         count, size = len(latents), (latents.shape[2], latents.shape[3])
         cross, own = localization_sites(pipe.unet, size)
         control = AttentionController(pipe.unet, Layout(size, count))
         control.capture(weights.expand(count, -1, -1), cross)
         control.capture_self(own)
-        raw: list[Tensor] = []
-        refined: list[Tensor] = []
+        found: list[Tensor] = []
 
         def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             grid = own[0].grid(*size)
             each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
             maps = torch.stack(each).mean(0)
-            raw.append(maps.cpu())
+            start = maps[:, :1]
             for _ in range(settings.power):
-                maps = control.spread(maps)
-            refined.append(maps.float().cpu())
+                start = control.spread(start)
+            found.append(torch.cat([start, maps[:, 1:]], 1).float().cpu())
             return tensors
 
         side = pipe.vae_scale_factor
@@ -195,11 +202,27 @@ class LocalizationMixin(PresenceMixin):
                 guidance_scale=1.0, generator=generator, output_type="latent", callback_on_step_end=keep,
                 callback_on_step_end_tensor_inputs=["latents"],
             )  # fmt: skip
-        return torch.stack(raw).mean(0), torch.stack(refined).mean(0)
+        return torch.stack(found).mean(0)
+
+    def _in_pixels(
+        self, source: Tensor, things: Tensor, drawn: Tensor, settings: LocalizationSettings
+    ) -> tuple[Tensor, Tensor]:
+        """Maps of all things `(images, 1, height, width)`, and of each name's along the image's edges."""
+        size = (source.shape[2], source.shape[3])
+        guide = padded(source, self._side).float().cpu()
+        whole, grid = (guide.shape[2], guide.shape[3]), (things.shape[2], things.shape[3])
+        detail = min(DETAIL, max(1, whole[0] // grid[0]))
+        fine = (grid[0] * detail, grid[1] * detail)
+        enlarged = lambda x, to: F.interpolate(x, to, mode="bilinear", align_corners=False)  # noqa: E731
+        blurred = cropped(enlarged(things, whole), size)
+        if not settings.edge_radius:
+            return blurred, blurred * cropped(belongs(enlarged(drawn, whole)), size)
+        each = enlarged(things, fine) * belongs(enlarged(drawn, fine))
+        return blurred, cropped(along_edges(each, guide, settings.edge_radius * detail), size)
 
 
-def describe(tower: TextTower, name: str) -> tuple[str, int]:
-    """A prompt with a name in it, and the position of the name's first token.
+def describe(name: str) -> tuple[str, str]:
+    """The article and the noun of a name; the article is added where there is none.
 
     Raises:
         MaskError: The name is empty.
@@ -210,13 +233,34 @@ def describe(tower: TextTower, name: str) -> tuple[str, int]:
     if not noun:
         raise MaskError(f"{name!r} names nothing: say what to find, for instance 'cat'")
     article = article or ["an" if noun[0][0].lower() in "aeiou" else "a"]
-    return " ".join([*article, *noun]), tower.leading + len(tower.word_ids(article[0]))
+    return article[0], " ".join(noun)
+
+
+def prompt_of(tower: TextTower, names: Sequence[str]) -> tuple[str, list[slice]]:
+    """A prompt with all names in it, and the positions of their nouns' tokens.
+
+    Raises:
+        MaskError: A name is empty, or there are more than the text encoder reads.
+    """
+    prompt, spans = "", []
+    for name in names:
+        article, noun = describe(name)
+        prompt += f" and {article}" if prompt else article
+        start = tower.leading + len(tower.word_ids(prompt))
+        prompt += f" {noun}"
+        spans.append(slice(start, tower.leading + len(tower.word_ids(prompt))))
+    if (length := len(tower.prompt_ids(prompt))) > tower.max_length:
+        raise MaskError(
+            f"the {len(names)} names take {length} tokens in one prompt, and the text encoder reads "
+            f"{tower.max_length}: name fewer things, or write them shorter"
+        )
+    return prompt, spans
 
 
 def localization_sites(
     denoiser: nn.Module, latent_size: tuple[int, int]
 ) -> tuple[list[AttentionSite], list[AttentionSite]]:
-    """The decoder's cross-attention at grids of `GRIDS`, and its self-attention at the finest of them.
+    """The decoder's cross-attention at the coarsest grid of `GRIDS`, and its self-attention at the finest.
 
     Raises:
         MaskError: It has none at such a grid.
@@ -230,32 +274,67 @@ def localization_sites(
             f"no attention layer of the decoder has a grid of {GRIDS[0]} to {GRIDS[1]} tokens a side for a latent of "
             f"{latent_size[1]}x{latent_size[0]}: use images nearer to the size that the model was made for"
         )
-    finest = min(site.downsampling for site in own)
-    return cross, [site for site in own if site.downsampling == finest]
+    coarsest, finest = max(site.downsampling for site in cross), min(site.downsampling for site in own)
+    return (
+        [site for site in cross if site.downsampling == coarsest],
+        [site for site in own if site.downsampling == finest],
+    )
 
 
 def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:
-    """Positive where a name draws more than every other, `(images, names, rows, columns)`.
+    """What each name draws, to be compared with the others, `(images, names, rows, columns)`.
 
-    Names draw unlike amounts of attention all over, so each map is taken relative to its mean over what is no
-    background; and neighbours vote, because no object is one token large.
+    Names draw unlike amounts of attention, so each map is divided by its mean over what is no background; and
+    neighbours vote, because no object is one token large.
 
     Args:
         maps: The names' maps, `(images, names, rows, columns)`.
         things: `(images, 1, rows, columns)` in 0-1: how surely there is no background.
         settings: See `LocalizationSettings`.
     """
-    if maps.shape[1] == 1:
-        return torch.ones_like(maps)
     inside = (things > settings.threshold).float()
+    mean = (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)
     sigma = settings.smoothing * min(maps.shape[2:])
     side = 2 * min(round(3 * sigma), min(maps.shape[2:]) - 1) + 1
     blur = lambda x: gaussian_blur(x, [side, side], [sigma, sigma])  # noqa: E731
-    smooth = blur(maps * inside) / blur(inside).clamp_min(1e-3)
-    smooth = smooth - (smooth * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)
-    best, order = smooth.topk(2, dim=1)
-    rival = torch.where(order[:, :1] == torch.arange(maps.shape[1])[None, :, None, None], best[:, 1:], best[:, :1])
-    return smooth - rival
+    return blur(maps / mean.clamp_min(1e-8) * inside) / blur(inside).clamp_min(1e-3)
+
+
+def belongs(maps: Tensor) -> Tensor:
+    """The name whose map is the greatest at each place, `(images, names, rows, columns)` bool: one for each."""
+    return maps.argmax(1, keepdim=True) == torch.arange(maps.shape[1])[None, :, None, None]
+
+
+def along_edges(maps: Tensor, image: Tensor, radius: int) -> Tensor:
+    """Maps that change where an image does: the fast guided filter (He and Sun 2015, arXiv 1505.00996).
+
+    Around each place a map is replaced by the linear function of the image's colours that fits it best.
+
+    Args:
+        maps: `(images, maps, rows, columns)`.
+        image: `(images, colours, height, width)` in 0-1.
+        radius: Of the square around each place, in rows and columns of the maps.
+
+    Returns:
+        `(images, maps, height, width)`. The sum over maps is the filtered sum.
+    """
+    window = (2 * radius + 1, 2 * radius + 1)
+    held = lambda x: F.avg_pool2d(x, window, 1, radius, count_include_pad=False)  # noqa: E731
+    colours, count = image.shape[1], maps.shape[1]
+    small = F.interpolate(image, maps.shape[2:], mode="area")
+    pairs, mixed = ((small[:, :, None] * other[:, None]).flatten(1, 2) for other in (small, maps))
+    sizes = [colours, count, colours**2, colours * count]
+    colour, level, pairs, mixed = held(torch.cat([small, maps, pairs, mixed], 1)).split(sizes, 1)
+    covariance, shared = (
+        (both.unflatten(1, (colours, -1)) - colour[:, :, None] * other[:, None]).permute(0, 3, 4, 1, 2)
+        for both, other in ((pairs, colour), (mixed, level))
+    )
+    slope = torch.linalg.solve(covariance + EDGE * torch.eye(colours), shared).permute(0, 3, 4, 1, 2)
+    offset = level - (slope * colour[:, :, None]).sum(1)
+    line = held(torch.cat([slope.flatten(1, 2), offset], 1))
+    line = F.interpolate(line, image.shape[2:], mode="bilinear", align_corners=False)
+    slope, offset = line.split([colours * count, count], 1)
+    return (slope.unflatten(1, (colours, count)) * image[:, :, None]).sum(1) + offset
 
 
 __all__ = ["Localization", "LocalizationMixin", "LocalizationSettings", "localization_sites"]

@@ -227,15 +227,23 @@ def controls(size: Literal["smoke", "quick", "full"] = "quick") -> None:
     print(markdown(measure(size)))
 
 
-def localiser(scenes: int = 200) -> None:
-    """Print how well things are found by words.
+def localiser(scenes: int = 100, every: int = 1, picture: Path | None = None) -> None:
+    """Print how well things are found by words, and how often words are refused.
 
     Args:
         scenes: How many, of one and of two objects.
+        every: Of the 96 scenes in which words are looked for one by one, every how many are; 0 leaves them out.
+        picture: Where a picture of removal by mask and by name is written.
     """
-    from erasure.assets.build.localiser import markdown, measure
+    from erasure.assets.build.localiser import markdown, measure, refusals, refused
+    from erasure.assets.build.localiser import picture as draw
 
-    print(markdown(measure(scenes)))
+    if picture is not None:
+        draw().save(picture)
+    if scenes:
+        print(markdown(measure(scenes)))
+    if every:
+        print(refused(refusals(every)))
 
 
 def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""How well things are found by words: overlap of the found masks with those of rendered scenes."""
+"""How well things are found by words: overlap of masks with the true ones, and words that are rightly refused."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import erasure
-from erasure.assets.scenes import render, sample_scene
-from erasure.assets.world import STYLES
-from erasure.eval.statistics import Interval, cluster_bootstrap
+from erasure.assets.scenes import Scene, render, sample_scene
+from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES
+from erasure.errors import MaskError
+from erasure.eval.statistics import Interval, cluster_bootstrap, wilson
+from erasure.pipelines import StableDiffusionObjectRemovalPipeline
+
+SHOWN = (
+    Scene(("cat",), "noto", "checked"), Scene(("guitar",), "ink", "gradient"),
+    Scene(("burger", "umbrella"), "sepia", "striped"), Scene(("car", "house"), "noto", "green"),
+    Scene(("rocket",), "pixel", "purple"), Scene(("fish", "bomb"), "contour", "yellow"),
+)  # fmt: skip
+"""Scenes of the picture; the last object of each is removed."""
+CELL, GAP, MARGIN = 144, 8, 150
+"""Sides in pixels of a scene in the picture, of what is between two, and of the column of names."""
 
 
 class Found(NamedTuple):
@@ -32,11 +43,14 @@ def overlap(first: Tensor, second: Tensor) -> float:
     return float((first & second).sum() / union) if union else 1.0
 
 
-def measure(scenes: int) -> list[Found]:
-    """Look for every object of random scenes, by its name and those of the others."""
+def measure(scenes: int, seed: int = 0) -> list[Found]:
+    """Look for every object of random scenes, by its name and those of the others.
+
+    Settings were chosen on scenes of other seeds than 0.
+    """
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     found = []
     for number in range(scenes):
         scene = sample_scene(rng, pairs=0.5, empty=0.0)
@@ -63,3 +77,88 @@ def markdown(found: list[Found]) -> str:
         spread = mean(part)
         lines.append(f"| {name} | {spread.value:.3f} ({spread.low:.3f}-{spread.high:.3f}) | {len(part)} |")
     return "\n".join(lines)
+
+
+def refusals(every: int = 1, absent: int = 6) -> dict[str, list[bool]]:
+    """Whether words are refused that stand for what a scene shows, and words that do not.
+
+    Args:
+        every: Of the 48 scenes of either kind, every how many are looked at.
+        absent: Words for absent things in a scene with one object; a third of them with two.
+
+    Returns:
+        By what was asked, one value for each word: whether it was refused.
+    """
+    pipe = erasure.load_pipeline("canvas-sd")
+    pipe.set_progress_bar_config(disable=True)
+    names, rng = list(OBJECTS), np.random.default_rng(0)
+    asked: dict[str, list[bool]] = {}
+
+    def ask(kind: str, image: Image.Image, word: str, others: tuple[str, ...] = ()) -> None:
+        try:
+            pipe.localize(image, word, others=others).of_words()
+            asked.setdefault(kind, []).append(False)
+        except MaskError:
+            asked.setdefault(kind, []).append(True)
+
+    for number in range(0, 2 * len(names), every):
+        first = names[number % len(names)]
+        left = [name for name in names if name != first]
+        second, *others = (left[at] for at in rng.permutation(len(left)))
+        style, background = STYLES[number % len(STYLES)], BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        one, two = (
+            Image.fromarray(render(Scene(shown, style, background)).image) for shown in ((first,), (first, second))
+        )
+        ask("alone", one, first)
+        for word in others[:absent]:
+            ask("absent, one shown", one, word)
+        for word, other in ((first, second), (second, first)):
+            ask("beside another", two, word)
+            ask("beside another that is named", two, word, (other,))
+            for name in others[: absent // 3]:
+                ask("absent, one of two named", two, name, (other,))
+    return asked
+
+
+def refused(asked: dict[str, list[bool]]) -> str:
+    """Shares of words that were refused, with intervals."""
+    lines = ["| asked for | refused | n |", "|---|---|---|"]
+    for kind, answers in asked.items():
+        spread = wilson(sum(answers), len(answers))
+        shown = f"{spread.value:.3f} ({spread.low:.3f}-{spread.high:.3f})"
+        lines.append(f"| {kind} | {shown} | {sum(answers)} of {len(answers)} |")
+    return "\n".join(lines)
+
+
+def picture() -> Image.Image:
+    """Objects with their masks, inpainting, Attentive Eraser, and the same with the masks that their names find."""
+    pipe = StableDiffusionObjectRemovalPipeline.from_pipe(erasure.load_pipeline("canvas-sd"))
+    pipe.set_progress_bar_config(disable=True)
+    rows = ("scene and mask", "inpainting", "Attentive Eraser", "found by its name", "removed by name")
+    step = CELL + GAP
+    page = Image.new("RGB", (MARGIN + step * len(SHOWN), 32 + step * len(rows)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for row, name in enumerate(rows):
+        pen.text((GAP, 32 + step * row + CELL // 2), name, "black", font, anchor="lm")
+    for column, scene in enumerate(SHOWN):
+        *others, word = scene.objects
+        drawn = render(scene)
+        image, truth = Image.fromarray(drawn.image), torch.from_numpy(drawn.masks[-1])
+        remove = lambda mask, image=image, **options: (  # noqa: E731
+            pipe(image, mask, generator=torch.Generator().manual_seed(0), **options).images[0]
+        )
+        found = pipe.localize(image, word, others=others).of_words()[0]
+        cells = (
+            tinted(image, truth, (255, 0, 60)), remove(truth, redirect=False), remove(truth),
+            tinted(image, found, (40, 70, 255)), remove(found),
+        )  # fmt: skip
+        pen.text((MARGIN + step * column + CELL // 2, 16), word, "black", font, anchor="mm")
+        for row, cell in enumerate(cells):
+            page.paste(cell.resize((CELL, CELL), Image.Resampling.NEAREST), (MARGIN + step * column, 32 + step * row))
+    return page
+
+
+def tinted(image: Image.Image, mask: Tensor, colour: tuple[int, int, int]) -> Image.Image:
+    """An image with a colour over what a mask covers."""
+    over = Image.fromarray((mask * 150).byte().numpy())
+    return Image.composite(Image.new("RGB", image.size, colour), image, over)

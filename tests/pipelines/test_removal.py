@@ -18,7 +18,7 @@ from erasure.backbones import text_towers
 from erasure.errors import AttachError, BypassedErasureWarning, MaskError, OptionError, UnsupportedModelError
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.free_u import FreeU, free_u
-from erasure.pipelines.localization import describe
+from erasure.pipelines.localization import prompt_of
 from erasure.pipelines.removal import PRESETS
 
 
@@ -298,7 +298,7 @@ def test_settings_without_meaning_are_refused(tiny_pipe: Any, options: dict[str,
 
 
 def test_words_stand_in_for_a_mask(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = pipe.localize(picture(), "cat", num_inference_steps=4, threshold=0.2, power=0)
+    found = pipe.localize(picture(), "cat", num_inference_steps=4, power=0)
     assert found.masks.shape == found.scores.shape == (1, 1, 32, 32)
     assert found.masks.any()
     # The scores of random weights mean nothing.
@@ -324,7 +324,7 @@ def test_the_name_of_a_learned_token_begins_behind_its_article(tiny_pipe: Any, t
     teach(tiny_pipe, "a", "cat")
     tower = text_towers(tiny_pipe)[0]
     for name, prompt in (("<my-pet>", "a <my-pet>"), ("the <my-pet>", "the <my-pet>")):
-        assert describe(tower, name) == (prompt, 2)
+        assert prompt_of(tower, [name]) == (prompt, [slice(2, 2 + len(tower.word_ids("<my-pet>")))])
         assert tower.prompt_ids(prompt)[2:4] == tower.word_ids("<my-pet>")
 
 
