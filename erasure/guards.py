@@ -23,7 +23,7 @@ from erasure.backbones import Backbone
 from erasure.backbones.base import Written
 from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning
 from erasure.interop import adapters, hooks, paths
-from erasure.interop.encoders import block_of, blocks_of
+from erasure.interop.encoders import anatomy_of, block_of, blocks_of
 from erasure.interop.hooks import ModelHook
 from erasure.interop.pipelines import CallGuard
 from erasure.interop.protocols import Arguments
@@ -251,11 +251,14 @@ def _unfit_for_clip_skip(components: Mapping[str, nn.Module], skip: int) -> str:
     and pinned prompts of which only the last state is known.
     """
     found = []
+    anatomies = [anatomy_of(paths.transformer_root(module)) for module in components.values()]
+    # Of several CLIPs side by side pipelines read the last state but one.
+    unread = int(sum(each is not None and each.causal for each in anatomies) > 1)
     for module in components.values():
         state = ComponentState.of(module)
         if state is None:
             continue
-        last = len(blocks_of(paths.transformer_root(module))) - 1 - skip
+        last = len(blocks_of(paths.transformer_root(module))) - 1 - unread - skip
         for name, attached in state.in_force().items():
             edits = attached.erasure.edits
             places = [*edits.of(state.component), *edits.features_of(state.component)]
