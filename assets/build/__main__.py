@@ -216,7 +216,7 @@ def gates(told: bool = True) -> None:
     print(markdown(measure(told)))
 
 
-def controls(size: Literal["smoke", "quick", "full"] = "quick") -> None:
+def controls(size: Literal["smoke", "quick", "full"] = "smoke") -> None:
     """Print what random features, and those of another concept, erase behind a concept's gate.
 
     Args:

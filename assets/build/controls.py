@@ -12,7 +12,7 @@ from torch import Tensor
 import erasure
 from erasure import assets
 from erasure.artifact import Erasure
-from erasure.assets.build.table import measured
+from erasure.assets.build.table import concepts
 from erasure.attach import ErasureManager
 from erasure.backbones import text_towers
 from erasure.carriers.edits import Edits
@@ -85,14 +85,14 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
 
 
 def measure(size: str) -> list[Row]:
-    """Every measured concept with its own features, those of the next and of one far from it, and random ones.
+    """Every concept with its own features, those of the next and of one far from it, and random ones.
 
     No anchor takes a concept's place, so that what is gone is gone by the features alone.
     """
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
-    manager, wanted = ErasureManager(pipe), measured()
+    manager, wanted = ErasureManager(pipe), concepts()
     lively = lively_latents(pipe)
     made = [erasure.erase(pipe, concept, "itd", attach=False, progress=False, anchored=0) for concept in wanted]
     found: dict[str, list[tuple[float, int]]] = {}
