@@ -56,6 +56,8 @@ class UCE(Strategy):
     solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
     `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
     erased features. The file holds X once, in as few numbers as keep its effect. Biases cancel and stay untouched.
+    A layer that reads a pooled vector of the prompt (SDXL) gets an X of its own, from the pooled vectors of the same
+    prompts, in those of its columns that read it.
 
     Preset `released` is the authors' script of 2025: of every bare name the last token is erased, and the anchor's
     last token takes its place; where there is no anchor, that of "art" for a style and the start token for an object.
