@@ -90,12 +90,14 @@ def erase(
     method = get(strategy).configured(preset, **options)
     if run is not None and not isinstance(method, TrainedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
-    wanted = World.of(pipe).concepts(concepts)
+    world = World.of(pipe)
+    wanted = world.concepts(concepts)
     backbone = backbone_for(pipe)
-    if backbone.family not in method.families:
-        raise UnsupportedModelError(
-            f"{strategy} works on {', '.join(method.families)}, this pipeline is {backbone.family}"
-        )
+    for need in method.needs:
+        if reason := backbone.lacks(need):
+            raise UnsupportedModelError(
+                f"{strategy} needs {need}, and a model of {backbone.family} like this has none: {reason}"
+            )
     _warn_of_ignored_retain(method, wanted)
     manager = ErasureManager(pipe)
     if fused := manager.fused_erasures:
@@ -110,7 +112,7 @@ def erase(
             tower.check_words(words)
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
-    backbone = backbone_for(base_pipe)
+    backbone = backbone_for(base_pipe, size=world.size, length=world.text_length)
     with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.

@@ -191,11 +191,11 @@ class ErasureManager:
         for component, record in everything.items():
             state = states.get(component) or ComponentState(component, (sources or {}).get(component))
             targets.append(Target(modules[component], state, state.reading(modules[component], record)))
-        denoiser = backbone_for(self.pipe).denoiser_component
+        backbone = backbone_for(self.pipe)
 
         def install() -> None:
             now = {target.state.component: target.state for target in targets}
-            guards.install(modules, denoiser, now)
+            guards.install(modules, backbone, now)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 take_turns(self.pipe)

@@ -154,7 +154,7 @@ def _predicted(backbone: Backbone, conditioning: Conditioning) -> Tensor | None:
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, denoiser.config.in_channels, SIDE, SIDE, generator=generator)
-    rows = len(conditioning.tokens)
+    rows = len(conditioning)
     x = x.expand(rows, -1, -1, -1).to(conditioning.tokens.device, backbone.dtype)
     t = torch.full((rows,), 500, device=x.device)
     return backbone.predict(x, t, conditioning).float().cpu()

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.backbones import Backbone
+from erasure.backbones.base import Written
 from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning
 from erasure.interop import adapters, hooks, paths
+from erasure.interop.encoders import anatomy_of, block_of, blocks_of
 from erasure.interop.hooks import ModelHook
 from erasure.interop.pipelines import CallGuard
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
-BLOCK = re.compile(r"encoder\.layers\.(\d+)\.?")
-"""Path of a text encoder's block, or of something in it."""
 _ENCODINGS, _ENTRY = "erasure_encodings", "erasure_entry"
 SAMPLED, REMEMBERED = 8, 4096
 """Values of a token's encoding by which it is known again, and prompts whose encodings are remembered."""
@@ -60,10 +61,11 @@ class Encodings:
 
     Args:
         erasures: Names and strengths of those erasures.
+        written: Where the states of each text encoder stand in what the denoiser is told.
     """
 
-    def __init__(self, erasures: Iterable[tuple[str, float]]) -> None:
-        self.erasures = tuple(erasures)
+    def __init__(self, erasures: Iterable[tuple[str, float]], written: Iterable[Written]) -> None:
+        self.erasures, self.written = tuple(erasures), tuple(written)
         self.rows: deque[Tensor] = deque(maxlen=REMEMBERED)
         self.blind = False
         """Whether an encoder has been compiled, inside of which nothing can be taken note of."""
@@ -76,7 +78,18 @@ class Encodings:
         """Take note of encodings `(batch, tokens, dim)`."""
         self.rows.extend(_sampled(states.detach()).cpu())
 
-    def knows(self, states: Tensor) -> bool:
+    def knows(self, told: Tensor, components: Iterable[str]) -> bool:
+        """Whether all that text encoders wrote into tokens is made of those encodings.
+
+        Args:
+            told: What the denoiser is told, `(batch, tokens, dim)`.
+            components: The text encoders whose part is looked at.
+        """
+        wanted = set(components)
+        parts = [told[:, part.places, part.columns] for part in self.written if part.component in wanted]
+        return all(self._knows(part) for part in parts)
+
+    def _knows(self, states: Tensor) -> bool:
         """Whether every encoding `(batch, tokens, dim)` is made of those, but for a cast, or zero beside one.
 
         A long prompt is encoded in chunks that are put behind one another, with or without the start and the end of
@@ -109,18 +122,18 @@ def _sampled(states: Tensor) -> Tensor:
 
 
 class _Remember(ModelHook):
-    """On a text encoder's final norm, which pipelines also call by itself (`clip_skip`)."""
+    """Where states leave a text encoder: on its final norm, which pipelines also call by itself, or on its blocks."""
 
     def __init__(self, encodings: Encodings) -> None:
         super().__init__()
         self.encodings = encodings
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+    def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Take note of what comes out, but of canaries."""
         if torch.compiler.is_compiling():
             self.encodings.blind = True
         elif not _KNOWN.quiet:
-            self.encodings.remember(output)
+            self.encodings.remember(output[0] if isinstance(output, tuple) else output)
         return output
 
 
@@ -194,8 +207,9 @@ def names_in_force(states: Iterable[ComponentState]) -> str:
 
 def bypassed_by_embeddings(states: Iterable[ComponentState], encodings: Encodings, given: Tensor) -> str:
     """Names of the text-side erasures that embeddings `(batch, tokens, dim)` go around; empty where they do not."""
-    names = names_in_force(state for state in states if state.is_text_encoder)
-    return names if names and not encodings.knows(given) else ""
+    erased = [state for state in states if state.is_text_encoder and state.in_force()]
+    known = not erased or encodings.knows(given, [state.component for state in erased])
+    return "" if known else names_in_force(erased)
 
 
 def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) -> None:
@@ -237,15 +251,18 @@ def _unfit_for_clip_skip(components: Mapping[str, nn.Module], skip: int) -> str:
     and pinned prompts of which only the last state is known.
     """
     found = []
+    anatomies = [anatomy_of(paths.transformer_root(module)) for module in components.values()]
+    # Of several CLIPs side by side pipelines read the last state but one.
+    unread = int(sum(each is not None and each.causal for each in anatomies) > 1)
     for module in components.values():
         state = ComponentState.of(module)
         if state is None:
             continue
-        last = len(getattr(getattr(paths.transformer_root(module), "encoder", None), "layers", ())) - 1 - skip
+        last = len(blocks_of(paths.transformer_root(module))) - 1 - unread - skip
         for name, attached in state.in_force().items():
             edits = attached.erasure.edits
             places = [*edits.of(state.component), *edits.features_of(state.component)]
-            left_out = any((match := BLOCK.match(path)) and int(match[1]) > last for path in places)
+            left_out = any((block := block_of(path)) is not None and block > last for path in places)
             pin = edits.pinned.get(state.component)
             if not state.is_text_encoder or left_out or (pin is not None and not pin.blocks.numel()):
                 found.append(name)
@@ -323,23 +340,25 @@ def refuse_adapters(module: nn.Module) -> None:
         )
 
 
-def install(components: Mapping[str, nn.Module], denoiser: str, states: Mapping[str, ComponentState]) -> None:
+def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Mapping[str, ComponentState]) -> None:
     """Put the guards of a pipeline in place, or take them off where nothing is attached any more."""
+    denoiser = backbone.denoiser_component
+    leaving = {tower.component: tower.leaving for tower in backbone.towers}
     attached = {name: state for name, state in states.items() if state.record.attached}
     in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
     signature = tuple((name, one.strength) for name, one in in_force)
     known = encodings_of(components[denoiser])
-    encodings = known if known is not None and known.erasures == signature else Encodings(signature)
+    is_same = known is not None and known.erasures == signature
+    encodings = known if known is not None and is_same else Encodings(signature, backbone.written())
     for name, component in components.items():
         if attached:
             CallGuard.install(component, "save_pretrained", refuse_unsaveable)
         else:
             CallGuard.remove(component, "save_pretrained")
-        norm = getattr(paths.transformer_root(component), "final_layer_norm", None)
-        if isinstance(norm, nn.Module):
-            hooks.remove_hook(norm, _ENCODINGS)
+        for module in leaving.get(name, ()):
+            hooks.remove_hook(module, _ENCODINGS)
             if name in attached:
-                hooks.register_hook(norm, _Remember(encodings), _ENCODINGS)
+                hooks.register_hook(module, _Remember(encodings), _ENCODINGS)
     hooks.remove_hook(components[denoiser], _ENTRY)
     if "vae" in components:
         CallGuard.remove(components["vae"], "encode")

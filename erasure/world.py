@@ -128,6 +128,18 @@ class World:
         """Side of an image in pixels that the model was made for."""
         return int(self.generation.get("height", 64))
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the model was made for, where it says so."""
+        height, width = (self.generation.get(name) for name in ("height", "width"))
+        return None if height is None or width is None else (int(height), int(width))
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens that text encoders of free length pad prompts to, where the model says so."""
+        length = self.generation.get("max_sequence_length")
+        return None if length is None else int(length)
+
     # Words --------------------------------------------------------------------------------------------------------
 
     def find(self, word: str, kind: Kind | None = None) -> Classes | None:

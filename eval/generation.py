@@ -24,6 +24,15 @@ def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]
             yield group[start : start + batch_size]
 
 
+def negative_prompts(batch: Sequence[Sample]) -> list[str] | None:
+    """The negative prompts of a batch; none at all where all are empty: that is another input to some models.
+
+    SDXL is told zeros where there is no negative prompt, and the encoding of "" where it is empty.
+    """
+    texts = [sample.negative_prompt for sample in batch]
+    return texts if any(texts) else None
+
+
 def generate(
     pipe: DiffusionPipeline,
     samples: Sequence[Sample],
@@ -53,7 +62,7 @@ def generate(
         with torch.no_grad(), scopes.quiet(pipe):
             images = pipe(
                 prompt=[sample.prompt for sample in batch],
-                negative_prompt=[sample.negative_prompt for sample in batch],
+                negative_prompt=negative_prompts(batch),
                 latents=torch.stack([noise for noise, _ in drawn]).to(pipe.device, denoiser(pipe).dtype),
                 # Ancestral samplers go on drawing from the generator of each sample.
                 generator=[generator for _, generator in drawn],

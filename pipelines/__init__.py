@@ -4,37 +4,42 @@ from __future__ import annotations
 
 from typing import Literal
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from erasure.errors import UnsupportedModelError
 from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin, base_of
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
-from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline
+from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline
 
 Task = Literal["text-to-image", "object-removal", "composition"]
 PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
     "text-to-image": {
         "StableDiffusionPipeline": StableDiffusionErasurePipeline,
         "StableDiffusionErasurePipeline": StableDiffusionErasurePipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLErasurePipeline,
+        "StableDiffusionXLErasurePipeline": StableDiffusionXLErasurePipeline,
     },
     "object-removal": {
         "StableDiffusionPipeline": StableDiffusionObjectRemovalPipeline,
         "StableDiffusionErasurePipeline": StableDiffusionObjectRemovalPipeline,
         "StableDiffusionInpaintPipeline": StableDiffusionObjectRemovalPipeline,
         "StableDiffusionXLPipeline": StableDiffusionXLObjectRemovalPipeline,
+        "StableDiffusionXLErasurePipeline": StableDiffusionXLObjectRemovalPipeline,
         "StableDiffusionXLInpaintPipeline": StableDiffusionXLObjectRemovalPipeline,
     },
     "composition": {
         "StableDiffusionPipeline": StableDiffusionAStarPipeline,
         "StableDiffusionErasurePipeline": StableDiffusionAStarPipeline,
         "StableDiffusionXLPipeline": StableDiffusionXLAStarPipeline,
+        "StableDiffusionXLErasurePipeline": StableDiffusionXLAStarPipeline,
     },
 }
 """Which class stands in for which stock class, by what it is to do."""
 
 register_auto_pipeline(StableDiffusionErasurePipeline, StableDiffusionPipeline)
+register_auto_pipeline(StableDiffusionXLErasurePipeline, StableDiffusionXLPipeline)
 
 
 def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPipeline]:
@@ -60,6 +65,7 @@ __all__ = [
     "StableDiffusionErasurePipeline",
     "StableDiffusionObjectRemovalPipeline",
     "StableDiffusionXLAStarPipeline",
+    "StableDiffusionXLErasurePipeline",
     "StableDiffusionXLObjectRemovalPipeline",
     "Task",
     "base_of",

@@ -35,6 +35,7 @@ from erasure.pipelines.attention_losses import (
 )
 from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
 from erasure.pipelines.prompts import for_each, texts_of
+from erasure.text.words import whole_words
 
 Loss = Literal["a_star", "attend_and_excite"]
 Rivals = Literal["words", "padded"]
@@ -144,7 +145,7 @@ class CompositionMixin(SharedModulesMixin):
             return tensors
 
         try:
-            with LatentGuidance(pipe, guide) as self._guide:
+            with LatentGuidance(pipe, pipe.unet, guide) as self._guide:
                 return super().__call__(  # type: ignore[misc]
                     prompts, height=height, width=width, num_images_per_prompt=num_images_per_prompt,
                     callback_on_step_end=follow,
@@ -213,13 +214,11 @@ def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[
     inside = slice(tower.leading, len(ids) - 1)
     spans: list[slice] = []
     for name in names:
-        own = tower.word_ids(name)
-        starts = range(inside.start, inside.stop - len(own) + 1)
         taken = [span.start for span in spans]  # "a cat and a cat": the second is another
-        free = [i for i in starts if own and ids[i : i + len(own)] == own and i not in taken]
+        free = [span for span in whole_words(tower, ids[: inside.stop], name) if span.start not in taken]
         if not free:
             raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
-        spans.append(slice(free[0], free[0] + len(own)))
+        spans.append(free[0])
     return inside, spans
 
 
@@ -232,12 +231,13 @@ def rival_tokens(towers: Sequence[TextTower], inside: Tensor, rivals: Rivals | N
         rivals: See `CompositionSettings`.
     """
     if rivals is None:
-        tokenizer = towers[0].tokenizer
-        rivals = "padded" if len(towers) == 1 and tokenizer.pad_token_id == tokenizer.eos_token_id else "words"
+        padded = len(towers) == 1 and all(tower.tokenizer.pad_token_id == tower.end for tower in towers)
+        rivals = "padded" if padded else "words"
     if rivals == "words":
         return inside
     places = torch.arange(inside.shape[1])
-    return ((places >= towers[0].leading) & (places < inside.shape[1] - 1)).expand_as(inside)
+    leading = min(tower.leading for tower in towers)
+    return ((places >= leading) & (places < inside.shape[1] - 1)).expand_as(inside)
 
 
 def read_layout(layout: Sequence[object], size: tuple[int, int], subjects: int) -> Tensor:

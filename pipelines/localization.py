@@ -265,7 +265,7 @@ def localization_sites(
     Raises:
         MaskError: It has none at such a grid.
     """
-    decoder = [site for site in attention_sites(denoiser) if site.name.startswith("up_blocks.")]
+    decoder = [site for site in attention_sites(denoiser) if site.in_decoder]
     fitting = [site for site in decoder if GRIDS[0] <= min(site.grid(*latent_size)) <= GRIDS[1]]
     cross = [site for site in fitting if site.kind == "cross"]
     own = [site for site in fitting if site.kind == "self"]

@@ -249,7 +249,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         """The self-attention layers that are redirected."""
         pipe = as_pipeline(self)
         sites = [site for site in attention_sites(pipe.unet) if site.kind == "self"]
-        return sites if layers == "all" else [site for site in sites if site.name.startswith("up_blocks.")]
+        return sites if layers == "all" else [site for site in sites if site.in_decoder]
 
     def _invert(self, call: Settings, settings: RemovalSettings, keep: Tensor) -> list[Tensor]:
         """The image's latents at the noise level of every step that will be run, noisiest first, and the clean one."""

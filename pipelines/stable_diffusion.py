@@ -1,27 +1,30 @@
-"""Stable Diffusion 1.x and 2.x with erasure."""
+"""Stable Diffusion 1.x, 2.x and XL with erasure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from erasure.interop.pipelines import progress_bar_config
+from erasure.interop.protocols import as_pipeline
 from erasure.pipelines.localization import Localization
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.pictures import Pictures
-from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline
+from erasure.pipelines.removal import (
+    ObjectRemovalMixin,
+    StableDiffusionObjectRemovalPipeline,
+    StableDiffusionXLObjectRemovalPipeline,
+)
 
 
-class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` plus the methods of `ErasureMixin`; calls, components and files are the stock ones.
+class FindingErasureMixin(ErasureMixin):
+    """Put ahead of a stock pipeline class with a UNet: erasure, and finding what words name."""
 
-    Example:
-        >>> pipe = StableDiffusionErasurePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
-        >>> pipe.erase("Van Gogh", strategy="uce")
-        >>> pipe("a starry night in the style of Van Gogh").images[0]
-    """
+    finder: ClassVar[type[ObjectRemovalMixin]]
+    """The pipeline that finds it, on the same components."""
 
     def localize(
         self,
@@ -48,9 +51,33 @@ class StableDiffusionErasurePipeline(ErasureMixin, StableDiffusionPipeline):
         """
         image: Pictures
         if isinstance(prompt_or_image, str):
-            image = self(prompt_or_image, output_type="pil", **(call or {})).images
+            image = as_pipeline(self)(prompt_or_image, output_type="pil", **(call or {})).images
         else:
             image = prompt_or_image
-        finder = StableDiffusionObjectRemovalPipeline.from_pipe(self)
-        finder.set_progress_bar_config(**progress_bar_config(self))
+        pipe: DiffusionPipeline = self  # type: ignore[assignment]
+        finder = self.finder.from_pipe(pipe)
+        as_pipeline(finder).set_progress_bar_config(**progress_bar_config(pipe))
         return finder.localize(image, words, others=others, generator=generator, **options)
+
+
+class StableDiffusionErasurePipeline(FindingErasureMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` plus the methods of `ErasureMixin`; calls, components and files are the stock ones.
+
+    Example:
+        >>> pipe = StableDiffusionErasurePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> pipe.erase("Van Gogh", strategy="uce")
+        >>> pipe("a starry night in the style of Van Gogh").images[0]
+    """
+
+    finder = StableDiffusionObjectRemovalPipeline
+
+
+class StableDiffusionXLErasurePipeline(FindingErasureMixin, StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` plus the methods of `ErasureMixin`, as `StableDiffusionErasurePipeline` has them.
+
+    Example:
+        >>> pipe = StableDiffusionXLErasurePipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+        >>> pipe.erase("Van Gogh", strategy="uce")
+    """
+
+    finder = StableDiffusionXLObjectRemovalPipeline

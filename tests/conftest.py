@@ -62,11 +62,42 @@ def make_tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
+def make_tiny_clip(tokenizer: Any, projected: bool = False, seed: int | None = None) -> Any:
+    """A CLIP text encoder of width 32 and four blocks with random weights, with or without its projection."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, projection_dim=32,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval().requires_grad_(False)
+
+
+def make_tiny_t5(seed: int = 4) -> Any:
+    """A T5 encoder of width 32 and three blocks with random weights, and a tokeniser of letters and `WORDS`."""
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["▁", *(f"▁{word}" for word in WORDS), "cat", "s", *string.ascii_lowercase, *string.punctuation]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scores = [(piece, -float(place)) for place, piece in enumerate(dict.fromkeys(pieces))]
+    tokenizer = T5Tokenizer(vocab=[*special, *scores], extra_ids=0)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval().requires_grad_(False), tokenizer
+
+
 def make_tiny_pipe(seed: int = 0) -> Any:
     """A `StableDiffusionPipeline` of 16x16 latents and 32x32 images with random weights."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = make_tiny_tokenizer()
     torch.manual_seed(seed)
@@ -79,13 +110,7 @@ def make_tiny_pipe(seed: int = 0) -> Any:
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
     )  # fmt: skip
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-            num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
+    text_encoder = make_tiny_clip(tokenizer)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(
@@ -104,6 +129,66 @@ def make_tiny_pipe(seed: int = 0) -> Any:
 def tiny_tokenizer() -> Any:
     """The tokeniser of the tiny pipeline: read it, never change it."""
     return make_tiny_tokenizer()
+
+
+def make_tiny_latent_consistency(seed: int = 0) -> Any:
+    """The tiny pipeline with a UNet that is told its guidance, and its sampler."""
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    pipe = make_tiny_pipe(seed)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8)
+    pipe.unet.eval().requires_grad_(False)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def make_tiny_xl(seed: int = 0) -> Any:
+    """A `StableDiffusionXLPipeline` of 16x16 latents and 32x32 images with random weights."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    plain = make_tiny_pipe(seed)
+    torch.manual_seed(seed + 1)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, use_linear_projection=True,
+    )  # fmt: skip
+    tokenizer = make_tiny_tokenizer()
+    pipe = StableDiffusionXLPipeline(
+        vae=plain.vae, unet=unet.eval().requires_grad_(False), text_encoder=plain.text_encoder,
+        text_encoder_2=make_tiny_clip(tokenizer, projected=True), tokenizer=plain.tokenizer, tokenizer_2=tokenizer,
+        scheduler=plain.scheduler, add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "stable-diffusion": make_tiny_pipe,
+    "stable-diffusion-xl": make_tiny_xl,
+    "latent-consistency": make_tiny_latent_consistency,
+}
+"""Makes tiny pipelines with random weights: of every family, by its name, and of kinds that can do less."""
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, Callable[..., Any]]:
+    """Makes tiny pipelines of a family: `tiny_models["stable-diffusion"](seed=1)`."""
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Callable[..., Any]:
+    """Makes CLIP text encoders: `tiny_clip(tokenizer, projected=True, seed=2)`."""
+    return make_tiny_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_t5() -> Callable[..., Any]:
+    """Makes a T5 encoder and its tokeniser: `encoder, tokenizer = tiny_t5()`."""
+    return make_tiny_t5
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +240,12 @@ def tensors_of_pipe(pipe: Any) -> dict[str, Any]:
     import torch
 
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {f"{name}/{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+    # Paths as erasures have them, whichever way a text encoder's class nests its model.
+    return {
+        f"{name}/{key.removeprefix('text_model.')}": value.clone()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -210,9 +300,10 @@ def add_tiny_ip_adapter(pipe: Any) -> dict[str, Any]:
         width, dim = attention.to_k.out_features, attention.to_k.in_features
         for part in ("to_k_ip", "to_v_ip"):
             adapter[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, dim, generator=generator) * 0.1
+    dim = pipe.unet.config.cross_attention_dim
     projection = {
-        "proj.weight": torch.randn(4 * 32, 16, generator=generator), "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32),
+        "proj.weight": torch.randn(4 * dim, 16, generator=generator), "proj.bias": torch.zeros(4 * dim),
+        "norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim),
     }  # fmt: skip
     pipe.unet._load_ip_adapter_weights([{"ip_adapter": adapter, "image_proj": projection}])
     return dict(pipe.unet.attn_processors)

@@ -24,7 +24,7 @@ import erasure
 from erasure import Concept, Erasure, ErasureManager
 from erasure.carriers.activations import NO_BLOCKS
 from erasure.errors import AttachError, BypassedErasureError, BypassedErasureWarning, NoMatchingModuleError
-from erasure.pipelines import StableDiffusionErasurePipeline
+from erasure.pipelines import StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline
 
 PROMPT = "a photo of a cat"
 
@@ -371,3 +371,35 @@ def test_hooks_are_not_left_out_of_a_saved_model_in_silence(
     assert not (tmp_path / "out" / "model_index.json").exists()
     ErasureManager(tiny_pipe).unload()
     pipe.save_pretrained(tmp_path / "out")
+
+
+# Two text encoders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xl(tiny_models: Any) -> Any:
+    """A drop-in of SDXL whose text encoders are erased, and four blocks long; the last of each is not read."""
+    pipe = StableDiffusionXLErasurePipeline.from_pipe(tiny_models["stable-diffusion-xl"]())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.erase("cat", "hirm", steps=2, contexts=0, retain_vocabulary=2, progress=False)
+    return pipe
+
+
+@pytest.mark.parametrize(("skip", "warns"), [(None, False), (2, False), (3, True)])
+def test_clip_skip_counts_from_the_state_that_sdxl_reads(xl: Any, skip: int | None, warns: bool) -> None:
+    with pytest.warns(BypassedErasureWarning, match="clip_skip=3") if warns else warnings.catch_warnings():
+        if not warns:
+            warnings.simplefilter("error", BypassedErasureWarning)
+        xl(PROMPT, clip_skip=skip, **SMALL)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_embeddings_of_either_encoder_made_elsewhere_are_noticed(xl: Any, part: int) -> None:
+    own, negative, pooled, negative_pooled = xl.encode_prompt(PROMPT, device="cpu")
+    own = own.clone()
+    own[:, 1, 32 * part : 32 * part + 32] += 1
+    with pytest.warns(BypassedErasureWarning, match="prompt_embeds= bypasses"):
+        xl(
+            prompt_embeds=own, negative_prompt_embeds=negative, pooled_prompt_embeds=pooled,
+            negative_pooled_prompt_embeds=negative_pooled, **SMALL,
+        )  # fmt: skip

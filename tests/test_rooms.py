@@ -18,8 +18,8 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets")
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "options", "pages", "parsing",
-        "registry", "shown", "versions",
+        "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "needs", "options", "pages",
+        "parsing", "registry", "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(
@@ -248,3 +248,76 @@ def test_text_becomes_tokens_where_learned_tokens_are_known() -> None:
         and (called[-1].startswith("tokenizer") or (called[-1] in ("encode", "tokenize") and "tokenizer" in called))
     ]
     assert not wrong, "ask the tower (tokenize, prompt_ids, word_ids):\n" + "\n".join(wrong)
+
+
+# What belongs to one family stands in that family's file -------------------------------------------------------------
+
+OF_FAMILIES = ("erasure/backbones/", "assets/build/")
+"""Where families are told apart, and where the embedded models of one of them are made."""
+UNETS_ONLY = "it works on UNets by its nature and refuses others"
+OF_ONE_FAMILY: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "pipelines/a_star.py", "pipelines/localization.py", "pipelines/presence.py", "pipelines/removal.py",
+            "pipelines/latents.py",
+        ),
+        UNETS_ONLY,
+    ),
+    "pipelines/inversion.py": "DDIM, forwards and backwards, goes by these noise levels",
+    "erasure/carriers/lora_names.py": "other programs have names of their own for what is in a UNet",
+    "erasure/files/recognise.py": "it tells networks' files apart by the names in them",
+    "erasure/interop/paths.py": "FreeU is a switch of UNets",
+    "erasure/interop/protocols.py": "it says what the objects of diffusers have",
+}  # fmt: skip
+"""Files beside those that name what one family has, with the reason."""
+
+
+def family_names(source: Source) -> Iterator[str]:
+    """What a module says that holds for one family only."""
+    for node in ast.walk(source.tree):
+        where = f"{source.path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Attribute) and node.attr in ("unet", "alphas_cumprod"):
+            yield f"{where} reaches .{node.attr}"
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in ("unet", "alphas_cumprod", "families"):
+            yield f"{where} declares {ast.unparse(node.target)}"
+        elif isinstance(node, ast.Subscript) and ast.unparse(node).endswith("towers[0]"):
+            yield f"{where} takes the first of several text encoders"
+        elif isinstance(node, ast.keyword) and node.arg == "families":
+            yield f"{where} lists families"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and names_a_part(node.value):
+            yield f"{where} writes {node.value[:40]!r}"
+
+
+def names_a_part(text: str) -> bool:
+    return any(part in text for part in ("up_blocks", "unet/", "alphas_cumprod", "towers[0]", "pipe.unet"))
+
+
+def test_what_one_family_has_is_named_in_its_own_file() -> None:
+    wrong = [
+        line
+        for source in sources()
+        if not source.path.startswith(OF_FAMILIES) and source.path not in OF_ONE_FAMILY
+        for line in family_names(source)
+    ]
+    assert not wrong, "ask the backbone, or say in OF_ONE_FAMILY why not:\n" + "\n".join(wrong)
+
+
+def test_no_exception_is_listed_that_needs_none() -> None:
+    named = {source.path for source in sources() if any(family_names(source))}
+    assert set(OF_ONE_FAMILY) <= named
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "backbone.towers[0]",
+        "pipe.unet.config",
+        "site.name.startswith('up_blocks.')",
+        "families: tuple[str, ...] = ('stable-diffusion',)",
+        "scheduler.alphas_cumprod[t]",
+        "key = f'unet/{path}'",
+        "def f():\n    'Give it pipe.unet.'",
+    ],
+)
+def test_the_rule_of_families_sees(code: str) -> None:
+    assert any(family_names(Source("example.py", "strategies", ast.parse(code))))

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from erasure.backbones.base import Backbone, Conditioning, EntryLayer
+from erasure.backbones.base import Backbone, EntryLayer, TokenRun
+from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
-from erasure.backbones.towers import PromptTokens, TextTower, text_towers
+from erasure.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
+from erasure.backbones.towers import PromptTokens, TextTower, TowerOutput, text_towers
 from erasure.errors import UnsupportedModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone,)
+FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone, StableDiffusionXLBackbone)
 """Known families; the first that matches a pipeline is taken."""
 
 
-def backbone_for(pipe: DiffusionPipeline) -> Backbone:
+def backbone_for(
+    pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
+) -> Backbone:
     """The backbone of a pipeline.
+
+    Args:
+        pipe: The pipeline.
+        size: See `Backbone`.
+        length: See `Backbone`.
 
     Raises:
         UnsupportedModelError: No family matches.
     """
     for family in FAMILIES:
         if family.matches(pipe):
-            return family(pipe)
+            return family(pipe, size=size, length=length)
     known = ", ".join(family.family for family in FAMILIES)
     raise UnsupportedModelError(f"{type(pipe).__name__} belongs to no supported family ({known})")
 
@@ -35,6 +44,8 @@ __all__ = [
     "EntryLayer",
     "PromptTokens",
     "TextTower",
+    "TokenRun",
+    "TowerOutput",
     "attention_sites",
     "backbone_for",
     "text_towers",

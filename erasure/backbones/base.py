@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from erasure.backbones.conditioning import Conditioning, Source
+from erasure.backbones.latents import Latents
+from erasure.backbones.parametrisation import Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
-from erasure.backbones.towers import TextTower
+from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop.protocols import Denoiser, Scheduler
-
-Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
+from erasure.needs import Need
 
 
 class EntryLayer(NamedTuple):
@@ -23,17 +26,34 @@ class EntryLayer(NamedTuple):
     key: str
     """`component/module.path`."""
     module: nn.Linear
-    source: Literal["tokens", "pooled"] = "tokens"
+    source: Source = "tokens"
     """Which part of the conditioning it reads."""
+    columns: slice = slice(None)
+    """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
 
 
-class Conditioning(NamedTuple):
-    """What the denoiser is told about a batch of prompts."""
+class TokenRun(NamedTuple):
+    """Neighbouring tokens of a conditioning, and the text encoders whose states stand side by side in each."""
 
-    tokens: Tensor
-    """`(batch, tokens, dim)`."""
-    pooled: Tensor | None = None
-    """`(batch, dim)`, for families that use it."""
+    towers: tuple[TextTower, ...]
+    """The text encoders, which read the same tokens."""
+    first: int = 0
+    """Place of their first token among those of the conditioning."""
+
+    @property
+    def tower(self) -> TextTower:
+        """The one that is asked what stands where."""
+        return self.towers[0]
+
+
+class Written(NamedTuple):
+    """Where the states of one text encoder stand in the tokens of a conditioning."""
+
+    component: str
+    places: slice
+    """Tokens."""
+    columns: slice
+    """Features."""
 
 
 class Backbone(ABC):
@@ -41,23 +61,39 @@ class Backbone(ABC):
 
     Args:
         pipe: The pipeline; its modules are used in place.
+        size: Height and width in pixels of what is drawn; the family's own when left out.
+        length: Tokens that text encoders of free length pad prompts to; the pipeline's own when left out.
     """
 
     family: ClassVar[str]
     denoiser_component: ClassVar[str]
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.pipe = pipe
+    def __init__(
+        self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
+    ) -> None:
+        self.pipe, self.size, self.length = pipe, size, length
 
     @classmethod
     @abstractmethod
     def matches(cls, pipe: DiffusionPipeline) -> bool:
         """Whether a pipeline is of this family."""
 
+    def lacks(self, need: Need) -> str:
+        """Say why the model cannot give what a strategy needs; empty where it can."""
+        if need == "causal text encoder" and not any(run.tower.causal for run in self.token_runs):
+            both_ways = ", ".join(run.tower.component for run in self.token_runs)
+            return f"the tokens that its denoiser reads come from {both_ways}, in which a token sees those that follow"
+        if need == "one text encoder" and len(self.towers) > 1:
+            several = " and ".join(tower.component for tower in self.towers)
+            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
+        return ""
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
     @property
-    @abstractmethod
     def towers(self) -> list[TextTower]:
         """The text encoders, in the order in which the pipeline uses them."""
+        return text_towers(self.pipe, self.length)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -82,32 +118,81 @@ class Backbone(ABC):
     def entry_layers(self) -> list[EntryLayer]:
         """The linear layers through which text enters the denoiser."""
 
-    @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
+    # Text ------------------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
-    def prediction(self) -> Prediction:
-        """What the denoiser predicts."""
+    def token_runs(self) -> list[TokenRun]:
+        """The tokens of a conditioning by the text encoders that wrote them, without gaps."""
+
+    @property
+    def reader(self) -> TextTower:
+        """The text encoder whose tokens the denoiser reads first: its tokeniser says which words there are."""
+        return self.token_runs[0].tower
+
+    def written(self) -> list[Written]:
+        """Where the states of each text encoder stand in the tokens of a conditioning."""
+        parts, runs = [], self.token_runs
+        for run, end in zip(runs, [*(run.first for run in runs[1:]), None], strict=True):
+            column = 0
+            for tower in run.towers:
+                parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
+                column += tower.width
+        return parts
+
+    def tower(self, component: str) -> TextTower:
+        """The text encoder of a name."""
+        return next(tower for tower in self.towers if tower.component == component)
 
     @abstractmethod
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction at noise level `t` implies.
+    def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:
+        """What the denoiser is told, from what each text encoder gives, by component.
 
-        Args:
-            prediction: What the denoiser predicted, shaped as `x_t`.
-            x_t: `(batch, channels, h, w)`, noised as in training (not as a scheduler that works in sigmas scales it).
-            t: `(batch,)`.
+        The one place that knows how states are put beside and behind one another, and which are padded.
         """
 
-    @abstractmethod
-    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Clean latents `(batch, channels, h, w)` at the noise levels `t` `(batch,)`, as in training."""
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
+        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
 
+    def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
+
+        Args:
+            component: That text encoder.
+            output: What it gives for the prompts.
+            prompts: What the others read.
+        """
+        others = {
+            tower.component: tower.encode(tower.tokenize(prompts))
+            for tower in self.towers
+            if tower.component != component
+        }
+        return self.compose({**others, component: output})
+
+    def null(self, empty: Conditioning) -> Conditioning:
+        """What the pipeline tells the denoiser for guidance where no negative prompt is given.
+
+        Args:
+            empty: The encoding of the empty prompt, one row or several.
+        """
+        return empty
+
+    # Noise -----------------------------------------------------------------------------------------------------------
+
+    @property
     @abstractmethod
-    def training_target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a perfect denoiser predicts for `noised(clean, noise, t)`."""
+    def parametrisation(self) -> Parametrisation:
+        """What the denoiser predicts, and how its training noises.
+
+        Raises:
+            UnsupportedModelError: The pipeline's scheduler says something that the family does not know.
+        """
+
+    @property
+    @abstractmethod
+    def latents(self) -> Latents:
+        """Shape and scale of what is denoised."""
 
     @abstractmethod
     def rollout_scheduler(self) -> Scheduler:
@@ -120,22 +205,54 @@ class Backbone(ABC):
     def timesteps(self, steps: int) -> Tensor:
         """The noise levels of a sampling run, highest first."""
 
-    @abstractmethod
     def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """Initial latents, one seed each, drawn on the CPU in float32: `(seeds, channels, h, w)`."""
+        shape = self.latents.shape(height, width)
+        rows = [randn_tensor((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(rows).to(self.device, self.dtype)
 
     @abstractmethod
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Latents of a sampling run as the denoiser wants them: some schedulers carry them at another scale."""
 
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """One forward pass of the denoiser, shaped as `x_t`; differentiable."""
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+        """One forward pass of the denoiser, shaped as `x_t`; differentiable.
+
+        Args:
+            x_t: `(batch, channels, h, w)`, never packed.
+            t: Noise levels: one for the batch, or `(batch,)`.
+            conditioning: Of as many prompts.
+            guidance: Scale that a model which was distilled for guidance is told; 1, which is none, when left out.
+        """
+
+    def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: `null + scale (own - null)` of predictions for prompts and without."""
+        return null + scale * (own - null)
 
     @abstractmethod
     def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """One step of the pipeline's scheduler from `t` (one level for the whole batch) to the next."""
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels `(batch, 3, height, width)` in 0-1 of clean latents."""
+        pixels = self.pipe.vae.decode(self.latents.for_vae(latents)).sample
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    # The pipeline's call ---------------------------------------------------------------------------------------------
+
+    def call_options(
+        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None
+    ) -> dict[str, float]:
+        """Arguments of the stock pipeline's call; what is left out is the pipeline's own.
+
+        Args:
+            guidance: Scale of guidance.
+            steps: Denoising steps.
+            size: Height and width in pixels; those of the session when left out.
+        """
+        height, width = size or self.size or (None, None)
+        given = {
+            "guidance_scale": guidance, "num_inference_steps": steps, "height": height, "width": width,
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}

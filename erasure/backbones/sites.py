@@ -28,6 +28,11 @@ class AttentionSite(NamedTuple):
     text: Literal["none", "first", "last"] = "none"
     """Where the text tokens stand in the sequence of a joint attention."""
 
+    @property
+    def in_decoder(self) -> bool:
+        """Whether it is behind the middle of a UNet; a transformer has no such half."""
+        return self.name.startswith("up_blocks.")
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of image tokens for a latent of `height` x `width`: what is left over makes a token too."""
         return -(-height // self.downsampling), -(-width // self.downsampling)

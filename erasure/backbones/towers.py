@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.concept import PLACEHOLDER
 from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
 from erasure.interop import learned, paths
-from erasure.interop.protocols import TextBlock, TextModel, Tokenizer
+from erasure.interop.encoders import Anatomy, anatomy_of, blocks_of
+from erasure.interop.protocols import EncoderOutput, Tokenizer
+
+END_OF_WORD, START_OF_WORD = "</w>", "▁"
+"""Marks in the tokens of CLIP's tokeniser, and of T5's."""
 
 
 class PromptTokens(NamedTuple):
@@ -25,6 +30,21 @@ class PromptTokens(NamedTuple):
     """Tokens of each prompt with start and end, without padding."""
     attention_mask: Tensor | None
     """What the pipeline passes to the tower, if anything."""
+
+
+class TowerOutput(NamedTuple):
+    """What the denoiser reads of a text encoder."""
+
+    states: Tensor
+    """`(batch, tokens, dim)`."""
+    pooled: Tensor | None = None
+    """`(batch, dim)`, where the denoiser reads a vector that sums the prompt up."""
+
+    @staticmethod
+    def cat(parts: Sequence[TowerOutput]) -> TowerOutput:
+        """Those of several batches, one after the other."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return TowerOutput(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @dataclass(frozen=True)
@@ -46,22 +66,66 @@ class TextTower:
     """The pipeline that it is of, which rewrites prompts before they are tokenised."""
 
     @property
-    def root(self) -> TextModel:
+    def root(self) -> nn.Module:
         """The module that holds `encoder`; paths are relative to it."""
-        return cast(TextModel, paths.transformer_root(self.module))
+        return paths.transformer_root(self.module)
+
+    # Parts of the encoder, by path -----------------------------------------------------------------------------------
 
     @property
-    def blocks(self) -> list[TextBlock]:
+    def _anatomy(self) -> Anatomy:
+        found = anatomy_of(self.root)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.component} is a {type(self.module).__name__}, which is neither CLIP's nor T5's"
+            )
+        return found
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those ahead of it: what stands ahead of a word never depends on it."""
+        return self._anatomy.causal
+
+    @property
+    def width(self) -> int:
+        """Length of a token's state."""
+        return paths.token_table(self.root).embedding_dim
+
+    @property
+    def blocks(self) -> list[nn.Module]:
         """The transformer blocks, first to last."""
-        return list(cast(Iterable[TextBlock], self.root.get_submodule(self._blocks)))
-
-    @property
-    def _blocks(self) -> str:
-        return "encoder.block" if hasattr(self.root.encoder, "block") else "encoder.layers"
+        return blocks_of(self.root)
 
     def block_path(self, layer: int) -> str:
-        """Where a block hangs, relative to `root`."""
-        return f"{self._blocks}.{layer}"
+        """Path of a block; a negative number counts from the last."""
+        return f"{self._anatomy.blocks}.{layer if layer >= 0 else len(self.blocks) + layer}"
+
+    def attention(self, layer: int) -> str:
+        """Path of a block's self-attention."""
+        return f"{self.block_path(layer)}.{self._anatomy.attention}"
+
+    def attention_out(self, layer: int) -> str:
+        """Path of the output projection of a block's self-attention, a linear layer."""
+        return f"{self.block_path(layer)}.{self._anatomy.attention_out}"
+
+    def mlp(self, layer: int) -> str:
+        """Path of the part of a block behind its attention."""
+        return f"{self.block_path(layer)}.{self._anatomy.mlp}"
+
+    @property
+    def norm_path(self) -> str:
+        """Path of the norm that the states of the last block leave through."""
+        return self._anatomy.norm
+
+    @property
+    def leaving(self) -> list[nn.Module]:
+        """The modules whose output a denoiser may read: the last norm, or the blocks where it is not passed.
+
+        Pipelines that leave blocks out (`clip_skip`) hand an earlier block's states to that norm, or read them.
+        """
+        return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
+
+    # Text to tokens --------------------------------------------------------------------------------------------------
 
     @property
     def leading(self) -> int:
@@ -101,11 +165,44 @@ class TextTower:
         """The vectors of learned tokens (textual inversion), by id."""
         return frozenset(learned.ids_by_word(self.tokenizer).values())
 
-    def encode(self, tokens: PromptTokens) -> Tensor:
-        """The hidden states that the denoiser reads, `(batch, tokens, dim)`; differentiable."""
-        want_all = self.consumed != -1
-        output = self.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=want_all)
-        return output.hidden_states[self.consumed] if want_all else output.last_hidden_state
+    @property
+    def end(self) -> int:
+        """The token that ends a prompt."""
+        return self.tokenizer.eos_token_id
+
+    def words(self) -> dict[str, int]:
+        """Every token that is a whole word on its own, with its id, in the order of the ids.
+
+        CLIP marks the end of a word (`cat</w>`), T5 its beginning (`▁cat`); without the mark a token is a part of one.
+        """
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if self.marks_starts:
+            words = {token.removeprefix(START_OF_WORD): i for token, i in tokens if token.startswith(START_OF_WORD)}
+        else:
+            words = {token.removesuffix(END_OF_WORD): i for token, i in tokens if token.endswith(END_OF_WORD)}
+        return {word: index for word, index in words.items() if word}
+
+    @property
+    def marks_starts(self) -> bool:
+        """Whether tokens mark the beginning of a word that follows a blank, as T5's do, and not its end."""
+        return self.tokenizer.convert_ids_to_tokens(self.word_ids("a"))[0].startswith(START_OF_WORD)
+
+    # Tokens to states ------------------------------------------------------------------------------------------------
+
+    def encode(self, tokens: PromptTokens) -> TowerOutput:
+        """What the denoiser reads of some prompts; differentiable."""
+        output = self.module(
+            tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=self.consumed != -1
+        )
+        return TowerOutput(self.consumed_states(output), self._pooled_of(output) if self.pooled else None)
+
+    def consumed_states(self, output: EncoderOutput) -> Tensor:
+        """The states that the denoiser reads, `(batch, tokens, dim)`, from what the encoder or its root gives."""
+        return output.last_hidden_state if self.consumed == -1 else output.hidden_states[self.consumed]
+
+    def _pooled_of(self, output: EncoderOutput) -> Tensor:
+        projected = getattr(output, "text_embeds", None)
+        return output.pooler_output if projected is None else projected
 
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
@@ -143,27 +240,32 @@ class TextTower:
                 )
 
 
-def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
+def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[TextTower]:
     """The text encoders of a pipeline, in the order in which it uses them.
 
     What the denoiser reads follows from which encoders there are, as diffusers' pipelines have it: Stable Diffusion
     1.x and 2.x the last state of their one CLIP; SDXL and SD3 the last but one of theirs, SD3 a T5 of 256 tokens
     beside them; Flux a T5 of 512 tokens and nothing but the pooled vector of its CLIP.
 
+    Args:
+        pipe: The pipeline.
+        length: Tokens that T5 pads prompts to; as above when left out.
+
     Raises:
         UnsupportedModelError: No text encoder, or one that is neither CLIP's nor T5's.
     """
     parts = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
-    found = {name: part for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
-    if not found:
+    encoders = {name: part for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
+    if not encoders:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no text encoder")
-    is_t5 = {name: _is_t5(name, part) for name, part in found.items()}
+    is_t5 = {name: not _is_causal(name, part) for name, part in encoders.items()}
     clips = [name for name in parts if not is_t5.get(name, name == "text_encoder_3")]
     towers = []
-    for name, encoder in found.items():
+    for name, encoder in encoders.items():
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         if is_t5[name]:
-            towers.append(TextTower(name, encoder, tokenizer, 256 if name == "text_encoder_3" else 512, pipe=pipe))
+            padded = length or (256 if name == "text_encoder_3" else 512)
+            towers.append(TextTower(name, encoder, tokenizer, padded, pipe=pipe))
             continue
         # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.
         consumed = -2 if len(clips) > 1 else -1
@@ -173,10 +275,8 @@ def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
     return towers
 
 
-def _is_t5(name: str, encoder: nn.Module) -> bool:
-    inner = getattr(paths.transformer_root(encoder), "encoder", None)
-    if hasattr(inner, "block"):
-        return True
-    if hasattr(inner, "layers"):
-        return False
-    raise UnsupportedModelError(f"{name} is a {type(encoder).__name__}, which is neither CLIP's nor T5's")
+def _is_causal(name: str, encoder: nn.Module) -> bool:
+    anatomy = anatomy_of(paths.transformer_root(encoder))
+    if anatomy is None:
+        raise UnsupportedModelError(f"{name} is a {type(encoder).__name__}, which is neither CLIP's nor T5's")
+    return anatomy.causal

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from erasure.backbones import TextTower
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
+from erasure.interop.encoders import blocks_of, norm_of
 from erasure.interop.hooks import ModelHook
 
 _WRITE = "erasure_pinned_write"
@@ -61,8 +62,13 @@ class _WriteRows(ModelHook):
         super().__init__()
         self.rows = tuple(rows)
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        """Replace the rows of the batch that are pinned prompts."""
+    def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """Replace the rows of the batch that are pinned prompts; blocks of T5 give a tuple that begins with states."""
+        if isinstance(output, tuple):
+            return self._replaced(output[0]), *output[1:]
+        return self._replaced(output)
+
+    def _replaced(self, output: Tensor) -> Tensor:
         ids = current_ids(*output.shape[:2]) if output.ndim == 3 else None
         for known, states in self.rows if ids is not None else ():
             for row, hidden in zip(known, states, strict=True):
@@ -128,7 +134,5 @@ def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Te
 def _places(encoder: nn.Module) -> list[nn.Module]:
     """The blocks of a text encoder and the norm that hidden states leave through; none of another module."""
     root = paths.transformer_root(encoder)
-    norm = getattr(root, "final_layer_norm", None)
-    if norm is None:
-        return []
-    return [*getattr(getattr(root, "encoder", None), "layers", ()), norm]
+    norm = norm_of(root)
+    return [] if norm is None else [*blocks_of(root), norm]

@@ -84,12 +84,12 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         UnsupportedModelError: DeepCache or tomesd has replaced what is to be changed.
 
     Example:
-        >>> control = AttentionController(pipe.unet, Layout((64, 64), samples=1, branches=2, changed=(1,)))
+        >>> control = AttentionController(denoiser, Layout((64, 64), samples=1, branches=2, changed=(1,)))
         >>> control.drop_keys(mask, decoder_self_attention, query_scale=0.3, scale_until=0.25)
         >>> with control:
         ...     for index, t in enumerate(timesteps):
         ...         control.at(index / len(timesteps))
-        ...         pipe.unet(torch.cat([latents, latents]), t, text)
+        ...         denoiser(torch.cat([latents, latents]), t, text)
     """
 
     def __init__(self, denoiser: nn.Module, layout: Layout) -> None:

@@ -27,6 +27,7 @@ from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import ModelHook
+from erasure.text.words import word_mask
 
 _EDIT = "erasure_features_edit"
 LOGIT = 1.0
@@ -210,19 +211,6 @@ BlockEdit = FeatureEdit | ReconstructionEdit
 """What is done at the output of one block."""
 Terms = list[tuple[float, BlockEdit]]
 """(strength, edit) pairs of one block."""
-
-
-def word_mask(ids: Tensor, end: int, first: int = 1) -> Tensor:
-    """Positions of words and of the first end token, `(batch, tokens)` bool: no start token, no padding.
-
-    Args:
-        ids: `(batch, tokens)`.
-        end: The end token.
-        first: Position of the first word.
-    """
-    ends = (ids == end).long()
-    mask = (ends.cumsum(1) - ends) == 0
-    return mask & (torch.arange(ids.shape[1], device=ids.device) >= first)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -117,19 +117,21 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
 
     Args:
         pipe: The pipeline.
+        denoiser: Its UNet.
         update: Gets the latents, the noise level and a `Forward`, and gives the latents to go on with.
     """
 
-    def __init__(self, pipe: Pipeline, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
-        self.pipe, self.update = pipe, update
+    def __init__(
+        self, pipe: Pipeline, denoiser: nn.Module, update: Callable[[Tensor, Tensor, Forward], Tensor]
+    ) -> None:
+        self.pipe, self.denoiser, self.update = pipe, paths.uncompiled(denoiser), update
         self.latents: Tensor | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> LatentGuidance:
         """Put the hook in place."""
-        denoiser = paths.uncompiled(self.pipe.unet)
         with ExitStack() as stack:
-            stack.enter_context(hooks.hooked(denoiser, _Update(self), _GUIDANCE))
+            stack.enter_context(hooks.hooked(self.denoiser, _Update(self), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
 

@@ -207,7 +207,7 @@ def removal_step(unet: Denoiser, side: int, *, cheap: bool) -> Callable[[], obje
     device = next(unet.parameters()).device
     mask = torch.zeros(1, side, side, dtype=torch.bool)
     mask[:, : side // 2, : side // 3] = True
-    sites = [site for site in attention_sites(unet) if site.kind == "self" and site.name.startswith("up_blocks.")]
+    sites = [site for site in attention_sites(unet) if site.kind == "self" and site.in_decoder]
     control = AttentionController(unet, Layout((side, side), 1, branches=2, changed=(1,)))
     if device.type != "meta":
         control.drop_keys(mask, sites, query_scale=0.3, scale_until=0.25)

@@ -115,11 +115,11 @@ def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
     from erasure.strategies.itd import ItD
 
     backbone = backbone_for(pipe)
-    tower = backbone.towers[0]
+    tower = backbone.reader
     sae, layer, _ = ItD(dictionary=dictionary).open_dictionary(tower, 0, lambda share: None)
     generator = torch.Generator().manual_seed(0)
     edit = random_edit(sae, count, EDITED, COUNTED, generator)._replace(
-        first=torch.tensor(tower.leading), end=torch.tensor(tower.tokenizer.eos_token_id)
+        first=torch.tensor(tower.leading), end=torch.tensor(tower.end)
     )
     key = tower.key(tower.block_path(layer))
     names: list[dict[str, object]] = [{"target": f"concept {index}"} for index in range(count)]

@@ -16,7 +16,7 @@ from erasure.shown import did_you_mean, message, visible
 
 COMMANDS: dict[str, str] = {
     "demo": "erase from the embedded model, show before and after, write a report",
-    "strategies": "what there is, on which model families, what it protects, at what cost",
+    "strategies": "what there is, what it needs of a model, what it protects, at what cost",
     "erase": "make an erasure",
     "generate": "draw images, with or without erasures",
     "remove": "take objects out of images",

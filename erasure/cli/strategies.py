@@ -14,7 +14,7 @@ from erasure.strategies import STRATEGIES
 
 @dataclass(kw_only=True)
 class StrategiesOptions:
-    """List the strategies: what each is, on which model families it works, what it protects, at what cost."""
+    """List the strategies: what each is, what it needs of a model, what it protects, at what cost."""
 
     json: bool = False
     """Print JSON, with the options and presets of each."""
@@ -27,7 +27,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.json:
         terminal.result(rows)
         return
-    columns = ("name", "what", "families", "protects", "cost", "paper")
+    columns = ("name", "what", "needs", "protects", "cost", "paper")
     terminal.table(
         columns, [[", ".join(v) if isinstance(v := row[c], list) else str(v) for c in columns] for row in rows]
     )
@@ -39,7 +39,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "what": told["title"],
-        **{fact: told[fact] for fact in ("families", "protects", "cost", "paper", "carriers", "presets")},
+        **{fact: told[fact] for fact in ("needs", "protects", "cost", "paper", "carriers", "presets")},
         "options": {
             field.name: {"allowed": options.describe(field.name), "default": field.default}
             for field in dataclasses.fields(options)

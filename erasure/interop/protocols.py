@@ -150,23 +150,12 @@ class AttentionLayer(nn.Module):
     set_processor: Callable[[object], None]
 
 
-class SelfAttention(nn.Module):
-    """The attention of a block of CLIP's text encoder."""
+class EncoderOutput(Protocol):
+    """What a text encoder gives; some have no pooled vector, or none that is projected."""
 
-    out_proj: nn.Linear
-
-
-class TextBlock(nn.Module):
-    """A block of a text encoder; T5's has no `self_attn`."""
-
-    self_attn: SelfAttention
-
-
-class TextModel(nn.Module):
-    """The part of a text encoder that holds its blocks; T5's final norm is inside of `encoder`."""
-
-    encoder: nn.Module
-    final_layer_norm: nn.LayerNorm
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...]
+    pooler_output: Tensor
 
 
 class ImageProcessor(Protocol):

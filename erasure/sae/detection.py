@@ -10,11 +10,12 @@ from diffusers import DiffusionPipeline
 
 from erasure.attach import ErasureManager
 from erasure.backbones import TextTower, backbone_for
-from erasure.carriers.features import BlockEdit, GatedEdit, word_mask
+from erasure.carriers.features import BlockEdit, GatedEdit
 from erasure.errors import AttachError
 from erasure.interop.scopes import same_gradient_mode
 from erasure.sae.gates import CHUNK
 from erasure.sae.stream import activations
+from erasure.text.words import word_mask
 
 
 class Detection(NamedTuple):

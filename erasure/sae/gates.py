@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.backbones import TextTower
-from erasure.carriers.features import word_mask
 from erasure.errors import DivergenceError
 from erasure.interop.protocols import Settings
 from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
+from erasure.text.words import spellings, word_mask
 
 CHUNK = 64
 """Prompts encoded at once."""
@@ -60,9 +60,10 @@ class Labels(NamedTuple):
     holds: Tensor
     """`(prompts,)` bool: prompts that name it."""
     positive: Tensor
-    """`(words,)` bool: the last token of each mention. Attention is causal, so here the whole name has been read."""
+    """`(words,)` bool: the last token of each mention, where also causal attention has read the whole name."""
     negative: Tensor
-    """`(words,)` bool: words of other prompts, and those ahead of the first mention. What follows may carry either."""
+    """`(words,)` bool: words of other prompts, and where attention is causal those ahead of the first mention. What
+    else is in a prompt with the concept may carry either."""
 
 
 def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStates:
@@ -74,7 +75,7 @@ def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStat
     states, ids, owner = [], [], []
     for first in range(0, len(prompts), CHUNK):
         tokens = tower.tokenize(prompts[first : first + CHUNK])
-        words = word_mask(tokens.ids, tower.tokenizer.eos_token_id, tower.leading)
+        words = word_mask(tokens.ids, tower.end, tower.leading)
         states.append(activations(tower, layer, tokens)[words].float().cpu())
         ids.append(tokens.ids[words].cpu())
         owner.append(first + words.nonzero()[:, 0].cpu())
@@ -99,9 +100,9 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
     """Find the mentions of names, as the tokeniser spells them."""
     positive = torch.zeros(len(words.ids), dtype=torch.bool)
     begins = torch.full((words.prompts,), len(words.ids))
-    for name in names:
-        spelling = torch.tensor(tower.word_ids(name))
-        if not 0 < len(spelling) <= len(words.ids):
+    for ids in (ids for name in names for ids in spellings(tower, name)):
+        spelling = torch.tensor(ids)
+        if len(spelling) > len(words.ids):
             continue
         found = (words.ids.unfold(0, len(spelling), 1) == spelling).all(1)
         start = found.nonzero()[:, 0]
@@ -109,8 +110,10 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
         positive[start + len(spelling) - 1] = True
         begins = begins.scatter_reduce(0, words.prompt[start], start, "amin")
     holds = begins < len(words.ids)
-    position = torch.arange(len(words.ids))
-    return Labels(holds, positive, ~holds[words.prompt] | (position < begins[words.prompt]))
+    elsewhere = ~holds[words.prompt]
+    if tower.causal:
+        elsewhere = elsewhere | (torch.arange(len(words.ids)) < begins[words.prompt])
+    return Labels(holds, positive, elsewhere)
 
 
 class Gate(NamedTuple):

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.backbones import Backbone, TextTower
 from erasure.carriers.embeddings import injected
-from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
+from erasure.carriers.features import EditedFeatures, FeatureEdit
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
 from erasure.interop import paths, scopes
 from erasure.sae.gates import WordStates, strongest
 from erasure.sae.model import SparseAutoencoder
 from erasure.sae.stream import activations
+from erasure.text.words import occurrences, word_mask
 
 TOKENS = 4
 """Learned tokens in a prompt."""
@@ -66,7 +67,7 @@ def mine(
         DivergenceError: The loss is NaN or infinite.
     """
     component, path = key.split("/", 1)
-    tower = next(tower for tower in backbone.towers if tower.component == component)
+    tower, way = backbone.tower(component), backbone.parametrisation
     layer = int(path.rsplit(".", 1)[1])
     generator = torch.Generator().manual_seed(seed)
     clean = concept_latents(backbone, concept, seed)
@@ -75,7 +76,7 @@ def mine(
     # Any word keeps the place of a learned token: the end token would end the prompt.
     phrase = concept.phrasings()[-1].format(" ".join(["a"] * TOKENS))
     tokens = tower.tokenize([phrase])
-    words = word_mask(tokens.ids, tower.tokenizer.eos_token_id, tower.leading)
+    words = word_mask(tokens.ids, tower.end, tower.leading)
     place = learned_places(tower, phrase).to(tokens.ids.device)
     opened = edit._replace(
         gate=torch.full_like(edit.gate, -torch.inf), probe_gate=torch.full_like(edit.probe_gate, -torch.inf)
@@ -98,8 +99,9 @@ def mine(
                     encoded = tower.encode(tokens)
             finally:
                 EditedFeatures.write(tower.module, {})
-            found = backbone.predict(backbone.noised(x, noise, t), t, Conditioning(encoded.expand(BATCH, -1, -1)))
-            loss = F.mse_loss(found.float(), backbone.training_target(x, noise, t).float())
+            told = backbone.composed(component, encoded, [phrase]).repeated(BATCH)
+            found = backbone.predict(way.noised(x, noise, t), t, told)
+            loss = F.mse_loss(found.float(), way.target(x, noise, t).float())
             if not torch.isfinite(loss):
                 raise DivergenceError(f"feature mining: the loss is {loss.item()} at step {step}")
             optimiser.zero_grad()
@@ -127,10 +129,9 @@ def mine(
 
 def learned_places(tower: TextTower, phrase: str) -> Tensor:
     """Positions of the last `TOKENS` words "a" of a phrase that stand in a row."""
-    ids = tower.prompt_ids(phrase)
-    word = tower.word_ids("a")[-1]
-    starts = [start for start in range(len(ids)) if ids[start : start + TOKENS] == [word] * TOKENS]
-    return torch.arange(starts[-1], starts[-1] + TOKENS)
+    words = tower.word_ids("a")[-1:] * TOKENS
+    place = occurrences(tower.prompt_ids(phrase), [words], tower.leading)[-1]
+    return torch.arange(place.start, place.stop)
 
 
 @torch.no_grad()
@@ -142,8 +143,9 @@ def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
         for index in range(IMAGES):
             prompt = phrasings[index % len(phrasings)].format(concept.target)
             noise = torch.Generator().manual_seed(seed + index)
-            made.append(backbone.pipe(prompt, generator=noise, num_inference_steps=15, output_type="latent").images)
-    return torch.cat(made)
+            call = backbone.call_options(steps=15)
+            made.append(backbone.pipe(prompt, generator=noise, output_type="latent", **call).images)
+    return backbone.latents.unpacked(torch.cat(made))
 
 
 def fired(

@@ -82,7 +82,7 @@ def released_edit(
     edit = ReconstructionEdit(
         part.w_enc.cpu(), part.b_enc.cpu(), part.w_dec.cpu(), sae.b_dec.detach().cpu(), torch.tensor(sae.config.k),
         torch.where(chosen, tau, 1.0), torch.tensor(0.0), torch.tensor(tower.leading),
-        torch.tensor(tower.tokenizer.eos_token_id),
+        torch.tensor(tower.end),
     )  # fmt: skip
     if statistic == "none":
         return edit

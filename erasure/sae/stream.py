@@ -21,6 +21,7 @@ from erasure.extras import require
 from erasure.files import digest
 from erasure.interop import hooks
 from erasure.interop.hooks import ModelHook
+from erasure.text.words import word_mask
 
 _CAPTURE = "erasure_capture"
 ROWS_COMPARED = 1000
@@ -202,7 +203,7 @@ class TokenStream:
         rng = np.random.default_rng([self.seed, step])
         tokens = self.tower.tokenize(self._draw(step, rng))
         states = activations(self.tower, self.layer, tokens)
-        keep = token_mask(tokens, self.tower.leading)
+        keep = word_mask(tokens.ids, self.tower.end, self.tower.leading).cpu()
         pads = torch.from_numpy(rng.random(keep.shape) < self.pad_share)
         pads[:, : self.tower.leading] = False
         return states[(keep | pads).to(states.device)].float()
@@ -233,10 +234,3 @@ class TokenStream:
         for step in range(2 * count // self.batch_size + 1):
             found.update(dict.fromkeys(self._draw(step, np.random.default_rng([self.seed, step]))))
         return list(found)[:count]
-
-
-def token_mask(tokens: PromptTokens, first: int = 1) -> Tensor:
-    """Which positions hold words or the end token, `(batch, tokens)` bool on the CPU: no start token, no padding."""
-    position = torch.arange(tokens.ids.shape[1])
-    lengths = torch.tensor(tokens.lengths)
-    return (position >= first) & (position < lengths[:, None])

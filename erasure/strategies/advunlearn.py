@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.backbones import Backbone, TextTower, TowerOutput
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
 from erasure.concept import Concept
 from erasure.interop import paths
+from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import register
 from erasure.strategies.prompts import listed_scenes, photo_scenes
@@ -66,7 +67,7 @@ class AdvUnlearn(TrainedStrategy):
 
     title: ClassVar[str] = "adversarial training of the text encoder"
     paper: ClassVar[str] = "AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("trajectories", "one text encoder")
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
 
@@ -120,7 +121,7 @@ class AdvUnlearn(TrainedStrategy):
             )  # fmt: skip
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """The chosen blocks of the first text encoder.
+        """The chosen blocks of a text encoder.
 
         Raises:
             NoMatchingModuleError: There is no such block.
@@ -128,7 +129,7 @@ class AdvUnlearn(TrainedStrategy):
         blocks = self.layers or range(len(tower.blocks))
         prefixes = tuple(f"{tower.block_path(layer)}." for layer in blocks)
         if not self.layers:
-            prefixes += ("final_layer_norm.",)
+            prefixes += (f"{tower.norm_path}.",)
         every = paths.canonical_parameters(tower.module)
         chosen = [path for path in every if path.startswith(prefixes)]
         for layer in self.layers:
@@ -152,10 +153,11 @@ class AdvUnlearn(TrainedStrategy):
             parts.append(self.encode_attacked(tower, batch.prompts[:count], vectors))
         if count < len(batch.prompts):
             parts.append(tower.encode(tower.tokenize(batch.prompts[count:])))
-        return task.backbone.predict(batch.x, batch.t, Conditioning(torch.cat(parts)))
+        told = task.backbone.composed(tower.component, TowerOutput.cat(parts), batch.prompts)
+        return task.backbone.predict(batch.x, batch.t, told)
 
-    def encode_attacked(self, tower: TextTower, prompts: list[str], vectors: Tensor) -> Tensor:
-        """Encodings `(rows, tokens, dim)` of prompts with vectors `(rows, k, dim)` ahead; differentiable in both."""
+    def encode_attacked(self, tower: TextTower, prompts: list[str], vectors: Tensor) -> TowerOutput:
+        """Encode prompts with vectors `(rows, k, dim)` ahead; differentiable in the encoder and in the vectors."""
         tokens, place = prefixed(tower, prompts, vectors.shape[1])
         with injected(tower, place, vectors):
             return tower.encode(tokens)
@@ -188,7 +190,8 @@ class AdvUnlearn(TrainedStrategy):
         with torch.no_grad():
             states = task.concept_states.take(scenes * each + offsets)
         encoded = self.encode_attacked(task.tower, prompts, vectors)
-        found = task.backbone.predict(states.x, states.t, Conditioning(encoded))
+        told = task.backbone.composed(task.tower.component, encoded, prompts)
+        found = task.backbone.predict(states.x, states.t, told)
         # A sum over rows: each has vectors of its own.
         return matching(found, states.own) * len(found)
 

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
 
 from erasure.errors import UnknownStrategyError
+from erasure.needs import Need
 from erasure.options import Options
 from erasure.registry import Registry
 
@@ -45,8 +46,8 @@ class Strategy(Options, ABC):
     """What it is, in one line."""
     paper: ClassVar[str] = ""
     """Where it comes from."""
-    families: ClassVar[tuple[str, ...]] = ()
-    """Model families that it works on."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """What a model must have for it to work, see `erasure.needs.Need`."""
     protects: ClassVar[str] = ""
     """`hosted pipeline` when a user who holds the weights can undo it, else `released weights`."""
     cost: ClassVar[str] = ""
@@ -83,13 +84,15 @@ def _refusal(thing: object) -> str:
         return "it is no subclass of erasure.strategies.Strategy"
     if "__dataclass_fields__" not in vars(thing):
         return "it lacks the decorator dataclass(frozen=True, kw_only=True)"
+    if unknown := set(thing.needs) - set(get_args(Need)):
+        return f"nobody knows its needs {', '.join(sorted(unknown))}; known: {', '.join(get_args(Need))}"
     return ""
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy",
     {name: f"erasure.strategies.{name}" for name in BUILTIN},
-    told=("title", "paper", "families", "protects", "cost", "carriers", "presets", "trains"),
+    told=("title", "paper", "needs", "protects", "cost", "carriers", "presets", "trains"),
     accepts=_refusal,
     unknown=UnknownStrategyError,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,14 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
+from erasure.interop import paths
 from erasure.interop.taps import tapped
+from erasure.needs import Need
 from erasure.options import CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.closed_form import factors, low_rank, outputs_added, paired_at_the_end, solve
-from erasure.strategies.prompts import (
-    AlignedPrompt,
-    aligned_prompts,
-    retain_prompts,
-    vocabulary,
-    vocabulary_prompts,
-)
+from erasure.strategies.closed_form import factors, low_rank, outputs_added, solve
+from erasure.text.corpora import retain_prompts, vocabulary, vocabulary_prompts
+from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end
 
 RELEASED = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 """Phrasings of the released code."""
@@ -50,7 +47,7 @@ class DiffQuickFix(Strategy):
 
     title: ClassVar[str] = "closed-form edit of the text encoder's first attention"
     paper: ClassVar[str] = "Basu et al. 2024, arXiv 2310.13730"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("causal text encoder",)
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds, text encoder only"
 
@@ -76,8 +73,9 @@ class DiffQuickFix(Strategy):
     ) -> Fit:
         """Solve for all concepts at once in each text tower, in float64."""
         edits, rank = Edits(), 0
-        for tower in backbone.towers:
-            layer = tower.blocks[0].self_attn.out_proj
+        for tower in (tower for tower in backbone.towers if tower.causal):
+            path = tower.attention_out(0)
+            layer = cast(nn.Linear, paths.layer(tower.root, path))
             keys, anchors = self.erased_inputs(tower, layer, concepts)
             progress(0.4)
             preserved = self.preserved_inputs(tower, layer, concepts, seed)
@@ -88,7 +86,7 @@ class DiffQuickFix(Strategy):
                 change += outputs_added(keys, bias, preserved, self.regularisation)
             features = torch.cat([keys, anchors, preserved])
             edit = low_rank(*factors(change), features, self.tolerance)
-            edits.low_rank[tower.key("encoder.layers.0.self_attn.out_proj")] = edit
+            edits.low_rank[tower.key(path)] = edit
             rank = len(edit.down)
             progress(1.0)
         return Fit(edits, {"rank": float(rank)})

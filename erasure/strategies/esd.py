@@ -13,10 +13,11 @@ from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.interop import paths
+from erasure.needs import Need
 from erasure.options import Presets
 from erasure.strategies.base import register
-from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.text.words import aligned_prompts
 from erasure.training.objectives import negative_guidance
 from erasure.training.states import Scene, States
 from erasure.training.student import Student, make_student
@@ -57,7 +58,7 @@ class ESD(TrainedStrategy):
 
     title: ClassVar[str] = "fine-tuning of the denoiser towards negative guidance"
     paper: ClassVar[str] = "Gandikota et al. 2023, arXiv 2303.07345"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("trajectories",)
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "minutes, about 5 denoiser passes a training state"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure.backbones import Backbone, PromptTokens, TextTower
@@ -18,17 +18,11 @@ from erasure.concept import Concept
 from erasure.errors import DivergenceError
 from erasure.interop import paths
 from erasure.interop.taps import tapped
+from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import (
-    AlignedPrompt,
-    align,
-    aligned_prompts,
-    context_prompts,
-    retain_prompts,
-    vocabulary,
-    vocabulary_prompts,
-)
+from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.text.words import AlignedPrompt, align, aligned_prompts
 
 PAPER: Mapping[str, object] = {
     "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
@@ -69,7 +63,7 @@ class HiRM(Strategy):
 
     title: ClassVar[str] = "misdirection of the text encoder's first block"
     paper: ClassVar[str] = "HiRM, ICLR 2026, arXiv 2602.19631"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("word states",)
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds to a minute, text encoder only"
 
@@ -149,7 +143,7 @@ class HiRM(Strategy):
         """
         generator = torch.Generator().manual_seed(seed)
         stock = {name: p.detach().float() for name, p in tower.root.named_parameters()}
-        canonical = {now: path for path, now in paths.canonical_parameters(tower.root).items() if is_trained(path)}
+        canonical = {now: path for path, now in trained_parameters(tower).items()}
         trained = {name: stock[name].clone().requires_grad_() for name in canonical}
         pairs = [pair for concept in concepts for pair in self.prompts(tower, concept)]
         direction = self.direction(tower, generator)
@@ -201,8 +195,7 @@ class HiRM(Strategy):
 
     def direction(self, tower: TextTower, generator: torch.Generator) -> Tensor:
         """The random target of every prompt, `(tokens, dim)`."""
-        width = tower.root.final_layer_norm.weight.shape[0]
-        return random_direction(tower.max_length, width, self.distribution, self.norm, generator)
+        return random_direction(tower.max_length, tower.width, self.distribution, self.norm, generator)
 
     @torch.no_grad()
     def targets(
@@ -219,9 +212,17 @@ class HiRM(Strategy):
         return (self.coefficient * direction).to(device).expand(len(pairs), -1, -1)
 
 
-def is_trained(path: str) -> bool:
-    """The first block's attention and MLP; its layer norms stay (released code, option `first-attn`)."""
-    return path.startswith(("encoder.layers.0.self_attn.", "encoder.layers.0.mlp."))
+def trained_parameters(tower: TextTower) -> dict[str, str]:
+    """The path now, by canonical path, of the parameters of the linear layers in the first block's attention and MLP.
+
+    Its norms stay (released code, option `first-attn`).
+    """
+    parts = (f"{tower.attention(0)}.", f"{tower.mlp(0)}.")
+    return {
+        path: now
+        for path, now in paths.canonical_parameters(tower.root).items()
+        if path.startswith(parts) and isinstance(paths.layer(tower.root, path.rpartition(".")[0]), nn.Linear)
+    }
 
 
 def random_direction(
@@ -243,12 +244,11 @@ def run(
     `output` is the state that the denoiser reads, `attention` the attention output projection of the block that makes
     it.
     """
-    with tapped(tower.blocks[tower.consumed].self_attn.out_proj) as seen:
-        want_all = tower.consumed != -1
+    with tapped(tower.root.get_submodule(tower.attention_out(tower.consumed))) as seen:
         output = torch.func.functional_call(
             tower.root, parameters, (tokens.ids,),
-            {"attention_mask": tokens.attention_mask, "output_hidden_states": want_all},
+            {"attention_mask": tokens.attention_mask, "output_hidden_states": tower.consumed != -1},
         )  # fmt: skip
     if what == "attention":
         return seen[0]
-    return output.hidden_states[tower.consumed] if want_all else output.last_hidden_state
+    return tower.consumed_states(output)

@@ -15,6 +15,7 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.features import FeatureEdit
 from erasure.concept import Concept
 from erasure.errors import ConceptError, OptionError, WrongBaseError
+from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
 from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
 from erasure.sae.gates import (
@@ -35,7 +36,8 @@ from erasure.sae.selection import Evidence, evidence, no_feature
 from erasure.sae.standin import ALONE, columns, stand_in, written
 from erasure.sae.stream import activations, reads_from
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.prompts import anchor_of, context_prompts, retain_prompts, vocabulary, vocabulary_prompts
+from erasure.strategies.prompts import anchor_of
+from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.world import World
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
@@ -87,7 +89,7 @@ class ItD(Strategy):
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
     paper: ClassVar[str] = "Tian et al. 2025, arXiv 2503.09446"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
@@ -169,8 +171,8 @@ class ItD(Strategy):
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Find the features of every concept in the first tower's dictionary, and calibrate the gates."""
-        tower = backbone.towers[0]
+        """Find the features of every concept in the first text encoder's dictionary, and calibrate the gates."""
+        tower = backbone.reader
         for name in (name for concept in concepts for name in concept.names):
             tower.check_words(name)
         generator = torch.Generator().manual_seed(seed)
@@ -383,7 +385,7 @@ class ItD(Strategy):
             rule=torch.tensor(int(self.gate == "probe")),
             local=torch.tensor(int(self.tokens == "word" or self.mode == "replace")),
             first=torch.tensor(tower.leading),
-            end=torch.tensor(tower.tokenizer.eos_token_id),
+            end=torch.tensor(tower.end),
         )
 
 

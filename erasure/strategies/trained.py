@@ -23,6 +23,7 @@ from erasure.interop import paths, scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
+from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
@@ -33,7 +34,6 @@ from erasure.training.run import Run
 from erasure.training.states import (
     Mode,
     OnlineStates,
-    PromptCache,
     Rollout,
     Scene,
     States,
@@ -145,7 +145,7 @@ class TrainedStrategy(Optimisation, Strategy):
             OptionError: A batch does not divide among the processes.
             TrainingError: The run's folder is in use, holds something else, or cannot be written.
         """
-        tower = backbone.towers[0]
+        tower = backbone.reader
         for name in (name for concept in concepts for name in concept.names):
             tower.check_words(name)
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
@@ -243,7 +243,7 @@ class TrainedStrategy(Optimisation, Strategy):
         scenes = self.scenes(tower, concepts, seed)
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
-        prompts = PromptCache(backbone, every)
+        prompts = Reader(backbone).read(["", *every])
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
 
         def source(scenes: list[Scene], count: int) -> StateSource:
@@ -339,7 +339,8 @@ class TrainedStrategy(Optimisation, Strategy):
         pipe = task.backbone.pipe
         generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
         with scopes.placed(self.idle(task.backbone), task.backbone.device), scopes.quiet(pipe):
-            images = pipe(scenes, generator=generators, num_inference_steps=self.rollout_steps).images
+            call = task.backbone.call_options(steps=self.rollout_steps)
+            images = pipe(scenes, generator=generators, **call).images
         folder = run.folder / "validation"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
@@ -353,7 +354,7 @@ class Task:
     tower: TextTower
     concepts: Sequence[Concept]
     seed: int
-    prompts: PromptCache
+    prompts: Reader
     student: Student
     concept_states: StateSource
     retain_states: StateSource | None

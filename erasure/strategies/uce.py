@@ -4,28 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from erasure.backbones import Backbone, TextTower
+from erasure.backbones import Backbone, EntryLayer, TextTower
+from erasure.backbones.conditioning import Source
 from erasure.carriers.edits import Edits, InputMap
 from erasure.concept import Concept
+from erasure.needs import Need
 from erasure.options import CountOrZero, NotNegative, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.closed_form import factors, low_rank, paired_at_the_end, shortened_map, solve
-from erasure.strategies.prompts import (
-    AlignedPrompt,
-    aligned_prompts,
-    retain_prompts,
-    subject_span,
-    vocabulary,
-    vocabulary_prompts,
-)
+from erasure.strategies.closed_form import factors, low_rank, shortened_map, solve
+from erasure.text.corpora import retain_prompts, vocabulary, vocabulary_prompts
+from erasure.text.encodings import Reader
+from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end, subject_span
 
 LARGEST_LORA = 1_000_000
 """Bytes a concept that a LoRA may take in the place of one common map."""
+
+
+class Change(NamedTuple):
+    """What becomes of all layers that read one part of the conditioning: `W' = W + W left right`."""
+
+    layers: Sequence[EntryLayer]
+    weights: Sequence[Tensor]
+    """Their columns that read it, float64."""
+    left: Tensor
+    """`(dim, rank)` float64."""
+    right: Tensor
+    """`(rank, dim)` float64."""
+    up: Tensor
+    """The same as `left` in fewer numbers, for all layers alike."""
+    down: Tensor
+    """The same as `right`."""
+    features: Tensor
+    """`(n, dim)` float64: what is erased, takes its place or is preserved."""
 
 
 @register("uce")
@@ -41,6 +56,8 @@ class UCE(Strategy):
     solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
     `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
     erased features. The file holds X once, in as few numbers as keep its effect. Biases cancel and stay untouched.
+    A layer that reads a pooled vector of the prompt (SDXL) gets an X of its own, from the pooled vectors of the same
+    prompts, in those of its columns that read it.
 
     Preset `released` is the authors' script of 2025: of every bare name the last token is erased, and the anchor's
     last token takes its place; where there is no anchor, that of "art" for a style and the start token for an object.
@@ -51,7 +68,7 @@ class UCE(Strategy):
 
     title: ClassVar[str] = "closed-form edit of cross-attention keys and values"
     paper: ClassVar[str] = "Gandikota et al. 2024, arXiv 2308.14761"
-    families: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
+    needs: ClassVar[tuple[Need, ...]] = ("entry layers",)
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "seconds, text encoder only"
 
@@ -94,44 +111,76 @@ class UCE(Strategy):
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Solve for all concepts at once, in float64."""
-        tower = backbone.towers[0]
-        erased, replacing = self.erased_features(backbone, tower, concepts)
-        progress(0.4)
-        preserved = self.preserved_features(backbone, tower, concepts, seed)
-        progress(0.7)
-        update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
-        left, right = factors(update)
-        weights = {layer.key: layer.module.weight.detach().double().cpu() for layer in backbone.entry_layers()}
-        features = torch.cat([erased, replacing, preserved])
-        up, down = shortened_map(left, right, list(weights.values()), features, self.tolerance)
-        # A layer's own factors are as long as the common ones, or a little shorter.
-        expected = sum(len(down) * sum(weight.shape) * down.element_size() for weight in weights.values())
-        if self.saved_as == "map" or (self.saved_as == "auto" and expected > LARGEST_LORA * len(concepts)):
-            outputs = {key: torch.tensor(len(weight)) for key, weight in weights.items()}
-            edits = Edits(maps={key: InputMap(down, up, number) for key, number in outputs.items()})
-        else:
-            edits = Edits(
-                {key: low_rank(weight @ left, right, features, self.tolerance) for key, weight in weights.items()}
-            )
+        """Solve for all concepts at once in float64, once for the layers that read tokens, once for pooled vectors."""
+        layers = backbone.entry_layers()
+        # A prompt at a time: each encoding is then the same whatever else is erased.
+        reader = Reader(backbone, batch=1)
+        changes, count = [], 0
+        for source in dict.fromkeys(layer.source for layer in layers):
+            erased, replacing = self.erased_features(reader, source, concepts)
+            progress(0.4)
+            preserved = self.preserved_features(reader, source, concepts, seed)
+            progress(0.7)
+            update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
+            left, right = factors(update)
+            reading = [layer for layer in layers if layer.source == source]
+            weights = [layer.module.weight.detach()[:, layer.columns].double().cpu() for layer in reading]
+            features = torch.cat([erased, replacing, preserved])
+            up, down = shortened_map(left, right, weights, features, self.tolerance)
+            count += len(erased)
+            changes.append(Change(reading, weights, left, right, up, down, features))
+        edits = self.edits(changes, LARGEST_LORA * len(concepts))
         progress(1.0)
-        return Fit(edits, {"rank": float(len(down)), "erased_features": float(len(erased))})
+        rank = sum(len(change.down) for change in changes)
+        return Fit(edits, {"rank": float(rank), "erased_features": float(count)})
 
-    @torch.no_grad()
-    def erased_features(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept]
-    ) -> tuple[Tensor, Tensor]:
-        """Features to erase and those that take their place, `(features, dim)` each, float64."""
+    def edits(self, changes: Sequence[Change], limit: int) -> Edits:
+        """The changes as a LoRA, or as maps where a LoRA would take more bytes than a limit; see `saved_as`."""
+        # A layer's own factors are as long as the common ones, or a little shorter.
+        expected = sum(
+            len(change.down) * sum(layer.module.weight.shape) * change.down.element_size()
+            for change in changes
+            for layer in change.layers
+        )
+        if self.saved_as == "map" or (self.saved_as == "auto" and expected > limit):
+            maps = {}
+            for change in changes:
+                # The same tensors for all layers: they are kept once.
+                down, up = widened(change.down, change.layers[0]), widened(change.up, change.layers[0], axis=0)
+                for layer in change.layers:
+                    maps[layer.key] = InputMap(down, up, torch.tensor(len(layer.module.weight)))
+            return Edits(maps=maps)
+        made = {}
+        for change in changes:
+            for layer, weight in zip(change.layers, change.weights, strict=True):
+                pair = low_rank(weight @ change.left, change.right, change.features, self.tolerance)
+                made[layer.key] = pair._replace(down=widened(pair.down, layer))
+        return Edits(made)
+
+    def erased_features(self, reader: Reader, source: Source, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
+        """Features to erase and those that take their place, `(features, dim)` each, float64.
+
+        Args:
+            reader: Encodes prompts.
+            source: Tokens, or pooled vectors: a prompt has one, which carries all of it.
+            concepts: What to erase.
+        """
         erased, replacing = [], []
-        for concept in concepts:
-            for pair in self.pairs(tower, concept):
-                states, anchors = (
-                    backbone.encode([pair.prompt]).tokens[0],
-                    backbone.encode([pair.anchor_prompt]).tokens[0],
-                )
-                stop = pair.last + 1 if self.tokens == "last" else tower.max_length
-                erased.append(states[pair.start : stop])
-                replacing.append(anchors[pair.positions[pair.start : stop].to(anchors.device)])
+        # A pooled vector has no places, so any run of tokens gives the prompts.
+        for run in reader.backbone.token_runs[: None if source == "tokens" else 1]:
+            tower, first = run.tower, run.first
+            for pair in (pair for concept in concepts for pair in self.pairs(tower, concept)):
+                told = reader.read([pair.prompt, pair.anchor_prompt])
+                states, anchors = (told([text]).of(source)[0] for text in (pair.prompt, pair.anchor_prompt))
+                if source == "pooled":
+                    erased.append(states)
+                    replacing.append(anchors)
+                    continue
+                only = self.tokens == "last"
+                start = pair.last if only and not tower.causal else pair.start
+                stop = pair.last + 1 if only else tower.max_length
+                erased.append(states[first + start : first + stop])
+                replacing.append(anchors[first + pair.positions[start:stop].to(anchors.device)])
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
 
     def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
@@ -143,12 +192,14 @@ class UCE(Strategy):
         return [paired_at_the_end(tower, "{}", words, anchor) for words in concept.names]
 
     @torch.no_grad()
-    def preserved_features(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int
-    ) -> Tensor:
-        """Features to keep, `(features, dim)` float64; may be empty."""
-        states = backbone.encode([""]).tokens[0]
-        kept = [states[: int(self.preserve_start)]]
+    def preserved_features(self, reader: Reader, source: Source, concepts: Sequence[Concept], seed: int) -> Tensor:
+        """Features to keep, `(features, dim)` float64; may be empty. The arguments are those of `erased_features`."""
+        backbone = reader.backbone
+        runs = backbone.token_runs if source == "tokens" else []
+        states = reader.read([""])([""]).of(source)[0]
+        kept = [states[:0]]
+        for run in runs:
+            kept.append(states[run.first : run.first + run.tower.leading * self.preserve_start])
         if self.tokens == "last":
             subjects = {
                 template.format(words): words
@@ -157,17 +208,38 @@ class UCE(Strategy):
                 for template in (concept.phrasings() if self.templates else ("{}",))
             }
             for prompt, words in subjects.items():
-                span = subject_span(tower, prompt, words)
-                kept.append(backbone.encode([prompt]).tokens[0, span.start : span.last + 1])
+                states = reader.read([prompt])([prompt]).of(source)[0]
+                for run in runs:
+                    span = subject_span(run.tower, prompt, words)
+                    start = span.start if run.tower.causal else span.first
+                    kept.append(states[run.first + start : run.first + span.last + 1])
+                if source == "pooled":
+                    kept.append(states)
         else:
             for prompt in retain_prompts(concepts) if self.templates else ["", *retained_names(concepts)]:
-                kept.append(backbone.encode([prompt]).tokens[0])
-        known = vocabulary(tower, concepts) if self.vocabulary else []
+                kept.append(reader.read([prompt])([prompt]).of(source)[0])
+        known = vocabulary(backbone.reader, concepts) if self.vocabulary else []
         if known:
             prompts = vocabulary_prompts(known, self.vocabulary, torch.Generator().manual_seed(seed))
-            for first in range(0, len(prompts), 32):
-                kept.append(backbone.encode(prompts[first : first + 32]).tokens.flatten(0, 1))
+            for start in range(0, len(prompts), 32):
+                kept.append(backbone.encode(prompts[start : start + 32]).of(source).flatten(0, 1))
         return torch.cat(kept).double().cpu()
+
+
+def widened(matrix: Tensor, layer: EntryLayer, axis: int = 1) -> Tensor:
+    """A matrix over the columns of a layer that read text, with zeros for those that read something else.
+
+    Args:
+        matrix: As long along an axis as there are columns that read text.
+        layer: The layer.
+        axis: That axis.
+    """
+    if layer.columns == slice(None):
+        return matrix
+    length = layer.module.weight.shape[1]
+    places = torch.arange(length)[layer.columns]
+    shape = [length, matrix.shape[1]] if axis == 0 else [matrix.shape[0], length]
+    return matrix.new_zeros(shape).index_copy(axis, places, matrix)
 
 
 def retained_names(concepts: Sequence[Concept]) -> list[str]:

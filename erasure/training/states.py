@@ -19,10 +19,11 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, Conditioning
 from erasure.options import Count, NotNegative, Options
+from erasure.text.encodings import Reader
 from erasure.training.student import Student
 
 CHUNK = 8
-"""Trajectories rolled out, and prompts encoded, at once."""
+"""Trajectories rolled out at once."""
 
 
 class Scene(NamedTuple):
@@ -70,38 +71,13 @@ class Rollout(Options):
     """Classifier-free guidance scale."""
 
 
-class PromptCache:
-    """The stock encodings of prompts, made once and kept on the CPU.
-
-    Args:
-        backbone: With the stock text encoders in force.
-        prompts: All that will be asked for; the empty one is always there.
-    """
-
-    @torch.no_grad()
-    def __init__(self, backbone: Backbone, prompts: Sequence[str]) -> None:
-        self.device = backbone.device
-        every = list(dict.fromkeys(["", *prompts]))
-        parts = [backbone.encode(every[first : first + CHUNK]) for first in range(0, len(every), CHUNK)]
-        self.index = {prompt: row for row, prompt in enumerate(every)}
-        self.tokens = torch.cat([part.tokens.cpu() for part in parts])
-        pooled = [part.pooled.cpu() for part in parts if part.pooled is not None]
-        self.pooled = torch.cat(pooled) if pooled else None
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Of a batch of prompts, on the denoiser's device."""
-        rows = torch.tensor([self.index[prompt] for prompt in prompts])
-        pooled = None if self.pooled is None else self.pooled[rows].to(self.device)
-        return Conditioning(self.tokens[rows].to(self.device), pooled)
-
-
 class StateSource(ABC):
     """Training states by number: all steps of the first trajectory, then those of the next.
 
     Args:
         backbone: Its denoiser is the teacher, with a scheduler as `Backbone.rollout_scheduler` makes it.
         scenes: What to roll out.
-        prompts: Encodings of all their prompts.
+        prompts: Encodings of their prompts.
         rollout: How.
         seed: Seeds the initial noise.
         student: Takes the steps in the teacher's place, so that states are those that it meets; the predictions that
@@ -109,7 +85,7 @@ class StateSource(ABC):
     """
 
     def __init__(
-        self, backbone: Backbone, scenes: Sequence[Scene], prompts: PromptCache, rollout: Rollout, seed: int,
+        self, backbone: Backbone, scenes: Sequence[Scene], prompts: Reader, rollout: Rollout, seed: int,
         student: Student | None = None,
     ) -> None:  # fmt: skip
         self.backbone, self.scenes, self.prompts = backbone, list(scenes), prompts
@@ -176,13 +152,14 @@ class StateSource(ABC):
             if goes_on:
                 assert guided is not None
                 own, null = guided
-                x = backbone.step(null + self.rollout.guidance * (own - null), t, x)
+                x = backbone.step(backbone.guided(own, null, self.rollout.guidance), t, x)
         kept.sort(key=lambda pair: pair[0])
         return States(*(torch.cat(parts) for parts in zip(*(states for _, states in kept), strict=True)))
 
     def _guided(self, x: Tensor, t: Tensor, scenes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Predictions for the scenes' prompts and for the empty one."""
-        asked = self.prompts([*(self.scenes[scene].prompt for scene in scenes), *[""] * len(x)])
+        prompts = self.prompts([self.scenes[scene].prompt for scene in scenes])
+        asked = Conditioning.cat([prompts, self.prompts.null(len(x))])
         own, null = self.backbone.predict(torch.cat([x, x]), t.expand(2 * len(x)), asked).chunk(2)
         return own, null
 

@@ -77,7 +77,7 @@ def only_tower(backbone: Backbone) -> TextTower:
             f"attacks by a prefix work on models with one text encoder; this {type(backbone.pipe).__name__} has "
             f"{', '.join(tower.component for tower in backbone.towers)}"
         )
-    return backbone.towers[0]
+    return backbone.reader
 
 
 def choosable(tower: TextTower, vocabulary: str) -> Tensor:

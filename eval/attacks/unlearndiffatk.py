@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.backbones import Backbone, TextTower
 from erasure.backbones.towers import PromptTokens
 from erasure.carriers.embeddings import injected
 from erasure.errors import DivergenceError
@@ -137,5 +137,6 @@ def denoising_loss(
         encoded = tower.encode(prompts)
     rows = clean.expand(len(noise), -1, -1, -1)
     noise, t = noise.to(clean), t.to(clean.device)
-    found = backbone.predict(backbone.noised(rows, noise, t), t, Conditioning(encoded))
-    return F.mse_loss(found.float(), backbone.training_target(rows, noise, t).float())
+    way = backbone.parametrisation
+    found = backbone.predict(way.noised(rows, noise, t), t, backbone.compose({tower.component: encoded}))
+    return F.mse_loss(found.float(), way.target(rows, noise, t).float())

@@ -99,15 +99,16 @@ class Victim:
         Raises:
             SkippedPromptError: It sees the concept with none of them.
         """
+        size = (sample.height, sample.width)
+        call = self.backbone.call_options(sample.guidance_scale, sample.num_inference_steps, size)
         for number in range(tries):
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
             with torch.no_grad(), scopes.quiet(self.stock):
                 latent = self.stock(
-                    prompt=sample.prompt, negative_prompt=sample.negative_prompt,
-                    generator=torch.Generator("cpu").manual_seed(seed), height=sample.height, width=sample.width,
-                    num_inference_steps=sample.num_inference_steps, guidance_scale=sample.guidance_scale,
-                    output_type="latent",
+                    prompt=sample.prompt, negative_prompt=sample.negative_prompt or None,
+                    generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
                 ).images  # fmt: skip
+                latent = self.backbone.latents.unpacked(latent, *size)
                 image = picture(self.backbone.decode(latent))
             self.references += 1
             if self.verdict(image, sample).shown:

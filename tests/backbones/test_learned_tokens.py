@@ -19,7 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from erasure.backbones import TextTower, text_towers
 from erasure.cache import model_fingerprint
 from erasure.errors import UnknownTokenWarning
-from erasure.strategies.prompts import align, subject_span, vocabulary
+from erasure.text.corpora import vocabulary
+from erasure.text.words import align, subject_span
 
 PROMPTS = ["a photo of <my-pet>", "<my-pet> and a dog, <my-pet>", "<your-pet> on <my-pet>", "a dog", ""]
 
@@ -75,7 +76,7 @@ def test_towers_read_what_the_pipeline_reads(pipe: Any) -> None:
 @torch.no_grad()
 def test_towers_give_what_the_pipeline_hands_its_denoiser(pipe: Any) -> None:
     made = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-    states = [tower.encode(tower.tokenize(PROMPTS)) for tower in text_towers(pipe)]
+    states = [tower.encode(tower.tokenize(PROMPTS)).states for tower in text_towers(pipe)]
     torch.testing.assert_close(made, torch.cat(states, -1))
 
 

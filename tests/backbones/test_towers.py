@@ -13,52 +13,23 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
 )
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from erasure.backbones import TextTower, text_towers
-from erasure.carriers.features import EditedFeatures, FeatureEdit, word_mask
+from erasure.carriers.features import EditedFeatures, FeatureEdit
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
-from erasure.sae.stream import TokenStream, activations, block_fingerprint, block_of, reads_from, token_mask
+from erasure.sae.stream import TokenStream, activations, block_fingerprint, block_of, reads_from
+from erasure.text.words import word_mask
 
 PROMPTS = ["a photo of a cat", "a dog", ""]
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 
 
-def clip(tokenizer: Any, projection: bool, seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        projection_dim=32, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-
-
-def t5(seed: int) -> Any:
-    pieces = ["▁", *(f"▁{word}" for word in ("a", "photo", "of", "cat", "dog")), *"abcdefghijklmnopqrstuvwxyz"]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    tokenizer = T5Tokenizer(vocab=[*special, *((piece, -float(i)) for i, piece in enumerate(pieces))], extra_ids=0)
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return T5EncoderModel(config).eval(), tokenizer
-
-
 @pytest.fixture(scope="module")
-def pipelines(tiny_pipe_factory: Any, tiny_tokenizer: Any) -> dict[str, Any]:
+def pipelines(tiny_pipe_factory: Any, tiny_tokenizer: Any, tiny_clip: Any, tiny_t5: Any) -> dict[str, Any]:
     flow = FlowMatchEulerDiscreteScheduler()
     words1, words2 = tiny_tokenizer, copy.deepcopy(tiny_tokenizer)
-    clip1, clip2, proj1 = clip(words1, False, 1), clip(words2, True, 2), clip(words1, True, 3)
-    t5_encoder, pieces = t5(4)
+    clip1, clip2, proj1 = tiny_clip(words1, seed=1), tiny_clip(words2, True, seed=2), tiny_clip(words1, True, seed=3)
+    t5_encoder, pieces = tiny_t5()
     return {
         "sd": tiny_pipe_factory(),
         "sdxl": StableDiffusionXLPipeline(
@@ -123,7 +94,7 @@ def test_towers_give_what_the_pipeline_hands_its_denoiser(pipe: Any, family: str
         "sd": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"],
         "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3"], "flux": ["text_encoder", "text_encoder_2"],
     }[family]  # fmt: skip
-    states = [tower.encode(tower.tokenize(PROMPTS)) for tower in towers]
+    states = [tower.encode(tower.tokenize(PROMPTS)).states for tower in towers]
     sequence = encoded(pipe, family)[0]
     if family == "sd":
         expected = states[0]
@@ -175,15 +146,14 @@ def test_the_edit_is_made_to_each_prompt_on_its_own(pipe: Any) -> None:
 
 
 def words(tower: TextTower) -> torch.Tensor:
-    return word_mask(tower.tokenize(PROMPTS).ids, tower.tokenizer.eos_token_id, tower.leading)
+    return word_mask(tower.tokenize(PROMPTS).ids, tower.end, tower.leading)
 
 
 def test_words_are_where_the_tokeniser_puts_them(pipe: Any) -> None:
     for tower in text_towers(pipe):
-        tokens = tower.tokenize(PROMPTS)
-        assert torch.equal(words(tower), token_mask(tokens, tower.leading))
-        assert words(tower).sum(1).tolist() == [length - tower.leading for length in tokens.lengths]
-        assert tower.leading == (0 if "block" in tower.block_path(0) else 1)
+        lengths = tower.tokenize(PROMPTS).lengths
+        assert words(tower).sum(1).tolist() == [length - tower.leading for length in lengths]
+        assert tower.leading == int(tower.causal)
 
 
 def test_an_attack_sees_through_the_edit(pipe: Any) -> None:
@@ -194,7 +164,7 @@ def test_an_attack_sees_through_the_edit(pipe: Any) -> None:
         grads = []
         for terms in ({}, {tower.block_path(layer): [(1.0, shutting(tower))]}):
             EditedFeatures.write(tower.module, terms)  # type: ignore[arg-type]
-            grads.append(torch.autograd.grad(tower.encode(tower.tokenize(PROMPTS)).square().sum(), weight)[0])
+            grads.append(torch.autograd.grad(tower.encode(tower.tokenize(PROMPTS)).states.square().sum(), weight)[0])
         EditedFeatures.write(tower.module, {})
         assert torch.isfinite(grads[1]).all()
         assert not torch.equal(*grads)

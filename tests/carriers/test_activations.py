@@ -23,7 +23,7 @@ def pin(tower: TextTower, prompt: str, value: float) -> Pinned:
 
 @torch.no_grad()
 def encode(tower: TextTower, *prompts: str) -> torch.Tensor:
-    return tower.encode(tower.tokenize(prompts))
+    return tower.encode(tower.tokenize(prompts)).states
 
 
 def test_pinned_prompts_and_no_others(tower: TextTower) -> None:
@@ -70,7 +70,7 @@ def test_gradients_pass(tower: TextTower) -> None:
     """White-box attacks must be able to see through it."""
     PinnedPrompts.write(tower.module, [pin(tower, "", 0.5)])
     weight = tower.root.final_layer_norm.weight.requires_grad_()
-    tower.encode(tower.tokenize(["a cat"])).sum().backward()
+    tower.encode(tower.tokenize(["a cat"])).states.sum().backward()
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
 

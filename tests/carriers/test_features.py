@@ -10,10 +10,11 @@ import torch
 
 from erasure.backbones import TextTower, backbone_for
 from erasure.carriers import features, reconstruction
-from erasure.carriers.features import BlockEdit, EditedFeatures, FeatureEdit, word_mask
+from erasure.carriers.features import BlockEdit, EditedFeatures, FeatureEdit
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.interop import hooks
 from erasure.sae.stream import activations
+from erasure.text.words import word_mask
 
 LAYER, PATH = 1, "encoder.layers.1"
 PROMPTS = ["a photo of a cat", "a dog", ""]
@@ -95,18 +96,20 @@ def test_equals_the_formulas(tower: TextTower, gate: tuple[float, float], rule: 
 @torch.no_grad()
 def test_a_closed_gate_changes_no_bit_and_does_not_ask_the_neighbours(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
-    stock = tower.encode(tokens)
+    stock = tower.encode(tokens).states
     words = word_mask(tokens.ids, tower.tokenizer.eos_token_id)
     scores = make_edit(tower).on(torch.device("cpu")).scores(activations(tower, LAYER, tokens), words)
     first, second = scores[:2, 0].logit().tolist()
     assert first != second
     gate = (first + second) / 2
     EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower, (gate, SHUT)))]})
-    together = tower.encode(tokens)
+    together = tower.encode(tokens).states
     changed = [not torch.equal(a, b) for a, b in zip(together[:2], stock[:2], strict=True)]
     assert changed == [first > gate, second > gate]
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(tower.encode(tower.tokenize([prompt]))[0], together[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            tower.encode(tower.tokenize([prompt])).states[0], together[row], atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -119,13 +122,6 @@ def test_the_score_does_not_depend_on_padding(tower: TextTower) -> None:
         states = tower.module(ids, output_hidden_states=True).hidden_states[LAYER + 1]
         scores.append(edit.scores(states, word_mask(ids, edit.end)))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
-
-
-def test_words_and_the_first_end_are_looked_at() -> None:
-    ids = torch.tensor([[7, 1, 2, 9, 9, 9], [7, 9, 9, 9, 9, 9], [7, 1, 2, 3, 4, 5]])
-    assert word_mask(ids, 9).long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
-    # T5 has no start token, and another token for padding.
-    assert word_mask(torch.tensor([[1, 2, 9, 0, 0]]), 9, first=0).long().tolist() == [[1, 1, 1, 0, 0]]
 
 
 def smooth_parts(edit: FeatureEdit, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -235,11 +231,11 @@ def test_gradients_tell_the_way_to_a_gate_and_change_no_bit(
     tower.root.embeddings.token_embedding.weight.requires_grad_()
     with torch.enable_grad():
         tokens_again = tower.tokenize(PROMPTS[:1])
-        encoded = tower.encode(tokens_again)
+        encoded = tower.encode(tokens_again).states
     assert encoded.requires_grad
     tower.root.embeddings.token_embedding.weight.requires_grad_(False)
     with torch.no_grad():
-        assert torch.equal(encoded, tower.encode(tokens_again))
+        assert torch.equal(encoded, tower.encode(tokens_again).states)
     assert torch.equal(without, stock) is not opens
 
 
@@ -247,9 +243,9 @@ def test_an_attack_sees_through_the_hook(tower: TextTower) -> None:
     EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower))]})
     tokens = tower.tokenize(PROMPTS[:1])
     table = tower.root.embeddings.token_embedding.weight.requires_grad_()
-    edited = torch.autograd.grad(tower.encode(tokens).square().sum(), table)[0]
+    edited = torch.autograd.grad(tower.encode(tokens).states.square().sum(), table)[0]
     EditedFeatures.write(tower.module, {})
-    stock = torch.autograd.grad(tower.encode(tokens).square().sum(), table)[0]
+    stock = torch.autograd.grad(tower.encode(tokens).states.square().sum(), table)[0]
     assert torch.isfinite(edited).all()
     assert not torch.equal(edited, stock)
 
@@ -257,15 +253,15 @@ def test_an_attack_sees_through_the_hook(tower: TextTower) -> None:
 @torch.no_grad()
 def test_removal_leaves_the_module_as_it_was(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
-    stock, terms = tower.encode(tokens), {PATH: [(1.0, make_edit(tower))]}
+    stock, terms = tower.encode(tokens).states, {PATH: [(1.0, make_edit(tower))]}
     EditedFeatures.write(tower.module, terms)
     assert EditedFeatures.is_written(tower.module, terms)
     assert not EditedFeatures.is_written(tower.module, {PATH: [(0.5, terms[PATH][0][1])]})
     assert not EditedFeatures.is_written(tower.module, {})
-    assert not torch.equal(tower.encode(tokens), stock)
+    assert not torch.equal(tower.encode(tokens).states, stock)
     EditedFeatures.write(tower.module, {})
     assert EditedFeatures.is_written(tower.module, {})
-    assert torch.equal(tower.encode(tokens), stock)
+    assert torch.equal(tower.encode(tokens).states, stock)
 
 
 @torch.no_grad()
@@ -289,13 +285,13 @@ def test_a_prompt_that_comes_again_is_not_scored_again(tower: TextTower, monkeyp
     real = GatedEdit.delta
     monkeypatch.setattr(GatedEdit, "delta", lambda self, x, words: (scored.append(len(x)), real(self, x, words))[1])
     EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower))]})
-    first = [tower.encode(tower.tokenize([prompt])) for prompt in PROMPTS]
-    again = [tower.encode(tower.tokenize([prompt])) for prompt in PROMPTS]
+    first = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]
+    again = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]
     assert len(scored) == len(PROMPTS)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     # Weights ahead of the block have changed: what is remembered no longer holds.
     tower.root.embeddings.token_embedding.weight.mul_(1.5)
-    assert not torch.equal(tower.encode(tower.tokenize(PROMPTS[:1])), first[0])
+    assert not torch.equal(tower.encode(tower.tokenize(PROMPTS[:1])).states, first[0])
     for index in range(MEMORY + 3):
         tower.encode(tower.tokenize([f"a {'cat ' * index}"]))
 

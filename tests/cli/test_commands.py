@@ -51,7 +51,7 @@ def test_strategies(capsys):
     names = [row["name"] for row in rows]
     assert {"hirm", "uce"} <= set(names)
     for row in rows:
-        assert all(row[key] for key in ("what", "families", "protects", "cost", "paper", "options")), row["name"]
+        assert all(row[key] for key in ("what", "needs", "protects", "cost", "paper", "options")), row["name"]
         assert all(set(preset) <= set(row["options"]) for preset in row["presets"].values())
     assert main(["strategies"]) == 0
     said = capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_bench_of_features(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_any_tower_of_any_family(prompts: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """SDXL has no drop-in pipeline here, and its denoiser is not needed for this."""
+    """The denoiser is not needed for this."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

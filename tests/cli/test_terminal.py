@@ -97,7 +97,7 @@ def test_table_and_json_do_not_mix(capsys):
 @pytest.mark.parametrize("columns", [30, 60, 100, 200])
 def test_no_word_of_a_table_is_broken(columns: int, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    heads = ("name", "what", "families", "protects")
+    heads = ("name", "what", "needs", "protects")
     row = ["diff_quickfix", "closed-form edit of the text encoder's first attention", "stable-diffusion", "hosted"]
     Terminal().table(heads, [row, [*row[:1], "short", *row[2:]]])
     lines = capsys.readouterr().out.splitlines()

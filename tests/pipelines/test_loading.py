@@ -14,7 +14,12 @@ from PIL import Image
 
 import erasure
 from erasure.errors import ArtifactError, AttachError, UnsupportedModelError
-from erasure.pipelines import PIPELINES, StableDiffusionErasurePipeline, pipeline_class
+from erasure.pipelines import (
+    PIPELINES,
+    StableDiffusionErasurePipeline,
+    StableDiffusionXLErasurePipeline,
+    pipeline_class,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,9 @@ def test_every_loader_opens_what_the_drop_in_wrote(own_folder: Path, loader: Any
 
 def test_unsupported_classes_are_named(tiny_pipe_folder: Path, tmp_path: Path) -> None:
     assert pipeline_class("StableDiffusionPipeline") is StableDiffusionErasurePipeline
-    assert set(PIPELINES["text-to-image"].values()) == {StableDiffusionErasurePipeline}
+    assert pipeline_class("StableDiffusionXLPipeline") is StableDiffusionXLErasurePipeline
+    drop_ins = {StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline}
+    assert set(PIPELINES["text-to-image"].values()) == drop_ins
     folder = shutil.copytree(tiny_pipe_folder, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
@@ -173,8 +180,7 @@ def test_the_commands_for_attention_take_sdxl(tiny_xl_original: Any, tmp_path: P
     assert Image.open(out).size == (32, 40)
     draw = ["generate", "--model", model, "--prompt", "a cat and a dog", "--compose", "cat", "dog", "--steps", "2"]
     assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
-    with pytest.raises(UnsupportedModelError, match="text-to-image"):
-        erasure.load_pipeline(model)
+    assert type(erasure.load_pipeline(model, device="cpu")).__name__ == "StableDiffusionXLErasurePipeline"
 
 
 @pytest.mark.parametrize("task", ["object-removal", "composition"])

@@ -13,7 +13,8 @@ from erasure.backbones import TextTower, backbone_for
 from erasure.errors import NoMatchingModuleError, OptionError, WrongBaseError
 from erasure.sae import SparseAutoencoder
 from erasure.sae.quality import quality, reconstructed
-from erasure.sae.stream import DatasetPrompts, TokenStream, activations, captured, token_mask
+from erasure.sae.stream import DatasetPrompts, TokenStream, activations, captured
+from erasure.text.words import word_mask
 
 PROMPTS = ["a cat", "a photo of a dog on a white background", "", "van gogh"]
 
@@ -33,12 +34,12 @@ def test_activations_are_the_hidden_states_of_transformers(tower: TextTower) -> 
 
 def test_the_tower_is_left_as_it_was(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
-    before = tower.encode(tokens)
+    before = tower.encode(tokens).states
     TokenStream(tower, 0, PROMPTS, batch_size=2)(0)
-    assert torch.equal(tower.encode(tokens), before)
+    assert torch.equal(tower.encode(tokens).states, before)
     with pytest.raises(RuntimeError), captured(tower.blocks[0]):
         raise RuntimeError
-    assert torch.equal(tower.encode(tokens), before)
+    assert torch.equal(tower.encode(tokens).states, before)
 
 
 def test_a_step_gives_the_same_tokens_whenever_it_is_asked(tower: TextTower) -> None:
@@ -51,7 +52,7 @@ def test_a_step_gives_the_same_tokens_whenever_it_is_asked(tower: TextTower) -> 
 
 def test_words_and_the_end_are_kept_the_start_is_not(tower: TextTower) -> None:
     tokens = tower.tokenize(PROMPTS)
-    mask = token_mask(tokens)
+    mask = word_mask(tokens.ids, tower.end)
     assert mask.sum(1).tolist() == [length - 1 for length in tokens.lengths]
     assert not mask[:, 0].any()
     only = TokenStream(tower, 0, PROMPTS[:1], batch_size=1, pad_share=0)(0)
@@ -74,14 +75,14 @@ def test_the_pass_ends_at_the_block_whose_output_is_wanted(tower: TextTower) -> 
 @torch.no_grad()
 def test_a_tower_runs_on_reconstructions(tower: TextTower, make_sae: Callable[..., SparseAutoencoder]) -> None:
     sae, tokens = make_sae("jumprelu", d_in=32), tower.tokenize(PROMPTS)
-    stock, states = tower.encode(tokens), activations(tower, 1, tokens)
+    stock, states = tower.encode(tokens).states, activations(tower, 1, tokens)
     with reconstructed(tower, 1, sae):
-        found = tower.encode(tokens)
+        found = tower.encode(tokens).states
         made = tower.module(tokens.ids, output_hidden_states=True).hidden_states[2]
     assert torch.equal(made[:, 0], states[:, 0])
     torch.testing.assert_close(made[:, 1:], sae(states[:, 1:]))
     assert not torch.equal(found, stock)
-    assert torch.equal(tower.encode(tokens), stock)
+    assert torch.equal(tower.encode(tokens).states, stock)
 
 
 def make_dataset(tmp_path: Path, count: int = 40) -> Path:

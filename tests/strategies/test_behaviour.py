@@ -1,4 +1,7 @@
-"""What the package promises of every strategy, over the registry: a strategy that is registered is tested here."""
+"""What the package promises of every strategy on every family, over both registries.
+
+A strategy that is registered is tested here, and so is a family, whose tiny pipeline stands in `tests/conftest.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForText2Image,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
 import erasure
 from erasure import Concept, Erasure, ErasureManager
+from erasure.backbones import FAMILIES, backbone_for
 from erasure.carriers.features import EditedFeatures
 from erasure.errors import (
     ArtifactError,
@@ -35,7 +34,8 @@ from erasure.errors import (
     VerificationError,
     WrongBaseError,
 )
-from erasure.pipelines import StableDiffusionErasurePipeline
+from erasure.interop import paths
+from erasure.pipelines import pipeline_class
 from erasure.strategies import available, get
 
 QUICK: dict[str, Any] = {
@@ -54,6 +54,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Strategies by default options, and settings that use another carrier."""
 
+ONE_OF_TWO = "told the prompt by text_encoder and text_encoder_2"
+TRAJECTORIES = "a latent consistency UNet"
+REFUSED: dict[tuple[str, str], str] = {
+    ("esd", "latent-consistency"): TRAJECTORIES,
+    ("esd-full", "latent-consistency"): TRAJECTORIES,
+    ("advunlearn", "latent-consistency"): TRAJECTORIES,
+    ("advunlearn", "stable-diffusion-xl"): ONE_OF_TWO,
+    ("itd", "stable-diffusion-xl"): ONE_OF_TWO,
+}
+"""Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
+NAMES = [family.family for family in FAMILIES]
+PAIRS = [(case, family) for case in CASES for family in NAMES if (case, family) not in REFUSED]
+
 PROMPT = "a photo of a cat"
 
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
@@ -70,9 +83,38 @@ def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
     return erasure.erase(pipe, concepts, name, **{"attach": False, "progress": False, **quick, **chosen, **options})
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair) if len(NAMES) > 1 else pair[0])
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A case and a family that it works on."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def case(pair: tuple[str, str]) -> str:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def tiny_pipe_factory(pair: tuple[str, str], tiny_models: Any) -> Any:
+    """Makes tiny pipelines of the pair's family."""
+    return tiny_models[pair[1]]
+
+
+@pytest.fixture(scope="module")
+def tiny_pipe_original(tiny_pipe_factory: Any) -> Any:
+    return tiny_pipe_factory()
+
+
+@pytest.fixture(scope="module")
+def stock_class(tiny_pipe_original: Any) -> Any:
+    """The family's pipeline of diffusers."""
+    return type(tiny_pipe_original)
+
+
+@pytest.fixture(scope="module")
+def drop_in(stock_class: Any) -> Any:
+    """Its drop-in."""
+    return pipeline_class(stock_class.__name__)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +188,7 @@ class TestEveryStrategy:
         assert len(result.edits) > 0
         assert known(result) >= edited(result)
         assert known(result)
-        assert result.config.family == "stable-diffusion"
+        assert result.config.family == backbone_for(tiny_pipe_original).family
         assert result.config.protects in ("hosted pipeline", "released weights")
         assert result.config.cost["seconds"] > 0
         json.dumps(dataclasses.asdict(result.config), allow_nan=False)
@@ -231,9 +273,9 @@ class TestEveryStrategy:
     # Learned tokens -----------------------------------------------------------------------------------------------
 
     def test_every_vector_of_learned_tokens_is_read(self, case: str, tiny_pipe: Any, teach: Any) -> None:
-        teach(tiny_pipe, "a", "cat", "a")
-        teach(tiny_pipe, "a", "house", token="<my-home>")
-        teach(tiny_pipe, "white", "dog", token="<your-pet>")
+        teach_all(teach, tiny_pipe, "a", "cat", "a")
+        teach_all(teach, tiny_pipe, "a", "house", token="<my-home>")
+        teach_all(teach, tiny_pipe, "white", "dog", token="<your-pet>")
         known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
         seen: list[torch.Tensor] = []
         table = tiny_pipe.text_encoder.get_input_embeddings()
@@ -250,7 +292,7 @@ class TestEveryStrategy:
     def test_learned_tokens_that_a_pipeline_lacks_are_said(
         self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, teach: Any, tmp_path: Any
     ) -> None:
-        teach(tiny_pipe, "a", "cat")
+        teach_all(teach, tiny_pipe, "a", "cat")
         saved = fit(tiny_pipe, case, "<my-pet>").save(tmp_path / "saved")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UnknownTokenWarning)
@@ -258,7 +300,7 @@ class TestEveryStrategy:
         lacking, unlike = copy.deepcopy(tiny_pipe_original), copy.deepcopy(tiny_pipe_original)
         with pytest.warns(UnknownTokenWarning, match="which this pipeline lacks"):
             erasure.load(lacking, saved, name="lacking")
-        teach(unlike, "a", "dog")
+        teach_all(teach, unlike, "a", "dog")
         with pytest.warns(UnknownTokenWarning, match="other vectors"):
             erasure.load(unlike, saved, name="unlike")
 
@@ -267,7 +309,7 @@ class TestEveryStrategy:
     ) -> None:
         manager.add(made)
         erased = draw(tiny_pipe)
-        teach(tiny_pipe, "a", "cat")
+        teach_all(teach, tiny_pipe, "a", "cat")
         assert torch.equal(draw(tiny_pipe), erased)
         assert manager.verify() > 0
         manager.unload()
@@ -463,20 +505,19 @@ class TestEveryStrategy:
     @pytest.mark.parametrize("route", ["stock", "drop-in", "auto", "auto of the drop-in", "image to image"])
     def test_from_pipe_keeps_it(
         self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, base: dict, draw: Any,
-        changed_tensors: Any, route: str,
+        changed_tensors: Any, route: str, stock_class: Any, drop_in: Any,
     ) -> None:  # fmt: skip
         wanted = erased_image(tiny_pipe_original, made, draw)
         manager.add(made, "cat")
         if route == "stock":
-            shared = StableDiffusionPipeline.from_pipe(tiny_pipe)
+            shared = stock_class.from_pipe(tiny_pipe)
         elif route == "drop-in":
-            shared = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+            shared = drop_in.from_pipe(tiny_pipe)
         elif route == "auto":
             shared = AutoPipelineForText2Image.from_pipe(tiny_pipe)
         elif route == "auto of the drop-in":
-            drop_in = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
-            shared = AutoPipelineForText2Image.from_pipe(drop_in)
-            assert isinstance(shared, StableDiffusionErasurePipeline)
+            shared = AutoPipelineForText2Image.from_pipe(drop_in.from_pipe(tiny_pipe))
+            assert isinstance(shared, drop_in)
         else:
             shared = AutoPipelineForImage2Image.from_pipe(tiny_pipe)
         assert ErasureManager(shared).active_erasures() == ["cat"]
@@ -487,14 +528,16 @@ class TestEveryStrategy:
         ErasureManager(shared).unload()
         assert changed_tensors(base, tiny_pipe) == set()
 
-    def test_the_drop_in_from_pipe_warns_of_bypassing_too(self, tiny_pipe: Any, made: Erasure, draw: Any) -> None:
+    def test_the_drop_in_from_pipe_warns_of_bypassing_too(
+        self, tiny_pipe: Any, made: Erasure, draw: Any, drop_in: Any
+    ) -> None:
         if not is_text_side(made):
             pytest.skip("nothing to bypass")
         ErasureManager(tiny_pipe).add(made)
-        shared = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+        shared = drop_in.from_pipe(tiny_pipe)
         shared.set_progress_bar_config(disable=True)
         with pytest.warns(BypassedErasureWarning):
-            draw(shared, None, prompt_embeds=torch.zeros(1, 77, 32), negative_prompt_embeds=torch.zeros(1, 77, 32))
+            draw(shared, None, **{name: torch.zeros_like(part) for name, part in embeddings(shared).items()})
 
     def test_half_precision_and_back_keeps_it(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict
@@ -507,7 +550,7 @@ class TestEveryStrategy:
         manager.unload()
         for key in edited(made):
             component, path = key.split("/")
-            assert torch.equal(tiny_pipe.components[component].get_parameter(path), base[key]), key
+            assert torch.equal(paths.parameter(tiny_pipe.components[component], path), base[key]), key
 
     def test_deepcopy_keeps_it_and_is_independent(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any, draw: Any,
@@ -577,7 +620,7 @@ class TestEveryStrategy:
     def test_a_slightly_tuned_model_is_refused(self, tiny_pipe: Any, made: Erasure, manager: ErasureManager) -> None:
         component, path = next(key for key in known(made) if key.endswith(".weight")).split("/")
         with torch.no_grad():
-            tiny_pipe.components[component].get_parameter(path).mul_(1 + 1e-6)
+            paths.parameter(tiny_pipe.components[component], path).mul_(1 + 1e-6)
         with pytest.raises(WrongBaseError):
             manager.add(made)
 
@@ -589,8 +632,7 @@ class TestEveryStrategy:
     def test_bypassing_the_text_side_warns(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
     ) -> None:
-        embeds, negative = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, True)
-        own = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        own = embeddings(tiny_pipe)
         manager.add(made)
         if is_text_side(made):
             with pytest.warns(BypassedErasureWarning, match=made.name):
@@ -608,11 +650,12 @@ class TestEveryStrategy:
 
     # Whole pipelines on disk --------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionErasurePipeline])
+    @pytest.mark.parametrize("kind", ["stock_class", "drop_in"])
     def test_save_pretrained_never_writes_a_corrupt_model(
-        self, tiny_pipe: Any, made: Erasure, draw: Any, tmp_path: Any, kind: Any, tensors_of: Any, changed_tensors: Any
-    ) -> None:
-        pipe = kind(**tiny_pipe.components, requires_safety_checker=False)
+        self, tiny_pipe: Any, made: Erasure, draw: Any, tmp_path: Any, kind: str, tensors_of: Any,
+        changed_tensors: Any, stock_class: Any, request: pytest.FixtureRequest,
+    ) -> None:  # fmt: skip
+        pipe = request.getfixturevalue(kind).from_pipe(tiny_pipe)
         pipe.set_progress_bar_config(disable=True)
         manager = ErasureManager(pipe)
         manager.add(made, "cat")
@@ -623,7 +666,7 @@ class TestEveryStrategy:
             manager.disable()
         wanted, tensors = draw(pipe), tensors_of(pipe)
         pipe.save_pretrained(tmp_path / "model")
-        again = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        again = stock_class.from_pretrained(tmp_path / "model")
         again.set_progress_bar_config(disable=True)
         assert changed_tensors(tensors, again) == set()
         assert torch.equal(draw(again), wanted)
@@ -637,8 +680,10 @@ class TestEveryStrategy:
         draw: Any,
         tmp_path: Any,
         changed_tensors: Any,
+        stock_class: Any,
+        drop_in: Any,
     ) -> None:
-        pipe = StableDiffusionErasurePipeline(**tiny_pipe.components, requires_safety_checker=False)
+        pipe = drop_in.from_pipe(tiny_pipe)
         pipe.set_progress_bar_config(disable=True)
         with pytest.raises(VerificationError):
             pipe.save_erased_pipeline(tmp_path / "model", fuse=False)
@@ -647,7 +692,7 @@ class TestEveryStrategy:
         wanted = draw(pipe)
         pipe.save_erased_pipeline(tmp_path / "model", fuse=False)
         assert torch.equal(draw(pipe), wanted)
-        loaders = (StableDiffusionErasurePipeline.load_erased_pipeline, erasure.load_pipeline)
+        loaders = (drop_in.load_erased_pipeline, erasure.load_pipeline)
         for load in loaders:
             again = load(str(tmp_path / "model"))
             again.set_progress_bar_config(disable=True)
@@ -656,17 +701,17 @@ class TestEveryStrategy:
         again.unload_erasures()
         assert changed_tensors(base, again) == set()
         # Nobody gets the base without a word: by our class it comes erased, stock classes refuse the folder.
-        ours = StableDiffusionErasurePipeline.from_pretrained(tmp_path / "model")
+        ours = drop_in.from_pretrained(tmp_path / "model")
         assert ours.active_erasures() == ["cat"]
-        for kind in (StableDiffusionPipeline, DiffusionPipeline, AutoPipelineForText2Image):
+        for kind in (stock_class, DiffusionPipeline, AutoPipelineForText2Image):
             with pytest.raises((OSError, ValueError)):
                 kind.from_pretrained(tmp_path / "model")
-        stock = StableDiffusionPipeline.from_pretrained(tmp_path / "model" / "base")
+        stock = stock_class.from_pretrained(tmp_path / "model" / "base")
         stock.set_progress_bar_config(disable=True)
         assert torch.equal(draw(stock), base_image)
         shutil.rmtree(tmp_path / "model" / "erasures" / "cat")
         with pytest.raises(ArtifactError):
-            StableDiffusionErasurePipeline.from_pretrained(tmp_path / "model")
+            drop_in.from_pretrained(tmp_path / "model")
 
     # Proof --------------------------------------------------------------------------------------------------------
 
@@ -682,7 +727,7 @@ class TestEveryStrategy:
             manager.verify()
         manager.enable()
         component, path = next(iter(known(made))).split("/")
-        tensor = tiny_pipe.components[component].get_parameter(path)
+        tensor = paths.parameter(tiny_pipe.components[component], path)
         kept = tensor.detach().clone()
         if edited(made):
             with torch.no_grad():
@@ -811,7 +856,7 @@ class TestEveryStrategy:
         if order != "unload, unfuse":
             for key in edited(made):
                 component, path = key.split("/")
-                assert torch.equal(tiny_pipe.components[component].get_parameter(path), base[key]), key
+                assert torch.equal(paths.parameter(tiny_pipe.components[component], path), base[key]), key
         torch.testing.assert_close(draw(tiny_pipe), base_image, atol=1e-4, rtol=0)
 
     def test_made_beside_a_users_lora_has_canonical_keys(self, case: str, tiny_pipe: Any, made: Erasure) -> None:
@@ -833,6 +878,38 @@ class TestEveryStrategy:
         tiny_pipe.load_lora_weights(folder)
         torch.testing.assert_close(draw(tiny_pipe), wanted, rtol=0, atol=1e-4)
         assert (draw(tiny_pipe) - draw(tiny_pipe_original)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [*NAMES, "latent-consistency"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_work_is_refused_with_the_reason_and_nothing_else_is(
+    case: str, kind: str, tiny_models: Any
+) -> None:
+    pipe, reason = tiny_models[kind](), REFUSED.get((case, kind))
+    strategy, lacks = get(CASES[case][0]), backbone_for(pipe).lacks
+    assert any(lacks(need) for need in strategy.needs) == (reason is not None)
+    if reason is not None:
+        with pytest.raises(UnsupportedModelError, match=rf"{strategy.name} needs .*{reason}"):
+            fit(pipe, case)
+
+
+def test_every_family_has_a_tiny_pipeline_of_its_own(tiny_models: Any) -> None:
+    assert set(NAMES) <= set(tiny_models)
+    assert [backbone_for(tiny_models[name]()).family for name in NAMES] == NAMES
+
+
+def teach_all(teach: Any, pipe: Any, *words: str, token: str = "<my-pet>") -> None:
+    """Teach a token to all of a pipeline's text encoders."""
+    for name in ("", "_2", "_3"):
+        if pipe.components.get(f"tokenizer{name}") is not None:
+            teach(pipe, *words, token=token, suffix=name)
+
+
+def embeddings(pipe: Any) -> dict[str, torch.Tensor]:
+    """What a pipeline encodes the prompt as, by arguments of its call."""
+    made = pipe.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, made, strict=False))
 
 
 def flat(made: Erasure) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from erasure import Concept, erase
 from erasure.backbones import backbone_for
 from erasure.carriers.weights import delta_of
 from erasure.strategies.diff_quickfix import first_inputs
-from erasure.strategies.prompts import aligned_prompts
+from erasure.text.words import aligned_prompts
 
 LAYER = "text_encoder/encoder.layers.0.self_attn.out_proj"
 

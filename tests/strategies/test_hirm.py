@@ -92,7 +92,9 @@ def test_the_semantic_loss_with_retention_in_plain_arithmetic(tower: TextTower) 
 def test_plain_forward_is_the_towers(tower: TextTower) -> None:
     tokens = tower.tokenize(["a photo of a cat"])
     with torch.no_grad():
-        torch.testing.assert_close(plain_forward(tower.module, tokens.ids)[1], tower.encode(tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            plain_forward(tower.module, tokens.ids)[1], tower.encode(tokens).states, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
@@ -129,7 +131,7 @@ def test_skip_start_keeps_the_start_token(tiny_pipe_original: Any, tower: TextTo
         changed, _ = strategy.fit_tower(tower, [Concept("cat")], 0, lambda share: None)
         ids = tower.tokenize([""])
         with torch.no_grad():
-            before = tower.encode(ids)[0, 0]
+            before = tower.encode(ids).states[0, 0]
             parameters = {**dict(tower.root.named_parameters())}
             parameters |= {path: parameters[path] + delta.float() for path, delta in changed.items()}
             after = torch.func.functional_call(tower.root, parameters, (ids.ids,)).last_hidden_state[0, 0]
@@ -140,7 +142,7 @@ def test_skip_start_keeps_the_start_token(tiny_pipe_original: Any, tower: TextTo
 
 def test_the_start_token_does_not_depend_on_the_prompt(tower: TextTower) -> None:
     with torch.no_grad():
-        states = tower.encode(tower.tokenize(["", "a cat", "a picture in ink style"]))
+        states = tower.encode(tower.tokenize(["", "a cat", "a picture in ink style"])).states
     torch.testing.assert_close(states[0, 0], states[1, 0])
     torch.testing.assert_close(states[0, 0], states[2, 0])
 
@@ -157,7 +159,7 @@ def test_retention_keeps_other_prompts(tiny_pipe: Any, tower: TextTower) -> None
         parameters |= {path: parameters[path] + delta.float() for path, delta in changed.items()}
         with torch.no_grad():
             after = torch.func.functional_call(tower.root, parameters, (tokens.ids,)).last_hidden_state
-            return float((after - tower.encode(tokens)).norm())
+            return float((after - tower.encode(tokens).states).norm())
 
     assert moved(20.0) < moved(0.0)
 

@@ -37,7 +37,7 @@ def test_built_in_strategies_are_there() -> None:
     assert {"hirm", "uce", "diff_quickfix"} <= set(available())
     for name, strategy in available().items():
         assert strategy.name == name
-        for fact in ("title", "paper", "cost", "protects", "families", "carriers"):
+        for fact in ("title", "paper", "cost", "protects", "needs", "carriers"):
             assert getattr(strategy, fact), f"{name} does not say its {fact}"
         assert strategy.protects in ("hosted pipeline", "released weights")
         for preset in strategy.presets:

@@ -21,8 +21,9 @@ from erasure import Concept, Erasure
 from erasure.backbones import backbone_for
 from erasure.errors import DivergenceError, OptionError, TrainingError
 from erasure.strategies import available, get
-from erasure.strategies.prompts import concept_scenes, retain_scenes, without
+from erasure.strategies.prompts import concept_scenes, retain_scenes
 from erasure.strategies.trained import TrainedStrategy
+from erasure.text.words import without
 from erasure.training.objectives import negative_guidance
 from erasure.training.plugins import ErasabilityWarning
 from erasure.training.run import Run

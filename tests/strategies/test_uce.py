@@ -13,8 +13,9 @@ from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
 from erasure.strategies.closed_form import compress, factors, shortened_map, solve
 from erasure.strategies.closed_form.shortened import _rounded
-from erasure.strategies.prompts import aligned_prompts
 from erasure.strategies.uce import UCE
+from erasure.text.encodings import Reader
+from erasure.text.words import aligned_prompts
 
 
 def features(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ def test_several_concepts_share_one_solve(tiny_pipe_original: Any) -> None:
     backbone = backbone_for(tiny_pipe_original)
     concepts = [Concept("cat", templates=("a {}",)), Concept("dog", templates=("a {}",))]
     strategy = UCE(tokens="last", vocabulary=0)
-    erased, replacing = strategy.erased_features(backbone, backbone.towers[0], concepts)
+    erased, replacing = strategy.erased_features(Reader(backbone, 1), "tokens", concepts)
     assert erased.shape == replacing.shape == (2, 32)
     fit = strategy.fit(backbone, concepts, seed=0, progress=lambda share: None)
     assert fit.log["erased_features"] == 2
@@ -162,9 +163,9 @@ def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: An
     pipe = load_pipeline("canvas-sd", device="cpu")
     backbone, concept = backbone_for(pipe), Concept("cat", anchor="dog", retain="car")
     whole, short = UCE(tolerance=0.0, vocabulary=60), UCE(saved_as=saved_as, vocabulary=60)
-    tower = backbone.towers[0]
-    erased, replacing = whole.erased_features(backbone, tower, [concept])
-    preserved = whole.preserved_features(backbone, tower, [concept], 0)
+    reader = Reader(backbone, 1)
+    erased, replacing = whole.erased_features(reader, "tokens", [concept])
+    preserved = whole.preserved_features(reader, "tokens", [concept], 0)
     update = solve(erased, replacing, preserved, whole.erase_scale, whole.preserve_scale, whole.regularisation)
     fit = short.fit(backbone, [concept], seed=0, progress=lambda share: None)
     features = torch.cat([erased, replacing, preserved])
@@ -223,3 +224,35 @@ def test_rounding_an_edit_spares_what_is_preserved() -> None:
     assert up.dtype == down.dtype == torch.float16
     naive = left.half().double() @ right.half().double()
     assert error(whole, up.double() @ down.double(), features) < 0.8 * error(whole, naive, features)
+
+
+# Pooled vectors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved_as", ["map", "lora"])
+def test_pooled_vectors_are_erased_where_they_enter_and_nothing_else_is(tiny_models: Any, saved_as: Any) -> None:
+    """Against the closed form in plain arithmetic: the layer reads a pooled vector, and codes of sizes behind it."""
+    pipe = tiny_models["stable-diffusion-xl"]()
+    backbone, concept, layer = backbone_for(pipe), Concept("cat", anchor="dog"), "add_embedding.linear_1"
+    made = erase(
+        pipe, concept, "uce", vocabulary=0, tolerance=0.0, saved_as=saved_as, attach=False, progress=False
+    )  # fmt: skip
+    with torch.no_grad():
+        texts = [template.format(words) for words in ("cat", "dog") for template in concept.phrasings()]
+        pooled = [backbone.encode([text]).pooled[0].double() for text in [*texts, ""]]  # type: ignore[index]
+    half = len(texts) // 2
+    erased, anchors, empty = torch.stack(pooled[:half]), torch.stack(pooled[half:-1]), pooled[-1]
+    gram = 10 * erased.T @ erased + torch.outer(empty, empty) + 0.5 * torch.eye(32, dtype=torch.float64)
+    wanted = torch.zeros(pipe.unet.get_submodule(layer).weight.shape, dtype=torch.float64)
+    weight = pipe.unet.get_submodule(layer).weight.double()
+    wanted[:, :32] = weight[:, :32] @ (10 * (anchors - erased).T @ erased @ torch.linalg.inv(gram))
+    if saved_as == "map":
+        edit = made.edits.maps[f"unet/{layer}"]
+        found = weight @ edit.up.double() @ edit.down.double()
+    else:
+        pair = made.low_rank[f"unet/{layer}"]
+        found = pair.up.double() @ pair.down.double()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    assert (found[:, 32:] == 0).all()
+    # The tokens have a change of their own, in every layer that reads them.
+    assert set(made.edits.parameters) == {f"{entry.key}.weight" for entry in backbone.entry_layers()}

@@ -10,15 +10,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
-from erasure.backbones import Backbone, backbone_for
+from erasure.backbones import Backbone, Conditioning, backbone_for
 from erasure.cache import cache_folder
 from erasure.errors import TrainingError
+from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.cost import DenoiserCost
 from erasure.training.states import (
     CHUNK,
     OnlineStates,
-    PromptCache,
     Rollout,
     Scene,
     States,
@@ -39,13 +39,11 @@ def backbone(tiny_pipe: Any) -> Backbone:
 
 
 @pytest.fixture
-def prompts(backbone: Backbone) -> PromptCache:
-    return PromptCache(backbone, [prompt for scene in SCENES for prompt in (scene.prompt, *scene.asks)])
+def prompts(backbone: Backbone) -> Reader:
+    return Reader(backbone).read(["", *(prompt for scene in SCENES for prompt in (scene.prompt, *scene.asks))])
 
 
-def buffer_of(
-    backbone: Backbone, prompts: PromptCache, rollout: Rollout = ROLLOUT, **options: Any
-) -> TrajectoryBuffer:
+def buffer_of(backbone: Backbone, prompts: Reader, rollout: Rollout = ROLLOUT, **options: Any) -> TrajectoryBuffer:
     made = TrajectoryBuffer(backbone, SCENES, prompts, rollout, 0, **options)
     with rolling_out(backbone):
         made.fill()
@@ -61,12 +59,17 @@ def assert_equal(first: States, second: States) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_trajectory_is_the_stock_pipeline_s(tiny_pipe: Any, prediction: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "prediction"),
+    [("stable-diffusion", "epsilon"), ("stable-diffusion", "v_prediction"), ("stable-diffusion-xl", "epsilon")],
+)
+def test_a_trajectory_is_the_stock_pipeline_s(tiny_models: Any, family: str, prediction: str) -> None:
+    """With the family's own input in the place of the empty prompt, which for SDXL is zeros."""
+    tiny_pipe = tiny_models[family]()
     tiny_pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config, prediction_type=prediction)
     backbone = backbone_for(tiny_pipe)
     source = buffer_of(
-        backbone, PromptCache(backbone, ["a photo of a cat", "a cat", *SCENES[0].asks, *SCENES[1].asks])
+        backbone, Reader(backbone).read(["", "a photo of a cat", "a cat", *SCENES[0].asks, *SCENES[1].asks])
     )
     seen: list[torch.Tensor] = []
 
@@ -84,7 +87,7 @@ def test_a_trajectory_is_the_stock_pipeline_s(tiny_pipe: Any, prediction: str) -
     torch.testing.assert_close(states.x, torch.cat([noise, *seen[:-1]]), rtol=1e-4, atol=1e-4)
 
 
-def test_predictions_are_those_of_separate_calls(backbone: Backbone, prompts: PromptCache) -> None:
+def test_predictions_are_those_of_separate_calls(backbone: Backbone, prompts: Reader) -> None:
     source = buffer_of(backbone, prompts)
     states = all_of(source)
     with torch.no_grad():
@@ -100,7 +103,7 @@ def test_predictions_are_those_of_separate_calls(backbone: Backbone, prompts: Pr
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_buffer_holds_what_online_rollouts_give(backbone: Backbone, prompts: PromptCache) -> None:
+def test_the_buffer_holds_what_online_rollouts_give(backbone: Backbone, prompts: Reader) -> None:
     buffered = buffer_of(backbone, prompts)
     online = OnlineStates(backbone, SCENES, prompts, ROLLOUT, 0)
     index = torch.tensor([0, 19, 7, 7, 12])
@@ -109,7 +112,7 @@ def test_the_buffer_holds_what_online_rollouts_give(backbone: Backbone, prompts:
     assert len(online) == len(buffered) == 20
 
 
-def test_more_trajectories_than_a_chunk(backbone: Backbone, prompts: PromptCache) -> None:
+def test_more_trajectories_than_a_chunk(backbone: Backbone, prompts: Reader) -> None:
     rollout = Rollout(seeds=CHUNK // 2 + 1, steps=2, guidance=3.0)
     buffered = buffer_of(backbone, prompts, rollout)
     online = OnlineStates(backbone, SCENES, prompts, rollout, 0)
@@ -117,7 +120,7 @@ def test_more_trajectories_than_a_chunk(backbone: Backbone, prompts: PromptCache
         assert_equal(all_of(online), all_of(buffered))
 
 
-def test_two_processes_share_the_work(backbone: Backbone, prompts: PromptCache) -> None:
+def test_two_processes_share_the_work(backbone: Backbone, prompts: Reader) -> None:
     """Each one rolls every other chunk out; added up, they are the buffer of a single process."""
     rollout = Rollout(seeds=CHUNK, steps=2, guidance=3.0)
     whole = all_of(buffer_of(backbone, prompts, rollout))
@@ -126,7 +129,7 @@ def test_two_processes_share_the_work(backbone: Backbone, prompts: PromptCache) 
     assert all(torch.equal(a + b, c) for a, b, c in zip(*halves, whole, strict=True))
 
 
-def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone, prompts: PromptCache) -> None:
+def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone, prompts: Reader) -> None:
     path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     student = LowRankStudent(backbone.denoiser, [path], 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -144,7 +147,7 @@ def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone,
     torch.testing.assert_close(states.own, wanted)
 
 
-def test_noise_belongs_to_the_prompt(backbone: Backbone, prompts: PromptCache) -> None:
+def test_noise_belongs_to_the_prompt(backbone: Backbone, prompts: Reader) -> None:
     both = OnlineStates(backbone, SCENES, prompts, ROLLOUT, 0)
     alone = OnlineStates(backbone, SCENES[1:], prompts, ROLLOUT, 0)
     assert [alone.noise_seed(i) for i in range(2)] == [both.noise_seed(i) for i in (2, 3)]
@@ -152,7 +155,7 @@ def test_noise_belongs_to_the_prompt(backbone: Backbone, prompts: PromptCache) -
     assert OnlineStates(backbone, SCENES, prompts, ROLLOUT, 1).noise_seed(0) != both.noise_seed(0)
 
 
-def test_the_cost_of_a_buffer_and_of_online_states(backbone: Backbone, prompts: PromptCache) -> None:
+def test_the_cost_of_a_buffer_and_of_online_states(backbone: Backbone, prompts: Reader) -> None:
     cost = DenoiserCost()
     with cost.counting(backbone.denoiser):
         buffer_of(backbone, prompts)
@@ -164,10 +167,10 @@ def test_the_cost_of_a_buffer_and_of_online_states(backbone: Backbone, prompts: 
         assert cost.forwards == 4 * 2 + 1 * 2 + 2 * 2
 
 
-def test_backward_counts_twice_and_nothing_while_paused(backbone: Backbone, prompts: PromptCache) -> None:
+def test_backward_counts_twice_and_nothing_while_paused(backbone: Backbone, prompts: Reader) -> None:
     cost = DenoiserCost()
     with cost.counting(backbone.denoiser):
-        text = prompts(["a cat", "a dog"])._replace(tokens=prompts(["a cat", "a dog"]).tokens.requires_grad_())
+        text = Conditioning(prompts(["a cat", "a dog"]).tokens.requires_grad_())
         made = backbone.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 9]), text)
         assert cost.forwards == 2
         made.sum().backward()
@@ -178,7 +181,7 @@ def test_backward_counts_twice_and_nothing_while_paused(backbone: Backbone, prom
     assert cost.forwards == 6
 
 
-def test_rolling_out_leaves_the_pipeline_s_scheduler_alone(backbone: Backbone, prompts: PromptCache) -> None:
+def test_rolling_out_leaves_the_pipeline_s_scheduler_alone(backbone: Backbone, prompts: Reader) -> None:
     backbone.pipe.scheduler.set_timesteps(7)
     before = backbone.pipe.scheduler
     buffer_of(backbone, prompts)
@@ -189,9 +192,7 @@ def test_rolling_out_leaves_the_pipeline_s_scheduler_alone(backbone: Backbone, p
 # On disk -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_next_training_finds_them(
-    backbone: Backbone, prompts: PromptCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_training_finds_them(backbone: Backbone, prompts: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, cost = Accelerator(cpu=True), DenoiserCost()
 
     def fill(seed: int = 3, model: str = "model") -> tuple[States, int]:
@@ -217,7 +218,7 @@ def test_the_next_training_finds_them(
 
 
 def test_no_room_for_them_is_no_obstacle(
-    backbone: Backbone, prompts: PromptCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    backbone: Backbone, prompts: Reader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ERASURE_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("no folder")

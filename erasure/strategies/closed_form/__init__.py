@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from erasure.strategies.closed_form.least_squares import compress, factors, outputs_added, solve
-from erasure.strategies.closed_form.pairs import paired_at_the_end
 from erasure.strategies.closed_form.shortened import low_rank, shortened_map
 
-__all__ = ["compress", "factors", "low_rank", "outputs_added", "paired_at_the_end", "shortened_map", "solve"]
+__all__ = ["compress", "factors", "low_rank", "outputs_added", "shortened_map", "solve"]

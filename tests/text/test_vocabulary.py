@@ -11,7 +11,7 @@ import erasure
 from erasure import Concept
 from erasure.backbones import text_towers
 from erasure.concept import numbers
-from erasure.strategies.prompts import vocabulary
+from erasure.text.corpora import vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,12 @@ class Tower:
     pipe = None
 
     def __init__(self, words: tuple[str, ...], table: torch.Tensor) -> None:
-        self.tokenizer = self
-        self.words = words
+        self.known = words
         self.root = torch.nn.Module()
         self.root.embeddings = torch.nn.Embedding.from_pretrained(table)
 
-    def get_vocab(self) -> dict[str, int]:
-        return {f"{word}</w>": number for number, word in enumerate(self.words)}
+    def words(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.known)}
 
     def word_ids(self, words: str) -> list[int]:
         return [0] if words == "knife" else []

@@ -10,7 +10,8 @@ import torch
 from erasure import Concept
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import ConceptError
-from erasure.strategies.prompts import align, aligned_prompts, context_prompts, subject_span, vocabulary, without
+from erasure.text.corpora import context_prompts, vocabulary
+from erasure.text.words import align, aligned_prompts, subject_span, without
 
 
 @pytest.fixture

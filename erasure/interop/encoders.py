@@ -1,0 +1,64 @@
+"""How the text encoders of transformers are built: where CLIP's and T5's have their blocks and what is in them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Anatomy(NamedTuple):
+    """Paths of a text encoder's parts below its root; those of a block are below the block."""
+
+    causal: bool
+    """Whether a token sees only those ahead of it."""
+    blocks: str
+    """The list of blocks."""
+    attention: str
+    """Self-attention of a block."""
+    attention_out: str
+    """Its output projection."""
+    mlp: str
+    """The part of a block behind it."""
+    norm: str
+    """The norm that the states of the last block leave through."""
+
+
+CLIP = Anatomy(True, "encoder.layers", "self_attn", "self_attn.out_proj", "mlp", "final_layer_norm")
+T5 = Anatomy(
+    False, "encoder.block", "layer.0.SelfAttention", "layer.0.SelfAttention.o", "layer.1.DenseReluDense",
+    "encoder.final_layer_norm",
+)  # fmt: skip
+
+
+BLOCK = re.compile(rf"(?:{'|'.join(re.escape(each.blocks) for each in (CLIP, T5))})\.(\d+)(?:\.|$)")
+"""Path of a block, or of something in it."""
+
+
+def block_of(path: str) -> int | None:
+    """Number of the block that a path leads to or into; `None` for a path that leads to none."""
+    match = BLOCK.match(path)
+    return None if match is None else int(match[1])
+
+
+def anatomy_of(root: nn.Module) -> Anatomy | None:
+    """The parts of a text encoder's root; `None` for a module that is neither CLIP's nor T5's."""
+    inner = getattr(root, "encoder", None)
+    if hasattr(inner, "block"):
+        return T5
+    if hasattr(inner, "layers") and hasattr(root, "final_layer_norm"):
+        return CLIP
+    return None
+
+
+def blocks_of(root: nn.Module) -> list[nn.Module]:
+    """The blocks of a text encoder's root, first to last; none of another module."""
+    anatomy = anatomy_of(root)
+    return [] if anatomy is None else list(root.get_submodule(anatomy.blocks).children())
+
+
+def norm_of(root: nn.Module) -> nn.Module | None:
+    """The norm that the states of the last block leave through; `None` for a module that is no text encoder."""
+    anatomy = anatomy_of(root)
+    return None if anatomy is None else root.get_submodule(anatomy.norm)

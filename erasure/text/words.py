@@ -1,0 +1,216 @@
+"""Where words stand among the tokens of a prompt, and which tokens of another prompt answer to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from erasure.backbones import TextTower
+from erasure.backbones.towers import START_OF_WORD
+from erasure.concept import Concept
+from erasure.errors import ConceptError
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+SIGN = "("
+"""A sign that no tokeniser joins with the word behind it."""
+
+
+class Span(NamedTuple):
+    """Where words stand in a prompt, by token position."""
+
+    first: int
+    last: int
+    start: int
+    """First position that may carry what the words mean. Where attention is causal that is `last`, but every vector of
+    a learned token may; elsewhere it is 0."""
+
+
+class AlignedPrompt(NamedTuple):
+    """A prompt with the concept, the same prompt with its anchor, and which token answers to which."""
+
+    prompt: str
+    anchor_prompt: str
+    start: int
+    """Position from which on everything may carry the concept; see `Span.start`."""
+    last: int
+    """Position of the concept's last token."""
+    positions: Tensor
+    """For each position of the prompt `(tokens,)` the position of the anchor prompt that takes its place."""
+
+
+# Masks and spans -----------------------------------------------------------------------------------------------------
+
+
+def word_mask(ids: Tensor, end: int, first: int = 1) -> Tensor:
+    """Positions of words and of the first end token, `(batch, tokens)` bool: no start token, no padding.
+
+    Args:
+        ids: `(batch, tokens)`.
+        end: The end token.
+        first: Position of the first word.
+    """
+    ends = (ids == end).long()
+    mask = (ends.cumsum(1) - ends) == 0
+    return mask & (torch.arange(ids.shape[1], device=ids.device) >= first)
+
+
+def spellings(tower: TextTower, words: str) -> list[list[int]]:
+    """The ways in which words are spelled in tokens: behind a blank, and, where that differs, behind a sign.
+
+    T5 marks the beginning of a word that follows a blank, so that "cat" and the word in "(cat)" are other tokens.
+    """
+    behind_blank = tower.word_ids(words)
+    sign = tower.word_ids(SIGN)
+    behind_sign = tower.word_ids(f"{SIGN}{words}")
+    found = [behind_blank]
+    if behind_sign[: len(sign)] == sign and behind_sign[len(sign) :] != behind_blank:
+        found.append(behind_sign[len(sign) :])
+    return [ids for ids in found if ids]
+
+
+def occurrences(ids: Sequence[int], spelled: Sequence[Sequence[int]], first: int = 0) -> list[slice]:
+    """Where tokens stand in a row among others, from left to right.
+
+    Args:
+        ids: Tokens of a prompt.
+        spelled: The tokens that are sought, in one way or another.
+        first: Place of the first word.
+    """
+    return [
+        slice(start, start + len(part))
+        for start in range(first, len(ids))
+        for part in spelled
+        if list(ids[start : start + len(part)]) == list(part)
+    ]
+
+
+def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = None) -> Span:
+    """The token positions of `words` in `prompt`, all vectors of learned tokens included.
+
+    Args:
+        tower: Tokenises them.
+        prompt: The whole prompt.
+        words: The words that are sought.
+        ahead: Text of the prompt ahead of them, which tells several occurrences apart; the last one is taken when
+            left out.
+
+    Raises:
+        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour), or not behind
+            that text.
+    """
+    ids = tower.prompt_ids(prompt, truncate=True)
+    places = whole_words(tower, ids, words)
+    if ahead is not None:
+        place = tower.leading + len(tower.word_ids(ahead.rstrip()))
+        places = [span for span in places if span.start == place]
+    if not places:
+        raise ConceptError(
+            f"{words!r} is not found among the tokens of {prompt!r}: is the prompt longer than {tower.max_length} "
+            "tokens, or is the word written together with its neighbours?"
+        )
+    first, last = places[-1].start, places[-1].stop - 1
+    if not tower.causal:
+        return Span(first, last, 0)
+    learned = tower.learned_ids
+    return Span(first, last, next((place for place in range(first, last) if ids[place] in learned), last))
+
+
+def whole_words(tower: TextTower, ids: Sequence[int], words: str) -> list[slice]:
+    """Where words stand among the tokens of a prompt, from left to right; not where they are a part of longer ones."""
+    places = occurrences(ids, spellings(tower, words), tower.leading)
+    if not tower.marks_starts:
+        return places  # the end of a word is marked in its last token
+    pieces = tower.tokenizer.convert_ids_to_tokens(list(ids))
+
+    def is_whole(place: slice) -> bool:
+        before = pieces[place.start - 1][-1:] if place.start else ""
+        # A mark that stands alone is the beginning of the word.
+        continues = not pieces[place.start].startswith(START_OF_WORD) and (before.isalnum() or before == START_OF_WORD)
+        # Signs and the mark of the next word are no letters.
+        return not continues and not (place.stop < len(pieces) and pieces[place.stop][:1].isalnum())
+
+    return [place for place in places if is_whole(place)]
+
+
+# Alignment -----------------------------------------------------------------------------------------------------------
+
+
+def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
+    """Align a phrasing of a concept with the same phrasing of its anchor.
+
+    Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to
+    those after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
+    Concept and anchor are those in the template's place, whatever else of the same name the phrasing holds.
+    """
+    prompt, ahead = template.format(words), template.partition("{}")[0]
+    anchor_prompt = " ".join(template.format(anchor).split())
+    first, last, start = subject_span(tower, prompt, words, ahead)
+    anchor_last = subject_span(tower, anchor_prompt, anchor, ahead).last if anchor else first
+    after = anchor_last + 1 if anchor else first
+    positions = torch.arange(tower.max_length)
+    positions[first : last + 1] = anchor_last
+    positions[last + 1 :] = torch.arange(after, after + tower.max_length - last - 1).clamp(max=tower.max_length - 1)
+    return AlignedPrompt(prompt, anchor_prompt, start, last, positions)
+
+
+def aligned_prompts(tower: TextTower, concept: Concept, default_anchor: str = "") -> list[AlignedPrompt]:
+    """All phrasings of a concept, aligned with its anchor.
+
+    Raises:
+        ConceptError: The concept has no known token.
+    """
+    anchor = default_anchor if concept.anchor is None else concept.anchor
+    for words in concept.names:
+        tower.check_words(words)
+    return [align(tower, template, words, anchor) for words in concept.names for template in concept.phrasings()]
+
+
+def paired_at_the_end(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
+    """Align a prompt that ends with a concept to the same prompt with its anchor, by the last token ahead of the end.
+
+    The last token answers to the last one, the end token and the padding to those behind it. Where the anchor is empty
+    the last token is that of the phrasing, or the start token when the phrasing has no other words.
+
+    Raises:
+        ConceptError: The concept has no known token.
+    """
+    tower.check_words(words)
+    prompt, anchor_prompt = template.format(words), template.format(anchor).rstrip()
+    last, anchor_last = (len(tower.prompt_ids(text, truncate=True)) - 2 for text in (prompt, anchor_prompt))
+    # Without a start token the empty prompt has nothing ahead of its end, which then takes the concept's place.
+    anchor_last = max(anchor_last, 0)
+    positions = torch.arange(tower.max_length)
+    positions[last:] = torch.arange(anchor_last, anchor_last + tower.max_length - last).clamp(max=tower.max_length - 1)
+    return AlignedPrompt(prompt, anchor_prompt, last if tower.causal else 0, last, positions)
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def without(prompt: str, concept: Concept) -> str:
+    """A prompt without the concept's words: every mention of every name, in upper or lower case, as whole words.
+
+    Where a name begins or ends with a letter of a script that writes words without blanks between them, it may stand
+    beside other letters.
+
+    Example:
+        >>> without("a cartoon of a car", Concept("car"))
+        'a cartoon of a'
+    """
+    for name in sorted(concept.names, key=len, reverse=True):
+        words = r"\s+".join(map(re.escape, name.split()))
+        pattern = f"{_edge(name[0], '(?<!')}{words}{_edge(name[-1], '(?!')}"
+        prompt = re.sub(pattern, " ", prompt, flags=re.IGNORECASE)
+    return " ".join(prompt.split())
+
+
+def _edge(letter: str, opening: str) -> str:
+    """Part of a pattern that lets no further letter of the same word stand beside a name's first or last one."""
+    return rf"{opening}\w)" if re.match(r"\w", letter) and not UNSPACED.match(letter) else ""
