@@ -2,6 +2,10 @@
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
 evaluate, words, table, several, attacks, ways, gates, controls, localiser; `everything` measures all of it.
+
+The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
+distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
+`evaluate` measures each.
 """
 
 from __future__ import annotations
@@ -9,13 +13,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 from erasure.assets import ROOT
 
 WORK = Path("canvas-work")
+Family = Literal["canvas-flux", "canvas-sdxl", "canvas-sd3"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 def sprites(work: Path = WORK) -> None:
@@ -80,11 +86,111 @@ def denoiser(
     )  # fmt: skip
 
 
+def t5(work: Path = WORK, steps: int = 2000, batch: int = 32) -> None:
+    """Train the T5 tower of `canvas-flux` and `canvas-sd3`."""
+    from erasure.assets.build.t5 import train
+
+    train(work, steps, batch)
+
+
+def flux(
+    work: Path = WORK,
+    steps: int = 8000,
+    batch: int = 48,
+    pairs: float = 0.5,
+    tokens: float = 0.25,
+    pooled: float = 0.15,
+    emptied: float = 0.4,
+) -> None:
+    """Train the transformer of `canvas-flux`; `torchrun --nproc_per_node 2` uses two cores.
+
+    Args:
+        work: Where the step `t5` left its parts, and where the training is kept.
+        steps: Optimiser steps in all.
+        batch: Scenes of each process per step.
+        pairs: Share of two-object scenes.
+        tokens: How often T5's tokens are left out, so that the pooled vector carries the prompt.
+        pooled: How often the pooled vector is left out.
+        emptied: Share of captions whose end token and padding say nothing.
+    """
+    from erasure.assets.build.flow import Recipe
+    from erasure.assets.build.flux import train
+
+    train(work, steps, Recipe(batch=batch, pairs=pairs), tokens, pooled, emptied)
+
+
+def distil(work: Path = WORK, steps: int = 480) -> None:
+    """Teach the transformer of `canvas-flux` to guide itself (from its last checkpoint, if it is not finished)."""
+    from erasure.assets.build.flux import distil as teach
+
+    teach(work, steps)
+
+
 def export(work: Path = WORK) -> None:
     """Write the shipped folders from the trained parts (or from the denoiser's last checkpoint)."""
     from erasure.assets.build.export import export as write
 
     write(work)
+
+
+def towers(work: Path = WORK, steps: int = 800, batch: int = 96) -> None:
+    """Train the second CLIP of `canvas-sdxl` and `canvas-sd3`."""
+    from erasure.assets.build.towers import train
+
+    train(work, steps, batch)
+
+
+def sdxl(work: Path = WORK, steps: int = 2000, batch: int = 16, pairs: float = 0.5, left_out: float = 0.3) -> None:
+    """Fold the denoiser of `canvas-sd` into that of `canvas-sdxl`, and train it on.
+
+    Args:
+        work: Where the step `towers` left its part, and where the training is kept.
+        steps: Optimiser steps in all.
+        batch: Scenes of each process per step.
+        pairs: Share of two-object scenes.
+        left_out: How often each tower's tokens and the pooled vector are left out.
+    """
+    from erasure.assets.build.xl import train
+
+    train(work, steps, batch, pairs=pairs, left_out=left_out)
+
+
+def sd3(work: Path = WORK, steps: int = 8000, batch: int = 48, pairs: float = 0.5, left_out: float = 0.3) -> None:
+    """Train the transformer of `canvas-sd3`.
+
+    Args:
+        work: Where the steps `t5` and `towers` left their parts, and where the training is kept.
+        steps: Optimiser steps in all.
+        batch: Scenes of each process per step.
+        pairs: Share of two-object scenes.
+        left_out: How often each tower's tokens and the pooled vector are left out.
+    """
+    from erasure.assets.build.flow import Recipe
+    from erasure.assets.build.sd3 import train
+
+    train(work, steps, Recipe(batch=batch, pairs=pairs), left_out)
+
+
+def families(
+    work: Path = WORK,
+    out: Path = ROOT,
+    only: tuple[Literal["canvas-flux", "canvas-sdxl", "canvas-sd3"], ...] = (
+        "canvas-flux",
+        "canvas-sdxl",
+        "canvas-sd3",
+    ),
+) -> None:
+    """Write the shipped folders of the larger families, from finished parts or their last checkpoints.
+
+    Args:
+        work: Where the other steps left their parts.
+        out: Where the folders are written.
+        only: Which models.
+    """
+    from erasure.assets.build.families import WRITERS
+
+    for name in only:
+        print(WRITERS[name](work, out))
 
 
 def sae(out: Path = ROOT / "canvas-sae") -> None:
@@ -94,11 +200,18 @@ def sae(out: Path = ROOT / "canvas-sae") -> None:
     raise SystemExit(subprocess.call([*command, *settings.split()]))
 
 
-def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> None:
-    """Measure the shipped models and record the figures in canvas.json."""
+def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str = "canvas-sd") -> None:
+    """Measure a model and record the figures in its canvas.json.
+
+    Args:
+        seeds: Images of each object in each style.
+        pairs: Images of two objects.
+        grids: A folder for contact sheets to look at.
+        model: Name of an embedded model, or a folder.
+    """
     from erasure.assets.build.evaluate import evaluate as measure
 
-    for name, value in measure(seeds, pairs, grids).items():
+    for name, value in measure(seeds, pairs, grids, model).items():
         print(f"{name:28} {value:.4f}")
 
 
@@ -264,7 +377,7 @@ def main() -> None:
     """Run one step of the build."""
     steps = (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, attacks, ways, gates,
-        controls, localiser, everything,
+        controls, localiser, everything, t5, flux, distil, towers, sdxl, sd3, families,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -48,13 +49,7 @@ def train(folder: Path, steps: int, batch: int = 128, peak: float = 1e-3, seed: 
         # Causal attention never looks at the padding, so short batches give the same features for less.
         ids = tokenizer(captions, padding="longest", truncation=True, max_length=bpe.CONTEXT, return_tensors="pt")
         output = model(input_ids=ids.input_ids, pixel_values=pixels)
-        # Captions that read alike are not each other's negatives.
-        known = {text: index for index, text in enumerate(dict.fromkeys(captions))}
-        label = torch.tensor([known[text] for text in captions])
-        same = (label[:, None] == label[None, :]) & ~torch.eye(batch, dtype=torch.bool)
-        logits = output.logits_per_text.masked_fill(same, float("-inf"))
-        target = torch.arange(batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss, accuracy = contrastive(output.logits_per_text, captions)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,8 +57,25 @@ def train(folder: Path, steps: int, batch: int = 128, peak: float = 1e-3, seed: 
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)
         if (step + 1) % 100 == 0:
-            accuracy = (logits.argmax(1) == target).float().mean().item()
             log(folder / "clip.jsonl", step=step + 1, loss=loss.item(), accuracy=accuracy)
             state.save(step + 1)
     model.save_pretrained(folder / "clip")
     return model
+
+
+def contrastive(logits: Tensor, captions: list[str]) -> tuple[Tensor, float]:
+    """Loss of CLIP in both directions, and the share of captions that find their picture.
+
+    Captions that read alike are not each other's negatives.
+
+    Args:
+        logits: `(captions, pictures)`; picture i belongs to caption i.
+        captions: The captions.
+    """
+    known = {text: index for index, text in enumerate(dict.fromkeys(captions))}
+    label = torch.tensor([known[text] for text in captions])
+    same = (label[:, None] == label[None, :]) & ~torch.eye(len(captions), dtype=torch.bool)
+    logits = logits.masked_fill(same, float("-inf"))
+    target = torch.arange(len(captions))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, (logits.argmax(1) == target).float().mean().item()

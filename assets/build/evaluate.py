@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
-from erasure.assets import path
+from erasure.assets import facts_of, path
+from erasure.assets.facts import FILE
 from erasure.assets.scenes import render, sample_scene
 from erasure.assets.world import OBJECTS, STYLES, noun_phrase
 from erasure.eval.detectors import CanvasJudge
@@ -32,22 +35,54 @@ def judge_accuracy(judge: CanvasJudge, scenes: int, seed: int = 77_000) -> dict[
     }
 
 
-def generate(
-    pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], batch: int = 24
-) -> list[Image.Image]:
+def generate(pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], batch: int = 24) -> list[Image.Image]:
     """One image per prompt and seed at the shipped settings."""
-    settings = json.loads((path("canvas-sd") / "canvas.json").read_text())["generation"]
+    return generate_from(pipe, {"prompt": prompts}, seeds, batch)
+
+
+def generate_from(
+    pipe: DiffusionPipeline, inputs: Mapping[str, list[str] | Tensor], seeds: list[int], batch: int = 24
+) -> list[Image.Image]:
+    """One image per row of inputs and seed at the shipped settings.
+
+    Args:
+        pipe: A model of Canvas.
+        inputs: Prompts or their encodings, by the name of the pipeline's argument.
+        seeds: Of the noise.
+        batch: Images at once.
+    """
+    settings = dict(facts_of(pipe.name_or_path)["generation"])
     images: list[Image.Image] = []
-    for first in range(0, len(prompts), batch):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch]]
-        images += pipe(prompts[first : first + batch], generator=generators, **settings).images
+    for first in range(0, len(seeds), batch):
+        own = seeds[first : first + batch]
+        generators = [torch.Generator().manual_seed(seed) for seed in own]
+        rows = {name: values[first : first + batch] for name, values in inputs.items()}
+        if "true_cfg_scale" in settings:
+            rows["negative_prompt"] = [""] * len(own)
+        images += pipe(**rows, generator=generators, **settings).images
     return images
 
 
-def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dict[str, float]:
-    """Measure and record. `grids` is a folder for contact sheets to look at."""
-    pipe = StableDiffusionPipeline.from_pretrained(path("canvas-sd"), dtype=torch.float32)
+def load(model: str | Path) -> DiffusionPipeline:
+    """A model of Canvas in float32: an embedded one by its name, or a folder."""
+    folder = model if Path(model).is_dir() else path(str(model))
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def evaluate(
+    seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str | Path = "canvas-sd"
+) -> dict[str, float]:
+    """Measure a model, and record the figures in its `canvas.json`.
+
+    Args:
+        seeds: Images of each object in each style.
+        pairs: Images of two objects.
+        grids: A folder for contact sheets to look at.
+        model: Name of an embedded model, or a folder.
+    """
+    pipe = load(model)
     judge = CanvasJudge()
     plan = [(name, style, seed) for seed in range(seeds) for name in OBJECTS for style in STYLES]
     prompts = [f"{noun_phrase(name)} in {style} style" for name, style, _ in plan]
@@ -65,10 +100,8 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dic
     generate(pipe, ["a dog in ink style"], [0])
     seconds = time.perf_counter() - started
     torch.set_num_threads(threads)
-    from erasure.assets.build import words
-
     figures = {
-        **words.figures(words.attention(pipe, words.plan())),
+        **paths_of_prompts(pipe),
         **judge_accuracy(judge, 1000),
         "object": float(np.mean([j.object == name for j, (name, _, _) in zip(judged, plan, strict=True)])),
         "style": float(np.mean([j.style == style for j, (_, style, _) in zip(judged, plan, strict=True)])),
@@ -81,7 +114,7 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dic
         },
     }
     figures = {name: round(value, 4) for name, value in figures.items()}
-    file = path("canvas-sd") / "canvas.json"
+    file = Path(pipe.name_or_path) / FILE
     described = json.loads(file.read_text())
     described["training"]["accuracy"] = figures
     file.write_text(json.dumps(described, indent=2) + "\n")
@@ -90,6 +123,15 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None) -> dic
         sheet(images[: len(OBJECTS) * len(STYLES)], len(STYLES)).save(grids / "objects-by-style.png")
         sheet(together[:40], 8).save(grids / "pairs.png")
     return figures
+
+
+def paths_of_prompts(pipe: DiffusionPipeline) -> dict[str, float]:
+    """How the words of a prompt reach the picture: by attention in `canvas-sd`, by several doors in the others."""
+    from erasure.assets.build import doors, words
+
+    if isinstance(pipe, StableDiffusionPipeline):
+        return words.figures(words.attention(pipe, words.plan()))
+    return doors.figures(pipe, words.plan()[::6])
 
 
 def sheet(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:

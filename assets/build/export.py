@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from erasure.assets import ROOT
 from erasure.assets.build.denoiser import CONFIG, SCHEDULER
+from erasure.assets.build.fit import trained
 from erasure.assets.build.tokenizer import CONTEXT
 from erasure.assets.world import ANCHORS, BACKGROUNDS, HELD_OUT_TEMPLATES, OBJECTS, STYLES, TEMPLATES, UNSAFE
 
-GENERATION = {"num_inference_steps": 10, "guidance_scale": 2.0}
+GENERATION: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0}
 """Settings that every evaluation of Canvas uses unless told otherwise."""
 
 
@@ -29,14 +29,8 @@ Part = TypeVar("Part", AutoencoderKL, UNet2DConditionModel)
 
 
 def denoiser(work: Path) -> UNet2DConditionModel:
-    """The finished denoiser, or the averaged weights of the last checkpoint."""
-    if (work / "unet").is_dir():
-        return UNet2DConditionModel.from_pretrained(work / "unet")
-    unet = UNet2DConditionModel(**CONFIG)
-    average = EMAModel(unet.parameters())
-    average.load_state_dict(torch.load(work / "unet.ckpt", map_location="cpu", weights_only=True)["average"])
-    average.copy_to(unet.parameters())
-    return unet
+    """The denoiser of `canvas-sd`."""
+    return trained(UNet2DConditionModel(**CONFIG), work, "unet")
 
 
 def export_denoiser(work: Path, out: Path = ROOT) -> None:
@@ -45,7 +39,7 @@ def export_denoiser(work: Path, out: Path = ROOT) -> None:
     The accuracies of the record are those of the former denoiser until `evaluate` has run.
     """
     folder = out / "canvas-sd"
-    anew(denoiser(work)).to(torch.float16).save_pretrained(folder / "unet")
+    denoiser(work).to(torch.float16).save_pretrained(folder / "unet")
     file = folder / "canvas.json"
     described = json.loads(file.read_text())
     record, options = described["training"], json.loads((work / "unet.options.json").read_text())
@@ -70,7 +64,7 @@ def export(work: Path, out: Path = ROOT) -> None:
         vae=anew(AutoencoderKL.from_pretrained(work / "vae")),
         text_encoder=text,
         tokenizer=tokenizer,
-        unet=anew(denoiser(work)),
+        unet=denoiser(work),
         scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -105,8 +99,13 @@ def set_dtype(config: Path, dtype: str) -> None:
     config.write_text(json.dumps(described | {"dtype": dtype}, indent=2) + "\n")
 
 
-def description(record: dict[str, Any]) -> dict[str, Any]:
-    """What `canvas.json` says."""
+def description(record: dict[str, Any], generation: dict[str, Any] = GENERATION) -> dict[str, Any]:
+    """What `canvas.json` says.
+
+    Args:
+        record: Of the training.
+        generation: How the pipeline is called.
+    """
     return {
         "objects": list(OBJECTS),
         "styles": list(STYLES),
@@ -117,7 +116,7 @@ def description(record: dict[str, Any]) -> dict[str, Any]:
         "groups": {name: thing.group for name, thing in OBJECTS.items()},
         "synonyms": {name: list(thing.synonyms) for name, thing in OBJECTS.items() if thing.synonyms},
         "anchors": ANCHORS,
-        "generation": GENERATION,
+        "generation": generation,
         "training": record,
     }
 

@@ -61,8 +61,17 @@ def without_end(states: Tensor, ids: Tensor, empty: Tensor, end: int) -> Tensor:
         empty: States of the empty prompt, `(tokens, dim)`.
         end: Id of the token that ends a prompt.
     """
-    after = (ids == end).cumsum(1) > 0
-    return torch.where(after[..., None], empty, states)
+    return torch.where(after_words(ids, end)[..., None], empty, states)
+
+
+def after_words(ids: Tensor, end: int) -> Tensor:
+    """Whether each token ends the prompt or stands behind its end, `(captions, tokens)` bool.
+
+    Args:
+        ids: `(captions, tokens)`.
+        end: Id of the token that ends a prompt.
+    """
+    return (ids == end).cumsum(1) > 0
 
 
 def grounding_loss(maps: Mapping[str, Tensor], masks: Tensor, marked: Tensor, share: float) -> Tensor:
@@ -78,5 +87,6 @@ def grounding_loss(maps: Mapping[str, Tensor], masks: Tensor, marked: Tensor, sh
     for drawn in maps.values():
         wanted = share * F.adaptive_avg_pool2d(masks, (drawn.shape[2], drawn.shape[3]))
         each = F.binary_cross_entropy(drawn.clamp(1e-6, 1 - 1e-6), wanted, reduction="none").mean((2, 3))
-        losses.append(each[marked].mean())
+        # A batch in which no word is known has no loss.
+        losses.append(each[marked].sum() / marked.sum().clamp(min=1))
     return torch.stack(losses).mean()

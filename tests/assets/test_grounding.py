@@ -13,8 +13,8 @@ from transformers import CLIPTokenizer
 
 from erasure import assets
 from erasure.assets.build import everything, words
-from erasure.assets.build.denoiser import note
 from erasure.assets.build.export import export
+from erasure.assets.build.fit import note
 from erasure.assets.build.grounding import grounding_loss, object_masks, object_tokens, without_end
 from erasure.assets.scenes import Scene, caption, render
 from erasure.assets.world import SIDED_PHRASES, noun_phrase
@@ -87,6 +87,7 @@ def test_an_object_whose_word_is_unknown_has_no_loss() -> None:
     gradient = maps["layer"].grad
     assert gradient[:, 0].any()
     assert not gradient[:, 1].any()
+    assert grounding_loss(maps, masks, torch.tensor([[False, False]]), 0.6).item() == 0
 
 
 def test_captions_name_two_objects_in_either_order() -> None:
