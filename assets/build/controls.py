@@ -87,14 +87,14 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
 def measure(size: str) -> list[Row]:
     """Every concept with its own features, those of the next and of one far from it, and random ones.
 
-    No anchor takes a concept's place, so that what is gone is gone by the features alone.
+    Features are turned off, as with an anchor, but none takes their place: what is gone is gone by them alone.
     """
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
     manager, wanted = ErasureManager(pipe), concepts()
     lively = lively_latents(pipe)
-    made = [erasure.erase(pipe, concept, "itd", attach=False, progress=False, anchored=0) for concept in wanted]
+    made = [erasure.erase(pipe, concept, "itd", attach=False, progress=False, anchored=0, tau=0) for concept in wanted]
     found: dict[str, list[tuple[float, int]]] = {}
     for index, concept in enumerate(wanted):
         neighbour, stranger = (made[(index + step) % len(made)] for step in (1, len(made) // 2))

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from erasure.assets import path as embedded
 from erasure.assets.build import flow
 from erasure.assets.build.fit import processes, trained
 from erasure.assets.build.prompts import Prompts, Told, Tower
+from erasure.backbones.latents import pack
 
 CONFIG: dict[str, Any] = {
     "in_channels": 16,
@@ -59,9 +61,10 @@ def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
     return encode
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Latents as Flux reads them: a token for each 2 x 2, `(batch, tokens, channels * 4)`."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)
+def places(rows: int, columns: int) -> Tensor:
+    """Where the tokens of an image stand, `(rows * columns, 3)`: 0, row and column."""
+    grid = torch.cartesian_prod(torch.arange(float(rows)), torch.arange(float(columns)))
+    return F.pad(grid, (1, 0))
 
 
 def predict(
@@ -81,7 +84,7 @@ def predict(
         guidance: `(batch,)`, for a transformer that guides itself.
     """
     rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
-    image = FluxPipeline._prepare_latent_image_ids(1, rows, columns, noisy.device, torch.float32)
+    image = places(rows, columns).to(noisy.device)
     words = torch.zeros(told["tokens"].shape[1], 3, device=noisy.device)
     return transformer(pack(noisy), told["tokens"], told["pooled"], level, image, words, guidance).sample
 

@@ -83,13 +83,18 @@ class PackedLatents(Latents):
         return 2 * self.factor
 
     def packed(self, latents: Tensor) -> Tensor:
-        """Tokens `(batch, h / 2 * w / 2, 4 * channels)` of latents."""
-        batch, channels, rows, columns = latents.shape
-        squares = latents.view(batch, channels, rows // 2, 2, columns // 2, 2)
-        return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns // 4, 4 * channels)
+        """See `pack`."""
+        return pack(latents)
 
     def unpacked(self, latents: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Undo `packed`: latents `(batch, channels, h, w)` of a drawing of some pixels."""
         channels, rows, columns = self.shape(height, width)
         squares = latents.view(len(latents), rows // 2, columns // 2, channels, 2, 2)
         return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), channels, rows, columns)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Make tokens `(batch, h / 2 * w / 2, 4 * channels)` of latents `(batch, channels, h, w)`: one of two by two."""
+    batch, channels, rows, columns = latents.shape
+    squares = latents.view(batch, channels, rows // 2, 2, columns // 2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns // 4, 4 * channels)
