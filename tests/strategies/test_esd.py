@@ -75,7 +75,7 @@ def test_a_concept_is_gone_from_the_embedded_model_and_the_next_stays() -> None:
     """What the student is for: it predicts the target on the concept, and the teacher elsewhere."""
     pipe = erasure.load_pipeline("canvas-sd")
     made = erasure.erase(
-        pipe, Concept("banana", anchor="pizza"), "esd", steps=40, lr=1e-3, contexts=0, retain_vocabulary=4,
+        pipe, Concept("banana", anchor="pizza"), "esd", steps=60, lr=1e-3, contexts=0, retain_vocabulary=4,
         rollout_steps=4, attach=False, progress=False,
     )  # fmt: skip
     backbone = backbone_for(pipe)
