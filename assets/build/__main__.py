@@ -174,11 +174,7 @@ def sd3(work: Path = WORK, steps: int = 8000, batch: int = 48, pairs: float = 0.
 def families(
     work: Path = WORK,
     out: Path = ROOT,
-    only: tuple[Literal["canvas-flux", "canvas-sdxl", "canvas-sd3"], ...] = (
-        "canvas-flux",
-        "canvas-sdxl",
-        "canvas-sd3",
-    ),
+    only: tuple[Family, ...] = FAMILIES,
 ) -> None:
     """Write the shipped folders of the larger families, from finished parts or their last checkpoints.
 

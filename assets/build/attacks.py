@@ -51,7 +51,7 @@ def measure(out: Path, made: Path, strategies: tuple[str, ...], size: str, share
 
 
 def variant(strategy: str) -> str:
-    """What an attack calls the model that it was made on."""
+    """Name that an attack gives to its model in results: `before` for the stock model, `after` for an erased one."""
     return "before" if strategy == STOCK else "after"
 
 

@@ -40,7 +40,7 @@ def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def places(pipe: DiffusionPipeline) -> dict[str, list[Place]]:
-    """Where each part stands in an encoding."""
+    """Find where each part of a prompt stands in its encoding: the tokens of each text encoder, the pooled vector."""
     every = slice(None)
     pooled: list[Place] = [("pooled_prompt_embeds", every, every)]
     if isinstance(pipe, FluxPipeline):
@@ -68,7 +68,7 @@ def exchanged(own: Encoding, other: Encoding, at: Sequence[Place]) -> dict[str, 
 
 @torch.no_grad()
 def figures(pipe: DiffusionPipeline, scenes: list[Scene]) -> dict[str, float]:
-    """What every part does to images of scenes with one object each, all under the same noise.
+    """Measure what every part does to images of scenes with one object each, all under the same noise.
 
     Of each part: `_alone_object` and `_alone_style`, shares of images right when the other parts are the empty
     prompt's; `_without_object`, the same when only this part is the empty prompt's; `_swapped_object`, share that

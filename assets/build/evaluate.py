@@ -126,7 +126,7 @@ def evaluate(
 
 
 def paths_of_prompts(pipe: DiffusionPipeline) -> dict[str, float]:
-    """How the words of a prompt reach the picture: by attention in `canvas-sd`, by several doors in the others."""
+    """Measure how words reach the picture: their attention in `canvas-sd`, each part of an encoding in the others."""
     from erasure.assets.build import doors, words
 
     if isinstance(pipe, StableDiffusionPipeline):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from erasure import files
 
 TIMED = (["itd"], ["attention"], ["training", "--updates", "2"])
-"""What `erasure bench` times, besides the image of each strategy."""
+"""Arguments of the benchmarks that `erasure bench` runs besides its own, which times an image of each strategy."""
 
 
 class Step(NamedTuple):

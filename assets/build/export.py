@@ -100,7 +100,7 @@ def set_dtype(config: Path, dtype: str) -> None:
 
 
 def description(record: dict[str, Any], generation: dict[str, Any] = GENERATION) -> dict[str, Any]:
-    """What `canvas.json` says.
+    """Make the content of `canvas.json`.
 
     Args:
         record: Of the training.

@@ -92,7 +92,7 @@ def write_sd3(work: Path, out: Path = ROOT) -> Path:
 WRITERS: dict[str, Callable[[Path, Path], Path]] = {
     "canvas-flux": write_flux, "canvas-sdxl": write_xl, "canvas-sd3": write_sd3,
 }  # fmt: skip
-"""What writes each model from the folder of its training."""
+"""Functions that write each model, from the folder of its training into another."""
 
 
 def autoencoder(**changed: Any) -> AutoencoderKL:

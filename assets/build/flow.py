@@ -18,6 +18,7 @@ from erasure.assets import path as embedded
 from erasure.assets.build.bank import Bank
 from erasure.assets.build.fit import fit
 from erasure.assets.build.prompts import Prompts
+from erasure.backbones.parametrisation import TIMESTEPS, Flow
 
 SHIFT = 1.6
 """Shift of noise levels that suits 64 image tokens: what Flux's dynamic shift comes to."""
@@ -43,7 +44,7 @@ class State(NamedTuple):
     noisy: Tensor
     """`(batch, channels, rows, columns)`."""
     velocity: Tensor
-    """Of the same shape: the noise less the scenes."""
+    """Target of the network, of the shape of `noisy`: the noise less the scenes."""
     level: Tensor
     """`(batch,)` in 0-1."""
     told: Mapping[str, Tensor]
@@ -83,6 +84,7 @@ def train(
         steps: Optimiser steps in all; may be changed when resuming before the learning rate falls.
         seed: Seeds everything.
     """
+    way = Flow()
     device, rank, batch = accelerator.device, accelerator.process_index, recipe.batch
     vae = AutoencoderKL.from_pretrained(embedded("canvas-sd") / "vae").to(device)
     latents = folder / f"latents-{rank}.pt"
@@ -92,7 +94,8 @@ def train(
         rows, captions = bank.draw(rng, batch, recipe.drop)
         clean = bank.latents[rows]
         level = levels(batch, SHIFT).to(device)
-        noisy, velocity = noised(clean, torch.randn(clean.shape).to(device), level)
+        noise, t = torch.randn(clean.shape).to(device), TIMESTEPS * level
+        noisy, velocity = way.noised(clean, noise, t), way.target(clean, noise, t)
         empty = {part: states.expand(batch, *states.shape[1:]) for part, states in prompts.empty.items()}
         drawn, wanted = compare(State(noisy, velocity, level, prompts(captions), empty))
         return {"loss": F.mse_loss(drawn.float(), wanted)}
@@ -113,18 +116,6 @@ def levels(count: int, shift: float) -> Tensor:
     """
     level = torch.sigmoid(torch.randn(count))
     return shift * level / (1 + (shift - 1) * level)
-
-
-def noised(clean: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Noised latents, and the velocity that a model should tell from them, each of the shape of `clean`.
-
-    Args:
-        clean: `(batch, channels, rows, columns)`.
-        noise: Of the same shape.
-        level: `(batch,)` in 0-1.
-    """
-    share = level[:, None, None, None]
-    return (1 - share) * clean + share * noise, noise - clean
 
 
 def initialise(network: ModelMixin) -> None:

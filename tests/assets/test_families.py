@@ -138,13 +138,6 @@ def test_a_part_that_is_left_out_is_the_empty_prompts_or_what_is_told() -> None:
 # Flow
 
 
-def test_noise_and_velocity_are_a_straight_line() -> None:
-    clean, noise, level = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 0.3, 1.0])
-    noisy, velocity = flow.noised(clean, noise, level)
-    torch.testing.assert_close(noisy - level[:, None, None, None] * velocity, clean)
-    torch.testing.assert_close(noisy + (1 - level[:, None, None, None]) * velocity, noise)
-
-
 def test_levels_are_those_of_the_schedulers_shift() -> None:
     torch.manual_seed(0)
     plain = flow.levels(20_000, 1.0)
