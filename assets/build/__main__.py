@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, attacks, ways, gates, controls, localiser; `everything` measures all of it.
+evaluate, words, table, several, attacks, ways, gates, controls, localiser, layouts; `everything` measures all of it.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
@@ -355,6 +355,17 @@ def localiser(scenes: int = 100, every: int = 1, picture: Path | None = None) ->
         print(refused(refusals(every)))
 
 
+def layouts(prompts: int = 24) -> None:
+    """Print how often things stand where a layout asks for them, in images of A-STAR.
+
+    Args:
+        prompts: How many, each drawn with both layouts.
+    """
+    from erasure.assets.build.layouts import described, measure
+
+    print(described(*measure(prompts)))
+
+
 def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
     """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
 
@@ -373,7 +384,7 @@ def main() -> None:
     """Run one step of the build."""
     steps = (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, attacks, ways, gates,
-        controls, localiser, everything, t5, flux, distil, towers, sdxl, sd3, families,
+        controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
