@@ -14,7 +14,7 @@ from erasure.artifact import Erasure
 from erasure.cache import module_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
-from erasure.eval.samples import denoiser
+from erasure.eval.samples import drawing
 from erasure.eval.suites import Plan
 from erasure.files import digest, read_bytes, tensor_infos
 from erasure.interop import adapters, paths
@@ -30,7 +30,7 @@ def sampler_recipe(pipe: DiffusionPipeline) -> Record:
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     return {
         "scheduler": f"{type(scheduler).__name__} ({digest(config)[:8]})",
-        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "noise": "one CPU generator per sample, float32",
         "safety_checker": "off",
     }

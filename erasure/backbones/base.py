@@ -18,7 +18,7 @@ from erasure.backbones.parametrisation import Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
-from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.protocols import Denoiser, Scheduler, Settings
 from erasure.needs import Need
 
 
@@ -41,8 +41,8 @@ class TokenRun(NamedTuple):
     """The text encoders, which read the same tokens."""
     first: int = 0
     """Place of their first token among those of the conditioning."""
-    count: int | None = None
-    """Tokens; all from the first on when left out."""
+    tokens: int | None = None
+    """How many; all from the first on when left out."""
 
     @property
     def tower(self) -> TextTower:
@@ -143,7 +143,7 @@ class Backbone(ABC):
         """Where the states of each text encoder stand in the tokens of a conditioning."""
         parts = []
         for run in self.token_runs:
-            column, end = 0, None if run.count is None else run.first + run.count
+            column, end = 0, None if run.tokens is None else run.first + run.tokens
             for tower in run.towers:
                 parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
@@ -256,9 +256,9 @@ class Backbone(ABC):
     # The pipeline's call ---------------------------------------------------------------------------------------------
 
     def call_options(
-        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None,
-        negative: Sequence[str] = ("",),
-    ) -> dict[str, object]:  # fmt: skip
+        self, guidance: float | None = None, steps: int | None = None,
+        size: tuple[int | None, int | None] | None = None, negative: Sequence[str] = ("",),
+    ) -> Settings:  # fmt: skip
         """Arguments of the stock pipeline's call for a list of prompts; what is left out is the pipeline's own.
 
         Args:
@@ -284,11 +284,11 @@ class Backbone(ABC):
         """Whether the pipeline's call says how many tokens prompts are padded to."""
         return "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
 
-    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.
 
         Where all negative prompts are empty there is none: that is another input to some models, for which `null`
         stands in.
         """
-        told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
+        told: Settings = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
