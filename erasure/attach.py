@@ -198,9 +198,11 @@ class ErasureManager:
             guards.install(modules, backbone, now)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
+                CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
+                CallGuard.remove(self.pipe, "check_inputs")
             kept = {name: parts for name, parts in known.items() if name not in dropped}
             for component, state in now.items():
                 for name in state.record.attached:

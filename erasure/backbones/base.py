@@ -51,7 +51,7 @@ class TokenRun(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where the states of one text encoder stand in the tokens of a conditioning."""
+    """Where the states of one text encoder stand in the tokens of a conditioning, or its vector in the pooled one."""
 
     component: str
     places: slice
@@ -147,6 +147,15 @@ class Backbone(ABC):
             for tower in run.towers:
                 parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
+        return parts
+
+    def pooled(self) -> list[Written]:
+        """Where the pooled vector of each text encoder stands in that of a conditioning: side by side, in order."""
+        parts, column = [], 0
+        for tower in self.towers:
+            if tower.pooled:
+                parts.append(Written(tower.component, slice(None), slice(column, column + tower.pooled_width)))
+                column += tower.pooled_width
         return parts
 
     def tower(self, component: str) -> TextTower:
