@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from erasure.backbones.latents import Latents
 from erasure.backbones.parametrisation import Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
+from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler
 from erasure.needs import Need
 
@@ -39,6 +41,8 @@ class TokenRun(NamedTuple):
     """The text encoders, which read the same tokens."""
     first: int = 0
     """Place of their first token among those of the conditioning."""
+    count: int | None = None
+    """Tokens; all from the first on when left out."""
 
     @property
     def tower(self) -> TextTower:
@@ -118,6 +122,11 @@ class Backbone(ABC):
     def entry_layers(self) -> list[EntryLayer]:
         """The linear layers through which text enters the denoiser."""
 
+    def entry(self, path: str, source: Source = "tokens", columns: slice = slice(None)) -> EntryLayer:
+        """The linear layer at a path of the denoiser; the rest is as `EntryLayer` says."""
+        layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
+        return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
+
     # Text ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -132,9 +141,9 @@ class Backbone(ABC):
 
     def written(self) -> list[Written]:
         """Where the states of each text encoder stand in the tokens of a conditioning."""
-        parts, runs = [], self.token_runs
-        for run, end in zip(runs, [*(run.first for run in runs[1:]), None], strict=True):
-            column = 0
+        parts = []
+        for run in self.token_runs:
+            column, end = 0, None if run.count is None else run.first + run.count
             for tower in run.towers:
                 parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
@@ -215,6 +224,11 @@ class Backbone(ABC):
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Latents of a sampling run as the denoiser wants them: some schedulers carry them at another scale."""
 
+    @property
+    def told_guidance(self) -> bool:
+        """Whether the denoiser is told the scale of guidance, so that a step takes one pass and no empty prompt."""
+        return False
+
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
         """One forward pass of the denoiser, shaped as `x_t`; differentiable.
@@ -242,17 +256,39 @@ class Backbone(ABC):
     # The pipeline's call ---------------------------------------------------------------------------------------------
 
     def call_options(
-        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None
-    ) -> dict[str, float]:
-        """Arguments of the stock pipeline's call; what is left out is the pipeline's own.
+        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None,
+        negative: Sequence[str] = ("",),
+    ) -> dict[str, object]:  # fmt: skip
+        """Arguments of the stock pipeline's call for a list of prompts; what is left out is the pipeline's own.
 
         Args:
             guidance: Scale of guidance.
             steps: Denoising steps.
             size: Height and width in pixels; those of the session when left out.
+            negative: Negative prompt of each prompt.
+
+        Raises:
+            OptionError: A size that the model cannot draw, or a negative prompt that it would not read.
         """
         height, width = size or self.size or (None, None)
+        self.latents.shape(height, width)
         given = {
-            "guidance_scale": guidance, "num_inference_steps": steps, "height": height, "width": width,
+            "num_inference_steps": steps, "height": height, "width": width,
+            "max_sequence_length": self.length if self.takes_length else None,
         }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
+        told = {name: value for name, value in given.items() if value is not None}
+        return {**self.guidance_options(guidance, negative), **told}
+
+    @property
+    def takes_length(self) -> bool:
+        """Whether the pipeline's call says how many tokens prompts are padded to."""
+        return "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
+
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+        """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.
+
+        Where all negative prompts are empty there is none: that is another input to some models, for which `null`
+        stands in.
+        """
+        told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
+        return {**told, "negative_prompt": list(negative)} if any(negative) else told

