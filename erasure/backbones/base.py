@@ -19,6 +19,7 @@ from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.rounds import together
 from erasure.needs import Need
 
 
@@ -171,7 +172,7 @@ class Backbone(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
-        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
+        return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
@@ -181,12 +182,8 @@ class Backbone(ABC):
             output: What it gives for the prompts.
             prompts: What the others read.
         """
-        others = {
-            tower.component: tower.encode(tower.tokenize(prompts))
-            for tower in self.towers
-            if tower.component != component
-        }
-        return self.compose({**others, component: output})
+        others = [tower for tower in self.towers if tower.component != component]
+        return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
         """What the pipeline tells the denoiser for guidance where no negative prompt is given.
@@ -301,3 +298,8 @@ class Backbone(ABC):
         """
         told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
+
+
+def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
+    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})
