@@ -273,11 +273,15 @@ def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:
     """Names of the erasures whose concept or anchor a negative prompt names."""
     texts = given.get("negative_prompt") or ()
     texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
-    found = []
+    if not any(texts):
+        return ""
+    found, written = [], "\n".join(texts).casefold()
     for name, attached in {name: one for state in states for name, one in state.in_force().items()}.items():
         concepts = attached.erasure.concepts
         words = [word for concept in concepts for word in (*concept.names, concept.anchor) if word]
-        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words for text in texts):
+        # An expression for each of a thousand words would cost more than an image's text encoder.
+        likely = (word for word in words if word.casefold() in written)
+        if any(re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", written) for word in likely):
             found.append(name)
     return ", ".join(found)
 

@@ -142,7 +142,7 @@ class GatedEdit:
         """How surely each token holds each concept, `(batch, tokens, concepts)`."""
         if by_probe:
             return x @ self.edit.probe + self.edit.probe_bias
-        return latents @ self.votes + self.edit.bias
+        return product(latents, self.votes) + self.edit.bias
 
     def scores(self, x: Tensor, words: Tensor, by_probe: bool | None = None) -> Tensor:
         """How surely each concept is in each prompt, `(batch, concepts)` in 0-1.
@@ -185,10 +185,10 @@ class GatedEdit:
                 on = straight_through(on, torch.where(tail, whole, own_share)[..., None])
             change = on * (self.filler[: x.shape[1]] - x)
         else:
-            on = (where.to(x.dtype) @ self.belongs).clamp(max=1)
+            on = product(where.to(x.dtype), self.belongs).clamp(max=1)
             if smooth is not None:
                 on = straight_through(on.expand(*x.shape[:2], -1), smooth[self.local] @ self.belongs)
-            change = (on * (self.edit.gain * latents + self.edit.offset * (latents > 0))) @ self.edit.w_dec
+            change = product(on * (self.edit.gain * latents + self.edit.offset * (latents > 0)), self.edit.w_dec)
         after = torch.arange(x.shape[1], device=x.device) >= self.first
         return change * after[:, None], opened.any(-1)[:, 0]
 
@@ -211,6 +211,20 @@ BlockEdit = FeatureEdit | ReconstructionEdit
 """What is done at the output of one block."""
 Terms = list[tuple[float, BlockEdit]]
 """(strength, edit) pairs of one block."""
+
+
+def product(sparse: Tensor, matrix: Tensor) -> Tensor:
+    """`sparse @ matrix`, without the rows of the matrix that only zeros meet: of many concepts few are in a prompt.
+
+    Args:
+        sparse: `(..., rows)`, most of it 0.
+        matrix: `(rows, columns)`.
+    """
+    if sparse.requires_grad or torch.compiler.is_compiling():
+        return sparse @ matrix
+    met = sparse.flatten(0, -2).any(0).nonzero()[:, 0]
+    # Gathering rows costs more than it saves where most are met.
+    return sparse[..., met] @ matrix[met] if 2 * len(met) < len(matrix) else sparse @ matrix
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
