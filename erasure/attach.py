@@ -28,7 +28,7 @@ from erasure.fitting import (
     warn_of_same_edits,
 )  # fmt: skip
 from erasure.interop import adapters, patches, scopes
-from erasure.interop.pipelines import CallGuard, components_of
+from erasure.interop.pipelines import CallGuard, EncodedTogether, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
@@ -164,6 +164,7 @@ class ErasureManager:
             for name in names:
                 brought.setdefault(name, []).append(component)
         vars(self.pipe)[_NAMES] = brought
+        EncodedTogether.set(self.pipe, any(state.shares_gates for state in self._states().values()))
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -198,9 +199,12 @@ class ErasureManager:
             guards.install(modules, backbone, now)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
+                CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
+                CallGuard.remove(self.pipe, "check_inputs")
+            EncodedTogether.set(self.pipe, any(state.shares_gates for state in now.values()))
             kept = {name: parts for name, parts in known.items() if name not in dropped}
             for component, state in now.items():
                 for name in state.record.attached:

@@ -19,6 +19,7 @@ from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler, Settings
+from erasure.interop.rounds import together
 from erasure.needs import Need
 
 
@@ -51,7 +52,7 @@ class TokenRun(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where the states of one text encoder stand in the tokens of a conditioning."""
+    """Where the states of one text encoder stand in the tokens of a conditioning, or its vector in the pooled one."""
 
     component: str
     places: slice
@@ -149,6 +150,15 @@ class Backbone(ABC):
                 column += tower.width
         return parts
 
+    def pooled(self) -> list[Written]:
+        """Where the pooled vector of each text encoder stands in that of a conditioning: side by side, in order."""
+        parts, column = [], 0
+        for tower in self.towers:
+            if tower.pooled:
+                parts.append(Written(tower.component, slice(None), slice(column, column + tower.pooled_width)))
+                column += tower.pooled_width
+        return parts
+
     def tower(self, component: str) -> TextTower:
         """The text encoder of a name."""
         return next(tower for tower in self.towers if tower.component == component)
@@ -162,7 +172,7 @@ class Backbone(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
-        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
+        return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
@@ -172,12 +182,8 @@ class Backbone(ABC):
             output: What it gives for the prompts.
             prompts: What the others read.
         """
-        others = {
-            tower.component: tower.encode(tower.tokenize(prompts))
-            for tower in self.towers
-            if tower.component != component
-        }
-        return self.compose({**others, component: output})
+        others = [tower for tower in self.towers if tower.component != component]
+        return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
         """What the pipeline tells the denoiser for guidance where no negative prompt is given.
@@ -292,3 +298,8 @@ class Backbone(ABC):
         """
         told: Settings = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
+
+
+def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
+    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})

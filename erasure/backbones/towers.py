@@ -133,6 +133,18 @@ class TextTower:
         """
         return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
 
+    @property
+    def pooling(self) -> nn.Module:
+        """The module that the pooled vector leaves through: its projection, or the last norm where it has none."""
+        projection = getattr(self.module, "text_projection", None)
+        return projection if isinstance(projection, nn.Module) else self.root.get_submodule(self.norm_path)
+
+    @property
+    def pooled_width(self) -> int:
+        """Length of the pooled vector."""
+        projection = paths.base_layer(self.pooling)
+        return projection.out_features if isinstance(projection, nn.Linear) else self.width
+
     # Text to tokens --------------------------------------------------------------------------------------------------
 
     @property

@@ -51,7 +51,7 @@ class UNetBackbone(Backbone):
     def parametrisation(self) -> Diffusion:
         """As the scheduler says."""
         scheduler = self.pipe.scheduler
-        prediction = scheduler.config.prediction_type
+        prediction = scheduler.config.get("prediction_type")
         if prediction not in PREDICTIONS:
             raise UnsupportedModelError(
                 f"{type(scheduler).__name__} says that the UNet predicts {prediction!r}; known: "
