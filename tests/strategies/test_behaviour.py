@@ -66,10 +66,10 @@ REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
-    ("advunlearn", "stable-diffusion-xl"): ONE_OF_TWO,
+    **{("advunlearn", family): ONE_OF_TWO for family in ("stable-diffusion-xl", "stable-diffusion-3", "flux")},
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
-NAMES = ["stable-diffusion", "stable-diffusion-xl"]
+NAMES = [family.family for family in FAMILIES]
 FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 
