@@ -118,6 +118,11 @@ class Backbone(ABC):
     def entry_layers(self) -> list[EntryLayer]:
         """The linear layers through which text enters the denoiser."""
 
+    def text_layers(self) -> list[str]:
+        """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
+        doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
+        return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
+
     # Text ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -215,15 +220,23 @@ class Backbone(ABC):
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Latents of a sampling run as the denoiser wants them: some schedulers carry them at another scale."""
 
+    @property
+    def told_guidance(self) -> bool:
+        """Whether the denoiser is told the scale of guidance, so that a step takes one pass and no empty prompt."""
+        return False
+
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """One forward pass of the denoiser, shaped as `x_t`; differentiable.
 
         Args:
             x_t: `(batch, channels, h, w)`, never packed.
             t: Noise levels: one for the batch, or `(batch,)`.
             conditioning: Of as many prompts.
-            guidance: Scale that a model which was distilled for guidance is told; 1, which is none, when left out.
+            guidance: Scale that a model which was distilled for guidance is told, one for the batch or `(batch,)`; 1,
+                which is none, when left out.
         """
 
     def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:

@@ -60,7 +60,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
-    ("advunlearn", "stable-diffusion-xl"): ONE_OF_TWO,
     ("itd", "stable-diffusion-xl"): ONE_OF_TWO,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
