@@ -101,6 +101,11 @@ class Backbone(ABC):
         return text_towers(self.pipe, self.length)
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens that the text encoder of free length pads prompts to; `None` where all have a fixed length."""
+        return next((tower.max_length for tower in self.towers if not tower.causal), None)
+
+    @property
     def denoiser(self) -> Denoiser:
         """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
