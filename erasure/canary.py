@@ -153,7 +153,7 @@ def _predicted(backbone: Backbone, conditioning: Conditioning) -> Tensor | None:
     if getattr(denoiser, "encoder_hid_proj", None) is not None or hooks.is_stateful(denoiser):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, denoiser.config.in_channels, SIDE, SIDE, generator=generator)
+    x = torch.randn(1, backbone.latents.channels, SIDE, SIDE, generator=generator)
     rows = len(conditioning)
     x = x.expand(rows, -1, -1, -1).to(conditioning.tokens.device, backbone.dtype)
     t = torch.full((rows,), 500, device=x.device)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ChromaPipeline,
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from erasure.errors import UnsupportedModelError
 from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
+from erasure.pipelines.flow_matching import (
+    ChromaErasurePipeline,
+    FluxErasurePipeline,
+    StableDiffusion3ErasurePipeline,
+)
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin, base_of
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline
@@ -20,6 +32,12 @@ PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
         "StableDiffusionErasurePipeline": StableDiffusionErasurePipeline,
         "StableDiffusionXLPipeline": StableDiffusionXLErasurePipeline,
         "StableDiffusionXLErasurePipeline": StableDiffusionXLErasurePipeline,
+        "StableDiffusion3Pipeline": StableDiffusion3ErasurePipeline,
+        "StableDiffusion3ErasurePipeline": StableDiffusion3ErasurePipeline,
+        "FluxPipeline": FluxErasurePipeline,
+        "FluxErasurePipeline": FluxErasurePipeline,
+        "ChromaPipeline": ChromaErasurePipeline,
+        "ChromaErasurePipeline": ChromaErasurePipeline,
     },
     "object-removal": {
         "StableDiffusionPipeline": StableDiffusionObjectRemovalPipeline,
@@ -40,6 +58,9 @@ PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
 
 register_auto_pipeline(StableDiffusionErasurePipeline, StableDiffusionPipeline)
 register_auto_pipeline(StableDiffusionXLErasurePipeline, StableDiffusionXLPipeline)
+register_auto_pipeline(StableDiffusion3ErasurePipeline, StableDiffusion3Pipeline)
+register_auto_pipeline(FluxErasurePipeline, FluxPipeline)
+register_auto_pipeline(ChromaErasurePipeline, ChromaPipeline)
 
 
 def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPipeline]:
@@ -57,10 +78,24 @@ def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPi
     return known[stock]
 
 
+def drop_in(pipe: object, task: Task) -> type[DiffusionPipeline]:
+    """The drop-in that does a task on the components of a pipeline, which may be of a user's own subclass.
+
+    Raises:
+        UnsupportedModelError: There is none for its class and all that it is derived from.
+    """
+    known = PIPELINES[task]
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    return pipeline_class(next((name for name in names if name in known), names[0]), task)
+
+
 __all__ = [
     "ATTACHED_FILE",
     "PIPELINES",
+    "ChromaErasurePipeline",
     "ErasureMixin",
+    "FluxErasurePipeline",
+    "StableDiffusion3ErasurePipeline",
     "StableDiffusionAStarPipeline",
     "StableDiffusionErasurePipeline",
     "StableDiffusionObjectRemovalPipeline",
@@ -69,5 +104,6 @@ __all__ = [
     "StableDiffusionXLObjectRemovalPipeline",
     "Task",
     "base_of",
+    "drop_in",
     "pipeline_class",
 ]

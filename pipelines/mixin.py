@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from erasure import api, assets, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.backbones import Backbone, backbone_for
 from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
@@ -88,10 +89,16 @@ class SharedModulesMixin:
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
                     # By name, those too that a call of ours hands on to the stock call.
                     guards.check_call(components_of(self), {**kwargs, **named})
-                    return stock(self, *args, **kwargs)
+                    with guards.calling():
+                        return stock(self, *args, **kwargs)
 
             leased._leased = True  # type: ignore[attr-defined]
             cls.__call__ = leased  # type: ignore[assignment]
+
+    @property
+    def _backbone(self) -> Backbone:
+        """The pipeline seen through its family."""
+        return backbone_for(cast("DiffusionPipeline", self))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:

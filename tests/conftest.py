@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import string
 from collections.abc import Callable, Iterator
@@ -77,8 +78,8 @@ def make_tiny_clip(tokenizer: Any, projected: bool = False, seed: int | None = N
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval().requires_grad_(False)
 
 
-def make_tiny_t5(seed: int = 4) -> Any:
-    """A T5 encoder of width 32 and three blocks with random weights, and a tokeniser of letters and `WORDS`."""
+def make_tiny_t5(seed: int = 4, width: int = 32) -> Any:
+    """A T5 encoder of three blocks with random weights, and a tokeniser of letters and `WORDS`."""
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -88,16 +89,55 @@ def make_tiny_t5(seed: int = 4) -> Any:
     tokenizer = T5Tokenizer(vocab=[*special, *scores], extra_ids=0)
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return T5EncoderModel(config).eval().requires_grad_(False), tokenizer
 
 
+def make_tiny_vae(shift: float | None = None) -> Any:
+    """An `AutoencoderKL` of four channels that halves the sides of images, with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
+        shift_factor=shift,
+    )  # fmt: skip
+
+
+def flow_scheduler(**options: Any) -> Any:
+    """The sampler of flow matching."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+TINY = Path(__file__).parent / "tiny"
+"""Folder whose `canvas.json` declares images of 32x32 and prompts of 32 tokens: T5 pads to 512 elsewhere."""
+
+
+def declared(pipe: Any) -> Any:
+    """A pipeline whose networks are still, and which declares what `TINY` says."""
+    pipe.register_to_config(_name_or_path=str(TINY))
+    return still(pipe)
+
+
+def still(pipe: Any) -> Any:
+    """A pipeline whose networks do not train and which shows no progress."""
+    import torch
+
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def make_tiny_pipe(seed: int = 0) -> Any:
     """A `StableDiffusionPipeline` of 16x16 latents and 32x32 images with random weights."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     tokenizer = make_tiny_tokenizer()
     torch.manual_seed(seed)
@@ -106,10 +146,7 @@ def make_tiny_pipe(seed: int = 0) -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=32,
-    )  # fmt: skip
+    vae = make_tiny_vae()
     text_encoder = make_tiny_clip(tokenizer)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
@@ -119,10 +156,7 @@ def make_tiny_pipe(seed: int = 0) -> Any:
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    for component in (unet, vae, text_encoder):
-        component.eval().requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return still(pipe)
 
 
 @pytest.fixture(scope="session")
@@ -165,9 +199,70 @@ def make_tiny_xl(seed: int = 0) -> Any:
     return pipe
 
 
+def make_tiny_flux(seed: int = 0, guidance_embeds: bool = True) -> Any:
+    """A `FluxPipeline` of 16x16 latents of one value and 32x32 images with random weights, distilled for guidance."""
+    import torch
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    tokenizer = make_tiny_tokenizer()
+    clip = make_tiny_clip(tokenizer)
+    t5, pieces = make_tiny_t5(seed + 4)
+    return declared(FluxPipeline(
+        vae=make_tiny_vae(0.1), transformer=transformer, text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5,
+        tokenizer_2=pieces, scheduler=flow_scheduler(use_dynamic_shifting=True),
+    ))  # fmt: skip
+
+
+def make_tiny_chroma(seed: int = 0) -> Any:
+    """A `ChromaPipeline` of 16x16 latents and 32x32 images with random weights."""
+    import torch
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    t5, pieces = make_tiny_t5(seed + 4)
+    return declared(ChromaPipeline(
+        vae=make_tiny_vae(0.1), transformer=transformer, text_encoder=t5, tokenizer=pieces,
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+    ))  # fmt: skip
+
+
+def make_tiny_sd3(seed: int = 0) -> Any:
+    """A `StableDiffusion3Pipeline` of 16x16 latents and 32x32 images with random weights, T5 included."""
+    import torch
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=80, caption_projection_dim=32, pooled_projection_dim=64,
+        pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    first, second = make_tiny_tokenizer(), make_tiny_tokenizer()
+    clips = [make_tiny_clip(words, projected=True) for words in (first, second)]
+    t5, pieces = make_tiny_t5(seed + 4, width=80)
+    return declared(StableDiffusion3Pipeline(
+        vae=make_tiny_vae(0.1), transformer=transformer, text_encoder=clips[0], tokenizer=first,
+        text_encoder_2=clips[1], tokenizer_2=second, text_encoder_3=t5, tokenizer_3=pieces,
+        scheduler=flow_scheduler(shift=3.0),
+    ))  # fmt: skip
+
+
 MODELS: dict[str, Callable[..., Any]] = {
     "stable-diffusion": make_tiny_pipe,
     "stable-diffusion-xl": make_tiny_xl,
+    "stable-diffusion-3": make_tiny_sd3,
+    "flux": make_tiny_flux,
+    "chroma": make_tiny_chroma,
     "latent-consistency": make_tiny_latent_consistency,
 }
 """Makes tiny pipelines with random weights: of every family, by its name, and of kinds that can do less."""
@@ -225,6 +320,8 @@ def draw_image(
 
     generator = torch.Generator().manual_seed(seed)
     options = {"height": 32, "width": 32, "output_type": "np", **options}
+    if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+        options.setdefault("max_sequence_length", 32)
     made = pipe(prompt, num_inference_steps=steps, generator=generator, **options).images[0]
     return torch.from_numpy(made)
 

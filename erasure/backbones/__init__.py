@@ -6,13 +6,18 @@ from diffusers import DiffusionPipeline
 
 from erasure.backbones.base import Backbone, EntryLayer, TokenRun
 from erasure.backbones.conditioning import Conditioning
+from erasure.backbones.flux import ChromaBackbone, FluxBackbone
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
+from erasure.backbones.stable_diffusion_3 import StableDiffusion3Backbone
 from erasure.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from erasure.backbones.towers import PromptTokens, TextTower, TowerOutput, text_towers
 from erasure.errors import UnsupportedModelError
+from erasure.world import World
 
-FAMILIES: tuple[type[Backbone], ...] = (StableDiffusionBackbone, StableDiffusionXLBackbone)
+FAMILIES: tuple[type[Backbone], ...] = (
+    StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone, ChromaBackbone,
+)  # fmt: skip
 """Known families; the first that matches a pipeline is taken."""
 
 
@@ -23,15 +28,17 @@ def backbone_for(
 
     Args:
         pipe: The pipeline.
-        size: See `Backbone`.
-        length: See `Backbone`.
+        size: See `Backbone`; what the model declares (`erasure.world.World`) when left out.
+        length: See `Backbone`; what the model declares when left out.
 
     Raises:
-        UnsupportedModelError: No family matches.
+        UnsupportedModelError: No family matches, or a part is missing without which it cannot be told anything.
+        ArtifactError: The model's `canvas.json` is damaged.
     """
     for family in FAMILIES:
         if family.matches(pipe):
-            return family(pipe, size=size, length=length)
+            world = World.of(pipe)
+            return family(pipe, size=size or world.size, length=length or world.text_length)
     known = ", ".join(family.family for family in FAMILIES)
     raise UnsupportedModelError(f"{type(pipe).__name__} belongs to no supported family ({known})")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +17,9 @@ from erasure.backbones.latents import Latents
 from erasure.backbones.parametrisation import Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
+from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.rounds import together
 from erasure.needs import Need
 
 
@@ -39,6 +42,8 @@ class TokenRun(NamedTuple):
     """The text encoders, which read the same tokens."""
     first: int = 0
     """Place of their first token among those of the conditioning."""
+    count: int | None = None
+    """Tokens; all from the first on when left out."""
 
     @property
     def tower(self) -> TextTower:
@@ -47,7 +52,7 @@ class TokenRun(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where the states of one text encoder stand in the tokens of a conditioning."""
+    """Where the states of one text encoder stand in the tokens of a conditioning, or its vector in the pooled one."""
 
     component: str
     places: slice
@@ -96,6 +101,11 @@ class Backbone(ABC):
         return text_towers(self.pipe, self.length)
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens that the text encoder of free length pads prompts to; `None` where all have a fixed length."""
+        return next((tower.max_length for tower in self.towers if not tower.causal), None)
+
+    @property
     def denoiser(self) -> Denoiser:
         """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
@@ -118,6 +128,11 @@ class Backbone(ABC):
     def entry_layers(self) -> list[EntryLayer]:
         """The linear layers through which text enters the denoiser."""
 
+    def entry(self, path: str, source: Source = "tokens", columns: slice = slice(None)) -> EntryLayer:
+        """The linear layer at a path of the denoiser; the rest is as `EntryLayer` says."""
+        layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
+        return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
+
     def text_layers(self) -> list[str]:
         """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
         doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
@@ -137,12 +152,21 @@ class Backbone(ABC):
 
     def written(self) -> list[Written]:
         """Where the states of each text encoder stand in the tokens of a conditioning."""
-        parts, runs = [], self.token_runs
-        for run, end in zip(runs, [*(run.first for run in runs[1:]), None], strict=True):
-            column = 0
+        parts = []
+        for run in self.token_runs:
+            column, end = 0, None if run.count is None else run.first + run.count
             for tower in run.towers:
                 parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
+        return parts
+
+    def pooled(self) -> list[Written]:
+        """Where the pooled vector of each text encoder stands in that of a conditioning: side by side, in order."""
+        parts, column = [], 0
+        for tower in self.towers:
+            if tower.pooled:
+                parts.append(Written(tower.component, slice(None), slice(column, column + tower.pooled_width)))
+                column += tower.pooled_width
         return parts
 
     def tower(self, component: str) -> TextTower:
@@ -158,7 +182,7 @@ class Backbone(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
-        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
+        return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
@@ -168,12 +192,8 @@ class Backbone(ABC):
             output: What it gives for the prompts.
             prompts: What the others read.
         """
-        others = {
-            tower.component: tower.encode(tower.tokenize(prompts))
-            for tower in self.towers
-            if tower.component != component
-        }
-        return self.compose({**others, component: output})
+        others = [tower for tower in self.towers if tower.component != component]
+        return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
         """What the pipeline tells the denoiser for guidance where no negative prompt is given.
@@ -255,17 +275,44 @@ class Backbone(ABC):
     # The pipeline's call ---------------------------------------------------------------------------------------------
 
     def call_options(
-        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None
-    ) -> dict[str, float]:
-        """Arguments of the stock pipeline's call; what is left out is the pipeline's own.
+        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None,
+        negative: Sequence[str] = ("",),
+    ) -> dict[str, object]:  # fmt: skip
+        """Arguments of the stock pipeline's call for a list of prompts; what is left out is the pipeline's own.
 
         Args:
             guidance: Scale of guidance.
             steps: Denoising steps.
             size: Height and width in pixels; those of the session when left out.
+            negative: Negative prompt of each prompt.
+
+        Raises:
+            OptionError: A size that the model cannot draw, or a negative prompt that it would not read.
         """
         height, width = size or self.size or (None, None)
+        self.latents.shape(height, width)
         given = {
-            "guidance_scale": guidance, "num_inference_steps": steps, "height": height, "width": width,
+            "num_inference_steps": steps, "height": height, "width": width,
+            "max_sequence_length": self.length if self.takes_length else None,
         }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
+        told = {name: value for name, value in given.items() if value is not None}
+        return {**self.guidance_options(guidance, negative), **told}
+
+    @property
+    def takes_length(self) -> bool:
+        """Whether the pipeline's call says how many tokens prompts are padded to."""
+        return "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
+
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+        """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.
+
+        Where all negative prompts are empty there is none: that is another input to some models, for which `null`
+        stands in.
+        """
+        told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
+        return {**told, "negative_prompt": list(negative)} if any(negative) else told
+
+
+def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
+    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})

@@ -26,6 +26,8 @@ class Latents:
     """Standard deviation of all latents is 1 after multiplying those of the VAE by this."""
     shift: float = 0.0
     """Mean of the VAE's latents, taken off ahead of that."""
+    patch: int = 1
+    """Latent values along a side of one token of the denoiser."""
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Channels, rows and columns for a drawing of some pixels.
@@ -53,7 +55,7 @@ class Latents:
     @property
     def step(self) -> int:
         """Pixels that the sides of a drawing are multiples of."""
-        return self.factor
+        return self.patch * self.factor
 
     def for_vae(self, latents: Tensor) -> Tensor:
         """Latents of the sampler as the VAE decodes them."""
@@ -77,10 +79,7 @@ class Latents:
 class PackedLatents(Latents):
     """Latents of which two by two neighbours make one token, as Flux has them."""
 
-    @property
-    def step(self) -> int:
-        """See `Latents.step`: two latent values."""
-        return 2 * self.factor
+    patch: int = 2
 
     def packed(self, latents: Tensor) -> Tensor:
         """See `pack`."""
@@ -88,9 +87,8 @@ class PackedLatents(Latents):
 
     def unpacked(self, latents: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Undo `packed`: latents `(batch, channels, h, w)` of a drawing of some pixels."""
-        channels, rows, columns = self.shape(height, width)
-        squares = latents.view(len(latents), rows // 2, columns // 2, channels, 2, 2)
-        return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), channels, rows, columns)
+        _, rows, columns = self.shape(height, width)
+        return unpack(latents, rows, columns)
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -98,3 +96,10 @@ def pack(latents: Tensor) -> Tensor:
     batch, channels, rows, columns = latents.shape
     squares = latents.view(batch, channels, rows // 2, 2, columns // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns // 4, 4 * channels)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `pack`: latents `(batch, channels, rows, columns)`."""
+    batch, channels = len(tokens), tokens.shape[2] // 4
+    squares = tokens.view(batch, rows // 2, columns // 2, channels, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows, columns)

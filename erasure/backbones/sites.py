@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -70,11 +70,11 @@ def attention_sites(denoiser: nn.Module) -> list[AttentionSite]:
         return list(_unet_sites(network))
     if isinstance(network, SD3Transformer2DModel):
         return list(_sd3_sites(network))
-    if isinstance(network, FluxTransformer2DModel):
+    if isinstance(network, (FluxTransformer2DModel, ChromaTransformer2DModel)):
         return list(_flux_sites(network))
     raise UnsupportedModelError(
         f"the attention layers of {type(network).__name__} are not known; known: UNet2DConditionModel, "
-        "SD3Transformer2DModel, FluxTransformer2DModel"
+        "SD3Transformer2DModel, FluxTransformer2DModel, ChromaTransformer2DModel"
     )
 
 

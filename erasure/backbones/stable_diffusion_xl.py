@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -56,11 +55,9 @@ class StableDiffusionXLBackbone(UNetBackbone):
 
     def entry_layers(self) -> list[EntryLayer]:
         """Those of cross-attention, and the layer that reads the pooled vector ahead of the codes of sizes."""
-        unet = cast(UNet2DConditionModel, paths.uncompiled(self.denoiser))
-        layer = cast(nn.Linear, paths.base_layer(unet.add_embedding.linear_1))
-        codes = 6 * unet.config.addition_time_embed_dim
-        pooled = slice(layer.in_features - codes)
-        return [*super().entry_layers(), EntryLayer("unet/add_embedding.linear_1", layer, "pooled", pooled)]
+        first = self.entry("add_embedding.linear_1", "pooled")
+        codes = 6 * self.denoiser.config.addition_time_embed_dim
+        return [*super().entry_layers(), first._replace(columns=slice(first.module.in_features - codes))]
 
     @property
     def latents(self) -> Latents:

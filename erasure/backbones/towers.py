@@ -17,6 +17,8 @@ from erasure.interop import learned, paths
 from erasure.interop.encoders import Anatomy, anatomy_of, blocks_of
 from erasure.interop.protocols import EncoderOutput, Tokenizer
 
+SD3_LENGTH, T5_LENGTH = 256, 512
+"""Tokens that SD3 pads T5's prompts to, and those that other pipelines do, unless their call says otherwise."""
 END_OF_WORD, START_OF_WORD = "</w>", "▁"
 """Marks in the tokens of CLIP's tokeniser, and of T5's."""
 
@@ -39,12 +41,18 @@ class TowerOutput(NamedTuple):
     """`(batch, tokens, dim)`."""
     pooled: Tensor | None = None
     """`(batch, dim)`, where the denoiser reads a vector that sums the prompt up."""
+    mask: Tensor | None = None
+    """`(batch, tokens)`: 1 at the tokens of the prompt, where the text encoder was told which are padding."""
 
     @staticmethod
     def cat(parts: Sequence[TowerOutput]) -> TowerOutput:
         """Those of several batches, one after the other."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return TowerOutput(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+        masks = [part.mask for part in parts if part.mask is not None]
+        return TowerOutput(
+            torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None,
+            torch.cat(masks) if masks else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,18 @@ class TextTower:
         """
         return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
 
+    @property
+    def pooling(self) -> nn.Module:
+        """The module that the pooled vector leaves through: its projection, or the last norm where it has none."""
+        projection = getattr(self.module, "text_projection", None)
+        return projection if isinstance(projection, nn.Module) else self.root.get_submodule(self.norm_path)
+
+    @property
+    def pooled_width(self) -> int:
+        """Length of the pooled vector."""
+        projection = paths.base_layer(self.pooling)
+        return projection.out_features if isinstance(projection, nn.Linear) else self.width
+
     # Text to tokens --------------------------------------------------------------------------------------------------
 
     @property
@@ -204,7 +224,8 @@ class TextTower:
         output = self.module(
             tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=self.consumed != -1
         )
-        return TowerOutput(self.consumed_states(output), self._pooled_of(output) if self.pooled else None)
+        pooled = self._pooled_of(output) if self.pooled else None
+        return TowerOutput(self.consumed_states(output), pooled, tokens.attention_mask)
 
     def consumed_states(self, output: EncoderOutput) -> Tensor:
         """The states that the denoiser reads, `(batch, tokens, dim)`, from what the encoder or its root gives."""
@@ -255,7 +276,7 @@ def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[Text
 
     What the denoiser reads follows from which encoders there are, as diffusers' pipelines have it: Stable Diffusion
     1.x and 2.x the last state of their one CLIP; SDXL and SD3 the last but one of theirs, SD3 a T5 of 256 tokens
-    beside them; Flux a T5 of 512 tokens and nothing but the pooled vector of its CLIP.
+    beside them; Flux a T5 of 512 tokens and nothing but the pooled vector of its CLIP; Chroma a T5 of 512 tokens.
 
     Args:
         pipe: The pipeline.
@@ -274,8 +295,9 @@ def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[Text
     for name, encoder in encoders.items():
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         if is_t5[name]:
-            padded = length or (256 if name == "text_encoder_3" else 512)
-            towers.append(TextTower(name, encoder, tokenizer, padded, pipe=pipe))
+            padded = length or (SD3_LENGTH if name == "text_encoder_3" else T5_LENGTH)
+            # Alone it is told which tokens are padding.
+            towers.append(TextTower(name, encoder, tokenizer, padded, uses_attention_mask=len(parts) == 1, pipe=pipe))
             continue
         # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.
         consumed = -2 if len(clips) > 1 else -1

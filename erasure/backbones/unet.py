@@ -51,7 +51,7 @@ class UNetBackbone(Backbone):
     def parametrisation(self) -> Diffusion:
         """As the scheduler says."""
         scheduler = self.pipe.scheduler
-        prediction = scheduler.config.prediction_type
+        prediction = scheduler.config.get("prediction_type")
         if prediction not in PREDICTIONS:
             raise UnsupportedModelError(
                 f"{type(scheduler).__name__} says that the UNet predicts {prediction!r}; known: "
@@ -90,6 +90,11 @@ class UNetBackbone(Backbone):
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """As the scheduler scales it."""
         return self.pipe.scheduler.scale_model_input(x_t, t)
+
+    @property
+    def told_guidance(self) -> bool:
+        """Of a latent consistency UNet."""
+        return self.denoiser.config.time_cond_proj_dim is not None
 
     def predict(
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
