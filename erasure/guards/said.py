@@ -37,6 +37,11 @@ CLIP_SKIP = (
     "blocks that it edits: it may erase less, or nothing. Leave clip_skip out, or use a strategy that edits the first "
     "block of the text encoder (hirm, diff_quickfix)."
 )
+APART = (
+    "a gate of {names} opened in one text encoder and stayed shut in another, because this pipeline runs them apart: "
+    "the concept may be drawn from what the other one says. Call ErasureManager(pipe).adopt() once, for a pipeline "
+    "that from_pipe of a stock class has made."
+)
 NEGATIVE = (
     "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
     "which can bring the concept back: leave that word out."
