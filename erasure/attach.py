@@ -27,7 +27,7 @@ from erasure.fitting import (
     warn_of_misfits,
 )  # fmt: skip
 from erasure.interop import adapters, patches, scopes
-from erasure.interop.pipelines import CallGuard, EncodedTogether, components_of
+from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
@@ -162,7 +162,7 @@ class ErasureManager:
             for name in names:
                 brought.setdefault(name, []).append(component)
         vars(self.pipe)[_NAMES] = brought
-        EncodedTogether.set(self.pipe, any(state.shares_gates for state in self._states().values()))
+        guards.share_gates(self.pipe, self._states().values())
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,6 @@ class ErasureManager:
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
                 CallGuard.remove(self.pipe, "check_inputs")
-            EncodedTogether.set(self.pipe, any(state.shares_gates for state in now.values()))
             kept = {name: parts for name, parts in known.items() if name not in dropped}
             for component, state in now.items():
                 for name in state.record.attached:
@@ -390,6 +389,8 @@ class ErasureManager:
         if any(map(interrupted, modules.values())):
             with self._switching():
                 pass  # entering has undone it
+        # Pipelines that stock classes make of another one (`from_pipe`) lack it.
+        guards.share_gates(self.pipe, self._states().values())
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=False):
             return proof.verify(self.pipe, self._remembered(), least_strength)
 
