@@ -26,7 +26,7 @@ from erasure.fitting import (
     strengths_of,
     warn_of_misfits,
 )  # fmt: skip
-from erasure.interop import adapters, patches, scopes
+from erasure.interop import adapters, hooks, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
@@ -194,6 +194,9 @@ class ErasureManager:
         def install() -> None:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, backbone, now)
+            for module in modules.values():
+                # Those of the denoiser keep what other text encodings made of earlier passes, too.
+                hooks.reset_caches(module)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
