@@ -112,7 +112,7 @@ def erase(
             tower.check_words(words)
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
-    backbone = backbone_for(base_pipe)
+    backbone = method.session(backbone_for(base_pipe))
     with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.

@@ -78,6 +78,17 @@ def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPi
     return known[stock]
 
 
+def drop_in(pipe: object, task: Task) -> type[DiffusionPipeline]:
+    """The drop-in that does a task on the components of a pipeline, which may be of a user's own subclass.
+
+    Raises:
+        UnsupportedModelError: There is none for its class and all that it is derived from.
+    """
+    known = PIPELINES[task]
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    return pipeline_class(next((name for name in names if name in known), names[0]), task)
+
+
 __all__ = [
     "ATTACHED_FILE",
     "PIPELINES",
@@ -93,5 +104,6 @@ __all__ = [
     "StableDiffusionXLObjectRemovalPipeline",
     "Task",
     "base_of",
+    "drop_in",
     "pipeline_class",
 ]

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
+from erasure.backbones import AttentionSite, Backbone, attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import Forward, LatentGuidance
-from erasure.errors import DivergenceError, MaskError, OptionError, UnsupportedModelError
-from erasure.interop.protocols import Callback, Drawn, Pipeline, as_pipeline
-from erasure.masks import read_masks
+from erasure.errors import DivergenceError, UnsupportedModelError
+from erasure.interop import paths
+from erasure.interop.protocols import Callback, Drawn, Pipeline
 from erasure.options import Count, CountOrZero, NotNegative, Options, ZeroToOne
 from erasure.pipelines.attention_losses import (
     excitation,
@@ -35,10 +35,11 @@ from erasure.pipelines.attention_losses import (
 )
 from erasure.pipelines.mixin import ErasureMixin, SharedModulesMixin
 from erasure.pipelines.prompts import for_each, texts_of
-from erasure.text.words import whole_words
+from erasure.pipelines.subjects import Rivals, Words, read_layout, rival_tokens, subject_weights
 
 Loss = Literal["a_star", "attend_and_excite"]
-Rivals = Literal["words", "padded"]
+COARSER = 4
+"""Latent values along a side of a token of the grid that is read, unless another is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,10 @@ class CompositionSettings(Options):
     """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
     threshold: ZeroToOne = 0.5
     """A map is held where it is above this share of its greatest value (open in the paper)."""
-    grid: Count = 16
-    """Shorter side of the token grid whose layers are read; the nearest that there is. On Canvas, whose latents have
-    16 tokens a side, A-STAR does best with 8."""
+    grid: Count | None = None
+    """Shorter side of the token grid whose layers are read; the nearest that there is. When left out, a quarter of the
+    latent's side: 16 for Stable Diffusion at 512 pixels, as in both papers, 32 for SDXL at 1024, which has none of 16,
+    and for Canvas the 8 with which A-STAR does best there."""
     refine: Mapping[ZeroToOne, ZeroToOne] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
     """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
     reaches this, and once more, as its code does (steps 0, 10 and 20 of 50)."""
@@ -115,26 +117,26 @@ class CompositionMixin(SharedModulesMixin):
             DivergenceError: NaN in the gradient.
             UnsupportedModelError: A UNet that paints into pictures.
         """
-        pipe = as_pipeline(self)
-        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        backbone = self._backbone
+        latents = backbone.latents
+        if (channels := backbone.denoiser.config.in_channels) != latents.channels:
             raise UnsupportedModelError(
-                f"the UNet takes {pipe.unet.config.in_channels} channels: it paints into pictures, and composition "
-                "draws from a prompt alone; use the text-to-image model that it was made from"
+                f"the denoiser takes {channels} channels: it paints into pictures, and composition draws from a "
+                "prompt alone; use the text-to-image model that it was made from"
             )
         own, rest = CompositionSettings.divide(options)
         settings = CompositionSettings(**own)
         prompts = texts_of("prompt", prompt)
-        factor = pipe.vae_scale_factor
-        height = height or pipe.unet.config.sample_size * factor
-        width = width or pipe.unet.config.sample_size * factor
-        towers = text_towers(pipe)
+        _, rows, columns = latents.shape(height, width)
+        height, width = rows * latents.factor, columns * latents.factor
+        towers = backbone.towers
         # A second prompt is the second encoder's, and the subjects are in the words of the first.
         words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
         kept = None if layout is None else read_layout(layout, (height, width), words.weights.shape[2])
         if settings.loss == "attend_and_excite":
             words = words._replace(inside=rival_tokens(towers, words.inside, settings.rivals))
-        guide = Guide(pipe, settings, words, (height // factor, width // factor), kept)
+        guide = Guide(backbone, settings, words, (rows, columns), kept)
 
         def follow(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if callback_on_step_end is not None:
@@ -145,7 +147,7 @@ class CompositionMixin(SharedModulesMixin):
             return tensors
 
         try:
-            with LatentGuidance(pipe, pipe.unet, guide) as self._guide:
+            with LatentGuidance(backbone, guide) as self._guide:
                 return super().__call__(  # type: ignore[misc]
                     prompts, height=height, width=width, num_images_per_prompt=num_images_per_prompt,
                     callback_on_step_end=follow,
@@ -167,102 +169,22 @@ class CompositionMixin(SharedModulesMixin):
         return latents
 
 
-class Words(NamedTuple):
-    """Where the subjects are in their prompts."""
-
-    weights: Tensor
-    """`(samples, tokens, subjects)`: each subject's tokens, summing to 1."""
-    present: Tensor
-    """`(samples, subjects)` bool."""
-    inside: Tensor
-    """`(samples, tokens)` bool: words, not the start, the end and the padding."""
-
-
-def subject_weights(
-    towers: Sequence[TextTower], prompts: Sequence[str], subjects: Sequence[str] | Sequence[Sequence[str]]
-) -> Words:
-    """Find the subjects in their prompts, as the tokenisers spell them; all vectors of learned tokens count.
-
-    Encoders side by side may spell a word at unlike lengths: what each of them finds has an equal share.
+def composition_sites(
+    denoiser: nn.Module, latent_size: tuple[int, int], grid: int | None = None
+) -> list[AttentionSite]:
+    """The cross-attention layers whose token grid is nearest to a size; to a quarter of the latent's without one.
 
     Raises:
-        OptionError: One is not there, or there is none.
+        UnsupportedModelError: The denoiser has no cross-attention.
     """
-    subjects = [subjects] if isinstance(subjects, str) else subjects
-    alike = all(isinstance(subject, str) for subject in subjects)
-    # The same for all prompts, or a list for each.
-    each = [[str(name) for name in subjects]] * len(prompts) if alike else [list(names) for names in subjects]
-    if len(each) != len(prompts) or not all(each):
-        raise OptionError(f"{len(prompts)} prompts need a list of subjects each, with one at least; got {subjects!r}")
-    length = max(tower.max_length for tower in towers)
-    weights = torch.zeros(len(prompts), length, max(map(len, each)))
-    present = torch.zeros(len(prompts), weights.shape[2], dtype=torch.bool)
-    inside = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, (prompt, names) in enumerate(zip(prompts, each, strict=True)):
-        for tower in towers:
-            words, spans = subject_spans(tower, prompt, names)
-            inside[row, words] = True
-            for column, span in enumerate(spans):
-                weights[row, span, column] += 1 / (span.stop - span.start) / len(towers)
-                present[row, column] = True
-    return Words(weights, present, inside)
-
-
-def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[slice, list[slice]]:
-    """The positions of a prompt's words in a tower, and of each subject: the first that no other has taken."""
-    ids = tower.prompt_ids(prompt, truncate=True)
-    inside = slice(tower.leading, len(ids) - 1)
-    spans: list[slice] = []
-    for name in names:
-        taken = [span.start for span in spans]  # "a cat and a cat": the second is another
-        free = [span for span in whole_words(tower, ids[: inside.stop], name) if span.start not in taken]
-        if not free:
-            raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
-        spans.append(free[0])
-    return inside, spans
-
-
-def rival_tokens(towers: Sequence[TextTower], inside: Tensor, rivals: Rivals | None) -> Tensor:
-    """The tokens that a subject's attention is compared with in Attend-and-Excite, `(samples, tokens)` bool.
-
-    Args:
-        towers: The text encoders.
-        inside: The words of the prompts, `(samples, tokens)` bool.
-        rivals: See `CompositionSettings`.
-    """
-    if rivals is None:
-        padded = len(towers) == 1 and all(tower.tokenizer.pad_token_id == tower.end for tower in towers)
-        rivals = "padded" if padded else "words"
-    if rivals == "words":
-        return inside
-    places = torch.arange(inside.shape[1])
-    leading = min(tower.leading for tower in towers)
-    return ((places >= leading) & (places < inside.shape[1] - 1)).expand_as(inside)
-
-
-def read_layout(layout: Sequence[object], size: tuple[int, int], subjects: int) -> Tensor:
-    """Where each subject should be, `(subjects, height, width)` bool.
-
-    Raises:
-        MaskError: Another number of masks than of subjects, or one that covers nothing.
-    """
-    masks = list(layout)
-    if len(masks) != subjects:
-        raise MaskError(f"a layout of {len(masks)} masks for {subjects} subjects: give one for each")
-    found = read_masks(masks, size, subjects)
-    if (empty := ~found.flatten(1).any(1)).any():
-        raise MaskError(
-            f"mask {int(empty.nonzero()[0])} of the layout covers nothing: draw where its subject should be"
-        )
-    return found
-
-
-def composition_sites(denoiser: nn.Module, latent_size: tuple[int, int], grid: int) -> list[AttentionSite]:
-    """The cross-attention layers whose token grid is nearest to a size."""
     cross = [site for site in attention_sites(denoiser) if site.kind == "cross"]
     if not cross:
-        raise OptionError("the denoiser has no cross-attention")
-    best = min({site.downsampling for site in cross}, key=lambda d: abs(min(latent_size) / d - grid))
+        raise UnsupportedModelError(
+            f"{type(paths.uncompiled(denoiser)).__name__} has no cross-attention, whose maps composition compares: "
+            "use a model with a UNet (Stable Diffusion, SDXL)"
+        )
+    wanted = min(latent_size) / COARSER if grid is None else grid
+    best = min({site.downsampling for site in cross}, key=lambda d: abs(min(latent_size) / d - wanted))
     return [site for site in cross if site.downsampling == best]
 
 
@@ -270,7 +192,7 @@ class Guide:
     """The update of one call: reads the maps of the wanted tokens, and moves the latents down the loss.
 
     Args:
-        pipe: The pipeline.
+        backbone: Of the pipeline.
         settings: How.
         words: Where the subjects are.
         latent_size: Height and width of the latents.
@@ -278,13 +200,13 @@ class Guide:
     """
 
     def __init__(
-        self, pipe: Pipeline, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
+        self, backbone: Backbone, settings: CompositionSettings, words: Words, latent_size: tuple[int, int],
         kept: Tensor | None,
     ) -> None:  # fmt: skip
         self.settings, self.words = settings, words
         self.at(0, 1)
-        sites = composition_sites(pipe.unet, latent_size, settings.grid)
-        self.control = AttentionController(pipe.unet, Layout(latent_size, len(words.weights)))
+        sites = composition_sites(backbone.denoiser, latent_size, settings.grid)
+        self.control = AttentionController(backbone.denoiser, Layout(latent_size, len(words.weights)))
         self.excites = settings.loss == "attend_and_excite"
         tokens = torch.eye(words.inside.shape[1])[None].expand(len(words.inside), -1, -1)
         self.control.capture(tokens if self.excites else words.weights, sites)
@@ -381,8 +303,13 @@ class StableDiffusionAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusi
     """
 
 
-class StableDiffusionXLAStarPipeline(CompositionMixin, StableDiffusionXLPipeline):
-    """The same with Stable Diffusion XL."""
+class StableDiffusionXLAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusionXLPipeline):
+    """Composition with Stable Diffusion XL; a second prompt is the second text encoder's.
+
+    Example:
+        >>> pipe = StableDiffusionXLAStarPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+        >>> pipe("a cat and a dog", subjects=["cat", "dog"]).images[0]
+    """
 
 
 __all__ = [

@@ -41,16 +41,20 @@ def free_u(denoiser: Denoiser, factors: FreeU | None) -> Iterator[None]:
     """FreeU is on inside of the block; nothing happens for `None`.
 
     Args:
-        denoiser: A UNet.
+        denoiser: The denoiser.
         factors: See `FreeU`.
 
     Raises:
-        UnsupportedModelError: diffusers' own FreeU is on already.
+        UnsupportedModelError: diffusers' own FreeU is on already, or the denoiser is a transformer.
     """
     if factors is None:
         yield
         return
     unet = cast(Denoiser, paths.uncompiled(denoiser))
+    if not hasattr(unet, "up_blocks"):
+        raise UnsupportedModelError(
+            f"FreeU scales the decoder of a UNet, which {type(unet).__name__} lacks: leave it out"
+        )
     if paths.has_free_u(unet):
         raise UnsupportedModelError("FreeU is on already, and the preset brings its own: pipe.disable_freeu() first")
     widest = unet.config.block_out_channels[-1]

@@ -1,10 +1,15 @@
-"""Schedulers of object removal: the one of the paper's code, and DDIM forwards and backwards for an inversion."""
+"""Schedulers of object removal: the one of the paper's code, and DDIM forwards and backwards for an inversion.
+
+And the noise levels at which a denoiser is asked what is in a picture.
+"""
 
 from __future__ import annotations
 
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
+from erasure.backbones import Backbone
+from erasure.backbones.parametrisation import Flow
 from erasure.errors import UnsupportedModelError
 from erasure.interop.protocols import Denoiser, Scheduler
 
@@ -46,11 +51,34 @@ def _spacing(own: Scheduler) -> str:
     return spacing if spacing in ("leading", "trailing") else "leading"
 
 
+def noise_levels(backbone: Backbone, steps: int, share: float, what: str) -> Tensor:
+    """The last levels of a schedule, noisiest first, `(levels,)`: those of DDIM, or of a flow's own sampler.
+
+    Args:
+        backbone: Of the model.
+        steps: Levels of the whole schedule.
+        share: Share of them that is wanted; one at least.
+        what: What they are for, for messages.
+
+    Raises:
+        UnsupportedModelError: See `check_levels`.
+    """
+    if isinstance(backbone.parametrisation, Flow):
+        levels = backbone.timesteps(steps)
+    else:
+        own = backbone.pipe.scheduler
+        check_levels(own, what)
+        sampler = forwards(own)
+        sampler.set_timesteps(steps)
+        levels = sampler.timesteps
+    return levels[-max(1, int(steps * share)) :]
+
+
 def check_ddim(denoiser: Denoiser, own: Scheduler, what: str) -> None:
     """Refuse a model that DDIM does not sample.
 
     Args:
-        denoiser: The UNet.
+        denoiser: The denoiser.
         own: The pipeline's scheduler.
         what: The setting that asks for DDIM, for the message.
 
@@ -71,6 +99,7 @@ def check_levels(own: Scheduler, what: str) -> None:
     flows = any(own.config.get(name) for name in ("use_flow_sigmas", "shift"))
     if not hasattr(own, "alphas_cumprod") or prediction not in PREDICTIONS or flows:
         raise UnsupportedModelError(
-            f"{what} goes by DDIM's noise levels, and {type(own).__name__} ({prediction}) has others; set "
-            f"pipe.scheduler to one of the DDPM family that predicts {', '.join(PREDICTIONS)}, or leave {what} out"
+            f"{what} goes by DDIM's noise levels, and {type(own).__name__} ({prediction}) has others; leave {what} "
+            "out, or set pipe.scheduler to one of the DDPM family where the model was trained with it to predict "
+            f"{', '.join(PREDICTIONS)}"
         )

@@ -1,4 +1,4 @@
-"""Images as latents: what the pipelines that paint into pictures begin with."""
+"""Images as latents: what finding things and painting into pictures begin with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Draw = Generators | Literal["mode"]
 
 
 class ImagesMixin(SharedModulesMixin):
-    """Put ahead of a stock inpainting pipeline."""
+    """Put ahead of a stock pipeline."""
 
     def read_images(self, image: Pictures) -> Tensor:
         """Images as `(batch, 3, height, width)` float32 in 0-1; see `read_pixels`.
@@ -40,7 +40,7 @@ class ImagesMixin(SharedModulesMixin):
     @property
     def _side(self) -> int:
         """Pixels that the sides of what the model sees are multiples of."""
-        return max(SIDE, as_pipeline(self).vae_scale_factor)
+        return max(SIDE, self._backbone.latents.step)
 
     def encode_images(self, images: Tensor, draw: Draw = MODE) -> Tensor:
         """Latents `(batch, channels, h, w)` of images, which are continued to sides that the VAE can halve.
@@ -65,4 +65,5 @@ class ImagesMixin(SharedModulesMixin):
             # As the stock pipelines draw: with the same noise, and in the same order.
             noise = randn_tensor(encoded.mean.shape, draw, encoded.mean.device, encoded.mean.dtype)
             latents = encoded.mean + encoded.std * noise
-        return (vae.config.scaling_factor * latents).to(pipe.unet.dtype)
+        backbone = self._backbone
+        return backbone.latents.from_vae(latents).to(backbone.dtype)

@@ -15,17 +15,18 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Le
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from erasure.backbones import AttentionSite, TextTower, attention_sites, text_towers
+from erasure.backbones import AttentionSite, Backbone, TextTower, attention_sites, backbone_for
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.guards import unguarded
-from erasure.interop.protocols import Pipeline, as_pipeline
 from erasure.options import Count, CountOrZero, Options, ZeroToOne
 from erasure.pipelines.attention_losses import ranged
+from erasure.pipelines.inversion import noise_levels
 from erasure.pipelines.mixin import in_one_state
 from erasure.pipelines.pictures import Pictures, cropped, padded
 from erasure.pipelines.presence import PresenceMixin
@@ -61,6 +62,8 @@ class LocalizationSettings(Options):
     presence: Annotated[float, Ge(-1000), Le(1)] = 0.06
     """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`. It was chosen on
     half of Canvas' objects, so that at most 3 of 100 absent words are found, and measured on the other half."""
+    max_sequence_length: Count | None = None
+    """Tokens that T5 pads prompts to; the pipeline's own when left out. CLIP's number is its own."""
 
 
 class Localization(NamedTuple):
@@ -100,7 +103,7 @@ class Localization(NamedTuple):
 
 
 class LocalizationMixin(PresenceMixin):
-    """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
+    """Put ahead of a stock pipeline."""
 
     @in_one_state
     @torch.no_grad()
@@ -135,15 +138,27 @@ class LocalizationMixin(PresenceMixin):
         wanted, beside = texts_of("words", words), texts_of("others", others) if others else []
         names = [*wanted, *beside]
         source = self.read_images(image)
+        generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
         with unguarded():
             # Nothing is drawn from it.
-            latents = self.encode_images(source)
-        generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
+            found = self._found(source, names, len(wanted), settings, generator)
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return found
+
+    def _found(
+        self, source: Tensor, names: Sequence[str], words: int, settings: LocalizationSettings,
+        generator: torch.Generator,
+    ) -> Localization:  # fmt: skip
+        """What names stand for in pictures, of which the first `words` are looked for; see `localize`."""
+        latents = self.encode_images(source)
+        factor = self._backbone.latents.factor
+        size = (factor * latents.shape[2], factor * latents.shape[3])
+        backbone = backbone_for(self._backbone.pipe, size=size, length=settings.max_sequence_length)
         state = generator.get_state()
         maps = []
         for order in ([*range(len(names))], [*range(len(names))][::-1])[: len(names)]:
             generator.set_state(state)  # the same noise for both orders
-            found = self._read_maps(latents, [names[at] for at in order], settings, generator)
+            found = self._read_maps(backbone, latents, [names[at] for at in order], settings, generator)
             maps.append(found[:, [0, *(1 + order.index(at) for at in range(len(names)))]])
         mean = torch.stack(maps).mean(0)
         things = ranged(1 - mean[:, :1])
@@ -152,56 +167,46 @@ class LocalizationMixin(PresenceMixin):
         large = refined.sum(1, keepdim=True).clamp(0, 1)
         inside = large > settings.threshold
         phrases = [" ".join(describe(name)) for name in names]
-        with unguarded():
-            parts = blurred[:, 0] > settings.threshold
-            presence, places = self.look(source, latents, parts, phrases, len(wanted), settings.presence)
+        parts = blurred[:, 0] > settings.threshold
+        presence, places = self.look(source, latents, parts, phrases, words, settings.presence, backbone)
         places &= inside
         masks = inside & belongs(refined)
         # A place that is certain belongs to its word alone.
         masks &= ~places.any(1, keepdim=True)
-        found = places.any((2, 3), keepdim=True)
-        masks[:, : len(wanted)] = torch.where(found, places, masks[:, : len(wanted)])
+        is_placed = places.any((2, 3), keepdim=True)
+        masks[:, :words] = torch.where(is_placed, places, masks[:, :words])
         scores = torch.where(masks | ~inside, large, 0.0)
         return Localization(masks, scores, source, tuple(names), presence, settings.presence)
 
     def _read_maps(
-        self, latents: Tensor, names: Sequence[str], settings: LocalizationSettings, generator: torch.Generator
-    ) -> Tensor:
+        self, backbone: Backbone, latents: Tensor, names: Sequence[str], settings: LocalizationSettings,
+        generator: torch.Generator,
+    ) -> Tensor:  # fmt: skip
         """Mean maps `(images, 1 + names, rows, columns)`: the start token's, refined, and the names' as they are."""
-        pipe = as_pipeline(self)
-        tower = text_towers(pipe)[0]
-        prompt, spans = prompt_of(tower, names)
-        weights = torch.zeros(1, tower.max_length, 1 + len(names))
+        prompt, spans = prompt_of(backbone.reader, names)
+        count, size = len(latents), (latents.shape[2], latents.shape[3])
+        told = backbone.encode([prompt])
+        weights = torch.zeros(1, told.tokens.shape[1], 1 + len(names))
         weights[:, 0, 0] = 1
         for column, span in enumerate(spans):
             weights[:, span, 1 + column] = 1
-        count, size = len(latents), (latents.shape[2], latents.shape[3])
-        cross, own = localization_sites(pipe.unet, size)
-        control = AttentionController(pipe.unet, Layout(size, count))
+        cross, own = localization_sites(backbone.denoiser, size)
+        control = AttentionController(backbone.denoiser, Layout(size, count))
         control.capture(weights.expand(count, -1, -1), cross)
         control.capture_self(own)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         found: list[Tensor] = []
-
-        def keep(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            grid = own[0].grid(*size)
-            each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
-            maps = torch.stack(each).mean(0)
-            start = maps[:, :1]
-            for _ in range(settings.power):
-                start = control.spread(start)
-            found.append(torch.cat([start, maps[:, 1:]], 1).float().cpu())
-            return tensors
-
-        side = pipe.vae_scale_factor
         with control:
-            # An empty mask: the loop hands the denoiser the image itself, at one noise level after the other.
-            super().__call__(  # type: ignore[misc]
-                prompt=[prompt] * count, image=latents, masked_image_latents=latents,
-                mask_image=torch.zeros(count, 1, size[0] * side, size[1] * side), height=size[0] * side,
-                width=size[1] * side, num_inference_steps=settings.num_inference_steps, strength=settings.strength,
-                guidance_scale=1.0, generator=generator, output_type="latent", callback_on_step_end=keep,
-                callback_on_step_end_tensor_inputs=["latents"],
-            )  # fmt: skip
+            for level in noise_levels(backbone, settings.num_inference_steps, settings.strength, "finding things"):
+                t = level.expand(count)
+                backbone.predict(backbone.parametrisation.noised(latents, noise, t), t, told.repeated(count))
+                grid = own[0].grid(*size)
+                each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
+                maps = torch.stack(each).mean(0)
+                start = maps[:, :1]
+                for _ in range(settings.power):
+                    start = control.spread(start)
+                found.append(torch.cat([start, maps[:, 1:]], 1).float().cpu())
         return torch.stack(found).mean(0)
 
     def _in_pixels(
@@ -262,16 +267,20 @@ def localization_sites(
 ) -> tuple[list[AttentionSite], list[AttentionSite]]:
     """The decoder's cross-attention at the coarsest grid of `GRIDS`, and its self-attention at the finest.
 
+    Where all grids are finer, as SDXL's are at 2048 pixels, the coarsest that there is.
+
     Raises:
-        MaskError: It has none at such a grid.
+        MaskError: All grids are coarser.
     """
     decoder = [site for site in attention_sites(denoiser) if site.in_decoder]
-    fitting = [site for site in decoder if GRIDS[0] <= min(site.grid(*latent_size)) <= GRIDS[1]]
+    sides = {site.name: min(site.grid(*latent_size)) for site in decoder}
+    finest_read = max(GRIDS[1], min(sides.values(), default=0))
+    fitting = [site for site in decoder if GRIDS[0] <= sides[site.name] <= finest_read]
     cross = [site for site in fitting if site.kind == "cross"]
     own = [site for site in fitting if site.kind == "self"]
     if not cross or not own:
         raise MaskError(
-            f"no attention layer of the decoder has a grid of {GRIDS[0]} to {GRIDS[1]} tokens a side for a latent of "
+            f"no attention layer of the decoder has a grid of {GRIDS[0]} tokens a side or more for a latent of "
             f"{latent_size[1]}x{latent_size[0]}: use images nearer to the size that the model was made for"
         )
     coarsest, finest = max(site.downsampling for site in cross), min(site.downsampling for site in own)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from erasure import api, assets, guards
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.backbones import Backbone, backbone_for
 from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
@@ -93,6 +94,11 @@ class SharedModulesMixin:
 
             leased._leased = True  # type: ignore[attr-defined]
             cls.__call__ = leased  # type: ignore[assignment]
+
+    @property
+    def _backbone(self) -> Backbone:
+        """The pipeline seen through its family."""
+        return backbone_for(cast("DiffusionPipeline", self))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:

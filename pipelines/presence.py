@@ -13,16 +13,14 @@ itself, and compared with the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.interop import hooks, paths
-from erasure.interop.hooks import ModelHook
-from erasure.interop.protocols import Arguments, Denoiser, Pipeline, Scheduler, as_pipeline
-from erasure.pipelines.inversion import check_levels, forwards
+from erasure.backbones import Backbone
+from erasure.pipelines.inversion import noise_levels
 from erasure.pipelines.latents import ImagesMixin
 from erasure.pipelines.pictures import resized
 
@@ -39,15 +37,15 @@ GRID = 128
 """Most rows and columns at which parts are looked for."""
 LEAST, LONG = 0.02, 1.35
 """Least size of a part as a share of the picture, and how much longer than wide one is that may be two."""
-_LISTEN = "erasure_presence"
 
 
 class PresenceMixin(ImagesMixin):
-    """Put ahead of a stock inpainting pipeline, whose loop walks through an image's noise levels."""
+    """Put ahead of a stock pipeline."""
 
     def look(
-        self, source: Tensor, latents: Tensor, things: Tensor, phrases: Sequence[str], words: int, least: float
-    ) -> tuple[Tensor, Tensor]:
+        self, source: Tensor, latents: Tensor, things: Tensor, phrases: Sequence[str], words: int, least: float,
+        backbone: Backbone,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Score how surely words are in pictures, and where, as far as that follows.
 
         Args:
@@ -57,45 +55,40 @@ class PresenceMixin(ImagesMixin):
             phrases: What is looked for, with an article each: the words, then other things that are there.
             words: Number of the words.
             least: Score from which a word counts as found.
+            backbone: Of the pipeline.
 
         Returns:
             Scores `(images, words)`, and places `(images, words, height, width)` bool, which cover nothing where the
             names have to be told apart by other means.
         """
-        empty = self._errors(latents, [""] * len(latents))
-        scores = torch.stack([1 - self._errors(latents, [word] * len(latents)) / empty for word in phrases[:words]], 1)
+        ask = Asked(backbone, latents)
+        empty = ask.errors("")
+        scores = torch.stack([1 - ask.errors(word) / empty for word in phrases[:words]], 1)
         # Nothing but the word is there: it is wherever anything is.
         places = things[:, None] & (scores >= least)[:, :, None, None]
         first = scores.argmax(1, keepdim=True) == torch.arange(words)
         places &= first[:, :, None, None]
         if len(phrases) > 1:
-            named = self._least_error(latents, phrases)
+            named = ask.least_error(phrases)
             for column in range(words):
-                rest = self._least_error(latents, [name for name in phrases if name != phrases[column]])
+                rest = ask.least_error([name for name in phrases if name != phrases[column]])
                 together = torch.minimum(1 - named / empty, 1 - named / rest)
                 places[:, column] &= (scores[:, column] > together)[:, None, None]
                 scores[:, column] = torch.maximum(scores[:, column], together)
             return scores, places
         for row in (scores[:, 0] < least).nonzero()[:, 0].tolist():
-            score, part = self._in_parts(source[row : row + 1], things[row], phrases[0])
+            score, part = self._in_parts(source[row : row + 1], things[row], phrases[0], backbone)
             if score > scores[row, 0]:
                 scores[row, 0], places[row, 0] = score, part
         return scores, places
 
-    def _least_error(self, latents: Tensor, names: Sequence[str]) -> Tensor:
-        """Error `(images,)` of a text with several names, in the better of two orders."""
-        orders = [list(names), list(names)[::-1]][: len(names)]
-        found = [self._errors(latents, [" and ".join(order)] * len(latents)) for order in orders]
-        return torch.stack(found or [self._errors(latents, [""] * len(latents))]).amin(0)
-
-    def _in_parts(self, source: Tensor, things: Tensor, phrase: str) -> tuple[float, Tensor]:
+    def _in_parts(self, source: Tensor, things: Tensor, phrase: str, backbone: Backbone) -> tuple[float, Tensor]:
         """The score of the part of a picture that a phrase fits best, compared with the rest, and the part."""
         parts = split(things)
         if not parts:
             return -float("inf"), torch.zeros_like(things)
-        windows = torch.cat([window(source, part) for part in parts])
-        latents = self.encode_images(windows)
-        gains = 1 - self._errors(latents, [phrase] * len(parts)) / self._errors(latents, [""] * len(parts))
+        ask = Asked(backbone, self.encode_images(torch.cat([window(source, part) for part in parts])))
+        gains = 1 - ask.errors(phrase) / ask.errors("")
         best = int(gains.argmax())
         apart = [float(gain) for part, gain in zip(parts, gains, strict=True) if not (part & parts[best]).any()]
         gain = float(gains[best])
@@ -104,81 +97,42 @@ class PresenceMixin(ImagesMixin):
         above = gain - max(apart)
         return min(gain + REST * above, above - APART), parts[best]
 
-    def _errors(self, latents: Tensor, texts: Sequence[str]) -> Tensor:
-        """Mean squared error of the denoiser on latents `(rows, channels, h, w)`, told a text each, `(rows,)`."""
-        pipe = as_pipeline(self)
-        own = pipe.scheduler
-        check_levels(own, "finding things by words")
-        pipe.scheduler = cast(Scheduler, forwards(own))
-        try:
-            chunks = [slice(start, start + ROWS) for start in range(0, len(texts), ROWS)]
-            return torch.cat([self._listen(latents[chunk], list(texts[chunk])) for chunk in chunks])
-        finally:
-            pipe.scheduler = own
 
-    def _listen(self, latents: Tensor, texts: list[str]) -> Tensor:
-        pipe, side = as_pipeline(self), as_pipeline(self).vae_scale_factor
-        listener = _Listen(latents, pipe.scheduler)
-        count, height, width = len(latents), latents.shape[2] * side, latents.shape[3] * side
+class Asked:
+    """Pictures of which a denoiser is asked how well texts fit them.
 
-        def put_back(pipe: Pipeline, index: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            # Also where the loop does not, with an inpainting UNet.
-            left = pipe.scheduler.timesteps[-pipe.num_timesteps :][index + 1 : index + 2]
-            if len(left):
-                tensors["latents"] = listener.noised(left[0]).to(tensors["latents"])
-            return tensors
+    Args:
+        backbone: Of the model.
+        latents: The pictures, `(images, channels, h, w)`.
+    """
 
-        with hooks.hooked(paths.uncompiled(pipe.unet), listener, _LISTEN):
-            super().__call__(  # type: ignore[misc]
-                prompt=texts, image=latents, masked_image_latents=latents,
-                mask_image=torch.zeros(count, 1, height, width), height=height, width=width,
-                num_inference_steps=STEPS, strength=NOISE, guidance_scale=1.0, output_type="latent",
-                # The same noise for every picture and text.
-                generator=[torch.Generator("cpu").manual_seed(0) for _ in texts],
-                callback_on_step_end=put_back, callback_on_step_end_tensor_inputs=["latents"],
-            )  # fmt: skip
-        return torch.stack(listener.errors).mean(0)
+    def __init__(self, backbone: Backbone, latents: Tensor) -> None:
+        self.backbone, self.latents = backbone, latents
+        self.levels = noise_levels(backbone, STEPS, NOISE, "finding things by words")
+        # The same noise for every picture and text.
+        shape, seed = (1, *latents.shape[1:]), torch.Generator("cpu").manual_seed(0)
+        self.noise = randn_tensor(shape, seed, latents.device, latents.dtype)
 
+    def least_error(self, names: Sequence[str]) -> Tensor:
+        """Error `(images,)` of a text with several names, in the better of two orders."""
+        orders = [list(names), list(names)[::-1]][: len(names)]
+        found = [self.errors(" and ".join(order)) for order in orders]
+        return torch.stack(found or [self.errors("")]).amin(0)
 
-class _Listen(ModelHook):
-    """On the denoiser: compares what it predicts with what it should have, given the clean latents."""
-
-    def __init__(self, clean: Tensor, scheduler: Scheduler) -> None:
-        super().__init__()
-        self.clean, self.scheduler = clean.float().cpu(), scheduler
-        self.errors: list[Tensor] = []
-        self.noise: Tensor | None = None
-        self.level = torch.zeros(())
-
-    def _shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        cumulative = self.scheduler.alphas_cumprod[int(t)].float().cpu()
-        return cumulative.sqrt(), (1 - cumulative).sqrt()
-
-    def noised(self, t: Tensor) -> Tensor:
-        """The clean latents at a noise level."""
-        assert self.noise is not None
-        signal, spread = self._shares(t)
-        return signal * self.clean + spread * self.noise
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Take note of the noise level, and of the noise at the first."""
-        sample, self.level = args[0], torch.as_tensor(args[1]).flatten()[0].cpu()
-        if self.noise is None:
-            signal, spread = self._shares(self.level)
-            self.noise = (sample[:, : self.clean.shape[1]].float().cpu() - signal * self.clean) / spread
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Take note of the error."""
-        predicted = (output[0] if isinstance(output, tuple) else output.sample).float().cpu()
-        assert self.noise is not None
-        signal, spread = self._shares(self.level)
-        kind = cast(Denoiser, self.scheduler).config.prediction_type
-        target = {
-            "epsilon": self.noise, "v_prediction": signal * self.noise - spread * self.clean, "sample": self.clean,
-        }[kind]  # fmt: skip
-        self.errors.append((predicted - target).square().mean((1, 2, 3)))
-        return output
+    def errors(self, text: str) -> Tensor:
+        """Mean squared error of the denoiser, told a text, over noise levels, `(images,)`."""
+        told, kind = self.backbone.encode([text]), self.backbone.parametrisation
+        found = []
+        for clean in self.latents.split(ROWS):
+            noise, rows = self.noise.expand_as(clean), told.repeated(len(clean))
+            each = []
+            for level in self.levels:
+                t = level.expand(len(clean))
+                predicted = self.backbone.predict(kind.noised(clean, noise, t), t, rows)
+                wanted = kind.target(clean, noise, t).to(predicted.device)
+                each.append((predicted.float() - wanted.float()).square().mean((1, 2, 3)).cpu())
+            found.append(torch.stack(each).mean(0))
+        return torch.cat(found)
 
 
 def split(things: Tensor) -> list[Tensor]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from erasure.backbones import AttentionSite, attention_sites
+from erasure.backbones import AttentionSite
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.carriers.guidance import BranchGuidance, can_share_trunk
 from erasure.errors import MaskError, OptionError
@@ -44,6 +45,11 @@ BLENDED = 15 / 512
 
 class ObjectRemovalMixin(LocalizationMixin):
     """Put ahead of a stock inpainting pipeline."""
+
+    output: ClassVar[type[BaseOutput]]
+    """What the stock call returns."""
+    guided_by: ClassVar[str] = "guidance_scale"
+    """Argument of the stock call that switches classifier-free guidance on above 1."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -93,12 +99,14 @@ class ObjectRemovalMixin(LocalizationMixin):
             UnsupportedModelError: Its UNet or scheduler does not allow what the settings ask for.
         """
         settings, rest = chosen(preset, options)
+        given = {"guidance_scale": guidance_scale}
         if output_type not in (forms := ("pil", "np", "pt")):
             raise OptionError(f"output_type is {output_type!r}; allowed: {', '.join(forms)}")
         source = self.read_images(image)
         own, count = (source.shape[2], source.shape[3]), len(source)
         prompts = one_for_each("prompt", prompt, count)
-        masks = self._masks(source, mask_image, words, others)
+        lengths = {name: rest[name] for name in ("max_sequence_length",) if name in rest}
+        masks = self._masks(source, mask_image, words, others, lengths)
         size = self._size(own, height, width)
         source, masks = resized(source, size), fitted(masks, size)
         if masks.flatten(1).all(1).any():
@@ -111,18 +119,19 @@ class ObjectRemovalMixin(LocalizationMixin):
             )
         masks, keep = self._covered(masks, settings.mask_blur)
         rest = for_each(rest, count, num_images_per_prompt)
-        if rest.get("negative_prompt") is not None and guidance_scale <= 1:
-            warnings.warn("negative_prompt= does nothing at guidance_scale=1: raise it", stacklevel=2)
+        if rest.get("negative_prompt") is not None and (rest | given).get(self.guided_by, 1.0) <= 1:
+            warnings.warn(f"negative_prompt= does nothing at {self.guided_by}=1: raise it", stacklevel=2)
         source, masks, keep, empty = (
             part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, keep, empty)
         )
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
-        factor = as_pipeline(self).vae_scale_factor
+        backbone = self._backbone
+        factor = backbone.latents.factor
         tensors = list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
         call = {
             "prompt": [text for text in prompts for _ in range(num_images_per_prompt)], "height": keep.shape[2],
-            "width": keep.shape[3], "guidance_scale": guidance_scale,
+            "width": keep.shape[3], **given,
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
             **self._conditioning(source, keep, settings, generator), **rest,
         }  # fmt: skip
@@ -134,7 +143,7 @@ class ObjectRemovalMixin(LocalizationMixin):
                 call["latents"] = record[0]
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
             factors = None if settings.free_u is None else FreeU(*settings.free_u)
-            with control, guidance, free_u(as_pipeline(self).unet, factors):
+            with control, guidance, free_u(backbone.denoiser, factors):
                 result = super().__call__(  # type: ignore[misc]
                     **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
                     callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
@@ -150,14 +159,15 @@ class ObjectRemovalMixin(LocalizationMixin):
     # Before --------------------------------------------------------------------------------------------------------
 
     def _masks(
-        self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str]
-    ) -> Tensor:
+        self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str],
+        options: Settings,
+    ) -> Tensor:  # fmt: skip
         """What is to be removed, `(images, height, width)` bool: as it is given, or where words are found."""
         if given is not None:
             return read_masks(given, (source.shape[2], source.shape[3]), len(source))
         if words is None:
             raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-        return self.localize(source, words, others=others).of_words()
+        return self.localize(source, words, others=others, **options).of_words()
 
     def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the output in pixels."""
@@ -174,7 +184,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         Raises:
             MaskError: One leaves no latent pixel untouched.
         """
-        factor = as_pipeline(self).vae_scale_factor
+        factor = self._backbone.latents.factor
 
         def painted(masks: Tensor) -> Tensor:
             return latent_aligned(padded(masks[:, None].float(), self._side)[:, 0] > 0, factor)[:, None]
@@ -206,13 +216,13 @@ class ObjectRemovalMixin(LocalizationMixin):
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:
         """The scheduler that the settings ask for, while the block runs."""
-        pipe = as_pipeline(self)
+        pipe, denoiser = as_pipeline(self), self._backbone.denoiser
         own = pipe.scheduler
         if settings.released_scheduler:
-            check_ddim(pipe.unet, own, "released_scheduler=True")
+            check_ddim(denoiser, own, "released_scheduler=True")
             pipe.scheduler = inversion.released(own)
         if settings.sampler == "inversion":
-            check_ddim(pipe.unet, own, "sampler='inversion'")
+            check_ddim(denoiser, own, "sampler='inversion'")
             pipe.scheduler = inversion.forwards(pipe.scheduler)
         try:
             yield
@@ -223,12 +233,13 @@ class ObjectRemovalMixin(LocalizationMixin):
         self, masks: Tensor, settings: RemovalSettings
     ) -> tuple[AttentionController, AbstractContextManager[object]]:
         """The controller, and the guidance that combines its branches."""
-        pipe = as_pipeline(self)
+        backbone = self._backbone
+        denoiser, factor = backbone.denoiser, backbone.latents.factor
         sites = self.removal_sites(settings.layers)
         guided = settings.redirect and settings.removal_guidance_scale != 1
-        grid = (masks.shape[1] // pipe.vae_scale_factor, masks.shape[2] // pipe.vae_scale_factor)
+        grid = (masks.shape[1] // factor, masks.shape[2] // factor)
         layout = Layout(grid, len(masks), branches=2, changed=(1,)) if guided else Layout(grid, len(masks))
-        control = AttentionController(pipe.unet, layout)
+        control = AttentionController(denoiser, layout)
         if settings.redirect:
             share = settings.suppression_share
             if settings.log_weight is None:
@@ -239,17 +250,19 @@ class ObjectRemovalMixin(LocalizationMixin):
                 )
         if not guided:
             return control, nullcontext()
-        possible = can_share_trunk(pipe.unet, sites)
+        possible = can_share_trunk(denoiser, sites)
         if settings.shared_trunk and not possible:
             raise OptionError("shared_trunk=True needs layers='decoder' and a UNet")
         shared = possible if settings.shared_trunk is None else settings.shared_trunk
-        return control, BranchGuidance(pipe.unet, settings.removal_guidance_scale, shared_trunk=shared)
+        return control, BranchGuidance(denoiser, settings.removal_guidance_scale, shared_trunk=shared)
 
     def removal_sites(self, layers: Layers = "decoder") -> list[AttentionSite]:
-        """The self-attention layers that are redirected."""
-        pipe = as_pipeline(self)
-        sites = [site for site in attention_sites(pipe.unet) if site.kind == "self"]
-        return sites if layers == "all" else [site for site in sites if site.in_decoder]
+        """The layers that are redirected: self-attention, and joint attention of image and text."""
+        sites = [site for site in self._backbone.attention_sites() if site.kind != "cross"]
+        if layers == "all":
+            return sites
+        decoder = [site for site in sites if site.in_decoder]
+        return decoder or sites[len(sites) // 2 :]
 
     def _invert(self, call: Settings, settings: RemovalSettings, keep: Tensor) -> list[Tensor]:
         """The image's latents at the noise level of every step that will be run, noisiest first, and the clean one."""
@@ -279,23 +292,19 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     @property
     def _blends(self) -> bool:
-        """Whether the UNet takes latents alone, and the loop puts the surroundings back; others are told the mask."""
-        pipe = as_pipeline(self)
-        return pipe.unet.config.in_channels == pipe.vae.config.latent_channels
+        """Whether the denoiser takes latents alone, and the loop puts surroundings back; others are told the mask."""
+        config = self._backbone.denoiser.config
+        return config.in_channels == (config.out_channels or config.in_channels)
 
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        """Wrap images as the stock class does: SDXL's has no safety checker, and its output no flags."""
-        pipe = as_pipeline(self)
-        images = pipe.image_processor.postprocess(
+        """Wrap images as the stock class does; only Stable Diffusion 1.x and 2.x have flags of a safety checker."""
+        images = as_pipeline(self).image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
-        if isinstance(self, StableDiffusionXLInpaintPipeline):
-            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
-        if not return_dict:
-            return images, flags
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
+        flagged = {"nsfw_content_detected": flags} if "nsfw_content_detected" in self.output.__annotations__ else {}
+        return self.output(images=images, **flagged) if return_dict else (images, *flagged.values())
 
 
 class _Follow:
@@ -322,14 +331,18 @@ class StableDiffusionObjectRemovalPipeline(ObjectRemovalMixin, ErasureMixin, Sta
         >>> clean = pipe(Image.open("scene.png"), Image.open("mask.png")).images[0]
     """
 
+    output = StableDiffusionPipelineOutput
 
-class StableDiffusionXLObjectRemovalPipeline(ObjectRemovalMixin, StableDiffusionXLInpaintPipeline):
+
+class StableDiffusionXLObjectRemovalPipeline(ObjectRemovalMixin, ErasureMixin, StableDiffusionXLInpaintPipeline):
     """Object removal with Stable Diffusion XL; the paper's settings are `preset="official-sdxl"`.
 
     Example:
         >>> pipe = StableDiffusionXLObjectRemovalPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
         >>> clean = pipe(Image.open("scene.png"), Image.open("mask.png"), preset="official-sdxl").images[0]
     """
+
+    output = StableDiffusionXLPipelineOutput
 
 
 __all__ = [

@@ -55,7 +55,8 @@ class RemovalSettings(Options):
     """Attention to what the mask covers is multiplied by the exponential of this, instead of being cut off altogether:
     AdaEraser's soft form, `log eta`."""
     layers: Layers = "decoder"
-    """Self-attention that is redirected. With `decoder`, what runs ahead of it runs once for both branches."""
+    """Attention that is redirected. With `decoder`, what runs ahead of it runs once for both branches; a transformer
+    has none, and its later half stands in."""
     mask_blur: CountOrZero = 7
     """Side in pixels of the Gaussian that grows the mask, odd or 0, see `erasure.masks.grow`."""
     sampler: Sampler = "blended"

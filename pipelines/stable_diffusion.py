@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from erasure.interop.pipelines import progress_bar_config
 from erasure.interop.protocols import as_pipeline
-from erasure.pipelines.localization import Localization
+from erasure.pipelines.localization import Localization, LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.pictures import Pictures
-from erasure.pipelines.removal import (
-    ObjectRemovalMixin,
-    StableDiffusionObjectRemovalPipeline,
-    StableDiffusionXLObjectRemovalPipeline,
-)
 
 
-class FindingErasureMixin(ErasureMixin):
-    """Put ahead of a stock pipeline class with a UNet: erasure, and finding what words name."""
+class FindingErasureMixin(LocalizationMixin, ErasureMixin):
+    """Put ahead of a stock text-to-image pipeline: erasure, and finding what words name."""
 
-    finder: ClassVar[type[ObjectRemovalMixin]]
-    """The pipeline that finds it, on the same components."""
-
-    def localize(
+    def localize(  # type: ignore[override]
         self,
         prompt_or_image: str | Pictures,
         words: str | Sequence[str],
@@ -54,10 +44,7 @@ class FindingErasureMixin(ErasureMixin):
             image = as_pipeline(self)(prompt_or_image, output_type="pil", **(call or {})).images
         else:
             image = prompt_or_image
-        pipe: DiffusionPipeline = self  # type: ignore[assignment]
-        finder = self.finder.from_pipe(pipe)
-        as_pipeline(finder).set_progress_bar_config(**progress_bar_config(pipe))
-        return finder.localize(image, words, others=others, generator=generator, **options)
+        return super().localize(image, words, others=others, generator=generator, **options)
 
 
 class StableDiffusionErasurePipeline(FindingErasureMixin, StableDiffusionPipeline):
@@ -69,8 +56,6 @@ class StableDiffusionErasurePipeline(FindingErasureMixin, StableDiffusionPipelin
         >>> pipe("a starry night in the style of Van Gogh").images[0]
     """
 
-    finder = StableDiffusionObjectRemovalPipeline
-
 
 class StableDiffusionXLErasurePipeline(FindingErasureMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` plus the methods of `ErasureMixin`, as `StableDiffusionErasurePipeline` has them.
@@ -79,5 +64,3 @@ class StableDiffusionXLErasurePipeline(FindingErasureMixin, StableDiffusionXLPip
         >>> pipe = StableDiffusionXLErasurePipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
         >>> pipe.erase("Van Gogh", strategy="uce")
     """
-
-    finder = StableDiffusionXLObjectRemovalPipeline

@@ -19,6 +19,7 @@ from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.rounds import together
 from erasure.needs import Need
 
 
@@ -132,6 +133,11 @@ class Backbone(ABC):
         layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
         return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
 
+    def text_layers(self) -> list[str]:
+        """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
+        doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
+        return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
+
     # Text ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -176,7 +182,7 @@ class Backbone(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
-        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
+        return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
@@ -186,12 +192,8 @@ class Backbone(ABC):
             output: What it gives for the prompts.
             prompts: What the others read.
         """
-        others = {
-            tower.component: tower.encode(tower.tokenize(prompts))
-            for tower in self.towers
-            if tower.component != component
-        }
-        return self.compose({**others, component: output})
+        others = [tower for tower in self.towers if tower.component != component]
+        return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
         """What the pipeline tells the denoiser for guidance where no negative prompt is given.
@@ -244,14 +246,17 @@ class Backbone(ABC):
         return False
 
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """One forward pass of the denoiser, shaped as `x_t`; differentiable.
 
         Args:
             x_t: `(batch, channels, h, w)`, never packed.
             t: Noise levels: one for the batch, or `(batch,)`.
             conditioning: Of as many prompts.
-            guidance: Scale that a model which was distilled for guidance is told; 1, which is none, when left out.
+            guidance: Scale that a model which was distilled for guidance is told, one for the batch or `(batch,)`; 1,
+                which is none, when left out.
         """
 
     def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -306,3 +311,8 @@ class Backbone(ABC):
         """
         told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
+
+
+def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
+    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,61 +16,15 @@ from torch.nn import functional as F
 
 from erasure.backbones import AttentionSite, attention_sites
 from erasure.carriers.kernels import attend, attend_weighted, attend_without, attention_mass
+from erasure.carriers.layout import Layout, TextTokens, to_grid
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
 from erasure.errors import NoMatchingModuleError, UnsupportedModelError
-from erasure.interop import hooks, patches
+from erasure.interop import hooks, patches, paths
 from erasure.interop.attention import Backend, ChosenBackend
 from erasure.interop.hooks import ModelHook
 from erasure.interop.protocols import Arguments, AttentionLayer
 
-_CAPTURE = "erasure_attention_capture"
-
-
-class Layout(NamedTuple):
-    """How the rows of the denoiser's batch, and the tokens of an image, are laid out."""
-
-    latent_size: tuple[int, int]
-    """Height and width of the latent."""
-    samples: int = 1
-    """Images. The batch repeats them in the same order, for each half of classifier-free guidance and each branch."""
-    branches: int = 1
-    """Parts that the batch falls into, one after the other."""
-    changed: tuple[int, ...] = (0,)
-    """The branches in which keys are left out or weighted."""
-
-    def per_branch(self, rows: int) -> int:
-        """Rows of one branch.
-
-        Raises:
-            UnsupportedModelError: The batch does not fall into so many branches of so many samples.
-        """
-        if rows % (self.branches * self.samples):
-            raise UnsupportedModelError(
-                f"a batch of {rows} rows does not fall into {self.branches} branches of {self.samples} samples"
-            )
-        return rows // self.branches
-
-
-def to_grid(masks: Tensor, latent_size: tuple[int, int], site: AttentionSite) -> Tensor:
-    """Masks as the tokens of a layer see them, `(samples, rows, columns)` bool: a token that a mask touches is in it.
-
-    On a coarse grid a mask may touch every token although it leaves a part of the image. The tokens that it covers
-    least are then out of it, down to half of what is left of the emptiest one.
-
-    Args:
-        masks: `(samples, height, width)` bool, of the latent's size or a multiple of it.
-        latent_size: Height and width of the latent.
-        site: The layer.
-    """
-    rows, columns = site.grid(*latent_size)
-    side = site.downsampling * (masks.shape[1] // latent_size[0])
-    beyond = (0, columns * side - masks.shape[2], 0, rows * side - masks.shape[1])
-    covered = F.avg_pool2d(F.pad(masks.float()[:, None], beyond), side)[:, 0]
-    inside = F.avg_pool2d(F.pad(torch.ones_like(masks[:, None], dtype=torch.float32), beyond), side)[:, 0]
-    free = 1 - covered / inside
-    most = free.amax((1, 2), keepdim=True)
-    full = (covered > 0).flatten(1).all(1)[:, None, None] & (most > 0)
-    return (covered > 0) & ~(full & (free >= most / 2))
+_CAPTURE, _TEXT, _OWN = "erasure_attention_capture", "erasure_attention_text", ":own"
 
 
 class AttentionController(AbstractContextManager["AttentionController"]):
@@ -95,6 +49,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     def __init__(self, denoiser: nn.Module, layout: Layout) -> None:
         patches.refuse_deep_cache([denoiser], "control of attention (removal, localisation, composition)")
         self.denoiser, self.layout = denoiser, layout
+        self._told = TextTokens(paths.uncompiled(denoiser))
         self._edits: dict[str, tuple[AttentionSite, _Edit]] = {}
         self._captures: dict[str, tuple[AttentionSite, _Capture]] = {}
         self._stack = ExitStack()
@@ -112,10 +67,14 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     ) -> None:
         """Let nothing attend to what a mask covers; see `to_grid`. A mask of the whole image changes nothing.
 
+        In joint attention that is no image token and no text token, which would carry it back. Tokens of reference
+        images behind the image's own stay.
+
         Args:
             masks: `(samples, height, width)` bool, of the latent's size or a multiple of it.
             sites: Self- or joint attention layers.
-            query_scale: What the queries under the mask are multiplied by, so that they look about more evenly.
+            query_scale: What the image's queries under the mask are multiplied by, so that they look about more
+                evenly.
             scale_until: For this share of the steps.
             until: Share of the steps in which keys are left out.
         """
@@ -142,12 +101,15 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             sites: Cross- or joint attention layers.
         """
         for site in self._wanted(sites, ("cross", "joint")):
-            self._captures[site.name] = site, _Capture(site, self.layout, weights)
+            self._captures[site.name] = site, _Capture(site, self.layout, self._told, weights)
 
     def capture_self(self, sites: Sequence[AttentionSite]) -> None:
-        """Keep the queries and keys of image tokens, so that `spread` can apply the attention to maps."""
-        for site in self._wanted(sites, ("self",)):
-            self._captures[site.name] = site, _Capture(site, self.layout, None)
+        """Keep the queries and keys of image tokens, so that `spread` can apply the attention to maps.
+
+        Of a joint attention it is that among the image's tokens alone.
+        """
+        for site in self._wanted(sites, ("self", "joint")):
+            self._captures[f"{site.name}{_OWN}"] = site, _Capture(site, self.layout, self._told, None)
 
     def _edit(
         self, masks: Tensor, sites: Sequence[AttentionSite], log_weight: float | None, query_scale: float,
@@ -156,7 +118,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         device = next(self.denoiser.parameters()).device
         for site in self._wanted(sites, ("self", "joint")):
             grid = to_grid(masks, self.layout.latent_size, site).flatten(1).to(device)
-            self._edits[site.name] = site, _Edit(grid, self.layout, log_weight, query_scale, scale_until, until)
+            edit = _Edit(site, grid, self.layout, self._told, log_weight, query_scale, scale_until, until)
+            self._edits[site.name] = site, edit
 
     def _wanted(self, sites: Sequence[AttentionSite], kinds: Sequence[str]) -> Sequence[AttentionSite]:
         if not sites:
@@ -171,16 +134,26 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     # While it runs --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> AttentionController:
-        """Put the processors and hooks in place."""
+        """Put the processors and hooks in place.
+
+        Raises:
+            UnsupportedModelError: A step cache is on, or a layer has weights of its own (an IP-Adapter's) that would
+                be passed over.
+        """
+        if hooks.is_stateful(self._told.denoiser):
+            raise UnsupportedModelError(
+                "a step cache is on (enable_cache), which answers for layers with what they gave at an earlier step: "
+                "disable_cache() first"
+            )
         with ExitStack() as stack:
+            stack.enter_context(hooks.hooked(self._told.denoiser, self._told, f"{_TEXT}_{id(self)}"))
             for site, edit in self._edits.values():
                 module = cast(AttentionLayer, site.module)
                 # Ahead of the change: an interruption in between must not leave it.
                 stack.callback(module.set_processor, module.processor)
                 module.set_processor(EditedAttention(site, edit, module.processor))
-            for site, capture in self._captures.values():
-                name = f"{_CAPTURE}_{id(self)}"
-                stack.enter_context(hooks.hooked(site.module, capture, name))
+            for key, (site, capture) in self._captures.items():
+                stack.enter_context(hooks.hooked(site.module, capture, f"{_CAPTURE}_{id(self)}_{key}"))
             self._stack = stack.pop_all()
         return self
 
@@ -196,7 +169,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     def collect(self, forward: Callable[[], object]) -> None:
         """Run the denoiser only as far as the last layer that is captured, uncompiled."""
         names = [site.name for site in attention_sites(self.denoiser)]
-        ends = self._captures[max(self._captures, key=names.index)][1]
+        # Of two at one layer, the one that was put there first runs last.
+        ends = max(reversed(self._captures.values()), key=lambda capture: names.index(capture[0].name))[1]
         ends.stops = True
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -209,7 +183,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     @property
     def maps(self) -> Mapping[str, Tensor]:
         """What the last pass paid, mean over heads, by layer: `(rows, maps, grid rows, grid columns)` float32."""
-        return {name: c.map for name, (_, c) in self._captures.items() if c.map is not None}
+        return {site.name: capture.map for site, capture in self._captures.values() if capture.map is not None}
 
     def spread(self, maps: Tensor) -> Tensor:
         """Captured self-attention applied to maps `(rows, maps, grid rows, grid columns)`, mean over layers."""
@@ -226,12 +200,11 @@ class _Edit:
     """What is done to the keys of one layer."""
 
     def __init__(
-        self, covered: Tensor, layout: Layout, log_weight: float | None, query_scale: float, scale_until: float,
-        until: float,
+        self, site: AttentionSite, covered: Tensor, layout: Layout, told: TextTokens, log_weight: float | None,
+        query_scale: float, scale_until: float, until: float,
     ) -> None:  # fmt: skip
-        self.layout, self.log_weight = layout, log_weight
+        self.site, self.layout, self.told, self.log_weight = site, layout, told, log_weight
         self.query_scale, self.scale_until, self.until = query_scale, scale_until, until
-        self.tokens = covered.shape[1]
         # Nothing under the mask, or nothing beside it: the layer stays as it is for that sample.
         usable = covered.any(1) & ~covered.all(1)
         self.covered = covered & usable[:, None]
@@ -247,34 +220,32 @@ class _Edit:
         # In place: a compiled graph sees new values in the same buffer.
         self.scale.copy_(torch.where(self.covered, factor, 1.0))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, text_first: bool, backend: Backend) -> Tensor:
-        """The attention's output, `(rows, tokens, heads, dim)`; image tokens come after or before the text's."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, backend: Backend) -> Tensor:
+        """The attention's output, `(rows, tokens, heads, dim)`."""
         if not self.on:
             return attend(query, key, value, backend)
-        layout, text = self.layout, query.shape[1] - self.tokens
+        layout, image = self.layout, self.told.image(self.site, query.shape[1], self.layout)
         per_branch = layout.per_branch(query.shape[0])
         parts = []
         for branch in range(layout.branches):
             rows = slice(branch * per_branch, (branch + 1) * per_branch)
             q, k, v = query[rows], key[rows], value[rows]
             changed = branch in layout.changed
-            parts.append(self._changed(q, k, v, text, text_first, backend) if changed else attend(q, k, v, backend))
+            parts.append(self._changed(q, k, v, image, backend) if changed else attend(q, k, v, backend))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _changed(
-        self, query: Tensor, key: Tensor, value: Tensor, text: int, text_first: bool, backend: Backend
-    ) -> Tensor:
-        repeats = query.shape[0] // self.layout.samples
-        lead, trail = (text, 0) if text_first else (0, text)
-        scale = F.pad(self.scale, (lead, trail), value=1.0).repeat(repeats, 1)
+    def _changed(self, query: Tensor, key: Tensor, value: Tensor, image: slice, backend: Backend) -> Tensor:
+        repeats, tokens = query.shape[0] // self.layout.samples, query.shape[1]
+        around = (image.start, tokens - image.stop)
+        scale = F.pad(self.scale, around, value=1.0).repeat(repeats, 1)
         query = query * scale.to(query.dtype)[:, :, None, None]
         if self.log_weight is not None:
-            bias = F.pad(self.covered * self.log_weight, (lead, trail)).repeat(repeats, 1)
+            bias = F.pad(self.covered * self.log_weight, around).repeat(repeats, 1)
             return attend_weighted(query, key, value, bias, backend)
-        words = torch.arange(text, device=query.device) + (0 if text_first else self.tokens)
+        places = torch.arange(tokens, device=query.device)
         out = None
         for members, keep in self.groups:
-            kept = torch.cat([words, keep + lead]) if text else keep
+            kept = torch.cat([places[: image.start], keep + image.start, places[image.stop :]])
             if len(self.groups) == 1:
                 return attend_without(query, key, value, kept, backend)
             rows = torch.cat([members + repeat * self.layout.samples for repeat in range(repeats)])
@@ -297,10 +268,18 @@ class EditedAttention(ChosenBackend):
         site: The layer.
         edit: What to do.
         before: The processor that was there; its backend is respected.
+
+    Raises:
+        UnsupportedModelError: That processor has weights of its own, which would be passed over.
     """
 
     def __init__(self, site: AttentionSite, edit: _Edit, before: object) -> None:
         super().__init__(before)
+        if isinstance(before, nn.Module):
+            raise UnsupportedModelError(
+                f"{site.name} runs with {type(before).__name__}, whose own weights a change of its attention would "
+                "pass over: unload the IP-Adapter first"
+            )
         self.site, self.edit = site, edit
         self.fused = is_fused(site.module, before)
 
@@ -312,16 +291,16 @@ class EditedAttention(ChosenBackend):
         if attention_mask is not None:
             raise UnsupportedModelError(f"{self.site.name} is given an attention mask, which cannot be combined")
         query, key, value = project(self.site, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
-        out = self.edit(query, key, value, self.site.text == "first", self.backend)
+        out = self.edit(query, key, value, self.backend)
         return finish(self.site, out.to(query.dtype), encoder_hidden_states)
 
 
 class _Capture(ModelHook):
     """Keeps what a layer's queries pay to text tokens, or its queries and keys, beside whatever processor it has."""
 
-    def __init__(self, site: AttentionSite, layout: Layout, weights: Tensor | None) -> None:
+    def __init__(self, site: AttentionSite, layout: Layout, told: TextTokens, weights: Tensor | None) -> None:
         super().__init__()
-        self.site, self.layout, self.weights = site, layout, weights
+        self.site, self.layout, self.told, self.weights = site, layout, told, weights
         self.map: Tensor | None = None
         self.pair: tuple[Tensor, Tensor] | None = None
         self.stops = False
@@ -329,23 +308,34 @@ class _Capture(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text: Any = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-        rows, columns = self.site.grid(*self.layout.latent_size)
         if self.site.kind == "cross":
             query, key = project_cross(self.site, hidden, text)
-            lead = 0
+            words = slice(0, key.shape[1])
         else:
             fused = is_fused(module, module.processor)
             query, key, _ = project(self.site, hidden, text, kwargs.get("image_rotary_emb"), fused)
-            lead = query.shape[1] - rows * columns if self.site.text == "first" else 0
-            query = query[:, lead : lead + rows * columns]
+            image = self.told.image(self.site, query.shape[1], self.layout)
+            words = slice(0, image.start) if self.site.text == "first" else slice(image.stop, key.shape[1])
+            query = query[:, image]
         if self.weights is None:
-            self.pair = query, key
+            self.pair = query, key[:, image]
         else:
-            weights = self.weights.to(query.device).repeat(query.shape[0] // self.weights.shape[0], 1, 1)
-            ahead = 0 if lead or self.site.kind == "cross" else rows * columns
-            weights = F.pad(weights, (0, 0, ahead, key.shape[1] - ahead - weights.shape[1]))
-            mass = attention_mass(query, key, weights).float()
-            self.map = mass.transpose(1, 2).unflatten(2, (rows, columns))
+            self.map = self._mass(query, key, words)
         if self.stops:
             raise _Enough
         return args, kwargs
+
+    def _mass(self, query: Tensor, key: Tensor, words: slice) -> Tensor:
+        """What each image token pays to the weighted text, `(rows, maps, grid rows, grid columns)`."""
+        assert self.weights is not None
+        weights, count = self.weights.to(query.device), words.stop - words.start
+        if weights.shape[1] > count:
+            raise UnsupportedModelError(
+                f"{self.site.name} is given {count} tokens of text, and the attention to {weights.shape[1]} is asked "
+                "for: encode the prompt at the same length"
+            )
+        # An IP-Adapter and prompts that are longer bring tokens that nothing is asked of.
+        weights = weights.repeat(query.shape[0] // weights.shape[0], 1, 1)
+        weights = F.pad(weights, (0, 0, words.start, key.shape[1] - words.start - weights.shape[1]))
+        mass = attention_mass(query, key, weights).float()
+        return mass.transpose(1, 2).unflatten(2, self.site.grid(*self.layout.latent_size))

@@ -10,10 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from erasure.backbones import AttentionSite
+from erasure.backbones import AttentionSite, Backbone
+from erasure.carriers.calls import LATENTS, NamedArguments, latents_of, of_rows, twice
 from erasure.interop import hooks, paths
-from erasure.interop.hooks import ModelHook
-from erasure.interop.protocols import Arguments, Pipeline
+from erasure.interop.protocols import Arguments
 
 _GUIDANCE = "erasure_branch_guidance"
 TRUNK = ("down_blocks.", "mid_block.")
@@ -24,17 +24,6 @@ def can_share_trunk(denoiser: nn.Module, changed: Sequence[AttentionSite]) -> bo
     """Whether both branches are equal up to the decoder: a UNet of which no layer ahead of that is changed."""
     is_unet = isinstance(paths.uncompiled(denoiser), UNet2DConditionModel)
     return is_unet and not any(site.name.startswith(TRUNK) for site in changed)
-
-
-def twice(value: Any, batch: int) -> Any:
-    """Every tensor of `batch` rows in nested tuples, lists and dictionaries, with its rows repeated once."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value]) if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: twice(item, batch) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(twice(item, batch) for item in value)
-    return value
 
 
 class BranchGuidance(AbstractContextManager["BranchGuidance"]):
@@ -57,12 +46,12 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
     def __enter__(self) -> BranchGuidance:
         """Put the hooks in place."""
         with ExitStack() as stack:
-            outer = _Combine(self.scale, repeats=not self.shared_trunk)
+            outer = _Combine(self.denoiser, self.scale, repeats=not self.shared_trunk)
             stack.enter_context(hooks.hooked(self.denoiser, outer, _GUIDANCE))
             if self.shared_trunk:
                 blocks = cast(nn.ModuleList, self.denoiser.up_blocks)
                 for block in blocks:
-                    stack.enter_context(hooks.hooked(block, _Repeat(outer), _GUIDANCE))
+                    stack.enter_context(hooks.hooked(block, _Repeat(block, outer), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
 
@@ -71,18 +60,18 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
         self._stack.close()
 
 
-class _Combine(ModelHook):
+class _Combine(NamedArguments):
     """On the denoiser: repeats what goes in, unless the decoder does, and combines what comes out."""
 
-    def __init__(self, scale: float, *, repeats: bool) -> None:
-        super().__init__()
+    def __init__(self, denoiser: nn.Module, scale: float, *, repeats: bool) -> None:
+        super().__init__(denoiser)
         self.scale, self.repeats = scale, repeats
         self.batch = 0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        first = args[0] if args else kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
-        self.batch = first.shape[0]
-        return twice((args, kwargs), self.batch) if self.repeats else (args, kwargs)
+        arguments = self.by_name(args, kwargs)
+        self.batch = len(latents_of(arguments))
+        return self.as_called(of_rows(arguments, self.batch, twice), len(args)) if self.repeats else (args, kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -94,44 +83,44 @@ class _Combine(ModelHook):
         return ordinary + self.scale * (changed - ordinary)
 
 
-class _Repeat(ModelHook):
+class _Repeat(NamedArguments):
     """On a block of the decoder: repeats what has not been repeated yet."""
 
-    def __init__(self, outer: _Combine) -> None:
-        super().__init__()
+    def __init__(self, block: nn.Module, outer: _Combine) -> None:
+        super().__init__(block)
         self.outer = outer
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        return twice((args, kwargs), self.outer.batch)
+        return self.as_called(of_rows(self.by_name(args, kwargs), self.outer.batch, twice), len(args))
 
 
 Forward = Callable[[Tensor], object]
-"""Runs the denoiser on latents `(samples, channels, h, w)` as the current step does, text and all, unguided."""
+"""Runs the denoiser on latents, shaped as the loop has them, as the current step does, text and all, unguided."""
 
 
 class LatentGuidance(AbstractContextManager["LatentGuidance"]):
     """Changes the latents of a stock pipeline's loop ahead of every step, while the block runs.
 
     The loop keeps its latents to itself, so it is told where they are (`follow`) when they are made and after every
-    step; the denoiser is then met with the changed ones, and so is the scheduler.
+    step; the denoiser is then met with the changed ones, and so is the scheduler. A loop that calls the denoiser
+    several times in a step, for the prompt and for the negative one, has them changed ahead of the first call.
 
     Args:
-        pipe: The pipeline.
-        denoiser: Its UNet.
-        update: Gets the latents, the noise level and a `Forward`, and gives the latents to go on with.
+        backbone: Of the pipeline.
+        update: Gets the latents, the noise level as the denoiser is told it, and a `Forward`, and gives the latents to
+            go on with.
     """
 
-    def __init__(
-        self, pipe: Pipeline, denoiser: nn.Module, update: Callable[[Tensor, Tensor, Forward], Tensor]
-    ) -> None:
-        self.pipe, self.denoiser, self.update = pipe, paths.uncompiled(denoiser), update
+    def __init__(self, backbone: Backbone, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
+        self.backbone, self.update = backbone, update
         self.latents: Tensor | None = None
+        self.due = False
         self._stack = ExitStack()
 
     def __enter__(self) -> LatentGuidance:
         """Put the hook in place."""
         with ExitStack() as stack:
-            stack.enter_context(hooks.hooked(self.denoiser, _Update(self), _GUIDANCE))
+            stack.enter_context(hooks.hooked(paths.uncompiled(self.backbone.denoiser), _Update(self), _GUIDANCE))
             self._stack = stack.pop_all()
         return self
 
@@ -140,15 +129,15 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
         self._stack.close()
 
     def follow(self, latents: Tensor) -> None:
-        """Say which tensor the loop goes on with."""
-        self.latents = latents
+        """Say which tensor the loop goes on with; a new step begins."""
+        self.latents, self.due = latents, True
 
 
-class _Update(ModelHook):
+class _Update(NamedArguments):
     """On the denoiser: changes the loop's latents, and what it is given of them."""
 
     def __init__(self, guidance: LatentGuidance) -> None:
-        super().__init__()
+        super().__init__(paths.uncompiled(guidance.backbone.denoiser))
         self.guidance, self.inside = guidance, False
 
     @torch.compiler.disable
@@ -156,27 +145,29 @@ class _Update(ModelHook):
         latents = self.guidance.latents
         if self.inside or latents is None:
             return args, kwargs
-        sample, t, *rest = args
-        count, scale = latents.shape[0], self.guidance.pipe.scheduler.scale_model_input
-        own_args, own_kwargs = last((tuple(rest), kwargs), sample.shape[0], count)
-        self.inside = True
-        try:
-            forward = lambda z: module(scale(z, t), t, *own_args, **own_kwargs)  # noqa: E731
-            changed = self.guidance.update(latents, t, forward)
-        finally:
-            self.inside = False
-        # In place: the loop hands this tensor to the scheduler.
-        latents.copy_(changed)
-        given = scale(torch.cat([changed] * (sample.shape[0] // count)), t)
-        return (given, t, *rest), kwargs
+        arguments, positional = self.by_name(args, kwargs), len(args)
+        given, t = latents_of(arguments), arguments["timestep"]
+        name = next(name for name in LATENTS if name in arguments)
+        count, scaled = latents.shape[0], self.guidance.backbone.model_input
+        if self.guidance.due:
+            own = of_rows(arguments, len(given), _last(count))
+
+            def forward(z: Tensor) -> object:
+                args, kwargs = self.as_called(own | {name: scaled(z, t)}, positional)
+                return module(*args, **kwargs)
+
+            self.inside = True
+            try:
+                changed = self.guidance.update(latents, t, forward)
+            finally:
+                self.inside = False
+            # In place: the loop hands this tensor to the scheduler.
+            latents.copy_(changed)
+            self.guidance.due = False
+        given = scaled(torch.cat([latents] * (len(given) // count)), t)
+        return self.as_called(arguments | {name: given}, positional)
 
 
-def last(value: Any, batch: int, count: int) -> Any:
-    """The last `count` rows of every tensor of `batch` rows in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return value[-count:] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: last(item, batch, count) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(last(item, batch, count) for item in value)
-    return value
+def _last(count: int) -> Callable[[Tensor], Tensor]:
+    """Give the last rows: behind those of the negative prompt are the prompt's own."""
+    return lambda rows: rows[-count:]

@@ -95,11 +95,15 @@ def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[ModelHook]
         remove_hook(module, name)
 
 
-def reset_caches(component: nn.Module) -> None:
-    """Forget what step caches (`enable_cache`) and other stateful hooks of a component remember of earlier passes."""
-    registry = getattr(component, "_diffusers_hook", None)
-    if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
-        HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)
+def reset_caches(*components: nn.Module) -> None:
+    """Forget what step caches (`enable_cache`) and other stateful hooks of components remember of earlier passes.
+
+    Those of a denoiser remember what it made of what the text encoders gave, so a change of these counts as well.
+    """
+    for component in components:
+        registry = getattr(component, "_diffusers_hook", None)
+        if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
+            HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)
 
 
 def is_stateful(component: nn.Module) -> bool:

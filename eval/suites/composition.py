@@ -84,11 +84,11 @@ class CompositionSuite:
 
     def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Every variant from the same noise."""
-        from erasure.pipelines import StableDiffusionAStarPipeline
+        from erasure.pipelines import drop_in
 
         if variant == "stock":
             return generate(pipe, samples, batch_size)
-        guided = StableDiffusionAStarPipeline.from_pipe(pipe)
+        guided = drop_in(pipe, "composition").from_pipe(pipe)
         options = METHODS[variant]
         return generate(
             guided, samples, batch_size,

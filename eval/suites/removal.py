@@ -97,9 +97,9 @@ class RemovalSuite:
 
     def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         """Every variant from the same noise."""
-        from erasure.pipelines import StableDiffusionObjectRemovalPipeline
+        from erasure.pipelines import drop_in
 
-        remover = StableDiffusionObjectRemovalPipeline.from_pipe(pipe)
+        remover = drop_in(pipe, "object-removal").from_pipe(pipe)
         for batch in batches(samples, batch_size):
             drawn = [plate(sample) for sample in batch]
             with scopes.quiet(remover):

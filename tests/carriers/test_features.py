@@ -283,7 +283,7 @@ def test_a_prompt_that_comes_again_is_not_scored_again(tower: TextTower, monkeyp
 
     scored: list[int] = []
     real = GatedEdit.delta
-    monkeypatch.setattr(GatedEdit, "delta", lambda self, x, words: (scored.append(len(x)), real(self, x, words))[1])
+    monkeypatch.setattr(GatedEdit, "delta", lambda self, x, *rest: (scored.append(len(x)), real(self, x, *rest))[1])
     EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower))]})
     first = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]
     again = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]

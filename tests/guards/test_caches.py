@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-from diffusers.hooks import HookRegistry, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry, MagCacheConfig, ModelHook, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.hooks.text_kv_cache import (
     TextKVCacheBlockHook,
@@ -99,6 +99,24 @@ def test_a_stock_twin_computes_every_pass_with_its_own_weights(originals: dict[s
     assert not twin.transformer.is_cache_enabled
     torch.testing.assert_close(passed(twin, noise(1)), stock, atol=1e-6, rtol=1e-5)
     assert pipe.transformer.is_cache_enabled
+
+
+def test_a_stock_twin_runs_its_own_networks_under_hooks_of_others(originals: dict[str, Any]) -> None:
+    """As layerwise casting and users put them on networks: what diffusers makes of a forward knows the original."""
+    pipe = copy.deepcopy(originals["flux"])
+    stock = passed(pipe, noise(1))
+    made = hand_made(pipe, "transformer")
+    made.edits.low_rank["transformer/transformer_blocks.0.attn.to_k"] = next(iter(made.edits.low_rank.values()))
+    for part in (pipe.transformer, *pipe.transformer.transformer_blocks):
+        for name in ("first", "second"):
+            HookRegistry.check_if_exists_or_initialize(part).register_hook(ModelHook(), name)
+    manager = ErasureManager(pipe)
+    manager.add(made, "cat")
+    erased = passed(pipe, noise(1))
+    torch.testing.assert_close(passed(manager.stock(), noise(1)), stock, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(passed(manager.twin(), noise(1)), erased, atol=1e-6, rtol=1e-5)
+    manager.unload()
+    torch.testing.assert_close(passed(pipe, noise(1)), stock)
 
 
 def test_keys_of_text_are_forgotten() -> None:

@@ -15,7 +15,8 @@ from erasure.backbones import TextTower, text_towers
 from erasure.errors import DivergenceError, MaskError, OptionError
 from erasure.pipelines import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
 from erasure.pipelines import attention_losses as losses
-from erasure.pipelines.a_star import composition_sites, subject_weights
+from erasure.pipelines.a_star import composition_sites
+from erasure.pipelines.subjects import subject_weights
 
 SUBJECTS = ["cat", "dog"]
 PROMPT = "a cat and a dog"
@@ -31,7 +32,7 @@ def pipe(stock: Any) -> Any:
 
 def run(pipe: Any, prompt: Any = PROMPT, subjects: Any = SUBJECTS, **options: Any) -> Tensor:
     settings = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "pt",
-                "height": 32, "width": 32, "step_size": 50.0}  # fmt: skip
+                "height": 32, "width": 32, "step_size": 50.0, "grid": 16}  # fmt: skip
     return pipe(prompt, subjects=subjects, **settings | options).images
 
 
@@ -207,11 +208,9 @@ def test_latents_go_down_the_gradient_of_the_loss(tiny_pipe: Any) -> None:
 def test_a_batch_equals_its_parts(pipe: Any, loss: str) -> None:
     prompts, subjects = [PROMPT, "a car"], [SUBJECTS, ["car"]]
     seeds = lambda: [torch.Generator().manual_seed(i) for i in range(4)]  # noqa: E731
-    both = run(pipe, prompts, subjects, generator=seeds(), num_images_per_prompt=2, loss=loss)
-    parts = [
-        run(pipe, prompts[i], subjects[i], generator=seeds()[2 * i : 2 * i + 2], num_images_per_prompt=2, loss=loss)
-        for i in range(2)
-    ]
+    settings = {"num_images_per_prompt": 2, "num_inference_steps": 3, "loss": loss, "refinements": 2}
+    both = run(pipe, prompts, subjects, generator=seeds(), **settings)
+    parts = [run(pipe, prompts[i], subjects[i], generator=seeds()[2 * i : 2 * i + 2], **settings) for i in range(2)]
     assert (both - torch.cat(parts)).abs().max() < 1e-3
 
 

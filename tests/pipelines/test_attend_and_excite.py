@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.backbones import text_towers
+from erasure.backbones import backbone_for, text_towers
 from erasure.pipelines import StableDiffusionAStarPipeline
-from erasure.pipelines.a_star import CompositionSettings, Guide, Words, rival_tokens, subject_weights
+from erasure.pipelines.a_star import CompositionSettings, Guide
 from erasure.pipelines.attention_losses import excitation, rivalled, smoothed
+from erasure.pipelines.subjects import Words, rival_tokens, subject_weights
 
 PROMPT, SUBJECTS, PLACES = "a cat and a dog", ["cat", "dog"], [2, 5]
 
@@ -36,7 +37,7 @@ def test_it_draws_what_the_pipeline_of_diffusers_draws(tiny_pipe: Any, threshold
     ours = StableDiffusionAStarPipeline.from_pipe(tiny_pipe)
     ours.set_progress_bar_config(disable=True)
     found = ours(
-        PROMPT, subjects=SUBJECTS, loss="attend_and_excite", excitation_until=0.6, step_size=1000.0,
+        PROMPT, subjects=SUBJECTS, loss="attend_and_excite", excitation_until=0.6, step_size=1000.0, grid=16,
         refine={step / 5: goal for step, goal in thresholds.items()},
         generator=torch.Generator().manual_seed(0), **call,
     ).images  # fmt: skip
@@ -79,7 +80,7 @@ def test_the_model_decides_over_which_tokens_the_softmax_goes(
 
 def test_steps_become_shorter_as_in_its_code(tiny_pipe: Any) -> None:
     words = Words(torch.zeros(1, 77, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 77, dtype=torch.bool))
-    guide = Guide(tiny_pipe, CompositionSettings(), words, (16, 16), None)
+    guide = Guide(backbone_for(tiny_pipe), CompositionSettings(), words, (16, 16), None)
     sizes = []
     for step in range(50):
         guide.at(step, 50)
@@ -94,4 +95,4 @@ def test_its_numbers_are_those_of_its_code() -> None:
     assert settings.excitation_until == 25 / 50
     assert dict(settings.refine) == {0 / 50: 0.05, 10 / 50: 0.5, 20 / 50: 0.8}
     assert settings.refinements == 20
-    assert settings.grid == 16
+    assert settings.grid is None  # a quarter of the latents' side: 16 of 64

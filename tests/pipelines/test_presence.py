@@ -12,10 +12,10 @@ from PIL import Image
 
 import erasure
 from erasure.assets.scenes import Scene, render
-from erasure.backbones import StableDiffusionBackbone
+from erasure.backbones import StableDiffusionBackbone, backbone_for
 from erasure.errors import MaskError, UnsupportedModelError
 from erasure.pipelines import StableDiffusionObjectRemovalPipeline
-from erasure.pipelines.presence import components, split, window
+from erasure.pipelines.presence import Asked, components, split, window
 
 
 def block(height: int, width: int, *boxes: tuple[int, int, int, int]) -> torch.Tensor:
@@ -69,7 +69,8 @@ def test_the_error_is_that_of_the_denoiser_at_four_noise_levels(tiny_pipe: Any, 
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     mine = pipe.scheduler
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    found = pipe._errors(latents, ["a cat", ""])
+    asked = Asked(backbone_for(pipe), latents)
+    found = torch.stack([asked.errors("a cat")[0], asked.errors("")[1]])
     assert pipe.scheduler is mine
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     backbone = StableDiffusionBackbone(tiny_pipe)
@@ -83,12 +84,15 @@ def test_the_error_is_that_of_the_denoiser_at_four_noise_levels(tiny_pipe: Any, 
 
 
 def test_noise_levels_that_are_not_known_are_refused(tiny_pipe: Any) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     pipe = StableDiffusionObjectRemovalPipeline.from_pipe(tiny_pipe)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(UnsupportedModelError, match="finding things by words"):
-        pipe._errors(torch.zeros(1, 4, 16, 16), ["a cat"])
+    with pytest.raises(UnsupportedModelError, match="FlowMatchEulerDiscreteScheduler says that the UNet predicts"):
+        Asked(backbone_for(pipe), torch.zeros(1, 4, 16, 16))
+    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
+    with pytest.raises(UnsupportedModelError, match="finding things by words goes by DDIM's noise levels"):
+        Asked(backbone_for(pipe), torch.zeros(1, 4, 16, 16))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""The arguments of a denoiser's calls by name, and which of them have a row for each picture of the batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import UnsupportedModelError
+from erasure.interop.hooks import ModelHook
+from erasure.interop.protocols import Arguments, Settings
+
+LATENTS = ("sample", "hidden_states")
+"""Names of a denoiser's argument for latents: of a UNet's, and of a transformer's."""
+ROWS = frozenset({
+    *LATENTS, "timestep", "encoder_hidden_states", "pooled_projections", "guidance", "class_labels", "timestep_cond",
+    "attention_mask", "encoder_attention_mask", "added_cond_kwargs", "cross_attention_kwargs",
+    "joint_attention_kwargs", "down_block_additional_residuals", "mid_block_additional_residual",
+    "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
+    "controlnet_single_block_samples", "res_hidden_states_tuple", "temb",
+})  # fmt: skip
+"""Arguments of denoisers and of their blocks that have a row for each of the batch, or hold such."""
+SHARED = frozenset({"img_ids", "txt_ids", "image_rotary_emb", "ip_adapter_masks", "scale"})
+"""Arguments that all rows share, whatever their first size is."""
+
+
+class NamedArguments(ModelHook):
+    """A hook that goes by the names of a call's arguments, and leaves those positional that were.
+
+    Args:
+        module: A denoiser, or a block of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # Of the class: hooks replace the object's own.
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Settings) -> Settings:
+        """The arguments of a call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def as_called(self, arguments: Settings, positional: int) -> Arguments:
+        """Undo `by_name`: the first `positional` arguments by position."""
+        first = self.names[:positional]
+        return tuple(arguments[name] for name in first), {k: v for k, v in arguments.items() if k not in first}
+
+
+def of_rows(arguments: Settings, batch: int, change: Callable[[Tensor], Tensor]) -> Settings:
+    """Arguments of a call in which the rows of every tensor that has a row for each of the batch are changed.
+
+    Args:
+        arguments: By name.
+        batch: Number of rows.
+        change: Gives other rows for `(batch, ...)`.
+
+    Raises:
+        UnsupportedModelError: It is not known whether an argument has rows.
+    """
+    changed = {}
+    for name, value in arguments.items():
+        if name in SHARED or not _holds_rows(value, batch):
+            changed[name] = value
+        elif name in ROWS:
+            changed[name] = _rows(value, batch, change)
+        else:
+            raise UnsupportedModelError(
+                f"the denoiser is given {name}=, of which it is not known whether it has a row for each picture; "
+                f"known are: {', '.join(sorted(ROWS | SHARED))}. Leave it out"
+            )
+    return changed
+
+
+def _holds_rows(value: object, batch: int) -> bool:
+    """Whether a value is a tensor of `batch` rows, or holds one."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and value.shape[0] == batch
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return any(_holds_rows(item, batch) for item in items)
+
+
+def _rows(value: Any, batch: int, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value) if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: item if key in SHARED else _rows(item, batch, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(item, batch, change) for item in value)
+    return value
+
+
+def twice(rows: Tensor) -> Tensor:
+    """Rows, and the same rows again behind them."""
+    return torch.cat([rows, rows])
+
+
+def latents_of(arguments: Settings) -> Tensor:
+    """What a denoiser is given to denoise, `(batch, ...)`, of the arguments of its call."""
+    return cast(Tensor, next(arguments[name] for name in LATENTS if name in arguments))
