@@ -76,7 +76,11 @@ class Erasure:
     @property
     def concepts(self) -> list[Concept]:
         """What it erases."""
-        return [Concept.from_dict(data) for data in self.config.concepts]
+        return list(self._concepts)
+
+    @cached_property
+    def _concepts(self) -> tuple[Concept, ...]:
+        return tuple(Concept.from_dict(data) for data in self.config.concepts)
 
     @property
     def name(self) -> str:

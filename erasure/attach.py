@@ -15,7 +15,6 @@ from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.baked import before_saving
-from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
 from erasure.fitting import (
     CONTROLNET,
@@ -25,10 +24,10 @@ from erasure.fitting import (
     is_denoiser,
     sources_of,
     strengths_of,
-    warn_of_same_edits,
+    warn_of_misfits,
 )  # fmt: skip
 from erasure.interop import adapters, patches, scopes
-from erasure.interop.pipelines import CallGuard, components_of
+from erasure.interop.pipelines import CallGuard, EncodedTogether, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
 from erasure.state import Attached, ComponentState, Record
@@ -140,8 +139,7 @@ class ErasureManager:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
-            warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
-            warn_of_same_edits(name, erasure, self.erasures)
+            warn_of_misfits(self.pipe, name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:
                 record = replace(states[component].record if component in states else Record(), enabled=True)
@@ -164,6 +162,7 @@ class ErasureManager:
             for name in names:
                 brought.setdefault(name, []).append(component)
         vars(self.pipe)[_NAMES] = brought
+        EncodedTogether.set(self.pipe, any(state.shares_gates for state in self._states().values()))
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -198,9 +197,12 @@ class ErasureManager:
             guards.install(modules, backbone, now)
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
+                CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
+                CallGuard.remove(self.pipe, "check_inputs")
+            EncodedTogether.set(self.pipe, any(state.shares_gates for state in now.values()))
             kept = {name: parts for name, parts in known.items() if name not in dropped}
             for component, state in now.items():
                 for name in state.record.attached:

@@ -11,8 +11,7 @@ from erasure.artifact import Erasure
 from erasure.carriers import beside, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
 from erasure.carriers.edits import Edit
-from erasure.carriers.features import EditedFeatures
-from erasure.carriers.features import Terms as FeatureTerms
+from erasure.carriers.features import EditedFeatures, Term
 from erasure.carriers.weights import Terms, WritePlan, Written
 from erasure.errors import VerificationError
 from erasure.interop import paths
@@ -131,13 +130,20 @@ class ComponentState:
         pinned = (attached.erasure.edits.pinned for attached in self.in_force().values())
         return [pins[self.component] for pins in pinned if self.component in pins]
 
-    def features(self) -> dict[str, FeatureTerms]:
+    def features(self) -> dict[str, list[Term]]:
         """The feature edits of every block, by name of the erasure."""
-        found: dict[str, FeatureTerms] = {}
-        for _, attached in sorted(self.in_force().items()):
-            for path, edit in attached.erasure.edits.features_of(self.component).items():
-                found.setdefault(path, []).append((attached.strength, edit))
+        found: dict[str, list[Term]] = {}
+        for name, attached in sorted(self.in_force().items()):
+            edits = attached.erasure.edits
+            shared = name if len({key.split("/")[0] for key in edits.features}) > 1 else ""
+            for path, edit in edits.features_of(self.component).items():
+                found.setdefault(path, []).append(Term(attached.strength, edit, shared))
         return found
+
+    @property
+    def shares_gates(self) -> bool:
+        """Whether gates of other text encoders open those of this one."""
+        return any(term.shared for terms in self.features().values() for term in terms)
 
     def plan(self, module: nn.Module, record: Record) -> WritePlan:
         """What a record makes of the module's parameters; see `weights.plan`."""

@@ -103,7 +103,7 @@ class CompositionMixin(SharedModulesMixin):
                 for each. A subject of several tokens counts as one, by the mean of their maps.
             layout: A mask for each subject, as `erasure.masks.read_masks` takes them, that retention compares its map
                 with from the first step on, in place of its own at the step before. Attention is drawn there, with a
-                larger `step_size` more; the things need not follow (on Canvas they stay in the order of the words).
+                larger `step_size` more, and the things mostly follow.
             height: In pixels.
             width: In pixels.
             num_images_per_prompt: Images for each prompt.

@@ -89,7 +89,8 @@ class SharedModulesMixin:
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
                     # By name, those too that a call of ours hands on to the stock call.
                     guards.check_call(components_of(self), {**kwargs, **named})
-                    return stock(self, *args, **kwargs)
+                    with guards.calling():
+                        return stock(self, *args, **kwargs)
 
             leased._leased = True  # type: ignore[attr-defined]
             cls.__call__ = leased  # type: ignore[assignment]

@@ -223,6 +223,19 @@ CALLS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 }
 
 
+def test_calls_do_not_read_the_concepts_again(tiny_pipe: Any, hirm: Erasure, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = drop_in(tiny_pipe)
+    pipe.load_erasure(hirm, name="cat")
+    with pytest.warns(BypassedErasureWarning, match="negative prompt"):
+        pipe(PROMPT, negative_prompt="a cat", **SMALL)
+    read = []
+    monkeypatch.setattr(Concept, "from_dict", classmethod(lambda cls, data: read.append(data)))
+    with pytest.warns(BypassedErasureWarning, match="negative prompt"):
+        pipe(PROMPT, negative_prompt="a cat", **SMALL)
+    pipe(PROMPT, **SMALL)
+    assert not read
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_arguments_that_go_around(

@@ -1,11 +1,11 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, attacks, ways, gates, controls, localiser; `everything` measures all of it.
+evaluate, words, table, several, attacks, ways, gates, controls, localiser, layouts; `everything` measures all of it.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
-`evaluate` measures each.
+`evaluate` measures each, and `across` every strategy on all of them.
 """
 
 from __future__ import annotations
@@ -250,6 +250,29 @@ def table(
         print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
 
 
+def across(
+    out: Path = Path("results/across"),
+    models: tuple[str, ...] = ("canvas-sd", "canvas-sdxl", "canvas-flux", "canvas-sd3"),
+    strategies: tuple[str, ...] = ("uce", "hirm", "itd", "esd", "advunlearn"),
+    size: Literal["smoke", "quick", "full"] = "full",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Erase and measure six concepts with every strategy on every family (resumes), then print the README's table.
+
+    Args:
+        out: Results, a folder for each model, and in it one for each concept and strategy.
+        models: Names of embedded models.
+        strategies: What to compare.
+        size: Of the suite.
+        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+    """
+    from erasure.assets.build import across as step
+
+    reasons = step.measure(out, models, strategies, size, share)
+    if share[1] == 1:
+        print(step.markdown(out, models, strategies, reasons))
+
+
 def several(
     out: Path = Path("results/several"),
     count: int = 5,
@@ -355,6 +378,17 @@ def localiser(scenes: int = 100, every: int = 1, picture: Path | None = None) ->
         print(refused(refusals(every)))
 
 
+def layouts(prompts: int = 24) -> None:
+    """Print how often things stand where a layout asks for them, in images of A-STAR.
+
+    Args:
+        prompts: How many, each drawn with both layouts.
+    """
+    from erasure.assets.build.layouts import described, measure
+
+    print(described(*measure(prompts)))
+
+
 def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
     """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
 
@@ -372,8 +406,8 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, several, attacks, ways, gates,
-        controls, localiser, everything, t5, flux, distil, towers, sdxl, sd3, families,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, attacks, ways,
+        gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -60,6 +60,7 @@ def steps(out: Path) -> list[list[Step]]:
             build("gates-untold", "--no-told", step="gates"),
             build("controls"),
             build("localiser"),
+            build("layouts"),
             suite("removal"),
         ],
         [

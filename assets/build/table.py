@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,31 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int, int], suite: str = "canvas") -> None:
-    """Make and measure; `share` (i, n) takes every n-th concept from the i-th on, for several processes at once."""
+def measure(
+    out: Path,
+    strategies: tuple[str, ...],
+    size: str,
+    share: tuple[int, int],
+    suite: str = "canvas",
+    model: str = "canvas-sd",
+    only: Sequence[str] = (),
+) -> None:
+    """Make and measure erasures.
+
+    Args:
+        out: Results, a folder for each concept and strategy; what is there already is not made again.
+        strategies: What to compare.
+        size: Of the suite.
+        share: (i, n) takes every n-th concept from the i-th on, for several processes at once.
+        suite: Its name.
+        model: Name of an embedded model, or a folder.
+        only: Names of concepts, of those that are measured; all of them when empty.
+    """
     torch.set_num_threads(1)
-    pipe = erasure.load_pipeline("canvas-sd")
+    pipe = erasure.load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    for concept in measured()[share[0] :: share[1]]:
+    chosen = [concept for concept in measured() if not only or concept.target in only]
+    for concept in chosen[share[0] :: share[1]]:
         for strategy in strategies:
             folder = out / f"{concept.target}-{strategy}"
             if (folder / "results.json").is_file():
@@ -62,15 +82,20 @@ def measure(out: Path, strategies: tuple[str, ...], size: str, share: tuple[int,
             print(folder.name, json.dumps(rates), f"{made.config.cost['seconds']:.1f} s", flush=True)
 
 
-def rows(out: Path, strategies: tuple[str, ...]) -> list[dict[str, Any]]:
+def rows(out: Path, strategies: Sequence[str], of: Mapping[str, Sequence[str]] | None = None) -> list[dict[str, Any]]:
     """Means over concepts with 95 % intervals, by strategy and group of concepts.
 
     Intervals are the outer bounds of a bootstrap over concepts and of Wilson's interval over all their images, because
     a bootstrap has no width where nothing fails.
+
+    Args:
+        out: Where `measure` left its results.
+        strategies: What to compare.
+        of: Names of concepts by the group that a row is about; see `groups` when left out.
     """
     made = []
     for strategy in strategies:
-        for group, names in groups().items():
+        for group, names in (groups() if of is None else of).items():
             folders = [out / f"{name}-{strategy}" for name in names]
             results = [Results.load(folder / "results.json") for folder in folders]
             row: dict[str, Any] = {"strategy": strategy, "concepts": f"{group}: {len(names)}"}

@@ -19,6 +19,7 @@ from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.rounds import together
 from erasure.needs import Need
 
 
@@ -51,7 +52,7 @@ class TokenRun(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Where the states of one text encoder stand in the tokens of a conditioning."""
+    """Where the states of one text encoder stand in the tokens of a conditioning, or its vector in the pooled one."""
 
     component: str
     places: slice
@@ -100,6 +101,11 @@ class Backbone(ABC):
         return text_towers(self.pipe, self.length)
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens that the text encoder of free length pads prompts to; `None` where all have a fixed length."""
+        return next((tower.max_length for tower in self.towers if not tower.causal), None)
+
+    @property
     def denoiser(self) -> Denoiser:
         """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
@@ -127,6 +133,11 @@ class Backbone(ABC):
         layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
         return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
 
+    def text_layers(self) -> list[str]:
+        """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
+        doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
+        return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
+
     # Text ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -149,6 +160,15 @@ class Backbone(ABC):
                 column += tower.width
         return parts
 
+    def pooled(self) -> list[Written]:
+        """Where the pooled vector of each text encoder stands in that of a conditioning: side by side, in order."""
+        parts, column = [], 0
+        for tower in self.towers:
+            if tower.pooled:
+                parts.append(Written(tower.component, slice(None), slice(column, column + tower.pooled_width)))
+                column += tower.pooled_width
+        return parts
+
     def tower(self, component: str) -> TextTower:
         """The text encoder of a name."""
         return next(tower for tower in self.towers if tower.component == component)
@@ -162,7 +182,7 @@ class Backbone(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does; differentiable in the text encoders' weights."""
-        return self.compose({tower.component: tower.encode(tower.tokenize(prompts)) for tower in self.towers})
+        return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
@@ -172,12 +192,8 @@ class Backbone(ABC):
             output: What it gives for the prompts.
             prompts: What the others read.
         """
-        others = {
-            tower.component: tower.encode(tower.tokenize(prompts))
-            for tower in self.towers
-            if tower.component != component
-        }
-        return self.compose({**others, component: output})
+        others = [tower for tower in self.towers if tower.component != component]
+        return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
         """What the pipeline tells the denoiser for guidance where no negative prompt is given.
@@ -230,14 +246,17 @@ class Backbone(ABC):
         return False
 
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """One forward pass of the denoiser, shaped as `x_t`; differentiable.
 
         Args:
             x_t: `(batch, channels, h, w)`, never packed.
             t: Noise levels: one for the batch, or `(batch,)`.
             conditioning: Of as many prompts.
-            guidance: Scale that a model which was distilled for guidance is told; 1, which is none, when left out.
+            guidance: Scale that a model which was distilled for guidance is told, one for the batch or `(batch,)`; 1,
+                which is none, when left out.
         """
 
     def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -292,3 +311,8 @@ class Backbone(ABC):
         """
         told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
+
+
+def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
+    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})

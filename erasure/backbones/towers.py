@@ -104,6 +104,16 @@ class TextTower:
         """The transformer blocks, first to last."""
         return blocks_of(self.root)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks that what the denoiser reads has passed: all of them, or those ahead of a state inside."""
+        return len(self.blocks) + (0 if self.pooled else self.consumed + 1)
+
+    @property
+    def passes_norm(self) -> bool:
+        """Whether what the denoiser reads leaves through the norm behind the last block."""
+        return self.pooled or self.consumed == -1
+
     def block_path(self, layer: int) -> str:
         """Path of a block; a negative number counts from the last."""
         return f"{self._anatomy.blocks}.{layer if layer >= 0 else len(self.blocks) + layer}"
@@ -132,6 +142,18 @@ class TextTower:
         Pipelines that leave blocks out (`clip_skip`) hand an earlier block's states to that norm, or read them.
         """
         return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
+
+    @property
+    def pooling(self) -> nn.Module:
+        """The module that the pooled vector leaves through: its projection, or the last norm where it has none."""
+        projection = getattr(self.module, "text_projection", None)
+        return projection if isinstance(projection, nn.Module) else self.root.get_submodule(self.norm_path)
+
+    @property
+    def pooled_width(self) -> int:
+        """Length of the pooled vector."""
+        projection = paths.base_layer(self.pooling)
+        return projection.out_features if isinstance(projection, nn.Linear) else self.width
 
     # Text to tokens --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,10 @@ concept that feature `i` belongs to is open: when on some word a logistic score 
 threshold. The score looks at words and the end token only, so it does not depend on padding or on what else is in the
 batch; below all thresholds the output is the input, bit for bit.
 
+Where an erasure edits several text encoders, each has gates of its own reading, and one that opens opens those of the
+same concept in the others, prompt by prompt (`erasure.interop.rounds`): in what a pipeline's `encode_prompt` and
+`Backbone.encode` give. An encoder that is called by itself has its own gates only.
+
 Gates and thresholds are steps. Gradients see smooth curves in their place (`erasure.carriers.steps`), so that attacks
 through the model learn what would open or close a gate; what is computed stays the same to the bit.
 """
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
-from erasure.interop import hooks, paths
+from erasure.interop import hooks, paths, rounds
 from erasure.interop.hooks import ModelHook
 from erasure.text.words import word_mask
 
@@ -142,7 +146,7 @@ class GatedEdit:
         """How surely each token holds each concept, `(batch, tokens, concepts)`."""
         if by_probe:
             return x @ self.edit.probe + self.edit.probe_bias
-        return latents @ self.votes + self.edit.bias
+        return product(latents, self.votes) + self.edit.bias
 
     def scores(self, x: Tensor, words: Tensor, by_probe: bool | None = None) -> Tensor:
         """How surely each concept is in each prompt, `(batch, concepts)` in 0-1.
@@ -155,12 +159,13 @@ class GatedEdit:
         logits = self.logits(x, self.latents(x), self.by_probe if by_probe is None else by_probe)
         return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
 
-    def delta(self, x: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the change of activations `(batch, tokens, dim)` and the prompts with an open gate `(batch,)`.
+    def delta(self, x: Tensor, words: Tensor | None, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Give the change of activations `(batch, tokens, dim)` and the gates that are open `(batch, concepts)`.
 
         Args:
             x: Activations.
             words: `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when nobody knows.
+            told: `(batch, concepts)` bool: gates that other text encoders have opened.
         """
         latents = counted = self.latents(x)
         if x.requires_grad:
@@ -171,6 +176,12 @@ class GatedEdit:
             opened = where = torch.ones_like(own)
         else:
             opened = (own & words[..., None]).any(1, keepdim=True)
+            if told is not None:
+                if self.local:
+                    # No word of its own is at the gate: the one that is nearest to it is edited.
+                    score = logits.masked_fill(~words[..., None], -torch.inf)
+                    own = own | (told[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
+                opened = opened | told[:, None]
             where = own & opened if self.local else opened
         smooth = self.smooth(logits, words) if words is not None and x.requires_grad else None
         if self.filler is not None:
@@ -183,14 +194,16 @@ class GatedEdit:
             if smooth is not None:
                 whole, own_share = (share.amax(-1) for share in smooth)
                 on = straight_through(on, torch.where(tail, whole, own_share)[..., None])
-            change = on * (self.filler[: x.shape[1]] - x)
+            # Behind the last token of the filler comes more padding.
+            place = torch.arange(x.shape[1], device=x.device).clamp(max=len(self.filler) - 1)
+            change = on * (self.filler[place] - x)
         else:
-            on = (where.to(x.dtype) @ self.belongs).clamp(max=1)
+            on = product(where.to(x.dtype), self.belongs).clamp(max=1)
             if smooth is not None:
                 on = straight_through(on.expand(*x.shape[:2], -1), smooth[self.local] @ self.belongs)
-            change = (on * (self.edit.gain * latents + self.edit.offset * (latents > 0))) @ self.edit.w_dec
+            change = product(on * (self.edit.gain * latents + self.edit.offset * (latents > 0)), self.edit.w_dec)
         after = torch.arange(x.shape[1], device=x.device) >= self.first
-        return change * after[:, None], opened.any(-1)[:, 0]
+        return change * after[:, None], opened.any(1)
 
     def smooth(self, logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Give how far each gate is open for gradients: in a prompt as a whole, and at each of its tokens.
@@ -209,8 +222,35 @@ class GatedEdit:
 
 BlockEdit = FeatureEdit | ReconstructionEdit
 """What is done at the output of one block."""
-Terms = list[tuple[float, BlockEdit]]
-"""(strength, edit) pairs of one block."""
+
+
+class Term(NamedTuple):
+    """An edit of one block, as it is in force."""
+
+    strength: float
+    """Factor of its change."""
+    edit: BlockEdit
+    """What is done."""
+    shared: str = ""
+    """Name under which the gates of several text encoders open one another; none do under an empty one."""
+
+
+Terms = Sequence[Term | tuple[float, BlockEdit]]
+"""What is done at one block, added up."""
+
+
+def product(sparse: Tensor, matrix: Tensor) -> Tensor:
+    """`sparse @ matrix`, without the rows of the matrix that only zeros meet: of many concepts few are in a prompt.
+
+    Args:
+        sparse: `(..., rows)`, most of it 0.
+        matrix: `(rows, columns)`.
+    """
+    if sparse.requires_grad or torch.compiler.is_compiling():
+        return sparse @ matrix
+    met = sparse.flatten(0, -2).any(0).nonzero()[:, 0]
+    # Gathering rows costs more than it saves where most are met.
+    return sparse[..., met] @ matrix[met] if 2 * len(met) < len(matrix) else sparse @ matrix
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -224,51 +264,83 @@ def _within(pairs: Tensor, concepts: int, features: int) -> bool:
     return bool(((pairs >= 0) & (pairs < limits)).all())
 
 
+class _Edited(NamedTuple):
+    """Activations that were edited, and all that this depends on besides the edits."""
+
+    states: Tensor
+    """What came in, `(batch, tokens, dim)`."""
+    ids: Tensor | None
+    told: tuple[Tensor | None, ...]
+    """For each term: gates that other text encoders have opened."""
+    output: Tensor
+    """What goes out."""
+    opened: tuple[Tensor, ...]
+    """For each term: gates that are open now, `(batch, concepts)`."""
+
+    def is_of(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> bool:
+        """Whether the same would come out again."""
+        return (
+            _same(self.states, states)
+            and _same(self.ids, ids)
+            and all(_same(a, b) for a, b in zip(self.told, told, strict=True))
+        )
+
+
 class _EditBlock(ModelHook):
     """On a block: edits its output. Differentiable, so that an attack can see through it."""
 
-    def __init__(self, terms: Sequence[tuple[float, BlockEdit]]) -> None:
+    def __init__(self, terms: Terms) -> None:
         super().__init__()
-        self.terms = tuple(terms)
+        self.terms = tuple(Term(*term) for term in terms)
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
-        self._memory: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._memory: list[_Edited] = []
 
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
-        edited = self.edit(states) if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.recall(states)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        ids = current_ids(*states.shape[:2])
+        told = tuple(
+            rounds.told(term.shared, self, len(states), term.edit.gates.numel()) if term.shared else None
+            for term in self.terms
+        )
+        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        edited = (self.edit if fresh else self.recall)(states, ids, told)
+        for term, opened in zip(self.terms, edited.opened, strict=True):
+            if term.shared:
+                rounds.tell(term.shared, self, opened)
+        return (edited.output, *output[1:]) if isinstance(output, tuple) else edited.output
 
     def place(self, device: torch.device) -> None:
         """Bring the tensors to a device."""
         if device.type != "meta":
-            self._placed = tuple(edit.on(device) for _, edit in self.terms)
+            self._placed = tuple(term.edit.on(device) for term in self.terms)
 
-    def recall(self, states: Tensor) -> Tensor:
+    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
         """The edit of `states`, from memory when it was asked for lately."""
-        ids = current_ids(*states.shape[:2])
-        for seen, seen_ids, edited in self._memory:
-            if _same(seen, states) and _same(seen_ids, ids):
-                return edited
-        edited = self.edit(states)
-        self._memory = [(states, ids, edited), *self._memory[: MEMORY - 1]]
+        for known in self._memory:
+            if known.is_of(states, ids, told):
+                return known
+        edited = self.edit(states, ids, told)
+        self._memory = [edited, *self._memory[: MEMORY - 1]]
         return edited
 
-    def edit(self, states: Tensor) -> Tensor:
-        """`(batch, tokens, dim)`, in the dtype it came in."""
+    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
+        """Edit `(batch, tokens, dim)`, in the dtype it came in."""
         if not self._placed or self._placed[0].device != states.device:
             self.place(states.device)
-        ids = current_ids(*states.shape[:2])
         x = states.float()
         change, touched = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for (strength, _), edit in zip(self.terms, self._placed, strict=True):
+        gates = []
+        for term, edit, others in zip(self.terms, self._placed, told, strict=True):
             # Without the ids nobody can tell where the words are: every gate opens rather than none.
             words = None if ids is None else word_mask(ids.to(x.device), edit.end, edit.first)
-            delta, opened = edit.delta(x, words)
-            change, touched = change + strength * delta, touched | opened
+            delta, opened = edit.delta(x, words, None if others is None else others.to(x.device))
+            change, touched = change + term.strength * delta, touched | opened.any(-1)
+            gates.append(opened)
         edited = (x + change).to(states.dtype)
         chosen = torch.where(touched[:, None, None], edited, states)
         # What no gate touched is left as it is to the bit, and yet gradients see what an open gate would change.
-        return straight_through(chosen, edited) if states.requires_grad else chosen
+        chosen = straight_through(chosen, edited) if states.requires_grad else chosen
+        return _Edited(states, ids, told, chosen, tuple(gates))
 
 
 class EditedFeatures:
@@ -299,11 +371,12 @@ class EditedFeatures:
         if {id(module) for module in hooked} != set(blocks) or not keeps_ids(encoder, _EDIT):
             return False
         for module in hooked:
-            hook, edits = hooks.find_hook(module, _EDIT), blocks[id(module)]
+            hook, edits = hooks.find_hook(module, _EDIT), [Term(*term) for term in blocks[id(module)]]
             if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT) or len(hook.terms) != len(edits):
                 return False
-            if any(a[0] != b[0] or a[1] is not b[1] for a, b in zip(hook.terms, edits, strict=True)):
-                return False
+            for one, other in zip(hook.terms, edits, strict=True):
+                if one.strength != other.strength or one.edit is not other.edit or one.shared != other.shared:
+                    return False
         return True
 
     @staticmethod

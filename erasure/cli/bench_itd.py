@@ -37,8 +37,8 @@ class BenchItDOptions(ModelOptions):
 
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
-    dictionary: str = "canvas-sae"
-    """Folder of the model's autoencoder, or the embedded one."""
+    dictionary: str = ""
+    """Folders of the model's autoencoders, as the option of `itd`; as `itd` finds or makes them when left out."""
     repeats: int = 7
     """Rounds of stock and each number of concepts in turn; medians are reported."""
     steps: int | None = None
@@ -106,25 +106,29 @@ def time_images(pipe: Pipeline, options: BenchItDOptions, advance: Callable[[], 
 
 
 def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
-    """An erasure of so many concepts, each with random features of a dictionary."""
+    """An erasure of so many concepts, each with random features of the dictionary of every text encoder."""
     import torch
 
     from erasure.artifact import Erasure, ErasureConfig
     from erasure.backbones import backbone_for
     from erasure.carriers.edits import Edits
+    from erasure.sae import dictionaries
     from erasure.strategies.itd import ItD
 
     backbone = backbone_for(pipe)
-    tower = backbone.reader
-    sae, layer, _ = ItD(dictionary=dictionary).open_dictionary(tower, 0, lambda share: None)
-    generator = torch.Generator().manual_seed(0)
-    edit = random_edit(sae, count, EDITED, COUNTED, generator)._replace(
-        first=torch.tensor(tower.leading), end=torch.tensor(tower.end)
-    )
-    key = tower.key(tower.block_path(layer))
+    folders = dictionaries.assigned(dictionary, backbone.towers)
+    edits = Edits()
+    for tower in backbone.towers:
+        folder = ItD().dictionary_of(tower, folders.get(tower.component), 0, lambda share: None)
+        sae, layer = dictionaries.opened(tower, folder, None)
+        generator = torch.Generator().manual_seed(0)
+        edit = random_edit(sae, count, EDITED, COUNTED, generator)._replace(
+            first=torch.tensor(tower.leading), end=torch.tensor(tower.end)
+        )
+        edits.features[tower.key(tower.block_path(layer))] = edit
     names: list[dict[str, object]] = [{"target": f"concept {index}"} for index in range(count)]
     config = ErasureConfig("itd", names, backbone.family, carriers=["activations"])
-    return Erasure(config, Edits(features={key: edit}))
+    return Erasure(config, edits)
 
 
 def random_edit(sae: SparseAutoencoder, concepts: int, edited: int, counted: int, generator: Generator) -> FeatureEdit:

@@ -210,14 +210,14 @@ def open_stream(
         UsageError: No such tower, or no prompts.
     """
     from erasure.backbones import text_towers
-    from erasure.sae.stream import TokenStream, block_fingerprint
+    from erasure.sae.stream import TokenStream, block_fingerprint, middle_block
 
     towers = {tower.component: tower for tower in text_towers(pipe)}
     name = options.tower or TOWER
     if name not in towers:
         raise UsageError(f"--tower {name} is not in this pipeline; there are {', '.join(towers)}")
     tower = towers[name]
-    layer = 2 * len(tower.blocks) // 3 if options.layer is None else options.layer
+    layer = middle_block(tower) if options.layer is None else options.layer
     prompts = open_prompts(options, World.at(model).declared, kept)
     stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
     place = {

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erasure.interop import adapters, hooks, paths
+from erasure.interop import adapters, hooks, paths, rounds
 
 
 def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
@@ -80,6 +80,25 @@ class CallGuard:
         """Take the guard off again."""
         if isinstance(vars(owner).get(method), cls):
             del vars(owner)[method]
+
+
+class EncodedTogether(CallGuard):
+    """On a pipeline's `encode_prompt`: its text encoders tell one another what they find in the prompts.
+
+    See `erasure.interop.rounds`.
+    """
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Encode, again where one encoder found what another was not told."""
+        return rounds.together(lambda: self.__wrapped__(*args, **kwargs))
+
+    @classmethod
+    def set(cls, pipe: DiffusionPipeline, wanted: bool) -> None:
+        """Put it on a pipeline, or take it off."""
+        if wanted:
+            cls.install(pipe, "encode_prompt", lambda *args, **kwargs: None)
+        else:
+            cls.remove(pipe, "encode_prompt")
 
 
 def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -169,4 +188,5 @@ def twin(
         setattr(other, name, component)
     if getattr(pipe, "scheduler", None) is not None:
         other.scheduler = copy.deepcopy(pipe.scheduler)
+    EncodedTogether.set(other, prefix is None and isinstance(vars(pipe).get("encode_prompt"), EncodedTogether))
     return other

@@ -33,11 +33,16 @@ class Detection(NamedTuple):
         """Whether the concept counts as being in the prompt, and is erased from it."""
         return self.score >= self.gate
 
+    def margin(self) -> float:
+        """How far the score is above the gate, below 0 where it is shut."""
+        return self.score - self.gate
+
 
 def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
     """How surely prompts hold the concepts of the attached feature erasures (`itd`), by concept, for each prompt.
 
-    The prompts are encoded by the stock twin of the pipeline, so nothing is switched meanwhile.
+    Of several text encoders the one that is surest is heard. The prompts are encoded by the stock twin of the
+    pipeline, so nothing is switched meanwhile.
 
     Raises:
         AttachError: None of the attached erasures can tell.
@@ -57,7 +62,9 @@ def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> li
             for row, each in zip(rows, found, strict=True):
                 # The released code has one gate for all concepts.
                 answers = row * len(erasure.concepts) if len(row) == 1 else row
-                each |= {c.target: answer for c, answer in zip(erasure.concepts, answers, strict=True)}
+                for concept, answer in zip(erasure.concepts, answers, strict=True):
+                    # One text encoder that is sure opens the gates of all.
+                    each[concept.target] = max(each.get(concept.target, answer), answer, key=Detection.margin)
     return found
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from erasure import files
 from erasure.backbones import TextTower
 from erasure.cache import cache_folder
 from erasure.carriers.weights import fingerprint
-from erasure.errors import ArtifactError
-from erasure.sae.formats import load, save
+from erasure.errors import ArtifactError, OptionError, WrongBaseError
+from erasure.sae.formats import load, read_prompts, save
+from erasure.sae.gates import read_words
+from erasure.sae.model import SparseAutoencoder
 from erasure.sae.stream import TokenStream, activations, block_fingerprint, reads_from
-from erasure.sae.training import SAETrainer, TrainingOptions
+from erasure.sae.training import SAETrainer, TrainingOptions, variance_share
+
+ERROR_ALLOWED, ERROR_FACTOR = 0.1, 3.0
+"""Share of the variance of activations that a dictionary may leave unexplained, or so many times what it left in its
+training, until it counts as made for another text encoder."""
+SAMPLE = 64
+"""Prompts by which that is told."""
 
 
 def named(name: str) -> Path:
@@ -24,6 +35,102 @@ def named(name: str) -> Path:
     return assets.find(name) or Path(name)
 
 
+def assigned(given: str, towers: Sequence[TextTower]) -> dict[str, Path]:
+    """Which of the dictionaries that a user names is for which text encoder, by component.
+
+    Args:
+        given: One folder or name of an embedded dictionary, or several, commas between; each alone, or as
+            `COMPONENT=FOLDER`.
+        towers: The text encoders of the model.
+
+    Raises:
+        OptionError: An unknown text encoder, two dictionaries for one, or one that does not say what it is for.
+        WrongBaseError: One was made for none of the text encoders.
+    """
+    # Names of folders may hold the signs.
+    listed = [given] if os.path.exists(given) else [part.strip() for part in given.split(",") if part.strip()]
+    found: dict[str, Path] = {}
+    for part in listed:
+        component, sign, folder = part.partition("=")
+        if not sign or os.path.exists(part):
+            folder, component = part, _component_of(named(part), towers)
+        elif component not in {tower.component for tower in towers}:
+            raise OptionError(
+                f"itd: dictionary {part!r} is for {component!r}, which this model has not; its text encoders: "
+                f"{', '.join(tower.component for tower in towers)}"
+            )
+        if component in found:
+            raise OptionError(f"itd: two dictionaries for {component}, {found[component]} and {folder}: name one")
+        found[component] = named(folder)
+    return found
+
+
+def _component_of(folder: Path, towers: Sequence[TextTower]) -> str:
+    """The text encoder that a dictionary was made for."""
+    if len(towers) == 1:
+        return towers[0].component
+    sae = load(folder)
+    about = sae.config.metadata
+    layer, known = about.get("layer"), about.get("fingerprint")
+    told = str(about.get("hook_name", "")).split("/")[0]
+    fits = [tower for tower in towers if layer is not None and known and reads_from(tower, layer, known)]
+    if known and not fits:
+        raise WrongBaseError(_made_for_another(folder, sae, "any of " + ", ".join(t.component for t in towers)))
+    names = [tower.component for tower in fits or towers]
+    if len(names) > 1 and told not in names:
+        raise OptionError(
+            f"itd: the dictionary {folder} does not say for which text encoder it is: write {names[0]}={folder}"
+        )
+    return names[0] if len(names) == 1 else told
+
+
+def opened(tower: TextTower, folder: Path, layer: int | None) -> tuple[SparseAutoencoder, int]:
+    """Load the dictionary of a text encoder, and say which block it reads.
+
+    Args:
+        tower: The text encoder.
+        folder: Of the dictionary.
+        layer: The block; what the dictionary says when left out.
+
+    Raises:
+        OptionError: Nobody says which block it reads.
+        WrongBaseError: It was made for another text encoder.
+    """
+    sae = load(folder)
+    about = sae.config.metadata
+    layer = about.get("layer") if layer is None else layer
+    if layer is None:
+        raise OptionError(f"itd: the dictionary {folder} does not say which block it reads: give option 'layer'")
+    width = activations(tower, layer, tower.tokenize([""])).shape[-1]
+    known = about.get("fingerprint")
+    if sae.config.d_in != width or (known and not reads_from(tower, layer, known)) or not explains(tower, folder, sae):
+        raise WrongBaseError(_made_for_another(folder, sae, f"this {tower.component} of width {width}"))
+    return sae.to(next(tower.root.parameters()).device), layer
+
+
+def _made_for_another(folder: Path, sae: SparseAutoencoder, found: str) -> str:
+    return (
+        f"the dictionary {folder} (of {sae.config.metadata.get('model_name', 'an unknown model')}, width "
+        f"{sae.config.d_in}) was made for another text encoder than {found}: train one with erasure sae train"
+    )
+
+
+@torch.no_grad()
+def explains(tower: TextTower, folder: Path, sae: SparseAutoencoder) -> bool:
+    """Whether a dictionary describes a text encoder's activations as it described those that it was trained on.
+
+    What it says about itself names one matrix of the block only, which fine-tuned encoders may share. Where it does
+    not say how well it described them, or no prompts came with it, nothing speaks against it.
+    """
+    about, prompts = sae.config.metadata, read_prompts(folder)[:SAMPLE]
+    error, layer = about.get("fvu"), about.get("layer")
+    if error is None or layer is None or not prompts:
+        return True
+    states = read_words(tower, layer, prompts).states
+    left = variance_share(states - sae.cpu()(states), states)
+    return float(left) <= max(ERROR_ALLOWED, ERROR_FACTOR * error)
+
+
 def embedded(tower: TextTower) -> Path | None:
     """The autoencoder that comes with the package, when it was made for this text encoder."""
     from erasure import assets
@@ -31,8 +138,9 @@ def embedded(tower: TextTower) -> Path | None:
     folder = assets.find("canvas-sae")
     if folder is None:
         return None
-    about = load(folder).config.metadata
-    fits = about["layer"] < len(tower.blocks) and reads_from(tower, about["layer"], about["fingerprint"])
+    sae = load(folder)
+    about = sae.config.metadata
+    fits = reads_from(tower, about["layer"], about["fingerprint"]) and explains(tower, folder, sae)
     return folder if fits else None
 
 

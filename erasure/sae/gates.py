@@ -14,7 +14,7 @@ from erasure.errors import DivergenceError
 from erasure.interop.protocols import Settings
 from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
-from erasure.text.words import spellings, word_mask
+from erasure.text.words import is_whole_word, spellings, word_mask
 
 CHUNK = 64
 """Prompts encoded at once."""
@@ -107,6 +107,7 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
         found = (words.ids.unfold(0, len(spelling), 1) == spelling).all(1)
         start = found.nonzero()[:, 0]
         start = start[words.prompt[start] == words.prompt[start + len(spelling) - 1]]
+        start = start[is_whole(tower, words, start, len(spelling))]
         positive[start + len(spelling) - 1] = True
         begins = begins.scatter_reduce(0, words.prompt[start], start, "amin")
     holds = begins < len(words.ids)
@@ -114,6 +115,27 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
     if tower.causal:
         elsewhere = elsewhere | (torch.arange(len(words.ids)) < begins[words.prompt])
     return Labels(holds, positive, elsewhere)
+
+
+def is_whole(tower: TextTower, words: WordStates, start: Tensor, count: int) -> Tensor:
+    """Which places hold whole words, `(places,)` bool: no place where a longer word goes on behind them.
+
+    Args:
+        tower: Its tokeniser says where words begin.
+        words: Of all prompts.
+        start: `(places,)`: first tokens.
+        count: Tokens of each.
+    """
+    fits = torch.ones(len(start), dtype=torch.bool)
+    if not tower.marks_starts:
+        return fits  # the end of a word is marked in its last token
+    for row, first in enumerate(start.tolist()):
+        own = words.prompt == words.prompt[first]
+        ahead = int(own.nonzero()[0])
+        ids = words.ids[own].tolist()
+        place = first - ahead
+        fits[row] = is_whole_word(tower, ids, slice(place, place + count))
+    return fits
 
 
 class Gate(NamedTuple):

@@ -57,6 +57,7 @@ def no_feature(
             f"others, most on: {hit}"
         )
     return (
-        f"no feature of the dictionary tells {name!r} from the rest. The nearest: {'; '.join(listed)}. Raise "
-        "retain_rate if losing those is acceptable, or train a larger dictionary on prompts with the concept"
+        f"no feature of the dictionary of {tower.component} tells {name!r} from the rest. The nearest: "
+        f"{'; '.join(listed)}. Raise retain_rate if losing those is acceptable, or train a larger dictionary on "
+        "prompts with the concept"
     )

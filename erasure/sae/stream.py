@@ -66,13 +66,22 @@ def block_of(tower: TextTower, layer: int) -> nn.Module:
     Raises:
         NoMatchingModuleError: The tower has no such block, or what the denoiser reads does not pass through it.
     """
-    # hidden_states[-2] is the output of the last block but one.
-    last = len(tower.blocks) + tower.consumed
+    last = _last_block(tower)
     if not 0 <= layer <= last:
         raise NoMatchingModuleError(
             f"{tower.component} has no block {layer} that reaches the denoiser; there are 0 to {last}"
         )
     return tower.blocks[layer]
+
+
+def middle_block(tower: TextTower) -> int:
+    """Number of the block two thirds of the way, where an autoencoder reads unless told otherwise."""
+    return min(2 * len(tower.blocks) // 3, _last_block(tower))
+
+
+def _last_block(tower: TextTower) -> int:
+    """Number of the last block whose output reaches the denoiser: `hidden_states[-2]` is that of the last but one."""
+    return len(tower.blocks) + tower.consumed
 
 
 def block_fingerprint(tower: TextTower, layer: int) -> dict[str, str]:
@@ -81,8 +90,8 @@ def block_fingerprint(tower: TextTower, layer: int) -> dict[str, str]:
 
 
 def reads_from(tower: TextTower, layer: int, known: Mapping[str, str]) -> bool:
-    """Whether a fingerprint is this tower's."""
-    return same_base(_first_matrix(tower, layer), known)
+    """Whether a fingerprint is that of this tower's block; not where it has no such block."""
+    return 0 <= layer <= _last_block(tower) and same_base(_first_matrix(tower, layer), known)
 
 
 def _first_matrix(tower: TextTower, layer: int) -> Tensor:

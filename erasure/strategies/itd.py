@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
@@ -12,51 +13,38 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
-from erasure.carriers.features import FeatureEdit
+from erasure.carriers.features import BlockEdit, FeatureEdit
 from erasure.concept import Concept
-from erasure.errors import ConceptError, OptionError, WrongBaseError
+from erasure.errors import ConceptError
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
-from erasure.sae import SparseAutoencoder, TrainingOptions, dictionaries, load, read_prompts
-from erasure.sae.gates import (
-    Gate,
-    Labels,
-    WordStates,
-    fit_gate,
-    halves,
-    joined,
-    locate,
-    read_words,
-    strongest,
-    with_mined,
-)
+from erasure.sae import TrainingOptions, dictionaries, read_prompts
+from erasure.sae.edit import Choice, Mode, feature_edit
+from erasure.sae.gates import Gate, Labels, WordStates, fit_gate, halves, with_mined
 from erasure.sae.mining import fired, mine
+from erasure.sae.reading import Mentions, Reading
 from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
-from erasure.sae.selection import Evidence, evidence, no_feature
-from erasure.sae.standin import ALONE, columns, stand_in, written
-from erasure.sae.stream import activations, reads_from
+from erasure.sae.selection import Evidence, no_feature
+from erasure.sae.standin import ALONE, written
+from erasure.sae.stream import middle_block
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of
-from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
-from erasure.world import World
+from erasure.text.corpora import context_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
 
 
-class Choice(NamedTuple):
-    """What an erasure holds of one concept."""
+class Side(NamedTuple):
+    """What is made of one text encoder."""
 
-    features: list[int]
-    """Latents to edit."""
-    magnitude: Tensor
-    """`(features,)`: what each usually reaches in prompts with the concept."""
-    gate: Gate
-    """When to."""
-    anchor: Tensor | None = None
-    """`(dim,)`: what takes the concept's place; `None` where nothing does."""
-    factor: float = ALONE
-    """Factor of its latents."""
+    key: str
+    """`component/block.path`."""
+    edit: BlockEdit
+    log: dict[str, float]
+    """Figures worth keeping."""
+    gates: dict[str, dict[str, Any]]
+    """By concept, how well its gate tells it."""
 
 
 @register("itd")
@@ -75,6 +63,11 @@ class ItD(Strategy):
     left as it is, prompts below the threshold too, bit for bit. A linear probe of the same activations is fitted and
     calibrated beside it.
 
+    Every text encoder of a model that has several is edited so, with a dictionary and gates of its own, also one of
+    which the denoiser reads a pooled vector alone: what is edited in a block flows on to that vector, as the prompt
+    does. A gate that opens in one of them opens that of the same concept in the others, prompt by prompt, whatever
+    each of them is told (`prompt`, `prompt_2`): see `erasure.carriers.features`.
+
     Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
     hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
 
@@ -89,22 +82,24 @@ class ItD(Strategy):
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
     paper: ClassVar[str] = "Tian et al. 2025, arXiv 2503.09446"
-    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
+    needs: ClassVar[tuple[Need, ...]] = ("word states",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "seconds with a dictionary, a minute or more without"
+    cost: ClassVar[str] = "seconds with a dictionary, a minute or more for each text encoder without"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
     presets: ClassVar[Presets] = RECIPES
 
     dictionary: PathText = ""
-    """Folder of a sparse autoencoder made for this text encoder (`erasure sae train`). Left out, the embedded one is
-    taken for the embedded model; else a small one is trained first on random prompts of the tokeniser's words, and is
-    kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
+    """Folder of a sparse autoencoder made for a text encoder of the model (`erasure sae train`); or several, commas
+    between, each for the text encoder that it was made for, or as `text_encoder_2=FOLDER`. For a text encoder that is
+    left out, the embedded one is taken where it was made for it; else a small one is trained first on random prompts
+    of the tokeniser's words, and is kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
     layer: CountOrZero | None = None
-    """Block whose output is read and edited, from 0 on; the dictionary's own, or two thirds of the way."""
+    """Block whose output is read and edited, from 0 on, in every text encoder; the dictionary's own, or two thirds of
+    the way."""
     prompts: PathText = ""
     """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
     dictionary when left out, and random prompts of the tokeniser's words when there are none."""
-    mode: Literal["scale", "clamp", "replace"] = "scale"
+    mode: Mode = "scale"
     """`scale` multiplies a latent by tau; `clamp` sets it to tau times what it usually reaches wherever it fires,
     however weakly; `replace` puts the empty prompt's states in place of the words that hold the
     concept, of the end token and of the padding, whatever fires there."""
@@ -133,6 +128,7 @@ class ItD(Strategy):
     """Edit every token of a prompt whose gate is open, or only those whose own score would open it."""
     false_positive_rate: ZeroToOne = 0.01
     """Share of ordinary prompts without the concept that may open its gate, measured on prompts that chose nothing.
+    Of several text encoders each may open it in an equal part of them.
     Other words for the concept count as such unless they are given as synonyms, or the model's world knows them."""
     contexts: CountOrZero = 96
     """Random prompts that name the concept among other words."""
@@ -171,53 +167,82 @@ class ItD(Strategy):
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Find the features of every concept in the first text encoder's dictionary, and calibrate the gates."""
-        tower = backbone.reader
-        for name in (name for concept in concepts for name in concept.names):
-            tower.check_words(name)
+        """Find the features of every concept in each text encoder's dictionary, and calibrate the gates."""
+        towers = backbone.towers
+        for tower in towers:
+            for name in (name for concept in concepts for name in concept.names):
+                tower.check_words(name)
+        folders = dictionaries.assigned(self.dictionary, towers)
+        edits, log, gates = Edits(), {}, {}
+        for index, tower in enumerate(towers):
+
+            def report(share: float, index: int = index) -> None:
+                progress((index + share) / len(towers))
+
+            side = self.fit_tower(backbone, tower, folders.get(tower.component), concepts, seed, report)
+            edits.features[side.key] = side.edit
+            several = len(towers) > 1
+            log |= {f"{tower.component}_{name}" if several else name: value for name, value in side.log.items()}
+            gates |= {f"{name} ({tower.component})" if several else name: gate for name, gate in side.gates.items()}
+        progress(1.0)
+        return Fit(edits, log, gates)
+
+    def fit_tower(
+        self, backbone: Backbone, tower: TextTower, folder: Path | None, concepts: Sequence[Concept], seed: int,
+        progress: Callable[[float], None],
+    ) -> Side:  # fmt: skip
+        """Find the features of every concept in one text encoder's dictionary, and calibrate its gates.
+
+        Args:
+            backbone: The model.
+            tower: Its text encoder.
+            folder: The dictionary, if one was named for it.
+            concepts: What to erase.
+            seed: Seeds every random choice.
+            progress: To be called with the share that is done.
+        """
         generator = torch.Generator().manual_seed(seed)
-        sae, layer, ordinary = self.open_dictionary(tower, seed, lambda share: progress(0.7 * share))
-        if not ordinary:
-            ordinary = vocabulary_prompts(vocabulary(tower, concepts), self.vocabulary, generator)
-        corpus = read_words(tower, layer, ["", *ordinary])
-        key = tower.key(tower.block_path(layer))
-        log: dict[str, float] = {"layer": float(layer)}
+        reading = self.read(tower, folder, seed, generator, concepts, lambda share: progress(0.7 * share))
+        log: dict[str, float] = {"layer": float(reading.layer)}
         if self.parity:
             edit = released_edit(
-                tower, layer, sae, corpus, {c.target: self.target_prompts(tower, c, generator) for c in concepts},
+                tower, reading.layer, reading.sae, reading.corpus,
+                {c.target: self.target_prompts(tower, c, generator) for c in concepts},
                 names=[name for concept in concepts for name in concept.names], top=self.top,
                 tau=self.gate_tau if self.tau is None else self.tau,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
-            return Fit(Edits(features={key: edit}), log)
-        activity = strongest(sae, corpus)
+            return Side(reading.key, edit, log, {})
         choices = []
         for index, concept in enumerate(concepts):
-            words, labels, found = self.labelled(tower, layer, sae, corpus, activity, concept, generator)
-            chooses = halves(labels, generator)
-            choice = self.choose(tower, sae, words, labels, found, chooses, concept.target)
+            mentions = reading.mentions(concept, self.target_prompts(tower, concept, generator))
+            chooses = halves(mentions.labels, generator)
+            choice = self.choose(reading, mentions, chooses, concept.target, len(backbone.towers))
             anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
             if anchor is not None:
-                mention = words.states[labels.positive].mean(0)
-                place = self.replacement(tower, layer, sae, corpus, activity, anchor, mention, seed)
+                mention = mentions.words.states[mentions.labels.positive].mean(0)
+                place = self.replacement(reading, anchor, mention, seed)
                 choice = choice._replace(anchor=place, factor=ALONE if place is None else 0.0)
             if self.tau is not None:
                 choice = choice._replace(factor=self.tau)
             if self.mining_steps:
-                active = self.edit(tower, layer, sae, [choice])
-                share = (0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts))
-                mined = mine(
-                    backbone, concept, key, active, self.mining_steps, seed,
-                    lambda part, share=share: progress(share[0] + share[1] * part),  # type: ignore[misc]
-                )  # fmt: skip
-                kept = found[~labels.holds]
-                new, reached = fired(sae, mined.states, kept, choice.features, self.features, self.false_positive_rate)
+                start, share = 0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts)
+
+                def report(part: float, start: float = start, share: float = share) -> None:
+                    progress(start + share * part)
+
+                active = self.edit(reading, [choice])
+                mined = mine(backbone, concept, reading.key, active, self.mining_steps, seed, report)
+                kept = mentions.activity[~mentions.labels.holds]
+                new, reached = fired(
+                    reading.sae, mined.states, kept, choice.features, self.features, self.false_positive_rate
+                )
                 log[f"{concept.target}_mined"] = float(len(new))
                 reached = torch.cat([choice.magnitude, reached])
                 choice = choice._replace(features=[*choice.features, *new], magnitude=reached)
-                words, labels = with_mined(words, labels, mined.states, mined.learned)
+                words, labels = with_mined(mentions.words, mentions.labels, mined.states, mined.learned)
                 chooses = torch.cat([chooses, torch.arange(mined.states.prompts) % 2 == 0])
-                choice = choice._replace(gate=self.fit_gate(sae, words, labels, chooses))
+                choice = choice._replace(gate=self.fit_gate(reading, words, labels, chooses, len(backbone.towers)))
             choices.append(choice)
             log[f"{concept.target}_features"] = float(len(choice.features))
             progress(0.7 + 0.29 * (index + 1) / len(concepts))
@@ -225,45 +250,35 @@ class ItD(Strategy):
             concept.target: {"decides": self.gate, **choice.gate.figures}
             for concept, choice in zip(concepts, choices, strict=True)
         }
-        progress(1.0)
-        return Fit(Edits(features={key: self.edit(tower, layer, sae, choices)}), log, gates)
+        return Side(reading.key, self.edit(reading, choices), log, gates)
 
     # The dictionary and prompts --------------------------------------------------------------------------------------
 
-    def open_dictionary(
-        self, tower: TextTower, seed: int, progress: Callable[[float], None]
-    ) -> tuple[SparseAutoencoder, int, list[str]]:
-        """The autoencoder, the block it reads, and ordinary prompts.
-
-        Raises:
-            OptionError: It does not say which block it reads.
-            WrongBaseError: It was made for another text encoder.
-        """
-        folder = dictionaries.named(self.dictionary) if self.dictionary else dictionaries.embedded(tower)
-        if folder is None:
-            options = TrainingOptions(
-                d_sae=self.d_sae, k=self.k, steps=self.steps, learning_rate=1e-3, dead_after=50_000, save_every=100,
-                seed=seed,
-            )  # fmt: skip
-            middle = 2 * len(tower.blocks) // 3
-            prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
-            folder = dictionaries.trained(
-                tower, middle if self.layer is None else self.layer, prompts, options, progress
-            )
-        sae = load(folder)
-        layer = sae.config.metadata.get("layer") if self.layer is None else self.layer
-        if layer is None:
-            raise OptionError(f"itd: the dictionary {folder} does not say which block it reads: give option 'layer'")
-        width = activations(tower, layer, tower.tokenize([""])).shape[-1]
-        known = sae.config.metadata.get("fingerprint")
-        if sae.config.d_in != width or (known and not reads_from(tower, layer, known)):
-            raise WrongBaseError(
-                f"the dictionary {folder} (of {sae.config.metadata.get('model_name', 'an unknown model')}, width "
-                f"{sae.config.d_in}) was made for another text encoder than this {tower.component} of width {width}: "
-                "train one with erasure sae train"
-            )
+    def read(
+        self, tower: TextTower, folder: Path | None, seed: int, generator: torch.Generator,
+        concepts: Sequence[Concept], progress: Callable[[float], None],
+    ) -> Reading:  # fmt: skip
+        """Open or train the dictionary of a text encoder, and read ordinary prompts with it; see `fit_tower`."""
+        folder = self.dictionary_of(tower, folder, seed, progress)
+        sae, layer = dictionaries.opened(tower, folder, self.layer)
         ordinary = read_prompts(self.prompts or folder)
-        return sae.to(next(tower.root.parameters()).device), layer, ordinary
+        if not ordinary:
+            ordinary = vocabulary_prompts(vocabulary(tower, concepts), self.vocabulary, generator)
+        return Reading.of(tower, sae, layer, ordinary)
+
+    def dictionary_of(
+        self, tower: TextTower, named: Path | None, seed: int, progress: Callable[[float], None]
+    ) -> Path:
+        """Folder of the dictionary of a text encoder: one that was named, the embedded one, or one that is trained."""
+        if folder := named or dictionaries.embedded(tower):
+            return folder
+        options = TrainingOptions(
+            d_sae=self.d_sae, k=self.k, steps=self.steps, learning_rate=1e-3, dead_after=50_000, save_every=100,
+            seed=seed,
+        )  # fmt: skip
+        layer = middle_block(tower) if self.layer is None else self.layer
+        prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
+        return dictionaries.trained(tower, layer, prompts, options, progress)
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
         """Phrasings of a concept, and random prompts that name it among other words."""
@@ -272,121 +287,52 @@ class ItD(Strategy):
         known = vocabulary(tower, [concept])
         return prompts + [pair.prompt for pair in context_prompts(tower, concept, known, self.contexts, generator)]
 
-    def labelled(
-        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
-        concept: Concept, generator: torch.Generator,
-    ) -> tuple[WordStates, Labels, Tensor]:  # fmt: skip
-        """Words of prompts with a concept and without it, where it is in them, and the activity of all latents.
-
-        Prompts that hold another word for the concept, which the model's world knows and the concept does not list,
-        are left out: they are no prompts without it.
-        """
-        prompts = self.target_prompts(tower, concept, generator)
-        prompts += retain_prompts([concept])
-        prompts += [t.format(concept.anchor) for t in concept.phrasings() if concept.anchor]
-        extra = read_words(tower, layer, prompts)
-        words, active = joined([corpus, extra]), torch.cat([activity, strongest(sae, extra)])
-        world = World.of(tower.pipe)
-        others = [word for name in concept.names for word in world.words(name) if word not in concept.names]
-        labels = locate(tower, words, concept.names)
-        clear = labels.holds | ~locate(tower, words, others).holds
-        if not clear.all():
-            words, active = words.of(clear), active[clear]
-            labels = locate(tower, words, concept.names)
-        return words, labels, active
-
     # Features and gates ----------------------------------------------------------------------------------------------
 
-    def choose(
-        self, tower: TextTower, sae: SparseAutoencoder, words: WordStates, labels: Labels, activity: Tensor,
-        chooses: Tensor, name: str,
-    ) -> Choice:  # fmt: skip
+    def choose(self, reading: Reading, mentions: Mentions, chooses: Tensor, name: str, towers: int) -> Choice:
         """The features of a concept and its gate.
 
         Args:
-            tower: To name words.
-            sae: The dictionary.
-            words: Of all prompts.
-            labels: Where the concept is.
-            activity: `(prompts, d_sae)`, see `strongest`.
+            reading: Of a text encoder.
+            mentions: Of the concept.
             chooses: `(prompts,)` bool: prompts that choose; the others calibrate.
             name: Of the concept.
+            towers: How many text encoders may open the gate.
         """
-        found = evidence(activity[labels.holds & chooses], activity[~labels.holds & chooses], self.floor)
+        found = mentions.evidence(self.floor, chooses)
         features = select(found, self)
         if not features:
-            raise ConceptError(no_feature(tower, sae, words, labels, found, name))
-        return Choice(features, found.magnitude[features], self.fit_gate(sae, words, labels, chooses))
+            raise ConceptError(no_feature(reading.tower, reading.sae, mentions.words, mentions.labels, found, name))
+        gate = self.fit_gate(reading, mentions.words, mentions.labels, chooses, towers)
+        return Choice(features, found.magnitude[features], gate)
 
-    def replacement(
-        self, tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, activity: Tensor,
-        anchor: Concept, mention: Tensor, seed: int,
-    ) -> Tensor | None:  # fmt: skip
+    def replacement(self, reading: Reading, anchor: Concept, mention: Tensor, seed: int) -> Tensor | None:
         """Find what is written where a concept's latents fire, `(dim,)`.
 
         That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
         of the states at their names. `None` for an anchor that the tokeniser does not know.
         """
-        generator = torch.Generator().manual_seed(seed)
-        words, labels, active = self.labelled(tower, layer, sae, corpus, activity, anchor, generator)
-        if not labels.positive.any():
+        prompts = self.target_prompts(reading.tower, anchor, torch.Generator().manual_seed(seed))
+        mentions = reading.mentions(anchor, prompts)
+        if not mentions.labels.positive.any():
             return None
-        found = evidence(active[labels.holds], active[~labels.holds], self.floor)
+        found = mentions.evidence(self.floor)
         features = select(found, self)
         if features:
-            return self.anchored * written(sae, features, found.magnitude[features])
-        return words.states[labels.positive].mean(0) - mention
+            return self.anchored * written(reading.sae, features, found.magnitude[features])
+        return mentions.words.states[mentions.labels.positive].mean(0) - mention
 
-    def fit_gate(self, sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor) -> Gate:
+    def fit_gate(self, reading: Reading, words: WordStates, labels: Labels, chooses: Tensor, towers: int) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
-        return fit_gate(sae, words, labels, chooses, votes=self.votes, rate=self.false_positive_rate)
+        rate = self.false_positive_rate / towers
+        return fit_gate(reading.sae, words, labels, chooses, votes=self.votes, rate=rate)
 
-    def edit(self, tower: TextTower, layer: int, sae: SparseAutoencoder, choices: Sequence[Choice]) -> FeatureEdit:
-        """The latents of all concepts, each once, with who edits and who counts them; dictionary rows in float16."""
-        used = sorted({i for choice in choices for i in (*choice.features, *choice.gate.features)})
-        place = {feature: index for index, feature in enumerate(used)}
-        part = sae.slice(used)
-
-        anchored = [(c, choice, choice.anchor) for c, choice in enumerate(choices) if choice.anchor is not None]
-        latents = [stand_in(sae, choice.features, choice.magnitude, anchor) for _, choice, anchor in anchored]
-
-        def pairs(of: Callable[[Choice], list[int]], more: Sequence[tuple[int, int]] = ()) -> Tensor:
-            listed = [*((c, place[i]) for c, choice in enumerate(choices) for i in of(choice)), *more]
-            return torch.tensor(listed, dtype=torch.int64).view(-1, 2).T.contiguous()
-
-        reached, factor = torch.zeros(len(used)), torch.full((len(used),), torch.inf)
-        for choice in choices:
-            index = torch.tensor([place[i] for i in choice.features])
-            reached[index] = torch.maximum(reached[index], choice.magnitude)
-            # Of several concepts that share a latent, the one that pushes hardest.
-            factor[index] = factor[index].clamp(max=choice.factor)
-        factor = torch.where(factor.isinf(), 1.0, factor)
-        clamp = self.mode == "clamp"
-        dim = part.w_enc.shape[0]
-        filler = torch.zeros(0, dim)
-        if self.mode == "replace":
-            filler = activations(tower, layer, tower.tokenize([""]))[0].float().cpu()
-        gates = [choice.gate for choice in choices]
-        half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
-                "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
-                "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
-        for name, tensor in columns(latents).items() if latents else ():
-            half[name] = torch.cat([half[name].detach().cpu(), tensor], half[name].ndim - 1 if name != "w_dec" else 0)
-        return FeatureEdit(
-            **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
-            edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(anchored)]),
-            votes=pairs(lambda choice: choice.gate.features),
-            weight=torch.cat([gate.weight for gate in gates]),
-            bias=torch.tensor([gate.bias for gate in gates]),
-            gate=torch.tensor([gate.level for gate in gates]),
-            probe=torch.stack([gate.probe for gate in gates], 1),
-            probe_bias=torch.tensor([gate.probe_bias for gate in gates]),
-            probe_gate=torch.tensor([gate.probe_level for gate in gates]),
-            rule=torch.tensor(int(self.gate == "probe")),
-            local=torch.tensor(int(self.tokens == "word" or self.mode == "replace")),
-            first=torch.tensor(tower.leading),
-            end=torch.tensor(tower.end),
-        )
+    def edit(self, reading: Reading, choices: Sequence[Choice]) -> FeatureEdit:
+        """The edit by the strategy's options; see `erasure.sae.edit.feature_edit`."""
+        return feature_edit(
+            reading.tower, reading.layer, reading.sae, choices, mode=self.mode, by_probe=self.gate == "probe",
+            local=self.tokens == "word" or self.mode == "replace",
+        )  # fmt: skip
 
 
 def select(found: Evidence, options: ItD) -> list[int]:

@@ -125,18 +125,21 @@ def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = 
 def whole_words(tower: TextTower, ids: Sequence[int], words: str) -> list[slice]:
     """Where words stand among the tokens of a prompt, from left to right; not where they are a part of longer ones."""
     places = occurrences(ids, spellings(tower, words), tower.leading)
+    return [place for place in places if is_whole_word(tower, ids, place)]
+
+
+def is_whole_word(tower: TextTower, ids: Sequence[int], place: slice) -> bool:
+    """Whether words that stand somewhere among the tokens of a prompt are no part of longer ones."""
     if not tower.marks_starts:
-        return places  # the end of a word is marked in its last token
-    pieces = tower.tokenizer.convert_ids_to_tokens(list(ids))
-
-    def is_whole(place: slice) -> bool:
-        before = pieces[place.start - 1][-1:] if place.start else ""
-        # A mark that stands alone is the beginning of the word.
-        continues = not pieces[place.start].startswith(START_OF_WORD) and (before.isalnum() or before == START_OF_WORD)
-        # Signs and the mark of the next word are no letters.
-        return not continues and not (place.stop < len(pieces) and pieces[place.stop][:1].isalnum())
-
-    return [place for place in places if is_whole(place)]
+        return True  # the end of a word is marked in its last token
+    around = list(ids[max(place.start - 1, 0) : place.stop + 1])
+    pieces = tower.tokenizer.convert_ids_to_tokens(around)
+    before = pieces.pop(0)[-1:] if place.start else ""
+    # A mark that stands alone is the beginning of the word.
+    continues = not pieces[0].startswith(START_OF_WORD) and (before.isalnum() or before == START_OF_WORD)
+    behind = pieces[place.stop - place.start :]
+    # Signs and the mark of the next word are no letters.
+    return not continues and not (behind and behind[0][:1].isalnum())
 
 
 # Alignment -----------------------------------------------------------------------------------------------------------

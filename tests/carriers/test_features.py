@@ -283,7 +283,7 @@ def test_a_prompt_that_comes_again_is_not_scored_again(tower: TextTower, monkeyp
 
     scored: list[int] = []
     real = GatedEdit.delta
-    monkeypatch.setattr(GatedEdit, "delta", lambda self, x, words: (scored.append(len(x)), real(self, x, words))[1])
+    monkeypatch.setattr(GatedEdit, "delta", lambda self, x, *rest: (scored.append(len(x)), real(self, x, *rest))[1])
     EditedFeatures.write(tower.module, {PATH: [(1.0, make_edit(tower))]})
     first = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]
     again = [tower.encode(tower.tokenize([prompt])).states for prompt in PROMPTS]
@@ -380,3 +380,23 @@ def test_both_kinds_survive_the_disk(tower: TextTower, kind: int) -> None:
     assert type(back) is type(edit)
     assert all(torch.equal(a, b) for a, b in zip(edit, back, strict=True))
     assert read.carriers == ["activations"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.9])
+def test_rows_that_only_zeros_meet_are_left_out_of_a_product(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sparse = torch.randn(2, 7, 40, generator=generator) * (torch.rand(40, generator=generator) < share)
+    matrix = torch.randn(40, 9, generator=generator)
+    expected = sparse.double() @ matrix.double()
+    assert torch.allclose(features.product(sparse, matrix).double(), expected, atol=1e-5)
+    if share < 0.5:
+        # Only rows that are left out may hold what makes a product NaN.
+        matrix[~sparse.flatten(0, -2).any(0)] = torch.nan
+        assert torch.allclose(features.product(sparse, matrix).double(), expected, atol=1e-5)
+
+
+def test_gradients_reach_the_rows_that_are_left_out() -> None:
+    sparse = torch.zeros(1, 2, 3, requires_grad=True)
+    features.product(sparse, torch.ones(3, 4)).sum().backward()
+    assert sparse.grad is not None
+    assert bool((sparse.grad == 4).all())

@@ -1,0 +1,148 @@
+"""Ways around erasures that the arguments of a pipeline's call show."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from erasure.guards.encodings import KNOWN, blocks_read, skipped_blocks, unfit_for_skipping
+from erasure.guards.networks import encodings_of
+from erasure.guards.said import (
+    CLIP_SKIP,
+    EMBEDDINGS,
+    IMAGE_PROMPT,
+    NEGATIVE,
+    OTHER_TEXT,
+    PICTURE,
+    TEXT_LENGTH,
+    made_for_others,
+    names_in_force,
+    names_on_text,
+    said,
+)  # fmt: skip
+from erasure.interop import paths
+from erasure.interop.pipelines import components_of
+from erasure.state import ComponentState
+
+Way = Literal["other text", "embeddings", "image prompt", "picture", "skipped blocks", "negative prompt"]
+"""How an argument of a pipeline's call can go around an erasure."""
+WAYS: dict[Way, re.Pattern[str]] = {
+    "other text": re.compile(r"(negative_)?prompt_\d+"),
+    "embeddings": re.compile(r"(negative_)?(pooled_)?prompt_embeds(?!_mask|_scale)(_\w+)?"),
+    "image prompt": re.compile(r"(negative_)?ip_adapter_image(_embeds)?"),
+    "picture": re.compile(r"(?!mask_)(\w+_)?images?(_latents)?"),
+    "skipped blocks": re.compile(r"clip_skip"),
+    "negative prompt": re.compile(r"negative_prompt"),
+}
+"""Names of such arguments, the first that matches: diffusers' pipelines call the same things by the same names."""
+
+
+LENGTH = "max_sequence_length"
+"""Name of the argument that says how long a text is to T5."""
+
+
+def way_of(name: str) -> Way | None:
+    """How an argument of this name can go around an erasure; `None` where it cannot."""
+    return next((way for way, names in WAYS.items() if names.fullmatch(name)), None)
+
+
+def ways_around(pipeline: type[DiffusionPipeline]) -> dict[str, Way]:
+    """The arguments of a pipeline class's call that can go around an erasure, by name, and how."""
+    names = inspect.signature(pipeline.__call__).parameters
+    return {name: way for name in names if (way := way_of(name)) is not None}
+
+
+@contextmanager
+def calling() -> Iterator[None]:
+    """A call is under way inside of the block, in this thread, whose arguments have been looked at."""
+    before, KNOWN.calling = KNOWN.calling, True
+    try:
+        yield
+    finally:
+        KNOWN.calling = before
+
+
+def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) -> None:
+    """Warn of ways around erasures that the arguments of a pipeline's call show.
+
+    Args:
+        components: The networks of the pipeline.
+        given: Arguments by name.
+
+    Raises:
+        BypassedErasureError: Under an erasure that was attached with `strict=True`.
+    """
+    states = [state for module in components.values() if (state := ComponentState.of(module)) is not None]
+    names = names_in_force(states)
+    if not names or KNOWN.quiet:
+        return
+    set_levels = [given.get(key) for key in ("timesteps", "sigmas")]
+    if given.get("latents") is not None and any(levels is not None for levels in set_levels):
+        said(states, names, PICTURE)
+    on_text = names_on_text(states)
+    compiled = [known for part in components.values() if paths.is_compiled(part) and (known := encodings_of(part))]
+    for name, value in given.items():
+        way = way_of(name) if value is not None else None
+        if way == "other text" and on_text and _differs(value, given.get(usual := re.sub(r"_\d+$", "", name))):
+            said(states, on_text, OTHER_TEXT, way=name, usual=usual)
+        elif way == "picture" and isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] not in (1, 3):
+            # Latents of a picture, which go past the VAE.
+            said(states, names, PICTURE)
+        elif way == "skipped blocks" and value:
+            if unfit := unfit_for_skipping(states, blocks_read(components), value):
+                said(states, unfit, CLIP_SKIP, way=str(value))
+        elif way == "embeddings" and isinstance(value, Tensor):
+            # The guard on the denoiser is not asked inside of a compiled graph.
+            if any(skipped_blocks(states, known, value) is None for known in compiled):
+                said(states, on_text, EMBEDDINGS, way=name)
+        elif way == "image prompt" and compiled:
+            said(states, names, IMAGE_PROMPT)
+        elif name == LENGTH and isinstance(value, int):
+            for free in [known.free for known in compiled if known.free]:
+                if others := made_for_others(states, free.component, value):
+                    said(states, ", ".join(others), TEXT_LENGTH, length=value, made=next(iter(others.values())))
+    if negated := _negated(states, given):
+        said(states, negated, NEGATIVE)
+
+
+def check_arguments(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
+    """See `check_call`, from what a stock pipeline's call hands to its own `check_inputs`."""
+    named = inspect.signature(type(pipe).check_inputs).bind_partial(pipe, *args, **kwargs).arguments  # type: ignore[attr-defined]
+    if not KNOWN.calling:
+        check_call(components_of(pipe), named)
+
+
+def _differs(text: object, usual: object) -> bool:
+    """Whether the prompts for one text encoder are others than those for the first; empty ones are not used."""
+    return bool(text) and _prompts(text) != _prompts(usual or "")
+
+
+def _prompts(given: object) -> list[object]:
+    """One prompt or several, as a list without repetition."""
+    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return listed[:1] if all(each == listed[0] for each in listed) else listed
+
+
+def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:
+    """Names of the erasures whose concept or anchor a negative prompt names, that of any text encoder."""
+    texts: list[str] = []
+    for name, value in given.items():
+        if re.fullmatch(r"negative_prompt(_\d+)?", name):
+            texts += [text for text in _prompts(value) if isinstance(text, str)]
+    if not any(texts):
+        return ""
+    found, written = [], "\n".join(texts).casefold()
+    for name, attached in {name: one for state in states for name, one in state.in_force().items()}.items():
+        concepts = attached.erasure.concepts
+        words = [word for concept in concepts for word in (*concept.names, concept.anchor) if word]
+        # An expression for each of a thousand words would cost more than an image's text encoder.
+        likely = (word for word in words if word.casefold() in written)
+        if any(re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", written) for word in likely):
+            found.append(name)
+    return ", ".join(found)

@@ -1,0 +1,153 @@
+"""Guards on the networks of a pipeline, which every pipeline that shares them runs into."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.backbones import Backbone
+from erasure.guards import encodings as known
+from erasure.guards.encodings import KNOWN, Encodings
+from erasure.guards.said import (
+    CLIP_SKIP,
+    CONTROL,
+    EMBEDDINGS,
+    IMAGE_PROMPT,
+    PICTURE,
+    REFERENCE,
+    TEXT_LENGTH,
+    is_strict,
+    made_for_others,
+    names_in_force,
+    names_on_text,
+    said,
+)  # fmt: skip
+from erasure.guards.saving import refuse_unsaveable
+from erasure.interop import hooks
+from erasure.interop.hooks import ModelHook
+from erasure.interop.pipelines import CallGuard
+from erasure.interop.protocols import Arguments
+from erasure.state import ComponentState
+
+_ENTRY = "erasure_entry"
+CONTROLLED = ("down_block_additional_residuals", "controlnet_block_samples", "block_controlnet_hidden_states")
+"""What a ControlNet tells a denoiser: a UNet, Flux's transformer, SD3's."""
+SHOWN = ("image_embeds", "ip_adapter_image_embeds", "ip_hidden_states")
+"""What an IP-Adapter tells it."""
+
+
+class _AtEntry(ModelHook):
+    """On a denoiser: looks at what it is told besides the latents.
+
+    Args:
+        states: What is attached.
+        encodings: What the text encoders gave.
+        read: See `blocks_read`.
+    """
+
+    def __init__(self, states: Iterable[ComponentState], encodings: Encodings, read: Mapping[str, int]) -> None:
+        super().__init__()
+        self.states, self.encodings, self.read = list(states), encodings, read
+        self.said: set[str] = set()
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
+        """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
+        if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
+            return args, kwargs
+        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        added = given.get("added_cond_kwargs") or {}
+        tokens, places = given.get("encoder_hidden_states"), given.get("img_ids")
+        for way, told in (
+            ("prompt_embeds", tokens),
+            ("pooled_prompt_embeds", added.get("text_embeds", given.get("pooled_projections"))),
+        ):
+            if isinstance(told, Tensor) and not self._checked(told):
+                self._check(way, told)
+                # Tokens that stand at a step of their own are those of reference images.
+                if told is tokens and isinstance(places, Tensor) and bool((places[..., 0] != 0).any()):
+                    self._once(REFERENCE)
+        shown = {**added, **(given.get("joint_attention_kwargs") or {})}
+        if any(shown.get(key) is not None for key in SHOWN):
+            self._once(IMAGE_PROMPT)
+        if any(given.get(key) is not None for key in CONTROLLED):
+            self._once(CONTROL)
+        return args, kwargs
+
+    def _check(self, way: str, told: Tensor) -> None:
+        """Look for what the denoiser is told among what the text encoders gave."""
+        skipped = known.skipped_blocks(self.states, self.encodings, told)
+        if skipped is None:
+            said(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
+        elif skipped and not KNOWN.calling and (unfit := known.unfit_for_skipping(self.states, self.read, skipped)):
+            said(self.states, unfit, CLIP_SKIP, way=str(skipped))
+        free = self.encodings.free
+        if free is not None and told.ndim == 3:
+            length = told[:, free.places].shape[1]
+            if others := made_for_others(self.states, free.component, length):
+                self._once(TEXT_LENGTH, ", ".join(others), length=length, made=next(iter(others.values())))
+        KNOWN.checked.append((weakref.ref(told), self.encodings))
+
+    def _checked(self, told: Tensor) -> bool:
+        """Whether it was looked at in an earlier pass: the same tensors come back at every step of a drawing."""
+        return any(last() is told and encodings is self.encodings for last, encodings in KNOWN.checked)
+
+    def _once(self, reason: str, names: str = "", **words: object) -> None:
+        key = reason.format(names=names, **words)
+        if key not in self.said or is_strict(self.states):
+            self.said.add(key)
+            said(self.states, names or names_in_force(self.states), reason, **words)
+
+
+class _WatchPictures:
+    """Check on a VAE: pictures go in. Holds the states of the networks that its pipeline draws with."""
+
+    def __init__(self, states: Iterable[ComponentState]) -> None:
+        self.states = list(states)
+
+    def __call__(self, vae: nn.Module, *args: object, **kwargs: object) -> None:
+        """Warn while an erasure is in force."""
+        if not KNOWN.quiet and (names := names_in_force(self.states)):
+            said(self.states, names, PICTURE)
+
+
+def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Mapping[str, ComponentState]) -> None:
+    """Put the guards of a pipeline in place, or take them off where nothing is attached any more."""
+    denoiser = components[backbone.denoiser_component]
+    attached = {name: state for name, state in states.items() if state.record.attached}
+    in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
+    signature = tuple((name, one.strength) for name, one in in_force)
+    before = encodings_of(denoiser)
+    if before is not None and before.erasures == signature:
+        encodings = before
+    else:
+        tokens = backbone.written()
+        free = next((part for part in tokens if not backbone.tower(part.component).causal), None)
+        encodings = Encodings(signature, tokens, backbone.pooled(), free)
+    for component in components.values():
+        if attached:
+            CallGuard.install(component, "save_pretrained", refuse_unsaveable)
+        else:
+            CallGuard.remove(component, "save_pretrained")
+    for tower in backbone.towers:
+        known.forget(tower)
+        if tower.component in attached:
+            known.watch(tower, encodings)
+    hooks.remove_hook(denoiser, _ENTRY)
+    if "vae" in components:
+        CallGuard.remove(components["vae"], "encode")
+    if attached:
+        entry = _AtEntry(attached.values(), encodings, known.blocks_read(components))
+        hooks.register_hook(denoiser, entry, _ENTRY)
+        if "vae" in components:
+            CallGuard.install(components["vae"], "encode", _WatchPictures(attached.values()))
+
+
+def encodings_of(denoiser: nn.Module) -> Encodings | None:
+    """The encodings that the guard of a denoiser knows."""
+    hook = hooks.find_hook(denoiser, _ENTRY)
+    return hook.encodings if isinstance(hook, _AtEntry) else None

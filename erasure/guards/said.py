@@ -1,0 +1,107 @@
+"""What is said of ways around erasures, and how: a warning, or an error under a strict erasure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from erasure.errors import BypassedErasureError, BypassedErasureWarning
+from erasure.state import ComponentState
+
+EMBEDDINGS = (
+    "{way}= bypasses {names}: these embeddings were not made by this model's text encoder under the erasures "
+    "that are in force now. Pass prompt=, or encode_prompt's embeddings, or use a strategy that edits the denoiser."
+)
+OTHER_TEXT = (
+    "{way}= bypasses {names}: it tells one text encoder other words than {usual}= tells the others, and the erasure "
+    "was made with all of them reading the same. Leave {way}= out, or use a strategy that edits the denoiser."
+)
+IMAGE_PROMPT = (
+    "an image prompt (IP-Adapter) brings its content into the denoiser past {names}: an erasure is fitted to words. "
+    "Check the pictures that users hand in."
+)
+REFERENCE = (
+    "a reference image stands beside the drawing, and the denoiser reads it past {names}: an erasure is fitted to "
+    "words. Check the pictures that users hand in."
+)
+CONTROL = (
+    "a ControlNet has cross-attention of its own, which {names} does not edit: attach the erasure with "
+    "controlnet=True, or check what is drawn."
+)
+PICTURE = (
+    "a picture that is handed in starts the drawing past {names}: what it shows stays, whatever the prompt says. "
+    "Check the pictures that users hand in."
+)
+CLIP_SKIP = (
+    "clip_skip={way} feeds the denoiser states of the text encoder that {names} was not fitted to, or leaves out "
+    "blocks that it edits: it may erase less, or nothing. Leave clip_skip out, or use a strategy that edits the first "
+    "block of the text encoder (hirm, diff_quickfix)."
+)
+TEXT_LENGTH = (
+    "texts of {length} tokens (max_sequence_length) are told past {names}: what the text encoder says of a word "
+    "depends on the length that a text is padded to, so it may erase less. Pass max_sequence_length={made}, or make "
+    "the erasure anew for texts of this length."
+)
+NEGATIVE = (
+    "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
+    "which can bring the concept back: leave that word out."
+)
+
+
+def names_in_force(states: Iterable[ComponentState]) -> str:
+    """Names of the erasures in force on some components, for a message."""
+    return ", ".join(dict.fromkeys(name for state in states for name in state.in_force()))
+
+
+def names_on_text(states: Iterable[ComponentState]) -> str:
+    """Names of the erasures in force on text encoders, each with what of which it edits; empty without one."""
+    places: dict[str, list[str]] = {}
+    for state in states:
+        if state.is_text_encoder:
+            for name, attached in state.in_force().items():
+                edits = attached.erasure.edits
+                inside = state.component in edits.pinned or edits.features_of(state.component)
+                carriers = {"weights": edits.of(state.component), "activations": inside}
+                what = " and ".join(carrier for carrier, there in carriers.items() if there)
+                places.setdefault(name, []).append(f"{what} of {state.component}")
+    return ", ".join(f"{name} ({', '.join(where)})" for name, where in places.items())
+
+
+def made_for_others(states: Iterable[ComponentState], component: str, length: int) -> dict[str, int]:
+    """The erasures in force that were made with texts of another length, with theirs in tokens, by name.
+
+    Args:
+        states: What is attached.
+        component: The text encoder whose texts have no fixed length. The denoiser reads it; others do not.
+        length: Tokens of a text now.
+    """
+    return {
+        name: made
+        for state in states
+        if state.component == component or not state.is_text_encoder
+        for name, attached in state.in_force().items()
+        if (made := attached.erasure.config.text_length) is not None and made != length
+    }
+
+
+def is_strict(states: Iterable[ComponentState]) -> bool:
+    """Whether one of the erasures in force was attached with `strict=True`."""
+    return any(attached.strict for state in states for attached in state.in_force().values())
+
+
+def said(states: Iterable[ComponentState], names: str, reason: str, **words: object) -> None:
+    """Warn of a way around erasures.
+
+    Args:
+        states: What is attached.
+        names: The erasures that are gone around.
+        reason: One of the sentences above.
+        **words: What else stands in it in braces.
+
+    Raises:
+        BypassedErasureError: One of the erasures in force was attached with `strict=True`.
+    """
+    text = reason.format(names=names, **words)
+    if is_strict(states):
+        raise BypassedErasureError(text)
+    warnings.warn(text, BypassedErasureWarning, stacklevel=4)

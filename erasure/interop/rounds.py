@@ -1,0 +1,120 @@
+"""Rounds of one encoding: text encoders run again with what the others found, until none has news for another.
+
+Pipelines run their text encoders one after the other. What a later one finds in a batch of prompts would otherwise
+come too late for those that ran before it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+Place = tuple[str, int]
+"""What is looked for, and the number of the batch: every text encoder reads the batches of prompts in one order."""
+
+
+class _Rounds:
+    """What the readers of one encoding find, in this round and in those before."""
+
+    def __init__(self) -> None:
+        self.told: dict[Place, dict[object, Tensor]] = {}
+        self.found: dict[Place, dict[object, Tensor]] = {}
+        self.batches: Counter[tuple[str, object]] = Counter()
+
+    def place(self, subject: str, reader: object) -> Place:
+        """The batch that a reader is about to read, or reads."""
+        return subject, self.batches[subject, reader]
+
+    def note(self, subject: str, reader: object, found: Tensor) -> None:
+        """Keep what a reader finds, and go on to its next batch."""
+        self.found.setdefault(self.place(subject, reader), {})[reader] = found.detach()
+        self.batches[subject, reader] += 1
+
+    def has_news(self) -> bool:
+        """Whether a reader would have been told more had it read last; begins the next round."""
+        news = False
+        for place, by_reader in self.found.items():
+            for reader, own in by_reader.items():
+                now, before = (_others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.told))
+                if now is not None:
+                    knew = own if before is None else own | before.to(own.device)
+                    news = news or bool((now.to(own.device) & ~knew).any())
+        for place, by_reader in self.found.items():
+            known = self.told.setdefault(place, {})
+            for reader, own in by_reader.items():
+                known[reader] = own | known[reader] if reader in known else own
+        self.found, self.batches = {}, Counter()
+        return news
+
+
+class _Call(threading.local):
+    """The encoding that a thread is in, and no other thread's."""
+
+    rounds: _Rounds | None = None
+
+
+_CALL = _Call()
+
+
+def together(encode: Callable[[], T]) -> T:
+    """Run one encoding of prompts by several text encoders, again as long as one finds what another was not told.
+
+    Inside of another such encoding it is a part of that one.
+
+    Args:
+        encode: Runs every text encoder, over the same batches of prompts in the same order; without side effects.
+
+    Returns:
+        What the last run gives.
+    """
+    if _CALL.rounds is not None:
+        return encode()
+    rounds = _CALL.rounds = _Rounds()
+    try:
+        while True:
+            result = encode()
+            # What is found only grows, so this ends.
+            if not rounds.has_news():
+                return result
+    finally:
+        _CALL.rounds = None
+
+
+def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
+    """What the other readers of the same batch found in the rounds before, `(rows, things)` bool.
+
+    Args:
+        subject: What is looked for.
+        reader: Who asks.
+        rows: Prompts of its batch. A reader of another number of prompts tells what it found in any of them.
+        things: How many things are looked for.
+
+    Returns:
+        `None` where there is nothing yet, and out of `together`.
+    """
+    rounds = _CALL.rounds
+    if rounds is None:
+        return None
+    return _others(rounds.told.get(rounds.place(subject, reader), {}), reader, rows, things)
+
+
+def tell(subject: str, reader: object, found: Tensor) -> None:
+    """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
+    if _CALL.rounds is not None:
+        _CALL.rounds.note(subject, reader, found)
+
+
+def _others(known: Mapping[object, Tensor], reader: object, rows: int, things: int) -> Tensor | None:
+    """What all readers but one found, `(rows, things)`."""
+    result = None
+    for other, found in known.items():
+        if other is reader or found.shape[1] != things:
+            continue
+        part = found if len(found) == rows else found.any(0).expand(rows, -1)
+        result = part if result is None else result | part.to(result.device)
+    return result

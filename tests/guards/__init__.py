@@ -1,0 +1,1 @@
+"""Ways around erasures are noticed, whatever goes around them."""
