@@ -15,7 +15,6 @@ from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.baked import before_saving
-from erasure.carriers.embeddings import warn_of_unlike_tokens
 from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
 from erasure.fitting import (
     CONTROLNET,
@@ -25,7 +24,7 @@ from erasure.fitting import (
     is_denoiser,
     sources_of,
     strengths_of,
-    warn_of_same_edits,
+    warn_of_misfits,
 )  # fmt: skip
 from erasure.interop import adapters, patches, scopes
 from erasure.interop.pipelines import CallGuard, EncodedTogether, components_of
@@ -140,8 +139,7 @@ class ErasureManager:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
-            warn_of_unlike_tokens(name, backbone_for(self.pipe).towers, erasure.config.base.get("learned_tokens", {}))
-            warn_of_same_edits(name, erasure, self.erasures)
+            warn_of_misfits(self.pipe, name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:
                 record = replace(states[component].record if component in states else Record(), enabled=True)

@@ -20,7 +20,9 @@ from erasure.guards.said import (
     IMAGE_PROMPT,
     PICTURE,
     REFERENCE,
+    TEXT_LENGTH,
     is_strict,
+    made_for_others,
     names_in_force,
     names_on_text,
     said,
@@ -83,16 +85,22 @@ class _AtEntry(ModelHook):
             said(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
         elif skipped and not KNOWN.calling and (unfit := known.unfit_for_skipping(self.states, self.read, skipped)):
             said(self.states, unfit, CLIP_SKIP, way=str(skipped))
+        free = self.encodings.free
+        if free is not None and told.ndim == 3:
+            length = told[:, free.places].shape[1]
+            if others := made_for_others(self.states, free.component, length):
+                self._once(TEXT_LENGTH, ", ".join(others), length=length, made=next(iter(others.values())))
         KNOWN.checked.append((weakref.ref(told), self.encodings))
 
     def _checked(self, told: Tensor) -> bool:
         """Whether it was looked at in an earlier pass: the same tensors come back at every step of a drawing."""
         return any(last() is told and encodings is self.encodings for last, encodings in KNOWN.checked)
 
-    def _once(self, reason: str) -> None:
-        if reason not in self.said or is_strict(self.states):
-            self.said.add(reason)
-            said(self.states, names_in_force(self.states), reason)
+    def _once(self, reason: str, names: str = "", **words: object) -> None:
+        key = reason.format(names=names, **words)
+        if key not in self.said or is_strict(self.states):
+            self.said.add(key)
+            said(self.states, names or names_in_force(self.states), reason, **words)
 
 
 class _WatchPictures:
@@ -114,10 +122,12 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
     in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
     signature = tuple((name, one.strength) for name, one in in_force)
     before = encodings_of(denoiser)
-    is_same = before is not None and before.erasures == signature
-    encodings = (
-        before if before is not None and is_same else Encodings(signature, backbone.written(), backbone.pooled())
-    )
+    if before is not None and before.erasures == signature:
+        encodings = before
+    else:
+        tokens = backbone.written()
+        free = next((part for part in tokens if not backbone.tower(part.component).causal), None)
+        encodings = Encodings(signature, tokens, backbone.pooled(), free)
     for component in components.values():
         if attached:
             CallGuard.install(component, "save_pretrained", refuse_unsaveable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,7 @@ from erasure.training.states import (
     TrajectoryBuffer,
     draw,
     rolling_out,
+    session_of,
     stable_seed,
 )
 from erasure.training.student import LowRankStudent, Student
@@ -57,6 +58,8 @@ class TrainedStrategy(Optimisation, Strategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
     trains: ClassVar[bool] = True
+    moves_null: ClassVar[bool] = True
+    """Whether training moves what the model predicts where no prompt is given, so that it must be retained."""
 
     steps: Count = 200
     """Updates."""
@@ -72,8 +75,8 @@ class TrainedStrategy(Optimisation, Strategy):
     """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
     diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
     base: Literal["anchor", "null"] = "anchor"
-    """What prediction the target starts from: the same prompt with the anchor in the concept's place (the empty prompt
-    where a concept has no anchor), or the empty prompt (ESD's paper)."""
+    """What prediction the target starts from: the same prompt with the anchor in the concept's place (no prompt where
+    a concept has no anchor), or no prompt (ESD's paper)."""
     against: Literal["base", "null"] = "base"
     """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
@@ -85,7 +88,15 @@ class TrainedStrategy(Optimisation, Strategy):
     rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
-    """Classifier-free guidance of trajectories (ESD: 3)."""
+    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it."""
+    trained_guidance: tuple[Positive, ...] = ()
+    """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
+    `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
+    resolution: Count | None = None
+    """Side in pixels of the square images that trajectories lead to; the model's own size when left out."""
+    text_length: Count | None = None
+    """Tokens that T5 pads prompts to; the model's own length when left out. An erasure holds for the length that it
+    was made with: what T5 says of the same words depends on it."""
     rollout_by: Literal["teacher", "student"] = "teacher"
     """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
@@ -151,8 +162,10 @@ class TrainedStrategy(Optimisation, Strategy):
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
         self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
-        recipe = {"strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
-                  "concepts": [concept.to_dict() for concept in concepts]}  # fmt: skip
+        recipe = {
+            "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
+            "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
+        }  # fmt: skip
         with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
             stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
             stack.enter_context(rolling_out(backbone))
@@ -215,7 +228,7 @@ class TrainedStrategy(Optimisation, Strategy):
                 first = scene * source.rollout.seeds * source.rollout.steps
                 states = source.take(first + spread)
                 prompts = [each.prompt for each in source.of(states)]
-                self.predict(task, Batch(states.x, states.t, prompts, states, None))
+                self.predict(task, Batch(states.x, states.t, states.guidance, prompts, states, None))
         return found
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
@@ -232,7 +245,45 @@ class TrainedStrategy(Optimisation, Strategy):
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
         base = states.asked[:, 0] if anchored else states.null
-        return negative_guidance(base, states.own, base if self.against == "base" else states.null, self.eta)
+        return self.pushed(states, base, states.own)
+
+    def pushed(self, states: States, base: Tensor, concept: Tensor) -> Tensor:
+        """The target from a base on, away from what is predicted for the concept.
+
+        A model that is told its guidance g answers `v0 + g (v - v0)`, with v0 where no prompt is given. Of the same g
+        in all terms the target is that of the model it was distilled from, and g times as far; so eta is divided by g.
+        """
+        eta = (self.eta / states.guidance).view(-1, 1, 1, 1)
+        return negative_guidance(base, concept, base if self.against == "base" else states.null, eta)
+
+    def session(self, backbone: Backbone) -> Backbone:
+        """See `Strategy.session`: with `resolution` and `text_length`.
+
+        Raises:
+            OptionError: The size cannot be drawn, or no text encoder has a free length.
+        """
+        size = backbone.size if self.resolution is None else (self.resolution, self.resolution)
+        length = backbone.length if self.text_length is None else self.text_length
+        made = type(backbone)(backbone.pipe, size=size, length=length)
+        made.latents.shape()
+        lengths = [tower.max_length for tower in made.towers]
+        if self.text_length is not None and self.text_length not in lengths:
+            self.refuse("text_length", self.text_length, f"None: the text encoders read {lengths} tokens, always")
+        return made
+
+    def scales(self, backbone: Backbone) -> tuple[float, ...]:
+        """Scales that a model which is told its guidance is trained at; none for others.
+
+        Raises:
+            OptionError: They cannot be.
+        """
+        if not backbone.told_guidance:
+            if any(scale != 1 for scale in self.trained_guidance):
+                self.refuse("trained_guidance", self.trained_guidance, "() for a model that is not told its guidance")
+            return ()
+        if not self.rollout_guidance and not self.trained_guidance:
+            self.refuse("rollout_guidance", 0.0, "above 0 for a model that is told its guidance")
+        return self.trained_guidance or tuple(dict.fromkeys((1.0, self.rollout_guidance)))
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -244,10 +295,15 @@ class TrainedStrategy(Optimisation, Strategy):
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = Reader(backbone).read(["", *every])
+        if kept and self.moves_null and not torch.equal(prompts.null(1).tokens, prompts([""]).tokens):
+            kept.append(Scene(None))
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
 
         def source(scenes: list[Scene], count: int) -> StateSource:
-            rollout = Rollout(seeds=count, steps=self.rollout_steps, guidance=self.rollout_guidance)
+            rollout = Rollout(
+                seeds=count, steps=self.rollout_steps, guidance=self.rollout_guidance,
+                trained_guidance=self.scales(backbone),
+            )  # fmt: skip
             leader = student if self.rollout_by == "student" else None
             if self.states == "online":
                 return OnlineStates(backbone, scenes, prompts, rollout, seed, leader)
@@ -289,16 +345,17 @@ class TrainedStrategy(Optimisation, Strategy):
 
         concept = take(task.concept_states, self.batch, "concept")
         scenes = task.concept_states.of(concept)
-        x, t, prompts = [concept.x], [concept.t], [scene.prompt for scene in scenes]
+        x, t, guidance = [concept.x], [concept.t], [concept.guidance]
+        prompts = [scene.prompt for scene in scenes]
         retained = None
         if task.retain_states is not None:
             retained = take(task.retain_states, self.retain_batch, "retain")
-            x, t = [*x, retained.x], [*t, retained.t]
+            x, t, guidance = [*x, retained.x], [*t, retained.t], [*guidance, retained.guidance]
             prompts += [scene.prompt for scene in task.retain_states.of(retained)]
         if self.scope_weight:
-            x, t = [*x, concept.x], [*t, concept.t]
+            x, t, guidance = [*x, concept.x], [*t, concept.t], [*guidance, concept.guidance]
             prompts += [scene.asks[-1] for scene in scenes]
-        return Batch(torch.cat(x), torch.cat(t), prompts, concept, retained)
+        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained)
 
     def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
         """The terms of an update."""
@@ -334,8 +391,8 @@ class TrainedStrategy(Optimisation, Strategy):
         """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
         if run.folder is None:
             return
-        scenes = [scene.prompt for scene in task.concept_states.scenes[:4]]
-        scenes += [scene.prompt for scene in task.retain_states.scenes[1:5]] if task.retain_states is not None else []
+        kept = task.retain_states.scenes[1:5] if task.retain_states is not None else []
+        scenes = [scene.prompt for scene in (*task.concept_states.scenes[:4], *kept) if scene.prompt is not None]
         pipe = task.backbone.pipe
         generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
         with scopes.placed(self.idle(task.backbone), task.backbone.device), scopes.quiet(pipe):
@@ -371,11 +428,13 @@ class Batch(NamedTuple):
     """`(rows, channels, h, w)`."""
     t: Tensor
     """`(rows,)`."""
-    prompts: list[str]
-    """Of every row."""
+    guidance: Tensor
+    """`(rows,)` scale that the denoiser is told, if it is told any."""
+    prompts: list[str | None]
+    """Of every row, `None` for no prompt."""
     concept: States
     """The states of the first rows."""
     retained: States | None
     """Those of the rows that follow, if any."""
-    extra: Tensor | None = None
-    """What a strategy adds."""
+    extra: Mapping[str, Tensor] | None = None
+    """What a strategy adds, by name."""

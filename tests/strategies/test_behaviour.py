@@ -60,13 +60,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Strategies by default options, and settings that use another carrier."""
 
-ONE_OF_TWO = "told the prompt by text_encoder and text_encoder_2"
 TRAJECTORIES = "a latent consistency UNet"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
-    ("advunlearn", "stable-diffusion-xl"): ONE_OF_TWO,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = ["stable-diffusion", "stable-diffusion-xl"]

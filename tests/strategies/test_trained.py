@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import erasure
 from erasure import Concept, Erasure
@@ -68,7 +69,7 @@ def states_of(asks: int) -> States:
     generator = torch.Generator().manual_seed(0)
     x, own, null = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(3))
     asked = torch.randn(2, asks, 4, 3, 3, generator=generator)
-    return States(x, torch.zeros(2), torch.zeros(2, dtype=torch.long), own, null, asked)
+    return States(x, torch.zeros(2), torch.zeros(2, dtype=torch.long), own, null, asked, torch.ones(2))
 
 
 def test_negative_guidance_in_both_conventions() -> None:
@@ -92,11 +93,55 @@ def test_targets_of_presets_are_the_released_arithmetic() -> None:
     torch.testing.assert_close(get("esd").configured().target(states_of(0)), 2 * null - own)
 
 
+def test_the_target_of_a_distilled_model_is_that_of_the_model_behind_it() -> None:
+    """`T_g = e(b,g) - eta/g [e(c,g) - e(n,g)]`; undivided, of `e(.,g) = v0 + g (v - v0)`, it is `v0 + g (T - v0)`."""
+    plain, scale = states_of(1), torch.tensor([1.0, 3.5])
+    null, g = plain.null, scale.view(2, 1, 1, 1)
+    own, anchor = (null + g * (part - null) for part in (plain.own, plain.asked[:, 0]))
+    told = plain._replace(own=own, asked=anchor[:, None], guidance=scale)
+    for name, options, base, against in (
+        ("esd", {"base": "anchor", "against": "base"}, anchor, anchor),
+        ("esd", {"base": "anchor", "against": "null"}, anchor, null),
+        ("esd", {"base": "null"}, null, null),
+        ("advunlearn", {"base": "null"}, null, null),
+    ):
+        strategy: Any = get(name).configured(eta=0.7, **options)
+        torch.testing.assert_close(strategy.target(told), base - 0.7 / g * (own - against))
+        undivided = told._replace(guidance=torch.ones(2))
+        torch.testing.assert_close(strategy.target(undivided), null + g * (strategy.target(plain) - null))
+
+
+def test_the_size_and_the_text_length_of_a_training(tiny_pipe_original: Any) -> None:
+    made = make(tiny_pipe_original, "esd", resolution=48, steps=1)
+    assert made.config.strategy_config["resolution"] == 48
+    with pytest.raises(OptionError, match="multiples of 2"):
+        make(tiny_pipe_original, "esd", resolution=49)
+    with pytest.raises(OptionError, match=r"'text_length' is 24; allowed: None: the text encoders read \[77\] tokens"):
+        make(tiny_pipe_original, "esd", text_length=24)
+    with pytest.raises(OptionError, match=r"'trained_guidance'.*a model that is not told its guidance"):
+        make(tiny_pipe_original, "esd", trained_guidance=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl"])
+def test_what_the_denoiser_is_told_without_a_prompt_is_retained(tiny_models: Any, family: str) -> None:
+    """Zeros for SDXL, besides the empty prompt; the text encoders, which `advunlearn` trains, never make zeros."""
+    backbone, is_xl = backbone_for(tiny_models[family]()), family == "stable-diffusion-xl"
+    for name in TRAINED:
+        strategy: Any = get(name).configured(**quick(name, states="online"))
+        task = strategy.task(backbone, backbone.reader, [CAT, Concept("monet")], 0, Accelerator(cpu=True))
+        prompts = [scene.prompt for scene in task.retain_states.scenes]
+        assert "" in prompts
+        assert (None in prompts) == (is_xl and name == "esd")
+        told = task.prompts([None, "a photo of a cat", None])
+        assert [not row.any() for row in told.tokens] == [is_xl, False, is_xl]
+        assert any(scene.asks == (None,) for scene in task.concept_states.scenes)
+
+
 def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
     tower = backbone_for(tiny_pipe).towers[0]
     scenes = concept_scenes(tower, [CAT, Concept("monet", kind="style")], 0, 3, anchored=True, scope=True)
     assert Scene("a photo of a cat", ("a photo of a dog", "a photo of a")) in scenes
-    assert Scene("in monet style", ("", "in style")) in scenes
+    assert Scene("in monet style", (None, "in style")) in scenes
     assert all(len(scene.asks) == 2 for scene in scenes)
     assert len(scenes) > 10
     plain = concept_scenes(tower, [Concept("cat")], 0, 0, anchored=False, scope=False)
