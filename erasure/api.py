@@ -112,7 +112,7 @@ def erase(
             tower.check_words(words)
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
-    backbone = backbone_for(base_pipe)
+    backbone = method.session(backbone_for(base_pipe))
     with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
@@ -140,6 +140,8 @@ def erase(
         seed=seed,
         cost={"seconds": round(seconds, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
         gates=dict(fit.gates),
+        text_length=backbone.text_length,
+        size=_size(backbone),
     )
     made = Erasure(config, fit.edits)
     if attach:
@@ -302,6 +304,16 @@ def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict
     if learned := learned_tokens(backbone.towers, [text for concept in concepts for text in concept.texts()]):
         base["learned_tokens"] = learned
     return base
+
+
+def _size(backbone: Backbone) -> list[int] | None:
+    """Height and width in pixels of what the model draws; `None` where its latents are of an unknown kind."""
+    try:
+        latents = backbone.latents
+    except UnsupportedModelError:
+        # A strategy that edits text encoders draws nothing, so it works without.
+        return None
+    return [side * latents.factor for side in latents.side]
 
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:

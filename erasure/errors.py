@@ -84,7 +84,11 @@ class BypassedErasureError(ErasureError, RuntimeError):
 
 
 class BypassedErasureWarning(UserWarning):
-    """A call goes around an erasure: with embeddings, pictures or networks that it does not edit."""
+    """A call goes around an erasure: with embeddings, pictures, networks or texts of a length that it is not for."""
+
+
+class ExperimentalWarning(UserWarning):
+    """Something that no paper and no measurement on full models vouches for yet."""
 
 
 class BrokenPluginWarning(UserWarning):

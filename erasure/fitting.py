@@ -11,12 +11,20 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure.artifact import Erasure
-from erasure.backbones import backbone_for
+from erasure.backbones import Backbone, backbone_for
 from erasure.carriers import weights
 from erasure.carriers.edits import TEXT_ENCODERS
-from erasure.errors import AttachError, NoMatchingModuleError, TwiceAttachedWarning, WrongBaseError
+from erasure.carriers.embeddings import warn_of_unlike_tokens
+from erasure.errors import (
+    AttachError,
+    BypassedErasureWarning,
+    NoMatchingModuleError,
+    TwiceAttachedWarning,
+    WrongBaseError,
+)  # fmt: skip
 from erasure.interop import paths
 from erasure.state import Attached, ComponentState
+from erasure.world import World
 
 CONTROLNET = "controlnet"
 
@@ -164,6 +172,21 @@ def strengths_of(names: Sequence[str], strengths: float | Sequence[float] | None
     return {name: 1.0 if f is None else check_strength(f) for name, f in zip(names, factors, strict=True)}
 
 
+def warn_of_misfits(pipe: DiffusionPipeline, name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
+    """Warn of what lets an erasure that can be attached erase less, or more, than when it was made.
+
+    Args:
+        pipe: The pipeline.
+        name: What the erasure is called.
+        erasure: What is to be attached.
+        attached: The erasures that are attached already, by name.
+    """
+    backbone = backbone_for(pipe, length=World.of(pipe).text_length)
+    warn_of_unlike_tokens(name, backbone.towers, erasure.config.base.get("learned_tokens", {}))
+    warn_of_unlike_lengths(name, erasure, backbone, attached)
+    warn_of_same_edits(name, erasure, attached)
+
+
 def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
     """Warn when the same edits are attached already under another name: together they have twice the strength."""
     for other, made in attached.items():
@@ -172,6 +195,39 @@ def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasu
                 f"{name!r} makes the same edits as {other!r}, which is attached already: together they have twice the "
                 f"strength. delete_erasure({name!r}) takes one off; a single one takes a strength of 2 as well",
                 TwiceAttachedWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
+
+
+def warn_of_unlike_lengths(name: str, erasure: Erasure, backbone: Backbone, attached: Mapping[str, Erasure]) -> None:
+    """Warn when an erasure was made with texts of another length than the pipeline's, or than an attached one.
+
+    Args:
+        name: What the erasure is called.
+        erasure: What is to be attached.
+        backbone: The pipeline.
+        attached: The erasures that are attached already, by name.
+    """
+    own, here = _length(erasure, backbone), backbone.text_length
+    lengths = {other: length for other, made in attached.items() if (length := _length(made, backbone)) is not None}
+    other = next((other for other, length in lengths.items() if length != own), None)
+    if own is None or here is None or (own == here and other is None):
+        return
+    found = f"this {type(backbone.pipe).__name__} pads them to {here} where a call does not say otherwise"
+    if other is not None:
+        found = f"{other!r}, which is attached already, with texts of {lengths[other]}"
+    warnings.warn(
+        f"the erasure {name!r} was made with texts of {own} tokens (max_sequence_length), {found}: what the text "
+        f"encoder says of a word depends on the length, so it may erase less at another one. Draw with "
+        f"max_sequence_length={own}, or make the erasures with texts of one length",
+        BypassedErasureWarning,
+        stacklevel=5,
+    )
+
+
+def _length(erasure: Erasure, backbone: Backbone) -> int | None:
+    """Tokens of the texts that an erasure was made with; `None` where that says nothing, or nobody knows it."""
+    fixed = {tower.component for tower in backbone.towers if tower.causal}
+    edited = {*erasure.components, *erasure.edits.pinned}
+    return erasure.config.text_length if edited - fixed else None

@@ -37,6 +37,8 @@ Dtype = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,20}$")]
 Digests = Annotated[dict[Dtype, Sha256], Field(max_length=8)]
 """sha256 of a tensor by the type it was rounded to."""
 Number = int | float
+Length = Annotated[int, Field(ge=1, le=2**20)]
+"""A number of tokens or of pixels."""
 Share = Annotated[Number, Field(ge=0, le=1)]
 Scalar = Text | bool | int | float | None
 Figures = Annotated[dict[Label, Scalar | Annotated[list[Scalar], Field(max_length=1000)]], Field(max_length=1000)]
@@ -126,6 +128,10 @@ class ErasureConfig:
     `GateFigures`."""
     evaluation: Annotated[dict[str, object], Field(max_length=1000)] = field(default_factory=dict)
     """Summary of a measurement, empty when never measured."""
+    text_length: Length | None = None
+    """Tokens that the text encoder of free length (T5) padded prompts to; `None` without one, or where unknown."""
+    size: Annotated[list[Length], Field(min_length=2, max_length=2)] | None = None
+    """Height and width in pixels of the drawings that it was made for; `None` where unknown."""
     format_version: int = FORMAT_VERSION
     """Version of the folder's layout."""
 

@@ -98,6 +98,11 @@ class Backbone(ABC):
         return text_towers(self.pipe, self.length)
 
     @property
+    def text_length(self) -> int | None:
+        """Tokens that the text encoder of free length pads prompts to; `None` where all have a fixed length."""
+        return next((tower.max_length for tower in self.towers if not tower.causal), None)
+
+    @property
     def denoiser(self) -> Denoiser:
         """The network that denoises, a module."""
         return getattr(self.pipe, self.denoiser_component)
@@ -124,6 +129,11 @@ class Backbone(ABC):
         """The linear layer at a path of the denoiser; the rest is as `EntryLayer` says."""
         layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
         return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
+
+    def text_layers(self) -> list[str]:
+        """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
+        doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
+        return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -233,14 +243,17 @@ class Backbone(ABC):
         return False
 
     @abstractmethod
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """One forward pass of the denoiser, shaped as `x_t`; differentiable.
 
         Args:
             x_t: `(batch, channels, h, w)`, never packed.
             t: Noise levels: one for the batch, or `(batch,)`.
             conditioning: Of as many prompts.
-            guidance: Scale that a model which was distilled for guidance is told; 1, which is none, when left out.
+            guidance: Scale that a model which was distilled for guidance is told, one for the batch or `(batch,)`; 1,
+                which is none, when left out.
         """
 
     def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:

@@ -74,7 +74,9 @@ class FluxBackbone(FlowMatchingBackbone):
         """Whether the transformer was distilled for guidance, as FLUX.1 dev is."""
         return bool(self.denoiser.config.guidance_embeds)
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """See `Backbone.predict`."""
         rows, columns = x_t.shape[2:]
         tokens = conditioning.tokens.to(x_t.dtype)
@@ -87,14 +89,13 @@ class FluxBackbone(FlowMatchingBackbone):
         ).sample  # fmt: skip
         return unpack(velocity, rows, columns)
 
-    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | None) -> dict[str, Tensor]:
+    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
         """What the transformer is told besides latents, places, noise level and tokens."""
         assert conditioning.pooled is not None
         told = {"pooled_projections": conditioning.pooled.to(x_t.dtype)}
         if self.told_guidance:
-            told["guidance"] = torch.full(
-                (len(x_t),), 1.0 if guidance is None else guidance, device=x_t.device, dtype=torch.float32
-            )
+            scale = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
+            told["guidance"] = scale.to(x_t.device).expand(len(x_t))
         return told
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
@@ -133,7 +134,7 @@ class ChromaBackbone(FluxBackbone):
         """The layer that reads tokens."""
         return [self.entry("context_embedder", "tokens")]
 
-    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | None) -> dict[str, Tensor]:
+    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
         """Which tokens count: all of the picture's, and those of the text that the mask says."""
         assert conditioning.mask is not None
         words, pixels = conditioning.mask.to(x_t.dtype), x_t.shape[2] * x_t.shape[3] // PATCH**2

@@ -33,6 +33,27 @@ class AttentionSite(NamedTuple):
         """Whether it is behind the middle of a UNet; a transformer has no such half."""
         return self.name.startswith("up_blocks.")
 
+    @property
+    def keys_and_values(self) -> list[str]:
+        """Paths of the layers that make its keys and values, of the picture and of text."""
+        return self._layers("to_k", "to_v", "add_k_proj", "add_v_proj")
+
+    def text_only(self, denoiser: nn.Module) -> list[str]:
+        """Paths of the modules of a joint attention and its block that text alone passes; none of another attention.
+
+        Args:
+            denoiser: What it is of.
+        """
+        if self.kind != "joint":
+            return []
+        block = self.name.rpartition(".")[0]
+        owner = paths.uncompiled(denoiser).get_submodule(block)
+        behind = [f"{block}.ff_context"] if getattr(owner, "ff_context", None) is not None else []
+        return [*self._layers("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), *behind]
+
+    def _layers(self, *parts: str) -> list[str]:
+        return [f"{self.name}.{part}" for part in parts if getattr(self.module, part, None) is not None]
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of image tokens for a latent of `height` x `width`: what is left over makes a token too."""
         return -(-height // self.downsampling), -(-width // self.downsampling)

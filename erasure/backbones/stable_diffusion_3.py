@@ -66,7 +66,9 @@ class StableDiffusion3Backbone(FlowMatchingBackbone):
         )  # fmt: skip
         return latents.of_size(self.size)
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """See `Backbone.predict`; no model of this family is told its guidance."""
         assert conditioning.pooled is not None
         return self.denoiser(

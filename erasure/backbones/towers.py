@@ -104,6 +104,16 @@ class TextTower:
         """The transformer blocks, first to last."""
         return blocks_of(self.root)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks that what the denoiser reads has passed: all of them, or those ahead of a state inside."""
+        return len(self.blocks) + (0 if self.pooled else self.consumed + 1)
+
+    @property
+    def passes_norm(self) -> bool:
+        """Whether what the denoiser reads leaves through the norm behind the last block."""
+        return self.pooled or self.consumed == -1
+
     def block_path(self, layer: int) -> str:
         """Path of a block; a negative number counts from the last."""
         return f"{self._anatomy.blocks}.{layer if layer >= 0 else len(self.blocks) + layer}"

@@ -96,7 +96,9 @@ class UNetBackbone(Backbone):
         """Of a latent consistency UNet."""
         return self.denoiser.config.time_cond_proj_dim is not None
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | None = None) -> Tensor:
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
+    ) -> Tensor:
         """See `Backbone.predict`.
 
         An inpainting UNet (nine channels) is told that everything is masked, which makes it one that draws from text;
@@ -107,7 +109,7 @@ class UNetBackbone(Backbone):
         if config.in_channels == 2 * x_t.shape[1] + 1:
             x_t = torch.cat([x_t, torch.ones_like(x_t[:, :1]), self._hole(x_t)], 1)
         if config.time_cond_proj_dim is not None:
-            above = torch.full((len(x_t),), 0.0 if guidance is None else guidance - 1)
+            above = torch.as_tensor(0.0 if guidance is None else guidance - 1).float().cpu().expand(len(x_t))
             told["timestep_cond"] = self.pipe.get_guidance_scale_embedding(
                 above, embedding_dim=config.time_cond_proj_dim, dtype=x_t.dtype
             ).to(x_t)

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from erasure.backbones import TextTower
+from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.weights import fingerprint, same_base
 from erasure.errors import UnknownTokenWarning
 from erasure.interop import hooks, learned, paths
@@ -44,6 +45,36 @@ def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]
     table = paths.token_table(tower.root)
     with hooks.hooked(table, _Inject(place, vectors), _INJECT):
         yield
+
+
+def behind(tower: TextTower, prompts: PromptTokens, prefix: Tensor) -> PromptTokens:
+    """Prompts with other tokens ahead of their first word; all of their own tokens stay that there is room for.
+
+    Args:
+        tower: The text encoder that they are of.
+        prompts: As many as rows of the prefix, or one, which is repeated for all of them.
+        prefix: Tokens `(rows, tokens)`.
+
+    Returns:
+        Prompts with the ids that are really there: carriers that read ids must see them. One that there is no room
+        for is cut and ends with the end token, as tokenisers cut it.
+    """
+    (rows, count), leading = prefix.shape, tower.leading
+
+    def joined(part: Tensor, inserted: Tensor) -> Tensor:
+        part = part.expand(rows, -1)
+        return torch.cat([part[:, :leading], inserted, part[:, leading : part.shape[1] - count]], 1)
+
+    ids, mask = joined(prompts.ids, prefix.to(prompts.ids)), prompts.attention_mask
+    lengths = [length + count for length in prompts.lengths * (rows // len(prompts.lengths))]
+    for row, length in enumerate(lengths):
+        if length > tower.max_length:
+            ids[row, -1] = tower.end
+    return PromptTokens(
+        ids,
+        [min(length, tower.max_length) for length in lengths],
+        None if mask is None else joined(mask, torch.ones_like(prefix)),
+    )
 
 
 Learned = Mapping[str, Mapping[str, Mapping[str, str]]]

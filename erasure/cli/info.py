@@ -173,10 +173,18 @@ def config_facts(config: ErasureConfig) -> list[list[str]]:
         ["base model", f"{config.base.get('model', 'unknown')} ({config.family})"],
         ["lives in", ", ".join(config.carriers)],
         ["protects", config.protects],
+        ["made for", _made_for(config)],
         ["made in", f"{number(config.cost['seconds'], '.1f')} s{sessions}" if "seconds" in config.cost else ""],
         ["made with", versions],
     ]
     return [row for row in rows if row[1]]
+
+
+def _made_for(config: ErasureConfig) -> str:
+    """Size of the drawings and length of the texts that an erasure was made for."""
+    size = "drawings of {} x {} pixels".format(*config.size) if config.size else ""
+    texts = f"texts of {config.text_length} tokens (max_sequence_length)" if config.text_length else ""
+    return ", ".join(part for part in (size, texts) if part)
 
 
 def format_value(value: object) -> str:

@@ -20,6 +20,8 @@ from erasure.guards.said import (
     NEGATIVE,
     OTHER_TEXT,
     PICTURE,
+    TEXT_LENGTH,
+    made_for_others,
     names_in_force,
     names_on_text,
     said,
@@ -39,6 +41,10 @@ WAYS: dict[Way, re.Pattern[str]] = {
     "negative prompt": re.compile(r"negative_prompt"),
 }
 """Names of such arguments, the first that matches: diffusers' pipelines call the same things by the same names."""
+
+
+LENGTH = "max_sequence_length"
+"""Name of the argument that says how long a text is to T5."""
 
 
 def way_of(name: str) -> Way | None:
@@ -97,6 +103,10 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
                 said(states, on_text, EMBEDDINGS, way=name)
         elif way == "image prompt" and compiled:
             said(states, names, IMAGE_PROMPT)
+        elif name == LENGTH and isinstance(value, int):
+            for free in [known.free for known in compiled if known.free]:
+                if others := made_for_others(states, free.component, value):
+                    said(states, ", ".join(others), TEXT_LENGTH, length=value, made=next(iter(others.values())))
     if negated := _negated(states, given):
         said(states, negated, NEGATIVE)
 

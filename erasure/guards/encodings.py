@@ -63,12 +63,17 @@ class Encodings:
         erasures: Names and strengths of those erasures.
         tokens: Where the states of each text encoder stand in the tokens that the denoiser is told.
         pooled: Where its pooled vector stands in the one that the denoiser is told.
+        free: That one of `tokens` whose text encoder pads to a length that calls may choose, if there is one.
     """
 
     def __init__(
-        self, erasures: Iterable[tuple[str, float]], tokens: Iterable[Written], pooled: Iterable[Written]
+        self,
+        erasures: Iterable[tuple[str, float]],
+        tokens: Iterable[Written],
+        pooled: Iterable[Written],
+        free: Written | None,
     ) -> None:
-        self.erasures, self.tokens, self.pooled = tuple(erasures), tuple(tokens), tuple(pooled)
+        self.erasures, self.tokens, self.pooled, self.free = tuple(erasures), tuple(tokens), tuple(pooled), free
         self.rows: deque[tuple[int, Tensor]] = deque(maxlen=REMEMBERED)
         """Each with the number of blocks that it left the text encoder before the one that the denoiser reads."""
         self.blind = False

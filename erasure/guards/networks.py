@@ -8,27 +8,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone
 from erasure.guards import encodings as known
 from erasure.guards.encodings import KNOWN, Encodings
 from erasure.guards.said import (
+    APART,
     CLIP_SKIP,
     CONTROL,
     EMBEDDINGS,
     IMAGE_PROMPT,
     PICTURE,
     REFERENCE,
+    TEXT_LENGTH,
     is_strict,
+    made_for_others,
     names_in_force,
     names_on_text,
     said,
 )  # fmt: skip
 from erasure.guards.saving import refuse_unsaveable
-from erasure.interop import hooks
+from erasure.interop import hooks, rounds
 from erasure.interop.hooks import ModelHook
-from erasure.interop.pipelines import CallGuard
+from erasure.interop.pipelines import CallGuard, EncodedTogether
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
@@ -57,6 +61,8 @@ class _AtEntry(ModelHook):
         """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
         if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
+        if apart := rounds.found_apart() & {name for state in self.states for name in state.in_force()}:
+            said(self.states, ", ".join(sorted(apart)), APART)
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         added = given.get("added_cond_kwargs") or {}
         tokens, places = given.get("encoder_hidden_states"), given.get("img_ids")
@@ -83,16 +89,22 @@ class _AtEntry(ModelHook):
             said(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
         elif skipped and not KNOWN.calling and (unfit := known.unfit_for_skipping(self.states, self.read, skipped)):
             said(self.states, unfit, CLIP_SKIP, way=str(skipped))
+        free = self.encodings.free
+        if free is not None and told.ndim == 3:
+            length = told[:, free.places].shape[1]
+            if others := made_for_others(self.states, free.component, length):
+                self._once(TEXT_LENGTH, ", ".join(others), length=length, made=next(iter(others.values())))
         KNOWN.checked.append((weakref.ref(told), self.encodings))
 
     def _checked(self, told: Tensor) -> bool:
         """Whether it was looked at in an earlier pass: the same tensors come back at every step of a drawing."""
         return any(last() is told and encodings is self.encodings for last, encodings in KNOWN.checked)
 
-    def _once(self, reason: str) -> None:
-        if reason not in self.said or is_strict(self.states):
-            self.said.add(reason)
-            said(self.states, names_in_force(self.states), reason)
+    def _once(self, reason: str, names: str = "", **words: object) -> None:
+        key = reason.format(names=names, **words)
+        if key not in self.said or is_strict(self.states):
+            self.said.add(key)
+            said(self.states, names or names_in_force(self.states), reason, **words)
 
 
 class _WatchPictures:
@@ -114,10 +126,12 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
     in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
     signature = tuple((name, one.strength) for name, one in in_force)
     before = encodings_of(denoiser)
-    is_same = before is not None and before.erasures == signature
-    encodings = (
-        before if before is not None and is_same else Encodings(signature, backbone.written(), backbone.pooled())
-    )
+    if before is not None and before.erasures == signature:
+        encodings = before
+    else:
+        tokens = backbone.written()
+        free = next((part for part in tokens if not backbone.tower(part.component).causal), None)
+        encodings = Encodings(signature, tokens, backbone.pooled(), free)
     for component in components.values():
         if attached:
             CallGuard.install(component, "save_pretrained", refuse_unsaveable)
@@ -127,6 +141,7 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
         known.forget(tower)
         if tower.component in attached:
             known.watch(tower, encodings)
+    share_gates(backbone.pipe, states.values())
     hooks.remove_hook(denoiser, _ENTRY)
     if "vae" in components:
         CallGuard.remove(components["vae"], "encode")
@@ -135,6 +150,11 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
         hooks.register_hook(denoiser, entry, _ENTRY)
         if "vae" in components:
             CallGuard.install(components["vae"], "encode", _WatchPictures(attached.values()))
+
+
+def share_gates(pipe: DiffusionPipeline, states: Iterable[ComponentState]) -> None:
+    """Let the text encoders of a pipeline tell one another which gates are open, if an erasure has some in several."""
+    EncodedTogether.set(pipe, any(state.shares_gates for state in states))
 
 
 def encodings_of(denoiser: nn.Module) -> Encodings | None:

@@ -37,6 +37,16 @@ CLIP_SKIP = (
     "blocks that it edits: it may erase less, or nothing. Leave clip_skip out, or use a strategy that edits the first "
     "block of the text encoder (hirm, diff_quickfix)."
 )
+APART = (
+    "a gate of {names} opened in one text encoder and stayed shut in another, because this pipeline runs them apart: "
+    "the concept may be drawn from what the other one says. Call ErasureManager(pipe).adopt() once, for a pipeline "
+    "that from_pipe of a stock class has made."
+)
+TEXT_LENGTH = (
+    "texts of {length} tokens (max_sequence_length) are told past {names}: what the text encoder says of a word "
+    "depends on the length that a text is padded to, so it may erase less. Pass max_sequence_length={made}, or make "
+    "the erasure anew for texts of this length."
+)
 NEGATIVE = (
     "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
     "which can bring the concept back: leave that word out."
@@ -62,12 +72,29 @@ def names_on_text(states: Iterable[ComponentState]) -> str:
     return ", ".join(f"{name} ({', '.join(where)})" for name, where in places.items())
 
 
+def made_for_others(states: Iterable[ComponentState], component: str, length: int) -> dict[str, int]:
+    """The erasures in force that were made with texts of another length, with theirs in tokens, by name.
+
+    Args:
+        states: What is attached.
+        component: The text encoder whose texts have no fixed length. The denoiser reads it; others do not.
+        length: Tokens of a text now.
+    """
+    return {
+        name: made
+        for state in states
+        if state.component == component or not state.is_text_encoder
+        for name, attached in state.in_force().items()
+        if (made := attached.erasure.config.text_length) is not None and made != length
+    }
+
+
 def is_strict(states: Iterable[ComponentState]) -> bool:
     """Whether one of the erasures in force was attached with `strict=True`."""
     return any(attached.strict for state in states for attached in state.in_force().values())
 
 
-def said(states: Iterable[ComponentState], names: str, reason: str, **words: str) -> None:
+def said(states: Iterable[ComponentState], names: str, reason: str, **words: object) -> None:
     """Warn of a way around erasures.
 
     Args:

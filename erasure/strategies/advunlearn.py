@@ -10,21 +10,26 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from erasure.backbones import Backbone, TextTower, TowerOutput
+from erasure.backbones import Backbone, Conditioning, TextTower, TowerOutput
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import injected
 from erasure.concept import Concept
+from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import register
 from erasure.strategies.prompts import listed_scenes, photo_scenes
-from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.trained import TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
 from erasure.training.objectives import matching
 from erasure.training.states import Scene, draw, stable_seed
 from erasure.training.student import Student, make_student
+
+Component = Literal["text_encoder", "text_encoder_2", "text_encoder_3"]
+"""Name of a text encoder in the pipelines of diffusers."""
 
 PAPER: Mapping[str, object] = {
     "base": "null", "against": "base", "eta": 1.0, "rank": 0, "layers": (), "steps": 1000, "lr": 1e-5,
@@ -32,7 +37,7 @@ PAPER: Mapping[str, object] = {
     "retain_batch": 5, "retain_weight": 0.3, "retain_form": "photos", "retain_vocabulary": 243, "scope_weight": 0.0,
     "states": "online", "rollouts": 1000, "retain_rollouts": 1000, "rollout_steps": 50, "rollout_guidance": 3.0,
     "attack_from": 0.2, "attacked": 1.0, "attack_steps": 30, "attack_lr": 1e-3, "attack_unit": "one",
-    "attack_tokens": 1, "attack_signed": False, "attack_accumulates": False,
+    "attack_tokens": 1, "attack_signed": False, "attack_accumulates": False, "text_encoders": (),
 }  # fmt: skip
 """The command that the authors' README gives for "nudity", and the script's defaults."""
 
@@ -40,15 +45,16 @@ PAPER: Mapping[str, object] = {
 @register("advunlearn")
 @dataclass(frozen=True, kw_only=True)
 class AdvUnlearn(TrainedStrategy):
-    """Train the text encoder against an adversary that looks for words bringing the concept back.
+    """Train the text encoders against an adversary that looks for words bringing the concept back.
 
-    With T the student's text encoder, e the frozen denoiser and T_0 the stock encoder, on states x_t of trajectories:
+    With T the student's text encoders, e the frozen denoiser and T_0 the stock ones, on states x_t of trajectories:
 
         inner:  v* = argmin_v |e(x_t, T(v, c)) - e(x_t, T_0(c))|^2               v: vectors ahead of the prompt c
         outer:  |e(x_t, T(v*, c)) - target|^2 + retain_weight |e(x'_t, T(r)) - e(x'_t, T_0(r))|^2
 
-    with ESD's target (see `ESD`). Nothing but the text encoder changes, so trajectories and targets do not depend on
-    the student: they are computed once.
+    with ESD's target (see `ESD`). Nothing but the text encoders changes, so trajectories and targets do not depend on
+    the student: they are computed once. Where the denoiser reads several text encoders, all of them are trained, and
+    each has adversarial vectors of its own; e reads all that they say, the vectors that sum the prompt up too.
 
     Presets are the two commands of the authors' README: `paper` against 30 steps of Adam, `fast` with the gradient's
     sign in its place. They train every block and the final norm in full, on the bare name, and roll every state out
@@ -65,11 +71,12 @@ class AdvUnlearn(TrainedStrategy):
     `prompt_embeds=` bypasses it, and embeddings learned for the concept bring it back.
     """
 
-    title: ClassVar[str] = "adversarial training of the text encoder"
+    title: ClassVar[str] = "adversarial training of the text encoders"
     paper: ClassVar[str] = "AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234"
-    needs: ClassVar[tuple[Need, ...]] = ("trajectories", "one text encoder")
+    needs: ClassVar[tuple[Need, ...]] = ("trajectories",)
     protects: ClassVar[str] = "hosted pipeline"
     cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
+    moves_null: ClassVar[bool] = False
 
     steps: Count = 150
     """Updates (paper: 1000)."""
@@ -77,8 +84,12 @@ class AdvUnlearn(TrainedStrategy):
     """Learning rate of AdamW, constant after the warm-up (paper: 1e-5 for whole parameters)."""
     retain_weight: NotNegative = 3.0
     """Weight of the loss on prompts that must survive (paper: 0.3)."""
+    text_encoders: tuple[Component, ...] = ()
+    """Text encoders to attack and to train, by the names of their components; all that the denoiser reads when left
+    out. Those that are left out still tell the denoiser what the prompt says."""
     layers: tuple[CountOrZero, ...] = ()
-    """Blocks of the text encoder to train, 0 the first; all of them and the final norm when left out."""
+    """Blocks of each of those text encoders to train, 0 the first; all that the denoiser reads, and the final norm,
+    when left out."""
     attack_steps: CountOrZero = 4
     """Steps of the adversary in each update (paper: 30); 0 trains without one."""
     attack_lr: Positive = 0.3
@@ -86,7 +97,7 @@ class AdvUnlearn(TrainedStrategy):
     attack_unit: Literal["spread", "one"] = "spread"
     """Unit of `attack_lr`: the standard deviation of the vocabulary's embeddings, or 1 (paper)."""
     attack_tokens: Count = 1
-    """Vectors ahead of the prompt (paper: 1)."""
+    """Vectors ahead of the prompt in each text encoder (paper: 1)."""
     attack_signed: bool = False
     """Give Adam the sign of the gradient: fast adversarial training, or with `attack_steps` 1 a single signed step."""
     attack_accumulates: bool = False
@@ -117,24 +128,50 @@ class AdvUnlearn(TrainedStrategy):
         if self.rollout_by != "teacher":
             self.refuse(
                 "rollout_by", self.rollout_by,
-                "'teacher': only the text encoder changes here, so trajectories are the stock model's",
+                "'teacher': only text encoders change here, so trajectories are the stock model's",
             )  # fmt: skip
 
-    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """The chosen blocks of a text encoder.
+    def attacked_towers(self, backbone: Backbone) -> list[TextTower]:
+        """The text encoders that are attacked and trained.
 
         Raises:
-            NoMatchingModuleError: There is no such block.
+            OptionError: The pipeline has none of a name.
         """
-        blocks = self.layers or range(len(tower.blocks))
-        prefixes = tuple(f"{tower.block_path(layer)}." for layer in blocks)
-        if not self.layers:
-            prefixes += (f"{tower.norm_path}.",)
-        every = paths.canonical_parameters(tower.module)
-        chosen = [path for path in every if path.startswith(prefixes)]
+        towers = {tower.component: tower for tower in backbone.towers}
+        if lacking := [name for name in self.text_encoders if name not in towers]:
+            self.refuse("text_encoders", lacking, f"those of the pipeline: {', '.join(towers)}")
+        return [tower for name, tower in towers.items() if name in (self.text_encoders or towers)]
+
+    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
+        """The chosen blocks of the chosen text encoders.
+
+        Raises:
+            NoMatchingModuleError: There is no such block, or the denoiser reads nothing of it.
+            OptionError: There is no such text encoder.
+        """
+        towers = self.attacked_towers(backbone)
+        # One network for all: its paths begin with the component.
+        network = nn.ModuleDict({each.component: each.root for each in towers})
+        chosen = [f"{each.component}.{path}" for each in towers for path in self.trained_parameters(each)]
+        return make_student(network, chosen, self.rank, generator, f"layers {list(self.layers)}")
+
+    def trained_parameters(self, tower: TextTower) -> list[str]:
+        """Paths of the parameters of a text encoder that are trained.
+
+        Raises:
+            NoMatchingModuleError: See `student`.
+        """
         for layer in self.layers:
             paths.require_block(tower.module, tower.block_path(layer), tower.component)
-        return make_student(tower.module, chosen, self.rank, generator, f"layers {list(blocks)}")
+            if layer >= tower.depth:
+                raise NoMatchingModuleError(
+                    f"the denoiser reads states of {tower.component} from ahead of its block {layer}: choose blocks "
+                    f"below {tower.depth} in 'layers', or leave {tower.component} out of 'text_encoders'"
+                )
+        prefixes = tuple(f"{tower.block_path(layer)}." for layer in self.layers or range(tower.depth))
+        if not self.layers and tower.passes_norm:
+            prefixes += (f"{tower.norm_path}.",)
+        return [path for path in paths.canonical_parameters(tower.module) if path.startswith(prefixes)]
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """See `TrainedStrategy.retained_scenes`."""
@@ -145,22 +182,9 @@ class AdvUnlearn(TrainedStrategy):
         return super().retained_scenes(tower, concepts, seed)
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """One pass of the denoiser for all rows, with what the text encoder makes of their prompts now."""
-        tower, vectors = task.tower, batch.extra
-        count = 0 if vectors is None else len(vectors)
-        parts = []
-        if vectors is not None:
-            parts.append(self.encode_attacked(tower, batch.prompts[:count], vectors))
-        if count < len(batch.prompts):
-            parts.append(tower.encode(tower.tokenize(batch.prompts[count:])))
-        told = task.backbone.composed(tower.component, TowerOutput.cat(parts), batch.prompts)
-        return task.backbone.predict(batch.x, batch.t, told)
-
-    def encode_attacked(self, tower: TextTower, prompts: list[str], vectors: Tensor) -> TowerOutput:
-        """Encode prompts with vectors `(rows, k, dim)` ahead; differentiable in the encoder and in the vectors."""
-        tokens, place = prefixed(tower, prompts, vectors.shape[1])
-        with injected(tower, place, vectors):
-            return tower.encode(tokens)
+        """One pass of the denoiser for all rows, with what the text encoders make of their prompts now."""
+        prompts = [prompt or "" for prompt in batch.prompts]
+        return task.backbone.predict(batch.x, batch.t, told(task.backbone, prompts, batch.extra), batch.guidance)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
         """The states of an update, and the adversary's vectors for the first of them."""
@@ -168,38 +192,72 @@ class AdvUnlearn(TrainedStrategy):
         count = round(self.attacked * len(batch.concept.x))
         if not self.attack_steps or not count or step < self.attack_from * self.steps:
             return batch
-        tower, rows = task.tower, batch.concept.rows(slice(count))
+        towers, rows = self.attacked_towers(task.backbone), batch.concept.rows(slice(count))
+        prompts = [prompt or "" for prompt in batch.prompts[:count]]
         generator = torch.Generator().manual_seed(stable_seed(task.seed, "adversary", step))
-        start = random_words(tower, self.batch, self.attack_tokens, generator)
-        loss = partial(self.attack_loss, task, step, share, batch.prompts[:count], rows.scene.cpu())
+        start = {
+            tower.component: share.of(random_words(tower, self.batch, self.attack_tokens, generator))[:count]
+            for tower in towers
+        }
+        units = {
+            tower.component: vocabulary_spread(tower) if self.attack_unit == "spread" else 1.0 for tower in towers
+        }
+        loss = partial(self.attack_loss, task, step, share, prompts, rows.scene.cpu())
         with task.student.active():
             found = attacked(
-                loss, share.of(start)[:count], steps=self.attack_steps,
-                lr=self.attack_lr * (vocabulary_spread(tower) if self.attack_unit == "spread" else 1.0),
-                signed=self.attack_signed, accumulates=self.attack_accumulates,
+                loss, start, steps=self.attack_steps, signed=self.attack_signed, accumulates=self.attack_accumulates,
+                lr={component: self.attack_lr * unit for component, unit in units.items()},
             )  # fmt: skip
         return batch._replace(extra=found)
 
     def attack_loss(
-        self, task: Task, step: int, share: Share, prompts: list[str], scenes: Tensor, vectors: Tensor, turn: int
-    ) -> Tensor:
+        self, task: Task, step: int, share: Share, prompts: list[str], scenes: Tensor, vectors: Mapping[str, Tensor],
+        turn: int,
+    ) -> Tensor:  # fmt: skip
         """How far the attacked prompts are from drawing the concept, at other states of theirs in every turn."""
         rollout = task.concept_states.rollout
         each = rollout.seeds * rollout.steps
         offsets = share.of(draw(each, self.batch, task.seed, "attack", step, turn))[: len(scenes)]
         with torch.no_grad():
             states = task.concept_states.take(scenes * each + offsets)
-        encoded = self.encode_attacked(task.tower, prompts, vectors)
-        told = task.backbone.composed(task.tower.component, encoded, prompts)
-        found = task.backbone.predict(states.x, states.t, told)
+        found = task.backbone.predict(states.x, states.t, told(task.backbone, prompts, vectors), states.guidance)
         # A sum over rows: each has vectors of its own.
         return matching(found, states.own) * len(found)
 
     def edits(self, task: Task) -> Edits:
-        """Of the text encoder."""
-        low_rank = {task.tower.key(path): pair for path, pair in task.student.low_rank().items()}
-        return Edits(low_rank, {task.tower.key(path): delta for path, delta in task.student.deltas().items()})
+        """Of the text encoders."""
+        low_rank, deltas = task.student.low_rank(), task.student.deltas()
+        return Edits(
+            {path.replace(".", "/", 1): pair for path, pair in low_rank.items()},
+            {path.replace(".", "/", 1): delta for path, delta in deltas.items()},
+        )
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
         """The autoencoder."""
         return [backbone.pipe.vae]
+
+
+def told(backbone: Backbone, prompts: list[str], vectors: Mapping[str, Tensor] | None) -> Conditioning:
+    """What the denoiser is told about prompts, some of them behind vectors; differentiable in encoders and vectors.
+
+    Args:
+        backbone: The model.
+        prompts: What all text encoders read.
+        vectors: By text encoder, those ahead of the first prompts, `(rows, k, dim)`.
+    """
+    given = vectors or {}
+    return backbone.compose(
+        {tower.component: encoded(tower, prompts, given.get(tower.component)) for tower in backbone.towers}
+    )
+
+
+def encoded(tower: TextTower, prompts: list[str], vectors: Tensor | None) -> TowerOutput:
+    """Encode prompts, the first of them with vectors `(rows, k, dim)` ahead."""
+    count, parts = 0 if vectors is None else len(vectors), []
+    if vectors is not None:
+        tokens, place = prefixed(tower, prompts[:count], vectors.shape[1])
+        with injected(tower, place, vectors):
+            parts.append(tower.encode(tokens))
+    if count < len(prompts):
+        parts.append(tower.encode(tower.tokenize(prompts[count:])))
+    return TowerOutput.cat(parts)

@@ -70,6 +70,14 @@ class Strategy(Options, ABC):
             progress: To be called with the share that is done, 0-1.
         """
 
+    def session(self, backbone: Backbone) -> Backbone:
+        """The model with the size and the text length that the options ask for: as it is, where they do not ask.
+
+        Raises:
+            OptionError: The model does not allow it.
+        """
+        return backbone
+
     def ignores_retain(self) -> str:
         """Name of the option whose value leaves out what must survive; empty when retain lists have an effect."""
         return ""

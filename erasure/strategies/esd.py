@@ -9,20 +9,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from erasure.backbones import Backbone, TextTower
+from erasure.backbones import Backbone, EntryLayer, TextTower
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
+from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Presets
 from erasure.strategies.base import register
-from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.trained import TrainedStrategy
 from erasure.text.words import aligned_prompts
-from erasure.training.objectives import negative_guidance
 from erasure.training.states import Scene, States
-from erasure.training.student import Student, make_student
+from erasure.training.student import Student, make_student, train_columns
 
-Method = Literal["x", "x-strict", "u", "self", "all"]
+Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry"]
 
 RELEASED: dict[str, object] = {
     "method": "x", "rank": 0, "base": "null", "eta": 1.0, "steps": 200, "lr": 5e-5, "batch": 1, "retain_batch": 0,
@@ -63,8 +64,11 @@ class ESD(TrainedStrategy):
     cost: ClassVar[str] = "minutes, about 5 denoiser passes a training state"
 
     method: Method = "x"
-    """Linear and convolution layers that are trained, as the released code names them: `x` the cross-attention,
-    `x-strict` its keys and values, `self` the self-attention, `u` all but the cross-attention, `all` all of them."""
+    """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
+    passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
+    self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
+    and `entry` the layers through which it enters, as `uce` edits them. The released FLUX.1 code leaves the keys and
+    values of the text's own half out of `x-strict`."""
     trained_prompt: Literal["concept", "anchor"] = "concept"
     """Prompt that is rolled out and trained: with the concept, or with the anchor in its place. With the anchor, the
     concept ("cowboy hat") is erased as a part of what the anchor ("cowboy") means, and the target starts from the
@@ -78,6 +82,17 @@ class ESD(TrainedStrategy):
         "released-u": {**RELEASED, "method": "u"},
         "released-all": {**RELEASED, "method": "all"},
         "released-from": {**RELEASED, "trained_prompt": "anchor", "base": "anchor", "against": "null", "eta": 2.0},
+        # The script for FLUX.1: predictions without guidance, rollouts with it, and a match of the empty prompt.
+        "released-flux": {
+            **RELEASED,
+            "eta": 0.0,
+            "steps": 1400,
+            "lr": 1e-4,
+            "rollout_steps": 28,
+            "rollout_guidance": 3.5,
+            "trained_guidance": (1.0,),
+            "resolution": 512,
+        },
         # esd_sdxl.py: an eta of 1 from the concept's own prediction is a match of the empty prompt.
         "released-sdxl": {**RELEASED, "eta": 0.0, "lr": 2e-4, "rollout_guidance": 2.0},
     }
@@ -103,17 +118,20 @@ class ESD(TrainedStrategy):
         """See `TrainedStrategy.target`."""
         if self.trained_prompt == "concept":
             return super().target(states)
-        base = states.own if self.base == "anchor" else states.null
-        return negative_guidance(base, states.asked[:, 0], base if self.against == "base" else states.null, self.eta)
+        return self.pushed(states, states.own if self.base == "anchor" else states.null, states.asked[:, 0])
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """A LoRA on the chosen layers, or their parameters themselves."""
-        paths = trained_parameters(backbone, self.method)
-        return make_student(backbone.denoiser, paths, self.rank, generator, f"method {self.method!r}")
+        chosen = trained_parameters(backbone, self.method)
+        student = make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
+        if self.method in ("text", "entry"):
+            # What else such a layer reads, as the size of the picture, is none of the concept's.
+            train_columns(student, {path_of(layer): layer.columns for layer in backbone.entry_layers()})
+        return student
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """One pass for all rows, with the stock encodings."""
-        return task.backbone.predict(batch.x, batch.t, task.prompts(batch.prompts))
+        return task.backbone.predict(batch.x, batch.t, task.prompts(batch.prompts), batch.guidance)
 
     def edits(self, task: Task) -> Edits:
         """Of the denoiser."""
@@ -127,21 +145,36 @@ class ESD(TrainedStrategy):
 
 
 def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
-    """Paths of the denoiser's parameters that a method of ESD trains."""
-    sites = backbone.attention_sites()
-    cross = tuple(f"{site.name}." for site in sites if site.kind != "self")
-    own = tuple(f"{site.name}." for site in sites if site.kind == "self")
-    denoiser = backbone.denoiser
+    """Paths of the denoiser's parameters that a method of ESD trains.
+
+    Raises:
+        UnsupportedModelError: Projections of its attention are fused, so that those that would be trained do not run.
+    """
+    sites, denoiser = backbone.attention_sites(), backbone.denoiser
+    if fused := next((site.name for site in sites if paths.is_fused(denoiser, site.name)), None):
+        raise UnsupportedModelError(
+            f"{backbone.denoiser_component}/{fused} has fused projections: call pipe.unfuse_qkv_projections() first"
+        )
+    text = [site for site in sites if site.kind != "self"]
+    modules: dict[str, list[str]] = {
+        "x": [site.name for site in text],
+        "x-strict": [path for site in text for path in site.keys_and_values],
+        "self": [site.name for site in sites if site.kind == "self"],
+        "text": backbone.text_layers(),
+        "entry": [path_of(layer) for layer in backbone.entry_layers()],
+    }
     every = [
         path
         for path in paths.canonical_parameters(denoiser)
         if isinstance(paths.layer(denoiser, path.rpartition(".")[0]), (nn.Linear, nn.Conv2d))
     ]
-    if method == "x":
-        return [path for path in every if path.startswith(cross)]
-    if method == "x-strict":
-        entry = tuple(f"{layer.key.split('/', 1)[1]}." for layer in backbone.entry_layers())
-        return [path for path in every if path.startswith(entry)]
-    if method == "self":
-        return [path for path in every if path.startswith(own)]
-    return [path for path in every if method == "all" or not path.startswith(cross)]
+    if method in modules:
+        chosen = tuple(f"{path}." for path in modules[method])
+        return [path for path in every if path.startswith(chosen)]
+    left_out = () if method == "all" else tuple(f"{path}." for path in modules["x"])
+    return [path for path in every if not path.startswith(left_out)]
+
+
+def path_of(layer: EntryLayer) -> str:
+    """Path of an entry layer inside the denoiser."""
+    return layer.key.split("/", 1)[1]

@@ -32,7 +32,7 @@ def concept_scenes(
         concepts: Which.
         seed: Of the company.
         contexts: Random prompts for each concept.
-        anchored: Ask the teacher about the same prompt with the anchor as well ("" where a concept has none).
+        anchored: Ask the teacher about the same prompt with the anchor as well (no prompt where a concept has none).
         scope: And about the prompt without the concept's words, last.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def concept_scenes(
         if words and contexts:
             pairs += context_prompts(tower, concept, words, contexts, generator)
         for pair in pairs:
-            asks = [pair.anchor_prompt if concept.anchor else ""] if anchored else []
+            asks: list[str | None] = [pair.anchor_prompt if concept.anchor else None] if anchored else []
             asks += [without(pair.prompt, concept)] if scope else []
             scenes.append(Scene(pair.prompt, tuple(asks)))
     return list(dict.fromkeys(scenes))

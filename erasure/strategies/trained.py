@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
@@ -23,6 +22,7 @@ from erasure.interop import paths, scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
+from erasure.strategies.tasks import Batch, Task
 from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.checkpoint import Stateful
@@ -41,7 +41,7 @@ from erasure.training.states import (
     TrajectoryBuffer,
     draw,
     rolling_out,
-    stable_seed,
+    session_of,
 )
 from erasure.training.student import LowRankStudent, Student
 
@@ -57,6 +57,8 @@ class TrainedStrategy(Optimisation, Strategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
     trains: ClassVar[bool] = True
+    moves_null: ClassVar[bool] = True
+    """Whether training moves what the model predicts where no prompt is given, so that it must be retained."""
 
     steps: Count = 200
     """Updates."""
@@ -72,8 +74,8 @@ class TrainedStrategy(Optimisation, Strategy):
     """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
     diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
     base: Literal["anchor", "null"] = "anchor"
-    """What prediction the target starts from: the same prompt with the anchor in the concept's place (the empty prompt
-    where a concept has no anchor), or the empty prompt (ESD's paper)."""
+    """What prediction the target starts from: the same prompt with the anchor in the concept's place (no prompt where
+    a concept has no anchor), or no prompt (ESD's paper)."""
     against: Literal["base", "null"] = "base"
     """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
@@ -85,7 +87,15 @@ class TrainedStrategy(Optimisation, Strategy):
     rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
-    """Classifier-free guidance of trajectories (ESD: 3)."""
+    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it."""
+    trained_guidance: tuple[Positive, ...] = ()
+    """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
+    `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
+    resolution: Count | None = None
+    """Side in pixels of the square images that trajectories lead to; the model's own size when left out."""
+    text_length: Count | None = None
+    """Tokens that T5 pads prompts to; the model's own length when left out. An erasure holds for the length that it
+    was made with: what T5 says of the same words depends on it."""
     rollout_by: Literal["teacher", "student"] = "teacher"
     """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
@@ -151,8 +161,10 @@ class TrainedStrategy(Optimisation, Strategy):
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
         self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
-        recipe = {"strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
-                  "concepts": [concept.to_dict() for concept in concepts]}  # fmt: skip
+        recipe = {
+            "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
+            "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
+        }  # fmt: skip
         with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
             stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
             stack.enter_context(rolling_out(backbone))
@@ -163,6 +175,8 @@ class TrainedStrategy(Optimisation, Strategy):
             self.fill(task, model, accelerator)
             cost.begin("setup")
             projection, figures = self.projected(task)
+            if len(scales := self.scales(backbone)) > 1:
+                figures["null_drift"] = task.null_drift(scales)
             student, lasso = task.student, None
             if self.group_lasso and isinstance(student, LowRankStudent):
                 lasso = GroupLasso(student, self.group_lasso)
@@ -215,7 +229,7 @@ class TrainedStrategy(Optimisation, Strategy):
                 first = scene * source.rollout.seeds * source.rollout.steps
                 states = source.take(first + spread)
                 prompts = [each.prompt for each in source.of(states)]
-                self.predict(task, Batch(states.x, states.t, prompts, states, None))
+                self.predict(task, Batch(states.x, states.t, states.guidance, prompts, states, None))
         return found
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
@@ -232,7 +246,45 @@ class TrainedStrategy(Optimisation, Strategy):
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
         base = states.asked[:, 0] if anchored else states.null
-        return negative_guidance(base, states.own, base if self.against == "base" else states.null, self.eta)
+        return self.pushed(states, base, states.own)
+
+    def pushed(self, states: States, base: Tensor, concept: Tensor) -> Tensor:
+        """The target from a base on, away from what is predicted for the concept.
+
+        A model that is told its guidance g answers `v0 + g (v - v0)`, with v0 where no prompt is given. Of the same g
+        in all terms the target is that of the model it was distilled from, and g times as far; so eta is divided by g.
+        """
+        eta = (self.eta / states.guidance).view(-1, 1, 1, 1)
+        return negative_guidance(base, concept, base if self.against == "base" else states.null, eta)
+
+    def session(self, backbone: Backbone) -> Backbone:
+        """See `Strategy.session`: with `resolution` and `text_length`.
+
+        Raises:
+            OptionError: The size cannot be drawn, or no text encoder has a free length.
+        """
+        size = backbone.size if self.resolution is None else (self.resolution, self.resolution)
+        length = backbone.length if self.text_length is None else self.text_length
+        made = type(backbone)(backbone.pipe, size=size, length=length)
+        made.latents.shape()
+        lengths = [tower.max_length for tower in made.towers]
+        if self.text_length is not None and self.text_length not in lengths:
+            self.refuse("text_length", self.text_length, f"None: the text encoders read {lengths} tokens, always")
+        return made
+
+    def scales(self, backbone: Backbone) -> tuple[float, ...]:
+        """Scales that a model which is told its guidance is trained at; none for others.
+
+        Raises:
+            OptionError: They cannot be.
+        """
+        if not backbone.told_guidance:
+            if any(scale != 1 for scale in self.trained_guidance):
+                self.refuse("trained_guidance", self.trained_guidance, "() for a model that is not told its guidance")
+            return ()
+        if not self.rollout_guidance and not self.trained_guidance:
+            self.refuse("rollout_guidance", 0.0, "above 0 for a model that is told its guidance")
+        return self.trained_guidance or tuple(dict.fromkeys((1.0, self.rollout_guidance)))
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
@@ -244,10 +296,15 @@ class TrainedStrategy(Optimisation, Strategy):
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
         prompts = Reader(backbone).read(["", *every])
+        if kept and self.moves_null and not torch.equal(prompts.null(1).tokens, prompts([""]).tokens):
+            kept.append(Scene(None))
         student = self.student(backbone, tower, torch.Generator().manual_seed(seed))
 
         def source(scenes: list[Scene], count: int) -> StateSource:
-            rollout = Rollout(seeds=count, steps=self.rollout_steps, guidance=self.rollout_guidance)
+            rollout = Rollout(
+                seeds=count, steps=self.rollout_steps, guidance=self.rollout_guidance,
+                trained_guidance=self.scales(backbone),
+            )  # fmt: skip
             leader = student if self.rollout_by == "student" else None
             if self.states == "online":
                 return OnlineStates(backbone, scenes, prompts, rollout, seed, leader)
@@ -289,16 +346,17 @@ class TrainedStrategy(Optimisation, Strategy):
 
         concept = take(task.concept_states, self.batch, "concept")
         scenes = task.concept_states.of(concept)
-        x, t, prompts = [concept.x], [concept.t], [scene.prompt for scene in scenes]
+        x, t, guidance = [concept.x], [concept.t], [concept.guidance]
+        prompts = [scene.prompt for scene in scenes]
         retained = None
         if task.retain_states is not None:
             retained = take(task.retain_states, self.retain_batch, "retain")
-            x, t = [*x, retained.x], [*t, retained.t]
+            x, t, guidance = [*x, retained.x], [*t, retained.t], [*guidance, retained.guidance]
             prompts += [scene.prompt for scene in task.retain_states.of(retained)]
         if self.scope_weight:
-            x, t = [*x, concept.x], [*t, concept.t]
+            x, t, guidance = [*x, concept.x], [*t, concept.t], [*guidance, concept.guidance]
             prompts += [scene.asks[-1] for scene in scenes]
-        return Batch(torch.cat(x), torch.cat(t), prompts, concept, retained)
+        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained)
 
     def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
         """The terms of an update."""
@@ -332,50 +390,5 @@ class TrainedStrategy(Optimisation, Strategy):
 
     def validate(self, task: Task, run: Run, step: int) -> None:
         """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
-        if run.folder is None:
-            return
-        scenes = [scene.prompt for scene in task.concept_states.scenes[:4]]
-        scenes += [scene.prompt for scene in task.retain_states.scenes[1:5]] if task.retain_states is not None else []
-        pipe = task.backbone.pipe
-        generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
-        with scopes.placed(self.idle(task.backbone), task.backbone.device), scopes.quiet(pipe):
-            call = task.backbone.call_options(steps=self.rollout_steps)
-            images = pipe(scenes, generator=generators, **call).images
-        folder = run.folder / "validation"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
-
-
-@dataclass
-class Task:
-    """One training of a strategy."""
-
-    backbone: Backbone
-    tower: TextTower
-    concepts: Sequence[Concept]
-    seed: int
-    prompts: Reader
-    student: Student
-    concept_states: StateSource
-    retain_states: StateSource | None
-
-    def buffers(self) -> list[TrajectoryBuffer]:
-        """The sources that are filled ahead."""
-        return [s for s in (self.concept_states, self.retain_states) if isinstance(s, TrajectoryBuffer)]
-
-
-class Batch(NamedTuple):
-    """A part of an update."""
-
-    x: Tensor
-    """`(rows, channels, h, w)`."""
-    t: Tensor
-    """`(rows,)`."""
-    prompts: list[str]
-    """Of every row."""
-    concept: States
-    """The states of the first rows."""
-    retained: States | None
-    """Those of the rows that follow, if any."""
-    extra: Tensor | None = None
-    """What a strategy adds."""
+        if run.folder is not None:
+            task.draw(run.folder / "validation", step, self.rollout_steps, self.idle(task.backbone))

@@ -26,25 +26,33 @@ class Reader:
         self._read: list[Conditioning] = []
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[str]) -> Reader:
+    def read(self, prompts: Sequence[str | None]) -> Reader:
         """Encode those prompts that are not known yet; gives the reader itself."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        new = [prompt for prompt in dict.fromkeys(text or "" for text in prompts) if prompt not in self._rows]
         self._rows.update({prompt: len(self._rows) + row for row, prompt in enumerate(new)})
         for first in range(0, len(new), self.batch):
             self._read.append(self.backbone.encode(new[first : first + self.batch]).to("cpu"))
         return self
 
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+    def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
         """Encodings of a batch of prompts, on the denoiser's device.
+
+        Args:
+            prompts: `None` for what the denoiser is told where no prompt is given; see `Backbone.null`.
 
         Raises:
             KeyError: One has not been read. To read it now could be too late, with other encoders in force.
         """
         if len(self._read) > 1:
             self._read = [Conditioning.cat(self._read)]
-        rows = torch.tensor([self._rows[prompt] for prompt in prompts])
-        return self._read[0].rows(rows).to(self.backbone.device)
+        rows = torch.tensor([self._rows[prompt or ""] for prompt in prompts])
+        told = self._read[0].rows(rows).to(self.backbone.device)
+        if None not in prompts:
+            return told
+        count = len(prompts)
+        index = torch.tensor([place + count * (prompt is None) for place, prompt in enumerate(prompts)])
+        return Conditioning.cat([told, self.backbone.null(told)]).rows(index.to(self.backbone.device))
 
     def null(self, count: int) -> Conditioning:
         """What the denoiser is told `count` times where no prompt is given; see `Backbone.null`."""
-        return self.backbone.null(self([""] * count))
+        return self([None] * count)

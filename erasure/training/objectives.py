@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def negative_guidance(base: Tensor, erase: Tensor, against: Tensor, eta: float) -> Tensor:
+def negative_guidance(base: Tensor, erase: Tensor, against: Tensor, eta: float | Tensor) -> Tensor:
     """`base - eta (erase - against)`, shaped as they are.
 
     ESD (Gandikota et al. 2023, eq. 7) has `base = against = the prediction of the empty prompt`, so that `eta = 0`
@@ -20,7 +20,7 @@ def negative_guidance(base: Tensor, erase: Tensor, against: Tensor, eta: float) 
         base: Teacher's prediction to start from.
         erase: For the prompt with the concept.
         against: What the concept is told from.
-        eta: Negative guidance in the paper's convention.
+        eta: Negative guidance in the paper's convention; a tensor is one that broadcasts.
     """
     return base - eta * (erase - against)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, Conditioning
-from erasure.options import Count, NotNegative, Options
+from erasure.options import Count, NotNegative, Options, Positive
 from erasure.text.encodings import Reader
 from erasure.training.student import Student
 
@@ -29,9 +29,11 @@ CHUNK = 8
 class Scene(NamedTuple):
     """A prompt to roll out."""
 
-    prompt: str
-    asks: tuple[str, ...] = ()
-    """Other prompts that the teacher is asked at every state; as many in all scenes of one source."""
+    prompt: str | None
+    """`None` rolls out what the pipeline tells the denoiser where no prompt is given."""
+    asks: tuple[str | None, ...] = ()
+    """Other prompts that the teacher is asked at every state, `None` for no prompt; as many in all scenes of one
+    source."""
 
 
 class States(NamedTuple):
@@ -46,9 +48,11 @@ class States(NamedTuple):
     own: Tensor
     """Prediction for the scene's prompt, shaped as `x`."""
     null: Tensor
-    """For the empty prompt."""
+    """Where no prompt is given."""
     asked: Tensor
     """For the prompts asked besides, `(states, asks, channels, h, w)`."""
+    guidance: Tensor
+    """`(states,)` scale that the teacher was told for all of these predictions; 1 where a model is not told any."""
 
     def rows(self, index: Tensor | slice) -> States:
         """Some of them."""
@@ -68,7 +72,10 @@ class Rollout(Options):
     steps: Count
     """Denoising steps of each, and states that it gives."""
     guidance: NotNegative
-    """Classifier-free guidance scale."""
+    """Guidance scale of trajectories."""
+    trained_guidance: tuple[Positive, ...] = ()
+    """Scales that a model which is told its guidance makes the kept predictions at, one drawn for each state; that of
+    trajectories when left out."""
 
 
 class StateSource(ABC):
@@ -113,6 +120,13 @@ class StateSource(ABC):
         scene, number = divmod(trajectory, self.rollout.seeds)
         return stable_seed(self.seed, self.scenes[scene].prompt, number)
 
+    def kept_guidance(self, trajectory: int, step: int) -> float:
+        """Scale that the teacher is told at a state; 1 for a model that is not told any."""
+        if not self.backbone.told_guidance:
+            return 1.0
+        scales = self.rollout.trained_guidance or (self.rollout.guidance,)
+        return scales[int(draw(len(scales), 1, self.noise_seed(trajectory), "guidance", step))]
+
     @torch.no_grad()
     def roll(self, trajectories: Sequence[int], until: Sequence[int] | None = None) -> States:
         """Roll trajectories out together.
@@ -139,45 +153,77 @@ class StateSource(ABC):
             inputs = backbone.model_input(x, t)
             wanted = [row for row in range(alive) if until is None or ends[order[row]] == step]
             goes_on = any(ends[order[row]] > step for row in range(alive))
-            guided = None
+            found = None
             if wanted or self.student is None:
-                guided = self._guided(inputs, t, named)
+                found = self._predicted(inputs, t, named)
             if wanted:
-                assert guided is not None
-                found = self._kept(inputs, t, named, guided, wanted)
-                kept += [((order[row], step), found.rows(slice(i, i + 1))) for i, row in enumerate(wanted)]
+                assert found is not None
+                scales = [self.kept_guidance(trajectories[order[row]], step) for row in wanted]
+                states = self._kept(inputs, t, named, found, wanted, scales)
+                kept += [((order[row], step), states.rows(slice(i, i + 1))) for i, row in enumerate(wanted)]
             if self.student is not None and goes_on:
                 with self.student.active():
-                    guided = self._guided(inputs, t, named)
+                    found = self._predicted(inputs, t, named)
             if goes_on:
-                assert guided is not None
-                own, null = guided
-                x = backbone.step(backbone.guided(own, null, self.rollout.guidance), t, x)
+                assert found is not None
+                x = backbone.step(found.guided(backbone, self.rollout.guidance), t, x)
         kept.sort(key=lambda pair: pair[0])
         return States(*(torch.cat(parts) for parts in zip(*(states for _, states in kept), strict=True)))
 
-    def _guided(self, x: Tensor, t: Tensor, scenes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Predictions for the scenes' prompts and for the empty one."""
-        prompts = self.prompts([self.scenes[scene].prompt for scene in scenes])
+    def _predicted(self, x: Tensor, t: Tensor, scenes: Sequence[int]) -> _Predicted:
+        """Predictions for the scenes' prompts, as a step of their trajectories needs them.
+
+        A model that is told its guidance takes one pass, and so does any without guidance; else a second one sees no
+        prompt.
+        """
+        prompts, rollout = self.prompts([self.scenes[scene].prompt for scene in scenes]), self.rollout
+        if self.backbone.told_guidance:
+            return _Predicted(self.backbone.predict(x, t.expand(len(x)), prompts, rollout.guidance), None)
+        if rollout.guidance == 1:
+            return _Predicted(self.backbone.predict(x, t.expand(len(x)), prompts), None)
         asked = Conditioning.cat([prompts, self.prompts.null(len(x))])
-        own, null = self.backbone.predict(torch.cat([x, x]), t.expand(2 * len(x)), asked).chunk(2)
-        return own, null
+        return _Predicted(*self.backbone.predict(torch.cat([x, x]), t.expand(2 * len(x)), asked).chunk(2))
 
     def _kept(
-        self, x: Tensor, t: Tensor, scenes: Sequence[int], teacher: tuple[Tensor, Tensor], wanted: Sequence[int]
-    ) -> States:
+        self, x: Tensor, t: Tensor, scenes: Sequence[int], teacher: _Predicted, wanted: Sequence[int],
+        scales: Sequence[float],
+    ) -> States:  # fmt: skip
+        """States of some rows, with what the teacher says there when it is told a scale for each."""
         rows = torch.tensor(list(wanted), device=x.device)
-        x = x[rows]
-        asks = [prompt for row in wanted for prompt in self.scenes[scenes[row]].asks]
-        count = len(asks) // len(wanted)
-        asked = x.new_empty(len(x), 0, *x.shape[1:])
+        x, own = x[rows], teacher.own[rows]
+        named = [self.scenes[scenes[row]] for row in wanted]
+        guidance = torch.tensor(scales, device=x.device)
+
+        def asked(prompts: Sequence[str | None], index: Tensor) -> Tensor:
+            """For some of the states."""
+            told = guidance[index] if self.backbone.told_guidance else None
+            return self.backbone.predict(x[index], t.expand(len(index)), self.prompts(prompts), told)
+
+        every = torch.arange(len(x), device=x.device)
+        null = asked([None] * len(x), every) if teacher.null is None else teacher.null[rows]
+        others = every[guidance != self.rollout.guidance]
+        if self.backbone.told_guidance and len(others):
+            own = own.index_copy(0, others, asked([named[row].prompt for row in others.tolist()], others))
+        asks = [prompt for scene in named for prompt in scene.asks]
+        count = len(asks) // len(named)
+        more = x.new_empty(len(x), 0, *x.shape[1:])
         if asks:
-            repeated = x.repeat_interleave(count, 0)
-            made = self.backbone.predict(repeated, t.expand(len(repeated)), self.prompts(asks))
-            asked = made.view(len(x), count, *x.shape[1:])
-        own, null = (part[rows] for part in teacher)
+            more = asked(asks, every.repeat_interleave(count)).view(len(x), count, *x.shape[1:])
         scene = torch.tensor([scenes[row] for row in wanted], device=x.device)
-        return States(x, t.expand(len(x)).contiguous(), scene, own, null, asked)
+        return States(x, t.expand(len(x)).contiguous(), scene, own, null, more, guidance)
+
+
+class _Predicted(NamedTuple):
+    """What a step of a trajectory was computed from."""
+
+    own: Tensor
+    """For the scenes' prompts."""
+    null: Tensor | None
+    """Without a prompt, where the step takes it."""
+
+    def guided(self, backbone: Backbone, scale: float) -> Tensor:
+        """What the step follows."""
+        return self.own if self.null is None else backbone.guided(self.own, self.null, scale)
 
 
 class OnlineStates(StateSource):
@@ -241,6 +287,7 @@ class TrajectoryBuffer(StateSource):
             "seed": self.seed,
             "scheduler": [type(scheduler).__name__, config],
             "dtype": str(self.backbone.dtype),
+            "session": session_of(self.backbone),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -250,6 +297,14 @@ class TrajectoryBuffer(StateSource):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """From a file or checkpoint."""
         self.states = States(**state) if state else None
+
+
+def session_of(backbone: Backbone) -> dict[str, object]:
+    """Size and text length that a backbone draws and reads with, plain data."""
+    return {
+        "latents": list(backbone.latents.shape()),
+        "tokens": {tower.component: tower.max_length for tower in backbone.towers},
+    }
 
 
 def stable_seed(*parts: object) -> int:

@@ -52,7 +52,7 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
     def check(infos: Mapping[str, TensorInfo]) -> None:
         if set(infos) != set(States._fields) or any(info.shape[:1] != (len(buffer),) for info in infos.values()):
             raise ArtifactError(f"{path} holds no trajectories of this training")
-        if any(infos[name].shape != (len(buffer),) for name in ("t", "scene")):
+        if any(infos[name].shape != (len(buffer),) for name in ("t", "scene", "guidance")):
             raise ArtifactError(f"{path} holds trajectories with steps of another shape")
         x, own, null, asked = (infos[name].shape for name in ("x", "own", "null", "asked"))
         questions = len(buffer.scenes[0].asks)

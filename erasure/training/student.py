@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -113,13 +113,15 @@ class LowRankStudent(Student):
         self.paths = list(layers)
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for path in self.paths:
-            weight = paths.parameter(network, f"{path}.weight")
-            outputs, inputs = weight.shape
+            layer, device = paths.layer(network, path), paths.parameter(network, f"{path}.weight").device
+            assert isinstance(layer, nn.Linear)
+            # Those of its weight, which may be packed: a quantised one has another shape.
+            outputs, inputs = layer.out_features, layer.in_features
             width = min(rank, outputs, inputs)
             bound = 1 / math.sqrt(inputs)
             down = (2 * torch.rand(width, inputs, generator=generator) - 1) * bound
-            self.down.append(nn.Parameter(down.to(weight.device)))
-            self.up.append(nn.Parameter(torch.zeros(outputs, width, device=weight.device)))
+            self.down.append(nn.Parameter(down.to(device)))
+            self.up.append(nn.Parameter(torch.zeros(outputs, width, device=device)))
 
     @contextmanager
     def _put_in(self) -> Iterator[None]:
@@ -182,6 +184,29 @@ class SubsetStudent(Student):
             path: (value - paths.parameter(self.network, path).float()).half().cpu()
             for path, value in zip(self.paths, self.values, strict=True)
         }
+
+
+def train_columns(student: Student, columns: Mapping[str, slice]) -> None:
+    """Only some columns of some layers' weights learn: the others stay as they are.
+
+    Args:
+        student: Whose layers they are.
+        columns: By path of the layer; those that are not trained are passed over.
+    """
+    if isinstance(student, LowRankStudent):
+        trained = dict(zip(student.paths, student.down, strict=True))
+    else:
+        values = dict(student.named_parameters()).values()
+        pairs = zip(student.paths, values, strict=True)
+        trained = {path.removesuffix(".weight"): value for path, value in pairs if path.endswith(".weight")}
+    for path, kept in columns.items():
+        if path in trained and kept != slice(None):
+            mask = torch.zeros_like(trained[path][:1])
+            mask[:, kept] = 1
+            if isinstance(student, LowRankStudent):
+                with torch.no_grad():
+                    trained[path].mul_(mask)
+            trained[path].register_hook(partial(torch.mul, mask))
 
 
 def make_student(

@@ -10,7 +10,7 @@ import pytest
 
 from erasure.pipelines import pipeline_class
 
-FAMILIES = ("stable-diffusion", "stable-diffusion-xl")
+FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma")
 """Families with a drop-in."""
 
 

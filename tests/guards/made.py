@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,12 +40,30 @@ def _edit(layer: Any) -> LowRank:
     return LowRank(down=down, up=up)
 
 
-def embeddings(pipe: Any, prompt: str = "a photo of a cat") -> dict[str, torch.Tensor]:
+def small(pipe: Any) -> dict[str, Any]:
+    """Arguments of a call that is soon over."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    options = {
+        "height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent", "max_sequence_length": 32,
+    }  # fmt: skip
+    return {name: value for name, value in options.items() if name in known}
+
+
+def embeddings(pipe: Any, prompt: str = "a photo of a cat", length: int = 32) -> dict[str, torch.Tensor]:
     """What the family's call takes in the place of a prompt."""
-    made = pipe.encode_prompt(prompt, **({"prompt_2": None} if hasattr(pipe, "text_encoder_2") else {}),
-                              device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)  # fmt: skip
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, made, strict=False))
+    known = inspect.signature(type(pipe).encode_prompt).parameters
+    options = {
+        "prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1, "negative_prompt": "",
+        "do_classifier_free_guidance": True, "max_sequence_length": length,
+    }  # fmt: skip
+    made = pipe.encode_prompt(prompt, **{name: value for name, value in options.items() if name in known})
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    if len(made) == 3:
+        names = ["prompt_embeds", "pooled_prompt_embeds", "text_ids"]
+    elif len(made) == 6:
+        half = ["prompt_embeds", "text_ids", "prompt_attention_mask"]
+        names = [*half, *(f"negative_{name}" for name in half)]
+    return {name: value for name, value in zip(names, made, strict=False) if not name.endswith("text_ids")}
 
 
 @contextmanager

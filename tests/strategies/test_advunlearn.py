@@ -47,10 +47,17 @@ def quadratic(goal: Tensor) -> Any:
     return lambda vectors, step: ((vectors - goal) * (1 + 0.1 * step)).square().sum()
 
 
+def attack(goal: Tensor, start: Tensor, *, lr: float, **options: Any) -> Tensor:
+    """Vectors of one text encoder after an attack."""
+    loss = quadratic(goal)
+    found = attacked(lambda vectors, step: loss(vectors["one"], step), {"one": start}, lr={"one": lr}, **options)
+    return found["one"]
+
+
 def test_every_step_has_a_gradient_of_its_own() -> None:
     """Adam written out, with no gradient carried from step to step, and the vectors after the last step."""
     goal, start = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[0.0, 3.0]]])
-    found = attacked(quadratic(goal), start, steps=5, lr=0.2, signed=False)
+    found = attack(goal, start, steps=5, lr=0.2, signed=False)
     x, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(5):
         gradient = 2 * (x - goal) * (1 + 0.1 * step) ** 2
@@ -64,7 +71,7 @@ def test_every_step_has_a_gradient_of_its_own() -> None:
 def test_a_single_signed_step_moves_the_vectors() -> None:
     """In the released code it trains on the vectors from before the step."""
     goal, start = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[0.0, 3.0]]])
-    found = attacked(quadratic(goal), start, steps=1, lr=0.5, signed=True)
+    found = attack(goal, start, steps=1, lr=0.5, signed=True)
     torch.testing.assert_close(found, torch.tensor([[[0.5, 2.5]]]))
     assert start.tolist() == [[[0.0, 3.0]]]
 
@@ -72,7 +79,7 @@ def test_a_single_signed_step_moves_the_vectors() -> None:
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_released_code_s_way_adds_gradients_up_and_trains_on_the_vectors_before(signed: bool) -> None:
     goal, start = torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[0.0, 3.0]]])
-    found = attacked(quadratic(goal), start, steps=4, lr=0.3, signed=signed, accumulates=True)
+    found = attack(goal, start, steps=4, lr=0.3, signed=signed, accumulates=True)
     x = start.clone().requires_grad_()
     adam = torch.optim.Adam([x], lr=0.3)
     for step in range(4):
@@ -82,13 +89,16 @@ def test_the_released_code_s_way_adds_gradients_up_and_trains_on_the_vectors_bef
             x.grad.sign_()
         adam.step()
     torch.testing.assert_close(found, handed)
-    alone = attacked(quadratic(goal), start, steps=1, lr=0.3, signed=signed, accumulates=True)
+    alone = attack(goal, start, steps=1, lr=0.3, signed=signed, accumulates=True)
     assert torch.equal(alone, start), "its single step has no effect"
 
 
 def test_nan_in_the_attack_is_an_error() -> None:
     with pytest.raises(DivergenceError, match="its step 0"):
-        attacked(lambda vectors, step: vectors.sum() * torch.nan, torch.zeros(1, 1, 2), steps=2, lr=1, signed=False)
+        attacked(
+            lambda vectors, step: vectors["a"].sum() * torch.nan, {"a": torch.zeros(1, 1, 2)}, steps=2, lr={"a": 1},
+            signed=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("words", ["cat", "van gogh", "zebra"])
@@ -110,10 +120,17 @@ def test_a_learned_token_behind_the_room_keeps_its_vectors(tiny_pipe: Any, teach
     assert tokens.ids[0, place[-1] + 1 :][:3].tolist() == tower.word_ids("<my-pet>")
 
 
-def test_a_tokeniser_without_room_is_refused(tower: TextTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erasure.training.attack.FILLER", "zz")
-    with pytest.raises(ConceptError, match="leaves no room"):
-        prefixed(tower, ["cat"], 1)
+def test_a_prompt_that_is_cut_keeps_its_end(tower: TextTower) -> None:
+    tokens, _ = prefixed(tower, [" ".join(["cat"] * 80), "a dog"], 3)
+    assert tokens.ids[:, -1].tolist() == [tower.end] * 2
+    assert tokens.lengths == [77, 7]
+    assert tokens.ids[0, 4:-1].tolist() == tower.word_ids("cat") * 72
+
+
+def test_no_room_for_vectors_is_refused(tower: TextTower) -> None:
+    assert prefixed(tower, ["cat"], 74)[0].ids[0, -2:].tolist() == [*tower.word_ids("cat"), tower.end]
+    with pytest.raises(ConceptError, match="75 tokens ahead of a prompt leave no room"):
+        prefixed(tower, ["cat"], 75)
 
 
 def test_the_adversary_starts_from_words(tower: TextTower) -> None:
@@ -144,7 +161,7 @@ def test_the_attack_lowers_its_loss(tiny_pipe: Any) -> None:
     with rolling_out(task.backbone):
         batch = strategy.prepare(task, 0, Share(0, 1))
     loss = partial(strategy.attack_loss, task, 0, Share(0, 1), batch.prompts[:2], batch.concept.scene)
-    start = random_words(task.tower, 2, 1, torch.Generator().manual_seed(1))
+    start = {"text_encoder": random_words(task.tower, 2, 1, torch.Generator().manual_seed(1))}
     with task.student.active(), torch.no_grad():
         ahead, reached = (sum(float(loss(vectors, turn)) for turn in range(8)) for vectors in (start, batch.extra))
     assert reached < ahead
@@ -163,8 +180,9 @@ def test_what_is_trained_against_an_attack_resists_it(tiny_pipe: Any) -> None:
         manager.add(made, "cat")
         with rolling_out(task.backbone):
             loss = partial(strategy.attack_loss, task, 999, Share(0, 1), prompts, scenes)
-            start = random_words(task.tower, 2, 1, torch.Generator().manual_seed(3))
-            found = attacked(loss, start, steps=20, lr=vocabulary_spread(task.tower), signed=False)
+            start = {"text_encoder": random_words(task.tower, 2, 1, torch.Generator().manual_seed(3))}
+            lr = {"text_encoder": vocabulary_spread(task.tower)}
+            found = attacked(loss, start, steps=20, lr=lr, signed=False)
             with torch.no_grad():
                 reached[trained_against] = sum(float(loss(found, 100 + turn)) for turn in range(8))
         manager.unload()
@@ -233,7 +251,7 @@ def test_a_bank_takes_a_tenth_of_the_passes(tiny_pipe_original: Any) -> None:
     whole: Any = get("advunlearn").configured()
     settings = {
         "steps": 1, "attack_from": 0.0, "rollout_steps": 50, "batch": whole.batch,
-        "retain_batch": whole.retain_batch, "retain_vocabulary": 0,
+        "retain_batch": whole.retain_batch, "retain_vocabulary": 0, "contexts": 0, "templates": False,
         "attack_steps": whole.attack_steps,
     }  # fmt: skip
     bank, online = (make(tiny_pipe_original, states=states, **settings).config.cost for states in ("buffer", "online"))
@@ -247,6 +265,102 @@ def test_a_bank_takes_a_tenth_of_the_passes(tiny_pipe_original: Any) -> None:
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="advunlearn"):
         get("advunlearn").configured(**options)
+
+
+# Several text encoders -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_xl(tiny_models: Any) -> Any:
+    return tiny_models["stable-diffusion-xl"]()
+
+
+def test_every_block_that_the_denoiser_reads_is_trained(tiny_xl: Any) -> None:
+    """Of SDXL's first encoder it reads a state ahead of the last block, of the second the pooled vector too."""
+    made = make(tiny_xl, rank=0, steps=1)
+    blocks = {path.partition(".self_attn")[0].partition(".mlp")[0] for path in made.edits.parameters}
+    blocks = {path.rpartition(".layer_norm")[0] or path for path in blocks}
+    first = {f"text_encoder/encoder.layers.{number}" for number in range(3)}
+    second = {f"text_encoder_2/encoder.layers.{number}" for number in range(4)}
+    norm = {f"text_encoder_2/final_layer_norm.{part}" for part in ("weight", "bias")}
+    assert blocks == first | second | norm
+    # The bias of keys adds the same to all that a query sees, so it has no gradient.
+    assert all(delta.any() for path, delta in made.edits.deltas.items() if not path.endswith("k_proj.bias"))
+
+
+def test_text_encoders_are_chosen_by_name(tiny_xl: Any) -> None:
+    made = make(tiny_xl, text_encoders=("text_encoder_2",), steps=2)
+    assert made.components == ["text_encoder_2"]
+    with pytest.raises(OptionError, match=r"'text_encoder_3'.*those of the pipeline: text_encoder, text_encoder_2"):
+        make(tiny_xl, text_encoders=("text_encoder_3",))
+    with pytest.raises(OptionError, match="text_encoders"):
+        make(tiny_xl, text_encoders=("unet",))
+    with pytest.raises(NoMatchingModuleError, match="ahead of its block 3: choose blocks below 3"):
+        make(tiny_xl, layers=(3,))
+    assert make(tiny_xl, layers=(3,), text_encoders=("text_encoder_2",), steps=1).components == ["text_encoder_2"]
+
+
+@pytest.mark.parametrize("attacked", [("text_encoder", "text_encoder_2"), ("text_encoder_2",)])
+def test_an_update_on_two_encoders_is_plain_arithmetic(tiny_xl: Any, attacked: tuple[str, ...]) -> None:
+    """Both encoders read the prompt, the attacked ones behind vectors of their own; the pooled vector is the second's.
+
+    What the teacher is told without a prompt is zeros.
+    """
+    strategy: Any = get("advunlearn").configured(
+        **{**QUICK, "base": "null", "text_encoders": attacked, "scope_weight": 0.5, "retain_weight": 2.0}
+    )
+    backbone = backbone_for(tiny_xl)
+    task = strategy.task(backbone, backbone.reader, [CAT], 0, Accelerator(cpu=True))
+    with torch.no_grad():
+        for up in task.student.up:
+            up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    with rolling_out(backbone):
+        for source in task.buffers():
+            source.fill()
+        batch = strategy.prepare(task, 0, Share(0, 1))
+    assert batch.extra is not None
+    assert set(batch.extra) == set(attacked)
+
+    def encode(suffix: str, prompt: str, vector: Tensor | None) -> Any:
+        encoder, tokenizer = getattr(tiny_xl, f"text_encoder{suffix}"), getattr(tiny_xl, f"tokenizer{suffix}")
+        ids = tokenizer([prompt], padding="max_length", return_tensors="pt").input_ids
+        if vector is None:
+            return encoder(ids, output_hidden_states=True)
+        ids = torch.cat([ids[:, :1], torch.full((1, 1), 5), ids[:, 1:-1]], 1)
+        table = encoder.get_input_embeddings()
+        handle = table.register_forward_hook(
+            lambda _m, _a, out: torch.cat([out[:, :1], vector[None, None], out[:, 2:]], 1)
+        )
+        try:
+            return encoder(ids, output_hidden_states=True)
+        finally:
+            handle.remove()
+
+    def predict(x: Tensor, t: Tensor, prompt: str | None, vectors: list[Tensor | None]) -> Tensor:
+        first, second = (encode(s, prompt or "", v) for s, v in zip(("", "_2"), vectors, strict=True))
+        tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2)
+        pooled = second.text_embeds
+        if prompt is None:
+            tokens, pooled = torch.zeros_like(tokens), torch.zeros_like(pooled)
+        ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+        told = {"text_embeds": pooled, "time_ids": ids}
+        return tiny_xl.unet(x[None], t, encoder_hidden_states=tokens, added_cond_kwargs=told).sample[0]
+
+    with torch.no_grad():
+        with task.student.active():
+            found = strategy.losses(task, batch)
+        erase, scope, retain = [], [], []
+        for row, (x, t, prompt) in enumerate(zip(batch.x, batch.t, batch.prompts, strict=True)):
+            own, null = (predict(x, t, text, [None, None]) for text in (prompt, None))
+            vectors = [batch.extra[name][row, 0] if name in attacked and row < 2 else None
+                       for name in ("text_encoder", "text_encoder_2")]  # fmt: skip
+            with task.student.active():
+                made = predict(x, t, prompt, vectors)
+            wanted = null - 1.0 * (own - null) if row < 2 else own
+            (erase if row < 2 else retain if row < 4 else scope).append((made - wanted).square().mean())
+    assert float(found["erase"]) == pytest.approx(float(sum(erase) / 2), rel=1e-3)
+    assert float(found["retain"]) == pytest.approx(2.0 * float(sum(retain) / 2), rel=1e-3)
+    assert float(found["scope"]) == pytest.approx(0.5 * float(sum(scope) / 2), rel=1e-3)
 
 
 # The released recipe -------------------------------------------------------------------------------------------------
@@ -275,7 +389,7 @@ def test_a_preset_rolls_out_the_bare_name_and_243_photos(canvas: Any, preset: st
     assert all(prompt.startswith("a photo of ") for prompt in kept)
     encoder = canvas.text_encoder
     trained = {name for name, _ in encoder.named_parameters() if name.startswith(("encoder.", "final_layer_norm."))}
-    assert set(task.student.paths) == trained
+    assert set(task.student.paths) == {f"text_encoder.{name}" for name in trained}
 
 
 def test_prompts_of_a_file_are_retained_instead(tiny_pipe: Any, tmp_path: Path) -> None:

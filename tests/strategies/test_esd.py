@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 import erasure
 from erasure import Concept
 from erasure.backbones import Backbone, StableDiffusionBackbone, backbone_for
+from erasure.errors import UnsupportedModelError
 from erasure.strategies import get
 from erasure.strategies.esd import Method, trained_parameters
 from erasure.training.student import LowRankStudent
@@ -47,8 +48,34 @@ def test_methods_split_the_denoiser(tiny_pipe: Any) -> None:
     assert found["self"] < found["u"]
     assert all(".attn2." in path for path in found["x"])
     assert all(".attn1." in path for path in found["self"])
+    assert found["text"] == found["entry"] == found["x-strict"]
     layers = {type(backbone.denoiser.get_submodule(path.rpartition(".")[0])) for path in found["all"]}
     assert layers == {torch.nn.Linear, torch.nn.Conv2d}
+
+
+def test_the_pooled_door_of_sdxl_is_no_key_and_is_trained_on_its_own_columns(tiny_models: Any) -> None:
+    pipe = tiny_models["stable-diffusion-xl"]()
+    backbone = backbone_for(pipe)
+    found = {method: trained_parameters(backbone, method) for method in get_args(Method)}
+    door = "add_embedding.linear_1.weight"
+    assert {method for method, paths in found.items() if door in paths} == {"u", "all", "text", "entry"}
+    assert set(found["x-strict"]) == {path for path in found["entry"] if "add_embedding" not in path}
+    assert all(path.endswith((".to_k.weight", ".to_v.weight")) for path in found["x-strict"])
+    for rank in (0, 4):
+        made = erasure.erase(
+            pipe, Concept("cat", anchor="dog"), "esd", method="entry", rank=rank, steps=2, batch=1, retain_batch=1,
+            rollout_steps=2, contexts=0, retain_vocabulary=0, attach=False, progress=False,
+        )  # fmt: skip
+        key = f"unet/{door}" if rank == 0 else f"unet/{door.removesuffix('.weight')}"
+        change = made.deltas[key].float() if rank == 0 else made.low_rank[key].down.float()
+        assert change[:, :32].any()
+        assert not change[:, 32:].any(), "columns that read sizes"
+
+
+def test_fused_projections_are_refused(tiny_pipe: Any) -> None:
+    tiny_pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(UnsupportedModelError, match="unfuse_qkv_projections"):
+        trained_parameters(backbone_for(tiny_pipe), "x")
 
 
 def test_a_lora_takes_the_linear_layers(tiny_pipe: Any) -> None:
@@ -63,8 +90,8 @@ def test_a_lora_takes_the_linear_layers(tiny_pipe: Any) -> None:
 @pytest.mark.parametrize("preset", get("esd").presets)
 def test_presets_run(preset: str, tiny_pipe_original: Any) -> None:
     made = erasure.erase(
-        tiny_pipe_original, Concept("cat", anchor="dog"), "esd", preset=preset, steps=1, rollout_steps=3, attach=False,
-        progress=False,
+        tiny_pipe_original, Concept("cat", anchor="dog"), "esd", preset=preset, steps=1, rollout_steps=3,
+        resolution=32, attach=False, progress=False,
     )  # fmt: skip
     assert made.deltas
     assert not made.low_rank

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
-from erasure.backbones import Backbone, Conditioning, backbone_for
+from erasure.backbones import Backbone, Conditioning, StableDiffusionBackbone, backbone_for
 from erasure.cache import cache_folder
 from erasure.errors import TrainingError
 from erasure.text.encodings import Reader
@@ -145,6 +145,71 @@ def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone,
     with torch.no_grad():
         wanted = backbone.predict(states.x, states.t, backbone.encode([SCENES[0].prompt]))
     torch.testing.assert_close(states.own, wanted)
+
+
+class Distilled(StableDiffusionBackbone):
+    """A model that was distilled for guidance without any error: it answers `v0 + g (v - v0)` when it is told g."""
+
+    told_guidance = True
+
+    def predict(self, x_t: Any, t: Any, conditioning: Conditioning, guidance: Any = None) -> torch.Tensor:
+        scale = torch.as_tensor(1.0 if guidance is None else guidance).expand(len(x_t)).view(-1, 1, 1, 1)
+        plain = super().predict(x_t, t, conditioning)
+        null = super().predict(x_t, t, self.encode([""]).repeated(len(x_t)))
+        return null + scale * (plain - null)
+
+
+@torch.no_grad()
+def test_a_model_that_is_told_its_guidance_takes_one_pass_a_step(tiny_pipe: Any) -> None:
+    """Its trajectories are those of two passes, and each state has predictions at one of the scales."""
+    two, one = StableDiffusionBackbone(tiny_pipe), Distilled(tiny_pipe)
+    read = ["", *(prompt for scene in SCENES for prompt in (scene.prompt, *scene.asks))]
+    told = Rollout(seeds=2, steps=5, guidance=3.0, trained_guidance=(1.0, 3.0))
+    wanted, found = (
+        all_of(buffer_of(two, Reader(two).read(read))),
+        all_of(buffer_of(one, Reader(one).read(read), told)),
+    )
+    for name in ("x", "t", "scene"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
+    assert set(found.guidance.tolist()) == {1.0, 3.0}
+    assert set(wanted.guidance.tolist()) == {1.0}
+    scale = found.guidance.view(-1, 1, 1, 1)
+    torch.testing.assert_close(found.null, wanted.null, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.own, wanted.null + scale * (wanted.own - wanted.null), rtol=1e-3, atol=1e-4)
+    asked = wanted.null[:, None] + scale[:, None] * (wanted.asked - wanted.null[:, None])
+    torch.testing.assert_close(found.asked, asked, rtol=1e-3, atol=1e-4)
+    online = OnlineStates(one, SCENES, Reader(one).read(read), told, 0)
+    some = torch.tensor([0, 19, 7])
+    with rolling_out(one):
+        assert_equal(online.take(some), found.rows(some))
+
+
+def test_a_step_without_guidance_takes_one_pass(backbone: Backbone, prompts: Reader) -> None:
+    cost = DenoiserCost()
+    with cost.counting(backbone.denoiser):
+        made = buffer_of(backbone, prompts, Rollout(seeds=1, steps=3, guidance=1.0))
+        # A pass for the step, one without a prompt, and two for what is asked besides.
+        assert cost.forwards == 2 * 3 * (1 + 1 + 2)
+        with rolling_out(backbone):
+            cost.forwards = 0
+            OnlineStates(backbone, SCENES, prompts, made.rollout, 0).take(torch.tensor([2]))
+        assert cost.forwards == 3 + 1 + 2
+    states = all_of(made)
+    with torch.no_grad():
+        null = backbone.predict(states.x, states.t, prompts.null(6))
+    torch.testing.assert_close(states.null, null, rtol=1e-5, atol=1e-5)
+
+
+def test_the_size_is_a_part_of_the_recipe(tiny_pipe: Any) -> None:
+    """Trajectories of another size are others."""
+    recipes = []
+    for size in (None, (48, 32)):
+        backbone = backbone_for(tiny_pipe, size=size)
+        recipes.append(TrajectoryBuffer(backbone, SCENES, Reader(backbone), ROLLOUT, 0).recipe()["session"])
+    assert recipes == [
+        {"latents": [4, 16, 16], "tokens": {"text_encoder": 77}},
+        {"latents": [4, 24, 16], "tokens": {"text_encoder": 77}},
+    ]
 
 
 def test_noise_belongs_to_the_prompt(backbone: Backbone, prompts: Reader) -> None:

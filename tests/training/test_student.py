@@ -222,6 +222,28 @@ def test_a_rank_beyond_the_layer_is_cut(unet: Any) -> None:
     assert made.down[0].shape[0] == min(layer.in_features, layer.out_features)
 
 
+def test_a_layer_whose_weight_is_packed_has_the_shape_of_what_it_computes() -> None:
+    """As quantised layers have it: two numbers in each byte of a column."""
+
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 10, bias=False)
+            self.values = self.weight.detach().clone()
+            self.weight = nn.Parameter(torch.zeros(30, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.values.T
+
+    layer = Packed()
+    made = make_student(nn.ModuleDict({"door": layer}), ["door.weight"], 4, torch.Generator().manual_seed(0), "all")
+    assert isinstance(made, LowRankStudent)
+    assert (made.down[0].shape, made.up[0].shape) == ((4, 6), (10, 4))
+    with torch.no_grad():
+        made.up[0].fill_(0.5)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(made(lambda: layer(x)), x @ (layer.values + made.up[0] @ made.down[0]).T)
+
+
 def test_layers_that_were_pruned_are_left_out(unet: Any) -> None:
     made = low_rank(unet)
     with torch.no_grad():
