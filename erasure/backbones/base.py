@@ -72,6 +72,8 @@ class Backbone(ABC):
 
     family: ClassVar[str]
     denoiser_component: ClassVar[str]
+    reads_kohya_names: ClassVar[bool] = False
+    """Whether loaders read the names that kohya gives the layers of a LoRA."""
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
@@ -85,9 +87,6 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
-        if need == "one text encoder" and len(self.towers) > 1:
-            several = " and ".join(tower.component for tower in self.towers)
-            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -114,8 +113,8 @@ class Backbone(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the denoiser."""
-        return next(self.denoiser.parameters()).dtype
+        """Precision that the denoiser computes in, which weights may be stored below."""
+        return cast(Denoiser, paths.uncompiled(self.denoiser)).dtype
 
     def attention_sites(self) -> list[AttentionSite]:
         """Every attention layer of the denoiser in order of execution."""
