@@ -88,9 +88,6 @@ class Backbone(ABC):
         if need == "causal text encoder" and not any(run.tower.causal for run in self.token_runs):
             both_ways = ", ".join(run.tower.component for run in self.token_runs)
             return f"the tokens that its denoiser reads come from {both_ways}, in which a token sees those that follow"
-        if need == "one text encoder" and len(self.towers) > 1:
-            several = " and ".join(tower.component for tower in self.towers)
-            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
