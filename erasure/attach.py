@@ -26,11 +26,11 @@ from erasure.fitting import (
     strengths_of,
     warn_of_misfits,
 )  # fmt: skip
-from erasure.interop import adapters, patches, scopes
+from erasure.interop import adapters, hooks, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
-from erasure.state import Attached, ComponentState, Record
+from erasure.state import Attached, ComponentState, Record, with_chosen
 from erasure.switching import Target, interrupted, recover, switch
 from erasure.twins import erased_of, states_of, stock_of
 
@@ -195,6 +195,7 @@ class ErasureManager:
         def install() -> None:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, backbone, now)
+            hooks.reset_caches(*modules.values())
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
@@ -282,15 +283,7 @@ class ErasureManager:
         if fused:
             raise AttachError(f"{fused[0]!r} is fused and always in force: unfuse_erasure() first")
 
-        def chosen_ones(attached: Mapping[str, Attached]) -> Mapping[str, Attached]:
-            return {
-                name: one
-                if one.fused
-                else replace(one, active=name in wanted, strength=wanted.get(name, one.strength))
-                for name, one in attached.items()
-            }
-
-        self._change(chosen_ones, True)
+        self._change(lambda attached: with_chosen(attached, wanted), True)
 
     def disable(self) -> None:
         """Put the stock model in force (fused erasures stay); `enable` undoes it."""

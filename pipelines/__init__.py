@@ -21,6 +21,7 @@ from erasure.pipelines.flow_matching import (
     FluxErasurePipeline,
     StableDiffusion3ErasurePipeline,
 )
+from erasure.pipelines.joint_removal import FluxObjectRemovalPipeline, StableDiffusion3ObjectRemovalPipeline
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin, base_of
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline
@@ -46,6 +47,12 @@ PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
         "StableDiffusionXLPipeline": StableDiffusionXLObjectRemovalPipeline,
         "StableDiffusionXLErasurePipeline": StableDiffusionXLObjectRemovalPipeline,
         "StableDiffusionXLInpaintPipeline": StableDiffusionXLObjectRemovalPipeline,
+        "StableDiffusion3Pipeline": StableDiffusion3ObjectRemovalPipeline,
+        "StableDiffusion3ErasurePipeline": StableDiffusion3ObjectRemovalPipeline,
+        "StableDiffusion3InpaintPipeline": StableDiffusion3ObjectRemovalPipeline,
+        "FluxPipeline": FluxObjectRemovalPipeline,
+        "FluxErasurePipeline": FluxObjectRemovalPipeline,
+        "FluxInpaintPipeline": FluxObjectRemovalPipeline,
     },
     "composition": {
         "StableDiffusionPipeline": StableDiffusionAStarPipeline,
@@ -95,7 +102,9 @@ __all__ = [
     "ChromaErasurePipeline",
     "ErasureMixin",
     "FluxErasurePipeline",
+    "FluxObjectRemovalPipeline",
     "StableDiffusion3ErasurePipeline",
+    "StableDiffusion3ObjectRemovalPipeline",
     "StableDiffusionAStarPipeline",
     "StableDiffusionErasurePipeline",
     "StableDiffusionObjectRemovalPipeline",
