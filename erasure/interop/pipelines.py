@@ -42,11 +42,6 @@ def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
-def packs_latents(pipe: DiffusionPipeline) -> bool:
-    """Whether the denoiser takes latents as a sequence of patches, as Flux does, not as an image."""
-    return hasattr(pipe, "_pack_latents")
-
-
 def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks of a pipeline by name, without the wrapper that `torch.compile` returns."""
     parts = pipe.components.items()

@@ -109,12 +109,14 @@ class Victim:
             SkippedPromptError: It sees the concept with none of them.
         """
         size = (sample.height, sample.width)
-        call = self.backbone.call_options(sample.guidance_scale, sample.num_inference_steps, size)
+        call = self.backbone.call_options(
+            sample.guidance_scale, sample.num_inference_steps, size, [sample.negative_prompt]
+        )
         for number in range(tries):
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
             with torch.no_grad(), scopes.quiet(self.stock):
                 latent = self.stock(
-                    prompt=sample.prompt, negative_prompt=sample.negative_prompt or None,
+                    prompt=[sample.prompt],
                     generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
                 ).images  # fmt: skip
                 latent = self.backbone.latents.unpacked(latent, *size)
