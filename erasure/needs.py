@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-Need = Literal["entry layers", "one text encoder", "word states", "trajectories"]
+Need = Literal["entry layers", "word states", "trajectories"]
 """One thing that a strategy needs of a model:
 
 - `entry layers`: linear layers whose input is what text encoders say, as it is.
-- `one text encoder`: no second one beside it that tells the denoiser the prompt as well.
 - `word states`: a text encoder whose states the denoiser reads token by token.
 - `trajectories`: a denoiser that small steps lead from noise to an image.
 """

@@ -85,9 +85,6 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
-        if need == "one text encoder" and len(self.towers) > 1:
-            several = " and ".join(tower.component for tower in self.towers)
-            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
