@@ -87,6 +87,10 @@ class BypassedErasureWarning(UserWarning):
     """A call goes around an erasure: with embeddings, pictures, networks or texts of a length that it is not for."""
 
 
+class ExperimentalWarning(UserWarning):
+    """Something that no paper and no measurement on full models vouches for yet."""
+
+
 class BrokenPluginWarning(UserWarning):
     """Something that another package adds to this one cannot be loaded, and is left out."""
 

@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+from erasure.backbones import known_of
 from erasure.errors import UnsupportedModelError
 from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
@@ -21,6 +22,7 @@ from erasure.pipelines.flow_matching import (
     FluxErasurePipeline,
     StableDiffusion3ErasurePipeline,
 )
+from erasure.pipelines.joint_removal import FluxObjectRemovalPipeline, StableDiffusion3ObjectRemovalPipeline
 from erasure.pipelines.mixin import ATTACHED_FILE, ErasureMixin, base_of
 from erasure.pipelines.removal import StableDiffusionObjectRemovalPipeline, StableDiffusionXLObjectRemovalPipeline
 from erasure.pipelines.stable_diffusion import StableDiffusionErasurePipeline, StableDiffusionXLErasurePipeline
@@ -46,6 +48,12 @@ PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
         "StableDiffusionXLPipeline": StableDiffusionXLObjectRemovalPipeline,
         "StableDiffusionXLErasurePipeline": StableDiffusionXLObjectRemovalPipeline,
         "StableDiffusionXLInpaintPipeline": StableDiffusionXLObjectRemovalPipeline,
+        "StableDiffusion3Pipeline": StableDiffusion3ObjectRemovalPipeline,
+        "StableDiffusion3ErasurePipeline": StableDiffusion3ObjectRemovalPipeline,
+        "StableDiffusion3InpaintPipeline": StableDiffusion3ObjectRemovalPipeline,
+        "FluxPipeline": FluxObjectRemovalPipeline,
+        "FluxErasurePipeline": FluxObjectRemovalPipeline,
+        "FluxInpaintPipeline": FluxObjectRemovalPipeline,
     },
     "composition": {
         "StableDiffusionPipeline": StableDiffusionAStarPipeline,
@@ -73,7 +81,7 @@ def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPi
     if stock not in known:
         raise UnsupportedModelError(
             f"no drop-in for {stock or 'a folder without a pipeline class'} that does {task}; supported: "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}{known_of(stock)}"
         )
     return known[stock]
 
@@ -95,7 +103,9 @@ __all__ = [
     "ChromaErasurePipeline",
     "ErasureMixin",
     "FluxErasurePipeline",
+    "FluxObjectRemovalPipeline",
     "StableDiffusion3ErasurePipeline",
+    "StableDiffusion3ObjectRemovalPipeline",
     "StableDiffusionAStarPipeline",
     "StableDiffusionErasurePipeline",
     "StableDiffusionObjectRemovalPipeline",

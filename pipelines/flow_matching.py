@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from diffusers import ChromaPipeline, FluxPipeline, StableDiffusion3Pipeline
 
-from erasure.pipelines.mixin import ErasureMixin
+from erasure.pipelines.finding import FindingErasureMixin
 
 
-class FluxErasurePipeline(ErasureMixin, FluxPipeline):
-    """`FluxPipeline` plus the methods of `ErasureMixin`; calls, components and files are the stock ones.
+class FluxErasurePipeline(FindingErasureMixin, FluxPipeline):
+    """`FluxPipeline` plus the methods of `FindingErasureMixin`; calls, components and files are the stock ones.
 
     Example:
         >>> pipe = FluxErasurePipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
@@ -16,8 +16,8 @@ class FluxErasurePipeline(ErasureMixin, FluxPipeline):
     """
 
 
-class StableDiffusion3ErasurePipeline(ErasureMixin, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` plus the methods of `ErasureMixin`, with its T5 or without.
+class StableDiffusion3ErasurePipeline(FindingErasureMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` plus the methods of `FindingErasureMixin`, with its T5 or without.
 
     Example:
         >>> pipe = StableDiffusion3ErasurePipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium")
@@ -25,8 +25,8 @@ class StableDiffusion3ErasurePipeline(ErasureMixin, StableDiffusion3Pipeline):
     """
 
 
-class ChromaErasurePipeline(ErasureMixin, ChromaPipeline):
-    """`ChromaPipeline` plus the methods of `ErasureMixin`, as `FluxErasurePipeline` has them.
+class ChromaErasurePipeline(FindingErasureMixin, ChromaPipeline):
+    """`ChromaPipeline` plus the methods of `FindingErasureMixin`, as `FluxErasurePipeline` has them.
 
     Example:
         >>> pipe = ChromaErasurePipeline.from_pretrained("lodestones/Chroma1-HD")

@@ -9,6 +9,7 @@ of the image, because a token of the finest grid is many pixels wide.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -22,7 +23,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from erasure.backbones import AttentionSite, Backbone, TextTower, attention_sites, backbone_for
 from erasure.carriers.attention import AttentionController, Layout
-from erasure.errors import MaskError
+from erasure.errors import ExperimentalWarning, MaskError
 from erasure.guards import unguarded
 from erasure.options import Count, CountOrZero, Options, ZeroToOne
 from erasure.pipelines.attention_losses import ranged
@@ -31,6 +32,7 @@ from erasure.pipelines.mixin import in_one_state
 from erasure.pipelines.pictures import Pictures, cropped, padded
 from erasure.pipelines.presence import PresenceMixin
 from erasure.pipelines.prompts import texts_of
+from erasure.world import World
 
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read: that to words at the decoder's coarsest,
@@ -39,6 +41,9 @@ DETAIL = 4
 """Most rows and columns into which a token is divided to find the image's edges."""
 EDGE = 1e-4
 """Variance of colours in 0-1 that counts as an edge."""
+
+_SAID: set[str] = set()
+"""What was said to be an experiment, in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,8 @@ class LocalizationSettings(Options):
     """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`. It was chosen on
     half of Canvas' objects, so that at most 3 of 100 absent words are found, and measured on the other half."""
     max_sequence_length: Count | None = None
-    """Tokens that T5 pads prompts to; the pipeline's own when left out. CLIP's number is its own."""
+    """Tokens that T5 pads prompts to; when left out as the model declares, or the pipeline has it. CLIP's number is
+    its own."""
 
 
 class Localization(NamedTuple):
@@ -153,7 +159,11 @@ class LocalizationMixin(PresenceMixin):
         latents = self.encode_images(source)
         factor = self._backbone.latents.factor
         size = (factor * latents.shape[2], factor * latents.shape[3])
-        backbone = backbone_for(self._backbone.pipe, size=size, length=settings.max_sequence_length)
+        pipe = self._backbone.pipe
+        length = settings.max_sequence_length or World.of(pipe).text_length
+        backbone = backbone_for(pipe, size=size, length=length)
+        if any(site.kind == "joint" for site in backbone.attention_sites()):
+            say_experimental(f"finding things with {type(backbone.denoiser).__name__}")
         state = generator.get_state()
         maps = []
         for order in ([*range(len(names))], [*range(len(names))][::-1])[: len(names)]:
@@ -182,15 +192,19 @@ class LocalizationMixin(PresenceMixin):
         self, backbone: Backbone, latents: Tensor, names: Sequence[str], settings: LocalizationSettings,
         generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """Mean maps `(images, 1 + names, rows, columns)`: the start token's, refined, and the names' as they are."""
-        prompt, spans = prompt_of(backbone.reader, names)
+        """Mean maps `(images, 1 + names, rows, columns)`: the background's, refined, and the names' as they are.
+
+        The start token tells the background of a UNet. Joint attention has none that does, so it is where names draw
+        little of what goes to the text.
+        """
         count, size = len(latents), (latents.shape[2], latents.shape[3])
-        told = backbone.encode([prompt])
-        weights = torch.zeros(1, told.tokens.shape[1], 1 + len(names))
-        weights[:, 0, 0] = 1
-        for column, span in enumerate(spans):
-            weights[:, span, 1 + column] = 1
         cross, own = localization_sites(backbone.denoiser, size)
+        is_joint = cross[0].kind == "joint"
+        prompt, weights = name_weights(backbone, names)
+        told = backbone.encode([prompt])
+        weights = F.pad(weights, (0, 0, 0, told.tokens.shape[1] - weights.shape[1]))
+        # All of the text, of which names draw a share; of a UNet's the start token.
+        weights[:, slice(None) if is_joint else slice(1), 0] = 1
         control = AttentionController(backbone.denoiser, Layout(size, count))
         control.capture(weights.expand(count, -1, -1), cross)
         control.capture_self(own)
@@ -203,6 +217,9 @@ class LocalizationMixin(PresenceMixin):
                 grid = own[0].grid(*size)
                 each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
                 maps = torch.stack(each).mean(0)
+                if is_joint:
+                    maps[:, 1:] /= maps[:, :1]
+                    maps[:, :1] = -maps[:, 1:].sum(1, keepdim=True)
                 start = maps[:, :1]
                 for _ in range(settings.power):
                     start = control.spread(start)
@@ -262,17 +279,47 @@ def prompt_of(tower: TextTower, names: Sequence[str]) -> tuple[str, list[slice]]
     return prompt, spans
 
 
+def name_weights(backbone: Backbone, names: Sequence[str]) -> tuple[str, Tensor]:
+    """A prompt with all names in it, and `(1, tokens, 1 + names)`: 1 at each noun's tokens, in all text encoders.
+
+    The first of the maps is left to the caller.
+    """
+    runs = backbone.token_runs
+    found = [prompt_of(run.tower, names) for run in runs]
+    weights = torch.zeros(1, max(run.first + run.tower.max_length for run in runs), 1 + len(names))
+    for run, (_, spans) in zip(runs, found, strict=True):
+        for column, span in enumerate(spans):
+            weights[:, run.first + span.start : run.first + span.stop, 1 + column] = 1
+    return found[0][0], weights
+
+
+def say_experimental(what: str) -> None:
+    """Warn, once for each thing, that it is an experiment."""
+    if what not in _SAID:
+        _SAID.add(what)
+        warnings.warn(
+            f"{what} is an experiment: no paper describes it, and it was measured on the embedded models alone; look "
+            "at what comes out",
+            ExperimentalWarning,
+            stacklevel=3,
+        )
+
+
 def localization_sites(
     denoiser: nn.Module, latent_size: tuple[int, int]
 ) -> tuple[list[AttentionSite], list[AttentionSite]]:
     """The decoder's cross-attention at the coarsest grid of `GRIDS`, and its self-attention at the finest.
 
-    Where all grids are finer, as SDXL's are at 2048 pixels, the coarsest that there is.
+    Where all grids are finer, as SDXL's are at 2048 pixels, the coarsest that there is. Of a transformer the joint
+    attention of those blocks that keep image and text apart.
 
     Raises:
         MaskError: All grids are coarser.
     """
-    decoder = [site for site in attention_sites(denoiser) if site.in_decoder]
+    sites = attention_sites(denoiser)
+    if joint := [site for site in sites if site.kind == "joint" and site.name.startswith("transformer_blocks.")]:
+        return joint, joint
+    decoder = [site for site in sites if site.in_decoder]
     sides = {site.name: min(site.grid(*latent_size)) for site in decoder}
     finest_read = max(GRIDS[1], min(sides.values(), default=0))
     fitting = [site for site in decoder if GRIDS[0] <= sides[site.name] <= finest_read]

@@ -17,6 +17,7 @@ from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError
 from erasure.files import inside, new_folder, read_json, write_json
+from erasure.files.recognise import MODEL_FILE
 from erasure.fitting import check_strength
 from erasure.interop import scopes
 from erasure.interop.pipelines import components_of
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
 """Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
+
+
+def parts_left_out(folder: Path) -> dict[str, None]:
+    """Parts that a saved pipeline had not, such as SD3's T5: stock loaders miss them unless they are told so.
+
+    Args:
+        folder: Of a pipeline; nothing is left out where it is none.
+
+    Raises:
+        ArtifactError: Its `model_index.json` is damaged.
+    """
+    index = folder / MODEL_FILE
+    said: dict[str, object] = read_json(index, dict[str, object]) if index.is_file() else {}
+    return {name: None for name, value in said.items() if value == [None, None]}
 
 
 Method = TypeVar("Method", bound=Callable[..., object])
@@ -268,7 +283,8 @@ class ErasureMixin(SharedModulesMixin):
         folder = Path(str(pretrained_model_name_or_path))
         if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
             return cls.load_erased_pipeline(folder, **options)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+        left_out = parts_left_out(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **{**left_out, **options})  # type: ignore[misc]
 
     @classmethod
     def load_erased_pipeline(cls, folder: str | Path, **options: object) -> Self:
@@ -285,7 +301,8 @@ class ErasureMixin(SharedModulesMixin):
         folder = Path(folder)
         attached = read_attached(folder)
         # Folders of earlier versions have the base beside the erasures.
-        pipe = super().from_pretrained(base_of(folder), **options)  # type: ignore[misc]
+        base = base_of(folder)
+        pipe = super().from_pretrained(base, **{**parts_left_out(Path(base)), **options})  # type: ignore[misc]
         for name, (erasure, strength) in attached.items():
             pipe.erasure_manager.add(erasure, name, strength)
         pipe.verify_erasures()

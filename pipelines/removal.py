@@ -38,6 +38,7 @@ from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.pictures import Pictures, cropped, padded, resized
 from erasure.pipelines.prompts import for_each, one_for_each
 from erasure.pipelines.removal_settings import PRESETS, Layers, RemovalSettings, chosen
+from erasure.world import World
 
 BLENDED = 15 / 512
 """Radius of the blending, as a share of the image's shorter side."""
@@ -50,6 +51,8 @@ class ObjectRemovalMixin(LocalizationMixin):
     """What the stock call returns."""
     guided_by: ClassVar[str] = "guidance_scale"
     """Argument of the stock call that switches classifier-free guidance on above 1."""
+    own_preset: ClassVar[str] = "default"
+    """Preset that is taken when none is given."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -60,7 +63,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         words: str | Sequence[str] | None = None,
         others: str | Sequence[str] = (),
         prompt: str | Sequence[str] = "",
-        preset: str = "default",
+        preset: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -80,7 +83,7 @@ class ObjectRemovalMixin(LocalizationMixin):
             words: Without a mask: what to remove, found by `localize`; refused where it is not found.
             others: Other things in the image that must stay, which makes `localize` surer.
             prompt: What should be there instead, for all images or a list; the paper leaves it empty.
-            preset: Name of settings, see `RemovalSettings`.
+            preset: Name of settings, see `RemovalSettings`; that of the family when left out.
             height: Height of the output in pixels; the image's own when left out.
             width: Width of the output in pixels; the image's own when left out.
             num_images_per_prompt: Results for each image, next to one another in the output.
@@ -98,14 +101,19 @@ class ObjectRemovalMixin(LocalizationMixin):
             OptionError: Unknown preset, a setting without meaning, or another number of texts than of images.
             UnsupportedModelError: Its UNet or scheduler does not allow what the settings ask for.
         """
-        settings, rest = chosen(preset, options)
+        self.check_model()
+        settings, rest = chosen(self.own_preset if preset is None else preset, options)
         given = {"guidance_scale": guidance_scale}
         if output_type not in (forms := ("pil", "np", "pt")):
             raise OptionError(f"output_type is {output_type!r}; allowed: {', '.join(forms)}")
         source = self.read_images(image)
         own, count = (source.shape[2], source.shape[3]), len(source)
         prompts = one_for_each("prompt", prompt, count)
-        lengths = {name: rest[name] for name in ("max_sequence_length",) if name in rest}
+        backbone = self._backbone
+        lengths = {}
+        if backbone.takes_length:
+            length = rest.get("max_sequence_length") or World.of(backbone.pipe).text_length
+            lengths = {} if length is None else {"max_sequence_length": length}
         masks = self._masks(source, mask_image, words, others, lengths)
         size = self._size(own, height, width)
         source, masks = resized(source, size), fitted(masks, size)
@@ -126,14 +134,13 @@ class ObjectRemovalMixin(LocalizationMixin):
         )
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
-        backbone = self._backbone
         factor = backbone.latents.factor
         tensors = list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
         call = {
             "prompt": [text for text in prompts for _ in range(num_images_per_prompt)], "height": keep.shape[2],
             "width": keep.shape[3], **given,
             "num_inference_steps": settings.num_inference_steps, "generator": generator,
-            **self._conditioning(source, keep, settings, generator), **rest,
+            **self._conditioning(source, keep, settings, generator), **lengths, **rest,
         }  # fmt: skip
         control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
@@ -144,17 +151,24 @@ class ObjectRemovalMixin(LocalizationMixin):
             follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
             factors = None if settings.free_u is None else FreeU(*settings.free_u)
             with control, guidance, free_u(backbone.denoiser, factors):
-                result = super().__call__(  # type: ignore[misc]
-                    **call, mask_image=keep.float(), strength=settings.strength, output_type="pt",
-                    callback_on_step_end=follow, callback_on_step_end_tensor_inputs=tensors,
-                )  # fmt: skip
-        pixels = cropped(result.images if hasattr(result, "images") else result[0], size)
+                pixels, flags = self._drawn({
+                    **call, "mask_image": keep.float(), "strength": settings.strength, "output_type": "pt",
+                    "callback_on_step_end": follow, "callback_on_step_end_tensor_inputs": tensors,
+                })  # fmt: skip
+        pixels = cropped(pixels, size)
         radius = BLENDED * min(size) if settings.blend_radius is None else settings.blend_radius
         if radius > 0:
             pixels = blend(source, pixels, masks, radius)
         pixels = torch.where(empty[:, None, None, None].to(pixels.device), source.to(pixels), pixels)
-        flags = getattr(result, "nsfw_content_detected", None)
         return self._returned(pixels, output_type, rest.get("return_dict", True), flags)
+
+    def check_model(self) -> None:
+        """Refuse a model that the stock loop does not serve; nothing is known to be refused here."""
+
+    def _drawn(self, call: Settings) -> tuple[Tensor, list[bool] | None]:
+        """Pixels `(images, 3, height, width)` in 0-1 of the stock call, and the flags of its safety checker."""
+        result = super().__call__(**call)  # type: ignore[misc]
+        return result[0], getattr(result, "nsfw_content_detected", None)
 
     # Before --------------------------------------------------------------------------------------------------------
 

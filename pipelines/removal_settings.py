@@ -23,6 +23,8 @@ _released: dict[str, object] = {
 class RemovalSettings(Options):
     """Settings of object removal. The defaults are those of the paper's code, on the pipeline's own scheduler.
 
+    The preset `joint` is for Stable Diffusion 3 and Flux.
+
     The presets `official-*` are those of the paper's code (Anonym0u3/AttentiveEraser at 0b7881d): of its batch script
     `inference/SIP.py` with `AAS/data.py` for SD 2.1, the same with the notebook's FreeU for SD 1.5, and of `main.py`
     for SDXL. The paper's text does not mention FreeU. What its callers do is not part of a preset: pictures and masks
@@ -34,6 +36,7 @@ class RemovalSettings(Options):
     name: ClassVar[str] = "object removal"
     presets: ClassVar[Presets] = {
         "default": {},
+        "joint": {"removal_guidance_scale": 2.0},
         "official-sd15": {**_released, "free_u": (0.9, 0.2, 1.5, 1.6)},
         "official-sd21": {**_released, "free_u": (0.9, 0.2, 1.4, 1.6)},
         "official-sdxl": {**_released, "mask_blur": 77},

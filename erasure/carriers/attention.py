@@ -308,6 +308,8 @@ class _Capture(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text: Any = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        if kwargs.get("attention_mask", args[2] if len(args) > 2 else None) is not None:
+            raise UnsupportedModelError(f"{self.site.name} is given an attention mask, whose attention is not read")
         if self.site.kind == "cross":
             query, key = project_cross(self.site, hidden, text)
             words = slice(0, key.shape[1])

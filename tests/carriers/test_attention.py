@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from erasure.backbones import AttentionSite, attention_sites
@@ -38,54 +37,14 @@ def published(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Te
     return torch.where(mask[:, None], foreground, background).transpose(1, 2)
 
 
-def tiny_unet() -> Any:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval().requires_grad_(False)  # fmt: skip
+@pytest.fixture(params=["unet", "sd3", "flux"])
+def model(request: pytest.FixtureRequest, denoisers: Any) -> Any:
+    return denoisers[request.param]()
 
 
-def tiny_sd3() -> Any:
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=16,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
-    ).eval().requires_grad_(False)  # fmt: skip
-
-
-def tiny_flux() -> Any:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
-    ).eval().requires_grad_(False)  # fmt: skip
-
-
-def call(model: Any, batch: int = 2, seed: int = 0) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    text, image = random(batch, 5, 16, seed=seed + 1, dtype=dtype), random(batch, 4, H, W, seed=seed, dtype=dtype)
-    if isinstance(model, UNet2DConditionModel):
-        return model(image, torch.tensor(500), encoder_hidden_states=text).sample
-    pooled, t = random(batch, 16, seed=seed + 2, dtype=dtype), torch.full((batch,), 0.5, dtype=dtype)
-    if isinstance(model, SD3Transformer2DModel):
-        return model(image, text, pooled, t * 1000).sample
-    grid = torch.stack(torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij"), -1).view(-1, 2)
-    places = torch.cat([torch.zeros(len(grid), 1), grid], 1)
-    return model(
-        random(batch, H * W // 4, 4, seed=seed, dtype=dtype), encoder_hidden_states=text,
-        pooled_projections=pooled, timestep=t, img_ids=places, txt_ids=torch.zeros(5, 3),
-    ).sample  # fmt: skip
-
-
-MODELS = {"unet": tiny_unet, "sd3": tiny_sd3, "flux": tiny_flux}
-
-
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
+@pytest.fixture
+def unet(denoisers: Any) -> Any:
+    return denoisers["unet"]()
 
 
 def masks_of(samples: int) -> Tensor:
@@ -155,7 +114,7 @@ def test_attention_mass_has_exact_gradients() -> None:
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_site_is_found_with_its_grid(model: Any) -> None:
+def test_every_site_is_found_with_its_grid(model: Any, call: Any) -> None:
     sites = attention_sites(model)
     tokens: dict[str, int] = {}
     for site in sites:
@@ -173,8 +132,8 @@ def test_every_site_is_found_with_its_grid(model: Any) -> None:
         assert tokens[site.name] == rows * columns + inside
 
 
-def test_a_mask_touches_every_token_that_it_overlaps() -> None:
-    site = next(site for site in attention_sites(tiny_unet()) if site.downsampling == 2)
+def test_a_mask_touches_every_token_that_it_overlaps(unet: Any) -> None:
+    site = next(site for site in attention_sites(unet) if site.downsampling == 2)
     mask = torch.zeros(1, 7, 5, dtype=torch.bool)
     mask[0, 6, 4] = True
     assert to_grid(mask, (7, 5), site).nonzero().tolist() == [[0, 3, 2]]
@@ -186,7 +145,7 @@ def test_a_mask_touches_every_token_that_it_overlaps() -> None:
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("log_weight", [None, -1.5])
 def test_edited_layers_equal_dense_attention(
-    model: Any, samples: int, log_weight: float | None, monkeypatch: pytest.MonkeyPatch
+    model: Any, samples: int, log_weight: float | None, monkeypatch: pytest.MonkeyPatch, call: Any
 ) -> None:
     """Two branches of which the second is changed, with one mask for all or one each, in the model as a whole."""
     model = model.double()
@@ -225,7 +184,7 @@ def test_edited_layers_equal_dense_attention(
     assert (found - wanted).abs().max() < 1e-6
 
 
-def test_captured_columns_equal_the_dense_matrix(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_columns_equal_the_dense_matrix(model: Any, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
     sites = [site for site in attention_sites(model) if site.kind != "self"]
     weights = torch.zeros(2, 5, 2)
     weights[:, 2, 0] = 1
@@ -259,8 +218,7 @@ def test_captured_columns_equal_the_dense_matrix(model: Any, monkeypatch: pytest
         assert (found - wanted[name]).abs().max() < 1e-5
 
 
-def test_collecting_stops_at_the_last_captured_layer_with_the_same_gradient() -> None:
-    unet = tiny_unet()
+def test_collecting_stops_at_the_last_captured_layer_with_the_same_gradient(unet: Any) -> None:
     sites = [site for site in attention_sites(unet) if site.kind == "cross" and site.downsampling == 2]
     text, weights = random(1, 5, 16), torch.eye(5)[None]
     ran: list[str] = []
@@ -284,8 +242,7 @@ def test_collecting_stops_at_the_last_captured_layer_with_the_same_gradient() ->
     assert (early - late).abs().max() <= 1e-5 * late.abs().max()
 
 
-def test_self_attention_is_applied_to_maps() -> None:
-    unet = tiny_unet()
+def test_self_attention_is_applied_to_maps(call: Any, unet: Any) -> None:
     sites = [site for site in self_sites(unet) if site.downsampling == 1]
     control = AttentionController(unet, Layout((H, W), samples=2))
     control.capture_self(sites)
@@ -302,7 +259,7 @@ def test_self_attention_is_applied_to_maps() -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_processors_come_back_whatever_happens(model: Any, failure: type[BaseException]) -> None:
+def test_processors_come_back_whatever_happens(model: Any, failure: type[BaseException], call: Any) -> None:
     before = {site.name: site.module.processor for site in attention_sites(model)}
     plain = call(model)
     control = AttentionController(model, Layout((H, W)))
@@ -320,7 +277,7 @@ def test_processors_come_back_whatever_happens(model: Any, failure: type[BaseExc
     assert torch.equal(call(model), plain)
 
 
-def test_a_mask_of_nothing_or_everything_leaves_layers_alone(model: Any) -> None:
+def test_a_mask_of_nothing_or_everything_leaves_layers_alone(model: Any, call: Any) -> None:
     plain = call(model)
     for mask in (torch.zeros(1, H, W, dtype=torch.bool), torch.ones(1, H, W, dtype=torch.bool)):
         control = AttentionController(model, Layout((H, W)))
@@ -329,10 +286,9 @@ def test_a_mask_of_nothing_or_everything_leaves_layers_alone(model: Any) -> None
             assert (call(model) - plain).abs().max() < 1e-5
 
 
-def test_fused_projections_and_lora_count() -> None:
+def test_fused_projections_and_lora_count(call: Any, unet: Any) -> None:
     from peft import LoraConfig
 
-    unet = tiny_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     found = []
     for fuse in (False, True):
@@ -347,8 +303,7 @@ def test_fused_projections_and_lora_count() -> None:
     assert (found[0] - found[1]).abs().max() < 1e-4
 
 
-def test_the_steps_decide_what_is_scaled_and_when_keys_come_back() -> None:
-    unet = tiny_unet()
+def test_the_steps_decide_what_is_scaled_and_when_keys_come_back(call: Any, unet: Any) -> None:
     plain = call(unet)
     control = AttentionController(unet, Layout((H, W)))
     control.drop_keys(masks_of(1), self_sites(unet), query_scale=0.3, scale_until=0.25, until=0.75)
@@ -364,8 +319,7 @@ def test_the_steps_decide_what_is_scaled_and_when_keys_come_back() -> None:
     assert torch.equal(seen[4], seen[5])
 
 
-def test_what_cannot_be_controlled_is_refused() -> None:
-    unet = tiny_unet()
+def test_what_cannot_be_controlled_is_refused(call: Any, unet: Any) -> None:
     control = AttentionController(unet, Layout((H, W), samples=2, branches=2))
     cross = [site for site in attention_sites(unet) if site.kind == "cross"]
     with pytest.raises(UnsupportedModelError, match="cross-attention"):

@@ -67,7 +67,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
-NAMES = ["stable-diffusion", "stable-diffusion-xl"]
+NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
+"""Families that everything is tested on; Chroma is a Flux with fewer parts."""
 FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 
