@@ -20,8 +20,8 @@ from benchmarks.record import Record
 from erasure.errors import OptionError
 from erasure.versions import library_versions
 
-REMOVAL = "sdxl"
-"""The model that objects are removed with."""
+REMOVAL, REMOVED_WITH = "removal", "sdxl"
+"""The part that removes objects, and its model."""
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -39,6 +39,8 @@ class FullSize:
     """File with the figures."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models."""
+    parts: tuple[str, ...] = (*parts.PARTS, REMOVAL)
+    """What of each; objects are removed with one model only."""
     width: float = 1.0
     """Share of the real width and depth, to try the command out."""
     pixels: int | None = None
@@ -93,8 +95,11 @@ def check(options: FullSize) -> None:
     Raises:
         OptionError: An unknown model, a width or a number out of range, or no such device.
     """
-    if unknown := set(options.models) - set(MODELS):
-        raise OptionError(f"--models names {', '.join(sorted(unknown))}; known: {', '.join(MODELS)}")
+    for name, chosen, known in (
+        ("models", options.models, [*MODELS]), ("parts", options.parts, [*parts.PARTS, REMOVAL]),
+    ):  # fmt: skip
+        if unknown := sorted(set(chosen) - set(known)):
+            raise OptionError(f"--{name} names {', '.join(unknown)}; known: {', '.join(known)}")
     if not 0 < options.width <= 1:
         raise OptionError(f"--width is {options.width:g}: give a share above 0, and 1 at most")
     counts = {"repeats": options.repeats, "steps": options.steps, "pixels": options.pixels, "tokens": options.tokens}
@@ -119,7 +124,8 @@ def names_of(options: FullSize) -> list[str]:
     return [
         f"{model}/{part}"
         for model in options.models
-        for part in (*(("removal",) if model == REMOVAL else ()), *parts.PARTS)
+        for part in (REMOVAL, *parts.PARTS)
+        if part in options.parts and (part != REMOVAL or model == REMOVED_WITH)
     ]
 
 
@@ -138,7 +144,7 @@ class Workbench:
         """The figures of a part, on the model of the part before where it is the same."""
         model, part = name.split("/")
         subject = self._subject(model)
-        return parts.removal(subject) if part == "removal" else parts.PARTS[part](subject)
+        return parts.removal(subject) if part == REMOVAL else parts.PARTS[part](subject)
 
     def clear(self) -> None:
         """Give the memory of the model back."""

@@ -254,15 +254,7 @@ def test_text_becomes_tokens_where_learned_tokens_are_known() -> None:
 
 OF_FAMILIES = ("erasure/backbones/", "assets/build/")
 """Where families are told apart, and where the embedded models of one of them are made."""
-UNETS_ONLY = "it works on UNets by its nature and refuses others"
 OF_ONE_FAMILY: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "pipelines/a_star.py", "pipelines/localization.py", "pipelines/presence.py", "pipelines/removal.py",
-            "pipelines/latents.py",
-        ),
-        UNETS_ONLY,
-    ),
     "pipelines/inversion.py": "DDIM, forwards and backwards, goes by these noise levels",
     "erasure/carriers/lora_names.py": "other programs have names of their own for what is in a UNet",
     "erasure/files/recognise.py": "it tells networks' files apart by the names in them",

@@ -87,7 +87,8 @@ class TrainedStrategy(Optimisation, Strategy):
     rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
-    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it."""
+    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it. 1 is
+    none and takes one pass, as models of a few steps want it."""
     trained_guidance: tuple[Positive, ...] = ()
     """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
     `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
@@ -230,6 +231,7 @@ class TrainedStrategy(Optimisation, Strategy):
                 states = source.take(first + spread)
                 prompts = [each.prompt for each in source.of(states)]
                 self.predict(task, Batch(states.x, states.t, states.guidance, prompts, states, None))
+        found.keep(task.student.columns)
         return found
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:

@@ -33,7 +33,7 @@ SAMPLES = {"smoke": 8, "quick": 48, "full": 240}
 CANVAS: Record = {"loss": "a_star", "grid": 8, "step_size": 100.0}
 METHODS: dict[str, Record] = {
     "stock": {},
-    "attend_and_excite": {"loss": "attend_and_excite", "refine": {}},
+    "attend_and_excite": {"loss": "attend_and_excite", "grid": 16, "refine": {}},
     "a_star": {**CANVAS, "segregation_until": 0.4, "retention_until": 0.2},
     "segregation": {**CANVAS, "retention_until": 0.0},
 }

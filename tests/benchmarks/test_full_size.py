@@ -37,27 +37,28 @@ def parts_of(file: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes."""
+    """What the command writes: all parts of one model, and of the others what they draw."""
     out = tmp_path_factory.mktemp("full") / "figures.json"
-    assert main([*SMALL, "--out", str(out)]) == 0, {n: p.get("error") for n, p in parts_of(out).items()}
+    for chosen in (["--parts", "images", "removal"], ["--models", "flux"]):
+        assert main([*SMALL, "--out", str(out), *chosen]) == 0, {n: p.get("error") for n, p in parts_of(out).items()}
     return out
 
 
 def test_every_part_gives_its_figures(file: Path) -> None:
     parts = parts_of(file)
-    assert list(parts) == NAMES
+    drawn = [f"{model}/images" for model in MODELS]
+    assert set(parts) == {*drawn, "sdxl/removal", "flux/esd", "flux/hirm", "flux/compile"}
     assert {part["state"] for part in parts.values()} == {"done"}
-    for model in MODELS:
-        drawn, esd, hirm, compiled = (
-            parts[f"{model}/{part}"]["figures"] for part in ("images", "esd", "hirm", "compile")
-        )
-        assert all(drawn["seconds_per_image"][stage] > 0 for stage in ("stock", "attached", "fused"))
-        assert all(drawn["peak_memory_mb"][stage] > 0 for stage in ("stock", "attached", "fused"))
-        assert (drawn["height"], drawn["num_inference_steps"]) == (64, 2)
-        assert all(update["seconds_per_update"] > 0 and update["peak_memory_mb"] > 0 for update in (esd, hirm))
-        assert esd["rollout_seconds"] > 0
-        assert compiled["verified"] > 0
-        assert max(compiled["difference"], compiled["difference_detached"]) < 1e-4
+    for name in drawn:
+        figures = parts[name]["figures"]
+        assert all(figures["seconds_per_image"][stage] > 0 for stage in ("stock", "attached", "fused"))
+        assert all(figures["peak_memory_mb"][stage] > 0 for stage in ("stock", "attached", "fused"))
+        assert (figures["height"], figures["num_inference_steps"]) == (64, 2)
+    esd, hirm, compiled = (parts[f"flux/{part}"]["figures"] for part in ("esd", "hirm", "compile"))
+    assert all(update["seconds_per_update"] > 0 and update["peak_memory_mb"] > 0 for update in (esd, hirm))
+    assert esd["rollout_seconds"] > 0
+    assert compiled["verified"] > 0
+    assert max(compiled["difference"], compiled["difference_detached"]) < 1e-4
 
 
 def test_removal_draws_what_forming_all_probabilities_draws(file: Path) -> None:
@@ -69,7 +70,7 @@ def test_removal_draws_what_forming_all_probabilities_draws(file: Path) -> None:
 def test_what_is_done_is_not_run_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = file.read_bytes()
     monkeypatch.setattr(Workbench, "measure", lambda *_: pytest.fail("it was run again"))
-    assert main([*SMALL, "--out", str(file)]) == 0
+    assert main([*SMALL, "--models", "flux", "--out", str(file)]) == 0
     assert file.read_bytes() == before
 
 
@@ -123,6 +124,7 @@ def test_a_failure_and_time_that_runs_out_are_told(
     ("options", "reason"),
     [
         (["--models", "sd9"], "known: sd15, sdxl, sd3, flux"),
+        (["--parts", "imagez"], "known: images, esd, hirm, compile, removal"),
         (["--width", "2"], "above 0, and 1 at most"),
         (["--repeats", "0"], "--repeats is at least 1"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
