@@ -240,9 +240,9 @@ def modules(pipe: Any) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
-@pairs(CASES)
+@pairs(available(), alone=[case for case in CASES if case not in available()])
 class TestMaking:
-    """What holds while an erasure is made, for every case on every family."""
+    """What holds while an erasure is made, for every strategy on every family, and for its variants on the first."""
 
     def test_makes_an_erasure_of_several_and_leaves_the_model_untouched(
         self, case: str, tiny_pipe: Any, made: Erasure, base: dict, changed_tensors: Any
