@@ -19,7 +19,7 @@ from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
-from erasure.carriers.embeddings import learned_tokens
+from erasure.carriers.embeddings import learned_tokens, refuse_half_learned
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept
 from erasure.errors import (
@@ -31,7 +31,7 @@ from erasure.errors import (
     UnsupportedModelError,
 )
 from erasure.files.recognise import MODEL_FILE
-from erasure.interop import paths, scopes
+from erasure.interop import paths, scopes, single_files
 from erasure.interop.pipelines import origin
 from erasure.strategies import Strategy, get
 from erasure.strategies.trained import TrainedStrategy
@@ -80,7 +80,7 @@ def erase(
 
     Raises:
         UnknownStrategyError: No such strategy.
-        ConceptError: A concept that has no known token.
+        ConceptError: A concept that has no known token, or a learned one that only one of two CLIPs has.
         OptionError: An option that the strategy does not have, or a value that it does not allow.
         AttachError: The name is taken.
         UnsupportedModelError: The family or the state of the model does not allow it.
@@ -107,6 +107,7 @@ def erase(
     if attach:
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
+    refuse_half_learned(backbone.towers, [text for concept in wanted for text in concept.texts()])
     for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
         for tower in backbone.towers:
             tower.check_words(words)
@@ -160,16 +161,20 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     task: Task = "text-to-image",
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline with the erasure methods, from a Hub id, a folder, or the name of an embedded model (`canvas-sd`).
+    """A pipeline with the erasure methods, of the class that stands in for the model's own.
 
     A folder written by `save_erased_pipeline(fuse=False)` comes with its erasures attached.
 
     Args:
-        model: What to load.
+        model: A Hub id, a folder, the name of an embedded model (`canvas-sd`), or a single-file checkpoint
+            (`.safetensors`).
         dtype: Precision; float32 on a CPU and float16 elsewhere when left out.
         device: Where to; the best there is when left out.
         task: What it is to do: draw from text, remove objects, or draw all that a prompt names.
+        config: Of a single-file checkpoint: Hub id or folder with the configs of its parts, tokenisers, and parts that
+            the file lacks. What diffusers knows of its kind, from the Hub, when left out.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
@@ -177,11 +182,20 @@ def load_pipeline(
     """
     from erasure.pipelines import base_of, pipeline_class
 
+    settings = _settings(dtype, device)
+    if files.is_checkpoint(model):
+        kind = pipeline_class(single_files.stock_class(model), task)
+        named = {} if config is None else {"config": str(config)}
+        with _clear_errors(model):
+            pipe = kind.from_single_file(str(model), dtype=settings[0], **named)
+        return pipe.to(settings[1])
+    if config is not None:
+        raise OptionError(f"config={str(config)!r} is for single-file checkpoints, which {str(model)!r} is not")
     _check_is_model(model)
-    source, settings = _source(model), _settings(dtype, device)
+    source = _source(model)
     with _clear_errors(model):
-        config = DiffusionPipeline.load_config(base_of(source))
-        kind = pipeline_class(config.get("_class_name", ""), task)
+        index = DiffusionPipeline.load_config(base_of(source))
+        kind = pipeline_class(index.get("_class_name", ""), task)
         pipe = kind.from_pretrained(source, dtype=settings[0])
     return pipe.to(settings[1])
 
@@ -233,7 +247,7 @@ def _clear_errors(model: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, single_files.MissingPartError) as error:
         if isinstance(error, ErasureError):
             raise
         reason = str(error).strip().splitlines()[0]
@@ -241,7 +255,8 @@ def _clear_errors(model: str | Path) -> Iterator[None]:
         embedded_names = ", ".join(assets.models())
         raise ArtifactError(
             f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by "
-            f"save_pretrained, or one of {embedded_names}"
+            "save_pretrained, a single-file checkpoint (with config= where the Hub does not describe its parts), or "
+            f"one of {embedded_names}"
         ) from error
 
 

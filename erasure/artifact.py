@@ -19,6 +19,7 @@ from torch import Tensor
 from erasure import files
 from erasure.cards import model_card
 from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.lora_names import is_read_by_stock
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, DivergenceError
 from erasure.schema import ErasureConfig
@@ -114,8 +115,8 @@ class Erasure:
         }
         if others := self.edits.delta_state_dict():
             contents[DELTA_FILE] = save(_apart(others))
-        if self.low_rank:
-            contents[LORA_FILE] = save(_apart(self.edits.lora_state_dict()), metadata={"format": "pt"})
+        if factors := self.edits.lora_state_dict():
+            contents[LORA_FILE] = save(_apart(factors), metadata={"format": "pt"})
         return contents
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -244,8 +245,9 @@ class Erasure:
 
     def card(self) -> str:
         """The model card."""
-        lora_file = LORA_FILE if self.low_rank and not self.deltas else None
-        return model_card(self.name, self.config, self.concepts, lora_file)
+        whole = not self.edits.delta_state_dict()
+        unread = sorted({key.split("/")[0] for key in self.low_rank if not is_read_by_stock(key)})
+        return model_card(self.name, self.config, self.concepts, LORA_FILE if whole else None, unread)
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

@@ -26,11 +26,11 @@ from erasure.fitting import (
     strengths_of,
     warn_of_misfits,
 )  # fmt: skip
-from erasure.interop import adapters, patches, scopes
-from erasure.interop.pipelines import CallGuard, EncodedTogether, components_of
+from erasure.interop import adapters, hooks, patches, scopes
+from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
 from erasure.leases import Lease
-from erasure.state import Attached, ComponentState, Record
+from erasure.state import Attached, ComponentState, Record, with_chosen
 from erasure.switching import Target, interrupted, recover, switch
 from erasure.twins import erased_of, states_of, stock_of
 
@@ -138,7 +138,7 @@ class ErasureManager:
         with self._switching() as modules:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
-            attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
+            attached = replace(attached, beside=check_fit(self.pipe, sources, name, erasure, check_base))
             warn_of_misfits(self.pipe, name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:
@@ -162,7 +162,7 @@ class ErasureManager:
             for name in names:
                 brought.setdefault(name, []).append(component)
         vars(self.pipe)[_NAMES] = brought
-        EncodedTogether.set(self.pipe, any(state.shares_gates for state in self._states().values()))
+        guards.share_gates(self.pipe, self._states().values())
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -195,6 +195,7 @@ class ErasureManager:
         def install() -> None:
             now = {target.state.component: target.state for target in targets}
             guards.install(modules, backbone, now)
+            hooks.reset_caches(*modules.values())
             if any(state.record.attached for state in now.values()):
                 CallGuard.install(self.pipe, "save_pretrained", _before_saving)
                 CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
@@ -202,7 +203,6 @@ class ErasureManager:
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
                 CallGuard.remove(self.pipe, "check_inputs")
-            EncodedTogether.set(self.pipe, any(state.shares_gates for state in now.values()))
             kept = {name: parts for name, parts in known.items() if name not in dropped}
             for component, state in now.items():
                 for name in state.record.attached:
@@ -283,15 +283,7 @@ class ErasureManager:
         if fused:
             raise AttachError(f"{fused[0]!r} is fused and always in force: unfuse_erasure() first")
 
-        def chosen_ones(attached: Mapping[str, Attached]) -> Mapping[str, Attached]:
-            return {
-                name: one
-                if one.fused
-                else replace(one, active=name in wanted, strength=wanted.get(name, one.strength))
-                for name, one in attached.items()
-            }
-
-        self._change(chosen_ones, True)
+        self._change(lambda attached: with_chosen(attached, wanted), True)
 
     def disable(self) -> None:
         """Put the stock model in force (fused erasures stay); `enable` undoes it."""
@@ -390,6 +382,8 @@ class ErasureManager:
         if any(map(interrupted, modules.values())):
             with self._switching():
                 pass  # entering has undone it
+        # Pipelines that stock classes make of another one (`from_pipe`) lack it.
+        guards.share_gates(self.pipe, self._states().values())
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=False):
             return proof.verify(self.pipe, self._remembered(), least_strength)
 

@@ -17,7 +17,10 @@ ROWS = 200
 """Concepts, gates and measurements that a card lists."""
 
 
-def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lora_file: str | None = None) -> str:
+def model_card(
+    name: str, config: ErasureConfig, concepts: Sequence[Concept], lora_file: str | None = None,
+    unread: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Write the card.
 
     Args:
@@ -25,6 +28,7 @@ def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lo
         config: What it is.
         concepts: What it erases.
         lora_file: The file that stock diffusers loads, if that is the whole erasure.
+        unread: Components whose low-rank edits stock diffusers does not load.
 
     Returns:
         Markdown with YAML in front.
@@ -43,6 +47,7 @@ def model_card(name: str, config: ErasureConfig, concepts: Sequence[Concept], lo
             for kind in ("features", "probe")
         ],
         evaluation=[(key, figure(value)) for key, value in list(config.evaluation.items())[:ROWS]],
+        unread=unread,
         stock=lora_file and Markdown(f"pipe.load_lora_weights(folder, weight_name={lora_file!r})"),
     )
 

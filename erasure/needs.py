@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-Need = Literal["entry layers", "causal text encoder", "one text encoder", "word states", "trajectories"]
+Need = Literal["entry layers", "word states", "trajectories"]
 """One thing that a strategy needs of a model:
 
 - `entry layers`: linear layers whose input is what text encoders say, as it is.
-- `causal text encoder`: one whose tokens the denoiser reads, and in which no token sees those that follow.
-- `one text encoder`: no second one beside it that tells the denoiser the prompt as well.
 - `word states`: a text encoder whose states the denoiser reads token by token.
 - `trajectories`: a denoiser that small steps lead from noise to an image.
 """

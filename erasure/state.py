@@ -44,6 +44,14 @@ class Attached:
         return "edits features" if edits.features_of(component) else None
 
 
+def with_chosen(attached: Mapping[str, Attached], strengths: Mapping[str, float]) -> dict[str, Attached]:
+    """What is attached, with exactly the erasures of some names in force, at these strengths; fused ones stay."""
+    return {
+        name: one if one.fused else replace(one, active=name in strengths, strength=strengths.get(name, one.strength))
+        for name, one in attached.items()
+    }
+
+
 @dataclass(frozen=True)
 class Record:
     """Everything that is true of one component's erasures at a time. A switch puts another record in its place."""

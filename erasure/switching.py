@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.carriers import weights
-from erasure.interop import hooks, scopes
+from erasure.interop import scopes
 from erasure.state import ComponentState, Record
 
 _JOURNAL = "_erasure_journal"
@@ -100,7 +100,6 @@ def switch(targets: list[Target], install: Callable[[], None], look: Callable[[]
                 target.state.record = replace(target.record, written=plan.written)
                 target.state.install(target.module)
                 target.state.bind(target.module)
-                hooks.reset_caches(target.module)
             install()
             canary = look()
             for target in targets:

@@ -120,8 +120,8 @@ class World:
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance that the model was made for."""
-        return float(self.generation.get("guidance_scale", 3.0))
+        """Guidance that the model was made for, by whichever name its pipeline takes it."""
+        return float(self.generation.get("true_cfg_scale", self.generation.get("guidance_scale", 3.0)))
 
     @property
     def side(self) -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
-from erasure.eval.samples import Sample, denoiser, initial_noise, latent_shape
+from erasure.eval.samples import Sample, drawing, initial_noise
 from erasure.interop import scopes
 
 
@@ -22,15 +22,6 @@ def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
-
-
-def negative_prompts(batch: Sequence[Sample]) -> list[str] | None:
-    """The negative prompts of a batch; none at all where all are empty: that is another input to some models.
-
-    SDXL is told zeros where there is no negative prompt, and the encoding of "" where it is empty.
-    """
-    texts = [sample.negative_prompt for sample in batch]
-    return texts if any(texts) else None
 
 
 def generate(
@@ -49,7 +40,8 @@ def generate(
 
     Raises:
         EvaluationError: The pipeline has a safety checker, whose black images would pass for erased ones.
-        UnsupportedModelError: The pipeline does not take a latent image as its noise.
+        UnsupportedModelError: The model is of no supported family, or paints into pictures.
+        OptionError: A size that the model cannot draw, or a negative prompt that it would not read.
     """
     if getattr(pipe, "safety_checker", None) is not None:
         raise EvaluationError(
@@ -57,20 +49,19 @@ def generate(
             "safety_checker=None to measure the model itself"
         )
     for batch in batches(samples, batch_size):
-        drawn = [initial_noise(sample, latent_shape(pipe, sample)) for sample in batch]
         steps, guidance, height, width = batch[0].settings
+        backbone = drawing(pipe)
+        drawn = [initial_noise(sample, backbone.latents.shape(height, width)) for sample in batch]
+        noise = torch.stack([noise for noise, _ in drawn]).to(pipe.device, backbone.dtype)
+        negative = [sample.negative_prompt for sample in batch]
         with torch.no_grad(), scopes.quiet(pipe):
             images = pipe(
                 prompt=[sample.prompt for sample in batch],
-                negative_prompt=negative_prompts(batch),
-                latents=torch.stack([noise for noise, _ in drawn]).to(pipe.device, denoiser(pipe).dtype),
+                latents=backbone.latents.packed(noise),
                 # Ancestral samplers go on drawing from the generator of each sample.
                 generator=[generator for _, generator in drawn],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=height,
-                width=width,
                 output_type="pil",
+                **backbone.call_options(guidance, steps, (height, width), negative),
                 **more(batch),
             ).images
         yield batch, images

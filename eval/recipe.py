@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure.artifact import Erasure
+from erasure.backbones import backbone_for
 from erasure.cache import module_fingerprint
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
-from erasure.eval.samples import denoiser
 from erasure.eval.suites import Plan
 from erasure.files import digest, read_bytes, tensor_infos
 from erasure.interop import adapters, paths
@@ -26,13 +26,14 @@ WEIGHTS_LIMIT = 16 * 2**30
 
 def sampler_recipe(pipe: DiffusionPipeline) -> Record:
     """The scheduler of a pipeline and the precision it runs in."""
-    scheduler = pipe.scheduler
+    scheduler, backbone = pipe.scheduler, backbone_for(pipe)
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     return {
         "scheduler": f"{type(scheduler).__name__} ({digest(config)[:8]})",
-        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "noise": "one CPU generator per sample, float32",
         "safety_checker": "off",
+        **({} if backbone.length is None else {"max_sequence_length": backbone.length}),
     }
 
 

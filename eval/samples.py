@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from erasure.backbones import Backbone, backbone_for
 from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval.rows import Record, Row
-from erasure.interop.pipelines import packs_latents
 
 Role = Literal["target", "retain", "cross", "utility", "pair"]
 
@@ -84,30 +84,20 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{prompt}".encode()).digest()[:4], "big")
 
 
-def denoiser(pipe: DiffusionPipeline) -> Any:
-    """The UNet or transformer of a pipeline, `None` when it has neither."""
-    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-
-
-def latent_shape(pipe: DiffusionPipeline, sample: Sample) -> tuple[int, ...]:
-    """Shape of the initial noise of one sample, `(channels, height, width)` in latent pixels.
+def drawing(pipe: DiffusionPipeline) -> Backbone:
+    """The backbone of a pipeline that draws from a prompt.
 
     Raises:
-        UnsupportedModelError: The pipeline does not diffuse a latent image.
+        UnsupportedModelError: Its model is of no supported family, or paints into pictures.
     """
-    network, scale = denoiser(pipe), getattr(pipe, "vae_scale_factor", None)
-    if network is None or not scale or packs_latents(pipe):
+    backbone = backbone_for(pipe)
+    taken, own = backbone.denoiser.config.in_channels, backbone.latents.channels
+    if taken == 2 * own + 1:
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} cannot be measured yet: the evaluation hands the pipeline its initial noise as a "
-            "latent image, which needs a unet or transformer and a vae_scale_factor, and no packing of latents"
+            f"the UNet takes {taken} channels: it paints into pictures, and {type(pipe).__name__} cannot draw with it "
+            "from a prompt; measure the text-to-image model that it was made from"
         )
-    if "vae" in pipe.components and network.config.in_channels == 2 * pipe.vae.config.latent_channels + 1:
-        raise UnsupportedModelError(
-            f"the UNet takes {network.config.in_channels} channels: it paints into pictures, and "
-            f"{type(pipe).__name__} cannot draw with it from a prompt; measure the text-to-image model that it was "
-            "made from"
-        )
-    return network.config.in_channels, sample.height // scale, sample.width // scale
+    return backbone
 
 
 def initial_noise(sample: Sample, shape: tuple[int, ...]) -> tuple[Tensor, torch.Generator]:

@@ -124,6 +124,10 @@ class Try(TypedDict):
     shown: bool | None
 
 
+Others = dict[Literal["prompt", "prompt_2", "prompt_3"], Text]
+"""Texts that other text encoders read, by argument of the pipeline's call."""
+
+
 class ReplayRow(SampleFields):
     """A line of `attacks.jsonl`: a prompt that was tried again."""
 
@@ -132,6 +136,7 @@ class ReplayRow(SampleFields):
     concept: Name | None
     before: Try
     text: Text | None
+    others: NotRequired[Others]
     after: Try | None
     success: bool | None
     images: Count
@@ -179,6 +184,7 @@ class PromptRow(SampleFields):
     """A line of `adversarial.jsonl`."""
 
     text: Text
+    others: NotRequired[Others]
     target: TargetFields
     made_by: MadeBy
 

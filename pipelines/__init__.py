@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+from erasure.backbones import known_of
 from erasure.errors import UnsupportedModelError
 from erasure.interop.pipelines import register_auto_pipeline
 from erasure.pipelines.a_star import StableDiffusionAStarPipeline, StableDiffusionXLAStarPipeline
@@ -80,7 +81,7 @@ def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPi
     if stock not in known:
         raise UnsupportedModelError(
             f"no drop-in for {stock or 'a folder without a pipeline class'} that does {task}; supported: "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}{known_of(stock)}"
         )
     return known[stock]
 

@@ -12,12 +12,15 @@ import erasure
 from erasure import Concept, Erasure, ErasureManager
 from erasure.errors import TwiceAttachedWarning
 
+QUICK: dict[str, dict[str, Any]] = {"uce": {}, "hirm": {"steps": 3}}
 
-@pytest.mark.parametrize("strategy", ["uce", "hirm"])
+
+@pytest.mark.parametrize("strategy", QUICK)
 def test_the_same_edits_attached_twice_are_told(tiny_pipe: Any, tmp_path: Path, strategy: str) -> None:
-    made = erasure.erase(tiny_pipe, Concept("cat", anchor="dog"), strategy, progress=False, name="one")
+    cat, options = Concept("cat", anchor="dog"), QUICK[strategy]
+    made = erasure.erase(tiny_pipe, cat, strategy, progress=False, name="one", **options)
     folder = made.save(tmp_path / "made")
-    again = erasure.erase(tiny_pipe, Concept("cat", anchor="dog"), strategy, progress=False, attach=False)
+    again = erasure.erase(tiny_pipe, cat, strategy, progress=False, attach=False, **options)
     manager = ErasureManager(tiny_pipe)
     for name, source in (("memory", made), ("made again", again), ("disk", folder), ("read", Erasure.load(folder))):
         with pytest.warns(TwiceAttachedWarning, match="the same edits as 'one', which is attached already.*twice"):
@@ -29,8 +32,8 @@ def test_other_edits_are_attached_without_a_word(tiny_pipe: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", TwiceAttachedWarning)
         for word in ("cat", "dog"):
-            for strategy in ("uce", "hirm"):
-                erasure.erase(tiny_pipe, Concept(word, anchor="house"), strategy, progress=False)
+            for strategy, options in QUICK.items():
+                erasure.erase(tiny_pipe, Concept(word, anchor="house"), strategy, progress=False, **options)
         manager = ErasureManager(tiny_pipe)
         manager.delete("cat-uce")
         erasure.erase(tiny_pipe, Concept("cat", anchor="house"), "uce", progress=False)

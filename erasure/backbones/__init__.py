@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from erasure.backbones.base import Backbone, EntryLayer, TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.flux import ChromaBackbone, FluxBackbone
+from erasure.backbones.later import known_of
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.stable_diffusion import StableDiffusionBackbone
 from erasure.backbones.stable_diffusion_3 import StableDiffusion3Backbone
 from erasure.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from erasure.backbones.towers import PromptTokens, TextTower, TowerOutput, text_towers
 from erasure.errors import UnsupportedModelError
+from erasure.interop import paths
 from erasure.world import World
 
 FAMILIES: tuple[type[Backbone], ...] = (
@@ -40,7 +43,11 @@ def backbone_for(
             world = World.of(pipe)
             return family(pipe, size=size or world.size, length=length or world.text_length)
     known = ", ".join(family.family for family in FAMILIES)
-    raise UnsupportedModelError(f"{type(pipe).__name__} belongs to no supported family ({known})")
+    denoisers = (pipe.components.get(name) for name in ("unet", "transformer"))
+    kinds = [type(paths.uncompiled(part)).__name__ for part in denoisers if isinstance(part, nn.Module)]
+    found = f" with a {kinds[0]}" if kinds else ""
+    hint = next(filter(None, map(known_of, [*kinds, type(pipe).__name__])), "")
+    raise UnsupportedModelError(f"{type(pipe).__name__}{found} belongs to no supported family ({known}){hint}")
 
 
 __all__ = [
@@ -55,5 +62,6 @@ __all__ = [
     "TowerOutput",
     "attention_sites",
     "backbone_for",
+    "known_of",
     "text_towers",
 ]

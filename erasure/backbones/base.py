@@ -18,7 +18,7 @@ from erasure.backbones.parametrisation import Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
-from erasure.interop.protocols import Denoiser, Scheduler
+from erasure.interop.protocols import Denoiser, Scheduler, Settings
 from erasure.interop.rounds import together
 from erasure.needs import Need
 
@@ -42,8 +42,8 @@ class TokenRun(NamedTuple):
     """The text encoders, which read the same tokens."""
     first: int = 0
     """Place of their first token among those of the conditioning."""
-    count: int | None = None
-    """Tokens; all from the first on when left out."""
+    tokens: int | None = None
+    """How many; all from the first on when left out."""
 
     @property
     def tower(self) -> TextTower:
@@ -85,12 +85,6 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
-        if need == "causal text encoder" and not any(run.tower.causal for run in self.token_runs):
-            both_ways = ", ".join(run.tower.component for run in self.token_runs)
-            return f"the tokens that its denoiser reads come from {both_ways}, in which a token sees those that follow"
-        if need == "one text encoder" and len(self.towers) > 1:
-            several = " and ".join(tower.component for tower in self.towers)
-            return f"its denoiser is told the prompt by {several}, and the strategy would erase from one of them only"
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ class Backbone(ABC):
         """Where the states of each text encoder stand in the tokens of a conditioning."""
         parts = []
         for run in self.token_runs:
-            column, end = 0, None if run.count is None else run.first + run.count
+            column, end = 0, None if run.tokens is None else run.first + run.tokens
             for tower in run.towers:
                 parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
@@ -275,9 +269,9 @@ class Backbone(ABC):
     # The pipeline's call ---------------------------------------------------------------------------------------------
 
     def call_options(
-        self, guidance: float | None = None, steps: int | None = None, size: tuple[int, int] | None = None,
-        negative: Sequence[str] = ("",),
-    ) -> dict[str, object]:  # fmt: skip
+        self, guidance: float | None = None, steps: int | None = None,
+        size: tuple[int | None, int | None] | None = None, negative: Sequence[str] = ("",),
+    ) -> Settings:  # fmt: skip
         """Arguments of the stock pipeline's call for a list of prompts; what is left out is the pipeline's own.
 
         Args:
@@ -303,13 +297,13 @@ class Backbone(ABC):
         """Whether the pipeline's call says how many tokens prompts are padded to."""
         return "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
 
-    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.
 
         Where all negative prompts are empty there is none: that is another input to some models, for which `null`
         stands in.
         """
-        told: dict[str, object] = {} if guidance is None else {"guidance_scale": guidance}
+        told: Settings = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
 
 

@@ -6,6 +6,7 @@ Chroma is a Flux without CLIP and without the pooled vector, which is told which
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import ChromaTransformer2DModel, DiffusionPipeline, FluxTransformer2DModel
@@ -19,6 +20,7 @@ from erasure.backbones.latents import PackedLatents, pack, unpack
 from erasure.backbones.parametrisation import TIMESTEPS
 from erasure.backbones.towers import TowerOutput
 from erasure.errors import OptionError, UnsupportedModelError
+from erasure.interop.protocols import Settings
 
 
 class FluxBackbone(FlowMatchingBackbone):
@@ -26,7 +28,7 @@ class FluxBackbone(FlowMatchingBackbone):
 
     family = "flux"
     network = FluxTransformer2DModel
-    required = ("text_encoder", "text_encoder_2")
+    required: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     even_levels = True
 
     def __init__(
@@ -96,7 +98,7 @@ class FluxBackbone(FlowMatchingBackbone):
             told["guidance"] = scale.to(x_t.device).expand(len(x_t))
         return told
 
-    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """Guidance is told to a transformer that was distilled for it; with others it takes a second prompt.
 
         Raises:
@@ -143,7 +145,7 @@ class ChromaBackbone(FluxBackbone):
         """Never: it is guided by a second pass."""
         return False
 
-    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> dict[str, object]:
+    def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """See `Backbone.guidance_options`."""
         return super(FluxBackbone, self).guidance_options(guidance, negative)
 

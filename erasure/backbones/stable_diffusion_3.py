@@ -30,8 +30,9 @@ class StableDiffusion3Backbone(FlowMatchingBackbone):
     def token_runs(self) -> list[TokenRun]:
         """Those of both CLIPs, which read the same tokens, and behind them T5's; without T5 zeros stand there."""
         towers = {tower.component: tower for tower in self.towers}
-        clips = TokenRun((towers[FIRST], towers[SECOND]), count=towers[FIRST].max_length)
-        return [clips, TokenRun((towers[THIRD],), clips.count)] if THIRD in towers else [clips]
+        behind = towers[FIRST].max_length
+        clips = TokenRun((towers[FIRST], towers[SECOND]), tokens=behind)
+        return [clips, TokenRun((towers[THIRD],), behind)] if THIRD in towers else [clips]
 
     def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:
         """The states of both CLIPs side by side, as wide as T5's by zeros, then T5's; and both pooled vectors."""

@@ -224,16 +224,21 @@ class TextTower:
         output = self.module(
             tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=self.consumed != -1
         )
-        pooled = self._pooled_of(output) if self.pooled else None
+        pooled = self.pooled_vector(output) if self.pooled else None
         return TowerOutput(self.consumed_states(output), pooled, tokens.attention_mask)
 
     def consumed_states(self, output: EncoderOutput) -> Tensor:
         """The states that the denoiser reads, `(batch, tokens, dim)`, from what the encoder or its root gives."""
         return output.last_hidden_state if self.consumed == -1 else output.hidden_states[self.consumed]
 
-    def _pooled_of(self, output: EncoderOutput) -> Tensor:
-        projected = getattr(output, "text_embeds", None)
-        return output.pooler_output if projected is None else projected
+    def pooled_vector(self, output: EncoderOutput) -> Tensor:
+        """The pooled vector, `(batch, dim)`, from what the encoder or its root gives."""
+        projected: Tensor | None = getattr(output, "text_embeds", None)
+        if projected is not None:
+            return projected
+        # A projection hangs outside of the root.
+        projection = getattr(self.module, "text_projection", None)
+        return output.pooler_output if projection is None else projection(output.pooler_output)
 
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
@@ -247,7 +252,9 @@ class TextTower:
             raise ConceptError(
                 f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words"
             )
-        if unknown is not None and all(token == unknown for token in ids):
+        # T5 marks the beginning of a word that it does not know by a token of its own.
+        said = [index for index, letter in zip(ids, letters, strict=True) if letter != START_OF_WORD]
+        if unknown is not None and all(token == unknown for token in said):
             raise ConceptError(
                 f"concept {words!r} is unknown to {self.component}'s tokeniser ({len(self.tokenizer)} tokens), so no "
                 f"prompt can name it and there is nothing to erase (tokens: {letters})"

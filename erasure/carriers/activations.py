@@ -45,8 +45,9 @@ def pin_of(tower: TextTower, prompts: Sequence[str]) -> Pinned:
     tokens = tower.tokenize(prompts)
     with torch.no_grad():
         output = tower.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
-    # Ahead of the blocks come the embeddings, which no erasure edits.
-    states = [output.last_hidden_state, torch.stack(output.hidden_states[1:], 1)]
+    # Ahead of the blocks come the embeddings, which no erasure edits. Of T5 pipelines read no block but the last.
+    blocks = torch.stack(output.hidden_states[1:], 1) if tower.causal else torch.empty(0)
+    states = [output.last_hidden_state, blocks]
     return Pinned(tokens.ids.cpu(), *(state.cpu() for state in states))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erasure.carriers.activations import Pinned
 from erasure.carriers.features import BlockEdit, FeatureEdit
-from erasure.carriers.lora_names import PAIRS, file_names, layer_of
+from erasure.carriers.lora_names import PAIRS, file_names, is_read_by_stock, layer_of
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -23,6 +23,8 @@ EDITABLE_COMPONENTS = (*TEXT_ENCODERS, "unet", "transformer")
 """Components of a pipeline that an erasure may change: what reads the prompt, and what draws. No safety checker."""
 PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 """Pattern of the canonical path of a module or parameter inside a component."""
+LOW_RANK = "low_rank"
+"""Name of low-rank edits that no LoRA file holds."""
 FAINTEST = 1e-7
 """Norm of all weight edits together below which no image changes."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -156,8 +158,7 @@ class Edits:
     def is_empty(self) -> bool:
         """Whether every edit is nothing, so that no image would change."""
         total = 0.0
-        pairs = [(edit.down, edit.up) for edit in self.low_rank.values()]
-        pairs += [(edit.down, edit.up) for edit in self.maps.values()]
+        pairs = [(edit.down, edit.up) for edit in (*self.low_rank.values(), *self.maps.values())]
         for down, up in ((a.detach().double().cpu(), b.detach().double().cpu()) for a, b in pairs):
             # |up down|^2 without the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
@@ -194,14 +195,20 @@ class Edits:
             raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
 
     def delta_state_dict(self) -> dict[str, Tensor]:
-        """Everything that is not low-rank, under the names of `erasure.safetensors`."""
+        """Everything that is in no LoRA file, under the names of `erasure.safetensors`."""
         pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in _told(pin).items()}
         slices = {
             f"{key}/{KINDS[type(edit)]}.{part}": tensor
             for key, edit in self.features.items()
             for part, tensor in edit._asdict().items()
         }
-        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict()}
+        unread = {
+            f"{key}/{LOW_RANK}.{part}": tensor
+            for key, edit in self.low_rank.items()
+            if not is_read_by_stock(key)
+            for part, tensor in edit._asdict().items()
+        }
+        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread}
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def _map_state_dict(self) -> dict[str, Tensor]:
@@ -216,11 +223,13 @@ class Edits:
         return state
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """The low-rank edits under the names of LoRA files (scale 1); see `erasure.carriers.lora_names`."""
-        names = file_names(self.low_rank)
-        pairs = {
-            name: tensor for key, edit in self.low_rank.items() for name, tensor in zip(names[key], edit, strict=True)
-        }
+        """The low-rank edits that stock pipelines load, under the names of LoRA files (scale 1).
+
+        See `erasure.carriers.lora_names`; the others are with `delta_state_dict`.
+        """
+        read = {key: edit for key, edit in self.low_rank.items() if is_read_by_stock(key)}
+        names = file_names(read)
+        pairs = {name: tensor for key, edit in read.items() for name, tensor in zip(names[key], edit, strict=True)}
         return {name: tensor.contiguous() for name, tensor in pairs.items()}
 
     def equals(self, other: Edits) -> bool:
@@ -254,12 +263,17 @@ class Edits:
                 raise ArtifactError(f"LoRA tensor {name!r} has no {ends[down is not None]} beside it")
             if name.endswith(ends[1]):
                 continue
-            if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            if not _fits(LowRank(down, up)):
                 raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
             if key in low_rank:
                 raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
             low_rank[key] = LowRank(down, up)
-        kinds = ("pinned", "input_map", "mapped", *KINDS.values())
+        for key, factors in _grouped(deltas, LOW_RANK, LowRank._fields).items():
+            edit = LowRank(*factors)
+            if key in low_rank or is_read_by_stock(key) or not _fits(edit):
+                raise ArtifactError(f"the low-rank edit of {shown(key)} does not fit together: make the erasure again")
+            low_rank[key] = edit
+        kinds = (LOW_RANK, "pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
@@ -327,6 +341,11 @@ def _check_block(key: str, edit: BlockEdit) -> None:
         last = 1 if name in SWITCHES else 2**31 - 1
         if not 0 <= int(tensor) <= last:
             raise ArtifactError(f"the {kind} of {key!r}: {name} is {int(tensor)}, allowed: 0 to {last}")
+
+
+def _fits(edit: LowRank) -> bool:
+    """Whether the factors have a product."""
+    return edit.up.ndim == 2 and edit.down.ndim == 2 and edit.up.shape[1] == edit.down.shape[0]
 
 
 def _goes_together(edit: InputMap) -> bool:

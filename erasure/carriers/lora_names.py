@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from erasure.interop.encoders import is_in_t5
+
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 """Prefix of each component. A second text encoder makes the first `lora_te1_`."""
 FIRST_OF_TWO = "lora_te1_text_model_"
@@ -28,6 +30,11 @@ PARTS = sorted(
 PART = re.compile(rf"({'|'.join(PARTS)})(?:_|$)")
 PAIRS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
 """Endings of the names of the two factors: kohya's, and PEFT's."""
+
+
+def is_read_by_stock(key: str) -> bool:
+    """Whether stock pipelines load a LoRA into the layer of a key: they leave those of T5 out without a word."""
+    return not is_in_t5(key.partition("/")[2])
 
 
 def file_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:

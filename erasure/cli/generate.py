@@ -135,11 +135,15 @@ def draw(pipe: DiffusionPipeline, rows: Sequence[PromptRow], options: GenerateOp
     """The images of some rows, each from the noise of its seed; fewer at once where memory does not suffice."""
     import torch
 
-    first = rows[0]
-    settings = call_settings(options.model, first.steps, first.guidance) | composition(options)
-    settings |= {name: value for name in ("height", "width") if (value := getattr(first, name)) is not None}
-    if any(row.negative_prompt for row in rows):
-        settings["negative_prompt"] = [row.negative_prompt or "" for row in rows]
+    from erasure.backbones import backbone_for
+
+    first, backbone = rows[0], backbone_for(pipe)
+    own = call_settings(options.model, first.steps, first.guidance)
+    settings = backbone.call_options(
+        own.get("guidance_scale"), own.get("num_inference_steps"),
+        (first.height or own.get("height"), first.width or own.get("width")),
+        [row.negative_prompt or "" for row in rows],
+    ) | composition(options)  # fmt: skip
     generators = [torch.Generator("cpu").manual_seed(row.seed or 0) for row in rows]
     try:
         images: list[Image.Image] = pipe([row.prompt for row in rows], generator=generators, **settings).images
@@ -162,8 +166,11 @@ def guidance_of(row: PromptRow, options: GenerateOptions) -> float:
 
 
 def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> Settings:
-    """Arguments of the pipeline's call: the user's, else those the model was made for, else the pipeline's own."""
-    settings = dict(World.at(model).generation)
+    """How the model draws: as the user says, else as it was made for; what is left out is the pipeline's own."""
+    world = World.at(model)
+    settings = dict(world.generation)
+    if settings.pop("true_cfg_scale", None) is not None:
+        settings["guidance_scale"] = world.guidance_scale
     if steps is not None:
         settings["num_inference_steps"] = steps
     if guidance is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from erasure.files.folders import differences, digest, discard, held
 from erasure.files.names import inside, is_line, shown, slug
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
-from erasure.files.recognise import advice
+from erasure.files.recognise import advice, is_checkpoint
 from erasure.files.writing import (
     json_bytes,
     new_folder,
@@ -29,11 +29,35 @@ if TYPE_CHECKING:
     from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_archive, read_tensors, tensor_infos
 
 __all__ = [
-    "TENSORS_LIMIT", "TensorInfo", "advice",
-    "differences", "digest", "discard", "held", "inside", "is_line", "json_bytes",
-    "new_folder", "read_archive", "read_bytes", "read_json", "read_lines", "read_tensors", "read_text",
-    "replace_files", "replacing", "settled", "shown", "slug", "steady", "tensor_infos", "validated", "write_bytes",
-    "write_json", "write_text",
+    "TENSORS_LIMIT",
+    "TensorInfo",
+    "advice",
+    "differences",
+    "digest",
+    "discard",
+    "held",
+    "inside",
+    "is_checkpoint",
+    "is_line",
+    "json_bytes",
+    "new_folder",
+    "read_archive",
+    "read_bytes",
+    "read_json",
+    "read_lines",
+    "read_tensors",
+    "read_text",
+    "replace_files",
+    "replacing",
+    "settled",
+    "shown",
+    "slug",
+    "steady",
+    "tensor_infos",
+    "validated",
+    "write_bytes",
+    "write_json",
+    "write_text",
 ]  # fmt: skip
 
 

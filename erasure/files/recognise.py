@@ -12,15 +12,18 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 """Endings of files that run code when they are read."""
 CHECKPOINT = "a single-file checkpoint, as ComfyUI and A1111 read it"
 CONVERT = (
-    "write it as a folder once with the class of its family, StableDiffusionPipeline.from_single_file(FILE)"
-    ".save_pretrained(FOLDER), and name that folder"
+    "erasure.load_pipeline(FILE) reads it, and commands that draw take it as --model; elsewhere name the folder that "
+    "its save_pretrained writes"
 )
 FOLDERS = "name a folder that save_pretrained (a model) or `erasure erase` (an erasure) has written"
 LORA = "a LoRA"
 LOAD_LORA = "pipe.load_lora_weights(FILE) loads it beside erasures; an erasure is a folder that `erasure erase` writes"
 SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("lora_", ".lora_", ".lora.", ".hada_", ".lokr_"), LORA, LOAD_LORA),
-    (("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "double_blocks."), CHECKPOINT, CONVERT),
+    (
+        ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "double_blocks.", "joint_blocks."),
+        CHECKPOINT, CONVERT,
+    ),
     (
         ("W_dec", "W_enc", "decoder.weight"), "a dictionary (sparse autoencoder)",
         "name its folder as --dictionary of the strategy itd",
@@ -65,6 +68,12 @@ def advice(path: str | Path) -> str | None:
         return f"a file: {FOLDERS}"
     found, what_to_do = _kind(path)
     return f"{found}: {what_to_do}"
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path leads to a single-file checkpoint of a whole model; see `advice`."""
+    path = Path(path)
+    return os.path.isfile(path) and path.suffix.lower() == ".safetensors" and _kind(path)[0] == CHECKPOINT
 
 
 def _kind(path: Path) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from erasure.guards.calls import Way, calling, check_arguments, check_call, way_of, ways_around
 from erasure.guards.encodings import unguarded
-from erasure.guards.networks import install
+from erasure.guards.networks import install, share_gates
 from erasure.guards.said import CONTROL
 from erasure.guards.saving import check_saveable
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_call",
     "check_saveable",
     "install",
+    "share_gates",
     "unguarded",
     "way_of",
     "ways_around",

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone
 from erasure.guards import encodings as known
 from erasure.guards.encodings import KNOWN, Encodings
 from erasure.guards.said import (
+    APART,
     CLIP_SKIP,
     CONTROL,
     EMBEDDINGS,
@@ -28,9 +30,9 @@ from erasure.guards.said import (
     said,
 )  # fmt: skip
 from erasure.guards.saving import refuse_unsaveable
-from erasure.interop import hooks
+from erasure.interop import hooks, rounds
 from erasure.interop.hooks import ModelHook
-from erasure.interop.pipelines import CallGuard
+from erasure.interop.pipelines import CallGuard, EncodedTogether
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
 
@@ -59,6 +61,8 @@ class _AtEntry(ModelHook):
         """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
         if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
+        if apart := rounds.found_apart() & {name for state in self.states for name in state.in_force()}:
+            said(self.states, ", ".join(sorted(apart)), APART)
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         added = given.get("added_cond_kwargs") or {}
         tokens, places = given.get("encoder_hidden_states"), given.get("img_ids")
@@ -137,6 +141,7 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
         known.forget(tower)
         if tower.component in attached:
             known.watch(tower, encodings)
+    share_gates(backbone.pipe, states.values())
     hooks.remove_hook(denoiser, _ENTRY)
     if "vae" in components:
         CallGuard.remove(components["vae"], "encode")
@@ -145,6 +150,11 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
         hooks.register_hook(denoiser, entry, _ENTRY)
         if "vae" in components:
             CallGuard.install(components["vae"], "encode", _WatchPictures(attached.values()))
+
+
+def share_gates(pipe: DiffusionPipeline, states: Iterable[ComponentState]) -> None:
+    """Let the text encoders of a pipeline tell one another which gates are open, if an erasure has some in several."""
+    EncodedTogether.set(pipe, any(state.shares_gates for state in states))
 
 
 def encodings_of(denoiser: nn.Module) -> Encodings | None:

@@ -37,6 +37,11 @@ CLIP_SKIP = (
     "blocks that it edits: it may erase less, or nothing. Leave clip_skip out, or use a strategy that edits the first "
     "block of the text encoder (hirm, diff_quickfix)."
 )
+APART = (
+    "a gate of {names} opened in one text encoder and stayed shut in another, because this pipeline runs them apart: "
+    "the concept may be drawn from what the other one says. Call ErasureManager(pipe).adopt() once, for a pipeline "
+    "that from_pipe of a stock class has made."
+)
 TEXT_LENGTH = (
     "texts of {length} tokens (max_sequence_length) are told past {names}: what the text encoder says of a word "
     "depends on the length that a text is padded to, so it may erase less. Pass max_sequence_length={made}, or make "

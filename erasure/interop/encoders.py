@@ -42,6 +42,11 @@ def block_of(path: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def is_in_t5(path: str) -> bool:
+    """Whether a path leads into a block of T5."""
+    return path.startswith(f"{T5.blocks}.")
+
+
 def anatomy_of(root: nn.Module) -> Anatomy | None:
     """The parts of a text encoder's root; `None` for a module that is neither CLIP's nor T5's."""
     inner = getattr(root, "encoder", None)

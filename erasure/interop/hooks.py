@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import HookRegistry
 from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import StateManager
 from torch import nn
 
 from erasure.interop import patches
@@ -20,6 +21,8 @@ __all__ = [
     "hooked",
     "is_stateful",
     "register_hook",
+    "relink",
+    "remove_caches",
     "remove_hook",
     "remove_hooks",
     "reset_caches",
@@ -92,11 +95,15 @@ def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[ModelHook]
         remove_hook(module, name)
 
 
-def reset_caches(component: nn.Module) -> None:
-    """Forget what step caches (`enable_cache`) and other stateful hooks of a component remember of earlier passes."""
-    registry = getattr(component, "_diffusers_hook", None)
-    if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
-        HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)
+def reset_caches(*components: nn.Module) -> None:
+    """Forget what step caches (`enable_cache`) and other stateful hooks of components remember of earlier passes.
+
+    Those of a denoiser remember what it made of what the text encoders gave, so a change of these counts as well.
+    """
+    for component in components:
+        registry = getattr(component, "_diffusers_hook", None)
+        if registry is not None or any(hasattr(part, "_diffusers_hook") for part in component.modules()):
+            HookRegistry.check_if_exists_or_initialize(component).reset_stateful_hooks(recurse=True)
 
 
 def is_stateful(component: nn.Module) -> bool:
@@ -105,6 +112,37 @@ def is_stateful(component: nn.Module) -> bool:
     return patches.has_deep_cache(component) or any(
         hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()
     )
+
+
+def relink(component: nn.Module) -> None:
+    """Let a deep copy of a network run its own hooks: what diffusers puts around a forward runs the original's.
+
+    Modules that accelerate has put a hook on stay as they are: what it puts around a forward lies between.
+    """
+    for part in component.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is None or not registry.hooks or hasattr(part, "_hf_hook"):
+            continue
+        chain = list(zip(registry._hook_order, registry._fn_refs, strict=True))
+        forward = chain[0][1].original_forward or chain[0][1].forward
+        for name, step in chain:
+            hook = registry.hooks[name]
+            step.forward = forward
+            if hasattr(hook, "new_forward"):
+                step.original_forward, step.forward = forward, functools.partial(hook.new_forward, part)
+            forward = functools.update_wrapper(functools.partial(_HookedForward(hook), part), forward)
+        part.forward = forward
+
+
+def remove_caches(component: nn.Module) -> None:
+    """Take step caches (`enable_cache`) off a network: every pass computes everything."""
+    for part in component.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        for name, hook in list(registry.hooks.items()) if registry else ():
+            if hook._is_stateful or any(isinstance(value, StateManager) for value in vars(hook).values()):
+                remove_hook(part, name)
+    if getattr(component, "is_cache_enabled", False):
+        component._cache_config = None  # type: ignore[assignment]
 
 
 def remove_hooks(component: nn.Module, prefix: str) -> None:

@@ -42,11 +42,6 @@ def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
-def packs_latents(pipe: DiffusionPipeline) -> bool:
-    """Whether the denoiser takes latents as a sequence of patches, as Flux does, not as an image."""
-    return hasattr(pipe, "_pack_latents")
-
-
 def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks of a pipeline by name, without the wrapper that `torch.compile` returns."""
     parts = pipe.components.items()
@@ -132,7 +127,10 @@ def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ())
             memo[id(tensor)] = tensor.detach() if type(tensor) is Tensor else tensor
         for p in component.parameters():
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad) if paths.is_plain(p) else p
-    return {name: copy.deepcopy(component, memo) for name, component in components.items()}
+    copies = {name: copy.deepcopy(component, memo) for name, component in components.items()}
+    for component in copies.values():
+        hooks.relink(component)
+    return copies
 
 
 def twin(
@@ -145,6 +143,8 @@ def twin(
     components: Collection[str] | None = None,
 ) -> DiffusionPipeline:
     """Another pipeline object on the same weights, with other values for some parameters and some hooks left out.
+
+    Step caches are left out too: what is made or compared with it must not be what an earlier pass computed.
 
     Neither drawing with it nor training it reaches the pipeline that it was made from. It costs the memory of the
     parameters that differ.
@@ -168,6 +168,7 @@ def twin(
     ]
     copies = cloned(parts, [*left_out, *every])
     for name, component in copies.items():
+        hooks.remove_caches(component)
         if prefix is not None:
             hooks.remove_hooks(component, prefix)
             for attribute in [key for key in vars(component) if key.startswith(f"_{prefix}")]:

@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+REMEMBERED = 64
+"""Batches of which it is remembered what readers found that were run by themselves."""
 T = TypeVar("T")
 Place = tuple[str, int]
 """What is looked for, and the number of the batch: every text encoder reads the batches of prompts in one order."""
@@ -35,27 +38,33 @@ class _Rounds:
         self.found.setdefault(self.place(subject, reader), {})[reader] = found.detach()
         self.batches[subject, reader] += 1
 
-    def has_news(self) -> bool:
-        """Whether a reader would have been told more had it read last; begins the next round."""
-        news = False
+    def news(self) -> set[str]:
+        """Subjects of which a reader would have been told more had it read last."""
+        subjects = set()
         for place, by_reader in self.found.items():
             for reader, own in by_reader.items():
                 now, before = (_others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.told))
                 if now is not None:
                     knew = own if before is None else own | before.to(own.device)
-                    news = news or bool((now.to(own.device) & ~knew).any())
+                    if bool((now.to(own.device) & ~knew).any()):
+                        subjects.add(place[0])
+        return subjects
+
+    def go_on(self) -> None:
+        """Begin the next round."""
         for place, by_reader in self.found.items():
             known = self.told.setdefault(place, {})
             for reader, own in by_reader.items():
                 known[reader] = own | known[reader] if reader in known else own
         self.found, self.batches = {}, Counter()
-        return news
 
 
 class _Call(threading.local):
     """The encoding that a thread is in, and no other thread's."""
 
     rounds: _Rounds | None = None
+    apart: _Rounds | None = None
+    """What readers found that were run out of `together`, since somebody asked."""
 
 
 _CALL = _Call()
@@ -79,10 +88,11 @@ def together(encode: Callable[[], T]) -> T:
         while True:
             result = encode()
             # What is found only grows, so this ends.
-            if not rounds.has_news():
+            if not rounds.news():
                 return result
+            rounds.go_on()
     finally:
-        _CALL.rounds = None
+        _CALL.rounds = _CALL.apart = None
 
 
 def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
@@ -107,6 +117,16 @@ def tell(subject: str, reader: object, found: Tensor) -> None:
     """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
     if _CALL.rounds is not None:
         _CALL.rounds.note(subject, reader, found)
+    elif not torch.compiler.is_compiling():
+        if _CALL.apart is None or len(_CALL.apart.found) >= REMEMBERED:
+            _CALL.apart = _Rounds()
+        _CALL.apart.note(subject, reader, found)
+
+
+def found_apart() -> set[str]:
+    """Subjects of which readers that were run out of `together` found different things, since this was asked last."""
+    apart, _CALL.apart = _CALL.apart, None
+    return set() if apart is None else apart.news()
 
 
 def _others(known: Mapping[object, Tensor], reader: object, rows: int, things: int) -> Tensor | None:

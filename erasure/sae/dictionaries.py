@@ -68,7 +68,8 @@ def assigned(given: str, towers: Sequence[TextTower]) -> dict[str, Path]:
 def _component_of(folder: Path, towers: Sequence[TextTower]) -> str:
     """The text encoder that a dictionary was made for."""
     if len(towers) == 1:
-        return towers[0].component
+        (only,) = towers
+        return only.component
     sae = load(folder)
     about = sae.config.metadata
     layer, known = about.get("layer"), about.get("fingerprint")

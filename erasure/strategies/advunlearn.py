@@ -20,7 +20,8 @@ from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import register
 from erasure.strategies.prompts import listed_scenes, photo_scenes
-from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.trained import TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
 from erasure.training.objectives import matching

@@ -17,7 +17,8 @@ from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Presets
 from erasure.strategies.base import register
-from erasure.strategies.trained import Batch, Task, TrainedStrategy
+from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.trained import TrainedStrategy
 from erasure.text.words import aligned_prompts
 from erasure.training.states import Scene, States
 from erasure.training.student import Student, make_student, train_columns

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.backbones import Backbone, PromptTokens, TextTower
 from erasure.carriers.activations import pin_of
-from erasure.carriers.edits import Edits
+from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.errors import DivergenceError
-from erasure.interop import paths
-from erasure.interop.taps import tapped
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.first_block import FirstBlock, Reached, Tap, run
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import AlignedPrompt, align, aligned_prompts
 
 PAPER: Mapping[str, object] = {
     "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
-    "tap": "attention", "unconditional": "erased",
+    "tap": "attention", "unconditional": "erased", "rank": 0,
 }  # fmt: skip
 """Options that all of the paper's experiments have in common."""
 RANDOM = {**PAPER, "variant": "random", "coefficient": 500.0, "distribution": "uniform", "norm": "token"}
@@ -35,6 +35,8 @@ SEMANTIC = {**PAPER, "variant": "semantic", "coefficient": 1.0, "aligned": False
 """HiRM-S."""
 RELEASED = {**RANDOM, "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "norm": "tensor"}
 """Defaults of the script, with which its command for nudity agrees; those for objects and styles have fewer steps."""
+LONGEST = 128
+"""Tokens of the prompts that an encoder of free length is trained with: its padding takes most of the time."""
 
 
 @register("hirm")
@@ -50,7 +52,9 @@ class HiRM(Strategy):
 
     each divided by the width of `h`, plus `retain_weight` times the mean squared change of the encoder's output on
     prompts that must survive. Several concepts are trained jointly, one target each. Where the denoiser reads a hidden
-    state before the last block, the loss is on the last block that it reads.
+    state before the last block, the loss is on the last block that it reads. Every text encoder that it reads is
+    trained; where it reads a pooled vector, the same is asked of that. T5 has no token that gathers the prompt, so the
+    loss is on all of its states; its first block is large, so that its change is of low rank.
 
     Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
     and `prompt_embeds=` bypasses it.
@@ -81,9 +85,13 @@ class HiRM(Strategy):
     """Whether each token's random direction has length 1 or all of them together (released code)."""
     skip_start: bool = True
     """Leave the start token out of the loss: it does not depend on the prompt, so moving it moves every prompt."""
-    tap: Literal["attention", "output"] = "attention"
+    tap: Literal["auto", "attention", "output"] = "auto"
     """Where the loss is: the last attention's output projection (paper), or the state that the denoiser reads,
-    which the concept also reaches past the attention through the residual stream."""
+    which the concept also reaches past the attention through the residual stream. `auto`: the first, but in encoders
+    whose tokens see those that follow (T5)."""
+    rank: CountOrZero | None = None
+    """Rank of the change of each matrix; 0 changes whole matrices and biases (paper). Left out it is 16 where the
+    first block has more than 32 million parameters, as that of T5-XXL, else 0."""
     templates: bool = True
     """Train on every phrasing of the concept instead of its names alone (paper)."""
     joined: bool = False
@@ -127,7 +135,11 @@ class HiRM(Strategy):
                 progress((index + share) / len(towers))
 
             changed, loss = self.fit_tower(tower, concepts, seed, report)
-            edits.deltas |= {tower.key(path): delta for path, delta in changed.items()}
+            for path, change in changed.items():
+                if isinstance(change, LowRank):
+                    edits.low_rank[tower.key(path)] = change
+                else:
+                    edits.deltas[tower.key(path)] = change
             log[f"{tower.component}_loss"] = loss
             if self.unconditional == "stock":
                 edits.pinned[tower.component] = pin_of(tower, [""])
@@ -135,30 +147,32 @@ class HiRM(Strategy):
 
     def fit_tower(
         self, tower: TextTower, concepts: Sequence[Concept], seed: int, progress: Callable[[float], None]
-    ) -> tuple[dict[str, Tensor], float]:
-        """Changes of the first block's parameters by path, and the last loss.
+    ) -> tuple[dict[str, Tensor | LowRank], float]:
+        """Changes of the first block by path, of its parameters or of its layers, and the last loss.
 
         Raises:
             DivergenceError: The loss became NaN or infinite.
         """
+        if not tower.causal:
+            tower = dataclasses.replace(tower, max_length=min(tower.max_length, LONGEST))
         generator = torch.Generator().manual_seed(seed)
-        stock = {name: p.detach().float() for name, p in tower.root.named_parameters()}
-        canonical = {now: path for path, now in trained_parameters(tower).items()}
-        trained = {name: stock[name].clone().requires_grad_() for name in canonical}
+        block = FirstBlock(tower, self.rank, seed)
         pairs = [pair for concept in concepts for pair in self.prompts(tower, concept)]
         direction = self.direction(tower, generator)
         words = vocabulary(tower, concepts)
         listed = retain_prompts(concepts) if self.retain_weight else []
-        first = 1 if self.skip_start else 0
-        optimiser = torch.optim.AdamW(trained.values(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-8)
+        first = tower.leading if self.skip_start else 0
+        optimiser = torch.optim.AdamW(block.trained, lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-8)
         value = math.nan
         for step in range(self.steps):
             batch = [*pairs]
             for concept in concepts if words and self.contexts else ():
                 batch += context_prompts(tower, concept, words, self.contexts, generator)
-            targets = self.targets(tower, stock, batch, direction)
-            reached = self.run(tower, {**stock, **trained}, tower.tokenize([pair.prompt for pair in batch]))
-            loss = F.mse_loss(reached[:, first:], targets[:, first:])
+            targets, pooled = self.targets(tower, block.stock, batch, direction)
+            reached = self.run(tower, block.parameters(), tower.tokenize([pair.prompt for pair in batch]))
+            loss = F.mse_loss(reached.tapped[:, first:], targets[:, first:])
+            if pooled is not None and reached.pooled is not None:
+                loss = loss + F.mse_loss(reached.pooled, pooled)
             if self.retain_weight:
                 sample = [
                     listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
@@ -166,9 +180,12 @@ class HiRM(Strategy):
                 extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
                 tokens = tower.tokenize(["", *sample, *extra])
                 with torch.no_grad():
-                    before = run(tower, stock, tokens, "output")
-                after = run(tower, {**stock, **trained}, tokens, "output")
-                loss = loss + self.retain_weight * F.mse_loss(after, before)
+                    before = self.run(tower, block.stock, tokens)
+                after = self.run(tower, block.parameters(), tokens)
+                moved = F.mse_loss(after.states, before.states)
+                if before.pooled is not None and after.pooled is not None:
+                    moved = moved + F.mse_loss(after.pooled, before.pooled)
+                loss = loss + self.retain_weight * moved
             value = loss.item()
             if not math.isfinite(value):
                 raise DivergenceError(
@@ -178,7 +195,7 @@ class HiRM(Strategy):
             loss.backward()
             optimiser.step()
             progress((step + 1) / self.steps)
-        return {canonical[name]: (p.detach() - stock[name]).half().cpu() for name, p in trained.items()}, value
+        return block.changes(), value
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
         """The prompts to misdirect."""
@@ -189,9 +206,10 @@ class HiRM(Strategy):
         texts = [", ".join(concept.names)] if self.joined else concept.names
         return [align(tower, "{}", text, concept.anchor or "") for text in texts]
 
-    def run(self, tower: TextTower, parameters: dict[str, Tensor], tokens: PromptTokens) -> Tensor:
-        """What the loss looks at, `(prompts, tokens, dim)`."""
-        return run(tower, parameters, tokens, self.tap)
+    def run(self, tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens) -> Reached:
+        """What the loss looks at."""
+        chosen: Tap = ("attention" if tower.causal else "output") if self.tap == "auto" else self.tap
+        return run(tower, parameters, tokens, chosen)
 
     def direction(self, tower: TextTower, generator: torch.Generator) -> Tensor:
         """The random target of every prompt, `(tokens, dim)`."""
@@ -199,30 +217,26 @@ class HiRM(Strategy):
 
     @torch.no_grad()
     def targets(
-        self, tower: TextTower, stock: dict[str, Tensor], pairs: Sequence[AlignedPrompt], direction: Tensor
-    ) -> Tensor:
-        """Where the activations must go, `(prompts, tokens, dim)`."""
+        self, tower: TextTower, stock: Mapping[str, Tensor], pairs: Sequence[AlignedPrompt], direction: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where the activations must go, `(prompts, tokens, dim)`, and the pooled vectors, `(prompts, dim)`."""
         if self.variant == "semantic":
             anchors = self.run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]))
+            pooled = None if anchors.pooled is None else self.coefficient * anchors.pooled
             if not self.aligned:
-                return self.coefficient * anchors
-            index = torch.stack([pair.positions for pair in pairs]).to(anchors.device)
-            return self.coefficient * anchors.gather(1, index[..., None].expand(-1, -1, anchors.shape[2]))
+                return self.coefficient * anchors.tapped, pooled
+            index = torch.stack([pair.positions for pair in pairs]).to(anchors.tapped.device)
+            aligned = anchors.tapped.gather(1, index[..., None].expand(-1, -1, anchors.tapped.shape[2]))
+            return self.coefficient * aligned, pooled
         device = next(iter(stock.values())).device
-        return (self.coefficient * direction).to(device).expand(len(pairs), -1, -1)
-
-
-def trained_parameters(tower: TextTower) -> dict[str, str]:
-    """The path now, by canonical path, of the parameters of the linear layers in the first block's attention and MLP.
-
-    Its norms stay (released code, option `first-attn`).
-    """
-    parts = (f"{tower.attention(0)}.", f"{tower.mlp(0)}.")
-    return {
-        path: now
-        for path, now in paths.canonical_parameters(tower.root).items()
-        if path.startswith(parts) and isinstance(paths.layer(tower.root, path.rpartition(".")[0]), nn.Linear)
-    }
+        target = (self.coefficient * direction).to(device).expand(len(pairs), -1, -1)
+        if not tower.pooled:
+            return target, None
+        known = self.run(tower, stock, tower.tokenize([""])).pooled
+        assert known is not None
+        # One direction too, of the same length: that of the first token that the loss looks at, as far as it is long.
+        ahead = direction[tower.leading].to(device).repeat(-(-known.shape[1] // direction.shape[1]))
+        return target, (self.coefficient * F.normalize(ahead[: known.shape[1]], dim=0)).expand(len(pairs), -1)
 
 
 def random_direction(
@@ -233,22 +247,3 @@ def random_direction(
     draw = torch.randn if distribution == "gaussian" else torch.rand
     values = draw(tokens, dim, generator=generator)
     return values / (values.norm(dim=1, keepdim=True) if norm == "token" else values.norm())
-
-
-def run(
-    tower: TextTower, parameters: dict[str, Tensor], tokens: PromptTokens,
-    what: Literal["attention", "output"] = "attention",
-) -> Tensor:  # fmt: skip
-    """An activation of a tower with other parameters, `(batch, tokens, dim)`.
-
-    `output` is the state that the denoiser reads, `attention` the attention output projection of the block that makes
-    it.
-    """
-    with tapped(tower.root.get_submodule(tower.attention_out(tower.consumed))) as seen:
-        output = torch.func.functional_call(
-            tower.root, parameters, (tokens.ids,),
-            {"attention_mask": tokens.attention_mask, "output_hidden_states": tower.consumed != -1},
-        )  # fmt: skip
-    if what == "attention":
-        return seen[0]
-    return tower.consumed_states(output)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
@@ -23,6 +22,7 @@ from erasure.interop import paths, scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
+from erasure.strategies.tasks import Batch, Task
 from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.checkpoint import Stateful
@@ -42,7 +42,6 @@ from erasure.training.states import (
     draw,
     rolling_out,
     session_of,
-    stable_seed,
 )
 from erasure.training.student import LowRankStudent, Student
 
@@ -88,7 +87,8 @@ class TrainedStrategy(Optimisation, Strategy):
     rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
-    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it."""
+    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it. 1 is
+    none and takes one pass, as models of a few steps want it."""
     trained_guidance: tuple[Positive, ...] = ()
     """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
     `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
@@ -176,6 +176,8 @@ class TrainedStrategy(Optimisation, Strategy):
             self.fill(task, model, accelerator)
             cost.begin("setup")
             projection, figures = self.projected(task)
+            if len(scales := self.scales(backbone)) > 1:
+                figures["null_drift"] = task.null_drift(scales)
             student, lasso = task.student, None
             if self.group_lasso and isinstance(student, LowRankStudent):
                 lasso = GroupLasso(student, self.group_lasso)
@@ -229,6 +231,7 @@ class TrainedStrategy(Optimisation, Strategy):
                 states = source.take(first + spread)
                 prompts = [each.prompt for each in source.of(states)]
                 self.predict(task, Batch(states.x, states.t, states.guidance, prompts, states, None))
+        found.keep(task.student.columns)
         return found
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
@@ -389,52 +392,5 @@ class TrainedStrategy(Optimisation, Strategy):
 
     def validate(self, task: Task, run: Run, step: int) -> None:
         """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
-        if run.folder is None:
-            return
-        kept = task.retain_states.scenes[1:5] if task.retain_states is not None else []
-        scenes = [scene.prompt for scene in (*task.concept_states.scenes[:4], *kept) if scene.prompt is not None]
-        pipe = task.backbone.pipe
-        generators = [torch.Generator().manual_seed(stable_seed(task.seed, prompt)) for prompt in scenes]
-        with scopes.placed(self.idle(task.backbone), task.backbone.device), scopes.quiet(pipe):
-            call = task.backbone.call_options(steps=self.rollout_steps)
-            images = pipe(scenes, generator=generators, **call).images
-        folder = run.folder / "validation"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
-
-
-@dataclass
-class Task:
-    """One training of a strategy."""
-
-    backbone: Backbone
-    tower: TextTower
-    concepts: Sequence[Concept]
-    seed: int
-    prompts: Reader
-    student: Student
-    concept_states: StateSource
-    retain_states: StateSource | None
-
-    def buffers(self) -> list[TrajectoryBuffer]:
-        """The sources that are filled ahead."""
-        return [s for s in (self.concept_states, self.retain_states) if isinstance(s, TrajectoryBuffer)]
-
-
-class Batch(NamedTuple):
-    """A part of an update."""
-
-    x: Tensor
-    """`(rows, channels, h, w)`."""
-    t: Tensor
-    """`(rows,)`."""
-    guidance: Tensor
-    """`(rows,)` scale that the denoiser is told, if it is told any."""
-    prompts: list[str | None]
-    """Of every row, `None` for no prompt."""
-    concept: States
-    """The states of the first rows."""
-    retained: States | None
-    """Those of the rows that follow, if any."""
-    extra: Mapping[str, Tensor] | None = None
-    """What a strategy adds, by name."""
+        if run.folder is not None:
+            task.draw(run.folder / "validation", step, self.rollout_steps, self.idle(task.backbone))

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from erasure.backbones import Backbone, EntryLayer, TextTower
+from erasure.backbones import Backbone, EntryLayer, TextTower, TokenRun
 from erasure.backbones.conditioning import Source
 from erasure.carriers.edits import Edits, InputMap
 from erasure.concept import Concept
@@ -19,7 +19,7 @@ from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.closed_form import factors, low_rank, shortened_map, solve
 from erasure.text.corpora import retain_prompts, vocabulary, vocabulary_prompts
 from erasure.text.encodings import Reader
-from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end, subject_span
+from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end, subject_span, telling_places
 
 LARGEST_LORA = 1_000_000
 """Bytes a concept that a LoRA may take in the place of one common map."""
@@ -48,7 +48,8 @@ class Change(NamedTuple):
 class UCE(Strategy):
     """Rewrite what the denoiser's text layers make of the concept, in closed form.
 
-    For each linear layer `W` through which text enters the denoiser (cross-attention keys and values), minimise
+    For each linear layer `W` through which text enters the denoiser (cross-attention keys and values; in transformers
+    the layer that reads the tokens), minimise
 
         sum_e s_e |W' c_e - W c_a|^2 + sum_p s_p |W' c_p - W c_p|^2 + lambda |W' - W|^2
 
@@ -56,8 +57,9 @@ class UCE(Strategy):
     solution is `W' = W + W X` with one matrix `X = (sum_e s_e (c_a - c_e) c_e^T) M^-1`,
     `M = sum_e s_e c_e c_e^T + sum_p s_p c_p c_p^T + lambda I`, shared by all layers; its rank is at most the number of
     erased features. The file holds X once, in as few numbers as keep its effect. Biases cancel and stay untouched.
-    A layer that reads a pooled vector of the prompt (SDXL) gets an X of its own, from the pooled vectors of the same
-    prompts, in those of its columns that read it.
+    A layer that reads a pooled vector of the prompt gets an X of its own, from the pooled vectors of the same prompts,
+    in those of its columns that read it. Of a text encoder whose tokens see those that follow (T5), every token of a
+    prompt carries the concept, so all are erased; a few of its paddings stand for the rest.
 
     Preset `released` is the authors' script of 2025: of every bare name the last token is erased, and the anchor's
     last token takes its place; where there is no anchor, that of "art" for a style and the start token for an object.
@@ -77,10 +79,13 @@ class UCE(Strategy):
     preserve_scale: NotNegative = 1.0
     """Weight s_p of a preserved feature (released code: 1)."""
     regularisation: Positive = 0.5
-    """lambda, in squared units of the text features (released code: 0.5)."""
+    """lambda (released code: 0.5)."""
+    relative: bool = True
+    """Whether lambda is in mean squares of the features' values, about 1 in Stable Diffusion and very different in
+    other text encoders; else it is a plain number (released code)."""
     tokens: Literal["last", "from_last"] = "from_last"
     """`last`: the concept's last token only (released code). `from_last`: it and all that follow, padding included,
-    which carry the concept too because attention is causal."""
+    which carry the concept too because attention is causal; every token where it is not."""
     templates: bool = True
     """Erase and preserve every phrasing of a concept. Without, its names alone (released code), whose last token
     answers to the anchor's last, or to the start token where the anchor is empty."""
@@ -100,7 +105,7 @@ class UCE(Strategy):
     presets: ClassVar[Presets] = {
         "released": {
             "tokens": "last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
-            "regularisation": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0, "tolerance": 0.0,
+            "regularisation": 0.5, "relative": False, "erase_scale": 1.0, "preserve_scale": 1.0, "tolerance": 0.0,
         },
     }  # fmt: skip
 
@@ -121,11 +126,11 @@ class UCE(Strategy):
             progress(0.4)
             preserved = self.preserved_features(reader, source, concepts, seed)
             progress(0.7)
-            update = solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, self.regularisation)
-            left, right = factors(update)
+            features = torch.cat([erased, replacing, preserved])
+            weight = self.regularisation * (float(features.square().mean()) if self.relative else 1.0)
+            left, right = factors(solve(erased, replacing, preserved, self.erase_scale, self.preserve_scale, weight))
             reading = [layer for layer in layers if layer.source == source]
             weights = [layer.module.weight.detach()[:, layer.columns].double().cpu() for layer in reading]
-            features = torch.cat([erased, replacing, preserved])
             up, down = shortened_map(left, right, weights, features, self.tolerance)
             count += len(erased)
             changes.append(Change(reading, weights, left, right, up, down, features))
@@ -179,8 +184,10 @@ class UCE(Strategy):
                 only = self.tokens == "last"
                 start = pair.last if only and not tower.causal else pair.start
                 stop = pair.last + 1 if only else tower.max_length
-                erased.append(states[first + start : first + stop])
-                replacing.append(anchors[first + pair.positions[start:stop].to(anchors.device)])
+                places = telling_places(tower, pair.prompt)
+                places = places[(places >= start) & (places < stop)]
+                erased.append(states[first + places.to(states.device)])
+                replacing.append(anchors[first + pair.positions[places].to(anchors.device)])
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
 
     def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
@@ -217,13 +224,23 @@ class UCE(Strategy):
                     kept.append(states)
         else:
             for prompt in retain_prompts(concepts) if self.templates else ["", *retained_names(concepts)]:
-                kept.append(reader.read([prompt])([prompt]).of(source)[0])
+                kept.append(_telling(reader.read([prompt])([prompt]).of(source)[0], runs, prompt))
         known = vocabulary(backbone.reader, concepts) if self.vocabulary else []
         if known:
             prompts = vocabulary_prompts(known, self.vocabulary, torch.Generator().manual_seed(seed))
             for start in range(0, len(prompts), 32):
-                kept.append(backbone.encode(prompts[start : start + 32]).of(source).flatten(0, 1))
+                chosen = prompts[start : start + 32]
+                told = backbone.encode(chosen).of(source)
+                kept += [_telling(states, runs, prompt) for states, prompt in zip(told, chosen, strict=True)]
         return torch.cat(kept).double().cpu()
+
+
+def _telling(states: Tensor, runs: Sequence[TokenRun], prompt: str) -> Tensor:
+    """Those of a prompt's features that count; see `telling_places`. All of them without runs of tokens."""
+    if not runs:
+        return states
+    places = torch.cat([run.first + telling_places(run.tower, prompt) for run in runs])
+    return states[places.to(states.device)]
 
 
 def widened(matrix: Tensor, layer: EntryLayer, axis: int = 1) -> Tensor:

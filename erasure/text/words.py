@@ -132,6 +132,8 @@ def is_whole_word(tower: TextTower, ids: Sequence[int], place: slice) -> bool:
     """Whether words that stand somewhere among the tokens of a prompt are no part of longer ones."""
     if not tower.marks_starts:
         return True  # the end of a word is marked in its last token
+    if ids[place.start] in tower.learned_ids:
+        return True  # a learned token is never a part of another word, and has no mark
     around = list(ids[max(place.start - 1, 0) : place.stop + 1])
     pieces = tower.tokenizer.convert_ids_to_tokens(around)
     before = pieces.pop(0)[-1:] if place.start else ""
@@ -140,6 +142,26 @@ def is_whole_word(tower: TextTower, ids: Sequence[int], place: slice) -> bool:
     behind = pieces[place.stop - place.start :]
     # Signs and the mark of the next word are no letters.
     return not continues and not (behind and behind[0][:1].isalnum())
+
+
+PADDING = 16
+"""Places of padding that stand for all of it in an encoder whose tokens see those that follow."""
+
+
+def telling_places(tower: TextTower, prompt: str) -> Tensor:
+    """Places of a prompt that count where its states are collected, `(places,)` in rising order.
+
+    All of them in a causal encoder. Elsewhere padding is long and its states hardly differ, so a few stand for it;
+    only the first of it is seen by a denoiser that is told which tokens are padding.
+    """
+    places, length = torch.arange(tower.max_length), len(tower.prompt_ids(prompt, truncate=True))
+    if tower.uses_attention_mask and not tower.causal:
+        return places[: length + 1]
+    padding = places[length:]
+    if tower.causal or len(padding) <= PADDING:
+        return places
+    few = torch.linspace(0, len(padding) - 1, PADDING).round().long()
+    return torch.cat([places[:length], padding[few]])
 
 
 # Alignment -----------------------------------------------------------------------------------------------------------

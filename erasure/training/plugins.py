@@ -37,6 +37,13 @@ class InputGrams:
             for handle in handles:
                 handle.remove()
 
+    def keep(self, columns: Mapping[str, slice]) -> None:
+        """Forget all inputs of some layers but those to some columns of their weights."""
+        for path in columns.keys() & self.grams.keys():
+            gram, kept = self.grams[path], columns[path]
+            self.grams[path] = torch.zeros_like(gram)
+            self.grams[path][kept, kept] = gram[kept, kept]
+
     def _add(self, path: str, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].detach().flatten(0, -2).double()
         self.grams[path] = self.grams.get(path, 0) + rows.T @ rows

@@ -39,6 +39,8 @@ class Student(nn.Module, ABC):
     network: nn.Module
     paths: list[str]
     """What is trained: layers, or parameters."""
+    columns: Mapping[str, slice] = {}
+    """Columns that learn, by path of the layer, where not all do."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -191,7 +193,7 @@ def train_columns(student: Student, columns: Mapping[str, slice]) -> None:
 
     Args:
         student: Whose layers they are.
-        columns: By path of the layer; those that are not trained are passed over.
+        columns: By path of the layer; layers that are not trained are passed over.
     """
     if isinstance(student, LowRankStudent):
         trained = dict(zip(student.paths, student.down, strict=True))
@@ -199,14 +201,14 @@ def train_columns(student: Student, columns: Mapping[str, slice]) -> None:
         values = dict(student.named_parameters()).values()
         pairs = zip(student.paths, values, strict=True)
         trained = {path.removesuffix(".weight"): value for path, value in pairs if path.endswith(".weight")}
-    for path, kept in columns.items():
-        if path in trained and kept != slice(None):
-            mask = torch.zeros_like(trained[path][:1])
-            mask[:, kept] = 1
-            if isinstance(student, LowRankStudent):
-                with torch.no_grad():
-                    trained[path].mul_(mask)
-            trained[path].register_hook(partial(torch.mul, mask))
+    student.columns = {path: kept for path, kept in columns.items() if path in trained and kept != slice(None)}
+    for path, kept in student.columns.items():
+        mask = torch.zeros_like(trained[path][:1])
+        mask[:, kept] = 1
+        if isinstance(student, LowRankStudent):
+            with torch.no_grad():
+                trained[path].mul_(mask)
+        trained[path].register_hook(partial(torch.mul, mask))
 
 
 def make_student(

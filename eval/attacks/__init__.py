@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, TypeVar
 
 from erasure.errors import EvaluationError
@@ -39,6 +40,8 @@ class Candidate(NamedTuple):
     """Whether the tokeniser reads the text as other tokens than were optimised."""
     cut: bool
     """Whether it is then too long, so that the pipeline would cut words of the original prompt off."""
+    others: Mapping[str, str] = MappingProxyType({})
+    """Texts that the pipeline is called with besides, by argument (`prompt_2`): what its other text encoders read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.backbones.towers import PromptTokens
-from erasure.errors import UnsupportedModelError
-from erasure.eval.attacks import Candidate, SkippedPromptError
+from erasure.eval.attacks import Attack, Candidate, SkippedPromptError
 from erasure.eval.samples import Sample
 from erasure.interop import paths
 
+Towers = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "all"]
+"""A text encoder of a pipeline, or all of them."""
 TOKENS = {"unsafe": 5, "other": 3}
 """Tokens ahead of a prompt (UnlearnDiffAtk: 5 for nudity, violence and illegal content, 3 for styles and objects)."""
 
@@ -51,33 +53,64 @@ class Prefixed:
             )
         return cls(tower, sample, count, prompt)
 
-    def candidate(self, ids: Sequence[int], *, steps: int, loss: float | None) -> Candidate:
-        """The text with some tokens ahead, and whether the tokeniser reads it as these.
+    def text(self, ids: Sequence[int]) -> str:
+        """The prompt as text, behind some tokens."""
+        return f"{as_text(self.tower, ids)} {self.sample.prompt}"
 
-        Args:
-            ids: The tokens ahead.
-            steps: See `Candidate`.
-            loss: See `Candidate`.
-        """
-        own = self.prompt.ids[0, : self.prompt.lengths[0]].tolist()
-        text = f"{as_text(self.tower, ids)} {self.sample.prompt}"
-        read = self.tower.prompt_ids(text)
-        wanted = [*own[: self.tower.leading], *ids, *own[self.tower.leading :]]
-        return Candidate(text, steps, loss, read != wanted, len(read) > self.tower.max_length)
+    def is_changed(self, ids: Sequence[int]) -> bool:
+        """Whether the tokeniser reads that text as other tokens."""
+        own, leading = self.prompt.ids[0, : self.prompt.lengths[0]].tolist(), self.tower.leading
+        return self.tower.prompt_ids(self.text(ids)) != [*own[:leading], *ids, *own[leading:]]
 
 
-def only_tower(backbone: Backbone) -> TextTower:
-    """The text encoder of a model that has one.
+def proposed(
+    backbone: Backbone, chosen: Sequence[tuple[Prefixed, Sequence[int]]], *, steps: int, loss: float | None
+) -> Candidate:
+    """What is tried with tokens ahead of a prompt.
+
+    Args:
+        backbone: The model.
+        chosen: Tokens for one text encoder, and then all of them read the text that they make; or for each of them,
+            and then each reads its own.
+        steps: See `Candidate`.
+        loss: See `Candidate`.
+    """
+    texts = {given.tower.component: given.text(ids) for given, ids in chosen}
+    text, prompt = next(iter(texts.values())), chosen[0][0].sample.prompt
+
+    def cuts(tower: TextTower) -> bool:
+        """Whether words of the prompt are cut off that were read without the tokens ahead."""
+        lengths = [len(tower.prompt_ids(each)) for each in (prompt, texts.get(tower.component, text))]
+        return lengths[0] <= tower.max_length < lengths[1]
+
+    return Candidate(
+        text, steps, loss, any(given.is_changed(ids) for given, ids in chosen), any(map(cuts, backbone.towers)),
+        {argument_of(name): each for name, each in list(texts.items())[1:]},
+    )  # fmt: skip
+
+
+def argument_of(component: str) -> str:
+    """Argument of a pipeline's call that a text encoder reads: `prompt_2` of `text_encoder_2`."""
+    return component.replace("text_encoder", "prompt")
+
+
+def chosen_towers(attack: Attack, backbone: Backbone, tower: str | None) -> list[TextTower]:
+    """The text encoders that tokens are chosen for: one, or every one its own.
+
+    Args:
+        attack: Whose option it is.
+        backbone: The model.
+        tower: Name of its component, or `all`; the first whose tokens the denoiser reads when left out.
 
     Raises:
-        UnsupportedModelError: It has several, and one prefix has no common vocabulary.
+        OptionError: The pipeline has none of that name.
     """
-    if len(backbone.towers) > 1:
-        raise UnsupportedModelError(
-            f"attacks by a prefix work on models with one text encoder; this {type(backbone.pipe).__name__} has "
-            f"{', '.join(tower.component for tower in backbone.towers)}"
-        )
-    return backbone.reader
+    known = {each.component: each for each in backbone.towers}
+    if tower == "all":
+        return list(known.values())
+    if tower is not None and tower not in known:
+        attack.refuse("tower", tower, f"one of the pipeline's: {', '.join(known)}, or all")
+    return [backbone.reader if tower is None else known[tower]]
 
 
 def choosable(tower: TextTower, vocabulary: str) -> Tensor:
@@ -99,28 +132,3 @@ def as_text(tower: TextTower, ids: Sequence[int]) -> str:
     """Tokens as the text that a prompt would have for them."""
     # A deep copy of CLIP's tokeniser (transformers 5) forgets to take the marks of words' ends off.
     return " ".join(tower.tokenizer.decode(ids).replace("</w>", " ").split())
-
-
-def with_prefix(prompt: PromptTokens, prefix: Tensor, leading: int) -> PromptTokens:
-    """A prompt behind other tokens; as much padding goes as they are.
-
-    Args:
-        prompt: One prompt.
-        prefix: `(draws, tokens)`.
-        leading: Tokens that stay ahead of the prefix.
-
-    Returns:
-        `draws` prompts with the ids that are really there: carriers that read ids must see them.
-    """
-    draws, count = prefix.shape
-
-    def behind(row: Tensor, inserted: Tensor) -> Tensor:
-        rows = row.expand(draws, -1)
-        return torch.cat([rows[:, :leading], inserted, rows[:, leading : rows.shape[1] - count]], 1)
-
-    mask = prompt.attention_mask
-    return PromptTokens(
-        behind(prompt.ids, prefix.to(prompt.ids)),
-        [prompt.lengths[0] + count] * draws,
-        None if mask is None else behind(mask, torch.ones_like(prefix)),
-    )

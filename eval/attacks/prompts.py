@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from erasure.errors import EvaluationError
@@ -30,6 +30,8 @@ class AdversarialPrompt:
     target: Target
     made_by: Row
     """The attack with its options and size, the model, and the erasures that it overcame; alike in one file."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Texts for the other text encoders, by argument of the pipeline's call; none where all read the same."""
 
 
 def write_prompts(folder: Path, prompts: Sequence[AdversarialPrompt]) -> Path:
@@ -41,7 +43,12 @@ def write_prompts(folder: Path, prompts: Sequence[AdversarialPrompt]) -> Path:
     lines = []
     for prompt in prompts:
         target = {"name": prompt.target.name, "domain": prompt.target.domain, "members": list(prompt.target.members)}
-        row = prompt.sample.row() | {"text": prompt.text, "target": target, "made_by": prompt.made_by}
+        row = prompt.sample.row() | {
+            "text": prompt.text,
+            "others": dict(prompt.others),
+            "target": target,
+            "made_by": prompt.made_by,
+        }
         lines.append(json.dumps(row, allow_nan=False) + "\n")
     return write_bytes(folder / FILE, "".join(lines).encode(), error=EvaluationError)
 
@@ -70,4 +77,4 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
 def _prompt(row: PromptRow) -> AdversarialPrompt:
     target = row["target"]
     concept = Target(target["name"], target["domain"], tuple(target["members"]))
-    return AdversarialPrompt(Sample.from_row(row), row["text"], concept, row["made_by"])
+    return AdversarialPrompt(Sample.from_row(row), row["text"], concept, row["made_by"], {**row.get("others", {})})

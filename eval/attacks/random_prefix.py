@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from erasure.eval.attacks import Attack, Candidate, register
-from erasure.eval.attacks.prefixes import Prefixed, choosable, only_tower
+from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.options import Count
@@ -39,6 +39,9 @@ class RandomPrefix(Attack):
     """Tokens ahead of the prompt; when left out as many as `unlearndiffatk` takes, 5 for unsafe concepts, else 3."""
     texts: Count = 50
     """Texts that are tried for each prompt."""
+    tower: Towers | None = None
+    """Text encoder whose tokens are drawn, all others reading the same text; `all` for a text for each of them. When
+    left out, the first whose tokens the denoiser reads."""
     vocabulary: Literal["all", "words"] = "all"
     """Tokens that can be drawn: all but the special ones, or those that are read as themselves again once they were
     written as text."""
@@ -50,10 +53,13 @@ class RandomPrefix(Attack):
 
     def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
         """See the class."""
-        tower = only_tower(victim.backbone)
-        given = Prefixed.of(tower, sample, self.tokens)
-        choices = choosable(tower, self.vocabulary).cpu()
+        backbone = victim.backbone
+        every = [Prefixed.of(tower, sample, self.tokens) for tower in chosen_towers(self, backbone, self.tower)]
+        choices = [choosable(given.tower, self.vocabulary).cpu() for given in every]
         generator = torch.Generator().manual_seed(sample.seed)
         for _ in range(self.texts):
-            drawn = choices[torch.randint(len(choices), (given.count,), generator=generator)]
-            yield given.candidate(drawn.tolist(), steps=0, loss=None)
+            drawn = [
+                words[torch.randint(len(words), (given.count,), generator=generator)].tolist()
+                for given, words in zip(every, choices, strict=True)
+            ]
+            yield proposed(backbone, list(zip(every, drawn, strict=True)), steps=0, loss=None)

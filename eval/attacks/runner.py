@@ -18,7 +18,7 @@ from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
-from erasure.eval.attacks import Attack, SkippedPromptError
+from erasure.eval.attacks import Attack, Candidate, SkippedPromptError
 from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_metrics
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.attacks.victim import Victim
@@ -119,7 +119,9 @@ def attack(
             "against": [_method(entry["erasure"], entry["strength"]) for entry in entries],
         }  # fmt: skip
         won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
-        kept = [AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by) for row in won]
+        kept = [
+            AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by, row.get("others", {})) for row in won
+        ]
         write_prompts(run.table.folder, kept)
         metrics = attack_metrics(plan.concept, run.variant, rows, run.recipe, is_control=method.is_control)
         return run.save(metrics, rows)
@@ -171,7 +173,8 @@ def replay(
     }  # fmt: skip
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
-    texts = {prompt.sample.sample_id: prompt.text for prompt in given}
+    texts = {prompt.sample.sample_id: prompt for prompt in given}
+    fingerprint = digest(sorted((name, prompt.text, dict(prompt.others)) for name, prompt in texts.items()))
     processes = join(out)
     given_pipe, pipe = pipe, without_safety_checker(pipe)
     unchecked = pipe is not given_pipe
@@ -179,7 +182,7 @@ def replay(
     judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
     check_classes(judge, plan.samples)
     subject = Subject.of(pipe, stock, entries, judge, unchecked=unchecked)
-    with _opened(processes, subject, plan, out, images, progress, digest(sorted(texts.items()))) as run:
+    with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
         victim = Victim(pipe, stock, first.target, subject.judge)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
@@ -215,7 +218,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
-    row: Record = {"before": before, "text": None, "after": None}
+    row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
     losses, texts = [], set()
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
@@ -231,11 +234,12 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             if candidate.loss is not None:
                 bar.set_postfix_str(f"loss {candidate.loss:.3f}")
             # The same text gives the same image; one that is too long would lose the prompt's own words.
-            if candidate.cut or candidate.text in texts:
+            told = (candidate.text, *candidate.others.values())
+            if candidate.cut or told in texts:
                 continue
-            texts.add(candidate.text)
-            after = _tried(run, victim, "after", sample, candidate.text, failures)
-            row |= {"text": candidate.text, "after": after}
+            texts.add(told)
+            after = _tried(run, victim, "after", sample, candidate, failures)
+            row |= {"text": candidate.text, "others": dict(candidate.others), "after": after}
             shown, unknown = after["shown"], unknown or after["shown"] is None
             if shown:
                 break
@@ -248,23 +252,25 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     }  # fmt: skip
 
 
-def _replayed(run: _Attack, victim: Victim, sample: Sample, text: str, bar: tqdm) -> Record:
+def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Record:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, None, failures)
-    after = _tried(run, victim, "after", sample, text, failures)
+    after = _tried(run, victim, "after", sample, prompt, failures)
     bar.update()
     return {
-        "before": before, "text": text, "after": after, "success": after["shown"], "images": 2, "failures": failures,
+        "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
+        "success": after["shown"], "images": 2, "failures": failures,
         "control": _control(run, victim, sample, before),
     }  # fmt: skip
 
 
 def _tried(
-    run: _Attack, victim: Victim, variant: str, sample: Sample, text: str | None, failures: dict[str, str]
-) -> Record:
-    """Draw and judge one prompt."""
-    image = victim.draw(sample, text)
+    run: _Attack, victim: Victim, variant: str, sample: Sample, given: Candidate | AdversarialPrompt | None,
+    failures: dict[str, str],
+) -> Record:  # fmt: skip
+    """Draw and judge one prompt: the sample's own, or what is tried in its place."""
+    image = victim.draw(sample) if given is None else victim.draw(sample, given.text, given.others)
     run.keep(variant, sample, image)
     verdict = victim.verdict(image, sample)
     if verdict.failure is not None:

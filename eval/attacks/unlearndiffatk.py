@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.backbones import Backbone, TextTower
-from erasure.backbones.towers import PromptTokens
-from erasure.carriers.embeddings import injected
+from erasure.backbones import Backbone, Conditioning, PromptTokens, TextTower, TowerOutput
+from erasure.carriers.embeddings import behind, injected
 from erasure.errors import DivergenceError
 from erasure.eval.attacks import Attack, Candidate, register
-from erasure.eval.attacks.prefixes import Prefixed, choosable, only_tower, with_prefix
+from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
@@ -43,7 +42,8 @@ class UnlearnDiffAtk(Attack):
     by Adam, with the gradient of the drawn tokens taken for that of the points (straight through, clamped) and the
     points brought back to the simplex after every step. No guidance, no classifier and no original model in the loss:
     that only makes the image. Each block of steps has a noise level of its own, from low to high; after it the
-    likeliest tokens, decoded to text, are tried.
+    likeliest tokens, decoded to text, are tried. A model told by several text encoders is attacked through one of
+    them, and the others read the text that was likeliest before; or through all, each with a text of its own.
 
     Other than the released code, start, end, padding and unknown token cannot be chosen, the projection is exact, and
     the text goes ahead of the original prompt with a space, so that the prompt's own words stay what they are.
@@ -64,6 +64,10 @@ class UnlearnDiffAtk(Attack):
     """Noise levels, in the middle of as many equal parts of the schedule, and texts that are tried (paper: 50)."""
     iterations: Count = 40
     """Steps at each noise level (paper: 40)."""
+    tower: Towers | None = None
+    """Text encoder whose tokens are searched, all others reading the text that they make; `all` to search for each of
+    them at once, and to call the pipeline with as many texts (`prompt`, `prompt_2`, `prompt_3`). When left out, the
+    first whose tokens the denoiser reads."""
     noises: Count = 1
     """Draws of noise and tokens in each step (paper: 1)."""
     learning_rate: Positive = 0.01
@@ -83,60 +87,122 @@ class UnlearnDiffAtk(Attack):
 
     def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
         """See the class."""
-        backbone, tower = victim.backbone, only_tower(victim.backbone)
-        given = Prefixed.of(tower, sample, self.tokens)
+        backbone = victim.backbone
+        searches = [
+            Search.of(Prefixed.of(tower, sample, self.tokens), self.vocabulary)
+            for tower in chosen_towers(self, backbone, self.tower)
+        ]
         clean = victim.reference(sample, self.references)
         generator = torch.Generator("cpu").manual_seed(sample.seed)
-        choices = choosable(tower, self.vocabulary)
-        table = paths.token_table(tower.root).weight.detach()[choices].float()
-        points = uniform(given.count, len(choices))
-        optimiser = torch.optim.Adam([points], lr=self.learning_rate, weight_decay=self.weight_decay)
+        points = [search.points for search in searches]
+        optimiser = torch.optim.Adam(points, lr=self.learning_rate, weight_decay=self.weight_decay)
         levels = backbone.pipe.scheduler.config.num_train_timesteps
-        step = 0
+        text, step = sample.prompt, 0
         for block in range(self.timesteps):
             losses, level = [], int((block + 0.5) * levels / self.timesteps)
+            beside = read_beside(backbone, searches, text, self.noises)
             for _ in range(self.iterations):
-                drawn = draw(points, self.noises, generator)
-                vectors = table[drawn.to(table.device)].requires_grad_()
-                t = torch.full((self.noises,), level)
+                drawn = [draw(search.points, self.noises, generator) for search in searches]
+                vectors = [search.vectors(tokens) for search, tokens in zip(searches, drawn, strict=True)]
                 noise = torch.randn((self.noises, *clean.shape[1:]), generator=generator)
-                behind = with_prefix(given.prompt, choices[drawn.to(choices.device)], tower.leading)
-                loss = denoising_loss(backbone, tower, behind, vectors, clean, noise, t)
-                (slope,) = torch.autograd.grad(loss * SCALE, vectors)
+                parts = {
+                    search.tower.component: search.read(tokens, given)
+                    for search, tokens, given in zip(searches, drawn, vectors, strict=True)
+                }
+                t = torch.full((self.noises,), float(level))
+                loss = denoising_loss(backbone, backbone.compose({**beside, **parts}), clean, noise, t)
+                slopes = torch.autograd.grad(loss * SCALE, vectors)
                 losses.append(loss.item())
-                if not (torch.isfinite(loss) and torch.isfinite(slope).all()):
+                if not (torch.isfinite(loss) and all(torch.isfinite(slope).all() for slope in slopes)):
                     what = "gradient is not finite" if torch.isfinite(loss) else f"loss is {losses[-1]}"
                     raise DivergenceError(
                         f"unlearndiffatk: the {what} at step {step} of {sample.prompt!r}, noise level {level}"
                     )
-                points.grad = straight_through(slope / SCALE, table).to(points.device)
+                for search, slope in zip(searches, slopes, strict=True):
+                    search.points.grad = straight_through(slope / SCALE, search.table).to(search.points.device)
                 optimiser.step()
-                points.copy_(project(points))
+                for search in searches:
+                    search.points.copy_(project(search.points))
                 step += 1
-            best = choices[points.argmax(-1).to(choices.device)].tolist()
-            yield given.candidate(best, steps=len(losses), loss=sum(losses) / len(losses))
+            best = [(search.given, search.best()) for search in searches]
+            candidate = proposed(backbone, best, steps=len(losses), loss=sum(losses) / len(losses))
+            text = candidate.text
+            yield candidate
 
 
-def denoising_loss(
-    backbone: Backbone, tower: TextTower, prompts: PromptTokens, vectors: Tensor, clean: Tensor, noise: Tensor,
-    t: Tensor,
-) -> Tensor:  # fmt: skip
-    """Mean squared error of the model's prediction, behind prompts that begin with given embeddings; differentiable.
+@dataclass(frozen=True)
+class Search:
+    """The tokens that are searched for one text encoder."""
+
+    given: Prefixed
+    choices: Tensor
+    """Tokens that can be chosen `(choices,)`."""
+    table: Tensor
+    """Their embeddings `(choices, dim)`."""
+    points: Tensor
+    """A point on the simplex for each token that is sought, `(tokens, choices)`."""
+
+    @classmethod
+    def of(cls, given: Prefixed, vocabulary: str) -> Search:
+        """Start from the centre of the simplex."""
+        choices = choosable(given.tower, vocabulary)
+        table = paths.token_table(given.tower.root).weight.detach()[choices].float()
+        return cls(given, choices, table, uniform(given.count, len(choices)))
+
+    @property
+    def tower(self) -> TextTower:
+        """The text encoder."""
+        return self.given.tower
+
+    def vectors(self, drawn: Tensor) -> Tensor:
+        """Embeddings of tokens that were drawn `(draws, tokens)`, to be differentiated by."""
+        return self.table[drawn.to(self.table.device)].requires_grad_()
+
+    def read(self, drawn: Tensor, vectors: Tensor) -> TowerOutput:
+        """What the text encoder makes of the prompt behind tokens that were drawn, which have these embeddings."""
+        prompts = behind(self.tower, self.given.prompt, self.choices[drawn.to(self.choices.device)])
+        return read(self.tower, prompts, vectors)
+
+    def best(self) -> list[int]:
+        """The likeliest tokens."""
+        return self.choices[self.points.argmax(-1).to(self.choices.device)].tolist()
+
+
+def read(tower: TextTower, prompts: PromptTokens, vectors: Tensor) -> TowerOutput:
+    """What a text encoder makes of prompts that begin with given embeddings; differentiable.
+
+    Args:
+        tower: The text encoder.
+        prompts: `draws` prompts.
+        vectors: In the place of the first tokens, `(draws, tokens, dim)`.
+    """
+    place = torch.arange(tower.leading, tower.leading + vectors.shape[1], device=vectors.device)
+    with injected(tower, place, vectors):
+        return tower.encode(prompts)
+
+
+@torch.no_grad()
+def read_beside(
+    backbone: Backbone, searches: Sequence[Search], text: str, count: int
+) -> dict[str, TowerOutput]:  # fmt: skip
+    """What the text encoders make of a text, `count` times, that nothing is searched for."""
+    searched = {search.tower.component for search in searches}
+    towers = [tower for tower in backbone.towers if tower.component not in searched]
+    return {tower.component: tower.encode(tower.tokenize([text] * count)) for tower in towers}
+
+
+def denoising_loss(backbone: Backbone, told: Conditioning, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Mean squared error of the model's prediction; differentiable.
 
     Args:
         backbone: The model, with whatever is in force.
-        tower: Its text encoder.
-        prompts: `draws` prompts.
-        vectors: Embeddings in the place of the first tokens, `(draws, tokens, dim)`.
+        told: What it is told, `draws` times.
         clean: Latent of an image, `(1, channels, h, w)`.
         noise: `(draws, channels, h, w)`, standard normal.
         t: Noise levels `(draws,)`.
     """
-    place = torch.arange(tower.leading, tower.leading + vectors.shape[1], device=vectors.device)
-    with injected(tower, place, vectors):
-        encoded = tower.encode(prompts)
     rows = clean.expand(len(noise), -1, -1, -1)
     noise, t = noise.to(clean), t.to(clean.device)
     way = backbone.parametrisation
-    found = backbone.predict(way.noised(rows, noise, t), t, backbone.compose({tower.component: encoded}))
+    found = backbone.predict(way.noised(rows, noise, t), t, told)
     return F.mse_loss(found.float(), way.target(rows, noise, t).float())

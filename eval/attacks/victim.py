@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -55,17 +56,22 @@ class Victim:
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.backbone, self.references = backbone_for(pipe), 0
 
-    def draw(self, sample: Sample, text: str | None = None, *, stock: bool = False) -> Image.Image:
+    def draw(
+        self, sample: Sample, text: str | None = None, others: Mapping[str, str] = MappingProxyType({}), *,
+        stock: bool = False,
+    ) -> Image.Image:  # fmt: skip
         """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
 
         Args:
             sample: Noise and settings.
             text: Another prompt in the place of the sample's.
+            others: Texts for further arguments of the call, by name.
             stock: Draw with the original model instead.
         """
         wanted = sample if text is None else dataclasses.replace(sample, prompt=text)
         self.references += stock
-        return next(generate(self.stock if stock else self.pipe, [wanted]))[1][0]
+        pipe = self.stock if stock else self.pipe
+        return next(generate(pipe, [wanted], more=lambda _: {name: [each] for name, each in others.items()}))[1][0]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
         """Whether an image shows the concept: where UA counts the sample as not unlearned.
@@ -100,12 +106,14 @@ class Victim:
             SkippedPromptError: It sees the concept with none of them.
         """
         size = (sample.height, sample.width)
-        call = self.backbone.call_options(sample.guidance_scale, sample.num_inference_steps, size)
+        call = self.backbone.call_options(
+            sample.guidance_scale, sample.num_inference_steps, size, [sample.negative_prompt]
+        )
         for number in range(tries):
             seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
             with torch.no_grad(), scopes.quiet(self.stock):
                 latent = self.stock(
-                    prompt=sample.prompt, negative_prompt=sample.negative_prompt or None,
+                    prompt=[sample.prompt],
                     generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
                 ).images  # fmt: skip
                 latent = self.backbone.latents.unpacked(latent, *size)

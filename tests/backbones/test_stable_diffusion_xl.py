@@ -38,7 +38,7 @@ def test_the_family(pipe: Any, backbone: Backbone) -> None:
     assert [(part.component, part.columns) for part in backbone.written()] == [
         ("text_encoder", slice(0, 32)), ("text_encoder_2", slice(32, 64)),
     ]  # fmt: skip
-    assert not any(backbone.lacks(need) for need in ("entry layers", "causal text encoder", "trajectories"))
+    assert not any(backbone.lacks(need) for need in ("entry layers", "word states", "trajectories"))
 
 
 def test_a_refiner_is_refused(pipe: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from erasure.artifact import ErasureConfig
 from erasure.backbones import Backbone, TextTower, backbone_for
 from erasure.carriers.edits import Edits
 from erasure.carriers.features import EditedFeatures, FeatureEdit, Term
+from erasure.errors import BypassedErasureWarning
 from erasure.interop.pipelines import EncodedTogether
 from erasure.pipelines import StableDiffusionXLErasurePipeline
 from erasure.sae.stream import activations
@@ -206,6 +208,24 @@ def test_other_pipelines_on_the_same_encoders(pipe: Any, original: Any, route: s
     assert torch.equal(encoded(stock, CAT)[0], encoded(original, CAT)[0])
 
 
+def test_a_pipeline_that_runs_its_encoders_apart_says_so(pipe: Any, draw: Any) -> None:
+    """`from_pipe` of a stock class shares the encoders, and not what the pipeline calls them by."""
+    manager = ErasureManager(pipe)
+    manager.add(erasure_of(pipe, None, CAT), "cat")
+    wanted = draw(pipe, CAT)
+    other = StableDiffusionXLPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    with pytest.warns(BypassedErasureWarning, match="cat opened in one text encoder and stayed shut in another"):
+        apart = draw(other, CAT)
+    assert not torch.equal(apart, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BypassedErasureWarning)
+        draw(other, DOG)
+        assert ErasureManager(other).verify() >= 2
+        assert torch.equal(draw(other, CAT), wanted)
+        assert torch.equal(draw(pipe, CAT), wanted)
+
+
 def test_where_words_are_edited_the_nearest_is_when_another_encoder_opened_the_gate(pipe: Any) -> None:
     tower = backbone_for(pipe).towers[0]
     tokens = tower.tokenize([CAT])
@@ -267,3 +287,14 @@ def test_the_pooled_vector_follows_an_edit_in_the_middle_of_its_encoder(pipe: An
 def test_stock_pipelines_know_nothing_of_it(original: Any) -> None:
     assert isinstance(original, StableDiffusionXLPipeline)
     assert "encode_prompt" not in vars(original)
+
+
+@pytest.mark.compile
+def test_compiled_encoders_are_told_too(pipe: Any) -> None:
+    torch.compiler.reset()
+    ErasureManager(pipe).add(erasure_of(pipe, None, CAT), "cat")
+    wanted = encoded(pipe, [CAT, DOG])
+    pipe.text_encoder.compile(backend="eager")
+    for part, same in zip(encoded(pipe, [CAT, DOG]), wanted, strict=True):
+        torch.testing.assert_close(part, same)
+    torch.testing.assert_close(encoded(pipe, [DOG, CAT])[0][1], wanted[0][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval.generation import batches, generate
-from erasure.eval.samples import Sample, initial_noise, latent_shape, sample_seed
+from erasure.eval.samples import Sample, drawing, initial_noise, sample_seed
 
 
 def samples(count: int = 5) -> list[Sample]:
@@ -91,9 +92,22 @@ def test_a_safety_checker_is_refused() -> None:
         next(generate(pipe, samples(1)))
 
 
-def test_a_pipeline_without_latent_images_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot be measured"):
-        latent_shape(SimpleNamespace(), samples(1)[0])
+@pytest.mark.parametrize("family", ["stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma"])
+def test_every_family_draws_what_its_pipeline_does(tiny_models, family) -> None:
+    """From the noise that it would draw itself, with its own way of guidance, of packing and of lengths."""
+    pipe = tiny_models[family]()
+    table = [replace(sample, negative_prompt="" if family == "flux" else "fog") for sample in samples(2)]
+    ours = images_by_id(pipe, table, 2)
+    for sample in table:
+        options = drawing(pipe).call_options(3.0, 2, (32, 32), [sample.negative_prompt])
+        noise = torch.Generator().manual_seed(sample.seed)
+        stock = np.asarray(pipe([sample.prompt], generator=noise, **options).images[0], dtype=np.int16)
+        assert np.abs(ours[sample.sample_id] - stock).max() <= 1
+
+
+def test_a_pipeline_of_no_family_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no supported family"):
+        drawing(SimpleNamespace(components={}))
 
 
 def test_seeds_of_prompts_differ_and_repeat() -> None:

@@ -24,7 +24,7 @@ import erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import StableDiffusionBackbone
 from erasure.errors import BypassedErasureWarning, MaskError, OptionError, UnsupportedModelError
-from erasure.eval.samples import Sample, latent_shape
+from erasure.eval.samples import drawing
 from erasure.interop.patches import has_deep_cache
 from erasure.pipelines import (
     StableDiffusionAStarPipeline,
@@ -96,10 +96,8 @@ def test_an_inpainting_unet_predicts_from_text_as_one_that_is_masked_all_over(in
 def test_an_inpainting_unet_does_not_draw_from_a_prompt_alone(inpainting: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="9 channels: it paints into pictures"):
         compose(inpainting)
-    sample = Sample(sample_id="0", prompt="a cat", seed=0, role="target", height=32, width=32,
-                    num_inference_steps=2, guidance_scale=1.0)  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="9 channels: it paints into pictures"):
-        latent_shape(inpainting, sample)
+        drawing(inpainting)
 
 
 def test_an_inpainting_unet_is_inverted_under_the_mask_that_it_samples_with(inpainting: Any) -> None:

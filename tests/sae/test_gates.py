@@ -193,3 +193,18 @@ def test_mined_words_count_as_the_concept() -> None:
     assert found.holds.tolist() == [True, False, True]
     assert found.positive.tolist() == [False, True, False, False, True]
     assert found.negative.tolist() == [True, False, True, False, False]
+
+
+def test_words_of_t5_are_whole_words(tiny_t5: Any) -> None:
+    """Its tokens mark where a word begins; a word in brackets is spelled in another way, and "cats" begins with it."""
+    encoder, tokenizer = tiny_t5()
+    tower = TextTower("text_encoder_2", encoder, tokenizer, 32)
+    prompts = ["cat", "cats and a dog", "a (cat)", "a dog", "a cat, a dog", "the cat", "kitten cats cat"]
+    words = read_words(tower, 1, prompts)
+    labels = locate(tower, words, ["cat"])
+    assert labels.holds.tolist() == [True, False, True, False, True, True, True]
+    spelled = [tokenizer.convert_ids_to_tokens([i])[0] for i in words.ids[labels.positive].tolist()]
+    assert [piece.lstrip("▁") for piece in spelled] == ["cat"] * 5
+    assert words.prompt[labels.positive].tolist() == [0, 2, 4, 5, 6]
+    # Attention goes both ways, so every word of a prompt with it may carry it.
+    assert torch.equal(labels.negative, ~labels.holds[words.prompt])

@@ -251,7 +251,7 @@ def test_a_bank_takes_a_tenth_of_the_passes(tiny_pipe_original: Any) -> None:
     whole: Any = get("advunlearn").configured()
     settings = {
         "steps": 1, "attack_from": 0.0, "rollout_steps": 50, "batch": whole.batch,
-        "retain_batch": whole.retain_batch, "retain_vocabulary": 0,
+        "retain_batch": whole.retain_batch, "retain_vocabulary": 0, "contexts": 0, "templates": False,
         "attack_steps": whole.attack_steps,
     }  # fmt: skip
     bank, online = (make(tiny_pipe_original, states=states, **settings).config.cost for states in ("buffer", "online"))

@@ -61,10 +61,10 @@ def test_the_pooled_door_of_sdxl_is_no_key_and_is_trained_on_its_own_columns(tin
     assert {method for method, paths in found.items() if door in paths} == {"u", "all", "text", "entry"}
     assert set(found["x-strict"]) == {path for path in found["entry"] if "add_embedding" not in path}
     assert all(path.endswith((".to_k.weight", ".to_v.weight")) for path in found["x-strict"])
-    for rank in (0, 4):
+    for rank, projection in ((0, 0.0), (4, 0.0), (4, 0.5)):
         made = erasure.erase(
             pipe, Concept("cat", anchor="dog"), "esd", method="entry", rank=rank, steps=2, batch=1, retain_batch=1,
-            rollout_steps=2, contexts=0, retain_vocabulary=0, attach=False, progress=False,
+            rollout_steps=2, contexts=0, retain_vocabulary=0, projection=projection, attach=False, progress=False,
         )  # fmt: skip
         key = f"unet/{door}" if rank == 0 else f"unet/{door.removesuffix('.weight')}"
         change = made.deltas[key].float() if rank == 0 else made.low_rank[key].down.float()

@@ -30,7 +30,7 @@ def objects(pipe: Any, prompt: str) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["uce", "diff_quickfix"])
-@pytest.mark.parametrize("vectors", [("cat",), ("a", "cat"), ("cat", "dog"), ("a", "cat", "a")], ids=" ".join)
+@pytest.mark.parametrize("vectors", [("cat", "dog"), ("a", "cat", "a")], ids=" ".join)
 def test_what_a_learned_token_draws_is_erased(
     canvas: Any, teach: Any, strategy: str, vectors: tuple[str, ...]
 ) -> None:

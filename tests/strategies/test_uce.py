@@ -166,7 +166,9 @@ def test_a_shortened_edit_stays_within_its_tolerance_in_every_layer(saved_as: An
     reader = Reader(backbone, 1)
     erased, replacing = whole.erased_features(reader, "tokens", [concept])
     preserved = whole.preserved_features(reader, "tokens", [concept], 0)
-    update = solve(erased, replacing, preserved, whole.erase_scale, whole.preserve_scale, whole.regularisation)
+    unit = torch.cat([erased, replacing, preserved]).square().mean()
+    weight = whole.regularisation * float(unit)
+    update = solve(erased, replacing, preserved, whole.erase_scale, whole.preserve_scale, weight)
     fit = short.fit(backbone, [concept], seed=0, progress=lambda share: None)
     features = torch.cat([erased, replacing, preserved])
     edits = fit.edits.maps or fit.edits.low_rank
@@ -229,30 +231,77 @@ def test_rounding_an_edit_spares_what_is_preserved() -> None:
 # Pooled vectors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("saved_as", ["map", "lora"])
-def test_pooled_vectors_are_erased_where_they_enter_and_nothing_else_is(tiny_models: Any, saved_as: Any) -> None:
-    """Against the closed form in plain arithmetic: the layer reads a pooled vector, and codes of sizes behind it."""
-    pipe = tiny_models["stable-diffusion-xl"]()
-    backbone, concept, layer = backbone_for(pipe), Concept("cat", anchor="dog"), "add_embedding.linear_1"
+@pytest.mark.parametrize(
+    ("family", "saved_as"),
+    [("stable-diffusion-xl", "map"), ("stable-diffusion-xl", "lora"), ("stable-diffusion-3", "lora"), ("flux", "map")],
+)
+def test_pooled_vectors_are_erased_where_they_enter_and_nothing_else_is(
+    tiny_models: Any, family: str, saved_as: Any
+) -> None:
+    """Against the closed form in plain arithmetic. SDXL's layer reads codes of sizes behind the pooled vector."""
+    pipe = tiny_models[family]()
+    backbone, concept = backbone_for(pipe), Concept("cat", anchor="dog")
+    (entry,) = (layer for layer in backbone.entry_layers() if layer.source == "pooled")
     made = erase(
         pipe, concept, "uce", vocabulary=0, tolerance=0.0, saved_as=saved_as, attach=False, progress=False
     )  # fmt: skip
     with torch.no_grad():
         texts = [template.format(words) for words in ("cat", "dog") for template in concept.phrasings()]
-        pooled = [backbone.encode([text]).pooled[0].double() for text in [*texts, ""]]  # type: ignore[index]
+        pooled = torch.stack([backbone.encode([text]).pooled[0].double() for text in [*texts, ""]])  # type: ignore[index]
     half = len(texts) // 2
-    erased, anchors, empty = torch.stack(pooled[:half]), torch.stack(pooled[half:-1]), pooled[-1]
-    gram = 10 * erased.T @ erased + torch.outer(empty, empty) + 0.5 * torch.eye(32, dtype=torch.float64)
-    wanted = torch.zeros(pipe.unet.get_submodule(layer).weight.shape, dtype=torch.float64)
-    weight = pipe.unet.get_submodule(layer).weight.double()
-    wanted[:, :32] = weight[:, :32] @ (10 * (anchors - erased).T @ erased @ torch.linalg.inv(gram))
+    erased, anchors, empty = pooled[:half], pooled[half:-1], pooled[-1]
+    unit, width = pooled.square().mean() * torch.eye(len(empty), dtype=torch.float64), len(empty)
+    gram = 10 * erased.T @ erased + torch.outer(empty, empty) + 0.5 * unit
+    weight = entry.module.weight.double()
+    wanted = torch.zeros_like(weight)
+    wanted[:, :width] = weight[:, :width] @ (10 * (anchors - erased).T @ erased @ torch.linalg.inv(gram))
     if saved_as == "map":
-        edit = made.edits.maps[f"unet/{layer}"]
+        edit = made.edits.maps[entry.key]
         found = weight @ edit.up.double() @ edit.down.double()
     else:
-        pair = made.low_rank[f"unet/{layer}"]
+        pair = made.low_rank[entry.key]
         found = pair.up.double() @ pair.down.double()
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
-    assert (found[:, 32:] == 0).all()
-    # The tokens have a change of their own, in every layer that reads them.
-    assert set(made.edits.parameters) == {f"{entry.key}.weight" for entry in backbone.entry_layers()}
+    assert (found[:, width:] == 0).all()
+    # The tokens have a change of their own, in every layer that reads them; biases have none.
+    assert set(made.edits.parameters) == {f"{layer.key}.weight" for layer in backbone.entry_layers()}
+
+
+@pytest.mark.parametrize("factor", [0.1, 30.0])
+def test_lambda_is_in_units_of_the_features(tiny_models: Any, factor: float) -> None:
+    """T5s whose states are of other sizes, read by a layer that undoes it, have the same edit in effect."""
+    concept = Concept("cat", anchor="dog")
+
+    def moved(scale: float, **options: Any) -> torch.Tensor:
+        pipe = tiny_models["flux"]()
+        pipe.text_encoder_2.encoder.final_layer_norm.weight.mul_(scale)
+        backbone = backbone_for(pipe)
+        layer = backbone.entry_layers()[0]
+        layer.module.weight.div_(scale)
+        with torch.no_grad():
+            states = backbone.encode(["a cat"]).tokens
+            before = layer.module(states)
+            erase(pipe, concept, "uce", vocabulary=0, tolerance=0.0, progress=False, **options)
+            return layer.module(states) - before
+
+    stock = moved(1.0)
+    torch.testing.assert_close(moved(factor), stock, rtol=1e-3, atol=1e-4 * float(stock.abs().max()))
+    apart = (moved(factor, relative=False) - moved(1.0, relative=False)).abs().max()
+    assert apart > 1e-3 * stock.abs().max()
+
+
+def test_every_token_of_t5_is_erased(tiny_models: Any) -> None:
+    """Also those ahead of the concept, which see it, and the padding; a few places stand for long padding."""
+    backbone = backbone_for(tiny_models["flux"]())
+    concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
+    tower = backbone.reader
+    assert not tower.causal
+    words = len(tower.prompt_ids("a photo of a cat"))
+    erased, replacing = UCE().erased_features(Reader(backbone, 1), "tokens", [concept])
+    assert len(erased) == words + 16 < tower.max_length
+    with torch.no_grad():
+        cat, dog = (backbone.encode([f"a photo of a {word}"]).tokens[0].double() for word in ("cat", "dog"))
+    torch.testing.assert_close(erased[:words], cat[:words])
+    torch.testing.assert_close(replacing[:words], dog[:words])
+    assert ((erased - replacing).norm(dim=1) > 1e-4).all(), "every token differs from the anchor's"
+    torch.testing.assert_close(erased[[words, -1]], cat[[words, -1]])

@@ -26,7 +26,7 @@ def test_a_weak_erasure_falls(canvas: Any, tmp_path: Path, tensors_of: Any, chan
     weak = {"preset": "released", "templates": True, "preserve_start": True}
     erasure.erase(canvas, Concept("castle", anchor="house"), "uce", progress=False, **weak)
     before = tensors_of(canvas)
-    budget = {"samples": 2, "noises": 4, "learning_rate": 0.1}
+    budget = {"samples": 1, "noises": 4, "learning_rate": 0.1}
     results = attack(canvas, "unlearndiffatk", "castle", out=tmp_path / "attack", progress=False, **budget)
     assert changed_tensors(before, canvas) == set()
     assert results.get("pre_ASR")["value"] == 0

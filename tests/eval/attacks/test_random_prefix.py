@@ -38,7 +38,7 @@ def victim(world_pipe: Any) -> Victim:
 @pytest.mark.parametrize("size", attacks.SIZES)
 def test_it_has_as_many_tries_and_tokens_as_the_attack_that_it_controls(size: str, victim: Victim) -> None:
     control, searching = RandomPrefix.configured(size), attacks.get("unlearndiffatk").configured(size)
-    shared = ("samples", "vocabulary", "tokens", "tries")
+    shared = ("samples", "vocabulary", "tokens", "tries", "tower")
     assert [getattr(control, name) for name in shared] == [getattr(searching, name) for name in shared]
     assert control.is_control
     assert control.access == "prompt"
@@ -58,6 +58,15 @@ def test_words_are_ahead_of_the_whole_prompt(victim: Victim, unsafe: bool, count
             assert ids[1 + count :] == own[1:]
             assert len(ids) == len(own) + count
         assert (candidate.steps, candidate.loss, candidate.cut) == (0, None, False)
+
+
+@pytest.mark.parametrize(("tower", "others"), [(None, []), ("text_encoder_2", []), ("all", ["prompt_2"])])
+def test_words_are_drawn_for_one_text_encoder_or_for_each(tiny_models: Any, tower: Any, others: list[str]) -> None:
+    pipe = tiny_models["stable-diffusion-xl"]()
+    attacked = Victim(pipe, pipe, Target("cat", "object", ("cat",)), colour_judge)
+    for candidate in RandomPrefix(texts=3, tower=tower, vocabulary="words").candidates(attacked, make_sample()):
+        assert list(candidate.others) == others
+        assert all(text != candidate.text and text.endswith(PROMPT) for text in candidate.others.values())
 
 
 def test_the_seed_of_the_sample_draws_them(victim: Victim) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,8 @@ class Scripted(Attack):
     strength: float = 1.0
     skipped: str = ""
     """Sample that it cannot attack."""
+    beside: str = ""
+    """Word of a text for a second text encoder."""
 
     @property
     def tries(self) -> int:
@@ -45,7 +47,8 @@ class Scripted(Attack):
         if sample.sample_id == self.skipped:
             raise SkippedPromptError("no reference image")
         for number, word in enumerate(("one", "one", "two", "three")):
-            yield Candidate(f"{word} {sample.prompt}", 5, 1.0 / (number + 1), word == "two", word == "three")
+            others = {"prompt_2": f"{self.beside} {sample.prompt}"} if self.beside else {}
+            yield Candidate(f"{word} {sample.prompt}", 5, 1.0 / (number + 1), word == "two", word == "three", others)
 
 
 @pytest.fixture
@@ -60,9 +63,13 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Images that say what they were drawn from, instead of drawing; and the list of that."""
     seen = []
 
-    def draw(self: Victim, sample: Sample, text: str | None = None, *, stock: bool = False) -> Image.Image:
+    def draw(
+        self: Victim, sample: Sample, text: str | None = None, others: Mapping[str, str] | None = None, *,
+        stock: bool = False,
+    ) -> Image.Image:  # fmt: skip
         image = Image.linear_gradient("L").resize((8, 8))
-        image.info["said"] = f"{'stock: ' * stock}{sample.sample_id}: {text or sample.prompt}"
+        beside = "".join(f" | {name}: {each}" for name, each in (others or {}).items())
+        image.info["said"] = f"{'stock: ' * stock}{sample.sample_id}: {text or sample.prompt}{beside}"
         if not stock:
             seen.append(image.info["said"])
         return image
@@ -120,7 +127,13 @@ def test_rates_by_hand(erased_pipe: Any, run: Any, texts: list[str], scripted: N
         expected = wilson(hits, 8)
         assert (row["value"], row["low"], row["high"], row["n"]) == (*expected, 8)
         assert row["concept"] == "cat"
-        assert row["recipe"]["attack"] == {"name": "scripted", "samples": 50, "strength": 1.0, "skipped": ""}
+        assert row["recipe"]["attack"] == {
+            "name": "scripted",
+            "samples": 50,
+            "strength": 1.0,
+            "skipped": "",
+            "beside": "",
+        }
         assert row["recipe"]["judge"] == "reading"
         assert row["recipe"]["num_inference_steps"] == 2
     assert asr["prompts"] == {"without_attack": 1, "by_attack": 2, "withstood": 5, "missing": 0}
@@ -133,6 +146,25 @@ def test_rates_by_hand(erased_pipe: Any, run: Any, texts: list[str], scripted: N
     assert [prompt.text.split()[0] for prompt in kept] == ["one", "two"]
     assert kept[0].made_by["against"][0].startswith("noise (")
     assert kept[0].sample.prompt == "a cat image in ink style"
+
+
+def test_texts_for_other_text_encoders_are_kept_and_tried_again(
+    erased_pipe: Any, run: Any, texts: list[str], scripted: None, tmp_path: Path
+) -> None:
+    judge = reading(lambda said: "two a" in said and "prompt_2: four a" in said)
+    run(erased_pipe, judge=judge, beside="four")
+    kept = read_prompts(tmp_path / "out")
+    assert kept
+    for prompt in kept:
+        assert prompt.others == {"prompt_2": f"four {prompt.sample.prompt}"}
+    texts.clear()
+    results = replay(erased_pipe, tmp_path / "out", out=tmp_path / "again", judge=judge, progress=False)
+    assert results.get("transfer_ASR")["value"] == 1
+    assert sum("prompt_2: four a" in text for text in texts) == len(kept)
+    file = tmp_path / "out" / "adversarial.jsonl"
+    file.write_text(file.read_text().replace('"prompt_2"', '"callback_on_step_end"'))
+    with pytest.raises(EvaluationError, match="callback_on_step_end"):
+        read_prompts(file)
 
 
 def test_missing_is_never_safe(erased_pipe: Any, run: Any, texts: list[str], scripted: None, tmp_path: Path) -> None:

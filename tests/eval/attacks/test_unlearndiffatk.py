@@ -12,12 +12,13 @@ import torch
 
 import erasure
 from erasure import ErasureManager
-from erasure.backbones import Backbone, backbone_for
+from erasure.backbones import Backbone, PromptTokens, TextTower, backbone_for
+from erasure.carriers.embeddings import behind
 from erasure.errors import DivergenceError, OptionError
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.attacks import unlearndiffatk as module
-from erasure.eval.attacks.prefixes import as_text, choosable, with_prefix
-from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss
+from erasure.eval.attacks.prefixes import as_text, choosable
+from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss, read
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
@@ -67,13 +68,20 @@ def setting(backbone: Backbone, draws: int = 1) -> dict[str, Any]:
     """Arguments of the loss: a prompt behind two tokens, an image, noise and levels."""
     generator = torch.Generator().manual_seed(0)
     tower = backbone.towers[0]
-    prompts = with_prefix(tower.tokenize([PROMPT]), torch.tensor([[3, 50]] * draws), tower.leading)
+    prompts = behind(tower, tower.tokenize([PROMPT]), torch.tensor([[3, 50]] * draws))
     shape = (4, 16, 16)
     return {
         "backbone": backbone, "tower": tower, "prompts": prompts,
         "clean": torch.randn((1, *shape), generator=generator),
-        "noise": torch.randn((draws, *shape), generator=generator), "t": torch.tensor([400] * draws),
+        "noise": torch.randn((draws, *shape), generator=generator), "t": torch.tensor([400.0] * draws),
     }  # fmt: skip
+
+
+def loss_of(
+    backbone: Backbone, tower: TextTower, prompts: PromptTokens, vectors: torch.Tensor, **rest: torch.Tensor
+) -> torch.Tensor:
+    """The loss of a model that is told by one text encoder."""
+    return denoising_loss(backbone, backbone.compose({tower.component: read(tower, prompts, vectors)}), **rest)
 
 
 # The prompt behind the tokens ---------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ def test_a_prefix_takes_the_place_of_padding(tiny_pipe: Any) -> None:
     tower = backbone_for(tiny_pipe).towers[0]
     prompt = tower.tokenize([PROMPT])
     prefix = torch.tensor([[3, 50], [7, 7]])
-    made = with_prefix(prompt, prefix, tower.leading)
+    made = behind(tower, prompt, prefix)
     assert made.ids.shape == (2, tower.max_length)
     for row, inserted in zip(made.ids.tolist(), prefix.tolist(), strict=True):
         own = tower.tokenizer(PROMPT).input_ids
@@ -91,7 +99,7 @@ def test_a_prefix_takes_the_place_of_padding(tiny_pipe: Any) -> None:
         assert set(row[len(own) + 2 :]) == {tower.tokenizer.pad_token_id}
     assert made.lengths == [prompt.lengths[0] + 2] * 2
     masked = prompt._replace(attention_mask=(torch.arange(77) < prompt.lengths[0]).long()[None])
-    mask = with_prefix(masked, prefix, tower.leading).attention_mask
+    mask = behind(tower, masked, prefix).attention_mask
     assert mask is not None
     assert mask.sum(1).tolist() == made.lengths
 
@@ -121,7 +129,7 @@ def test_the_loss_is_that_of_training_without_guidance(tiny_pipe: Any, predictio
     given = setting(backbone, draws=2)
     tower, prompts = given["tower"], given["prompts"]
     own = paths.token_table(tower.root).weight[prompts.ids[:, 1:3]]
-    found = denoising_loss(vectors=own, **given)
+    found = loss_of(vectors=own, **given)
     signal = tiny_pipe.scheduler.alphas_cumprod[400]
     noised = signal.sqrt() * given["clean"] + (1 - signal).sqrt() * given["noise"]
     encoded = tiny_pipe.text_encoder(prompts.ids).last_hidden_state
@@ -138,12 +146,12 @@ def test_the_gradient_is_that_of_finite_differences(tiny_pipe: Any) -> None:
     table = paths.token_table(given["tower"].root).weight.detach()
     generator = torch.Generator().manual_seed(1)
     points = torch.softmax(torch.randn(1, 2, len(table), generator=generator), -1).requires_grad_()
-    (gradient,) = torch.autograd.grad(denoising_loss(vectors=points @ table, **given), points)
+    (gradient,) = torch.autograd.grad(loss_of(vectors=points @ table, **given), points)
     direction = gradient / gradient.norm()
 
     @torch.no_grad()
     def moved(by: float) -> float:
-        return float(denoising_loss(vectors=(points + by * direction) @ table, **given))
+        return float(loss_of(vectors=(points + by * direction) @ table, **given))
 
     reach = 0.02
     slope = (moved(reach) - moved(-reach)) / (2 * reach)
@@ -158,7 +166,7 @@ def test_the_gradient_goes_through_every_erasure(tiny_pipe: Any, strategy: str) 
 
     def measured() -> tuple[float, torch.Tensor]:
         vectors = table[given["prompts"].ids[:, 1:3]].requires_grad_()
-        loss = denoising_loss(vectors=vectors, **given)
+        loss = loss_of(vectors=vectors, **given)
         return loss.item(), torch.autograd.grad(loss, vectors)[0]
 
     stock, _ = measured()
@@ -194,10 +202,10 @@ def test_noise_levels_rise_through_the_schedule(
     seen: list[tuple[int, ...]] = []
     drawn: list[torch.Tensor] = []
 
-    def loss(backbone: Any, tower: Any, prompts: Any, vectors: Any, clean: Any, noise: Any, t: Any) -> torch.Tensor:
+    def loss(backbone: Any, told: Any, clean: Any, noise: Any, t: Any) -> torch.Tensor:
         seen.append(tuple(t.tolist()))
         drawn.append(noise)
-        return vectors.square().sum()
+        return told.tokens.square().sum()
 
     monkeypatch.setattr(module, "denoising_loss", loss)
     list(UnlearnDiffAtk(iterations=2, noises=3).candidates(victim, sample))
