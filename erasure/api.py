@@ -19,7 +19,7 @@ from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
-from erasure.carriers.embeddings import learned_tokens
+from erasure.carriers.embeddings import learned_tokens, refuse_half_learned
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept
 from erasure.errors import (
@@ -80,7 +80,7 @@ def erase(
 
     Raises:
         UnknownStrategyError: No such strategy.
-        ConceptError: A concept that has no known token.
+        ConceptError: A concept that has no known token, or a learned one that only one of two CLIPs has.
         OptionError: An option that the strategy does not have, or a value that it does not allow.
         AttachError: The name is taken.
         UnsupportedModelError: The family or the state of the model does not allow it.
@@ -107,6 +107,7 @@ def erase(
     if attach:
         # Known before the work, not after it.
         manager.check_name(name or default_name(wanted, method.name))
+    refuse_half_learned(backbone.towers, [text for concept in wanted for text in concept.texts()])
     for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
         for tower in backbone.towers:
             tower.check_words(words)

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from erasure import files
+from erasure.backbones import reads_kohya_names
 from erasure.cards import model_card
 from erasure.carriers.edits import Edits, LowRank
 from erasure.carriers.lora_names import is_read_by_stock
@@ -115,7 +116,7 @@ class Erasure:
         }
         if others := self.edits.delta_state_dict():
             contents[DELTA_FILE] = save(_apart(others))
-        if factors := self.edits.lora_state_dict():
+        if factors := self.edits.lora_state_dict(kohya=reads_kohya_names(self.config.family)):
             contents[LORA_FILE] = save(_apart(factors), metadata={"format": "pt"})
         return contents
 

@@ -138,7 +138,7 @@ class ErasureManager:
         with self._switching() as modules:
             self.check_name(name)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
-            attached = replace(attached, beside=check_fit(modules, sources, name, erasure, check_base))
+            attached = replace(attached, beside=check_fit(self.pipe, sources, name, erasure, check_base))
             warn_of_misfits(self.pipe, name, erasure, self.erasures)
             records, states = {}, self._states()
             for component in {**sources, **states}:

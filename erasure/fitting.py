@@ -23,8 +23,8 @@ from erasure.errors import (
     WrongBaseError,
 )  # fmt: skip
 from erasure.interop import paths
+from erasure.interop.pipelines import components_of
 from erasure.state import Attached, ComponentState
-from erasure.world import World
 
 CONTROLNET = "controlnet"
 
@@ -55,7 +55,8 @@ def sources_of(
     backbone = backbone_for(pipe)
     if erasure.config.family != backbone.family:
         raise WrongBaseError(
-            f"the erasure {name!r} is for {erasure.config.family}, this {type(pipe).__name__} is {backbone.family}"
+            f"the erasure {name!r} is for {erasure.config.family}, this {type(pipe).__name__} is {backbone.family}: "
+            f"load a model of {erasure.config.family}, or make the erasure anew with this one"
         )
     if not len(erasure.edits):
         raise NoMatchingModuleError(f"the erasure {name!r} changes nothing: it holds no tensors")
@@ -65,6 +66,7 @@ def sources_of(
     editable = {backbone.denoiser_component, *(tower.component for tower in backbone.towers)}
     for component in {*erasure.components, *erasure.edits.pinned}:
         if component not in editable:
+            refuse_left_out(pipe, name, component)
             raise WrongBaseError(
                 f"the erasure {name!r} edits {component!r}, which this pipeline lacks or which no erasure may edit "
                 f"(here: {', '.join(sorted(editable))})"
@@ -81,8 +83,23 @@ def sources_of(
     return sources
 
 
+def refuse_left_out(pipe: DiffusionPipeline, name: str, component: str) -> None:
+    """Raise `WrongBaseError` when a pipeline was loaded without a part that an erasure needs and it has a place for.
+
+    Args:
+        pipe: The pipeline.
+        name: What the erasure is called.
+        component: The part.
+    """
+    if component in pipe.components and pipe.components[component] is None:
+        raise WrongBaseError(
+            f"the erasure {name!r} was made with the {component}, which was left out of this {type(pipe).__name__} "
+            f"({component}=None): load the pipeline with it, or make the erasure anew without it"
+        )
+
+
 def check_fit(
-    modules: Mapping[str, nn.Module], sources: Mapping[str, str], name: str, erasure: Erasure, check_base: bool
+    pipe: DiffusionPipeline, sources: Mapping[str, str], name: str, erasure: Erasure, check_base: bool
 ) -> frozenset[str]:
     """Check that every edit of an erasure can be put in place.
 
@@ -90,7 +107,7 @@ def check_fit(
         The components where it must run beside the layers, because their weights are quantised.
 
     Args:
-        modules: The networks of the pipeline.
+        pipe: The pipeline.
         sources: See `sources_of`.
         name: What the erasure is called, for messages.
         erasure: The erasure.
@@ -102,7 +119,7 @@ def check_fit(
         UnsupportedModelError: A full-rank edit on quantised weights, or fused projections.
         AttachError: Quantised and plain weights are mixed, or something else changed an edited parameter.
     """
-    beside = []
+    beside, modules = [], components_of(pipe)
     digests = erasure.config.base.get("tensors", {}) if check_base else {}
     for component, source in sources.items():
         module = modules[component]
@@ -125,6 +142,7 @@ def check_fit(
         weights.check_fits(component, module, written, edits, own)
     for component, digest in erasure.config.base.get("text_encoders", {}).items() if check_base else ():
         encoder = modules.get(component)
+        refuse_left_out(pipe, name, component)
         found = None if encoder is None else ComponentState.of(encoder)
         written = weights.Written() if found is None else found.record.written
         if encoder is None or not weights.same_base(weights.sample(encoder, written), digest):
@@ -181,7 +199,7 @@ def warn_of_misfits(pipe: DiffusionPipeline, name: str, erasure: Erasure, attach
         erasure: What is to be attached.
         attached: The erasures that are attached already, by name.
     """
-    backbone = backbone_for(pipe, length=World.of(pipe).text_length)
+    backbone = backbone_for(pipe)
     warn_of_unlike_tokens(name, backbone.towers, erasure.config.base.get("learned_tokens", {}))
     warn_of_unlike_lengths(name, erasure, backbone, attached)
     warn_of_same_edits(name, erasure, attached)

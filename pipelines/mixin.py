@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -15,7 +15,7 @@ from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.baked import leave_trace
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, AttachError
+from erasure.errors import ArtifactError, AttachError, UnsupportedModelError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.files.recognise import MODEL_FILE
 from erasure.fitting import check_strength
@@ -46,6 +46,9 @@ def parts_left_out(folder: Path) -> dict[str, None]:
     return {name: None for name, value in said.items() if value == [None, None]}
 
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+"""Options of `from_pretrained` that say how files are fetched."""
+
 Method = TypeVar("Method", bound=Callable[..., object])
 
 
@@ -72,6 +75,32 @@ def read_attached(folder: Path) -> dict[str, tuple[Erasure, float]]:
         name: (Erasure.read(inside(folder / ERASURES_FOLDER, name)), check_strength(strength))
         for name, strength in strengths.items()
     }
+
+
+def check_kind(kind: type[DiffusionPipeline], model: str | Path, options: Mapping[str, object]) -> None:
+    """Refuse the files of one family for the drop-in of another, which may load them with parts left out.
+
+    Args:
+        kind: The drop-in.
+        model: A folder or a repository of the Hub.
+        options: As of `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: Another drop-in stands in for the class that the files name.
+    """
+    from erasure.pipelines import PIPELINES
+
+    try:
+        config = kind.load_config(model, **{name: options[name] for name in HUB_OPTIONS if name in options})
+    except (OSError, ValueError):
+        return  # The stock method says what is wrong with them.
+    named, drop_ins = config.get("_class_name", ""), PIPELINES["text-to-image"]
+    fits = any(issubclass(kind, each[named]) for each in PIPELINES.values() if named in each)
+    if named in drop_ins and not fits:
+        raise UnsupportedModelError(
+            f"{str(model)!r} is a {named}, which {kind.__name__} is not for: use {drop_ins[named].__name__}, or "
+            "erasure.load_pipeline, which finds the class"
+        )
 
 
 def in_one_state(method: Method) -> Method:
@@ -279,10 +308,12 @@ class ErasureMixin(SharedModulesMixin):
 
         Raises:
             ArtifactError: A folder of that kind that lacks one of its parts.
+            UnsupportedModelError: The files are of a family with another drop-in.
         """
         folder = Path(str(pretrained_model_name_or_path))
         if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
             return cls.load_erased_pipeline(folder, **options)
+        check_kind(cls, pretrained_model_name_or_path, options)  # type: ignore[arg-type]
         left_out = parts_left_out(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **{**left_out, **options})  # type: ignore[misc]
 

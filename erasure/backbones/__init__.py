@@ -50,6 +50,11 @@ def backbone_for(
     raise UnsupportedModelError(f"{type(pipe).__name__}{found} belongs to no supported family ({known}){hint}")
 
 
+def reads_kohya_names(family: str) -> bool:
+    """Whether the loaders of a family's models read the names that kohya gives the layers of a LoRA."""
+    return any(known.family == family and known.reads_kohya_names for known in FAMILIES)
+
+
 __all__ = [
     "FAMILIES",
     "AttentionSite",
@@ -63,5 +68,6 @@ __all__ = [
     "attention_sites",
     "backbone_for",
     "known_of",
+    "reads_kohya_names",
     "text_towers",
 ]

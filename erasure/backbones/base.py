@@ -72,6 +72,8 @@ class Backbone(ABC):
 
     family: ClassVar[str]
     denoiser_component: ClassVar[str]
+    reads_kohya_names: ClassVar[bool] = False
+    """Whether loaders read the names that kohya gives the layers of a LoRA."""
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
@@ -111,8 +113,8 @@ class Backbone(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the denoiser."""
-        return next(self.denoiser.parameters()).dtype
+        """Precision that the denoiser computes in, which weights may be stored below."""
+        return cast(Denoiser, paths.uncompiled(self.denoiser)).dtype
 
     def attention_sites(self) -> list[AttentionSite]:
         """Every attention layer of the denoiser in order of execution."""

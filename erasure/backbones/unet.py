@@ -22,6 +22,7 @@ class UNetBackbone(Backbone):
     """Any pipeline with a `UNet2DConditionModel` and a VAE."""
 
     denoiser_component = "unet"
+    reads_kohya_names = True
 
     def lacks(self, need: Need) -> str:
         """See `Backbone.lacks`; a latent consistency UNet has no trajectories."""

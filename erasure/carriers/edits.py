@@ -158,7 +158,8 @@ class Edits:
     def is_empty(self) -> bool:
         """Whether every edit is nothing, so that no image would change."""
         total = 0.0
-        pairs = [(edit.down, edit.up) for edit in (*self.low_rank.values(), *self.maps.values())]
+        pairs = [(edit.down, edit.up) for edit in self.low_rank.values()]
+        pairs += [(edit.down, edit.up) for edit in self.maps.values()]
         for down, up in ((a.detach().double().cpu(), b.detach().double().cpu()) for a, b in pairs):
             # |up down|^2 without the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
@@ -222,13 +223,13 @@ class Edits:
             state[f"{key}/mapped.{number}"] = outputs
         return state
 
-    def lora_state_dict(self) -> dict[str, Tensor]:
+    def lora_state_dict(self, *, kohya: bool = True) -> dict[str, Tensor]:
         """The low-rank edits that stock pipelines load, under the names of LoRA files (scale 1).
 
-        See `erasure.carriers.lora_names`; the others are with `delta_state_dict`.
+        See `erasure.carriers.lora_names.file_names`; the others are with `delta_state_dict`.
         """
         read = {key: edit for key, edit in self.low_rank.items() if is_read_by_stock(key)}
-        names = file_names(read)
+        names = file_names(read, kohya=kohya)
         pairs = {name: tensor for key, edit in read.items() for name, tensor in zip(names[key], edit, strict=True)}
         return {name: tensor.contiguous() for name, tensor in pairs.items()}
 

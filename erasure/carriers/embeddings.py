@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.weights import fingerprint, same_base
-from erasure.errors import UnknownTokenWarning
+from erasure.errors import ConceptError, UnknownTokenWarning
 from erasure.interop import hooks, learned, paths
 from erasure.interop.hooks import ModelHook
 
@@ -92,6 +92,24 @@ def learned_tokens(towers: Iterable[TextTower], texts: Iterable[str]) -> Learned
         for tower in towers
     }
     return {component: words for component, words in each.items() if words}
+
+
+def refuse_half_learned(towers: Iterable[TextTower], texts: Iterable[str]) -> None:
+    """Raise `ConceptError` when one CLIP of several has learned a token that texts mention, and another spells it.
+
+    The pipeline would go on drawing what it stands for by the words of the one and the letters of the other, and
+    an erasure would be fitted to both. T5 learns no tokens.
+    """
+    texts = list(texts)
+    each = {tower.component: set(learned.mentioned(texts, tower.tokenizer)) for tower in towers if tower.causal}
+    for component, words in each.items():
+        if missing := sorted(set().union(*each.values()) - words):
+            knowing = next(other for other, known in each.items() if missing[0] in known)
+            raise ConceptError(
+                f"{missing[0]} is a token that the tokeniser of {knowing} has learned, and that of {component} has "
+                f"not, which spells it: load it into both, load_textual_inversion(..., tokenizer="
+                f"pipe.{component.replace('text_encoder', 'tokenizer')}, text_encoder=pipe.{component})"
+            )
 
 
 def warn_of_unlike_tokens(name: str, towers: Iterable[TextTower], expected: Learned) -> None:

@@ -15,6 +15,8 @@ from erasure.interop.encoders import is_in_t5
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 """Prefix of each component. A second text encoder makes the first `lora_te1_`."""
 FIRST_OF_TWO = "lora_te1_text_model_"
+LDM = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
+"""Layers that kohya's names call as the model's first code did, for which loaders know no other name."""
 PARTS = sorted(
     (
         "down_blocks", "up_blocks", "mid_block", "attentions", "resnets", "downsamplers", "upsamplers",
@@ -37,11 +39,12 @@ def is_read_by_stock(key: str) -> bool:
     return not is_in_t5(key.partition("/")[2])
 
 
-def file_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+def file_names(keys: Iterable[str], *, kohya: bool = True) -> dict[str, tuple[str, str]]:
     """Names of the factors (down, up) of edited layers in a file.
 
     Args:
         keys: `component/path` of each layer.
+        kohya: Whether the model's loaders read kohya's names.
 
     Returns:
         Kohya's names where every layer has one, else those of diffusers: no loader takes both in one file.
@@ -50,7 +53,7 @@ def file_names(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     two = any(key.startswith("text_encoder_2/") for key in keys)
     stems = {key: _kohya(key, two) for key in keys}
     down, up = PAIRS[0]
-    if all(stem is not None for stem in stems.values()):
+    if kohya and all(stem is not None for stem in stems.values()):
         return {key: (f"{stem}{down}", f"{stem}{up}") for key, stem in stems.items()}
     down, up = PAIRS[1]
     return {key: (f"{_diffusers(key)}{down}", f"{_diffusers(key)}{up}") for key in keys}
@@ -68,13 +71,15 @@ def layer_of(stem: str) -> str | None:
 
 def _kohya(key: str, two: bool) -> str | None:
     component, _, path = key.partition("/")
-    flat = path.replace(".", "_")
+    flat = LDM.get(path) or path.replace(".", "_")
     if component not in KOHYA or _dotted(flat) != path:
         return None
     return (FIRST_OF_TWO if two and component == "text_encoder" else KOHYA[component]) + flat
 
 
 def _dotted(flat: str) -> str | None:
+    if (known := next((path for path, name in LDM.items() if name == flat), None)) is not None:
+        return known
     parts, at = [], 0
     while at < len(flat):
         found = PART.match(flat, at)

@@ -363,6 +363,11 @@ def is_beside(name: str, component: nn.Module, edits: Mapping[str, Edit]) -> boo
         try:
             found = paths.parameter(component, path)
         except AttributeError:
+            if (holder := paths.holder_of(component, path)) is not None:
+                raise UnsupportedModelError(
+                    f"{name}/{path} is held by a {type(holder).__name__} that gives no tensor for it, quantised in a "
+                    "way that is not supported: load the model plain, or with bitsandbytes, torchao or GGUF"
+                ) from None
             raise NoMatchingModuleError(
                 f"{name} has no {path!r}: the erasure was made for another architecture"
             ) from None

@@ -40,8 +40,9 @@ class RemoveOptions(ErasedModelOptions):
     """File for the image with the mask over it in red, also where what was found is refused."""
     prompt: str = ""
     """What should be in its place; background when left out."""
-    preset: str = "default"
-    """Settings by name: `default`, or the paper's code's: `official-sd15`, `official-sd21`, `official-sdxl`."""
+    preset: str | None = None
+    """Settings by name: `default`, `joint` for SD3 and Flux, or the paper's code's: `official-sd15`, `official-sd21`,
+    `official-sdxl`. The family's own when left out."""
     steps: int | None = None
     """Denoising steps; the model's own number when left out."""
     noise_strength: float | None = None
@@ -93,6 +94,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         "removal_guidance_scale": options.removal_guidance,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
+    preset = options.preset or pipe.own_preset
     with terminal.progress(1) as progress, progress.part():
         progress.stage("removing")
         scores = {}
@@ -106,7 +108,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         if options.overlay_out is not None:
             save(laid_over(image, used), options.overlay_out)
         results = pipe(
-            image, used, prompt=options.prompt, preset=options.preset, num_images_per_prompt=options.count,
+            image, used, prompt=options.prompt, preset=preset, num_images_per_prompt=options.count,
             generator=[torch.Generator("cpu").manual_seed(options.seed + index) for index in range(options.count)],
             **settings,
         ).images  # fmt: skip
@@ -117,9 +119,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.json:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
         found_words = {"words": scores} if scores else {}
-        terminal.result(
-            {"model": options.model, "preset": options.preset, **settings, **found_words, "images": written}
-        )
+        terminal.result({"model": options.model, "preset": preset, **settings, **found_words, "images": written})
     else:
         terminal.say(*map(str, files))
 

@@ -82,6 +82,14 @@ def parameter(component: nn.Module, path: str) -> Tensor:
     return found
 
 
+def holder_of(component: nn.Module, path: str) -> nn.Module | None:
+    """The module that should have a parameter of this path, and has something else of its name or nothing."""
+    try:
+        return base_layer(transformer_root(component).get_submodule(path.rsplit(".", 1)[0]))
+    except AttributeError:
+        return None
+
+
 def layer(component: nn.Module, path: str) -> nn.Module:
     """A module by canonical path, PEFT wrappers looked through."""
     return base_layer(transformer_root(component).get_submodule(path))

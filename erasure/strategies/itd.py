@@ -173,7 +173,9 @@ class ItD(Strategy):
             for name in (name for concept in concepts for name in concept.names):
                 tower.check_words(name)
         folders = dictionaries.assigned(self.dictionary, towers)
-        edits, log, gates = Edits(), {}, {}
+        edits = Edits()
+        log: dict[str, float] = {}
+        gates: dict[str, dict[str, Any]] = {}
         for index, tower in enumerate(towers):
 
             def report(share: float, index: int = index) -> None:

@@ -22,7 +22,6 @@ from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
 from erasure.images import flaw
 from erasure.interop import scopes
-from erasure.world import World
 
 
 class Verdict(NamedTuple):
@@ -55,9 +54,7 @@ class Victim:
         keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
     ) -> None:  # fmt: skip
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
-        world = World.of(pipe)
-        self.backbone = backbone_for(pipe, size=world.size, length=world.text_length)
-        self.references = 0
+        self.backbone, self.references = backbone_for(pipe), 0
 
     def draw(
         self, sample: Sample, text: str | None = None, others: Mapping[str, str] = MappingProxyType({}), *,

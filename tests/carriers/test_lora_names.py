@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from erasure.carriers.edits import Edits, LowRank
 from erasure.carriers.lora_names import file_names, layer_of
+from erasure.errors import ArtifactError
 
 XL: dict[str, Any] = {
     "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "use_linear_projection": True,
@@ -109,3 +110,41 @@ def test_both_kinds_of_names_are_read() -> None:
     for state in (ours, earlier):
         read = Edits.from_state_dicts({}, state).low_rank[key]
         assert all(torch.equal(a, b) for a, b in zip(read, edit, strict=True))
+
+
+def test_the_pooled_door_of_sdxl_has_the_name_that_every_loader_knows() -> None:
+    """As the layer was called first: `label_emb.0.0`. Names made of diffusers' own are read by none."""
+    key = "unet/add_embedding.linear_1"
+    down, up = file_names([key, "unet/mid_block.attentions.0.transformer_blocks.0.attn2.to_k"])[key]
+    assert (down, up) == ("lora_unet_label_emb_0_0.lora_down.weight", "lora_unet_label_emb_0_0.lora_up.weight")
+    assert layer_of("lora_unet_label_emb_0_0") == key
+    state = {down: torch.ones(1, 1), up: torch.ones(1, 1)}
+    found, _ = lora_conversion_utils._convert_non_diffusers_lora_to_diffusers(state)
+    plain = convert_unet_state_dict_to_peft({name.removeprefix("unet."): part for name, part in found.items()})
+    assert set(plain) == {f"add_embedding.linear_1.lora_{part}.weight" for part in "AB"}
+
+
+def test_low_rank_edits_of_t5_are_in_no_lora_file() -> None:
+    """Stock pipelines load no LoRA into T5 and say nothing, so none is offered to them."""
+    t5 = "text_encoder_2/encoder.block.0.layer.0.SelfAttention.o"
+    clip = "text_encoder/encoder.layers.0.self_attn.out_proj"
+    edits = Edits({key: LowRank(torch.ones(2, 3), torch.ones(4, 2)) for key in (t5, clip)})
+    assert {layer_of(name.rpartition(".lora_")[0]) for name in edits.lora_state_dict()} == {clip}
+    assert set(edits.delta_state_dict()) == {f"{t5}/low_rank.down", f"{t5}/low_rank.up"}
+    again = Edits.from_state_dicts(edits.delta_state_dict(), edits.lora_state_dict())
+    assert again.equals(edits)
+    assert set(again.low_rank) == {t5, clip}
+    with pytest.raises(ArtifactError, match="does not fit together"):
+        Edits.from_state_dicts(
+            {f"{clip}/low_rank.down": torch.ones(2, 3), f"{clip}/low_rank.up": torch.ones(4, 2)}, {}
+        )
+    with pytest.raises(ArtifactError, match="does not fit together"):
+        Edits.from_state_dicts({f"{t5}/low_rank.down": torch.ones(2, 3), f"{t5}/low_rank.up": torch.ones(4, 3)}, {})
+    with pytest.raises(ArtifactError, match="incomplete"):
+        Edits.from_state_dicts({f"{t5}/low_rank.down": torch.ones(2, 3)}, {})
+
+
+def test_models_with_a_transformer_have_diffusers_names() -> None:
+    """Their loaders read no names of kohya's for text encoders."""
+    key = "text_encoder/encoder.layers.0.mlp.fc1"
+    assert file_names([key], kohya=False)[key][0] == "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"

@@ -287,3 +287,14 @@ def test_the_pooled_vector_follows_an_edit_in_the_middle_of_its_encoder(pipe: An
 def test_stock_pipelines_know_nothing_of_it(original: Any) -> None:
     assert isinstance(original, StableDiffusionXLPipeline)
     assert "encode_prompt" not in vars(original)
+
+
+@pytest.mark.compile
+def test_compiled_encoders_are_told_too(pipe: Any) -> None:
+    torch.compiler.reset()
+    ErasureManager(pipe).add(erasure_of(pipe, None, CAT), "cat")
+    wanted = encoded(pipe, [CAT, DOG])
+    pipe.text_encoder.compile(backend="eager")
+    for part, same in zip(encoded(pipe, [CAT, DOG]), wanted, strict=True):
+        torch.testing.assert_close(part, same)
+    torch.testing.assert_close(encoded(pipe, [DOG, CAT])[0][1], wanted[0][0])

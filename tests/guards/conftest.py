@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from erasure import backbones
 from erasure.pipelines import pipeline_class
 
-FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma")
-"""Families with a drop-in."""
+FAMILIES = tuple(family.family for family in backbones.FAMILIES)
+"""Every known family: each has a tiny model and a drop-in."""
 
 
 @pytest.fixture(scope="session")

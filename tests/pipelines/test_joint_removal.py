@@ -158,7 +158,7 @@ def test_that_it_is_an_experiment_is_said_once(pipe: Any, monkeypatch: pytest.Mo
         warnings.simplefilter("always")
         for _ in range(2):
             run(pipe, num_inference_steps=2)
-            pipe.localize(IMAGE, "cat", num_inference_steps=4, max_sequence_length=8)
+            pipe.localize(IMAGE, "cat", num_inference_steps=4)
     said = [str(one.message) for one in caught if issubclass(one.category, ExperimentalWarning)]
     assert [text.split(" with ")[0] for text in said] == ["object removal", "finding things"]
 
@@ -218,6 +218,21 @@ def test_maps_are_shares_of_the_attention_to_text_in_materialised_matrices(famil
     wanted = torch.stack(shares).mean(0).view(8, 8)
     assert (found[0, 1] - wanted).abs().max() < 1e-5
     assert (found[0, 0] + wanted).abs().max() < 1e-5
+
+
+def test_prompts_have_the_length_that_the_model_declares(tiny_models: Any) -> None:
+    """32 tokens, where T5 pads to 512 by itself: for finding, and for the stock loop."""
+    pipe = FluxObjectRemovalPipeline.from_pipe(tiny_models["flux"]())
+    pipe.set_progress_bar_config(disable=True)
+    lengths: list[int] = []
+    pipe.transformer.context_embedder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    pipe.localize(IMAGE, "cat", num_inference_steps=4)
+    assert set(lengths) == {32}
+    lengths.clear()
+    pipe(IMAGE, MASK, num_inference_steps=2)
+    assert set(lengths) == {32}
+    pipe(IMAGE, MASK, num_inference_steps=2, max_sequence_length=16)
+    assert lengths[-1] == 16
 
 
 def test_a_model_that_masks_its_text_is_refused(tiny_models: Any) -> None:

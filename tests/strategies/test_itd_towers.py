@@ -15,7 +15,7 @@ from erasure.backbones import TextTower, backbone_for
 from erasure.carriers.features import FeatureEdit
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ConceptError, OptionError, WrongBaseError
-from erasure.sae import SAEConfig, SparseAutoencoder, dictionaries, save
+from erasure.sae import SAEConfig, SparseAutoencoder, dictionaries, mining, save
 from erasure.sae.detection import Detection, detect_concepts
 from erasure.sae.stream import block_fingerprint, middle_block
 from erasure.strategies import itd
@@ -165,7 +165,10 @@ def test_a_block_that_no_denoiser_reads_is_never_the_middle_one(tiny_clip: Any, 
 
 @pytest.mark.parametrize("options", [{"mode": "replace"}, {"mode": "clamp"}, {"tokens": "word"},
                                      {"mining_steps": 2}], ids=str)  # fmt: skip
-def test_every_way_of_editing_reaches_every_text_encoder(pipe: Any, both: str, options: dict[str, Any]) -> None:
+def test_every_way_of_editing_reaches_every_text_encoder(
+    pipe: Any, both: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "IMAGES", 1)
     stock = pipe.encode_prompt("a photo of a cat", device="cpu")
     made = erasure.erase(pipe, "cat", "itd", dictionary=both, **{**QUICK, "attach": True, **options})
     after = pipe.encode_prompt("a photo of a cat", device="cpu")

@@ -17,8 +17,8 @@ from .company import InCompany
 from .looks import one_thread, relative
 from .model import Kit, ReferencePipe, draw, encode, foreign, option, tensors_of, user_lora
 
-STEPS = option("STRESS_STEPS", 2000)
-"""How many steps are taken in all: `STRESS_STEPS=20000` for the long run."""
+STEPS = option("STRESS_STEPS", 500)
+"""How many steps are taken in all, about eleven a second: `STRESS_STEPS=20000` for the long run."""
 AT_ONCE = 50
 """Steps with one pipeline; some sequences are shorter."""
 KINDS = ("delta", "low", "over", "pin", "itd")
@@ -64,5 +64,5 @@ def test_any_sequence_of_calls(machine: Any, capsys: pytest.CaptureFixture[str])
             phases=[Phase.generate, Phase.shrink] if option("STRESS_SHRINK", 0) else [Phase.generate],
         ),
     )  # fmt: skip
-    # A sequence may end early, which the number of sequences makes up for on average.
-    assert machine.steps >= 0.95 * STEPS
+    # A sequence may end early, which the number of sequences makes up for on average, and on few less surely.
+    assert machine.steps >= 0.5 * STEPS

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from erasure.backbones import backbone_for
+from erasure.carriers.embeddings import behind
 from erasure.errors import OptionError
 from erasure.eval.attacks.prefixes import Prefixed, proposed
 from erasure.eval.attacks.random_prefix import RandomPrefix
-from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk
+from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss, read
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
+from erasure.interop import paths
 
 PROMPT = "a cat image in noto style"
 
@@ -113,3 +115,60 @@ def test_a_text_encoder_that_is_not_there_is_refused(tiny_pipe_original: Any, sa
             next(attack(tower="text_encoder_2").candidates(victim, sample))
         with pytest.raises(OptionError, match="'tower' is 'unet'"):
             attack.configured("smoke", tower="unet")
+
+
+# Families with a transformer ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["flux", "stable-diffusion-3", "chroma"])
+def flowing(request: pytest.FixtureRequest, tiny_models: Any) -> Any:
+    """A tiny pipeline of a family that flows: read it, never change it."""
+    return tiny_models[request.param]()
+
+
+@pytest.mark.parametrize("tower", [None, "text_encoder", "all"])
+def test_tokens_of_t5_and_of_clip_are_searched(flowing: Any, sample: Sample, tower: Any) -> None:
+    """T5's are ahead of the whole prompt, for it has no start token; the noise levels are those of flow matching."""
+    victim, seen = victim_of(flowing), []
+    backbone = victim.backbone
+    real = backbone.predict
+
+    def predict(x: torch.Tensor, t: torch.Tensor, told: Any, guidance: Any = None) -> torch.Tensor:
+        seen.append((x.detach(), float(t), guidance))
+        return real(x, t, told, guidance)
+
+    backbone.predict = predict  # type: ignore[method-assign]
+    attack = UnlearnDiffAtk(timesteps=2, iterations=2, learning_rate=0.1, vocabulary="words", tower=tower)
+    found = list(attack.candidates(victim, sample))
+    assert [t for _, t, _ in seen] == [250.0, 250.0, 750.0, 750.0]
+    assert {guidance for _, _, guidance in seen} == {None}
+    others = [each.component.replace("text_encoder", "prompt") for each in backbone.towers[1:]]
+    for candidate in found:
+        assert list(candidate.others) == (others if tower == "all" else [])
+        assert all(text.endswith(PROMPT) and text != PROMPT for text in (candidate.text, *candidate.others.values()))
+        assert not candidate.changed
+    assert victim.draw(sample, found[-1].text, found[-1].others).size == (32, 32)
+
+
+def test_the_loss_is_that_of_flow_matching(flowing: Any) -> None:
+    """`|e(x_t, c) - (eps - x)|^2` with `x_t = (1 - s) x + s eps`, no guidance, and a gradient in every vector."""
+    backbone = backbone_for(flowing)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn((n, *backbone.latents.shape()), generator=generator) for n in (1, 2))
+    t = torch.tensor([250.0, 750.0])
+    vectors, parts = [], {}
+    for tower in backbone.towers:
+        prompts = behind(tower, tower.tokenize([PROMPT]), torch.tensor([[3, 5], [6, 7]]))
+        assert prompts.ids[:, tower.leading : tower.leading + 2].tolist() == [[3, 5], [6, 7]]
+        own = paths.token_table(tower.root).weight[torch.tensor([[3, 5], [6, 7]])].requires_grad_()
+        vectors.append(own)
+        parts[tower.component] = read(tower, prompts, own)
+        torch.testing.assert_close(parts[tower.component].states, tower.encode(prompts).states)
+    told = backbone.compose(parts)
+    loss = denoising_loss(backbone, told, clean, noise, t)
+    share = (t / 1000).view(2, 1, 1, 1)
+    with torch.no_grad():
+        found = backbone.predict((1 - share) * clean + share * noise, t, told)
+    torch.testing.assert_close(loss, (found - (noise - clean)).square().mean())
+    gradients = torch.autograd.grad(loss, vectors)
+    assert all((gradient.abs().amax(-1) > 0).all() for gradient in gradients)
