@@ -79,10 +79,10 @@ def run(options: FullSize) -> int:
             print(f"{options.minutes:g} minutes are over: the same command goes on from {name}", file=sys.stderr)
             return 1
         print(f"{name} ...", file=sys.stderr, flush=True)
-        error = record.measure(name, partial(workbench.measure, name))
-        print(f"{name}: {error or 'done'}", file=sys.stderr, flush=True)
-        bad += bool(error)
-        if error:
+        failure = record.measure(name, partial(workbench.measure, name))
+        print(f"{name}: {failure or 'done'}", file=sys.stderr, flush=True)
+        bad += bool(failure)
+        if failure:
             # What the part has left behind, on the device or in the model.
             workbench.clear()
     print(options.out)

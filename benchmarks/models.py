@@ -103,7 +103,7 @@ def randomised(module: nn.Module, device: torch.device, dtype: torch.dtype) -> N
 # Parts that several families have ------------------------------------------------------------------------------------
 
 
-def clip(size: Size, heads: int, layers: int, projected: bool, activation: str = "quick_gelu") -> nn.Module:
+def clip(size: Size, heads: int, layers: int, projected: bool, activation: str = "quick_gelu") -> PreTrainedModel:
     """A text encoder of CLIP's kind; heads are 64 wide."""
     width = 64 * size.heads(heads)
     config = CLIPTextConfig(
@@ -114,12 +114,12 @@ def clip(size: Size, heads: int, layers: int, projected: bool, activation: str =
     return size.made(CLIPTextModelWithProjection if projected else CLIPTextModel, config)
 
 
-def clip_large(size: Size, projected: bool = False) -> nn.Module:
+def clip_large(size: Size, projected: bool = False) -> PreTrainedModel:
     """CLIP ViT-L/14's text encoder."""
     return clip(size, 12, 12, projected)
 
 
-def clip_big(size: Size) -> nn.Module:
+def clip_big(size: Size) -> PreTrainedModel:
     """OpenCLIP ViT-bigG/14's text encoder."""
     return clip(size, 20, 32, True, "gelu")
 
@@ -131,7 +131,7 @@ def words() -> CLIPTokenizer:
     return tokenizer
 
 
-def t5(size: Size) -> nn.Module:
+def t5(size: Size) -> PreTrainedModel:
     """The encoder of T5 v1.1 XXL."""
     width = 64 * size.heads(64)
     config = T5Config(

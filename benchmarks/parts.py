@@ -26,21 +26,23 @@ from erasure.cli.bench import measure, peak_memory, timed
 from erasure.cli.bench_attention import materialised
 from erasure.cli.bench_training import empty_cache
 from erasure.files import write_json
+from erasure.interop.protocols import Settings
 from erasure.pipelines.removal import StableDiffusionXLObjectRemovalPipeline
 
 CONCEPT = Concept("cat", anchor="dog", retain=("house",))
 PROMPT = "a photo of a dog"
 FEW, MORE = 1, 3
 """Updates of two runs; their difference leaves out what is done once, and the first update, which warms up."""
-ONE_STATE: Mapping[str, object] = {
+ONE_STATE: Settings = {
     "batch": 1, "retain_batch": 1, "rollout_steps": 2, "templates": False, "contexts": 0, "retain_vocabulary": 0,
     "gradient_checkpointing": True,
 }  # fmt: skip
 """An update of ESD on one state of the concept and one that must survive."""
-UPDATES: Mapping[str, Mapping[str, object]] = {"esd": ONE_STATE, "hirm": {}}
+UPDATES: Mapping[str, Settings] = {"esd": ONE_STATE, "hirm": {}}
 """Options of the strategies of which an update is measured; all others are their defaults."""
 
 Figures = Mapping[str, object]
+"""What a part gives."""
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Record:
         self.path, self.content = path, Content(format=FORMAT, settings=dict(settings), parts={})
         if not path.exists():
             return
-        held = files.read_json(path, Content)
+        held: Content = files.read_json(path, Content)
         if different := files.differences(held["settings"], self.content["settings"]):
             raise OptionError(
                 f"{path} holds figures of other settings ({'; '.join(different)}): give another --out, or delete it"

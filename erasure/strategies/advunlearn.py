@@ -162,7 +162,11 @@ class AdvUnlearn(TrainedStrategy):
             NoMatchingModuleError: See `student`.
         """
         for layer in self.layers:
-            paths.require_block(tower.module, tower.block_path(layer), tower.component)
+            if layer >= len(tower.blocks):
+                raise NoMatchingModuleError(
+                    f"{tower.component} has {len(tower.blocks)} blocks and no {tower.block_path(layer)}: choose lower "
+                    f"numbers in 'layers', or leave {tower.component} out of 'text_encoders'"
+                )
             if layer >= tower.depth:
                 raise NoMatchingModuleError(
                     f"the denoiser reads states of {tower.component} from ahead of its block {layer}: choose blocks "

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
@@ -94,7 +95,7 @@ class TrainedStrategy(Optimisation, Strategy):
     `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
     resolution: Count | None = None
     """Side in pixels of the square images that trajectories lead to; the model's own size when left out."""
-    text_length: Count | None = None
+    text_length: Annotated[int, Ge(1), Le(512)] | None = None
     """Tokens that T5 pads prompts to; the model's own length when left out. An erasure holds for the length that it
     was made with: what T5 says of the same words depends on it."""
     rollout_by: Literal["teacher", "student"] = "teacher"

@@ -77,4 +77,10 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
 def _prompt(row: PromptRow) -> AdversarialPrompt:
     target = row["target"]
     concept = Target(target["name"], target["domain"], tuple(target["members"]))
-    return AdversarialPrompt(Sample.from_row(row), row["text"], concept, row["made_by"], {**row.get("others", {})})
+    return AdversarialPrompt(
+        Sample.from_row(row),
+        row["text"],
+        concept,
+        row["made_by"],
+        {name: text for name, text in row.get("others", {}).items()},
+    )

@@ -271,12 +271,6 @@ class TestMaking:
         assert all(torch.equal(a, b) for a, b in zip(flat(again), flat(made), strict=True))
         assert not any(tensor.is_inference() for tensor in flat(again))
 
-    def test_has_no_kind_of_edit_that_is_not_tested_when_attached(self, pair: tuple[str, str], made: Erasure) -> None:
-        case, family = pair
-        tested = {**ATTACHED, **(ALONE if family in FIRST else {})}
-        assert tested.get(case, set()) <= kinds(made)
-        assert kinds(made) <= set().union(*(found for name, found in tested.items() if (name, family) not in REFUSED))
-
     def test_is_made_from_the_base_while_another_is_attached(
         self, case: str, tiny_pipe: Any, manager: ErasureManager, made: Erasure, other: Erasure, tensors_of: Any,
         changed_tensors: Any,
@@ -338,21 +332,6 @@ class TestMaking:
             for row, at in starts:
                 assert row[at : at + vectors] == list(range(known[word], known[word] + vectors))
         assert set(result.config.base["learned_tokens"]["text_encoder"]) == set(LEARNED)
-
-    def test_learned_tokens_that_a_pipeline_lacks_are_said(
-        self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, teach: Any, tmp_path: Any
-    ) -> None:
-        teach_all(teach, tiny_pipe, "a", "cat")
-        saved = fit(tiny_pipe, case, "<my-pet>").save(tmp_path / "saved")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UnknownTokenWarning)
-            erasure.load(tiny_pipe, saved, name="same")
-        lacking, unlike = copy.deepcopy(tiny_pipe_original), copy.deepcopy(tiny_pipe_original)
-        with pytest.warns(UnknownTokenWarning, match="which this pipeline lacks"):
-            erasure.load(lacking, saved, name="lacking")
-        teach_all(teach, unlike, "a", "dog")
-        with pytest.warns(UnknownTokenWarning, match="other vectors"):
-            erasure.load(unlike, saved, name="unlike")
 
 
 @pairs(CASES, FIRST)
@@ -895,6 +874,31 @@ class TestAttachedOnOneFamily:
         torch.testing.assert_close(draw(tiny_pipe), base_image, atol=1e-4, rtol=0)
 
 
+@pairs(CASES)
+def test_has_no_kind_of_edit_that_is_not_tested_when_attached(pair: tuple[str, str], made: Erasure) -> None:
+    case, family = pair
+    tested = {**ATTACHED, **(ALONE if family in FIRST else {})}
+    assert tested.get(case, set()) <= kinds(made)
+    assert kinds(made) <= set().union(*(found for name, found in tested.items() if (name, family) not in REFUSED))
+
+
+@pairs(("uce", "itd"))
+def test_learned_tokens_that_a_pipeline_lacks_are_said(
+    case: str, tiny_pipe: Any, tiny_pipe_original: Any, teach: Any, tmp_path: Any
+) -> None:
+    teach_all(teach, tiny_pipe, "a", "cat")
+    saved = fit(tiny_pipe, case, "<my-pet>").save(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownTokenWarning)
+        erasure.load(tiny_pipe, saved, name="same")
+    lacking, unlike = copy.deepcopy(tiny_pipe_original), copy.deepcopy(tiny_pipe_original)
+    with pytest.warns(UnknownTokenWarning, match="which this pipeline lacks"):
+        erasure.load(lacking, saved, name="lacking")
+    teach_all(teach, unlike, "a", "dog")
+    with pytest.warns(UnknownTokenWarning, match="other vectors"):
+        erasure.load(unlike, saved, name="unlike")
+
+
 @pytest.mark.parametrize(
     ("pair", "first"), COMPILED, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
@@ -966,10 +970,8 @@ def test_a_low_rank_erasure_is_a_stock_lora(
 
 @pytest.mark.parametrize("kind", [*NAMES, "latent-consistency"])
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_work_is_refused_with_the_reason_and_nothing_else_is(
-    case: str, kind: str, tiny_models: Any
-) -> None:
-    pipe, reason = tiny_models[kind](), REFUSED.get((case, kind))
+def test_what_cannot_work_is_refused_with_the_reason_and_nothing_else_is(case: str, kind: str, originals: Any) -> None:
+    pipe, reason = originals(kind), REFUSED.get((case, kind))
     strategy, lacks = get(CASES[case][0]), backbone_for(pipe).lacks
     assert any(lacks(need) for need in strategy.needs) == (reason is not None)
     if reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from erasure import Concept
 from erasure.backbones import Backbone, backbone_for
 from erasure.backbones.flux import FluxBackbone
 from erasure.backbones.latents import pack, unpack
-from erasure.errors import OptionError
+from erasure.errors import ConceptError, OptionError
 from erasure.strategies import get
 from erasure.strategies.esd import Method, trained_parameters
 from erasure.training.loop import Share
@@ -191,10 +192,11 @@ def test_trajectories_are_the_stock_pipeline_s(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("esd", {}), ("esd", {"method": "entry"}), ("esd", {"method": "x-strict", "rank": 0, "lr": 3e-3}),
+        ("esd", {}), ("esd", {"method": "entry"}), ("esd", {"method": "text"}), ("esd", {"method": "all"}),
+        ("esd", {"method": "x-strict", "rank": 0, "lr": 3e-3}),
         ("advunlearn", {"attack_steps": 0}),
     ],
-    ids=["esd", "esd-entry", "esd-full", "advunlearn"],
+    ids=["esd", "esd-entry", "esd-text", "esd-all", "esd-full", "advunlearn"],
 )  # fmt: skip
 def test_the_loss_falls(pipe: Any, name: str, options: dict[str, Any]) -> None:
     made = {steps: make(pipe, name, **{"lr": 1e-2, **options}, steps=steps) for steps in (1, 16)}
@@ -202,6 +204,16 @@ def test_the_loss_falls(pipe: Any, name: str, options: dict[str, Any]) -> None:
     assert costs[16]["loss_erase"] < 0.6 * costs[1]["loss_erase"]
     assert ("null_drift" in costs[16]) == backbone_for(pipe).told_guidance
     assert costs[16]["rollout_forwards"] == 0, "the second training finds the trajectories of the first"
+
+
+@pytest.mark.parametrize("name", ["esd", "advunlearn"])
+def test_blocks_that_run_twice_change_nothing_but_the_cost(pipe: Any, name: str) -> None:
+    plain, saving = (make(pipe, name, steps=3, lr=1e-3, gradient_checkpointing=on) for on in (False, True))
+    assert saving.config.cost["denoiser_forwards"] > plain.config.cost["denoiser_forwards"]
+    for path, pair in plain.low_rank.items():
+        for found, wanted in zip(saving.low_rank[path], pair, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
+    assert not pipe.transformer.is_gradient_checkpointing
 
 
 def test_a_stopped_run_on_packed_latents_ends_with_the_same_bits(flux: Any, tmp_path: Any) -> None:
@@ -223,6 +235,24 @@ def test_a_stopped_run_on_packed_latents_ends_with_the_same_bits(flux: Any, tmp_
         assert torch.equal(pair.down, resumed.low_rank[path].down)
 
 
+def test_encoders_of_both_kinds_are_erased_saved_and_loaded(flux: Any, draw: Any, tmp_path: Any) -> None:
+    """What `advunlearn` learns in T5 and in CLIP draws the same from its file, and leaves no bit behind."""
+    pipe = copy.deepcopy(flux)
+    run = Run(checkpoints=tmp_path / "run", validate_every=2)
+    made = make(pipe, "advunlearn", run=run, steps=2, lr=3e-2, attack_from=0.0, attack_steps=1)
+    assert (tmp_path / "run" / "validation" / "step-000002.png").exists()
+    assert made.components == ["text_encoder", "text_encoder_2"]
+    stock, manager = draw(pipe), erasure.ErasureManager(pipe)
+    manager.add(made, "cat")
+    erased = draw(pipe)
+    assert not torch.equal(erased, stock)
+    assert manager.verify() == len(made.edits)
+    manager.unload()
+    assert torch.equal(draw(pipe), stock)
+    erasure.load(pipe, made.save(tmp_path / "saved"), name="again")
+    assert torch.equal(draw(pipe), erased)
+
+
 def test_a_training_has_its_own_size_and_text_length(flux: Any) -> None:
     made = make(flux, "esd", resolution=48, text_length=24, steps=1)
     assert (made.config.size, made.config.text_length) == ([48, 48], 24)
@@ -234,6 +264,10 @@ def test_a_training_has_its_own_size_and_text_length(flux: Any) -> None:
     )  # fmt: skip
     with pytest.raises(OptionError, match="multiples of 4"):
         make(flux, "esd", resolution=42)
+    with pytest.raises(OptionError, match="'text_length' is 600; allowed: a whole number, 1 or more and at most 512"):
+        make(flux, "esd", text_length=600)
+    with pytest.raises(ConceptError, match="not found among the tokens"):
+        make(flux, "esd", text_length=1)
 
 
 def test_scales_of_guidance(flux: Any, tiny_models: Any) -> None:
