@@ -107,10 +107,11 @@ class ItD(Strategy):
     """Factor of a latent: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
     is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
     the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
-    anchored: NotNegative = 3.0
+    anchored: NotNegative | None = None
     """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
-    they usually reach; 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's
-    world, where the model declares one. Not for `replace` and `parity`."""
+    they usually reach; 0 leaves the place empty. Left out, it is 3 where one text encoder is edited, and 1 where
+    several are: each writes the anchor, and together they would drown the rest of the prompt. Without an anchor of its
+    own, a concept has that of the model's world, where the model declares one. Not for `replace` and `parity`."""
     features: Count = 32
     """At most so many latents of a concept are edited."""
     floor: ZeroToOne = 0.25
@@ -215,15 +216,16 @@ class ItD(Strategy):
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Side(reading.key, edit, log, {})
+        strength = (3.0 if len(backbone.towers) == 1 else 1.0) if self.anchored is None else self.anchored
         choices = []
         for index, concept in enumerate(concepts):
             mentions = reading.mentions(concept, self.target_prompts(tower, concept, generator))
             chooses = halves(mentions.labels, generator)
             choice = self.choose(reading, mentions, chooses, concept.target, len(backbone.towers))
-            anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            anchor = anchor_of(backbone, concept, concepts) if strength and self.mode != "replace" else None
             if anchor is not None:
                 mention = mentions.words.states[mentions.labels.positive].mean(0)
-                place = self.replacement(reading, anchor, mention, seed)
+                place = self.replacement(reading, anchor, strength, mention, seed)
                 choice = choice._replace(anchor=place, factor=ALONE if place is None else 0.0)
             if self.tau is not None:
                 choice = choice._replace(factor=self.tau)
@@ -308,7 +310,9 @@ class ItD(Strategy):
         gate = self.fit_gate(reading, mentions.words, mentions.labels, chooses, towers)
         return Choice(features, found.magnitude[features], gate)
 
-    def replacement(self, reading: Reading, anchor: Concept, mention: Tensor, seed: int) -> Tensor | None:
+    def replacement(
+        self, reading: Reading, anchor: Concept, strength: float, mention: Tensor, seed: int
+    ) -> Tensor | None:
         """Find what is written where a concept's latents fire, `(dim,)`.
 
         That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
@@ -321,7 +325,7 @@ class ItD(Strategy):
         found = mentions.evidence(self.floor)
         features = select(found, self)
         if features:
-            return self.anchored * written(reading.sae, features, found.magnitude[features])
+            return strength * written(reading.sae, features, found.magnitude[features])
         return mentions.words.states[mentions.labels.positive].mean(0) - mention
 
     def fit_gate(self, reading: Reading, words: WordStates, labels: Labels, chooses: Tensor, towers: int) -> Gate:

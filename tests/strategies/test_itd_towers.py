@@ -93,6 +93,20 @@ def test_every_text_encoder_has_its_own_dictionary_and_gates(
     assert rows & known[1]
 
 
+def test_each_of_several_text_encoders_writes_a_third_of_the_anchor_that_a_single_one_writes(
+    original: Any, both: str
+) -> None:
+    concept = erasure.Concept("cat", anchor="dog")
+    usual, strong = (
+        erasure.erase(original, concept, "itd", dictionary=both, **QUICK, **options)
+        for options in ({}, {"anchored": 3.0})
+    )
+    for own, other in zip(usual.edits.features.values(), strong.edits.features.values(), strict=True):
+        assert own.w_dec[-1].norm() > 0
+        assert torch.allclose(3 * own.w_dec[-1].float(), other.w_dec[-1].float(), rtol=1e-2, atol=1e-3)
+        assert torch.equal(own.w_dec[:-1], other.w_dec[:-1])
+
+
 def test_saved_and_loaded_it_shares_gates_again(pipe: Any, both: str, tmp_path: Path) -> None:
     made = erasure.erase(pipe, "cat", "itd", dictionary=both, **QUICK)
     folder = made.save(tmp_path / "made")
