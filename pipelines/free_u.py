@@ -51,7 +51,7 @@ def free_u(denoiser: Denoiser, factors: FreeU | None) -> Iterator[None]:
         yield
         return
     unet = cast(Denoiser, paths.uncompiled(denoiser))
-    if "up_block_types" not in unet.config:
+    if unet.config.get("up_block_types") is None:
         raise UnsupportedModelError(
             f"FreeU scales the decoder of a UNet, which {type(unet).__name__} lacks: leave it out"
         )
