@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from erasure import Concept, erase, load_pipeline
+from erasure import Concept, ErasureManager, erase, load_pipeline
 from erasure.backbones import TextTower, backbone_for
 from erasure.errors import OptionError
 from erasure.strategies.hirm import HiRM, random_direction
@@ -272,3 +272,68 @@ def test_a_released_recipe_on_the_embedded_model(canvas: Any, preset: str) -> No
             wanted, found = parameter.detach() - stock[name], made.edits.deltas[f"text_encoder/{name}"].float()
             assert (found - wanted).norm() < 0.01 * wanted.norm(), name
     assert made.config.cost["text_encoder_loss"] == pytest.approx(loss.item(), rel=1e-3)
+
+
+# Other text encoders -------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_on_pooled_vectors_too_where_the_denoiser_reads_them(tiny_models: Any) -> None:
+    """Of Flux' CLIP, of which nothing else is read: one step in plain arithmetic of torch's own modules."""
+    tower = backbone_for(tiny_models["flux"]()).tower("text_encoder")
+    concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
+    strategy = HiRM(steps=1, contexts=0, retain_weight=0.0, skip_start=True)
+    _, loss = strategy.fit_tower(tower, [concept], 0, lambda share: None)
+    ids = tower.tokenize(["a photo of a cat", "a photo of a dog"]).ids
+    with torch.no_grad():
+        tapped, _ = plain_forward(tower.module, ids)
+        cat, dog = tower.module(ids).pooler_output
+    wanted = ((tapped[0, 1:] - tapped[1, 1:]) ** 2).mean() + ((cat - dog) ** 2).mean()
+    assert loss == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_pooled_vectors_behind_a_projection_go_towards_those_of_the_anchor(tiny_models: Any) -> None:
+    pipe = tiny_models["stable-diffusion-xl"]()
+    tower = backbone_for(pipe).tower("text_encoder_2")
+    tokens = tower.tokenize(["a photo of a cat", "a photo of a dog"])
+    strategy = HiRM(steps=30, contexts=0, retain_weight=0.0)
+    changed, _ = strategy.fit_tower(tower, [Concept("cat", anchor="dog")], 0, lambda share: None)
+    with torch.no_grad():
+        before = tower.encode(tokens).pooled
+        for path, delta in changed.items():
+            tower.root.get_parameter(path).add_(delta.float())
+        after = tower.encode(tokens).pooled
+    assert before is not None
+    assert after is not None
+    assert (after[0] - before[1]).norm() < 0.5 * (before[0] - before[1]).norm()
+
+
+def test_t5_is_moved_at_every_token_and_by_low_rank_changes_if_asked(tiny_models: Any) -> None:
+    pipe = tiny_models["flux"]()
+    tower = backbone_for(pipe).reader
+    assert not tower.causal
+    concept = Concept("cat", anchor="dog", templates=("a photo of a {}",))
+    whole = HiRM(steps=1, contexts=0, retain_weight=0.0)
+    _, loss = whole.fit_tower(tower, [concept], 0, lambda share: None)
+    with torch.no_grad():
+        cat, dog = tower.encode(tower.tokenize(["a photo of a cat", "a photo of a dog"])).states
+    assert loss == pytest.approx(((cat - dog) ** 2).mean().item(), rel=1e-4)
+    made = erase(pipe, concept, "hirm", steps=20, rank=4, contexts=0, attach=False, progress=False)
+    assert made.deltas == {}
+    block = {key for key in made.low_rank if key.startswith(tower.component)}
+    parts = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o")
+    paths = {f"layer.0.{part}" for part in parts}
+    paths |= {f"layer.1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")}
+    assert block == {f"{tower.component}/encoder.block.0.{path}" for path in paths}
+    assert all(len(edit.down) == 4 and bool(edit.up.any()) for edit in made.low_rank.values())
+    ErasureManager(pipe).add(made)
+    with torch.no_grad():
+        moved = tower.encode(tower.tokenize(["a photo of a cat"])).states[0]
+    assert (moved - dog).norm() < (cat - dog).norm()
+
+
+def test_the_changes_of_a_large_first_block_are_of_low_rank(tiny_models: Any, monkeypatch: Any) -> None:
+    """That of T5-XXL has 193 million parameters, which would be a file of 386 MB."""
+    monkeypatch.setattr("erasure.strategies.first_block.LARGE", 1000)
+    tower = backbone_for(tiny_models["flux"]()).reader
+    changed, _ = HiRM(steps=1, contexts=0).fit_tower(tower, [Concept("cat")], 0, lambda share: None)
+    assert {len(edit.down) for edit in changed.values()} == {16}
