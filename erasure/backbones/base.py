@@ -297,7 +297,9 @@ class Backbone(ABC):
     @property
     def takes_length(self) -> bool:
         """Whether the pipeline's call says how many tokens prompts are padded to."""
-        return "max_sequence_length" in inspect.signature(type(self.pipe).__call__).parameters
+        # Of a class that hands options on, the stock class's call below it says so.
+        calls = (vars(kind)["__call__"] for kind in type(self.pipe).__mro__ if "__call__" in vars(kind))
+        return any("max_sequence_length" in inspect.signature(call).parameters for call in calls)
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.

@@ -174,7 +174,7 @@ def test_nouns_are_found_in_every_text_encoder(tiny_models: Any) -> None:
     assert weights[0, :, 1].nonzero()[:, 0].tolist() == [1]
     assert weights[0, :, 2].nonzero()[:, 0].tolist() == [4]
     prompt, weights = name_weights(sd3, ["cat", "the dog"])
-    clip = sd3.token_runs[0].count
+    clip = sd3.token_runs[0].tokens
     assert weights.shape == (1, clip + 16, 3)
     assert weights[0, :, 1].nonzero()[:, 0].tolist() == [2, clip + 1]
     assert weights[0, :, 2].nonzero()[:, 0].tolist() == [5, clip + 4]
