@@ -18,7 +18,7 @@ from erasure.extras import REQUIREMENTS
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"erasure": "erasure", "pipelines": "erasure/pipelines", "eval": "erasure/eval", "assets": "erasure/assets"}
 """Where each folder of the tree is in the wheel."""
-LEFT_OUT = {f"erasure/assets/{name}.png" for name in ("demo", "removal", "words")}
+LEFT_OUT = {f"erasure/assets/{name}.png" for name in ("demo", "families", "removal", "words")}
 """Only for the README."""
 
 

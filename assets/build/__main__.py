@@ -256,20 +256,24 @@ def across(
     strategies: tuple[str, ...] = ("uce", "hirm", "itd", "esd", "advunlearn"),
     size: Literal["smoke", "quick", "full"] = "full",
     share: tuple[int, int] = (0, 1),
+    picture: Path | None = None,
 ) -> None:
     """Erase and measure six concepts with every strategy on every family (resumes), then print the README's table.
 
     Args:
         out: Results, a folder for each model, and in it one for each concept and strategy.
         models: Names of embedded models.
-        strategies: What to compare.
+        strategies: What to compare; nothing is erased when empty.
         size: Of the suite.
         share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+        picture: Where a picture of what every model draws is written.
     """
     from erasure.assets.build import across as step
 
-    reasons = step.measure(out, models, strategies, size, share)
-    if share[1] == 1:
+    if picture is not None:
+        step.picture(models).save(picture)
+    reasons = step.measure(out, models, strategies, size, share) if strategies else {}
+    if strategies and share[1] == 1:
         print(step.markdown(out, models, strategies, reasons))
 
 

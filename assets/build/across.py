@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 import erasure
 from erasure.assets.build import table
+from erasure.assets.build.evaluate import generate, load, sheet
+from erasure.assets.world import STYLES, noun_phrase
 from erasure.backbones import backbone_for
 from erasure.strategies import get
 
@@ -14,6 +18,16 @@ MODELS = ("canvas-sd", "canvas-sdxl", "canvas-flux", "canvas-sd3")
 STRATEGIES = ("uce", "hirm", "itd", "esd", "advunlearn")
 NAMES = ("dog", "turtle", "banana", "gun", "pixel", "contour")
 """Concepts, of those that chose no defaults: four objects, of which one is a weapon, and two styles."""
+
+SHOWN = ("cat", "butterfly", "turtle", "burger", "car", "rocket", "guitar", "house", "castle", "bomb")
+"""Objects of the picture, each in the next style."""
+
+
+def picture(models: Sequence[str]) -> Image.Image:
+    """Draw the same prompts with every model, a row for each."""
+    prompts = [f"{noun_phrase(name)} in {style} style" for name, style in zip(SHOWN, 2 * list(STYLES), strict=True)]
+    images = [image for model in models for image in generate(load(model), prompts, list(range(len(prompts))))]
+    return sheet(images, len(prompts), scale=1)
 
 
 def measure(
