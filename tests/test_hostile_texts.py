@@ -196,6 +196,7 @@ def config() -> dict[str, Any]:
         "gates": {"cat": example(GateFigures) | {"features": rates, "probe": rates}},
         "evaluation": {"UA": 0.97, "remark": "word", "listed": ["word", 1]},
         "format_version": 1,
+        "size": [64, 64],
     }
     assert set(made) == {field.name for field in dataclasses.fields(ErasureConfig)}
     return made

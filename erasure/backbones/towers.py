@@ -238,7 +238,10 @@ class TextTower:
             return projected
         # A projection hangs outside of the root.
         projection = getattr(self.module, "text_projection", None)
-        return output.pooler_output if projection is None else projection(output.pooler_output)
+        if projection is None:
+            return output.pooler_output
+        # What is trained runs in float32 beside a projection in half precision.
+        return projection(output.pooler_output.to(paths.base_layer(projection).weight.dtype))
 
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.

@@ -158,9 +158,9 @@ def trained(
         progress: Called with the share that is done.
     """
     known = block_fingerprint(tower, layer)
-    # One matrix is the same in many a fine-tuned encoder; what it gives is not.
+    # One matrix is the same in many a fine-tuned encoder, and what broken ones give is the same NaN: both are asked.
     given = fingerprint(activations(tower, layer, tower.tokenize(prompts[:4])).float())
-    recipe = [given, layer, dataclasses.asdict(options), list(prompts)]
+    recipe = [known, given, layer, dataclasses.asdict(options), list(prompts)]
     folder = cache_folder() / "dictionaries" / files.digest(recipe)
     # What is damaged is made again.
     with suppress(ArtifactError):

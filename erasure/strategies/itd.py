@@ -330,7 +330,8 @@ class ItD(Strategy):
 
     def fit_gate(self, reading: Reading, words: WordStates, labels: Labels, chooses: Tensor, towers: int) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
-        rate = self.false_positive_rate / towers
+        # Any of them may open it, so each has its part; a rate of 1 is every prompt, whatever the others do.
+        rate = self.false_positive_rate if self.false_positive_rate == 1 else self.false_positive_rate / towers
         return fit_gate(reading.sae, words, labels, chooses, votes=self.votes, rate=rate)
 
     def edit(self, reading: Reading, choices: Sequence[Choice]) -> FeatureEdit:

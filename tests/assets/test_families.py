@@ -194,7 +194,7 @@ def test_the_folded_denoiser_is_canvas_sds_whatever_the_other_parts_say() -> Non
 
 def test_the_folded_model_draws_what_canvas_sd_draws(work) -> None:
     stock = StableDiffusionPipeline.from_pretrained(assets.path("canvas-sd"), dtype=torch.float32)
-    linear, explained = xl.states_map(towers.first_tower(), scenes.captions(150, 1))
+    linear, explained = xl.states_map(towers.first_tower(), scenes.captions(300, 1))
     assert explained >= 0.99
     pipe = StableDiffusionXLPipeline(
         vae=stock.vae, text_encoder=towers.first_tower(), tokenizer=towers.tokenizer(),

@@ -198,17 +198,20 @@ def test_noise_belongs_to_the_prompt_and_seed_whatever_is_drawn_at_once(
     assert len({pixels(each).tobytes() for each in alone}) == 6
 
 
-def test_fewer_are_drawn_at_once_where_memory_does_not_suffice() -> None:
+def test_fewer_are_drawn_at_once_where_memory_does_not_suffice(
+    tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def pipe(prompts: list[str], **settings: Any) -> Any:
+    def call(self: Any, prompts: list[str], **settings: Any) -> Any:
         calls.append(len(prompts))
         if len(prompts) > 1:
             raise torch.OutOfMemoryError
         return SimpleNamespace(images=[(prompts[0], settings["generator"][0].initial_seed())])
 
     options = GenerateOptions(model="none", prompt=(), out=Path())
-    made: Any = draw(pipe, [PromptRow(f"{n}", seed=n) for n in range(3)], options)  # type: ignore[arg-type]
+    monkeypatch.setattr(type(tiny_pipe), "__call__", call)
+    made: Any = draw(tiny_pipe, [PromptRow(f"{n}", seed=n) for n in range(3)], options)
     assert made == [("0", 0), ("1", 1), ("2", 2)]
     assert calls == [3, 1, 2, 1, 1]
 

@@ -178,7 +178,7 @@ class Recorder:
 def test_esd_released(pipe: Any, preset: str, trained: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a state of the prompt that is trained: the bare name, or with `--erase_from` the bare word erased from."""
     assert {"paper", "released-x", "released-x-strict", "released-u", "released-all", "released-from",
-            "released-sdxl"} == set(get("esd").presets)  # fmt: skip
+            "released-sdxl", "released-flux"} == set(get("esd").presets)  # fmt: skip
     recorder = Recorder(get("esd").configured(), monkeypatch)
     make(pipe, Concept("cat", anchor="animal"), "esd", preset, steps=1, rollout_steps=4)
     ((x, t, prompts, reached),) = recorder.seen
