@@ -17,7 +17,7 @@ from erasure.strategies import get
 MODELS = ("canvas-sd", "canvas-sdxl", "canvas-flux", "canvas-sd3")
 STRATEGIES = ("uce", "hirm", "itd", "esd", "advunlearn")
 NAMES = ("dog", "turtle", "banana", "gun", "pixel", "contour")
-"""Concepts, of those that chose no defaults: four objects, of which one is a weapon, and two styles."""
+"""Concepts, of those that are reported: four objects, of which one is a weapon, and two styles."""
 
 SHOWN = ("cat", "butterfly", "turtle", "burger", "car", "rocket", "guitar", "house", "castle", "bomb")
 """Objects of the picture, each in the next style."""

@@ -12,7 +12,7 @@ from erasure.backbones import Backbone
 from erasure.eval.statistics import Interval
 
 
-def test_what_is_compared_chose_no_defaults() -> None:
+def test_what_is_compared_is_among_what_is_reported() -> None:
     assert set(across.NAMES) <= {concept.target for concept in table.measured()}
 
 
