@@ -17,6 +17,7 @@ from erasure.guards import check_call, way_of, ways_around
 from erasure.interop import hooks
 from erasure.pipelines import PIPELINES
 
+from .conftest import FAMILIES
 from .made import embeddings, hand_made, silent, small
 
 PROMPT = "a photo of a house"
@@ -32,6 +33,10 @@ HARMLESS = {
     "prompt_attention_mask", "negative_prompt_attention_mask",
 }  # fmt: skip
 """Arguments that carry no concept of their own: latents are noise, but where levels of noise are given with them."""
+WITH_OTHER_TEXTS = ("stable-diffusion-xl", "stable-diffusion-3", "flux")
+"""Families whose call takes a text of its own for a further text encoder."""
+WITH_CLIP_SKIP = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3")
+"""Families whose call leaves out CLIP's last blocks on request."""
 OTHER_CLASSES = ("FluxKontextPipeline", "FluxPriorReduxPipeline")
 
 
@@ -62,10 +67,16 @@ def other_texts(kind: type) -> list[str]:
     return [name for name, way in ways_around(kind).items() if way == "other text"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_are_those_that_the_families_are_known_to_have(family: str, originals: dict[str, Any]) -> None:
+    kind = type(originals[family])
+    assert bool(other_texts(kind)) == (family in WITH_OTHER_TEXTS)
+    assert ("clip_skip" in ways_around(kind)) == (family in WITH_CLIP_SKIP)
+
+
+@pytest.mark.parametrize("family", WITH_OTHER_TEXTS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_other_words_for_one_text_encoder(stock: Any, route: Any, strict: bool) -> None:
-    if not other_texts(type(stock)):
-        pytest.skip("has one text encoder")
     ErasureManager(stock).add(hand_made(stock, "text_encoder_2"), "cat", strict=strict)
     pipe = route(stock)
     for name in other_texts(type(stock)):
@@ -117,13 +128,12 @@ def test_each_kind_of_embeddings_is_noticed_alone(stock: Any, route: Any) -> Non
         assert len([w for w in said if issubclass(w.category, BypassedErasureWarning)]) == 1, "said at every step"
 
 
+@pytest.mark.parametrize("family", WITH_CLIP_SKIP)
 @pytest.mark.parametrize(("block", "skip", "warns"), [(0, 1, False), (-1, 0, False), (-1, 1, True), (-2, 1, False)])
 def test_blocks_that_are_left_out(
     stock: Any, route: Any, block: int, skip: int, warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted from the last block that the denoiser reads."""
-    if "clip_skip" not in ways_around(type(stock)):
-        pytest.skip("has no clip_skip")
     if not hasattr(stock.text_encoder, "text_model"):
         # Newer versions of transformers have none, which stock clip_skip of Stable Diffusion asks for.
         monkeypatch.setattr(type(stock.text_encoder), "text_model", property(lambda self: self), raising=False)
