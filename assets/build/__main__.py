@@ -234,7 +234,7 @@ def table(
     share: tuple[int, int] = (0, 1),
     suite: Literal["canvas", "canvas-unseen"] = "canvas",
 ) -> None:
-    """Erase and measure every second concept with every strategy (resumes), then print the README's tables.
+    """Erase and measure every second concept with every strategy (resumes), then print the tables of docs.
 
     Args:
         out: Results, a folder for each concept and strategy.

@@ -1,4 +1,4 @@
-"""Erase concepts of Canvas, each alone with every strategy, measure, and make the tables of README and docs."""
+"""Erase concepts of Canvas, each alone with every strategy, measure, and make the tables of docs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def per_concept(out: Path, strategies: tuple[str, ...]) -> str:
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The means over concepts, as they stand in README.md."""
+    """Means over concepts, as they stand in `docs/numbers.md`."""
     lines = ["| method | concepts | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|---|"]
     for row in table:
         rates = " | ".join(f"{row[k].value:.3f} ({row[k].low:.2f}-{row[k].high:.2f})" for k in RATES)
