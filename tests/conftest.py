@@ -305,6 +305,18 @@ def tiny_pipe(tiny_pipe_original: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl_original() -> Any:
+    """A tiny SDXL pipeline of the session, with two text encoders: read it, never change it."""
+    return MODELS["stable-diffusion-xl"]()
+
+
+@pytest.fixture
+def tiny_xl(tiny_xl_original: Any) -> Any:
+    """A copy of it that the test may change."""
+    return copy.deepcopy(tiny_xl_original)
+
+
+@pytest.fixture(scope="session")
 def tiny_pipe_folder(tiny_pipe_original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as a folder on disk: read it, never change it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"

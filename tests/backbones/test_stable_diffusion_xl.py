@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -16,14 +15,9 @@ from erasure.errors import UnsupportedModelError
 PROMPT = "a photo of a cat"
 
 
-@pytest.fixture(scope="module")
-def original(tiny_models: Any) -> Any:
-    return tiny_models["stable-diffusion-xl"]()
-
-
 @pytest.fixture
-def pipe(original: Any) -> Any:
-    return copy.deepcopy(original)
+def pipe(tiny_xl: Any) -> Any:
+    return tiny_xl
 
 
 @pytest.fixture

@@ -27,14 +27,9 @@ TEXTS = (CAT, DOG, HOUSE, "")
 NEVER = 1e4
 
 
-@pytest.fixture(scope="module")
-def original(tiny_models: Any) -> Any:
-    return tiny_models["stable-diffusion-xl"]()
-
-
 @pytest.fixture
-def pipe(original: Any) -> Any:
-    return copy.deepcopy(original)
+def pipe(tiny_xl: Any) -> Any:
+    return tiny_xl
 
 
 def gated(tower: TextTower, text: str | None, concepts: int = 1, **changed: Any) -> FeatureEdit:
@@ -185,7 +180,7 @@ def test_erasures_share_their_own_gates_only(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("route", ["deepcopy", "twin", "drop-in", "image to image"])
-def test_other_pipelines_on_the_same_encoders(pipe: Any, original: Any, route: str) -> None:
+def test_other_pipelines_on_the_same_encoders(pipe: Any, tiny_xl_original: Any, route: str) -> None:
     manager = ErasureManager(pipe)
     manager.add(erasure_of(pipe, None, CAT), "cat")
     wanted = encoded(pipe, CAT)
@@ -205,7 +200,7 @@ def test_other_pipelines_on_the_same_encoders(pipe: Any, original: Any, route: s
         assert torch.equal(encoded(pipe, CAT)[0], wanted[0]), "the other one is its own"
     stock = manager.stock()
     assert not isinstance(vars(stock).get("encode_prompt"), EncodedTogether)
-    assert torch.equal(encoded(stock, CAT)[0], encoded(original, CAT)[0])
+    assert torch.equal(encoded(stock, CAT)[0], encoded(tiny_xl_original, CAT)[0])
 
 
 def test_a_pipeline_that_runs_its_encoders_apart_says_so(pipe: Any, draw: Any) -> None:
@@ -284,9 +279,9 @@ def test_the_pooled_vector_follows_an_edit_in_the_middle_of_its_encoder(pipe: An
         manager.unload()
 
 
-def test_stock_pipelines_know_nothing_of_it(original: Any) -> None:
-    assert isinstance(original, StableDiffusionXLPipeline)
-    assert "encode_prompt" not in vars(original)
+def test_stock_pipelines_know_nothing_of_it(tiny_xl_original: Any) -> None:
+    assert isinstance(tiny_xl_original, StableDiffusionXLPipeline)
+    assert "encode_prompt" not in vars(tiny_xl_original)
 
 
 @pytest.mark.compile

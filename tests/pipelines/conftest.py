@@ -1,4 +1,4 @@
-"""A tiny SDXL pipeline beside the tiny pipeline of all tests."""
+"""A tiny pipeline of each UNet family."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import copy
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def tiny_xl_original(tiny_models: Any) -> Any:
-    """A `StableDiffusionXLPipeline` with random weights: read it, never change it."""
-    return tiny_models["stable-diffusion-xl"]()
 
 
 @pytest.fixture(params=["sd", "sdxl"])

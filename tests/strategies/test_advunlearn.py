@@ -270,11 +270,6 @@ def test_options_that_cannot_be(options: dict[str, Any]) -> None:
 # Several text encoders -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_xl(tiny_models: Any) -> Any:
-    return tiny_models["stable-diffusion-xl"]()
-
-
 def test_every_block_that_the_denoiser_reads_is_trained(tiny_xl: Any) -> None:
     """Of SDXL's first encoder it reads a state ahead of the last block, of the second the pooled vector too."""
     made = make(tiny_xl, rank=0, steps=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,14 @@ QUICK: dict[str, Any] = {
 KEYS = ["text_encoder/encoder.layers.1", "text_encoder_2/encoder.layers.1"]
 
 
-@pytest.fixture(scope="module")
-def original(tiny_models: Any) -> Any:
-    return tiny_models["stable-diffusion-xl"]()
-
-
 @pytest.fixture
-def pipe(original: Any) -> Any:
-    return copy.deepcopy(original)
+def pipe(tiny_xl: Any) -> Any:
+    return tiny_xl
 
 
 @pytest.fixture(scope="module")
-def towers(original: Any) -> list[TextTower]:
-    return backbone_for(original).towers
+def towers(tiny_xl_original: Any) -> list[TextTower]:
+    return backbone_for(tiny_xl_original).towers
 
 
 def write(folder: Path, tower: TextTower | None, seed: int = 0, **metadata: Any) -> Path:
@@ -65,7 +59,7 @@ def both(folders: list[Path]) -> str:
 
 
 def test_every_text_encoder_has_its_own_dictionary_and_gates(
-    original: Any, folders: list[Path], both: str, monkeypatch: pytest.MonkeyPatch
+    tiny_xl_original: Any, folders: list[Path], both: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
     real = itd.fit_gate
@@ -75,7 +69,9 @@ def test_every_text_encoder_has_its_own_dictionary_and_gates(
         return real(*args, rate=rate, **options)
 
     monkeypatch.setattr(itd, "fit_gate", counted)
-    made = erasure.erase(original, ["cat", "dog"], "itd", dictionary=both, **{**QUICK, "false_positive_rate": 0.5})
+    made = erasure.erase(
+        tiny_xl_original, ["cat", "dog"], "itd", dictionary=both, **{**QUICK, "false_positive_rate": 0.5}
+    )
     assert list(made.edits.features) == KEYS
     assert made.components == ["text_encoder", "text_encoder_2"]
     first, second = made.edits.features.values()
@@ -94,11 +90,11 @@ def test_every_text_encoder_has_its_own_dictionary_and_gates(
 
 
 def test_each_of_several_text_encoders_writes_a_third_of_the_anchor_that_a_single_one_writes(
-    original: Any, both: str
+    tiny_xl_original: Any, both: str
 ) -> None:
     concept = erasure.Concept("cat", anchor="dog")
     usual, strong = (
-        erasure.erase(original, concept, "itd", dictionary=both, **QUICK, **options)
+        erasure.erase(tiny_xl_original, concept, "itd", dictionary=both, **QUICK, **options)
         for options in ({}, {"anchored": 3.0})
     )
     for own, other in zip(usual.edits.features.values(), strong.edits.features.values(), strict=True):
@@ -135,7 +131,7 @@ def test_a_dictionary_goes_to_the_text_encoder_it_was_made_for(
 
 
 def test_dictionaries_that_fit_nothing_are_refused(
-    original: Any, tiny_models: Any, towers: list[TextTower], folders: list[Path], tmp_path: Path
+    tiny_xl_original: Any, tiny_models: Any, towers: list[TextTower], folders: list[Path], tmp_path: Path
 ) -> None:
     first, second = folders
     with pytest.raises(OptionError, match=r"'text_encoder_3', which this model has not.*text_encoder, text_encoder_2"):
@@ -149,13 +145,13 @@ def test_dictionaries_that_fit_nothing_are_refused(
     with pytest.raises(WrongBaseError, match="another text encoder than any of text_encoder, text_encoder_2"):
         dictionaries.assigned(str(elsewhere), towers)
     with pytest.raises(WrongBaseError, match="another text encoder than this text_encoder of width 32"):
-        erasure.erase(original, "cat", "itd", dictionary=f"text_encoder={second}", **QUICK)
+        erasure.erase(tiny_xl_original, "cat", "itd", dictionary=f"text_encoder={second}", **QUICK)
     with pytest.raises(WrongBaseError, match="another text encoder than any of"):
-        erasure.erase(original, "cat", "itd", dictionary="canvas-sae", **QUICK)
+        erasure.erase(tiny_xl_original, "cat", "itd", dictionary="canvas-sae", **QUICK)
 
 
 def test_for_an_encoder_without_a_dictionary_one_is_trained(
-    original: Any, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny_xl_original: Any, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
     real = dictionaries.trained
@@ -166,7 +162,7 @@ def test_for_an_encoder_without_a_dictionary_one_is_trained(
 
     monkeypatch.setattr(dictionaries, "trained", noted)
     options = {**QUICK, "steps": 2, "d_sae": 64, "k": 4}
-    erasure.erase(original, "cat", "itd", dictionary=str(folders[1]), **options)
+    erasure.erase(tiny_xl_original, "cat", "itd", dictionary=str(folders[1]), **options)
     assert trained == ["text_encoder"]
 
 
@@ -220,10 +216,12 @@ def test_the_surest_text_encoder_is_heard(pipe: Any, both: str, monkeypatch: pyt
     assert detect_concepts(pipe, "a cat")[0]["cat"].present is False
 
 
-def test_a_concept_that_one_dictionary_cannot_tell_is_refused_by_the_encoder_s_name(original: Any, both: str) -> None:
+def test_a_concept_that_one_dictionary_cannot_tell_is_refused_by_the_encoder_s_name(
+    tiny_xl_original: Any, both: str
+) -> None:
     strict = {**QUICK, "retain_rate": 0.0, "target_rate": 1.0, "floor": 1.0}
     with pytest.raises(ConceptError, match=r"dictionary of text_encoder.* tells 'cat' from the rest"):
-        erasure.erase(original, "cat", "itd", dictionary=both, **strict)
+        erasure.erase(tiny_xl_original, "cat", "itd", dictionary=both, **strict)
 
 
 def test_the_embedded_dictionary_is_not_taken_for_an_encoder_that_was_trained_on() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -29,16 +28,6 @@ def sample() -> Sample:
     )
 
 
-@pytest.fixture(scope="module")
-def xl_original(tiny_models: Any) -> Any:
-    return tiny_models["stable-diffusion-xl"]()
-
-
-@pytest.fixture
-def xl(xl_original: Any) -> Any:
-    return copy.deepcopy(xl_original)
-
-
 def victim_of(pipe: Any) -> Victim:
     """A model that a judge sees a cat in everything of."""
 
@@ -49,9 +38,9 @@ def victim_of(pipe: Any) -> Victim:
 
 
 @pytest.mark.parametrize("tower", [None, "text_encoder_2", "all"])
-def test_one_text_encoder_or_all_are_attacked(xl: Any, sample: Sample, tower: Any) -> None:
+def test_one_text_encoder_or_all_are_attacked(tiny_xl: Any, sample: Sample, tower: Any) -> None:
     """All others read the text that the tokens of one make; each reads its own where all are attacked."""
-    pipe = xl
+    pipe = tiny_xl
     victim = victim_of(pipe)
     attack = UnlearnDiffAtk(timesteps=2, iterations=2, learning_rate=0.1, vocabulary="words", tower=tower)
     found = list(attack.candidates(victim, sample))
@@ -76,9 +65,9 @@ def test_one_text_encoder_or_all_are_attacked(xl: Any, sample: Sample, tower: An
     assert [read[name][0].replace("</w>", " ").split() for name in read] == [text.split() for text in told]
 
 
-def test_the_loss_on_two_encoders_is_plain_arithmetic(xl: Any, sample: Sample) -> None:
+def test_the_loss_on_two_encoders_is_plain_arithmetic(tiny_xl: Any, sample: Sample) -> None:
     """The tokens that are searched are read by one, the text that was likeliest before by the other; pooled too."""
-    pipe = xl
+    pipe = tiny_xl
     victim, seen = victim_of(pipe), []
     backbone = victim.backbone
     real = backbone.predict
@@ -94,8 +83,8 @@ def test_the_loss_on_two_encoders_is_plain_arithmetic(xl: Any, sample: Sample) -
     assert [float(t) for _, t, _ in seen] == [250.0, 750.0]
 
 
-def test_a_text_that_any_encoder_would_cut_is_said_to_be_cut(xl: Any, sample: Sample) -> None:
-    pipe = xl
+def test_a_text_that_any_encoder_would_cut_is_said_to_be_cut(tiny_xl: Any, sample: Sample) -> None:
+    pipe = tiny_xl
     backbone = backbone_for(pipe)
     pipe.tokenizer.model_max_length = 12
     tower = backbone_for(pipe).tower("text_encoder_2")
