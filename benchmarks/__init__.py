@@ -1,1 +1,1 @@
-"""What costs what: commands for a source checkout, which are no part of the installed package."""
+"""Measure what the package costs: commands for a source checkout, which are no part of the installed package."""

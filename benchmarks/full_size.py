@@ -38,9 +38,9 @@ class FullSize:
     out: Path = Path("full-size.json")
     """File with the figures."""
     models: tuple[str, ...] = tuple(MODELS)
-    """Which models."""
+    """Names of the models that are measured."""
     parts: tuple[str, ...] = (*parts.PARTS, REMOVAL)
-    """What of each; objects are removed with one model only."""
+    """Names of the parts that are measured of each model; objects are removed with one model only."""
     width: float = 1.0
     """Share of the real width and depth, to try the command out."""
     pixels: int | None = None
@@ -50,13 +50,13 @@ class FullSize:
     tokens: int | None = None
     """Tokens that T5 pads prompts to; as many as are usual for the model when left out."""
     repeats: int = 2
-    """Rounds; medians are reported."""
+    """Rounds of which medians are reported."""
     device: str = "cuda"
-    """Where to run."""
+    """Device that the models run on."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the weights."""
     backend: str = "inductor"
-    """Of `torch.compile`."""
+    """Backend that `torch.compile` uses."""
     minutes: float = 9.0
     """No part is started after so many minutes: the same command goes on with the rest."""
 
@@ -112,7 +112,7 @@ def check(options: FullSize) -> None:
 
 
 def settings_of(options: FullSize) -> dict[str, object]:
-    """What figures depend on, which those of one file have in common."""
+    """Name what figures depend on; those of one file have it in common."""
     device = torch.device(options.device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     names = ("width", "pixels", "steps", "tokens", "repeats", "dtype", "backend")

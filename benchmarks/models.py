@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WORDS = ("a", "photo", "picture", "image", "of", "the", "in", "and", "cat", "dog", "animal", "house", "car", "tree")
 """Words that the tokeniser of the T5 has pieces for; all others fall apart into letters."""
-PIXELS = 8
-"""Along a side of one latent value."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +232,11 @@ class Model:
 
     make: Callable[[Size], DiffusionPipeline]
     pixels: int
-    """Of each side of a picture."""
+    """Pixels along a side of a picture."""
     steps: int
     guidance: float
     tokens: int | None = None
-    """Length of T5's prompts."""
+    """Tokens that T5 pads prompts to; `None` for a model without T5."""
 
 
 MODELS: Mapping[str, Model] = {

@@ -52,15 +52,15 @@ class Subject:
     model: Model
     size: Size
     pixels: int
-    """Along a side of an image."""
+    """Pixels along a side of an image."""
     steps: int
     """Denoising steps of an image."""
     tokens: int | None
-    """Length of T5's prompts, where there is one."""
+    """Tokens that T5 pads prompts to; `None` for a model without T5."""
     repeats: int
     """Rounds of which medians are taken."""
     backend: str
-    """Of `torch.compile`."""
+    """Backend that `torch.compile` uses."""
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:
@@ -173,7 +173,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 PARTS: Mapping[str, Callable[[Subject], Figures]] = {"images": images, "esd": esd, "hirm": hirm, "compile": compiled}
-"""Of each model; the last one changes it for good."""
+"""Parts that are measured of each model; the last one changes it for good."""
 
 
 # Removal -------------------------------------------------------------------------------------------------------------

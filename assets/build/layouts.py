@@ -1,4 +1,4 @@
-"""How often things stand where a layout asks for them, in images of A-STAR."""
+"""Count how often things stand where a layout asks for them, in images of A-STAR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = 2.0
 UNTIL = 0.4
 """Share of the steps at which latents are moved."""
 SEED = 7
-"""Of the pairs, and of the noise: that of image n is `SEED + n`."""
+"""Seed of the pairs. The noise of prompt n has the seed `SEED + n`."""
 
 
 def sides() -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def measure(prompts: int) -> tuple[Interval, Interval]:
 
 
 def described(both: Interval, right: Interval) -> str:
-    """One sentence with both shares."""
+    """Say both shares in one sentence."""
     return (
         f"{both.value:.2f} ({both.low:.2f}-{both.high:.2f}) of the images show both objects, and of these "
         f"{right.value:.2f} ({right.low:.2f}-{right.high:.2f}) have each on the side that was asked for"

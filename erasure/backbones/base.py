@@ -34,6 +34,11 @@ class EntryLayer(NamedTuple):
     columns: slice = slice(None)
     """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
 
+    @property
+    def path(self) -> str:
+        """Path inside of the denoiser."""
+        return self.key.split("/", 1)[1]
+
 
 class TokenRun(NamedTuple):
     """Neighbouring tokens of a conditioning, and the text encoders whose states stand side by side in each."""
@@ -131,7 +136,7 @@ class Backbone(ABC):
 
     def text_layers(self) -> list[str]:
         """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
-        doors = [layer.key.split("/", 1)[1] for layer in self.entry_layers()]
+        doors = [layer.path for layer in self.entry_layers()]
         return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
 
     # Text ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from erasure.backbones.base import Backbone
+from erasure.backbones.base import Backbone, EntryLayer
 from erasure.backbones.parametrisation import Flow
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
@@ -46,6 +46,13 @@ class FlowMatchingBackbone(Backbone):
         """A transformer of the family's class."""
         transformer = pipe.components.get("transformer")
         return isinstance(transformer, nn.Module) and isinstance(paths.uncompiled(transformer), cls.network)
+
+    def entry_layers(self) -> list[EntryLayer]:
+        """The layer that reads tokens, and the first of those that read the pooled vectors."""
+        return [
+            self.entry("context_embedder", "tokens"),
+            self.entry("time_text_embed.text_embedder.linear_1", "pooled"),
+        ]
 
     @property
     def parametrisation(self) -> Flow:

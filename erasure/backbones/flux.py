@@ -52,13 +52,6 @@ class FluxBackbone(FlowMatchingBackbone):
         clip, t5 = (parts[name] for name in self.required)
         return Conditioning(t5.states, clip.pooled)
 
-    def entry_layers(self) -> list[EntryLayer]:
-        """The layer that reads tokens, and the first of those that read the pooled vector."""
-        return [
-            self.entry("context_embedder", "tokens"),
-            self.entry("time_text_embed.text_embedder.linear_1", "pooled"),
-        ]
-
     @property
     def latents(self) -> PackedLatents:
         """As the transformer takes them, two by two, and the VAE reads them."""

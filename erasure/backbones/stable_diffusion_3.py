@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasure.backbones.base import EntryLayer, TokenRun
+from erasure.backbones.base import TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.flow_matching import PATCH, FlowMatchingBackbone
 from erasure.backbones.latents import Latents
@@ -47,13 +47,6 @@ class StableDiffusion3Backbone(FlowMatchingBackbone):
             behind = clips.new_zeros(len(clips), self.length or SD3_LENGTH, width)
         padded = F.pad(clips, (0, width - clips.shape[-1]))
         return Conditioning(torch.cat([padded, behind], 1), torch.cat([first.pooled, second.pooled], -1))
-
-    def entry_layers(self) -> list[EntryLayer]:
-        """The layer that reads tokens, and the first of those that read the pooled vectors."""
-        return [
-            self.entry("context_embedder", "tokens"),
-            self.entry("time_text_embed.text_embedder.linear_1", "pooled"),
-        ]
 
     @property
     def latents(self) -> Latents:

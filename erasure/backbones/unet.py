@@ -94,7 +94,7 @@ class UNetBackbone(Backbone):
 
     @property
     def told_guidance(self) -> bool:
-        """Of a latent consistency UNet."""
+        """Whether it is a latent consistency UNet; see `Backbone.told_guidance`."""
         return self.denoiser.config.time_cond_proj_dim is not None
 
     def predict(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone
+from erasure.carriers.calls import NamedArguments
 from erasure.guards import encodings as known
 from erasure.guards.encodings import KNOWN, Encodings
 from erasure.guards.said import (
@@ -31,7 +31,6 @@ from erasure.guards.said import (
 )  # fmt: skip
 from erasure.guards.saving import refuse_unsaveable
 from erasure.interop import hooks, rounds
-from erasure.interop.hooks import ModelHook
 from erasure.interop.pipelines import CallGuard, EncodedTogether
 from erasure.interop.protocols import Arguments
 from erasure.state import ComponentState
@@ -43,17 +42,20 @@ SHOWN = ("image_embeds", "ip_adapter_image_embeds", "ip_hidden_states")
 """What an IP-Adapter tells it."""
 
 
-class _AtEntry(ModelHook):
+class _AtEntry(NamedArguments):
     """On a denoiser: looks at what it is told besides the latents.
 
     Args:
+        denoiser: UNet or transformer.
         states: What is attached.
         encodings: What the text encoders gave.
         read: See `blocks_read`.
     """
 
-    def __init__(self, states: Iterable[ComponentState], encodings: Encodings, read: Mapping[str, int]) -> None:
-        super().__init__()
+    def __init__(
+        self, denoiser: nn.Module, states: Iterable[ComponentState], encodings: Encodings, read: Mapping[str, int]
+    ) -> None:
+        super().__init__(denoiser)
         self.states, self.encodings, self.read = list(states), encodings, read
         self.said: set[str] = set()
 
@@ -63,7 +65,7 @@ class _AtEntry(ModelHook):
             return args, kwargs
         if apart := rounds.found_apart() & {name for state in self.states for name in state.in_force()}:
             said(self.states, ", ".join(sorted(apart)), APART)
-        given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        given = self.by_name(args, kwargs)
         added = given.get("added_cond_kwargs") or {}
         tokens, places = given.get("encoder_hidden_states"), given.get("img_ids")
         for way, told in (
@@ -146,7 +148,7 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
     if "vae" in components:
         CallGuard.remove(components["vae"], "encode")
     if attached:
-        entry = _AtEntry(attached.values(), encodings, known.blocks_read(components))
+        entry = _AtEntry(denoiser, attached.values(), encodings, known.blocks_read(components))
         hooks.register_hook(denoiser, entry, _ENTRY)
         if "vae" in components:
             CallGuard.install(components["vae"], "encode", _WatchPictures(attached.values()))

@@ -22,7 +22,7 @@ class Mentions(NamedTuple):
     """Prompts with a concept and without it."""
 
     words: WordStates
-    """Of all prompts."""
+    """States at the words of all prompts."""
     labels: Labels
     """Where the concept is in them."""
     activity: Tensor
@@ -51,7 +51,7 @@ class Reading:
     corpus: WordStates
     """Words of the ordinary prompts."""
     activity: Tensor
-    """Of the ordinary prompts, as in `Mentions`."""
+    """Greatest values of the latents in the ordinary prompts, `(prompts, d_sae)`."""
 
     @classmethod
     def of(cls, tower: TextTower, sae: SparseAutoencoder, layer: int, ordinary: Sequence[str]) -> Reading:

@@ -229,7 +229,7 @@ class AdvUnlearn(TrainedStrategy):
         return matching(found, states.own) * len(found)
 
     def edits(self, task: Task) -> Edits:
-        """Of the text encoders."""
+        """Changes of the text encoders' parameters."""
         low_rank, deltas = task.student.low_rank(), task.student.deltas()
         return Edits(
             {path.replace(".", "/", 1): pair for path, pair in low_rank.items()},

@@ -29,7 +29,7 @@ class Fit(NamedTuple):
     log: dict[str, float]
     """Figures worth keeping, for instance the last loss."""
     gates: Mapping[str, dict[str, Any]] = MappingProxyType({})
-    """By concept, how well its gate tells it, where there is one."""
+    """How well each concept's gate tells it, by concept, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from erasure.backbones import Backbone, EntryLayer, TextTower
+from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.errors import UnsupportedModelError
@@ -126,7 +126,7 @@ class ESD(TrainedStrategy):
         student = make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
         if self.method in ("text", "entry"):
             # What else such a layer reads, as the size of the picture, is none of the concept's.
-            train_columns(student, {path_of(layer): layer.columns for layer in backbone.entry_layers()})
+            train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
         return student
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
@@ -161,7 +161,7 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
         "x-strict": [path for site in text for path in site.keys_and_values],
         "self": [site.name for site in sites if site.kind == "self"],
         "text": backbone.text_layers(),
-        "entry": [path_of(layer) for layer in backbone.entry_layers()],
+        "entry": [layer.path for layer in backbone.entry_layers()],
     }
     every = [
         path
@@ -173,8 +173,3 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
         return [path for path in every if path.startswith(chosen)]
     left_out = () if method == "all" else tuple(f"{path}." for path in modules["x"])
     return [path for path in every if not path.startswith(left_out)]
-
-
-def path_of(layer: EntryLayer) -> str:
-    """Path of an entry layer inside the denoiser."""
-    return layer.key.split("/", 1)[1]

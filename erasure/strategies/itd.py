@@ -44,7 +44,7 @@ class Side(NamedTuple):
     log: dict[str, float]
     """Figures worth keeping."""
     gates: dict[str, dict[str, Any]]
-    """By concept, how well its gate tells it."""
+    """How well each concept's gate tells it, by concept."""
 
 
 @register("itd")

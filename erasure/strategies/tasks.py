@@ -81,10 +81,10 @@ class Batch(NamedTuple):
     guidance: Tensor
     """`(rows,)` scale that the denoiser is told, if it is told any."""
     prompts: list[str | None]
-    """Of every row, `None` for no prompt."""
+    """Prompt of every row; `None` where it has none."""
     concept: States
     """The states of the first rows."""
     retained: States | None
-    """Those of the rows that follow, if any."""
+    """States of the rows that follow; `None` where nothing must survive."""
     extra: Mapping[str, Tensor] | None = None
     """What a strategy adds, by name."""

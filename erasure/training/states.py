@@ -48,7 +48,7 @@ class States(NamedTuple):
     own: Tensor
     """Prediction for the scene's prompt, shaped as `x`."""
     null: Tensor
-    """Where no prompt is given."""
+    """Prediction where no prompt is given, shaped as `x`."""
     asked: Tensor
     """For the prompts asked besides, `(states, asks, channels, h, w)`."""
     guidance: Tensor
@@ -195,7 +195,7 @@ class StateSource(ABC):
         guidance = torch.tensor(scales, device=x.device)
 
         def asked(prompts: Sequence[str | None], index: Tensor) -> Tensor:
-            """For some of the states."""
+            """Predictions for some of the states."""
             told = guidance[index] if self.backbone.told_guidance else None
             return self.backbone.predict(x[index], t.expand(len(index)), self.prompts(prompts), told)
 
@@ -217,7 +217,7 @@ class _Predicted(NamedTuple):
     """What a step of a trajectory was computed from."""
 
     own: Tensor
-    """For the scenes' prompts."""
+    """Prediction for the scenes' prompts, `(rows, channels, h, w)`."""
     null: Tensor | None
     """Without a prompt, where the step takes it."""
 
