@@ -241,7 +241,7 @@ class TextTower:
         if projection is None:
             return output.pooler_output
         # What is trained runs in float32 beside a projection in half precision.
-        return projection(output.pooler_output.to(paths.base_layer(projection).weight.dtype))
+        return projection(output.pooler_output.to(next(paths.base_layer(projection).parameters()).dtype))
 
     def check_words(self, words: str) -> None:
         """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
