@@ -67,7 +67,13 @@ class CallGuard:
     @classmethod
     def install(cls, owner: object, method: str, check: Callable[..., None]) -> None:
         """Guard a method (once); nothing happens where the owner has no such method."""
-        if hasattr(owner, method) and not isinstance(vars(owner).get(method), cls):
+        held = vars(owner).get(method)
+        if isinstance(held, cls):
+            if held.owner is owner:
+                return
+            # That of the object that this one is a shallow copy of.
+            del vars(owner)[method]
+        if hasattr(owner, method):
             vars(owner)[method] = cls(owner, method, check)
 
     @classmethod

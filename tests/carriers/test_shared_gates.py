@@ -179,13 +179,16 @@ def test_erasures_share_their_own_gates_only(pipe: Any) -> None:
     assert "encode_prompt" not in vars(pipe)
 
 
-@pytest.mark.parametrize("route", ["deepcopy", "twin", "drop-in", "image to image"])
+@pytest.mark.parametrize("route", ["deepcopy", "shallow copy", "twin", "drop-in", "image to image"])
 def test_other_pipelines_on_the_same_encoders(pipe: Any, tiny_xl_original: Any, route: str) -> None:
     manager = ErasureManager(pipe)
     manager.add(erasure_of(pipe, None, CAT), "cat")
     wanted = encoded(pipe, CAT)
     if route == "deepcopy":
         other = copy.deepcopy(pipe)
+    elif route == "shallow copy":
+        other = copy.copy(pipe)
+        ErasureManager(other).verify()
     elif route == "twin":
         other = manager.twin()
     elif route == "drop-in":
