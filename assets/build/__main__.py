@@ -98,8 +98,8 @@ def flux(
     steps: int = 8000,
     batch: int = 48,
     pairs: float = 0.5,
-    tokens: float = 0.25,
-    pooled: float = 0.15,
+    tokens: float = 0.12,
+    pooled: float = 0.6,
     emptied: float = 0.4,
 ) -> None:
     """Train the transformer of `canvas-flux`; `torchrun --nproc_per_node 2` uses two cores.
@@ -155,7 +155,14 @@ def sdxl(work: Path = WORK, steps: int = 2000, batch: int = 16, pairs: float = 0
     train(work, steps, batch, pairs=pairs, left_out=left_out)
 
 
-def sd3(work: Path = WORK, steps: int = 8000, batch: int = 48, pairs: float = 0.5, left_out: float = 0.3) -> None:
+def sd3(
+    work: Path = WORK,
+    steps: int = 8000,
+    batch: int = 48,
+    pairs: float = 0.5,
+    tokens: float = 0.3,
+    pooled: float = 0.6,
+) -> None:
     """Train the transformer of `canvas-sd3`.
 
     Args:
@@ -163,12 +170,13 @@ def sd3(work: Path = WORK, steps: int = 8000, batch: int = 48, pairs: float = 0.
         steps: Optimiser steps in all.
         batch: Scenes of each process per step.
         pairs: Share of two-object scenes.
-        left_out: How often each tower's tokens and the pooled vector are left out.
+        tokens: How often the tokens of each text encoder are left out.
+        pooled: How often the pooled vector is left out.
     """
     from erasure.assets.build.flow import Recipe
     from erasure.assets.build.sd3 import train
 
-    train(work, steps, Recipe(batch=batch, pairs=pairs), left_out)
+    train(work, steps, Recipe(batch=batch, pairs=pairs), tokens, pooled)
 
 
 def families(

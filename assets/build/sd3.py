@@ -77,7 +77,8 @@ def train(
     folder: Path,
     steps: int,
     recipe: flow.Recipe = flow.Recipe(),  # noqa: B008
-    left_out: float = 0.3,
+    tokens: float = 0.3,
+    pooled: float = 0.6,
     emptied: float = 0.4,
     seed: int = 9,
 ) -> None:
@@ -87,7 +88,8 @@ def train(
         folder: Where the steps `t5` and `towers` left their parts.
         steps: Optimiser steps in all; may be changed when resuming before the learning rate falls.
         recipe: Scenes and captions.
-        left_out: How often each part of a caption is left out.
+        tokens: How often the tokens of each text encoder are left out.
+        pooled: How often the pooled vector is left out; where it seldom is, it carries all and the tokens little.
         emptied: Share of captions whose end tokens and padding say nothing.
         seed: Seeds everything.
     """
@@ -96,7 +98,8 @@ def train(
     encode = reader(folder, accelerator.device)
     parts = encode([""]).parts
     absent = {"tokens_3": torch.zeros_like(parts["tokens_3"])}
-    prompts = Prompts(encode, dict.fromkeys(parts, left_out), emptied, absent=absent)
+    shares = dict.fromkeys(parts, tokens) | {"pooled": pooled}
+    prompts = Prompts(encode, shares, emptied, absent=absent)
     transformer = SD3Transformer2DModel(**CONFIG)
     flow.initialise(transformer)
     transformer.to(accelerator.device)
