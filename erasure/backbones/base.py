@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,9 @@ from erasure.interop.protocols import Denoiser, Scheduler, Settings
 from erasure.interop.rounds import together
 from erasure.needs import Need
 
+Part = Literal["keys", "values", "both"]
+"""What attention makes of a layer's output."""
+
 
 class EntryLayer(NamedTuple):
     """A linear layer through which text features enter the denoiser: what closed-form methods edit."""
@@ -33,6 +36,8 @@ class EntryLayer(NamedTuple):
     """Which part of the conditioning it reads."""
     columns: slice = slice(None)
     """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
+    part: Part = "both"
+    """What attention makes of its output; both where it stands ahead of all attention."""
 
     @property
     def path(self) -> str:
