@@ -65,16 +65,17 @@ class SPEED(EntryEdit):
     title: ClassVar[str] = "closed-form edit of values in the null space of what is preserved"
     paper: ClassVar[str] = "Li et al. 2026, arXiv 2503.07392"
 
-    layers: Literal["values", "keys", "both"] = "values"
-    """Which layers of a cross-attention are changed (paper: values). Layers ahead of all attention always are."""
+    layers: Literal["values", "keys", "both"] = "both"
+    """Which layers of a cross-attention are changed (paper: values, which on Canvas leave more of a style).
+    Layers ahead of all attention always are."""
     regularisation: Positive = 1.0
     """s (paper: 1; released code: 0.05 for 10 to 100 people, 0.7 for nudity)."""
     relative: bool = True
     """Whether s, the threshold, and the noise are in mean squares of the features' values, about 1 in Stable Diffusion
     and very different in other text encoders; else they are plain numbers (released code)."""
-    threshold: Positive = 1e-1
+    threshold: Positive = 3e-2
     """Mean square of preserved features along a direction below which it belongs to the null space (released code:
-    1e-1; 1e-4 for 10 to 100 people)."""
+    1e-1, with which look-alikes suffer on Canvas; 1e-4 for 10 to 100 people)."""
     influence: bool = True
     """Preserve only what the change would move by more than the mean (released code: not for people)."""
     augmentations: CountOrZero = 10

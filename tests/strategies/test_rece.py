@@ -172,29 +172,24 @@ def door_of(pipe: Any, strategy: UCE, concept: Concept = CAT) -> Any:
     return seen[0]
 
 
-def regenerated(door: Any, x: Tensor) -> float:
-    """Share of the concept's keys and values that the best embedding gives back, 1 for all of them.
-
-    It is held against the anchor's: 0 where nothing is nearer to the concept's than the anchor's own.
-    """
-    identity = torch.eye(len(x), dtype=torch.float64)
-    gram = sum(weight.T @ weight for weight in door.weights)
-    best = derived(identity + x, gram, door.erased, 1e-3 * float(gram.diagonal().mean()))
-
-    def cost(difference: Tensor) -> Tensor:
-        return ((difference @ gram) * difference).sum()
-
-    return 1 - float(cost(best @ (identity + x).T - door.erased) / cost(door.replacing - door.erased))
+def cost_of_bringing_back(door: Any, x: Tensor, weight: float) -> float:
+    """The least that the paper's objective can be for the concept, with a weight in mean squares of a column."""
+    whole = torch.eye(len(x), dtype=torch.float64) + x
+    gram = sum(layer.T @ layer for layer in door.weights)
+    unit = weight * float(gram.diagonal().mean())
+    best = derived(whole, gram, door.erased, unit)
+    missed = best @ whole.T - door.erased
+    return float(((missed @ gram) * missed).sum() + unit * best.square().sum())
 
 
-def test_less_of_the_concept_can_be_brought_back_than_after_uce(canvas: Any) -> None:
-    """By an embedding that is derived from the weights after the last round."""
-    quick = {"vocabulary": 30}
+def test_bringing_the_concept_back_costs_more_after_every_round(canvas: Any) -> None:
+    """By an embedding that is derived from the weights after the last round; see `derived_regularisation`."""
+    quick, weight = {"vocabulary": 30}, 1e-3
     door = door_of(canvas, UCE(**quick))
-    uce = regenerated(door, UCE(**quick).map_of(door))
-    one, three = (regenerated(door, RECE(rounds=rounds, **quick).map_of(door)) for rounds in (1, 3))
-    assert uce > 0.5
-    assert three < one < uce
+    methods = [UCE(**quick), *(RECE(rounds=rounds, derived_regularisation=weight, **quick) for rounds in (1, 3))]
+    uce, one, three = (cost_of_bringing_back(door, method.map_of(door), weight) for method in methods)
+    assert 1.1 * uce < one
+    assert 1.5 * one < three
 
 
 def test_what_is_erased_stays_erased_in_the_rounds(canvas: Any) -> None:
@@ -207,8 +202,8 @@ def test_what_is_erased_stays_erased_in_the_rounds(canvas: Any) -> None:
         return float((after - door.replacing).norm() / (door.erased - door.replacing).norm())
 
     kept, forgotten = (left(RECE(keep_erased=keep, **quick).map_of(door)) for keep in (True, False))
-    assert kept < 1.2 * left(UCE().map_of(door))
-    assert kept < forgotten
+    assert kept < 1.5 * left(UCE().map_of(door))
+    assert 4 * kept < forgotten
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ class EntryEdit(Strategy):
         layers = backbone.entry_layers()
         # A prompt at a time: each encoding is then the same whatever else is erased.
         reader = Reader(backbone, batch=1)
-        sources, changes, count = list(dict.fromkeys(layer.source for layer in layers)), [], 0
+        sources, count = list(dict.fromkeys(layer.source for layer in layers)), 0
+        changes: list[Change] = []
         for index, source in enumerate(sources):
             erased, replacing = self.erased_features(reader, source, concepts)
             progress((index + 0.4) / len(sources))
