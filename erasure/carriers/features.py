@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from erasure.carriers.latents import fired, product
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
@@ -131,22 +132,30 @@ class GatedEdit:
         self.by_probe, self.local = bool(e.rule == 1), bool(e.local == 1)
         self.first, self.end = int(e.first), int(e.end)
         self.gate = e.probe_gate if self.by_probe else e.gate
+        self.level = e.threshold.clamp(min=0)
         self.filler = e.filler if len(e.filler) else None
 
     def latents(self, x: Tensor) -> Tensor:
         """`(..., features)` of activations `(..., dim)`."""
         before = self.before(x)
-        return torch.where((before > self.edit.threshold) & (before > 0), before, torch.zeros_like(before))
+        return torch.where(before > self.level, before, torch.zeros_like(before))
 
     def before(self, x: Tensor) -> Tensor:
         """`(..., features)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
         return x @ self.edit.w_enc + self.edit.b_enc
 
-    def logits(self, x: Tensor, latents: Tensor, by_probe: bool) -> Tensor:
-        """How surely each token holds each concept, `(batch, tokens, concepts)`."""
+    def logits(self, x: Tensor, latents: Tensor, by_probe: bool, which: Tensor | None = None) -> Tensor:
+        """How surely each token holds each concept, `(batch, tokens, concepts)`.
+
+        Args:
+            x: Activations.
+            latents: Of the activations.
+            by_probe: Ask the probe instead of the latents.
+            which: Places of those latents among the features; they are all of them when left out.
+        """
         if by_probe:
             return x @ self.edit.probe + self.edit.probe_bias
-        return product(latents, self.votes) + self.edit.bias
+        return product(latents, self.votes, which) + self.edit.bias
 
     def scores(self, x: Tensor, words: Tensor, by_probe: bool | None = None) -> Tensor:
         """How surely each concept is in each prompt, `(batch, concepts)` in 0-1.
@@ -167,10 +176,9 @@ class GatedEdit:
             words: `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when nobody knows.
             told: `(batch, concepts)` bool: gates that other text encoders have opened.
         """
-        latents = counted = self.latents(x)
-        if x.requires_grad:
-            counted = seeing_jump(latents, self.before(x), self.edit.threshold)
-        logits = self.logits(x, counted, self.by_probe)
+        latents, fires, which = fired(self.before(x), self.level, whole=x.requires_grad)
+        counted = seeing_jump(latents, self.before(x), self.edit.threshold) if x.requires_grad else latents
+        logits = self.logits(x, counted, self.by_probe, which)
         own = logits >= self.gate
         if words is None:
             opened = where = torch.ones_like(own)
@@ -201,7 +209,10 @@ class GatedEdit:
             on = product(where.to(x.dtype), self.belongs).clamp(max=1)
             if smooth is not None:
                 on = straight_through(on.expand(*x.shape[:2], -1), smooth[self.local] @ self.belongs)
-            change = product(on * (self.edit.gain * latents + self.edit.offset * (latents > 0)), self.edit.w_dec)
+            gain, offset = self.edit.gain, self.edit.offset
+            if which is not None:
+                on, gain, offset = on[..., which], gain[which], offset[which]
+            change = product(on * (gain * latents + offset * fires), self.edit.w_dec, which)
         after = torch.arange(x.shape[1], device=x.device) >= self.first
         return change * after[:, None], opened.any(1)
 
@@ -237,20 +248,6 @@ class Term(NamedTuple):
 
 Terms = Sequence[Term | tuple[float, BlockEdit]]
 """What is done at one block, added up."""
-
-
-def product(sparse: Tensor, matrix: Tensor) -> Tensor:
-    """`sparse @ matrix`, without the rows of the matrix that only zeros meet: of many concepts few are in a prompt.
-
-    Args:
-        sparse: `(..., rows)`, most of it 0.
-        matrix: `(rows, columns)`.
-    """
-    if sparse.requires_grad or torch.compiler.is_compiling():
-        return sparse @ matrix
-    met = sparse.flatten(0, -2).any(0).nonzero()[:, 0]
-    # Gathering rows costs more than it saves where most are met.
-    return sparse[..., met] @ matrix[met] if 2 * len(met) < len(matrix) else sparse @ matrix
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -292,6 +289,7 @@ class _EditBlock(ModelHook):
     def __init__(self, terms: Terms) -> None:
         super().__init__()
         self.terms = tuple(Term(*term) for term in terms)
+        self._gates = [term.edit.gates.numel() for term in self.terms]
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
         self._memory: list[_Edited] = []
 
@@ -299,8 +297,8 @@ class _EditBlock(ModelHook):
         states = output[0] if isinstance(output, tuple) else output
         ids = current_ids(*states.shape[:2])
         told = tuple(
-            rounds.told(term.shared, self, len(states), term.edit.gates.numel()) if term.shared else None
-            for term in self.terms
+            rounds.told(term.shared, self, len(states), gates) if term.shared else None
+            for term, gates in zip(self.terms, self._gates, strict=True)
         )
         fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
         edited = (self.edit if fresh else self.recall)(states, ids, told)

@@ -26,6 +26,7 @@ from erasure.guards.said import (
     names_on_text,
     said,
 )  # fmt: skip
+from erasure.guards.words import is_named
 from erasure.interop import paths
 from erasure.interop.pipelines import components_of
 from erasure.state import ComponentState
@@ -137,12 +138,6 @@ def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:
             texts += [text for text in _prompts(value) if isinstance(text, str)]
     if not any(texts):
         return ""
-    found, written = [], "\n".join(texts).casefold()
-    for name, attached in {name: one for state in states for name, one in state.in_force().items()}.items():
-        concepts = attached.erasure.concepts
-        words = [word for concept in concepts for word in (*concept.names, concept.anchor) if word]
-        # An expression for each of a thousand words would cost more than an image's text encoder.
-        likely = (word for word in words if word.casefold() in written)
-        if any(re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", written) for word in likely):
-            found.append(name)
-    return ", ".join(found)
+    written = "\n".join(texts).casefold()
+    attached = {name: one for state in states for name, one in state.in_force().items()}
+    return ", ".join(name for name, one in attached.items() if is_named(one.erasure, written))

@@ -30,6 +30,7 @@ from erasure.guards.said import (
     said,
 )  # fmt: skip
 from erasure.guards.saving import refuse_unsaveable
+from erasure.guards.words import words_of
 from erasure.interop import hooks, rounds
 from erasure.interop.pipelines import CallGuard, EncodedTogether
 from erasure.interop.protocols import Arguments
@@ -143,6 +144,10 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
         known.forget(tower)
         if tower.component in attached:
             known.watch(tower, encodings)
+    for one in {
+        id(one.erasure): one for state in attached.values() for one in state.record.attached.values()
+    }.values():
+        words_of(one.erasure)
     share_gates(backbone.pipe, states.values())
     hooks.remove_hook(denoiser, _ENTRY)
     if "vae" in components:

@@ -219,8 +219,7 @@ class AdvUnlearn(TrainedStrategy):
         turn: int,
     ) -> Tensor:  # fmt: skip
         """How far the attacked prompts are from drawing the concept, at other states of theirs in every turn."""
-        rollout = task.concept_states.rollout
-        each = rollout.seeds * rollout.steps
+        each = task.concept_states.per_scene
         offsets = share.of(draw(each, self.batch, task.seed, "attack", step, turn))[: len(scenes)]
         with torch.no_grad():
             states = task.concept_states.take(scenes * each + offsets)

@@ -118,7 +118,7 @@ class ESD(TrainedStrategy):
         """See `TrainedStrategy.target`."""
         if self.trained_prompt == "concept":
             return super().target(states)
-        return self.pushed(states, states.own if self.base == "anchor" else states.null, states.asked[:, 0])
+        return self.pushed(states, states.own if self.base == "anchor" else states.unprompted, states.asked[:, 0])
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """A LoRA on the chosen layers, or their parameters themselves."""

@@ -12,6 +12,7 @@ from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.edits import LowRank
 from erasure.interop import paths
 from erasure.interop.taps import tapped
+from erasure.training.turns import Player
 
 Tap = Literal["attention", "output"]
 LARGE, RANK = 32_000_000, 16
@@ -49,7 +50,7 @@ def run(tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens
     return Reached(seen[0].float() if tap == "attention" else states, states, pooled)
 
 
-class FirstBlock:
+class FirstBlock(Player):
     """The linear layers in the attention and the MLP of a text encoder's first block; its norms stay.
 
     Args:
@@ -60,47 +61,53 @@ class FirstBlock:
     """
 
     def __init__(self, tower: TextTower, rank: int | None = 0, seed: int = 0) -> None:
+        super().__init__()
         paths_now = trained_parameters(tower)
         own = dict(tower.root.named_parameters())
         size = sum(own[name].numel() for name in paths_now.values())
-        rank = (RANK if size > LARGE else 0) if rank is None else rank
+        self.rank = rank = (RANK if size > LARGE else 0) if rank is None else rank
         # bfloat16 holds what a large encoder computes, at half the memory; float16 overflows in T5.
         kept = torch.bfloat16 if rank and next(iter(own.values())).dtype == torch.bfloat16 else torch.float32
         self.stock = {name: parameter.detach().to(kept) for name, parameter in own.items()}
-        self.canonical = {now: path for path, now in paths_now.items()}
-        self.whole: dict[str, Tensor] = {}
-        self.pairs: dict[str, LowRank] = {}
+        self.canonical = {now: path for path, now in paths_now.items() if not rank or self.stock[now].ndim == 2}
+        self.values = nn.ParameterList()
         generator = torch.Generator().manual_seed(seed)
         for name in self.canonical:
             value = self.stock[name]
             if not rank:
-                self.whole[name] = value.clone().requires_grad_()
-            elif value.ndim == 2:
-                least = min(rank, *value.shape)
-                down = (2 * torch.rand(least, value.shape[1], generator=generator) - 1) / value.shape[1] ** 0.5
-                up = torch.zeros(len(value), least)
-                self.pairs[name] = LowRank(*(part.to(value.device).requires_grad_() for part in (down, up)))
+                self.values.append(nn.Parameter(value.clone()))
+                continue
+            least = min(rank, *value.shape)
+            down = (2 * torch.rand(least, value.shape[1], generator=generator) - 1) / value.shape[1] ** 0.5
+            up = torch.zeros(len(value), least)
+            self.values.extend(nn.Parameter(part.to(value.device)) for part in (down, up))
 
-    @property
-    def trained(self) -> list[Tensor]:
-        """What an optimiser changes, float32."""
-        return [*self.whole.values(), *(part for pair in self.pairs.values() for part in pair)]
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters that are trained in full, by their paths now."""
+        return {} if self.rank else dict(zip(self.canonical, self.values, strict=True))
 
-    def parameters(self) -> dict[str, Tensor]:
+    def pairs(self) -> dict[str, LowRank]:
+        """Low-rank changes, by the paths now of the weights that they change."""
+        if not self.rank:
+            return {}
+        downs, ups = list(self.values)[::2], list(self.values)[1::2]
+        return {name: LowRank(*pair) for name, *pair in zip(self.canonical, downs, ups, strict=True)}
+
+    def changed(self) -> dict[str, Tensor]:
         """All parameters of the encoder's root by their paths now, with the changes."""
-        changed = {
+        added = {
             name: (self.stock[name].float() + up @ down).to(self.stock[name].dtype)
-            for name, (down, up) in self.pairs.items()
+            for name, (down, up) in self.pairs().items()
         }
-        return {**self.stock, **self.whole, **changed}
+        return {**self.stock, **self.whole(), **added}
 
     def changes(self) -> dict[str, Tensor | LowRank]:
         """The changes, in float16 on the CPU: whole ones by path of the parameter, others by path of the layer."""
         made: dict[str, Tensor | LowRank] = {
             self.canonical[name]: (value.detach() - self.stock[name]).half().cpu()
-            for name, value in self.whole.items()
+            for name, value in self.whole().items()
         }
-        for name, pair in self.pairs.items():
+        for name, pair in self.pairs().items():
             halved = [part.detach().half().cpu().contiguous() for part in pair]
             made[self.canonical[name].removesuffix(".weight")] = LowRank(*halved)
         return made

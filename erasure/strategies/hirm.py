@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +15,14 @@ from erasure.backbones import Backbone, PromptTokens, TextTower
 from erasure.carriers.activations import pin_of
 from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
-from erasure.errors import DivergenceError
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.first_block import FirstBlock, Reached, Tap, run
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import AlignedPrompt, align, aligned_prompts
+from erasure.training.loop import Share, Trainer
+from erasure.training.turns import Descent, Turn
 
 PAPER: Mapping[str, object] = {
     "lr": 5e-5, "skip_start": False, "templates": False, "joined": True, "contexts": 0, "retain_weight": 0.0,
@@ -37,6 +37,21 @@ RELEASED = {**RANDOM, "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "norm": "t
 """Defaults of the script, with which its command for nudity agrees; those for objects and styles have fewer steps."""
 LONGEST = 128
 """Tokens of the prompts that an encoder of free length is trained with: its padding takes most of the time."""
+
+
+class Drawn(NamedTuple):
+    """The prompts of an update."""
+
+    tokens: PromptTokens
+    """Of prompts with the concepts."""
+    targets: Tensor
+    """Where their activations must go, `(prompts, tokens, dim)`."""
+    pooled: Tensor | None
+    """Where their pooled vectors must go, `(prompts, dim)`."""
+    kept: PromptTokens | None
+    """Of prompts that must survive, where any must."""
+    before: Reached | None
+    """What the stock encoder gives for them."""
 
 
 @register("hirm")
@@ -162,40 +177,40 @@ class HiRM(Strategy):
         words = vocabulary(tower, concepts)
         listed = retain_prompts(concepts) if self.retain_weight else []
         first = tower.leading if self.skip_start else 0
-        optimiser = torch.optim.AdamW(block.trained, lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-8)
-        value = math.nan
-        for step in range(self.steps):
+
+        def prepare(_update: int, _share: Share) -> Drawn:
+            """The prompts of an update, and what the stock encoder makes of them."""
             batch = [*pairs]
             for concept in concepts if words and self.contexts else ():
                 batch += context_prompts(tower, concept, words, self.contexts, generator)
             targets, pooled = self.targets(tower, block.stock, batch, direction)
-            reached = self.run(tower, block.parameters(), tower.tokenize([pair.prompt for pair in batch]))
-            loss = F.mse_loss(reached.tapped[:, first:], targets[:, first:])
-            if pooled is not None and reached.pooled is not None:
-                loss = loss + F.mse_loss(reached.pooled, pooled)
-            if self.retain_weight:
-                sample = [
-                    listed[int(i)] for i in torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
-                ]
-                extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
-                tokens = tower.tokenize(["", *sample, *extra])
-                with torch.no_grad():
-                    before = self.run(tower, block.stock, tokens)
-                after = self.run(tower, block.parameters(), tokens)
+            tokens = tower.tokenize([pair.prompt for pair in batch])
+            if not self.retain_weight:
+                return Drawn(tokens, targets, pooled, None, None)
+            rows = torch.randint(len(listed), (min(len(listed), 24),), generator=generator)
+            extra = vocabulary_prompts(words, self.retain_vocabulary, generator) if words else []
+            kept = tower.tokenize(["", *(listed[int(row)] for row in rows), *extra])
+            with torch.no_grad():
+                return Drawn(tokens, targets, pooled, kept, self.run(tower, block.stock, kept))
+
+        def losses(drawn: Drawn) -> dict[str, Tensor]:
+            """How far the encoder is from the targets, and from what it gave for prompts that must survive."""
+            reached = self.run(tower, block.changed(), drawn.tokens)
+            terms = {"erase": F.mse_loss(reached.tapped[:, first:], drawn.targets[:, first:])}
+            if drawn.pooled is not None and reached.pooled is not None:
+                terms["erase_pooled"] = F.mse_loss(reached.pooled, drawn.pooled)
+            if drawn.kept is not None and drawn.before is not None:
+                before, after = drawn.before, self.run(tower, block.changed(), drawn.kept)
                 moved = F.mse_loss(after.states, before.states)
                 if before.pooled is not None and after.pooled is not None:
                     moved = moved + F.mse_loss(after.pooled, before.pooled)
-                loss = loss + self.retain_weight * moved
-            value = loss.item()
-            if not math.isfinite(value):
-                raise DivergenceError(
-                    f"the loss is {value} at step {step} of {self.steps}: lower lr (now {self.lr:g})"
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            progress((step + 1) / self.steps)
-        return block.changes(), value
+                terms["retain"] = self.retain_weight * moved
+            return terms
+
+        descent = Descent(lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-8)
+        turn = Turn(name="block", player=block, losses=losses, descent=descent)
+        row = Trainer(turns=[turn], prepare=prepare, steps=self.steps, seed=seed).train(progress)
+        return block.changes(), sum(row.values())
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
         """The prompts to misdirect."""

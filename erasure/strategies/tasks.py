@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept
-from erasure.interop import scopes
+from erasure.interop import paths, scopes
 from erasure.text.encodings import Reader
-from erasure.training.states import States, StateSource, TrajectoryBuffer, stable_seed
+from erasure.training.plugins import InputGrams, RetainProjection, null_space
+from erasure.training.states import States, StateSource, stable_seed
 from erasure.training.student import Student
 
+INPUT_STATES = 4
+"""States of each scene that retained inputs are gathered in."""
 NULL_STATES = 4
 """States of a trajectory that predictions without a prompt are compared in."""
 
@@ -35,9 +39,9 @@ class Task:
     concept_states: StateSource
     retain_states: StateSource | None
 
-    def buffers(self) -> list[TrajectoryBuffer]:
-        """The sources that are filled ahead."""
-        return [s for s in (self.concept_states, self.retain_states) if isinstance(s, TrajectoryBuffer)]
+    def sources(self) -> list[StateSource]:
+        """Where states come from."""
+        return [source for source in (self.concept_states, self.retain_states) if source is not None]
 
     @torch.no_grad()
     def null_drift(self, scales: Sequence[float]) -> float:
@@ -46,8 +50,7 @@ class Task:
         A model that was distilled for guidance without error predicts the same at all of them, and what `pushed` says
         of its targets holds as far as it does.
         """
-        steps = self.concept_states.rollout.steps
-        states = self.concept_states.take(torch.linspace(0, steps - 1, NULL_STATES).long())
+        states = self.concept_states.take(self.concept_states.spread(NULL_STATES))
         told = self.prompts([None] * len(states.x))
         low, high = (self.backbone.predict(states.x, states.t, told, scale) for scale in (min(scales), max(scales)))
         return float((high.float() - low.float()).norm() / low.float().norm())
@@ -88,3 +91,39 @@ class Batch(NamedTuple):
     """States of the rows that follow; `None` where nothing must survive."""
     extra: Mapping[str, Tensor] | None = None
     """What a strategy adds, by name."""
+
+
+@torch.no_grad()
+def gather_inputs(
+    task: Task, source: StateSource, layers: Sequence[str], predict: Callable[[Batch], Tensor]
+) -> InputGrams:
+    """Inputs of the student's layers, as the stock model, in a few states of every scene."""
+    found, spread = InputGrams(), source.spread(INPUT_STATES)
+    with found.gathering(task.student.network, layers):
+        for scene in range(len(source.scenes)):
+            states = source.take(scene * source.per_scene + spread)
+            prompts = [each.learned for each in source.of(states)]
+            predict(Batch(states.x, states.t, states.guidance, prompts, states, None))
+    found.keep(task.student.columns)
+    return found
+
+
+def retain_projection(task: Task, share: float, predict: Callable[[Batch], Tensor]) -> RetainProjection:
+    """The projection onto what the inputs of retained prompts leave free, which knows how much of the concept that is.
+
+    Args:
+        task: A training whose sources are filled.
+        share: Of the energy of the inputs; see `null_space`.
+        predict: Runs the network for a batch.
+    """
+    student = task.student
+    layers = [path.removesuffix(".weight") for path in student.paths]
+    layers = [path for path in layers if isinstance(paths.layer(student.network, path), nn.Linear)]
+    assert task.retain_states is not None
+    started = time.perf_counter()
+    retained = gather_inputs(task, task.retain_states, layers, predict)
+    target = gather_inputs(task, task.concept_states, layers, predict)
+    made = RetainProjection(student, {path: null_space(gram, share) for path, gram in retained.grams.items()})
+    made.erasability(target.grams)
+    made.found["projection_seconds"] = time.perf_counter() - started
+    return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,38 +18,27 @@ from erasure.backbones import Backbone, TextTower
 from erasure.cache import model_fingerprint
 from erasure.carriers.edits import Edits
 from erasure.concept import Concept
-from erasure.interop import paths, scopes
+from erasure.interop import scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
 from erasure.strategies.prompts import concept_scenes, retain_scenes
-from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
+from erasure.training.images import NoisedImages
 from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
 from erasure.training.objectives import matching, negative_guidance
-from erasure.training.plugins import GroupLasso, InputGrams, RetainProjection, null_space
+from erasure.training.plugins import GroupLasso
 from erasure.training.run import Run
-from erasure.training.states import (
-    Mode,
-    OnlineStates,
-    Rollout,
-    Scene,
-    States,
-    StateSource,
-    TrajectoryBuffer,
-    draw,
-    rolling_out,
-    session_of,
-)
+from erasure.training.states import Mode, Scene, States, StateSource, draw, session_of
 from erasure.training.student import LowRankStudent, Student
+from erasure.training.trajectories import OnlineStates, Rollout, TrajectoryBuffer, rolling_out
+from erasure.training.turns import After, Turn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-INPUT_STATES = 4
-"""States of each scene that retained inputs are gathered in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +48,8 @@ class TrainedStrategy(Optimisation, Strategy):
     trains: ClassVar[bool] = True
     moves_null: ClassVar[bool] = True
     """Whether training moves what the model predicts where no prompt is given, so that it must be retained."""
+    asks_null: ClassVar[bool] = True
+    """Whether targets need what the stock model predicts where no prompt is given."""
 
     steps: Count = 200
     """Updates."""
@@ -80,11 +70,12 @@ class TrainedStrategy(Optimisation, Strategy):
     against: Literal["base", "null"] = "base"
     """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
-    """`buffer` rolls trajectories out once; `online` every state anew, as released code does."""
+    """`buffer` rolls trajectories out once; `online` every state anew, as released code does; `images` draws images to
+    the end once, and noises them anew for every state."""
     rollouts: Count = 1
-    """Trajectories of each prompt with the concept."""
+    """Trajectories, or images, of each prompt with the concept."""
     retain_rollouts: Count = 1
-    """Trajectories of each prompt that must survive."""
+    """Trajectories, or images, of each prompt that must survive."""
     rollout_steps: Count = 20
     """Denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
@@ -125,6 +116,8 @@ class TrainedStrategy(Optimisation, Strategy):
     def __post_init__(self) -> None:
         """Refuse values that an option does not allow."""
         super().__post_init__()
+        if self.states == "images" and self.rollout_by == "student":
+            self.refuse("rollout_by", "student", "'teacher' for images, which the stock model draws once")
         if self.projection and not self.retain_batch:
             self.refuse("projection", self.projection, "0 without prompts to retain: raise 'retain_batch'")
         if self.group_lasso and not self.rank:
@@ -176,18 +169,17 @@ class TrainedStrategy(Optimisation, Strategy):
             cost.begin("rollout")
             self.fill(task, model, accelerator)
             cost.begin("setup")
-            projection, figures = self.projected(task)
+            after, figures = self.after(task), dict[str, float]()
             if len(scales := self.scales(backbone)) > 1:
                 figures["null_drift"] = task.null_drift(scales)
-            student, lasso = task.student, None
-            if self.group_lasso and isinstance(student, LowRankStudent):
-                lasso = GroupLasso(student, self.group_lasso)
             trainer = Trainer(
-                backbone, student, partial(self.prepare, task), partial(self.losses, task), self, run, accelerator,
-                seed, cost, before=partial(self.before, task), validate=partial(self.validate, task, run),
-                projection=projection, lasso=lasso,
-                lasso_from=int(self.group_lasso_from * self.steps), parts=self.parts(task),
+                turns=self.turns(task, after), prepare=partial(self.prepare, task), steps=self.steps, seed=seed,
+                accumulation=self.accumulation, run=run, accelerator=accelerator, cost=cost,
+                scales_losses=backbone.dtype == torch.float16, before=partial(self.before, task),
+                validate=partial(self.validate, task, run, cost), parts=self.parts(task),
             )  # fmt: skip
+            if self.gradient_checkpointing:
+                stack.enter_context(task.student.checkpointed(backbone.denoiser))
             cost.begin("update")
             row = trainer.train(progress)
             cost.begin("setup")
@@ -202,13 +194,36 @@ class TrainedStrategy(Optimisation, Strategy):
         }
         if cost.sessions > 1:
             figures |= {"sessions": float(cost.sessions), "earlier_seconds": cost.earlier_seconds}
-        if lasso is not None:
-            figures |= {"layers_dropped": float(lasso.dropped()), "layers": float(len(lasso.groups))}
+        for part in after:
+            figures |= part.figures()
         return Fit(edits, figures)
 
     @abstractmethod
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """What is trained, starting as the stock model."""
+
+    def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
+        """Who learns what in an update: the student alone.
+
+        Args:
+            task: The training.
+            after: What is done behind the student's steps.
+        """
+        return [
+            Turn(
+                name="student", player=task.student, losses=partial(self.losses, task), descent=self.descent,
+                after=after,
+            )
+        ]  # fmt: skip
+
+    def after(self, task: Task) -> tuple[After, ...]:
+        """What is done behind the student's steps."""
+        student, done = task.student, list[After]()
+        if self.group_lasso and isinstance(student, LowRankStudent):
+            done.append(GroupLasso(student, self.group_lasso, int(self.group_lasso_from * self.steps)))
+        if self.projection:
+            done.append(retain_projection(task, self.projection, partial(self.predict, task)))
+        return tuple(done)
 
     @abstractmethod
     def predict(self, task: Task, batch: Batch) -> Tensor:
@@ -221,19 +236,6 @@ class TrainedStrategy(Optimisation, Strategy):
     @abstractmethod
     def idle(self, backbone: Backbone) -> list[torch.nn.Module]:
         """Components that training does not run, which leave the device meanwhile."""
-
-    @torch.no_grad()
-    def gather_inputs(self, task: Task, source: StateSource, layers: Sequence[str]) -> InputGrams:
-        """Inputs of the student's layers, as the stock model, in a few states of every scene."""
-        found, spread = InputGrams(), torch.linspace(0, self.rollout_steps - 1, INPUT_STATES).long()
-        with found.gathering(task.student.network, layers):
-            for scene in range(len(source.scenes)):
-                first = scene * source.rollout.seeds * source.rollout.steps
-                states = source.take(first + spread)
-                prompts = [each.prompt for each in source.of(states)]
-                self.predict(task, Batch(states.x, states.t, states.guidance, prompts, states, None))
-        found.keep(task.student.columns)
-        return found
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts with the concepts to roll out, and what the teacher is asked besides."""
@@ -248,7 +250,7 @@ class TrainedStrategy(Optimisation, Strategy):
     def target(self, states: States) -> Tensor:
         """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
         anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
-        base = states.asked[:, 0] if anchored else states.null
+        base = states.asked[:, 0] if anchored else states.unprompted
         return self.pushed(states, base, states.own)
 
     def pushed(self, states: States, base: Tensor, concept: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ class TrainedStrategy(Optimisation, Strategy):
         in all terms the target is that of the model it was distilled from, and g times as far; so eta is divided by g.
         """
         eta = (self.eta / states.guidance).view(-1, 1, 1, 1)
-        return negative_guidance(base, concept, base if self.against == "base" else states.null, eta)
+        return negative_guidance(base, concept, base if self.against == "base" else states.unprompted, eta)
 
     def session(self, backbone: Backbone) -> Backbone:
         """See `Strategy.session`: with `resolution` and `text_length`.
@@ -297,7 +299,7 @@ class TrainedStrategy(Optimisation, Strategy):
         """Prompts, empty sources of states, and the student."""
         scenes = self.scenes(tower, concepts, seed)
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
-        every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, *scene.asks)]
+        every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, scene.learned, *scene.asks)]
         prompts = Reader(backbone).read(["", *every])
         if kept and self.moves_null and not torch.equal(prompts.null(1).tokens, prompts([""]).tokens):
             kept.append(Scene(None))
@@ -311,10 +313,12 @@ class TrainedStrategy(Optimisation, Strategy):
             leader = student if self.rollout_by == "student" else None
             if self.states == "online":
                 return OnlineStates(backbone, scenes, prompts, rollout, seed, leader)
-            return TrajectoryBuffer(
-                backbone, scenes, prompts, rollout, seed, leader, gather=accelerator.reduce,
-                share=(accelerator.process_index, accelerator.num_processes),
-            )  # fmt: skip
+            shared = {
+                "gather": accelerator.reduce, "share": (accelerator.process_index, accelerator.num_processes)
+            }  # fmt: skip
+            if self.states == "images":
+                return NoisedImages(backbone, scenes, prompts, rollout, seed, asks_null=self.asks_null, **shared)
+            return TrajectoryBuffer(backbone, scenes, prompts, rollout, seed, leader, **shared)
 
         return Task(
             backbone, tower, concepts, seed, prompts, student, source(scenes, self.rollouts),
@@ -323,14 +327,17 @@ class TrainedStrategy(Optimisation, Strategy):
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
         """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
-        for source in task.buffers():
-            storage.fill(source, model, accelerator)
+        for source in task.sources():
+            if isinstance(source, TrajectoryBuffer):
+                storage.fill(source, model, accelerator)
+            elif isinstance(source, NoisedImages):
+                storage.draw(source, model)
 
     def before(self, task: Task, step: int) -> None:
         """Roll the student's trajectories out anew, now and then."""
         if step and step % self.refresh == 0:
-            for source in task.buffers():
-                if source.student is not None:
+            for source in task.sources():
+                if isinstance(source, TrajectoryBuffer) and source.student is not None:
                     source.fill()
 
     def parts(self, task: Task) -> dict[str, Stateful]:
@@ -350,12 +357,12 @@ class TrainedStrategy(Optimisation, Strategy):
         concept = take(task.concept_states, self.batch, "concept")
         scenes = task.concept_states.of(concept)
         x, t, guidance = [concept.x], [concept.t], [concept.guidance]
-        prompts = [scene.prompt for scene in scenes]
+        prompts = [scene.learned for scene in scenes]
         retained = None
         if task.retain_states is not None:
             retained = take(task.retain_states, self.retain_batch, "retain")
             x, t, guidance = [*x, retained.x], [*t, retained.t], [*guidance, retained.guidance]
-            prompts += [scene.prompt for scene in task.retain_states.of(retained)]
+            prompts += [scene.learned for scene in task.retain_states.of(retained)]
         if self.scope_weight:
             x, t, guidance = [*x, concept.x], [*t, concept.t], [*guidance, concept.guidance]
             prompts += [scene.asks[-1] for scene in scenes]
@@ -373,25 +380,8 @@ class TrainedStrategy(Optimisation, Strategy):
             terms["scope"] = self.scope_weight * matching(found[-count:], concept.asked[:, -1])
         return terms
 
-    def projected(self, task: Task) -> tuple[RetainProjection | None, dict[str, float]]:
-        """The projection onto what retained inputs leave free, and how much of the concept that is."""
-        if not self.projection:
-            return None, {}
-        student = task.student
-        layers = [path.removesuffix(".weight") for path in student.paths]
-        layers = [path for path in layers if isinstance(paths.layer(student.network, path), torch.nn.Linear)]
-        started = time.perf_counter()
-        assert task.retain_states is not None
-        retained = self.gather_inputs(task, task.retain_states, layers)
-        target = self.gather_inputs(task, task.concept_states, layers)
-        spaces = {path: null_space(gram, self.projection) for path, gram in retained.grams.items()}
-        projection = RetainProjection(student, spaces)
-        return projection, {
-            "erasability": projection.erasability(target.grams),
-            "projection_seconds": time.perf_counter() - started,
-        }
-
-    def validate(self, task: Task, run: Run, step: int) -> None:
+    def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
         """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
         if run.folder is not None:
-            task.draw(run.folder / "validation", step, self.rollout_steps, self.idle(task.backbone))
+            with task.student.active(), torch.no_grad(), cost.paused():
+                task.draw(run.folder / "validation", update, self.rollout_steps, self.idle(task.backbone))

@@ -1,28 +1,27 @@
-"""The one training loop: losses in, a trained student out, on one process or under `accelerate launch` on many."""
+"""The one training loop: turns in, trained players out, on one process or under `accelerate launch` on many."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from erasure.backbones import Backbone
 from erasure.errors import DivergenceError, OptionError
 from erasure.extras import require
 from erasure.options import Count, CountOrZero, Decay, NotNegative, Options, Positive
 from erasure.training.checkpoint import Checkpoint, Stateful
+from erasure.training.combining import Gradient, flat
 from erasure.training.cost import DenoiserCost
-from erasure.training.plugins import GroupLasso, RetainProjection
 from erasure.training.run import CHECKPOINT, Run
 from erasure.training.states import stable_seed
-from erasure.training.student import Student
+from erasure.training.turns import Descent, Prepared, Turn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,12 +45,9 @@ class Share(NamedTuple):
         return rows[self.number :: self.parts]
 
 
-Prepared = TypeVar("Prepared")
-"""What a strategy makes of a part of an update's batch, for its losses."""
 Prepare = Callable[[int, Share], Prepared]
-"""What the losses of an update need of a part of its batch: called while the network is the teacher."""
-Losses = Callable[[Prepared], dict[str, Tensor]]
-"""Loss terms of what was prepared, each already weighted: called while the network is the student."""
+"""What the losses of an update need of a part of its batch: called while networks are as they were. Several turns of
+one update may be given the same object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +70,13 @@ class Optimisation(Options):
     """Decay of the running mean of the weights that becomes the result; 0 takes the last weights."""
     gradient_checkpointing: bool = False
     """Whether blocks of the denoiser run twice instead of keeping their activations."""
+
+    @property
+    def descent(self) -> Descent:
+        """How AdamW trains the student."""
+        return Descent(
+            lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip, ema=self.ema
+        )  # fmt: skip
 
     def check_batches(self, batches: Mapping[str, int], processes: int) -> None:
         """Refuse batches that do not fall into equal parts.
@@ -106,154 +109,203 @@ def make_accelerator(run: Run, device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", device_placement=False, log_with=run.tracker, project_dir=folder)
 
 
-@dataclass
+class Learner(Generic[Prepared]):
+    """A turn with its optimiser, and what else a checkpoint keeps of it."""
+
+    def __init__(self, turn: Turn[Prepared]) -> None:
+        self.turn, descent = turn, turn.descent
+        self.parameters = list(turn.player.parameters())
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=descent.lr, betas=descent.betas, eps=descent.eps, weight_decay=descent.weight_decay
+        )
+        self.first: list[float] = []
+        self.average: EMAModel | None = None
+        if descent.ema:
+            from diffusers.training_utils import EMAModel
+
+            self.average = EMAModel(self.parameters, decay=descent.ema)
+
+    def parts(self) -> dict[str, Stateful]:
+        """Parts of a checkpoint."""
+        name = self.turn.name
+        kept: dict[str, Stateful] = {
+            name: self.turn.player, f"{name}_optimiser": self.optimiser, f"{name}_losses": _Listed(self.first)
+        }  # fmt: skip
+        return kept if self.average is None else {**kept, f"{name}_average": self.average}
+
+    def rate(self, update: int) -> float:
+        """Learning rate of an update."""
+        descent, done = self.turn.descent, update - self.turn.since
+        return descent.lr * min(1.0, (done + 1) / max(descent.warmup, 1))
+
+
+@dataclass(kw_only=True)
 class Trainer(Generic[Prepared]):
-    """Trains a student.
+    """Trains players in turns.
 
     Every random choice follows from the seed and the number of the update, so a training that was killed and resumed
     ends with the same bits, and several processes compute what one would.
     """
 
-    backbone: Backbone
-    student: Student
+    turns: Sequence[Turn[Prepared]]
+    """Whose turn it is in each update, one after the other."""
     prepare: Prepare[Prepared]
-    losses: Losses[Prepared]
-    options: Optimisation
-    run: Run
-    accelerator: Accelerator
+    steps: int
+    """Updates."""
     seed: int
-    cost: DenoiserCost
-    before: Callable[[int], None] = lambda step: None
+    accumulation: int = 1
+    """Parts that each process computes its share of a batch in, one after the other."""
+    run: Run = field(default_factory=Run)
+    accelerator: Accelerator | None = None
+    """The processes that train together; this one alone when left out."""
+    cost: DenoiserCost = field(default_factory=DenoiserCost)
+    scales_losses: bool = False
+    """Whether gradients underflow unless losses are scaled, as those of a float16 model do."""
+    before: Callable[[int], None] = lambda update: None
     """Called ahead of every update."""
-    validate: Callable[[int], None] = lambda step: None
-    """Called every `Run.validate_every` updates, on the main process, while the network is the student."""
-    projection: RetainProjection | None = None
-    lasso: GroupLasso | None = None
-    lasso_from: int = 0
-    """First update that prunes."""
+    validate: Callable[[int], None] = lambda update: None
+    """Called every `Run.validate_every` updates on the main process."""
     parts: dict[str, Stateful] = field(default_factory=dict)
     """What else a checkpoint must hold."""
 
     def __post_init__(self) -> None:
-        """Make the optimiser and what else the options ask for."""
-        self.parameters = list(self.student.parameters())
-        options = self.options
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=options.lr, weight_decay=options.weight_decay)
-        self.scaler = self._scaler()
-        self.first: list[float] = []
-        self.average: EMAModel | None = None
-        if options.ema:
-            from diffusers.training_utils import EMAModel
-
-            self.average = EMAModel(self.parameters, decay=options.ema)
+        """Make optimisers and what else the turns ask for."""
+        self.learners = [Learner(turn) for turn in self.turns]
+        self.scaler = None if self.accelerator is None else self.accelerator.scaler
+        if self.scaler is None and self.scales_losses:
+            self.scaler = torch.amp.GradScaler(self.learners[0].parameters[0].device.type)
 
     def train(self, progress: Callable[[float], None]) -> dict[str, float]:
         """Train to the end, from the last checkpoint on if there is one.
 
         Returns:
-            The last value of every term, and the cost.
+            The last value of every term.
 
         Raises:
             DivergenceError: A term is NaN or exploded; the last checkpoint is kept.
             TrainingError: A checkpoint cannot be read or written.
         """
         state = self._checkpoint()
-        start = state.resume(self.options.steps) if state else 0
-        if start == 0 and self.projection is not None:
-            self.projection.apply()
-        # After resuming: wrapped objects load in ways of their own.
-        student, optimiser = self.accelerator.prepare(self.student, self.optimiser)
-        if self.run.tracker is not None:
-            self.accelerator.init_trackers("erasure")
+        start = state.resume(self.steps) if state else 0
+        for after in (after for turn in self.turns for after in turn.after if start == 0):
+            after.start()
+        tracker = self.accelerator if self.run.tracker is not None else None
+        if tracker is not None:
+            tracker.init_trackers("erasure")
         row: dict[str, float] = {}
-        last = self.options.steps
-        with ExitStack() as stack:
-            if self.options.gradient_checkpointing:
-                stack.enter_context(self.student.checkpointed(self.backbone.denoiser))
-            for step in range(start, last):
-                torch.manual_seed(stable_seed(self.seed, "update", step))
-                self.before(step)
-                row = self.update(student, optimiser, step)
-                if self.run.tracker is not None:
-                    self.accelerator.log({**row, "denoiser_forwards": self.cost.forwards}, step=step)
-                done = step + 1
-                if state and self.accelerator.is_main_process and (done % self.run.save_every == 0 or done == last):
-                    state.save(done)
-                if self.run.validate_every and done % self.run.validate_every == 0:
-                    self._validate(done)
-                progress(done / last)
-        if self.average is not None:
-            self.average.copy_to(self.parameters)
-        if self.run.tracker is not None:
-            self.accelerator.end_training()
+        for update in range(start, self.steps):
+            torch.manual_seed(stable_seed(self.seed, "update", update))
+            self.before(update)
+            row |= self.update(update)
+            if tracker is not None:
+                tracker.log({**row, "denoiser_forwards": self.cost.forwards}, step=update)
+            done = update + 1
+            if state and self.is_main and (done % self.run.save_every == 0 or done == self.steps):
+                state.save(done)
+            if self.run.validate_every and done % self.run.validate_every == 0:
+                self._validate(done)
+            progress(done / self.steps)
+        for learner in self.learners:
+            if learner.average is not None:
+                learner.average.copy_to(learner.parameters)
+        if tracker is not None:
+            tracker.end_training()
         return row
 
-    def update(self, student: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> dict[str, float]:
-        """One optimiser step; returns the terms of its loss."""
-        options, accelerator = self.options, self.accelerator
-        lr = options.lr * min(1.0, (step + 1) / max(options.warmup, 1))
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        count = options.accumulation * accelerator.num_processes
+    def update(self, update: int) -> dict[str, float]:
+        """Let every player whose turn it is take a step; returns the terms of the losses."""
         row: dict[str, float] = {}
-        for part in range(options.accumulation):
-            share = Share(accelerator.process_index * options.accumulation + part, count)
-            later = part + 1 < options.accumulation
-            prepared = self.prepare(step, share)
-            with accelerator.no_sync(student) if later else nullcontext():
-                terms: dict[str, Tensor] = student(partial(self.losses, prepared))
-                total = torch.stack([term.float() for term in terms.values()]).sum() / options.accumulation
-                self._backward(total)
-            for name, term in terms.items():
-                row[name] = row.get(name, 0.0) + term.item() / options.accumulation
-        self._check(row, step)
-        self._step(optimiser)
-        if self.lasso is not None and step >= self.lasso_from:
-            self.lasso.apply(lr)
-        if self.projection is not None:
-            self.projection.apply()
-        if self.average is not None:
-            self.average.step(self.parameters)
+        known: Prepared | None = None
+        due = [learner for learner in self.learners if learner.turn.is_due(update)]
+        for learner in due:
+            gradients: list[Gradient] = []
+            terms: dict[str, float] = {}
+            for share in self.shares():
+                if known is None or self.accumulation > 1:  # of several parts, only one is in memory at a time
+                    known = self.prepare(update, share)
+                found, parts = self._gradients(learner, known)
+                gradients = [summed(*pair) for pair in zip(gradients, parts, strict=True)] if gradients else parts
+                terms = {name: terms.get(name, 0.0) + value for name, value in found.items()}
+            self._check(learner, terms, update)
+            self._step(learner, gradients, update)
+            row |= terms
+        if due and self.scaler is not None:
+            self.scaler.update()
         return row
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator is None or self.accelerator.is_main_process
+
+    def shares(self) -> list[Share]:
+        """The parts of a batch that this process computes."""
+        index, count = 0, 1
+        if self.accelerator is not None:
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return [Share(index * self.accumulation + i, self.accumulation * count) for i in range(self.accumulation)]
 
     # Single steps ---------------------------------------------------------------------------------------------------
 
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        """For a float16 model, whose gradients underflow: accelerate brings its own only with mixed precision."""
-        if self.backbone.dtype != torch.float16 or self.accelerator.scaler is not None:
-            return None
-        return torch.amp.GradScaler(self.backbone.device.type)
+    def _gradients(self, learner: Learner[Prepared], prepared: Prepared) -> tuple[dict[str, float], list[Gradient]]:
+        """The terms of a part of a batch, and the gradients of its losses, as shares of those of the whole batch."""
+        turn = learner.turn
+        with nullcontext() if self.accelerator is None else self.accelerator.autocast():
+            terms = turn.player(partial(turn.losses, prepared))
+        losses = [loss / self.accumulation for loss in turn.combine.losses(terms)]
+        gradients = []
+        for number, loss in enumerate(losses):
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            gradients.append(
+                torch.autograd.grad(
+                    scaled, learner.parameters, retain_graph=number + 1 < len(losses), materialize_grads=True
+                )
+            )
+        return {name: term.item() / self.accumulation for name, term in terms.items()}, [list(g) for g in gradients]
 
-    def _backward(self, total: Tensor) -> None:
-        self.accelerator.backward(self.scaler.scale(total) if self.scaler is not None else total)
-
-    def _step(self, optimiser: torch.optim.Optimizer) -> None:
+    def _step(self, learner: Learner[Prepared], gradients: list[Gradient], update: int) -> None:
+        turn, rate = learner.turn, learner.rate(update)
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            gradients = [mean_over(self.accelerator, gradient) for gradient in gradients]
+        # What a surgery takes away may depend on how long gradients are.
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        if scale != 1:
+            gradients = [[part / scale for part in gradient] for gradient in gradients]
+        for parameter, part in zip(learner.parameters, turn.combine.combined(gradients), strict=True):
+            parameter.grad = part if scale == 1 else part * scale
+        for group in learner.optimiser.param_groups:
+            group["lr"] = rate
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimiser)
-        if self.options.clip:
-            self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
+            self.scaler.unscale_(learner.optimiser)
+        if turn.descent.clip:
+            torch.nn.utils.clip_grad_norm_(learner.parameters, turn.descent.clip)
         if self.scaler is not None:
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
+            self.scaler.step(learner.optimiser)
         else:
-            optimiser.step()
-        optimiser.zero_grad()
+            learner.optimiser.step()
+        learner.optimiser.zero_grad()
+        for after in turn.after:
+            after.apply(update, rate)
+        if learner.average is not None:
+            learner.average.step(learner.parameters)
 
-    def _check(self, row: dict[str, float], step: int) -> None:
-        """Stop at a term that is NaN, or when all together explode: single ones may start at zero."""
-        total = sum(row.values())
-        if len(self.first) < SETTLING:
-            self.first.append(total)
-        usual = statistics.median(self.first)
-        exploded = step >= SETTLING and total > EXPLODED * usual
+    def _check(self, learner: Learner[Prepared], row: dict[str, float], update: int) -> None:
+        """Stop at a term that is NaN, or when all of a turn explode together: single ones may start at zero."""
+        total, first = sum(row.values()), learner.first
+        settled = len(first) >= SETTLING
+        if not settled:
+            first.append(total)
+        usual = statistics.median(first)
+        exploded = settled and total > EXPLODED * usual
         if math.isfinite(total) and not exploded:
             return
         name, value = max(row.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
         times = f", and all terms {total / usual:.0f} times their start" if exploded and usual else ""
         kept = f"; the last checkpoint in {self.run.checkpoints} is kept" if self.run.checkpoints else ""
+        rate = learner.turn.rate
         raise DivergenceError(
-            f"the loss {name!r} is {value:.4g} at step {step} of {self.options.steps}{times}: lower lr (now "
-            f"{self.options.lr:g}){kept}"
+            f"the loss {name!r} is {value:.4g} at step {update} of {self.steps}{times}: lower {rate} (now "
+            f"{learner.turn.descent.lr:g}){kept}"
         )
 
     # Around them ----------------------------------------------------------------------------------------------------
@@ -262,19 +314,18 @@ class Trainer(Generic[Prepared]):
         folder = self.run.folder
         if folder is None:
             return None
-        optional = {"average": self.average, "scaler": self.scaler}
-        parts = {name: part for name, part in optional.items() if part is not None}
-        return Checkpoint(
-            folder / CHECKPOINT,
-            student=self.student, optimiser=self.optimiser, cost=self.cost, losses=_Listed(self.first),
-            **parts, **self.parts,
-        )  # fmt: skip
+        parts: dict[str, Stateful] = {"cost": self.cost, **self.parts}
+        if self.scaler is not None:
+            parts["scaler"] = self.scaler
+        for learner in self.learners:
+            parts |= learner.parts()
+        return Checkpoint(folder / CHECKPOINT, **parts)
 
-    def _validate(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            with self.student.active(), torch.no_grad(), self.cost.paused():
-                self.validate(step)
-        self.accelerator.wait_for_everyone()
+    def _validate(self, update: int) -> None:
+        if self.is_main:
+            self.validate(update)
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
 
 
 class _Listed:
@@ -288,3 +339,14 @@ class _Listed:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.values[:] = state["values"]
+
+
+def summed(first: Gradient, second: Gradient) -> Gradient:
+    """The sum of two gradients."""
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def mean_over(accelerator: Accelerator, gradient: Gradient) -> Gradient:
+    """The mean of a gradient over all processes."""
+    mean = accelerator.reduce(flat(gradient), reduction="mean").split([part.numel() for part in gradient])
+    return [part.view_as(like) for part, like in zip(mean, gradient, strict=True)]

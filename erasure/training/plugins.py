@@ -1,4 +1,4 @@
-"""Additions to any training: retained inputs that no step may touch, and whole blocks that training may drop."""
+"""What any turn can take behind its steps: retained inputs that no step may touch, and blocks that it may drop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from erasure.interop import paths
 from erasure.training.student import LowRankStudent, Student, SubsetStudent
+from erasure.training.turns import After
 
 ERASABLE = 0.3
 """Share of a concept's input that must be free to change; below it, what is retained spans the concept."""
@@ -66,7 +67,7 @@ def null_space(gram: Tensor, share: float) -> Tensor:
     return torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - kept @ kept.T
 
 
-class RetainProjection:
+class RetainProjection(After):
     """Keeps what linear layers make of retained inputs, whatever the loss and the optimiser do.
 
     After every step the layer's whole change is multiplied by the projection onto the complement of the retained
@@ -84,12 +85,25 @@ class RetainProjection:
 
     def __init__(self, student: Student, projections: Mapping[str, Tensor]) -> None:
         self.student = student
+        self.found: dict[str, float] = {}
         self.projections = {path: p.to(paths.parameter(student.network, f"{path}.weight").device)
                             for path, p in projections.items()}  # fmt: skip
 
+    def figures(self) -> dict[str, float]:
+        """How much of the concept is free to change, once that was asked."""
+        return self.found
+
+    def start(self) -> None:
+        """Project what the training starts from."""
+        self.project()
+
+    def apply(self, update: int, lr: float) -> None:
+        """Project what a step has made."""
+        self.project()
+
     @torch.no_grad()
-    def apply(self) -> None:
-        """Project what there is now: at the start, and after every step."""
+    def project(self) -> None:
+        """Project the change that there is now."""
         student = self.student
         if isinstance(student, LowRankStudent):
             for path, down in zip(student.paths, student.down, strict=True):
@@ -123,10 +137,11 @@ class RetainProjection:
                 ErasabilityWarning,
                 stacklevel=2,
             )
+        self.found["erasability"] = found
         return found
 
 
-class GroupLasso:
+class GroupLasso(After):
     """Drops whole attention blocks from a LoRA: `alpha * sum over groups of |A, B of the group|`.
 
     Applied as the proximal step of the penalty after each optimiser step, `W_g <- W_g max(0, 1 - lr alpha / |W_g|)`:
@@ -136,23 +151,30 @@ class GroupLasso:
     Args:
         student: A LoRA.
         alpha: Weight of the penalty.
+        since: First update that prunes.
     """
 
-    def __init__(self, student: LowRankStudent, alpha: float) -> None:
-        self.alpha = alpha
+    def __init__(self, student: LowRankStudent, alpha: float, since: int = 0) -> None:
+        self.alpha, self.since = alpha, since
         self.groups: dict[str, list[Tensor]] = {}
         for path, down, up in zip(student.paths, student.down, student.up, strict=True):
             self.groups.setdefault(group_of(path), []).extend([down, up])
 
     @torch.no_grad()
-    def apply(self, lr: float) -> None:
+    def apply(self, update: int, lr: float) -> None:
         """One proximal step at this learning rate."""
+        if update < self.since:
+            return
         for tensors in self.groups.values():
             norm = torch.stack([tensor.norm() for tensor in tensors]).norm()
             if norm:
                 factor = float((1 - lr * self.alpha / norm).clamp_min(0))
                 for tensor in tensors:
                     tensor.mul_(factor)
+
+    def figures(self) -> dict[str, float]:
+        """How many groups there are, and how many were dropped."""
+        return {"layers_dropped": float(self.dropped()), "layers": float(len(self.groups))}
 
     def dropped(self) -> int:
         """Groups that are exactly zero."""

@@ -1,10 +1,10 @@
-"""Trajectories of the stock model on disk: the next training about the same prompts finds them."""
+"""What the stock model draws, on disk: the next training about the same prompts finds it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,15 @@ from erasure import files
 from erasure.cache import cache_folder
 from erasure.errors import ArtifactError, ErasureError
 from erasure.files import TensorInfo
-from erasure.training.states import States, TrajectoryBuffer
+from erasure.training.images import NoisedImages
+from erasure.training.states import States
+from erasure.training.trajectories import CHUNK, TrajectoryBuffer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LIMIT = 4 * 2**30
-"""Bytes that the cached trajectories may take; the ones used longest ago go first."""
+"""Bytes that the cached trajectories may take, and the images; the ones used longest ago go first."""
 
 
 def fill(buffer: TrajectoryBuffer, model: str, accelerator: Accelerator) -> None:
@@ -43,7 +45,33 @@ def fill(buffer: TrajectoryBuffer, model: str, accelerator: Accelerator) -> None
         return
     buffer.fill()
     if accelerator.is_main_process:
-        _write(path, buffer)
+        _write(path, buffer.state_dict())
+
+
+def draw(source: NoisedImages, model: str) -> None:
+    """Fill a source with the stock model's images, but for those that are on disk: a killed run goes on.
+
+    Args:
+        source: To be filled.
+        model: Fingerprint of the stock model.
+    """
+    name = files.digest([model, source.recipe()])
+
+    def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
+        path = cache_folder() / "images" / f"{name}-{number:05}.safetensors"
+        shape = (min(CHUNK, source.trajectories - number * CHUNK), *source.backbone.latents.shape())
+
+        def check(infos: Mapping[str, TensorInfo]) -> None:
+            if {key: info.shape for key, info in infos.items()} != {"clean": shape}:
+                raise ArtifactError(f"{path} holds no images of this training")
+
+        found = _tensors(path, check)
+        if found is None:
+            found = {"clean": make().cpu().contiguous()}
+            _write(path, found)
+        return found["clean"]
+
+    source.fill(kept)
 
 
 def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
@@ -60,22 +88,30 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
         if not x[1:] == own[1:] == null[1:] == latents or asked[1:] != (questions, *latents):
             raise ArtifactError(f"{path} holds trajectories of other latents")
 
-    try:
-        states = files.read_tensors(path, check=check)
-        if not all(torch.isfinite(part).all() for part in states.values()):
-            return None
-        os.utime(path)
-    except (ErasureError, OSError):
+    states = _tensors(path, check)
+    if states is None:
         return None
     scene = states["scene"]
     return states if int(scene.min()) >= 0 and int(scene.max()) < len(buffer.scenes) else None
 
 
-def _write(path: Path, buffer: TrajectoryBuffer) -> None:
+def _tensors(path: Path, check: Callable[[Mapping[str, TensorInfo]], None]) -> dict[str, Tensor] | None:
+    """The tensors of a file, if it is there, whole, of the right form, and all values are finite."""
+    try:
+        found = files.read_tensors(path, check=check)
+        if not all(torch.isfinite(part).all() for part in found.values()):
+            return None
+        os.utime(path)
+    except (ErasureError, OSError):
+        return None
+    return found
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Keep them, if there is room: they can be made again."""
     try:
         with files.replacing(path) as temporary:
-            save_file(buffer.state_dict(), temporary)
+            save_file(tensors, temporary)
     except (ErasureError, SafetensorError):
         return
     with contextlib.suppress(OSError):  # another process tidies up as well

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from erasure.carriers.edits import LowRank
 from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths, scopes
+from erasure.training.turns import Output, Player
 
-Output = TypeVar("Output")
 
-
-class Student(nn.Module, ABC):
+class Student(Player, ABC):
     """Trainable tensors in float32 that take part in a network inside `active()`.
-
-    A module, so that accelerate can wrap it; its parameters are the trainable tensors only.
 
     Args:
         network: The component; frozen, used in place, and none of this module's children.
@@ -49,7 +45,7 @@ class Student(nn.Module, ABC):
         self._depth = 0
 
     def forward(self, run: Callable[[], Output]) -> Output:
-        """What `run` gives while the network is the student. Gradients of several processes are averaged over it."""
+        """What `run` gives while the network is the student."""
         with self.active():
             return run()
 

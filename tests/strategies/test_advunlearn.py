@@ -17,7 +17,7 @@ from erasure.errors import ConceptError, DivergenceError, NoMatchingModuleError,
 from erasure.strategies import get
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
-from erasure.training.states import rolling_out
+from erasure.training.trajectories import rolling_out
 
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
@@ -142,7 +142,7 @@ def filled(pipe: Any, **options: Any) -> tuple[Any, Any]:
     backbone = backbone_for(pipe)
     task = strategy.task(backbone, backbone.towers[0], [CAT], 0, Accelerator(cpu=True))
     with rolling_out(backbone):
-        for source in task.buffers():
+        for source in task.sources():
             source.fill()
     return strategy, task
 
@@ -305,7 +305,7 @@ def test_an_update_on_two_encoders_is_plain_arithmetic(tiny_xl: Any, attacked: t
         for up in task.student.up:
             up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     with rolling_out(backbone):
-        for source in task.buffers():
+        for source in task.sources():
             source.fill()
         batch = strategy.prepare(task, 0, Share(0, 1))
     assert batch.extra is not None

@@ -19,7 +19,7 @@ from erasure.errors import OptionError
 from erasure.strategies import advunlearn as module
 from erasure.strategies import get
 from erasure.strategies.prompts import listed_scenes, photo_scenes
-from erasure.training.states import OnlineStates
+from erasure.training.trajectories import OnlineStates
 
 CAT = Concept("cat", anchor="dog")
 

@@ -430,7 +430,7 @@ def test_an_odd_batch_is_refused(tiny_pipe_original: Any) -> None:
 
 def test_validation_images(tiny_pipe_original: Any, tmp_path: Path) -> None:
     make(tiny_pipe_original, "esd", run=Run(checkpoints=tmp_path, validate_every=3))
-    assert [file.name for file in sorted((tmp_path / "validation").iterdir())] == [
-        "step-000003.png",
-        "step-000006.png",
-    ]
+    files = sorted((tmp_path / "validation").iterdir())
+    assert [file.name for file in files] == ["step-000003.png", "step-000006.png"]
+    # They are the student's, which has learned in between.
+    assert files[0].read_bytes() != files[1].read_bytes()

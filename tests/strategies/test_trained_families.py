@@ -22,7 +22,7 @@ from erasure.strategies import get
 from erasure.strategies.esd import Method, trained_parameters
 from erasure.training.loop import Share
 from erasure.training.run import Run
-from erasure.training.states import rolling_out
+from erasure.training.trajectories import rolling_out
 
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
@@ -141,7 +141,7 @@ def test_an_update_of_esd_is_plain_arithmetic(pipe: Any, base: str) -> None:
     for up in task.student.up:
         up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     with rolling_out(backbone):
-        for source in task.buffers():
+        for source in task.sources():
             source.fill()
         batch = strategy.prepare(task, 0, Share(0, 1))
     scales = {1.0, 3.5} if backbone.told_guidance else {1.0}

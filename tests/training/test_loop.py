@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from erasure.errors import DivergenceError, MissingExtraError, OptionError, TrainingError
 from erasure.training import checkpoint as checkpoint_module
 from erasure.training.checkpoint import Checkpoint
-from erasure.training.cost import DenoiserCost
 from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
-from erasure.training.plugins import GroupLasso
 from erasure.training.run import CHECKPOINT, LOCK, RECIPE, Run
 from erasure.training.states import stable_seed
-from erasure.training.student import LowRankStudent, SubsetStudent
+from erasure.training.student import SubsetStudent
+from erasure.training.turns import After, Turn
 
 RECIPE_OF_IT: dict[str, Any] = {"strategy": "none", "options": {"lr": 0.1, "steps": 12}}
 
@@ -30,18 +28,25 @@ RECIPE_OF_IT: dict[str, Any] = {"strategy": "none", "options": {"lr": 0.1, "step
 class Small:
     """A linear network that learns another one, with everything that the loop asks of a strategy."""
 
-    def __init__(self, run: Run | None = None, *, kill_at: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, run: Run | None = None, *, kill_at: int | None = None, after: tuple[After, ...] = (), **options: Any
+    ) -> None:
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(6, 3)).requires_grad_(False)
         self.goal = torch.randn(3, 6)
         self.kill_at, self.seen, self.losses_seen = kill_at, [], []
         self.student = SubsetStudent(self.network, ["0.weight", "0.bias"])
         self.validated: list[int] = []
+        self.wanted = self.errors
+        chosen = Optimisation(**{"steps": 12, "lr": 0.05, **options})
+        turn = Turn(
+            name="student", player=self.student, losses=lambda x: self.wanted(x), descent=chosen.descent, after=after
+        )
         self.trainer = Trainer(
-            SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), denoiser=self.network),  # type: ignore[arg-type]
-            self.student, self.prepare, self.losses, Optimisation(**{"steps": 12, "lr": 0.05, **options}),
-            run or Run(), Accelerator(cpu=True), 0, DenoiserCost(), validate=self.validated.append,
+            turns=[turn], prepare=self.prepare, steps=chosen.steps, seed=0, accumulation=chosen.accumulation,
+            run=run or Run(), accelerator=Accelerator(cpu=True), validate=self.validated.append,
         )  # fmt: skip
+        self.learner = self.trainer.learners[0]
 
     def prepare(self, step: int, share: Share) -> Tensor:
         if step == self.kill_at:
@@ -50,7 +55,7 @@ class Small:
         generator = torch.Generator().manual_seed(stable_seed(0, step))
         return share.of(torch.randn(8, 6, generator=generator)) + 0 * torch.randn(1)
 
-    def losses(self, x: Tensor) -> dict[str, Tensor]:
+    def errors(self, x: Tensor) -> dict[str, Tensor]:
         # The global generator takes part, as samplers and dropout would.
         noisy = x + 0.01 * torch.randn(x.shape[1])
         return {"fit": (self.network(noisy) - x @ self.goal.T).square().mean()}
@@ -91,7 +96,7 @@ def test_parts_of_a_batch_add_up(tmp_path: Path) -> None:
     """Four parts one after the other are one whole; two processes are two of these parts."""
 
     def without_noise(small: Small) -> Small:
-        small.trainer.losses = lambda x: {"fit": (small.network(x) - x @ small.goal.T).square().mean()}
+        small.wanted = lambda x: {"fit": (small.network(x) - x @ small.goal.T).square().mean()}
         return small
 
     whole, parts = without_noise(Small()), without_noise(Small(accumulation=4))
@@ -110,15 +115,15 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_the_gradient_is_clipped_and_warmed_up() -> None:
     small = Small(clip=1e-3, warmup=4, steps=2)
     rates: list[float] = []
-    step = small.trainer.optimiser.step
+    step = small.learner.optimiser.step
 
     def note(*args: Any, **options: Any) -> Any:
-        rates.append(small.trainer.optimiser.param_groups[0]["lr"])
-        norms.append(float(torch.cat([p.grad.flatten() for p in small.trainer.parameters]).norm()))  # type: ignore[union-attr]
+        rates.append(small.learner.optimiser.param_groups[0]["lr"])
+        norms.append(float(torch.cat([p.grad.flatten() for p in small.learner.parameters]).norm()))  # type: ignore[union-attr]
         return step(*args, **options)
 
     norms: list[float] = []
-    small.trainer.optimiser.step = note  # type: ignore[method-assign]
+    small.learner.optimiser.step = note  # type: ignore[method-assign]
     small.train()
     assert rates == pytest.approx([0.0125, 0.025])
     assert all(norm <= 1e-3 * 1.001 for norm in norms)
@@ -127,44 +132,53 @@ def test_the_gradient_is_clipped_and_warmed_up() -> None:
 def test_a_running_mean_becomes_the_result() -> None:
     small = Small(ema=0.9)
     last: list[Tensor] = []
-    validate = small.trainer.average.step
+    validate = small.learner.average.step
 
     def note(parameters: Any) -> None:
         last[:] = [value.detach().clone() for value in small.student.values]
         validate(parameters)
 
-    small.trainer.average.step = note
+    small.learner.average.step = note
     mean = small.train()
     assert not equal(mean, last)
 
 
-def test_validation_sees_the_student(tmp_path: Path) -> None:
+def test_validation_comes_every_so_many_updates(tmp_path: Path) -> None:
     small = Small(Run(checkpoints=tmp_path, validate_every=5))
-    seen: list[bool] = []
-    small.trainer.validate = lambda step: seen.append(torch.equal(small.network[0].weight, small.student.values[0]))
     small.train()
-    assert seen == [True, True]
-    assert not torch.equal(small.network[0].weight, small.student.values[0])
+    assert small.validated == [5, 10]
 
 
-def test_group_lasso_sets_in_late() -> None:
-    small = Small()
-    student = LowRankStudent(nn.ModuleDict({"attn1": nn.Linear(6, 3)}), ["attn1"], 2, torch.Generator())
-    rates: list[float] = []
-    small.trainer.lasso = GroupLasso(student, 1.0)
-    small.trainer.lasso.apply = rates.append  # type: ignore[method-assign]
-    small.trainer.lasso_from = 9
-    small.train()
-    assert rates == [0.05] * 3
+class Noted(After):
+    """Notes when it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float]] = []
+
+    def start(self) -> None:
+        self.calls.append((-1, 0.0))
+
+    def apply(self, update: int, lr: float) -> None:
+        self.calls.append((update, lr))
+
+
+def test_what_comes_behind_a_step_starts_once_and_is_told_the_rate(tmp_path: Path) -> None:
+    run, noted = Run(checkpoints=tmp_path, save_every=1), Noted()
+    with pytest.raises(KeyboardInterrupt):
+        Small(run, kill_at=3, after=(noted,), warmup=2).train()
+    assert noted.calls == [(-1, 0.0), (0, 0.025), (1, 0.05), (2, 0.05)]
+    again = Noted()
+    Small(run, after=(again,), warmup=2).train()
+    assert [update for update, _ in again.calls] == list(range(3, 12))
 
 
 # Stopping ------------------------------------------------------------------------------------------------------------
 
 
 def spoiled(small: Small, at: int, factor: float) -> Small:
-    losses = small.losses
-    small.trainer.losses = lambda x: {
-        name: term * (factor if small.seen[-1][0] >= at else 1) for name, term in losses(x).items()
+    errors = small.errors
+    small.wanted = lambda x: {
+        name: term * (factor if small.seen[-1][0] >= at else 1) for name, term in errors(x).items()
     }
     return small
 

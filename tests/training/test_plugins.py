@@ -69,7 +69,7 @@ def train(
     generator = torch.Generator().manual_seed(3)
     optimiser = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.1)
     if projection is not None:
-        projection.apply()
+        projection.project()
     for _ in range(60):
         x = concept + 0.3 * torch.randn(8, 24, generator=generator)
         loss = (student(lambda x=x: student.network(x)) - 5).square().mean()
@@ -81,7 +81,7 @@ def train(
                 parameter.grad.copy_(parameter.grad.double() @ project_gradient)
         optimiser.step()
         if projection is not None:
-            projection.apply()
+            projection.project()
 
 
 @pytest.mark.parametrize("kind", ["low rank", "subset"])
@@ -138,7 +138,7 @@ def test_the_proximal_step_by_hand() -> None:
     lasso = GroupLasso(student, alpha=2.0)
     before = [tensor.clone() for tensor in (*student.down[:2], *student.up[:2])]
     norm = torch.cat([tensor.flatten() for tensor in before]).norm()
-    lasso.apply(lr=0.1)
+    lasso.apply(0, lr=0.1)
     factor = max(0.0, 1 - 0.1 * 2.0 / norm.item())
     for tensor, was in zip((*student.down[:2], *student.up[:2]), before, strict=True):
         torch.testing.assert_close(tensor, was * factor)
@@ -152,9 +152,18 @@ def test_groups_reach_zero_exactly_and_leave_the_result() -> None:
         student.up[2].mul_(0.01)
     lasso = GroupLasso(student, alpha=1.0)
     for _ in range(3):
-        lasso.apply(lr=0.1)
+        lasso.apply(0, lr=0.1)
     assert lasso.dropped() == 1
     assert set(student.low_rank()) == {"attn1.to_q", "attn1.to_k"}
+
+
+def test_pruning_sets_in_late() -> None:
+    student = lasso_student()
+    lasso, before = GroupLasso(student, alpha=2.0, since=3), student.up[0].clone()
+    lasso.apply(2, lr=0.1)
+    assert torch.equal(student.up[0], before)
+    lasso.apply(3, lr=0.1)
+    assert student.up[0].norm() < before.norm()
 
 
 def test_groups_are_attention_and_feed_forward_layers() -> None:

@@ -16,18 +16,9 @@ from erasure.errors import TrainingError
 from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.cost import DenoiserCost
-from erasure.training.states import (
-    CHUNK,
-    OnlineStates,
-    Rollout,
-    Scene,
-    States,
-    StateSource,
-    TrajectoryBuffer,
-    draw,
-    rolling_out,
-)
+from erasure.training.states import Scene, States, StateSource, draw
 from erasure.training.student import LowRankStudent
+from erasure.training.trajectories import CHUNK, OnlineStates, Rollout, TrajectoryBuffer, rolling_out
 
 SCENES = [Scene("a photo of a cat", ("a photo of a dog", "a photo of a")), Scene("a cat", ("a dog", "a"))]
 ROLLOUT = Rollout(seeds=2, steps=5, guidance=3.0)
