@@ -61,8 +61,8 @@ class SLD(Strategy):
 
     scale: Positive = 5000.0
     """Factor of the distance from the concept, s_S: above 1 / distance all of the difference is subtracted."""
-    threshold: Annotated[float, Ge(-1000), Lt(1000)] = 1.0
-    """Lambda: where the prompt's prediction exceeds the concept's by this or more, nothing is subtracted."""
+    threshold: Annotated[float, Ge(-1000), Lt(1000)] = 0.3
+    """Lambda: where the prediction exceeds the concept's by this or more, nothing is subtracted (`max`: 1)."""
     momentum_scale: NotNegative = 0.5
     """How much of the momentum is added, s_m."""
     momentum_decay: ZeroToOne = 0.7
