@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from erasure.backbones.conditioning import Conditioning, Source
 from erasure.backbones.latents import Latents
-from erasure.backbones.parametrisation import Parametrisation
+from erasure.backbones.parametrisation import TIMESTEPS, Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
@@ -84,6 +84,11 @@ class Backbone(ABC):
     denoiser_component: ClassVar[str]
     reads_kohya_names: ClassVar[bool] = False
     """Whether loaders read the names that kohya gives the layers of a LoRA."""
+    noisiest: ClassVar[float] = float(TIMESTEPS)
+    """Noise level that the denoiser is told where nothing but noise is left."""
+    guides_in_one_call: ClassVar[bool] = True
+    """Whether pipelines ask about negative prompts and prompts in one call of the denoiser, in this order; else in two
+    calls, the prompts' first."""
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None

@@ -44,6 +44,7 @@ FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 ATTACHED: dict[str, set[str]] = {
     "uce": {"low_rank"}, "uce-map": {"maps"}, "hirm-pinned": {"deltas", "pinned"}, "itd": {"features"},
+    "sld": {"safety"},
 }  # fmt: skip
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
@@ -51,7 +52,12 @@ ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
 TEXT_SIDE = ("hirm-pinned", "itd")
 """Those of `ATTACHED` that are in text encoders, which prompts that come encoded go around."""
 COMPILED = [
-    *(((case, family), first) for family in FIRST for case in ("uce", *TEXT_SIDE) for first in ("attach", "compile")),
+    *(
+        ((case, family), first)
+        for family in FIRST
+        for case in ("uce", "sld", *TEXT_SIDE)
+        for first in ("attach", "compile")
+    ),
     *(
         ((case, family), first)
         for family in NAMES[1:]
