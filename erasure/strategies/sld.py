@@ -56,7 +56,7 @@ class SLD(Strategy):
     paper: ClassVar[str] = "Schramowski et al. 2023, arXiv 2211.05105"
     needs: ClassVar[tuple[Need, ...]] = ("entry layers",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "milliseconds; calls take 1.5 times as long"
+    cost: ClassVar[str] = "under a second; calls take up to 1.5 times as long"
     carriers: ClassVar[tuple[str, ...]] = ("guidance",)
 
     scale: Positive = 5000.0
