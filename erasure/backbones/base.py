@@ -102,6 +102,12 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
+        if need == "image prompts":
+            return (
+                "text and picture attend to each other in one joint attention there, and the IP-Adapters that exist "
+                "for that are of another form than those of UNets: take a model of Stable Diffusion or SDXL, or a "
+                "strategy that needs no pictures (esd, advunlearn)"
+            )
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------
