@@ -49,8 +49,12 @@ class EraseOptions(ModelOptions):
     """Other words for the concept, erased along with it."""
     preset: str | None = None
     """Named set of the strategy's options, for instance the paper's; further options change single values of it."""
-    seed: int = 0
-    """Seed of everything random."""
+    seed: int | None = None
+    """Seed of everything random; 0, or that of what is fitted anew, when left out."""
+    add_to: str | None = None
+    """Folder or Hub repository of an erasure that the concepts are added to: the result, in a folder of its own,
+    erases its concepts and these. What solves or fits for all concepts at once does so anew, with the options it had;
+    what trains goes on from the model as it leaves it."""
     out: Path | None = None
     """Folder of the erasure; named after concepts and strategy when left out."""
     overwrite: bool = False
@@ -77,16 +81,25 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
+    asked = wanted(options)
+    earlier = None
+    if options.add_to is not None:
+        from erasure.artifact import Erasure
+
+        earlier = Erasure.load(options.add_to)
     concepts = World.at(options.model).concepts(
-        wanted(options), kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
-    )
+        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
+        erased=() if earlier is None else earlier.concepts,
+    )  # fmt: skip
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
 
     import erasure
+    from erasure import ledger
     from erasure.artifact import default_name
 
-    folder = options.out or Path(default_name(concepts, name))
+    named = default_name(concepts, name) if earlier is None else ledger.default_name(earlier, concepts, name)
+    folder = options.out or Path(named)
     if is_main_process():
         check_output_folder(folder, overwrite=options.overwrite)
     if training is not None and training.checkpoints is None:
@@ -94,7 +107,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = open_model(options)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
-        progress=terminal.speaks, run=training, **changes(parsed.options, start),
+        progress=terminal.speaks, run=training, add_to=earlier, **changes(parsed.options, start),
     )  # fmt: skip
     if is_main_process():
         folder = made.save(folder, overwrite=options.overwrite)
@@ -105,8 +118,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.result(
             {
                 "name": made.name, "folder": str(folder), "strategy": name, "concepts": made.config.concepts,
-                "strategy_config": made.config.strategy_config, "seed": options.seed, "bytes": made.size_bytes,
-                "cost": made.config.cost,
+                "strategy_config": made.config.strategy_config, "seed": made.config.seed, "bytes": made.size_bytes,
+                "cost": made.config.cost, "requests": made.config.requests,
             }
         )  # fmt: skip
     else:
