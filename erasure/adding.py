@@ -118,8 +118,8 @@ class Addition:
         before, now = made.config.text_length, stock.text_length
         if before is not None and now is not None and before != now:
             raise WrongBaseError(
-                f"{made.name} was made with texts of {before} tokens, this request would be with {now}: add to it with "
-                f"text_length={before}, or make an erasure of all concepts at once"
+                f"{made.name} was made with texts of {before} tokens, this request would be with {now}: add to it "
+                f"with text_length={before}, or make an erasure of all concepts at once"
             )
 
     def fit(self, stock: Backbone, progress: Callable[[float], None], run: Run | None) -> Fit:

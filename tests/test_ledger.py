@@ -67,7 +67,8 @@ def test_an_erasure_without_a_ledger_is_one_request(tmp_path: Path) -> None:
         [request("cat"), request("dog", surprise=1)], [request("cat"), request("dog", seed=True)],
         [request("cat"), request("dog", seed=2**80)], [request("cat"), request("dog", options=[])],
         [request("cat"), request("dog", version="a\nb")], [request("cat"), request("dog", cost={"seconds": "1"})],
-        [request("cat"), request("dog", concepts="dog")], [request("cat"), request("dog", options={"a": float("nan")})],
+        [request("cat"), request("dog", concepts="dog")],
+        [request("cat"), request("dog", options={"a": float("nan")})],
     ],
     ids=str,
 )  # fmt: skip
@@ -120,7 +121,7 @@ def test_the_world_suggests_nothing_that_is_erased_already() -> None:
 
 
 def test_what_an_earlier_concept_retains_may_be_erased_later() -> None:
-    with pytest.warns(ConceptWarning, match="'dog' is erased from now on, and 'cat' retains it no longer"):
+    with pytest.warns(ConceptWarning, match="'Dog' is erased from now on, and 'cat' retains it no longer"):
         found = ledger.merged(World(), made(Concept("cat", retain=("Dog", "bird"))), [Concept("dog")])
     assert found.earlier == [Concept("cat", retain=("bird",))]
     assert found.moved == []

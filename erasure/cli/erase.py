@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.lists import is_list_file, read_concepts
@@ -16,6 +17,9 @@ from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
 from erasure.world import World
+
+if TYPE_CHECKING:
+    from erasure.artifact import Erasure
 
 HELP = """usage: erasure erase STRATEGY --model M --concept C [C ...] [options]
 
@@ -75,6 +79,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
     told = STRATEGIES.facts(name).told
+    earlier = _added_to(rest)
+    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or _value(rest, "--preset")):
+        # All is fitted anew with the options that it had: only what differs from them is asked for.
+        start = strategy.configured(None, **earlier.config.strategy_config)
     about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
     more = {"run": Run()} if told["trains"] else {}
     parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
@@ -82,11 +90,6 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
     asked = wanted(options)
-    earlier = None
-    if options.add_to is not None:
-        from erasure.artifact import Erasure
-
-        earlier = Erasure.load(options.add_to)
     concepts = World.at(options.model).concepts(
         asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
         erased=() if earlier is None else earlier.concepts,
@@ -142,6 +145,20 @@ def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
     if not options.concept and not listed:
         raise UsageError("nothing to erase: name it with --concept, or a file of concepts with --concepts")
     return [*options.concept, *listed]
+
+
+def _added_to(argv: Sequence[str]) -> Erasure | None:
+    """The erasure that concepts are to be added to, if there is one, read before anything else is done.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    source = _value(argv, "--add-to")
+    if source is None or {"-h", "--help"} & set(argv):
+        return None
+    from erasure.artifact import Erasure
+
+    return Erasure.load(source)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
