@@ -249,6 +249,7 @@ class World:
         anchor: str | None = None,
         retain: Sequence[str] = (),
         synonyms: Sequence[str] = (),
+        erased: Sequence[Concept] = (),
     ) -> list[Concept]:
         """The concepts that texts name; a `Concept` among them is taken as it stands.
 
@@ -261,16 +262,17 @@ class World:
             anchor: What takes their place ("" for nothing).
             retain: What must survive. Of a group, this is what is not erased.
             synonyms: Other words for the concept, erased along with it.
+            erased: What is erased already: the world suggests none of it as an anchor, or to be retained.
 
         Raises:
             ConceptError: None is given, one is given twice, the texts could mean several things or contradict each
                 other, or an anchor is what it stands for.
         """
         entries = self._expanded(self.requests(given))
-        erased = frozenset(entry.target for entry in entries)
+        gone = frozenset([*(entry.target for entry in entries), *(name for each in erased for name in each.names)])
         common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None)
         made = as_concepts(
-            [entry if isinstance(entry, Concept) else self._concept(entry, common, erased) for entry in entries]
+            [entry if isinstance(entry, Concept) else self._concept(entry, common, gone) for entry in entries]
         )
         for concept in made:
             self._check(concept)
@@ -311,10 +313,14 @@ class World:
             word,
             kind=own.kind or common.kind or self.kind(word),
             anchor=chosen,
-            retain=self.retain.get(word, ()) if kept is None else self._kept(kept, erased),
+            retain=self._suggested(word, erased) if kept is None else self._kept(kept, erased),
             synonyms=self.synonyms.get(word, ()) if others is None else parse_names(others, self.knows),
             templates=own.templates,
         )
+
+    def _suggested(self, word: str, erased: Collection[str]) -> tuple[str, ...]:
+        """What the world says must survive the erasure of a word, but for what is erased."""
+        return tuple(other for other in self.retain.get(word, ()) if other not in erased)
 
     def _kept(self, texts: Sequence[str], erased: Collection[str]) -> tuple[str, ...]:
         """Expand what must survive; a group stands for those of its members that are not erased."""

@@ -1,7 +1,8 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, attacks, ways, gates, controls, localiser, layouts; `everything` measures all of it.
+evaluate, words, table, several, requests, attacks, ways, gates, controls, localiser, layouts; `everything` measures
+all of it.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
@@ -330,6 +331,28 @@ def several(
         print(step.markdown(out, strategy, sets))
 
 
+def requests(
+    out: Path = Path("results/requests"),
+    strategy: str = "uce",
+    count: int = 20,
+    measured: tuple[int, ...] = (1, 5, 10, 15, 20),
+    size: Literal["smoke", "quick", "full"] = "smoke",
+) -> None:
+    """Erase one concept after another, each added to the erasure of those before (resumes), then print a table.
+
+    Args:
+        out: Results, a folder for each strategy, and in it one for each request.
+        strategy: What erases.
+        count: Requests.
+        measured: Numbers of the requests after which it is measured.
+        size: Of the suite.
+    """
+    from erasure.assets.build import requests as step
+
+    step.measure(out, strategy, step.order(count), measured, size)
+    print(step.markdown(out, strategy, step.order(count), measured))
+
+
 def attacks(
     out: Path = Path("results/attacks"),
     made: Path = Path("results/canvas"),
@@ -437,7 +460,8 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, attacks, ways,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
+        ways,
         gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
         ip_adapter,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from erasure.interop import scopes
 from erasure.interop.image_prompts import ImagePrompts, opened, refined, showing
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
-from erasure.strategies.base import register
+from erasure.strategies.base import Standing, register
 from erasure.strategies.esd import ESD, RELEASED
 from erasure.strategies.prompts import look_alikes
 from erasure.strategies.tasks import Batch, Task
@@ -150,8 +150,9 @@ class CoErasing(ESD):
             self.refuse("trained_prompt", "anchor", "'concept', which is what pictures show")
 
     def task(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
-    ) -> PicturedTask:
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
+        standing: Standing | None = None,
+    ) -> PicturedTask:  # fmt: skip
         """See `TrainedStrategy.task`; with the adapter, and what pictures are drawn of.
 
         Raises:
@@ -162,7 +163,7 @@ class CoErasing(ESD):
         if path is None:
             self.refuse("adapter", "", "the file or folder of an IP-Adapter for this model, which declares none")
         adapter = opened(path, Path(self.image_encoder) if self.image_encoder else None, backbone.denoiser)
-        made = super().task(backbone, tower, concepts, seed, accelerator)
+        made = super().task(backbone, tower, concepts, seed, accelerator, standing)
         subjects = [self.shown(concept, concept.target, concept) for concept in concepts]
         subjects += self.negatives(tower, concepts)
         made.prompts.read([text for subject in subjects for text in (subject.word, *subject.prompts)])

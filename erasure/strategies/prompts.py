@@ -90,6 +90,24 @@ def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept],
     return [words[index] for index in nearest.tolist()]
 
 
+def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
+    """Prompts with concepts that an erasure in force erases, and with what these retain.
+
+    Args:
+        tower: Tokenises them.
+        concepts: Which; there may be none.
+        seed: Of the company.
+        contexts: Random prompts that name them among other words, over all of them in turn.
+    """
+    prompts = [prompt for concept in concepts for prompt in concept.prompts()] + retain_prompts(concepts)
+    words = vocabulary(tower, concepts) if concepts else []
+    generator = torch.Generator().manual_seed(seed + 2)
+    for number in range(contexts if words else 0):
+        concept = concepts[number % len(concepts)]
+        prompts += [pair.prompt for pair in context_prompts(tower, concept, words, 1, generator)]
+    return [Scene(prompt) for prompt in dict.fromkeys(prompts)]
+
+
 def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
     """`count` prompts "a photo of X" that must survive: X of the retain lists, then random words of the tokeniser."""
     listed = [word for concept in concepts for word in concept.retain]
