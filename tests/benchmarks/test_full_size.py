@@ -1,4 +1,4 @@
-"""The benchmark of full size, at a twentieth of the width: every part gives figures, and a run goes on where one ended."""
+"""The benchmark of full size at a twentieth of the width: all parts give figures, and a run goes on after an end."""
 
 from __future__ import annotations
 
