@@ -1,4 +1,4 @@
-"""The benchmark of full size at a twentieth of the width: all parts give figures, and a run goes on after an end."""
+"""The benchmark of full size, at a tenth of the width: every part gives figures, and a run goes on where one ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.full_size import Workbench
 from benchmarks.models import MODELS, Size, parameters
 
 SMALL = [
-    "full-size", "--width", "0.05", "--pixels", "64", "--steps", "2", "--tokens", "16", "--repeats", "1",
+    "full-size", "--width", "0.1", "--pixels", "64", "--steps", "2", "--tokens", "16", "--repeats", "1",
     "--device", "cpu", "--dtype", "float32", "--backend", "eager",
 ]  # fmt: skip
 NAMES = [
