@@ -441,8 +441,8 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks, ways,
-        gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
+        ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 
