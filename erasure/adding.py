@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from diffusers import DiffusionPipeline
+from pydantic import JsonValue
 from torch import Tensor
 
 from erasure import ledger
@@ -232,7 +233,7 @@ def _defaults(strategy: str) -> dict[str, object]:
     return {field.name: field.default for field in fields(kind)}
 
 
-def _told(method: Strategy) -> dict[str, object]:
+def _told(method: Strategy) -> dict[str, JsonValue]:
     """The options of a strategy that differ from its defaults."""
     default = _defaults(method.name)
     return {name: value for name, value in asdict(method).items() if value != default.get(name, ...)}

@@ -218,11 +218,11 @@ class ErasureConfig:
         if self.requests:
             return cast("list[Request]", self.requests)
         targets = [str(concept["target"]) for concept in self.concepts]
-        version = self.versions.get("erasure-diffusers", "")
+        options = cast("dict[str, JsonValue]", dict(self.strategy_config))
         return [
             Request(
-                concepts=targets, strategy=self.strategy, options=dict(self.strategy_config), seed=self.seed,
-                version=version, cost=dict(self.cost),
+                concepts=targets, strategy=self.strategy, options=options, seed=self.seed,
+                version=self.versions.get("erasure-diffusers", ""), cost=dict(self.cost),
             )
         ]  # fmt: skip
 

@@ -63,6 +63,8 @@ class World:
     """Concepts that must survive the erasure of an object or style."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that the model was made for."""
+    ip_adapter: str = ""
+    """Name of an embedded IP-Adapter for the model, or the folder of another; empty where none is declared."""
     learned: frozenset[str] = frozenset()
     """Tokens that the pipeline has learned (textual inversion); no text is read as more than one of them."""
 
@@ -106,6 +108,7 @@ class World:
             anchors=dict(facts.get("anchors", {})),
             retain={name: tuple(words) for name, words in facts.get("retain", {}).items()},
             generation=dict(facts.get("generation", {})),
+            ip_adapter=facts.get("ip_adapter", ""),
         )
 
     @property
@@ -133,6 +136,13 @@ class World:
         """Height and width in pixels that the model was made for, where it says so."""
         height, width = (self.generation.get(name) for name in ("height", "width"))
         return None if height is None or width is None else (int(height), int(width))
+
+    @property
+    def image_prompts(self) -> Path | None:
+        """Folder of the IP-Adapter that the model declares."""
+        from erasure import assets
+
+        return (assets.find(self.ip_adapter) or Path(self.ip_adapter)) if self.ip_adapter else None
 
     @property
     def text_length(self) -> int | None:

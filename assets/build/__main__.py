@@ -6,7 +6,8 @@ all of it.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
-`evaluate` measures each, and `across` every strategy on all of them.
+`evaluate` measures each, and `across` every strategy on all of them. `ip_adapter` trains, writes and measures the
+IP-Adapter of `canvas-sd`.
 """
 
 from __future__ import annotations
@@ -203,6 +204,24 @@ def sae(out: Path = ROOT / "canvas-sae") -> None:
     settings = "--layer 0 --d-sae 1024 --k 8 --steps 3000 --learning-rate 1e-3 --dead-after 50000"
     command = [sys.executable, "-m", "erasure", "sae", "train", "--model", "canvas-sd", "--out", str(out)]
     raise SystemExit(subprocess.call([*command, *settings.split()]))
+
+
+def ip_adapter(work: Path = WORK, steps: int = 500, batch: int = 16, grid: Path | None = None) -> None:
+    """Train the IP-Adapter of `canvas-sd`, write it, and record what it draws from pictures alone.
+
+    Args:
+        work: Where the training is kept.
+        steps: Optimiser steps in all; 0 writes and measures what there is.
+        batch: Scenes per step.
+        grid: File of a picture: what the adapter was shown, and what it drew.
+    """
+    from erasure.assets.build import ip_adapter as step
+
+    if steps:
+        step.train(work, steps, batch)
+    step.export(work)
+    for name, value in step.measure(grid=grid).items():
+        print(f"{name:28} {value:.4f}")
 
 
 def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str = "canvas-sd") -> None:
@@ -442,7 +461,7 @@ def main() -> None:
     """Run one step of the build."""
     steps = (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
-        ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
+        ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families, ip_adapter,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -127,7 +127,11 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "features", "shape": list(edit.w_dec.shape), "rank": None}
         for name, edit in made.edits.features.items()
     ]
-    return [*low_rank, *maps, *full, *features]
+    safety: list[_Tensor] = [
+        {"name": name, "form": "safety guidance", "shape": list(one.tokens.shape), "rank": None}
+        for name, one in made.edits.safety.items()
+    ]
+    return [*low_rank, *maps, *full, *features, *safety]
 
 
 def show(made: Erasure, terminal: Terminal) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -176,6 +176,7 @@ class TrainedStrategy(Optimisation, Strategy):
             stack.enter_context(rolling_out(backbone))
             stack.enter_context(cost.counting(backbone.denoiser))
             task = self.task(backbone, tower, concepts, seed, accelerator, standing)
+            stack.enter_context(self.surroundings(task))
             stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
             cost.begin("rollout")
             self.fill(task, model, accelerator)
@@ -339,6 +340,10 @@ class TrainedStrategy(Optimisation, Strategy):
             source(kept, self.retain_rollouts) if kept else None,
         )  # fmt: skip
 
+    def surroundings(self, task: Task) -> AbstractContextManager[object]:
+        """What holds from ahead of the first rollout to behind the last update, and is undone then."""
+        return nullcontext()
+
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
         """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
         for source in task.sources():
@@ -362,11 +367,15 @@ class TrainedStrategy(Optimisation, Strategy):
             if isinstance(source, TrajectoryBuffer) and source.student is not None
         }
 
+    def chosen(self, task: Task, source: StateSource, count: int, name: str, step: int) -> Tensor:
+        """Numbers of `count` states of a source, `concept` or `retain`, in an update, over all processes."""
+        return draw(len(source), count, task.seed, name, step)
+
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
         """The states of an update: rows of the concept's, of retained ones, and the concept's again for the scope."""
 
         def take(source: StateSource, count: int, name: str) -> States:
-            return source.take(share.of(draw(len(source), count, task.seed, name, step)))
+            return source.take(share.of(self.chosen(task, source, count, name, step)))
 
         concept = take(task.concept_states, self.batch, "concept")
         scenes = task.concept_states.of(concept)
