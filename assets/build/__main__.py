@@ -460,8 +460,9 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
-        ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families, ip_adapter,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
+        attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
+        families, ip_adapter,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

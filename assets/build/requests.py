@@ -81,9 +81,12 @@ def measure(out: Path, strategy: str, names: Sequence[str], measured: Sequence[i
 
 
 def first_ones(folder: Path, names: Sequence[str]) -> Interval:
-    """Share of the images in which the concepts of the first requests are gone, with Wilson's interval."""
+    """Share of the images in which the concepts of the first requests are gone, with Wilson's interval.
+
+    A small suite draws no image of some concepts, which then have no rate.
+    """
     results = Results.load(folder / "measured" / "results.json")
-    rows = [results.get("UA", concept=name) for name in names[:FIRST]]
+    rows = [row for name in names[:FIRST] if (row := results.get("UA", concept=name))["value"] is not None]
     count = sum(row["n"] for row in rows)
     return wilson(round(sum(row["value"] * row["n"] for row in rows)), count)
 
