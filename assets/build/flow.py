@@ -45,6 +45,8 @@ class Recipe:
     """Weight of the loss on words' attention, see `grounding_loss`."""
     grounded: float = 0.4
     """Share of joint attention that an object's word should draw on the object."""
+    layers: int = 4
+    """Layers, from the first on, in which it should."""
 
 
 class State(NamedTuple):
@@ -106,7 +108,7 @@ def train(
     bank = Bank.of(vae, latents, recipe.bank, 1000 * rank + 30_000, recipe.pairs).to(device)
 
     masks = object_masks(bank.scenes, bank.latents.shape[-1]).to(device)
-    joint = [site for site in attention_sites(network) if site.kind == "joint"]
+    joint = [site for site in attention_sites(network) if site.kind == "joint"][: recipe.layers]
 
     def losses(rng: np.random.Generator) -> dict[str, Tensor]:
         rows, captions = bank.draw(rng, batch, recipe.drop)
