@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-BUILTIN = ("hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sld")
+BUILTIN = ("hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sld", "safree")
 
 
 Way = Literal["anew", "on top"]
