@@ -29,7 +29,7 @@ from erasure.sae.standin import ALONE, written
 from erasure.sae.stream import middle_block
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of
-from erasure.text.corpora import context_prompts, vocabulary, vocabulary_prompts
+from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vocabulary_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
@@ -281,7 +281,7 @@ class ItD(Strategy):
             seed=seed,
         )  # fmt: skip
         layer = middle_block(tower) if self.layer is None else self.layer
-        prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
+        prompts = seeded_prompts(tuple(vocabulary(tower, ())), 20_000, seed)
         return dictionaries.trained(tower, layer, prompts, options, progress)
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
