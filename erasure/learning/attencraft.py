@@ -15,7 +15,17 @@ from erasure.backbones import Backbone, Conditioning
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.interop import paths
-from erasure.learning.masks import assigned, attention_layers, columns_of, grouped, likeness, matched, read_maps
+from erasure.learning.masks import (
+    assigned,
+    attention_layers,
+    border,
+    columns_of,
+    grouped,
+    in_pixels,
+    likeness,
+    matched,
+    read_maps,
+)
 from erasure.learning.pictures import check_masks
 from erasure.learning.player import Taught
 from erasure.learning.tokens import MOST_VECTORS
@@ -30,6 +40,8 @@ LEVELS = 1000
 """Noise levels of training."""
 MASK_LEVELS = (0.05, 0.15, 0.25)
 """Noise levels, as shares of all, at which a picture is looked at for its first masks (paper: one below 0.3)."""
+LONGEST_BORDER = 0.85
+"""Longest border between two things of a picture, see `erasure.learning.masks.border`."""
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
 """Phrasings that tokens are learned in; the first alone where `templates` is off."""
 
@@ -172,11 +184,11 @@ class AttenCraft(Optimisation):
     first_masks: Literal["groups", "tokens"] = "groups"
     """How they are found before tokens mean anything: by what places look at each other, or by the attention to what
     the tokens began as (paper), which needs words that tell the things apart."""
-    threshold: ZeroToOne = 0.4
+    threshold: ZeroToOne = 0.6
     """How surely a place is no background where things are groups."""
     margin: ZeroToOne = 0.1
     """How far a token's map is above all others where it has a place (paper: 0.1)."""
-    power: Count = 4
+    power: Count = 2
     """How often self-attention is applied to maps (paper: 4)."""
     mask_every: CountOrZero = 0
     """Updates between two readings of the masks; 0 keeps the first ones (paper: 20)."""
@@ -211,7 +223,7 @@ class AttenCraft(Optimisation):
     presets: ClassVar[Presets] = {
         "paper": {
             "steps": 500, "lr": 1e-4, "weight_decay": 1e-2, "batch": 1, "clip": 0.0, "vectors": 1, "vectors_rate": 1.0,
-            "spread": 0.0, "rank": 0, "train_start": False, "templates": False, "first_masks": "tokens",
+            "spread": 0.0, "rank": 0, "train_start": False, "templates": False, "first_masks": "tokens", "power": 4,
             "mask_every": 20, "attention_weight": 1.0, "attention_loss": "divergence", "prior_weight": 1.0,
             "prior_batch": 1, "prior_prompt": "a photo at the beach", "prior_images": 200, "prior_steps": 50,
             "prior_target": "noise",
@@ -246,23 +258,30 @@ class AttenCraft(Optimisation):
     def first(
         self, backbone: Backbone, clean: Tensor, tokens: Sequence[str], like: Mapping[str, str], seed: int
     ) -> Tensor:
-        """Masks of what each picture shows, before anything is learned, `(pictures, tokens, rows, columns)` bool.
+        """Masks of what each picture shows, before anything is learned, `(pictures, tokens, height, width)` bool.
 
         Raises:
             MaskError: They cannot be told.
         """
-        prompt = TEMPLATES[0].format(joined(tokens))
+        prompt, size = TEMPLATES[0].format(joined(tokens)), pixel_size(backbone, clean)
         levels = [torch.tensor(share * LEVELS) for share in MASK_LEVELS]
         found = []
         for number, picture in enumerate(clean):
-            noise = backbone.noise([stable_seed(seed, "masks", number)], *pixel_size(backbone, clean))
+            noise = backbone.noise([stable_seed(seed, "masks", number)], *size)
             maps = read_maps(backbone, picture[None], prompt, tokens, levels, noise, self.power)
             if self.first_masks == "tokens":
-                found.append(assigned(maps, self.margin))
+                found.append(enlarged(assigned(maps, self.margin), size))
                 continue
             masks = grouped(maps, len(tokens), self.threshold)
+            if (length := border(masks)) > LONGEST_BORDER:
+                raise MaskError(
+                    f"picture {number} seems to show fewer than {len(tokens)} things: the border between two parts of "
+                    f"what stands out is {length:.1f} sides long, at most {LONGEST_BORDER} is that of two things. Give "
+                    "a picture with some background between them, fewer tokens, or masks (--mask)"
+                )
             named = len(tokens) > 1 and all(like.get(token) for token in tokens)
-            found.append(matched(masks, maps.tokens, self.margin) if named else masks)
+            ordered = matched(masks, maps.tokens, self.margin) if named else masks
+            found.append(in_pixels(ordered, maps.background, self.threshold, size))
         made = torch.stack(found)
         check_masks(made, "the mask that attention gives")
         return made
@@ -426,6 +445,11 @@ def in_latents(masks: Tensor, clean: Tensor) -> Tensor:
     larger = masks.shape[2] < size[0]
     made = F.interpolate(masks.float().cpu(), size, mode="bilinear" if larger else "area")
     return (made > 0.5).float()
+
+
+def enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks `(tokens, rows, columns)` at another height and width, bool."""
+    return F.interpolate(masks.float()[None], size, mode="bilinear", align_corners=False)[0] > 0.5
 
 
 def pixel_size(backbone: Backbone, latents: Tensor) -> tuple[int, int]:

@@ -18,7 +18,11 @@ from erasure.text.words import subject_span
 GRIDS = (8, 32)
 """Least and greatest shorter side of the token grids whose attention is read: that to words at the coarsest, which
 knows best what a thing is, and that of image tokens at the finest (AttenCraft with Stable Diffusion: 16, 32)."""
-ROUNDS = 20
+NEARNESS = 4.0
+"""Weight of where places are against what they look at, both in units of their whole range."""
+LEAST_PLACES = 2
+"""Places of a grid that a thing has at least."""
+ROUNDS = 30
 """Most rounds in which places are assigned to things anew."""
 WINDOW = 7
 """Side of the windows that masks are compared in."""
@@ -114,38 +118,70 @@ def ranged(values: Tensor) -> Tensor:
 
 
 def grouped(maps: Maps, count: int, threshold: float) -> Tensor:
-    """Masks of `count` things that look at themselves and not at each other, `(count, rows, columns)` bool.
+    """Masks of `count` things that stand beside each other and look at themselves, `(count, rows, columns)` bool.
 
-    What is no background falls into groups by what places look at: around places that look at different things first,
-    then anew around each group's mean. They come from left to right.
+    What is no background falls into groups by where places are and what they look at (k-means, which starts from
+    places that are far apart). They come from left to right.
 
     Raises:
         MaskError: Fewer things stand out from the background.
     """
+    columns = maps.background.shape[1]
     inside = (1 - maps.background > threshold).flatten()
     places = inside.nonzero()[:, 0]
-    if len(places) < 2 * count:
+    if len(places) < LEAST_PLACES * count:
         raise MaskError(
             f"{len(places)} of {len(inside)} places of the picture stand out from its background, too few for {count} "
             "things: give a picture that shows them larger and before a plain background, or masks (--mask)"
         )
     looks = F.normalize(maps.reach[places][:, places], dim=1)
-    centres = [int((1 - maps.background).flatten()[places].argmax())]
+    where = torch.stack([places // columns, places % columns], 1).float() / columns
+    features = torch.cat([looks, NEARNESS * where], 1)
+    centres = [int((features - features.mean(0)).square().sum(1).argmax())]
     while len(centres) < count:
-        centres.append(int((looks @ looks[centres].T).max(1).values.argmin()))
-    means = looks[centres]
-    group = torch.zeros(len(places), dtype=torch.long)
+        centres.append(int(torch.cdist(features, features[centres]).min(1).values.argmax()))
+    means, group = features[centres], torch.full((len(places),), -1)
     for _ in range(ROUNDS):
-        before, group = group, (looks @ means.T).argmax(1)
-        if torch.equal(before, group) or len(group.unique()) < count:
+        before, group = group, torch.cdist(features, means).argmin(1)
+        if torch.equal(before, group):
             break
-        means = F.normalize(torch.stack([looks[group == number].mean(0) for number in range(count)]), dim=1)
-    width = maps.background.shape[1]
+        means = torch.stack([features[group == number].mean(0) for number in range(count)])
+    order = torch.stack([where[group == number, 1].mean() for number in range(count)]).argsort(stable=True)
     masks = torch.zeros(count, len(inside), dtype=torch.bool)
-    masks[group, places] = True
-    centre = [(places[group == number] % width).float().mean() for number in range(count)]
-    order = torch.tensor(centre).nan_to_num(width).argsort(stable=True)
-    return masks[order].unflatten(1, maps.background.shape)
+    masks[order.argsort()[group], places] = True
+    return masks.unflatten(1, maps.background.shape)
+
+
+def border(masks: Tensor) -> float:
+    """How long the border between the most entwined two masks is, in sides of a square as large as the smaller.
+
+    A square that is cut in two halves has one of 1.4.
+
+    Args:
+        masks: `(tokens, rows, columns)` bool, no two of which share a place.
+    """
+    worst = 0.0
+    for first in range(len(masks)):
+        for second in range(first):
+            a, b = masks[first], masks[second]
+            across = [(a[:, :-1] & b[:, 1:]), (b[:, :-1] & a[:, 1:]), (a[:-1] & b[1:]), (b[:-1] & a[1:])]
+            length = sum(int(pair.sum()) for pair in across)
+            worst = max(worst, length / float(min(a.sum(), b.sum()).clamp_min(1)) ** 0.5)
+    return worst
+
+
+def in_pixels(masks: Tensor, background: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
+    """Masks at the size of the picture, `(tokens, height, width)` bool, as smooth as attention is.
+
+    Args:
+        masks: `(tokens, rows, columns)` bool.
+        background: `(rows, columns)` in 0-1.
+        threshold: How surely a pixel is no background.
+        size: Height and width.
+    """
+    larger = lambda x: F.interpolate(x.float()[None], size, mode="bilinear", align_corners=False)[0]  # noqa: E731
+    things, own = larger(1 - background[None]) > threshold, larger(masks)
+    return things & (own.argmax(0, keepdim=True) == torch.arange(len(masks))[:, None, None])
 
 
 def matched(masks: Tensor, tokens: Tensor, margin: float) -> Tensor:
