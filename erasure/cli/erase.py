@@ -90,11 +90,19 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
     asked = wanted(options)
-    world = dataclasses.replace(World.at(options.model), learned=frozenset(tokens_of(options.learned)))
+    learned = tokens_of(options.learned)
+    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
     concepts = world.concepts(
         asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
         erased=() if earlier is None else earlier.concepts,
     )  # fmt: skip
+    # What was learned beside a concept looks like nothing that the vocabulary has: it survives if it is said to.
+    erased = {name for concept in concepts for name in concept.names}
+    beside = [token for token in learned if token not in erased]
+    concepts = [
+        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
+        for each in concepts
+    ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
 

@@ -276,8 +276,8 @@ class AttenCraft(Optimisation):
             if (length := border(masks)) > LONGEST_BORDER:
                 raise MaskError(
                     f"picture {number} seems to show fewer than {len(tokens)} things: the border between two parts of "
-                    f"what stands out is {length:.1f} sides long, at most {LONGEST_BORDER} is that of two things. Give "
-                    "a picture with some background between them, fewer tokens, or masks (--mask)"
+                    f"what stands out is {length:.1f} sides long, that of two things at most {LONGEST_BORDER}. Give a "
+                    "picture with some background between them, fewer tokens, or masks (--mask)"
                 )
             named = len(tokens) > 1 and all(like.get(token) for token in tokens)
             ordered = matched(masks, maps.tokens, self.margin) if named else masks
