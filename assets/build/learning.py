@@ -19,6 +19,7 @@ from erasure.assets.world import BACKGROUNDS, OBJECTS
 from erasure.backbones import backbone_for
 from erasure.eval.detectors import NewcomersJudge, Seen
 from erasure.files import write_json
+from erasure.interop.protocols import Settings
 from erasure.learning import LearnedConcepts, learn_concepts
 from erasure.learning.attencraft import AttenCraft
 from erasure.learning.pictures import encoded
@@ -87,11 +88,11 @@ def is_apart(found: Seen, wanted: str, other: str) -> bool:
     return found.thing == wanted and other not in found.things
 
 
-def measure(folder: Path, pair: Pair, images: int, erasing: str, options: dict[str, object]) -> dict[str, object]:
+def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settings) -> dict[str, object]:
     """One pair: masks, how often each token draws its thing, and how often it still does when it is erased."""
     pipe, judge = erasure.load_pipeline("canvas-sd", device="cpu"), NewcomersJudge()
     pipe.set_progress_bar_config(disable=True)
-    figures: dict[str, object] = {"things": pair.things, "masks": masks_of(pipe, pair, AttenCraft(**options))}  # type: ignore[arg-type]
+    figures: dict[str, object] = {"things": pair.things, "masks": masks_of(pipe, pair, AttenCraft(**options))}
     if folder.is_dir():
         concepts = LearnedConcepts.read(folder)
     else:
@@ -124,7 +125,7 @@ def hits(judge: NewcomersJudge, images: Sequence[Image.Image]) -> float:
     return float(np.mean([found.thing == name for found, name in zip(judge(images), OBJECTS, strict=True)]))
 
 
-def run(out: Path, count: int, images: int, erasing: str, options: dict[str, object] | None = None) -> None:
+def run(out: Path, count: int, images: int, erasing: str, options: Settings | None = None) -> None:
     """Measure pairs, write `learning.json` after each, and print its row; what is measured already stays."""
     file = out / "learning.json"
     rows: list[dict[str, object]] = json.loads(file.read_text()) if file.is_file() else []

@@ -77,8 +77,8 @@ def fitted(features: Tensor, labels: Tensor, decay: float = 1e-3, rounds: int = 
 
     optimiser.step(step)
     with torch.no_grad():
-        layer.weight /= scale
-        layer.bias -= layer.weight @ mean
+        layer.weight.div_(scale)
+        layer.bias.sub_(layer.weight @ mean)
     return layer
 
 

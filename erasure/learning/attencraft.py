@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from erasure.backbones import Backbone, Conditioning
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.interop import paths
+from erasure.learning.lessons import Batch, Lesson
 from erasure.learning.masks import (
     assigned,
     attention_layers,
@@ -27,10 +28,8 @@ from erasure.learning.masks import (
     read_maps,
 )
 from erasure.learning.pictures import check_masks
-from erasure.learning.player import Taught
 from erasure.learning.tokens import MOST_VECTORS
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets, ZeroToOne
-from erasure.training.images import NoisedImages
 from erasure.training.loop import Optimisation, Share
 from erasure.training.objectives import matching
 from erasure.training.states import draw, stable_seed
@@ -44,93 +43,6 @@ LONGEST_BORDER = 0.85
 """Longest border between two things of a picture, see `erasure.learning.masks.border`."""
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
 """Phrasings that tokens are learned in; the first alone where `templates` is off."""
-
-
-class Batch(NamedTuple):
-    """A part of an update."""
-
-    x: Tensor
-    """`(rows, channels, h, w)`."""
-    t: Tensor
-    """`(rows,)`."""
-    target: Tensor
-    """What is to be predicted, shaped as `x`."""
-    prompts: list[str]
-    """Prompt of every row."""
-    chosen: list[tuple[int, ...]]
-    """Numbers of the tokens that each row's prompt names."""
-    masks: Tensor
-    """`(rows, tokens, h, w)` in 0-1, of the row's picture."""
-    inside: Tensor
-    """`(rows, 1, h, w)` in 0-1."""
-    prior: tuple[Tensor, Tensor, Tensor, Conditioning] | None
-    """States, noise levels, targets and encodings of what the model must go on to draw."""
-
-
-class Balance:
-    """How badly each token is learned: running means of its losses, a part of checkpoints.
-
-    Args:
-        tokens: How many there are.
-        decay: Share that a running mean keeps.
-    """
-
-    def __init__(self, tokens: int, decay: float = 0.9) -> None:
-        self.losses, self.decay = torch.ones(tokens, dtype=torch.float64), decay
-        self.sums, self.rows = torch.zeros(2, tokens, dtype=torch.float64)
-
-    def add(self, token: int, loss: float) -> None:
-        """A loss of a row that names one token alone."""
-        self.sums[token] += loss
-        self.rows[token] += 1
-
-    def settle(self) -> None:
-        """Take the losses of an update into the means."""
-        met = self.rows > 0
-        fresh = self.sums / self.rows.clamp_min(1)
-        self.losses = torch.where(met, self.decay * self.losses + (1 - self.decay) * fresh, self.losses)
-        self.sums, self.rows = torch.zeros_like(self.sums), torch.zeros_like(self.rows)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints."""
-        return {"losses": self.losses}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put them back."""
-        self.losses = state["losses"].clone()
-
-
-class Places:
-    """Where the things are in every picture, a part of checkpoints."""
-
-    def __init__(self, masks: Tensor) -> None:
-        self.masks = masks
-        """`(pictures, tokens, h, w)` float32 in 0-1, in latent pixels, on the CPU."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints."""
-        return {"masks": self.masks}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put them back."""
-        self.masks = state["masks"].clone()
-
-
-@dataclass
-class Lesson:
-    """One training."""
-
-    backbone: Backbone
-    tokens: list[str]
-    clean: Tensor
-    """Latents of the pictures, `(pictures, channels, h, w)`."""
-    inside: Tensor
-    """`(pictures, 1, h, w)` in 0-1."""
-    places: Places
-    taught: Taught
-    balance: Balance
-    prior: NoisedImages | None
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +129,6 @@ class AttenCraft(Optimisation):
     """Side in pixels of the square pictures that are learned; the model's own when left out."""
     clip: NotNegative = 1.0
     """Greatest norm of the gradient; 0 for none."""
-    likely: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Share of the noise levels that are trained, from the lowest on."""
 
     presets: ClassVar[Presets] = {
         "paper": {
@@ -232,12 +142,6 @@ class AttenCraft(Optimisation):
             "trained": "vectors", "prior_batch": 0, "vectors": 4, "lr": 3e-3, "attention_weight": 0.0,
         },
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
-        super().__post_init__()
-        if self.masks == "none" and self.attention_weight and self.attention_loss:
-            object.__setattr__(self, "attention_weight", 0.0)
 
     def teaches(self, backbone: Backbone, generator: torch.Generator) -> tuple[Student | None, list[str]]:
         """The weights that learn, and the layers whose output at the start token gives no gradient."""
@@ -288,7 +192,7 @@ class AttenCraft(Optimisation):
 
     def renewed(self, lesson: Lesson, step: int) -> None:
         """Read the masks from the model as it is now, and take those that agree with the ones before."""
-        if not self.mask_every or step == 0 or step % self.mask_every or self.masks == "none":
+        if not self.mask_every or step == 0 or step % self.mask_every or not lesson.places.are_known:
             return
         backbone = lesson.backbone
         level = draw(LEVELS, 1, lesson.seed, "mask level", step).float()
@@ -310,11 +214,6 @@ class AttenCraft(Optimisation):
 
     # Updates --------------------------------------------------------------------------------------------------------
 
-    def before(self, lesson: Lesson, step: int) -> None:
-        """Ahead of each update: what the last one said of the tokens, and new masks."""
-        lesson.balance.settle()
-        self.renewed(lesson, step)
-
     def chosen(self, lesson: Lesson, step: int) -> list[tuple[int, ...]]:
         """Numbers of the tokens that each row of an update shows."""
         count = len(lesson.tokens)
@@ -323,7 +222,7 @@ class AttenCraft(Optimisation):
         share = 1 / (count + 1) if self.together is None else self.together
         weights = torch.ones(count, dtype=torch.float64) / count
         if self.sampling == "reweighted":
-            weights = lesson.balance.losses / lesson.balance.losses.sum()
+            weights = lesson.balance.losses.double() / lesson.balance.losses.double().sum()
         odds = torch.cat([(1 - share) * weights, torch.tensor([share], dtype=torch.float64)])
         generator = torch.Generator().manual_seed(stable_seed(lesson.seed, "things", step))
         drawn = torch.multinomial(odds, self.batch, replacement=True, generator=generator).tolist()
@@ -336,7 +235,7 @@ class AttenCraft(Optimisation):
         things = self.chosen(lesson, step)
         mine = [things[row] for row in rows.tolist()]
         pictures = share.of(draw(len(lesson.clean), self.batch, seed, "picture", step))
-        levels = share.of(draw(max(1, round(self.likely * LEVELS)), self.batch, seed, "level", step))
+        levels = share.of(draw(LEVELS, self.batch, seed, "level", step))
         phrasings = share.of(
             draw(len(TEMPLATES) if self.templates else 1, self.batch, seed, "phrasing", step)
         ).tolist()
@@ -375,7 +274,7 @@ class AttenCraft(Optimisation):
         if batch.prior is not None:
             x, t = torch.cat([x, batch.prior[0]]), torch.cat([t, batch.prior[1].to(t.dtype)])
             told = Conditioning.cat([told, batch.prior[3]])
-        attends = bool(self.attention_weight)
+        attends = bool(self.attention_weight) and lesson.places.are_known
         size = (x.shape[2], x.shape[3])
         control = AttentionController(backbone.denoiser, Layout(size, len(x)))
         if attends:
@@ -386,7 +285,7 @@ class AttenCraft(Optimisation):
         area = torch.stack(masks) * batch.inside
         squares = ((found[:count].float() - batch.target.float()).square() * area).flatten(1).sum(1)
         each = squares / (area.flatten(1).sum(1) * found.shape[1]).clamp_min(1e-6)
-        for numbers, loss in zip(batch.chosen, each.tolist(), strict=True):
+        for numbers, loss in zip(batch.chosen, each, strict=True):
             if len(numbers) == 1:
                 lesson.balance.add(numbers[0], loss)
         terms = {"picture": each.mean()}

@@ -22,7 +22,9 @@ from erasure.carriers.edits import Edits
 from erasure.carriers.weights import delta_of, fingerprint, same_base
 from erasure.errors import ArtifactError, AttachError, ConceptError, UnsupportedModelError, WrongBaseError
 from erasure.interop import learned, paths
+from erasure.interop.pipelines import components_of
 from erasure.learning.tokens import check_names, put_in, reading_towers
+from erasure.leases import Lease
 from erasure.schema import STRICT, Base, Encoder, Name, Number, Sha256, Text
 
 CONFIG_FILE = "concepts_config.json"
@@ -201,6 +203,10 @@ class LearnedConcepts:
             ConceptError: The pipeline has learned such a token already.
             UnsupportedModelError: The pipeline loads no tokens, or its weights are quantised or offloaded.
         """
+        with Lease(components_of(pipe).values(), exclusive=True):
+            self._load_into(pipe)
+
+    def _load_into(self, pipe: DiffusionPipeline) -> None:
         backbone = backbone_for(pipe)
         if attached := list(ErasureManager(pipe).erasures):
             raise AttachError(

@@ -24,8 +24,9 @@ from erasure.carriers.edits import Edits
 from erasure.errors import AttachError, OptionError, UnsupportedModelError
 from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
-from erasure.learning.attencraft import AttenCraft, Balance, Lesson, Places, in_latents
+from erasure.learning.attencraft import AttenCraft, in_latents
 from erasure.learning.concepts import ConceptsConfig, LearnedConcepts, base_of
+from erasure.learning.lessons import Balance, Lesson, Places
 from erasure.learning.pictures import Pictures, encoded, read_pictures
 from erasure.learning.player import Taught
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
@@ -94,7 +95,7 @@ def learn_concepts(
     method = AttenCraft.configured(preset, **options)
     names = [tokens] if isinstance(tokens, str) else list(tokens)
     shown = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    placed = [masks] if masks and isinstance(masks[0], (str, Path, Image.Image)) else list(masks)
+    placed = _by_picture(masks)
     known = dict(like or {})
     backbone = backbone_for(pipe)
     towers = reading_towers(backbone)
@@ -173,17 +174,18 @@ def _learned(
             turns=[
                 Turn(
                     name="concepts", player=lesson.taught, losses=partial(method.losses, lesson),
-                    descent=method.descent,
+                    descent=method.descent, after=(lesson.balance,),
                 )
             ],
             prepare=partial(method.prepare, lesson), steps=method.steps, seed=seed, accumulation=method.accumulation,
             run=run, accelerator=accelerator, cost=cost, scales_losses=backbone.dtype == torch.float16,
-            before=partial(method.before, lesson), parts=parts,
+            before=partial(method.renewed, lesson), parts=parts,
         )  # fmt: skip
         cost.begin("update")
         row = trainer.train(progress)
         cost.begin("setup")
     figures = {f"loss_{name}": round(value, 6) for name, value in row.items()}
+    figures |= {name: round(value, 6) for name, value in lesson.balance.figures().items()}
     figures |= {"denoiser_forwards": float(cost.forwards), "earlier_seconds": cost.earlier_seconds}
     config = ConceptsConfig(
         tokens=list(names), family=backbone.family, base=base, options=dataclasses.asdict(method), like=dict(like),
@@ -198,10 +200,10 @@ def _lesson(
 ) -> Lesson:  # fmt: skip
     """Latents, masks, and what learns."""
     clean = encoded(backbone, read.pixels)
-    inside = in_latents(read.inside, clean)
+    inside, are_known = in_latents(read.inside, clean), read.masks is not None or method.masks != "none"
     if read.masks is not None:
         masks = in_latents(read.masks, clean)
-    elif method.masks == "none":
+    elif not are_known:
         masks = torch.ones(len(clean), len(names), *clean.shape[2:])
     elif len(names) == 1 and not read.opaque.all():
         masks = in_latents(read.opaque, clean)
@@ -209,6 +211,7 @@ def _lesson(
         masks = in_latents(method.first(backbone, clean, names, like, seed), clean)
     weights, kept = method.teaches(backbone, torch.Generator().manual_seed(seed + 1))
     taught = Taught(backbone.towers, names, method.vectors_rate, weights, kept)
+    balance = Balance(len(names), accelerator.reduce)
     prior = None
     if weights is not None and method.prior_batch and method.prior_weight:
         reader, tower = Reader(backbone), backbone.reader
@@ -224,7 +227,7 @@ def _lesson(
             backbone, scenes, reader, rollout, seed, asks_null=False, gather=accelerator.reduce,
             share=(accelerator.process_index, accelerator.num_processes),
         )  # fmt: skip
-    return Lesson(backbone, list(names), clean, inside, Places(masks), taught, Balance(len(names)), prior, seed)
+    return Lesson(backbone, list(names), clean, inside, Places(masks, are_known), taught, balance, prior, seed)
 
 
 def _edits(backbone: Backbone, taught: Taught) -> Edits:
@@ -234,6 +237,12 @@ def _edits(backbone: Backbone, taught: Taught) -> Edits:
     component = backbone.denoiser_component
     low_rank = {f"{component}/{path}": pair for path, pair in taught.weights.low_rank().items()}
     return Edits(low_rank, {f"{component}/{path}": delta for path, delta in taught.weights.deltas().items()})
+
+
+def _by_picture(masks: Sequence[Picture] | Sequence[Sequence[Picture]]) -> list[list[Picture]]:
+    """The masks of each picture; those of a single one may be given as they are."""
+    alone = [mask for mask in masks if isinstance(mask, (str, Path, Image.Image))]
+    return [alone] if alone else [list(each) for each in masks if not isinstance(each, (str, Path, Image.Image))]
 
 
 def _own_size(backbone: Backbone) -> tuple[int, int]:

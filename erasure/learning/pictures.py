@@ -70,8 +70,8 @@ def read_pictures(
     if masks:
         drawn = torch.stack([_placed(own, part, size) for own, part in zip(masks, parts, strict=True)])
         check_masks(drawn.bool(), "a mask that was given")
-    pixels, inside, opaque = (torch.stack([part[i] for part in parts]) for i in range(3))
-    return Pictures(pixels, inside, opaque, drawn)
+    pixels, inside, opaque, _ = zip(*parts, strict=True)
+    return Pictures(torch.stack(pixels), torch.stack(inside), torch.stack(opaque), drawn)
 
 
 def check_masks(masks: Tensor, what: str) -> None:
@@ -127,7 +127,12 @@ def _read(
     edge = torch.cat([colours[:, 0], colours[:, -1], colours[:, :, 0], colours[:, :, -1]], 1).median(1).values
     pixels = fitted(colours, size, edge[:, None, None])
     inside = fitted(torch.ones_like(solid), size, torch.zeros(1, 1, 1))
-    return pixels, (inside > 0.5).float(), (fitted(solid, size, torch.zeros(1, 1, 1)) > 0.5).float(), colours.shape[1:]
+    return (
+        pixels,
+        (inside > 0.5).float(),
+        (fitted(solid, size, torch.zeros(1, 1, 1)) > 0.5).float(),
+        (given.height, given.width),
+    )
 
 
 def fitted(values: Tensor, size: tuple[int, int], filling: Tensor) -> Tensor:
@@ -164,5 +169,11 @@ def _values(image: Image.Image) -> Tensor:
 def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Clean latents of pixels in 0-1, `(pictures, channels, h, w)`, on the denoiser's device: the likeliest ones."""
     vae = backbone.pipe.vae
-    given = (2 * pixels - 1).to(next(vae.parameters()).device, next(vae.parameters()).dtype)
-    return backbone.latents.from_vae(vae.encode(given).latent_dist.mode()).to(backbone.device, backbone.dtype)
+    before = vae.dtype
+    if before == torch.float16 and vae.config.get("force_upcast"):
+        vae.to(torch.float32)
+    try:
+        given = (2 * pixels - 1).to(next(vae.parameters()).device, vae.dtype)
+        return backbone.latents.from_vae(vae.encode(given).latent_dist.mode()).to(backbone.device, backbone.dtype)
+    finally:
+        vae.to(before)

@@ -56,8 +56,10 @@ def check_names(names: Sequence[str], towers: Iterable[TextTower]) -> None:
             raise ConceptError(
                 f"{name!r:.80} cannot be a new token: it is one word without blanks, for instance '<my-logo>'"
             )
-        if names.count(name) > 1:
-            raise ConceptError(f"the token {name!r} is named twice: every thing in a picture needs a name of its own")
+        if [other.casefold() for other in names].count(name.casefold()) > 1:
+            raise ConceptError(
+                f"the token {name!r} is named twice, capitals apart: every thing needs a name of its own"
+            )
     for tower in towers:
         known = learned.ids_by_word(tower.tokenizer)
         for name in names:
