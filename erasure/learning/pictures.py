@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from erasure.backbones import Backbone
 from erasure.errors import ImageError, MaskError
-from erasure.images import flaw, read_image, rgb
+from erasure.images import flaw, read_image, rgb, upright
 from erasure.masks import read_masks
 
 LEAST_SIDE = 4
@@ -110,6 +110,7 @@ def _read(
     """Pixels, what is inside, what is opaque, and height and width of the picture itself."""
     if not isinstance(given, Image.Image):
         where, given = str(given), read_image(given)
+    given = upright(given)
     if (reason := flaw(given)) is not None:
         raise ImageError(f"{where} is {reason}: there is nothing to learn in it; give a picture that shows the thing")
     wanted = [-(-side // LEAST_SIDE) for side in size]
