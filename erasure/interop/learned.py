@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -12,14 +12,19 @@ from erasure.interop import paths
 from erasure.interop.protocols import Tokenizer
 
 
-def written_out(pipe: DiffusionPipeline | None, text: str, tokenizer: Tokenizer) -> str:
-    """A text as a pipeline hands it to one of its tokenisers: a token of several vectors becomes as many words.
+def written_out(pipe: DiffusionPipeline | None, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Texts as a pipeline hands them to one of its tokenisers: a token of several vectors becomes as many words.
 
-    Call it once for a text: diffusers writes the outcome out again.
+    Call it once for a text: diffusers writes the outcome out again. It tokenises every text, which those that name no
+    such token are spared.
     """
     if not isinstance(pipe, TextualInversionLoaderMixin):
-        return text
-    return pipe.maybe_convert_prompt(text, tokenizer)
+        return list(texts)
+    known = tokenizer.added_tokens_encoder
+    several = [word for word in known if f"{word}_1" in known]
+    return [
+        pipe.maybe_convert_prompt(text, tokenizer) if any(word in text for word in several) else text for text in texts
+    ]
 
 
 def ids_by_word(tokenizer: Tokenizer) -> dict[str, int]:

@@ -60,6 +60,13 @@ ATTACHED: dict[str, set[str]] = {
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
 """Further ones on the first family: changes of whole parameters in the text encoder alone, and in the denoiser."""
+STAND_INS = {
+    "stable-diffusion-xl": ("hirm-pinned", "esd"),
+    "stable-diffusion-3": ("uce", "itd"),
+    "flux": ("itd", "esd"),
+}
+"""Cases that stand for all others where the family matters little: weights and features of text encoders, the
+denoiser's weights, solved for and trained."""
 TEXT_SIDE = ("hirm-pinned", "itd")
 """Those of `ATTACHED` that are in text encoders, which prompts that come encoded go around."""
 COMPILED = [
@@ -99,12 +106,13 @@ def pairs(cases: Any, families: Any = NAMES, *, alone: Any = ()) -> Any:
     return pytest.mark.parametrize("pair", working, ids="-".join)
 
 
-def spread(cases: Any, few: Any) -> Any:
-    """Run a test, or all of a class, for cases on the first family, and for a few of them on each further one.
+def spread(cases: Any) -> Any:
+    """Run a test, or all of a class, for cases on the first family, and for its `STAND_INS` on each further one.
 
     For what is the work of pipelines or of `erasure.erase`, which no pair of a case and a family does its own way.
     """
-    return pairs(few, alone=[case for case in cases if case not in few])
+    chosen = [(case, family) for family in NAMES for case in cases if family in FIRST or case in STAND_INS[family]]
+    return pytest.mark.parametrize("pair", chosen, ids="-".join)
 
 
 def edited(made: Erasure) -> set[str]:
