@@ -36,6 +36,7 @@ ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
 """IP-Adapters of random weights for the tiny pipelines that can have one, by family."""
 TRAJECTORIES = "a latent consistency UNet"
 JOINT = "one joint attention"
+FLOW = "noise is that of flow matching"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
@@ -43,6 +44,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("co_erasing", "latent-consistency"): TRAJECTORIES,
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
+    ("sfd", "latent-consistency"): TRAJECTORIES,
+    ("sfd", "stable-diffusion-3"): FLOW,
+    ("sfd", "flux"): FLOW,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
