@@ -115,6 +115,26 @@ def test_latents_that_do_not_fire_are_left_out_to_the_bit(level: float, features
         assert torch.equal(found, whole_width(edit, x, words))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("level", [0.0, 2.0, 9.0], ids="{} a latent fires".format)
+def test_features_of_one_latent_each_write_their_own_and_it_is_read_once(level: float, gradients: bool) -> None:
+    for seed, (concepts, features) in enumerate(((1, 8), (7, 60), (200, 300))):
+        once = edit_of(concepts, features, seed)
+        once = once._replace(threshold=once.threshold - 1.0 + level)
+        twice = torch.arange(2 * features) % features
+        more = torch.stack([once.edits[0], once.edits[1] + features])
+        edit = once._replace(
+            w_enc=once.w_enc[:, twice], b_enc=once.b_enc[twice], threshold=once.threshold[twice],
+            w_dec=torch.cat([once.w_dec, once.w_dec.flip(1)]), gain=torch.cat([once.gain, once.gain + 2]),
+            offset=torch.cat([once.offset, once.offset - 1]), edits=torch.cat([once.edits, more], 1),
+        )  # fmt: skip
+        x = torch.randn(3, TOKENS, DIM, generator=torch.Generator().manual_seed(seed)).requires_grad_(gradients)
+        words = (torch.arange(TOKENS) > 0) & (torch.arange(TOKENS) < torch.tensor([[3], [5], [TOKENS]]))
+        placed = edit.on(x.device)
+        torch.testing.assert_close(placed.delta(x, words)[0], whole_width(edit, x, words), rtol=1e-4, atol=1e-4)
+        assert placed.before(x).shape[-1] == features
+
+
 def test_features_that_do_not_fire_cost_no_more_than_to_find_out_that_they_do_not() -> None:
     few = edit_of(5, 40)
     silent = 1000
