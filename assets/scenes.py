@@ -145,11 +145,17 @@ def sample_scene(rng: np.random.Generator, *, pairs: float = 0.4, empty: float =
     return Scene(objects, STYLES[rng.integers(len(STYLES))], BACKGROUNDS[rng.integers(len(BACKGROUNDS))], offsets)
 
 
-def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, groups: float = 0.03) -> str:
+def caption(
+    scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, groups: float = 0.03, turned: float = 0.5
+) -> str:
     """A random caption of a scene.
 
-    `synonyms` and `groups` are the chances that an object goes by another word ("kitten") or by its super-category
-    ("animal").
+    Args:
+        scene: What to describe.
+        rng: Says which caption.
+        synonyms: Chance that an object goes by another word ("kitten").
+        groups: Chance that an object goes by its super-category ("animal").
+        turned: Chance that of two objects the right one is named first, where no word says which is where.
     """
 
     def pick(options: Sequence[str]) -> str:
@@ -166,7 +172,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
             name = pick(others)
         words.append(noun_phrase(name))
     form = "{left}" if len(words) == 1 else pick(PAIR_PHRASES)
-    if len(words) == 2 and form not in SIDED_PHRASES and rng.random() < 0.5:
+    if len(words) == 2 and form not in SIDED_PHRASES and rng.random() < turned:
         words.reverse()
     phrase = form.format(left=words[0], right=words[-1])
     return pick(TEMPLATES).format(object=phrase, style=scene.style, background=scene.background)

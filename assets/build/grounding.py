@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import OBJECTS
@@ -22,7 +22,7 @@ MOST = 2
 """Objects of a scene."""
 
 
-def object_tokens(tokenizer: CLIPTokenizer, ids: Tensor, scenes: Sequence[Scene]) -> Tensor:
+def object_tokens(tokenizer: PreTrainedTokenizerBase, ids: Tensor, scenes: Sequence[Scene]) -> Tensor:
     """Find the token that names each object, `(captions, tokens, MOST)` float: 1 at the token, 0 elsewhere.
 
     An object may go by its name, a synonym or its group. Where both objects of a scene go by the same word, neither is
@@ -36,10 +36,20 @@ def object_tokens(tokenizer: CLIPTokenizer, ids: Tensor, scenes: Sequence[Scene]
     marked = torch.zeros(*ids.shape, MOST)
     for row, scene in enumerate(scenes):
         for column, name in enumerate(scene.objects):
-            words = [name, OBJECTS[name].group, *OBJECTS[name].synonyms]
-            spelt = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-            marked[row, torch.isin(ids[row], torch.tensor(spelt).flatten()), column] = 1
+            marked[row, torch.isin(ids[row], object_pieces(tokenizer, (name,))), column] = 1
     return marked * (marked.sum(1, keepdim=True) == 1)
+
+
+def object_pieces(tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = tuple(OBJECTS)) -> Tensor:
+    """Tokens of every word that objects go by, with and without a capital.
+
+    Args:
+        tokenizer: It has a token for every word of the world.
+        names: Of the objects.
+    """
+    words = [word for name in names for word in (name, OBJECTS[name].group, *OBJECTS[name].synonyms)]
+    either = [*words, *(word.capitalize() for word in words)]
+    return torch.tensor([tokenizer(word, add_special_tokens=False).input_ids for word in either]).flatten().unique()
 
 
 def object_masks(scenes: Sequence[Scene], side: int) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from erasure.carriers.latents import alike, fired, product
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
+from erasure.carriers.remembered import Edited
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths, rounds
@@ -234,7 +235,7 @@ class GatedEdit:
         """
         gain, offset, features = self.edit.gain, self.edit.offset, which
         if len(self.level) < len(gain):
-            # Features of one latent: of all that there are, those that are edited and whose latent fires are looked at.
+            # Several features of one latent: those are looked at that are edited and whose latent fires.
             latent = self.latent
             if not (latents.requires_grad or torch.compiler.is_compiling()):
                 there = torch.arange(len(self.level), device=latent.device) if which is None else which
@@ -281,37 +282,9 @@ Terms = Sequence[Term | tuple[float, BlockEdit]]
 """What is done at one block, added up."""
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
 def _within(pairs: Tensor, concepts: int, features: int) -> bool:
     limits = torch.tensor([[concepts], [features]])
     return bool(((pairs >= 0) & (pairs < limits)).all())
-
-
-class _Edited(NamedTuple):
-    """Activations that were edited, and all that this depends on besides the edits."""
-
-    states: Tensor
-    """What came in, `(batch, tokens, dim)`."""
-    ids: Tensor | None
-    told: tuple[Tensor | None, ...]
-    """For each term: gates that other text encoders have opened."""
-    output: Tensor
-    """What goes out."""
-    opened: tuple[Tensor, ...]
-    """For each term: gates that are open now, `(batch, concepts)`."""
-
-    def is_of(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> bool:
-        """Whether the same would come out again."""
-        return (
-            _same(self.states, states)
-            and _same(self.ids, ids)
-            and all(_same(a, b) for a, b in zip(self.told, told, strict=True))
-        )
 
 
 class _EditBlock(ModelHook):
@@ -322,7 +295,7 @@ class _EditBlock(ModelHook):
         self.terms = tuple(Term(*term) for term in terms)
         self._gates = [term.edit.gates.numel() for term in self.terms]
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
-        self._memory: list[_Edited] = []
+        self._memory: list[Edited] = []
 
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
@@ -343,7 +316,7 @@ class _EditBlock(ModelHook):
         if device.type != "meta":
             self._placed = tuple(term.edit.on(device) for term in self.terms)
 
-    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
+    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
         """The edit of `states`, from memory when it was asked for lately."""
         for known in self._memory:
             if known.is_of(states, ids, told):
@@ -352,7 +325,7 @@ class _EditBlock(ModelHook):
         self._memory = [edited, *self._memory[: MEMORY - 1]]
         return edited
 
-    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
+    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
         """Edit `(batch, tokens, dim)`, in the dtype it came in."""
         if not self._placed or self._placed[0].device != states.device:
             self.place(states.device)
@@ -369,7 +342,7 @@ class _EditBlock(ModelHook):
         chosen = torch.where(touched[:, None, None], edited, states)
         # What no gate touched is left as it is to the bit, and yet gradients see what an open gate would change.
         chosen = straight_through(chosen, edited) if states.requires_grad else chosen
-        return _Edited(states, ids, told, chosen, tuple(gates))
+        return Edited(states, ids, told, chosen, tuple(gates))
 
 
 class EditedFeatures:

@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     gate: Gate
     """When to."""
     anchor: Tensor | None = None
-    """`(n, dim)`: what each of the first n latents writes to bring the anchor; `None` where nothing takes the place."""
+    """`(n, dim)`: what the first n latents write to bring the anchor; `None` where nothing takes the place."""
     factor: float = ALONE
     """Factor of its latents."""
 

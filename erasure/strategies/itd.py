@@ -25,11 +25,11 @@ from erasure.sae.mining import fired, mine
 from erasure.sae.reading import Mentions, Reading
 from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
 from erasure.sae.selection import Evidence, no_feature
-from erasure.sae.standin import ALONE, written_instead
+from erasure.sae.standin import written_instead
 from erasure.sae.stream import middle_block
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of
-from erasure.text.corpora import context_prompts, vocabulary, vocabulary_prompts
+from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import aligned_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
@@ -279,7 +279,7 @@ class ItD(Strategy):
             seed=seed,
         )  # fmt: skip
         layer = middle_block(tower) if self.layer is None else self.layer
-        prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
+        prompts = seeded_prompts(tuple(vocabulary(tower, ())), 20_000, seed)
         return dictionaries.trained(tower, layer, prompts, options, progress)
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
