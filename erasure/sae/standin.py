@@ -23,10 +23,10 @@ PENALTY = 0.01
 def written_instead(
     tower: TextTower, layer: int, sae: SparseAutoencoder, features: list[int], pairs: Sequence[AlignedPrompt]
 ) -> Tensor:
-    """Fit what each latent of a concept writes, once it is turned off, to bring its anchor, `(features, dim)`.
+    """Fit what the latents of a concept write once they are turned off, to bring its anchor: `(features, dim)`.
 
-    With the latents $z$ of the concept at a token $x$, $d$ their decoder rows, and $x'$ the token that answers to it in
-    the same prompt with the anchor, the rows $v$ are a ridge regression of
+    With the latents $z$ of the concept at a token $x$, their decoder rows $d$, and $x'$ the token that answers to it
+    in the same prompt with the anchor, the rows $v$ are a ridge regression of
 
         x' - (x - sum_i z_i d_i)
 
