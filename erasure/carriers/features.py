@@ -202,6 +202,9 @@ class GatedEdit:
                     own = own | (told[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
                 opened = opened | told[:, None]
             where = own & opened if self.local else opened
+        eager = not (x.requires_grad or torch.compiler.is_compiling())
+        if eager and not opened.any():
+            return torch.zeros_like(x), opened.any(1)
         smooth = self.smooth(logits, words) if words is not None and x.requires_grad else None
         if self.filler is not None:
             flagged = where.any(-1)

@@ -156,14 +156,19 @@ FEATURES, PROMPT = 40, "a photo of a cat"
 
 
 @pytest.fixture
-def attached(tiny_pipe: Any) -> Callable[[int], Any]:
-    """Gives the tiny pipeline with an erasure of so many concepts, in the place of the one before."""
+def attached(tiny_pipe: Any) -> Callable[..., Any]:
+    """Gives the tiny pipeline with an erasure of so many concepts, in the place of the one before.
+
+    Of the gates either the first is open in every prompt, or none ever is.
+    """
     tower = backbone_for(tiny_pipe).towers[0]
     manager = erasure.ErasureManager(tiny_pipe)
 
-    def attach(concepts: int) -> Any:
+    def attach(concepts: int, opened: bool = True) -> Any:
         manager.unload()
         edit = edit_of(concepts, FEATURES, first=torch.tensor(tower.leading), end=torch.tensor(tower.end))
+        edit.gate[0] = -1e4
+        edit.gate.add_(0 if opened else 1e6)
         names: list[dict[str, Any]] = [{"target": f"concept {index}"} for index in range(concepts)]
         config = ErasureConfig("itd", names, "stable-diffusion", carriers=["activations"])
         manager.add(Erasure(config, Edits(features={tower.key(tower.block_path(1)): edit})), "many")
@@ -172,7 +177,7 @@ def attached(tiny_pipe: Any) -> Callable[[int], Any]:
     return attach
 
 
-def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[[int], Any]) -> None:
+def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[..., Any]) -> None:
     """From one image to the next nothing is remembered: every prompt is another."""
 
     def draw(pipe: Any, name: str) -> Counter[str]:
@@ -186,7 +191,18 @@ def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[[
     assert counted[0] == counted[1]
 
 
-def test_only_scores_are_computed_for_more_concepts(attached: Callable[[int], Any]) -> None:
+def test_nothing_is_written_in_prompts_without_an_erased_concept(tiny_pipe: Any, attached: Callable[..., Any]) -> None:
+    stock = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for opened in (True, False):
+        pipe = attached(2, opened)
+        given: list[Tensor] = []
+        counted = calls(lambda pipe=pipe, given=given: given.append(pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]))
+        assert counted["_EditBlock.edit"] == 1
+        assert counted["GatedEdit.written"] == opened
+        assert opened or torch.equal(given[0], stock)
+
+
+def test_only_scores_are_computed_for_more_concepts(attached: Callable[..., Any]) -> None:
     few, many = 10, 500
     written = []
     for concepts in (few, many):
@@ -198,7 +214,7 @@ def test_only_scores_are_computed_for_more_concepts(attached: Callable[[int], An
     assert written[1] - written[0] <= (many - few) * (4 * tokens + FEATURES // 2 + 8)
 
 
-def test_a_denoiser_computes_the_same_however_many_concepts_are_erased(attached: Callable[[int], Any]) -> None:
+def test_a_denoiser_computes_the_same_however_many_concepts_are_erased(attached: Callable[..., Any]) -> None:
     written = []
     for concepts in (1, 500):
         pipe = attached(concepts)
