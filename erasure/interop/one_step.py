@@ -32,9 +32,11 @@ class OneStepScheduler(DDIMScheduler):
             scheduler: The pipeline's own.
             level: Noise level of the step.
         """
+        # A schedule that ends at the level: pipelines change the offset of one that begins there to 1.
         made: OneStepScheduler = cls.from_config(
-            scheduler.config, timestep_spacing="leading", steps_offset=level, set_alpha_to_one=True,
-            clip_sample=False, thresholding=False,
+            scheduler.config, trained_betas=scheduler.betas[: level + 1].tolist(), num_train_timesteps=level + 1,
+            timestep_spacing="trailing", set_alpha_to_one=True, rescale_betas_zero_snr=False, clip_sample=False,
+            thresholding=False,
         )  # fmt: skip
         made.replaced = scheduler
         made.set_timesteps(1)
@@ -43,7 +45,7 @@ class OneStepScheduler(DDIMScheduler):
     @property
     def level(self) -> int:
         """Noise level of the step."""
-        return int(self.config.steps_offset)
+        return int(self.config.num_train_timesteps) - 1
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepare the one step.
