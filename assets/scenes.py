@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from erasure.assets import novel
 from erasure.assets.world import (
     BACKGROUNDS,
     EMPTY_TEMPLATES,
@@ -49,7 +50,7 @@ class Scene:
     """What a scene shows."""
 
     objects: tuple[str, ...]
-    """None, one, or two names of `OBJECTS`, left to right."""
+    """None, one, or two names of `OBJECTS` or of `erasure.assets.novel.THINGS`, left to right."""
     style: str
     background: str
     offsets: tuple[tuple[int, int], ...] = ()
@@ -78,6 +79,15 @@ def sprites() -> dict[tuple[str, str, int], np.ndarray]:
         x, y, side = row["x"], row["y"], row["side"]
         found[row["object"], row["style"], side] = atlas[y : y + side, x : x + side]
     return found
+
+
+def sprite(name: str, style: str, side: int) -> np.ndarray:
+    """A sprite of the world or of what is new to it (`erasure.assets.novel`), keyed as `sprites`."""
+    if name in novel.THINGS:
+        return novel.sprite(name, style, side)
+    if style in novel.STYLES:
+        return novel.STYLES[style](sprites()[name, novel.PLAIN, side])
+    return sprites()[name, style, side]
 
 
 @cache
@@ -122,13 +132,13 @@ def render(scene: Scene, without: int | None = None) -> RenderedScene:
             dx, dy = cell * round(dx / cell), cell * round(dy / cell)
             slot -= slot % cell
         x, y = min(max(x + dx, 0), IMAGE_SIZE - side), min(max(slot + dy, 0), IMAGE_SIZE - side)
-        sprite = sprites()[name, scene.style, side]
-        alpha = sprite[..., 3:]
+        pixels = sprite(name, scene.style, side)
+        alpha = pixels[..., 3:]
         window = canvas[y : y + side, x : x + side]
-        window[:] = window * (1 - alpha) + 255 * sprite[..., :3] * alpha
+        window[:] = window * (1 - alpha) + 255 * pixels[..., :3] * alpha
         masks[:index, y : y + side, x : x + side] &= alpha[..., 0] < 0.5
         masks[index, y : y + side, x : x + side] = alpha[..., 0] >= 0.5
-    as_bytes = lambda pixels: pixels.round().clip(0, 255).astype(np.uint8)  # noqa: E731
+    as_bytes = lambda values: values.round().clip(0, 255).astype(np.uint8)  # noqa: E731
     return RenderedScene(as_bytes(canvas), as_bytes(background), masks)
 
 

@@ -144,9 +144,9 @@ class TestAttached:
         assert manager.verify() >= len(made.edits)
 
 
-@spread((*ATTACHED, *ALONE), ("uce", "hirm-pinned"))
+@spread(ATTACHED)
 class TestPipelines:
-    """What holds when more happens to a pipeline; on further families for one edit of the denoiser and of the text."""
+    """What holds when more happens to a pipeline: for every kind of edit on the first family, for some on others."""
 
     def test_stacked_erasures_do_not_depend_on_their_order(
         self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, other: Erasure, manager: ErasureManager,
