@@ -54,7 +54,7 @@ def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
     train(work, steps, batch)
 
 
-def newcomers(scenes: int = 4000) -> None:
+def newcomers(scenes: int = 2000) -> None:
     """Train what tells new things apart, on what the judge sees."""
     from erasure.assets.build.newcomers import build
 

@@ -1,6 +1,6 @@
 """Train and write `canvas-newcomers`: tells the new things of `erasure.assets.novel` apart, and from the known ones.
 
-A linear layer on what the judge's two networks see of a picture. Half of the pictures have passed the autoencoder of
+A linear layer on what the judge's two networks see of a picture. A quarter of the pictures has passed the autoencoder of
 `canvas-sd`, whose traces every drawing of that model has.
 """
 
@@ -52,9 +52,9 @@ def looked_at(judge: CanvasJudge, vae: Autoencoder, count: int, seed: int) -> tu
         scenes = [sample(rng) for _ in range(min(BATCH, count - first))]
         pixels = torch.from_numpy(np.stack([render(scene).image for scene in scenes])).permute(0, 3, 1, 2)
         pixels = pixels.float() / 127.5 - 1
-        half = len(pixels) // 2
-        passed = vae.decode(vae.encode(pixels[:half]).latent_dist.mode()).sample
-        pixels = disturb(torch.cat([passed, pixels[half:]]).clamp(-1, 1), generator)
+        part = len(pixels) // 4
+        passed = vae.decode(vae.encode(pixels[:part]).latent_dist.mode()).sample
+        pixels = disturb(torch.cat([passed, pixels[part:]]).clamp(-1, 1), generator)
         features.append(seen(judge.network, pixels))
         labels.append(torch.tensor([[float(name in scene.objects) for name in names] for scene in scenes]))
     return torch.cat(features), torch.cat(labels)
@@ -82,14 +82,14 @@ def fitted(features: Tensor, labels: Tensor, decay: float = 1e-3, rounds: int = 
     return layer
 
 
-def build(scenes: int = 6000, out: Path = ROOT / NAME, seed: int = 40) -> dict[str, float]:
+def build(scenes: int = 2000, out: Path = ROOT / NAME, seed: int = 40) -> dict[str, float]:
     """Train on random scenes and write the folder; returns how often all that is there is said, on fresh scenes."""
     import erasure
 
     judge, vae = CanvasJudge(), erasure.load_pipeline("canvas-sd", device="cpu").vae
     layer = fitted(*looked_at(judge, vae, scenes, seed))
     save_newcomers(layer, out, list(novel.THINGS), list(OBJECTS))
-    features, labels = looked_at(judge, vae, 1000, seed + 1)
+    features, labels = looked_at(judge, vae, 500, seed + 1)
     with torch.no_grad():
         said = layer(features) > 0
     new = len(novel.THINGS)

@@ -110,9 +110,9 @@ def _read(
     """Pixels, what is inside, what is opaque, and height and width of the picture itself."""
     if not isinstance(given, Image.Image):
         where, given = str(given), read_image(given)
-    given = upright(given)
     if (reason := flaw(given)) is not None:
         raise ImageError(f"{where} is {reason}: there is nothing to learn in it; give a picture that shows the thing")
+    given = upright(given)
     wanted = [-(-side // LEAST_SIDE) for side in size]
     if given.height < wanted[0] or given.width < wanted[1]:
         raise ImageError(

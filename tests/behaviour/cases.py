@@ -77,12 +77,11 @@ COMPILED = [
         for first in ("attach", "compile")
     ),
     *(((case, family), first) for family in FIRST for case, first in (("sld", "attach"), ("itd", "compile"))),
-    *((("uce", family), "compile") for family in NAMES[2:]),
-    *((("hirm-pinned", family), "attach") for family in NAMES[1:3]),
+    (("hirm-pinned", "stable-diffusion-xl"), "attach"),
+    (("uce", "flux"), "compile"),
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
-so that further families share it: each denoiser of a class of its own with changed weights, and two text encoders and
-three with a hook."""
+so that further families share it: one of several text encoders with a hook, and a transformer with changed weights."""
 PROMPT = "a photo of a cat"
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
 """Vectors of learned tokens."""
