@@ -12,7 +12,7 @@ from torch import nn
 
 from erasure.backbones import backbone_for
 from erasure.learning.attencraft import AttenCraft
-from erasure.learning.lessons import Balance, Batch, Lesson, Places
+from erasure.learning.lessons import Alone, Balance, Batch, Lesson, Places
 from erasure.learning.player import Taught
 from erasure.learning.tokens import beside, put_in, start_vectors
 
@@ -20,8 +20,9 @@ TOKENS = ["<a>", "<b>"]
 PAPER = {
     "steps": 500, "lr": 1e-4, "weight_decay": 1e-2, "batch": 1, "clip": 0.0, "vectors": 1, "vectors_rate": 1.0,
     "spread": 0.0, "rank": 0, "train_start": False, "templates": False, "first_masks": "tokens", "power": 4,
-    "mask_every": 20, "attention_weight": 1.0, "attention_loss": "divergence", "prior_weight": 1.0, "prior_batch": 1,
-    "prior_prompt": "a photo at the beach", "prior_images": 200, "prior_steps": 50, "prior_target": "noise",
+    "mask_every": 20, "alone": "masked", "attention_weight": 1.0, "attention_loss": "divergence",
+    "prior_weight": 1.0, "prior_batch": 1, "prior_prompt": "a photo at the beach", "prior_images": 200,
+    "prior_steps": 50, "prior_target": "noise",
 }  # fmt: skip
 """Settings of the authors' code."""
 
@@ -63,6 +64,21 @@ def test_the_loss_of_the_picture_is_that_under_the_masks(lesson: Lesson) -> None
         rows.append((found[row] - batch.target[row])[:, inside].double().square().mean())
     assert terms["picture"].item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-5)
     assert set(terms) == {"picture"}
+
+
+def test_rows_of_one_thing_see_it_alone(lesson: Lesson) -> None:
+    method = AttenCraft(batch=8, outside=0.2)
+    masks = torch.zeros(1, 2, 16, 16)
+    masks[:, :, 4:12, 4:12] = 1
+    alone = Alone(torch.full((1, 2, 4, 16, 16), 7.0), masks)
+    batch = batch_of(method, Lesson(**{**vars(lesson), "alone": alone}))
+    whole = batch_of(method, lesson)
+    for row, numbers in enumerate(batch.chosen):
+        is_alone = len(numbers) == 1
+        assert torch.equal(batch.x[row], whole.x[row]) != is_alone
+        found = batch.weights[row, 0].unique().tolist()
+        assert found == pytest.approx([0.2, 1.0] if is_alone else [0.0, 1.0])
+    assert {len(numbers) for numbers in batch.chosen} == {1, 2}
 
 
 def test_attention_inside_of_the_masks_costs_nothing(lesson: Lesson) -> None:
