@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.interop import adapters, hooks, paths, rounds
+from erasure.interop.one_step import own_scheduler
 
 
 def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
@@ -198,6 +199,7 @@ def twin(
     for name, component in copies.items():
         setattr(other, name, component)
     if getattr(pipe, "scheduler", None) is not None:
-        other.scheduler = copy.deepcopy(pipe.scheduler)
+        # A generator's sampler belongs to the erasure that is left out.
+        other.scheduler = copy.deepcopy(pipe.scheduler if prefix is None else own_scheduler(pipe))
     EncodedTogether.set(other, prefix is None and isinstance(vars(pipe).get("encode_prompt"), EncodedTogether))
     return other

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-BUILTIN = ("hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sld")
+BUILTIN = ("hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sfd", "sld")
 
 
 Way = Literal["anew", "on top"]
@@ -43,6 +43,8 @@ class Fit(NamedTuple):
     """Figures worth keeping, for instance the last loss."""
     gates: Mapping[str, dict[str, Any]] = MappingProxyType({})
     """How well each concept's gate tells it, by concept, where there is one."""
+    level: int | None = None
+    """Noise level of the one step that the model draws in from now on; `None` where it is sampled as before."""
 
 
 @dataclass(frozen=True, kw_only=True)

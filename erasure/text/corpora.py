@@ -63,9 +63,9 @@ def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Genera
 
 
 @lru_cache(maxsize=8)
-def seeded_prompts(words: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """Give the `vocabulary_prompts` of a seed, which text encoders with the same words share: read, never change."""
-    return vocabulary_prompts(words, count, torch.Generator().manual_seed(seed))
+def seeded_prompts(words: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
+    """Give the `vocabulary_prompts` of a seed, made once for text encoders with the same words."""
+    return tuple(vocabulary_prompts(words, count, torch.Generator().manual_seed(seed)))
 
 
 CONTEXTS: dict[str, tuple[str, ...]] = {

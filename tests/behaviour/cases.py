@@ -36,6 +36,7 @@ ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
 """IP-Adapters of random weights for the tiny pipelines that can have one, by family."""
 TRAJECTORIES = "a latent consistency UNet"
 JOINT = "one joint attention"
+FLOW = "noise is that of flow matching"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
@@ -43,6 +44,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("co_erasing", "latent-consistency"): TRAJECTORIES,
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
+    ("sfd", "latent-consistency"): TRAJECTORIES,
+    ("sfd", "stable-diffusion-3"): FLOW,
+    ("sfd", "flux"): FLOW,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
@@ -73,12 +77,11 @@ COMPILED = [
         for first in ("attach", "compile")
     ),
     *(((case, family), first) for family in FIRST for case, first in (("sld", "attach"), ("itd", "compile"))),
-    *((("uce", family), "compile") for family in NAMES[2:]),
-    *((("hirm-pinned", family), "attach") for family in NAMES[1:3]),
+    (("hirm-pinned", "stable-diffusion-xl"), "attach"),
+    (("uce", "flux"), "compile"),
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
-so that further families share it: each denoiser of a class of its own with changed weights, and two text encoders and
-three with a hook."""
+so that further families share it: one of several text encoders with a hook, and a transformer with changed weights."""
 PROMPT = "a photo of a cat"
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
 """Vectors of learned tokens."""
