@@ -55,7 +55,7 @@ FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 ATTACHED: dict[str, set[str]] = {
     "uce": {"low_rank"}, "uce-map": {"maps"}, "hirm-pinned": {"deltas", "pinned"}, "itd": {"features"},
-    "sld": {"safety"},
+    "sld": {"safety"}, "safree": {"filters"},
 }  # fmt: skip
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
