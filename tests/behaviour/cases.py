@@ -111,7 +111,7 @@ def spread(cases: Any) -> Any:
     For what is the work of pipelines or of `erasure.erase`, which no pair of a case and a family does its own way.
     """
     chosen = [(case, family) for family in NAMES for case in cases if family in FIRST or case in STAND_INS[family]]
-    return pytest.mark.parametrize("pair", chosen, ids="-".join)
+    return pytest.mark.parametrize("pair", [pair for pair in chosen if pair not in REFUSED], ids="-".join)
 
 
 def edited(made: Erasure) -> set[str]:

@@ -152,17 +152,12 @@ class TestMakingOnPipelines:
 class TestMakingOnOneFamily:
     """What holds while an erasure is made and does not depend on the family."""
 
-    @pytest.mark.parametrize(
-        "concept",
-        [
-            Concept("cat", kind="object", anchor="animal", retain=("dog",), synonyms=("kitten",)),
-            Concept("van gogh", kind="style", retain="monet"),
-            Concept("gun", kind="unsafe"),
-        ],
-        ids=["object", "style", "unsafe"],
-    )
-    def test_makes_an_erasure(self, case: str, tiny_pipe_original: Any, concept: Concept) -> None:
-        check_config(fit(tiny_pipe_original, case, concept), [concept.target], tiny_pipe_original)
+    def test_makes_an_erasure_of_every_kind_of_concept(self, case: str, tiny_pipe_original: Any) -> None:
+        cat = Concept("cat", kind="object", anchor="animal", retain=("dog",), synonyms=("kitten",))
+        gogh, gun = Concept("van gogh", kind="style", retain="monet"), Concept("gun", kind="unsafe")
+        for concepts in ([cat], [gogh, gun]):
+            made = fit(tiny_pipe_original, case, concepts)
+            check_config(made, [concept.target for concept in concepts], tiny_pipe_original)
 
     def test_works_where_no_gradients_are_kept(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
         with torch.no_grad():
@@ -173,9 +168,8 @@ class TestMakingOnOneFamily:
         self, case: str, tiny_pipe_original: Any, made: Erasure
     ) -> None:
         options = {field.name for field in dataclasses.fields(get(CASES[case][0]))}
-        another = fit(tiny_pipe_original, case, seed=1)
         if {"vocabulary", "retain_vocabulary"} & options:
-            assert differ(another, made)
+            assert differ(fit(tiny_pipe_original, case, seed=1), made)
 
     def test_a_taken_name_is_refused_before_the_work(
         self, case: str, tiny_pipe: Any, made: Erasure, manager: ErasureManager, monkeypatch: pytest.MonkeyPatch
