@@ -299,8 +299,9 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_two_processes_train_what_one_does(tiny_pipe_folder: Path, tmp_path: Path, one_thread: None) -> None:
-    single = {name: make(erasure.load_pipeline(tiny_pipe_folder), name, steps=3, lr=1e-3) for name in TRAINED}
-    commands = [command(tiny_pipe_folder, tmp_path / name, name, steps=3, lr=1e-3) for name in TRAINED]
+    looped = [name for name, strategy in available().items() if strategy.trains]
+    single = {name: make(erasure.load_pipeline(tiny_pipe_folder), name, steps=3, lr=1e-3) for name in looped}
+    commands = [command(tiny_pipe_folder, tmp_path / name, name, steps=3, lr=1e-3) for name in looped]
     (tmp_path / "run.py").write_text(PROGRAMS)
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
