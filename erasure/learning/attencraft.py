@@ -66,7 +66,7 @@ class AttenCraft(Optimisation):
     title: ClassVar[str] = "tokens for what pictures show, several apart from one picture"
     paper: ClassVar[str] = "AttenCraft, Shentu et al. 2024, arXiv 2405.17965"
 
-    steps: Count = 300
+    steps: Count = 150
     """Updates (paper: 500)."""
     lr: Positive = 2e-3
     """Learning rate of AdamW for weights (paper: 1e-4). Small models need more."""
@@ -81,8 +81,8 @@ class AttenCraft(Optimisation):
     trained: Literal["vectors", "keys and values", "cross-attention"] = "keys and values"
     """What learns: the vectors alone, as in textual inversion, or what cross-attention makes of text as well (paper:
     its keys and values), or all of cross-attention."""
-    rank: CountOrZero = 16
-    """Of a LoRA on those weights; 0 trains them in full (paper)."""
+    rank: CountOrZero = 0
+    """Of a LoRA on those weights, which makes a smaller file; 0 trains them in full (paper)."""
     train_start: bool = True
     """Whether weights learn from what they make of the start token, which is in every prompt (paper: no)."""
     templates: bool = True
@@ -111,7 +111,7 @@ class AttenCraft(Optimisation):
     """Updates between two readings of the masks; 0 keeps the first ones (paper: 20)."""
     agreement: ZeroToOne = 0.8
     """Structural similarity with the masks before that new ones need (paper: 0.8)."""
-    attention_weight: NotNegative = 0.05
+    attention_weight: NotNegative = 0.02
     """Weight of the loss of attention (paper: 1)."""
     attention_loss: Literal["mass", "divergence"] = "mass"
     """`mass`: share of a token's attention that is outside of its mask. `divergence`: Jensen-Shannon divergence of the
