@@ -20,8 +20,11 @@ ABOUT = (
 
 @dataclass(kw_only=True)
 class LearnOptions(ModelOptions):
-    """Learn new tokens for what pictures show. The method's own options (--steps, --trained, --sampling and others) are
-    those of `erasure.learning.attencraft.AttenCraft`, those of the run are those of `erasure erase esd`."""
+    """Learn new tokens for what pictures show.
+
+    The method's own options (--steps, --trained, --sampling and others) are fields of
+    `erasure.learning.attencraft.AttenCraft`; those of checkpoints and logs are as in `erasure erase esd`.
+    """
 
     image: tuple[Path, ...]
     """Pictures, each of which shows everything that is learned."""
