@@ -9,7 +9,7 @@ from pathlib import Path
 
 from erasure.cli.described import changes, parse_with, value_of
 from erasure.cli.models import ModelOptions, check_seeds, open_model
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
 from erasure.training.run import Run
 
 ABOUT = (
@@ -20,7 +20,11 @@ ABOUT = (
 
 @dataclass(kw_only=True)
 class LearnOptions(ModelOptions):
-    """What to learn, with which model, and where to write the result."""
+    """Learn new tokens for what pictures show.
+
+    The method's own options (--steps, --trained, --sampling and others) are fields of
+    `erasure.learning.attencraft.AttenCraft`; those of checkpoints and logs are as in `erasure erase esd`.
+    """
 
     image: tuple[Path, ...]
     """Pictures, each of which shows everything that is learned."""
@@ -46,6 +50,9 @@ class LearnOptions(ModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
+    if {"-h", "--help"} & set(argv):
+        # The method's own options need torch, which takes seconds.
+        parse(LearnOptions, "learn", argv)
     from erasure.learning.attencraft import AttenCraft
 
     start = AttenCraft.configured(value_of(argv, "--preset"))

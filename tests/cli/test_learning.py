@@ -93,7 +93,7 @@ def test_what_is_no_learned_concept_is_named(tiny_pipe_folder: Path, both: Path,
     ("more", "said"),
     [
         (("--like", "cat"), "1 --like for 2 --token"),
-        (("--mask", "missing.png"), "1 --mask for 1 pictures of 2 tokens"),
+        (("--mask", "missing.png"), "3 --mask for 1 pictures of 2 tokens"),
         (("--sampling", "other"), "sampling"),
         (("--preset", "other"), "preset"),
     ],
