@@ -77,7 +77,9 @@ def test_every_marker_is_used(project: dict[str, Any]) -> None:
         assert f"pytest.mark.{marker.partition(':')[0]}" in tests, marker
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/methods.md", "docs/numbers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/learning.md", "docs/methods.md", "docs/numbers.md"]
+)
 def test_links_lead_somewhere(page: str, project: dict[str, Any]) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http:", "https:"))]

@@ -59,7 +59,8 @@ def alike(columns: Tensor) -> tuple[Tensor, Tensor]:
         The first place of each that differs, in their order; and for every column which of these it is.
     """
     known: dict[bytes, int] = {}
-    first, which = [], []
+    first: list[int] = []
+    which: list[int] = []
     for index, column in enumerate(columns.T.contiguous().cpu().numpy()):
         number = known.setdefault(column.tobytes(), len(known))
         if number == len(first):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-BUILTIN = ("hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sfd", "sld")
+BUILTIN = (
+    "hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sfd", "sld", "safree",
+)  # fmt: skip
 
 
 Way = Literal["anew", "on top"]
