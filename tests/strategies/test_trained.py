@@ -313,7 +313,8 @@ def test_two_processes_train_what_one_does(tiny_pipe_folder: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, made in single.items():
-        close(Erasure.load(tmp_path / name), made, 1e-5)
+        # Without a running mean of gradients, Adam's steps are as long where rounding is all that a gradient is.
+        close(Erasure.load(tmp_path / name), made, 1e-4 if name == "sfd" else 1e-5)
 
 
 # Plug-ins ------------------------------------------------------------------------------------------------------------
