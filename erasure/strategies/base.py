@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn")
+BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco")
 
 
 class Fit(NamedTuple):

@@ -21,7 +21,7 @@ from erasure.concept import Concept
 from erasure.interop import scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Fit, Strategy
-from erasure.strategies.prompts import concept_scenes, retain_scenes
+from erasure.strategies.prompts import retain_scenes
 from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
@@ -29,7 +29,7 @@ from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.images import NoisedImages
 from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
-from erasure.training.objectives import matching, negative_guidance
+from erasure.training.objectives import matching
 from erasure.training.plugins import GroupLasso
 from erasure.training.run import Run
 from erasure.training.states import Mode, Scene, States, StateSource, draw, session_of
@@ -61,14 +61,6 @@ class TrainedStrategy(Optimisation, Strategy):
     """States of prompts that must survive in each update; 0 for none."""
     rank: CountOrZero = 16
     """Of the LoRA; 0 trains whole parameters."""
-    eta: NotNegative = 1.0
-    """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
-    diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
-    base: Literal["anchor", "null"] = "anchor"
-    """What prediction the target starts from: the same prompt with the anchor in the concept's place (no prompt where
-    a concept has no anchor), or no prompt (ESD's paper)."""
-    against: Literal["base", "null"] = "base"
-    """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
     """`buffer` rolls trajectories out once; `online` every state anew, as released code does; `images` draws images to
     the end once, and noises them anew for every state."""
@@ -169,11 +161,11 @@ class TrainedStrategy(Optimisation, Strategy):
             cost.begin("rollout")
             self.fill(task, model, accelerator)
             cost.begin("setup")
-            after, figures = self.after(task), dict[str, float]()
+            turns, figures = self.turns(task, self.after(task)), dict[str, float]()
             if len(scales := self.scales(backbone)) > 1:
                 figures["null_drift"] = task.null_drift(scales)
             trainer = Trainer(
-                turns=self.turns(task, after), prepare=partial(self.prepare, task), steps=self.steps, seed=seed,
+                turns=turns, prepare=partial(self.prepare, task), steps=self.steps, seed=seed,
                 accumulation=self.accumulation, run=run, accelerator=accelerator, cost=cost,
                 scales_losses=backbone.dtype == torch.float16, before=partial(self.before, task),
                 validate=partial(self.validate, task, run, cost), parts=self.parts(task),
@@ -194,8 +186,8 @@ class TrainedStrategy(Optimisation, Strategy):
         }
         if cost.sessions > 1:
             figures |= {"sessions": float(cost.sessions), "earlier_seconds": cost.earlier_seconds}
-        for part in after:
-            figures |= part.figures()
+        for after in (after for turn in turns for after in turn.after):
+            figures |= after.figures()
         return Fit(edits, figures)
 
     @abstractmethod
@@ -237,30 +229,21 @@ class TrainedStrategy(Optimisation, Strategy):
     def idle(self, backbone: Backbone) -> list[torch.nn.Module]:
         """Components that training does not run, which leave the device meanwhile."""
 
+    @abstractmethod
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts with the concepts to roll out, and what the teacher is asked besides."""
-        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
-        return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts that must survive, to roll out."""
         return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
 
+    @abstractmethod
     def target(self, states: States) -> Tensor:
-        """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
-        anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
-        base = states.asked[:, 0] if anchored else states.unprompted
-        return self.pushed(states, base, states.own)
+        """What the student must predict for the concept's prompts, shaped as `states.x`."""
 
-    def pushed(self, states: States, base: Tensor, concept: Tensor) -> Tensor:
-        """The target from a base on, away from what is predicted for the concept.
-
-        A model that is told its guidance g answers `v0 + g (v - v0)`, with v0 where no prompt is given. Of the same g
-        in all terms the target is that of the model it was distilled from, and g times as far; so eta is divided by g.
-        """
-        eta = (self.eta / states.guidance).view(-1, 1, 1, 1)
-        return negative_guidance(base, concept, base if self.against == "base" else states.unprompted, eta)
+    def retained_target(self, states: States) -> Tensor:
+        """What the student must predict for prompts that must survive: what the stock model does."""
+        return states.own
 
     def session(self, backbone: Backbone) -> Backbone:
         """See `Strategy.session`: with `resolution` and `text_length`.
@@ -366,7 +349,7 @@ class TrainedStrategy(Optimisation, Strategy):
         if self.scope_weight:
             x, t, guidance = [*x, concept.x], [*t, concept.t], [*guidance, concept.guidance]
             prompts += [scene.asks[-1] for scene in scenes]
-        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained)
+        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained, update=step)
 
     def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
         """The terms of an update."""
@@ -375,7 +358,9 @@ class TrainedStrategy(Optimisation, Strategy):
         count = len(concept.x)
         terms = {"erase": matching(found[:count], self.target(concept))}
         if retained is not None:
-            terms["retain"] = self.retain_weight * matching(found[count : count + len(retained.x)], retained.own)
+            terms["retain"] = self.retain_weight * matching(
+                found[count : count + len(retained.x)], self.retained_target(retained)
+            )
         if self.scope_weight:
             terms["scope"] = self.scope_weight * matching(found[-count:], concept.asked[:, -1])
         return terms

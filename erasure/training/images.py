@@ -80,11 +80,12 @@ class NoisedImages(RolledOut):
         image, level = index // LEVELS, index % LEVELS
         t = self.levels.to(backbone.device)[level.to(backbone.device)]
         noise = backbone.noise([stable_seed(self.seed, "noise", number) for number in numbers])
-        x = backbone.parametrisation.noised(self.clean[image.to(self.clean.device)], noise, t)
+        clean, way = self.clean[image.to(self.clean.device)], backbone.parametrisation
+        x, truth = way.noised(clean, noise, t), way.target(clean, noise, t)
         scene = image // self.rollout.seeds
         named = [self.scenes[number] for number in scene.tolist()]
         scales = [self.kept_guidance(*divmod(number, LEVELS)) for number in numbers]
         guidance = torch.tensor(scales, device=x.device)
         own = self.asked(x, t, [each.prompt for each in named], guidance)
         null = self.asked(x, t, [None] * len(x), guidance) if self.asks_null else None
-        return States(x, t, scene.to(x.device), own, null, self.answers(x, t, named, guidance), guidance)
+        return States(x, t, scene.to(x.device), own, null, self.answers(x, t, named, guidance), guidance, truth)

@@ -36,6 +36,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
+    ("concept_ablation", "latent-consistency"): TRAJECTORIES,
+    ("doco", "latent-consistency"): TRAJECTORIES,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
@@ -60,6 +62,8 @@ COMPILED = [
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
 so that a further family has one of each: the denoiser with changed weights, and a text encoder with a hook."""
+ANCHORED = {"concept_ablation", "doco"}
+"""Strategies that need an anchor for every concept."""
 PROMPT = "a photo of a cat"
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
 """Vectors of learned tokens."""
@@ -72,7 +76,15 @@ def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
     name, chosen = CASES[case]
     fields = {field.name for field in dataclasses.fields(get(name))}
     quick = {key: value for key, value in QUICK.items() if key in fields}
+    if name in ANCHORED:
+        concepts = [with_anchor(concept) for concept in (concepts if isinstance(concepts, list) else [concepts])]
     return erasure.erase(pipe, concepts, name, **{"attach": False, "progress": False, **quick, **chosen, **options})
+
+
+def with_anchor(concept: str | Concept) -> Concept:
+    """A concept that has an anchor, "dog" where it has none."""
+    made = Concept(concept) if isinstance(concept, str) else concept
+    return made if made.anchor is not None else dataclasses.replace(made, anchor="dog")
 
 
 def pairs(cases: Any, families: Any = NAMES, *, alone: Any = ()) -> Any:
