@@ -41,7 +41,8 @@ QUICK: dict[str, Any] = {
 
 def quick(name: str, **options: Any) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(get(name))}
-    return {key: value for key, value in {**QUICK, "attack_steps": 2, **options}.items() if key in known}
+    given = {**QUICK, "attack_steps": 2, "discriminator_lr": 1e-5, **options}
+    return {key: value for key, value in given.items() if key in known}
 
 
 def make(pipe: Any, name: str, concept: Any = CAT, run: Run | None = None, **options: Any) -> Erasure:
@@ -168,7 +169,9 @@ def test_online_training_is_buffered_training(name: str, tiny_pipe_original: Any
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_accumulated_parts_are_one_batch(name: str, tiny_pipe_original: Any) -> None:
-    close(make(tiny_pipe_original, name), make(tiny_pipe_original, name, accumulation=2), 2e-3)
+    options = {"lr": 1e-3} if name == "doco" else {}  # two players echo what is rounded
+    whole, parts = (make(tiny_pipe_original, name, accumulation=count, **options) for count in (1, 2))
+    close(whole, parts, 2e-3)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -205,7 +208,7 @@ def test_half_precision_models_train_float32(tiny_pipe: Any, dtype: torch.dtype)
 # Killed and resumed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"rollout_by": "student", "refresh": 4}], ids=["teacher", "student"])
+@pytest.mark.parametrize("options", [{}, {"rollout_by": "student", "refresh": 4, "states": "buffer"}], ids=["teacher", "student"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_stopped_run_ends_with_the_same_bits(
     name: str, options: dict[str, Any], tiny_pipe_original: Any, tmp_path: Path
