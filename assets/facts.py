@@ -46,6 +46,8 @@ class CanvasFacts(TypedDict, total=False):
     retain: dict[Word, Words]
     """Concepts that must survive the erasure of an object or style."""
     generation: Generation
+    ip_adapter: Word
+    """Name of an embedded IP-Adapter for the model, or the folder of another."""
 
 
 def read_facts(folder: str | Path) -> CanvasFacts | None:

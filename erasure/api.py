@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from erasure import files
+from erasure import files, ledger
+from erasure.adding import Addition
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
@@ -46,16 +47,17 @@ if TYPE_CHECKING:
 def erase(
     pipe: DiffusionPipeline,
     concepts: str | Concept | Sequence[str | Concept],
-    strategy: str = "hirm",
+    strategy: str | None = None,
     *,
     name: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     attach: bool = True,
     preset: str | None = None,
     progress: bool | Callable[[float], None] = True,
     run: Run | None = None,
     strict: bool = False,
     controlnet: bool = False,
+    add_to: Erasure | str | Path | None = None,
     **options: object,
 ) -> Erasure:
     """Make an erasure and attach it.
@@ -67,31 +69,39 @@ def erase(
         pipe: Any pipeline of a supported family.
         concepts: What to erase; several are erased by one erasure. A word means what it means in the model's world,
             see `erasure.world.World`; a `Concept` is taken as it stands.
-        strategy: Name of a method, see `erasure.strategies.available()`.
+        strategy: Name of a method, see `erasure.strategies.available()`; left out, `hirm`, or that of the last request
+            of an erasure which concepts are added to.
         name: What to call it when attached.
-        seed: Seeds every random choice.
-        attach: Whether to attach it to `pipe`.
+        seed: Seeds every random choice; 0, or that of what is fitted anew, when left out.
+        attach: Whether to attach it to `pipe`, in the place of what it is added to.
         preset: A named set of the strategy's options.
         progress: `True` for a progress bar, or a function that gets the share done.
         run: For strategies that train: where checkpoints go, so that a killed training goes on, and what is logged.
         strict: Raise where a call goes around the erasure, instead of warning.
         controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
+        add_to: An erasure, its folder or its Hub repository. The result erases its concepts and these, and lists the
+            requests in its config; the earlier erasure stays as it is. See `Strategy.adds`.
         **options: The strategy's options.
 
     Raises:
+        ArtifactError: What it is to be added to is missing, damaged, or of another model.
         UnknownStrategyError: No such strategy.
-        ConceptError: A concept that has no known token, or a learned one that only one of two CLIPs has.
+        ConceptError: A concept that has no known token, or a learned one that only one of two CLIPs has; or one that
+            is erased already, or is about what is.
         OptionError: An option that the strategy does not have, or a value that it does not allow.
         AttachError: The name is taken.
         UnsupportedModelError: The family or the state of the model does not allow it.
         DivergenceError: NaN during optimisation.
         TrainingError: The run's folder is in use, holds something else, or cannot be written.
     """
+    earlier = None if add_to is None else ledger.read(add_to)
+    if strategy is None:
+        strategy = "hirm" if earlier is None else earlier.config.ledger[-1]["strategy"]
     method = get(strategy).configured(preset, **options)
     if run is not None and not isinstance(method, TrainedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
     world = World.of(pipe)
-    wanted = world.concepts(concepts)
+    wanted = world.concepts(concepts, erased=() if earlier is None else earlier.concepts)
     backbone = backbone_for(pipe)
     for need in method.needs:
         if reason := backbone.lacks(need):
@@ -99,6 +109,12 @@ def erase(
                 f"{strategy} needs {need}, and a model of {backbone.family} like this has none: {reason}"
             )
     _warn_of_ignored_retain(method, wanted)
+    addition = None
+    if earlier is not None:
+        given = {**method.presets.get(preset or "", {}), **options}
+        addition = Addition.planned(world, earlier, wanted, method, list(given), seed)
+        method, wanted = addition.method, addition.concepts.every
+    seed = addition.seed if addition is not None else seed or 0
     manager = ErasureManager(pipe)
     if fused := manager.fused_erasures:
         raise UnsupportedModelError(
@@ -106,7 +122,9 @@ def erase(
         )
     if attach:
         # Known before the work, not after it.
-        manager.check_name(name or default_name(wanted, method.name))
+        replaced = None if addition is None else addition.attached_as(manager)
+        label = method.name if addition is None else addition.strategy
+        manager.check_name(name or default_name(wanted, label), replaced)
     refuse_half_learned(backbone.towers, [text for concept in wanted for text in concept.texts()])
     for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
         for tower in backbone.towers:
@@ -114,12 +132,16 @@ def erase(
     started = time.perf_counter()
     base_pipe = manager.stock(without_adapters=True)
     backbone = method.session(backbone_for(base_pipe))
+    if addition is not None:
+        addition.check(backbone)
     with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
         _refuse_quantised(backbone)
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if run is not None and isinstance(method, TrainedStrategy):
+            if addition is not None:
+                fit = addition.fit(backbone, report, run)
+            elif run is not None and isinstance(method, TrainedStrategy):
                 fit = method.train(backbone, wanted, seed=seed, progress=report, run=run)
             else:
                 fit = method.fit(backbone, wanted, seed=seed, progress=report)
@@ -144,9 +166,12 @@ def erase(
         text_length=backbone.text_length,
         size=_size(backbone),
     )
+    if addition is not None:
+        config = addition.described(config)
     made = Erasure(config, fit.edits)
     if attach:
-        manager.add(made, name, strict=strict, controlnet=controlnet)
+        strength = 1.0 if replaced is None else manager.strengths[replaced]
+        manager.add(made, name, strength, strict=strict, controlnet=controlnet, replaces=replaced)
     return made
 
 
@@ -319,7 +344,7 @@ def _size(backbone: Backbone) -> list[int] | None:
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
     """The parameters of the blocks whose output is edited: features mean nothing in another model's."""
-    found = []
+    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if edits.safety else []
     for key in edits.features:
         component, block = key.split("/", 1)
         known = paths.canonical_parameters(getattr(pipe, component))

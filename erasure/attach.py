@@ -110,7 +110,7 @@ class ErasureManager:
         return erasure
 
     def add(self, erasure: Erasure, name: str | None = None, strength: float = 1.0, *, check_base: bool = True,
-            strict: bool = False, controlnet: bool = False) -> int:  # fmt: skip
+            strict: bool = False, controlnet: bool = False, replaces: str | None = None) -> int:  # fmt: skip
         """Attach an erasure and put all attached ones in force that `set_erasures` did not leave out.
 
         Args:
@@ -120,6 +120,7 @@ class ErasureManager:
             check_base: Compare the base tensors with the fingerprints in the artifact.
             strict: Raise where a call goes around the erasure, instead of warning.
             controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
+            replaces: Name of an attached erasure that is taken off in the same step.
 
         Returns:
             How many parameters it edits.
@@ -133,16 +134,18 @@ class ErasureManager:
             DivergenceError: It holds NaN or infinity.
         """
         name = name or erasure.name
-        self.check_name(name)
+        self.check_name(name, replaces)
         attached = Attached(erasure, check_strength(strength), strict=strict)
         with self._switching() as modules:
-            self.check_name(name)
+            self.check_name(name, replaces)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(self.pipe, sources, name, erasure, check_base))
-            warn_of_misfits(self.pipe, name, erasure, self.erasures)
+            warn_of_misfits(self.pipe, name, erasure, {n: e for n, e in self.erasures.items() if n != replaces})
             records, states = {}, self._states()
             for component in {**sources, **states}:
                 record = replace(states[component].record if component in states else Record(), enabled=True)
+                if replaces is not None:
+                    record = replace(record, attached={n: a for n, a in record.attached.items() if n != replaces})
                 if component in sources:
                     record = replace(record, attached={**record.attached, name: attached})
                 records[component] = record
@@ -151,9 +154,9 @@ class ErasureManager:
             warnings.warn(guards.CONTROL.format(names=name), BypassedErasureWarning, stacklevel=2)
         return len(erasure.edits)
 
-    def check_name(self, name: str) -> None:
-        """Raise `AttachError` when a name is taken, or cannot name an erasure."""
-        check_name(name, self._attached())
+    def check_name(self, name: str, replaces: str | None = None) -> None:
+        """Raise `AttachError` when a name is taken by another than what is replaced, or cannot name an erasure."""
+        check_name(name, [other for other in self._attached() if other != replaces])
 
     def adopt(self) -> None:
         """Take charge of the erasures that components of another pipeline brought along."""

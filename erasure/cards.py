@@ -47,6 +47,7 @@ def model_card(
             for kind in ("features", "probe")
         ],
         evaluation=[(key, figure(value)) for key, value in list(config.evaluation.items())[:ROWS]],
+        requests=config.ledger[:ROWS] if config.requests else [],
         unread=unread,
         stock=lora_file and Markdown(f"pipe.load_lora_weights(folder, weight_name={lora_file!r})"),
     )

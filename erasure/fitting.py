@@ -15,6 +15,7 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.carriers import weights
 from erasure.carriers.edits import TEXT_ENCODERS
 from erasure.carriers.embeddings import warn_of_unlike_tokens
+from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import (
     AttachError,
     BypassedErasureWarning,
@@ -132,6 +133,8 @@ def check_fit(
         width = getattr(getattr(module, "config", None), "hidden_size", None)
         if source in TEXT_ENCODERS and isinstance(width, int):
             erasure.edits.check_width(source, width)
+        if (guidance := erasure.edits.safety.get(component)) is not None:
+            check_told(pipe, name, guidance)
         for path in erasure.edits.features_of(component):
             paths.require_block(module, path, component)
         written = state.record.written
@@ -151,6 +154,26 @@ def check_fit(
                 "else: load the base model named in its config, or pass check_base=False if you know that it fits"
             )
     return frozenset(beside)
+
+
+def check_told(pipe: DiffusionPipeline, name: str, guidance: SafetyGuidance) -> None:
+    """Raise `WrongBaseError` unless a denoiser can be told what safety guidance holds.
+
+    Args:
+        pipe: The pipeline.
+        name: What the erasure is called.
+        guidance: What it holds.
+    """
+    held = {"tokens": guidance.tokens.shape[-1], "pooled": guidance.pooled.shape[-1]}
+    read = dict.fromkeys(held, 0)
+    for layer in backbone_for(pipe).entry_layers():
+        read[layer.source] = len(range(layer.module.in_features)[layer.columns])
+    if held != read:
+        raise WrongBaseError(
+            f"{name!r} holds encodings of {held['tokens']} and {held['pooled']} values, the denoiser of this "
+            f"{type(pipe).__name__} reads {read['tokens']} and {read['pooled']}: it was made with other text "
+            "encoders; load the base model named in its config"
+        )
 
 
 def check_name(name: str, attached: Container[str]) -> None:

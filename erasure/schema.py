@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, StringConstraints, with_config
 from typing_extensions import TypedDict
@@ -97,6 +97,24 @@ class GateFigures(TypedDict):
     prompts_without: NotRequired[Annotated[int, Field(ge=0)]]
 
 
+@with_config(STRICT)
+class Request(TypedDict):
+    """One request of an erasure that was made by several, one after the other."""
+
+    concepts: Annotated[list[Text], Field(min_length=1, max_length=10_000)]
+    """Targets of what it erases, as they follow one another in the config."""
+    strategy: Name
+    """Name of the strategy that carried it out."""
+    options: Annotated[dict[Name, JsonValue], Field(max_length=1000)]
+    """Options of the strategy that differ from its defaults of then."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
+    """Seed of what was random."""
+    version: Text
+    """Version of this package; empty when unknown."""
+    cost: Annotated[dict[Label, Number], Field(max_length=100_000)]
+    """`seconds` it took, and further figures."""
+
+
 @dataclass
 class ErasureConfig:
     """Everything about an erasure but its tensors."""
@@ -132,6 +150,8 @@ class ErasureConfig:
     """Tokens that the text encoder of free length (T5) padded prompts to; `None` without one, or where unknown."""
     size: Annotated[list[Length], Field(min_length=2, max_length=2)] | None = None
     """Height and width in pixels of the drawings that it was made for; `None` where unknown."""
+    requests: Annotated[list[dict[str, object]], Field(max_length=10_000)] = field(default_factory=list)
+    """Requests that it carries out, in their order, see `Request`; empty where all concepts were asked for at once."""
     format_version: int = FORMAT_VERSION
     """Version of the folder's layout."""
 
@@ -169,7 +189,42 @@ class ErasureConfig:
                 Concept.from_dict(concept)
         except ConceptError as error:
             raise ArtifactError(f"{where}: 'concepts' cannot be read ({error}): the file is damaged") from error
+        config._check_requests(where)
         return config
+
+    def _check_requests(self, where: str) -> None:
+        """Raise `ArtifactError` unless the requests are for these concepts and by this strategy."""
+        if not self.requests:
+            return
+        asked = [target for request in self.ledger for target in request["concepts"]]
+        targets = [concept["target"] for concept in self.concepts]
+        if asked != targets:
+            raise ArtifactError(
+                f"{where}: 'requests' are for {files.shown(asked, 200)}, 'concepts' are {files.shown(targets, 200)}: "
+                "the file is damaged or was edited; make the erasure again"
+            )
+        if (found := strategies_of(self.ledger)) != self.strategy:
+            raise ArtifactError(
+                f"{where}: 'requests' are by {files.shown(found)}, 'strategy' is {files.shown(self.strategy)}: the "
+                "file is damaged or was edited; make the erasure again"
+            )
+
+    @property
+    def ledger(self) -> list[Request]:
+        """The requests in their order; a single one where all concepts were asked for at once.
+
+        Its options are then all that the config knows, defaults among them.
+        """
+        if self.requests:
+            return cast("list[Request]", self.requests)
+        targets = [str(concept["target"]) for concept in self.concepts]
+        options = cast("dict[str, JsonValue]", dict(self.strategy_config))
+        return [
+            Request(
+                concepts=targets, strategy=self.strategy, options=options, seed=self.seed,
+                version=self.versions.get("erasure-diffusers", ""), cost=dict(self.cost),
+            )
+        ]  # fmt: skip
 
     def _nested(self) -> Mapping[str, tuple[object, object]]:
         """Schemas of the fields that are plain dicts to their users."""
@@ -179,4 +234,10 @@ class ErasureConfig:
             "strategy_config": (JsonValue, self.strategy_config),
             "gates": (dict[Label, GateFigures], self.gates),
             "evaluation": (Figures, self.evaluation),
+            "requests": (list[Request], self.requests),
         }
+
+
+def strategies_of(requests: Sequence[Request]) -> str:
+    """The strategies that carried out some requests, each once: `uce + esd`."""
+    return " + ".join(dict.fromkeys(request["strategy"] for request in requests))

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from erasure.artifact import Erasure
-from erasure.carriers import beside, weights
+from erasure.backbones import FAMILIES
+from erasure.carriers import beside, extra_rows, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
-from erasure.carriers.edits import Edit
+from erasure.carriers.edits import GUIDES, Edit
+from erasure.carriers.extra_rows import ExtraRows, Family
 from erasure.carriers.features import EditedFeatures, Term
 from erasure.carriers.weights import Terms, WritePlan, Written
 from erasure.errors import VerificationError
@@ -41,6 +43,8 @@ class Attached:
         edits = self.erasure.edits
         if component in edits.pinned:
             return "pins prompts"
+        if component in edits.safety:
+            return GUIDES
         return "edits features" if edits.features_of(component) else None
 
 
@@ -148,6 +152,11 @@ class ComponentState:
                 found.setdefault(path, []).append(Term(attached.strength, edit, shared))
         return found
 
+    def safety(self) -> list[extra_rows.Term]:
+        """The safety guidance of a denoiser, by name of the erasure; none at strength 0, which leaves every bit."""
+        there = [one for _, one in sorted(self.in_force().items()) if self.component in one.erasure.edits.safety]
+        return [extra_rows.Term(a.strength, a.erasure.edits.safety[self.component]) for a in there if a.strength]
+
     @property
     def shares_gates(self) -> bool:
         """Whether gates of other text encoders open those of this one."""
@@ -164,6 +173,13 @@ class ComponentState:
         beside.write(module, self._beside(module))
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
+        ExtraRows.write(module, self.safety(), self._family())
+
+    def _family(self) -> Family:
+        """What the erasures' family is like: all are of one, which was compared with the pipeline's."""
+        names = {one.erasure.config.family for one in self.record.attached.values()}
+        known = next((family for family in FAMILIES if family.family in names), None)
+        return extra_rows.FAMILY if known is None else Family(known.noisiest, known.guides_in_one_call)
 
     def _beside(self, module: nn.Module) -> dict[str, beside.Terms]:
         terms = self.terms(module, run_beside=True)
@@ -217,7 +233,12 @@ class ComponentState:
             raise VerificationError(
                 f"the feature edits of {self.component} are not in force: something removed their hooks"
             )
+        if not ExtraRows.is_written(module, self.safety()):
+            raise VerificationError(
+                f"the safety guidance of {self.component} is not in force: something removed its hook"
+            )
         compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
+        compared += len(self.safety())
         for path, value in self.record.reads.items():
             if path not in written.originals and not weights.is_still(module, path, value):
                 raise VerificationError(

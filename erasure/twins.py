@@ -5,6 +5,8 @@ What is done with a twin reaches neither the pipeline nor threads that draw with
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from diffusers import DiffusionPipeline
 
 from erasure.backbones import backbone_for
@@ -38,6 +40,18 @@ def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool, latents_only: b
     parts = _denoising(pipe) if latents_only else None
     made = twin(pipe, originals, states.values(), prefix=PREFIX, without_adapters=without_adapters, components=parts)
     return without_free_u(made) if without_adapters else made
+
+
+def apart_of(pipe: DiffusionPipeline, edited: Mapping[str, Collection[str]]) -> DiffusionPipeline:
+    """A twin with tensors of its own for some parameters: an erasure that is attached to it reaches no other.
+
+    Args:
+        pipe: The pipeline; nothing of it may be offloaded.
+        edited: Canonical paths of those parameters, by component.
+    """
+    modules = components_of(pipe)
+    own = {name: {path: paths.parameter(modules[name], path) for path in each} for name, each in edited.items()}
+    return twin(pipe, own, (), prefix=None, without_adapters=False)
 
 
 def erased_of(pipe: DiffusionPipeline) -> DiffusionPipeline:

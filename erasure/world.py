@@ -63,6 +63,8 @@ class World:
     """Concepts that must survive the erasure of an object or style."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that the model was made for."""
+    ip_adapter: str = ""
+    """Name of an embedded IP-Adapter for the model, or the folder of another; empty where none is declared."""
     learned: frozenset[str] = frozenset()
     """Tokens that the pipeline has learned (textual inversion); no text is read as more than one of them."""
 
@@ -106,6 +108,7 @@ class World:
             anchors=dict(facts.get("anchors", {})),
             retain={name: tuple(words) for name, words in facts.get("retain", {}).items()},
             generation=dict(facts.get("generation", {})),
+            ip_adapter=facts.get("ip_adapter", ""),
         )
 
     @property
@@ -133,6 +136,13 @@ class World:
         """Height and width in pixels that the model was made for, where it says so."""
         height, width = (self.generation.get(name) for name in ("height", "width"))
         return None if height is None or width is None else (int(height), int(width))
+
+    @property
+    def image_prompts(self) -> Path | None:
+        """Folder of the IP-Adapter that the model declares."""
+        from erasure import assets
+
+        return (assets.find(self.ip_adapter) or Path(self.ip_adapter)) if self.ip_adapter else None
 
     @property
     def text_length(self) -> int | None:
@@ -239,6 +249,7 @@ class World:
         anchor: str | None = None,
         retain: Sequence[str] = (),
         synonyms: Sequence[str] = (),
+        erased: Sequence[Concept] = (),
     ) -> list[Concept]:
         """The concepts that texts name; a `Concept` among them is taken as it stands.
 
@@ -251,16 +262,17 @@ class World:
             anchor: What takes their place ("" for nothing).
             retain: What must survive. Of a group, this is what is not erased.
             synonyms: Other words for the concept, erased along with it.
+            erased: What is erased already: the world suggests none of it as an anchor, or to be retained.
 
         Raises:
             ConceptError: None is given, one is given twice, the texts could mean several things or contradict each
                 other, or an anchor is what it stands for.
         """
         entries = self._expanded(self.requests(given))
-        erased = frozenset(entry.target for entry in entries)
+        gone = frozenset([*(entry.target for entry in entries), *(name for each in erased for name in each.names)])
         common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None)
         made = as_concepts(
-            [entry if isinstance(entry, Concept) else self._concept(entry, common, erased) for entry in entries]
+            [entry if isinstance(entry, Concept) else self._concept(entry, common, gone) for entry in entries]
         )
         for concept in made:
             self._check(concept)
@@ -301,10 +313,14 @@ class World:
             word,
             kind=own.kind or common.kind or self.kind(word),
             anchor=chosen,
-            retain=self.retain.get(word, ()) if kept is None else self._kept(kept, erased),
+            retain=self._suggested(word, erased) if kept is None else self._kept(kept, erased),
             synonyms=self.synonyms.get(word, ()) if others is None else parse_names(others, self.knows),
             templates=own.templates,
         )
+
+    def _suggested(self, word: str, erased: Collection[str]) -> tuple[str, ...]:
+        """What the world says must survive the erasure of a word, but for what is erased."""
+        return tuple(other for other in self.retain.get(word, ()) if other not in erased)
 
     def _kept(self, texts: Sequence[str], erased: Collection[str]) -> tuple[str, ...]:
         """Expand what must survive; a group stands for those of its members that are not erased."""

@@ -173,7 +173,7 @@ class ErasureMixin(SharedModulesMixin):
         return ErasureManager(pipe)
 
     def erase(
-        self, concepts: str | Concept | Sequence[str | Concept], strategy: str = "hirm", **options: object
+        self, concepts: str | Concept | Sequence[str | Concept], strategy: str | None = None, **options: object
     ) -> Erasure:
         """Make an erasure and attach it; see `erasure.erase`."""
         return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]

@@ -24,8 +24,8 @@ GROUND = frozenset(
 )  # fmt: skip
 LIBRARY = frozenset(
     {
-        "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "proof", "schema",
-        "state", "switching", "twins",
+        "adding", "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "ledger", "proof",
+        "schema", "state", "switching", "twins",
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""
@@ -48,7 +48,8 @@ NEVER: dict[str, frozenset[str]] = {
     # The embedded dictionary and prompts are data of `assets`.
     "sae": frozenset({"strategies"}) | USERS - {"assets"},
     "strategies": LIBRARY | USERS,
-    **dict.fromkeys(LIBRARY - {"api"}, WORKSHOPS | USERS),
+    **dict.fromkeys(LIBRARY - {"adding", "api"}, WORKSHOPS | USERS),
+    "adding": frozenset({"sae"}) | USERS,
     # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
     "api": frozenset({"sae", "eval", "benchmarks"}),
     "pipelines": frozenset({"eval", "benchmarks"}),

@@ -1,11 +1,13 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, attacks, ways, gates, controls, localiser, layouts; `everything` measures all of it.
+evaluate, words, table, several, requests, attacks, ways, gates, controls, localiser, layouts; `everything` measures
+all of it.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
-`evaluate` measures each, and `across` every strategy on all of them.
+`evaluate` measures each, and `across` every strategy on all of them. `ip_adapter` trains, writes and measures the
+IP-Adapter of `canvas-sd`.
 """
 
 from __future__ import annotations
@@ -204,6 +206,24 @@ def sae(out: Path = ROOT / "canvas-sae") -> None:
     raise SystemExit(subprocess.call([*command, *settings.split()]))
 
 
+def ip_adapter(work: Path = WORK, steps: int = 500, batch: int = 16, grid: Path | None = None) -> None:
+    """Train the IP-Adapter of `canvas-sd`, write it, and record what it draws from pictures alone.
+
+    Args:
+        work: Where the training is kept.
+        steps: Optimiser steps in all; 0 writes and measures what there is.
+        batch: Scenes per step.
+        grid: File of a picture: what the adapter was shown, and what it drew.
+    """
+    from erasure.assets.build import ip_adapter as step
+
+    if steps:
+        step.train(work, steps, batch)
+    step.export(work)
+    for name, value in step.measure(grid=grid).items():
+        print(f"{name:28} {value:.4f}")
+
+
 def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str = "canvas-sd") -> None:
     """Measure a model and record the figures in its canvas.json.
 
@@ -309,6 +329,28 @@ def several(
     step.measure(out, strategy, sets, size, share)
     if share[1] == 1:
         print(step.markdown(out, strategy, sets))
+
+
+def requests(
+    out: Path = Path("results/requests"),
+    strategy: str = "uce",
+    count: int = 20,
+    measured: tuple[int, ...] = (1, 5, 10, 15, 20),
+    size: Literal["smoke", "quick", "full"] = "smoke",
+) -> None:
+    """Erase one concept after another, each added to the erasure of those before (resumes), then print a table.
+
+    Args:
+        out: Results, a folder for each strategy, and in it one for each request.
+        strategy: What erases.
+        count: Requests.
+        measured: Numbers of the requests after which it is measured.
+        size: Of the suite.
+    """
+    from erasure.assets.build import requests as step
+
+    step.measure(out, strategy, step.order(count), measured, size)
+    print(step.markdown(out, strategy, step.order(count), measured))
 
 
 def attacks(
@@ -418,8 +460,10 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, attacks, ways,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
+        ways,
         gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
+        ip_adapter,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -79,7 +79,8 @@ def export(work: Path, out: Path = ROOT) -> None:
         shutil.copy(work / "tokenizer" / name, folder / "tokenizer" / name)
     if kept is not None and json.loads(kept).get("training", {}).get("steps") == record["steps"]:
         record["accuracy"] = json.loads(kept)["training"].get("accuracy", {})
-    (folder / "canvas.json").write_text(json.dumps(description(record), indent=2) + "\n")
+    described = {**description(record), "ip_adapter": "canvas-ip-adapter"}
+    (folder / "canvas.json").write_text(json.dumps(described, indent=2) + "\n")
     export_clip(CLIPModel.from_pretrained(work / "clip"), work, out / "canvas-clip")
     shutil.rmtree(out / "canvas-judge", ignore_errors=True)
     shutil.copytree(work / "judge", out / "canvas-judge")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from erasure.backbones.conditioning import Conditioning, Source
 from erasure.backbones.latents import Latents
-from erasure.backbones.parametrisation import Parametrisation
+from erasure.backbones.parametrisation import TIMESTEPS, Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler, Settings
 from erasure.interop.rounds import together
 from erasure.needs import Need
+
+Part = Literal["keys", "values", "both"]
+"""What attention makes of a layer's output."""
 
 
 class EntryLayer(NamedTuple):
@@ -33,6 +36,8 @@ class EntryLayer(NamedTuple):
     """Which part of the conditioning it reads."""
     columns: slice = slice(None)
     """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
+    part: Part = "both"
+    """What attention makes of its output; both where it stands ahead of all attention."""
 
     @property
     def path(self) -> str:
@@ -79,6 +84,11 @@ class Backbone(ABC):
     denoiser_component: ClassVar[str]
     reads_kohya_names: ClassVar[bool] = False
     """Whether loaders read the names that kohya gives the layers of a LoRA."""
+    noisiest: ClassVar[float] = float(TIMESTEPS)
+    """Noise level that the denoiser is told where nothing but noise is left."""
+    guides_in_one_call: ClassVar[bool] = True
+    """Whether pipelines ask about negative prompts and prompts in one call of the denoiser, in this order; else in two
+    calls, the prompts' first."""
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
@@ -92,6 +102,12 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
+        if need == "image prompts":
+            return (
+                "text and picture attend to each other in one joint attention there, and the IP-Adapters that exist "
+                "for that are of another form than those of UNets: take a model of Stable Diffusion or SDXL, or a "
+                "strategy that needs no pictures (esd, advunlearn)"
+            )
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ class FluxBackbone(FlowMatchingBackbone):
     network = FluxTransformer2DModel
     required: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     even_levels = True
+    noisiest = 1.0
+    guides_in_one_call = False
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None

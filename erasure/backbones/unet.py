@@ -9,13 +9,16 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from erasure.backbones.base import Backbone, EntryLayer
+from erasure.backbones.base import Backbone, EntryLayer, Part
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.latents import Latents
 from erasure.backbones.parametrisation import PREDICTIONS, Diffusion
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 from erasure.needs import Need
+
+KEYS_AND_VALUES: dict[str, Part] = {"to_k": "keys", "to_v": "values"}
+"""Layers of a cross-attention that read text."""
 
 
 class UNetBackbone(Backbone):
@@ -32,7 +35,7 @@ class UNetBackbone(Backbone):
                 "sampled or trained with: make the erasure with the model that it was distilled from, or use a "
                 "strategy that edits the text encoder or the cross-attention in closed form (uce, hirm, itd)"
             )
-        return super().lacks(need)
+        return "" if need == "image prompts" else super().lacks(need)
 
     def entry_layers(self) -> list[EntryLayer]:
         """`to_k` and `to_v` of every cross-attention."""
@@ -43,9 +46,9 @@ class UNetBackbone(Backbone):
                     raise UnsupportedModelError(
                         f"unet/{site.name} has fused projections: call pipe.unfuse_qkv_projections() first"
                     )
-                for part in ("to_k", "to_v"):
-                    layer = paths.base_layer(getattr(site.module, part))
-                    layers.append(EntryLayer(f"unet/{site.name}.{part}", cast(nn.Linear, layer)))
+                for name, part in KEYS_AND_VALUES.items():
+                    layer = cast(nn.Linear, paths.base_layer(getattr(site.module, name)))
+                    layers.append(EntryLayer(f"unet/{site.name}.{name}", layer, part=part))
         return layers
 
     @property

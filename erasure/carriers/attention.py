@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erasure.backbones import AttentionSite, attention_sites
+from erasure.carriers.calls import measured
 from erasure.carriers.kernels import attend, attend_weighted, attend_without, attention_mass
 from erasure.carriers.layout import Layout, TextTokens, to_grid
 from erasure.carriers.projections import Rotary, finish, is_fused, project, project_cross
@@ -152,6 +153,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
                 # Ahead of the change: an interruption in between must not leave it.
                 stack.callback(module.set_processor, module.processor)
                 module.set_processor(EditedAttention(site, edit, module.processor))
+            if self._captures:
+                stack.enter_context(measured())
             for key, (site, capture) in self._captures.items():
                 stack.enter_context(hooks.hooked(site.module, capture, f"{_CAPTURE}_{id(self)}_{key}"))
             self._stack = stack.pop_all()

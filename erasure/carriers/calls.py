@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -101,3 +103,27 @@ def twice(rows: Tensor) -> Tensor:
 def latents_of(arguments: Settings) -> Tensor:
     """What a denoiser is given to denoise, `(batch, ...)`, of the arguments of its call."""
     return cast(Tensor, next(arguments[name] for name in LATENTS if name in arguments))
+
+
+class _Measured(threading.local):
+    """Whether a thread reads its passes rather than draws with them."""
+
+    on = False
+
+
+_MEASURED = _Measured()
+
+
+@contextmanager
+def measured() -> Iterator[None]:
+    """Passes of this thread are read inside of the block: nothing adds rows to what a denoiser is given."""
+    before, _MEASURED.on = _MEASURED.on, True
+    try:
+        yield
+    finally:
+        _MEASURED.on = before
+
+
+def is_measured() -> bool:
+    """Whether this thread is inside of `measured`."""
+    return _MEASURED.on

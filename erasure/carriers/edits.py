@@ -15,16 +15,22 @@ from erasure.carriers.activations import Pinned
 from erasure.carriers.features import BlockEdit, FeatureEdit
 from erasure.carriers.lora_names import PAIRS, file_names, is_read_by_stock, layer_of
 from erasure.carriers.reconstruction import ReconstructionEdit
+from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-EDITABLE_COMPONENTS = (*TEXT_ENCODERS, "unet", "transformer")
+DENOISERS = ("unet", "transformer")
+EDITABLE_COMPONENTS = (*TEXT_ENCODERS, *DENOISERS)
 """Components of a pipeline that an erasure may change: what reads the prompt, and what draws. No safety checker."""
 PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 """Pattern of the canonical path of a module or parameter inside a component."""
 LOW_RANK = "low_rank"
 """Name of low-rank edits that no LoRA file holds."""
+SAFETY = "safety"
+"""Name of safety guidance on disk."""
+GUIDES = "guides the denoiser"
+"""What safety guidance does, as messages have it."""
 FAINTEST = 1e-7
 """Norm of all weight edits together below which no image changes."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -76,10 +82,12 @@ class Edits:
     """By `component/block.path`: autoencoder latents to change at that block's output."""
     maps: dict[str, InputMap] = field(default_factory=dict)
     """By `component/module.path`; edits that module's `weight`."""
+    safety: dict[str, SafetyGuidance] = field(default_factory=dict)
+    """By denoiser component: what its predictions are steered away from."""
 
     def __len__(self) -> int:
-        """Number of edited parameters and blocks."""
-        return len(self.low_rank) + len(self.deltas) + len(self.features) + len(self.maps)
+        """Number of edited parameters, blocks and predictions."""
+        return len(self.low_rank) + len(self.deltas) + len(self.features) + len(self.maps) + len(self.safety)
 
     @property
     def parameters(self) -> list[str]:
@@ -89,11 +97,13 @@ class Edits:
     @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
-        return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features)))
+        return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features, *self.safety)))
 
     @property
     def beyond_weights(self) -> str | None:
         """What it does that the weights of a model cannot hold, if anything."""
+        if self.safety:
+            return GUIDES
         return "pins prompts" if self.pinned else "edits features" if self.features else None
 
     def of(self, component: str) -> dict[str, Edit]:
@@ -114,7 +124,8 @@ class Edits:
     @property
     def carriers(self) -> list[str]:
         """Where the erasure lives, as its config says it."""
-        return [*(["weights"] if self.parameters else []), *(["activations"] if self.beyond_weights else [])]
+        there = {"weights": self.parameters, "activations": self.pinned or self.features, "guidance": self.safety}
+        return [carrier for carrier, edits in there.items() if edits]
 
     def check(self) -> None:
         """Raise unless a pipeline can hold these edits, and they change something.
@@ -126,6 +137,10 @@ class Edits:
         """
         for key in (*self.parameters, *self.pinned, *self.features):
             check_key(key, text_only=key in self.pinned or key in self.features)
+        for key, guidance in self.safety.items():
+            if key not in DENOISERS:
+                raise ArtifactError(f"safety guidance of {shown(key)}; allowed: {', '.join(DENOISERS)}")
+            guidance.check(key)
         every = Counter(self.parameters)
         if twice := sorted(key for key, count in every.items() if count > 1):
             raise ArtifactError(f"{twice[0]!r} is edited twice, in two forms: add both edits up to one")
@@ -165,7 +180,9 @@ class Edits:
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
         for delta in self.deltas.values():
             total += float(delta.detach().double().cpu().norm() ** 2)
-        return total <= FAINTEST**2 and not any(_acts(block) for block in self.features.values())
+        return total <= FAINTEST**2 and not any(
+            [*(_acts(block) for block in self.features.values()), *(one.acts for one in self.safety.values())]
+        )
 
     def check_width(self, component: str, width: int) -> None:
         """Raise unless what is pinned and edited inside a text encoder is as wide as the encoder.
@@ -209,7 +226,8 @@ class Edits:
             if not is_read_by_stock(key)
             for part, tensor in edit._asdict().items()
         }
-        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread}
+        steered = {f"{key}/{SAFETY}.{part}": t for key, one in self.safety.items() for part, t in one.stated().items()}
+        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread, **steered}
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def _map_state_dict(self) -> dict[str, Tensor]:
@@ -274,7 +292,7 @@ class Edits:
             if key in low_rank or is_read_by_stock(key) or not _fits(edit):
                 raise ArtifactError(f"the low-rank edit of {shown(key)} does not fit together: make the erasure again")
             low_rank[key] = edit
-        kinds = (LOW_RANK, "pinned", "input_map", "mapped", *KINDS.values())
+        kinds = (LOW_RANK, SAFETY, "pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
@@ -290,7 +308,11 @@ class Edits:
                 if key in features:
                     raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
                 features[key] = form(*parts)
-        return cls(low_rank, full_rank, pinned, features, _maps(deltas))
+        safety = {
+            key: SafetyGuidance(*parts)
+            for key, parts in _grouped(deltas, SAFETY, SafetyGuidance._fields, optional=["pooled"]).items()
+        }
+        return cls(low_rank, full_rank, pinned, features, _maps(deltas), safety)
 
 
 def check_key(key: str, *, text_only: bool = False) -> None:

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from erasure.backbones import AttentionSite, Backbone
-from erasure.carriers.calls import LATENTS, NamedArguments, latents_of, of_rows, twice
+from erasure.carriers.calls import LATENTS, NamedArguments, latents_of, measured, of_rows, twice
 from erasure.interop import hooks, paths
 from erasure.interop.protocols import Arguments
 
@@ -58,6 +58,11 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
     def __exit__(self, *failure: object) -> None:
         """Take them off again."""
         self._stack.close()
+
+
+def has_branches(denoiser: nn.Module) -> bool:
+    """Whether a `BranchGuidance` is at work on a denoiser."""
+    return isinstance(hooks.find_hook(denoiser, _GUIDANCE), _Combine)
 
 
 class _Combine(NamedArguments):
@@ -158,7 +163,8 @@ class _Update(NamedArguments):
 
             self.inside = True
             try:
-                changed = self.guidance.update(latents, t, forward)
+                with measured():
+                    changed = self.guidance.update(latents, t, forward)
             finally:
                 self.inside = False
             # In place: the loop hands this tensor to the scheduler.

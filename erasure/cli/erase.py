@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.lists import is_list_file, read_concepts
@@ -16,6 +17,9 @@ from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
 from erasure.world import World
+
+if TYPE_CHECKING:
+    from erasure.artifact import Erasure
 
 HELP = """usage: erasure erase STRATEGY --model M --concept C [C ...] [options]
 
@@ -49,8 +53,12 @@ class EraseOptions(ModelOptions):
     """Other words for the concept, erased along with it."""
     preset: str | None = None
     """Named set of the strategy's options, for instance the paper's; further options change single values of it."""
-    seed: int = 0
-    """Seed of everything random."""
+    seed: int | None = None
+    """Seed of everything random; 0, or that of what is fitted anew, when left out."""
+    add_to: str | None = None
+    """Folder or Hub repository of an erasure that the concepts are added to: the result, in a folder of its own,
+    erases its concepts and these. What solves or fits for all concepts at once does so anew, with the options it had;
+    what trains goes on from the model as it leaves it."""
     out: Path | None = None
     """Folder of the erasure; named after concepts and strategy when left out."""
     overwrite: bool = False
@@ -71,22 +79,30 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(_value(rest, "--preset"))
     told = STRATEGIES.facts(name).told
+    earlier = _added_to(rest)
+    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or _value(rest, "--preset")):
+        # All is fitted anew with the options that it had: only what differs from them is asked for.
+        start = strategy.configured(None, **earlier.config.strategy_config)
     about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
     more = {"run": Run()} if told["trains"] else {}
     parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
+    asked = wanted(options)
     concepts = World.at(options.model).concepts(
-        wanted(options), kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms
-    )
+        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
+        erased=() if earlier is None else earlier.concepts,
+    )  # fmt: skip
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
 
     import erasure
+    from erasure import ledger
     from erasure.artifact import default_name
 
-    folder = options.out or Path(default_name(concepts, name))
+    named = default_name(concepts, name) if earlier is None else ledger.default_name(earlier, concepts, name)
+    folder = options.out or Path(named)
     if is_main_process():
         check_output_folder(folder, overwrite=options.overwrite)
     if training is not None and training.checkpoints is None:
@@ -94,7 +110,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = open_model(options)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
-        progress=terminal.speaks, run=training, **changes(parsed.options, start),
+        progress=terminal.speaks, run=training, add_to=earlier, **changes(parsed.options, start),
     )  # fmt: skip
     if is_main_process():
         folder = made.save(folder, overwrite=options.overwrite)
@@ -105,8 +121,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.result(
             {
                 "name": made.name, "folder": str(folder), "strategy": name, "concepts": made.config.concepts,
-                "strategy_config": made.config.strategy_config, "seed": options.seed, "bytes": made.size_bytes,
-                "cost": made.config.cost,
+                "strategy_config": made.config.strategy_config, "seed": made.config.seed, "bytes": made.size_bytes,
+                "cost": made.config.cost, "requests": made.config.requests,
             }
         )  # fmt: skip
     else:
@@ -129,6 +145,20 @@ def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
     if not options.concept and not listed:
         raise UsageError("nothing to erase: name it with --concept, or a file of concepts with --concepts")
     return [*options.concept, *listed]
+
+
+def _added_to(argv: Sequence[str]) -> Erasure | None:
+    """The erasure that concepts are to be added to, if there is one, read before anything else is done.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    source = _value(argv, "--add-to")
+    if source is None or {"-h", "--help"} & set(argv):
+        return None
+    from erasure.artifact import Erasure
+
+    return Erasure.load(source)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

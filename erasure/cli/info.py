@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -127,7 +127,11 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "features", "shape": list(edit.w_dec.shape), "rank": None}
         for name, edit in made.edits.features.items()
     ]
-    return [*low_rank, *maps, *full, *features]
+    safety: list[_Tensor] = [
+        {"name": name, "form": "safety guidance", "shape": list(one.tokens.shape), "rank": None}
+        for name, one in made.edits.safety.items()
+    ]
+    return [*low_rank, *maps, *full, *features, *safety]
 
 
 def show(made: Erasure, terminal: Terminal) -> None:
@@ -145,7 +149,21 @@ def show(made: Erasure, terminal: Terminal) -> None:
     ]
     if gates:
         terminal.table(("gate", "by", *map(str.upper, GATE_RATES)), gates)
+    show_requests(made.config, terminal)
     show_evaluation(made.config, terminal)
+
+
+def show_requests(config: ErasureConfig, terminal: Terminal) -> None:
+    """Print the requests that were carried out one after the other, if there were several."""
+    if config.requests:
+        rows = [
+            [
+                str(place), ", ".join(each["concepts"]), each["strategy"], options_text(each["options"]) or "defaults",
+                str(each["seed"]), each["version"], number(each["cost"].get("seconds"), ".1f"),
+            ]
+            for place, each in enumerate(config.ledger, 1)
+        ]  # fmt: skip
+        terminal.table(("request", "erases", "strategy", "options", "seed", "version", "seconds"), rows)
 
 
 def show_evaluation(config: ErasureConfig, terminal: Terminal) -> None:
@@ -162,7 +180,7 @@ def facts(made: Erasure) -> list[list[str]]:
 def config_facts(config: ErasureConfig) -> list[list[str]]:
     """Rows of name and value about the config of an erasure."""
     concepts = ", ".join(f"{c['target']} ({c.get('kind', 'object')})" for c in config.concepts)
-    options = ", ".join(f"{key}={format_value(value)}" for key, value in config.strategy_config.items())
+    options = options_text(config.strategy_config)
     versions = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     sessions = f" in {number(config.cost['sessions'], '.0f')} sessions" if "sessions" in config.cost else ""
     rows = [
@@ -178,6 +196,11 @@ def config_facts(config: ErasureConfig) -> list[list[str]]:
         ["made with", versions],
     ]
     return [row for row in rows if row[1]]
+
+
+def options_text(options: Mapping[str, object]) -> str:
+    """Options on one line: `rank=8, lr=0.001`."""
+    return ", ".join(f"{key}={format_value(value)}" for key, value in options.items())
 
 
 def _made_for(config: ErasureConfig) -> str:

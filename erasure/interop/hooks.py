@@ -17,6 +17,7 @@ from erasure.interop import patches
 __all__ = [
     "ModelHook",
     "SurroundingHook",
+    "drops_rows",
     "find_hook",
     "hooked",
     "is_stateful",
@@ -112,6 +113,11 @@ def is_stateful(component: nn.Module) -> bool:
     return patches.has_deep_cache(component) or any(
         hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()
     )
+
+
+def drops_rows(denoiser: nn.Module) -> bool:
+    """Whether FasterCache is on a denoiser, which leaves out half of the rows of some passes."""
+    return find_hook(denoiser, "faster_cache_denoiser") is not None
 
 
 def relink(component: nn.Module) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from erasure.errors import UnknownStrategyError
 from erasure.needs import Need
@@ -18,7 +18,23 @@ if TYPE_CHECKING:
     from erasure.carriers.edits import Edits
     from erasure.concept import Concept
 
-BUILTIN = ("hirm", "uce", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco")
+BUILTIN = (
+    "hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
+    "co_erasing", "sld",
+)  # fmt: skip
+
+
+Way = Literal["anew", "on top"]
+"""How concepts are added to an erasure: all of its concepts are fitted anew, or edits are made on top of its edits."""
+
+
+class Standing(NamedTuple):
+    """An erasure that is in force on the model while another is made on top of it."""
+
+    fingerprint: str
+    """Of its tensors."""
+    concepts: Sequence[Concept]
+    """What it erases: prompts with them must go on to give what they give now."""
 
 
 class Fit(NamedTuple):
@@ -77,6 +93,21 @@ class Strategy(Options, ABC):
             OptionError: The model does not allow it.
         """
         return backbone
+
+    def adds(self, earlier: Sequence[str]) -> Way:
+        """How further concepts are added to an erasure.
+
+        Where this method made all of it, everything is fitted `anew`: exact, since it is the same as to erase all
+        concepts at once. Over another method's edits it is fitted `on top`: for the model with the earlier erasure in
+        force, whose edits are then added to these. Methods that train for long always work on top.
+
+        Args:
+            earlier: Names of the strategies that carried out the earlier requests.
+
+        Raises:
+            UnsupportedModelError: Nothing can be added with this strategy; the message gives the reason.
+        """
+        return "anew" if set(earlier) == {self.name} else "on top"
 
     def ignores_retain(self) -> str:
         """Name of the option whose value leaves out what must survive; empty when retain lists have an effect."""

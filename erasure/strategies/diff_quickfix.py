@@ -17,9 +17,9 @@ from erasure.interop.taps import tapped
 from erasure.needs import Need
 from erasure.options import CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.closed_form import factors, low_rank, outputs_added, solve
-from erasure.text.corpora import retain_prompts, vocabulary, vocabulary_prompts
-from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end, telling_places
+from erasure.strategies.closed_form import bare_or_phrased, factors, low_rank, outputs_added, random_prompts, solve
+from erasure.text.corpora import retain_prompts
+from erasure.text.words import telling_places
 
 RELEASED = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 """Phrasings of the released code."""
@@ -96,7 +96,7 @@ class DiffQuickFix(Strategy):
         """The layer's inputs for the concepts and for their anchors, `(inputs, dim)` each, float64."""
         keys, anchors = [], []
         for concept in concepts:
-            for pair in self.pairs(tower, concept):
+            for pair in bare_or_phrased(tower, concept, bare=RELEASED if self.phrasings == "released" else ()):
                 erased, anchor = first_inputs(tower, layer, [pair.prompt, pair.anchor_prompt])
                 places = telling_places(tower, pair.prompt)
                 places = places[places >= pair.start]
@@ -104,23 +104,12 @@ class DiffQuickFix(Strategy):
                 anchors.append(anchor[pair.positions[places]])
         return torch.cat(keys), torch.cat(anchors)
 
-    def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
-        """The prompts to erase, aligned with what takes their place."""
-        if self.phrasings == "concept":
-            return aligned_prompts(tower, concept)
-        return [
-            paired_at_the_end(tower, template, words, concept.anchor or "")
-            for words in concept.names
-            for template in RELEASED
-        ]
-
     def preserved_inputs(self, tower: TextTower, layer: nn.Linear, concepts: Sequence[Concept], seed: int) -> Tensor:
         """The layer's inputs that keep their outputs, `(inputs, dim)` float64; may be empty."""
         prompts = retain_prompts(concepts)
         if not self.vocabulary:
             prompts.remove("")
-        elif words := vocabulary(tower, concepts):
-            prompts += vocabulary_prompts(words, self.vocabulary, torch.Generator().manual_seed(seed))
+        prompts += random_prompts(tower, concepts, self.vocabulary, seed)
         parts = []
         for start in range(0, len(prompts), 32):
             chosen = prompts[start : start + 32]

@@ -13,7 +13,7 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept
 from erasure.options import Decay, NotNegative, Positive, Presets
-from erasure.strategies.base import register
+from erasure.strategies.base import Standing, register
 from erasure.strategies.concept_ablation import RELEASED as ABLATION
 from erasure.strategies.concept_ablation import ConceptAblation
 from erasure.strategies.tasks import Batch, Task
@@ -126,8 +126,9 @@ class DoCo(ConceptAblation):
             self.refuse("first_turn", "student", "'discriminator' where 'accumulation' is above 1")
 
     def task(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
-    ) -> Task:
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
+        standing: Standing | None = None,
+    ) -> Task:  # fmt: skip
         """See `TrainedStrategy.task`.
 
         Raises:
@@ -135,7 +136,7 @@ class DoCo(ConceptAblation):
         """
         if self.discriminator_norm == "batch" and accelerator.num_processes * self.accumulation > 1:
             self.refuse("discriminator_norm", "batch", "'group' where a batch is computed in several parts")
-        return super().task(backbone, tower, concepts, seed, accelerator)
+        return super().task(backbone, tower, concepts, seed, accelerator, standing)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
         """Two players: the discriminator, and the student that learns to fool it."""

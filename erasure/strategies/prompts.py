@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from erasure import files
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept, key
 from erasure.errors import ConceptError, OptionError
+from erasure.interop import paths
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import AlignedPrompt, aligned_prompts, without
 from erasure.training.states import Scene
 from erasure.world import World
 
+CLOSER = 64
+"""Words near to a concept by their embeddings, of which the text encoder is asked."""
 LARGEST_LIST = 64 * 2**20
 """Bytes of a file of prompts."""
 
@@ -83,6 +87,53 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
     generator = torch.Generator().manual_seed(seed + 1)
     random = vocabulary_prompts(words, count, generator) if words else []
     return [Scene(prompt) for prompt in dict.fromkeys([*retain_prompts(concepts), *random])]
+
+
+def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept], count: int) -> list[str]:
+    """The words nearest to a concept that must survive: of its retain list, or of what the model's world has.
+
+    A model whose world declares nothing is asked for the words of its tokeniser.
+
+    Args:
+        tower: Says what is near: by its state behind the last token, and among many words by their embeddings first.
+        concept: What they are near to.
+        concepts: All that is erased.
+        count: How many words at most.
+    """
+    world, gone = World.of(tower.pipe), {key(name) for each in concepts for name in each.names}
+    listed = concept.retain or (world.styles if concept.kind == "style" else world.objects)
+    words = [word for word in listed or vocabulary(tower, concepts) if key(word) not in gone]
+    if len(words) > CLOSER:
+        table = F.normalize(paths.token_table(tower.root).weight.detach().float(), dim=1)
+        own = table[tower.word_ids(concept.target)].mean(0)
+        known = [table[tower.word_ids(word)].mean(0) @ own for word in words]
+        words = [words[index] for index in torch.stack(known).topk(CLOSER).indices.tolist()]
+    if not words:
+        return []
+    tokens = tower.tokenize([concept.target, *words])
+    with torch.no_grad():
+        states = tower.encode(tokens).states.float()
+    said = F.normalize(states[torch.arange(len(states)), torch.tensor(tokens.lengths) - 1], dim=1)
+    nearest = (said[1:] @ said[0]).topk(min(count, len(words))).indices
+    return [words[index] for index in nearest.tolist()]
+
+
+def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
+    """Prompts with concepts that an erasure in force erases, and with what these retain.
+
+    Args:
+        tower: Tokenises them.
+        concepts: Which; there may be none.
+        seed: Of the company.
+        contexts: Random prompts that name them among other words, over all of them in turn.
+    """
+    prompts = [prompt for concept in concepts for prompt in concept.prompts()] + retain_prompts(concepts)
+    words = vocabulary(tower, concepts) if concepts else []
+    generator = torch.Generator().manual_seed(seed + 2)
+    for number in range(contexts if words else 0):
+        concept = concepts[number % len(concepts)]
+        prompts += [pair.prompt for pair in context_prompts(tower, concept, words, 1, generator)]
+    return [Scene(prompt) for prompt in dict.fromkeys(prompts)]
 
 
 def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -20,8 +20,8 @@ from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.interop import scopes
 from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
-from erasure.strategies.base import Fit, Strategy
-from erasure.strategies.prompts import retain_scenes
+from erasure.strategies.base import Fit, Standing, Strategy, Way
+from erasure.strategies.prompts import retain_scenes, standing_scenes
 from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
@@ -119,6 +119,10 @@ class TrainedStrategy(Optimisation, Strategy):
         """See `Strategy.ignores_retain`."""
         return next((name for name in ("retain_batch", "retain_weight") if not getattr(self, name)), "")
 
+    def adds(self, earlier: Sequence[str]) -> Way:
+        """See `Strategy.adds`: always on top, so that a request costs the training of what it asks for."""
+        return "on top"
+
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
@@ -133,8 +137,12 @@ class TrainedStrategy(Optimisation, Strategy):
         seed: int,
         progress: Callable[[float], None],
         run: Run,
+        standing: Standing | None = None,
     ) -> Fit:
         """Train, with checkpoints and logs as a run says.
+
+        The teacher is the model as it is given. Where an erasure is in force on it, prompts with what that erases are
+        among those that must survive: they go on to give what the teacher gives for them.
 
         Raises:
             DivergenceError: A loss became NaN or exploded.
@@ -148,6 +156,9 @@ class TrainedStrategy(Optimisation, Strategy):
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
         self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
+        if standing is not None:
+            # An erasure may live in hooks, which no weight tells of.
+            model += f"+{standing.fingerprint}"
         recipe = {
             "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
             "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
@@ -156,7 +167,8 @@ class TrainedStrategy(Optimisation, Strategy):
             stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
             stack.enter_context(rolling_out(backbone))
             stack.enter_context(cost.counting(backbone.denoiser))
-            task = self.task(backbone, tower, concepts, seed, accelerator)
+            task = self.task(backbone, tower, concepts, seed, accelerator, standing)
+            stack.enter_context(self.surroundings(task))
             stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
             cost.begin("rollout")
             self.fill(task, model, accelerator)
@@ -277,11 +289,14 @@ class TrainedStrategy(Optimisation, Strategy):
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def task(
-        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator
-    ) -> Task:
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
+        standing: Standing | None = None,
+    ) -> Task:  # fmt: skip
         """Prompts, empty sources of states, and the student."""
         scenes = self.scenes(tower, concepts, seed)
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
+        if standing is not None and kept:
+            kept = list(dict.fromkeys([*kept, *standing_scenes(tower, standing.concepts, seed, self.contexts)]))
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, scene.learned, *scene.asks)]
         prompts = Reader(backbone).read(["", *every])
         if kept and self.moves_null and not torch.equal(prompts.null(1).tokens, prompts([""]).tokens):
@@ -308,6 +323,10 @@ class TrainedStrategy(Optimisation, Strategy):
             source(kept, self.retain_rollouts) if kept else None,
         )  # fmt: skip
 
+    def surroundings(self, task: Task) -> AbstractContextManager[object]:
+        """What holds from ahead of the first rollout to behind the last update, and is undone then."""
+        return nullcontext()
+
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
         """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
         for source in task.sources():
@@ -331,11 +350,15 @@ class TrainedStrategy(Optimisation, Strategy):
             if isinstance(source, TrajectoryBuffer) and source.student is not None
         }
 
+    def chosen(self, task: Task, source: StateSource, count: int, name: str, step: int) -> Tensor:
+        """Numbers of `count` states of a source, `concept` or `retain`, in an update, over all processes."""
+        return draw(len(source), count, task.seed, name, step)
+
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
         """The states of an update: rows of the concept's, of retained ones, and the concept's again for the scope."""
 
         def take(source: StateSource, count: int, name: str) -> States:
-            return source.take(share.of(draw(len(source), count, task.seed, name, step)))
+            return source.take(share.of(self.chosen(task, source, count, name, step)))
 
         concept = take(task.concept_states, self.batch, "concept")
         scenes = task.concept_states.of(concept)

@@ -91,7 +91,9 @@ class Surgery(Combine):
         below = squared * a.norm() if self.form == "released" else squared
         least = 0.0 if self.form == "released" else NOISE**2 * (a * a).sum()
         # Chosen by arithmetic, so that no value has to leave a GPU; a gradient of zero is opposed to nothing.
-        share = torch.where((dot < 0) & (squared > least) & (below > 0), dot / below.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+        share = torch.where(
+            (dot < 0) & (squared > least) & (below > 0), dot / below.clamp_min(torch.finfo(a.dtype).tiny), 0.0
+        )
         return a - self.strength * share * b
 
 

@@ -58,20 +58,39 @@ def draw(source: NoisedImages, model: str) -> None:
     name = files.digest([model, source.recipe()])
 
     def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
-        path = cache_folder() / "images" / f"{name}-{number:05}.safetensors"
-        shape = (min(CHUNK, source.trajectories - number * CHUNK), *source.backbone.latents.shape())
-
-        def check(infos: Mapping[str, TensorInfo]) -> None:
-            if {key: info.shape for key, info in infos.items()} != {"clean": shape}:
-                raise ArtifactError(f"{path} holds no images of this training")
-
-        found = _tensors(path, check)
-        if found is None:
-            found = {"clean": make().cpu().contiguous()}
-            _write(path, found)
-        return found["clean"]
+        count = min(CHUNK, source.trajectories - number * CHUNK)
+        return _kept(f"{name}-{number:05}", "clean", (count, *source.backbone.latents.shape()), make)
 
     source.fill(kept)
+
+
+def embed(source: NoisedImages, model: str, encoder: str, width: int, make: Callable[[], Tensor]) -> Tensor:
+    """What an image encoder says of a source's images, `(images, width)`, from disk if an earlier training left it.
+
+    Args:
+        source: Filled.
+        model: Fingerprint of the stock model.
+        encoder: Fingerprint of the image encoder and of what prepares pictures for it.
+        width: Of what it says of an image.
+        make: Asks the image encoder.
+    """
+    name = files.digest([model, source.recipe(), encoder])
+    return _kept(f"{name}-embeddings", "embeddings", (source.trajectories, width), make)
+
+
+def _kept(name: str, key: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
+    """A tensor about images from disk, if it is there and of the right form; else it is made and kept."""
+    path = cache_folder() / "images" / f"{name}.safetensors"
+
+    def check(infos: Mapping[str, TensorInfo]) -> None:
+        if {key: info.shape for key, info in infos.items()} != {key: shape}:
+            raise ArtifactError(f"{path} holds no images of this training")
+
+    found = _tensors(path, check)
+    if found is None:
+        found = {key: make().cpu().contiguous()}
+        _write(path, found)
+    return found[key]
 
 
 def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from erasure.world import World
 QUICK: dict[str, Any] = {
     "steps": 3, "vocabulary": 8, "retain_vocabulary": 2, "contexts": 2, "d_sae": 128, "target_rate": 0.1,
     "retain_rate": 1.0, "false_positive_rate": 1.0, "batch": 2, "retain_batch": 2, "rollout_steps": 2,
-    "attack_steps": 1,
+    "attack_steps": 1, "pictures": 1, "lookalikes": 1,
 }  # fmt: skip
 """Cheap values for the options that cost time, lenient ones where a random tower tells nothing apart. A strategy
 gets those that it has."""
@@ -31,13 +32,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "esd-full": ("esd", {"rank": 0, "method": "x-strict"}),
 }
 """Strategies by default options, and settings that use another carrier."""
+ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
+"""IP-Adapters of random weights for the tiny pipelines that can have one, by family."""
 TRAJECTORIES = "a latent consistency UNet"
+JOINT = "one joint attention"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
     ("concept_ablation", "latent-consistency"): TRAJECTORIES,
     ("doco", "latent-consistency"): TRAJECTORIES,
+    ("co_erasing", "latent-consistency"): TRAJECTORIES,
+    ("co_erasing", "stable-diffusion-3"): JOINT,
+    ("co_erasing", "flux"): JOINT,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
@@ -46,6 +53,7 @@ FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 ATTACHED: dict[str, set[str]] = {
     "uce": {"low_rank"}, "uce-map": {"maps"}, "hirm-pinned": {"deltas", "pinned"}, "itd": {"features"},
+    "sld": {"safety"},
 }  # fmt: skip
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
@@ -53,7 +61,12 @@ ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
 TEXT_SIDE = ("hirm-pinned", "itd")
 """Those of `ATTACHED` that are in text encoders, which prompts that come encoded go around."""
 COMPILED = [
-    *(((case, family), first) for family in FIRST for case in ("uce", *TEXT_SIDE) for first in ("attach", "compile")),
+    *(
+        ((case, family), first)
+        for family in FIRST
+        for case in ("uce", "sld", *TEXT_SIDE)
+        for first in ("attach", "compile")
+    ),
     *(
         ((case, family), first)
         for family in NAMES[1:]
@@ -75,7 +88,8 @@ LEARNED_CONCEPT = Concept(
 def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
     name, chosen = CASES[case]
     fields = {field.name for field in dataclasses.fields(get(name))}
-    quick = {key: value for key, value in QUICK.items() if key in fields}
+    adapter = str(ADAPTERS / f"{backbone_for(pipe).family}.safetensors")
+    quick = {key: value for key, value in {**QUICK, "adapter": adapter}.items() if key in fields}
     if name in ANCHORED:
         concepts = [with_anchor(concept) for concept in (concepts if isinstance(concepts, list) else [concepts])]
     return erasure.erase(pipe, concepts, name, **{"attach": False, "progress": False, **quick, **chosen, **options})

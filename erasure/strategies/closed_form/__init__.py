@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from erasure.strategies.closed_form.least_squares import compress, factors, outputs_added, solve
+from erasure.strategies.closed_form.least_squares import compress, factors, outputs_added, solve, solved
+from erasure.strategies.closed_form.prompts import bare_or_phrased, random_prompts
 from erasure.strategies.closed_form.shortened import low_rank, shortened_map
 
-__all__ = ["compress", "factors", "low_rank", "outputs_added", "shortened_map", "solve"]
+__all__ = [
+    "bare_or_phrased", "compress", "factors", "low_rank", "outputs_added", "random_prompts", "shortened_map", "solve",
+    "solved",
+]  # fmt: skip

@@ -32,7 +32,7 @@ def solve(
     """
     gram = _gram(erased, preserved, erase_scale, preserve_scale, regularisation)
     cross = erase_scale * (replacing - erased).T @ erased
-    return torch.linalg.solve(gram, cross.T).T
+    return solved(gram, cross.T).T
 
 
 def outputs_added(inputs: Tensor, outputs: Tensor, preserved: Tensor, regularisation: float) -> Tensor:
@@ -48,7 +48,21 @@ def outputs_added(inputs: Tensor, outputs: Tensor, preserved: Tensor, regularisa
         `(out, dim)`.
     """
     gram = _gram(inputs, preserved, 1.0, 1.0, regularisation)
-    return torch.linalg.solve(gram, inputs.T @ outputs).T
+    return solved(gram, inputs.T @ outputs).T
+
+
+def solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution `(dim, n)` of `matrix @ solution = right`.
+
+    Raises:
+        DivergenceError: The matrix `(dim, dim)` is singular.
+    """
+    try:
+        return torch.linalg.solve(matrix, right)
+    except torch.linalg.LinAlgError as error:
+        raise DivergenceError(
+            "the closed form has no single solution: its matrix is singular. Raise regularisation"
+        ) from error
 
 
 def _gram(

@@ -1,0 +1,109 @@
+"""Erase concepts of Canvas one after the other, each added to the erasure of those before, and measure on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import erasure
+from erasure.artifact import CONFIG_FILE, Erasure
+from erasure.attach import ErasureManager
+from erasure.concept import Concept
+from erasure.eval import evaluate
+from erasure.eval.results import Results
+from erasure.eval.statistics import Interval, wilson
+from erasure.world import World
+
+FIRST = 5
+"""Requests whose concepts are looked at again later: the first ones."""
+
+
+def order(count: int, seed: int = 0) -> list[str]:
+    """Names of objects and styles in the order in which they are asked for.
+
+    One style is never among them: where every style is erased, no image is left to tell what is kept.
+
+    Args:
+        count: Requests.
+        seed: Of the draw. The first requests are the same for every number of them.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    world = World.at("canvas-sd")
+    names = [*world.objects, *world.styles[1:]]
+    if not 1 <= count <= len(names):
+        raise ValueError(f"{count} requests were asked for, allowed: 1 to {len(names)}")
+    return [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
+
+
+def folder_of(out: Path, strategy: str, number: int) -> Path:
+    """Folder of what there is after a request: `results.json`, and the erasure in a folder of its own."""
+    return out / strategy / f"{number:02d}"
+
+
+def measure(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int], size: str) -> None:
+    """Carry the requests out and measure after some of them; what is on disk is not made again.
+
+    Args:
+        out: Results.
+        strategy: What erases.
+        names: What is erased, one request each.
+        measured: Numbers of the requests, from 1 on, after which it is measured.
+        size: Of the suite.
+    """
+    torch.set_num_threads(1)
+    pipe = erasure.load_pipeline("canvas-sd")
+    pipe.set_progress_bar_config(disable=True)
+    made: Erasure | None = None
+    for number, name in enumerate(names, 1):
+        folder = folder_of(out, strategy, number)
+        if os.path.lexists(folder / "erasure" / CONFIG_FILE):
+            made = Erasure.read(folder / "erasure")
+        else:
+            made = erasure.erase(pipe, name, strategy, add_to=made, attach=False, progress=False)
+            made.save(folder / "erasure")
+        if number not in measured or (folder / "results.json").is_file():
+            continue
+        ErasureManager(pipe).add(made)
+        wanted: list[Concept] = made.concepts
+        found = evaluate(pipe, "canvas", wanted, size=size, out=folder, images=False, report=False, progress=False)
+        ErasureManager(pipe).unload()
+        rates = {rate: round(found.get(rate)["value"], 3) for rate in ("UA", "IRA", "drift")}
+        print(f"{number} requests", json.dumps(rates), flush=True)
+
+
+def first_ones(folder: Path, names: Sequence[str]) -> Interval:
+    """Share of the images in which the concepts of the first requests are gone, with Wilson's interval."""
+    results = Results.load(folder / "results.json")
+    rows = [results.get("UA", concept=name) for name in names[:FIRST]]
+    count = sum(row["n"] for row in rows)
+    return wilson(round(sum(row["value"] * row["n"] for row in rows)), count)
+
+
+def markdown(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int]) -> str:
+    """A row for each time that it was measured."""
+    lines = [
+        "| strategy | requests | UA | UA of the first | IRA | drift | this request, s | kB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for number in (number for number in measured if number <= len(names)):
+        folder = folder_of(out, strategy, number)
+        results, made = Results.load(folder / "results.json"), Erasure.read(folder / "erasure")
+        cells = [strategy, str(number), _rate(results, "UA")]
+        first = first_ones(folder, names[:number])
+        cells.append(f"{first.value:.3f} ({first.low:.2f}-{first.high:.2f})")
+        seconds = made.config.ledger[-1]["cost"].get("seconds", 0.0)
+        cells += [_rate(results, "IRA"), _rate(results, "drift"), f"{seconds:.1f}", f"{made.size_bytes / 1000:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rate(results: Results, name: str) -> str:
+    row = results.get(name)
+    return f"{row['value']:.3f} ({row['low']:.2f}-{row['high']:.2f})"

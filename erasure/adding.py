@@ -1,0 +1,239 @@
+"""Adding concepts to an erasure that is there: how it is done, and what the result says of itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+from diffusers import DiffusionPipeline
+from pydantic import JsonValue
+from torch import Tensor
+
+from erasure import ledger
+from erasure.artifact import Erasure
+from erasure.attach import ErasureManager
+from erasure.backbones import Backbone, backbone_for
+from erasure.carriers.embeddings import warn_of_unlike_tokens
+from erasure.concept import Concept, as_concepts
+from erasure.errors import (
+    OptionError,
+    UnknownStrategyError,
+    UnknownTokenWarning,
+    UnsupportedModelError,
+    WrongBaseError,
+)
+from erasure.fitting import check_fit, sources_of
+from erasure.interop import paths
+from erasure.interop.pipelines import components_of
+from erasure.schema import ErasureConfig, Request, strategies_of
+from erasure.strategies import Strategy, get
+from erasure.strategies.base import Fit, Standing, Way
+from erasure.strategies.sums import Weight, added_up, refuse_on_top
+from erasure.strategies.trained import TrainedStrategy
+from erasure.training.run import Run
+from erasure.twins import apart_of
+from erasure.world import World
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A request that is added to an erasure."""
+
+    made: Erasure
+    """The erasure."""
+    concepts: ledger.Merged
+    """All concepts, the new ones last."""
+    method: Strategy
+    """What carries the request out."""
+    way: Way
+    """How."""
+    seed: int
+    """Seeds what is random."""
+
+    @classmethod
+    def planned(
+        cls, world: World, made: Erasure, new: Sequence[Concept], method: Strategy, given: Collection[str],
+        seed: int | None,
+    ) -> Addition:  # fmt: skip
+        """Plan a request, and refuse what cannot be.
+
+        Args:
+            world: Of the model.
+            made: What it is added to.
+            new: What is added.
+            method: What carries it out, as it is asked for.
+            given: Names of the options that somebody has asked for.
+            seed: What somebody has asked for, if anybody has.
+
+        Raises:
+            ConceptError: See `ledger.merged`.
+            OptionError: Options or a seed other than the erasure's, where all is fitted anew; or options that keep
+                nothing, where it is not.
+            UnsupportedModelError: The strategy cannot add to this erasure.
+        """
+        concepts = ledger.merged(world, made, new)
+        way = method.adds([request["strategy"] for request in made.config.ledger])
+        if way == "on top":
+            refuse_on_top(method, made.edits)
+            return cls(made, concepts, method, way, seed or 0)
+        before = type(method).configured(None, **made.config.strategy_config)
+        for name in given:
+            if getattr(method, name) != getattr(before, name):
+                method.refuse(
+                    name, getattr(method, name),
+                    f"{getattr(before, name)!r}, as {made.name} has it: {method.name} fits all of its concepts "
+                    "anew, together. Leave the option out, or make an erasure of all concepts at once",
+                )  # fmt: skip
+        if seed not in (None, made.config.seed):
+            raise OptionError(
+                f"{method.name}: the seed is {seed}; allowed: {made.config.seed}, as {made.name} has it: all of its "
+                "concepts are fitted anew, together. Leave the seed out, or make an erasure of all concepts at once"
+            )
+        as_concepts(concepts.every)
+        return cls(made, concepts, before, way, made.config.seed)
+
+    @property
+    def strategy(self) -> str:
+        """The strategies that carried out all requests, each once."""
+        names = [*(request["strategy"] for request in self.made.config.ledger), self.method.name]
+        return " + ".join(dict.fromkeys(names))
+
+    def check(self, stock: Backbone) -> None:
+        """Raise unless the erasure was made for this model.
+
+        Args:
+            stock: The model with nothing on it.
+
+        Raises:
+            WrongBaseError: It was made for another one, or with learned tokens that this one lacks.
+        """
+        pipe, made = stock.pipe, self.made
+        check_fit(pipe, sources_of(pipe, components_of(pipe), made.name, made, False), made.name, made, True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnknownTokenWarning)
+            try:
+                warn_of_unlike_tokens(made.name, stock.towers, made.config.base.get("learned_tokens", {}))
+            except UnknownTokenWarning as unlike:
+                raise WrongBaseError(str(unlike)) from unlike
+        before, now = made.config.text_length, stock.text_length
+        if before is not None and now is not None and before != now:
+            raise WrongBaseError(
+                f"{made.name} was made with texts of {before} tokens, this request would be with {now}: add to it "
+                f"with text_length={before}, or make an erasure of all concepts at once"
+            )
+
+    def fit(self, stock: Backbone, progress: Callable[[float], None], run: Run | None) -> Fit:
+        """Make the edits of the whole, for the stock model.
+
+        Args:
+            stock: The model with nothing on it; left as it is.
+            progress: To be called with the share that is done.
+            run: Where checkpoints of a training go.
+        """
+        every = self.concepts.every
+        if self.way == "anew":
+            return self.method.fit(stock, every, seed=self.seed, progress=progress)
+        erased = self.method.session(backbone_for(self.erased(stock.pipe)))
+        # What earlier requests put in the place of something that is erased now would come back otherwise.
+        wanted = [*self.concepts.new, *self.concepts.moved]
+        if isinstance(self.method, TrainedStrategy):
+            standing = Standing(self.made.fingerprint, self.concepts.standing)
+            fit = self.method.train(
+                erased, wanted, seed=self.seed, progress=progress, run=run or Run(), standing=standing
+            )
+        else:
+            wanted = retaining(wanted, self.concepts.standing)
+            fit = self.method.fit(erased, wanted, seed=self.seed, progress=progress)
+        # Of a session's edits none may be void: on top of others nobody would notice.
+        fit.edits.check_finite()
+        if not len(fit.edits) or fit.edits.is_empty:
+            raise UnsupportedModelError(f"{self.method.name} changed nothing on top of {self.made.name}")
+        edits = added_up(self.made.edits, fit.edits, _values(stock.pipe), _values(erased.pipe))
+        return fit._replace(edits=edits, gates={**self.made.config.gates, **fit.gates})
+
+    def erased(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """A twin of the stock pipeline with the earlier erasure in force."""
+        edits = self.made.edits
+        made = apart_of(pipe, {component: list(edits.of(component)) for component in edits.components})
+        with warnings.catch_warnings():
+            # Nobody draws with it.
+            warnings.simplefilter("ignore")
+            ErasureManager(made).add(self.made, "earlier")
+        return made
+
+    def requests(self, version: str, cost: dict[str, float]) -> list[Request]:
+        """All requests, this one last.
+
+        Args:
+            version: Of this package.
+            cost: Of this request.
+        """
+        request = Request(
+            concepts=[concept.target for concept in self.concepts.new], strategy=self.method.name,
+            options=_told(self.method), seed=self.seed, version=version, cost=dict(cost),
+        )  # fmt: skip
+        return ledger.extended(self.made.config, request, _defaults(self.made.config.strategy))
+
+    def described(self, config: ErasureConfig) -> ErasureConfig:
+        """The config of the whole, from that of the request.
+
+        Args:
+            config: That of an erasure of all concepts by this request's strategy.
+        """
+        requests = self.requests(config.versions["erasure-diffusers"], dict(config.cost))
+        both = {self.made.config.protects, config.protects}
+        cost = dict(config.cost)
+        if self.way == "on top":
+            # The edits of all requests are in it, so that it took the time of all.
+            cost["seconds"] = round(sum(float(request["cost"].get("seconds", 0.0)) for request in requests), 3)
+        return replace(
+            config, strategy=strategies_of(requests), requests=[dict(request) for request in requests], cost=cost,
+            # A part that whoever holds the weights can undo is the weak one.
+            protects="hosted pipeline" if "hosted pipeline" in both else config.protects,
+        )  # fmt: skip
+
+    def attached_as(self, manager: ErasureManager) -> str | None:
+        """Name under which a pipeline has the erasure attached, if it has."""
+        own = self.made.fingerprint
+        attached = manager.erasures.items()
+        return next((name for name, each in attached if each is self.made or each.fingerprint == own), None)
+
+
+def retaining(concepts: Sequence[Concept], standing: Sequence[Concept]) -> list[Concept]:
+    """Concepts that retain, besides, what is erased already, and what that retains.
+
+    A style is retained by a style where there is one, and anything else by an object: retain lists are told in the
+    phrasings of the concept that they belong to.
+    """
+    made = list(concepts)
+    gone = {name for concept in concepts for name in concept.names}
+    for other in standing:
+        alike = (place for place, each in enumerate(made) if (each.kind == "style") == (other.kind == "style"))
+        place = next(alike, 0)
+        words = [word for word in (*other.names, *other.retain) if word not in gone]
+        made[place] = replace(made[place], retain=tuple(dict.fromkeys([*made[place].retain, *words])))
+    return made
+
+
+def _values(pipe: DiffusionPipeline) -> Weight:
+    def value(key: str) -> Tensor:
+        component, path = key.split("/", 1)
+        return paths.parameter(getattr(pipe, component), path)
+
+    return value
+
+
+def _defaults(strategy: str) -> dict[str, object]:
+    """The default options of a strategy; none of one that is not installed here."""
+    try:
+        kind = get(strategy)
+    except UnknownStrategyError:
+        return {}
+    return {field.name: field.default for field in fields(kind)}
+
+
+def _told(method: Strategy) -> dict[str, JsonValue]:
+    """The options of a strategy that differ from its defaults."""
+    default = _defaults(method.name)
+    return {name: value for name, value in asdict(method).items() if value != default.get(name, ...)}

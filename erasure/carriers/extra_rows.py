@@ -1,0 +1,330 @@
+"""Rows of a denoiser's pass that no pipeline asked for: safety guidance reads what it would predict for a concept.
+
+A hook on the denoiser puts rows with the concept's encoding behind those of a call, and takes their predictions off
+again after it has changed those for the prompts by `erasure.carriers.safety`. Stock pipelines notice nothing, whatever
+they are told besides (a picture, a mask, a ControlNet, embeddings in the place of a prompt), and nothing is encoded
+while they draw. Which rows of a call are a negative prompt's says the pipeline whose call it is; where it guides with
+none, the same noise is predicted for no prompt in further rows. A transformer that is told its guidance `w` predicts
+`e_0 + w (e_p - e_0)`, so differences of its predictions are divided by `w`, and the change is multiplied by it.
+
+Guidance begins behind its share of the noise levels of the call's schedule, each counted once, not of calls of the
+denoiser: samplers of higher order ask about a level twice. Momentum is that of one drawing of one thread. A pass that
+`Backbone.predict` asks for is no part of a drawing, so it has none; one of which an attention layer is read
+(`erasure.carriers.calls.measured`) is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from erasure.backbones import Backbone
+from erasure.backbones.parametrisation import TIMESTEPS
+from erasure.carriers import guidance
+from erasure.carriers.calls import NamedArguments, is_measured, latents_of, of_rows
+from erasure.carriers.safety import CONCEPT, NOTHING, OF_STEPS, Moments, SafetyGuidance, direction
+from erasure.errors import UnsupportedModelError
+from erasure.interop import hooks
+from erasure.interop.callers import nearest_caller
+from erasure.interop.protocols import Arguments, Settings
+
+_HOOK = "erasure_extra_rows"
+TOKENS, POOLED = "encoder_hidden_states", "pooled_projections"
+MASKS = ("attention_mask", "encoder_attention_mask")
+"""Arguments that say where attention may look: text first, and behind it what the transformer draws."""
+REFUSE = (
+    "safety guidance cannot be added to this pass: {reason}. disable_erasures() for such calls, or use a strategy "
+    "that edits weights (uce, esd, hirm)"
+)
+
+
+class Term(NamedTuple):
+    """A guidance that is in force."""
+
+    strength: float
+    """Factor of what it changes."""
+    edit: SafetyGuidance
+
+
+class Family(NamedTuple):
+    """What differs between families; see `Backbone`."""
+
+    noisiest: float
+    guides_in_one_call: bool
+
+
+FAMILY = Family(Backbone.noisiest, Backbone.guides_in_one_call)
+"""What holds for most."""
+
+
+@dataclass
+class _Drawing:
+    """What is known of the drawing that a thread is at."""
+
+    schedule: object = None
+    """The noise levels of its sampler: every call of a pipeline sets new ones."""
+    levels: Sequence[float] = ()
+    """The same, each once, highest first."""
+    level: float = math.inf
+    """The last that was asked about."""
+    latents: Tensor | None = None
+    """What was to be denoised then."""
+    moments: dict[int, Moments] = field(default_factory=dict)
+    """By place among the terms."""
+
+
+class _Pass(NamedTuple):
+    """How the rows of a pass stand that is under way."""
+
+    rows: int
+    """Those that were asked for."""
+    pictures: int
+    """The last of them are prompts' own; as many are added for each guidance."""
+    guided: bool
+    """Whether as many rows of negative prompts stand ahead of them."""
+    told: float
+    """Scale of guidance that the denoiser is told."""
+    level: Tensor
+    """`(pictures,)` noise levels."""
+    drawing: _Drawing | None
+    """What it is a part of."""
+
+
+class _Thread(threading.local):
+    """What belongs to the thread that runs the denoiser, and to no other."""
+
+    def __init__(self) -> None:
+        self.drawing = _Drawing()
+        self.under_way: _Pass | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Thread:
+        """Give a new one: a copy of a network is at no drawing."""
+        return _Thread()
+
+
+class _ExtraRows(NamedArguments):
+    """On a denoiser: adds rows to what goes in, and changes the prompts' own predictions by theirs.
+
+    Args:
+        denoiser: UNet or transformer.
+        terms: What is in force.
+        family: Of the model.
+    """
+
+    def __init__(self, denoiser: nn.Module, terms: Sequence[Term], family: Family) -> None:
+        super().__init__(denoiser)
+        self.terms, self.family = tuple(terms), family
+        self.thread = _Thread()
+
+    # Frames cannot be looked at inside of a compiled graph; the denoiser itself is compiled all the same.
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
+        """Add the rows, unless this pass is to be left as it is."""
+        arguments = self.by_name(args, kwargs)
+        self.thread.under_way = under_way = None if is_measured() else self.look(module, arguments)
+        if under_way is None:
+            return args, kwargs
+        return self.as_called(self.widened(arguments, under_way), len(args))
+
+    @torch.compiler.disable
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Take the rows off, and change the prompts' own."""
+        under_way, self.thread.under_way = self.thread.under_way, None
+        if under_way is None:
+            return output
+        if isinstance(output, tuple):
+            return (self.changed(output[0], under_way), *output[1:])
+        return type(output)(sample=self.changed(output.sample, under_way))
+
+    def look(self, module: nn.Module, arguments: Settings) -> _Pass | None:
+        """Find out how the rows of a pass stand; nothing for one that is left as it is."""
+        _refuse_other_rows(module)
+        caller = nearest_caller(DiffusionPipeline, Backbone)
+        pipe = caller if isinstance(caller, DiffusionPipeline) else None
+        latents, level = (
+            latents_of(arguments),
+            torch.as_tensor(arguments["timestep"]).detach().float().cpu().reshape(-1),
+        )
+        rows, told = len(latents), arguments.get("guidance")
+        drawing = None if isinstance(caller, Backbone) else self._drawing(pipe, float(level.max()))
+        if drawing is not None:
+            if self._is_negative(pipe, drawing, arguments, float(level.max())):
+                return None
+            drawing.latents = latents.detach()
+        guided = drawing is not None and self._is_guided(pipe, arguments)
+        pictures = rows // 2 if guided else rows
+        scale = 1.0 if told is None else float(told.detach().flatten()[0])
+        # A model that is told 0 or less predicts for no prompt, whatever it is asked about.
+        return _Pass(rows, pictures, guided, max(scale, 1e-3), level.expand(rows)[-pictures:], drawing)
+
+    def _drawing(self, pipe: DiffusionPipeline | None, level: float) -> _Drawing:
+        """The drawing that this thread is at: the one that it was at, unless a new one has begun."""
+        schedule = None if pipe is None else getattr(pipe.scheduler, "timesteps", None)
+        known = self.thread.drawing
+        if schedule is not known.schedule or level > known.level:
+            known = self.thread.drawing = _Drawing(schedule, _levels(schedule, self.family.noisiest))
+        return known
+
+    def _is_negative(
+        self, pipe: DiffusionPipeline | None, drawing: _Drawing, arguments: Settings, level: float
+    ) -> bool:
+        """Whether a pass is no prompt's: one for a negative prompt behind it, or one that the pipeline compares with.
+
+        Pipelines that ask for the negative prompt in a pass of its own do so behind the prompt's, for equal latents.
+        """
+        if pipe is None:
+            return _same_rows(arguments[TOKENS], self.terms[0].edit.tokens[NOTHING])
+        if arguments.get("skip_layers") is not None:
+            return True
+        again = not self.family.guides_in_one_call and drawing.level == level
+        return again and drawing.latents is not None and _equal(drawing.latents, latents_of(arguments))
+
+    def _is_guided(self, pipe: DiffusionPipeline | None, arguments: Settings) -> bool:
+        """Whether the first half of the rows are negative prompts'.
+
+        Raises:
+            UnsupportedModelError: The pipeline guides in a way that nobody knows here.
+        """
+        if not self.family.guides_in_one_call:
+            return False
+        first, second = halves if len(halves := latents_of(arguments).chunk(2)) == 2 else (None, None)
+        paired = first is not None and second is not None and _equal(first, second)
+        if pipe is None:
+            ahead = arguments[TOKENS][: len(arguments[TOKENS]) // 2]
+            return paired and _same_rows(ahead, self.terms[0].edit.tokens[NOTHING])
+        guides = getattr(pipe, "do_classifier_free_guidance", paired)
+        if getattr(pipe, "do_perturbed_attention_guidance", False) or (guides and not paired):
+            kind = type(pipe).__name__
+            raise UnsupportedModelError(REFUSE.format(reason=f"{kind} guides with other rows than two for a picture"))
+        return bool(guides)
+
+    def widened(self, arguments: Settings, under_way: _Pass) -> Settings:
+        """The arguments with the rows that are added: each concept's, and no prompt's where the pipeline has none."""
+        texts = [(term.edit, CONCEPT) for term in self.terms]
+        if not under_way.guided:
+            texts.append((self.terms[0].edit, NOTHING))
+        # Behind the negative prompt's are the same pictures, and what else it is told is not the prompt's.
+        like = slice(0, under_way.pictures)
+        wide = of_rows(arguments, under_way.rows, lambda part: torch.cat([part, *[part[like]] * len(texts)]))
+        return _telling(wide, texts, under_way)
+
+    def changed(self, predicted: Tensor, under_way: _Pass) -> Tensor:
+        """The predictions that were asked for, the prompts' own changed."""
+        rows, count = under_way.rows, under_way.pictures
+        own, asked = predicted[rows - count : rows], predicted[:rows]
+        precise = torch.promote_types(predicted.dtype, torch.float32)
+        added = [part.to(precise) for part in predicted[rows:].split(count)]
+        null = predicted[:count].to(precise) if under_way.guided else added[-1]
+        own, told, drawing = own.to(precise), under_way.told, under_way.drawing
+        total = torch.zeros_like(own)
+        for place, ((strength, edit), concept) in enumerate(zip(self.terms, added, strict=False)):
+            moments = None if drawing is None else drawing.moments.get(place)
+            if moments is not None and moments.after.shape != own.shape:
+                moments = None
+            again = drawing is not None and drawing.level == float(under_way.level.max())
+            before = None if moments is None else moments.before if again else moments.after
+            g = direction(own / told, null / told, concept / told, before, edit.figures)
+            if drawing is not None:
+                drawing.moments[place] = Moments.next(before, g.detach(), float(edit.figures[3]))
+            acts = under_way.level < _begin(int(edit.warmup), drawing, self.family.noisiest)
+            total = total + strength * told * g * acts.to(g).view(-1, *[1] * (g.ndim - 1))
+        if drawing is not None:
+            drawing.level = float(under_way.level.max())
+        return torch.cat([asked[: rows - count], (own - total).to(asked.dtype)])
+
+
+def _levels(schedule: object, noisiest: float) -> list[float]:
+    """The noise levels of a sampler as the denoiser is told them, each once, highest first."""
+    if not isinstance(schedule, Tensor):
+        return []
+    return [level * noisiest / TIMESTEPS for level in schedule.detach().float().cpu().unique().flip(0).tolist()]
+
+
+def _begin(warmup: int, drawing: _Drawing | None, noisiest: float) -> float:
+    """The noise level below which guidance acts: as many of the drawing's steps are left out as of `OF_STEPS`."""
+    if drawing is None or not drawing.levels:
+        return noisiest * (1 - warmup / OF_STEPS) if warmup else math.inf
+    steps = warmup * len(drawing.levels) // OF_STEPS
+    # Between two levels: half precision rounds what the denoiser is told.
+    return sum(drawing.levels[steps - 1 : steps + 1]) / 2 if steps else math.inf
+
+
+def _telling(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], under_way: _Pass) -> Settings:
+    """Arguments in which the rows behind those that were asked for are told texts."""
+    first, count = under_way.rows, under_way.pictures
+
+    def told(given: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        rows = [part.to(given).expand(count, *part.shape) for part in parts]
+        return torch.cat([given[:first], *rows])
+
+    length = wide[TOKENS].shape[1]
+    wide = {**wide, TOKENS: told(wide[TOKENS], [_fitted(edit.tokens[row], length) for edit, row in texts])}
+    for name in MASKS:
+        if (mask := wide.get(name)) is not None:
+            behind = mask[0, length:]
+            rows = [torch.cat([_fitted(edit.mask[row], length, 0).to(mask), behind]) for edit, row in texts]
+            wide[name] = told(mask, rows)
+    pooled = [edit.pooled[row] for edit, row in texts]
+    if wide.get(POOLED) is not None:
+        wide[POOLED] = told(wide[POOLED], pooled)
+    added = wide.get("added_cond_kwargs")
+    if added and added.get("text_embeds") is not None:
+        wide["added_cond_kwargs"] = {**added, "text_embeds": told(added["text_embeds"], pooled)}
+    return wide
+
+
+def _fitted(tokens: Tensor, length: int, filler: int | None = None) -> Tensor:
+    """Tokens cut or continued to a length, by the last one or by a number: calls choose how long T5's texts are."""
+    if len(tokens) >= length:
+        return tokens[:length]
+    last = tokens[-1:] if filler is None else torch.full_like(tokens[-1:], filler)
+    return torch.cat([tokens, last.expand(length - len(tokens), *tokens.shape[1:])])
+
+
+def _same_rows(told: Tensor, tokens: Tensor) -> bool:
+    """Whether every row of what a denoiser is told is an encoding, but for rounding of half precision."""
+    known = _fitted(tokens, told.shape[1]).to(told)
+    return known.shape == told.shape[1:] and bool(torch.allclose(told.detach(), known.expand_as(told), 0.01, 0.01))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+def _refuse_other_rows(denoiser: nn.Module) -> None:
+    """Raise `UnsupportedModelError` where something else adds or drops rows, which would be taken for others."""
+    if guidance.has_branches(denoiser):
+        raise UnsupportedModelError(REFUSE.format(reason="the removal of objects adds rows of its own"))
+    if hooks.drops_rows(denoiser):
+        raise UnsupportedModelError(REFUSE.format(reason="FasterCache drops the rows of negative prompts"))
+
+
+class ExtraRows:
+    """The safety guidance of a denoiser as a hook."""
+
+    @staticmethod
+    def write(denoiser: nn.Module, terms: Sequence[Term], family: Family = FAMILY) -> None:
+        """Make exactly these active on a denoiser; none removes the hook."""
+        if ExtraRows.is_written(denoiser, terms):
+            return
+        hooks.remove_hook(denoiser, _HOOK)
+        if terms:
+            hooks.register_hook(denoiser, _ExtraRows(denoiser, terms, family), _HOOK)
+
+    @staticmethod
+    def is_written(denoiser: nn.Module, terms: Sequence[Term]) -> bool:
+        """Whether exactly these are active."""
+        hook = hooks.find_hook(denoiser, _HOOK)
+        if not terms:
+            return hook is None
+        if not isinstance(hook, _ExtraRows) or not hooks.runs_hook(denoiser, _HOOK) or len(hook.terms) != len(terms):
+            return False
+        pairs = zip(hook.terms, terms, strict=True)
+        return all(one.strength == other.strength and one.edit is other.edit for one, other in pairs)

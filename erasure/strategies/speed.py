@@ -1,0 +1,193 @@
+"""SPEED: Scalable, Precise, and Efficient Concept Erasure (Li et al., ICLR 2026, arXiv 2503.07392)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from erasure.backbones.conditioning import Source
+from erasure.concept import Concept
+from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
+from erasure.strategies.base import register
+from erasure.strategies.closed_form import solve
+from erasure.strategies.closed_form.entry import Door, EntryEdit
+from erasure.strategies.closed_form.null_space import centres, constrained, null_space
+from erasure.strategies.closed_form.written import Change
+from erasure.text.encodings import Reader
+
+FEW = {
+    "tokens": "last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
+    "layers": "values", "relative": False, "regularisation": 1.0, "threshold": 1e-1, "influence": True,
+    "augmentations": 10, "augmented_directions": 1, "centroids": 3, "leniency": 0.0, "averaged": False,
+    "tolerance": 0.0,
+}  # fmt: skip
+"""Recipe for a few objects or styles."""
+MANY = {**FEW, "threshold": 1e-4, "regularisation": 0.05, "influence": False}
+"""Recipe for 10 to 100 people."""
+NUDITY = {**FEW, "tokens": "all", "regularisation": 0.7, "leniency": 0.5}
+
+
+@register("speed")
+@dataclass(frozen=True, kw_only=True)
+class SPEED(EntryEdit):
+    """Rewrite what the denoiser's text layers make of the concept, only where nothing that is preserved goes.
+
+    For each layer `W` through which text enters the denoiser, find the change `D P` that minimises
+
+        |(W + D P) C_1 - W C_*|^2 + s |D P|^2    such that    D P C_2 = 0
+
+    with erased features `C_1`, the features `C_*` that take their place, and invariants `C_2`: the start token and the
+    centres of the empty prompt's other tokens. `P` projects onto the null space of the preserved features, the
+    directions in which they have next to nothing, so that whatever `D` is they stay as they are. The solution is
+    `W (C_* - C_1) C_1^T P Q M`; see `closed_form.null_space.constrained`. Its rank is at most the number of erased
+    features. The more is preserved the smaller the null space is, so what is preserved is chosen for each layer:
+
+    - *Filtering by influence*: of the preserved features those stay that the change without any null space would move
+      by more than the mean.
+    - *Directed augmentation*: to each, noise is added along the directions that `W` sees least, which gives features
+      of the same meaning; of these, too, those stay that are moved by more than the mean.
+
+    Layers that read a pooled vector of the prompt are changed in the same way, from the pooled vectors of the same
+    prompts, with that of the empty prompt as the invariant.
+
+    Presets `paper` and `released` are the recipe for a few objects or styles, `-many` that for 10 to 100 people,
+    `-nudity` that for nudity. The code averages over the concepts where the paper adds them up. It preserves its own
+    list of names: give what must survive as retain lists, of which the bare names count; without any, the empty prompt
+    is preserved. Its noise comes from a graphics card's generator and cannot be had again.
+
+    Protects released weights against prompts; learned embeddings can bring the concept back.
+    """
+
+    title: ClassVar[str] = "closed-form edit of values in the null space of what is preserved"
+    paper: ClassVar[str] = "Li et al. 2026, arXiv 2503.07392"
+
+    layers: Literal["values", "keys", "both"] = "both"
+    """Which layers of a cross-attention are changed (paper: values, which on Canvas leave more of a style).
+    Layers ahead of all attention always are."""
+    regularisation: Positive = 1.0
+    """s (paper: 1; released code: 0.05 for 10 to 100 people, 0.7 for nudity)."""
+    relative: bool = True
+    """Whether s, the threshold, and the noise are in mean squares of the features' values, about 1 in Stable Diffusion
+    and very different in other text encoders; else they are plain numbers (released code)."""
+    threshold: Positive = 3e-2
+    """Mean square of preserved features along a direction below which it belongs to the null space (released code:
+    1e-1, with which look-alikes suffer on Canvas; 1e-4 for 10 to 100 people)."""
+    influence: bool = True
+    """Preserve only what the change would move by more than the mean (released code: not for people)."""
+    augmentations: CountOrZero = 10
+    """Noisy copies of each preserved feature (released code: 10)."""
+    augmented_directions: Count = 1
+    """Directions of noise: those of a layer's least singular values (released code: 1)."""
+    centroids: CountOrZero = 3
+    """Centres of the empty prompt's tokens that are invariants, besides its start token (released code: 3)."""
+    leniency: NotNegative = 0.0
+    """How far invariants may move, as a ridge in their constraint (released code: 0; 0.5 for nudity). 0 keeps them."""
+    averaged: bool = False
+    """Average over the erased prompts (released code) instead of adding them up."""
+
+    presets: ClassVar[Presets] = {
+        "paper": FEW,
+        "paper-many": MANY,
+        "paper-nudity": NUDITY,
+        **{f"released{name}": {**preset, "averaged": True}
+           for name, preset in (("", FEW), ("-many", MANY), ("-nudity", NUDITY))},
+    }  # fmt: skip
+
+    def changes(self, door: Door, seed: int) -> list[Change]:
+        """A change for each layer; see `EntryEdit.changes`.
+
+        Raises:
+            OptionError: Preserved features leave no direction in any layer, or none in which the erased ones go.
+        """
+        unit = door.mean_square if self.relative else 1.0
+        share = self.prompts(door) ** -0.5 if self.averaged else 1.0
+        erased, replacing = share * door.erased, share * door.replacing
+        empty = self.empty_prompt(door)
+        preserved = door.preserved if len(door.preserved) else empty.rest
+        invariant = torch.cat([empty.start, centres(empty.rest, self.centroids)])
+        # What a closed form without any constraint adds to what a layer reads.
+        free = solve(erased, replacing, preserved[:0], 1.0, 0.0, unit)
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for layer, weight in zip(door.layers, door.weights, strict=True):
+            if self.layers in ("both", layer.part) or layer.part == "both":
+                covariance = self.refined(weight, free, preserved, unit**0.5, generator)
+                space = null_space(covariance, self.threshold * unit)
+                right = constrained(erased, space, invariant, self.regularisation * unit, self.leniency * unit)
+                made.append(Change([layer], [weight], (replacing - erased).T, right, door.features))
+        if not any((change.right.norm() > 1e-9 * change.left.norm()) for change in made):
+            self.refuse(
+                "threshold", self.threshold,
+                f"a larger one: preserved features leave no direction in which the concept's {door.source} go; or "
+                "preserve less, by shorter retain lists and a smaller vocabulary",
+            )  # fmt: skip
+        return made
+
+    def preserved_features(self, reader: Reader, source: Source, concepts: Sequence[Concept], seed: int) -> Tensor:
+        """See `EntryEdit.preserved_features`. Of bare names on retain lists the last token counts (released code)."""
+        if self.tokens == "all" and not self.templates:
+            return replace(self, tokens="last").preserved_features(reader, source, concepts, seed)
+        return super().preserved_features(reader, source, concepts, seed)
+
+    def refined(self, weight: Tensor, free: Tensor, preserved: Tensor, size: float, generator: Generator) -> Tensor:
+        """Mean of the outer products of what is preserved in a layer, filtered and augmented, `(dim, dim)`.
+
+        Args:
+            weight: The layer's, `(out, dim)`.
+            free: What a closed form without constraint adds to what it reads is `free c`, `(dim, dim)`.
+            preserved: `(preserved, dim)`.
+            size: Standard deviation of the noise along each direction.
+            generator: Draws the noise.
+        """
+        shift = weight @ free
+        if self.influence:
+            preserved = preserved[_above_mean((preserved @ shift.T).norm(dim=1))]
+        directions = torch.linalg.svd(weight, full_matrices=False).Vh[-self.augmented_directions :]
+        shape = (len(preserved), self.augmentations, len(directions))
+        noise = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+        # |shift (c + V s)|^2 for every copy, without making the copies.
+        along = directions @ shift.T
+        own = preserved @ shift.T
+        moved = own.square().sum(1)[:, None] + 2 * (noise @ (own @ along.T)[:, :, None])[..., 0]
+        moved = moved + ((noise @ (along @ along.T)) * noise).sum(2)
+        kept = _above_mean(moved.clamp_min(0).sqrt()).double()
+        mixed = preserved.T @ (kept[..., None] * noise).sum(1) @ directions
+        added = torch.einsum("na,nai,naj->ij", kept, noise, noise)
+        total = preserved.T @ ((1 + kept.sum(1, keepdim=True)) * preserved)
+        total = total + mixed + mixed.T + directions.T @ added @ directions
+        return total / (len(preserved) + kept.sum())
+
+    def prompts(self, door: Door) -> int:
+        """How many prompts are erased."""
+        return sum(len(self.pairs(door.reader.backbone.reader, concept)) for concept in door.concepts)
+
+    def empty_prompt(self, door: Door) -> EmptyPrompt:
+        """What the layers read of the empty prompt."""
+        states = door.reader.read([""])([""]).of(door.source)[0].double().cpu()
+        if door.source == "pooled":
+            return EmptyPrompt(states, states[:0])
+        start, rest = [states[:0]], [states[:0]]
+        for run in door.reader.backbone.token_runs:
+            first = run.first + run.tower.leading
+            stop = None if run.tokens is None else run.first + run.tokens
+            start.append(states[run.first : first])
+            rest.append(states[first:stop])
+        return EmptyPrompt(torch.cat(start), torch.cat(rest))
+
+
+class EmptyPrompt(NamedTuple):
+    """Features of the empty prompt, `(n, dim)` float64 each."""
+
+    start: Tensor
+    """Its start tokens, or its pooled vector."""
+    rest: Tensor
+    """All other tokens."""
+
+
+def _above_mean(values: Tensor) -> Tensor:
+    """Which values are above their mean, or, where all are alike, all of them."""
+    return values >= values.mean().clamp_max(values.max()) if values.numel() else values > 0

@@ -1,0 +1,159 @@
+"""Sums of edits: one erasure that does what two do, the later of which was made on top of the earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from erasure.carriers.activations import Pinned
+from erasure.carriers.edits import Edit, Edits, InputMap, LowRank
+from erasure.errors import UnsupportedModelError
+from erasure.strategies.base import Strategy
+from erasure.strategies.closed_form import factors
+
+Weight = Callable[[str], Tensor]
+"""Gives the value of a parameter by its key."""
+
+
+def refuse_on_top(method: Strategy, earlier: Edits) -> None:
+    """Refuse what cannot be made on top of an erasure, before the work.
+
+    Raises:
+        OptionError: The options keep nothing, so that what is erased already would come back.
+        UnsupportedModelError: Two edits of latents at the same blocks.
+    """
+    if option := method.ignores_retain():
+        method.refuse(
+            option, getattr(method, option),
+            "what lets prompts survive: on top of an erasure nothing else keeps its concepts erased",
+        )  # fmt: skip
+    if earlier.features and "activations" in method.carriers:
+        raise UnsupportedModelError(
+            f"{method.name} edits latents, and so does the earlier erasure ({next(iter(earlier.features))}): two "
+            "edits of one block's latents have no sum. Erase all concepts in one erasure, or make two and attach both"
+        )
+
+
+def added_up(earlier: Edits, later: Edits, stock: Weight, erased: Weight) -> Edits:
+    """The sum of the edits of two erasures.
+
+    Low-rank changes are joined, and shortened where their ranks grow beyond what their precision tells apart; a sum of
+    other forms is a change of the whole parameter. An input map stays one where nothing else changes its layer.
+
+    Args:
+        earlier: Edits of the stock model.
+        later: Edits of the model with the earlier ones in force.
+        stock: Base values, which earlier input maps are about.
+        erased: Values with the earlier edits in force, which later input maps are about.
+
+    Raises:
+        UnsupportedModelError: Both edit the same thing in a way that has no sum.
+    """
+    one, two = _by_parameter(earlier), _by_parameter(later)
+    made = Edits()
+    for key in dict.fromkeys([*one, *two]):
+        parts = [one[key]] if key in one else []
+        if key in two:
+            parts.append(two[key])
+        if len(parts) == 2:
+            plain = [_without_map(part, weight(key)) for part, weight in zip(parts, (stock, erased), strict=True)]
+            parts = [_sum(*plain)]
+        _put(made, key, parts[0])
+    known = {"low_rank", "deltas", "maps"}
+    for name in (field.name for field in fields(Edits) if field.name not in known):
+        ours, theirs = getattr(earlier, name), getattr(later, name)
+        if name == "pinned":
+            made.pinned = _pins(ours, theirs)
+            continue
+        if both := sorted(set(ours) & set(theirs)):
+            raise UnsupportedModelError(
+                f"both erasures have {name} of {both[0]}, which have no sum: erase all concepts in one erasure, or "
+                "make two and attach both"
+            )
+        setattr(made, name, {**ours, **theirs})
+    return made
+
+
+def joined(first: LowRank, second: LowRank) -> LowRank:
+    """The sum of two low-rank changes: their factors side by side, in fewer columns where that says the same.
+
+    Directions that are left out weigh, all together, less than a rounding to the precision of the factors.
+    """
+    dtype = reduce(torch.promote_types, (part.dtype for pair in (first, second) for part in pair))
+    down = torch.cat([first.down.to(dtype), second.down.to(dtype)])
+    up = torch.cat([first.up.to(dtype), second.up.to(dtype)], 1)
+    # The product is that of two small triangles between orthonormal columns.
+    left, core_left = torch.linalg.qr(up.double())
+    right, core_right = torch.linalg.qr(down.double().T)
+    core = core_left @ core_right.T
+    if not core.any():
+        return LowRank(down, up)
+    directions, rest = factors(core)
+    sizes = directions.norm(dim=0)
+    tail = sizes.square().flip(0).cumsum(0).flip(0).sqrt()
+    rank = max(1, int((tail > torch.finfo(dtype).eps / 2 * tail[0]).sum()))
+    if rank == len(down):
+        return LowRank(down, up)
+    half = sizes[:rank].sqrt()
+    short = LowRank((half[:, None] * rest[:rank]) @ right.T, left @ (directions[:, :rank] / half))
+    return LowRank(*(part.to(dtype).contiguous() for part in short))
+
+
+def _by_parameter(edits: Edits) -> dict[str, Edit]:
+    layers: dict[str, LowRank | InputMap] = {**edits.low_rank, **edits.maps}
+    return {**{f"{key}.weight": edit for key, edit in layers.items()}, **edits.deltas}
+
+
+def _put(made: Edits, key: str, edit: Edit) -> None:
+    if isinstance(edit, LowRank):
+        made.low_rank[key.removesuffix(".weight")] = edit
+    elif isinstance(edit, InputMap):
+        made.maps[key.removesuffix(".weight")] = edit
+    else:
+        made.deltas[key] = edit
+
+
+def _without_map(edit: Edit, weight: Tensor) -> Tensor | LowRank:
+    """An edit that does not ask what the weight is: an input map as factors, in float32."""
+    if isinstance(edit, InputMap):
+        return LowRank(edit.down.float(), (weight.detach().double().cpu() @ edit.up.double()).float())
+    return edit
+
+
+def _sum(first: Tensor | LowRank, second: Tensor | LowRank) -> Tensor | LowRank:
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return joined(first, second)
+    dense = [part.up.double() @ part.down.double() if isinstance(part, LowRank) else part for part in (first, second)]
+    dtype = torch.promote_types(*((part.up if isinstance(part, LowRank) else part).dtype for part in (first, second)))
+    total = dense[0].double() + dense[1].double()
+    rounded = total.to(dtype)
+    return rounded if torch.isfinite(rounded).all() else total.float()
+
+
+def _pins(earlier: Mapping[str, Pinned], later: Mapping[str, Pinned]) -> dict[str, Pinned]:
+    """Prompts that either keeps fixed. Those of both stay as the earlier has them, which the later found in force.
+
+    Raises:
+        UnsupportedModelError: One of them knows the states of blocks and the other does not.
+    """
+    made = {**later, **earlier}
+    for component in set(earlier) & set(later):
+        one, two = earlier[component], later[component]
+        new = [row for row in range(len(two.input_ids)) if not (one.input_ids == two.input_ids[row]).all(1).any()]
+        if not new:
+            continue
+        if bool(one.blocks.numel()) != bool(two.blocks.numel()):
+            raise UnsupportedModelError(
+                f"the earlier erasure pins prompts of {component} in another form, an older one: make it again"
+            )
+        blocks = torch.cat([one.blocks, two.blocks[new]]) if one.blocks.numel() else one.blocks
+        made[component] = Pinned(
+            torch.cat([one.input_ids, two.input_ids[new]]),
+            torch.cat([one.hidden_states, two.hidden_states[new].to(one.hidden_states.dtype)]),
+            blocks,
+        )
+    return made
