@@ -90,17 +90,15 @@ class Discriminator(Player):
             clean: `(batch, channels, h, w)`.
             t: `(batch,)` noise levels.
         """
-        x = clean.float()
-        told = [(0.0, 0.0)] * len(WIDTHS) if self.level is None else self._told(t)
-        for layer, norm, (scale, shift) in zip(self.layers, self.norms, told, strict=True):
-            x = F.leaky_relu(norm(layer(x)) * (1 + scale) + shift, 0.2)
+        x, told = clean.float(), None if self.level is None else self.level(t.float())[..., None, None]
+        parts = [None] * len(WIDTHS) if told is None else told.split([2 * width for width in WIDTHS], 1)
+        for layer, norm, part in zip(self.layers, self.norms, parts, strict=True):
+            x = norm(layer(x))
+            if part is not None:
+                scale, shift = part.chunk(2, 1)
+                x = x * (1 + scale) + shift
+            x = F.leaky_relu(x, 0.2)
         return self.last(x)
-
-    def _told(self, t: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Scale and shift of each layer's channels."""
-        assert self.level is not None
-        every = self.level(t.float())[..., None, None].split([2 * width for width in WIDTHS], 1)
-        return [tuple(part.chunk(2, 1)) for part in every]
 
     def errors(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropies of its judgements of latents of the first and of the second kind.
