@@ -334,7 +334,7 @@ def test_a_training_goes_on_where_it_stopped(work) -> None:
     assert [row["step"] for row in more] == [*(row["step"] for row in rows), 3]
     noted = json.loads((work / "transformer.options.json").read_text())
     assert len(noted) == 1
-    assert noted[0]["tokens"] == 0.25
+    assert (noted[0]["tokens"], noted[0]["pooled"]) == (0.12, 0.6)
 
 
 def test_weights_are_the_finished_ones_or_the_averages_of_the_last_checkpoint(work, tmp_path) -> None:

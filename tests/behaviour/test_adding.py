@@ -65,9 +65,12 @@ class TestAdding:
             assert all(torch.equal(a, b) for a, b in zip(flat(both), flat(at_once), strict=True))
         elif made.edits.low_rank:
             for key, pair in made.edits.low_rank.items():
-                rank = len(pair.down)
-                assert torch.equal(both.edits.low_rank[key].down[:rank], pair.down)
-                assert torch.equal(both.edits.low_rank[key].up[:, :rank], pair.up)
+                # What the sum has beyond the earlier change is a change of the later one's rank.
+                whole = both.edits.low_rank[key]
+                beyond = whole.up.double() @ whole.down.double() - pair.up.double() @ pair.down.double()
+                sizes = torch.linalg.svdvals(beyond)
+                assert sizes[0] > 0
+                assert (sizes[len(pair.down) :] < 0.02 * sizes[0]).all()
         manager = ErasureManager(tiny_pipe)
         manager.load(both.save(tmp_path / "both"), name="both")
         assert manager.verify() > 0
@@ -142,7 +145,7 @@ class TestOnOneFamily:
             fit(tiny_pipe, "uce", Concept("dog", anchor="cat"), add_to=cat)
         with pytest.raises(OptionError, match=r"'erase_scale' is 3\.0; allowed: 10\.0, as cat-uce has it"):
             fit(tiny_pipe, "uce", "dog", add_to=cat, erase_scale=3.0)
-        with pytest.raises(OptionError, match=r"'tolerance' is 0\.0"):
+        with pytest.raises(OptionError, match="'tokens' is 'last'; allowed: 'from_last'"):
             fit(tiny_pipe, "uce", "dog", add_to=cat, preset="released", vocabulary=8)
         with pytest.raises(OptionError, match="the seed is 1"):
             fit(tiny_pipe, "uce", "dog", add_to=cat, seed=1)
