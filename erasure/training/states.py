@@ -66,11 +66,7 @@ class States(NamedTuple):
     def cat(cls, parts: Sequence[States]) -> States:
         """All of some, one after the other; they have the same parts."""
         every = [part.parts() for part in parts]
-        return cls(**{name: torch.cat([part[name] for part in every]) for name in every[0]}, **parts[0].absent())
-
-    def absent(self) -> dict[str, None]:
-        """What there is not, by name."""
-        return {name: None for name, part in self._asdict().items() if part is None}
+        return parts[0]._replace(**{name: torch.cat([part[name] for part in every]) for name in every[0]})
 
     def parts(self) -> dict[str, Tensor]:
         """What there is, by name."""
