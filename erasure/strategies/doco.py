@@ -74,6 +74,8 @@ class DoCo(ConceptAblation):
     paper: ClassVar[str] = "DoCo, Wu et al. 2025, arXiv 2405.15304"
     cost: ClassVar[str] = "minutes, about 4 denoiser passes a training state"
 
+    steps: Count = 300
+    """Updates of the discriminator, and all but the first of the student (released code: 2000)."""
     states: Mode = "buffer"
     """`buffer` takes the states of the anchor's trajectories, whose predictions are there already; `images` draws
     images of the anchor to the end once, and noises them anew for every state (released code); `online` rolls every
@@ -84,7 +86,7 @@ class DoCo(ConceptAblation):
     """Whether that is done in each tensor, or in all together."""
     surgery_strength: NotNegative = 1.0
     """Share of the opposed part that is taken out."""
-    retain_added: NotNegative = 1.0
+    retain_added: NotNegative = 3.0
     """Weight at which the gradient of what must survive is added itself, besides the surgery (released code: 0)."""
     head_start: Decay = 0.2
     """Share of the updates in which the discriminator learns alone at first (released code: a half)."""
