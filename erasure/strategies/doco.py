@@ -12,7 +12,7 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept
-from erasure.options import Decay, NotNegative, Positive, Presets
+from erasure.options import Count, Decay, NotNegative, Positive, Presets
 from erasure.strategies.base import Standing, register
 from erasure.strategies.concept_ablation import RELEASED as ABLATION
 from erasure.strategies.concept_ablation import ConceptAblation
