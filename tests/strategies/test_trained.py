@@ -328,7 +328,8 @@ def test_two_processes_train_what_one_does(tiny_pipe_folder: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, made in single.items():
-        close(Erasure.load(tmp_path / name), made, 1e-5)
+        # A step is 1e-3 long; of two players each echoes what the other has rounded.
+        close(Erasure.load(tmp_path / name), made, 5e-5 if name == "doco" else 1e-5)
 
 
 # Plug-ins ------------------------------------------------------------------------------------------------------------
