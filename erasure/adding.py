@@ -45,11 +45,11 @@ class Addition:
     concepts: ledger.Merged
     """All concepts, the new ones last."""
     method: Strategy
-    """What carries the request out."""
+    """The strategy, with its options."""
     way: Way
-    """How."""
+    """Whether all concepts are fitted anew, or the new ones on top of the earlier edits."""
     seed: int
-    """Seeds what is random."""
+    """Seed of everything random."""
 
     @classmethod
     def planned(

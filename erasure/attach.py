@@ -150,7 +150,8 @@ class ErasureManager:
                     record = replace(record, attached={**record.attached, name: attached})
                 records[component] = record
             self._apply(modules, records, sources)
-        if not controlnet and CONTROLNET in modules and any(map(is_denoiser, sources)):
+        edited = [component for component in sources if is_denoiser(component) and erasure.edits.of(component)]
+        if edited and not controlnet and CONTROLNET in modules:
             warnings.warn(guards.CONTROL.format(names=name), BypassedErasureWarning, stacklevel=2)
         return len(erasure.edits)
 

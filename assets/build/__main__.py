@@ -103,6 +103,8 @@ def flux(
     tokens: float = 0.12,
     pooled: float = 0.6,
     emptied: float = 0.4,
+    grounding: float = 0.3,
+    grounded: float = 0.4,
 ) -> None:
     """Train the transformer of `canvas-flux`; `torchrun --nproc_per_node 2` uses two cores.
 
@@ -114,11 +116,15 @@ def flux(
         tokens: How often T5's tokens are left out, so that the pooled vector carries the prompt.
         pooled: How often the pooled vector is left out.
         emptied: Share of captions whose end token and padding say nothing.
+        grounding: Weight of the loss on words' attention.
+        grounded: Share of joint attention that an object's word should draw on the object.
     """
     from erasure.assets.build.flow import Recipe
     from erasure.assets.build.flux import train
 
-    train(work, steps, Recipe(batch=batch, pairs=pairs), tokens, pooled, emptied)
+    train(
+        work, steps, Recipe(batch=batch, pairs=pairs, grounding=grounding, grounded=grounded), tokens, pooled, emptied
+    )
 
 
 def distil(work: Path = WORK, steps: int = 480) -> None:
@@ -164,6 +170,8 @@ def sd3(
     pairs: float = 0.5,
     tokens: float = 0.3,
     pooled: float = 0.6,
+    grounding: float = 0.3,
+    grounded: float = 0.4,
 ) -> None:
     """Train the transformer of `canvas-sd3`.
 
@@ -174,11 +182,14 @@ def sd3(
         pairs: Share of two-object scenes.
         tokens: How often the tokens of each text encoder are left out.
         pooled: How often the pooled vector is left out.
+        grounding: Weight of the loss on words' attention.
+        grounded: Share of joint attention that an object's word should draw on the object.
     """
     from erasure.assets.build.flow import Recipe
     from erasure.assets.build.sd3 import train
 
-    train(work, steps, Recipe(batch=batch, pairs=pairs), tokens, pooled)
+    recipe = Recipe(batch=batch, pairs=pairs, grounding=grounding, grounded=grounded)
+    train(work, steps, recipe, tokens, pooled)
 
 
 def families(
@@ -460,10 +471,9 @@ def everything(out: Path = Path("results/everything"), processes: int = 2, only:
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests, attacks,
-        ways,
-        gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3, families,
-        ip_adapter,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
+        attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
+        families, ip_adapter,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

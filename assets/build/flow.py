@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,13 @@ from torch.nn import functional as F
 from erasure.assets import path as embedded
 from erasure.assets.build.bank import Bank
 from erasure.assets.build.fit import fit
+from erasure.assets.build.grounding import grounding_loss, object_masks
 from erasure.assets.build.prompts import Prompts
+from erasure.assets.scenes import Scene
+from erasure.backbones import attention_sites
 from erasure.backbones.parametrisation import TIMESTEPS, Flow
+from erasure.carriers.attention import AttentionController
+from erasure.carriers.layout import Layout
 
 SHIFT = 1.6
 """Shift of noise levels that suits 64 image tokens: what Flux's dynamic shift comes to."""
@@ -36,6 +41,12 @@ class Recipe:
     """Share of captions replaced by "" for guidance."""
     pairs: float = 0.5
     """Share of two-object scenes."""
+    grounding: float = 0.3
+    """Weight of the loss on words' attention, see `grounding_loss`."""
+    grounded: float = 0.4
+    """Share of joint attention that an object's word should draw on the object."""
+    layers: int = 4
+    """Layers, from the first on, in which it should."""
 
 
 class State(NamedTuple):
@@ -56,6 +67,10 @@ class State(NamedTuple):
 Comparison = Callable[[State], tuple[Tensor, Tensor]]
 """What a network tells at a state, and what it should, of the same shape."""
 
+Words = Callable[[list[str], Sequence[Scene], Mapping[str, Tensor]], Tensor]
+"""Given captions, their scenes and their parts: which token of a joint attention names which object, as
+`object_tokens` tells; a word that is left out names nothing."""
+
 
 def train(
     folder: Path,
@@ -64,6 +79,7 @@ def train(
     optimisers: Mapping[str, torch.optim.Optimizer],
     compare: Comparison,
     prompts: Prompts,
+    words: Words,
     accelerator: Accelerator,
     recipe: Recipe,
     *,
@@ -79,6 +95,7 @@ def train(
         optimisers: What trains it.
         compare: Gives what the network tells, and what it should.
         prompts: Encodes captions.
+        words: Finds the tokens that name objects.
         accelerator: The processes.
         recipe: Scenes and captions.
         steps: Optimiser steps in all; may be changed when resuming before the learning rate falls.
@@ -90,20 +107,30 @@ def train(
     latents = folder / f"latents-{rank}.pt"
     bank = Bank.of(vae, latents, recipe.bank, 1000 * rank + 30_000, recipe.pairs).to(device)
 
+    masks = object_masks(bank.scenes, bank.latents.shape[-1]).to(device)
+    joint = [site for site in attention_sites(network) if site.kind == "joint"][: recipe.layers]
+
     def losses(rng: np.random.Generator) -> dict[str, Tensor]:
         rows, captions = bank.draw(rng, batch, recipe.drop)
-        clean = bank.latents[rows]
+        clean, told = bank.latents[rows], prompts(captions)
+        marked = words(captions, [bank.scenes[row] for row in rows], told).to(device)
         level = levels(batch, SHIFT).to(device)
         noise, t = torch.randn(clean.shape).to(device), TIMESTEPS * level
         noisy, velocity = way.noised(clean, noise, t), way.target(clean, noise, t)
         empty = {part: states.expand(batch, *states.shape[1:]) for part, states in prompts.empty.items()}
-        drawn, wanted = compare(State(noisy, velocity, level, prompts(captions), empty))
-        return {"loss": F.mse_loss(drawn.float(), wanted)}
+        control = AttentionController(network, Layout((clean.shape[2], clean.shape[3]), batch))
+        control.capture(marked, joint)
+        with control:
+            drawn, wanted = compare(State(noisy, velocity, level, told, empty))
+        return {
+            "loss": F.mse_loss(drawn.float(), wanted),
+            "grounding": grounding_loss(control.maps, masks[rows], marked.sum(1) > 0, recipe.grounded),
+        }
 
     options = {**asdict(recipe), **prompts.shares, "emptied": prompts.emptied, "thinned": prompts.thinned}
     fit(
-        folder, name, network, optimisers, losses, accelerator, steps=steps, options=options, every=96, memory=0.98,
-        seed=seed,
+        folder, name, network, optimisers, losses, accelerator, steps=steps, options=options,
+        weights={"grounding": recipe.grounding}, every=96, memory=0.98, seed=seed,
     )  # fmt: skip
 
 

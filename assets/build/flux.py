@@ -6,7 +6,7 @@ carries the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from erasure.assets import path as embedded
 from erasure.assets.build import flow
 from erasure.assets.build.fit import processes, trained
-from erasure.assets.build.prompts import Prompts, Told, Tower
+from erasure.assets.build.grounding import object_tokens
+from erasure.assets.build.prompts import Prompts, Told, Tower, ids_of
+from erasure.assets.scenes import Scene
 from erasure.backbones.latents import pack
 
 CONFIG: dict[str, Any] = {
@@ -59,6 +61,22 @@ def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
         return Told({"tokens": tokens.states, "pooled": pooled}, {"tokens": tokens.after})
 
     return encode
+
+
+def words(folder: Path, prompts: Prompts) -> flow.Words:
+    """What finds the tokens that name objects: T5's.
+
+    Args:
+        folder: Where the step `t5` left its parts.
+        prompts: Made of `reader`.
+    """
+    pieces = T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+
+    def find(captions: list[str], scenes: Sequence[Scene], parts: Mapping[str, Tensor]) -> Tensor:
+        marked = object_tokens(pieces, ids_of(pieces, captions), scenes)
+        return marked * prompts.said(parts, "tokens").cpu()[..., None]
+
+    return find
 
 
 def places(rows: int, columns: int) -> Tensor:
@@ -120,8 +138,8 @@ def train(
         return predict(transformer, state.noisy, state.level, state.told), pack(state.velocity)
 
     flow.train(
-        folder, "transformer", transformer, flow.optimisers(transformer), compare, prompts, accelerator, recipe,
-        steps=steps, seed=seed,
+        folder, "transformer", transformer, flow.optimisers(transformer), compare, prompts, words(folder, prompts),
+        accelerator, recipe, steps=steps, seed=seed,
     )  # fmt: skip
 
 
@@ -167,7 +185,8 @@ def distil(
 
     optimisers = flow.optimisers(student, matrices=0.002, others=5e-4)
     flow.train(
-        folder, "guided", student, optimisers, compare, prompts, accelerator, recipe, steps=steps, seed=seed,
+        folder, "guided", student, optimisers, compare, prompts, words(folder, prompts), accelerator, recipe,
+        steps=steps, seed=seed,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import OBJECTS
@@ -22,7 +22,7 @@ MOST = 2
 """Objects of a scene."""
 
 
-def object_tokens(tokenizer: CLIPTokenizer, ids: Tensor, scenes: Sequence[Scene]) -> Tensor:
+def object_tokens(tokenizer: PreTrainedTokenizerBase, ids: Tensor, scenes: Sequence[Scene]) -> Tensor:
     """Find the token that names each object, `(captions, tokens, MOST)` float: 1 at the token, 0 elsewhere.
 
     An object may go by its name, a synonym or its group. Where both objects of a scene go by the same word, neither is
@@ -37,8 +37,9 @@ def object_tokens(tokenizer: CLIPTokenizer, ids: Tensor, scenes: Sequence[Scene]
     for row, scene in enumerate(scenes):
         for column, name in enumerate(scene.objects):
             words = [name, OBJECTS[name].group, *OBJECTS[name].synonyms]
-            spelt = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-            marked[row, torch.isin(ids[row], torch.tensor(spelt).flatten()), column] = 1
+            either = [*words, *(word.capitalize() for word in words)]
+            pieces = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids for word in either])
+            marked[row, torch.isin(ids[row], pieces), column] = 1
     return marked * (marked.sum(1, keepdim=True) == 1)
 
 

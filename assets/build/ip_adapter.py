@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import erasure
 from erasure.assets import ROOT
@@ -33,21 +31,22 @@ from erasure.assets.build.bank import Bank
 from erasure.assets.build.evaluate import generate, sheet
 from erasure.assets.build.export import GENERATION
 from erasure.assets.build.fit import fit, processes, trained
+from erasure.assets.build.image_tower import drawn, image_tower, seen
 from erasure.assets.build.loop import cosine, log
 from erasure.assets.build.tokenizer import CONTEXT
 from erasure.assets.facts import FILE
-from erasure.assets.scenes import Scene, caption, render, sample_scene
+from erasure.assets.scenes import caption, sample_scene
 from erasure.assets.world import OBJECTS, STYLES, noun_phrase
 from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json
+from erasure.interop.image_prompts import ENCODER, cross_attention
+from erasure.interop.protocols import Denoiser
 
 NAME = "canvas-ip-adapter"
 WEIGHTS = "ip-adapter_canvas-sd.safetensors"
 SUBFOLDER = "models"
-ENCODER = "image_encoder"
-"""Folder of the image tower, inside of `SUBFOLDER`."""
 TOKENS = 4
-"""Of a picture; diffusers knows no other number for this kind of adapter."""
+"""Tokens that an adapter makes of a picture. Diffusers knows no other number for this kind of adapter."""
 
 
 class Adapter(ModelMixin, ConfigMixin):
@@ -100,91 +99,18 @@ class Adapter(ModelMixin, ConfigMixin):
         projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
         assert isinstance(projection, ImageProjection)
         projection.image_embeds, projection.norm = self.image_proj["proj"], self.image_proj["norm"]
-        for own, name in zip(self.layers, cross_attention(pipe.unet), strict=True):
-            processor = pipe.unet.attn_processors[name]
+        for own, (name, _) in zip(self.layers, cross_attention(pipe.unet), strict=True):
+            processor = pipe.unet.attn_processors[f"{name}.processor"]
             processor.to_k_ip[0], processor.to_v_ip[0] = own["to_k_ip"], own["to_v_ip"]
 
 
-def cross_attention(unet: UNet2DConditionModel) -> list[str]:
-    """Names of the processors of layers that look at words."""
-    return [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-
-
 def attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
-    """The layers that look at words, in the order of `cross_attention`."""
-    return [unet.get_submodule(name.removesuffix(".processor")) for name in cross_attention(unet)]
-
-
-def image_tower() -> CLIPVisionModelWithProjection:
-    """The image tower of `canvas-clip`, for pictures as CLIP's own processor normalises them.
-
-    canvas-clip takes pixels in [-1, 1], and diffusers makes a processor with the means and deviations of CLIP. The
-    difference goes into the weights of the patches and the positions, so what the tower says stays the same.
-    """
-    described = json.loads((embedded("canvas-clip") / "open_clip_config.json").read_text())["model_cfg"]
-    vision = described["vision_cfg"]
-    tower = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            image_size=vision["image_size"], patch_size=vision["patch_size"], hidden_size=vision["width"],
-            num_hidden_layers=vision["layers"], intermediate_size=4 * vision["width"], hidden_act="gelu",
-            num_attention_heads=vision["width"] // vision["head_width"], projection_dim=described["embed_dim"],
-        )
-    )  # fmt: skip
-    tower.load_state_dict(vision_states(load_file(embedded("canvas-clip") / "open_clip_model.safetensors")))
-    processor = CLIPImageProcessor()
-    mean, deviation = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
-    embeddings = tower.vision_model.embeddings
-    with torch.no_grad():
-        weight = embeddings.patch_embedding.weight
-        shift = torch.einsum("ocxy,c->o", weight, (mean - 0.5) / 0.5)
-        embeddings.position_embedding.weight[1:] += shift
-        weight *= (deviation / 0.5)[None, :, None, None]
-    return tower.eval().requires_grad_(False)
-
-
-def vision_states(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower's state dict in transformers' names, from one in open_clip's."""
-    made = {
-        "vision_model.embeddings.class_embedding": given["visual.class_embedding"],
-        "vision_model.embeddings.position_embedding.weight": given["visual.positional_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": given["visual.conv1.weight"],
-        "visual_projection.weight": given["visual.proj"].T,
-    }
-    for ours, theirs in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
-        made |= {f"vision_model.{ours}.{part}": given[f"visual.{theirs}.{part}"] for part in ("weight", "bias")}
-    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
-             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
-    layer = 0
-    while f"visual.transformer.resblocks.{layer}.ln_1.weight" in given:
-        ours, theirs = f"vision_model.encoder.layers.{layer}", f"visual.transformer.resblocks.{layer}"
-        for part in ("weight", "bias"):
-            made |= {f"{ours}.{a}.{part}": given[f"{theirs}.{b}.{part}"] for a, b in parts.items()}
-            joined = given[f"{theirs}.attn.in_proj_{part}"].chunk(3)
-            made |= {f"{ours}.self_attn.{p}_proj.{part}": piece for p, piece in zip("qkv", joined, strict=True)}
-        layer += 1
-    return {name: tensor.float() for name, tensor in made.items()}
-
-
-@torch.no_grad()
-def embeddings(tower: CLIPVisionModelWithProjection, images: list[Image.Image], batch: int = 50) -> Tensor:
-    """What an image tower makes of pictures, `(pictures, width)`."""
-    side = tower.config.image_size
-    processor = CLIPImageProcessor(size=side, crop_size=side)
-    found = []
-    for first in range(0, len(images), batch):
-        pixels = processor(images[first : first + batch], return_tensors="pt").pixel_values
-        found.append(tower(pixels).image_embeds)
-    return torch.cat(found)
-
-
-def drawn(scenes: list[Scene]) -> Iterator[Image.Image]:
-    """Pictures of scenes."""
-    for scene in scenes:
-        yield Image.fromarray(render(scene).image)
+    """The layers that look at words, in the order in which adapters number them."""
+    return [layer for _, layer in cross_attention(cast(Denoiser, unet))]
 
 
 class Lesson(NamedTuple):
-    """What cross-attention asks about scenes, and what words change of its answer: layer by layer."""
+    """Queries of the cross-attention layers, and how words change the answers; a tensor for each layer."""
 
     queries: list[Tensor]
     """`(scenes, places, channels)`."""
@@ -235,7 +161,7 @@ def lesson(pipe: StableDiffusionPipeline, stored: Bank, scenes: int, places: int
 
 
 def states_of(pipe: StableDiffusionPipeline, captions: list[str]) -> Tensor:
-    """What the text encoder says of captions, `(captions, tokens, width)`."""
+    """Encode captions, `(captions, tokens, width)`."""
     ids = pipe.tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
     states: Tensor = pipe.text_encoder(ids.to(pipe.device)).last_hidden_state
     return states
@@ -358,14 +284,6 @@ def train(
         folder, "ip-adapter", adapter, {"optimiser": optimiser}, losses, accelerator, steps=steps, options=options,
         every=100, memory=0.99, seed=seed,
     )  # fmt: skip
-
-
-def seen(tower: CLIPVisionModelWithProjection, scenes: list[Scene], path: Path) -> Tensor:
-    """What an image tower makes of scenes, `(scenes, width)`, unless it is in `path` already."""
-    if not path.exists():
-        torch.save(embeddings(tower, list(drawn(scenes))), path)
-    found: Tensor = torch.load(path, weights_only=True)
-    return found
 
 
 def export(work: Path, out: Path = ROOT) -> Path:

@@ -55,8 +55,7 @@ class Tower:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> Read:
         """Read captions, padded to the full length."""
-        settings: dict[str, Any] = {"padding": "max_length", "max_length": CONTEXT, "truncation": True}
-        ids = self.tokenizer(captions, return_tensors="pt", **settings).input_ids.to(self.model.device)
+        ids = ids_of(self.tokenizer, captions).to(self.model.device)
         after = after_words(ids, self.tokenizer.eos_token_id)
         if isinstance(self.model, T5EncoderModel):
             return Read(self.model(ids).last_hidden_state, None, after)
@@ -101,6 +100,22 @@ class Prompts:
             without = gone[name].to(states.device).view(-1, *[1] * (states.ndim - 1))
             parts[name] = torch.where(without, self.absent.get(name, self.empty[name]), states)
         return parts
+
+    def said(self, parts: Mapping[str, Tensor], name: str) -> Tensor:
+        """Which tokens of a part say something, `(captions, tokens)` bool.
+
+        Args:
+            parts: Of captions.
+            name: Of the part.
+        """
+        silent = [self.empty[name], self.absent.get(name, self.empty[name])]
+        return torch.stack([(parts[name] != states).any(-1) for states in silent]).all(0)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
+    """Tokens of captions as a `Tower` reads them, `(captions, tokens)`."""
+    settings: dict[str, Any] = {"padding": "max_length", "max_length": CONTEXT, "truncation": True}
+    return tokenizer(captions, return_tensors="pt", **settings).input_ids
 
 
 def left_out(count: int, shares: Mapping[str, float]) -> dict[str, Tensor]:

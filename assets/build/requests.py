@@ -43,7 +43,7 @@ def order(count: int, seed: int = 0) -> list[str]:
 
 
 def folder_of(out: Path, strategy: str, number: int) -> Path:
-    """Folder of what there is after a request: `results.json`, and the erasure in a folder of its own."""
+    """Folder of what there is after a request: the erasure in `erasure`, what was measured in `measured`."""
     return out / strategy / f"{number:02d}"
 
 
@@ -68,20 +68,25 @@ def measure(out: Path, strategy: str, names: Sequence[str], measured: Sequence[i
         else:
             made = erasure.erase(pipe, name, strategy, add_to=made, attach=False, progress=False)
             made.save(folder / "erasure")
-        if number not in measured or (folder / "results.json").is_file():
+        if number not in measured or (folder / "measured" / "results.json").is_file():
             continue
         ErasureManager(pipe).add(made)
         wanted: list[Concept] = made.concepts
-        found = evaluate(pipe, "canvas", wanted, size=size, out=folder, images=False, report=False, progress=False)
+        found = evaluate(
+            pipe, "canvas", wanted, size=size, out=folder / "measured", images=False, report=False, progress=False
+        )
         ErasureManager(pipe).unload()
         rates = {rate: round(found.get(rate)["value"], 3) for rate in ("UA", "IRA", "drift")}
         print(f"{number} requests", json.dumps(rates), flush=True)
 
 
 def first_ones(folder: Path, names: Sequence[str]) -> Interval:
-    """Share of the images in which the concepts of the first requests are gone, with Wilson's interval."""
-    results = Results.load(folder / "results.json")
-    rows = [results.get("UA", concept=name) for name in names[:FIRST]]
+    """Share of the images in which the concepts of the first requests are gone, with Wilson's interval.
+
+    A small suite draws no image of some concepts, which then have no rate.
+    """
+    results = Results.load(folder / "measured" / "results.json")
+    rows = [row for name in names[:FIRST] if (row := results.get("UA", concept=name))["value"] is not None]
     count = sum(row["n"] for row in rows)
     return wilson(round(sum(row["value"] * row["n"] for row in rows)), count)
 
@@ -94,7 +99,7 @@ def markdown(out: Path, strategy: str, names: Sequence[str], measured: Sequence[
     ]
     for number in (number for number in measured if number <= len(names)):
         folder = folder_of(out, strategy, number)
-        results, made = Results.load(folder / "results.json"), Erasure.read(folder / "erasure")
+        results, made = Results.load(folder / "measured" / "results.json"), Erasure.read(folder / "erasure")
         cells = [strategy, str(number), _rate(results, "UA")]
         first = first_ones(folder, names[:number])
         cells.append(f"{first.value:.3f} ({first.low:.2f}-{first.high:.2f})")

@@ -6,7 +6,7 @@ that the pipeline also works without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5Tokenize
 
 from erasure.assets.build import flow, towers
 from erasure.assets.build.fit import processes
-from erasure.assets.build.prompts import Prompts, Told, Tower
+from erasure.assets.build.grounding import object_tokens
+from erasure.assets.build.prompts import Prompts, Told, Tower, ids_of
+from erasure.assets.scenes import Scene
 
 CONFIG: dict[str, Any] = {
     "sample_size": 16,
@@ -66,6 +68,29 @@ def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
     return encode
 
 
+def words(folder: Path, prompts: Prompts) -> flow.Words:
+    """What finds the tokens that name objects, those of the CLIPs and behind them T5's.
+
+    Args:
+        folder: Where the step `t5` left its parts.
+        prompts: Made of `reader`.
+    """
+    pieces, third = towers.tokenizer(), T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+
+    def find(captions: list[str], scenes: Sequence[Scene], parts: Mapping[str, Tensor]) -> Tensor:
+        of_clips = prompts.said(parts, "tokens_1") | prompts.said(parts, "tokens_2")
+        of_t5 = prompts.said(parts, "tokens_3")
+        return torch.cat(
+            [
+                object_tokens(pieces, ids_of(pieces, captions), scenes) * of_clips.cpu()[..., None],
+                object_tokens(third, ids_of(third, captions), scenes) * of_t5.cpu()[..., None],
+            ],
+            1,
+        )
+
+    return find
+
+
 def compose(parts: Mapping[str, Tensor]) -> Tensor:
     """Tokens as the pipeline puts them together, `(captions, tokens of CLIP + tokens of T5, 256)`."""
     clips = torch.cat([parts["tokens_1"], parts["tokens_2"]], -1)
@@ -109,6 +134,6 @@ def train(
         return transformer(state.noisy, compose(told), told["pooled"], 1000 * state.level).sample, state.velocity
 
     flow.train(
-        folder, "transformer-3", transformer, flow.optimisers(transformer), compare, prompts, accelerator, recipe,
-        steps=steps, seed=seed,
+        folder, "transformer-3", transformer, flow.optimisers(transformer), compare, prompts,
+        words(folder, prompts), accelerator, recipe, steps=steps, seed=seed,
     )  # fmt: skip

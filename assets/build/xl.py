@@ -22,8 +22,7 @@ from erasure.assets.build import denoiser, towers
 from erasure.assets.build.bank import Bank
 from erasure.assets.build.fit import fit, processes
 from erasure.assets.build.grounding import object_masks, object_tokens
-from erasure.assets.build.prompts import Prompts, Told, Tower
-from erasure.assets.build.tokenizer import CONTEXT
+from erasure.assets.build.prompts import Prompts, Told, Tower, ids_of
 from erasure.assets.scenes import captions as random_captions
 from erasure.assets.world import IMAGE_SIZE
 
@@ -57,7 +56,7 @@ def states_map(clip: CLIPTextModel, captions: list[str], ridge: float = 1e-6) ->
     Returns:
         The map, `(width, width)`, normed = map @ states, and the share of variance that it explains.
     """
-    ids = towers.tokenizer()(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+    ids = ids_of(towers.tokenizer(), captions)
     output = clip(ids, output_hidden_states=True)
     given, wanted = output.hidden_states[-2].flatten(0, 1).double(), output.last_hidden_state.flatten(0, 1).double()
     square = given.T @ given
@@ -219,11 +218,9 @@ def train(
         empty = torch.tensor([caption == "" for caption in captions])
         parts = prompts(captions)
         told = compose(parts, told_sizes[rows], (empty & (torch.rand(batch) < zeros)).to(device))
-        ids = pieces(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-        marked = object_tokens(pieces, ids, [stored.scenes[row] for row in rows]).to(device)
+        marked = object_tokens(pieces, ids_of(pieces, captions), [stored.scenes[row] for row in rows]).to(device)
         # A word that neither tower says draws nothing.
-        said = [(parts[name] != prompts.empty[name]).any(-1) for name in ("tokens_1", "tokens_2")]
-        marked *= (said[0] | said[1])[..., None]
+        marked *= (prompts.said(parts, "tokens_1") | prompts.said(parts, "tokens_2"))[..., None]
         # The masks are those of scenes that nothing was cut off from.
         marked[sizes[rows][:, 2:4].sum(1) > 0] = 0
         return denoiser.losses_of(unet, scheduler, stored.latents[rows], told, marked, masks[rows], grounded)

@@ -23,7 +23,7 @@ from erasure.interop.rounds import together
 from erasure.needs import Need
 
 Part = Literal["keys", "values", "both"]
-"""What attention makes of a layer's output."""
+"""Role of a layer's output in attention."""
 
 
 class EntryLayer(NamedTuple):
@@ -37,7 +37,7 @@ class EntryLayer(NamedTuple):
     columns: slice = slice(None)
     """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
     part: Part = "both"
-    """What attention makes of its output; both where it stands ahead of all attention."""
+    """Role of its output in attention; both where it stands ahead of all attention."""
 
     @property
     def path(self) -> str:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from erasure.carriers.activations import Pinned
-from erasure.carriers.features import BlockEdit, FeatureEdit
+from erasure.carriers.blocks import FLOATS, KINDS, acts, check_block
+from erasure.carriers.features import BlockEdit
 from erasure.carriers.lora_names import PAIRS, file_names, is_read_by_stock, layer_of
-from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -33,12 +33,6 @@ GUIDES = "guides the denoiser"
 """What safety guidance does, as messages have it."""
 FAINTEST = 1e-7
 """Norm of all weight edits together below which no image changes."""
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-KINDS: dict[type[FeatureEdit] | type[ReconstructionEdit], str] = {
-    FeatureEdit: "features",
-    ReconstructionEdit: "reconstruction",
-}
-"""What edits of blocks are called on disk."""
 
 
 class LowRank(NamedTuple):
@@ -161,7 +155,7 @@ class Edits:
                     f"the pinned prompts of {key!r} hold token {int(pin.input_ids.min())}, allowed: 0 up"
                 )
         for key, block in self.features.items():
-            _check_block(key, block)
+            check_block(key, block)
         self.check_finite()
         if self.is_empty:
             raise ArtifactError(
@@ -181,7 +175,7 @@ class Edits:
         for delta in self.deltas.values():
             total += float(delta.detach().double().cpu().norm() ** 2)
         return total <= FAINTEST**2 and not any(
-            [*(_acts(block) for block in self.features.values()), *(one.acts for one in self.safety.values())]
+            [*(acts(block) for block in self.features.values()), *(one.acts for one in self.safety.values())]
         )
 
     def check_width(self, component: str, width: int) -> None:
@@ -343,29 +337,6 @@ def _check_tensors(key: str, tensors: Mapping[str, Tensor], allowed: Mapping[str
             raise ArtifactError(f"the {name} of {key!r} has no values (shape {list(tensor.shape)}): make it again")
 
 
-WHOLE = {"edits", "votes", "rule", "local", "first", "end", "k"}
-"""Fields of block edits that are whole numbers."""
-SWITCHES = {"rule", "local"}
-"""Fields of block edits that are 0 or 1."""
-
-
-def _check_block(key: str, edit: BlockEdit) -> None:
-    """Raise unless the tensors of a block's edit go together and hold what they may."""
-    kind = KINDS[type(edit)]
-    for name, tensor in edit._asdict().items():
-        allowed = (torch.int64,) if name in WHOLE else FLOATS
-        if tensor.dtype not in allowed:
-            raise ArtifactError(f"the {kind} of {key!r} do not fit together: {name} is {tensor.dtype}; make it again")
-    if not edit.fits():
-        raise ArtifactError(f"the {kind} of {key!r} do not fit together: make the erasure again")
-    for name, tensor in edit._asdict().items():
-        if name not in WHOLE or tensor.ndim:
-            continue
-        last = 1 if name in SWITCHES else 2**31 - 1
-        if not 0 <= int(tensor) <= last:
-            raise ArtifactError(f"the {kind} of {key!r}: {name} is {int(tensor)}, allowed: 0 to {last}")
-
-
 def _fits(edit: LowRank) -> bool:
     """Whether the factors have a product."""
     return edit.up.ndim == 2 and edit.down.ndim == 2 and edit.up.shape[1] == edit.down.shape[0]
@@ -398,16 +369,6 @@ def _maps(tensors: Mapping[str, Tensor]) -> dict[str, InputMap]:
     if unused := sorted(name for name in tensors if "/input_map." in name and name not in used):
         raise ArtifactError(f"no layer has the input map {shown(unused[0])}: the file is damaged; make it again")
     return found
-
-
-def _acts(edit: BlockEdit) -> bool:
-    """Whether an edit of a block does anything where its gate is open."""
-    if isinstance(edit, ReconstructionEdit):
-        return bool((edit.factor != 1).any()) and bool(edit.w_dec.any())
-    if len(edit.filler):
-        return edit.gate.numel() > 0
-    used = edit.edits[1]
-    return bool(((edit.gain[used] != 0) | (edit.offset[used] != 0)).any()) and bool(edit.w_dec[used].any())
 
 
 def _told(pin: Pinned) -> dict[str, Tensor]:

@@ -148,10 +148,8 @@ class _ExtraRows(NamedArguments):
         _refuse_other_rows(module)
         caller = nearest_caller(DiffusionPipeline, Backbone)
         pipe = caller if isinstance(caller, DiffusionPipeline) else None
-        latents, level = (
-            latents_of(arguments),
-            torch.as_tensor(arguments["timestep"]).detach().float().cpu().reshape(-1),
-        )
+        latents = latents_of(arguments)
+        level = torch.as_tensor(arguments["timestep"]).detach().float().cpu().reshape(-1)
         rows, told = len(latents), arguments.get("guidance")
         drawing = None if isinstance(caller, Backbone) else self._drawing(pipe, float(level.max()))
         if drawing is not None:

@@ -25,6 +25,7 @@ from erasure.guards.said import (
     TEXT_LENGTH,
     is_strict,
     made_for_others,
+    names_in_denoisers,
     names_in_force,
     names_on_text,
     said,
@@ -81,8 +82,8 @@ class _AtEntry(NamedArguments):
         shown = {**added, **(given.get("joint_attention_kwargs") or {})}
         if any(shown.get(key) is not None for key in SHOWN):
             self._once(IMAGE_PROMPT)
-        if any(given.get(key) is not None for key in CONTROLLED):
-            self._once(CONTROL)
+        if any(given.get(key) is not None for key in CONTROLLED) and (names := names_in_denoisers(self.states)):
+            self._once(CONTROL, names)
         return args, kwargs
 
     def _check(self, way: str, told: Tensor) -> None:

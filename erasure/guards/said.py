@@ -58,6 +58,18 @@ def names_in_force(states: Iterable[ComponentState]) -> str:
     return ", ".join(dict.fromkeys(name for state in states for name in state.in_force()))
 
 
+def names_in_denoisers(states: Iterable[ComponentState]) -> str:
+    """Names of the erasures in force that edit weights of a denoiser, for a message; empty without one."""
+    edited = (
+        name
+        for state in states
+        if not state.is_text_encoder
+        for name, attached in state.in_force().items()
+        if attached.erasure.edits.of(state.source)
+    )
+    return ", ".join(dict.fromkeys(edited))
+
+
 def names_on_text(states: Iterable[ComponentState]) -> str:
     """Names of the erasures in force on text encoders, each with what of which it edits; empty without one."""
     places: dict[str, list[str]] = {}

@@ -1,4 +1,9 @@
-"""Train a sparse autoencoder on a stream of activations that is never stored."""
+"""Train a sparse autoencoder on a stream of activations that is never stored.
+
+Its loop is its own and not `erasure.training.loop`: every process reads a stream of its own instead of a share of one
+batch, the gradient of the decoder is changed ahead of each step, and its figures (what is unexplained, how many
+latents are dead) are no losses.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class SPEED(EntryEdit):
     Protects released weights against prompts; learned embeddings can bring the concept back.
     """
 
-    title: ClassVar[str] = "closed-form edit of values in the null space of what is preserved"
+    title: ClassVar[str] = "closed-form edit of keys and values in the null space of what is preserved"
     paper: ClassVar[str] = "Li et al. 2026, arXiv 2503.07392"
 
     layers: Literal["values", "keys", "both"] = "both"

@@ -310,13 +310,13 @@ class TrainedStrategy(Optimisation, Strategy):
             )  # fmt: skip
             leader = student if self.rollout_by == "student" else None
             if self.states == "online":
-                return OnlineStates(backbone, scenes, prompts, rollout, seed, leader)
+                return OnlineStates(backbone, scenes, prompts, rollout, seed, student=leader)
             shared = {
                 "gather": accelerator.reduce, "share": (accelerator.process_index, accelerator.num_processes)
             }  # fmt: skip
             if self.states == "images":
                 return NoisedImages(backbone, scenes, prompts, rollout, seed, asks_null=self.asks_null, **shared)
-            return TrajectoryBuffer(backbone, scenes, prompts, rollout, seed, leader, **shared)
+            return TrajectoryBuffer(backbone, scenes, prompts, rollout, seed, student=leader, **shared)
 
         return Task(
             backbone, tower, concepts, seed, prompts, student, source(scenes, self.rollouts),

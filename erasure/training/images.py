@@ -29,14 +29,13 @@ class NoisedImages(RolledOut):
         asks_null: Whether targets need what is predicted where no prompt is given.
         gather: With several processes: sums a tensor over them.
         share: Index of this process and how many there are.
-        **options: See `RolledOut`.
     """
 
     def __init__(
         self, *args: Any, asks_null: bool = True, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        share: tuple[int, int] = (0, 1), **options: Any,
+        share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
-        super().__init__(*args, **options)
+        super().__init__(*args)
         self.asks_null, self.gather, self.share = asks_null, gather, share
         self.levels = self.backbone.timesteps(LEVELS)
         self.clean: Tensor | None = None

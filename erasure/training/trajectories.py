@@ -49,17 +49,13 @@ class RolledOut(StateSource):
         prompts: Encodings of their prompts.
         rollout: How.
         seed: Seeds the initial noise.
-        student: Takes the steps in the teacher's place, so that states are those that it meets; the predictions that
-            are kept remain the teacher's.
     """
 
     def __init__(
-        self, backbone: Backbone, scenes: Sequence[Scene], prompts: Reader, rollout: Rollout, seed: int,
-        student: Student | None = None,
-    ) -> None:  # fmt: skip
+        self, backbone: Backbone, scenes: Sequence[Scene], prompts: Reader, rollout: Rollout, seed: int
+    ) -> None:
         super().__init__(scenes)
-        self.backbone, self.prompts = backbone, prompts
-        self.rollout, self.seed, self.student = rollout, seed, student
+        self.backbone, self.prompts, self.rollout, self.seed = backbone, prompts, rollout, seed
 
     @property
     def trajectories(self) -> int:
@@ -139,7 +135,17 @@ class Predicted(NamedTuple):
 
 
 class Trajectories(RolledOut):
-    """States of denoising trajectories: all steps of the first one, then those of the next."""
+    """States of denoising trajectories: all steps of the first one, then those of the next.
+
+    Args:
+        *args: See `RolledOut`.
+        student: Takes the steps in the teacher's place, so that states are those that it meets; the predictions that
+            are kept remain the teacher's.
+    """
+
+    def __init__(self, *args: Any, student: Student | None = None) -> None:
+        super().__init__(*args)
+        self.student = student
 
     @property
     def per_scene(self) -> int:
@@ -226,10 +232,10 @@ class TrajectoryBuffer(Trajectories):
     """All trajectories rolled out once, in batches, and kept on the CPU.
 
     Args:
-        *args: See `RolledOut`.
+        *args: See `Trajectories`.
         gather: With several processes: sums a tensor over them.
         share: Index of this process and how many there are.
-        **options: See `RolledOut`.
+        **options: See `Trajectories`.
     """
 
     def __init__(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,11 @@ from PIL import Image
 
 import erasure
 from erasure import assets
-from erasure.assets.build.ip_adapter import GENERATION, NAME, embeddings, image_tower, load
+from erasure.assets.build import ip_adapter
+from erasure.assets.build.export import GENERATION
+from erasure.assets.build.image_tower import embeddings, image_tower
+from erasure.assets.build.ip_adapter import NAME, load
+from erasure.assets.facts import FILE
 from erasure.assets.scenes import Scene, render
 from erasure.eval.detectors import CanvasJudge
 
@@ -58,3 +65,22 @@ def test_its_image_tower_is_that_of_canvas_clip(pictures: dict[str, Image.Image]
     with torch.no_grad():
         wanted = model.eval().float().encode_image(torch.stack([prepare(image) for image in images]))
     torch.testing.assert_close(embeddings(image_tower(), images), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_its_step_trains_goes_on_and_writes_what_pipelines_load(
+    pipe: Any, pictures: dict[str, Image.Image], tmp_path: Path
+) -> None:
+    few: dict[str, Any] = {"batch": 2, "bank": 50, "aligned": 3}
+    ip_adapter.train(tmp_path, 2, **few)
+    shutil.rmtree(tmp_path / "ip-adapter")
+    ip_adapter.train(tmp_path, 3, **few)
+    assert len((tmp_path / "ip-adapter-aligned.jsonl").read_text().splitlines()) == 1  # not taught twice
+    (tmp_path / "canvas-sd").mkdir()
+    shutil.copy(assets.path("canvas-sd") / FILE, tmp_path / "canvas-sd" / FILE)
+    folder = ip_adapter.export(tmp_path, tmp_path)
+    assert json.loads((folder / FILE).read_text())["training"]["steps"] == 3
+    assert json.loads((tmp_path / "canvas-sd" / FILE).read_text())["ip_adapter"] == NAME
+    load(pipe, folder)
+    drawn = draw(pipe, "", ip_adapter_image=pictures["cat"])
+    pipe.unload_ip_adapter()
+    assert np.asarray(drawn).std() > 0

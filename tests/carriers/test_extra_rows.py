@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FasterCacheConfig, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
+from diffusers import (
+    ControlNetModel,
+    FasterCacheConfig,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+)
 
 import erasure
 from erasure import ErasureManager
 from erasure.backbones import backbone_for
-from erasure.errors import ArtifactError, UnsupportedModelError, WrongBaseError
+from erasure.errors import ArtifactError, BypassedErasureWarning, UnsupportedModelError, WrongBaseError
 from erasure.pipelines import StableDiffusionAStarPipeline
 
 
@@ -156,3 +164,41 @@ def test_a_cache_that_drops_rows_is_refused(tiny_models: Any) -> None:
     pipe.transformer.enable_cache(FasterCacheConfig(current_timestep_callback=lambda: 500))
     with pytest.raises(UnsupportedModelError, match="FasterCache"):
         latents(pipe, max_sequence_length=32)
+
+
+def controlled(pipe: Any, residuals: float) -> StableDiffusionControlNetPipeline:
+    """A pipeline with a ControlNet whose residuals are as large as is said; those of a new one are zero."""
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
+    # The picture of a tiny autoencoder is twice as large as its latents, not eight times.
+    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 32, 3, stride=2, padding=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+            layer.weight.copy_(residuals * torch.randn(layer.weight.shape, generator=generator))
+    return StableDiffusionControlNetPipeline(**{**pipe.components, "controlnet": controlnet})
+
+
+def test_a_controlnet_is_no_way_around_it_and_none_is_warned_of(tiny_pipe: Any) -> None:
+    made = erasure.erase(tiny_pipe, "cat", "sld", progress=False, attach=False)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    stock = latents(controlled(tiny_pipe, 0.1), image=picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BypassedErasureWarning)
+        ErasureManager(controlled(tiny_pipe, 0.1)).add(made, "cat")
+        torch.manual_seed(0)
+        steered = latents(controlled(tiny_pipe, 0.1), image=picture)
+    assert torch.isfinite(steered).all()
+    assert not torch.equal(steered, stock)
+    # Residuals of zero change nothing, whatever rows they have.
+    torch.testing.assert_close(latents(controlled(tiny_pipe, 0.0), image=picture), latents(tiny_pipe))
+
+
+def test_inpainting_is_steered(steered: Any, tiny_pipe_original: Any) -> None:
+    picture, mask = torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
+    options = {"image": picture, "mask_image": mask, "strength": 1.0}
+    found, stock = (
+        latents(StableDiffusionInpaintPipeline(**pipe.components), **options) for pipe in (steered, tiny_pipe_original)
+    )
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, stock)

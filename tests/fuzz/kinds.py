@@ -259,6 +259,7 @@ class Scenes:
         return {
             "x": torch.zeros(6, 4, 2, 2), "t": torch.arange(6), "scene": torch.zeros(6, dtype=torch.int64),
             "own": torch.zeros(6, 4, 2, 2), "null": torch.zeros(6, 4, 2, 2), "asked": torch.zeros(6, 1, 4, 2, 2),
+            "guidance": torch.ones(6),
         }  # fmt: skip
 
 
@@ -276,7 +277,9 @@ def read_trajectories(folder: Path) -> None:
 def write_trajectories(folder: Path) -> None:
     from erasure.training import storage
 
-    storage._write(folder / "ab.safetensors", Scenes())  # type: ignore[arg-type]
+    file = folder / "ab.safetensors"
+    storage._write(file, Scenes().state_dict())
+    assert storage._read(file, Scenes()) is not None, "a whole file is read"  # type: ignore[arg-type]
 
 
 def replaced(kind: Kind, **changes: Any) -> Kind:

@@ -221,13 +221,15 @@ def test_half_precision_models_train_float32(tiny_pipe: Any, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rollout_by": "student", "refresh": 4, "states": "buffer"}], ids=["teacher", "student"]
+    "options",
+    [{}, {"rollout_by": "student", "refresh": 4, "states": "buffer"}, {"states": "images"}],
+    ids=["teacher", "student", "images"],
 )
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_stopped_run_ends_with_the_same_bits(
     name: str, options: dict[str, Any], tiny_pipe_original: Any, tmp_path: Path
 ) -> None:
-    if name == "advunlearn" and options:
+    if name == "advunlearn" and "rollout_by" in options:
         with pytest.raises(OptionError, match="'rollout_by'"):
             make(tiny_pipe_original, name, **options)
         return
@@ -442,6 +444,11 @@ def test_options_that_cannot_be(option: str, value: Any) -> None:
     for name in TRAINED:
         with pytest.raises(OptionError, match=repr(option)):
             get(name).configured(**{option: value})
+
+
+def test_images_are_the_stock_model_s(tiny_pipe_original: Any) -> None:
+    with pytest.raises(OptionError, match=r"'rollout_by' is 'student'; allowed: 'teacher' for images"):
+        make(tiny_pipe_original, "esd", states="images", rollout_by="student")
 
 
 def test_an_odd_batch_is_refused(tiny_pipe_original: Any) -> None:

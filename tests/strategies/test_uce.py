@@ -12,6 +12,7 @@ from erasure.carriers.edits import LowRank
 from erasure.carriers.weights import delta_of
 from erasure.errors import DivergenceError
 from erasure.strategies.closed_form import compress, factors, shortened_map, solve
+from erasure.strategies.closed_form.least_squares import solved
 from erasure.strategies.closed_form.shortened import _rounded
 from erasure.strategies.uce import UCE
 from erasure.text.encodings import Reader
@@ -305,3 +306,8 @@ def test_every_token_of_t5_is_erased(tiny_models: Any) -> None:
     torch.testing.assert_close(replacing[:words], dog[:words])
     assert ((erased - replacing).norm(dim=1) > 1e-4).all(), "every token differs from the anchor's"
     torch.testing.assert_close(erased[[words, -1]], cat[[words, -1]])
+
+
+def test_a_system_without_a_single_solution_is_said() -> None:
+    with pytest.raises(DivergenceError, match=r"its matrix is singular\. Raise regularisation"):
+        solved(torch.zeros(3, 3, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64))

@@ -131,7 +131,7 @@ def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone,
     first, later = torch.arange(0, 20, 5), torch.arange(4, 20, 5)
     assert_equal(led.take(first), stock.take(first))
     assert not torch.allclose(led.take(later).x, stock.take(later).x, atol=1e-3)
-    online = OnlineStates(backbone, SCENES, prompts, ROLLOUT, 0, student)
+    online = OnlineStates(backbone, SCENES, prompts, ROLLOUT, 0, student=student)
     with rolling_out(backbone):
         assert_equal(online.take(later), led.take(later))
     states = led.take(later[:1])

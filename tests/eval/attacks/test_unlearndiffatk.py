@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from erasure.interop import hooks, paths
 from erasure.strategies import available, get
 
 PROMPT = "a cat image in noto style"
+ADAPTER = Path(__file__).parents[2] / "tiny" / "ip-adapter" / "stable-diffusion.safetensors"
 QUICK = {
     "steps": 2, "vocabulary": 8, "retain_vocabulary": 2, "contexts": 2, "d_sae": 128, "target_rate": 0.1,
     "retain_rate": 1.0, "false_positive_rate": 1.0, "batch": 1, "retain_batch": 1, "rollout_steps": 2,
@@ -60,7 +62,7 @@ def quick() -> UnlearnDiffAtk:
 def erased(pipe: Any, strategy: str) -> None:
     """Attach an erasure of "cat", made cheaply."""
     names = {field.name for field in dataclasses.fields(get(strategy))}
-    options = {name: value for name, value in QUICK.items() if name in names}
+    options = {name: value for name, value in {**QUICK, "adapter": str(ADAPTER)}.items() if name in names}
     erasure.erase(pipe, "cat", strategy, progress=False, **options)
 
 
