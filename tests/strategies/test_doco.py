@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from erasure.errors import OptionError
 from erasure.strategies import get
 from erasure.training.discriminator import PATIENCE, Discriminator, DiscriminatorWarning, Watch, looks_like
 from erasure.training.loop import Learner, Share, Trainer
+from erasure.training.run import Run
 from erasure.training.trajectories import rolling_out
 from tests.strategies.test_concept_ablation import QUICK, predicted, trained
 
@@ -108,7 +111,11 @@ def terms_of(pipe: Any, task: Any, batch: Any, judge: Discriminator) -> dict[str
 
 def given(turn: Any, batch: Any) -> list[Tensor]:
     """The gradient that an optimiser is given in an update."""
-    trainer = Trainer(turns=[turn], prepare=lambda _update, _share: batch, steps=1, seed=0)
+    return stepped(Trainer(turns=[turn], prepare=lambda _update, _share: batch, steps=1, seed=0))
+
+
+def stepped(trainer: Trainer[Any]) -> list[Tensor]:
+    """The gradient that the only optimiser of a training is given in its first update."""
     (learner,) = trainer.learners
     found: list[Tensor] = []
     learner.optimiser.step = lambda: found.extend(p.grad.clone() for p in learner.parameters)  # type: ignore
@@ -164,6 +171,56 @@ def test_an_update_of_the_student_is_plain_arithmetic(tiny_pipe_original: Any, f
             wanted.append(a)
     assert opposed or form == "none"
     close(given(turns["student"], batch), wanted)
+
+
+@pytest.mark.parametrize("form", ["pcgrad", "none"])
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(tiny_pipe_original: Any, form: str) -> None:
+    """Of a student that differs from the stock model: of one that does not, what surgery projects on is rounding."""
+    options = {"batch": 4, "retain_batch": 4, "surgery": form}
+    strategy, task, _, turns = players(tiny_pipe_original, **options)
+    for turn in turns.values():
+        found = []
+        for parts in (1, 2):
+            trainer = Trainer(
+                turns=[turn], prepare=partial(strategy.prepare, task), steps=1, seed=0, accumulation=parts
+            )
+            with rolling_out(task.backbone):
+                found.append(stepped(trainer))
+        whole, split = (torch.cat([part.flatten() for part in gradient]) for gradient in found)
+        assert float((whole - split).norm() / whole.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"first_turn": "student", "discriminator_norm": "batch"}], ids=["ours", "code"]
+)
+def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bits(
+    options: dict[str, Any], tiny_pipe_original: Any, tmp_path: Path
+) -> None:
+    """While the discriminator learns alone, in the student's first update, and later."""
+
+    def make(run: Run | None, progress: Any = False) -> erasure.Erasure:
+        return erasure.erase(
+            tiny_pipe_original, CAT, "doco", attach=False, progress=progress, run=run, steps=5, head_start=0.4,
+            lr=1e-2, **QUICK, **options,
+        )  # fmt: skip
+
+    whole, run = make(None), Run(checkpoints=tmp_path, save_every=1)
+    for last in (1, 3, 4):
+
+        def stop(share: float, last: int = last) -> None:
+            if share >= last / 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            make(run, stop)
+    resumed = make(run)
+    found, wanted = (made.edits.lora_state_dict() for made in (resumed, whole))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    costs = [made.config.cost for made in (resumed, whole)]
+    assert len({cost["denoiser_forwards"] - cost["rollout_forwards"] for cost in costs}) == 1
+    for figure in ("discriminator_right", "discriminator_certain"):
+        assert costs[0][figure] == costs[1][figure], figure
 
 
 def test_both_turns_share_one_pass_of_the_student(tiny_pipe_original: Any) -> None:
