@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-Need = Literal["entry layers", "word states", "trajectories", "image prompts"]
+Need = Literal["entry layers", "word states", "trajectories", "image prompts", "cross-attention"]
 """One thing that a strategy needs of a model:
 
 - `entry layers`: linear layers whose input is what text encoders say, as it is.
 - `word states`: a text encoder whose states the denoiser reads token by token.
 - `trajectories`: a denoiser that small steps lead from noise to an image.
 - `image prompts`: cross-attention that an IP-Adapter can add keys and values of pictures to.
+- `cross-attention`: attention whose keys and values are made of what text encoders say, and of nothing else.
 """

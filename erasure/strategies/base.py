@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from erasure.concept import Concept
 
 BUILTIN = (
-    "hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
+    "hirm", "uce", "rece", "speed", "mace", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
     "co_erasing", "sld",
 )  # fmt: skip
 

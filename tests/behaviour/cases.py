@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hirm-pinned": ("hirm", {"unconditional": "stock"}),
     "uce-map": ("uce", {"saved_as": "map"}),
     "esd-full": ("esd", {"rank": 0, "method": "x-strict"}),
+    "mace": ("mace", {"retain_batch": 0, "contexts": 0, "rollouts": 1, "templates": False, "lr": 1e-2}),
 }
 """Strategies by default options, and settings that use another carrier."""
 ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
@@ -43,6 +44,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("concept_ablation", "latent-consistency"): TRAJECTORIES,
     ("doco", "latent-consistency"): TRAJECTORIES,
     ("co_erasing", "latent-consistency"): TRAJECTORIES,
+    ("mace", "latent-consistency"): TRAJECTORIES,
+    ("mace", "stable-diffusion-3"): JOINT,
+    ("mace", "flux"): JOINT,
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
 }
@@ -75,7 +79,7 @@ COMPILED = [
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
 so that a further family has one of each: the denoiser with changed weights, and a text encoder with a hook."""
-ANCHORED = {"concept_ablation", "doco"}
+ANCHORED = {"concept_ablation", "doco", "mace"}
 """Strategies that need an anchor for every concept."""
 PROMPT = "a photo of a cat"
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
