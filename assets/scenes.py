@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from erasure.assets import novel
 from erasure.assets.world import (
     BACKGROUNDS,
     EMPTY_TEMPLATES,
@@ -49,7 +50,7 @@ class Scene:
     """What a scene shows."""
 
     objects: tuple[str, ...]
-    """None, one, or two names of `OBJECTS`, left to right."""
+    """None, one, or two names of `OBJECTS` or of `erasure.assets.novel.THINGS`, left to right."""
     style: str
     background: str
     offsets: tuple[tuple[int, int], ...] = ()
@@ -78,6 +79,15 @@ def sprites() -> dict[tuple[str, str, int], np.ndarray]:
         x, y, side = row["x"], row["y"], row["side"]
         found[row["object"], row["style"], side] = atlas[y : y + side, x : x + side]
     return found
+
+
+def sprite(name: str, style: str, side: int) -> np.ndarray:
+    """A sprite of the world or of what is new to it (`erasure.assets.novel`), keyed as `sprites`."""
+    if name in novel.THINGS:
+        return novel.sprite(name, style, side)
+    if style in novel.STYLES:
+        return novel.STYLES[style](sprites()[name, novel.PLAIN, side])
+    return sprites()[name, style, side]
 
 
 @cache
@@ -122,13 +132,13 @@ def render(scene: Scene, without: int | None = None) -> RenderedScene:
             dx, dy = cell * round(dx / cell), cell * round(dy / cell)
             slot -= slot % cell
         x, y = min(max(x + dx, 0), IMAGE_SIZE - side), min(max(slot + dy, 0), IMAGE_SIZE - side)
-        sprite = sprites()[name, scene.style, side]
-        alpha = sprite[..., 3:]
+        pixels = sprite(name, scene.style, side)
+        alpha = pixels[..., 3:]
         window = canvas[y : y + side, x : x + side]
-        window[:] = window * (1 - alpha) + 255 * sprite[..., :3] * alpha
+        window[:] = window * (1 - alpha) + 255 * pixels[..., :3] * alpha
         masks[:index, y : y + side, x : x + side] &= alpha[..., 0] < 0.5
         masks[index, y : y + side, x : x + side] = alpha[..., 0] >= 0.5
-    as_bytes = lambda pixels: pixels.round().clip(0, 255).astype(np.uint8)  # noqa: E731
+    as_bytes = lambda values: values.round().clip(0, 255).astype(np.uint8)  # noqa: E731
     return RenderedScene(as_bytes(canvas), as_bytes(background), masks)
 
 
@@ -145,11 +155,17 @@ def sample_scene(rng: np.random.Generator, *, pairs: float = 0.4, empty: float =
     return Scene(objects, STYLES[rng.integers(len(STYLES))], BACKGROUNDS[rng.integers(len(BACKGROUNDS))], offsets)
 
 
-def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, groups: float = 0.03) -> str:
+def caption(
+    scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, groups: float = 0.03, turned: float = 0.5
+) -> str:
     """A random caption of a scene.
 
-    `synonyms` and `groups` are the chances that an object goes by another word ("kitten") or by its super-category
-    ("animal").
+    Args:
+        scene: What to describe.
+        rng: Says which caption.
+        synonyms: Chance that an object goes by another word ("kitten").
+        groups: Chance that an object goes by its super-category ("animal").
+        turned: Chance that of two objects the right one is named first, where no word says which is where.
     """
 
     def pick(options: Sequence[str]) -> str:
@@ -166,7 +182,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, synonyms: float = 0.1, gr
             name = pick(others)
         words.append(noun_phrase(name))
     form = "{left}" if len(words) == 1 else pick(PAIR_PHRASES)
-    if len(words) == 2 and form not in SIDED_PHRASES and rng.random() < 0.5:
+    if len(words) == 2 and form not in SIDED_PHRASES and rng.random() < turned:
         words.reverse()
     phrase = form.format(left=words[0], right=words[-1])
     return pick(TEMPLATES).format(object=phrase, style=scene.style, background=scene.background)

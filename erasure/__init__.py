@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from erasure.artifact import Erasure, ErasureConfig
     from erasure.attach import ErasureManager
     from erasure.concept import Concept
+    from erasure.learning.concepts import LearnedConcepts
+    from erasure.learning.making import learn_concepts
     from erasure.sae.detection import detect_concepts
 
 __version__ = "0.1.0"
@@ -27,8 +29,10 @@ __all__ = [
     "Erasure",
     "ErasureConfig",
     "ErasureManager",
+    "LearnedConcepts",
     "detect_concepts",
     "erase",
+    "learn_concepts",
     "load",
     "load_pipeline",
 ]
@@ -38,8 +42,10 @@ _HOMES = {
     "Erasure": "erasure.artifact",
     "ErasureConfig": "erasure.artifact",
     "ErasureManager": "erasure.attach",
+    "LearnedConcepts": "erasure.learning.concepts",
     "detect_concepts": "erasure.sae.detection",
     "erase": "erasure.api",
+    "learn_concepts": "erasure.learning.making",
     "load": "erasure.api",
     "load_pipeline": "erasure.api",
 }

@@ -29,8 +29,8 @@ from erasure.interop.pipelines import components_of
 from erasure.schema import ErasureConfig, Request, strategies_of
 from erasure.strategies import Strategy, get
 from erasure.strategies.base import Fit, Standing, Way
+from erasure.strategies.looped import LoopedStrategy
 from erasure.strategies.sums import Weight, added_up, refuse_on_top
-from erasure.strategies.trained import TrainedStrategy
 from erasure.training.run import Run
 from erasure.twins import apart_of
 from erasure.world import World
@@ -75,6 +75,11 @@ class Addition:
         concepts = ledger.merged(world, made, new)
         way = method.adds([request["strategy"] for request in made.config.ledger])
         if way == "on top":
+            if made.config.sampling is not None:
+                raise UnsupportedModelError(
+                    f"{made.name} makes the model a one-step generator, and {method.name} is made for one of many "
+                    f"steps: erase all concepts with {made.config.strategy}, in one erasure or added to this one"
+                )
             refuse_on_top(method, made.edits)
             return cls(made, concepts, method, way, seed or 0)
         before = type(method).configured(None, **made.config.strategy_config)
@@ -137,7 +142,7 @@ class Addition:
         erased = self.method.session(backbone_for(self.erased(stock.pipe)))
         # What earlier requests put in the place of something that is erased now would come back otherwise.
         wanted = [*self.concepts.new, *self.concepts.moved]
-        if isinstance(self.method, TrainedStrategy):
+        if isinstance(self.method, LoopedStrategy):
             standing = Standing(self.made.fingerprint, self.concepts.standing)
             fit = self.method.train(
                 erased, wanted, seed=self.seed, progress=progress, run=run or Run(), standing=standing

@@ -35,7 +35,7 @@ from erasure.files.recognise import MODEL_FILE
 from erasure.interop import paths, scopes, single_files
 from erasure.interop.pipelines import origin
 from erasure.strategies import Strategy, get
-from erasure.strategies.trained import TrainedStrategy
+from erasure.strategies.looped import LoopedStrategy
 from erasure.training.run import Run
 from erasure.versions import library_versions
 from erasure.world import World
@@ -98,7 +98,7 @@ def erase(
     if strategy is None:
         strategy = "hirm" if earlier is None else earlier.config.ledger[-1]["strategy"]
     method = get(strategy).configured(preset, **options)
-    if run is not None and not isinstance(method, TrainedStrategy):
+    if run is not None and not isinstance(method, LoopedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
     world = World.of(pipe)
     wanted = world.concepts(concepts, erased=() if earlier is None else earlier.concepts)
@@ -141,7 +141,7 @@ def erase(
             torch.manual_seed(seed)
             if addition is not None:
                 fit = addition.fit(backbone, report, run)
-            elif run is not None and isinstance(method, TrainedStrategy):
+            elif run is not None and isinstance(method, LoopedStrategy):
                 fit = method.train(backbone, wanted, seed=seed, progress=report, run=run)
             else:
                 fit = method.fit(backbone, wanted, seed=seed, progress=report)
@@ -165,6 +165,7 @@ def erase(
         gates=dict(fit.gates),
         text_length=backbone.text_length,
         size=_size(backbone),
+        sampling=None if fit.level is None else {"steps": 1, "guidance": 1, "level": fit.level},
     )
     if addition is not None:
         config = addition.described(config)

@@ -26,6 +26,7 @@ from erasure.fitting import (
     strengths_of,
     warn_of_misfits,
 )  # fmt: skip
+from erasure.guards import one_step
 from erasure.interop import adapters, hooks, patches, scopes
 from erasure.interop.pipelines import CallGuard, components_of
 from erasure.interop.tokenizers import take_turns
@@ -140,6 +141,7 @@ class ErasureManager:
             self.check_name(name, replaces)
             sources = sources_of(self.pipe, modules, name, erasure, controlnet)
             attached = replace(attached, beside=check_fit(self.pipe, sources, name, erasure, check_base))
+            one_step.check_level(self.pipe, name, one_step.sampling_of(attached))
             warn_of_misfits(self.pipe, name, erasure, {n: e for n, e in self.erasures.items() if n != replaces})
             records, states = {}, self._states()
             for component in {**sources, **states}:
@@ -166,7 +168,9 @@ class ErasureManager:
             for name in names:
                 brought.setdefault(name, []).append(component)
         vars(self.pipe)[_NAMES] = brought
-        guards.share_gates(self.pipe, self._states().values())
+        states = self._states()
+        guards.share_gates(self.pipe, states.values())
+        one_step.set_sampler(self.pipe, next(iter(one_step.levels_of(states.values()).values()), None))
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -188,6 +192,7 @@ class ErasureManager:
         everything = {**{name: state.record for name, state in states.items()}, **records}
         if not everything:
             return
+        one_step.check_together(states, everything)
         known = {name: list(components) for name, components in self._remembered().items()}
         dropped = set(self._attached()) - {name for record in everything.values() for name in record.attached}
         targets = []

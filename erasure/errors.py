@@ -87,6 +87,10 @@ class BypassedErasureWarning(UserWarning):
     """A call goes around an erasure: with embeddings, pictures, networks or texts of a length that it is not for."""
 
 
+class OneStepWarning(UserWarning):
+    """A call asks a one-step generator for steps or guidance, which it does without."""
+
+
 class ExperimentalWarning(UserWarning):
     """Something that no paper and no measurement on full models vouches for yet."""
 

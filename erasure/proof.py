@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers import DiffusionPipeline
 
+from erasure.backbones import backbone_for
 from erasure.canary import Canary
 from erasure.errors import VerificationError
+from erasure.guards import one_step
 from erasure.interop.pipelines import components_of
 from erasure.switching import Target
 from erasure.twins import bare_of, states_of, stock_of
@@ -63,6 +65,7 @@ def verify(pipe: DiffusionPipeline, remembered: Mapping[str, Sequence[str]], lea
                 f"{name!r} is in force with strength {attached.strength:g} only, at least {least_strength:g} is asked "
                 f"for: set_erasures({name!r}, 1.0), or pass least_strength="
             )
+    one_step.verify(pipe, states.values(), getattr(pipe, backbone_for(pipe).denoiser_component))
     compared = sum(state.verify(modules[component]) for component, state in states.items())
     canary = next((state.record.canary for state in states.values()), None)
     bare = bare_of(pipe)

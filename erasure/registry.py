@@ -126,9 +126,9 @@ class Registry(Generic[T]):
             ErasureError: There is none, see `check`; `BrokenPluginError` when another package names it and it cannot
                 be loaded.
         """
-        self.check(name)
         if name in self._registered:
             return self._registered[name]
+        self.check(name)
         if name in self.built_in:
             import_module(self.built_in[name])
             return self._registered[name]

@@ -115,6 +115,18 @@ class Request(TypedDict):
     """`seconds` it took, and further figures."""
 
 
+@with_config(STRICT)
+class Sampling(TypedDict):
+    """How a one-step generator is sampled."""
+
+    steps: Literal[1]
+    """Denoising steps."""
+    guidance: Literal[1]
+    """Scale of guidance: 1 is none."""
+    level: Annotated[int, Field(ge=1, lt=100_000)]
+    """Noise level of its step, as the scheduler counts them."""
+
+
 @dataclass
 class ErasureConfig:
     """Everything about an erasure but its tensors."""
@@ -152,6 +164,8 @@ class ErasureConfig:
     """Height and width in pixels of the drawings that it was made for; `None` where unknown."""
     requests: Annotated[list[dict[str, object]], Field(max_length=10_000)] = field(default_factory=list)
     """Requests that it carries out, in their order, see `Request`; empty where all concepts were asked for at once."""
+    sampling: dict[str, object] | None = None
+    """How it is sampled, where that is not as its model is: see `Sampling`."""
     format_version: int = FORMAT_VERSION
     """Version of the folder's layout."""
 
@@ -235,6 +249,7 @@ class ErasureConfig:
             "gates": (dict[Label, GateFigures], self.gates),
             "evaluation": (Figures, self.evaluation),
             "requests": (list[Request], self.requests),
+            "sampling": (Sampling | None, self.sampling),
         }
 
 

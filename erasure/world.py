@@ -137,6 +137,13 @@ class World:
         height, width = (self.generation.get(name) for name in ("height", "width"))
         return None if height is None or width is None else (int(height), int(width))
 
+    @staticmethod
+    def embedded(name: str) -> Path | None:
+        """Folder of what comes with the package under a name, such as `canvas-turbo`; `None` where there is none."""
+        from erasure import assets
+
+        return assets.find(name)
+
     @property
     def image_prompts(self) -> Path | None:
         """Folder of the IP-Adapter that the model declares."""

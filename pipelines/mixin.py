@@ -21,6 +21,8 @@ from erasure.files.recognise import MODEL_FILE
 from erasure.fitting import check_strength
 from erasure.interop import scopes
 from erasure.interop.pipelines import components_of
+from erasure.learning.concepts import LearnedConcepts, loaded, unload
+from erasure.learning.making import Picture, learn_concepts
 from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
@@ -177,6 +179,33 @@ class ErasureMixin(SharedModulesMixin):
     ) -> Erasure:
         """Make an erasure and attach it; see `erasure.erase`."""
         return api.erase(self, concepts, strategy, **options)  # type: ignore[arg-type]
+
+    def learn_concepts(
+        self, images: Picture | Sequence[Picture], tokens: str | Sequence[str], **options: Any
+    ) -> LearnedConcepts:
+        """Learn new tokens for what pictures show; see `erasure.learn_concepts`."""
+        return learn_concepts(self.erasure_manager.pipe, images, tokens, **options)
+
+    def load_concepts(self, source: str | Path | LearnedConcepts) -> LearnedConcepts:
+        """Load concepts that were learned from pictures, from a folder or from memory, ahead of any erasure.
+
+        Raises:
+            ArtifactError: The folder is missing or damaged.
+            AttachError: An erasure is attached.
+            ConceptError: A token of theirs is known already.
+            WrongBaseError: They were learned with another model.
+        """
+        concepts = source if isinstance(source, LearnedConcepts) else LearnedConcepts.read(source)
+        concepts.load_into(self.erasure_manager.pipe)
+        return concepts
+
+    def list_concepts(self) -> list[str]:
+        """Tokens of the concepts that were loaded."""
+        return [token for concepts in loaded(self.erasure_manager.pipe) for token in concepts.tokens]
+
+    def unload_concepts(self) -> None:
+        """Take all learned concepts off; the model is then as before, bit for bit."""
+        unload(self.erasure_manager.pipe)
 
     def load_erasure(self, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:
         """Attach an erasure from a folder, a Hub repository or memory, beside those already attached."""

@@ -29,8 +29,8 @@ LIBRARY = frozenset(
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""
-WORKSHOPS = frozenset({"sae", "strategies", "training"})
-"""What makes an erasure."""
+WORKSHOPS = frozenset({"learning", "sae", "strategies", "training"})
+"""What makes an erasure, or a concept that can be erased."""
 USERS = frozenset({"assets", "benchmarks", "eval", "pipelines"})
 """What is built on the library."""
 
@@ -42,16 +42,17 @@ NEVER: dict[str, frozenset[str]] = {
     "backbones": frozenset({"carriers", "text"}) | ABOVE,
     "text": frozenset({"carriers"}) | ABOVE,
     "carriers": ABOVE,
-    "training": frozenset({"sae", "strategies"}) | LIBRARY | USERS,
+    "training": frozenset({"learning", "sae", "strategies"}) | LIBRARY | USERS,
     # What the embedded models declare is data of `assets`.
     "world": frozenset({"backbones", "cache", "carriers", "masks", "text"}) | ABOVE - {"assets"},
     # The embedded dictionary and prompts are data of `assets`.
-    "sae": frozenset({"strategies"}) | USERS - {"assets"},
-    "strategies": LIBRARY | USERS,
+    "sae": frozenset({"learning", "strategies"}) | USERS - {"assets"},
+    "strategies": LIBRARY | USERS | {"learning"},
+    "learning": frozenset({"sae", "strategies"}) | USERS,
     **dict.fromkeys(LIBRARY - {"adding", "api"}, WORKSHOPS | USERS),
     "adding": frozenset({"sae"}) | USERS,
     # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
-    "api": frozenset({"sae", "eval", "benchmarks"}),
+    "api": frozenset({"learning", "sae", "eval", "benchmarks"}),
     "pipelines": frozenset({"eval", "benchmarks"}),
     "eval": frozenset({"benchmarks"}),
     "assets": frozenset({"benchmarks"}),

@@ -90,18 +90,18 @@ def test_an_erasure_that_takes_another_back(kind: str, attached: Any, erasures: 
     assert manager.verify() > 0
 
 
-@pytest.mark.parametrize("strength", [-1.0, -1e-9, float("inf"), -float("inf"), float("nan"), "much", None, 1 + 1j])
-def test_a_strength_that_is_no_factor_is_refused_everywhere(strength: Any, attached: Any, erasures: Any) -> None:
+def test_a_strength_that_is_no_factor_is_refused_everywhere(attached: Any, erasures: Any) -> None:
     manager = attached("uce")[1]
-    with pytest.raises(AttachError, match="no strength"):
-        manager.add(erasures["uce"], "twice", strength)
-    if strength is not None:  # there it means 1
-        for given in (strength, [strength]):
-            if isinstance(given, str):
-                continue
-            with pytest.raises(AttachError, match="no strength"):
-                manager.set_erasures("cat", given)
-    assert manager.strengths == {"cat": 1.0}
+    for strength in (-1.0, -1e-9, float("inf"), -float("inf"), float("nan"), "much", None, 1 + 1j):
+        with pytest.raises(AttachError, match="no strength"):
+            manager.add(erasures["uce"], "twice", strength)
+        if strength is not None:  # there it means 1
+            for given in (strength, [strength]):
+                if isinstance(given, str):
+                    continue
+                with pytest.raises(AttachError, match="no strength"):
+                    manager.set_erasures("cat", given)
+        assert manager.strengths == {"cat": 1.0}
     assert manager.verify() > 0
 
 

@@ -54,6 +54,13 @@ def judge(work: Path = WORK, steps: int = 1500, batch: int = 64) -> None:
     train(work, steps, batch)
 
 
+def newcomers(scenes: int = 2000) -> None:
+    """Train what tells new things apart, on what the judge sees."""
+    from erasure.assets.build.newcomers import build
+
+    print(build(scenes))
+
+
 def denoiser(
     work: Path = WORK,
     steps: int = 7000,
@@ -454,6 +461,20 @@ def layouts(prompts: int = 24) -> None:
     print(described(*measure(prompts)))
 
 
+def learning(out: Path = Path("learning"), pairs: int = 4, images: int = 10, erasing: str = "uce") -> None:
+    """Learn pairs of new things from one picture each, draw them, erase them, and measure each step.
+
+    Args:
+        out: Folder of concepts and figures; what is there is not made again.
+        pairs: Pictures, each of two things.
+        images: Images of each thing.
+        erasing: Strategy that each is erased with.
+    """
+    from erasure.assets.build.learning import run
+
+    run(out, pairs, images, erasing)
+
+
 def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
     """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
 
@@ -473,7 +494,7 @@ def main() -> None:
     steps = (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
         attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
-        families, ip_adapter,
+        families, ip_adapter, newcomers, learning,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -71,13 +71,16 @@ class Bank:
         """The same bank with its latents on a device."""
         return replace(self, latents=self.latents.to(device))
 
-    def draw(self, rng: np.random.Generator, count: int, dropped: float) -> tuple[np.ndarray, list[str]]:
+    def draw(
+        self, rng: np.random.Generator, count: int, dropped: float, turned: float = 0.5
+    ) -> tuple[np.ndarray, list[str]]:
         """Draw `count` scenes: their numbers, and a caption of each.
 
         Args:
             rng: Says which.
             count: Number of scenes.
             dropped: Share of captions that are "", for guidance.
+            turned: See `caption`.
         """
         rows = rng.choice(len(self.scenes), size=count, p=self.odds)
-        return rows, ["" if rng.random() < dropped else caption(self.scenes[row], rng) for row in rows]
+        return rows, ["" if rng.random() < dropped else caption(self.scenes[row], rng, turned=turned) for row in rows]

@@ -41,6 +41,9 @@ class Recipe:
     """Share of captions replaced by "" for guidance."""
     pairs: float = 0.5
     """Share of two-object scenes."""
+    turned: float = 0.0
+    """Chance that of two objects the right one is named first: here, unlike in canvas-sd, the prompt says what stands
+    where, as T5's states know the order of words."""
     grounding: float = 0.3
     """Weight of the loss on words' attention, see `grounding_loss`."""
     grounded: float = 0.4
@@ -111,7 +114,7 @@ def train(
     joint = [site for site in attention_sites(network) if site.kind == "joint"][: recipe.layers]
 
     def losses(rng: np.random.Generator) -> dict[str, Tensor]:
-        rows, captions = bank.draw(rng, batch, recipe.drop)
+        rows, captions = bank.draw(rng, batch, recipe.drop, recipe.turned)
         clean, told = bank.latents[rows], prompts(captions)
         marked = words(captions, [bank.scenes[row] for row in rows], told).to(device)
         level = levels(batch, SHIFT).to(device)

@@ -36,11 +36,20 @@ def object_tokens(tokenizer: PreTrainedTokenizerBase, ids: Tensor, scenes: Seque
     marked = torch.zeros(*ids.shape, MOST)
     for row, scene in enumerate(scenes):
         for column, name in enumerate(scene.objects):
-            words = [name, OBJECTS[name].group, *OBJECTS[name].synonyms]
-            either = [*words, *(word.capitalize() for word in words)]
-            pieces = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids for word in either])
-            marked[row, torch.isin(ids[row], pieces), column] = 1
+            marked[row, torch.isin(ids[row], object_pieces(tokenizer, (name,))), column] = 1
     return marked * (marked.sum(1, keepdim=True) == 1)
+
+
+def object_pieces(tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = tuple(OBJECTS)) -> Tensor:
+    """Tokens of every word that objects go by, with and without a capital.
+
+    Args:
+        tokenizer: It has a token for every word of the world.
+        names: Of the objects.
+    """
+    words = [word for name in names for word in (name, OBJECTS[name].group, *OBJECTS[name].synonyms)]
+    either = [*words, *(word.capitalize() for word in words)]
+    return torch.tensor([tokenizer(word, add_special_tokens=False).input_ids for word in either]).flatten().unique()
 
 
 def object_masks(scenes: Sequence[Scene], side: int) -> Tensor:

@@ -102,6 +102,12 @@ class Backbone(ABC):
 
     def lacks(self, need: Need) -> str:
         """Say why the model cannot give what a strategy needs; empty where it can."""
+        if need == "one step":
+            return (
+                "its noise is that of flow matching, and what makes a one-step generator here (score identity "
+                "distillation) is defined for the noise of diffusion models: take a model of Stable Diffusion or "
+                "SDXL, or a strategy that keeps the number of steps (esd, doco, uce)"
+            )
         if need == "image prompts":
             return (
                 "text and picture attend to each other in one joint attention there, and the IP-Adapters that exist "

@@ -168,18 +168,18 @@ class TextTower:
 
     def tokenize(self, prompts: Sequence[str]) -> PromptTokens:
         """Tokenise as the pipeline does: learned tokens written out, truncated and padded to `max_length`."""
-        texts = [self.written_out(prompt) for prompt in prompts]
+        texts = learned.written_out(self.pipe, prompts, self.tokenizer)
         made = self.tokenizer(
             texts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
-        lengths = [min(len(row), self.max_length) for row in self.tokenizer(texts).input_ids]
+        lengths = made.attention_mask.sum(1).tolist()
         device = next(self.root.parameters()).device
         mask = made.attention_mask.to(device) if self.uses_attention_mask else None
         return PromptTokens(made.input_ids.to(device), lengths, mask)
 
     def written_out(self, text: str) -> str:
         """A text with every vector of its learned tokens as a word of its own, as the pipeline writes it."""
-        return learned.written_out(self.pipe, text, self.tokenizer)
+        return learned.written_out(self.pipe, [text], self.tokenizer)[0]
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """The tokens of a prompt, start and end included: all of them, or those that the pipeline's limit leaves."""

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from erasure.carriers.latents import fired, product
+from erasure.carriers.latents import alike, fired, product
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
+from erasure.carriers.remembered import Edited
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths, rounds
@@ -124,25 +125,35 @@ class GatedEdit:
         e = FeatureEdit(*(t.to(device, dtype if t.is_floating_point() else None) for t in edit))
         self.edit, self.device = e, device
         concepts, features = len(e.gate), len(e.b_enc)
+        # A latent is read once, however many features write where it fires.
+        known, self.latent = alike(torch.cat([e.w_enc, e.b_enc[None], e.threshold[None]]))
+        self.w_enc, self.b_enc, self.threshold = (
+            (e.w_enc, e.b_enc, e.threshold)
+            if len(known) == features
+            else (e.w_enc[:, known].contiguous(), e.b_enc[known], e.threshold[known])
+        )
         self.belongs = torch.zeros(concepts, features, device=device, dtype=dtype)
         self.belongs[e.edits[0], e.edits[1]] = 1
-        self.votes = torch.zeros(features, concepts, device=device, dtype=dtype)
-        self.votes[e.votes[1], e.votes[0]] = e.weight
+        votes = torch.zeros(features, concepts, device=device, dtype=dtype)
+        votes[e.votes[1], e.votes[0]] = e.weight
+        self.votes = votes if len(known) == features else votes.new_zeros(len(known), concepts)
+        if self.votes is not votes:
+            self.votes.index_add_(0, self.latent, votes)
         # Read once: what is asked of a tensor on every call would break a compiled graph.
         self.by_probe, self.local = bool(e.rule == 1), bool(e.local == 1)
         self.first, self.end = int(e.first), int(e.end)
         self.gate = e.probe_gate if self.by_probe else e.gate
-        self.level = e.threshold.clamp(min=0)
+        self.level = self.threshold.clamp(min=0)
         self.filler = e.filler if len(e.filler) else None
 
     def latents(self, x: Tensor) -> Tensor:
-        """`(..., features)` of activations `(..., dim)`."""
+        """`(..., latents)` of activations `(..., dim)`."""
         before = self.before(x)
         return torch.where(before > self.level, before, torch.zeros_like(before))
 
     def before(self, x: Tensor) -> Tensor:
-        """`(..., features)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
-        return x @ self.edit.w_enc + self.edit.b_enc
+        """`(..., latents)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
+        return x @ self.w_enc + self.b_enc
 
     def logits(self, x: Tensor, latents: Tensor, by_probe: bool, which: Tensor | None = None) -> Tensor:
         """How surely each token holds each concept, `(batch, tokens, concepts)`.
@@ -151,7 +162,7 @@ class GatedEdit:
             x: Activations.
             latents: Of the activations.
             by_probe: Ask the probe instead of the latents.
-            which: Places of those latents among the features; they are all of them when left out.
+            which: Places of those latents among all; they are all of them when left out.
         """
         if by_probe:
             return x @ self.edit.probe + self.edit.probe_bias
@@ -177,7 +188,7 @@ class GatedEdit:
             told: `(batch, concepts)` bool: gates that other text encoders have opened.
         """
         latents, fires, which = fired(self.before(x), self.level, whole=x.requires_grad)
-        counted = seeing_jump(latents, self.before(x), self.edit.threshold) if x.requires_grad else latents
+        counted = seeing_jump(latents, self.before(x), self.threshold) if x.requires_grad else latents
         logits = self.logits(x, counted, self.by_probe, which)
         own = logits >= self.gate
         if words is None:
@@ -191,6 +202,9 @@ class GatedEdit:
                     own = own | (told[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
                 opened = opened | told[:, None]
             where = own & opened if self.local else opened
+        eager = not (x.requires_grad or torch.compiler.is_compiling())
+        if eager and not opened.any():
+            return torch.zeros_like(x), opened.any(1)
         smooth = self.smooth(logits, words) if words is not None and x.requires_grad else None
         if self.filler is not None:
             flagged = where.any(-1)
@@ -209,12 +223,33 @@ class GatedEdit:
             on = product(where.to(x.dtype), self.belongs).clamp(max=1)
             if smooth is not None:
                 on = straight_through(on.expand(*x.shape[:2], -1), smooth[self.local] @ self.belongs)
-            gain, offset = self.edit.gain, self.edit.offset
-            if which is not None:
-                on, gain, offset = on[..., which], gain[which], offset[which]
-            change = product(on * (gain * latents + offset * fires), self.edit.w_dec, which)
+            change = self.written(on, latents, fires, which)
         after = torch.arange(x.shape[1], device=x.device) >= self.first
         return change * after[:, None], opened.any(1)
+
+    def written(self, on: Tensor, latents: Tensor, fires: Tensor, which: Tensor | None) -> Tensor:
+        """Give what the features write, `(batch, tokens, dim)`.
+
+        Args:
+            on: `(batch, tokens or 1, features)`: how far each is edited.
+            latents: `(batch, tokens, given)`.
+            fires: 1 where a latent fires, else 0, shaped the same.
+            which: `(given,)`: places of these among all latents; they are all of them when left out.
+        """
+        gain, offset, features = self.edit.gain, self.edit.offset, which
+        if len(self.level) < len(gain):
+            # Several features of one latent: those are looked at that are edited and whose latent fires.
+            latent = self.latent
+            if not (latents.requires_grad or torch.compiler.is_compiling()):
+                there = torch.arange(len(self.level), device=latent.device) if which is None else which
+                place = torch.full_like(self.level, -1, dtype=torch.int64)
+                place[there] = torch.arange(len(there), device=latent.device)
+                features = ((place[latent] >= 0) & on.flatten(0, -2).any(0)).nonzero()[:, 0]
+                latent = place[latent[features]]
+            latents, fires = latents[..., latent], fires[..., latent]
+        if features is not None:
+            on, gain, offset = on[..., features], gain[features], offset[features]
+        return product(on * (gain * latents + offset * fires), self.edit.w_dec, features)
 
     def smooth(self, logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Give how far each gate is open for gradients: in a prompt as a whole, and at each of its tokens.
@@ -250,37 +285,9 @@ Terms = Sequence[Term | tuple[float, BlockEdit]]
 """What is done at one block, added up."""
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
 def _within(pairs: Tensor, concepts: int, features: int) -> bool:
     limits = torch.tensor([[concepts], [features]])
     return bool(((pairs >= 0) & (pairs < limits)).all())
-
-
-class _Edited(NamedTuple):
-    """Activations that were edited, and all that this depends on besides the edits."""
-
-    states: Tensor
-    """What came in, `(batch, tokens, dim)`."""
-    ids: Tensor | None
-    told: tuple[Tensor | None, ...]
-    """For each term: gates that other text encoders have opened."""
-    output: Tensor
-    """What goes out."""
-    opened: tuple[Tensor, ...]
-    """For each term: gates that are open now, `(batch, concepts)`."""
-
-    def is_of(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> bool:
-        """Whether the same would come out again."""
-        return (
-            _same(self.states, states)
-            and _same(self.ids, ids)
-            and all(_same(a, b) for a, b in zip(self.told, told, strict=True))
-        )
 
 
 class _EditBlock(ModelHook):
@@ -291,7 +298,7 @@ class _EditBlock(ModelHook):
         self.terms = tuple(Term(*term) for term in terms)
         self._gates = [term.edit.gates.numel() for term in self.terms]
         self._placed: tuple[GatedEdit | PlacedReconstruction, ...] = ()
-        self._memory: list[_Edited] = []
+        self._memory: list[Edited] = []
 
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
@@ -312,7 +319,7 @@ class _EditBlock(ModelHook):
         if device.type != "meta":
             self._placed = tuple(term.edit.on(device) for term in self.terms)
 
-    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
+    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
         """The edit of `states`, from memory when it was asked for lately."""
         for known in self._memory:
             if known.is_of(states, ids, told):
@@ -321,7 +328,7 @@ class _EditBlock(ModelHook):
         self._memory = [edited, *self._memory[: MEMORY - 1]]
         return edited
 
-    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> _Edited:
+    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
         """Edit `(batch, tokens, dim)`, in the dtype it came in."""
         if not self._placed or self._placed[0].device != states.device:
             self.place(states.device)
@@ -338,7 +345,7 @@ class _EditBlock(ModelHook):
         chosen = torch.where(touched[:, None, None], edited, states)
         # What no gate touched is left as it is to the bit, and yet gradients see what an open gate would change.
         chosen = straight_through(chosen, edited) if states.requires_grad else chosen
-        return _Edited(states, ids, told, chosen, tuple(gates))
+        return Edited(states, ids, told, chosen, tuple(gates))
 
 
 class EditedFeatures:

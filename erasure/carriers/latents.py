@@ -52,6 +52,23 @@ def product(sparse: Tensor, matrix: Tensor, which: Tensor | None = None) -> Tens
     return sparse[..., met] @ matrix[met] if 2 * len(met) < len(matrix) else sparse @ matrix
 
 
+def alike(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Find columns that are the same, `(rows, columns)`.
+
+    Returns:
+        The first place of each that differs, in their order; and for every column which of these it is.
+    """
+    known: dict[bytes, int] = {}
+    first, which = [], []
+    for index, column in enumerate(columns.T.contiguous().cpu().numpy()):
+        number = known.setdefault(column.tobytes(), len(known))
+        if number == len(first):
+            first.append(index)
+        which.append(number)
+    both = (torch.tensor(each, dtype=torch.int64, device=columns.device) for each in (first, which))
+    return next(both), next(both)
+
+
 def _jumped(before: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
     """Give latents that are `before` where they are `on` and 0 elsewhere, and 1 and 0 at the same places.
 

@@ -137,7 +137,7 @@ def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
         folder = ItD().dictionary_of(tower, folders.get(tower.component), 0, lambda share: None)
         sae, layer = dictionaries.opened(tower, folder, None)
         generator = torch.Generator().manual_seed(0)
-        edit = random_edit(sae, count, EDITED, COUNTED, generator)._replace(
+        edit = random_edit(sae, count, EDITED, COUNTED, generator, anchored=True)._replace(
             first=torch.tensor(tower.leading), end=torch.tensor(tower.end)
         )
         edits.features[tower.key(tower.block_path(layer))] = edit
@@ -146,8 +146,19 @@ def many_concepts(pipe: Pipeline, dictionary: str, count: int) -> Erasure:
     return Erasure(config, edits)
 
 
-def random_edit(sae: SparseAutoencoder, concepts: int, edited: int, counted: int, generator: Generator) -> FeatureEdit:
-    """So many concepts with random latents of an autoencoder, each stored once; all gates but the first are shut."""
+def random_edit(
+    sae: SparseAutoencoder, concepts: int, edited: int, counted: int, generator: Generator, *, anchored: bool = False
+) -> FeatureEdit:
+    """So many concepts with random latents of an autoencoder, each stored once; all gates but the first are shut.
+
+    Args:
+        sae: The autoencoder.
+        concepts: How many.
+        edited: Latents that each changes.
+        counted: Latents that the gate of each counts.
+        generator: Draws them.
+        anchored: Let every latent that a concept changes write something of its own, as it does for an anchor.
+    """
     import torch
 
     from erasure.carriers.features import FeatureEdit
@@ -159,7 +170,11 @@ def random_edit(sae: SparseAutoencoder, concepts: int, edited: int, counted: int
     edits, votes = draws(edited), draws(counted)
     used, place = torch.cat([edits[1], votes[1]]).unique(return_inverse=True)
     edits[1], votes[1] = place.split([edits.shape[1], votes.shape[1]])
-    part, n = sae.slice(used.tolist()), len(used)
+    columns = torch.arange(len(used))
+    if anchored:
+        edits = torch.cat([edits, torch.stack([edits[0], len(used) + torch.arange(edits.shape[1])])], 1)
+        columns = torch.cat([columns, edits[1, : edits.shape[1] // 2]])
+    part, n = sae.slice(used[columns].tolist()), len(columns)
     half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
             "gain": torch.full((n,), -3.0), "offset": torch.zeros(n), "probe": torch.zeros(sae.config.d_in, concepts),
             "filler": torch.zeros(0, sae.config.d_in)}  # fmt: skip

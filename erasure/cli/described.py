@@ -90,3 +90,13 @@ def list_of(registry: Registry[Any]) -> str:
     names = registry.names()
     width = max(map(len, names))
     return "\n".join(f"  {name:<{width}}  {registry.facts(name).told['title']}" for name in names)
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, read ahead of everything else: which other flags there are depends on it."""
+    for index, token in enumerate(argv):
+        if token == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if token.startswith(f"{flag}="):
+            return token.removeprefix(f"{flag}=")
+    return None

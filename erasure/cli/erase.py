@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasure.cli.described import changes, list_of, options_of, parse_with
+from erasure.cli.described import changes, list_of, options_of, parse_with, value_of
 from erasure.cli.lists import is_list_file, read_concepts
-from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.models import TaughtModelOptions, open_model, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Kind
 from erasure.parsing import ConceptRequest
@@ -32,7 +32,7 @@ The options of each: erasure erase STRATEGY --help"""
 
 
 @dataclass(kw_only=True)
-class EraseOptions(ModelOptions):
+class EraseOptions(TaughtModelOptions):
     """What to erase, from which model, and where to write the result."""
 
     concept: tuple[str, ...] = ()
@@ -77,10 +77,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         raise UsageError(f"name the strategy first: erasure erase {{{','.join(STRATEGIES.names())}}} --model M ...")
     strategy = options_of(STRATEGIES, name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
-    start = strategy.configured(_value(rest, "--preset"))
+    start = strategy.configured(value_of(rest, "--preset"))
     told = STRATEGIES.facts(name).told
     earlier = _added_to(rest)
-    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or _value(rest, "--preset")):
+    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or value_of(rest, "--preset")):
         # All is fitted anew with the options that it had: only what differs from them is asked for.
         start = strategy.configured(None, **earlier.config.strategy_config)
     about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
@@ -90,10 +90,19 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
     asked = wanted(options)
-    concepts = World.at(options.model).concepts(
+    learned = tokens_of(options.learned)
+    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
+    concepts = world.concepts(
         asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
         erased=() if earlier is None else earlier.concepts,
     )  # fmt: skip
+    # What was learned beside a concept looks like nothing that the vocabulary has: it survives if it is said to.
+    erased = {name for concept in concepts for name in concept.names}
+    beside = [token for token in learned if token not in erased]
+    concepts = [
+        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
+        for each in concepts
+    ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
 
@@ -108,6 +117,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if training is not None and training.checkpoints is None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
+    require_tokens(pipe, [text for concept in concepts for text in concept.texts()])
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
         progress=terminal.speaks, run=training, add_to=earlier, **changes(parsed.options, start),
@@ -132,6 +142,19 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         )
 
 
+def tokens_of(folders: Sequence[str]) -> list[str]:
+    """The tokens of learned concepts in folders.
+
+    Raises:
+        ArtifactError: One is missing or damaged.
+    """
+    if not folders:
+        return []
+    from erasure.learning import LearnedConcepts
+
+    return [token for folder in folders for token in LearnedConcepts.read(folder).tokens]
+
+
 def wanted(options: EraseOptions) -> list[ConceptRequest | str]:
     """Collect the concepts that the options and their file name.
 
@@ -153,18 +176,9 @@ def _added_to(argv: Sequence[str]) -> Erasure | None:
     Raises:
         ArtifactError: It is missing or damaged.
     """
-    source = _value(argv, "--add-to")
+    source = value_of(argv, "--add-to")
     if source is None or {"-h", "--help"} & set(argv):
         return None
     from erasure.artifact import Erasure
 
     return Erasure.load(source)
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    for index, token in enumerate(argv):
-        if token == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if token.startswith(f"{flag}="):
-            return token.removeprefix(f"{flag}=")
-    return None

@@ -17,6 +17,7 @@ from erasure.cli.models import (
     check_strengths,
     load_erasures,
     open_model,
+    require_tokens,
 )
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
 from erasure.world import World
@@ -79,6 +80,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
     erasures = load_erasures(options)
     pipe = open_model(options, task="composition" if options.compose else "text-to-image")
+    require_tokens(pipe, [text for row in rows for text in (row.prompt, row.negative_prompt or "")])
     manager = attach(pipe, erasures, options.strength)
 
     from erasure.files import slug, write_bytes

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "demo": "erase from the embedded model, show before and after, write a report",
     "strategies": "what there is, what it needs of a model, what it protects, at what cost",
     "erase": "make an erasure",
+    "learn": "learn concepts from pictures, to draw them or to erase them",
     "generate": "draw images, with or without erasures",
     "remove": "take objects out of images",
     "eval": "measure a model and its erasures",

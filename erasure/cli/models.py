@@ -33,7 +33,15 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class ErasedModelOptions(ModelOptions):
+class TaughtModelOptions(ModelOptions):
+    """A model that may know concepts that were learned from pictures."""
+
+    learned: tuple[str, ...] = ()
+    """Folders of learned concepts (`erasure learn`), whose tokens prompts and --concept may name then."""
+
+
+@dataclass(kw_only=True)
+class ErasedModelOptions(TaughtModelOptions):
     """A model with any number of erasures."""
 
     erasure: tuple[str, ...] = ()
@@ -71,6 +79,11 @@ def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "
         pipe = erasure.api.load_text_encoders(options.model, **settings)
     else:
         pipe = erasure.load_pipeline(options.model, task=task, **settings)
+    if isinstance(options, TaughtModelOptions) and options.learned:
+        from erasure.learning import LearnedConcepts
+
+        for concepts in [LearnedConcepts.read(folder) for folder in options.learned]:
+            concepts.load_into(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -85,6 +98,18 @@ def check_strengths(options: ErasedModelOptions) -> None:
         raise UsageError(
             f"{len(options.strength)} --strength for {len(options.erasure)} --erasure: give one for each, or none"
         )
+
+
+def require_tokens(pipe: DiffusionPipeline, texts: Sequence[str]) -> None:
+    """Refuse texts with a token in angle brackets that the model has not learned.
+
+    Raises:
+        ConceptError: There is one.
+    """
+    from erasure.backbones import backbone_for
+    from erasure.learning import tokens
+
+    tokens.require_tokens(backbone_for(pipe), texts)
 
 
 def check_seeds(seed: int, count: int = 1) -> None:

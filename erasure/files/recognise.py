@@ -8,6 +8,7 @@ from pathlib import Path
 from erasure.errors import ErasureError
 
 ERASURE_FILE, MODEL_FILE, LORA_FILE = "erasure_config.json", "model_index.json", "pytorch_lora_weights.safetensors"
+CONCEPTS_FILE = "concepts_config.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 """Endings of files that run code when they are read."""
 CHECKPOINT = "a single-file checkpoint, as ComfyUI and A1111 read it"
@@ -54,6 +55,8 @@ def advice(path: str | Path) -> str | None:
             return "a model: name it as --model, or load it with erasure.load_pipeline(FOLDER)"
         if os.path.isfile(path / ERASURE_FILE):
             return "an erasure: name it as --erasure, or load it with pipe.load_erasure(FOLDER)"
+        if os.path.isfile(path / CONCEPTS_FILE):
+            return "a folder of learned concepts: name it as --learned, or load it with pipe.load_concepts(FOLDER)"
         return f"{LORA}: {LOAD_LORA}" if os.path.isfile(path / LORA_FILE) else None
     if not os.path.isfile(path):
         return None

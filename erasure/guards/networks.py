@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from erasure.backbones import Backbone
 from erasure.carriers.calls import NamedArguments
 from erasure.guards import encodings as known
+from erasure.guards import one_step
 from erasure.guards.encodings import KNOWN, Encodings
 from erasure.guards.said import (
     APART,
@@ -150,6 +151,7 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
     }.values():
         words_of(one.erasure)
     share_gates(backbone.pipe, states.values())
+    one_step.install(denoiser, backbone, attached.values())
     hooks.remove_hook(denoiser, _ENTRY)
     if "vae" in components:
         CallGuard.remove(components["vae"], "encode")

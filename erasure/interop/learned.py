@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
@@ -12,14 +15,19 @@ from erasure.interop import paths
 from erasure.interop.protocols import Tokenizer
 
 
-def written_out(pipe: DiffusionPipeline | None, text: str, tokenizer: Tokenizer) -> str:
-    """A text as a pipeline hands it to one of its tokenisers: a token of several vectors becomes as many words.
+def written_out(pipe: DiffusionPipeline | None, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Texts as a pipeline hands them to one of its tokenisers: a token of several vectors becomes as many words.
 
-    Call it once for a text: diffusers writes the outcome out again.
+    Call it once for a text: diffusers writes the outcome out again. It tokenises every text, which those that name no
+    such token are spared.
     """
     if not isinstance(pipe, TextualInversionLoaderMixin):
-        return text
-    return pipe.maybe_convert_prompt(text, tokenizer)
+        return list(texts)
+    known = tokenizer.added_tokens_encoder
+    several = [word for word in known if f"{word}_1" in known]
+    return [
+        pipe.maybe_convert_prompt(text, tokenizer) if any(word in text for word in several) else text for text in texts
+    ]
 
 
 def ids_by_word(tokenizer: Tokenizer) -> dict[str, int]:
@@ -38,7 +46,54 @@ def mentioned(texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
 def vectors(tokenizer: Tokenizer, encoder: nn.Module, word: str) -> Tensor:
     """The vectors of a learned token, first to last, `(vectors, dim)`."""
     known = ids_by_word(tokenizer)
-    rows = [known[word]]
-    while (following := f"{word}_{len(rows)}") in known:
-        rows.append(known[following])
+    rows = [known[each] for each in words_of(tokenizer, word)]
     return paths.token_table(paths.transformer_root(encoder)).weight.detach()[rows]
+
+
+def loads_tokens(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline's class loads learned tokens."""
+    return isinstance(pipe, TextualInversionLoaderMixin)
+
+
+def add(pipe: DiffusionPipeline, component: str, word: str, vectors: Tensor) -> None:
+    """Add a learned token of `(vectors, dim)` to one text encoder of a pipeline and to its tokeniser."""
+    name = component.replace("text_encoder", "tokenizer")
+    # One vector is a row of its own: of a matrix of one row diffusers makes a word of another name.
+    rows = vectors if len(vectors) > 1 else vectors[0]
+    with torch.random.fork_rng(devices=[]), quiet_resizing():
+        pipe.load_textual_inversion(
+            rows, token=word, tokenizer=getattr(pipe, name), text_encoder=getattr(pipe, component)
+        )
+
+
+def remove(pipe: DiffusionPipeline, component: str, word: str) -> None:
+    """Take a learned token out of one text encoder and its tokeniser, if it is there.
+
+    Each further vector of it is a token of its own to diffusers, which would leave those behind.
+    """
+    tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
+    if words := words_of(tokenizer, word):
+        encoder = getattr(pipe, component)
+        pipe.unload_textual_inversion(words, tokenizer=tokenizer, text_encoder=encoder)
+        encoder.config.vocab_size = paths.token_table(paths.transformer_root(encoder)).num_embeddings
+
+
+def words_of(tokenizer: Tokenizer, word: str) -> list[str]:
+    """A learned token and the words of its further vectors, first to last; empty where it is none."""
+    known = ids_by_word(tokenizer)
+    words = [word] if word in known else []
+    while words and (following := f"{word}_{len(words)}") in known:
+        words.append(following)
+    return words
+
+
+@contextmanager
+def quiet_resizing() -> Iterator[None]:
+    """Transformers does not say inside that it draws new rows of a table at random: they are written over."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

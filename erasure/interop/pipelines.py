@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.interop import adapters, hooks, paths, rounds
+from erasure.interop.one_step import own_scheduler
 
 
 def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
@@ -129,6 +131,9 @@ def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ())
     """
     memo: dict[int, object] = {id(thing): thing for thing in left_out}
     for component in components.values():
+        # Every module has a dozen empty tables of hooks, which take most of the time of a deep copy.
+        for part in component.modules():
+            memo |= {id(held): type(held)() for held in vars(part).values() if type(held) is OrderedDict and not held}
         for tensor in component.buffers():
             memo[id(tensor)] = tensor.detach() if type(tensor) is Tensor else tensor
         for p in component.parameters():
@@ -194,6 +199,7 @@ def twin(
     for name, component in copies.items():
         setattr(other, name, component)
     if getattr(pipe, "scheduler", None) is not None:
-        other.scheduler = copy.deepcopy(pipe.scheduler)
+        # A generator's sampler belongs to the erasure that is left out.
+        other.scheduler = copy.deepcopy(pipe.scheduler if prefix is None else own_scheduler(pipe))
     EncodedTogether.set(other, prefix is None and isinstance(vars(pipe).get("encode_prompt"), EncodedTogether))
     return other

@@ -71,6 +71,7 @@ class Scheduler(Protocol):
     config: Config
     timesteps: Tensor
     init_noise_sigma: float
+    betas: Tensor
     alphas_cumprod: Tensor
 
     def set_timesteps(self, steps: int, device: torch.device | str | None = None) -> None:

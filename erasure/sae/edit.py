@@ -12,7 +12,7 @@ from erasure.backbones import TextTower
 from erasure.carriers.features import FeatureEdit
 from erasure.sae.gates import Gate
 from erasure.sae.model import SparseAutoencoder
-from erasure.sae.standin import ALONE, columns, stand_in
+from erasure.sae.standin import ALONE
 from erasure.sae.stream import activations
 
 Mode = Literal["scale", "clamp", "replace"]
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     gate: Gate
     """When to."""
     anchor: Tensor | None = None
-    """`(dim,)`: what takes the concept's place; `None` where nothing does."""
+    """`(n, dim)`: what the first n latents write to bring the anchor; `None` where nothing takes the place."""
     factor: float = ALONE
     """Factor of its latents."""
 
@@ -53,8 +53,12 @@ def feature_edit(
     place = {feature: index for index, feature in enumerate(used)}
     part = sae.slice(used)
 
-    anchored = [(c, choice, choice.anchor) for c, choice in enumerate(choices) if choice.anchor is not None]
-    latents = [stand_in(sae, choice.features, choice.magnitude, anchor) for _, choice, anchor in anchored]
+    # What a latent of a concept writes instead is one more latent: concepts that share the first differ in it.
+    written = [
+        (c, place[feature], row)
+        for c, choice in enumerate(choices)
+        for feature, row in zip(choice.features, () if choice.anchor is None else choice.anchor, strict=False)
+    ]
 
     def pairs(of: Callable[[Choice], list[int]], more: Sequence[tuple[int, int]] = ()) -> Tensor:
         listed = [*((c, place[i]) for c, choice in enumerate(choices) for i in of(choice)), *more]
@@ -75,11 +79,15 @@ def feature_edit(
     half = {"w_enc": part.w_enc, "b_enc": part.b_enc, "w_dec": part.w_dec, "threshold": part.threshold,
             "gain": torch.full((len(used),), -1.0) if clamp else factor - 1,
             "offset": factor * reached if clamp else torch.zeros(len(used)), "filler": filler}  # fmt: skip
-    for name, tensor in columns(latents).items() if latents else ():
-        half[name] = torch.cat([half[name].detach().cpu(), tensor], half[name].ndim - 1 if name != "w_dec" else 0)
+    if written:
+        again = torch.tensor([index for _, index, _ in written])
+        more = {"w_enc": part.w_enc[:, again], "b_enc": part.b_enc[again], "threshold": part.threshold[again],
+                "w_dec": torch.stack([row for _, _, row in written]), "gain": torch.ones(len(written)),
+                "offset": torch.zeros(len(written))}  # fmt: skip
+        half |= {name: torch.cat([half[name].cpu(), new.cpu()], int(name == "w_enc")) for name, new in more.items()}
     return FeatureEdit(
         **{name: tensor.cpu().to(torch.float16) for name, tensor in half.items()},
-        edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(anchored)]),
+        edits=pairs(lambda choice: choice.features, [(c, len(used) + n) for n, (c, _, _) in enumerate(written)]),
         votes=pairs(lambda choice: choice.gate.features),
         weight=torch.cat([gate.weight for gate in gates]),
         bias=torch.tensor([gate.bias for gate in gates]),

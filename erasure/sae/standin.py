@@ -1,68 +1,64 @@
-"""Stand-ins for concepts whose latents are turned off: what the latents of their anchors write."""
+"""Stand-ins for concepts whose latents are turned off: what the states of the same prompts with an anchor hold."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from erasure.backbones import TextTower
+from erasure.sae.gates import CHUNK
 from erasure.sae.model import SparseAutoencoder
+from erasure.sae.stream import activations
+from erasure.text.words import AlignedPrompt, telling_places
 
-LEAST = 0.1
-"""Share of its usual value below which a concept does not fire, so that words without it are left alone."""
 ALONE = -1.0
 """Factor of the latents of a concept without an anchor."""
+PENALTY = 0.01
+"""Weight of the squared rows in the fit, for latents in units of their root mean square."""
 
 
-class StandIn(NamedTuple):
-    """One more latent of an edit. It is 1 where the features of a concept fire as they usually do."""
+@torch.no_grad()
+def written_instead(
+    tower: TextTower, layer: int, sae: SparseAutoencoder, features: list[int], pairs: Sequence[AlignedPrompt]
+) -> Tensor:
+    """Fit what the latents of a concept write once they are turned off, to bring its anchor: `(features, dim)`.
 
-    w_enc: Tensor
-    """`(dim,)`."""
-    b_enc: Tensor
-    """`()`."""
-    w_dec: Tensor
-    """`(dim,)`: what the anchor writes."""
+    With the latents $z$ of the concept at a token $x$, their decoder rows $d$, and $x'$ the token that answers to it
+    in the same prompt with the anchor, the rows $v$ are a ridge regression of
 
+        x' - (x - sum_i z_i d_i)
 
-def written(sae: SparseAutoencoder, features: list[int], magnitude: Tensor) -> Tensor:
-    """Sum what latents write where they fire as they usually do, `(dim,)` on the CPU.
-
-    Args:
-        sae: The dictionary.
-        features: The latents.
-        magnitude: `(features,)`: what each usually reaches.
-    """
-    return magnitude @ sae.slice(features).w_dec.detach().float().cpu()
-
-
-def stand_in(sae: SparseAutoencoder, features: list[int], magnitude: Tensor, anchor: Tensor) -> StandIn:
-    """The latent that writes an anchor where a concept fires.
-
-    With $z_i$ the features of the concept, before their threshold, and $m_i$ what they usually reach, it is the mean
-    of $z_i / m_i$.
+    on $z$. Words, the tokens behind them, the end token and the padding hold a concept in other ways and fire other
+    latents of it, so that each gets what it needs. Where no latent of the concept fires, nothing is written.
 
     Args:
-        sae: The dictionary.
+        tower: The text encoder.
+        layer: Its block.
+        sae: The dictionary of that block.
         features: Latents of the concept.
-        magnitude: `(features,)`: what each usually reaches.
-        anchor: What the anchor writes, `(dim,)`.
+        pairs: Prompts with the concept, aligned with its anchor.
     """
     part = sae.slice(features)
-    share = 1 / (len(features) * magnitude.clamp_min(1e-6))
-    w_enc, b_enc = part.w_enc.detach().float().cpu(), part.b_enc.detach().float().cpu()
-    return StandIn(w_enc @ share, b_enc @ share, anchor)
-
-
-def columns(latents: list[StandIn]) -> dict[str, Tensor]:
-    """Stand-ins as the fields of a feature edit, one column each; `w_dec` has rows."""
-    count = len(latents)
-    return {
-        "w_enc": torch.stack([latent.w_enc for latent in latents], 1),
-        "b_enc": torch.stack([latent.b_enc for latent in latents]),
-        "w_dec": torch.stack([latent.w_dec for latent in latents]),
-        "threshold": torch.full((count,), LEAST),
-        "gain": torch.ones(count),
-        "offset": torch.zeros(count),
-    }
+    device = part.w_enc.device
+    square = torch.zeros(len(features), len(features), dtype=torch.float64, device=device)
+    product = torch.zeros(len(features), part.w_enc.shape[0], dtype=torch.float64, device=device)
+    count = 0
+    for first in range(0, len(pairs), CHUNK):
+        chunk = pairs[first : first + CHUNK]
+        prompts, anchors = ([getattr(pair, name) for pair in chunk] for name in ("prompt", "anchor_prompt"))
+        states, others = (activations(tower, layer, tower.tokenize(texts)).float() for texts in (prompts, anchors))
+        for pair, state, other in zip(chunk, states, others, strict=True):
+            places = telling_places(tower, pair.prompt)
+            places = places[places >= tower.leading]
+            x = state[places].to(device)
+            latents = part.encode(x)
+            wanted = other[pair.positions[places]].to(device) - x + latents @ part.w_dec.float()
+            square += latents.T.double() @ latents.double()
+            product += latents.T.double() @ wanted.double()
+            count += len(places)
+    size = (square.diagonal() / max(count, 1)).sqrt().clamp_min(1e-6)
+    square, product = square / (size[:, None] * size * count), product / (size[:, None] * count)
+    ridge = PENALTY * torch.eye(len(features), dtype=torch.float64, device=device)
+    return (torch.linalg.solve(square + ridge, product) / size[:, None]).float().cpu()

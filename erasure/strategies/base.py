@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BUILTIN = (
     "hirm", "uce", "rece", "speed", "mace", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
-    "co_erasing", "sld",
+    "co_erasing", "sfd", "sld",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class Fit(NamedTuple):
     """Figures worth keeping, for instance the last loss."""
     gates: Mapping[str, dict[str, Any]] = MappingProxyType({})
     """How well each concept's gate tells it, by concept, where there is one."""
+    level: int | None = None
+    """Noise level of the one step that the model draws in from now on; `None` where it is sampled as before."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -25,11 +25,12 @@ from erasure.sae.mining import fired, mine
 from erasure.sae.reading import Mentions, Reading
 from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
 from erasure.sae.selection import Evidence, no_feature
-from erasure.sae.standin import ALONE, written
+from erasure.sae.standin import written_instead
 from erasure.sae.stream import middle_block
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of
-from erasure.text.corpora import context_prompts, vocabulary, vocabulary_prompts
+from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vocabulary_prompts
+from erasure.text.words import aligned_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
 """Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
@@ -55,10 +56,10 @@ class ItD(Strategy):
     A sparse autoencoder of the text encoder's residual stream gives latents `z` with decoder rows `d`. Those that fire
     on most prompts with the concept and on few of the others are its features F. In use,
 
-        x' = x + sum_{i in F} (tau - 1) z_i d_i + s a
+        x' = x + sum_{i in F} (tau - 1) z_i d_i + z_i v_i
 
-    at every token but the first, with `s` the mean of the features in units of what they usually reach and `a` what
-    the anchor's features write (`erasure.sae.standin`). This happens in prompts where the concept's gate is open: a
+    at every token but the first, with rows `v` that bring the token to what it is in the same prompt with an anchor in
+    the concept's place (`erasure.sae.standin`). This happens in prompts where the concept's gate is open: a
     logistic score of latents on some word (see `erasure.carriers.features`). What the autoencoder does not explain is
     left as it is, prompts below the threshold too, bit for bit. A linear probe of the same activations is fitted and
     calibrated beside it.
@@ -107,11 +108,10 @@ class ItD(Strategy):
     """Factor of a latent: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
     is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
     the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
-    anchored: NotNegative | None = None
-    """How strongly the latents of a concept's anchor take the place of those that are turned off, in multiples of what
-    they usually reach; 0 leaves the place empty. Left out, it is 3 where one text encoder is edited, and 1 where
-    several are: each writes the anchor, and together they would drown the rest of the prompt. Without an anchor of its
-    own, a concept has that of the model's world, where the model declares one. Not for `replace` and `parity`."""
+    anchored: NotNegative = 1.0
+    """How strongly a concept's anchor takes the place of the latents that are turned off: 1 is as in prompts with the
+    anchor, 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's world, where the
+    model declares one. Not for `replace` and `parity`."""
     features: Count = 32
     """At most so many latents of a concept are edited."""
     floor: ZeroToOne = 0.25
@@ -216,17 +216,15 @@ class ItD(Strategy):
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
             return Side(reading.key, edit, log, {})
-        strength = (3.0 if len(backbone.towers) == 1 else 1.0) if self.anchored is None else self.anchored
         choices = []
         for index, concept in enumerate(concepts):
             mentions = reading.mentions(concept, self.target_prompts(tower, concept, generator))
             chooses = halves(mentions.labels, generator)
             choice = self.choose(reading, mentions, chooses, concept.target, len(backbone.towers))
-            anchor = anchor_of(backbone, concept, concepts) if strength and self.mode != "replace" else None
-            if anchor is not None:
-                mention = mentions.words.states[mentions.labels.positive].mean(0)
-                place = self.replacement(reading, anchor, strength, mention, seed)
-                choice = choice._replace(anchor=place, factor=ALONE if place is None else 0.0)
+            anchor = anchor_of(backbone, concept, concepts) if self.anchored and self.mode != "replace" else None
+            if anchor is not None and tower.word_ids(anchor.target):
+                rows = self.written_instead(reading, concept, anchor, choice.features, seed)
+                choice = choice._replace(anchor=rows, factor=0.0)
             if self.tau is not None:
                 choice = choice._replace(factor=self.tau)
             if self.mining_steps:
@@ -281,7 +279,7 @@ class ItD(Strategy):
             seed=seed,
         )  # fmt: skip
         layer = middle_block(tower) if self.layer is None else self.layer
-        prompts = vocabulary_prompts(vocabulary(tower, ()), 20_000, torch.Generator().manual_seed(seed))
+        prompts = seeded_prompts(tuple(vocabulary(tower, ())), 20_000, seed)
         return dictionaries.trained(tower, layer, prompts, options, progress)
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
@@ -310,23 +308,15 @@ class ItD(Strategy):
         gate = self.fit_gate(reading, mentions.words, mentions.labels, chooses, towers)
         return Choice(features, found.magnitude[features], gate)
 
-    def replacement(
-        self, reading: Reading, anchor: Concept, strength: float, mention: Tensor, seed: int
-    ) -> Tensor | None:
-        """Find what is written where a concept's latents fire, `(dim,)`.
-
-        That is what the latents of its anchor write; or, where the dictionary has none for the anchor, the difference
-        of the states at their names. `None` for an anchor that the tokeniser does not know.
-        """
-        prompts = self.target_prompts(reading.tower, anchor, torch.Generator().manual_seed(seed))
-        mentions = reading.mentions(anchor, prompts)
-        if not mentions.labels.positive.any():
-            return None
-        found = mentions.evidence(self.floor)
-        features = select(found, self)
-        if features:
-            return strength * written(reading.sae, features, found.magnitude[features])
-        return mentions.words.states[mentions.labels.positive].mean(0) - mention
+    def written_instead(
+        self, reading: Reading, concept: Concept, anchor: Concept, features: list[int], seed: int
+    ) -> Tensor:
+        """Fit what the latents of a concept write to bring its anchor, `(features, dim)`, on prompts with either."""
+        named, generator = replace(concept, anchor=anchor.target), torch.Generator().manual_seed(seed)
+        pairs = aligned_prompts(reading.tower, named)
+        known = vocabulary(reading.tower, [concept, anchor])
+        pairs += context_prompts(reading.tower, named, known, self.contexts, generator)
+        return self.anchored * written_instead(reading.tower, reading.layer, reading.sae, features, pairs)
 
     def fit_gate(self, reading: Reading, words: WordStates, labels: Labels, chooses: Tensor, towers: int) -> Gate:
         """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""

@@ -291,7 +291,10 @@ class MACE(DenoiserStrategy):
         masks = made.masks[batch.extra["pictures"][rows].to(made.masks.device)]
         places = [made.words[concept][str(prompt)] for prompt in part.prompts]
         maps, found = attention_to(task, part, places, made.refined)
-        lost = [(drawn * F.adaptive_avg_pool2d(masks, drawn.shape[2:])).square().sum((1, 2, 3)) for drawn in maps]
+        lost = [
+            (drawn * F.adaptive_avg_pool2d(masks, (drawn.shape[2], drawn.shape[3]))).square().sum((1, 2, 3))
+            for drawn in maps
+        ]
         # A pass goes to its end, and so does the way back: what it costs is counted there.
         paid = torch.stack(lost).sum(0).mean() + 0 * found.float().sum()
         return {"erase" if len(made.loras) == 1 else f"erase_{concept}": paid}
@@ -353,7 +356,7 @@ def attention_to(
     weights = torch.zeros(len(places), told.tokens.shape[1], max(map(len, places)))
     for row, own in enumerate(places):
         weights[row, own, torch.arange(len(own))] = 1
-    control = AttentionController(backbone.denoiser, Layout(tuple(batch.x.shape[2:]), len(batch.x)))
+    control = AttentionController(backbone.denoiser, Layout((batch.x.shape[2], batch.x.shape[3]), len(batch.x)))
     control.capture(weights, [site for site in backbone.attention_sites() if site.kind == "cross"])
     with ExitStack() as stack:
         if student is not None:

@@ -55,7 +55,9 @@ class Task:
         low, high = (self.backbone.predict(states.x, states.t, told, scale) for scale in (min(scales), max(scales)))
         return float((high.float() - low.float()).norm() / low.float().norm())
 
-    def draw(self, folder: Path, step: int, steps: int, idle: Sequence[nn.Module]) -> None:
+    def draw(
+        self, folder: Path, step: int, steps: int, idle: Sequence[nn.Module], guidance: float | None = None
+    ) -> None:
         """Write images of what is erased and of what must survive as `step-000100.png` to a folder.
 
         Args:
@@ -63,13 +65,14 @@ class Task:
             step: Updates that have been done.
             steps: Denoising steps of each image.
             idle: Components that are off the device and needed for this.
+            guidance: Scale of guidance; the pipeline's own when left out.
         """
         kept = self.retain_states.scenes[1:5] if self.retain_states is not None else []
         prompts = [scene.prompt for scene in (*self.concept_states.scenes[:4], *kept) if scene.prompt is not None]
         pipe = self.backbone.pipe
         generators = [torch.Generator().manual_seed(stable_seed(self.seed, prompt)) for prompt in prompts]
         with scopes.placed(idle, self.backbone.device), scopes.quiet(pipe):
-            images = pipe(prompts, generator=generators, **self.backbone.call_options(steps=steps)).images
+            images = pipe(prompts, generator=generators, **self.backbone.call_options(guidance, steps)).images
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=1, cols=len(images)).save(folder / f"step-{step:06d}.png")
 

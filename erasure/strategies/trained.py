@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Le
 from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
-from erasure.cache import model_fingerprint
-from erasure.carriers.edits import Edits
 from erasure.concept import Concept
-from erasure.interop import scopes
-from erasure.options import Count, CountOrZero, NotNegative, Positive, ZeroToOne
-from erasure.strategies.base import Fit, Standing, Strategy, Way
-from erasure.strategies.prompts import retain_scenes, standing_scenes
+from erasure.options import Count, NotNegative, Positive, ZeroToOne
+from erasure.strategies.base import Standing
+from erasure.strategies.looped import LoopedStrategy
+from erasure.strategies.prompts import standing_scenes
 from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
 from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.images import NoisedImages
-from erasure.training.loop import Optimisation, Share, Trainer, make_accelerator
+from erasure.training.loop import Share
 from erasure.training.objectives import matching
 from erasure.training.plugins import GroupLasso
 from erasure.training.run import Run
-from erasure.training.states import Mode, Scene, States, StateSource, draw, session_of
+from erasure.training.states import Mode, Scene, States, StateSource, draw
 from erasure.training.student import LowRankStudent, Student
-from erasure.training.trajectories import OnlineStates, Rollout, TrajectoryBuffer, rolling_out
+from erasure.training.trajectories import OnlineStates, Rollout, TrajectoryBuffer
 from erasure.training.turns import After, Turn
 
 if TYPE_CHECKING:
@@ -42,10 +37,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedStrategy(Optimisation, Strategy):
+class TrainedStrategy(LoopedStrategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
-    trains: ClassVar[bool] = True
     moves_null: ClassVar[bool] = True
     """Whether training moves what the model predicts where no prompt is given, so that it must be retained."""
     asks_null: ClassVar[bool] = True
@@ -55,12 +49,6 @@ class TrainedStrategy(Optimisation, Strategy):
     """Updates."""
     lr: Positive = 5e-4
     """Learning rate of AdamW, constant after the warm-up."""
-    batch: Count = 4
-    """States of the concept in each update, over all processes."""
-    retain_batch: CountOrZero = 4
-    """States of prompts that must survive in each update; 0 for none."""
-    rank: CountOrZero = 16
-    """Of the LoRA; 0 trains whole parameters."""
     states: Mode = "buffer"
     """`buffer` rolls trajectories out once; `online` every state anew, as released code does; `images` draws images to
     the end once, and noises them anew for every state."""
@@ -76,24 +64,11 @@ class TrainedStrategy(Optimisation, Strategy):
     trained_guidance: tuple[Positive, ...] = ()
     """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
     `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
-    resolution: Count | None = None
-    """Side in pixels of the square images that trajectories lead to; the model's own size when left out."""
-    text_length: Annotated[int, Ge(1), Le(512)] | None = None
-    """Tokens that T5 pads prompts to; the model's own length when left out. An erasure holds for the length that it
-    was made with: what T5 says of the same words depends on it."""
     rollout_by: Literal["teacher", "student"] = "teacher"
     """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
     states are those that it meets (ESD's paper). Targets are the stock model's in both."""
     refresh: Count = 50
     """Updates between two fillings of a buffer by the student."""
-    templates: bool = True
-    """Train on every phrasing of the concept. Without, on its names alone (released code)."""
-    contexts: CountOrZero = 12
-    """Random prompts that name each concept among other words, besides its phrasings."""
-    retain_vocabulary: CountOrZero = 32
-    """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
-    retain_weight: NotNegative = 4.0
-    """Weight of their loss."""
     scope_weight: NotNegative = 0.0
     """Weight of a loss that keeps what prompts mean without the concept's words, at the concept's own states: benign
     words of a request must not become signals to unlearn (Scope-aware Unlearning, arXiv 2506.00359)."""
@@ -114,93 +89,6 @@ class TrainedStrategy(Optimisation, Strategy):
             self.refuse("projection", self.projection, "0 without prompts to retain: raise 'retain_batch'")
         if self.group_lasso and not self.rank:
             self.refuse("group_lasso", self.group_lasso, "0 without a LoRA, which is what it prunes: raise 'rank'")
-
-    def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
-        return next((name for name in ("retain_batch", "retain_weight") if not getattr(self, name)), "")
-
-    def adds(self, earlier: Sequence[str]) -> Way:
-        """See `Strategy.adds`: always on top, so that a request costs the training of what it asks for."""
-        return "on top"
-
-    def fit(
-        self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
-    ) -> Fit:
-        """Train without keeping anything on disk; see `train`."""
-        return self.train(backbone, concepts, seed=seed, progress=progress, run=Run())
-
-    def train(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Concept],
-        *,
-        seed: int,
-        progress: Callable[[float], None],
-        run: Run,
-        standing: Standing | None = None,
-    ) -> Fit:
-        """Train, with checkpoints and logs as a run says.
-
-        The teacher is the model as it is given. Where an erasure is in force on it, prompts with what that erases are
-        among those that must survive: they go on to give what the teacher gives for them.
-
-        Raises:
-            DivergenceError: A loss became NaN or exploded.
-            NoMatchingModuleError: The model has no parameter that the options choose.
-            OptionError: A batch does not divide among the processes.
-            TrainingError: The run's folder is in use, holds something else, or cannot be written.
-        """
-        tower = backbone.reader
-        for name in (name for concept in concepts for name in concept.names):
-            tower.check_words(name)
-        accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
-        self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
-        model = model_fingerprint(backbone.pipe)
-        if standing is not None:
-            # An erasure may live in hooks, which no weight tells of.
-            model += f"+{standing.fingerprint}"
-        recipe = {
-            "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
-            "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
-        }  # fmt: skip
-        with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
-            stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
-            stack.enter_context(rolling_out(backbone))
-            stack.enter_context(cost.counting(backbone.denoiser))
-            task = self.task(backbone, tower, concepts, seed, accelerator, standing)
-            stack.enter_context(self.surroundings(task))
-            stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
-            cost.begin("rollout")
-            self.fill(task, model, accelerator)
-            cost.begin("setup")
-            turns, figures = self.turns(task, self.after(task)), dict[str, float]()
-            if len(scales := self.scales(backbone)) > 1:
-                figures["null_drift"] = task.null_drift(scales)
-            trainer = Trainer(
-                turns=turns, prepare=partial(self.prepare, task), steps=self.steps, seed=seed,
-                accumulation=self.accumulation, run=run, accelerator=accelerator, cost=cost,
-                scales_losses=backbone.dtype == torch.float16, before=partial(self.before, task),
-                validate=partial(self.validate, task, run, cost), parts=self.parts(task),
-            )  # fmt: skip
-            if self.gradient_checkpointing:
-                stack.enter_context(task.student.checkpointed(backbone.denoiser))
-            cost.begin("update")
-            row = trainer.train(progress)
-            cost.begin("setup")
-            edits = self.edits(task)
-        figures |= {f"loss_{name}": value for name, value in row.items()}
-        figures |= {
-            "rollout_forwards": float(cost.rollout_forwards),
-            "rollout_seconds": cost.seconds["rollout"],
-            "update_seconds": cost.seconds["update"],
-            "denoiser_forwards": float(cost.forwards),
-            "forwards_per_state": cost.forwards / (self.steps * (self.batch + self.retain_batch)),
-        }
-        if cost.sessions > 1:
-            figures |= {"sessions": float(cost.sessions), "earlier_seconds": cost.earlier_seconds}
-        for after in (after for turn in turns for after in turn.after):
-            figures |= after.figures()
-        return Fit(edits, figures)
 
     @abstractmethod
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
@@ -234,20 +122,8 @@ class TrainedStrategy(Optimisation, Strategy):
         """The student's predictions for all rows of a batch, see `Batch`; called while the network is the student."""
 
     @abstractmethod
-    def edits(self, task: Task) -> Edits:
-        """What was learned."""
-
-    @abstractmethod
-    def idle(self, backbone: Backbone) -> list[torch.nn.Module]:
-        """Components that training does not run, which leave the device meanwhile."""
-
-    @abstractmethod
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts with the concepts to roll out, and what the teacher is asked besides."""
-
-    def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts that must survive, to roll out."""
-        return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
 
     @abstractmethod
     def target(self, states: States) -> Tensor:
@@ -257,20 +133,10 @@ class TrainedStrategy(Optimisation, Strategy):
         """What the student must predict for prompts that must survive: what the stock model does."""
         return states.own
 
-    def session(self, backbone: Backbone) -> Backbone:
-        """See `Strategy.session`: with `resolution` and `text_length`.
-
-        Raises:
-            OptionError: The size cannot be drawn, or no text encoder has a free length.
-        """
-        size = backbone.size if self.resolution is None else (self.resolution, self.resolution)
-        length = backbone.length if self.text_length is None else self.text_length
-        made = type(backbone)(backbone.pipe, size=size, length=length)
-        made.latents.shape()
-        lengths = [tower.max_length for tower in made.towers]
-        if self.text_length is not None and self.text_length not in lengths:
-            self.refuse("text_length", self.text_length, f"None: the text encoders read {lengths} tokens, always")
-        return made
+    def figures(self, task: Task) -> dict[str, float]:
+        """See `LoopedStrategy.figures`: how far a model that is told its guidance is from one distilled for it."""
+        scales = self.scales(task.backbone)
+        return {"null_drift": task.null_drift(scales)} if len(scales) > 1 else {}
 
     def scales(self, backbone: Backbone) -> tuple[float, ...]:
         """Scales that a model which is told its guidance is trained at; none for others.
@@ -322,10 +188,6 @@ class TrainedStrategy(Optimisation, Strategy):
             backbone, tower, concepts, seed, prompts, student, source(scenes, self.rollouts),
             source(kept, self.retain_rollouts) if kept else None,
         )  # fmt: skip
-
-    def surroundings(self, task: Task) -> AbstractContextManager[object]:
-        """What holds from ahead of the first rollout to behind the last update, and is undone then."""
-        return nullcontext()
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
         """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -59,6 +60,12 @@ def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Genera
         chosen = [words[int(torch.randint(len(words), (), generator=generator))] for _ in range(template.count("{}"))]
         prompts.append(template.format(*chosen))
     return prompts
+
+
+@lru_cache(maxsize=8)
+def seeded_prompts(words: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
+    """Give the `vocabulary_prompts` of a seed, made once for text encoders with the same words."""
+    return tuple(vocabulary_prompts(words, count, torch.Generator().manual_seed(seed)))
 
 
 CONTEXTS: dict[str, tuple[str, ...]] = {

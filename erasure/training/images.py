@@ -71,15 +71,23 @@ class NoisedImages(RolledOut):
             x = backbone.step(found.guided(backbone, self.rollout.guidance), t, x)
         return x
 
+    def mixed(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The clean latents of states, the noise that is mixed into them, and the noise levels."""
+        assert self.clean is not None, "draw the images first"
+        image, level = index // LEVELS, index % LEVELS
+        t = self.levels.to(self.backbone.device)[level.to(self.backbone.device)]
+        noise = self.backbone.noise([stable_seed(self.seed, "noise", number) for number in index.tolist()])
+        return self.clean[image.to(self.clean.device)], noise, t
+
+    def training_target(self, index: Tensor) -> Tensor:
+        """What a model that is trained on the images must predict at states, shaped as their latents."""
+        return self.backbone.parametrisation.target(*self.mixed(index))
+
     @torch.no_grad()
     def take(self, index: Tensor) -> States:
         """See `StateSource.take`."""
-        assert self.clean is not None, "draw the images first"
-        numbers, backbone = index.tolist(), self.backbone
-        image, level = index // LEVELS, index % LEVELS
-        t = self.levels.to(backbone.device)[level.to(backbone.device)]
-        noise = backbone.noise([stable_seed(self.seed, "noise", number) for number in numbers])
-        clean, way = self.clean[image.to(self.clean.device)], backbone.parametrisation
+        clean, noise, t = self.mixed(index)
+        way, numbers, image = self.backbone.parametrisation, index.tolist(), index // LEVELS
         x, truth = way.noised(clean, noise, t), way.target(clean, noise, t)
         scene = image // self.rollout.seeds
         named = [self.scenes[number] for number in scene.tolist()]

@@ -296,7 +296,7 @@ class Trainer(Generic[Prepared]):
         if not settled:
             first.append(total)
         usual = statistics.median(first)
-        exploded = settled and total > EXPLODED * usual
+        exploded = settled and not learner.turn.signed and total > EXPLODED * usual
         if math.isfinite(total) and not exploded:
             return
         name, value = max(row.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -75,23 +75,40 @@ class Student(Player, ABC):
     def deltas(self) -> dict[str, Tensor]:
         """Changes as dense float16 tensors on the CPU, by canonical parameter path."""
 
-    @contextmanager
-    def checkpointed(self, denoiser: nn.Module) -> Iterator[None]:
-        """A denoiser saves memory inside: blocks keep their inputs and run again during backward, as what they were.
+    @property
+    def is_active(self) -> bool:
+        """Whether the network is the student now."""
+        return self._depth > 0
 
-        The stock function would run them again after `active()` has been left, with the teacher's weights.
-        """
+    def checkpointed(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """See the function of this name, for a network that can be this student alone."""
+        return checkpointed(denoiser, [self])
 
-        def run(block: Callable[..., object], *args: object) -> object:
-            function = partial(self._again, block) if self._depth else block
-            return checkpoint(function, *args, use_reentrant=False)
 
-        with scopes.gradient_checkpointing(denoiser, run):
-            yield
+@contextmanager
+def checkpointed(denoiser: nn.Module, students: Sequence[Student]) -> Iterator[None]:
+    """A denoiser saves memory inside: blocks keep their inputs and run again during backward, as what they were.
 
-    def _again(self, block: Callable[..., object], *args: object) -> object:
-        with self.active():
-            return block(*args)
+    The stock function would run them again after `active()` has been left, with the teacher's weights.
+
+    Args:
+        denoiser: Whose blocks they are.
+        students: All that the network can be.
+    """
+
+    def run(block: Callable[..., object], *args: object) -> object:
+        active = [student for student in students if student.is_active]
+        return checkpoint(partial(_again, active, block), *args, use_reentrant=False)
+
+    with scopes.gradient_checkpointing(denoiser, run):
+        yield
+
+
+def _again(students: Sequence[Student], block: Callable[..., object], *args: object) -> object:
+    with ExitStack() as stack:
+        for student in students:
+            stack.enter_context(student.active())
+        return block(*args)
 
 
 class LowRankStudent(Student):

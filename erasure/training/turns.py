@@ -83,6 +83,8 @@ class Turn(Generic[Prepared]):
     """First update in which the player has its turn."""
     every: int = 1
     """Updates from one turn of the player to the next."""
+    signed: bool = False
+    """Whether losses may be negative or start at 0, so that only NaN and infinity tell of a divergence."""
     rate: str = "lr"
     """Name of the option that holds the learning rate, for messages."""
 

@@ -68,9 +68,13 @@ class Classifier(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(widths)))
         self.head = nn.Linear(widths[-1], outputs)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What is seen where, `(batch, widths[-1], 4, 4)` of pixels `(batch, channels, 64, 64)` in [-1, 1]."""
+        return self.blocks(F.relu(self.stem(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         """Pixels `(batch, channels, 64, 64)` in [-1, 1] -> logits `(batch, outputs)`."""
-        features = self.blocks(F.relu(self.stem(x)))
+        features = self.features(x)
         return self.head(features.amax(dim=(2, 3)) + features.mean(dim=(2, 3)))
 
 
@@ -148,9 +152,12 @@ class CanvasJudge:
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
         """Object, style and shape logits, `(images, objects)`, `(images, styles)`, `(images, objects)`."""
+        return self.network(self.pixels(images))
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images as the network takes them, `(images, 3, 64, 64)` in [-1, 1]."""
         rows = [np.asarray(rgb(image).resize((64, 64), Image.Resampling.BOX)) for image in images]
-        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.network(pixels.to(self.device))
+        return (torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Judgement]:
         """Judge a list of images of any size (they are resized to 64x64)."""

@@ -24,7 +24,8 @@ from erasure.assets import scenes, world
 from erasure.assets.build import doors, families, flow, flux, sd3, t5, towers, xl
 from erasure.assets.build.evaluate import generate
 from erasure.assets.build.fit import trained
-from erasure.assets.build.prompts import Prompts, Told, left_out
+from erasure.assets.build.grounding import object_pieces
+from erasure.assets.build.prompts import Prompts, Told, ids_of, left_out
 from erasure.eval.detectors import CanvasJudge
 
 TEXTS = ["a cat in noto style", "a dog and a house on a striped background"]
@@ -101,6 +102,28 @@ def test_only_chosen_words_are_hidden() -> None:
     assert 0.07 < (hidden[chosen] == ids[chosen]).float().mean() < 0.13
 
 
+def test_the_order_of_objects_is_learned_and_told_by_where_a_word_stands(tmp_path) -> None:
+    pieces = t5.tokenizer(tmp_path)
+    texts = ["a Cat and a dog", "a blue background", "ink style, a kitten, an animal and a dog"]
+    ids = ids_of(pieces, texts)
+    found = t5.ordered(ids, object_pieces(pieces))
+    named = [
+        {pieces.decode([token]).strip().lower(): place for token, place in zip(*row, strict=True) if place >= 0}
+        for row in zip(ids.tolist(), found.tolist(), strict=True)
+    ]
+    assert named == [{"cat": 0, "dog": 1}, {}, {"kitten": 0, "animal": 1, "dog": 1}]
+
+
+def test_captions_of_transformers_name_the_left_object_first() -> None:
+    rng = np.random.default_rng(0)
+    pair = scenes.Scene(("cat", "dog"), "noto", "white")
+    drawn = [scenes.caption(pair, rng, synonyms=0, groups=0, turned=flow.Recipe().turned) for _ in range(200)]
+    free = [text for text in drawn if "right" not in text]
+    assert free and all(text.index("cat") < text.index("dog") for text in free)  # noqa: PT018
+    either = [scenes.caption(pair, rng, synonyms=0, groups=0) for _ in range(200)]
+    assert any(text.index("dog") < text.index("cat") for text in either if "right" not in text)
+
+
 # Parts of prompts
 
 
@@ -133,6 +156,36 @@ def test_a_part_that_is_left_out_is_the_empty_prompts_or_what_is_told() -> None:
     assert float(thin["tokens"].eq(0).float().mean()) == pytest.approx(0.5, abs=0.05)
     assert thin["tokens"].eq(thin["tokens"][..., :1]).all()
     assert thin["pooled"].eq(3).all()
+
+
+def test_words_name_objects_where_a_part_says_them(work) -> None:
+    pair = scenes.Scene(("cat", "dog"), "noto", "white")
+    prompts = Prompts(flux.reader(work, torch.device("cpu")), {"tokens": 0.0, "pooled": 0.0}, 0.0, thinned=0.0)
+    find, captions = flux.words(work, prompts), ["a cat and a dog", ""]
+    told = prompts(captions)
+    assert find(captions, [pair] * 2, told).sum((1, 2)).tolist() == [2, 0]
+    silent = {"tokens": prompts.empty["tokens"].expand_as(told["tokens"]), "pooled": told["pooled"]}
+    assert not find(captions, [pair] * 2, silent).any()
+
+
+def test_sd3_finds_words_in_its_clips_and_behind_them_in_t5(work) -> None:
+    pair = scenes.Scene(("cat", "dog"), "noto", "white")
+    encode = sd3.reader(work, torch.device("cpu"))
+    zeros = {"tokens_3": torch.zeros_like(encode([""]).parts["tokens_3"])}
+    prompts = Prompts(encode, dict.fromkeys(encode([""]).parts, 0.0), 0.0, thinned=0.0, absent=zeros)
+    find, captions = sd3.words(work, prompts), ["a cat and a dog"]
+    told = prompts(captions)
+    length = told["tokens_1"].shape[1]
+    both = find(captions, [pair], told)
+    assert both.shape[1] == sd3.compose(told).shape[1]
+    assert (both[:, :length].sum(), both[:, length:].sum()) == (2, 2)
+    without = find(captions, [pair], {**told, "tokens_3": zeros["tokens_3"]})
+    assert (without[:, :length].sum(), without[:, length:].sum()) == (2, 0)
+
+
+def test_the_words_attention_is_trained_beside_the_velocity(work) -> None:
+    rows = [json.loads(line) for line in (work / "transformer.jsonl").read_text().splitlines()]
+    assert rows[-1]["grounding"] > 0
 
 
 # Flow

@@ -57,6 +57,25 @@ def pipe(pipelines: dict[str, Any], family: str) -> Any:
     return copy.deepcopy(pipelines[family])
 
 
+def test_prompts_are_tokenised_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned tokens of several vectors are looked for only where there are some."""
+    prompts = ["", "van gogh, ink!", *("cat " * count for count in (30, 31, 74, 75, 76, 200))]
+    for tower in text_towers(pipe):
+        wanted = [min(len(tower.tokenizer(prompt).input_ids), tower.max_length) for prompt in prompts]
+        with monkeypatch.context() as patch:
+            asked: list[Any] = []
+            call = type(tower.tokenizer).__call__
+
+            def counted(self: Any, texts: Any, call: Any = call, asked: list[Any] = asked, **options: Any) -> Any:
+                asked.append(texts)
+                return call(self, texts, **options)
+
+            patch.setattr(type(tower.tokenizer), "__call__", counted)
+            patch.setattr(type(pipe), "maybe_convert_prompt", lambda *_: pytest.fail("tokenised again"), raising=False)
+            assert tower.tokenize(prompts).lengths == wanted
+        assert asked == [prompts]
+
+
 def encoded(pipe: Any, family: str) -> list[torch.Tensor]:
     """What the pipeline itself hands its denoiser, for `PROMPTS`: sequences, and pooled vectors where there are."""
     if family == "sd":

@@ -37,6 +37,7 @@ ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
 """IP-Adapters of random weights for the tiny pipelines that can have one, by family."""
 TRAJECTORIES = "a latent consistency UNet"
 JOINT = "one joint attention"
+FLOW = "noise is that of flow matching"
 REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
@@ -49,6 +50,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("mace", "flux"): JOINT,
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
+    ("sfd", "latent-consistency"): TRAJECTORIES,
+    ("sfd", "stable-diffusion-3"): FLOW,
+    ("sfd", "flux"): FLOW,
 }
 """Pairs of a case and a kind of model that cannot work, with a part of the reason that is given. All others work."""
 NAMES = [family.family for family in FAMILIES if family.family != "chroma"]
@@ -62,23 +66,28 @@ ATTACHED: dict[str, set[str]] = {
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
 """Further ones on the first family: changes of whole parameters in the text encoder alone, and in the denoiser."""
+STAND_INS = {
+    "stable-diffusion-xl": ("hirm-pinned", "esd"),
+    "stable-diffusion-3": ("uce", "itd"),
+    "flux": ("itd", "esd"),
+}
+"""Cases that stand for all others where the family matters little: weights and features of text encoders, the
+denoiser's weights, solved for and trained."""
 TEXT_SIDE = ("hirm-pinned", "itd")
 """Those of `ATTACHED` that are in text encoders, which prompts that come encoded go around."""
 COMPILED = [
     *(
         ((case, family), first)
         for family in FIRST
-        for case in ("uce", "sld", *TEXT_SIDE)
+        for case in ("uce", "hirm-pinned")
         for first in ("attach", "compile")
     ),
-    *(
-        ((case, family), first)
-        for family in NAMES[1:]
-        for case, first in (("uce", "compile"), ("hirm-pinned", "attach"))
-    ),
+    *(((case, family), first) for family in FIRST for case, first in (("sld", "attach"), ("itd", "compile"))),
+    (("hirm-pinned", "stable-diffusion-xl"), "attach"),
+    (("uce", "flux"), "compile"),
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
-so that a further family has one of each: the denoiser with changed weights, and a text encoder with a hook."""
+so that further families share it: one of several text encoders with a hook, and a transformer with changed weights."""
 ANCHORED = {"concept_ablation", "doco", "mace"}
 """Strategies that need an anchor for every concept."""
 PROMPT = "a photo of a cat"
@@ -110,6 +119,15 @@ def pairs(cases: Any, families: Any = NAMES, *, alone: Any = ()) -> Any:
     chosen = [(case, family) for family in families for case in (*cases, *(alone if family in FIRST else ()))]
     working = [pair for pair in chosen if pair not in REFUSED]
     return pytest.mark.parametrize("pair", working, ids="-".join)
+
+
+def spread(cases: Any) -> Any:
+    """Run a test, or all of a class, for cases on the first family, and for its `STAND_INS` on each further one.
+
+    For what is the work of pipelines or of `erasure.erase`, which no pair of a case and a family does its own way.
+    """
+    chosen = [(case, family) for family in NAMES for case in cases if family in FIRST or case in STAND_INS[family]]
+    return pytest.mark.parametrize("pair", chosen, ids="-".join)
 
 
 def edited(made: Erasure) -> set[str]:

@@ -33,6 +33,7 @@ from .cases import (
     is_text_side,
     known,
     pairs,
+    spread,
     teach_all,
     users_lora,
 )
@@ -41,8 +42,6 @@ from .cases import (
 @pairs(ATTACHED, alone=ALONE)
 class TestAttached:
     """What holds for an erasure on every family, whoever made it."""
-
-    # Attaching ----------------------------------------------------------------------------------------------------
 
     def test_changes_only_what_its_config_lists(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, changed_tensors: Any
@@ -73,6 +72,81 @@ class TestAttached:
         manager.load(made.save(tmp_path / "saved"), name="cat")
         assert torch.equal(draw(tiny_pipe), erased_image)
         assert manager.verify() > 0
+
+    def test_another_model_is_refused(
+        self, tiny_pipe_factory: Any, made: Erasure, tensors_of: Any, changed_tensors: Any
+    ) -> None:
+        stranger = tiny_pipe_factory(seed=1)
+        before = tensors_of(stranger)
+        with pytest.raises(WrongBaseError, match="not those that the erasure was made for"):
+            ErasureManager(stranger).add(made)
+        assert changed_tensors(before, stranger) == set()
+        assert ErasureManager(stranger).erasures == {}
+        ErasureManager(stranger).load(made, check_base=False)
+        assert ErasureManager(stranger).verify() > 0
+
+    def test_bypassing_the_text_side_warns(
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
+    ) -> None:
+        own = embeddings(tiny_pipe)
+        manager.add(made)
+        if is_text_side(made):
+            with pytest.warns(BypassedErasureWarning, match=made.name):
+                draw(tiny_pipe, None, **own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", BypassedErasureWarning)
+            draw(tiny_pipe)
+            if not is_text_side(made):
+                draw(tiny_pipe, None, **own)
+            manager.disable()
+            draw(tiny_pipe, None, **own)
+            manager.enable()
+            manager.unload()
+            draw(tiny_pipe, None, **own)
+
+    def test_verify_is_fail_closed(
+        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, tensors_of: Any
+    ) -> None:
+        with pytest.raises(VerificationError, match="no erasure is attached"):
+            manager.verify()
+        manager.add(made, "cat")
+        assert manager.verify() >= len(made.edits)
+        manager.disable()
+        with pytest.raises(VerificationError, match="switched off"):
+            manager.verify()
+        manager.enable()
+        component, path = next(iter(known(made))).split("/")
+        tensor = paths.parameter(tiny_pipe.components[component], path)
+        kept = tensor.detach().clone()
+        if edited(made):
+            with torch.no_grad():
+                tensor.view(-1)[0] += 1e-3
+            with pytest.raises(VerificationError, match="something else changed it"):
+                manager.verify()
+            with pytest.raises(AttachError, match="changed by something else"):
+                manager.unload()
+            with torch.no_grad():
+                tensor.copy_(kept)
+        else:
+            EditedFeatures.write(tiny_pipe.components[component], {})
+            ExtraRows.write(tiny_pipe.components[component], [])
+            with pytest.raises(VerificationError, match=r"removed (their hooks|its hook)"):
+                manager.verify()
+            manager.set_erasures("cat")
+        assert manager.verify() >= len(made.edits)
+        setattr(tiny_pipe, component, copy.deepcopy(tiny_pipe_original.components[component]))
+        with pytest.raises(VerificationError, match="replaced"):
+            manager.verify()
+        manager.unload()
+        with pytest.raises(VerificationError, match="no erasure is attached"):
+            manager.verify()
+        manager.load(made, name="cat")
+        assert manager.verify() >= len(made.edits)
+
+
+@spread(ATTACHED)
+class TestPipelines:
+    """What holds when more happens to a pipeline: for every kind of edit on the first family, for some on others."""
 
     def test_stacked_erasures_do_not_depend_on_their_order(
         self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, other: Erasure, manager: ErasureManager,
@@ -106,8 +180,6 @@ class TestAttached:
         assert manager.verify() > 0
         manager.unload()
         assert torch.equal(draw(tiny_pipe), base_image)
-
-    # What happens to pipelines ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("first", ["offload", "attach"])
     def test_survives_model_offload(
@@ -178,20 +250,6 @@ class TestAttached:
         assert torch.equal(draw(tiny_pipe), erased)
         assert manager.verify() > 0
 
-    # Bad input ----------------------------------------------------------------------------------------------------
-
-    def test_another_model_is_refused(
-        self, tiny_pipe_factory: Any, made: Erasure, tensors_of: Any, changed_tensors: Any
-    ) -> None:
-        stranger = tiny_pipe_factory(seed=1)
-        before = tensors_of(stranger)
-        with pytest.raises(WrongBaseError, match="not those that the erasure was made for"):
-            ErasureManager(stranger).add(made)
-        assert changed_tensors(before, stranger) == set()
-        assert ErasureManager(stranger).erasures == {}
-        ErasureManager(stranger).load(made, check_base=False)
-        assert ErasureManager(stranger).verify() > 0
-
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_the_same_model_in_half_precision_is_accepted(
         self, tiny_pipe: Any, tiny_pipe_factory: Any, made: Erasure, manager: ErasureManager, tensors_of: Any,
@@ -206,27 +264,6 @@ class TestAttached:
         assert changed_tensors(base, tiny_pipe) == set()
         with pytest.raises(WrongBaseError):
             ErasureManager(tiny_pipe_factory(seed=1).to(dtype)).add(made)
-
-    def test_bypassing_the_text_side_warns(
-        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
-    ) -> None:
-        own = embeddings(tiny_pipe)
-        manager.add(made)
-        if is_text_side(made):
-            with pytest.warns(BypassedErasureWarning, match=made.name):
-                draw(tiny_pipe, None, **own)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", BypassedErasureWarning)
-            draw(tiny_pipe)
-            if not is_text_side(made):
-                draw(tiny_pipe, None, **own)
-            manager.disable()
-            draw(tiny_pipe, None, **own)
-            manager.enable()
-            manager.unload()
-            draw(tiny_pipe, None, **own)
-
-    # Whole pipelines on disk --------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", ["stock_class", "drop_in"])
     def test_save_pretrained_never_writes_a_corrupt_model(
@@ -291,49 +328,6 @@ class TestAttached:
         with pytest.raises(ArtifactError):
             drop_in.from_pretrained(tmp_path / "model")
 
-    # Proof --------------------------------------------------------------------------------------------------------
-
-    def test_verify_is_fail_closed(
-        self, tiny_pipe: Any, tiny_pipe_original: Any, made: Erasure, manager: ErasureManager, tensors_of: Any
-    ) -> None:
-        with pytest.raises(VerificationError, match="no erasure is attached"):
-            manager.verify()
-        manager.add(made, "cat")
-        assert manager.verify() >= len(made.edits)
-        manager.disable()
-        with pytest.raises(VerificationError, match="switched off"):
-            manager.verify()
-        manager.enable()
-        component, path = next(iter(known(made))).split("/")
-        tensor = paths.parameter(tiny_pipe.components[component], path)
-        kept = tensor.detach().clone()
-        if edited(made):
-            with torch.no_grad():
-                tensor.view(-1)[0] += 1e-3
-            with pytest.raises(VerificationError, match="something else changed it"):
-                manager.verify()
-            with pytest.raises(AttachError, match="changed by something else"):
-                manager.unload()
-            with torch.no_grad():
-                tensor.copy_(kept)
-        else:
-            EditedFeatures.write(tiny_pipe.components[component], {})
-            ExtraRows.write(tiny_pipe.components[component], [])
-            with pytest.raises(VerificationError, match=r"removed (their hooks|its hook)"):
-                manager.verify()
-            manager.set_erasures("cat")
-        assert manager.verify() >= len(made.edits)
-        setattr(tiny_pipe, component, copy.deepcopy(tiny_pipe_original.components[component]))
-        with pytest.raises(VerificationError, match="replaced"):
-            manager.verify()
-        manager.unload()
-        with pytest.raises(VerificationError, match="no erasure is attached"):
-            manager.verify()
-        manager.load(made, name="cat")
-        assert manager.verify() >= len(made.edits)
-
-    # Beside others ------------------------------------------------------------------------------------------------
-
     def test_attention_processors_are_left_alone(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, draw: Any
     ) -> None:
@@ -358,32 +352,22 @@ class TestAttached:
         manager.unload()
         assert torch.equal(draw(tiny_pipe), stock)
 
-    @pytest.mark.parametrize("first", ["lora", "erasure"])
     def test_beside_a_users_lora(
-        self,
-        tiny_pipe: Any,
-        made: Erasure,
-        manager: ErasureManager,
-        base: dict,
-        draw: Any,
-        changed_tensors: Any,
-        first: str,
+        self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, draw: Any, changed_tensors: Any
     ) -> None:
         lora = users_lora(tiny_pipe)
-        reference = copy.deepcopy(tiny_pipe)
-        reference.load_lora_weights(dict(lora), adapter_name="mine")
-        only_lora = draw(reference)
-        for step in [first, "erasure" if first == "lora" else "lora"]:
-            if step == "lora":
-                tiny_pipe.load_lora_weights(dict(lora), adapter_name="mine")
-            else:
-                manager.add(made)
+        lora_first = copy.deepcopy(tiny_pipe)
+        lora_first.load_lora_weights(dict(lora), adapter_name="mine")
+        only_lora = draw(lora_first)
+        manager.add(made)
+        tiny_pipe.load_lora_weights(dict(lora), adapter_name="mine")
+        ErasureManager(lora_first).add(made)
         both = draw(tiny_pipe)
         assert not torch.equal(both, only_lora)
-        assert manager.verify() >= len(made.edits)
-        ErasureManager(reference).add(made)
-        assert torch.equal(draw(reference), both), "the order matters"
-        manager.unload()
-        assert torch.equal(draw(tiny_pipe), only_lora)
-        tiny_pipe.unload_lora_weights()
-        assert changed_tensors(base, tiny_pipe) == set()
+        assert torch.equal(draw(lora_first), both), "the order matters"
+        for pipe in (tiny_pipe, lora_first):
+            assert ErasureManager(pipe).verify() >= len(made.edits)
+            ErasureManager(pipe).unload()
+            assert torch.equal(draw(pipe), only_lora)
+            pipe.unload_lora_weights()
+            assert changed_tensors(base, pipe) == set()

@@ -40,6 +40,7 @@ from .cases import (
     kinds,
     modules,
     pairs,
+    spread,
     teach_all,
     text_weight,
     users_lora,
@@ -65,6 +66,37 @@ class TestMaking:
         assert gradients() == flags
         assert all(parameter.grad is None for part in modules(tiny_pipe) for parameter in part.parameters())
         assert ErasureManager(tiny_pipe).erasures == {}
+
+    def test_every_vector_of_learned_tokens_is_read(self, case: str, tiny_pipe: Any, teach: Any) -> None:
+        teach_all(teach, tiny_pipe, "a", "cat", "a")
+        teach_all(teach, tiny_pipe, "a", "house", token="<my-home>")
+        teach_all(teach, tiny_pipe, "white", "dog", token="<your-pet>")
+        known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
+        seen: list[torch.Tensor] = []
+        table = tiny_pipe.text_encoder.get_input_embeddings()
+        table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        result = fit(tiny_pipe, case, LEARNED_CONCEPT)
+        rows = torch.cat(seen).tolist()
+        for word, vectors in LEARNED.items():
+            starts = [(row, at) for row in rows for at, token in enumerate(row) if token == known[word]]
+            assert starts or word != "<my-pet>"
+            for row, at in starts:
+                assert row[at : at + vectors] == list(range(known[word], known[word] + vectors))
+        assert set(result.config.base["learned_tokens"]["text_encoder"]) == set(LEARNED)
+
+
+@spread(CASES)
+class TestMakingOnPipelines:
+    """What holds for every strategy on the first family, and for some on each of the others."""
+
+    def test_made_in_half_precision_fits_the_same_model_in_full(
+        self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, manager: ErasureManager
+    ) -> None:
+        low = copy.deepcopy(tiny_pipe_original).to(torch.bfloat16)
+        result = fit(low, case)
+        ErasureManager(low).add(result)
+        manager.add(result)
+        assert manager.verify() > 0
 
     def test_is_the_same_again_where_gradients_are_off(
         self, case: str, tiny_pipe_original: Any, made: Erasure
@@ -107,37 +139,11 @@ class TestMaking:
             text_weight(tiny_pipe)[0, 0] = 1e9
         assert changed_tensors(before, tiny_pipe) == set()
 
-    def test_made_in_half_precision_fits_the_same_model_in_full(
-        self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, manager: ErasureManager
-    ) -> None:
-        low = copy.deepcopy(tiny_pipe_original).to(torch.bfloat16)
-        result = fit(low, case)
-        ErasureManager(low).add(result)
-        manager.add(result)
-        assert manager.verify() > 0
-
     def test_made_beside_a_users_lora_has_canonical_keys(self, case: str, tiny_pipe: Any, made: Erasure) -> None:
         tiny_pipe.load_lora_weights(users_lora(tiny_pipe), adapter_name="mine")
         result = fit(tiny_pipe, case, attach=True)
         assert edited(result) == edited(made)
         assert ErasureManager(tiny_pipe).verify() > 0
-
-    def test_every_vector_of_learned_tokens_is_read(self, case: str, tiny_pipe: Any, teach: Any) -> None:
-        teach_all(teach, tiny_pipe, "a", "cat", "a")
-        teach_all(teach, tiny_pipe, "a", "house", token="<my-home>")
-        teach_all(teach, tiny_pipe, "white", "dog", token="<your-pet>")
-        known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
-        seen: list[torch.Tensor] = []
-        table = tiny_pipe.text_encoder.get_input_embeddings()
-        table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        result = fit(tiny_pipe, case, LEARNED_CONCEPT)
-        rows = torch.cat(seen).tolist()
-        for word, vectors in LEARNED.items():
-            starts = [(row, at) for row in rows for at, token in enumerate(row) if token == known[word]]
-            assert starts or word != "<my-pet>"
-            for row, at in starts:
-                assert row[at : at + vectors] == list(range(known[word], known[word] + vectors))
-        assert set(result.config.base["learned_tokens"]["text_encoder"]) == set(LEARNED)
 
 
 @pairs(CASES, FIRST)

@@ -115,6 +115,26 @@ def test_latents_that_do_not_fire_are_left_out_to_the_bit(level: float, features
         assert torch.equal(found, whole_width(edit, x, words))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("level", [0.0, 2.0, 9.0], ids="{} a latent fires".format)
+def test_features_of_one_latent_each_write_their_own_and_it_is_read_once(level: float, gradients: bool) -> None:
+    for seed, (concepts, features) in enumerate(((1, 8), (7, 60), (200, 300))):
+        once = edit_of(concepts, features, seed)
+        once = once._replace(threshold=once.threshold - 1.0 + level)
+        twice = torch.arange(2 * features) % features
+        more = torch.stack([once.edits[0], once.edits[1] + features])
+        edit = once._replace(
+            w_enc=once.w_enc[:, twice], b_enc=once.b_enc[twice], threshold=once.threshold[twice],
+            w_dec=torch.cat([once.w_dec, once.w_dec.flip(1)]), gain=torch.cat([once.gain, once.gain + 2]),
+            offset=torch.cat([once.offset, once.offset - 1]), edits=torch.cat([once.edits, more], 1),
+        )  # fmt: skip
+        x = torch.randn(3, TOKENS, DIM, generator=torch.Generator().manual_seed(seed)).requires_grad_(gradients)
+        words = (torch.arange(TOKENS) > 0) & (torch.arange(TOKENS) < torch.tensor([[3], [5], [TOKENS]]))
+        placed = edit.on(x.device)
+        torch.testing.assert_close(placed.delta(x, words)[0], whole_width(edit, x, words), rtol=1e-4, atol=1e-4)
+        assert placed.before(x).shape[-1] == features
+
+
 def test_features_that_do_not_fire_cost_no_more_than_to_find_out_that_they_do_not() -> None:
     few = edit_of(5, 40)
     silent = 1000
@@ -136,14 +156,19 @@ FEATURES, PROMPT = 40, "a photo of a cat"
 
 
 @pytest.fixture
-def attached(tiny_pipe: Any) -> Callable[[int], Any]:
-    """Gives the tiny pipeline with an erasure of so many concepts, in the place of the one before."""
+def attached(tiny_pipe: Any) -> Callable[..., Any]:
+    """Gives the tiny pipeline with an erasure of so many concepts, in the place of the one before.
+
+    Of the gates either the first is open in every prompt, or none ever is.
+    """
     tower = backbone_for(tiny_pipe).towers[0]
     manager = erasure.ErasureManager(tiny_pipe)
 
-    def attach(concepts: int) -> Any:
+    def attach(concepts: int, opened: bool = True) -> Any:
         manager.unload()
         edit = edit_of(concepts, FEATURES, first=torch.tensor(tower.leading), end=torch.tensor(tower.end))
+        edit.gate[0] = -1e4
+        edit.gate.add_(0 if opened else 1e6)
         names: list[dict[str, Any]] = [{"target": f"concept {index}"} for index in range(concepts)]
         config = ErasureConfig("itd", names, "stable-diffusion", carriers=["activations"])
         manager.add(Erasure(config, Edits(features={tower.key(tower.block_path(1)): edit})), "many")
@@ -152,7 +177,7 @@ def attached(tiny_pipe: Any) -> Callable[[int], Any]:
     return attach
 
 
-def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[[int], Any]) -> None:
+def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[..., Any]) -> None:
     """From one image to the next nothing is remembered: every prompt is another."""
 
     def draw(pipe: Any, name: str) -> Counter[str]:
@@ -166,7 +191,18 @@ def test_no_function_is_called_more_often_for_more_concepts(attached: Callable[[
     assert counted[0] == counted[1]
 
 
-def test_only_scores_are_computed_for_more_concepts(attached: Callable[[int], Any]) -> None:
+def test_nothing_is_written_in_prompts_without_an_erased_concept(tiny_pipe: Any, attached: Callable[..., Any]) -> None:
+    stock = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for opened in (True, False):
+        pipe = attached(2, opened)
+        given: list[Tensor] = []
+        counted = calls(lambda pipe=pipe, given=given: given.append(pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]))
+        assert counted["_EditBlock.edit"] == 1
+        assert counted["GatedEdit.written"] == opened
+        assert opened or torch.equal(given[0], stock)
+
+
+def test_only_scores_are_computed_for_more_concepts(attached: Callable[..., Any]) -> None:
     few, many = 10, 500
     written = []
     for concepts in (few, many):
@@ -178,7 +214,7 @@ def test_only_scores_are_computed_for_more_concepts(attached: Callable[[int], An
     assert written[1] - written[0] <= (many - few) * (4 * tokens + FEATURES // 2 + 8)
 
 
-def test_a_denoiser_computes_the_same_however_many_concepts_are_erased(attached: Callable[[int], Any]) -> None:
+def test_a_denoiser_computes_the_same_however_many_concepts_are_erased(attached: Callable[..., Any]) -> None:
     written = []
     for concepts in (1, 500):
         pipe = attached(concepts)

@@ -92,8 +92,11 @@ SWITCHES: dict[str, Callable[[Any, Kit], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["same", "from_pipe", "copy", "stock"])
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(("kind", "switch"), [
+    *(("same", switch) for switch in SWITCHES),
+    ("from_pipe", "set"), ("from_pipe", "delete"), ("copy", "disable"), ("copy", "add"), ("stock", "unload"),
+    ("stock", "set"),
+])  # fmt: skip
 def test_a_switch_waits_for_calls_in_flight(kind: str, switch: str, pipe: Any, kit: Kit) -> None:
     whole, before = draw(pipe, steps=2), standing(pipe)
     other = second(pipe, kind)

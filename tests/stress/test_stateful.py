@@ -17,7 +17,7 @@ from .company import InCompany
 from .looks import one_thread, relative
 from .model import Kit, ReferencePipe, draw, encode, foreign, option, tensors_of, user_lora
 
-STEPS = option("STRESS_STEPS", 500)
+STEPS = option("STRESS_STEPS", 250)
 """How many steps are taken in all, about eleven a second: `STRESS_STEPS=20000` for the long run."""
 AT_ONCE = 50
 """Steps with one pipeline; some sequences are shorter."""

@@ -11,7 +11,7 @@ from erasure import Concept
 from erasure.backbones import TextTower
 from erasure.errors import ConceptError
 from erasure.sae.gates import WordStates, locate
-from erasure.text.corpora import context_prompts, vocabulary, vocabulary_prompts
+from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import align, aligned_prompts, paired_at_the_end, subject_span, word_mask
 from erasure.training.attack import prefixed
 
@@ -118,7 +118,10 @@ def test_prompts_about_the_rest_are_of_its_own_words(tower: TextTower) -> None:
     assert {"dog", "house", "monet"} <= set(words)
     assert not {"van", "gogh", "cat", "a"} & set(words)
     generator = torch.Generator().manual_seed(0)
-    assert len(set(vocabulary_prompts(words, 20, generator))) > 10
+    random = vocabulary_prompts(words, 20, generator)
+    assert len(set(random)) > 10
+    assert list(seeded_prompts(tuple(words), 20, 0)) == random
+    assert list(seeded_prompts(tuple(words), 20, 1)) != random
     concept = Concept("cat", anchor="dog")
     for pair in context_prompts(tower, concept, words, 20, generator):
         assert pieces(tower, pair.prompt)[pair.last] in ("▁cat", "cat")

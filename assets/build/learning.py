@@ -1,0 +1,136 @@
+"""Learn new things from pictures of two, draw them, erase them: how well each step works on `canvas-sd`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import erasure
+from erasure.assets import novel
+from erasure.assets.scenes import RenderedScene, Scene, render
+from erasure.assets.world import BACKGROUNDS, OBJECTS
+from erasure.backbones import backbone_for
+from erasure.eval.detectors import NewcomersJudge, Seen
+from erasure.files import write_json
+from erasure.interop.protocols import Settings
+from erasure.learning import LearnedConcepts, learn_concepts
+from erasure.learning.attencraft import AttenCraft
+from erasure.learning.pictures import encoded
+from erasure.learning.tokens import beside, put_in, start_vectors
+from erasure.training.run import Run
+
+TOKENS = ("<one>", "<two>")
+PROMPTS = ("a photo of {}", "{}", "a picture of {}", "{} on a blue background", "an image of {}")
+"""The last two are in phrasings that nothing was learned in."""
+GUIDANCE, STEPS = 3.0, 25
+
+
+class Pair(NamedTuple):
+    """A picture of two new things."""
+
+    things: tuple[str, str]
+    scene: RenderedScene
+
+
+def pairs(count: int, seed: int = 5) -> list[Pair]:
+    """Pictures of neighbours in the list of new things, on the backgrounds of Canvas in turn."""
+    rng, names = np.random.default_rng(seed), list(novel.THINGS)
+    made = []
+    for number in range(count):
+        things = names[2 * number % len(names)], names[(2 * number + 1 + 2 * number // len(names)) % len(names)]
+        offsets = tuple((0, int(rng.integers(-3, 4))) for _ in things)
+        scene = Scene(things, novel.PLAIN, BACKGROUNDS[number % len(BACKGROUNDS)], offsets)
+        made.append(Pair(things, render(scene)))
+    return made
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks."""
+    return float((first & second).sum() / max(1, (first | second).sum()))
+
+
+def masks_of(pipe: DiffusionPipeline, pair: Pair, method: AttenCraft, seed: int = 0) -> list[float]:
+    """Intersection over union with the truth of the masks that learning starts from."""
+    backbone = backbone_for(beside(pipe))
+    generator = torch.Generator().manual_seed(seed)
+    vectors = {name: start_vectors(backbone.reader, "", method.vectors, method.spread, generator) for name in TOKENS}
+    put_in(backbone.pipe, {backbone.reader.component: vectors})
+    pixels = torch.from_numpy(pair.scene.image).permute(2, 0, 1)[None].float() / 255
+    found = method.first(backbone, encoded(backbone, pixels), TOKENS, {}, seed)[0].numpy()
+    return [overlap(own, true) for own, true in zip(found, pair.scene.masks, strict=True)]
+
+
+def drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
+    """An image of each prompt, from noise of its own."""
+    images: list[Image.Image] = []
+    for first in range(0, len(prompts), 10):
+        part = prompts[first : first + 10]
+        noise = [torch.Generator().manual_seed(seed + first + row) for row in range(len(part))]
+        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "generator": noise}
+        images += pipe(list(part), **settings).images
+    return images
+
+
+def shows(judge: NewcomersJudge, images: Sequence[Image.Image], wanted: str, other: str) -> list[bool]:
+    """Whether each image shows the wanted thing and not the other."""
+    return [is_apart(found, wanted, other) for found in judge(images)]
+
+
+def is_apart(found: Seen, wanted: str, other: str) -> bool:
+    """Whether what is seen is the one thing more than anything else, and the other not at all."""
+    return found.thing == wanted and other not in found.things
+
+
+def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settings) -> dict[str, object]:
+    """One pair: masks, how often each token draws its thing, and how often it still does when it is erased."""
+    pipe, judge = erasure.load_pipeline("canvas-sd", device="cpu"), NewcomersJudge()
+    pipe.set_progress_bar_config(disable=True)
+    figures: dict[str, object] = {"things": pair.things, "masks": masks_of(pipe, pair, AttenCraft(**options))}
+    if folder.is_dir():
+        concepts = LearnedConcepts.read(folder)
+    else:
+        picture, run = Image.fromarray(pair.scene.image), Run(checkpoints=folder.with_suffix(".training"))
+        concepts = learn_concepts(pipe, picture, TOKENS, load=False, progress=False, run=run, **options)
+        concepts.save(folder)
+        run.discard()
+    concepts.load_into(pipe)
+    figures |= {"cost": concepts.config.cost, "bytes": concepts.size_bytes}
+    prompts = {token: [PROMPTS[i % len(PROMPTS)].format(token) for i in range(images)] for token in TOKENS}
+    known = [f"a photo of a {name}" for name in OBJECTS]
+    for token, (wanted, other) in zip(TOKENS, (pair.things, pair.things[::-1]), strict=True):
+        figures[f"{token} drawn"] = float(np.mean(shows(judge, drawn(pipe, prompts[token]), wanted, other)))
+    both = judge(drawn(pipe, [f"a photo of {TOKENS[0]} and {TOKENS[1]}"] * images))
+    figures["both drawn"] = float(np.mean([set(pair.things) <= set(found.things) for found in both]))
+    figures["known drawn"] = hits(judge, drawn(pipe, known))
+    for token, (wanted, other) in zip(TOKENS, (pair.things, pair.things[::-1]), strict=True):
+        rest = next(name for name in TOKENS if name != token)
+        concept = erasure.Concept(token, retain=(rest,))
+        erasure.erase(pipe, concept, erasing, progress=False)
+        gone = [wanted not in found.things for found in judge(drawn(pipe, prompts[token]))]
+        figures[f"{token} erased"] = float(np.mean(gone))
+        figures[f"{rest} kept"] = float(np.mean(shows(judge, drawn(pipe, prompts[rest]), other, wanted)))
+        pipe.unload_erasures()
+    return figures
+
+
+def hits(judge: NewcomersJudge, images: Sequence[Image.Image]) -> float:
+    """Share of images, one of each known object in order, that show it more than anything else."""
+    return float(np.mean([found.thing == name for found, name in zip(judge(images), OBJECTS, strict=True)]))
+
+
+def run(out: Path, count: int, images: int, erasing: str, options: Settings | None = None) -> None:
+    """Measure pairs, write `learning.json` after each, and print its row; what is measured already stays."""
+    file = out / "learning.json"
+    rows: list[dict[str, object]] = json.loads(file.read_text()) if file.is_file() else []
+    for number, pair in enumerate(pairs(count)):
+        if number >= len(rows):
+            rows.append(measure(out / "-".join(pair.things), pair, images, erasing, options or {}))
+            write_json(file, rows)
+        print(json.dumps(rows[number]), flush=True)

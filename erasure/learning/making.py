@@ -1,0 +1,279 @@
+"""Learning concepts from pictures: the run around the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from erasure.attach import ErasureManager
+from erasure.backbones import Backbone, backbone_for
+from erasure.cache import model_fingerprint
+from erasure.carriers.edits import Edits
+from erasure.errors import AttachError, OptionError, UnsupportedModelError
+from erasure.interop import paths, scopes
+from erasure.interop.pipelines import origin
+from erasure.learning.attencraft import AttenCraft, in_latents
+from erasure.learning.concepts import ConceptsConfig, LearnedConcepts, base_of
+from erasure.learning.lessons import Balance, Lesson, Places
+from erasure.learning.pictures import Pictures, encoded, read_pictures
+from erasure.learning.player import Taught
+from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
+from erasure.text.corpora import vocabulary, vocabulary_prompts
+from erasure.text.encodings import Reader
+from erasure.training import storage
+from erasure.training.checkpoint import Stateful
+from erasure.training.cost import DenoiserCost
+from erasure.training.images import NoisedImages
+from erasure.training.loop import Trainer, make_accelerator
+from erasure.training.run import Run
+from erasure.training.states import Scene, session_of, stable_seed
+from erasure.training.trajectories import Rollout, rolling_out
+from erasure.training.turns import Turn
+from erasure.versions import library_versions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Picture = str | Path | Image.Image
+
+
+def learn_concepts(
+    pipe: DiffusionPipeline,
+    images: Picture | Sequence[Picture],
+    tokens: str | Sequence[str],
+    *,
+    like: Mapping[str, str] | None = None,
+    masks: Sequence[Picture] | Sequence[Sequence[Picture]] = (),
+    seed: int = 0,
+    load: bool = True,
+    preset: str | None = None,
+    progress: bool | Callable[[float], None] = True,
+    run: Run | None = None,
+    **options: object,
+) -> LearnedConcepts:
+    """Learn new tokens for what pictures show, and teach them the pipeline.
+
+    Prompts may name them from then on, and `erasure.erase(pipe, "<logo>", ...)` erases what they stand for.
+
+    Args:
+        pipe: A pipeline of Stable Diffusion or SDXL, without erasures.
+        images: Files or pictures. Each shows everything that is learned.
+        tokens: A new word for each thing in them, such as `<logo>`. Where neither `like` nor masks say which is which,
+            they name the things from left to right.
+        like: Words that the model knows and that come near to a thing, by token: its vectors start there.
+        masks: Where each thing is, in the order of the tokens (white on black): for a single picture as a list, for
+            several as a list of lists. The model finds out where they are left out.
+        seed: Seeds every random choice.
+        load: Whether the pipeline learns the tokens too; otherwise it stays as it is.
+        preset: A named set of the method's options, for instance `paper`.
+        progress: `True` for a progress bar, or a function that gets the share done.
+        run: Where checkpoints go, so that a killed training goes on, and what is logged.
+        **options: See `erasure.learning.attencraft.AttenCraft`.
+
+    Raises:
+        ConceptError: A token that is a word, has been learned already, or is named twice.
+        ImageError: A picture that cannot be read, shows nothing, or is too small.
+        MaskError: Things that the model does not find or cannot tell apart, or masks that do.
+        OptionError: An option that there is not, or a value that it does not allow.
+        AttachError: An erasure is attached.
+        UnsupportedModelError: The model reads words with a T5, is quantised or offloaded, or has no cross-attention.
+        DivergenceError: NaN during optimisation.
+        TrainingError: The run's folder is in use, holds something else, or cannot be written.
+    """
+    method = AttenCraft.configured(preset, **options)
+    names = [tokens] if isinstance(tokens, str) else list(tokens)
+    shown = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    placed = _by_picture(masks)
+    known = dict(like or {})
+    backbone = backbone_for(pipe)
+    towers = reading_towers(backbone)
+    check_names(names, towers)
+    if strangers := sorted(set(known) - set(names)):
+        raise OptionError(f"'like' names {strangers[0]!r}, which is none of the tokens {', '.join(names)}")
+    for word in filter(None, known.values()):
+        for tower in towers:
+            tower.check_words(word)
+    if attached := list(ErasureManager(pipe).erasures):
+        raise AttachError(
+            f"the erasure {attached[0]!r} is attached: learn with the stock model, unload_erasures() first"
+        )
+    _refuse_unplain(backbone)
+    side = method.resolution
+    size = (side, side) if side else _own_size(backbone)
+    read = read_pictures(shown, placed, len(names), size)
+    started = time.perf_counter()
+    stock = ErasureManager(pipe).stock(without_adapters=True)
+    with ExitStack() as stack:
+        stack.enter_context(scopes.same_gradient_mode())
+        report = stack.enter_context(_reporter(progress))
+        # A caller may have switched gradients off for the sake of generation.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(seed)
+        made = _learned(beside(stock), backbone_for(stock), method, read, names, known, seed, report, run or Run())
+    made.config.cost["seconds"] = round(
+        time.perf_counter() - started + made.config.cost.pop("earlier_seconds", 0.0), 3
+    )
+    if load:
+        made.load_into(pipe)
+    return made
+
+
+def _learned(
+    pipe: DiffusionPipeline, stock: Backbone, method: AttenCraft, read: Pictures, names: Sequence[str],
+    like: Mapping[str, str], seed: int, progress: Callable[[float], None], run: Run,
+) -> LearnedConcepts:  # fmt: skip
+    """Train, and describe the result; see `learn_concepts`."""
+    size = (read.pixels.shape[2], read.pixels.shape[3])
+    backbone = type(stock)(pipe, size=size)
+    accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
+    method.check_batches({"batch": method.batch, "prior_batch": method.prior_batch}, accelerator.num_processes)
+    model, prints = model_fingerprint(stock.pipe), [_print(part) for part in read.pixels]
+    recipe = {
+        "method": method.name, "options": dataclasses.asdict(method), "seed": seed, "model": model,
+        "session": session_of(backbone), "tokens": list(names), "like": dict(like), "pictures": prints,
+        "masks": None if read.masks is None else _print(read.masks),
+    }  # fmt: skip
+    base = base_of(stock, *origin(stock.pipe))
+    generator = torch.Generator().manual_seed(seed)
+    put_in(
+        pipe,
+        {
+            tower.component: {
+                name: start_vectors(tower, like.get(name, ""), method.vectors, method.spread, generator)
+                for name in names
+            }
+            for tower in backbone.towers
+        },
+    )
+    with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
+        stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers), pipe.vae))
+        stack.enter_context(cost.counting(backbone.denoiser))
+        stack.enter_context(rolling_out(backbone))
+        lesson = _lesson(backbone, method, read, names, like, seed, accelerator)
+        stack.enter_context(scopes.placed([pipe.vae], "cpu"))
+        cost.begin("rollout")
+        if lesson.prior is not None:
+            storage.draw(lesson.prior, model)
+        cost.begin("setup")
+        parts: dict[str, Stateful] = {"balance": lesson.balance, "places": lesson.places}
+        trainer = Trainer(
+            turns=[
+                Turn(
+                    name="concepts", player=lesson.taught, losses=partial(method.losses, lesson),
+                    descent=method.descent, after=(lesson.balance,),
+                )
+            ],
+            prepare=partial(method.prepare, lesson), steps=method.steps, seed=seed, accumulation=method.accumulation,
+            run=run, accelerator=accelerator, cost=cost, scales_losses=backbone.dtype == torch.float16,
+            before=partial(method.renewed, lesson), parts=parts,
+        )  # fmt: skip
+        cost.begin("update")
+        row = trainer.train(progress)
+        cost.begin("setup")
+    figures = {f"loss_{name}": round(value, 6) for name, value in row.items()}
+    figures |= {name: round(value, 6) for name, value in lesson.balance.figures().items()}
+    figures |= {"denoiser_forwards": float(cost.forwards), "earlier_seconds": cost.earlier_seconds}
+    config = ConceptsConfig(
+        tokens=list(names), family=backbone.family, base=base, options=dataclasses.asdict(method), like=dict(like),
+        pictures=prints, seed=seed, cost=figures, versions=library_versions(),
+    )  # fmt: skip
+    return LearnedConcepts(config, lesson.taught.vectors(), _edits(backbone, lesson.taught))
+
+
+def _lesson(
+    backbone: Backbone, method: AttenCraft, read: Pictures, names: Sequence[str], like: Mapping[str, str], seed: int,
+    accelerator: Accelerator,
+) -> Lesson:  # fmt: skip
+    """Latents, masks, and what learns."""
+    clean = encoded(backbone, read.pixels)
+    inside, are_known = in_latents(read.inside, clean), read.masks is not None or method.masks != "none"
+    if read.masks is not None:
+        masks = in_latents(read.masks, clean)
+    elif not are_known:
+        masks = torch.ones(len(clean), len(names), *clean.shape[2:])
+    elif len(names) == 1 and not read.opaque.all():
+        masks = in_latents(read.opaque, clean)
+    else:
+        masks = in_latents(method.first(backbone, clean, names, like, seed), clean)
+    weights, kept = method.teaches(backbone, torch.Generator().manual_seed(seed + 1))
+    taught = Taught(backbone.towers, names, method.vectors_rate, weights, kept)
+    balance = Balance(len(names), accelerator.reduce)
+    prior = None
+    if weights is not None and method.prior_batch and method.prior_weight:
+        reader, tower = Reader(backbone), backbone.reader
+        words = vocabulary(tower, ())
+        random = torch.Generator().manual_seed(stable_seed(seed, "prior"))
+        prompts = (
+            [method.prior_prompt] if method.prior_prompt else vocabulary_prompts(words, method.prior_prompts, random)
+        )
+        scenes = [Scene(prompt) for prompt in dict.fromkeys(prompts)]
+        reader.read(["", *prompts])
+        rollout = Rollout(seeds=method.prior_images, steps=method.prior_steps, guidance=3.0)
+        prior = NoisedImages(
+            backbone, scenes, reader, rollout, seed, asks_null=False, gather=accelerator.reduce,
+            share=(accelerator.process_index, accelerator.num_processes),
+        )  # fmt: skip
+    return Lesson(backbone, list(names), clean, inside, Places(masks, are_known), taught, balance, prior, seed)
+
+
+def _edits(backbone: Backbone, taught: Taught) -> Edits:
+    """What was learned in weights, by component."""
+    if taught.weights is None:
+        return Edits()
+    component = backbone.denoiser_component
+    low_rank = {f"{component}/{path}": pair for path, pair in taught.weights.low_rank().items()}
+    return Edits(low_rank, {f"{component}/{path}": delta for path, delta in taught.weights.deltas().items()})
+
+
+def _by_picture(masks: Sequence[Picture] | Sequence[Sequence[Picture]]) -> list[list[Picture]]:
+    """The masks of each picture; those of a single one may be given as they are."""
+    alone = [mask for mask in masks if isinstance(mask, (str, Path, Image.Image))]
+    return [alone] if alone else [list(each) for each in masks if not isinstance(each, (str, Path, Image.Image))]
+
+
+def _own_size(backbone: Backbone) -> tuple[int, int]:
+    """Height and width in pixels of what the model draws."""
+    factor, (_, rows, columns) = backbone.latents.factor, backbone.latents.shape()
+    return factor * rows, factor * columns
+
+
+def _print(values: Tensor) -> str:
+    """sha256 of values in 0-1, as bytes."""
+    return hashlib.sha256((255 * values).round().to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _reporter(progress: bool | Callable[[float], None]) -> Iterator[Callable[[float], None]]:
+    """A function that takes the share done; a bar, unless one is given."""
+    if callable(progress):
+        yield progress
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=100, desc="learning", disable=not progress, leave=False) as bar:
+        yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))
+
+
+def _refuse_unplain(backbone: Backbone) -> None:
+    parts = {tower.component: tower.module for tower in backbone.towers}
+    for name, module in {**parts, backbone.denoiser_component: backbone.denoiser}.items():
+        unlike = next((p for p in module.parameters() if not paths.is_plain(p)), None)
+        if unlike is not None:
+            raise UnsupportedModelError(
+                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): "
+                "learn with the plain model"
+            )

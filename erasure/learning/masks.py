@@ -1,0 +1,230 @@
+"""Where the things of a picture are, as the denoiser's attention tells (AttenCraft, section 3.1 of its paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from erasure.backbones import AttentionSite, Backbone
+from erasure.carriers.attention import AttentionController, Layout
+from erasure.errors import MaskError, UnsupportedModelError
+from erasure.text.words import subject_span
+
+GRIDS = (8, 32)
+"""Least and greatest shorter side of the token grids whose attention is read: that to words at the coarsest, which
+knows best what a thing is, and that of image tokens at the finest (AttenCraft with Stable Diffusion: 16, 32)."""
+NEARNESS = 4.0
+"""Weight of where places are against what they look at, both in units of their whole range."""
+LEAST_PLACES = 2
+"""Places of a grid that a thing has at least."""
+ROUNDS = 30
+"""Most rounds in which places are assigned to things anew."""
+WINDOW = 7
+"""Side of the windows that masks are compared in."""
+
+
+class Maps(NamedTuple):
+    """What attention says of one picture, mean over noise levels."""
+
+    background: Tensor
+    """`(rows, columns)` in 0-1: that to the start token, which stands for what no word names."""
+    tokens: Tensor
+    """`(tokens, rows, columns)`: that to each new token."""
+    reach: Tensor
+    """`(places, places)`: how much of each place is in what another one looks at, by self-attention."""
+
+
+def attention_layers(backbone: Backbone, size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:
+    """Cross-attention at the coarsest grid that is read, and self-attention at the finest.
+
+    Raises:
+        UnsupportedModelError: The denoiser has none, as one whose text and picture attend jointly.
+    """
+    sites = backbone.attention_sites()
+    sides = {site.name: min(site.grid(*size)) for site in sites}
+    finest = max(GRIDS[1], min(sides.values(), default=0))
+    fitting = [site for site in sites if GRIDS[0] <= sides[site.name] <= finest]
+    cross, own = ([site for site in fitting if site.kind == kind] for kind in ("cross", "self"))
+    if not cross or not own:
+        raise UnsupportedModelError(
+            f"{type(backbone.denoiser).__name__} has no cross-attention and self-attention of {GRIDS[0]} places a "
+            "side or more, which tell where things are: give masks (--mask), or take a model with a UNet"
+        )
+    coarse, fine = min(sides[site.name] for site in cross), max(sides[site.name] for site in own)
+    return (
+        [site for site in cross if sides[site.name] == coarse], [site for site in own if sides[site.name] == fine]
+    )  # fmt: skip
+
+
+def columns_of(backbone: Backbone, prompt: str, names: Sequence[str]) -> Tensor:
+    """`(text tokens, 1 + names)`: 1 at the start token, and at the vectors of each name in a prompt."""
+    run = backbone.token_runs[0]
+    weights = torch.zeros(run.tower.max_length, 1 + len(names))
+    weights[0, 0] = 1
+    for number, name in enumerate(names):
+        first, last, _ = subject_span(run.tower, prompt, name)
+        weights[first : last + 1, 1 + number] = 1
+    return weights
+
+
+def read_maps(
+    backbone: Backbone, clean: Tensor, prompt: str, names: Sequence[str], levels: Sequence[Tensor], noise: Tensor,
+    power: int,
+) -> Maps:  # fmt: skip
+    """What the denoiser's attention says of a picture.
+
+    Args:
+        backbone: The model.
+        clean: Latents of the picture, `(1, channels, h, w)`.
+        prompt: That names everything in it.
+        names: What each map is of.
+        levels: Noise levels to look at it.
+        noise: That is mixed in, shaped as `clean`.
+        power: How often self-attention is applied to the maps.
+    """
+    size = (clean.shape[2], clean.shape[3])
+    cross, own = attention_layers(backbone, size)
+    control = AttentionController(backbone.denoiser, Layout(size, 1))
+    control.capture(columns_of(backbone, prompt, names)[None], cross)
+    control.capture_self(own)
+    grid = own[0].grid(*size)
+    places = grid[0] * grid[1]
+    told, single = backbone.encode([prompt]), torch.eye(places, device=clean.device).view(1, places, *grid)
+    found: list[Tensor] = []
+    reach = torch.zeros(places, places)
+    with torch.no_grad(), control:
+        for t in levels:
+            level = t.to(clean.device).expand(1)
+            backbone.predict(backbone.parametrisation.noised(clean, noise, level), level, told)
+            each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
+            found.append(torch.stack(each).mean(0)[0].float().cpu())
+            reach += control.spread(single)[0].flatten(1).T.float().cpu() / len(levels)
+    maps = torch.stack(found).mean(0)
+    spread = torch.linalg.matrix_power(reach, power)
+    squared = torch.stack([ranged(part) ** 2 for part in maps]).flatten(1)
+    refined = torch.stack([ranged(part) for part in (squared @ spread.T)]).unflatten(1, grid)
+    return Maps(refined[0], refined[1:], spread)
+
+
+def ranged(values: Tensor) -> Tensor:
+    """Values brought to 0-1."""
+    least, most = values.min(), values.max()
+    return (values - least) / (most - least).clamp_min(1e-12)
+
+
+def grouped(maps: Maps, count: int, threshold: float) -> Tensor:
+    """Masks of `count` things that stand beside each other and look at themselves, `(count, rows, columns)` bool.
+
+    What is no background falls into groups by where places are and what they look at (k-means, which starts from
+    places that are far apart). They come from left to right.
+
+    Raises:
+        MaskError: Fewer things stand out from the background.
+    """
+    columns = maps.background.shape[1]
+    inside = (1 - maps.background > threshold).flatten()
+    places = inside.nonzero()[:, 0]
+    if len(places) < LEAST_PLACES * count:
+        raise MaskError(
+            f"{len(places)} of {len(inside)} places of the picture stand out from its background, too few for {count} "
+            "things: give a picture that shows them larger and before a plain background, or masks (--mask)"
+        )
+    looks = F.normalize(maps.reach[places][:, places], dim=1)
+    where = torch.stack([places // columns, places % columns], 1).float() / columns
+    features = torch.cat([looks, NEARNESS * where], 1)
+    centres = [int((features - features.mean(0)).square().sum(1).argmax())]
+    while len(centres) < count:
+        centres.append(int(torch.cdist(features, features[centres]).min(1).values.argmax()))
+    means, group = features[centres], torch.full((len(places),), -1)
+    for _ in range(ROUNDS):
+        before, group = group, torch.cdist(features, means).argmin(1)
+        if torch.equal(before, group):
+            break
+        means = torch.stack([features[group == number].mean(0) for number in range(count)])
+    order = torch.stack([where[group == number, 1].mean() for number in range(count)]).argsort(stable=True)
+    masks = torch.zeros(count, len(inside), dtype=torch.bool)
+    masks[order.argsort()[group], places] = True
+    return masks.unflatten(1, maps.background.shape)
+
+
+def border(masks: Tensor) -> float:
+    """How long the border between the most entwined two masks is, in sides of a square as large as the smaller.
+
+    A square that is cut in two halves has one of 1.4.
+
+    Args:
+        masks: `(tokens, rows, columns)` bool, no two of which share a place.
+    """
+    worst = 0.0
+    for first in range(len(masks)):
+        for second in range(first):
+            a, b = masks[first], masks[second]
+            across = [(a[:, :-1] & b[:, 1:]), (b[:, :-1] & a[:, 1:]), (a[:-1] & b[1:]), (b[:-1] & a[1:])]
+            length = sum(int(pair.sum()) for pair in across)
+            worst = max(worst, length / float(min(a.sum(), b.sum()).clamp_min(1)) ** 0.5)
+    return worst
+
+
+def in_pixels(masks: Tensor, background: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
+    """Masks at the size of the picture, `(tokens, height, width)` bool, as smooth as attention is.
+
+    Args:
+        masks: `(tokens, rows, columns)` bool.
+        background: `(rows, columns)` in 0-1.
+        threshold: How surely a pixel is no background.
+        size: Height and width.
+    """
+    larger = lambda x: F.interpolate(x.float()[None], size, mode="bilinear", align_corners=False)[0]  # noqa: E731
+    things, own = larger(1 - background[None]) > threshold, larger(masks)
+    return things & (own.argmax(0, keepdim=True) == torch.arange(len(masks))[:, None, None])
+
+
+def matched(masks: Tensor, tokens: Tensor, margin: float) -> Tensor:
+    """Masks in the order of the tokens whose attention is on them most, `(tokens, rows, columns)`.
+
+    Args:
+        masks: One of each thing, `(tokens, rows, columns)` bool.
+        tokens: Attention to each token, of the same shape.
+        margin: Share by which the best order must be ahead of the next.
+
+    Raises:
+        MaskError: Two orders are as good.
+    """
+    share = tokens.flatten(1) / tokens.flatten(1).sum(1, keepdim=True).clamp_min(1e-12)
+    inside = masks.flatten(1).float()
+    mass = share @ (inside / inside.sum(1, keepdim=True).clamp_min(1)).T
+    orders = list(permutations(range(len(masks))))
+    scores = torch.stack([mass[range(len(masks)), order].sum() for order in orders])
+    best = scores.sort(descending=True)
+    if len(orders) > 1 and best.values[0] < (1 + margin) * best.values[1]:
+        raise MaskError(
+            "attention does not tell which token is which thing: say what each looks like in words that the model "
+            "knows (--like), leave those out so that tokens go from left to right, or give masks (--mask)"
+        )
+    return masks[list(orders[int(best.indices[0])])]
+
+
+def assigned(maps: Maps, margin: float) -> Tensor:
+    """The paper's masks: places where a token's map is above all others' and the background's by a margin."""
+    every = torch.cat([maps.background[None], maps.tokens])
+    best = every.topk(2, 0)
+    sure = best.values[0] - best.values[1] > margin
+    return torch.stack([sure & (best.indices[0] == 1 + number) for number in range(len(maps.tokens))])
+
+
+def likeness(first: Tensor, second: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of two masks `(rows, columns)` in 0-1, with windows of `WINDOW`."""
+    a, b = first.float()[None, None], second.float()[None, None]
+    side = min(WINDOW, *a.shape[2:])
+    mean = lambda x: F.avg_pool2d(x, side, 1)  # noqa: E731
+    count = side * side
+    scale = count / (count - 1)
+    m, n = mean(a), mean(b)
+    va, vb, both = scale * (mean(a * a) - m * m), scale * (mean(b * b) - n * n), scale * (mean(a * b) - m * n)
+    c1, c2 = 0.01**2, 0.03**2
+    return float((((2 * m * n + c1) * (2 * both + c2)) / ((m * m + n * n + c1) * (va + vb + c2))).mean())

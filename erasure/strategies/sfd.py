@@ -1,0 +1,328 @@
+"""SFD: Score Forgetting Distillation (Chen et al., ICLR 2025, arXiv 2409.11219)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from erasure import files
+from erasure.backbones import Backbone, TextTower
+from erasure.carriers.edits import Edits, LowRank
+from erasure.concept import Concept
+from erasure.errors import ArtifactError, OptionError, UnsupportedModelError
+from erasure.interop.one_step import sampled_once
+from erasure.needs import Need
+from erasure.options import Count, CountOrZero, Decay, NotNegative, PathText, Positive, Presets, ZeroToOne
+from erasure.strategies.base import Fit, Standing, Way, register
+from erasure.strategies.denoising import Method, trained_parameters
+from erasure.strategies.looped import LoopedStrategy
+from erasure.strategies.prompts import concept_scenes
+from erasure.strategies.tasks import Task
+from erasure.text.encodings import Reader
+from erasure.training.cost import DenoiserCost
+from erasure.training.distillation import Drawn, Guiding, Kind, ScoreDistillation
+from erasure.training.generator import OneStepGenerator
+from erasure.training.loop import Share
+from erasure.training.run import Run
+from erasure.training.states import Scene
+from erasure.training.student import LowRankStudent, Student, make_student
+from erasure.training.turns import After, Descent, Turn
+from erasure.world import World
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Name that diffusers gives the file of a LoRA."""
+RELEASED: dict[str, object] = {
+    "rank": 0, "method": "all", "batch": 8, "retain_batch": 8, "lr": 1e-6, "fake_lr": 3e-6, "betas": (0.0, 0.999),
+    "steps": 12_500, "alpha": 1.0, "level": 625, "levels": (20, 980), "teacher_guidance": 4.5, "fake_guidance": 4.5,
+    "learning_guidance": 4.5, "dropped": 0.1, "forget_weight": 0.01, "retain_weight": 1.0, "head_start": 0.0,
+    "contexts": 0, "clip": 0.0,
+}  # fmt: skip
+"""Settings for Stable Diffusion 1.5."""
+
+
+@dataclass
+class Distillation(Task):
+    """A training whose second player is a model of what the first draws."""
+
+    method: ScoreDistillation
+
+
+@register("sfd")
+@dataclass(frozen=True, kw_only=True)
+class SFD(LoopedStrategy):
+    """Distil the model into a generator of one step that draws the anchor where it is asked for the concept.
+
+    Two low-rank players on one frozen model, whose clean latents are f(x_t, c): the generator x = G(z, c), which draws
+    in one step from noise z, and a model g(x_t, c) of what it draws. In every update, on prompts c of the concept and
+    on prompts r that must survive:
+
+        fake:       |g(x_t, c) - x|^2 in the model's own parametrisation, on what was drawn for c and for r
+        generator:  (f(x_t, a) - g(x_t, c)) [(f(x_t, a) - x) - alpha (f(x_t, a) - g(x_t, c))] / mean |x - f(x_t, a)|
+                    with the same prompt about the anchor as a; and with a = c = r on prompts that must survive
+
+    The generator's gradient passes x, f and g. What is lowered is the distance of scores: of images for the concept
+    to the model's for the anchor (score identity distillation, Zhou et al. 2024).
+
+    The result is a one-step generator. Its config says so: attaching it gives the pipeline a sampler of one step at
+    `level`, whatever a call asks for, leaves guidance out, and taking it off puts the pipeline's own sampler back. No
+    other edit of the denoiser can be in force beside it. With `start` the generator begins as another one, such as the
+    embedded `canvas-turbo`, and only has to forget (two stages); else it learns to draw in one step as well.
+
+    Presets have the released code's numbers for Stable Diffusion 1.5: whole parameters, 8 prompts an update, 100,000
+    images. `paper` weighs forgetting by 0.01, as the paper's class forgetting and the options' defaults; `released` by
+    1, as its run script. What that code does otherwise: it scales the generator's noise by that of the level (0.95 at
+    625, and 1 for stock pipelines, which is what is trained here), and it clips each entry of the gradient in half
+    precision.
+
+    Protects released weights against prompts. The weights that draw in many steps are not in the result.
+    """
+
+    title: ClassVar[str] = "distillation into a one-step generator that forgets"
+    paper: ClassVar[str] = "SFD, Chen et al. 2024, arXiv 2409.11219"
+    needs: ClassVar[tuple[Need, ...]] = ("trajectories", "one step")
+    protects: ClassVar[str] = "released weights"
+    cost: ClassVar[str] = "minutes, about 13 denoiser passes an image"
+
+    steps: Count = 150
+    """Updates."""
+    lr: Positive = 3e-4
+    """Learning rate of the generator's Adam."""
+    batch: Count = 4
+    """Images of the concept in each update, over all processes."""
+    retain_batch: CountOrZero = 8
+    """Images of prompts that must survive in each update."""
+    retain_weight: NotNegative = 1.0
+    """Weight of the losses of prompts that must survive."""
+    method: Method = "all"
+    """Layers that both players change, see `ESD.method`."""
+    start: PathText = ""
+    """LoRA of a one-step generator that this one begins as, in diffusers' format: its file, its folder, or the name of
+    an embedded one (`canvas-turbo`). The model itself when left out."""
+    forget_weight: NotNegative = 1.0
+    """Weight of the losses of the concept's prompts (paper: 0.01)."""
+    alpha: NotNegative = 1.2
+    """Of the generator's loss: 1.2 for CIFAR-10, 1 for Stable Diffusion."""
+    level: Count = 900
+    """Noise level of the generator's one step (paper: 440 for CIFAR-10, 625 for Stable Diffusion)."""
+    levels: tuple[Count, Count] = (20, 980)
+    """Lowest noise level that images are noised to, and the first that is too high."""
+    fake_lr: Positive = 1e-3
+    """Learning rate of the Adam of the model of what is drawn."""
+    betas: tuple[Decay, Decay] = (0.0, 0.999)
+    """Decays of both Adams."""
+    head_start: Decay = 0.06
+    """Share of the updates in which the model of what is drawn learns alone at first."""
+    teacher_guidance: NotNegative = 2.0
+    """Guidance of the model itself, which the generator learns without being guided (SD 1.5: 4.5)."""
+    fake_guidance: NotNegative = 1.0
+    """Guidance of the model of what is drawn, while the generator learns (SD 1.5: 4.5)."""
+    learning_guidance: NotNegative = 1.0
+    """Guidance of the model of what is drawn, while itself learns (SD 1.5: 4.5)."""
+    dropped: ZeroToOne = 0.1
+    """Share of the rows without their prompt while that model learns, where any of its scales is not 1."""
+
+    presets: ClassVar[Presets] = {"paper": RELEASED, "released": {**RELEASED, "forget_weight": 1.0}}
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not allow."""
+        super().__post_init__()
+        if self.levels[0] >= self.levels[1]:
+            self.refuse("levels", self.levels, "a lower and a higher noise level")
+        if self.since >= self.steps:
+            self.refuse("head_start", self.head_start, "less: the generator would never learn")
+        if not self.retain_batch:
+            self.refuse("retain_batch", 0, "1 or more: a generator of one step has everything to learn")
+        if self.start and not self.rank:
+            self.refuse("start", self.start, "'' without a LoRA of its own: raise 'rank'")
+
+    @property
+    def since(self) -> int:
+        """First update in which the generator learns."""
+        return int(self.head_start * self.steps)
+
+    def ignores_retain(self) -> str:
+        """See `Strategy.ignores_retain`."""
+        return "" if self.retain_weight else "retain_weight"
+
+    def adds(self, earlier: Sequence[str]) -> Way:
+        """See `Strategy.adds`: all anew, to an erasure of its own kind alone."""
+        if others := sorted(set(earlier) - {self.name}):
+            raise UnsupportedModelError(
+                f"sfd makes the model a one-step generator, and {others[0]} edits one of many steps: what both make "
+                "of it is neither. Erase all concepts with one of them"
+            )
+        return "anew"
+
+    # Players ---------------------------------------------------------------------------------------------------------
+
+    def task(
+        self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
+        standing: Standing | None = None,
+    ) -> Distillation:  # fmt: skip
+        """Prompts, both players, and what the generator draws.
+
+        Raises:
+            OptionError: A noise level that the model does not have, or a start that is none.
+        """
+        count = len(backbone.parametrisation.cumulative) if hasattr(backbone.parametrisation, "cumulative") else 0
+        for name, highest in (("level", self.level), ("levels", self.levels[1] - 1)):
+            if highest >= count:
+                self.refuse(name, getattr(self, name), f"below {count}, the noise levels of this model")
+        scenes, kept = self.scenes(tower, concepts, seed), self.retained_scenes(tower, concepts, seed)
+        prompts = Reader(backbone).read(
+            ["", *(text for each in (*scenes, *kept) for text in (each.prompt, *each.asks))]
+        )
+        generator = self.student(backbone, tower, torch.Generator().manual_seed(seed))
+        fake = self.student(backbone, tower, torch.Generator().manual_seed(seed + 1))
+        if self.start:
+            begin(generator, backbone, read_lora(self.start))
+        concept, retained = (
+            OneStepGenerator(backbone, each, prompts, generator, self.level, self.levels, seed)
+            for each in (scenes, kept)
+        )
+        method = ScoreDistillation(
+            kinds=[
+                Kind("forget", concept, self.batch, self.forget_weight, self.forget_weight),
+                Kind("retain", retained, self.retain_batch, self.retain_weight, self.retain_weight),
+            ],
+            generator=generator, fake=fake, alpha=self.alpha, seed=seed, since=self.since,
+            guiding=Guiding(
+                teacher=self.teacher_guidance, fake=self.fake_guidance, learning=self.learning_guidance,
+                dropped=self.dropped,
+            ),
+        )  # fmt: skip
+        return Distillation(backbone, tower, concepts, seed, prompts, generator, concept, retained, method)
+
+    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
+        """A player: a LoRA on the chosen layers, or their parameters themselves."""
+        chosen = trained_parameters(backbone, self.method)
+        return make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
+
+    def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
+        """Prompts with the concepts, each with what the model itself is asked instead."""
+        named = concepts if self.templates else [replace(each, templates=("{}",)) for each in concepts]
+        return concept_scenes(tower, named, seed, self.contexts, anchored=True, scope=False)
+
+    def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Drawn]]:  # type: ignore[override]
+        """The model of what is drawn, then the generator."""
+        fake = replace(self.descent, lr=self.fake_lr, ema=0.0)
+        return distilled(task).method.turns(self.descent, fake)
+
+    def students(self, task: Task) -> Sequence[Student]:
+        """Both players."""
+        method = distilled(task).method
+        return [method.generator, method.fake]
+
+    @property
+    def descent(self) -> Descent:
+        """How Adam trains the generator."""
+        return replace(super().descent, betas=self.betas)
+
+    def prepare(self, task: Task, step: int, share: Share) -> Drawn:  # type: ignore[override]
+        """Draw the images of an update."""
+        return distilled(task).method.prepare(step, share)
+
+    # Around them ----------------------------------------------------------------------------------------------------
+
+    def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
+        """Nothing: images are drawn while they are needed."""
+
+    def edits(self, task: Task) -> Edits:
+        """Those of the generator; nothing of the other player is left."""
+        component, student = task.backbone.denoiser_component, task.student
+        low_rank = {f"{component}/{path}": pair for path, pair in student.low_rank().items()}
+        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in student.deltas().items()})
+
+    def idle(self, backbone: Backbone) -> list[nn.Module]:
+        """The text encoders, whose encodings are cached, and the autoencoder."""
+        return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
+
+    def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
+        """See `LoopedStrategy.validate`; in one step, without guidance."""
+        if run.folder is not None:
+            with sampled_once(task.backbone.pipe, self.level), task.student.active(), torch.no_grad(), cost.paused():
+                task.draw(run.folder / "validation", update, 1, self.idle(task.backbone), guidance=1.0)
+
+    def train(
+        self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None],
+        run: Run, standing: Standing | None = None,
+    ) -> Fit:  # fmt: skip
+        """See `LoopedStrategy.train`; the result is sampled in one step."""
+        fit = super().train(backbone, concepts, seed=seed, progress=progress, run=run, standing=standing)
+        return fit._replace(level=self.level)
+
+
+def distilled(task: Task) -> Distillation:
+    """A training of this strategy."""
+    assert isinstance(task, Distillation)
+    return task
+
+
+def read_lora(source: str) -> dict[str, LowRank]:
+    """The changes of a LoRA by layer, `component/module.path`.
+
+    Args:
+        source: Its file, its folder, or the name of an embedded one.
+
+    Raises:
+        ArtifactError: The file is damaged.
+        OptionError: There is no such file, or it holds something else.
+    """
+    path = Path(source)
+    if not path.exists() and (embedded := World.embedded(source)) is not None:
+        path = embedded
+    path = path / LORA_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise OptionError(
+            f"option 'start' is {source!r}, and there is no LoRA {path}: give its .safetensors file, a folder with "
+            f"{LORA_FILE}, or 'canvas-turbo'"
+        )
+    try:
+        edits = Edits.from_state_dicts({}, files.read_tensors(path))
+    except ArtifactError as error:
+        raise OptionError(
+            f"option 'start' is {source!r}, which is no LoRA of a one-step generator: {error}"
+        ) from error
+    edits.check()
+    return edits.low_rank
+
+
+@torch.no_grad()
+def begin(student: Student, backbone: Backbone, changes: Mapping[str, LowRank]) -> None:
+    """Let a student begin as a LoRA, with room for more where its own rank is higher.
+
+    Args:
+        student: That starts as the stock model.
+        backbone: Of its network.
+        changes: By layer, `component/module.path`.
+
+    Raises:
+        OptionError: A layer that the student does not change, of another shape, or of a higher rank.
+    """
+    assert isinstance(student, LowRankStudent)
+    own = {
+        f"{backbone.denoiser_component}/{path}": factors
+        for path, *factors in zip(student.paths, student.down, student.up, strict=True)
+    }
+    for key, change in changes.items():
+        if key not in own:
+            raise OptionError(
+                f"option 'start' names a LoRA that changes {key}, which is not trained: set 'method' to 'all', or "
+                "take a LoRA for this model"
+            )
+        down, up = own[key]
+        rank = len(change.down)
+        if change.down.shape[1] != down.shape[1] or change.up.shape[0] != up.shape[0]:
+            raise OptionError(f"option 'start' names a LoRA for another model: {key} has other widths there")
+        if rank > len(down):
+            raise OptionError(f"option 'rank' is {len(down)}, and the LoRA to start from has {rank}: set it to {rank}")
+        down[:rank] = change.down.to(down)
+        up[:, :rank] = change.up.to(up)
