@@ -345,7 +345,8 @@ def _size(backbone: Backbone) -> list[int] | None:
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
     """The parameters of the blocks whose output is edited: features mean nothing in another model's."""
-    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if edits.safety else []
+    told = edits.safety or edits.filters
+    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if told else []
     for key in edits.features:
         component, block = key.split("/", 1)
         known = paths.canonical_parameters(getattr(pipe, component))

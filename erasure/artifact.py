@@ -304,8 +304,9 @@ def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
         )
     # Feature edits know their base by the parameters of their block.
     below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
-    # And guidance by the layers of its denoiser that read text.
-    below |= {part: {key for key in expected if key.startswith(part + "/")} for part in edits.safety}
+    # And guidance and filters by the layers of their denoiser that read text.
+    told = [key.split("/")[0] for key in (*edits.safety, *edits.filters)]
+    below |= {part: {key for key in expected if key.startswith(part + "/")} for part in told}
     expected -= set().union(*below.values()) - found
     found |= {block for block, known in below.items() if not known}
     if expected != found:

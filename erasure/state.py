@@ -11,9 +11,10 @@ from erasure.artifact import Erasure
 from erasure.backbones import FAMILIES
 from erasure.carriers import beside, extra_rows, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
-from erasure.carriers.edits import GUIDES, Edit
-from erasure.carriers.extra_rows import ExtraRows, Family
+from erasure.carriers.edits import FILTERS, GUIDES, Edit
+from erasure.carriers.extra_rows import ExtraRows, Family, FilterTerm
 from erasure.carriers.features import EditedFeatures, Term
+from erasure.carriers.readings import Readings
 from erasure.carriers.weights import Terms, WritePlan, Written
 from erasure.errors import VerificationError
 from erasure.interop import paths
@@ -45,6 +46,8 @@ class Attached:
             return "pins prompts"
         if component in edits.safety:
             return GUIDES
+        if edits.filters_of(component):
+            return FILTERS
         return "edits features" if edits.features_of(component) else None
 
 
@@ -157,6 +160,15 @@ class ComponentState:
         there = [one for _, one in sorted(self.in_force().items()) if self.component in one.erasure.edits.safety]
         return [extra_rows.Term(a.strength, a.erasure.edits.safety[self.component]) for a in there if a.strength]
 
+    def filters(self) -> list[FilterTerm]:
+        """The filters of prompts of this text encoder, or of this denoiser, by name of the erasure."""
+        there = sorted(self.in_force().items())
+        return [
+            FilterTerm(one.strength, edit)
+            for _, one in there
+            for edit in (one.erasure.edits.filters_of(self.component) if one.strength else ())
+        ]
+
     @property
     def shares_gates(self) -> bool:
         """Whether gates of other text encoders open those of this one."""
@@ -173,7 +185,10 @@ class ComponentState:
         beside.write(module, self._beside(module))
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
-        ExtraRows.write(module, self.safety(), self._family())
+        filtering = self.filters()
+        reads, told = (filtering, []) if self.is_text_encoder else ([], filtering)
+        Readings.write(module, [term.edit for term in reads])
+        ExtraRows.write(module, self.safety(), told, self._family())
 
     def _family(self) -> Family:
         """What the erasures' family is like: all are of one, which was compared with the pipeline's."""
@@ -233,12 +248,16 @@ class ComponentState:
             raise VerificationError(
                 f"the feature edits of {self.component} are not in force: something removed their hooks"
             )
-        if not ExtraRows.is_written(module, self.safety()):
+        filtering = self.filters()
+        if self.is_text_encoder and not Readings.is_written(module, [term.edit for term in filtering]):
             raise VerificationError(
-                f"the safety guidance of {self.component} is not in force: something removed its hook"
+                f"the prompt filters of {self.component} are not in force: something removed their hook"
             )
+        if not ExtraRows.is_written(module, self.safety(), [] if self.is_text_encoder else filtering):
+            what = "prompt filters" if filtering else "safety guidance"
+            raise VerificationError(f"the {what} of {self.component} is not in force: something removed its hook")
         compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
-        compared += len(self.safety())
+        compared += len(self.safety()) + len(filtering)
         for path, value in self.record.reads.items():
             if path not in written.originals and not weights.is_still(module, path, value):
                 raise VerificationError(

@@ -7,7 +7,7 @@ all of it.
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
 `evaluate` measures each, and `across` every strategy on all of them. `ip_adapter` trains, writes and measures the
-IP-Adapter of `canvas-sd`.
+IP-Adapter of `canvas-sd`, and `turbo` the LoRA with which it draws in one step.
 """
 
 from __future__ import annotations
@@ -239,6 +239,24 @@ def ip_adapter(work: Path = WORK, steps: int = 500, batch: int = 16, grid: Path 
         step.train(work, steps, batch)
     step.export(work)
     for name, value in step.measure(grid=grid).items():
+        print(f"{name:28} {value:.4f}")
+
+
+def turbo(work: Path = WORK, steps: int = 250, batch: int = 8, grid: Path | None = None) -> None:
+    """Distil `canvas-sd` to one step, write the LoRA, and record what it draws (resumes).
+
+    Args:
+        work: Where the training is kept.
+        steps: Updates in all; 0 writes and measures what there is.
+        batch: Images per update.
+        grid: File of a contact sheet.
+    """
+    from erasure.assets.build import turbo as step
+
+    if steps:
+        step.train(work, steps, batch)
+    step.export(work)
+    for name, value in step.record(grid=grid).items():
         print(f"{name:28} {value:.4f}")
 
 
@@ -494,7 +512,7 @@ def main() -> None:
     steps = (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
         attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
-        families, ip_adapter, newcomers, learning,
+        families, ip_adapter, turbo, newcomers, learning,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -1,7 +1,7 @@
 """Train and write `canvas-newcomers`: tells the new things of `erasure.assets.novel` apart, and from the known ones.
 
-A linear layer on what the judge's two networks see of a picture. A quarter of the pictures has passed the autoencoder of
-`canvas-sd`, whose traces every drawing of that model has.
+A linear layer on what the judge's two networks see of a picture. A quarter of the pictures has passed the autoencoder
+of `canvas-sd`, whose traces every drawing of that model has.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import erasure
 from erasure.assets import ROOT
+from erasure.assets import path as embedded
 from erasure.assets.build.evaluate import sheet
 from erasure.assets.build.loop import log
 from erasure.assets.facts import FILE
@@ -31,6 +33,7 @@ from erasure.carriers.edits import Edits
 from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json
 from erasure.interop import scopes
+from erasure.interop.one_step import OneStepScheduler, sampled_once
 from erasure.strategies.esd import trained_parameters
 from erasure.text.encodings import Reader
 from erasure.training.distillation import Guiding, Kind, ScoreDistillation
@@ -59,7 +62,7 @@ EVERY = 50
 
 
 def train(
-    work: Path, steps: int = 600, batch: int = 16, lr: float = 1e-4, fake_lr: float = 3e-4, alpha: float = 1.2,
+    work: Path, steps: int = 600, batch: int = 8, lr: float = 4e-4, fake_lr: float = 1e-3, alpha: float = 1.2,
     head_start: int = 20, seed: int = 7,
 ) -> None:  # fmt: skip
     """Distil until `steps` updates are done, from the last checkpoint in `work` on, and note measurements in a log.
@@ -128,7 +131,7 @@ def export(work: Path, out: Path = ROOT) -> Path:
     folder = out / NAME
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shutil.copyfile(work / f"{NAME}.safetensors", folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes((work / f"{NAME}.safetensors").read_bytes())
     options = json.loads((work / f"{NAME}.options.json").read_text())
     rows = [json.loads(row) for row in (work / f"{NAME}.jsonl").read_text().splitlines()]
     described = {
@@ -142,6 +145,52 @@ def export(work: Path, out: Path = ROOT) -> Path:
     }  # fmt: skip
     write_json(folder / FILE, described)
     return folder
+
+
+def load(pipe: StableDiffusionPipeline, folder: Path | None = None) -> None:
+    """Make a pipeline of `canvas-sd` draw in one step, as users do: the LoRA, and a sampler that ends in one step.
+
+    Args:
+        pipe: The pipeline. Call it with `num_inference_steps=1, guidance_scale=1`.
+        folder: Of the LoRA; the embedded one when left out.
+    """
+    folder = embedded(NAME) if folder is None else folder
+    level = json.loads((folder / FILE).read_text())["sampling"]["level"]
+    pipe.load_lora_weights(str(folder), weight_name=WEIGHTS)
+    pipe.scheduler = OneStepScheduler.in_place_of(pipe.scheduler, level)
+
+
+def record(seeds: int = 2, grid: Path | None = None, out: Path = ROOT) -> dict[str, float]:
+    """Draw every object in every style through a stock pipeline, and record what the judge sees.
+
+    Beside it stands what the model itself draws in one step at the same level.
+
+    Args:
+        seeds: Images of each object in each style.
+        grid: File of a contact sheet.
+        out: Where the folder of the LoRA is.
+    """
+    pipe = StableDiffusionPipeline.from_pretrained(embedded("canvas-sd"))
+    pipe.set_progress_bar_config(disable=True)
+    plan = [(name, style) for _ in range(seeds) for name in OBJECTS for style in STYLES]
+    prompts = [f"{noun_phrase(name)} in {style} style" for name, style in plan]
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    figures: dict[str, float] = {}
+    for kind in ("without", ""):
+        if not kind:
+            load(pipe, out / NAME)
+        latents = []
+        with sampled_once(pipe, LEVEL):
+            for first in range(0, len(plan), 24):
+                rows = range(first, min(first + 24, len(plan)))
+                generators = [torch.Generator().manual_seed(20_000 + row) for row in rows]
+                latents.append(pipe([prompts[row] for row in rows], generator=generators, **call).images)
+        found = judged(backbone_for(pipe), torch.cat(latents), plan, None if kind else grid)
+        figures |= {f"{kind}_{name}" if kind else name: round(value, 4) for name, value in found.items()}
+    described = json.loads((out / NAME / FILE).read_text())
+    described["training"]["accuracy"] = figures
+    write_json(out / NAME / FILE, described)
+    return figures
 
 
 @torch.no_grad()
@@ -167,6 +216,7 @@ def measure(backbone: Backbone, generator: Student | None = None, *, grid: Path 
     return judged(backbone, latents, plan, grid)
 
 
+@torch.no_grad()
 def judged(
     backbone: Backbone, latents: Tensor, plan: Sequence[tuple[str, str]], grid: Path | None = None
 ) -> dict[str, float]:

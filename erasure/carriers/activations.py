@@ -39,6 +39,10 @@ class Pinned(NamedTuple):
             and (not self.blocks.numel() or (self.blocks.ndim == 4 and [*self.blocks[:, 0].shape] == [prompts, *size]))
         )
 
+    def stated(self) -> dict[str, Tensor]:
+        """The tensors by field, but for states of blocks that nobody knows."""
+        return {name: tensor for name, tensor in self._asdict().items() if name != "blocks" or tensor.numel()}
+
 
 def pin_of(tower: TextTower, prompts: Sequence[str]) -> Pinned:
     """Encode prompts with a text encoder as it is now, so that the result can be held fixed."""

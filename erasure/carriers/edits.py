@@ -14,7 +14,9 @@ from torch import Tensor
 from erasure.carriers.activations import Pinned
 from erasure.carriers.blocks import FLOATS, KINDS, acts, check_block
 from erasure.carriers.features import BlockEdit
+from erasure.carriers.filters import PromptFilter
 from erasure.carriers.lora_names import PAIRS, file_names, is_read_by_stock, layer_of
+from erasure.carriers.names import grouped
 from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -31,6 +33,10 @@ SAFETY = "safety"
 """Name of safety guidance on disk."""
 GUIDES = "guides the denoiser"
 """What safety guidance does, as messages have it."""
+FILTER = "filter"
+"""Name of filters of prompts on disk."""
+FILTERS = "filters prompts"
+"""What filters of prompts do, as messages have it."""
 FAINTEST = 1e-7
 """Norm of all weight edits together below which no image changes."""
 
@@ -78,10 +84,13 @@ class Edits:
     """By `component/module.path`; edits that module's `weight`."""
     safety: dict[str, SafetyGuidance] = field(default_factory=dict)
     """By denoiser component: what its predictions are steered away from."""
+    filters: dict[str, PromptFilter] = field(default_factory=dict)
+    """By `denoiser/text_encoder`: what is projected away from prompts that this encoder writes for that denoiser."""
 
     def __len__(self) -> int:
-        """Number of edited parameters, blocks and predictions."""
-        return len(self.low_rank) + len(self.deltas) + len(self.features) + len(self.maps) + len(self.safety)
+        """Number of edited parameters, blocks, predictions and filters."""
+        weights = len(self.low_rank) + len(self.deltas) + len(self.maps)
+        return weights + len(self.features) + len(self.safety) + len(self.filters)
 
     @property
     def parameters(self) -> list[str]:
@@ -91,13 +100,17 @@ class Edits:
     @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
-        return list(dict.fromkeys(key.split("/")[0] for key in (*self.parameters, *self.features, *self.safety)))
+        keyed = (*self.parameters, *self.features, *self.safety, *self.filters)
+        ends = [end for key in self.filters for end in key.split("/")]
+        return list(dict.fromkeys([*(key.split("/")[0] for key in keyed), *ends]))
 
     @property
     def beyond_weights(self) -> str | None:
         """What it does that the weights of a model cannot hold, if anything."""
         if self.safety:
             return GUIDES
+        if self.filters:
+            return FILTERS
         return "pins prompts" if self.pinned else "edits features" if self.features else None
 
     def of(self, component: str) -> dict[str, Edit]:
@@ -115,10 +128,15 @@ class Edits:
         prefix = component + "/"
         return {key.removeprefix(prefix): edit for key, edit in self.features.items() if key.startswith(prefix)}
 
+    def filters_of(self, component: str) -> list[PromptFilter]:
+        """The filters of what a text encoder writes, or of what a denoiser is told."""
+        return [one for key, one in self.filters.items() if component in key.split("/")]
+
     @property
     def carriers(self) -> list[str]:
         """Where the erasure lives, as its config says it."""
-        there = {"weights": self.parameters, "activations": self.pinned or self.features, "guidance": self.safety}
+        inside = self.pinned or self.features or self.filters
+        there = {"weights": self.parameters, "activations": inside, "guidance": self.safety}
         return [carrier for carrier, edits in there.items() if edits]
 
     def check(self) -> None:
@@ -135,6 +153,11 @@ class Edits:
             if key not in DENOISERS:
                 raise ArtifactError(f"safety guidance of {shown(key)}; allowed: {', '.join(DENOISERS)}")
             guidance.check(key)
+        for key, one in self.filters.items():
+            denoiser, _, encoder = key.partition("/")
+            if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
+                raise ArtifactError(f"a filter of prompts of {shown(key)}; expected DENOISER/TEXT_ENCODER")
+            one.check(key)
         every = Counter(self.parameters)
         if twice := sorted(key for key, count in every.items() if count > 1):
             raise ArtifactError(f"{twice[0]!r} is edited twice, in two forms: add both edits up to one")
@@ -147,7 +170,7 @@ class Edits:
         for key, delta in self.deltas.items():
             _check_tensors(key, {"delta": delta}, {"delta": FLOATS})
         for key, pin in self.pinned.items():
-            _check_tensors(key, _told(pin), {"input_ids": (torch.int64,), "hidden_states": FLOATS, "blocks": FLOATS})
+            _check_tensors(key, pin.stated(), {"input_ids": (torch.int64,), "hidden_states": FLOATS, "blocks": FLOATS})
             if not pin.fits():
                 raise ArtifactError(f"the pinned prompts of {key!r} do not fit together")
             if pin.input_ids.numel() and int(pin.input_ids.min()) < 0:
@@ -175,7 +198,7 @@ class Edits:
         for delta in self.deltas.values():
             total += float(delta.detach().double().cpu().norm() ** 2)
         return total <= FAINTEST**2 and not any(
-            [*(acts(block) for block in self.features.values()), *(one.acts for one in self.safety.values())]
+            [*map(acts, self.features.values()), *(one.acts for one in self.safety.values()), *self.filters]
         )
 
     def check_width(self, component: str, width: int) -> None:
@@ -190,6 +213,7 @@ class Edits:
         """
         found = {key: pin.hidden_states.shape[-1] for key, pin in self.pinned.items() if key == component}
         found |= {key: block.w_enc.shape[0] for key, block in self.features.items() if key.startswith(component + "/")}
+        found |= {key: one.basis.shape[1] for key, one in self.filters.items() if key.endswith(f"/{component}")}
         for key, wide in found.items():
             if wide != width:
                 raise WrongBaseError(
@@ -208,7 +232,7 @@ class Edits:
 
     def delta_state_dict(self) -> dict[str, Tensor]:
         """Everything that is in no LoRA file, under the names of `erasure.safetensors`."""
-        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in _told(pin).items()}
+        pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin.stated().items()}
         slices = {
             f"{key}/{KINDS[type(edit)]}.{part}": tensor
             for key, edit in self.features.items()
@@ -221,7 +245,8 @@ class Edits:
             for part, tensor in edit._asdict().items()
         }
         steered = {f"{key}/{SAFETY}.{part}": t for key, one in self.safety.items() for part, t in one.stated().items()}
-        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread, **steered}
+        read = {f"{key}/{FILTER}.{part}": t for key, one in self.filters.items() for part, t in one._asdict().items()}
+        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread, **steered, **read}
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def _map_state_dict(self) -> dict[str, Tensor]:
@@ -281,32 +306,33 @@ class Edits:
             if key in low_rank:
                 raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
             low_rank[key] = LowRank(down, up)
-        for key, factors in _grouped(deltas, LOW_RANK, LowRank._fields).items():
+        for key, factors in grouped(deltas, LOW_RANK, LowRank._fields).items():
             edit = LowRank(*factors)
             if key in low_rank or is_read_by_stock(key) or not _fits(edit):
                 raise ArtifactError(f"the low-rank edit of {shown(key)} does not fit together: make the erasure again")
             low_rank[key] = edit
-        kinds = (LOW_RANK, SAFETY, "pinned", "input_map", "mapped", *KINDS.values())
+        kinds = (LOW_RANK, SAFETY, FILTER, "pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
         pinned = {}
-        for component, parts in _grouped(deltas, "pinned", Pinned._fields, optional=["blocks"]).items():
+        for component, parts in grouped(deltas, "pinned", Pinned._fields, optional=["blocks"]).items():
             pinned[component] = Pinned(*parts)
             if not pinned[component].fits():
                 raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
         features: dict[str, BlockEdit] = {}
         for form, kind in KINDS.items():
-            for key, parts in _grouped(deltas, kind, form._fields).items():
+            for key, parts in grouped(deltas, kind, form._fields).items():
                 if key in features:
                     raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
                 features[key] = form(*parts)
         safety = {
             key: SafetyGuidance(*parts)
-            for key, parts in _grouped(deltas, SAFETY, SafetyGuidance._fields, optional=["pooled"]).items()
+            for key, parts in grouped(deltas, SAFETY, SafetyGuidance._fields, optional=["pooled"]).items()
         }
-        return cls(low_rank, full_rank, pinned, features, _maps(deltas), safety)
+        filters = {key: PromptFilter(*parts) for key, parts in grouped(deltas, FILTER, PromptFilter._fields).items()}
+        return cls(low_rank, full_rank, pinned, features, _maps(deltas), safety, filters)
 
 
 def check_key(key: str, *, text_only: bool = False) -> None:
@@ -369,27 +395,3 @@ def _maps(tensors: Mapping[str, Tensor]) -> dict[str, InputMap]:
     if unused := sorted(name for name in tensors if "/input_map." in name and name not in used):
         raise ArtifactError(f"no layer has the input map {shown(unused[0])}: the file is damaged; make it again")
     return found
-
-
-def _told(pin: Pinned) -> dict[str, Tensor]:
-    """The tensors of pinned prompts by field, but for states of blocks that nobody knows."""
-    return {name: tensor for name, tensor in pin._asdict().items() if name != "blocks" or tensor.numel()}
-
-
-def _grouped(
-    tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, list[Tensor]]:
-    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields; the last ones may be left out if optional.
-
-    Raises:
-        ArtifactError: A field is missing or unknown.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, separator, part = key.partition(f"/{kind}.")
-        if separator:
-            found.setdefault(owner, {})[part] = tensor
-    for owner, parts in found.items():
-        if not set(fields) - set(optional) <= set(parts) <= set(fields):
-            raise ArtifactError(f"{kind} of {owner!r} are incomplete: expected {list(fields)}, found {sorted(parts)}")
-    return {owner: [parts[part] for part in fields if part in parts] for owner, parts in found.items()}

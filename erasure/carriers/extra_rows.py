@@ -7,6 +7,9 @@ while they draw. Which rows of a call are a negative prompt's says the pipeline 
 none, the same noise is predicted for no prompt in further rows. A transformer that is told its guidance `w` predicts
 `e_0 + w (e_p - e_0)`, so differences of its predictions are divided by `w`, and the change is multiplied by it.
 
+Filters of prompts (`erasure.carriers.filters`) are put in place here too: what the denoiser is told about a prompt is
+changed, and where features are compared (`erasure.carriers.skips`), a row with the prompt as it is stands last.
+
 Guidance begins behind its share of the noise levels of the call's schedule, each counted once, not of calls of the
 denoiser: samplers of higher order ask about a level twice. Momentum is that of one drawing of one thread. A pass that
 `Backbone.predict` asks for is no part of a drawing, so it has none; one of which an attention layer is read
@@ -15,10 +18,9 @@ denoiser: samplers of higher order ask about a level twice. Momentum is that of 
 
 from __future__ import annotations
 
-import math
 import threading
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone
-from erasure.backbones.parametrisation import TIMESTEPS
-from erasure.carriers import guidance
+from erasure.carriers import guidance, readings, skips
 from erasure.carriers.calls import NamedArguments, is_measured, latents_of, of_rows
-from erasure.carriers.safety import CONCEPT, NOTHING, OF_STEPS, Moments, SafetyGuidance, direction
+from erasure.carriers.drawings import Drawing, begin, is_over, levels_of
+from erasure.carriers.filters import PromptFilter
+from erasure.carriers.safety import CONCEPT, NOTHING, Moments, SafetyGuidance, direction
 from erasure.errors import UnsupportedModelError
 from erasure.interop import hooks
 from erasure.interop.callers import nearest_caller
@@ -53,6 +56,14 @@ class Term(NamedTuple):
     edit: SafetyGuidance
 
 
+class FilterTerm(NamedTuple):
+    """A filter of prompts that is in force."""
+
+    strength: float
+    """Factor of what it changes."""
+    edit: PromptFilter
+
+
 class Family(NamedTuple):
     """What differs between families; see `Backbone`."""
 
@@ -62,22 +73,6 @@ class Family(NamedTuple):
 
 FAMILY = Family(Backbone.noisiest, Backbone.guides_in_one_call)
 """What holds for most."""
-
-
-@dataclass
-class _Drawing:
-    """What is known of the drawing that a thread is at."""
-
-    schedule: object = None
-    """The noise levels of its sampler: every call of a pipeline sets new ones."""
-    levels: Sequence[float] = ()
-    """The same, each once, highest first."""
-    level: float = math.inf
-    """The last that was asked about."""
-    latents: Tensor | None = None
-    """What was to be denoised then."""
-    moments: dict[int, Moments] = field(default_factory=dict)
-    """By place among the terms."""
 
 
 class _Pass(NamedTuple):
@@ -93,16 +88,22 @@ class _Pass(NamedTuple):
     """Scale of guidance that the denoiser is told."""
     level: Tensor
     """`(pictures,)` noise levels."""
-    drawing: _Drawing | None
+    drawing: Drawing | None
     """What it is a part of."""
+    texts: int = 0
+    """Rows that are added for each picture, but for those of `plain`."""
+    plain: tuple[int, ...] = ()
+    """Rows whose prompts were changed, and that are computed once more with their prompts as they are."""
 
 
 class _Thread(threading.local):
     """What belongs to the thread that runs the denoiser, and to no other."""
 
     def __init__(self) -> None:
-        self.drawing = _Drawing()
+        self.drawing = Drawing()
         self.under_way: _Pass | None = None
+        self.told: weakref.ref[Tensor] | None = None
+        self.changes: list[tuple[float, readings.Change]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Thread:
         """Give a new one: a copy of a network is at no drawing."""
@@ -115,12 +116,15 @@ class _ExtraRows(NamedArguments):
     Args:
         denoiser: UNet or transformer.
         terms: What is in force.
+        filtering: The filters of prompts that are in force.
         family: Of the model.
     """
 
-    def __init__(self, denoiser: nn.Module, terms: Sequence[Term], family: Family) -> None:
+    def __init__(
+        self, denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm], family: Family
+    ) -> None:
         super().__init__(denoiser)
-        self.terms, self.family = tuple(terms), family
+        self.terms, self.filtering, self.family = tuple(terms), tuple(filtering), family
         self.thread = _Thread()
 
     # Frames cannot be looked at inside of a compiled graph; the denoiser itself is compiled all the same.
@@ -128,15 +132,26 @@ class _ExtraRows(NamedArguments):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         """Add the rows, unless this pass is to be left as it is."""
         arguments = self.by_name(args, kwargs)
+        skips.compare(None)
         self.thread.under_way = under_way = None if is_measured() else self.look(module, arguments)
         if under_way is None:
             return args, kwargs
-        return self.as_called(self.widened(arguments, under_way), len(args))
+        filtered, factors = self.filtered(arguments, under_way)
+        under_way = under_way._replace(texts=self.texts(under_way), plain=tuple(factors))
+        self.thread.under_way = under_way
+        wide = self.widened(filtered, under_way)
+        if factors:
+            count, rows = len(factors), torch.tensor(list(factors))
+            wide[TOKENS] = torch.cat([wide[TOKENS][:-count], arguments[TOKENS][list(factors)]])
+            last = len(wide[TOKENS]) - count + torch.arange(count)
+            skips.compare(skips.Pairs(rows, last, torch.stack(list(factors.values()))))
+        return self.as_called(wide, len(args))
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Take the rows off, and change the prompts' own."""
         under_way, self.thread.under_way = self.thread.under_way, None
+        skips.compare(None)
         if under_way is None:
             return output
         if isinstance(output, tuple):
@@ -162,23 +177,23 @@ class _ExtraRows(NamedArguments):
         # A model that is told 0 or less predicts for no prompt, whatever it is asked about.
         return _Pass(rows, pictures, guided, max(scale, 1e-3), level.expand(rows)[-pictures:], drawing)
 
-    def _drawing(self, pipe: DiffusionPipeline | None, level: float) -> _Drawing:
+    def _drawing(self, pipe: DiffusionPipeline | None, level: float) -> Drawing:
         """The drawing that this thread is at: the one that it was at, unless a new one has begun."""
         schedule = None if pipe is None else getattr(pipe.scheduler, "timesteps", None)
         known = self.thread.drawing
         if schedule is not known.schedule or level > known.level:
-            known = self.thread.drawing = _Drawing(schedule, _levels(schedule, self.family.noisiest))
+            known = self.thread.drawing = Drawing(schedule, levels_of(schedule, self.family.noisiest), level)
         return known
 
     def _is_negative(
-        self, pipe: DiffusionPipeline | None, drawing: _Drawing, arguments: Settings, level: float
+        self, pipe: DiffusionPipeline | None, drawing: Drawing, arguments: Settings, level: float
     ) -> bool:
         """Whether a pass is no prompt's: one for a negative prompt behind it, or one that the pipeline compares with.
 
         Pipelines that ask for the negative prompt in a pass of its own do so behind the prompt's, for equal latents.
         """
         if pipe is None:
-            return _same_rows(arguments[TOKENS], self.terms[0].edit.tokens[NOTHING])
+            return bool(self.terms) and _same_rows(arguments[TOKENS], self.terms[0].edit.tokens[NOTHING])
         if arguments.get("skip_layers") is not None:
             return True
         again = not self.family.guides_in_one_call and drawing.level == level
@@ -196,29 +211,70 @@ class _ExtraRows(NamedArguments):
         paired = first is not None and second is not None and _equal(first, second)
         if pipe is None:
             ahead = arguments[TOKENS][: len(arguments[TOKENS]) // 2]
-            return paired and _same_rows(ahead, self.terms[0].edit.tokens[NOTHING])
+            return paired and bool(self.terms) and _same_rows(ahead, self.terms[0].edit.tokens[NOTHING])
         guides = getattr(pipe, "do_classifier_free_guidance", paired)
         if getattr(pipe, "do_perturbed_attention_guidance", False) or (guides and not paired):
             kind = type(pipe).__name__
             raise UnsupportedModelError(REFUSE.format(reason=f"{kind} guides with other rows than two for a picture"))
         return bool(guides)
 
+    def filtered(self, arguments: Settings, under_way: _Pass) -> tuple[Settings, dict[int, Tensor]]:
+        """Arguments whose prompts are filtered, and the factors of features of the rows that have some.
+
+        Raises:
+            UnsupportedModelError: Two rows are to be told apart by features, in a pass that drops some.
+        """
+        told, level, factors = arguments[TOKENS], float(under_way.level.max()), dict[int, Tensor]()
+        changed = told
+        for strength, change in self.changes(told, under_way):
+            if is_over(change.steps, under_way.drawing, level):
+                continue
+            changed = readings.changed(changed, change, strength)
+            if change.edit.attenuation.numel():
+                own = (1 + strength * (change.edit.attenuation.float().cpu() - 1)).clamp(min=0)
+                factors[change.row] = own * factors.get(change.row, torch.ones(2))
+        return {**arguments, TOKENS: changed}, factors
+
+    def changes(self, told: Tensor, under_way: _Pass) -> list[tuple[float, readings.Change]]:
+        """What the filters make of the prompts of a pass, with their strengths: the same throughout a drawing."""
+        if self.thread.told is None or self.thread.told() is not told or told.requires_grad:
+            rows = range(under_way.rows - under_way.pictures, under_way.rows)
+            self.thread.changes = [
+                (term.strength, change)
+                for term in self.filtering
+                for change in readings.changes(told, term.edit, rows)
+            ]
+            self.thread.told = weakref.ref(told)
+        return self.thread.changes
+
+    def texts(self, under_way: _Pass) -> int:
+        """How many rows guidance adds for each picture: one for each concept, one more where no prompt is negative."""
+        return len(self.terms) + (not under_way.guided) if self.terms else 0
+
     def widened(self, arguments: Settings, under_way: _Pass) -> Settings:
         """The arguments with the rows that are added: each concept's, and no prompt's where the pipeline has none."""
         texts = [(term.edit, CONCEPT) for term in self.terms]
-        if not under_way.guided:
+        if len(texts) < under_way.texts:
             texts.append((self.terms[0].edit, NOTHING))
         # Behind the negative prompt's are the same pictures, and what else it is told is not the prompt's.
-        like = slice(0, under_way.pictures)
-        wide = of_rows(arguments, under_way.rows, lambda part: torch.cat([part, *[part[like]] * len(texts)]))
-        return _telling(wide, texts, under_way)
+        like, plain = slice(0, under_way.pictures), list(under_way.plain)
+        if not texts and not plain:
+            return arguments
+        wide = of_rows(
+            arguments, under_way.rows, lambda part: torch.cat([part, *[part[like]] * len(texts), part[plain]])
+        )
+        return _telling(wide, texts, under_way) if texts else wide
 
     def changed(self, predicted: Tensor, under_way: _Pass) -> Tensor:
         """The predictions that were asked for, the prompts' own changed."""
         rows, count = under_way.rows, under_way.pictures
         own, asked = predicted[rows - count : rows], predicted[:rows]
+        if not self.terms:
+            if under_way.drawing is not None:
+                under_way.drawing.level = float(under_way.level.max())
+            return asked
         precise = torch.promote_types(predicted.dtype, torch.float32)
-        added = [part.to(precise) for part in predicted[rows:].split(count)]
+        added = [part.to(precise) for part in predicted[rows:].split(count)[: under_way.texts]]
         null = predicted[:count].to(precise) if under_way.guided else added[-1]
         own, told, drawing = own.to(precise), under_way.told, under_way.drawing
         total = torch.zeros_like(own)
@@ -231,27 +287,11 @@ class _ExtraRows(NamedArguments):
             g = direction(own / told, null / told, concept / told, before, edit.figures)
             if drawing is not None:
                 drawing.moments[place] = Moments.next(before, g.detach(), float(edit.figures[3]))
-            acts = under_way.level < _begin(int(edit.warmup), drawing, self.family.noisiest)
+            acts = under_way.level < begin(int(edit.warmup), drawing, self.family.noisiest)
             total = total + strength * told * g * acts.to(g).view(-1, *[1] * (g.ndim - 1))
         if drawing is not None:
             drawing.level = float(under_way.level.max())
         return torch.cat([asked[: rows - count], (own - total).to(asked.dtype)])
-
-
-def _levels(schedule: object, noisiest: float) -> list[float]:
-    """The noise levels of a sampler as the denoiser is told them, each once, highest first."""
-    if not isinstance(schedule, Tensor):
-        return []
-    return [level * noisiest / TIMESTEPS for level in schedule.detach().float().cpu().unique().flip(0).tolist()]
-
-
-def _begin(warmup: int, drawing: _Drawing | None, noisiest: float) -> float:
-    """The noise level below which guidance acts: as many of the drawing's steps are left out as of `OF_STEPS`."""
-    if drawing is None or not drawing.levels:
-        return noisiest * (1 - warmup / OF_STEPS) if warmup else math.inf
-    steps = warmup * len(drawing.levels) // OF_STEPS
-    # Between two levels: half precision rounds what the denoiser is told.
-    return sum(drawing.levels[steps - 1 : steps + 1]) / 2 if steps else math.inf
 
 
 def _telling(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], under_way: _Pass) -> Settings:
@@ -260,7 +300,7 @@ def _telling(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], under_
 
     def told(given: Tensor, parts: Sequence[Tensor]) -> Tensor:
         rows = [part.to(given).expand(count, *part.shape) for part in parts]
-        return torch.cat([given[:first], *rows])
+        return torch.cat([given[:first], *rows, given[first + count * len(rows) :]])
 
     length = wide[TOKENS].shape[1]
     wide = {**wide, TOKENS: told(wide[TOKENS], [_fitted(edit.tokens[row], length) for edit, row in texts])}
@@ -305,24 +345,40 @@ def _refuse_other_rows(denoiser: nn.Module) -> None:
 
 
 class ExtraRows:
-    """The safety guidance of a denoiser as a hook."""
+    """The safety guidance of a denoiser, and what filters make of its prompts, as a hook."""
 
     @staticmethod
-    def write(denoiser: nn.Module, terms: Sequence[Term], family: Family = FAMILY) -> None:
-        """Make exactly these active on a denoiser; none removes the hook."""
-        if ExtraRows.is_written(denoiser, terms):
+    def write(
+        denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (), family: Family = FAMILY
+    ) -> None:
+        """Make exactly these active on a denoiser; none removes the hooks."""
+        if ExtraRows.is_written(denoiser, terms, filtering):
             return
         hooks.remove_hook(denoiser, _HOOK)
-        if terms:
-            hooks.register_hook(denoiser, _ExtraRows(denoiser, terms, family), _HOOK)
+        skips.watch(denoiser, _compares(filtering))
+        if terms or filtering:
+            hooks.register_hook(denoiser, _ExtraRows(denoiser, terms, filtering, family), _HOOK)
 
     @staticmethod
-    def is_written(denoiser: nn.Module, terms: Sequence[Term]) -> bool:
+    def is_written(denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = ()) -> bool:
         """Whether exactly these are active."""
         hook = hooks.find_hook(denoiser, _HOOK)
-        if not terms:
-            return hook is None
-        if not isinstance(hook, _ExtraRows) or not hooks.runs_hook(denoiser, _HOOK) or len(hook.terms) != len(terms):
+        if not (skips.is_watched(denoiser) if _compares(filtering) else not skips.has_hooks(denoiser)):
             return False
-        pairs = zip(hook.terms, terms, strict=True)
-        return all(one.strength == other.strength and one.edit is other.edit for one, other in pairs)
+        if not terms and not filtering:
+            return hook is None
+        if not isinstance(hook, _ExtraRows) or not hooks.runs_hook(denoiser, _HOOK):
+            return False
+        return _same_terms(hook.terms, terms) and _same_terms(hook.filtering, filtering)
+
+
+def _compares(filtering: Sequence[FilterTerm]) -> bool:
+    """Whether features of rows are compared."""
+    return any(term.edit.attenuation.numel() for term in filtering)
+
+
+def _same_terms(one: Sequence[Term | FilterTerm], other: Sequence[Term | FilterTerm]) -> bool:
+    """Whether the same edits are in force at the same strengths."""
+    return len(one) == len(other) and all(
+        a.strength == b.strength and a.edit is b.edit for a, b in zip(one, other, strict=True)
+    )

@@ -131,7 +131,11 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "safety guidance", "shape": list(one.tokens.shape), "rank": None}
         for name, one in made.edits.safety.items()
     ]
-    return [*low_rank, *maps, *full, *features, *safety]
+    filters: list[_Tensor] = [
+        {"name": name, "form": "prompt filter", "shape": list(one.basis.shape), "rank": None}
+        for name, one in made.edits.filters.items()
+    ]
+    return [*low_rank, *maps, *full, *features, *safety, *filters]
 
 
 def show(made: Erasure, terminal: Terminal) -> None:

@@ -77,8 +77,9 @@ def names_on_text(states: Iterable[ComponentState]) -> str:
         if state.is_text_encoder:
             for name, attached in state.in_force().items():
                 edits = attached.erasure.edits
-                inside = state.component in edits.pinned or edits.features_of(state.component)
-                carriers = {"weights": edits.of(state.component), "activations": inside}
+                part = state.component
+                inside = part in edits.pinned or edits.features_of(part) or edits.filters_of(part)
+                carriers = {"weights": edits.of(part), "activations": inside}
                 what = " and ".join(carrier for carrier, there in carriers.items() if there)
                 places.setdefault(name, []).append(f"{what} of {state.component}")
     return ", ".join(f"{name} ({', '.join(where)})" for name, where in places.items())

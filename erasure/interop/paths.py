@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from erasure.errors import NoMatchingModuleError
+from erasure.interop.protocols import Denoiser
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,6 +45,28 @@ def free_u(component: nn.Module) -> dict[str, object]:
     blocks = getattr(component, "up_blocks", ())
     found = [[getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in blocks]
     return {"free_u": found} if has_free_u(component) else {}
+
+
+def decoder_parts(component: nn.Module) -> list[tuple[nn.Module, list[int | None]]]:
+    """The blocks of a UNet's decoder, and where each of their parts reads features of the encoder; none elsewhere.
+
+    Returns:
+        For each block 0 for parts in which the decoder's own features have the most channels of all, 1 where they have
+        the second most, `None` elsewhere; the part that runs first ahead.
+    """
+    component = uncompiled(component)
+    blocks = list(getattr(component, "up_blocks", ()))
+    if not blocks:
+        return []
+    channels: Sequence[int] = cast(Denoiser, component).config.block_out_channels
+    widths = sorted(set(channels), reverse=True)[:2]
+    found, given = [], channels[-1]
+    for block in blocks:
+        # The first part reads what the block before gives, the others what their neighbour does.
+        read = [given, *(part.out_channels for part in block.resnets[:-1])]
+        given = block.resnets[-1].out_channels
+        found.append((block, [widths.index(size) if size in widths else None for size in read]))
+    return found
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,8 @@ class _Call(threading.local):
     rounds: _Rounds | None = None
     apart: _Rounds | None = None
     """What readers found that were run out of `together`, since somebody asked."""
+    unheard: bool = False
+    """Whether readers neither tell nor are told anything."""
 
 
 _CALL = _Call()
@@ -95,6 +98,16 @@ def together(encode: Callable[[], T]) -> T:
         _CALL.rounds = _CALL.apart = None
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Readers tell one another nothing inside of the block, in this thread: for texts that no prompt is."""
+    before, _CALL.unheard = _CALL.unheard, True
+    try:
+        yield
+    finally:
+        _CALL.unheard = before
+
+
 def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
     """What the other readers of the same batch found in the rounds before, `(rows, things)` bool.
 
@@ -108,13 +121,15 @@ def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
         `None` where there is nothing yet, and out of `together`.
     """
     rounds = _CALL.rounds
-    if rounds is None:
+    if rounds is None or _CALL.unheard:
         return None
     return _others(rounds.told.get(rounds.place(subject, reader), {}), reader, rows, things)
 
 
 def tell(subject: str, reader: object, found: Tensor) -> None:
     """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
+    if _CALL.unheard:
+        return
     if _CALL.rounds is not None:
         _CALL.rounds.note(subject, reader, found)
     elif not torch.compiler.is_compiling():

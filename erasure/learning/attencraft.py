@@ -87,6 +87,11 @@ class AttenCraft(Optimisation):
     """Whether weights learn from what they make of the start token, which is in every prompt (paper: no)."""
     templates: bool = True
     """Learn in several phrasings; else in "a photo of {}" alone (paper)."""
+    alone: Literal["cut out", "masked"] = "cut out"
+    """What a row that names one thing sees: the thing cut out, as large as the model draws single things; or the whole
+    picture, of which all but the thing counts for nothing (paper), so that anything may be drawn in its place."""
+    outside: ZeroToOne = 0.2
+    """How much the background counts around a thing that is cut out."""
     sampling: Literal["uniform", "reweighted"] = "uniform"
     """Which thing a row shows: each alone as often as all together, or those more often that are learned worse."""
     together: ZeroToOne | None = None
@@ -134,9 +139,9 @@ class AttenCraft(Optimisation):
         "paper": {
             "steps": 500, "lr": 1e-4, "weight_decay": 1e-2, "batch": 1, "clip": 0.0, "vectors": 1, "vectors_rate": 1.0,
             "spread": 0.0, "rank": 0, "train_start": False, "templates": False, "first_masks": "tokens", "power": 4,
-            "mask_every": 20, "attention_weight": 1.0, "attention_loss": "divergence", "prior_weight": 1.0,
-            "prior_batch": 1, "prior_prompt": "a photo at the beach", "prior_images": 200, "prior_steps": 50,
-            "prior_target": "noise",
+            "mask_every": 20, "alone": "masked", "attention_weight": 1.0, "attention_loss": "divergence",
+            "prior_weight": 1.0, "prior_batch": 1, "prior_prompt": "a photo at the beach", "prior_images": 200,
+            "prior_steps": 50, "prior_target": "noise",
         },
         "vectors": {
             "trained": "vectors", "prior_batch": 0, "vectors": 4, "lr": 3e-3, "attention_weight": 0.0,
@@ -239,18 +244,28 @@ class AttenCraft(Optimisation):
         phrasings = share.of(
             draw(len(TEMPLATES) if self.templates else 1, self.batch, seed, "phrasing", step)
         ).tolist()
-        clean = lesson.clean[pictures.to(lesson.clean.device)]
+        device = lesson.clean.device
+        clean, masks = lesson.clean[pictures.to(device)].clone(), lesson.places.masks[pictures].clone()
+        weights = torch.stack(
+            [mask[list(numbers)].amax(0, keepdim=True) for mask, numbers in zip(masks, mine, strict=True)]
+        )
+        weights *= lesson.inside[pictures]
+        for row, (picture, numbers) in enumerate(zip(pictures.tolist(), mine, strict=True)):
+            if lesson.alone is not None and len(numbers) == 1:
+                clean[row] = lesson.alone.clean[picture, numbers[0]]
+                masks[row, numbers[0]] = lesson.alone.masks[picture, numbers[0]]
+                weights[row] = masks[row, numbers].clamp_min(self.outside)
         noise = backbone.noise(
             [stable_seed(seed, "noise", step, row) for row in rows.tolist()], *pixel_size(backbone, clean)
         )  # fmt: skip
-        t = levels.to(clean.device)
+        t = levels.to(device)
         prompts = [
             TEMPLATES[phrase].format(joined([lesson.tokens[number] for number in numbers]))
             for phrase, numbers in zip(phrasings, mine, strict=True)
         ]
         return Batch(
             backbone.parametrisation.noised(clean, noise, t), t, backbone.parametrisation.target(clean, noise, t),
-            prompts, mine, lesson.places.masks[pictures].to(clean.device), lesson.inside[pictures].to(clean.device),
+            prompts, mine, masks.to(device), weights.to(device),
             self.kept(lesson, step, share),
         )  # fmt: skip
 
@@ -281,10 +296,8 @@ class AttenCraft(Optimisation):
             control.capture(self.looked_at(lesson, batch, len(x)), attention_layers(backbone, size)[0])
         with control:
             found = backbone.predict(x, t, told)
-        masks = [batch.masks[row, list(numbers)].amax(0, keepdim=True) for row, numbers in enumerate(batch.chosen)]
-        area = torch.stack(masks) * batch.inside
-        squares = ((found[:count].float() - batch.target.float()).square() * area).flatten(1).sum(1)
-        each = squares / (area.flatten(1).sum(1) * found.shape[1]).clamp_min(1e-6)
+        squares = ((found[:count].float() - batch.target.float()).square() * batch.weights).flatten(1).sum(1)
+        each = squares / (batch.weights.flatten(1).sum(1) * found.shape[1]).clamp_min(1e-6)
         for numbers, loss in zip(batch.chosen, each, strict=True):
             if len(numbers) == 1:
                 lesson.balance.add(numbers[0], loss)

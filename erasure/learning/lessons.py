@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     """Numbers of the tokens that each row's prompt names."""
     masks: Tensor
     """`(rows, tokens, h, w)` in 0-1, of the row's picture."""
-    inside: Tensor
-    """`(rows, 1, h, w)` in 0-1."""
+    weights: Tensor
+    """`(rows, 1, h, w)` in 0-1: how much each place counts in the loss of the picture."""
     prior: tuple[Tensor, Tensor, Tensor, Conditioning] | None
     """States, noise levels, targets and encodings of what the model must go on to draw."""
 
@@ -96,6 +96,15 @@ class Places:
         self.masks = state["masks"].clone()
 
 
+class Alone(NamedTuple):
+    """Each thing cut out of its picture, as large as the model draws single things, before a plain background."""
+
+    clean: Tensor
+    """Latents, `(pictures, tokens, channels, h, w)`."""
+    masks: Tensor
+    """`(pictures, tokens, h, w)` in 0-1, on the CPU."""
+
+
 @dataclass
 class Lesson:
     """One training."""
@@ -111,3 +120,5 @@ class Lesson:
     balance: Balance
     prior: NoisedImages | None
     seed: int
+    alone: Alone | None = None
+    """Each thing by itself; `None` where rows that name one thing see the whole picture."""

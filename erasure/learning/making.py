@@ -26,8 +26,8 @@ from erasure.interop import paths, scopes
 from erasure.interop.pipelines import origin
 from erasure.learning.attencraft import AttenCraft, in_latents
 from erasure.learning.concepts import ConceptsConfig, LearnedConcepts, base_of
-from erasure.learning.lessons import Balance, Lesson, Places
-from erasure.learning.pictures import Pictures, encoded, read_pictures
+from erasure.learning.lessons import Alone, Balance, Lesson, Places
+from erasure.learning.pictures import Pictures, cut_out, encoded, read_pictures
 from erasure.learning.player import Taught
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
 from erasure.text.corpora import vocabulary, vocabulary_prompts
@@ -200,15 +200,17 @@ def _lesson(
 ) -> Lesson:  # fmt: skip
     """Latents, masks, and what learns."""
     clean = encoded(backbone, read.pixels)
-    inside, are_known = in_latents(read.inside, clean), read.masks is not None or method.masks != "none"
+    are_known = read.masks is not None or method.masks != "none"
     if read.masks is not None:
-        masks = in_latents(read.masks, clean)
+        masks = read.masks.bool()
     elif not are_known:
-        masks = torch.ones(len(clean), len(names), *clean.shape[2:])
+        masks = torch.ones(len(clean), len(names), *read.pixels.shape[2:], dtype=torch.bool)
     elif len(names) == 1 and not read.opaque.all():
-        masks = in_latents(read.opaque, clean)
+        masks = read.opaque.bool()
     else:
-        masks = in_latents(method.first(backbone, clean, names, like, seed), clean)
+        masks = method.first(backbone, clean, names, like, seed)
+    alone = _alone(backbone, read.pixels, masks) if are_known and method.alone == "cut out" else None
+    places = Places(in_latents(masks, clean), are_known)
     weights, kept = method.teaches(backbone, torch.Generator().manual_seed(seed + 1))
     taught = Taught(backbone.towers, names, method.vectors_rate, weights, kept)
     balance = Balance(len(names), accelerator.reduce)
@@ -227,7 +229,16 @@ def _lesson(
             backbone, scenes, reader, rollout, seed, asks_null=False, gather=accelerator.reduce,
             share=(accelerator.process_index, accelerator.num_processes),
         )  # fmt: skip
-    return Lesson(backbone, list(names), clean, inside, Places(masks, are_known), taught, balance, prior, seed)
+    return Lesson(
+        backbone, list(names), clean, in_latents(read.inside, clean), places, taught, balance, prior, seed, alone
+    )
+
+
+def _alone(backbone: Backbone, pixels: Tensor, masks: Tensor) -> Alone:
+    """Each thing of each picture by itself."""
+    parts = [cut_out(picture, own) for picture, own in zip(pixels, masks, strict=True)]
+    clean = torch.stack([encoded(backbone, things) for things, _ in parts])
+    return Alone(clean, in_latents(torch.stack([own for _, own in parts]), clean[0]))
 
 
 def _edits(backbone: Backbone, taught: Taught) -> Edits:

@@ -22,6 +22,8 @@ LEAST_SIDE = 4
 """A picture has at least one pixel on a side for so many of the model's."""
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.98
 """Shares of a picture that a thing covers at least and at most."""
+FRAME = 1.15
+"""Side of the square around a thing that is cut out, over the longer side of the thing."""
 SAME = 0.8
 """Intersection over union of two masks from which on they are of one thing."""
 
@@ -148,6 +150,34 @@ def fitted(values: Tensor, size: tuple[int, int], filling: Tensor) -> Tensor:
     top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
     whole[:, top : top + rows, left : left + columns] = values
     return whole
+
+
+def cut_out(pixels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Each thing of a picture alone and as large as fits, before the colour that its background has most.
+
+    Args:
+        pixels: `(3, height, width)` in 0-1.
+        masks: `(tokens, height, width)` bool.
+
+    Returns:
+        Pixels `(tokens, 3, height, width)` and masks of the same size, 0 or 1.
+    """
+    size = (pixels.shape[1], pixels.shape[2])
+    background = ~masks.any(0)
+    behind = (pixels[:, background] if background.any() else pixels.flatten(1)).median(1).values[:, None, None]
+    made = []
+    for own in masks:
+        rows, columns = own.any(1).nonzero()[:, 0], own.any(0).nonzero()[:, 0]
+        top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+        side = round(FRAME * max(bottom - top, right - left))
+        place = (slice(top, bottom), slice(left, right))
+        thing = torch.where(masks[:, *place].any(0) & ~own[place], behind, pixels[:, *place])
+        y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+        whole, mask = behind.expand(-1, side, side).clone(), torch.zeros(1, side, side)
+        whole[:, y : y + bottom - top, x : x + right - left] = thing
+        mask[0, y : y + bottom - top, x : x + right - left] = own[place].float()
+        made.append((fitted(whole, size, behind), (fitted(mask, size, torch.zeros(1, 1, 1))[0] > 0.5).float()))
+    return torch.stack([thing for thing, _ in made]), torch.stack([mask for _, mask in made])
 
 
 def _placed(

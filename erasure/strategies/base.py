@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BUILTIN = (
     "hirm", "uce", "rece", "speed", "mace", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
-    "co_erasing", "sfd", "sld",
+    "co_erasing", "sfd", "sld", "safree",
 )  # fmt: skip
 
 

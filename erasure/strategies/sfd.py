@@ -91,13 +91,13 @@ class SFD(LoopedStrategy):
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "minutes, about 13 denoiser passes an image"
 
-    steps: Count = 150
+    steps: Count = 50
     """Updates."""
-    lr: Positive = 3e-4
+    lr: Positive = 1e-3
     """Learning rate of the generator's Adam."""
     batch: Count = 4
     """Images of the concept in each update, over all processes."""
-    retain_batch: CountOrZero = 8
+    retain_batch: CountOrZero = 6
     """Images of prompts that must survive in each update."""
     retain_weight: NotNegative = 1.0
     """Weight of the losses of prompts that must survive."""
@@ -114,11 +114,11 @@ class SFD(LoopedStrategy):
     """Noise level of the generator's one step (paper: 440 for CIFAR-10, 625 for Stable Diffusion)."""
     levels: tuple[Count, Count] = (20, 980)
     """Lowest noise level that images are noised to, and the first that is too high."""
-    fake_lr: Positive = 1e-3
+    fake_lr: Positive = 2e-3
     """Learning rate of the Adam of the model of what is drawn."""
     betas: tuple[Decay, Decay] = (0.0, 0.999)
     """Decays of both Adams."""
-    head_start: Decay = 0.06
+    head_start: Decay = 0.18
     """Share of the updates in which the model of what is drawn learns alone at first."""
     teacher_guidance: NotNegative = 2.0
     """Guidance of the model itself, which the generator learns without being guided (SD 1.5: 4.5)."""

@@ -61,7 +61,7 @@ FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 ATTACHED: dict[str, set[str]] = {
     "uce": {"low_rank"}, "uce-map": {"maps"}, "hirm-pinned": {"deltas", "pinned"}, "itd": {"features"},
-    "sld": {"safety"},
+    "sld": {"safety"}, "safree": {"filters"},
 }  # fmt: skip
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}
@@ -127,7 +127,7 @@ def spread(cases: Any) -> Any:
     For what is the work of pipelines or of `erasure.erase`, which no pair of a case and a family does its own way.
     """
     chosen = [(case, family) for family in NAMES for case in cases if family in FIRST or case in STAND_INS[family]]
-    return pytest.mark.parametrize("pair", chosen, ids="-".join)
+    return pytest.mark.parametrize("pair", [pair for pair in chosen if pair not in REFUSED], ids="-".join)
 
 
 def edited(made: Erasure) -> set[str]:

@@ -71,9 +71,11 @@ class TestMaking:
         teach_all(teach, tiny_pipe, "a", "cat", "a")
         teach_all(teach, tiny_pipe, "a", "house", token="<my-home>")
         teach_all(teach, tiny_pipe, "white", "dog", token="<your-pet>")
-        known = {word: tiny_pipe.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
+        # Of a text encoder that gives nothing but a pooled vector a strategy need not read anything.
+        reader = backbone_for(tiny_pipe).reader
+        known = {word: reader.tokenizer.convert_tokens_to_ids(word) for word in LEARNED}
         seen: list[torch.Tensor] = []
-        table = tiny_pipe.text_encoder.get_input_embeddings()
+        table = reader.module.get_input_embeddings()
         table.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         result = fit(tiny_pipe, case, LEARNED_CONCEPT)
         rows = torch.cat(seen).tolist()
@@ -150,17 +152,12 @@ class TestMakingOnPipelines:
 class TestMakingOnOneFamily:
     """What holds while an erasure is made and does not depend on the family."""
 
-    @pytest.mark.parametrize(
-        "concept",
-        [
-            Concept("cat", kind="object", anchor="animal", retain=("dog",), synonyms=("kitten",)),
-            Concept("van gogh", kind="style", retain="monet"),
-            Concept("gun", kind="unsafe"),
-        ],
-        ids=["object", "style", "unsafe"],
-    )
-    def test_makes_an_erasure(self, case: str, tiny_pipe_original: Any, concept: Concept) -> None:
-        check_config(fit(tiny_pipe_original, case, concept), [concept.target], tiny_pipe_original)
+    def test_makes_an_erasure_of_every_kind_of_concept(self, case: str, tiny_pipe_original: Any) -> None:
+        cat = Concept("cat", kind="object", anchor="animal", retain=("dog",), synonyms=("kitten",))
+        gogh, gun = Concept("van gogh", kind="style", retain="monet"), Concept("gun", kind="unsafe")
+        for concepts in ([cat], [gogh, gun]):
+            made = fit(tiny_pipe_original, case, concepts)
+            check_config(made, [concept.target for concept in concepts], tiny_pipe_original)
 
     def test_works_where_no_gradients_are_kept(self, case: str, tiny_pipe_original: Any, made: Erasure) -> None:
         with torch.no_grad():
@@ -171,9 +168,8 @@ class TestMakingOnOneFamily:
         self, case: str, tiny_pipe_original: Any, made: Erasure
     ) -> None:
         options = {field.name for field in dataclasses.fields(get(CASES[case][0]))}
-        another = fit(tiny_pipe_original, case, seed=1)
         if {"vocabulary", "retain_vocabulary"} & options:
-            assert differ(another, made)
+            assert differ(fit(tiny_pipe_original, case, seed=1), made)
 
     def test_a_taken_name_is_refused_before_the_work(
         self, case: str, tiny_pipe: Any, made: Erasure, manager: ErasureManager, monkeypatch: pytest.MonkeyPatch

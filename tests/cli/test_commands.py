@@ -201,8 +201,8 @@ def test_wrong_base(tiny_pipe_factory, cat: Path, tmp_path: Path, stopped):
 
 
 def test_bench(tiny_pipe_folder: Path, cat: Path, capsys):
-    arguments = ["bench", "--model", str(tiny_pipe_folder), "--erasure", str(cat), "--repeats", "2", "--steps", "1"]
-    found = run_json(arguments, capsys)
+    arguments = ["bench", "--model", str(tiny_pipe_folder), "--erasure", str(cat), "--steps", "1", "--repeats"]
+    found = run_json([*arguments, "2"], capsys)
     (row,) = found["erasures"]
     assert row["bytes"] > 0
     assert row["time_ratio"]["attached"] > 0
@@ -210,7 +210,7 @@ def test_bench(tiny_pipe_folder: Path, cat: Path, capsys):
     assert row["attach_seconds"] > 0
     assert row["detach_seconds"] > 0
     assert row["erase_seconds"] > 0
-    assert main(arguments) == 0
+    assert main([*arguments, "1"]) == 0
     assert "attached" in capsys.readouterr().out
 
 

@@ -86,7 +86,8 @@ def test_a_model_is_left_as_it_was(tiny_pipe: Any, tensors_of: Any, changed_tens
     made = make(tiny_pipe, steps=2, rank=0)
     assert changed_tensors(before, tiny_pipe) == set()
     assert tiny_pipe.scheduler is scheduler
-    assert made.deltas and not made.low_rank
+    assert made.deltas
+    assert not made.low_rank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -109,7 +110,7 @@ def test_the_teacher_is_asked_about_the_anchor(tiny_pipe_original: Any) -> None:
         assert all(not scene.asks for scene in task.retain_states.scenes)
 
 
-# What it starts from --------------------------------------------------------------------------------------------------
+# What it starts from -------------------------------------------------------------------------------------------------
 
 
 def lora(pipe: Any, rank: int, width: int | None = None) -> dict[str, torch.Tensor]:
@@ -169,7 +170,7 @@ def test_a_start_for_another_model(tiny_pipe_original: Any, tmp_path: Path) -> N
         make(tiny_pipe_original, start=str(tmp_path))
 
 
-# What it is refused on ------------------------------------------------------------------------------------------------
+# What it is refused on -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("option", "value"), [

@@ -1,0 +1,281 @@
+"""What filters read in prompts, and where the denoiser is told those prompts: text encoders run ahead of it.
+
+A hook on a text encoder looks at every prompt that is encoded, once more with each of its tokens masked, and keeps
+which tokens are triggers and the prompt's subspace (`erasure.carriers.filters`). The denoiser is told states only, so
+a prompt is known again by some of their values; so are prompts that were encoded earlier (`prompt_embeds=`) and with
+blocks left out (`clip_skip`). Embeddings that no prompt was encoded as are not known, and stay as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from erasure.carriers import filters
+from erasure.carriers.calls import NamedArguments
+from erasure.carriers.filters import PromptFilter
+from erasure.interop import hooks, paths, rounds
+from erasure.interop.encoders import anatomy_of, norm_of
+from erasure.interop.protocols import Arguments, EncoderOutput
+from erasure.text.words import word_mask
+
+_HOOK = "erasure_readings"
+SAMPLED = 32
+"""Values of a token's state by which it is known again."""
+REMEMBERED = 512
+"""Readings that are kept."""
+REST, ALL = 1, 2
+"""What is projected along with triggers: all tokens behind the first one, or all of the prompt."""
+AT_ONCE = 16
+"""Masked prompts that are encoded at once."""
+ALIKE = 0.02
+"""Share of a token's greatest value by which half precision may move the others."""
+
+
+class Reading(NamedTuple):
+    """What a filter reads in one prompt."""
+
+    edit: PromptFilter
+    keys: tuple[Tensor, ...]
+    """Some values of the states that the text encoder gives, of its last block and of earlier ones, `(tokens,
+    SAMPLED)` each."""
+    ids: Tensor
+    """`(tokens,)`."""
+    own: Tensor
+    """`(rank, dim)`: orthonormal rows that span the prompt's own subspace."""
+    triggers: Tensor
+    """`(tokens,)` bool."""
+    text: Tensor
+    """`(tokens,)` bool: start, words and end; no padding."""
+
+
+class Change(NamedTuple):
+    """What becomes of one row that a denoiser is told."""
+
+    edit: PromptFilter
+    row: int
+    own: Tensor
+    triggers: Tensor
+    steps: int
+    """Of `filters.OF_STEPS`."""
+
+
+_READINGS: deque[Reading] = deque(maxlen=REMEMBERED)
+"""The newest ones, of every text encoder: the thread that draws may not be the one that encodes."""
+
+
+class _Busy(threading.local):
+    """Whether this thread encodes masked prompts."""
+
+    on = False
+
+
+_BUSY = _Busy()
+
+
+class _Read(NamedArguments):
+    """On a text encoder: reads every prompt that it encodes.
+
+    Args:
+        encoder: The text encoder.
+        edits: The filters that read.
+    """
+
+    def __init__(self, encoder: nn.Module, edits: Sequence[PromptFilter]) -> None:
+        super().__init__(encoder)
+        self.edits = tuple(edits)
+        self.given: dict[str, Any] = {}
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
+        """Keep what is encoded."""
+        if not _BUSY.on:
+            self.given = self.by_name(args, kwargs)
+        return args, kwargs
+
+    # Which tokens are masked depends on the prompt, and the network runs again for them.
+    @torch.compiler.disable
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Read the prompts."""
+        if _BUSY.on:
+            return output
+        given, self.given = self.given, {}
+        ids = given.get("input_ids")
+        if ids is not None:
+            _BUSY.on = True
+            try:
+                with torch.no_grad(), rounds.unheard():
+                    self.read(module, ids, given.get("attention_mask"), output)
+            finally:
+                _BUSY.on = False
+        return output
+
+    def read(self, module: nn.Module, ids: Tensor, mask: Tensor | None, output: EncoderOutput) -> None:
+        """Keep a reading of each prompt `(tokens,)` of `ids`."""
+        states = _states(paths.transformer_root(module), output)
+        for row, prompt in enumerate(ids):
+            keys = tuple(_sampled(each[row]) for each in states)
+            known = [one for one in list(_READINGS) if _is_same(one, prompt, keys)]
+            told = None if mask is None else mask[row]
+            pooled: Tensor | None = None
+            for edit in self.edits:
+                reading = next((one for one in known if one.edit.equals(edit)), None)
+                if reading is None:
+                    first, end, blank = edit.marks.tolist()
+                    words = word_mask(prompt[None].cpu(), end, first)[0]
+                    places = [place for place in words.nonzero().flatten().tolist() if prompt[place] != end]
+                    if pooled is None:
+                        pooled = _pooled(module, prompt, told, places, blank)
+                    reading = _reading(edit, keys, prompt, pooled, words, places)
+                # The newest stand last.
+                _READINGS.append(reading)
+
+
+def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
+    """The states that a denoiser may be told, `(prompts, tokens, dim)` each.
+
+    Pipelines that leave blocks out (`clip_skip`) read an earlier block's, with the last norm behind them or without.
+    """
+    found, inside = [output.last_hidden_state], getattr(output, "hidden_states", None)
+    if inside is not None:
+        norm = norm_of(root)
+        found += [*inside[1:], *(norm(states) for states in inside[1:] if norm is not None)]
+    return [states.detach() for states in found]
+
+
+def _sampled(states: Tensor) -> Tensor:
+    """Some values of states `(..., dim)`, in single precision on the CPU."""
+    return states.detach()[..., :: max(1, states.shape[-1] // SAMPLED)].float().cpu()
+
+
+def _is_same(one: Reading, ids: Tensor, keys: Sequence[Tensor]) -> bool:
+    """Whether a prompt was read before, of the same text encoder with the same weights."""
+    return (
+        len(one.keys) == len(keys)
+        and torch.equal(one.ids, ids.cpu())
+        and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one.keys, keys, strict=True))
+    )
+
+
+def pooled_vectors(module: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What sums prompts up in the space of a text encoder's states, `(prompts, dim)`.
+
+    That is CLIP's state of the end token, and the first token's of T5, which has no vector of its own for that.
+    """
+    root = paths.transformer_root(module)
+    anatomy = anatomy_of(root)
+    output = root(ids, attention_mask=mask)
+    return output.pooler_output if anatomy is not None and anatomy.causal else output.last_hidden_state[:, 0]
+
+
+def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequence[int], blank: int) -> Tensor:
+    """Pooled vectors of a prompt: as it is first, then with the token of each place masked, `(1 + places, dim)`."""
+    root = paths.transformer_root(module)
+    anatomy = anatomy_of(root)
+    if anatomy is not None and anatomy.causal and places:
+        # What stands behind the end token has no part in it.
+        ids, mask = ids[: max(places) + 2], None if mask is None else mask[: max(places) + 2]
+    rows = ids.repeat(1 + len(places), 1)
+    rows[torch.arange(1, len(rows)), torch.tensor(places, dtype=torch.int64)] = blank
+    parts = [
+        pooled_vectors(module, part, None if mask is None else mask.expand(len(part), -1))
+        for part in rows.split(AT_ONCE)
+    ]
+    return torch.cat(parts).float()
+
+
+def _reading(
+    edit: PromptFilter, keys: tuple[Tensor, ...], ids: Tensor, pooled: Tensor, words: Tensor, places: Sequence[int]
+) -> Reading:
+    """What a filter reads in a prompt."""
+    pooled = pooled.cpu()
+    found = torch.zeros(len(ids), dtype=torch.bool)
+    own = torch.zeros(0, pooled.shape[1])
+    if places:
+        alpha, (against_own, follows) = float(edit.figures[0]), edit.rules.tolist()
+        found[list(places)] = filters.triggers(pooled[1:], pooled[0], edit.basis.cpu(), alpha, bool(against_own))
+        if follows and bool(found.any()):
+            # Of a causal text encoder only what stands behind a trigger knows of it.
+            found[0 if follows == ALL else int(found.nonzero()[0]) :] = True
+        own = filters.span(pooled[1:]).float()
+    text = words.clone()
+    text[: int(edit.marks[0])] = True
+    return Reading(edit, keys, ids.cpu(), own, found, text)
+
+
+def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
+    """What a filter makes of some rows of what a denoiser is told, but for rows that stay.
+
+    Args:
+        told: What it is told, `(batch, tokens, dim)`.
+        edit: The filter.
+        rows: Those that may be changed.
+    """
+    found = []
+    part = told.detach()[:, edit.places, edit.columns]
+    for row in rows:
+        reading = _found(_sampled(part[row]), edit)
+        if reading is None or not bool(reading.triggers.any()):
+            continue
+        own, basis = (each.to(part.device, torch.float32) for each in (reading.own, edit.basis))
+        text = part[row][reading.text.to(part.device)].float()
+        count = filters.steps(text.cpu(), filters.projected(text, own, basis).cpu(), edit.figures)
+        found.append(Change(edit, row, own, reading.triggers.to(part.device), count))
+    return found
+
+
+def _found(asked: Tensor, edit: PromptFilter) -> Reading | None:
+    """The reading of the prompt whose states are nearest to some values where alike, the newest of several."""
+    limit = ALIKE * asked.abs().amax(-1, keepdim=True)
+    best, away = None, torch.inf
+    for reading in reversed(list(_READINGS)):
+        if not reading.edit.equals(edit):
+            continue
+        for key in reading.keys:
+            if key.shape != asked.shape:
+                continue
+            gap = (key - asked).abs()
+            if bool((gap <= limit).all()) and float(gap.max()) < away:
+                best, away = reading, float(gap.max())
+        if away == 0:
+            break
+    return best
+
+
+def changed(told: Tensor, change: Change, strength: float) -> Tensor:
+    """What a denoiser is told, with one row's triggers projected; differentiable."""
+    edit = change.edit
+    states = told[change.row, edit.places, edit.columns]
+    precise = states.float()
+    away = filters.projected(precise, change.own, edit.basis.to(states.device, torch.float32)) - precise
+    moved = torch.where(change.triggers[:, None], precise + strength * away, precise).to(told.dtype)
+    result = told.clone()
+    result[change.row, edit.places, edit.columns] = moved
+    return result
+
+
+class Readings:
+    """The filters of a text encoder as a hook."""
+
+    @staticmethod
+    def write(encoder: nn.Module, edits: Sequence[PromptFilter]) -> None:
+        """Make exactly these filters read what a text encoder encodes; none removes the hook."""
+        if Readings.is_written(encoder, edits):
+            return
+        hooks.remove_hook(encoder, _HOOK)
+        if edits:
+            hooks.register_hook(encoder, _Read(encoder, edits), _HOOK)
+
+    @staticmethod
+    def is_written(encoder: nn.Module, edits: Sequence[PromptFilter]) -> bool:
+        """Whether exactly these read."""
+        hook = hooks.find_hook(encoder, _HOOK)
+        if not edits:
+            return hook is None
+        if not isinstance(hook, _Read) or not hooks.runs_hook(encoder, _HOOK) or len(hook.edits) != len(edits):
+            return False
+        return all(one is other for one, other in zip(hook.edits, edits, strict=True))
