@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import tyro
 
 from benchmarks.full_size import FullSize, run
+from erasure.cli.main import main as program
 
 COMMANDS = {"full-size": (FullSize, run)}
+FORWARDED = {"training": ("bench", "training")}
+"""Benchmarks that the command line has, by the words that call them there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a part of it failed, 2 for bad usage.
     """
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if name in FORWARDED:
+        return program([*FORWARDED[name], *rest[:-1]])
     if name not in COMMANDS:
-        print(f"usage: python -m benchmarks {{{','.join(COMMANDS)}}} [options]", file=sys.stderr)
+        print(f"usage: python -m benchmarks {{{','.join((*COMMANDS, *FORWARDED))}}} [options]", file=sys.stderr)
         return 2
     options, measure = COMMANDS[name]
     return measure(tyro.cli(options, prog=f"python -m benchmarks {name}", args=rest[:-1]))

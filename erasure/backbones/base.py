@@ -114,6 +114,12 @@ class Backbone(ABC):
                 "for that are of another form than those of UNets: take a model of Stable Diffusion or SDXL, or a "
                 "strategy that needs no pictures (esd, advunlearn)"
             )
+        if need == "cross-attention":
+            return (
+                "text and picture attend to each other in one joint attention there, whose keys and values of the "
+                "text depend on the picture behind the first block: take a model of Stable Diffusion or SDXL, or a "
+                "strategy that works on both (uce, esd, concept_ablation)"
+            )
         return ""
 
     # Parts -----------------------------------------------------------------------------------------------------------

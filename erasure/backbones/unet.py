@@ -35,7 +35,7 @@ class UNetBackbone(Backbone):
                 "sampled or trained with: make the erasure with the model that it was distilled from, or use a "
                 "strategy that edits the text encoder or the cross-attention in closed form (uce, hirm, itd)"
             )
-        return "" if need in ("image prompts", "one step") else super().lacks(need)
+        return "" if need in ("image prompts", "one step", "cross-attention") else super().lacks(need)
 
     def entry_layers(self) -> list[EntryLayer]:
         """`to_k` and `to_v` of every cross-attention."""

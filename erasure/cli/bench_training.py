@@ -17,20 +17,38 @@ if TYPE_CHECKING:
     from erasure.strategies.trained import TrainedStrategy
 
 
+RELEASED = {
+    "esd": (54_000, 1000),
+    "advunlearn": (1_600_000, 6000),
+    "concept_ablation": (53_000, 800),
+    "doco": (162_000, 16_000),
+    "co_erasing": (75_000, 2500),
+    "mace": (950, 50),
+}
+"""Passes of the denoiser over one sample in a whole run of the released recipes, images that they draw included, and
+the states that their students learn from. Counted from their code, a backward pass as two: ESD and the first stage of
+Co-Erasing roll every state out (1000 updates of one state), AdvUnlearn for 30 steps of an attack in each update, with
+5 states that must survive; Concept Ablation draws 1000 images of 25 steps with guidance for 100 updates of 8, DoCo as
+many for 1000 updates of 16 rows, behind 1000 of the discriminator alone; MACE draws 8 images of 50 steps with guidance
+for 50 updates of one state."""
+
+
 @dataclass(kw_only=True)
 class BenchTrainingOptions(ModelOptions):
-    """Measure training: denoiser passes and time of an update, from a trajectory buffer and online, in one run."""
+    """Measure training: denoiser passes and time of an update, with states kept and online, in one run."""
 
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
     concept: str = "cat"
     """What is erased."""
-    strategies: tuple[str, ...] = ("esd", "advunlearn")
-    """Which."""
+    anchor: str | None = None
+    """What takes its place; as the model's world has it when left out."""
+    strategies: tuple[str, ...] = tuple(RELEASED)
+    """Which. `co_erasing` needs a model with an IP-Adapter, as `canvas-sd` has one."""
     updates: int = 6
-    """Updates that are timed in each mode; the buffer is made for a whole run."""
-    rollout_steps: int = 50
-    """Denoising steps of a trajectory, as in the papers."""
+    """Updates that are timed in each mode; what is kept is made for a whole run."""
+    rollout_steps: int | None = None
+    """Denoising steps of a trajectory; those of each strategy when left out (papers: 25 to 50)."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 
@@ -39,32 +57,37 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(BenchTrainingOptions, "bench training", argv)
     terminal.json_only = options.json
-    if options.updates < 1 or options.rollout_steps < 1:
+    if options.updates < 1 or (options.rollout_steps is not None and options.rollout_steps < 1):
         raise UsageError("--updates and --rollout-steps are at least 1")
     pipe = open_model(options)
     with terminal.progress(2 * len(options.strategies)) as progress:
         rows = []
         for name in options.strategies:
             found = {}
-            for mode in ("buffer", "online"):
+            for mode in ("kept", "online"):
                 progress.stage(f"{name}, {mode}")
                 found[mode] = measure(pipe, name, mode, options)
                 progress.advance()
-            rows.append(compared(name, found["buffer"], found["online"]))
+            rows.append(compared(name, found["kept"], found["online"]))
     if options.json:
         terminal.result({"model": options.model, "device": str(pipe.device), "strategies": rows})
         return
     lines = {
         "updates of a whole run": lambda row: str(row["updates"]),
-        "passes per training state, buffer": lambda row: f"{row['passes_per_state']['buffer']:.1f}",
+        "passes per training state, states kept": lambda row: f"{row['passes_per_state']['kept']:.1f}",
         "passes per training state, online": lambda row: f"{row['passes_per_state']['online']:.1f}",
-        "seconds per update, buffer": lambda row: f"{row['seconds_per_update']['buffer']:.2f}",
+        "passes per training state, released recipe": lambda row: released(row, "passes_per_state", ".1f"),
+        "fewer than that, states kept": lambda row: released(row, "fewer_per_state", ".1f", "x"),
+        "whole run, states kept": lambda row: f"{row['passes']['kept']:.0f} passes",
+        "whole run, released recipe": lambda row: released(row, "passes", ".0f", " passes"),
+        "seconds per update, states kept": lambda row: f"{row['seconds_per_update']['kept']:.2f}",
         "seconds per update, online": lambda row: f"{row['seconds_per_update']['online']:.2f}",
-        "seconds to fill the buffer": lambda row: f"{row['fill_seconds']:.1f}",
-        "whole run with a buffer, passes": lambda row: f"{row['passes_ratio']:.1f}x fewer",
-        "whole run with a buffer, time": lambda row: f"{row['speedup']:.1f}x faster",
+        "seconds to make what is kept": lambda row: f"{row['fill_seconds']:.1f}",
+        "whole run with states kept, passes": lambda row: f"{row['passes_ratio']:.1f}x fewer",
+        "whole run with states kept, time": lambda row: f"{row['speedup']:.1f}x faster",
     }
-    title = f"{options.model} on {pipe.device}: trajectories of {options.rollout_steps} steps, kept or made anew"
+    steps = "each strategy's" if options.rollout_steps is None else options.rollout_steps
+    title = f"{options.model} on {pipe.device}: trajectories of {steps} steps, kept or made anew"
     columns = ["", *(row["strategy"] for row in rows)]
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
@@ -75,13 +98,16 @@ def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions)
     from erasure.strategies import get
 
     strategy = cast("type[TrainedStrategy]", get(name))
-    concepts = make_concepts((options.concept,), canvas_facts(options.model))
-    settings: Settings = {"rollout_steps": options.rollout_steps, "states": mode, "steps": options.updates}
+    concepts = make_concepts((options.concept,), canvas_facts(options.model), anchor=options.anchor)
+    whole = strategy.configured()
+    settings: Settings = {"steps": options.updates, "states": whole.states if mode == "kept" else mode}
+    if options.rollout_steps is not None:
+        settings["rollout_steps"] = options.rollout_steps
     if name == "advunlearn":
         settings["attack_from"] = 0.0  # every update is attacked, as four in five are
     with empty_cache():
         made = erasure.erase(pipe, concepts, name, attach=False, progress=False, **settings)
-    cost, whole = made.config.cost, strategy.configured()
+    cost = made.config.cost
     states = whole.batch + whole.retain_batch
     return {
         "updates": whole.steps,
@@ -107,22 +133,32 @@ def empty_cache() -> Iterator[None]:
                 os.environ["ERASURE_CACHE"] = before
 
 
-def compared(name: str, buffer: dict[str, float], online: dict[str, float]) -> Settings:
-    """A whole run of the strategy's default length with a buffer, filling included, against one without."""
-    updates = buffer["updates"]
+def compared(name: str, kept: dict[str, float], online: dict[str, float]) -> Settings:
+    """A whole run of the strategy's default length with states kept, making them included, against one without."""
+    updates = kept["updates"]
 
     def whole(mode: dict[str, float], what: str) -> float:
         return mode[f"fill_{what}"] + updates * mode[what]
 
-    return {
+    modes = (("kept", kept), ("online", online))
+    per_state = {mode: whole(found, "passes") / (updates * found["states"]) for mode, found in modes}
+    row: Settings = {
         "strategy": name,
         "updates": int(updates),
-        "passes_per_state": {
-            mode: whole(found, "passes") / (updates * found["states"])
-            for mode, found in (("buffer", buffer), ("online", online))
-        },
-        "seconds_per_update": {"buffer": buffer["seconds"], "online": online["seconds"]},
-        "fill_seconds": buffer["fill_seconds"],
-        "passes_ratio": whole(online, "passes") / whole(buffer, "passes"),
-        "speedup": whole(online, "seconds") / whole(buffer, "seconds"),
+        "passes_per_state": per_state,
+        "passes": {mode: whole(found, "passes") for mode, found in modes},
+        "seconds_per_update": {mode: found["seconds"] for mode, found in modes},
+        "fill_seconds": kept["fill_seconds"],
+        "passes_ratio": whole(online, "passes") / whole(kept, "passes"),
+        "speedup": whole(online, "seconds") / whole(kept, "seconds"),
     }
+    if name in RELEASED:
+        passes, states = RELEASED[name]
+        per = passes / states
+        row["released"] = {"passes": passes, "passes_per_state": per, "fewer_per_state": per / per_state["kept"]}
+    return row
+
+
+def released(row: Settings, what: str, form: str, unit: str = "") -> str:
+    """A figure of the released recipe; a dash for a strategy without one."""
+    return f"{row['released'][what]:{form}}{unit}" if "released" in row else "-"

@@ -19,9 +19,9 @@ from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import register
+from erasure.strategies.negative_guidance import NegativeGuidance
 from erasure.strategies.prompts import listed_scenes, photo_scenes
 from erasure.strategies.tasks import Batch, Task
-from erasure.strategies.trained import TrainedStrategy
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
 from erasure.training.objectives import matching
@@ -44,7 +44,7 @@ PAPER: Mapping[str, object] = {
 
 @register("advunlearn")
 @dataclass(frozen=True, kw_only=True)
-class AdvUnlearn(TrainedStrategy):
+class AdvUnlearn(NegativeGuidance):
     """Train the text encoders against an adversary that looks for words bringing the concept back.
 
     With T the student's text encoders, e the frozen denoiser and T_0 the stock ones, on states x_t of trajectories:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from erasure.concept import Concept
 
 BUILTIN = (
-    "hirm", "uce", "rece", "speed", "diff_quickfix", "itd", "esd", "advunlearn", "co_erasing", "sfd", "sld", "safree",
+    "hirm", "uce", "rece", "speed", "mace", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
+    "co_erasing", "sfd", "sld", "safree",
 )  # fmt: skip
 
 

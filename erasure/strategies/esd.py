@@ -6,24 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from erasure.backbones import Backbone, TextTower
-from erasure.carriers.edits import Edits
+from erasure.backbones import TextTower
 from erasure.concept import Concept
-from erasure.errors import UnsupportedModelError
-from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Presets
 from erasure.strategies.base import register
-from erasure.strategies.tasks import Batch, Task
-from erasure.strategies.trained import TrainedStrategy
+from erasure.strategies.denoising import DenoiserStrategy
+from erasure.strategies.negative_guidance import NegativeGuidance
 from erasure.text.words import aligned_prompts
 from erasure.training.states import Scene, States
-from erasure.training.student import Student, make_student, train_columns
-
-Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry"]
 
 RELEASED: dict[str, object] = {
     "method": "x", "rank": 0, "base": "null", "eta": 1.0, "steps": 200, "lr": 5e-5, "batch": 1, "retain_batch": 0,
@@ -35,7 +28,7 @@ RELEASED: dict[str, object] = {
 
 @register("esd")
 @dataclass(frozen=True, kw_only=True)
-class ESD(TrainedStrategy):
+class ESD(DenoiserStrategy, NegativeGuidance):
     """Fine-tune the denoiser to predict, for prompts with the concept, what negative guidance would.
 
     On states x_t of trajectories towards the concept c, with the frozen model as teacher e:
@@ -63,12 +56,6 @@ class ESD(TrainedStrategy):
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "minutes, about 5 denoiser passes a training state"
 
-    method: Method = "x"
-    """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
-    passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
-    self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
-    and `entry` the layers through which it enters, as `uce` edits them. The released FLUX.1 code leaves the keys and
-    values of the text's own half out of `x-strict`."""
     trained_prompt: Literal["concept", "anchor"] = "concept"
     """Prompt that is rolled out and trained: with the concept, or with the anchor in its place. With the anchor, the
     concept ("cowboy hat") is erased as a part of what the anchor ("cowboy") means, and the target starts from the
@@ -119,57 +106,3 @@ class ESD(TrainedStrategy):
         if self.trained_prompt == "concept":
             return super().target(states)
         return self.pushed(states, states.own if self.base == "anchor" else states.unprompted, states.asked[:, 0])
-
-    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """A LoRA on the chosen layers, or their parameters themselves."""
-        chosen = trained_parameters(backbone, self.method)
-        student = make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
-        if self.method in ("text", "entry"):
-            # What else such a layer reads, as the size of the picture, is none of the concept's.
-            train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
-        return student
-
-    def predict(self, task: Task, batch: Batch) -> Tensor:
-        """One pass for all rows, with the stock encodings."""
-        return task.backbone.predict(batch.x, batch.t, task.prompts(batch.prompts), batch.guidance)
-
-    def edits(self, task: Task) -> Edits:
-        """Of the denoiser."""
-        component = task.backbone.denoiser_component
-        low_rank = {f"{component}/{path}": pair for path, pair in task.student.low_rank().items()}
-        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in task.student.deltas().items()})
-
-    def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """The text encoders, whose encodings are cached, and the autoencoder."""
-        return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
-
-
-def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
-    """Paths of the denoiser's parameters that a method of ESD trains.
-
-    Raises:
-        UnsupportedModelError: Projections of its attention are fused, so that those that would be trained do not run.
-    """
-    sites, denoiser = backbone.attention_sites(), backbone.denoiser
-    if fused := next((site.name for site in sites if paths.is_fused(denoiser, site.name)), None):
-        raise UnsupportedModelError(
-            f"{backbone.denoiser_component}/{fused} has fused projections: call pipe.unfuse_qkv_projections() first"
-        )
-    text = [site for site in sites if site.kind != "self"]
-    modules: dict[str, list[str]] = {
-        "x": [site.name for site in text],
-        "x-strict": [path for site in text for path in site.keys_and_values],
-        "self": [site.name for site in sites if site.kind == "self"],
-        "text": backbone.text_layers(),
-        "entry": [layer.path for layer in backbone.entry_layers()],
-    }
-    every = [
-        path
-        for path in paths.canonical_parameters(denoiser)
-        if isinstance(paths.layer(denoiser, path.rpartition(".")[0]), (nn.Linear, nn.Conv2d))
-    ]
-    if method in modules:
-        chosen = tuple(f"{path}." for path in modules[method])
-        return [path for path in every if path.startswith(chosen)]
-    left_out = () if method == "all" else tuple(f"{path}." for path in modules["x"])
-    return [path for path in every if not path.startswith(left_out)]

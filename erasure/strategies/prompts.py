@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from torch.nn import functional as F
 from erasure import files
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept, key
-from erasure.errors import OptionError
+from erasure.errors import ConceptError, OptionError
 from erasure.interop import paths
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
-from erasure.text.words import aligned_prompts, without
+from erasure.text.words import AlignedPrompt, aligned_prompts, without
 from erasure.training.states import Scene
 from erasure.world import World
 
@@ -39,18 +40,45 @@ def concept_scenes(
         anchored: Ask the teacher about the same prompt with the anchor as well (no prompt where a concept has none).
         scope: And about the prompt without the concept's words, last.
     """
+    scenes = []
+    for concept, pair in prompt_pairs(tower, concepts, seed, contexts):
+        asks: list[str | None] = [pair.anchor_prompt if concept.anchor else None] if anchored else []
+        asks += [without(pair.prompt, concept)] if scope else []
+        scenes.append(Scene(pair.prompt, tuple(asks)))
+    return list(dict.fromkeys(scenes))
+
+
+def anchor_scenes(
+    tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int, *, scope: bool
+) -> list[Scene]:
+    """Prompts with the anchors of concepts to roll out, and with the concepts to learn at their states.
+
+    Args:
+        tower: Tokenises them.
+        concepts: All with an anchor, see `anchored`.
+        seed: Of the company.
+        contexts: Random prompts for each concept.
+        scope: Ask the teacher about the prompt without the concept's words.
+    """
+    return list(
+        dict.fromkeys(
+            Scene(pair.anchor_prompt, (without(pair.prompt, concept),) if scope else (), instead=pair.prompt)
+            for concept, pair in prompt_pairs(tower, concepts, seed, contexts)
+        )
+    )
+
+
+def prompt_pairs(
+    tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int
+) -> Iterator[tuple[Concept, AlignedPrompt]]:
+    """Every phrasing of each concept and `contexts` random prompts with it, aligned with those of its anchor."""
     generator = torch.Generator().manual_seed(seed)
     words = vocabulary(tower, concepts)
-    scenes = []
     for concept in concepts:
         pairs = aligned_prompts(tower, concept)
         if words and contexts:
             pairs += context_prompts(tower, concept, words, contexts, generator)
-        for pair in pairs:
-            asks: list[str | None] = [pair.anchor_prompt if concept.anchor else None] if anchored else []
-            asks += [without(pair.prompt, concept)] if scope else []
-            scenes.append(Scene(pair.prompt, tuple(asks)))
-    return list(dict.fromkeys(scenes))
+        yield from ((concept, pair) for pair in pairs)
 
 
 def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
@@ -136,7 +164,7 @@ def listed_scenes(path: str) -> list[Scene]:
     return [Scene(prompt) for prompt in prompts]
 
 
-def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
+def anchor_of(backbone: Backbone | TextTower, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
     """Choose what takes the place of a concept: its own anchor, or the one that the model's world suggests.
 
     Where the anchor is erased as well, what takes its place takes the concept's too.
@@ -149,3 +177,22 @@ def anchor_of(backbone: Backbone, concept: Concept, concepts: Sequence[Concept])
     if word is None or key(word) in erased:
         word = World.of(backbone.pipe).anchor(concept.target, [other.target for other in concepts])
     return Concept(word, kind=concept.kind, templates=concept.templates) if word else None
+
+
+def anchored(tower: TextTower, concepts: Sequence[Concept], strategy: str) -> list[Concept]:
+    """Concepts, each with what takes its place: see `anchor_of`. An anchor of '' stays: nothing takes the place.
+
+    Raises:
+        ConceptError: There is none for one of them.
+    """
+    found = []
+    for concept in concepts:
+        anchor = concept if concept.anchor == "" else anchor_of(tower, concept, concepts)
+        if anchor is None:
+            raise ConceptError(
+                f"{strategy} teaches the model to draw the anchor where {concept.target!r} is asked for, and "
+                + (f"its anchor {concept.anchor!r} is to be erased as well" if concept.anchor else "it has none")
+                + ": name what shall take its place as its anchor, or '' for nothing"
+            )
+        found.append(replace(concept, anchor="" if anchor is concept else anchor.target))
+    return found

@@ -19,7 +19,7 @@ from erasure.interop.one_step import sampled_once
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Decay, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Standing, Way, register
-from erasure.strategies.esd import Method, trained_parameters
+from erasure.strategies.denoising import Method, trained_parameters
 from erasure.strategies.looped import LoopedStrategy
 from erasure.strategies.prompts import concept_scenes
 from erasure.strategies.tasks import Task

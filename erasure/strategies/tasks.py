@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -92,8 +92,16 @@ class Batch(NamedTuple):
     """The states of the first rows."""
     retained: States | None
     """States of the rows that follow; `None` where nothing must survive."""
-    extra: Mapping[str, Tensor] | None = None
-    """What a strategy adds, by name."""
+    extra: dict[str, Tensor] | None = None
+    """What a strategy adds, by name; what one turn of an update leaves there, the next one finds."""
+    update: int = 0
+    """Number of the update."""
+
+    def part(self, rows: slice) -> Batch:
+        """Inputs of some of the rows."""
+        return self._replace(
+            x=self.x[rows], t=self.t[rows], guidance=self.guidance[rows], prompts=self.prompts[rows]
+        )  # fmt: skip
 
 
 @torch.no_grad()

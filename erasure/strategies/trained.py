@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from erasure.concept import Concept
 from erasure.options import Count, NotNegative, Positive, ZeroToOne
 from erasure.strategies.base import Standing
 from erasure.strategies.looped import LoopedStrategy
-from erasure.strategies.prompts import concept_scenes, standing_scenes
+from erasure.strategies.prompts import standing_scenes
 from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
@@ -25,7 +24,7 @@ from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.images import NoisedImages
 from erasure.training.loop import Share
-from erasure.training.objectives import matching, negative_guidance
+from erasure.training.objectives import matching
 from erasure.training.plugins import GroupLasso
 from erasure.training.run import Run
 from erasure.training.states import Mode, Scene, States, StateSource, draw
@@ -50,14 +49,6 @@ class TrainedStrategy(LoopedStrategy):
     """Updates."""
     lr: Positive = 5e-4
     """Learning rate of AdamW, constant after the warm-up."""
-    eta: NotNegative = 1.0
-    """Negative guidance in the paper's convention: 0 stops at the base, 1 goes as far to its other side. ESD's
-    diffusers code starts from the concept's own prediction, so that its numbers are greater by one."""
-    base: Literal["anchor", "null"] = "anchor"
-    """What prediction the target starts from: the same prompt with the anchor in the concept's place (no prompt where
-    a concept has no anchor), or no prompt (ESD's paper)."""
-    against: Literal["base", "null"] = "base"
-    """What the concept is told from: the base, or the empty prompt."""
     states: Mode = "buffer"
     """`buffer` rolls trajectories out once; `online` every state anew, as released code does; `images` draws images to
     the end once, and noises them anew for every state."""
@@ -130,26 +121,17 @@ class TrainedStrategy(LoopedStrategy):
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """The student's predictions for all rows of a batch, see `Batch`; called while the network is the student."""
 
+    @abstractmethod
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts with the concepts to roll out, and what the teacher is asked besides."""
-        anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
-        return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
 
+    @abstractmethod
     def target(self, states: States) -> Tensor:
-        """What the student must predict for the concept's prompts, shaped as `states.x`; see `negative_guidance`."""
-        anchored = self.base == "anchor" and states.asked.shape[1] > bool(self.scope_weight)
-        base = states.asked[:, 0] if anchored else states.unprompted
-        return self.pushed(states, base, states.own)
+        """What the student must predict for the concept's prompts, shaped as `states.x`."""
 
-    def pushed(self, states: States, base: Tensor, concept: Tensor) -> Tensor:
-        """The target from a base on, away from what is predicted for the concept.
-
-        A model that is told its guidance g answers `v0 + g (v - v0)`, with v0 where no prompt is given. Of the same g
-        in all terms the target is that of the model it was distilled from, and g times as far; so eta is divided by g.
-        """
-        eta = (self.eta / states.guidance).view(-1, 1, 1, 1)
-        return negative_guidance(base, concept, base if self.against == "base" else states.unprompted, eta)
+    def retained_target(self, states: States) -> Tensor:
+        """What the student must predict for prompts that must survive: what the stock model does."""
+        return states.own
 
     def figures(self, task: Task) -> dict[str, float]:
         """See `LoopedStrategy.figures`: how far a model that is told its guidance is from one distilled for it."""
@@ -252,7 +234,7 @@ class TrainedStrategy(LoopedStrategy):
         if self.scope_weight:
             x, t, guidance = [*x, concept.x], [*t, concept.t], [*guidance, concept.guidance]
             prompts += [scene.asks[-1] for scene in scenes]
-        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained)
+        return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained, update=step)
 
     def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
         """The terms of an update."""
@@ -261,7 +243,9 @@ class TrainedStrategy(LoopedStrategy):
         count = len(concept.x)
         terms = {"erase": matching(found[:count], self.target(concept))}
         if retained is not None:
-            terms["retain"] = self.retain_weight * matching(found[count : count + len(retained.x)], retained.own)
+            terms["retain"] = self.retain_weight * matching(
+                found[count : count + len(retained.x)], self.retained_target(retained)
+            )
         if self.scope_weight:
             terms["scope"] = self.scope_weight * matching(found[-count:], concept.asked[:, -1])
         return terms

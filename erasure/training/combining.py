@@ -13,6 +13,9 @@ from torch import Tensor
 Gradient = list[Tensor]
 """Of each of a player's tensors, in their order."""
 Scope = Literal["tensor", "all"]
+NOISE = 1e-4
+"""Length of a kept gradient, relative to the other one, below which it is rounding: at the start a student still is
+what it is kept at, and the direction of what little differs is random."""
 
 
 class Combine(ABC):
@@ -86,8 +89,11 @@ class Surgery(Combine):
     def _projected(self, a: Tensor, b: Tensor) -> Tensor:
         dot, squared = (a * b).sum(), (b * b).sum()
         below = squared * a.norm() if self.form == "released" else squared
+        least = 0.0 if self.form == "released" else NOISE**2 * (a * a).sum()
         # Chosen by arithmetic, so that no value has to leave a GPU; a gradient of zero is opposed to nothing.
-        share = torch.where((dot < 0) & (below > 0), dot / below.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+        share = torch.where(
+            (dot < 0) & (squared > least) & (below > 0), dot / below.clamp_min(torch.finfo(a.dtype).tiny), 0.0
+        )
         return a - self.strength * share * b
 
 

@@ -87,12 +87,12 @@ class NoisedImages(RolledOut):
     def take(self, index: Tensor) -> States:
         """See `StateSource.take`."""
         clean, noise, t = self.mixed(index)
-        x = self.backbone.parametrisation.noised(clean, noise, t)
-        numbers, image = index.tolist(), index // LEVELS
+        way, numbers, image = self.backbone.parametrisation, index.tolist(), index // LEVELS
+        x, truth = way.noised(clean, noise, t), way.target(clean, noise, t)
         scene = image // self.rollout.seeds
         named = [self.scenes[number] for number in scene.tolist()]
         scales = [self.kept_guidance(*divmod(number, LEVELS)) for number in numbers]
         guidance = torch.tensor(scales, device=x.device)
         own = self.asked(x, t, [each.prompt for each in named], guidance)
         null = self.asked(x, t, [None] * len(x), guidance) if self.asks_null else None
-        return States(x, t, scene.to(x.device), own, null, self.answers(x, t, named, guidance), guidance)
+        return States(x, t, scene.to(x.device), own, null, self.answers(x, t, named, guidance), guidance, truth)

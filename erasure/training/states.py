@@ -47,12 +47,26 @@ class States(NamedTuple):
     """For the prompts asked besides, `(states, asks, channels, h, w)`."""
     guidance: Tensor
     """`(states,)` scale that the teacher was told for all of these predictions; 1 where a model is not told any."""
+    truth: Tensor | None = None
+    """What a perfect denoiser would predict, shaped as `x`; `None` where no clean latent is known."""
 
     @property
     def unprompted(self) -> Tensor:
         """Prediction where no prompt is given, of states whose source asks for it."""
         assert self.null is not None, "no target was said to need it"
         return self.null
+
+    @property
+    def noised(self) -> Tensor:
+        """What a perfect denoiser would predict, of states whose clean latent is known."""
+        assert self.truth is not None, "only noised images have a clean latent"
+        return self.truth
+
+    @classmethod
+    def cat(cls, parts: Sequence[States]) -> States:
+        """All of some, one after the other; they have the same parts."""
+        every = [part.parts() for part in parts]
+        return parts[0]._replace(**{name: torch.cat([part[name] for part in every]) for name in every[0]})
 
     def parts(self) -> dict[str, Tensor]:
         """What there is, by name."""

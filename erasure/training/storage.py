@@ -97,7 +97,8 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
     """What is kept there, if it is whole and of this buffer: what is not is made anew."""
 
     def check(infos: Mapping[str, TensorInfo]) -> None:
-        if set(infos) != set(States._fields) or any(info.shape[:1] != (len(buffer),) for info in infos.values()):
+        rows = {info.shape[:1] for info in infos.values()}
+        if set(infos) != set(States._fields) - {"truth"} or rows != {(len(buffer),)}:
             raise ArtifactError(f"{path} holds no trajectories of this training")
         if any(infos[name].shape != (len(buffer),) for name in ("t", "scene", "guidance")):
             raise ArtifactError(f"{path} holds trajectories with steps of another shape")

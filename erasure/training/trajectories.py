@@ -197,7 +197,7 @@ class Trajectories(RolledOut):
                 assert found is not None
                 x = backbone.step(found.guided(backbone, self.rollout.guidance), t, x)
         kept.sort(key=lambda pair: pair[0])
-        return States(*(torch.cat(parts) for parts in zip(*(states for _, states in kept), strict=True)))
+        return States.cat([states for _, states in kept])
 
     def _kept(
         self, x: Tensor, t: Tensor, scenes: Sequence[int], teacher: Predicted, wanted: Sequence[int],

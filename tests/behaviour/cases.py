@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hirm-pinned": ("hirm", {"unconditional": "stock"}),
     "uce-map": ("uce", {"saved_as": "map"}),
     "esd-full": ("esd", {"rank": 0, "method": "x-strict"}),
+    "mace": ("mace", {"retain_batch": 0, "contexts": 0, "rollouts": 1, "templates": False, "lr": 1e-2}),
 }
 """Strategies by default options, and settings that use another carrier."""
 ADAPTERS = Path(__file__).parents[1] / "tiny" / "ip-adapter"
@@ -41,7 +42,12 @@ REFUSED: dict[tuple[str, str], str] = {
     ("esd", "latent-consistency"): TRAJECTORIES,
     ("esd-full", "latent-consistency"): TRAJECTORIES,
     ("advunlearn", "latent-consistency"): TRAJECTORIES,
+    ("concept_ablation", "latent-consistency"): TRAJECTORIES,
+    ("doco", "latent-consistency"): TRAJECTORIES,
     ("co_erasing", "latent-consistency"): TRAJECTORIES,
+    ("mace", "latent-consistency"): TRAJECTORIES,
+    ("mace", "stable-diffusion-3"): JOINT,
+    ("mace", "flux"): JOINT,
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
     ("sfd", "latent-consistency"): TRAJECTORIES,
@@ -82,6 +88,8 @@ COMPILED = [
 ]
 """Pairs whose networks are compiled, and whether that is done ahead of attaching or after it. Tracing takes seconds,
 so that further families share it: one of several text encoders with a hook, and a transformer with changed weights."""
+ANCHORED = {"concept_ablation", "doco", "mace"}
+"""Strategies that need an anchor for every concept."""
 PROMPT = "a photo of a cat"
 LEARNED = {"<my-pet>": 3, "<my-home>": 2, "<your-pet>": 2}
 """Vectors of learned tokens."""
@@ -95,7 +103,15 @@ def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
     fields = {field.name for field in dataclasses.fields(get(name))}
     adapter = str(ADAPTERS / f"{backbone_for(pipe).family}.safetensors")
     quick = {key: value for key, value in {**QUICK, "adapter": adapter}.items() if key in fields}
+    if name in ANCHORED:
+        concepts = [with_anchor(concept) for concept in (concepts if isinstance(concepts, list) else [concepts])]
     return erasure.erase(pipe, concepts, name, **{"attach": False, "progress": False, **quick, **chosen, **options})
+
+
+def with_anchor(concept: str | Concept) -> Concept:
+    """A concept that has an anchor, "dog" where it has none."""
+    made = Concept(concept) if isinstance(concept, str) else concept
+    return made if made.anchor is not None else dataclasses.replace(made, anchor="dog")
 
 
 def pairs(cases: Any, families: Any = NAMES, *, alone: Any = ()) -> Any:

@@ -14,7 +14,7 @@ from erasure import Concept
 from erasure.backbones import Backbone, StableDiffusionBackbone, backbone_for
 from erasure.errors import UnsupportedModelError
 from erasure.strategies import get
-from erasure.strategies.esd import Method, trained_parameters
+from erasure.strategies.denoising import Method, trained_parameters
 from erasure.training.student import LowRankStudent
 
 

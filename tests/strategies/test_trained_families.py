@@ -19,7 +19,7 @@ from erasure.backbones.flux import FluxBackbone
 from erasure.backbones.latents import pack, unpack
 from erasure.errors import ConceptError, OptionError
 from erasure.strategies import get
-from erasure.strategies.esd import Method, trained_parameters
+from erasure.strategies.denoising import Method, trained_parameters
 from erasure.training.loop import Share
 from erasure.training.run import Run
 from erasure.training.trajectories import rolling_out

@@ -1,0 +1,85 @@
+"""What trained strategies have in common whose student is the denoiser: which of its layers learn, and the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from erasure.backbones import Backbone, TextTower
+from erasure.carriers.edits import Edits
+from erasure.errors import UnsupportedModelError
+from erasure.interop import paths
+from erasure.strategies.tasks import Batch, Task
+from erasure.strategies.trained import TrainedStrategy
+from erasure.training.student import Student, make_student, train_columns
+
+Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserStrategy(TrainedStrategy):
+    """A trained strategy that changes the denoiser, and tells it what the stock text encoders say."""
+
+    method: Method = "x"
+    """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
+    passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
+    self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
+    and `entry` the layers through which it enters, as `uce` edits them. The released FLUX.1 code leaves the keys and
+    values of the text's own half out of `x-strict`."""
+
+    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
+        """A LoRA on the chosen layers, or their parameters themselves."""
+        chosen = trained_parameters(backbone, self.method)
+        student = make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
+        if self.method in ("text", "entry"):
+            # What else such a layer reads, as the size of the picture, is none of the concept's.
+            train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
+        return student
+
+    def predict(self, task: Task, batch: Batch) -> Tensor:
+        """One pass for all rows, with the stock encodings."""
+        return task.backbone.predict(batch.x, batch.t, task.prompts(batch.prompts), batch.guidance)
+
+    def edits(self, task: Task) -> Edits:
+        """Of the denoiser."""
+        component = task.backbone.denoiser_component
+        low_rank = {f"{component}/{path}": pair for path, pair in task.student.low_rank().items()}
+        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in task.student.deltas().items()})
+
+    def idle(self, backbone: Backbone) -> list[nn.Module]:
+        """The text encoders, whose encodings are cached, and the autoencoder."""
+        return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
+
+
+def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
+    """Paths of the denoiser's parameters that a method of ESD trains.
+
+    Raises:
+        UnsupportedModelError: Projections of its attention are fused, so that those that would be trained do not run.
+    """
+    sites, denoiser = backbone.attention_sites(), backbone.denoiser
+    if fused := next((site.name for site in sites if paths.is_fused(denoiser, site.name)), None):
+        raise UnsupportedModelError(
+            f"{backbone.denoiser_component}/{fused} has fused projections: call pipe.unfuse_qkv_projections() first"
+        )
+    text = [site for site in sites if site.kind != "self"]
+    modules: dict[str, list[str]] = {
+        "x": [site.name for site in text],
+        "x-strict": [path for site in text for path in site.keys_and_values],
+        "self": [site.name for site in sites if site.kind == "self"],
+        "text": backbone.text_layers(),
+        "entry": [layer.path for layer in backbone.entry_layers()],
+    }
+    every = [
+        path
+        for path in paths.canonical_parameters(denoiser)
+        if isinstance(paths.layer(denoiser, path.rpartition(".")[0]), (nn.Linear, nn.Conv2d))
+    ]
+    if method in modules:
+        chosen = tuple(f"{path}." for path in modules[method])
+        return [path for path in every if path.startswith(chosen)]
+    left_out = () if method == "all" else tuple(f"{path}." for path in modules["x"])
+    return [path for path in every if not path.startswith(left_out)]

@@ -1,0 +1,57 @@
+"""Where the stock model sees what a picture shows, by its own attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from erasure.carriers.attention import AttentionController
+from erasure.carriers.layout import Layout
+from erasure.strategies.tasks import Task
+from erasure.training.states import stable_seed
+
+LOOKS, SCHEDULE = 3, 10
+"""Noise levels at which the stock model is asked where the subject of a picture is: the last ones of a schedule."""
+SPREAD = 4
+"""How often self-attention is applied to what the start token draws (AttenCraft)."""
+FINEST = 32
+"""Tokens along a side of the finest grid on which a subject is looked for."""
+
+
+@torch.no_grad()
+def subject(task: Task, prompt: str, clean: Tensor) -> Tensor:
+    """Where the stock model sees what pictures of a prompt show, `(pictures, 1, h, w)`: 1 there, 0 elsewhere.
+
+    Args:
+        task: The training.
+        prompt: What the pictures were drawn from.
+        clean: Their latents, `(pictures, channels, h, w)`.
+    """
+    backbone, size, count = task.backbone, (clean.shape[2], clean.shape[3]), len(clean)
+    sites = [site for site in backbone.attention_sites() if min(site.grid(*size)) <= FINEST]
+    cross = [site for site in sites if site.kind == "cross"]
+    own = [site for site in sites if site.kind == "self"]
+    finest = min(site.downsampling for site in own)
+    own = [site for site in own if site.downsampling == finest]
+    told = task.prompts([prompt] * count)
+    start = torch.zeros(count, told.tokens.shape[1], 1)
+    start[:, 0] = 1
+    control = AttentionController(backbone.denoiser, Layout(size, count))
+    control.capture(start, cross)
+    control.capture_self(own)
+    noise = backbone.noise([stable_seed(task.seed, "subject", prompt, number) for number in range(count)])
+    drawn = []
+    with control:
+        for level in backbone.timesteps(SCHEDULE)[-LOOKS:]:
+            t = level.expand(count).to(clean.device)
+            backbone.predict(backbone.parametrisation.noised(clean, noise, t), t, told)
+            each = [F.interpolate(part, own[0].grid(*size), mode="bilinear") for part in control.maps.values()]
+            maps = torch.stack(each).mean(0)
+            for _ in range(SPREAD):
+                maps = control.spread(maps)
+            drawn.append(maps.float())
+    background = torch.stack(drawn).mean(0)
+    low, high = (part.flatten(1)[:, :, None, None] for part in (background.amin((2, 3)), background.amax((2, 3))))
+    things = 1 - (background - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    return (F.interpolate(things, size, mode="bilinear") > 0.5).float()
