@@ -34,7 +34,7 @@ from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json
 from erasure.interop import scopes
 from erasure.interop.one_step import OneStepScheduler, sampled_once
-from erasure.strategies.esd import trained_parameters
+from erasure.strategies.denoising import trained_parameters
 from erasure.text.encodings import Reader
 from erasure.training.distillation import Guiding, Kind, ScoreDistillation
 from erasure.training.generator import OneStepGenerator, one_step
