@@ -207,6 +207,7 @@ def config() -> dict[str, Any]:
         "evaluation": {"UA": 0.97, "remark": "word", "listed": ["word", 1]},
         "format_version": 1,
         "size": [64, 64],
+        "sampling": {"steps": 1, "guidance": 1, "level": 900},
     }
     assert set(made) == {field.name for field in dataclasses.fields(ErasureConfig)}
     return made

@@ -136,7 +136,7 @@ class MACE(DenoiserStrategy):
     """Weight of what is erased in both closed forms."""
     regularisation: Positive = 0.5
     """lambda, in mean squares of the features' values."""
-    focus: tuple[float, float] = (200.0, 400.0)
+    focus: tuple[NotNegative, NotNegative] = (200.0, 400.0)
     """Noise levels, of 1000, between which most of an image's states are."""
     sharpness: Positive = 0.05
     """How sharply the levels that are drawn end there."""

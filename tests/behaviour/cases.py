@@ -109,9 +109,9 @@ def fit(pipe: Any, case: str, concepts: Any = "cat", **options: Any) -> Erasure:
 
 
 def with_anchor(concept: str | Concept) -> Concept:
-    """A concept that has an anchor, "dog" where it has none."""
+    """A concept that has an anchor, "house" where it has none."""
     made = Concept(concept) if isinstance(concept, str) else concept
-    return made if made.anchor is not None else dataclasses.replace(made, anchor="dog")
+    return made if made.anchor is not None else dataclasses.replace(made, anchor="house")
 
 
 def pairs(cases: Any, families: Any = NAMES, *, alone: Any = ()) -> Any:

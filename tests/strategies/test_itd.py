@@ -144,8 +144,12 @@ def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(ca
     (single,), (pair,) = alone.edits.features.values(), both.edits.features.values()
     used = {int(i) for part in (pair.edits, pair.votes) for i in part[1]}
     assert used == set(range(pair.w_enc.shape[1]))
-    assert len({tuple(column) for column in pair.w_enc.T.tolist()}) == pair.w_enc.shape[1]
-    assert pair.w_enc.shape[1] < single.w_enc.shape[1] + 32 + 10
+    # Once as it is, and once more for each concept that writes something else in its place.
+    kept = [(tuple(read), tuple(row)) for read, row in zip(pair.w_enc.T.tolist(), pair.w_dec.tolist(), strict=True)]
+    assert len(set(kept)) == len(kept)
+    read = {column for column, _ in kept}
+    written = int((pair.edits[1] >= len(read)).sum())
+    assert len(kept) == len(read) + written
     assert (pair.edits[0] == 0).sum() == single.edits.shape[1]
 
 
