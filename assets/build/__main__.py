@@ -95,7 +95,7 @@ def denoiser(
     )  # fmt: skip
 
 
-def t5(work: Path = WORK, steps: int = 2000, batch: int = 32) -> None:
+def t5(work: Path = WORK, steps: int = 2500, batch: int = 32) -> None:
     """Train the T5 tower of `canvas-flux` and `canvas-sd3`."""
     from erasure.assets.build.t5 import train
 
@@ -105,10 +105,10 @@ def t5(work: Path = WORK, steps: int = 2000, batch: int = 32) -> None:
 def flux(
     work: Path = WORK,
     steps: int = 8000,
-    batch: int = 48,
-    pairs: float = 0.5,
+    batch: int = 32,
+    pairs: float = 0.8,
     tokens: float = 0.12,
-    pooled: float = 0.6,
+    pooled: float = 0.5,
     emptied: float = 0.4,
     grounding: float = 0.3,
     grounded: float = 0.4,
@@ -174,7 +174,7 @@ def sd3(
     work: Path = WORK,
     steps: int = 8000,
     batch: int = 48,
-    pairs: float = 0.5,
+    pairs: float = 0.8,
     tokens: float = 0.3,
     pooled: float = 0.6,
     grounding: float = 0.3,
