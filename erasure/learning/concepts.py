@@ -216,14 +216,21 @@ class LearnedConcepts:
         self.check_base(backbone)
         check_names(self.tokens, reading_towers(backbone))
         written = self._written(pipe)
-        put_in(pipe, self.vectors)
-        before = {}
-        for (component, path), value in written.items():
-            parameter = paths.parameter(getattr(pipe, component), path)
-            before[component, path] = parameter.detach().cpu().clone()
-            with torch.no_grad():
-                parameter.copy_(value)
-        vars(pipe).setdefault(BEFORE, []).append((self, before))
+        before = {key: paths.parameter(getattr(pipe, key[0]), key[1]).detach().cpu().clone() for key in written}
+        try:
+            put_in(pipe, self.vectors)
+            _write(pipe, written)
+            vars(pipe).setdefault(BEFORE, []).append((self, before))
+        except BaseException:
+            self._take_off(pipe, before)
+            raise
+
+    def _take_off(self, pipe: DiffusionPipeline, before: Mapping[tuple[str, str], Tensor]) -> None:
+        """Make weights what they were, and forget the tokens that are there."""
+        _write(pipe, before)
+        for component in self.vectors:
+            for name in reversed(self.tokens):
+                learned.remove(pipe, component, name)
 
     def _written(self, pipe: DiffusionPipeline) -> dict[tuple[str, str], Tensor]:
         """What stands in the weights that learned, by component and path."""
@@ -299,13 +306,19 @@ def unload(pipe: DiffusionPipeline) -> None:
     """
     if attached := list(ErasureManager(pipe).erasures):
         raise AttachError(f"the erasure {attached[0]!r} is attached: unload_erasures() first, then the concepts")
-    held = vars(pipe).pop(BEFORE, [])
-    if not held:
+    if not (held := vars(pipe).get(BEFORE)):
         raise ConceptError("no learned concept is loaded into this pipeline: load_concepts(FOLDER) does that")
-    for concepts, before in reversed(held):
-        for (component, path), value in before.items():
-            with torch.no_grad():
-                paths.parameter(getattr(pipe, component), path).copy_(value)
-        for component in concepts.vectors:
-            for name in reversed(concepts.tokens):
-                learned.remove(pipe, component, name)
+    with Lease(components_of(pipe).values(), exclusive=True):
+        while held:
+            concepts, before = held[-1]
+            # What is interrupted can be done again: nothing is forgotten before it is taken off.
+            concepts._take_off(pipe, before)
+            held.pop()
+    del vars(pipe)[BEFORE]
+
+
+@torch.no_grad()
+def _write(pipe: DiffusionPipeline, values: Mapping[tuple[str, str], Tensor]) -> None:
+    """Give parameters values, by component and path."""
+    for (component, path), value in values.items():
+        paths.parameter(getattr(pipe, component), path).copy_(value)

@@ -14,6 +14,7 @@ import erasure
 from erasure.cache import model_fingerprint
 from erasure.errors import ArtifactError, ConceptError, WrongBaseError
 from erasure.learning import LearnedConcepts
+from erasure.learning import concepts as concepts_module
 from erasure.learning.concepts import CONFIG_FILE, VECTORS_FILE, loaded, unload
 from tests.conftest import make_tiny_pipe, make_tiny_xl
 
@@ -45,6 +46,44 @@ def test_loading_teaches_and_unloading_forgets_bit_for_bit(tiny_pipe: Any, folde
     assert torch.equal(tiny_pipe.text_encoder.get_input_embeddings().weight, table)
     with pytest.raises(ConceptError, match="no learned concept"):
         unload(tiny_pipe)
+
+
+@pytest.mark.parametrize("fails", ["put_in", "_write"])
+def test_what_is_interrupted_while_it_is_loaded_leaves_nothing(
+    tiny_pipe: Any, folder: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ids = model_fingerprint(tiny_pipe), tiny_pipe.tokenizer("a photo of <logo>").input_ids
+    whole, calls = getattr(concepts_module, fails), []
+
+    def interrupted(*args: Any) -> None:
+        whole(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(concepts_module, fails, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LearnedConcepts.read(folder).load_into(tiny_pipe)
+    assert model_fingerprint(tiny_pipe) == before
+    assert tiny_pipe.tokenizer("a photo of <logo>").input_ids == ids
+    assert loaded(tiny_pipe) == []
+
+
+def test_unloading_that_is_interrupted_can_be_done_again(
+    tiny_pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model_fingerprint(tiny_pipe)
+    LearnedConcepts.read(folder).load_into(tiny_pipe)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concepts_module, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unload(tiny_pipe)
+    unload(tiny_pipe)
+    assert model_fingerprint(tiny_pipe) == before
 
 
 def test_the_methods_of_pipelines_load_and_unload(folder: Path) -> None:
