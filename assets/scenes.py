@@ -50,7 +50,7 @@ class Scene:
     """What a scene shows."""
 
     objects: tuple[str, ...]
-    """None, one, or two names of `OBJECTS` or of `erasure.assets.novel.THINGS`, left to right."""
+    """Names of what is drawn, left to right, two at most; from `OBJECTS` or `erasure.assets.novel.THINGS`."""
     style: str
     background: str
     offsets: tuple[tuple[int, int], ...] = ()

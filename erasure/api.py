@@ -34,6 +34,7 @@ from erasure.errors import (
 from erasure.files.recognise import MODEL_FILE
 from erasure.interop import paths, scopes, single_files
 from erasure.interop.pipelines import origin
+from erasure.progress import reporting
 from erasure.strategies import Strategy, get
 from erasure.strategies.looped import LoopedStrategy
 from erasure.training.run import Run
@@ -134,8 +135,8 @@ def erase(
     backbone = method.session(backbone_for(base_pipe))
     if addition is not None:
         addition.check(backbone)
-    with scopes.same_gradient_mode(), _reporter(progress, method.name) as report:
-        _refuse_quantised(backbone)
+    with scopes.same_gradient_mode(), reporting(progress, method.name) as report:
+        backbone.check_plain("make the erasure with the plain model and load the result here")
         # A caller may have switched gradients off for the sake of generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -304,17 +305,6 @@ def _warn_of_ignored_retain(method: Strategy, concepts: Sequence[Concept]) -> No
         )
 
 
-def _refuse_quantised(backbone: Backbone) -> None:
-    parts = {tower.component: tower.module for tower in backbone.towers}
-    for name, module in {**parts, backbone.denoiser_component: backbone.denoiser}.items():
-        unlike = next((p for p in module.parameters() if not paths.is_plain(p)), None)
-        if unlike is not None:
-            raise UnsupportedModelError(
-                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): "
-                "make the erasure with the plain model and load the result here"
-            )
-
-
 def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict[str, Any]:
     pipe, tensors = backbone.pipe, {}
     for key in (*edits.parameters, *_read_parameters(pipe, edits)):
@@ -352,20 +342,3 @@ def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
         known = paths.canonical_parameters(getattr(pipe, component))
         found += [f"{component}/{path}" for path in known if path.startswith(block + ".")]
     return found
-
-
-@contextlib.contextmanager
-def _reporter(progress: bool | Callable[[float], None], label: str) -> Iterator[Callable[[float], None]]:
-    if callable(progress):
-        yield progress
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(
-        total=100,
-        desc=label,
-        disable=not progress,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
-        leave=False,
-    ) as bar:
-        yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))

@@ -242,7 +242,7 @@ def ip_adapter(work: Path = WORK, steps: int = 500, batch: int = 16, grid: Path 
         print(f"{name:28} {value:.4f}")
 
 
-def turbo(work: Path = WORK, steps: int = 250, batch: int = 8, grid: Path | None = None) -> None:
+def turbo(work: Path = WORK, steps: int = 190, batch: int = 8, grid: Path | None = None) -> None:
     """Distil `canvas-sd` to one step, write the LoRA, and record what it draws (resumes).
 
     Args:

@@ -64,7 +64,7 @@ def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
 
 
 def words(folder: Path, prompts: Prompts) -> flow.Words:
-    """What finds the tokens that name objects: T5's.
+    """Make the function that finds the tokens of T5 which name objects.
 
     Args:
         folder: Where the step `t5` left its parts.

@@ -45,7 +45,7 @@ def sample(rng: np.random.Generator) -> Scene:
 
 @torch.no_grad()
 def looked_at(judge: CanvasJudge, vae: Autoencoder, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What the judge sees of random scenes `(scenes, features)`, and which things are there `(scenes, things)`."""
+    """Show random scenes to the judge: `(scenes, features)`, and which things are there, `(scenes, things)`."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     names, features, labels = [*novel.THINGS, *OBJECTS], [], []
     for first in range(0, count, BATCH):

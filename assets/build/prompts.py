@@ -102,7 +102,7 @@ class Prompts:
         return parts
 
     def said(self, parts: Mapping[str, Tensor], name: str) -> Tensor:
-        """Which tokens of a part say something, `(captions, tokens)` bool.
+        """Tell which tokens of a part differ from an empty prompt's, `(captions, tokens)` bool.
 
         Args:
             parts: Of captions.

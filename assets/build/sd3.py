@@ -69,7 +69,7 @@ def reader(folder: Path, device: torch.device) -> Callable[[list[str]], Told]:
 
 
 def words(folder: Path, prompts: Prompts) -> flow.Words:
-    """What finds the tokens that name objects, those of the CLIPs and behind them T5's.
+    """Make the function that finds the tokens which name objects: those of the CLIPs, and T5's behind them.
 
     Args:
         folder: Where the step `t5` left its parts.

@@ -29,19 +29,18 @@ from erasure.assets.facts import FILE
 from erasure.assets.scenes import captions
 from erasure.assets.world import OBJECTS, STYLES, noun_phrase
 from erasure.backbones import Backbone, backbone_for
-from erasure.carriers.edits import Edits
 from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json
 from erasure.interop import scopes
 from erasure.interop.one_step import OneStepScheduler, sampled_once
-from erasure.strategies.denoising import trained_parameters
+from erasure.strategies.denoising import denoiser_student
 from erasure.text.encodings import Reader
 from erasure.training.distillation import Guiding, Kind, ScoreDistillation
 from erasure.training.generator import OneStepGenerator, one_step
 from erasure.training.loop import Trainer, make_accelerator
 from erasure.training.run import Run
 from erasure.training.states import Scene
-from erasure.training.student import Student, make_student
+from erasure.training.student import Student
 from erasure.training.trajectories import rolling_out
 from erasure.training.turns import Descent
 
@@ -52,9 +51,9 @@ LEVEL = 900
 LEVELS = (20, 980)
 """Noise levels that images are noised to while it learns (Zhou et al. 2024)."""
 GUIDANCE = 2.0
-"""Of the teacher: what `canvas-sd` is made for."""
+"""Scale of guidance of the teacher: what `canvas-sd` is made for."""
 RANK = 11
-"""Of the LoRA: the file stays below 1 MB."""
+"""Rank of the LoRA: its file stays below 1 MB."""
 CAPTIONS = 1500
 """Prompts that it learns on."""
 EVERY = 50
@@ -62,7 +61,7 @@ EVERY = 50
 
 
 def train(
-    work: Path, steps: int = 600, batch: int = 8, lr: float = 4e-4, fake_lr: float = 1e-3, alpha: float = 1.2,
+    work: Path, steps: int, batch: int = 8, lr: float = 4e-4, fake_lr: float = 1e-3, alpha: float = 1.2,
     head_start: int = 20, seed: int = 7,
 ) -> None:  # fmt: skip
     """Distil until `steps` updates are done, from the last checkpoint in `work` on, and note measurements in a log.
@@ -116,14 +115,12 @@ def train(
 
 def student(backbone: Backbone, seed: int) -> Student:
     """A LoRA on all linear layers of the denoiser."""
-    generator = torch.Generator().manual_seed(seed)
-    return make_student(backbone.denoiser, trained_parameters(backbone, "all"), RANK, generator, "'all'")
+    return denoiser_student(backbone, "all", RANK, torch.Generator().manual_seed(seed))
 
 
 def lora(generator: Student) -> dict[str, Tensor]:
     """The tensors of a LoRA file."""
-    low_rank = {f"unet/{path}": pair for path, pair in generator.low_rank().items()}
-    return Edits(low_rank, {}).lora_state_dict(kohya=False)
+    return generator.edits("unet").lora_state_dict(kohya=False)
 
 
 def export(work: Path, out: Path = ROOT) -> Path:
@@ -220,7 +217,7 @@ def measure(backbone: Backbone, generator: Student | None = None, *, grid: Path 
 def judged(
     backbone: Backbone, latents: Tensor, plan: Sequence[tuple[str, str]], grid: Path | None = None
 ) -> dict[str, float]:
-    """What the judge sees in clean latents of objects in styles; see `measure`."""
+    """Tell what the judge sees in clean latents of objects in styles; see `measure`."""
     pixels = torch.cat([backbone.decode(part) for part in latents.split(24)])
     images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
     if grid is not None:

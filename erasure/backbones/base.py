@@ -17,6 +17,7 @@ from erasure.backbones.latents import Latents
 from erasure.backbones.parametrisation import TIMESTEPS, Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
+from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 from erasure.interop.protocols import Denoiser, Scheduler, Settings
 from erasure.interop.rounds import together
@@ -121,6 +122,24 @@ class Backbone(ABC):
                 "strategy that works on both (uce, esd, concept_ablation)"
             )
         return ""
+
+    def check_plain(self, advice: str) -> None:
+        """Refuse text encoders and a denoiser whose weights are not there as plain numbers.
+
+        Args:
+            advice: What to do instead, for the message.
+
+        Raises:
+            UnsupportedModelError: One is quantised or offloaded.
+        """
+        parts = {tower.component: tower.module for tower in self.towers}
+        for name, module in {**parts, self.denoiser_component: self.denoiser}.items():
+            unlike = next((p for p in module.parameters() if not paths.is_plain(p)), None)
+            if unlike is not None:
+                raise UnsupportedModelError(
+                    f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, "
+                    f"{unlike.device}): {advice}"
+                )
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

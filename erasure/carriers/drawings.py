@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from erasure.backbones.parametrisation import TIMESTEPS
-from erasure.carriers import filters
 from erasure.carriers.safety import OF_STEPS, Moments
 
 
@@ -52,10 +51,10 @@ def begin(warmup: int, drawing: Drawing | None, noisiest: float) -> float:
 
 
 def is_over(steps: int, drawing: Drawing | None, level: float) -> bool:
-    """Whether a drawing has had its first steps, counted in `filters.OF_STEPS`; a pass of none never has."""
+    """Whether a drawing has had its first steps, counted in `OF_STEPS`; a pass of none never has."""
     if drawing is None:
         return False
     # Half precision rounds what the denoiser is told.
     levels = [each for each in drawing.levels if each <= 1.001 * drawing.start]
-    count = (steps - 1) * len(levels) // filters.OF_STEPS + 1
+    count = (steps - 1) * len(levels) // OF_STEPS + 1
     return count < len(levels) and level < sum(levels[count - 1 : count + 1]) / 2

@@ -219,11 +219,7 @@ class _ExtraRows(NamedArguments):
         return bool(guides)
 
     def filtered(self, arguments: Settings, under_way: _Pass) -> tuple[Settings, dict[int, Tensor]]:
-        """Arguments whose prompts are filtered, and the factors of features of the rows that have some.
-
-        Raises:
-            UnsupportedModelError: Two rows are to be told apart by features, in a pass that drops some.
-        """
+        """Arguments whose prompts are filtered, and the factors of features of the rows that have some."""
         told, level, factors = arguments[TOKENS], float(under_way.level.max()), dict[int, Tensor]()
         changed = told
         for strength, change in self.changes(told, under_way):

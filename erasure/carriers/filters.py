@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erasure.carriers.safety import OF_STEPS
 from erasure.errors import ArtifactError
 
-OF_STEPS = 50
-"""Steps of a drawing in which those that read projected states are counted."""
 NEGLIGIBLE = 1e-6
 """Share of the greatest singular value below which a direction is rounding."""
 

@@ -62,7 +62,7 @@ class Change(NamedTuple):
     own: Tensor
     triggers: Tensor
     steps: int
-    """Of `filters.OF_STEPS`."""
+    """How many of 50 read it, see `filters.steps`."""
 
 
 _READINGS: deque[Reading] = deque(maxlen=REMEMBERED)

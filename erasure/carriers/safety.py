@@ -20,7 +20,7 @@ from torch import Tensor
 from erasure.errors import ArtifactError
 
 OF_STEPS = 50
-"""Steps of a drawing in which the warm-up is counted."""
+"""Steps of a drawing in which papers count: the warm-up of guidance, and what a filter reads."""
 CONCEPT, NOTHING = 0, 1
 """Rows of what is encoded: of the concept, and of no prompt."""
 

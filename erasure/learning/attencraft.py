@@ -275,10 +275,9 @@ class AttenCraft(Optimisation):
         source = lesson.prior
         if source is None:
             return None
-        index = share.of(draw(len(source), self.prior_batch, lesson.seed, "prior", step))
-        states = source.take(index)
+        states = source.take(share.of(draw(len(source), self.prior_batch, lesson.seed, "prior", step)))
         told = source.prompts([scene.prompt for scene in source.of(states)])
-        target = states.own if self.prior_target == "teacher" else source.training_target(index)
+        target = states.own if self.prior_target == "teacher" else states.noised
         return states.x, states.t, target, told
 
     def losses(self, lesson: Lesson, batch: Batch) -> dict[str, Tensor]:

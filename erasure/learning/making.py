@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.cache import model_fingerprint
 from erasure.carriers.edits import Edits
-from erasure.errors import AttachError, OptionError, UnsupportedModelError
-from erasure.interop import paths, scopes
+from erasure.errors import AttachError, OptionError
+from erasure.interop import scopes
 from erasure.interop.pipelines import origin
 from erasure.learning.attencraft import AttenCraft, in_latents
 from erasure.learning.concepts import ConceptsConfig, LearnedConcepts, base_of
@@ -30,6 +29,7 @@ from erasure.learning.lessons import Alone, Balance, Lesson, Places
 from erasure.learning.pictures import Pictures, cut_out, encoded, read_pictures
 from erasure.learning.player import Taught
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
+from erasure.progress import reporting
 from erasure.text.corpora import vocabulary, vocabulary_prompts
 from erasure.text.encodings import Reader
 from erasure.training import storage
@@ -109,7 +109,7 @@ def learn_concepts(
         raise AttachError(
             f"the erasure {attached[0]!r} is attached: learn with the stock model, unload_erasures() first"
         )
-    _refuse_unplain(backbone)
+    backbone.check_plain("learn with the plain model")
     side = method.resolution
     size = (side, side) if side else _own_size(backbone)
     read = read_pictures(shown, placed, len(names), size)
@@ -117,7 +117,7 @@ def learn_concepts(
     stock = ErasureManager(pipe).stock(without_adapters=True)
     with ExitStack() as stack:
         stack.enter_context(scopes.same_gradient_mode())
-        report = stack.enter_context(_reporter(progress))
+        report = stack.enter_context(reporting(progress, "learning"))
         # A caller may have switched gradients off for the sake of generation.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -191,7 +191,9 @@ def _learned(
         tokens=list(names), family=backbone.family, base=base, options=dataclasses.asdict(method), like=dict(like),
         pictures=prints, seed=seed, cost=figures, versions=library_versions(),
     )  # fmt: skip
-    return LearnedConcepts(config, lesson.taught.vectors(), _edits(backbone, lesson.taught))
+    weights = lesson.taught.weights
+    edits = Edits() if weights is None else weights.edits(backbone.denoiser_component)
+    return LearnedConcepts(config, lesson.taught.vectors(), edits)
 
 
 def _lesson(
@@ -241,15 +243,6 @@ def _alone(backbone: Backbone, pixels: Tensor, masks: Tensor) -> Alone:
     return Alone(clean, in_latents(torch.stack([own for _, own in parts]), clean[0]))
 
 
-def _edits(backbone: Backbone, taught: Taught) -> Edits:
-    """What was learned in weights, by component."""
-    if taught.weights is None:
-        return Edits()
-    component = backbone.denoiser_component
-    low_rank = {f"{component}/{path}": pair for path, pair in taught.weights.low_rank().items()}
-    return Edits(low_rank, {f"{component}/{path}": delta for path, delta in taught.weights.deltas().items()})
-
-
 def _by_picture(masks: Sequence[Picture] | Sequence[Sequence[Picture]]) -> list[list[Picture]]:
     """The masks of each picture; those of a single one may be given as they are."""
     alone = [mask for mask in masks if isinstance(mask, (str, Path, Image.Image))]
@@ -265,26 +258,3 @@ def _own_size(backbone: Backbone) -> tuple[int, int]:
 def _print(values: Tensor) -> str:
     """sha256 of values in 0-1, as bytes."""
     return hashlib.sha256((255 * values).round().to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def _reporter(progress: bool | Callable[[float], None]) -> Iterator[Callable[[float], None]]:
-    """A function that takes the share done; a bar, unless one is given."""
-    if callable(progress):
-        yield progress
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=100, desc="learning", disable=not progress, leave=False) as bar:
-        yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))
-
-
-def _refuse_unplain(backbone: Backbone) -> None:
-    parts = {tower.component: tower.module for tower in backbone.towers}
-    for name, module in {**parts, backbone.denoiser_component: backbone.denoiser}.items():
-        unlike = next((p for p in module.parameters() if not paths.is_plain(p)), None)
-        if unlike is not None:
-            raise UnsupportedModelError(
-                f"the {name} is quantised or offloaded ({type(unlike).__name__}, {unlike.dtype}, {unlike.device}): "
-                "learn with the plain model"
-            )

@@ -31,13 +31,8 @@ class DenoiserStrategy(TrainedStrategy):
     values of the text's own half out of `x-strict`."""
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """A LoRA on the chosen layers, or their parameters themselves."""
-        chosen = trained_parameters(backbone, self.method)
-        student = make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
-        if self.method in ("text", "entry"):
-            # What else such a layer reads, as the size of the picture, is none of the concept's.
-            train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
-        return student
+        """See `denoiser_student`."""
+        return denoiser_student(backbone, self.method, self.rank, generator)
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """One pass for all rows, with the stock encodings."""
@@ -45,17 +40,37 @@ class DenoiserStrategy(TrainedStrategy):
 
     def edits(self, task: Task) -> Edits:
         """Of the denoiser."""
-        component = task.backbone.denoiser_component
-        low_rank = {f"{component}/{path}": pair for path, pair in task.student.low_rank().items()}
-        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in task.student.deltas().items()})
+        return task.student.edits(task.backbone.denoiser_component)
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """The text encoders, whose encodings are cached, and the autoencoder."""
-        return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
+        """See `beside_denoiser`."""
+        return beside_denoiser(backbone)
+
+
+def denoiser_student(backbone: Backbone, method: Method, rank: int, generator: torch.Generator) -> Student:
+    """A LoRA on the layers that a method trains, or their parameters themselves.
+
+    Args:
+        backbone: Of the denoiser.
+        method: See `DenoiserStrategy.method`.
+        rank: Of the LoRA; 0 for the parameters.
+        generator: Draws its start.
+    """
+    chosen = trained_parameters(backbone, method)
+    student = make_student(backbone.denoiser, chosen, rank, generator, f"method {method!r}")
+    if method in ("text", "entry"):
+        # What else such a layer reads, as the size of the picture, is none of the concept's.
+        train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
+    return student
+
+
+def beside_denoiser(backbone: Backbone) -> list[nn.Module]:
+    """The text encoders, whose encodings are kept, and the autoencoder: training the denoiser runs neither."""
+    return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
 
 
 def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
-    """Paths of the denoiser's parameters that a method of ESD trains.
+    """Paths of the denoiser's parameters that a method trains, see `DenoiserStrategy.method`.
 
     Raises:
         UnsupportedModelError: Projections of its attention are fused, so that those that would be trained do not run.

@@ -66,11 +66,6 @@ class MassTask(Task):
     masks: Tensor = field(default_factory=lambda: torch.zeros(0))
     """Where the subject of each picture is, `(pictures, 1, h, w)` of the latents' size, 0 or 1."""
 
-    @property
-    def layers(self) -> list[EntryLayer]:
-        """Keys and values of the cross-attention."""
-        return [layer for layer in self.backbone.entry_layers() if layer.source == "tokens"]
-
 
 @register("mace")
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +183,8 @@ class MACE(DenoiserStrategy):
         standing: Standing | None = None,
     ) -> MassTask:  # fmt: skip
         """See `TrainedStrategy.task`; with the first closed form, and a LoRA for each concept."""
-        usual, named = (
-            super().task(backbone, tower, concepts, seed, accelerator, standing),
-            self.named(tower, concepts),
-        )
+        usual = super().task(backbone, tower, concepts, seed, accelerator, standing)
+        named = self.named(tower, concepts)
         reader, source = usual.prompts, UCE(vocabulary=self.retain_vocabulary)
         beside, replacing = source.erased_features(reader, "tokens", named, places_beside)
         preserved = source.preserved_features(reader, "tokens", named, seed)
@@ -203,8 +196,8 @@ class MACE(DenoiserStrategy):
             preserved = torch.cat([preserved, *(telling(each, runs, p).double().cpu() for each, p in pairs)])
         scale = self.scale(torch.cat([beside, replacing, preserved]))
         shared = solve(beside, replacing, preserved, self.erase_weight, self.retain_weight, scale)
-        layers = [layer for layer in backbone.entry_layers() if layer.source == "tokens"]
-        refined = SubsetStudent(backbone.denoiser, [f"{layer.path}.weight" for layer in layers]).requires_grad_(False)
+        weights = [f"{layer.path}.weight" for layer in cross_layers(backbone)]
+        refined = SubsetStudent(backbone.denoiser, weights).requires_grad_(False)
         for value in refined.values:
             value.add_((value.double().cpu() @ shared).to(value))
         students = [usual.student] + [
@@ -313,7 +306,7 @@ class MACE(DenoiserStrategy):
         erase, retain = math.sqrt(self.erase_weight), math.sqrt(self.retain_weight)
         inputs, kept, scale = erase * torch.cat(made.inputs), retain * made.preserved, self.scale(features)
         changes: dict[str, LowRank] = {}
-        for layer in made.layers:
+        for layer in cross_layers(task.backbone):
             refining = layer.module.weight.detach().double().cpu() @ made.shared
             outputs = torch.cat([
                 own @ (refining + change_of(lora, layer.path)).T
@@ -322,6 +315,11 @@ class MACE(DenoiserStrategy):
             whole = outputs_added(inputs, erase * outputs, kept, scale)
             changes[layer.key] = low_rank(whole, torch.eye(whole.shape[1]).double(), features, self.tolerance)
         return Edits(changes)
+
+
+def cross_layers(backbone: Backbone) -> list[EntryLayer]:
+    """Keys and values of the cross-attention."""
+    return [layer for layer in backbone.entry_layers() if layer.source == "tokens"]
 
 
 def places_of(tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from annotated_types import Ge, Le
 
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.edits import Edits
-from erasure.carriers.filters import OF_STEPS, PromptFilter, span
+from erasure.carriers.filters import PromptFilter, span
 from erasure.carriers.readings import ALL, REST, pooled_vectors
+from erasure.carriers.safety import OF_STEPS
 from erasure.concept import Concept
 from erasure.errors import DivergenceError, IgnoredRetainWarning, UnsupportedModelError
 from erasure.interop import paths

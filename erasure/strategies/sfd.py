@@ -19,7 +19,7 @@ from erasure.interop.one_step import sampled_once
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Decay, NotNegative, PathText, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Standing, Way, register
-from erasure.strategies.denoising import Method, trained_parameters
+from erasure.strategies.denoising import Method, beside_denoiser, denoiser_student
 from erasure.strategies.looped import LoopedStrategy
 from erasure.strategies.prompts import concept_scenes
 from erasure.strategies.tasks import Task
@@ -30,7 +30,7 @@ from erasure.training.generator import OneStepGenerator
 from erasure.training.loop import Share
 from erasure.training.run import Run
 from erasure.training.states import Scene
-from erasure.training.student import LowRankStudent, Student, make_student
+from erasure.training.student import LowRankStudent, Student
 from erasure.training.turns import After, Descent, Turn
 from erasure.world import World
 
@@ -180,8 +180,10 @@ class SFD(LoopedStrategy):
         prompts = Reader(backbone).read(
             ["", *(text for each in (*scenes, *kept) for text in (each.prompt, *each.asks))]
         )
-        generator = self.student(backbone, tower, torch.Generator().manual_seed(seed))
-        fake = self.student(backbone, tower, torch.Generator().manual_seed(seed + 1))
+        generator, fake = (
+            denoiser_student(backbone, self.method, self.rank, torch.Generator().manual_seed(each))
+            for each in (seed, seed + 1)
+        )
         if self.start:
             begin(generator, backbone, read_lora(self.start))
         concept, retained = (
@@ -200,11 +202,6 @@ class SFD(LoopedStrategy):
             ),
         )  # fmt: skip
         return Distillation(backbone, tower, concepts, seed, prompts, generator, concept, retained, method)
-
-    def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """A player: a LoRA on the chosen layers, or their parameters themselves."""
-        chosen = trained_parameters(backbone, self.method)
-        return make_student(backbone.denoiser, chosen, self.rank, generator, f"method {self.method!r}")
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Prompts with the concepts, each with what the model itself is asked instead."""
@@ -237,13 +234,11 @@ class SFD(LoopedStrategy):
 
     def edits(self, task: Task) -> Edits:
         """Those of the generator; nothing of the other player is left."""
-        component, student = task.backbone.denoiser_component, task.student
-        low_rank = {f"{component}/{path}": pair for path, pair in student.low_rank().items()}
-        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in student.deltas().items()})
+        return task.student.edits(task.backbone.denoiser_component)
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """The text encoders, whose encodings are cached, and the autoencoder."""
-        return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
+        """See `beside_denoiser`."""
+        return beside_denoiser(backbone)
 
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
         """See `LoopedStrategy.validate`; in one step, without guidance."""

@@ -79,10 +79,6 @@ class NoisedImages(RolledOut):
         noise = self.backbone.noise([stable_seed(self.seed, "noise", number) for number in index.tolist()])
         return self.clean[image.to(self.clean.device)], noise, t
 
-    def training_target(self, index: Tensor) -> Tensor:
-        """What a model that is trained on the images must predict at states, shaped as their latents."""
-        return self.backbone.parametrisation.target(*self.mixed(index))
-
     @torch.no_grad()
     def take(self, index: Tensor) -> States:
         """See `StateSource.take`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from erasure.carriers.edits import LowRank
+from erasure.carriers.edits import Edits, LowRank
 from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths, scopes
 from erasure.training.turns import Output, Player
@@ -75,14 +75,15 @@ class Student(Player, ABC):
     def deltas(self) -> dict[str, Tensor]:
         """Changes as dense float16 tensors on the CPU, by canonical parameter path."""
 
+    def edits(self, component: str) -> Edits:
+        """The changes, as an erasure holds those of a component of a pipeline."""
+        low_rank = {f"{component}/{path}": pair for path, pair in self.low_rank().items()}
+        return Edits(low_rank, {f"{component}/{path}": delta for path, delta in self.deltas().items()})
+
     @property
     def is_active(self) -> bool:
         """Whether the network is the student now."""
         return self._depth > 0
-
-    def checkpointed(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """See the function of this name, for a network that can be this student alone."""
-        return checkpointed(denoiser, [self])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths
-from erasure.training.student import LowRankStudent, Student, SubsetStudent, make_student
+from erasure.training.student import LowRankStudent, Student, SubsetStudent, checkpointed, make_student
 
 LAYERS = [f"mid_block.attentions.0.transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
 
@@ -175,7 +175,7 @@ def test_checkpointing_gives_the_same_gradients_with_a_teacher_in_between(studen
     """Whereas with PEFT's adapters off during backward the blocks that run again are the teacher's."""
     student(lambda: output(unet)).square().mean().backward()
     wanted = gradients(student)
-    with student.checkpointed(unet):
+    with checkpointed(unet, [student]):
         loss = student(lambda: output(unet)).square().mean()
         with torch.no_grad():
             output(unet)

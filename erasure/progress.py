@@ -1,0 +1,29 @@
+"""How far long work is: a bar, or a function of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def reporting(progress: bool | Callable[[float], None], label: str) -> Iterator[Callable[[float], None]]:
+    """Give a function that takes the share of the work that is done, 0-1.
+
+    Args:
+        progress: `True` for a bar on stderr, `False` for nothing, or the function itself.
+        label: What the bar says.
+    """
+    if callable(progress):
+        yield progress
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(
+        total=100,
+        desc=label,
+        disable=not progress,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
+        leave=False,
+    ) as bar:
+        yield lambda share: bar.update(max(int(100 * share) - bar.n, 0))
