@@ -18,6 +18,7 @@ from erasure.strategies import get
 from erasure.training.attack import attacked, prefixed, random_words, vocabulary_spread
 from erasure.training.loop import Share
 from erasure.training.trajectories import rolling_out
+from tests.strategies.updates import first_update
 
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
@@ -300,14 +301,7 @@ def test_an_update_on_two_encoders_is_plain_arithmetic(tiny_xl: Any, attacked: t
         **{**QUICK, "base": "null", "text_encoders": attacked, "scope_weight": 0.5, "retain_weight": 2.0}
     )
     backbone = backbone_for(tiny_xl)
-    task = strategy.task(backbone, backbone.reader, [CAT], 0, Accelerator(cpu=True))
-    with torch.no_grad():
-        for up in task.student.up:
-            up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    with rolling_out(backbone):
-        for source in task.sources():
-            source.fill()
-        batch = strategy.prepare(task, 0, Share(0, 1))
+    task, batch = first_update(strategy, backbone, CAT)
     assert batch.extra is not None
     assert set(batch.extra) == set(attacked)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import erasure
@@ -17,10 +16,9 @@ from erasure.strategies import get
 from erasure.strategies.denoising import trained_parameters
 from erasure.strategies.prompts import anchored
 from erasure.training.images import LEVELS
-from erasure.training.loop import Share
 from erasure.training.states import Scene, stable_seed
-from erasure.training.trajectories import rolling_out
 from tests.strategies.test_trained_families import velocity
+from tests.strategies.updates import first_update
 
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
@@ -33,15 +31,7 @@ def trained(pipe: Any, name: str = "concept_ablation", **options: Any) -> tuple[
     """A strategy, a training of it whose student differs from the stock model, and its first batch."""
     strategy: Any = get(name).configured(**{**QUICK, **options})
     backbone = backbone_for(pipe)
-    task = strategy.task(backbone, backbone.reader, [CAT], 0, Accelerator(cpu=True))
-    with torch.no_grad():
-        for up in task.student.up:
-            up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    with rolling_out(backbone):
-        for source in task.sources():
-            source.fill()
-        batch = strategy.prepare(task, 0, Share(0, 1))
-    return strategy, task, batch
+    return strategy, *first_update(strategy, backbone, CAT)
 
 
 def predicted(pipe: Any, x: Tensor, t: Tensor, prompt: str, guidance: Tensor) -> Tensor:

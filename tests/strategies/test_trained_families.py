@@ -20,9 +20,9 @@ from erasure.backbones.latents import pack, unpack
 from erasure.errors import ConceptError, OptionError
 from erasure.strategies import get
 from erasure.strategies.denoising import Method, trained_parameters
-from erasure.training.loop import Share
 from erasure.training.run import Run
 from erasure.training.trajectories import rolling_out
+from tests.strategies.updates import first_update
 
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
@@ -137,13 +137,7 @@ def test_an_update_of_esd_is_plain_arithmetic(pipe: Any, base: str) -> None:
         **{**QUICK, "base": base, "eta": 0.7, "retain_weight": 2.0, "rollout_guidance": 3.5, "batch": 6}
     )
     backbone = backbone_for(pipe)
-    task = strategy.task(backbone, backbone.reader, [CAT], 0, Accelerator(cpu=True))
-    for up in task.student.up:
-        up.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    with rolling_out(backbone):
-        for source in task.sources():
-            source.fill()
-        batch = strategy.prepare(task, 0, Share(0, 1))
+    task, batch = first_update(strategy, backbone, CAT)
     scales = {1.0, 3.5} if backbone.told_guidance else {1.0}
     assert set(batch.guidance.tolist()) == scales
     with task.student.active():
