@@ -1,0 +1,61 @@
+"""What suites and attacks say of canvas-sd stays what it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from erasure.eval.attacks import ATTACKS
+from erasure.eval.suites import SUITES
+from tests.eval.pinned import FILE, prepare, runs
+
+KEPT: dict[str, Any] = json.loads(FILE.read_text())
+NEAR = {"rel": 2e-3, "abs": 2e-3}
+"""How far a number may be from the one that is kept: processors round differently."""
+COLOUR = 1.0
+"""The same for the mean colour of a part of a picture, in steps of 256."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        pipe = prepare(patch.setattr)
+        yield runs(pipe, tmp_path_factory.mktemp("pinned"))
+    torch.set_num_threads(threads)
+
+
+def compared(wanted: Any, got: Any, where: str, near: dict[str, float]) -> Iterator[str]:
+    """Name the places in which two pieces of plain data differ; what only the newer one has is no difference."""
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        for key in wanted:
+            if key in got:
+                yield from compared(wanted[key], got[key], f"{where}/{key}", near)
+            else:
+                yield f"{where}/{key} is not there any more"
+    elif isinstance(wanted, list) and isinstance(got, list) and len(wanted) == len(got):
+        for index, (one, other) in enumerate(zip(wanted, got, strict=True)):
+            yield from compared(one, other, f"{where}/{index}", near)
+    elif isinstance(wanted, float) and isinstance(got, float | int):
+        if got != pytest.approx(wanted, **near):
+            yield f"{where}: {got}, was {wanted}"
+    elif wanted != got:
+        yield f"{where}: {got!r}, was {wanted!r}"
+
+
+@pytest.mark.parametrize("part", ["metrics", "rows", "images"])
+@pytest.mark.parametrize("name", sorted(KEPT))
+def test_what_is_said_of_the_embedded_model_stays_what_it_was(name: str, part: str, found: dict[str, Any]) -> None:
+    wanted, got = KEPT[name][part], found[name][part]
+    assert wanted
+    assert set(wanted) == set(got)
+    near = {"rel": 0, "abs": COLOUR} if part == "images" else NEAR
+    assert not list(compared(wanted, got, name, near))
+
+
+def test_every_suite_and_attack_is_kept() -> None:
+    assert set(KEPT) == {*SUITES.built_in, *ATTACKS.built_in, "replay"}
