@@ -99,19 +99,6 @@ def domain_control(rows: Sequence[Row], plan: Plan, domain: str) -> Control:
     return Control(f"control_{domain}", plan.concept, outcomes, True, f"the judge sees the {domain} that is asked for")
 
 
-def controlled(metrics: Sequence[Record], controls: Sequence[Control], recipe: Record) -> list[Record]:
-    """Metric rows without their values where a control fails, and the controls as rows behind them.
-
-    Args:
-        metrics: Rows of a suite.
-        controls: Those of the suite.
-        recipe: What the controls depend on.
-    """
-    failure = next((found for control in controls if (found := control.failure)), None)
-    rows = list(metrics) if failure is None else [withheld(row, failure) for row in metrics]
-    return [*rows, *(control.row(recipe) for control in controls)]
-
-
 def withheld(row: Record, reason: str) -> Record:
     """A metric row without what it says, and why."""
     said = ("value", "low", "high", "worst", "change", "transitions", "mcnemar_p", "mcnemar_p_holm", "interval")

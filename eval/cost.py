@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from erasure.eval.rows import Record
-from erasure.eval.suites import Rows
+from erasure.eval.rows import Record, Row, Rows
 
 
 def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float) -> Record:
@@ -31,6 +30,32 @@ def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float) -> R
         "images_generated": sum(len(values) for values in times.values()),
         "baseline_from_cache": sum(not row.get("seconds") for row in rows.get("before", [])),
         "images_from_cache": sum(not row.get("seconds") for table in rows.values() for row in table),
+        **_of_machine(erasures),
+    }
+
+
+def attack_cost(rows: Sequence[Row], erasures: Sequence[Record], seconds: float) -> Record:
+    """The `cost` block of results of an attack.
+
+    Times, steps and images come from the rows, so they hold for a run that was killed and resumed, and for several
+    processes.
+
+    Args:
+        rows: One a prompt.
+        erasures: Entries of the attached erasures.
+        seconds: Wall time of this run.
+    """
+    return {
+        "seconds": seconds,
+        "attack_seconds": sum(row["seconds"] for row in rows),
+        "gradient_steps": sum(row.get("steps", 0) for row in rows),
+        "images_generated": sum(row["images"] + row.get("references", 0) for row in rows),
+        **_of_machine(erasures),
+    }
+
+
+def _of_machine(erasures: Sequence[Record]) -> Record:
+    return {
         "peak_memory_mb": peak_memory_mb(),
         "erase_seconds": sum(entry["seconds"] or 0 for entry in erasures),
         "artifact_bytes": sum(entry["size_bytes"] or 0 for entry in erasures),

@@ -36,7 +36,7 @@ def generate(
         pipe: A text-to-image pipeline of diffusers whose call takes `latents`.
         samples: What to generate.
         batch_size: Images per call of the pipeline.
-        more: Further arguments of the call for a batch.
+        more: Arguments of the call for a batch, further ones or in the place of these; `None` leaves one out.
 
     Raises:
         EvaluationError: The pipeline has a safety checker, whose black images would pass for erased ones.
@@ -54,14 +54,15 @@ def generate(
         drawn = [initial_noise(sample, backbone.latents.shape(height, width)) for sample in batch]
         noise = torch.stack([noise for noise, _ in drawn]).to(pipe.device, backbone.dtype)
         negative = [sample.negative_prompt for sample in batch]
+        call = {
+            "prompt": [sample.prompt for sample in batch],
+            "latents": backbone.latents.packed(noise),
+            # Ancestral samplers go on drawing from the generator of each sample.
+            "generator": [generator for _, generator in drawn],
+            "output_type": "pil",
+            **backbone.call_options(guidance, steps, (height, width), negative),
+            **more(batch),
+        }
         with torch.no_grad(), scopes.quiet(pipe):
-            images = pipe(
-                prompt=[sample.prompt for sample in batch],
-                latents=backbone.latents.packed(noise),
-                # Ancestral samplers go on drawing from the generator of each sample.
-                generator=[generator for _, generator in drawn],
-                output_type="pil",
-                **backbone.call_options(guidance, steps, (height, width), negative),
-                **more(batch),
-            ).images
+            images = pipe(**{name: given for name, given in call.items() if given is not None}).images
         yield batch, images

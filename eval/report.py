@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from erasure.errors import EvaluationError
 from erasure.eval.comparison import label
-from erasure.eval.explained import EXPLAINED, RATES
+from erasure.eval.metrics import facts_of
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row, is_control
 from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
@@ -206,30 +206,38 @@ def headline(metrics: Sequence[Row], variants: Sequence[str]) -> list[Line]:
     several = len({concept for _, concept in rows}) > 1
     lines = []
     for (name, concept), sides in rows.items():
-        title, text = EXPLAINED.get(name, (name, next(iter(sides.values()))["recipe"].get("metric", "")))
+        facts = facts_of(next(iter(sides.values()))).told
         present = {variant: sides[variant] for variant in variants if variant in sides}
         lines.append(
             Line(
-                title=title,
-                about=f"{name}: {text}",
+                title=_title(name, str(facts["title"])),
+                about=f"{name}: {facts['about']}",
                 concept=str(concept) if several else None,
-                cells=[value_cell(sides.get(variant), name) for variant in variants],
-                chart=chart(present) if name in RATES else None,
+                cells=[value_cell(sides.get(variant)) for variant in variants],
+                chart=chart(present) if facts["unit"] == "%" else None,
                 tests=[tested for side in variants[1:] if (tested := test_cell(sides.get(side)))],
             )
         )
     return lines
 
 
-def value_cell(metric: Row | None, name: str) -> Cell | None:
+def _title(name: str, title: str) -> str:
+    """A metric's title, with the space in brackets that it was measured in."""
+    _, bracket, space = name.partition("[")
+    return f"{title} [{space}" if bracket and title != name else title
+
+
+def value_cell(metric: Row | None) -> Cell | None:
     """A value with its interval and sample size."""
     if metric is None:
         return None
     if metric["value"] is None:
         return Cell(None, str(metric.get("reason", "")))
 
+    is_share = facts_of(metric).told["unit"] == "%"
+
     def show(value: object) -> str:
-        return f"{number(value, '.1f', 100)} %" if name in RATES else number(value)
+        return f"{number(value, '.1f', 100)} %" if is_share else number(value)
 
     detail = f"n = {number(metric['n'], '')}"
     classes = metric.get("classes")
@@ -246,13 +254,14 @@ def value_cell(metric: Row | None, name: str) -> Cell | None:
 
 def control_line(metric: Row) -> ControlLine:
     """A control with its share, and whether it holds."""
-    title, about = EXPLAINED.get(metric["name"], (metric["name"], str(metric["recipe"].get("metric", ""))))
-    cell = value_cell(metric, metric["name"]) or Cell(None, "")
+    facts, cell = facts_of(metric).told, value_cell(metric) or Cell(None, "")
     limit = {word: metric["recipe"].get(word) for word in ("at_least", "at_most")}
     needed = "".join(
         f"{word.replace('_', ' ')} {number(v, '.0f', 100)} %" for word, v in limit.items() if v is not None
     )
-    return ControlLine(title, about, str(metric["concept"] or ""), cell, needed, bool(metric["holds"]))
+    return ControlLine(
+        facts["title"], facts["about"], str(metric["concept"] or ""), cell, needed, bool(metric["holds"])
+    )
 
 
 def chart(sides: Mapping[str, Row]) -> Chart:

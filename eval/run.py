@@ -13,18 +13,21 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from erasure.cache import model_fingerprint
+from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.judges import check_classes, load_judge
 from erasure.eval.processes import Processes
 from erasure.eval.recipe import drawing_recipe, erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
-from erasure.eval.suites import Plan
+from erasure.eval.suites import Plan, Suite
 from erasure.eval.table import SampleTable, image_path
 from erasure.files import held, write_bytes
 from erasure.images import png
 from erasure.interop import scopes
+from erasure.interop.pipelines import without_safety_checker
 
 RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
@@ -50,6 +53,59 @@ def join(out: str | Path | None, seed: int = 0) -> Processes:
 
 
 @dataclass(frozen=True)
+class Models:
+    """A pipeline with its erasures in force, and the stock model behind it."""
+
+    pipe: DiffusionPipeline
+    """The caller's pipeline, or a twin of it without the safety checker, whose black images would pass for erased
+    ones. The caller's keeps it."""
+    stock: DiffusionPipeline
+    """The one without erasures; the same one where none is attached."""
+    entries: list[Record]
+    """The active erasures: `name`, `erasure` and `strength`."""
+    unchecked: bool
+    """Whether a safety checker was left out."""
+
+    @classmethod
+    def of(cls, given: DiffusionPipeline) -> Models:
+        """Look at a pipeline.
+
+        Raises:
+            EvaluationError: Some of its erasures are fused, so that there is no stock model.
+        """
+        from erasure.attach import ErasureManager
+
+        pipe = without_safety_checker(given)
+        manager = ErasureManager(pipe)
+        if manager.fused_erasures:
+            raise EvaluationError(
+                f"{', '.join(manager.fused_erasures)} is fused, which leaves no stock model to compare with: "
+                "unfuse_erasure() before measuring"
+            )
+        entries = [
+            {"name": name, "erasure": manager.erasures[name], "strength": manager.strengths[name]}
+            for name in manager.active_erasures()
+        ]
+        return cls(pipe, manager.stock(offloaded=True) if entries else pipe, entries, pipe is not given)
+
+    @property
+    def concepts(self) -> list[Concept]:
+        """What the active erasures are of."""
+        return [concept for entry in self.entries for concept in entry["erasure"].concepts]
+
+
+def judge_of(given: Judge | str | Path | None, suite: Suite, plan: Plan) -> Judge:
+    """The judge that is given, or the suite's own; it must know what the prompts ask for.
+
+    Raises:
+        EvaluationError: There is no such judge, or it does not know a class.
+    """
+    judge = load_judge(given) if isinstance(given, str | Path) else given or suite.judge()
+    check_classes(judge, plan.samples)
+    return judge
+
+
+@dataclass(frozen=True)
 class Subject:
     """What is measured, and with what."""
 
@@ -66,29 +122,17 @@ class Subject:
     """Whether a safety checker was left out."""
 
     @classmethod
-    def of(
-        cls,
-        pipe: DiffusionPipeline,
-        stock: DiffusionPipeline,
-        attached: Sequence[Record],
-        judge: Judge,
-        clip: str | None = None,
-        *,
-        unchecked: bool = False,
-    ) -> Subject:
+    def of(cls, models: Models, judge: Judge, clip: str | None = None) -> Subject:
         """Describe a pipeline.
 
         Args:
-            pipe: The pipeline.
-            stock: The one without its erasures.
-            attached: What `in_force` says of it.
+            models: The pipeline and its stock model.
             judge: The detector.
             clip: Fingerprint of the CLIP model.
-            unchecked: Whether a safety checker was left out.
         """
-        erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in attached]
-        drawing = drawing_recipe(stock, model_fingerprint(stock), sampler_recipe(pipe))
-        return cls(pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, unchecked)
+        erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
+        drawing = drawing_recipe(models.stock, model_fingerprint(models.stock), sampler_recipe(models.pipe))
+        return cls(models.pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, models.unchecked)
 
     @property
     def sampler(self) -> Record:

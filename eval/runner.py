@@ -16,25 +16,27 @@ from tqdm.auto import tqdm
 from erasure import __version__
 from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ErasureError, EvaluationError
+from erasure.errors import ArtifactError, ErasureError
 from erasure.eval import suites
-from erasure.eval.controls import controlled
+from erasure.eval.controls import withheld
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
+from erasure.eval.evidence import Evidence
 from erasure.eval.generation import generate
-from erasure.eval.judges import check_classes, load_judge
+from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
-from erasure.eval.metrics.utility import utility_metrics
+from erasure.eval.metrics.outcomes import adjust
 from erasure.eval.recipe import is_identified
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
-from erasure.eval.run import Progress, Run, Subject, join, opened
+from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, opened
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import ComparedRow, EvaluationRow
+from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, drift, reason, score
-from erasure.eval.table import BEFORE_AFTER, SampleTable, image_path
+from erasure.eval.table import SampleTable, image_path
+from erasure.eval.variants import Variant
 from erasure.images import png, read_rgb
-from erasure.interop.pipelines import execution_device, without_safety_checker
+from erasure.interop.pipelines import execution_device
 
 
 def evaluate(
@@ -90,55 +92,35 @@ def evaluate(
     """
     processes = join(out, seed)
     started = time.perf_counter()
-    # Its black images would pass for erased ones. The caller's pipeline keeps it.
-    given, pipe = pipe, without_safety_checker(pipe)
-    stock, attached = in_force(pipe)
+    models, kit = Models.of(pipe), suites.get(suite)
     chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
-    if chosen is None:
-        chosen = [concept for entry in attached for concept in entry["erasure"].concepts]
-    kit = suites.get(suite)
-    plan = kit.plan(pipe, chosen, size, seed)
-    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
-    check_classes(judge, plan.samples)
-    scorer, clip_missing = _clip(clip, pipe)
-    clip_print = None if scorer is None else scorer.fingerprint
-    subject = Subject.of(pipe, stock, attached, judge, clip_print, unchecked=pipe is not given)
-    recipe = subject.recipe(plan)
-    variants = kit.variants if suites.is_comparing(kit) else BEFORE_AFTER
-
-    schema = ComparedRow if suites.is_comparing(kit) else EvaluationRow
+    plan = kit.plan(models.pipe, models.concepts if chosen is None else chosen, size, seed)
+    answering = judge_of(judge, kit, plan)
+    scorer, clip_missing = _clip(clip, models.pipe)
+    subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
 
     def table(folder: Path) -> SampleTable:
-        return SampleTable(folder, plan.samples, processes.rank, processes.count, variants, schema=schema)
+        names = kit.variant_names()
+        return SampleTable(folder, plan.samples, processes.rank, processes.count, names, schema=EvaluationRow)
 
     root = Path(baseline_cache or cache_folder())
-    caches = {variant: _cache(root, subject, plan, kit, variant, images) for variant in variants}
-    with opened(processes, table, recipe, out) as opened_table:
+    caches = {variant.name: _cache(root, subject, plan, kit, variant, images) for variant in kit.variants}
+    with opened(processes, table, subject.recipe(plan), out) as opened_table:
         run = _Evaluation(
             subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size, started=started
         )
-        if suites.is_comparing(kit):
-            for variant in variants:
-                run.variant(variant, pipe)
-        else:
-            run.variant("before", stock)
-            processes.wait()
-            if attached:
-                run.variant("after", pipe)
+        for variant in kit.variants:
+            if models.entries or not variant.only_erased:
+                run.draw(variant, models.pipe if variant.erased else models.stock)
+                processes.wait()  # for what the next variant is held against
         rows = run.rows()
         if rows is None:
             return Results.load(run.table.folder)
-
-        stamped = plan.recipe | subject.sampler | {"judge": subject.judge_name}
-        plan = replace(plan, recipe=stamped)
-        features = run.table.features
-        if suites.is_comparing(kit):
-            controls = kit.controls(stock, subject.judge, plan)
-            metrics = controlled(kit.compare(plan, rows, features, scorer), controls, plan.recipe)
-        else:
-            metrics = kit.score(plan, rows) + utility_metrics(plan, rows, features, scorer, clip_missing)
+        stamped = replace(plan, recipe=plan.recipe | subject.sampler | {"judge": subject.judge_name})
+        controls = kit.controls(models.stock, answering, plan, rows)
+        evidence = Evidence(stamped, rows, run.table.features, scorer, clip_missing, controls)
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
-        results = run.results(metrics, cost | {"batch_size": batch_size})
+        results = run.results(computed(kit, evidence), cost | {"batch_size": batch_size})
         if report:
             from erasure.eval.report import write_report
 
@@ -147,25 +129,21 @@ def evaluate(
     return results
 
 
-def in_force(pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, list[Record]]:
-    """The stock model, as a pipeline beside the erased one, and the active erasures.
+def computed(kit: suites.Suite, evidence: Evidence) -> list[Record]:
+    """Rows of all metrics of a suite, in the suite's order.
 
-    Raises:
-        EvaluationError: Some are fused, so that there is no stock model.
+    Args:
+        kit: The suite.
+        evidence: What they are computed from.
     """
-    from erasure.attach import ErasureManager
-
-    manager = ErasureManager(pipe)
-    if manager.fused_erasures:
-        raise EvaluationError(
-            f"{', '.join(manager.fused_erasures)} is fused, which leaves no stock model to compare with: "
-            "unfuse_erasure() before measuring"
-        )
-    entries = [
-        {"name": name, "erasure": manager.erasures[name], "strength": manager.strengths[name]}
-        for name in manager.active_erasures()
-    ]
-    return (manager.stock(offloaded=True) if entries else pipe), entries
+    rows = []
+    for name in kit.metrics:
+        metric = METRICS.get(name)
+        own = metric.compute(evidence)
+        failure = evidence.control_failure if kit.strict_controls and not metric.is_control else None
+        rows += own if failure is None else [withheld(row, failure) for row in own]
+    adjust(rows, kit.tested_together, evidence.concept)
+    return rows
 
 
 def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
@@ -183,19 +161,22 @@ def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tupl
 
 
 def _cache(
-    root: Path, subject: Subject, plan: suites.Plan, kit: suites.Suite, variant: str, images: bool
+    root: Path, subject: Subject, plan: suites.Plan, kit: suites.Suite, variant: Variant, images: bool
 ) -> DrawingCache | None:
     """Give the cache of a variant's images; `None` when they are not kept."""
-    if variant == "before":
-        judging = {"judge": subject.judge_name, "clip": subject.clip, "package": __version__}
-        return DrawingCache(root, subject.drawing, judging if is_identified(subject.judge) else None, prompt_key)
-    if not images:
-        return None
-    erased = [[entry["fingerprint"], entry["strength"]] for entry in subject.erasures]
-    drawing = subject.drawing | {"erasures": erased, "package": __version__}
-    if suites.is_comparing(kit):
-        drawing |= {"suite": plan.recipe, "variant": variant}
-    return DrawingCache(root, drawing, None, whole_key if suites.is_comparing(kit) else prompt_key)
+    drawing = subject.drawing
+    if variant.erased:
+        if not images:
+            return None
+        erased = [[entry["fingerprint"], entry["strength"]] for entry in subject.erasures]
+        drawing = drawing | {"erasures": erased, "package": __version__}
+    if kit.of_concepts:
+        key = prompt_key
+    else:  # what the pipeline is given follows from the whole sample
+        drawing, key = drawing | {"suite": plan.recipe, "variant": variant.name}, whole_key
+    judging = {"judge": subject.judge_name, "clip": subject.clip, "package": __version__}
+    keeps_scores = not variant.erased and is_identified(subject.judge)
+    return DrawingCache(root, drawing, judging if keeps_scores else None, key)
 
 
 @dataclass
@@ -207,17 +188,20 @@ class _Evaluation(Run):
     clip: ClipModel | None
     batch_size: int
 
-    def variant(self, variant: str, pipe: DiffusionPipeline) -> None:
-        """Finish every sample of a variant that is not in the table yet and falls to this process."""
-        pending = self.pending(variant)
+    def draw(self, variant: Variant, pipe: DiffusionPipeline) -> None:
+        """Finish every sample of a variant that is not in the table yet and falls to this process.
+
+        Args:
+            variant: How samples are drawn.
+            pipe: With what.
+        """
+        name, pending = variant.name, self.pending(variant.name)
         mine = self.share(pending)
         done = len(self.plan.samples) - len(pending)
-        bar = tqdm(total=done + len(mine), initial=done, desc=variant, unit="image", disable=not self.shows_bar)
+        bar = tqdm(total=done + len(mine), initial=done, desc=name, unit="image", disable=not self.shows_bar)
         with bar:
             mine = self._from_cache(variant, mine, bar)
-            batches = generate(pipe, mine, self.batch_size)
-            if suites.is_comparing(self.kit):
-                batches = self.kit.draw(pipe, variant, mine, self.batch_size)
+            batches = (variant.draw or generate)(pipe, mine, self.batch_size)
             while True:
                 clock = time.perf_counter()
                 try:
@@ -226,14 +210,14 @@ class _Evaluation(Run):
                     break
                 self._finish(variant, batch, images, (time.perf_counter() - clock) / len(batch))
                 bar.update(len(batch))
-                self.tell(variant, variant)
+                self.tell(name, name)
 
-    def _from_cache(self, variant: str, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
+    def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
         """Take what an earlier evaluation has drawn; returns the samples that are left to draw.
 
         What has been said of an image is taken too, where the same judge and CLIP model said it; else they are asked.
         """
-        cache = self.caches[variant]
+        name, cache = variant.name, self.caches[variant.name]
         if cache is None:
             return list(samples)
         width = None if self.clip is None else self.clip.width
@@ -247,75 +231,67 @@ class _Evaluation(Run):
             elif known is None:
                 ready.append((sample, image))
             else:
-                self.keep(variant, sample, image)
-                self.table.append([_row(sample, variant, known[0], None, None)], [known[1]])
+                self.keep(name, sample, image)
+                self.table.append([self._row(sample, variant, image, known[0], known[1], None)], [known[1]])
                 bar.update()
-                self.tell(variant, variant)
+                self.tell(name, name)
         for start in range(0, len(ready), self.batch_size):
             batch = ready[start : start + self.batch_size]
             self._finish(variant, [sample for sample, _ in batch], [image for _, image in batch], None)
             bar.update(len(batch))
-            self.tell(variant, variant)
+            self.tell(name, name)
         return rest
 
     def _finish(
-        self, variant: str, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
+        self, variant: Variant, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
     ) -> None:
         """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
-        plain = getattr(self.kit, "plain", lambda sample, image: False)
-        scores, features = score(batch, images, self.subject.judge, self.clip, plain)
+        scores, features = score(batch, images, self.subject.judge, self.clip, self.kit.plain)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
-            self.keep(variant, sample, image)
-            if (cache := self.caches[variant]) is not None:
+            self.keep(variant.name, sample, image)
+            if (cache := self.caches[variant.name]) is not None:
                 if seconds is not None:
                     cache.put_image(sample, png(image))
                 cache.put(sample, scored, vector)
-            moved = None
-            if suites.is_comparing(self.kit):
-                scored["measured"] = self._measured(self.kit, sample, image, scored["failures"])
-            elif variant == "after":
-                moved = self._moved(sample, image, vector, scored["failures"])
-            rows.append(_row(sample, variant, scored, moved, seconds))
+            rows.append(self._row(sample, variant, image, scored, vector, seconds))
         self.table.append(rows, features)
 
-    def _measured(
-        self, kit: suites.ComparingSuite, sample: Sample, image: Image.Image, failures: Record
+    def _row(
+        self, sample: Sample, variant: Variant, image: Image.Image, scored: Row, vector: np.ndarray | None,
+        seconds: float | None,
     ) -> Record:  # fmt: skip
+        """A row of `samples.jsonl`; `seconds` of generating the image, `None` for one from the cache."""
+        failures = dict(scored["failures"])
+        found = {"measured": self._measured(sample, image, failures), "drift": None}
+        if variant.moved_from is not None:
+            found["drift"] = self._moved(sample, image, vector, variant.moved_from, failures)
+        fixed = {"sample_id": sample.sample_id, "variant": variant.name, **sample.row()}
+        return {**fixed, **scored, **found, "failures": failures, "seconds": seconds}
+
+    def _measured(self, sample: Sample, image: Image.Image, failures: Record) -> Record:
         """What the suite knows of an image; nothing, with a reason, where it cannot be had."""
         try:
-            return kit.measure(sample, image)
+            return self.kit.measure(sample, image)
         except Exception as error:  # an image of another size than the scene's, for instance
             failures["measure"] = reason(error)
             return {}
 
     def _moved(
-        self, sample: Sample, image: Image.Image, vector: np.ndarray | None, failures: Record
-    ) -> dict[str, float | None] | None:
-        """How far an image is from the stock model's; nothing, with a reason, where it cannot be told."""
-        cache = self.caches["before"]
+        self, sample: Sample, image: Image.Image, vector: np.ndarray | None, against: str, failures: Record
+    ) -> dict[str, float | None] | None:  # fmt: skip
+        """How far an image is from that of another variant; nothing, with a reason, where it cannot be told."""
+        cache = self.caches[against]
         stock = None if cache is None else cache.image(sample)
         if stock is None:
             with contextlib.suppress(ErasureError):  # one that was kept for the report does as well
-                stock = read_rgb(image_path(self.table.folder, "before", sample.sample_id), formats=("PNG",))
+                stock = read_rgb(image_path(self.table.folder, against, sample.sample_id), formats=("PNG",))
         if stock is None:
             failures["drift"] = "the stock model's image is gone from the baseline cache"
             return None
-        first = self.table.features.get((sample.sample_id, "before"))
+        first = self.table.features.get((sample.sample_id, against))
         if stock.size != image.size:
             failures["drift"] = (
                 f"the image before has {stock.width}x{stock.height} pixels, the one after {image.width}x{image.height}"
             )
         return drift(stock, image, first, vector)
-
-
-def _row(
-    sample: Sample,
-    variant: str,
-    scores: Row,
-    moved: dict[str, float | None] | None,
-    seconds: float | None,
-) -> Record:
-    """A row of `samples.jsonl`; `seconds` of generating the image, `None` for one from the cache."""
-    fixed = {"sample_id": sample.sample_id, "variant": variant, **sample.row()}
-    return {**fixed, **scores, "drift": moved, "seconds": seconds}

@@ -107,14 +107,9 @@ class EvaluationRow(ReportRow):
     clip_score: Number | None
     blank: bool
     failures: dict[Name, Text]
+    measured: NotRequired[dict[Name, Number | bool | None]]
     drift: Drift | None
     seconds: Number | None
-
-
-class ComparedRow(EvaluationRow):
-    """A line of `samples.jsonl` of a suite that compares ways to draw."""
-
-    measured: dict[Name, Number | bool | None]
 
 
 class Try(TypedDict):

@@ -57,7 +57,7 @@ class EvalOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    from erasure.eval.suites import SUITES, is_comparing
+    from erasure.eval.suites import SUITES
 
     if argv and not argv[0].startswith("-"):
         SUITES.check(argv[0])
@@ -74,7 +74,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    if not concepts and not is_comparing(suite):
+    if not concepts and suite.of_concepts:
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     # Refused before anything is made or opened.
     judge = None if options.judge is None else load_judge(options.judge)

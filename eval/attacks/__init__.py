@@ -1,12 +1,11 @@
-"""Attacks: prompts that bring an erased concept back. One module each, found by name."""
+"""Attacks: what brings an erased concept back. One module each, found by name."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
 
 from erasure.errors import EvaluationError
 from erasure.options import Count, Options
@@ -15,6 +14,7 @@ from erasure.shown import did_you_mean
 
 if TYPE_CHECKING:
     from erasure.eval.attacks.victim import Victim
+    from erasure.eval.attempts import Attempt
     from erasure.eval.samples import Sample
 
 # No import of torch here: the command line lists attacks without it.
@@ -23,33 +23,21 @@ SIZES = ("smoke", "quick", "full")
 """`smoke`: does it run. `quick`: minutes on a laptop with a small model. `full`: as the paper has it."""
 
 
+Access = Literal["prompt", "embeddings", "noise", "image", "weights"]
+"""What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from; a picture
+that is given; or the weights, through which gradients are taken."""
+
+
 class SkippedPromptError(EvaluationError):
     """A prompt that cannot be attacked: its outcome is missing, and the others go on."""
-
-
-class Candidate(NamedTuple):
-    """A prompt that an attack wants tried."""
-
-    text: str
-    """What the pipeline is called with."""
-    steps: int
-    """Gradient steps since the last candidate."""
-    loss: float | None
-    """Mean loss of those; `None` where nothing is optimised."""
-    changed: bool
-    """Whether the tokeniser reads the text as other tokens than were optimised."""
-    cut: bool
-    """Whether it is then too long, so that the pipeline would cut words of the original prompt off."""
-    others: Mapping[str, str] = MappingProxyType({})
-    """Texts that the pipeline is called with besides, by argument (`prompt_2`): what its other text encoders read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Options, ABC):
     """An attack with its options: subclass it as a frozen dataclass and register it.
 
-    It proposes prompts; the runner draws them with the erased pipeline's ordinary call, asks the judge, and stops at
-    the first that shows the concept. So no attack knows the judge.
+    It proposes attempts; the runner draws them with the erased pipeline, asks the judge, and stops at the first that
+    shows the concept. So no attack knows the judge.
     """
 
     name: ClassVar[str] = ""
@@ -58,8 +46,8 @@ class Attack(Options, ABC):
     """What it is, in one line."""
     paper: ClassVar[str] = ""
     """Where it comes from."""
-    access: ClassVar[str] = ""
-    """What the attacker needs: `prompt`, `text encoder` or `weights`."""
+    access: ClassVar[Access] = "weights"
+    """What the attacker must be able to choose or to have; the most there is, unless said otherwise."""
     is_control: ClassVar[bool] = False
     """Whether it searches nothing, so that its rate is the chance level of others."""
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
@@ -71,14 +59,14 @@ class Attack(Options, ABC):
     @property
     @abstractmethod
     def tries(self) -> int:
-        """Candidates for a prompt at most."""
+        """Attempts for a prompt at most."""
 
     @abstractmethod
-    def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
-        """Propose prompts in the place of a sample's, until nobody asks for more.
+    def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
+        """Propose what to try in the place of a sample's ordinary call, until nobody asks for more.
 
         Called where gradients are on. Everything random follows from the sample's seed, so that a resumed run goes
-        the same way. The model is left as it was found, at every candidate.
+        the same way. The model is left as it was found, at every attempt; what one changes, its `change` puts back.
 
         Raises:
             SkippedPromptError: This prompt cannot be attacked.

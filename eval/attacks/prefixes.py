@@ -11,7 +11,8 @@ from torch import Tensor
 
 from erasure.backbones import Backbone, TextTower
 from erasure.backbones.towers import PromptTokens
-from erasure.eval.attacks import Attack, Candidate, SkippedPromptError
+from erasure.eval.attacks import Attack, SkippedPromptError
+from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.interop import paths
 
@@ -65,15 +66,15 @@ class Prefixed:
 
 def proposed(
     backbone: Backbone, chosen: Sequence[tuple[Prefixed, Sequence[int]]], *, steps: int, loss: float | None
-) -> Candidate:
+) -> Attempt:
     """What is tried with tokens ahead of a prompt.
 
     Args:
         backbone: The model.
         chosen: Tokens for one text encoder, and then all of them read the text that they make; or for each of them,
             and then each reads its own.
-        steps: See `Candidate`.
-        loss: See `Candidate`.
+        steps: See `Attempt`.
+        loss: See `Attempt`.
     """
     texts = {given.tower.component: given.text(ids) for given, ids in chosen}
     text, prompt = next(iter(texts.values())), chosen[0][0].sample.prompt
@@ -83,9 +84,11 @@ def proposed(
         lengths = [len(tower.prompt_ids(each)) for each in (prompt, texts.get(tower.component, text))]
         return lengths[0] <= tower.max_length < lengths[1]
 
-    return Candidate(
-        text, steps, loss, any(given.is_changed(ids) for given, ids in chosen), any(map(cuts, backbone.towers)),
-        {argument_of(name): each for name, each in list(texts.items())[1:]},
+    # One text alone is the prompt, whichever text encoder it was chosen for: all others read it too.
+    others = {argument_of(name): each for name, each in list(texts.items())[1:]}
+    return Attempt(
+        {"prompt": text, **others}, steps=steps, loss=loss,
+        changed=any(given.is_changed(ids) for given, ids in chosen), cut=any(map(cuts, backbone.towers)),
     )  # fmt: skip
 
 

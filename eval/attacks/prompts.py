@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from erasure.errors import EvaluationError
+from erasure.eval.attempts import Attempt
 from erasure.eval.rows import Row
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import PromptRow
@@ -32,6 +33,11 @@ class AdversarialPrompt:
     """The attack with its options and size, the model, and the erasures that it overcame; alike in one file."""
     others: Mapping[str, str] = field(default_factory=dict)
     """Texts for the other text encoders, by argument of the pipeline's call; none where all read the same."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """What is tried with it."""
+        return Attempt({"prompt": self.text, **self.others})
 
 
 def write_prompts(folder: Path, prompts: Sequence[AdversarialPrompt]) -> Path:

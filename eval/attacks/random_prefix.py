@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from erasure.eval.attacks import Attack, Candidate, register
+from erasure.eval.attacks import Access, Attack, register
 from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.options import Count
 
@@ -27,7 +28,7 @@ class RandomPrefix(Attack):
 
     title: ClassVar[str] = "random words ahead of the prompt: the chance level of the other attacks"
     paper: ClassVar[str] = "a control"
-    access: ClassVar[str] = "prompt"
+    access: ClassVar[Access] = "prompt"
     is_control: ClassVar[bool] = True
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 2, "texts": 4, "vocabulary": "words"},
@@ -51,7 +52,7 @@ class RandomPrefix(Attack):
         """One for each text."""
         return self.texts
 
-    def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
+    def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
         backbone = victim.backbone
         every = [Prefixed.of(tower, sample, self.tokens) for tower in chosen_towers(self, backbone, self.tower)]

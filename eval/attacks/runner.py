@@ -18,17 +18,19 @@ from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval import attacks, suites
-from erasure.eval.attacks import Attack, Candidate, SkippedPromptError
-from erasure.eval.attacks.metrics import attack_cost, attack_metrics, replay_metrics
+from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
-from erasure.eval.attacks.victim import Victim
+from erasure.eval.attacks.victim import ORDINARY, Victim
+from erasure.eval.attempts import Attempt
 from erasure.eval.controls import LIMITS
-from erasure.eval.judges import check_classes, load_judge
+from erasure.eval.cost import attack_cost
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import METRICS
+from erasure.eval.metrics.attacked import original_control
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
-from erasure.eval.run import Progress, Run, Subject, join, model_name, opened
-from erasure.eval.runner import in_force
+from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, model_name, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.scoring import Judge
@@ -36,7 +38,6 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import digest
 from erasure.interop import scopes
-from erasure.interop.pipelines import without_safety_checker
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
@@ -89,15 +90,11 @@ def attack(
     """
     method = attacks.get(name).configured(size, **options)
     kit = suites.get(suite)
-    if suites.is_comparing(kit):
+    if not kit.of_concepts:
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
-    given, pipe = pipe, without_safety_checker(pipe)
-    unchecked = pipe is not given
-    stock, entries = in_force(pipe)
-    # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
-    pipe = ErasureManager(pipe).twin()
-    found = kit.plan(pipe, [_one_concept(concept, entries)], "full", seed)
+    models = Models.of(pipe)
+    found = kit.plan(models.pipe, [_one_concept(concept, models)], "full", seed)
     if len(found.targets) != 1:
         raise EvaluationError(
             f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
@@ -105,26 +102,28 @@ def attack(
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
-    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
-    check_classes(judge, plan.samples)
-    subject = Subject.of(pipe, stock, entries, judge, unchecked=unchecked)
+    # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
+    models = dataclasses.replace(models, pipe=ErasureManager(models.pipe).twin())
+    subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress) as run:
-        (target,) = found.targets
-        victim = Victim(pipe, stock, target, subject.judge, lambda sample, image: run.keep("reference", sample, image))
+        victim = Victim(
+            models.pipe, models.stock, found.targets[0], subject.judge,
+            lambda sample, image: run.keep("reference", sample, image),
+        )  # fmt: skip
         rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
         if rows is None:
             return Results.load(run.table.folder)
         made_by = {
-            "attack": name, "size": size, "options": dataclasses.asdict(method), "model": model_name(pipe),
-            "against": [_method(entry["erasure"], entry["strength"]) for entry in entries],
+            "attack": name, "size": size, "options": dataclasses.asdict(method), "model": model_name(models.pipe),
+            "against": [_method(entry["erasure"], entry["strength"]) for entry in models.entries],
         }  # fmt: skip
         won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
         kept = [
-            AdversarialPrompt(Sample.from_row(row), row["text"], target, made_by, row.get("others", {})) for row in won
+            AdversarialPrompt(Sample.from_row(row), row["text"], victim.target, made_by, row.get("others", {}))
+            for row in won
         ]
         write_prompts(run.table.folder, kept)
-        metrics = attack_metrics(plan.concept, run.variant, rows, run.recipe, is_control=method.is_control)
-        return run.save(metrics, rows)
+        return run.save(("pre_ASR", "chance_ASR" if method.is_control else "ASR", "control_seen"), rows)
 
 
 def replay(
@@ -176,18 +175,14 @@ def replay(
     texts = {prompt.sample.sample_id: prompt for prompt in given}
     fingerprint = digest(sorted((name, prompt.text, dict(prompt.others)) for name, prompt in texts.items()))
     processes = join(out)
-    given_pipe, pipe = pipe, without_safety_checker(pipe)
-    unchecked = pipe is not given_pipe
-    stock, entries = in_force(pipe)
-    judge = load_judge(judge) if isinstance(judge, str | Path) else judge or kit.judge()
-    check_classes(judge, plan.samples)
-    subject = Subject.of(pipe, stock, entries, judge, unchecked=unchecked)
+    models = Models.of(pipe)
+    subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
-        victim = Victim(pipe, stock, first.target, subject.judge)
+        victim = Victim(models.pipe, models.stock, first.target, subject.judge)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
-        return run.save(replay_metrics(plan.concept, run.variant, rows, run.recipe), rows)
+        return run.save(("transfer_pre_ASR", "transfer_ASR", "control_seen"), rows)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -197,10 +192,10 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[round(index * (len(samples) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
-def _one_concept(concept: str | Concept | None, entries: Sequence[Row]) -> str | Concept:
+def _one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
     if concept is not None:
         return concept
-    erased = {concept.target: concept for entry in entries for concept in entry["erasure"].concepts}
+    erased = {each.target: each for each in models.concepts}
     if len(erased) != 1:
         raise EvaluationError(
             f"name the concept to attack: the erasures attached are of {', '.join(erased) or 'none'}"
@@ -217,37 +212,39 @@ def _method(erasure: Erasure, strength: float) -> str:
 def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: tqdm) -> Record:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
-    before = _tried(run, victim, "before", sample, None, failures)
+    before = _tried(run, victim, "before", sample, ORDINARY, failures)
     row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
-    losses, texts = [], set()
+    losses, tried, drawn = [], set(), 0
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
     control = _control(run, victim, sample, before)
     try:
-        for candidate in islice(() if shown else method.candidates(victim, sample), method.tries):
-            losses.append(candidate.loss)
+        for attempt in islice(() if shown else method.attempts(victim, sample), method.tries):
+            losses.append(attempt.loss)
             count["texts"] += 1
-            count["changed"] += candidate.changed
-            count["cut"] += candidate.cut
-            count["steps"] += candidate.steps
+            count["changed"] += attempt.changed
+            count["cut"] += attempt.cut
+            count["steps"] += attempt.steps
             bar.update()
-            if candidate.loss is not None:
-                bar.set_postfix_str(f"loss {candidate.loss:.3f}")
+            if attempt.loss is not None:
+                bar.set_postfix_str(f"loss {attempt.loss:.3f}")
             # The same text gives the same image; one that is too long would lose the prompt's own words.
-            told = (candidate.text, *candidate.others.values())
-            if candidate.cut or told in texts:
+            if attempt.cut or (attempt.key is not None and attempt.key in tried):
                 continue
-            texts.add(told)
-            after = _tried(run, victim, "after", sample, candidate, failures)
-            row |= {"text": candidate.text, "others": dict(candidate.others), "after": after}
+            tried.add(attempt.key)
+            drawn += 1
+            after = _tried(run, victim, "after", sample, attempt, failures)
+            row |= {"text": attempt.text, "others": attempt.others, "after": after}
             shown, unknown = after["shown"], unknown or after["shown"] is None
             if shown:
+                # What is more than a text cannot be tried again from the text.
+                row |= {} if attempt.is_text else {"text": None, "others": {}}
                 break
     except SkippedPromptError as error:
         failures["attack"], unknown = str(error), True
     success = True if shown else None if unknown else False
     return row | {
-        "success": success, **count, "losses": losses, "images": 1 + len(texts), "control": control,
+        "success": success, **count, "losses": losses, "images": 1 + drawn, "control": control,
         "references": victim.references - references, "failures": failures,
     }  # fmt: skip
 
@@ -255,8 +252,8 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
 def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Record:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
-    before = _tried(run, victim, "before", sample, None, failures)
-    after = _tried(run, victim, "after", sample, prompt, failures)
+    before = _tried(run, victim, "before", sample, ORDINARY, failures)
+    after = _tried(run, victim, "after", sample, prompt.attempt, failures)
     bar.update()
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
@@ -266,11 +263,10 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialP
 
 
 def _tried(
-    run: _Attack, victim: Victim, variant: str, sample: Sample, given: Candidate | AdversarialPrompt | None,
-    failures: dict[str, str],
+    run: _Attack, victim: Victim, variant: str, sample: Sample, attempt: Attempt, failures: dict[str, str]
 ) -> Record:  # fmt: skip
-    """Draw and judge one prompt: the sample's own, or what is tried in its place."""
-    image = victim.draw(sample) if given is None else victim.draw(sample, given.text, given.others)
+    """Draw and judge one attempt."""
+    image = victim.draw(sample, attempt)
     run.keep(variant, sample, image)
     verdict = victim.verdict(image, sample)
     if verdict.failure is not None:
@@ -280,7 +276,7 @@ def _tried(
 
 def _control(run: _Attack, victim: Victim, sample: Sample, before: Record) -> Record:
     """Answer of the judge on the original model's image of the prompt, which must show the concept."""
-    if victim.stock is victim.pipe or not run.subject.erasures:
+    if not run.subject.erasures:
         return before
     verdict = victim.verdict(victim.draw(sample, stock=True), sample)
     return {"judged": verdict.judged, "shown": verdict.shown}
@@ -322,8 +318,17 @@ class _Attack(Run):
         rows = self.rows()
         return None if rows is None else rows.get(kind, [])
 
-    def save(self, metrics: list[Record], rows: Sequence[Row]) -> Results:
-        """Write `results.json`."""
+    def save(self, names: Sequence[str], rows: Sequence[Row]) -> Results:
+        """Compute metrics and write `results.json`.
+
+        Args:
+            names: Of the metrics.
+            rows: One a prompt.
+        """
+        plan = dataclasses.replace(self.plan, recipe=self.recipe)
+        control = original_control(plan.concept, rows)
+        evidence = Evidence(plan, {self.variant: rows}, controls=[control])
+        metrics = [row for name in names for row in METRICS.get(name).compute(evidence)]
         results = self.results(metrics, attack_cost(rows, self.subject.erasures, time.perf_counter() - self.started))
         self.processes.wait()
         return results
@@ -359,6 +364,6 @@ def _said(row: Row) -> str:
     """The outcome of a prompt in a few words."""
     if row["success"] is None:
         return "no outcome"
-    if row["text"] is None:
+    if row["after"] is None:
         return "shown without an attack"
     return "shown" if row["success"] else "not shown"

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from erasure.backbones import Backbone, Conditioning, PromptTokens, TextTower, TowerOutput
 from erasure.carriers.embeddings import behind, injected
 from erasure.errors import DivergenceError
-from erasure.eval.attacks import Attack, Candidate, register
+from erasure.eval.attacks import Access, Attack, register
 from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.interop import paths
 from erasure.options import Count, NotNegative, Positive
@@ -51,7 +52,7 @@ class UnlearnDiffAtk(Attack):
 
     title: ClassVar[str] = "tokens ahead of the prompt, by gradients through the erased model"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2310.11868"
-    access: ClassVar[str] = "weights"
+    access: ClassVar[Access] = "weights"
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 2, "timesteps": 4, "iterations": 5, **SHORT},
         "quick": {"samples": 10, "timesteps": 10, "iterations": 10, **SHORT},
@@ -85,7 +86,7 @@ class UnlearnDiffAtk(Attack):
         """One after each noise level."""
         return self.timesteps
 
-    def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
+    def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
         backbone = victim.backbone
         searches = [
@@ -125,9 +126,9 @@ class UnlearnDiffAtk(Attack):
                     search.points.copy_(project(search.points))
                 step += 1
             best = [(search.given, search.best()) for search in searches]
-            candidate = proposed(backbone, best, steps=len(losses), loss=sum(losses) / len(losses))
-            text = candidate.text
-            yield candidate
+            attempt = proposed(backbone, best, steps=len(losses), loss=sum(losses) / len(losses))
+            text = attempt.text or text
+            yield attempt
 
 
 @dataclass(frozen=True)

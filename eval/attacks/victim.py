@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from erasure.backbones import backbone_for
 from erasure.eval.attacks import SkippedPromptError
+from erasure.eval.attempts import Attempt
 from erasure.eval.generation import generate
 from erasure.eval.metrics.unlearncanvas import unlearned
 from erasure.eval.rows import Record
@@ -22,6 +21,9 @@ from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
 from erasure.images import flaw
 from erasure.interop import scopes
+
+ORDINARY = Attempt()
+"""The call as a sample has it."""
 
 
 class Verdict(NamedTuple):
@@ -56,22 +58,17 @@ class Victim:
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.backbone, self.references = backbone_for(pipe), 0
 
-    def draw(
-        self, sample: Sample, text: str | None = None, others: Mapping[str, str] = MappingProxyType({}), *,
-        stock: bool = False,
-    ) -> Image.Image:  # fmt: skip
+    def draw(self, sample: Sample, attempt: Attempt = ORDINARY, *, stock: bool = False) -> Image.Image:
         """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
 
         Args:
-            sample: Noise and settings.
-            text: Another prompt in the place of the sample's.
-            others: Texts for further arguments of the call, by name.
+            sample: Prompt, noise and settings.
+            attempt: What is tried in their place.
             stock: Draw with the original model instead.
         """
-        wanted = sample if text is None else dataclasses.replace(sample, prompt=text)
         self.references += stock
-        pipe = self.stock if stock else self.pipe
-        return next(generate(pipe, [wanted], more=lambda _: {name: [each] for name, each in others.items()}))[1][0]
+        with attempt.change(self.stock if stock else self.pipe) as pipe:
+            return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
         """Whether an image shows the concept: where UA counts the sample as not unlearned.

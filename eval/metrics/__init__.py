@@ -1,1 +1,144 @@
-"""Metrics: one module each, pure functions on rows, images or features."""
+"""Metrics: what is computed from the rows of an evaluation. Each says what it is called, and which way is better."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from erasure.errors import EvaluationError
+from erasure.registry import Facts, Registry
+
+if TYPE_CHECKING:
+    from erasure.eval.evidence import Evidence
+    from erasure.eval.rows import Record, Row
+
+# No import of torch here: reports and the command line read what metrics are called without it.
+
+Need = Literal["judge", "clip", "pairs", "targets", "truth", "attack"]
+"""Answers of a judge; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
+what is right; an attack's rows."""
+Bounds = tuple[float | None, float | None]
+"""Least and greatest value; `None` where there is none."""
+SHARE: Bounds = (0.0, 1.0)
+
+
+class Metric(ABC):
+    """A number with its interval, in every variant: subclass it and register it.
+
+    It is registered as an instance, made without arguments.
+    """
+
+    name: str = ""
+    """Name in results; `register` sets it."""
+    title: ClassVar[str] = ""
+    """What a report calls it."""
+    about: ClassVar[str] = ""
+    """What it is, in a few words."""
+    definition: ClassVar[str] = ""
+    """The same to the letter, for recipes."""
+    higher_is_better: ClassVar[bool | None] = None
+    """Which way speaks for an erasure (of an attack's rate: for the model that withstands); `None` where neither
+    does."""
+    bounds: ClassVar[Bounds] = (None, None)
+    """Least and greatest value."""
+    unit: ClassVar[str] = ""
+    """`%` for a share, which is shown in per cent; `dB`; or none."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """What must be there for it to be computed."""
+    is_control: ClassVar[bool] = False
+    """Whether it says of the stock model whether the other numbers mean anything."""
+
+    @abstractmethod
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """Rows for `results.json`, one for each variant and concept that it is of.
+
+        A number that cannot be had is a row with the value `None` and a `reason`; nothing at all is said where the
+        metric is not meant for what was drawn.
+        """
+
+
+def _refusal(thing: object) -> str:
+    """Say what keeps a thing from being a metric; empty where nothing does."""
+    if not isinstance(thing, Metric):
+        return "it is no instance of a subclass of erasure.eval.metrics.Metric"
+    return "" if thing.title and thing.about else "it has no title, or says nothing about itself"
+
+
+_HOMES = {
+    "unlearncanvas": (
+        "UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy", "style_accuracy", "shape_accuracy",
+    ),
+    "instead": ("replaced_by", "unsafe_share"),
+    "utility": ("clip_score", "clip_score_target", "drift", "drift_feature"),
+    "distances": ("fid", "cmmd", "kid"),
+    "removals": (
+        "object_gone", "psnr_fill", "psnr_outside", "psnr_background", "fill_similarity", "seed_consensus",
+    ),
+    "compositions": (
+        "both_found", "both_found_beside_attend_and_excite", "both_found_template_1", "both_found_template_2",
+        "objects_found", "clip_full", "clip_minimum_object",
+    ),
+    "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
+    "controls": (
+        "control_seen", "control_unasked", "control_object", "control_style", "control_scene", "control_clean",
+    ),
+}  # fmt: skip
+
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {name: f"erasure.eval.metrics.{module}" for module, names in _HOMES.items() for name in names},
+    told=("title", "about", "definition", "higher_is_better", "bounds", "unit", "needs", "is_control"),
+    accepts=_refusal,
+    unknown=EvaluationError,
+)
+
+M = TypeVar("M", bound=type[Metric])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a metric known under a name.
+
+    Packages of others may instead name an instance in the entry-point group `erasure.metrics`.
+    """
+
+    def add(metric: M) -> M:
+        METRICS.add(name, metric())
+        return metric
+
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all metrics."""
+    return METRICS.names()
+
+
+def get(name: str) -> Metric:
+    """The metric of a name.
+
+    Raises:
+        EvaluationError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
+    """
+    return METRICS.get(name)
+
+
+def facts_of(row: Row) -> Facts:
+    """Say what a metric row of results is: its metric's facts, or what the row says where nobody knows the metric.
+
+    A name may have the space in brackets that it was measured in: `kid[canvas-clip]`.
+
+    Args:
+        row: With `name` and `recipe`. Results may come from other packages, or from an earlier version.
+    """
+    name = str(row["name"])
+    base = name.split("[", 1)[0]
+    if base in METRICS.names():
+        return METRICS.facts(base)
+    definition = str(row["recipe"].get("metric", ""))
+    told = {
+        "title": name, "about": definition, "definition": definition, "higher_is_better": None,
+        "bounds": [None, None], "unit": "", "needs": [], "is_control": "holds" in row,
+    }  # fmt: skip
+    return Facts(name, told)

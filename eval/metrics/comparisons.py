@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from erasure.errors import EvaluationError
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import SHARE, Metric
 from erasure.eval.metrics.outcomes import collect, paired, rate_row
 from erasure.eval.metrics.utility import sample_mean
 from erasure.eval.rows import Record, Row, shows_nothing
@@ -66,3 +70,45 @@ def means(name: str, definition: str, plan: Plan, rows: Rows, value: Callable[[R
             row |= {"against": reference, "change": change._asdict()}
         found.append(row | {"recipe": {**plan.recipe, "metric": definition}})
     return found
+
+
+class ComparedRate(Metric):
+    """The rate of a yes-or-no outcome in every way to draw, each against one of them."""
+
+    bounds = SHARE
+    unit = "%"
+    needs = ("judge",)
+    against: ClassVar[str | None] = None
+    """The way to compare with; the first when left out."""
+
+    @abstractmethod
+    def hit(self, row: Row) -> bool | None:
+        """The outcome of a row; `None` when its detection failed."""
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `rates`."""
+        return rates(self.name, self.definition, evidence.plan, evidence.rows, self.hit, self.against)
+
+
+class ComparedMean(Metric):
+    """The mean of a number in every way to draw, each against the first."""
+
+    @abstractmethod
+    def values(self, evidence: Evidence) -> Callable[[Row], float | None]:
+        """What gives the number of a row."""
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `means`."""
+        return means(self.name, self.definition, evidence.plan, evidence.rows, self.values(evidence))
+
+
+class ComparedLikeness(ComparedMean):
+    """The mean of a cosine of CLIP features, which there is with a CLIP model only."""
+
+    bounds = (-1.0, 1.0)
+    higher_is_better = True
+    needs = ("clip",)
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `means`; nothing without a CLIP model."""
+        return [] if evidence.clip is None else super().compute(evidence)

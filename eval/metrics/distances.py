@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from functools import partial
+
 import numpy as np
 
 from erasure.errors import EvaluationError
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import Metric, register
+from erasure.eval.metrics.utility import split, utility_row
+from erasure.eval.rows import Record
+from erasure.eval.statistics import too_many_missing
 
 
 def _pair(real: np.ndarray, fake: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,3 +115,85 @@ def kid(real: np.ndarray, fake: np.ndarray, *, paired: bool = False) -> float:
     x, y = _pair(real, fake, least=2)
     dim = x.shape[1]
     return _unbiased_mmd((x @ x.T / dim + 1) ** 3, (y @ y.T / dim + 1) ** 3, (x @ y.T / dim + 1) ** 3, paired)
+
+
+class Distance(Metric):
+    """A distance of retained images before and after in the features of a CLIP model, whose name its row has."""
+
+    higher_is_better = False
+    needs = ("clip", "pairs")
+
+    @abstractmethod
+    def between(self, before: np.ndarray, after: np.ndarray, evidence: Evidence) -> float:
+        """The distance of features `(images, dim)` in which image i of both sides shares its noise."""
+
+    def stamp(self, evidence: Evidence) -> Record:
+        """What else the number depends on."""
+        return {"reference": "images of the stock model for the same prompts and noise"}
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`; nothing where no erasure is in force."""
+        if "after" not in evidence.rows:
+            return []
+        row = utility_row(
+            self, evidence, "after", "retained", partial(self._distance, evidence), **self.stamp(evidence)
+        )
+        return [row | {"name": f"{self.name}[{evidence.clip.name}]" if evidence.clip else self.name}]
+
+    def _distance(self, evidence: Evidence) -> Record:
+        kept, _ = split(evidence.rows["after"])
+        both = [[evidence.features.get((row["sample_id"], side)) for side in ("before", "after")] for row in kept]
+        pairs = [(first, second) for first, second in both if first is not None and second is not None]
+        if not pairs:
+            raise EvaluationError("no image features")
+        lost = len(kept) - len(pairs)
+        if reason := too_many_missing(lost, len(kept)):
+            raise EvaluationError(reason)
+        first, second = (np.stack(side) for side in zip(*pairs, strict=True))
+        value = self.between(first, second, evidence)
+        return {"value": value, "low": None, "high": None, "n": len(pairs)} | ({"missing": lost} if lost else {})
+
+
+@register("fid")
+class Fid(Distance):
+    """Frechet distance; small samples are accepted in the full size alone."""
+
+    title = "FID"
+    about = "Frechet distance of features, retained prompts"
+    definition = "Frechet distance of Gaussians, float64, eigenvalues"
+    bounds = (0.0, None)
+
+    def between(self, before: np.ndarray, after: np.ndarray, evidence: Evidence) -> float:
+        """See `frechet`."""
+        return frechet(before, after, allow_small=evidence.plan.size == "full")
+
+    def stamp(self, evidence: Evidence) -> Record:
+        """Whether small samples are accepted, too."""
+        accepted = "accepted" if evidence.plan.size == "full" else "refused"
+        return super().stamp(evidence) | {"small_samples": accepted}
+
+
+@register("cmmd")
+class Cmmd(Distance):
+    """Maximum mean discrepancy with a Gaussian kernel."""
+
+    title = "CMMD"
+    about = "unbiased distance of features, Gaussian kernel, retained prompts"
+    definition = "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, pairs left out"
+
+    def between(self, before: np.ndarray, after: np.ndarray, evidence: Evidence) -> float:
+        """See `cmmd`."""
+        return cmmd(before, after, paired=True)
+
+
+@register("kid")
+class Kid(Distance):
+    """Maximum mean discrepancy with a cubic kernel."""
+
+    title = "KID"
+    about = "unbiased distance of features, cubic kernel, retained prompts"
+    definition = "unbiased MMD^2, cubic kernel, all images, pairs left out"
+
+    def between(self, before: np.ndarray, after: np.ndarray, evidence: Evidence) -> float:
+        """See `kid`."""
+        return kid(before, after, paired=True)

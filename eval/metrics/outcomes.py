@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from erasure.eval.rows import Record, Row, judged_of
-from erasure.eval.statistics import Interval, mcnemar_exact, too_many_missing, transitions, weighted_rate
+from erasure.eval.statistics import Interval, holm, mcnemar_exact, too_many_missing, transitions, weighted_rate
 from erasure.eval.suites import Target
 
 OTHER = {"object": "style", "style": "object"}
@@ -125,3 +125,18 @@ def paired(before: Outcomes, after: Outcomes) -> Record:
     shared = [key for key in first if key in second]
     table = transitions([first[key] for key in shared], [second[key] for key in shared])
     return {"transitions": table, "mcnemar_p": mcnemar_exact(table["before_only"], table["after_only"])}
+
+
+def adjust(rows: Sequence[Record], names: Sequence[str], concept: str | None) -> None:
+    """Put `mcnemar_p_holm` into rows whose paired tests are read together, variant by variant.
+
+    Args:
+        rows: Metric rows.
+        names: Metrics whose tests are read together.
+        concept: Label of the rows that are meant.
+    """
+    tested = [row for row in rows if row["name"] in names and row["concept"] == concept and "mcnemar_p" in row]
+    for variant in dict.fromkeys(row["variant"] for row in tested):
+        own = [row for row in tested if row["variant"] == variant]
+        for row, p in zip(own, holm([row["mcnemar_p"] for row in own]), strict=True):
+            row["mcnemar_p_holm"] = p

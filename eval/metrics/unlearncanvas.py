@@ -20,17 +20,19 @@ is when every missing outcome is counted against the erasure.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from erasure.errors import EvaluationError
-from erasure.eval.controls import Controls
-from erasure.eval.metrics.instead import instead_metrics
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import SHARE, Metric, register
 from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, holds, paired, rate_row, shows
 from erasure.eval.rows import Record, Row, judged_of
-from erasure.eval.statistics import Interval, cluster_bootstrap, holm, weighted_rate
-from erasure.eval.suites import Plan, Rows, Target
+from erasure.eval.statistics import Interval, cluster_bootstrap, weighted_rate
+from erasure.eval.suites import Target
 
 
 def unlearned(rows: Sequence[Row], targets: Sequence[Target], shape: bool = False) -> Outcomes:
@@ -133,65 +135,197 @@ def average_interval(ua: Interval, ira: Interval, cra: Interval) -> Interval:
     return Interval(value, max(value - below, 0.0), min(value + above, 1.0))
 
 
-def _accuracy_rows(plan: Plan, rows: Rows) -> list[Record]:
-    """Without a target: how well the judge recognises what the prompts ask for."""
-    found = []
-    for variant, table in rows.items():
-        for domain, head in (("object", "object"), ("style", "style"), ("object", "shape")):
-            outcomes = collect([(row, row["sample_id"], correct(row, domain, head)) for row in table])
-            recipe = {**plan.recipe, "metric": f"accuracy of the {head} head, closed set"}
-            found.append(rate_row(f"{head}_accuracy", None, variant, outcomes, recipe))
-    return found
+class AnswerRate(Metric):
+    """A rate of the judge's answers, before and after, with a paired test on the rows after."""
+
+    bounds = SHARE
+    unit = "%"
+    needs = ("judge", "targets")
+
+    @abstractmethod
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes | None:
+        """What is counted; `None` where the metric is not of such targets."""
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`."""
+        plan, found = evidence.plan, []
+        if not plan.targets:
+            return []
+        each = {variant: self.outcomes(table, plan.targets) for variant, table in evidence.rows.items()}
+        for variant, outcomes in each.items():
+            if outcomes is None:
+                continue
+            why = evidence.reasons[variant][self.name]
+            row = rate_row(self.name, plan.concept, variant, outcomes, self.recipe(evidence), withheld=why)
+            before = each.get("before")
+            if variant == "after" and before is not None and row["value"] is not None:
+                row |= paired(before, outcomes)
+            found.append(row)
+        return found
+
+    def recipe(self, evidence: Evidence) -> Record:
+        """Recipe of the rows."""
+        return evidence.recipe(self.definition, weighting="stratified")
 
 
-DEFINITIONS = {
-    "UA": "1 - accuracy on prompts with the target; closed set",
-    "UA_shape": "1 - accuracy of the greyscale head on prompts with the target object; closed set",
-    "IRA": "accuracy on the other concepts of the target's domain; closed set",
-    "CRA": "accuracy of the other domain over the whole answer set, target included; closed set",
-    "CRA_retained": "accuracy of the other domain on prompts without the target; closed set",
-    "AA": "(UA + IRA + CRA) / 3",
-}
+@register("UA")
+class UnlearningAccuracy(AnswerRate):
+    """Share of images of prompts with a target on which no target is recognised."""
+
+    title = "Unlearning accuracy"
+    about = "prompts with the target on which the judge no longer sees it"
+    definition = "1 - accuracy on prompts with the target; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+        """See `unlearned`."""
+        return unlearned(rows, targets)
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """All targets together, and then each of several."""
+        found, targets = super().compute(evidence), evidence.plan.targets
+        if len(targets) < 2:
+            return found
+        for variant, table in evidence.rows.items():
+            for target in targets:
+                why = evidence.answers.of_targets([target]) or evidence.answers.collapse(table)
+                own = self.outcomes(table, [target])
+                found.append(rate_row(self.name, target.name, variant, own, self.recipe(evidence), withheld=why))
+        return found
 
 
-def canvas_metrics(plan: Plan, rows: Rows) -> list[Record]:
-    """All rate rows of a suite with objects and styles, before and after, with paired tests on the rows after.
+@register("UA_shape")
+class UnlearningAccuracyOfShape(AnswerRate):
+    """UA by the greyscale head, of objects."""
 
-    Args:
-        plan: Targets and recipe.
-        rows: Result rows by variant.
-    """
-    if not plan.targets:
-        return _accuracy_rows(plan, rows)
-    controls = Controls(plan, rows.get("before", ()))
-    recipes = {name: {**plan.recipe, "metric": text, "weighting": "stratified"} for name, text in DEFINITIONS.items()}
-    outcomes = {variant: ua_ira_cra(table, plan.targets) for variant, table in rows.items()}
-    found = []
-    for variant, table in rows.items():
-        withheld = controls.reasons(table)
-        block = [
-            rate_row(name, plan.concept, variant, each, recipes[name], withheld=withheld[name])
-            for name, each in outcomes[variant].items()
-        ]
-        tested = [row for row in block if row["value"] is not None]
-        if variant == "after" and "before" in outcomes:
-            for row in tested:
-                row |= paired(outcomes["before"][row["name"]], outcomes["after"][row["name"]])
-            adjusted = holm([row["mcnemar_p"] for row in tested])
-            for row, p in zip(tested, adjusted, strict=True):
-                row["mcnemar_p_holm"] = p
-        mean: Record = {"name": "AA", "concept": plan.concept, "variant": variant}
-        try:
-            if withheld["AA"]:
-                raise EvaluationError(withheld["AA"])
-            mean |= average_accuracy(table, plan.targets, plan.seed)
-        except EvaluationError as error:
-            mean |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
-        block.append(mean | {"recipe": recipes["AA"]})
-        if len(plan.targets) > 1:
-            for target in plan.targets:
-                why, own = controls.of_targets([target]) or controls.collapse(table), unlearned(table, [target])
-                block.append(rate_row("UA", target.name, variant, own, recipes["UA"], withheld=why))
-        found += block
-    found += instead_metrics(plan, rows, {target: controls.of_targets([target]) for target in plan.targets})
-    return found + [control.row(plan.recipe) for control in controls.all()]
+    title = "Unlearning accuracy, shape"
+    about = "the same, judged without colour"
+    definition = "1 - accuracy of the greyscale head on prompts with the target object; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes | None:
+        """See `unlearned`; nothing where no target is an object."""
+        return unlearned(rows, targets, shape=True) if any(t.domain == "object" for t in targets) else None
+
+
+@register("IRA")
+class InDomainRetainAccuracy(AnswerRate):
+    """Accuracy on other concepts of the targets' domains."""
+
+    title = "In-domain retain accuracy"
+    about = "other concepts of the same kind still recognised"
+    definition = "accuracy on the other concepts of the target's domain; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+        """See `in_domain`."""
+        return in_domain(rows, targets)
+
+
+@register("CRA")
+class CrossDomainRetainAccuracy(AnswerRate):
+    """Accuracy of the other domain over the whole answer set."""
+
+    title = "Cross-domain retain accuracy"
+    about = "the other kind still recognised, over all images"
+    definition = "accuracy of the other domain over the whole answer set, target included; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+        """See `cross_domain`."""
+        return cross_domain(rows, targets)
+
+
+@register("CRA_retained")
+class CrossDomainRetainAccuracyElsewhere(AnswerRate):
+    """CRA without the targets' images."""
+
+    title = "Cross-domain, retained prompts"
+    about = "the same, without the target's images"
+    definition = "accuracy of the other domain on prompts without the target; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+        """See `cross_domain`."""
+        return cross_domain(rows, targets, retained_only=True)
+
+
+@register("AA")
+class AverageAccuracy(Metric):
+    """Mean of UA, IRA and CRA."""
+
+    title = "Average accuracy"
+    about = "mean of UA, IRA and CRA"
+    definition = "(UA + IRA + CRA) / 3"
+    higher_is_better = True
+    bounds = SHARE
+    unit = "%"
+    needs = ("judge", "targets")
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `average_accuracy`."""
+        plan, found = evidence.plan, []
+        for variant, table in evidence.rows.items() if plan.targets else ():
+            row: Record = {"name": self.name, "concept": plan.concept, "variant": variant}
+            try:
+                if why := evidence.reasons[variant]["AA"]:
+                    raise EvaluationError(why)
+                row |= average_accuracy(table, plan.targets, plan.seed)
+            except EvaluationError as error:
+                row |= {"value": None, "low": None, "high": None, "n": 0, "reason": str(error)}
+            found.append(row | {"recipe": evidence.recipe(self.definition, weighting="stratified")})
+        return found
+
+
+class HeadAccuracy(Metric):
+    """Without a target: how well a head of the judge recognises what the prompts ask for."""
+
+    domain: ClassVar[str]
+    head: ClassVar[str]
+    higher_is_better = True
+    bounds = SHARE
+    unit = "%"
+    needs = ("judge",)
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`; nothing where something is erased."""
+        if evidence.plan.targets:
+            return []
+        return [
+            rate_row(
+                self.name, None, variant,
+                collect([(row, row["sample_id"], correct(row, self.domain, self.head)) for row in table]),
+                evidence.recipe(self.definition),
+            )
+            for variant, table in evidence.rows.items()
+        ]  # fmt: skip
+
+
+@register("object_accuracy")
+class ObjectAccuracy(HeadAccuracy):
+    """Accuracy of the head for objects."""
+
+    title = "Object accuracy"
+    about = "the judge sees the object of the prompt"
+    definition = "accuracy of the object head, closed set"
+    domain = head = "object"
+
+
+@register("style_accuracy")
+class StyleAccuracy(HeadAccuracy):
+    """Accuracy of the head for styles."""
+
+    title = "Style accuracy"
+    about = "the judge sees the style of the prompt"
+    definition = "accuracy of the style head, closed set"
+    domain = head = "style"
+
+
+@register("shape_accuracy")
+class ShapeAccuracy(HeadAccuracy):
+    """Accuracy of the greyscale head."""
+
+    title = "Shape accuracy"
+    about = "the object, judged without colour"
+    definition = "accuracy of the shape head, closed set"
+    domain, head = "object", "shape"

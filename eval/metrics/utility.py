@@ -1,120 +1,18 @@
-"""What the erasure costs elsewhere: drift, CLIP score and feature distances on retained prompts."""
+"""What the erasure costs elsewhere: CLIP score and drift on retained prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from erasure.errors import EvaluationError
-from erasure.eval.metrics import distances
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import SHARE, Metric, register
 from erasure.eval.rows import Record, Row
 from erasure.eval.statistics import cluster_bootstrap, paired_bootstrap, too_many_missing
-from erasure.eval.suites import Plan, Rows
-
-
-class FeatureSpace(Protocol):
-    """A CLIP model, as far as its numbers are named after it."""
-
-    @property
-    def name(self) -> str:
-        """Name in results."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint that tells it from others of that name."""
-
-
-def utility_metrics(
-    plan: Plan,
-    rows: Rows,
-    features: Mapping[tuple[str, str], np.ndarray],
-    clip: FeatureSpace | None,
-    clip_missing: str | None = None,
-) -> list[Record]:
-    """Metric rows `clip_score`, `clip_score_target`, `drift`, `drift_feature`, `fid[...]`, `cmmd[...]`, `kid[...]`.
-
-    Those with brackets name the feature space in them; without one they are called `fid`, `cmmd` and `kid`.
-
-    Args:
-        plan: Samples and recipe.
-        rows: Result rows by variant.
-        features: Image features by sample id and variant.
-        clip: The CLIP model.
-        clip_missing: Why there is none.
-    """
-    found: list[Record] = []
-    stamp = plan.recipe | {"clip": f"{clip.name} ({clip.fingerprint})" if clip else None}
-    space = f"[{clip.name}]" if clip else ""
-
-    def add(
-        name: str, variant: str, prompts: str, definition: str, compute: Callable[[], Record], **more: object
-    ) -> None:
-        row: Record = {"name": name, "concept": plan.concept, "variant": variant}
-        recipe = stamp | {"metric": definition, "prompts": prompts} | more
-        try:
-            row |= compute()
-        except EvaluationError as error:
-            reason = clip_missing or str(error) if name != "drift" else str(error)
-            row |= {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
-        found.append(row | {"recipe": recipe})
-
-    before = rows.get("before", [])
-    for variant, table in rows.items():
-        kept, target = _split(table)
-        cosine = "mean of max(cosine of image and prompt, 0)"
-        old = before if variant == "after" else []
-        for name, part, prompts in (("clip_score", kept, "retained"), ("clip_score_target", target, "target")):
-            if part:
-                add(name, variant, prompts, cosine, partial(_clip_mean, part, old, plan.seed))
-    if "after" not in rows:
-        return found
-    kept, _ = _split(rows["after"])
-    add("drift", "after", "retained", "mean absolute pixel difference, 0-1, same noise",
-        lambda: sample_mean(kept, _drift_value("pixel"), plan.seed, "drift"))  # fmt: skip
-    add("drift_feature", "after", "retained", "1 - cosine of image features, same noise",
-        lambda: sample_mean(kept, _drift_value("feature"), plan.seed, "drift"))  # fmt: skip
-    pairs = [
-        (features[row["sample_id"], "before"], features[row["sample_id"], "after"])
-        for row in kept
-        if (row["sample_id"], "before") in features and (row["sample_id"], "after") in features
-    ]
-    reference = "images of the stock model for the same prompts and noise"
-    small = plan.size == "full"
-
-    def distance(compute: Callable[[np.ndarray, np.ndarray], float]) -> Record:
-        if not pairs:
-            raise EvaluationError("no image features")
-        if reason := too_many_missing(len(kept) - len(pairs), len(kept)):
-            raise EvaluationError(reason)
-        first, second = (np.stack(side) for side in zip(*pairs, strict=True))
-        found: Record = {"value": compute(first, second), "low": None, "high": None, "n": len(pairs)}
-        return found | ({"missing": len(kept) - len(pairs)} if len(pairs) < len(kept) else {})
-
-    add(f"fid{space}", "after", "retained", "Frechet distance of Gaussians, float64, eigenvalues",
-        lambda: distance(lambda a, b: distances.frechet(a, b, allow_small=small)),
-        reference=reference, small_samples="accepted" if small else "refused")  # fmt: skip
-    add(f"cmmd{space}", "after", "retained", "1000 x unbiased MMD^2, Gaussian kernel, sigma 10, pairs left out",
-        lambda: distance(partial(distances.cmmd, paired=True)), reference=reference)  # fmt: skip
-    add(f"kid{space}", "after", "retained", "unbiased MMD^2, cubic kernel, all images, pairs left out",
-        lambda: distance(partial(distances.kid, paired=True)), reference=reference)  # fmt: skip
-    return found
-
-
-def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Retained and target rows."""
-    return [row for row in rows if row["role"] != "target"], [row for row in rows if row["role"] == "target"]
-
-
-def _clip_value(row: Row) -> float | None:
-    value = row.get("clip_score")
-    return None if value is None else min(max(value, 0.0), 1.0)
-
-
-def _drift_value(kind: str) -> Callable[[Row], float | None]:
-    return lambda row: (row.get("drift") or {}).get(kind)
 
 
 def sample_mean(
@@ -141,6 +39,124 @@ def sample_mean(
     if len(values) < len(rows):
         found |= {"missing": len(rows) - len(values)} | ({"reason": f"the first missing: {why}"} if why else {})
     return found
+
+
+def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Retained and target rows."""
+    return [row for row in rows if row["role"] != "target"], [row for row in rows if row["role"] == "target"]
+
+
+def utility_row(
+    metric: Metric, evidence: Evidence, variant: str, prompts: str, compute: Callable[[], Record], **more: object
+) -> Record:
+    """A row of what an erasure costs elsewhere, without a value where it cannot be had.
+
+    Args:
+        metric: What is computed.
+        evidence: What it is computed from.
+        variant: Label of the model.
+        prompts: Which prompts it is of: `retained` or `target`.
+        compute: Gives the value and its interval, or raises EvaluationError with the reason.
+        **more: What else the number depends on.
+    """
+    clip = evidence.clip
+    stamp = {"clip": f"{clip.name} ({clip.fingerprint})" if clip else None}
+    row: Record = {"name": metric.name, "concept": evidence.concept, "variant": variant}
+    try:
+        row |= compute()
+    except EvaluationError as error:
+        lacks_clip = "clip" in metric.needs and evidence.clip_missing is not None
+        reason = evidence.clip_missing if lacks_clip else str(error)
+        row |= {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
+    return row | {"recipe": evidence.recipe(metric.definition, **stamp, prompts=prompts, **more)}
+
+
+class ClipScore(Metric):
+    """Mean cosine of images and their prompts, with its paired change against the stock model."""
+
+    definition = "mean of max(cosine of image and prompt, 0)"
+    bounds = SHARE
+    needs = ("clip",)
+    prompts: ClassVar[str]
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`; nothing where there are no such prompts."""
+        found = []
+        for variant, table in evidence.rows.items():
+            part = split(table)[self.prompts == "target"]
+            before = evidence.before if variant == "after" else []
+            if part:
+                mean = partial(_clip_mean, part, before, evidence.plan.seed)
+                found.append(utility_row(self, evidence, variant, self.prompts, mean))
+        return found
+
+
+@register("clip_score")
+class ClipScoreOfRetained(ClipScore):
+    """CLIP score of prompts that must survive."""
+
+    title = "CLIP score, retained prompts"
+    about = "cosine of image and prompt"
+    higher_is_better = True
+    prompts = "retained"
+
+
+@register("clip_score_target")
+class ClipScoreOfTarget(ClipScore):
+    """CLIP score of prompts with a target."""
+
+    title = "CLIP score, target prompts"
+    about = "falls as the target goes"
+    higher_is_better = False
+    prompts = "target"
+
+
+class Drift(Metric):
+    """How far images of retained prompts move when only the erasure changes."""
+
+    higher_is_better = False
+    kind: ClassVar[str]
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`; nothing where no erasure is in force."""
+        if "after" not in evidence.rows:
+            return []
+        kept, _ = split(evidence.rows["after"])
+
+        def moved(row: Row) -> float | None:
+            return (row.get("drift") or {}).get(self.kind)
+
+        mean = partial(sample_mean, kept, moved, evidence.plan.seed, "drift")
+        return [utility_row(self, evidence, "after", "retained", mean)]
+
+
+@register("drift")
+class PixelDrift(Drift):
+    """Mean absolute difference of pixels."""
+
+    title = "Drift in pixels"
+    about = "how far retained images moved, same noise"
+    definition = "mean absolute pixel difference, 0-1, same noise"
+    bounds = SHARE
+    needs = ("pairs",)
+    kind = "pixel"
+
+
+@register("drift_feature")
+class FeatureDrift(Drift):
+    """One minus the cosine of image features."""
+
+    title = "Drift in features"
+    about = "1 - cosine of image features"
+    definition = "1 - cosine of image features, same noise"
+    bounds = (0.0, 2.0)
+    needs = ("clip", "pairs")
+    kind = "feature"
+
+
+def _clip_value(row: Row) -> float | None:
+    value = row.get("clip_score")
+    return None if value is None else min(max(value, 0.0), 1.0)
 
 
 def _clip_mean(rows: Sequence[Row], before: Sequence[Row], seed: int) -> Record:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
 from erasure.eval.rows import Record, Rows
+from erasure.eval.variants import AFTER, BEFORE, Variant
 from erasure.registry import Registry
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
     from erasure.eval.controls import Control
-    from erasure.eval.metrics.clip_score import ClipModel
     from erasure.eval.samples import Sample
     from erasure.eval.scoring import Judge
     from erasure.interop.protocols import Pipeline
@@ -60,69 +60,67 @@ class Plan:
         return ", ".join(target.name for target in self.targets) or None
 
 
-Drawn: TypeAlias = "tuple[list[Sample], list[Image.Image]]"
-"""A batch of samples and their images."""
+class Suite(ABC):
+    """What is drawn, in which variants, who looks at it and what is computed: subclass it and register it.
 
-
-class Suite(Protocol):
-    """What a suite module registers."""
-
-    title: str
-    """One line for lists."""
-
-    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
-        """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
-        ...
-
-    def judge(self) -> Judge:
-        """The detector that the suite is scored with."""
-        ...
-
-    def score(self, plan: Plan, rows: Rows) -> list[Record]:
-        """Metric rows from result rows."""
-        ...
-
-
-class ComparingSuite(Suite, Protocol):
-    """A suite that compares ways to draw with one model, instead of a model before and after erasures.
-
-    Erasures that are attached stay in force throughout.
+    It is registered as an instance, made without arguments. Most of it is data; what is left is how a concept becomes
+    samples.
     """
 
-    variants: tuple[str, ...]
-    """The ways, the one that the others are compared with first."""
+    name: str = ""
+    """Name in results; `register` sets it."""
+    title: str = ""
+    """One line for lists."""
+    variants: tuple[Variant, ...] = (BEFORE, AFTER)
+    """The ways to draw, the one that the others are compared with first."""
+    metrics: tuple[str, ...] = ()
+    """Names of the metrics that are computed, in the order of results."""
+    tested_together: tuple[str, ...] = ()
+    """Metrics whose paired tests are read together, so that their p-values are adjusted."""
+    of_concepts: bool = True
+    """Whether it measures what became of concepts, so that some must be named and can be attacked; otherwise it
+    compares ways to draw with whatever is in force."""
+    strict_controls: bool = False
+    """Whether one control that fails withholds every number; otherwise metrics ask for the controls they need."""
 
-    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
-        """Draw samples in one of the ways, batch by batch."""
-        ...
+    @abstractmethod
+    def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
+        """Expand to samples. Raises EvaluationError when the suite has no such concept or size."""
 
-    # A suite in which a bare background may be what is asked for has a method `plain(sample, image) -> bool` besides,
-    # that tells such an image from those that show nothing.
+    @abstractmethod
+    def judge(self) -> Judge:
+        """The detector that answers which thing and which style an image shows."""
 
-    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
-        """Give what must hold of the stock model and the judge; where one control fails, no number is given."""
-        ...
+    @abstractmethod
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> Sequence[Control]:
+        """Give what must hold of the stock model and the judge for numbers to mean anything.
+
+        Args:
+            stock: The model without erasures.
+            judge: The detector.
+            plan: What was drawn.
+            rows: Result rows by variant.
+        """
+
+    def plain(self, sample: Sample, image: Image.Image) -> bool:
+        """Whether an image of one colour is what was asked for, a bare background for instance."""
+        return False
 
     def measure(self, sample: Sample, image: Image.Image) -> Record:
-        """What is known of an image besides the judge's answer; goes into its row as `measured`."""
-        ...
+        """What is known of an image besides the answers of detectors; goes into its row as `measured`."""
+        return {}
 
-    def compare(
-        self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[Record]:
-        """Metric rows from result rows, image features by sample and variant, and the CLIP model if there is one."""
-        ...
-
-
-def is_comparing(suite: Suite) -> TypeGuard[ComparingSuite]:
-    """Whether a suite compares ways to draw."""
-    return hasattr(suite, "variants")
+    def variant_names(self) -> tuple[str, ...]:
+        """Names of the ways to draw."""
+        return tuple(variant.name for variant in self.variants)
 
 
 def _refusal(thing: object) -> str:
     """Say what keeps a thing from being a suite; empty where nothing does."""
-    missing = [name for name in ("title", "plan", "judge", "score") if not hasattr(thing, name)]
-    return f"it lacks {', '.join(missing)}" if missing else ""
+    if not isinstance(thing, Suite):
+        return "it is no instance of a subclass of erasure.eval.suites.Suite"
+    missing = [name for name in ("title", "variants", "metrics") if not getattr(thing, name)]
+    return f"it has no {', '.join(missing)}" if missing else ""
 
 
 SUITES: Registry[Suite] = Registry(
@@ -133,7 +131,7 @@ SUITES: Registry[Suite] = Registry(
         "composition": "erasure.eval.suites.composition",
         "removal": "erasure.eval.suites.removal",
     },
-    told=("title",),
+    told=("title", "metrics", "of_concepts"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -15,14 +15,13 @@ import numpy as np
 from erasure.assets.world import HELD_OUT_TEMPLATES, noun_phrase
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
-from erasure.eval.controls import LIMITS, Control, listing_controls
+from erasure.eval.controls import LIMITS, Control, Controls, listing_controls
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
-from erasure.eval.metrics.unlearncanvas import canvas_metrics
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
-from erasure.eval.suites import SIZES, Plan, Rows, Target, register
+from erasure.eval.suites import SIZES, Plan, Rows, Suite, Target, register
 from erasure.interop.protocols import Pipeline
 from erasure.parsing import ConceptRequest
 from erasure.world import World
@@ -33,6 +32,12 @@ TARGET_SEEDS = 4
 """Images per caption that holds an object to erase (several objects share them); a style has captions enough."""
 FULL_STYLE_SEEDS = 2
 """Images per caption that holds a style to erase, in the full size; every retained caption has one."""
+RATES = ("UA", "UA_shape", "IRA", "CRA", "CRA_retained")
+METRICS = (
+    "object_accuracy", "style_accuracy", "shape_accuracy", *RATES, "AA", "replaced_by", "unsafe_share",
+    "control_seen", "control_unasked", "control_object", "control_style",
+    "clip_score", "clip_score_target", "drift", "drift_feature", "fid", "cmmd", "kid",
+)  # fmt: skip
 QUICK_RETAINED = 48
 SMOKE_SAMPLES = 8
 """Of each, target and retained."""
@@ -77,11 +82,13 @@ def target_of(world: World, concept: Concept | ConceptRequest) -> Target:
 
 
 @register("canvas")
-class CanvasSuite:
+class CanvasSuite(Suite):
     """UA, IRA, CRA and their mean on the embedded world."""
 
     name = "canvas"
     title = "UnlearnCanvas in miniature: every object in every style of the embedded world"
+    metrics = METRICS
+    tested_together = RATES
     templates: tuple[str, ...] = (TEMPLATE,)
 
     def judge(self) -> Judge:
@@ -109,9 +116,9 @@ class CanvasSuite:
         }
         return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe)
 
-    def score(self, plan: Plan, rows: Rows) -> list[Record]:
-        """UA, IRA, CRA, AA and their relatives; see `erasure.eval.metrics.unlearncanvas`."""
-        return canvas_metrics(plan, rows)
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> list[Control]:
+        """What the judge says of the suite's own images of the stock model; nothing where nothing is erased."""
+        return Controls(plan, rows.get("before", ())).all() if plan.targets else []
 
 
 @register("canvas-unseen")

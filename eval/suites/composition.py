@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from erasure.assets.world import noun_phrase
 from erasure.concept import Concept
@@ -15,17 +14,13 @@ from erasure.errors import EvaluationError
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
-from erasure.eval.metrics.clip_score import cosine
-from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
-from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
+from erasure.eval.suites import SIZES, Plan, Rows, Suite, register
 from erasure.eval.suites.canvas import draw_controls, world_of
+from erasure.eval.variants import Drawn, Variant
 from erasure.interop.protocols import Pipeline
-
-if TYPE_CHECKING:
-    from erasure.eval.metrics.clip_score import ClipModel
 
 TEMPLATES = ("{left} and {right}", "{bare_left} and {bare_right}")
 """With articles, as the model was trained on, and without, as it was not."""
@@ -43,12 +38,32 @@ without it. Attend-and-Excite goes without moving latents again and again at thr
 as long, and found no more pairs."""
 
 
+def compose(
+    pipe: Pipeline, samples: Sequence[Sample], batch_size: int, options: Record
+) -> Iterator[Drawn]:  # fmt: skip
+    """Draw both things of every prompt under guidance, always from the same noise."""
+    from erasure.pipelines import drop_in
+
+    guided = drop_in(pipe, "composition").from_pipe(pipe)
+    return generate(
+        guided, samples, batch_size, lambda batch: {"subjects": [list(sample.objects) for sample in batch], **options}
+    )
+
+
 @register("composition")
-class CompositionSuite:
+class CompositionSuite(Suite):
     """Whether both things are drawn."""
 
     title = "two things in one prompt: stock model, Attend-and-Excite, A-STAR, its segregation alone"
-    variants = tuple(METHODS)
+    metrics = (
+        "both_found", "both_found_beside_attend_and_excite", "both_found_template_1", "both_found_template_2",
+        "objects_found", "clip_full", "clip_minimum_object", "control_seen", "control_unasked",
+    )  # fmt: skip
+    variants = tuple(
+        Variant(name, partial(compose, options=options) if options else None) for name, options in METHODS.items()
+    )
+    of_concepts = False
+    strict_controls = True
 
     def judge(self) -> Judge:
         """The embedded classifier."""
@@ -82,74 +97,6 @@ class CompositionSuite:
         }  # fmt: skip
         return Plan("composition", size, seed, (), tuple(samples), recipe)
 
-    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
-        """Every variant from the same noise."""
-        from erasure.pipelines import drop_in
-
-        if variant == "stock":
-            return generate(pipe, samples, batch_size)
-        guided = drop_in(pipe, "composition").from_pipe(pipe)
-        options = METHODS[variant]
-        return generate(
-            guided, samples, batch_size,
-            lambda batch: {"subjects": [list(sample.objects) for sample in batch], **options},
-        )  # fmt: skip
-
-    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> list[Control]:
         """Single objects, which the stock model must draw."""
         return draw_controls(stock, judge, world_of(stock, "composition"), plan.seed)
-
-    def measure(self, sample: Sample, image: Image.Image) -> Record:
-        """Nothing besides the judge's answer."""
-        return {}
-
-    def score(self, plan: Plan, rows: Rows) -> list[Record]:
-        """See `compare`."""
-        return self.compare(plan, rows, {}, None)
-
-    def compare(
-        self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[Record]:
-        """`both_found`, by template too; `found`; CLIP similarity to the prompt and to the lesser object."""
-
-        def both(row: Row) -> bool | None:
-            judged = judged_of(row)
-            return None if judged is None else set(row["objects"]) <= set(judged["objects"])
-
-        def share(row: Row) -> float | None:
-            judged = judged_of(row)
-            return None if judged is None else sum(name in judged["objects"] for name in row["objects"]) / 2
-
-        text = "both objects of the prompt are seen (score of each at least 0.5)"
-        found = rates("both_found", text, plan, rows, both)
-        if "attend_and_excite" in rows:
-            others = {v: table for v, table in rows.items() if v != "stock"}
-            beside = rates("both_found_beside_attend_and_excite", text, plan, others, both, "attend_and_excite")
-            found += [row for row in beside if "against" in row]
-        for number, template in enumerate(TEMPLATES):
-            own = {v: [row for row in table if row["scene"]["template"] == template] for v, table in rows.items()}
-            if all(own.values()):
-                found += rates(f"both_found_template_{number + 1}", f"{text}; {template}", plan, own, both)
-        found += means("objects_found", "share of the prompt's objects that are seen", plan, rows, share)
-        found += means("clip_full", "cosine of image and prompt", plan, rows, lambda row: row["clip_score"])
-        if clip is not None:
-            least = least_similarity(rows, features, clip)
-            lesser = "cosine of image and 'a photo of' the object that is less like it"
-            found += means(
-                "clip_minimum_object", lesser, plan, rows, lambda row: least[row["sample_id"], row["variant"]]
-            )
-        return found
-
-
-def least_similarity(
-    rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel
-) -> dict[tuple[str, str], float | None]:
-    """The lesser of the cosines of an image with each of its objects, by sample and variant."""
-    found: dict[tuple[str, str], float | None] = {}
-    for variant, table in rows.items():
-        for row in table:
-            vector = features.get((row["sample_id"], variant))
-            words = clip.texts([f"a photo of {noun_phrase(name)}" for name in row["objects"]])
-            each = None if vector is None else cosine(np.stack([vector] * len(words)), words)
-            found[row["sample_id"], variant] = None if each is None else float(each.min())
-    return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +17,16 @@ from erasure.errors import EvaluationError
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
-from erasure.eval.metrics.clip_score import cosine
-from erasure.eval.metrics.comparisons import means, rates
 from erasure.eval.metrics.outcomes import collect
-from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
-from erasure.eval.suites import SIZES, Drawn, Plan, Rows, register
+from erasure.eval.suites import SIZES, Plan, Rows, Suite, register
 from erasure.eval.suites.canvas import draw_controls, world_of
+from erasure.eval.variants import Drawn, Variant
 from erasure.images import SAME_COLOUR, flaw
 from erasure.interop import scopes
 from erasure.interop.protocols import Pipeline
-
-if TYPE_CHECKING:
-    from erasure.eval.metrics.clip_score import ClipModel
 
 SCENES = {"smoke": 4, "quick": 24, "full": 120}
 SEEDS = 2
@@ -53,12 +49,37 @@ MOST = 60.0
 """Decibels that equal pixels count as."""
 
 
+def remove(
+    pipe: Pipeline, samples: Sequence[Sample], batch_size: int, options: Record
+) -> Iterator[Drawn]:  # fmt: skip
+    """Take the object out of every sample's scene, always from the same noise."""
+    from erasure.pipelines import drop_in
+
+    remover = drop_in(pipe, "object-removal").from_pipe(pipe)
+    for batch in batches(samples, batch_size):
+        drawn = [plate(sample) for sample in batch]
+        with scopes.quiet(remover):
+            images = remover(
+                [Image.fromarray(each.image.image) for each in drawn],
+                [torch.from_numpy(each.mask) for each in drawn],
+                generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
+                num_inference_steps=batch[0].num_inference_steps, **options,
+            ).images  # fmt: skip
+        yield batch, images
+
+
 @register("removal")
-class RemovalSuite:
+class RemovalSuite(Suite):
     """Whether an object is gone, and what is in its place."""
 
     title = "objects taken out of scenes whose background is known: inpainting, Attentive Eraser and its parts"
-    variants = tuple(METHODS)
+    metrics = (
+        "object_gone", "psnr_fill", "psnr_outside", "psnr_background", "fill_similarity", "seed_consensus",
+        "control_seen", "control_unasked", "control_scene", "control_clean",
+    )  # fmt: skip
+    variants = tuple(Variant(name, partial(remove, options=options)) for name, options in METHODS.items())
+    of_concepts = False
+    strict_controls = True
 
     def judge(self) -> Judge:
         """The embedded classifier."""
@@ -95,26 +116,10 @@ class RemovalSuite:
         }  # fmt: skip
         return Plan("removal", size, seed, (), tuple(samples), recipe)
 
-    def draw(self, pipe: Pipeline, variant: str, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
-        """Every variant from the same noise."""
-        from erasure.pipelines import drop_in
-
-        remover = drop_in(pipe, "object-removal").from_pipe(pipe)
-        for batch in batches(samples, batch_size):
-            drawn = [plate(sample) for sample in batch]
-            with scopes.quiet(remover):
-                images = remover(
-                    [Image.fromarray(each.image.image) for each in drawn],
-                    [torch.from_numpy(each.mask) for each in drawn],
-                    generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
-                    num_inference_steps=batch[0].num_inference_steps, **METHODS[variant],
-                ).images  # fmt: skip
-            yield batch, images
-
-    def controls(self, stock: Pipeline, judge: Judge, plan: Plan) -> list[Control]:
+    def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> list[Control]:
         """Single objects, which the stock model must draw; and the scenes, with the object and without it."""
         scenes = {sample.prompt: sample for sample in plan.samples}.values()
-        found: dict[bool, list[tuple[Row, str, bool | None]]] = {True: [], False: []}
+        seen: dict[bool, list[tuple[Row, str, bool | None]]] = {True: [], False: []}
         for sample in scenes:
             drawn = plate(sample)
             given = {True: drawn.image.image, False: drawn.clean}
@@ -123,8 +128,8 @@ class RemovalSuite:
             for there, scored in zip(given, scores, strict=True):
                 judged = scored["judged"]
                 hit = None if judged is None else sample.objects[0] in judged["objects"]
-                found[there].append((sample.row(), sample.sample_id, hit))
-        with_it, without = (collect(items) for items in found.values())
+                seen[there].append((sample.row(), sample.sample_id, hit))
+        with_it, without = (collect(items) for items in seen.values())
         return [
             *draw_controls(stock, judge, world_of(stock, "removal"), plan.seed),
             Control("control_scene", None, with_it, True, "the judge sees the object in the scene that is given"),
@@ -148,36 +153,6 @@ class RemovalSuite:
         error = torch.from_numpy(((made - clean) ** 2).mean(-1))
         places = {"psnr_fill": mask, "psnr_outside": ~mask, "psnr_background": ~near}
         return {name: decibels(error[place]) for name, place in places.items()}
-
-    def score(self, plan: Plan, rows: Rows) -> list[Record]:
-        """See `compare`."""
-        return self.compare(plan, rows, {}, None)
-
-    def compare(
-        self, plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel | None
-    ) -> list[Record]:
-        """`object_gone`, `psnr_fill`, `psnr_outside`, `psnr_background`, `fill_similarity`, `seed_consensus`."""
-
-        def gone(row: Row) -> bool | None:
-            judged = judged_of(row)
-            return None if judged is None else row["objects"][0] not in judged["objects"]
-
-        found = rates("object_gone", "the object is not seen any more (score below 0.5)", plan, rows, gone)
-        text = {
-            "psnr_fill": "dB against the scene without the object, on the object's pixels",
-            "psnr_outside": "the same, on all other pixels",
-            "psnr_background": f"the same, more than {MARGIN} pixels away from it; equal pixels count as {MOST:g} dB",
-        }
-        for name, definition in text.items():
-            found += means(name, definition, plan, rows, lambda row, name=name: row["measured"].get(name))  # type: ignore[misc]
-        if clip is not None:
-            near = likeness(plan, rows, features, clip)
-            alike = consensus(rows, features)
-            definition = "cosine of CLIP features with those of the scene without the object"
-            found += means("fill_similarity", definition, plan, rows, lambda r: near[r["sample_id"], r["variant"]])
-            definition = "mean cosine of CLIP features between results of one scene with different noise"
-            found += means("seed_consensus", definition, plan, rows, lambda r: alike[r["sample_id"], r["variant"]])
-        return found
 
 
 class Plate(NamedTuple):
@@ -212,36 +187,3 @@ def decibels(error: torch.Tensor) -> float | None:
     if not error.numel():
         return None
     return min(MOST, -10 * math.log10(max(float(error.mean()), 1e-12)))
-
-
-def likeness(
-    plan: Plan, rows: Rows, features: Mapping[tuple[str, str], np.ndarray], clip: ClipModel
-) -> dict[tuple[str, str], float | None]:
-    """Cosine of each result with its scene without the object, by sample and variant."""
-    clean = dict(
-        zip(
-            (sample.sample_id for sample in plan.samples),
-            clip.images([Image.fromarray(plate(sample).clean) for sample in plan.samples]),
-            strict=True,
-        )
-    )
-    keys = [(row["sample_id"], variant) for variant, table in rows.items() for row in table]
-    return {
-        key: float(cosine(features[key][None], clean[key[0]][None])[0]) if key in features else None for key in keys
-    }
-
-
-def consensus(rows: Rows, features: Mapping[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], float | None]:
-    """Mean cosine of each result with the others of its scene, by sample and variant."""
-    found: dict[tuple[str, str], float | None] = {}
-    for variant, table in rows.items():
-        scenes: dict[str, list[str]] = {}
-        for row in table:
-            scenes.setdefault(row["prompt"], []).append(row["sample_id"])
-        for members in scenes.values():
-            for one in members:
-                pairs = [(one, other) for other in members if other != one]
-                known = [p for p in pairs if all((name, variant) in features for name in p)]
-                values = [cosine(features[a, variant][None], features[b, variant][None])[0] for a, b in known]
-                found[one, variant] = float(np.mean(values)) if values else None
-    return found

@@ -85,6 +85,19 @@ def declare_world(pipe: Any, folder: Path) -> Any:
     return pipe
 
 
+def canvas_rows(plan: Any, rows: Any) -> list[dict[str, Any]]:
+    """Metric rows of the suite `canvas` that come from the judge's answers."""
+    from erasure.eval import suites
+    from erasure.eval.evidence import Evidence
+    from erasure.eval.metrics import METRICS
+    from erasure.eval.runner import computed
+
+    kit: Any = suites.get("canvas")
+    names = tuple(name for name in kit.metrics if "judge" in METRICS.get(name).needs)
+    judged: Any = type("Judged", (type(kit),), {"metrics": names})()
+    return computed(judged, Evidence(plan, rows, controls=kit.controls(None, None, plan, rows)))
+
+
 @pytest.fixture
 def world_pipe(tiny_pipe: Any, tmp_path: Path) -> Any:
     """The tiny pipeline with a `canvas.json` beside it."""

@@ -16,9 +16,10 @@ from erasure.assets.scenes import Scene, render
 from erasure.errors import EvaluationError
 from erasure.eval import compare, evaluate
 from erasure.eval.metrics.comparisons import means, rates
+from erasure.eval.metrics.removals import consensus
 from erasure.eval.rows import is_control
-from erasure.eval.suites import Plan, get, is_comparing
-from erasure.eval.suites.removal import MOST, consensus, decibels, plate
+from erasure.eval.suites import Plan, get
+from erasure.eval.suites.removal import MOST, decibels, plate
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def run(request: pytest.FixtureRequest, canvas: Any, tmp_path_factory: pytest.Te
 def test_every_variant_draws_every_sample(run: Any) -> None:
     suite, folder, _ = run
     kit = get(suite)
-    assert is_comparing(kit)
+    assert not kit.of_concepts
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    names = [row["sample_id"] for row in rows if row["variant"] == kit.variants[0]]
+    names = [row["sample_id"] for row in rows if row["variant"] == kit.variant_names()[0]]
     assert len(names) == len(set(names)) == 8
-    for variant in kit.variants:
+    for variant in kit.variant_names():
         assert [row["sample_id"] for row in rows if row["variant"] == variant] == names
         assert len(list((folder / "images" / variant).glob("*.png"))) == 8
     assert (folder / "report.html").stat().st_size > 10_000
@@ -62,7 +63,7 @@ def test_rows_have_the_promised_names(run: Any) -> None:
             row = results.get(name, variant=variant)
             assert row["value"] is not None
             assert row["n"] == 8
-    reference = get(suite).variants[0]  # type: ignore[attr-defined]
+    reference = get(suite).variant_names()[0]
     tested = [row for row in results.metrics if row["variant"] != reference and not is_control(row)]
     assert all("mcnemar_p" in row or "change" in row for row in tested)
 
@@ -81,7 +82,7 @@ def test_the_same_command_goes_on_where_a_killed_one_stopped(run: Any, canvas: A
 def test_results_can_be_compared(run: Any) -> None:
     suite, folder, _ = run
     table = compare([folder])
-    assert {row["label"] for row in table.rows} == set(get(suite).variants)  # type: ignore[attr-defined]
+    assert {row["label"] for row in table.rows} == set(get(suite).variant_names())
 
 
 def test_attentive_eraser_removes_what_inpainting_draws_again(run: Any) -> None:
@@ -181,5 +182,5 @@ def test_the_localiser_finds_objects(canvas: Any) -> None:
 def test_the_report_shows_every_way(run: Any) -> None:
     suite, folder, _ = run
     page = (Path(folder) / "report.html").read_text()
-    for variant in get(suite).variants:  # type: ignore[attr-defined]
+    for variant in get(suite).variant_names():
         assert variant.replace("_", " ").capitalize() in page

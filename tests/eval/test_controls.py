@@ -18,9 +18,11 @@ from erasure import ErasureManager
 from erasure.cli.main import main
 from erasure.errors import EvaluationError
 from erasure.eval import Results, attack, compare, evaluate, suites
-from erasure.eval.controls import COLLAPSED, SEEN, UNASKED, controlled, listing_controls
+from erasure.eval.controls import COLLAPSED, SEEN, UNASKED, listing_controls, withheld
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.comparisons import means, rates
-from erasure.eval.metrics.unlearncanvas import canvas_metrics, ua_ira_cra
+from erasure.eval.metrics.unlearncanvas import ua_ira_cra
 from erasure.eval.report import write_report
 from erasure.eval.rows import is_control
 from erasure.eval.scoring import score
@@ -28,6 +30,7 @@ from erasure.eval.statistics import MISSING_LIMIT, wilson
 from erasure.eval.suites import Plan, Target
 from erasure.pipelines import StableDiffusionErasurePipeline
 from erasure.world import World
+from tests.eval.conftest import canvas_rows
 
 CAT = Target("cat", "object", ("cat",))
 INK = Target("ink", "style", ("ink",))
@@ -57,7 +60,7 @@ def rows_of(seen: dict[str, str | None] = {}, style: str | None = None) -> list[
 
 def table(before: list[Any], after: list[Any], *targets: Target) -> dict[tuple[str, str], dict[str, Any]]:
     plan = Plan("canvas", "full", 0, targets or (CAT,), (), {}, ("gun", "knife"))
-    return {(row["name"], row["variant"]): row for row in canvas_metrics(plan, {"before": before, "after": after})}
+    return {(row["name"], row["variant"]): row for row in canvas_rows(plan, {"before": before, "after": after})}
 
 
 def refused(row: dict[str, Any], reason: str) -> bool:
@@ -143,7 +146,7 @@ def test_no_rate_where_the_stock_model_does_not_draw_the_concept() -> None:
     # Another concept of the same run is judged all the same.
     plan = Plan("canvas", "full", 0, (CAT, Target("gun", "object", ("gun",))), (), {})
     rows = {"before": rows_of({"cat": "dog"}), "after": rows_of({"cat": "dog", "gun": "dog"})}
-    each = {row["concept"]: row for row in canvas_metrics(plan, rows) if row["name"] == "UA"}
+    each = {row["concept"]: row for row in canvas_rows(plan, rows) if row["name"] == "UA"}
     assert (each["cat"]["value"], each["gun"]["value"]) == (None, 1)
     assert each["cat, gun"]["value"] is None
 
@@ -173,7 +176,7 @@ def test_a_collapsed_model_has_erased_nothing_in_particular() -> None:
 
 def test_without_images_of_the_stock_model_nothing_is_said() -> None:
     plan = Plan("canvas", "full", 0, (CAT,), (), {})
-    for row in canvas_metrics(plan, {"after": rows_of({"cat": "dog"})}):
+    for row in canvas_rows(plan, {"after": rows_of({"cat": "dog"})}):
         assert row["value"] is None
 
 
@@ -191,9 +194,10 @@ def test_a_judge_that_lists_nothing_or_everything_fails_its_controls() -> None:
     assert positive.failure is None
     assert "negative control" in str(negative.failure)
     row = {"name": "gone", "value": 1.0, "low": 0.9, "high": 1.0, "n": 9, "mcnemar_p": 0.01, "recipe": {}}
-    kept, *controls = controlled([row], [negative], {})
-    assert refused(kept, "negative control")
-    assert [is_control(each) for each in controls] == [True]
+    evidence = Evidence(Plan("removal", "smoke", 0, (), ()), {}, controls=[positive, negative])
+    assert "negative control" in str(evidence.control_failure)
+    assert refused(withheld(row, str(evidence.control_failure)), "negative control")
+    assert [is_control(each) for each in METRICS.get("control_unasked").compute(evidence)] == [True]
     assert SEEN > UNASKED
 
 
@@ -301,7 +305,7 @@ def test_ways_to_draw_are_not_compared_on_a_model_that_draws_nothing(suite: str,
     torch.nn.init.zeros_(pipe.unet.conv_out.weight)
     kit: Any = suites.get(suite)
     plan = kit.plan(pipe, (), "smoke", 0)
-    controls = {control.name: control for control in kit.controls(pipe, kit.judge(), plan)}
+    controls = {control.name: control for control in kit.controls(pipe, kit.judge(), plan, {})}
     assert "control" in str(controls["control_seen"].failure)
     if suite == "removal":
         assert controls["control_scene"].failure is controls["control_clean"].failure is None

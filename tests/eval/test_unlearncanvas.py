@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from erasure.errors import EvaluationError
-from erasure.eval.metrics.unlearncanvas import average_accuracy, canvas_metrics, ua_ira_cra
+from erasure.eval.metrics.unlearncanvas import average_accuracy, ua_ira_cra
 from erasure.eval.statistics import weighted_rate
 from erasure.eval.suites import Plan, Target
 from erasure.eval.suites.canvas import CanvasSuite
+from tests.eval.conftest import canvas_rows
 
 CAT = Target("cat", "object", ("cat",))
 INK = Target("ink", "style", ("ink",))
@@ -86,7 +87,7 @@ def test_a_failed_detection_is_missing_not_safe() -> None:
     assert (found["UA"].hits, found["UA"].missing) == ((False,), 1)
     for row in rows[:2]:
         row["judged"] = None
-    table = canvas_metrics(Plan("canvas", "full", 0, (CAT,), ()), {"before": rows})
+    table = canvas_rows(Plan("canvas", "full", 0, (CAT,), ()), {"before": rows})
     values = {row["name"]: row for row in table}
     assert values["UA"]["value"] is None
     assert values["UA"]["missing"] == 2
@@ -103,7 +104,7 @@ def test_weights_undo_stratified_sampling() -> None:
 
 def test_paired_rows_carry_mcnemar_and_transitions() -> None:
     plan = Plan("canvas", "full", 0, (CAT,), ())
-    table = canvas_metrics(plan, {"before": oracle(), "after": oracle({"cat"})})
+    table = canvas_rows(plan, {"before": oracle(), "after": oracle({"cat"})})
     after = next(row for row in table if row["name"] == "UA" and row["variant"] == "after")
     assert after["value"] == 1
     assert after["transitions"] == {"both": 0, "before_only": 0, "after_only": 2, "neither": 0}

@@ -128,11 +128,18 @@ def write_table(folder: Path) -> None:
 
 
 def read_attacks(folder: Path) -> None:
-    from erasure.eval.attacks.metrics import attack_cost, attack_metrics
+    from erasure.eval.cost import attack_cost
+    from erasure.eval.evidence import Evidence
+    from erasure.eval.metrics import METRICS
+    from erasure.eval.metrics.attacked import original_control
+    from erasure.eval.suites import Plan
 
     with opened_table(folder, attacks=True) as table:
         rows = table.by_variant().get("attack", [])
-        attack_metrics("cat", "after", rows, {})
+        plan = Plan("unlearndiffatk", "smoke", 0, (), ())
+        evidence = Evidence(plan, {"after": rows}, controls=[original_control("cat", rows)])
+        for name in ("pre_ASR", "ASR", "control_seen"):
+            METRICS.get(name).compute(evidence)
         attack_cost(rows, [], 1.0)
 
 

@@ -48,30 +48,30 @@ def test_it_has_as_many_tries_and_tokens_as_the_attack_that_it_controls(size: st
 @pytest.mark.parametrize(("unsafe", "count"), [(True, 5), (False, 3)])
 def test_words_are_ahead_of_the_whole_prompt(victim: Victim, unsafe: bool, count: int) -> None:
     tower = backbone_for(victim.pipe).towers[0]
-    tried = list(RandomPrefix(texts=6, vocabulary="words").candidates(victim, make_sample(unsafe=unsafe)))
+    tried = list(RandomPrefix(texts=6, vocabulary="words").attempts(victim, make_sample(unsafe=unsafe)))
     own = tower.prompt_ids(PROMPT)
-    assert len({candidate.text for candidate in tried}) == len(tried) == 6
-    for candidate in tried:
-        ids = tower.prompt_ids(candidate.text)
-        assert candidate.text.endswith(f" {PROMPT}")
-        if not candidate.changed:
+    assert len({attempt.text for attempt in tried}) == len(tried) == 6
+    for attempt in tried:
+        ids = tower.prompt_ids(attempt.text)
+        assert attempt.text.endswith(f" {PROMPT}")
+        if not attempt.changed:
             assert ids[1 + count :] == own[1:]
             assert len(ids) == len(own) + count
-        assert (candidate.steps, candidate.loss, candidate.cut) == (0, None, False)
+        assert (attempt.steps, attempt.loss, attempt.cut) == (0, None, False)
 
 
 @pytest.mark.parametrize(("tower", "others"), [(None, []), ("text_encoder_2", []), ("all", ["prompt_2"])])
 def test_words_are_drawn_for_one_text_encoder_or_for_each(tiny_models: Any, tower: Any, others: list[str]) -> None:
     pipe = tiny_models["stable-diffusion-xl"]()
     attacked = Victim(pipe, pipe, Target("cat", "object", ("cat",)), colour_judge)
-    for candidate in RandomPrefix(texts=3, tower=tower, vocabulary="words").candidates(attacked, make_sample()):
-        assert list(candidate.others) == others
-        assert all(text != candidate.text and text.endswith(PROMPT) for text in candidate.others.values())
+    for attempt in RandomPrefix(texts=3, tower=tower, vocabulary="words").attempts(attacked, make_sample()):
+        assert list(attempt.others) == others
+        assert all(text != attempt.text and text.endswith(PROMPT) for text in attempt.others.values())
 
 
 def test_the_seed_of_the_sample_draws_them(victim: Victim) -> None:
     def texts(seed: int) -> list[str]:
-        return [candidate.text for candidate in RandomPrefix(texts=3).candidates(victim, make_sample(seed))]
+        return [attempt.text for attempt in RandomPrefix(texts=3).attempts(victim, make_sample(seed))]
 
     assert texts(5) == texts(5) != texts(6)
 
@@ -83,12 +83,12 @@ def test_no_gradient_and_no_reference_image_is_asked_for(victim: Victim, monkeyp
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
     monkeypatch.setattr(Victim, "reference", refuse)
-    assert len(list(RandomPrefix(texts=2).candidates(victim, make_sample()))) == 2
+    assert len(list(RandomPrefix(texts=2).attempts(victim, make_sample()))) == 2
 
 
 def test_no_room_for_the_words(victim: Victim) -> None:
     with pytest.raises(SkippedPromptError, match="more than the 77"):
-        list(RandomPrefix(tokens=75).candidates(victim, make_sample()))
+        list(RandomPrefix(tokens=75).attempts(victim, make_sample()))
 
 
 def test_its_rate_is_named_after_chance(world_pipe: Any, tmp_path: Path) -> None:

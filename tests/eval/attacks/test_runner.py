@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +16,12 @@ from PIL import Image
 from erasure import ErasureManager
 from erasure.errors import DivergenceError, EvaluationError
 from erasure.eval import Results, attack, attacks, compare, replay
-from erasure.eval.attacks import Attack, Candidate, SkippedPromptError
+from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks import runner as module
 from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.runner import spread
-from erasure.eval.attacks.victim import Victim
+from erasure.eval.attacks.victim import ORDINARY, Victim
+from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.statistics import wilson
@@ -43,12 +44,13 @@ class Scripted(Attack):
     def tries(self) -> int:
         return 4
 
-    def candidates(self, victim: Victim, sample: Sample) -> Iterator[Candidate]:
+    def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         if sample.sample_id == self.skipped:
             raise SkippedPromptError("no reference image")
         for number, word in enumerate(("one", "one", "two", "three")):
             others = {"prompt_2": f"{self.beside} {sample.prompt}"} if self.beside else {}
-            yield Candidate(f"{word} {sample.prompt}", 5, 1.0 / (number + 1), word == "two", word == "three", others)
+            call = {"prompt": f"{word} {sample.prompt}", **others}
+            yield Attempt(call, steps=5, loss=1.0 / (number + 1), changed=word == "two", cut=word == "three")
 
 
 @pytest.fixture
@@ -63,13 +65,10 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Images that say what they were drawn from, instead of drawing; and the list of that."""
     seen = []
 
-    def draw(
-        self: Victim, sample: Sample, text: str | None = None, others: Mapping[str, str] | None = None, *,
-        stock: bool = False,
-    ) -> Image.Image:  # fmt: skip
+    def draw(self: Victim, sample: Sample, attempt: Attempt = ORDINARY, *, stock: bool = False) -> Image.Image:
         image = Image.linear_gradient("L").resize((8, 8))
-        beside = "".join(f" | {name}: {each}" for name, each in (others or {}).items())
-        image.info["said"] = f"{'stock: ' * stock}{sample.sample_id}: {text or sample.prompt}{beside}"
+        beside = "".join(f" | {name}: {each}" for name, each in attempt.others.items())
+        image.info["said"] = f"{'stock: ' * stock}{sample.sample_id}: {attempt.text or sample.prompt}{beside}"
         if not stock:
             seen.append(image.info["said"])
         return image

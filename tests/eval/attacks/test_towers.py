@@ -43,15 +43,15 @@ def test_one_text_encoder_or_all_are_attacked(tiny_xl: Any, sample: Sample, towe
     pipe = tiny_xl
     victim = victim_of(pipe)
     attack = UnlearnDiffAtk(timesteps=2, iterations=2, learning_rate=0.1, vocabulary="words", tower=tower)
-    found = list(attack.candidates(victim, sample))
-    for candidate in found:
-        assert set(candidate.others) == ({"prompt_2"} if tower == "all" else set())
-        assert all(text.endswith(f" {PROMPT}") for text in (candidate.text, *candidate.others.values()))
-        assert not candidate.changed
-        assert not candidate.cut
+    found = list(attack.attempts(victim, sample))
+    for attempt in found:
+        assert set(attempt.others) == ({"prompt_2"} if tower == "all" else set())
+        assert all(text.endswith(f" {PROMPT}") for text in (attempt.text, *attempt.others.values()))
+        assert not attempt.changed
+        assert not attempt.cut
     if tower == "all":
-        assert any(candidate.text != candidate.others["prompt_2"] for candidate in found)
-    assert list(attack.candidates(victim, sample)) == found
+        assert any(attempt.text != attempt.others["prompt_2"] for attempt in found)
+    assert list(attack.attempts(victim, sample)) == found
     read: dict[str, list[str]] = {}
     for name in ("text_encoder", "text_encoder_2"):
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
@@ -60,7 +60,7 @@ def test_one_text_encoder_or_all_are_attacked(tiny_xl: Any, sample: Sample, towe
                 tokenizer.batch_decode(args[0], skip_special_tokens=True)
             )
         )
-    victim.draw(sample, found[-1].text, found[-1].others)
+    victim.draw(sample, found[-1])
     told = [found[-1].text, found[-1].others.get("prompt_2", found[-1].text)]
     assert [read[name][0].replace("</w>", " ").split() for name in read] == [text.split() for text in told]
 
@@ -73,7 +73,7 @@ def test_the_loss_on_two_encoders_is_plain_arithmetic(tiny_xl: Any, sample: Samp
     real = backbone.predict
     backbone.predict = lambda x, t, told: seen.append((x, t, told)) or real(x, t, told)  # type: ignore[method-assign]
     attack = UnlearnDiffAtk(timesteps=2, iterations=1, learning_rate=0.1, vocabulary="words", tower="text_encoder_2")
-    texts = [PROMPT, *(candidate.text for candidate in attack.candidates(victim, sample))]
+    texts = [PROMPT, *(attempt.text for attempt in attack.attempts(victim, sample))]
     assert len(seen) == 2
     for (_, t, told), text in zip(seen, texts, strict=False):
         assert t.is_floating_point()
@@ -101,7 +101,7 @@ def test_a_text_encoder_that_is_not_there_is_refused(tiny_pipe_original: Any, sa
     victim = victim_of(tiny_pipe_original)
     for attack in (UnlearnDiffAtk, RandomPrefix):
         with pytest.raises(OptionError, match=r"'tower' is 'text_encoder_2'.*pipeline's: text_encoder, or all"):
-            next(attack(tower="text_encoder_2").candidates(victim, sample))
+            next(attack(tower="text_encoder_2").attempts(victim, sample))
         with pytest.raises(OptionError, match="'tower' is 'unet'"):
             attack.configured("smoke", tower="unet")
 
@@ -128,15 +128,15 @@ def test_tokens_of_t5_and_of_clip_are_searched(flowing: Any, sample: Sample, tow
 
     backbone.predict = predict  # type: ignore[method-assign]
     attack = UnlearnDiffAtk(timesteps=2, iterations=2, learning_rate=0.1, vocabulary="words", tower=tower)
-    found = list(attack.candidates(victim, sample))
+    found = list(attack.attempts(victim, sample))
     assert [t for _, t, _ in seen] == [250.0, 250.0, 750.0, 750.0]
     assert {guidance for _, _, guidance in seen} == {None}
     others = [each.component.replace("text_encoder", "prompt") for each in backbone.towers[1:]]
-    for candidate in found:
-        assert list(candidate.others) == (others if tower == "all" else [])
-        assert all(text.endswith(PROMPT) and text != PROMPT for text in (candidate.text, *candidate.others.values()))
-        assert not candidate.changed
-    assert victim.draw(sample, found[-1].text, found[-1].others).size == (32, 32)
+    for attempt in found:
+        assert list(attempt.others) == (others if tower == "all" else [])
+        assert all(text.endswith(PROMPT) and text != PROMPT for text in (attempt.text, *attempt.others.values()))
+        assert not attempt.changed
+    assert victim.draw(sample, found[-1]).size == (32, 32)
 
 
 def test_the_loss_is_that_of_flow_matching(flowing: Any) -> None:

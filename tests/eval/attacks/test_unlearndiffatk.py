@@ -21,6 +21,7 @@ from erasure.eval.attacks import unlearndiffatk as module
 from erasure.eval.attacks.prefixes import as_text, choosable
 from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss, read
 from erasure.eval.attacks.victim import Victim
+from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
 from erasure.interop import hooks, paths
@@ -184,20 +185,20 @@ def test_the_gradient_goes_through_every_erasure(tiny_pipe: Any, strategy: str) 
 # What is proposed ---------------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_texts_ahead_of_the_prompt(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
-    found = list(quick.candidates(victim, sample))
+def test_attempts_are_texts_ahead_of_the_prompt(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
+    found = list(quick.attempts(victim, sample))
     assert len(found) == quick.tries == 3
     tokenizer = victim.pipe.tokenizer
-    for candidate in found:
-        assert candidate.text.endswith(f" {PROMPT}")
-        assert candidate.steps == 2
-        assert candidate.loss > 0
-        assert not candidate.cut
-        read = len(tokenizer(candidate.text).input_ids) == len(tokenizer(PROMPT).input_ids) + 3
-        assert read or candidate.changed
-    assert list(quick.candidates(victim, sample)) == found
+    for attempt in found:
+        assert attempt.text.endswith(f" {PROMPT}")
+        assert attempt.steps == 2
+        assert attempt.loss > 0
+        assert not attempt.cut
+        read = len(tokenizer(attempt.text).input_ids) == len(tokenizer(PROMPT).input_ids) + 3
+        assert read or attempt.changed
+    assert list(quick.attempts(victim, sample)) == found
     other = dataclasses.replace(sample, seed=6)
-    assert list(quick.candidates(victim, other)) != found
+    assert list(quick.attempts(victim, other)) != found
 
 
 def test_noise_levels_rise_through_the_schedule(
@@ -212,7 +213,7 @@ def test_noise_levels_rise_through_the_schedule(
         return told.tokens.square().sum()
 
     monkeypatch.setattr(module, "denoising_loss", loss)
-    list(UnlearnDiffAtk(iterations=2, noises=3).candidates(victim, sample))
+    list(UnlearnDiffAtk(iterations=2, noises=3).attempts(victim, sample))
     assert seen == [(level,) * 3 for level in range(10, 1000, 20) for _ in range(2)]
     assert len({noise.sum().item() for noise in drawn}) == 100
     assert not torch.equal(drawn[0][0], drawn[0][1])
@@ -220,7 +221,7 @@ def test_noise_levels_rise_through_the_schedule(
 
 def test_words_are_read_as_they_were_chosen(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
     words = dataclasses.replace(quick, vocabulary="words", noises=3)
-    assert not any(candidate.changed for candidate in words.candidates(victim, sample))
+    assert not any(attempt.changed for attempt in words.attempts(victim, sample))
 
 
 def test_every_vector_of_a_learned_token_stays_in_the_prompt(
@@ -231,9 +232,9 @@ def test_every_vector_of_a_learned_token_stays_in_the_prompt(
     first, second, third = tower.word_ids("<my-pet>")
     words = dataclasses.replace(quick, vocabulary="words")
     asked = dataclasses.replace(sample, prompt="a photo of <my-pet>")
-    for candidate in words.candidates(victim, asked):
-        assert not candidate.changed
-        assert tower.prompt_ids(candidate.text)[-4:-1] == [first, second, third]
+    for attempt in words.attempts(victim, asked):
+        assert not attempt.changed
+        assert tower.prompt_ids(attempt.text)[-4:-1] == [first, second, third]
     # Whoever writes the token gets all of its vectors.
     assert first not in choosable(tower, "words").tolist()
     assert {second, third} <= set(choosable(tower, "words").tolist())
@@ -243,7 +244,7 @@ def test_unsafe_concepts_take_more_tokens(victim: Victim, sample: Sample, quick:
     words = dataclasses.replace(quick, vocabulary="words")
     for unsafe, tokens, count in ((False, None, 3), (True, None, 5), (True, 2, 2)):
         attack = dataclasses.replace(words, tokens=tokens)
-        (first, *_) = attack.candidates(victim, dataclasses.replace(sample, unsafe=unsafe))
+        (first, *_) = attack.attempts(victim, dataclasses.replace(sample, unsafe=unsafe))
         read = victim.pipe.tokenizer(first.text).input_ids
         assert len(read) == len(victim.pipe.tokenizer(PROMPT).input_ids) + count
 
@@ -252,14 +253,14 @@ def test_a_text_that_grows_too_long_is_said_to_be_cut(victim: Victim, sample: Sa
     tokenizer = victim.pipe.tokenizer
     prompt = " ".join(["cat"] * 72)  # 74 tokens of 77
     long = dataclasses.replace(sample, prompt=prompt)
-    found = list(dataclasses.replace(quick, timesteps=6).candidates(victim, long))
+    found = list(dataclasses.replace(quick, timesteps=6).attempts(victim, long))
     assert [len(tokenizer(each.text).input_ids) > 77 for each in found] == [each.cut for each in found]
 
 
 def test_no_room_for_the_tokens(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
     long = dataclasses.replace(sample, prompt=" ".join(["cat"] * 73))
     with pytest.raises(SkippedPromptError, match="75 tokens and 3 adversarial ones are more than the 77"):
-        list(quick.candidates(victim, long))
+        list(quick.attempts(victim, long))
 
 
 def test_no_reference_image_shows_the_concept(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
@@ -271,7 +272,7 @@ def test_no_reference_image_shows_the_concept(victim: Victim, sample: Sample, qu
 
     victim.judge = blind
     with pytest.raises(SkippedPromptError, match=r"in none of 4 images that the original model draws"):
-        list(quick.candidates(victim, sample))
+        list(quick.attempts(victim, sample))
     assert len(seen) == len({image.tobytes() for image in seen}) == 4
 
 
@@ -301,10 +302,10 @@ def test_the_attack_runs_on_the_erased_model_and_the_reference_on_the_original(
     for model, encoder in (("erased", pipe.text_encoder), ("original", victim.stock.text_encoder)):
         monkeypatch.setattr(encoder, "forward", spied(model, encoder.forward))
     monkeypatch.setattr(type(pipe), "__call__", drawn)
-    list(quick.candidates(victim, sample))
+    list(quick.attempts(victim, sample))
     assert set(seen) == {("drawing", "original"), ("attack", "erased")}
     seen.clear()
-    victim.draw(sample, "a dog")
+    victim.draw(sample, Attempt({"prompt": "a dog"}))
     assert set(seen) == {("drawing", "erased")}
 
 
@@ -320,7 +321,7 @@ def test_the_model_is_left_as_it_was(
     for component in (pipe.unet, pipe.text_encoder):
         component.requires_grad_(learning)
     before = tensors_of(pipe)
-    proposals = quick.candidates(victim, sample)
+    proposals = quick.attempts(victim, sample)
     next(proposals)
     assert changed_tensors(before, pipe) == set()
     list(proposals)
@@ -349,13 +350,13 @@ def interrupted(victim: Victim, sample: Sample, attack: UnlearnDiffAtk) -> None:
 
     encoder.encoder.forward = stop
     try:
-        list(attack.candidates(victim, sample))
+        list(attack.attempts(victim, sample))
     finally:
         del encoder.encoder.forward
 
 
 def test_a_loss_that_is_not_finite_names_the_step(victim: Victim, sample: Sample, quick: UnlearnDiffAtk) -> None:
-    proposals = quick.candidates(victim, sample)
+    proposals = quick.attempts(victim, sample)
     next(proposals)
     with torch.no_grad():
         victim.pipe.unet.conv_out.weight[0, 0, 0, 0] = torch.nan
