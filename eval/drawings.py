@@ -1,12 +1,14 @@
 """The cache of drawn images and of what was said of them: neither a second judge nor a second method redraws any.
 
 An image depends on the model, the erasures in force and the sampler, and on nothing else: it is kept under these. What
-a judge and a CLIP model say of it is kept beside it, under theirs.
+a judge and a CLIP model say of it is kept beside it, each under its own fingerprint: all of it and not only what a
+suite asks for, so that another suite, threshold or CLIP model asks nobody again who has answered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from PIL import Image
 from erasure.errors import ErasureError, EvaluationError
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import CacheEntry, Scores
+from erasure.eval.schemas import AnswerEntry, ClipEntry
+from erasure.eval.scoring import KeptAnswer
 from erasure.eval.table import decode_vector, encode_vector
 from erasure.files import digest, read_json, write_bytes, write_json
 from erasure.images import read_rgb
@@ -32,7 +35,7 @@ def whole_key(sample: Sample) -> str:
 
 
 class DrawingCache:
-    """Images of one model by what determines them, with scores and features of some.
+    """Images of one model by what determines them, with a judge's answers and CLIP features of some.
 
     Any suite, size or concept that asks for the same prompt, noise and settings finds them. A file per sample, written
     atomically: several evaluations may share the folder at once.
@@ -40,7 +43,8 @@ class DrawingCache:
     Args:
         root: Root of the cache.
         drawing: All that images depend on besides their sample: model, sampler, erasures, versions.
-        scoring: All that scores and features depend on besides: judge, CLIP. `None` keeps images only.
+        judge: All that answers depend on besides the image; `None` keeps none.
+        clip: All that features and scores depend on besides image and prompt; `None` keeps none.
         key: Name of a sample's files.
 
     Raises:
@@ -48,16 +52,23 @@ class DrawingCache:
     """
 
     def __init__(
-        self, root: Path, drawing: Record, scoring: Record | None = None, key: Callable[[Sample], str] = prompt_key
-    ) -> None:
+        self, root: Path, drawing: Record, *, judge: Record | None = None, clip: Record | None = None,
+        key: Callable[[Sample], str] = prompt_key,
+    ) -> None:  # fmt: skip
         self.folder, self.key = root / "drawings" / digest(drawing), key
-        self.scores = None if scoring is None else self.folder / f"scores-{digest(scoring)}"
         try:
             write_json(self.folder / "recipe.json", drawing, error=EvaluationError)
-            if self.scores is not None:
-                write_json(self.scores / "recipe.json", scoring, error=EvaluationError)
+            self.answers = self._beside("answers", judge)
+            self.clip = self._beside("clip", clip)
         except EvaluationError as error:
             raise EvaluationError(f"{error}; name another folder with baseline_cache or ERASURE_CACHE") from error
+
+    def _beside(self, kind: str, recipe: Record | None) -> Path | None:
+        if recipe is None:
+            return None
+        folder = self.folder / f"{kind}-{digest(recipe)}"
+        write_json(folder / "recipe.json", recipe, error=EvaluationError)
+        return folder
 
     def image(self, sample: Sample) -> Image.Image | None:
         """The image of a sample, if it is there and whole."""
@@ -74,40 +85,50 @@ class DrawingCache:
         """
         write_bytes(self.folder / f"{self.key(sample)}.png", image, error=EvaluationError)
 
-    def get(self, sample: Sample, width: int | None) -> tuple[Scores, np.ndarray | None] | None:
-        """Scores and features of a sample; `None` when they are not there or not whole, to be found again.
-
-        Args:
-            sample: Which.
-            width: Of the features; `None` without a CLIP model.
-        """
-        if self.scores is None:
+    def answer(self, sample: Sample) -> KeptAnswer | None:
+        """What the judge said of a sample's image; `None` when that is not there or not whole, to be asked again."""
+        if self.answers is None:
             return None
         try:
-            entry: CacheEntry = read_json(self._entry(sample, self.scores), CacheEntry, error=EvaluationError)
-            vector = None if entry["features"] is None else decode_vector(entry["features"])
+            entry: AnswerEntry = read_json(self._entry(sample, self.answers), AnswerEntry, error=EvaluationError)
         except EvaluationError:
             return None
-        scores = entry["scores"]
-        if (None if vector is None else len(vector)) != width or scores["failures"] or scores["judged"] is None:
-            return None
-        return scores, vector
+        return KeptAnswer(**entry)
 
-    def put(self, sample: Sample, scores: Record, features: np.ndarray | None) -> None:
-        """Keep what was said of a sample's image, unless a scorer failed, which is then asked again next time.
-
-        Args:
-            sample: Which.
-            scores: What is known of it.
-            features: Its features, if there are any.
+    def put_answer(self, sample: Sample, answer: KeptAnswer) -> None:
+        """Keep what the judge said of a sample's image.
 
         Raises:
             EvaluationError: The folder cannot be written.
         """
-        if self.scores is not None and not scores["failures"]:
-            entry = {"scores": scores, "features": None if features is None else encode_vector(features)}
-            write_json(self._entry(sample, self.scores), entry, error=EvaluationError)
+        if self.answers is not None:
+            write_json(self._entry(sample, self.answers), asdict(answer), error=EvaluationError)
+
+    def features(self, sample: Sample, width: int) -> tuple[float, np.ndarray] | None:
+        """CLIP score and image features of a sample; `None` when they are not there or not whole, to be had again.
+
+        Args:
+            sample: Which.
+            width: Of the features.
+        """
+        if self.clip is None:
+            return None
+        try:
+            entry: ClipEntry = read_json(self._entry(sample, self.clip), ClipEntry, error=EvaluationError)
+            vector = decode_vector(entry["features"])
+        except EvaluationError:
+            return None
+        return (entry["clip_score"], vector) if len(vector) == width else None
+
+    def put_features(self, sample: Sample, cosine: float, vector: np.ndarray) -> None:
+        """Keep the CLIP score and image features of a sample.
+
+        Raises:
+            EvaluationError: The folder cannot be written.
+        """
+        if self.clip is not None:
+            entry = {"clip_score": cosine, "features": encode_vector(vector)}
+            write_json(self._entry(sample, self.clip), entry, error=EvaluationError)
 
     def _entry(self, sample: Sample, folder: Path) -> Path:
-        # Scores of what a prompt asks for depend on what a suite says that it asks for.
-        return folder / f"{self.key(sample)}-{digest([sample.objects, sample.style])[:8]}.json"
+        return folder / f"{self.key(sample)}.json"

@@ -174,9 +174,12 @@ def _cache(
         key = prompt_key
     else:  # what the pipeline is given follows from the whole sample
         drawing, key = drawing | {"suite": plan.recipe, "variant": variant.name}, whole_key
-    judging = {"judge": subject.judge_name, "clip": subject.clip, "package": __version__}
-    keeps_scores = not variant.erased and is_identified(subject.judge)
-    return DrawingCache(root, drawing, judging if keeps_scores else None, key)
+    judging = {"judge": subject.judge_name, "package": __version__}
+    return DrawingCache(
+        root, drawing, key=key,
+        judge=judging if is_identified(subject.judge) else None,
+        clip=None if subject.clip is None else {"clip": subject.clip, "package": __version__},
+    )  # fmt: skip
 
 
 @dataclass
@@ -213,47 +216,42 @@ class _Evaluation(Run):
                 self.tell(name, name)
 
     def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
-        """Take what an earlier evaluation has drawn; returns the samples that are left to draw.
-
-        What has been said of an image is taken too, where the same judge and CLIP model said it; else they are asked.
-        """
+        """Take what an earlier evaluation has drawn; returns the samples that are left to draw."""
         name, cache = variant.name, self.caches[variant.name]
         if cache is None:
             return list(samples)
-        width = None if self.clip is None else self.clip.width
         rest: list[Sample] = []
         ready: list[tuple[Sample, Image.Image]] = []
+
+        def finish() -> None:
+            if ready:
+                self._finish(variant, [sample for sample, _ in ready], [image for _, image in ready], None)
+                bar.update(len(ready))
+                self.tell(name, name)
+                ready.clear()
+
         for sample in samples:
             image = cache.image(sample)
-            known = None if image is None else cache.get(sample, width)
             if image is None:
                 rest.append(sample)
-            elif known is None:
-                ready.append((sample, image))
             else:
-                self.keep(name, sample, image)
-                self.table.append([self._row(sample, variant, image, known[0], known[1], None)], [known[1]])
-                bar.update()
-                self.tell(name, name)
-        for start in range(0, len(ready), self.batch_size):
-            batch = ready[start : start + self.batch_size]
-            self._finish(variant, [sample for sample, _ in batch], [image for _, image in batch], None)
-            bar.update(len(batch))
-            self.tell(name, name)
+                ready.append((sample, image))
+            if len(ready) == self.batch_size:
+                finish()
+        finish()
         return rest
 
     def _finish(
         self, variant: Variant, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float | None
     ) -> None:
         """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
-        scores, features = score(batch, images, self.subject.judge, self.clip, self.kit.plain)
+        cache = self.caches[variant.name]
+        scores, features = score(batch, images, self.subject.judge, self.clip, self.kit.plain, cache)
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant.name, sample, image)
-            if (cache := self.caches[variant.name]) is not None:
-                if seconds is not None:
-                    cache.put_image(sample, png(image))
-                cache.put(sample, scored, vector)
+            if cache is not None and seconds is not None:
+                cache.put_image(sample, png(image))
             rows.append(self._row(sample, variant, image, scored, vector, seconds))
         self.table.append(rows, features)
 

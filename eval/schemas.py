@@ -62,20 +62,27 @@ class Drift(TypedDict):
     feature: Number | None
 
 
-class Scores(TypedDict):
-    """What is known of an image, as the baseline cache keeps it."""
-
-    judged: Judged | None
-    clip_score: Number | None
-    blank: bool
-    failures: dict[Name, Text]
+Table = Annotated[dict[Name, Number], Field(max_length=10_000)]
+"""Score by class."""
 
 
-class CacheEntry(TypedDict):
-    """An image of the stock model in the baseline cache."""
+class AnswerEntry(TypedDict):
+    """What a judge said of an image in the cache of drawings."""
 
-    scores: Scores
-    features: Vector | None
+    object: Name | None
+    objects: Names
+    style: Name | None
+    shape: Name | None
+    object_scores: Table
+    style_scores: Table
+    shape_scores: Table
+
+
+class ClipEntry(TypedDict):
+    """What a CLIP model said of an image in the cache of drawings."""
+
+    clip_score: Number
+    features: Vector
 
 
 class ReportRow(TypedDict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -65,9 +66,54 @@ def judgement(answer: Answer, sample: Sample) -> Record:
     }
 
 
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What a judge said of an image, all of it, as it is kept."""
+
+    object: str | None
+    objects: list[str]
+    style: str | None
+    shape: str | None
+    object_scores: dict[str, float]
+    style_scores: dict[str, float]
+    shape_scores: dict[str, float]
+
+    @classmethod
+    def of(cls, answer: Answer) -> KeptAnswer | None:
+        """An answer as plain data; `None` where it is not plain, so that it cannot be kept."""
+        tables = [
+            dict(getattr(answer, name, None) or {}) for name in ("object_scores", "style_scores", "shape_scores")
+        ]
+        objects, shape = list(getattr(answer, "objects", ())), getattr(answer, "shape", None)
+        texts = [answer.object, answer.style, shape, *objects, *(name for table in tables for name in table)]
+        values = [value for table in tables for value in table.values()]
+        if not all(isinstance(text, str | None) for text in texts):
+            return None
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            return None
+        first, second, third = ({name: float(value) for name, value in table.items()} for table in tables)
+        return cls(answer.object, objects, answer.style, shape, first, second, third)
+
+
+class Memory(Protocol):
+    """What has been said of images before; see `erasure.eval.drawings.DrawingCache`."""
+
+    def answer(self, sample: Sample) -> KeptAnswer | None:
+        """What the judge said of a sample's image."""
+
+    def put_answer(self, sample: Sample, answer: KeptAnswer) -> None:
+        """Keep that."""
+
+    def features(self, sample: Sample, width: int) -> tuple[float, np.ndarray] | None:
+        """CLIP score and image features."""
+
+    def put_features(self, sample: Sample, cosine: float, vector: np.ndarray) -> None:
+        """Keep these."""
+
+
 def score(
     samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
-    plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False,
+    plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False, memory: Memory | None = None,
 ) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
 
@@ -77,6 +123,7 @@ def score(
         judge: The detector.
         clip: For scores and features, if there is one.
         plain: Whether an image shows what was asked for although it is of one colour: a bare background.
+        memory: What was said of the samples' images before, where nobody is asked again, and where it is kept.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
@@ -88,30 +135,14 @@ def score(
         for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
     ]
     shown = [index for index, found in enumerate(flaws) if found is None]
-    features: list[np.ndarray | None] = [None] * len(images)
-    cosines: list[float | None] = [None] * len(images)
-    answers: dict[int, Answer | Exception] = {}
-    failed: str | None = None
-    if shown:
-        pictures = [images[index] for index in shown]
-        answers = dict(zip(shown, call_judge(judge, pictures), strict=True))
-        if clip is not None:
-            try:
-                vectors = clip.images(pictures)
-                texts = clip.texts([samples[index].prompt for index in shown])
-                # A collapsed model draws NaN: no number, so a missing value.
-                if not (np.isfinite(vectors).all() and np.isfinite(texts).all()):
-                    raise ValueError("features that are not finite")
-                for index, vector, value in zip(shown, vectors, cosine(vectors, texts), strict=True):
-                    features[index], cosines[index] = vector, float(value)
-            except Exception as error:
-                failed = reason(error)
+    answers = _answers(samples, images, shown, judge, memory)
+    known, failed = _features(samples, images, shown, clip, memory)
     rows = []
     for index, (sample, found) in enumerate(zip(samples, flaws, strict=True)):
         failures = {} if found is None else {"image": found}
         judged = None
         if found is None:
-            failures |= {} if failed is None else {"clip": failed}
+            failures |= {} if failed is None or index in known else {"clip": failed}
             try:
                 answer = answers[index]
                 if isinstance(answer, Exception):
@@ -119,8 +150,59 @@ def score(
                 judged = judgement(answer, sample)
             except Exception as error:
                 failures["judge"] = reason(error)
-        rows.append({"judged": judged, "clip_score": cosines[index], "blank": found is not None, "failures": failures})
-    return rows, features
+        cosine_of, _ = known.get(index, (None, None))
+        rows.append({"judged": judged, "clip_score": cosine_of, "blank": found is not None, "failures": failures})
+    return rows, [known[index][1] if index in known else None for index in range(len(images))]
+
+
+def _answers(
+    samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], judge: Judge, memory: Memory | None
+) -> dict[int, Answer | Exception]:
+    """What the judge says of some images, by their place."""
+    known = {index: memory.answer(samples[index]) for index in shown} if memory is not None else {}
+    found: dict[int, Answer | Exception] = {index: answer for index, answer in known.items() if answer is not None}
+    rest = [index for index in shown if index not in found]
+    if rest:
+        found |= dict(zip(rest, call_judge(judge, [images[index] for index in rest]), strict=True))
+    for index in rest if memory is not None else ():
+        answer = found[index]
+        try:
+            kept = None if isinstance(answer, Exception) else KeptAnswer.of(answer)
+        except Exception:  # what is no answer at all is a missing value, see `score`
+            kept = None
+        if kept is not None and memory is not None:
+            memory.put_answer(samples[index], kept)
+    return found
+
+
+def _features(
+    samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], clip: ClipModel | None,
+    memory: Memory | None,
+) -> tuple[dict[int, tuple[float, np.ndarray]], str | None]:  # fmt: skip
+    """CLIP score and features of some images, by their place; and why some have none."""
+    if clip is None:
+        return {}, None
+    kept = {index: memory.features(samples[index], clip.width) for index in shown} if memory is not None else {}
+    found = {index: each for index, each in kept.items() if each is not None}
+    rest = [index for index in shown if index not in found]
+    if not rest:
+        return found, None
+    try:
+        vectors = clip.images([images[index] for index in rest])
+        texts = clip.texts([samples[index].prompt for index in rest])
+        # A collapsed model draws NaN: no number, so a missing value.
+        if not (np.isfinite(vectors).all() and np.isfinite(texts).all()):
+            raise ValueError("features that are not finite")
+        new = {
+            index: (float(value), vector)
+            for index, vector, value in zip(rest, vectors, cosine(vectors, texts), strict=True)
+        }
+    except Exception as error:
+        return found, reason(error)
+    for index, (value, vector) in new.items() if memory is not None else ():
+        if memory is not None:
+            memory.put_features(samples[index], value, vector)
+    return found | new, None
 
 
 def reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from erasure.eval.processes import Processes
 from erasure.eval.run import opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, EvaluationRow
+from erasure.eval.scoring import KeptAnswer
 from erasure.eval.suites import Target
 from erasure.eval.table import SampleTable, image_path, read_rows
 from erasure.images import png
@@ -33,6 +34,7 @@ SAMPLE = Sample("cat-0", "a cat", 7, "target", ("cat",), "ink", ("cat",), height
 JUDGED = {"object": "cat", "objects": ["cat"], "style": "ink"}
 SCORES = {"judged": JUDGED, "clip_score": 0.25, "blank": False, "failures": {}}
 MADE_BY = {"attack": "unlearndiffatk", "size": "quick", "options": {}, "model": "canvas-sd", "against": ["uce"]}
+ANSWER = KeptAnswer("cat", ["cat"], "ink", None, {"cat": 0.75}, {"ink": 1.0}, {})
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 Break = Callable[[Path], object]
 
@@ -255,46 +257,43 @@ def test_values_of_prompts_have_types(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_cache_entry_is_none(broken: str, tmp_path: Path) -> None:
-    cache = DrawingCache(tmp_path, {}, {})
+    cache = DrawingCache(tmp_path, {}, judge={}, clip={"clip": "c"})
     cache.put_image(SAMPLE, png(IMAGE))
-    cache.put(SAMPLE, SCORES, np.ones(4, dtype=np.float32))
-    found, image = cache.get(SAMPLE, 4), cache.image(SAMPLE)
-    assert found is not None
-    assert image is not None
-    assert found[0] == SCORES
-    (entry,) = (path for path in cache.folder.glob("scores-*/*.json") if path.name != "recipe.json")
-    BROKEN[broken](entry)
-    assert cache.get(SAMPLE, 4) is None
+    cache.put_answer(SAMPLE, ANSWER)
+    cache.put_features(SAMPLE, 0.5, np.ones(4, dtype=np.float32))
+    assert cache.answer(SAMPLE) == ANSWER
+    assert cache.features(SAMPLE, 4) is not None
+    assert cache.image(SAMPLE) is not None
+    for kind, get in (("answers", cache.answer), ("clip", lambda sample: cache.features(sample, 4))):
+        (entry,) = (path for path in cache.folder.glob(f"{kind}-*/*.json") if path.name != "recipe.json")
+        BROKEN[broken](entry)
+        assert get(SAMPLE) is None
     if not broken.startswith(("unknown", "keys", "a lone")):
         BROKEN[broken](cache.folder / f"{SAMPLE.key}.png")
         assert cache.image(SAMPLE) is None
 
 
 def test_a_cache_entry_that_does_not_fit_is_none(tmp_path: Path) -> None:
-    cache = DrawingCache(tmp_path, {}, {})
-
-    def put(features: Any = (1.0, 2.0), **scores: Any) -> None:
-        cache.put(SAMPLE, SCORES | scores, None if features is None else np.array(features))
-
-    put()
-    assert cache.get(SAMPLE, 2) is not None
-    assert cache.get(SAMPLE, 3) is cache.get(SAMPLE, None) is None
-    # What a prompt asks for is the suite's to say, and scores depend on it.
-    assert cache.get(dataclasses.replace(SAMPLE, objects=("dog",)), 2) is None
-    assert cache.get(dataclasses.replace(SAMPLE, role="utility", sample_id="x"), 2) is not None
-    put(features=None)
-    assert cache.get(SAMPLE, 2) is None
-    assert cache.get(SAMPLE, None) is not None
-    put(features=(1.0, np.nan))
-    assert cache.get(SAMPLE, 2) is None
-    put(judged=None)
-    assert cache.get(SAMPLE, 2) is None
+    cache = DrawingCache(tmp_path, {}, judge={}, clip={"clip": "c"})
+    cache.put_answer(SAMPLE, ANSWER)
+    cache.put_features(SAMPLE, 0.5, np.array([1.0, 2.0]))
+    assert cache.features(SAMPLE, 2) is not None
+    assert cache.features(SAMPLE, 3) is None
+    # All of an answer is kept, whatever a suite asks for.
+    other = dataclasses.replace(SAMPLE, objects=("dog",), role="utility", sample_id="x")
+    assert cache.answer(other) == ANSWER
+    cache.put_features(SAMPLE, 0.5, np.array([1.0, np.nan]))
+    assert cache.features(SAMPLE, 2) is None
     # Another judge or CLIP model has said nothing yet; the image is there for it.
     cache.put_image(SAMPLE, png(IMAGE))
-    other = DrawingCache(tmp_path, {}, {"judge": "other"})
-    assert other.get(SAMPLE, None) is None
+    other = DrawingCache(tmp_path, {}, judge={"judge": "other"}, clip={"clip": "other"})
+    assert other.answer(SAMPLE) is other.features(SAMPLE, 2) is None
     assert other.image(SAMPLE) is not None
-    assert DrawingCache(tmp_path, {"model": "other"}, {}).image(SAMPLE) is None
+    assert DrawingCache(tmp_path, {"model": "other"}).image(SAMPLE) is None
+    # Nothing is kept of a judge of which nobody knows what it is.
+    nameless = DrawingCache(tmp_path, {"model": "nameless"})
+    nameless.put_answer(SAMPLE, ANSWER)
+    assert nameless.answer(SAMPLE) is None
 
 
 @pytest.mark.parametrize("broken", BROKEN)

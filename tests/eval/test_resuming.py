@@ -20,6 +20,7 @@ from erasure.eval.drawings import DrawingCache
 from erasure.eval.processes import Processes
 from erasure.eval.run import opened
 from erasure.eval.samples import Sample
+from erasure.eval.scoring import KeptAnswer
 from erasure.eval.suites import Target
 from erasure.eval.table import SampleTable, encode_vector
 from erasure.images import png
@@ -28,6 +29,7 @@ SAMPLE = Sample("cat-0", "a cat", 7, "target", ("cat",), "ink", ("cat",), height
 OTHER = Sample("cat-1", "a cat", 8, "target", style="ink")
 JUDGED = {"object": "cat", "objects": ["cat"], "style": "ink"}
 SCORES = {"judged": JUDGED, "clip_score": 0.25, "blank": False, "failures": {}}
+ANSWER = KeptAnswer("cat", ["cat"], "ink", None, {"cat": 0.75}, {"ink": 1.0}, {})
 IMAGE = Image.new("RGB", (32, 32), "red")
 PROMPT = AdversarialPrompt(SAMPLE, "a c a t", Target("cat", "object", ("cat",)), {"attack": "unlearndiffatk"})
 
@@ -139,13 +141,14 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_a_full_disk_loses_nothing(full: Any, tmp_path: Path) -> None:
-    kept, cache = table(tmp_path / "out"), DrawingCache(tmp_path, {}, {})
+    kept, cache = table(tmp_path / "out"), DrawingCache(tmp_path, {}, judge={}, clip={"clip": "c"})
     (tmp_path / "out").mkdir()
     kept.append([row()], [np.ones(4)])
     results().save(tmp_path / "out")
     write_prompts(tmp_path / "out", [PROMPT])
     cache.put_image(SAMPLE, png(IMAGE))
-    cache.put(SAMPLE, SCORES, None)
+    cache.put_answer(SAMPLE, ANSWER)
+    cache.put_features(SAMPLE, 0.5, np.ones(4))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     full()
     for write in (
@@ -153,7 +156,8 @@ def test_a_full_disk_loses_nothing(full: Any, tmp_path: Path) -> None:
         lambda: results().save(tmp_path / "out"),
         lambda: write_prompts(tmp_path / "out", []),
         lambda: cache.put_image(SAMPLE, png(IMAGE)),
-        lambda: cache.put(SAMPLE, SCORES, None),
+        lambda: cache.put_answer(SAMPLE, ANSWER),
+        lambda: cache.put_features(SAMPLE, 0.5, np.ones(4)),
         lambda: write_report(tmp_path / "out"),
         kept.merge,
     ):

@@ -194,15 +194,16 @@ def test_bad_requests(erased_pipe, measure, tmp_path) -> None:
 
 def test_a_broken_cache_entry_is_made_again(erased_pipe, measure, tmp_path) -> None:
     measure(erased_pipe, "first")
-    (scores,) = (tmp_path / "cache" / "drawings").glob("*/scores-*")
-    images = sorted(scores.parent.glob("*.png"))
+    answers = sorted((tmp_path / "cache" / "drawings").glob("*/answers-*"))
+    assert len(answers) == 2
+    images = sorted(answers[0].parent.glob("*.png"))
     images[0].write_bytes(images[0].read_bytes()[:20])
-    (entry,) = scores.glob(f"{images[1].stem}-*.json")
+    entry = answers[0] / f"{images[1].stem}.json"
     entry.write_text("{")
     second = measure(erased_pipe, "second")
     # An image that is whole is judged again, not drawn again.
-    assert second.cost["baseline_from_cache"] == 11
-    assert json.loads(entry.read_text())["scores"]["judged"]
+    assert second.cost["images_from_cache"] == 23
+    assert json.loads(entry.read_text())["object"]
     with Image.open(images[0]) as image:
         image.load()
 

@@ -175,25 +175,34 @@ def write_adversarial(folder: Path) -> None:
 def cache_of(folder: Path) -> Any:
     from erasure.eval.drawings import DrawingCache
 
-    return DrawingCache(folder, {"model": "model"}, {"judge": "judge"})
+    return DrawingCache(folder, {"model": "model"}, judge={"judge": "judge"}, clip={"clip": "clip"})
 
 
 CACHED = f"drawings/{digest({'model': 'model'})}"
-ENTRY = f"scores-{digest({'judge': 'judge'})}/{SAMPLES[0].key}-{digest([['cat'], 'ink'])[:8]}.json"
+ANSWERS = f"answers-{digest({'judge': 'judge'})}/{SAMPLES[0].key}.json"
+FEATURES = f"clip-{digest({'clip': 'clip'})}/{SAMPLES[0].key}.json"
 
 
 def read_cache(folder: Path) -> None:
     """A broken entry is made again: reading it raises nothing at all."""
     cache = cache_of(folder)
-    found, image = cache.get(SAMPLES[0], 4), cache.image(SAMPLES[0])
+    found, image = cache.features(SAMPLES[0], 4), cache.image(SAMPLES[0])
     assert found is None or len(found[1]) == 4
+    cache.answer(SAMPLES[0])
     assert image is None or image.mode == "RGB"
 
 
-@kind("cache of drawings", f"{CACHED}/{ENTRY}", f"{CACHED}/{SAMPLES[0].key}.png", read=read_cache, errors=())
+@kind(
+    "cache of drawings", f"{CACHED}/{ANSWERS}", f"{CACHED}/{FEATURES}", f"{CACHED}/{SAMPLES[0].key}.png",
+    read=read_cache, errors=(),
+)  # fmt: skip
 def write_cache(folder: Path) -> None:
     cache_of(folder).put_image(SAMPLES[0], png(64))
-    cache_of(folder).put(SAMPLES[0], SCORES | {"failures": {}}, np.ones(4, dtype=np.float32))
+    from erasure.eval.scoring import KeptAnswer
+
+    answer = KeptAnswer("cat", ["cat"], "ink", None, {"cat": 0.9}, {}, {})
+    cache_of(folder).put_answer(SAMPLES[0], answer)
+    cache_of(folder).put_features(SAMPLES[0], 0.5, np.ones(4, dtype=np.float32))
 
 
 # Detectors and worlds ------------------------------------------------------------------------------------------------
