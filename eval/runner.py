@@ -246,12 +246,16 @@ class _Evaluation(Run):
     ) -> None:
         """Score a batch and append its rows; `seconds` of drawing an image, `None` for images from the cache."""
         cache = self.caches[variant.name]
-        scores, features = score(batch, images, self.subject.judge, self.clip, self.kit.plain, cache)
+        if cache is not None and seconds is not None:
+            for sample, image in zip(batch, images, strict=True):
+                cache.put_image(sample, png(image))
+        # What was said of an earlier drawing is no answer on one that was made just now.
+        scores, features = score(
+            batch, images, self.subject.judge, self.clip, self.kit.plain, cache, recall=seconds is None
+        )
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant.name, sample, image)
-            if cache is not None and seconds is not None:
-                cache.put_image(sample, png(image))
             rows.append(self._row(sample, variant, image, scored, vector, seconds))
         self.table.append(rows, features)
 

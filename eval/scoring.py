@@ -114,6 +114,7 @@ class Memory(Protocol):
 def score(
     samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
     plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False, memory: Memory | None = None,
+    recall: bool = False,
 ) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
 
@@ -123,7 +124,8 @@ def score(
         judge: The detector.
         clip: For scores and features, if there is one.
         plain: Whether an image shows what was asked for although it is of one colour: a bare background.
-        memory: What was said of the samples' images before, where nobody is asked again, and where it is kept.
+        memory: Where it is kept what is said of the samples' images.
+        recall: Whether these are the images that `memory` knows, so that nobody is asked again who has answered.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
@@ -135,8 +137,8 @@ def score(
         for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
     ]
     shown = [index for index, found in enumerate(flaws) if found is None]
-    answers = _answers(samples, images, shown, judge, memory)
-    known, failed = _features(samples, images, shown, clip, memory)
+    answers = _answers(samples, images, shown, judge, memory, recall)
+    known, failed = _features(samples, images, shown, clip, memory, recall)
     rows = []
     for index, (sample, found) in enumerate(zip(samples, flaws, strict=True)):
         failures = {} if found is None else {"image": found}
@@ -156,10 +158,11 @@ def score(
 
 
 def _answers(
-    samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], judge: Judge, memory: Memory | None
-) -> dict[int, Answer | Exception]:
+    samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], judge: Judge,
+    memory: Memory | None, recall: bool,
+) -> dict[int, Answer | Exception]:  # fmt: skip
     """What the judge says of some images, by their place."""
-    known = {index: memory.answer(samples[index]) for index in shown} if memory is not None else {}
+    known = {index: memory.answer(samples[index]) for index in shown} if memory is not None and recall else {}
     found: dict[int, Answer | Exception] = {index: answer for index, answer in known.items() if answer is not None}
     rest = [index for index in shown if index not in found]
     if rest:
@@ -177,12 +180,13 @@ def _answers(
 
 def _features(
     samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], clip: ClipModel | None,
-    memory: Memory | None,
+    memory: Memory | None, recall: bool,
 ) -> tuple[dict[int, tuple[float, np.ndarray]], str | None]:  # fmt: skip
     """CLIP score and features of some images, by their place; and why some have none."""
     if clip is None:
         return {}, None
-    kept = {index: memory.features(samples[index], clip.width) for index in shown} if memory is not None else {}
+    asked = shown if recall and memory is not None else ()
+    kept = {index: memory.features(samples[index], clip.width) for index in asked if memory is not None}
     found = {index: each for index, each in kept.items() if each is not None}
     rest = [index for index in shown if index not in found]
     if not rest:

@@ -260,3 +260,25 @@ def _knowing(names: list[str]) -> Any:
     judge = Other()
     judge.object_names = names  # type: ignore[attr-defined]
     return judge
+
+
+def test_a_picture_that_is_drawn_again_is_judged_again(
+    erased_pipe: Any, measure: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    asked: list[int] = []
+
+    class Counting(Other):
+        version = "counting"
+
+        def __call__(self, images: Any) -> list[Any]:
+            asked.append(len(images))
+            return super().__call__(images)
+
+    measure(erased_pipe, "first", judge=Counting())
+    asked.clear()
+    measure(erased_pipe, "second", judge=Counting())
+    assert not asked
+    (picture,) = sorted((tmp_path / "cache" / "drawings").glob("*/*.png"))[:1]
+    picture.unlink()
+    found = measure(erased_pipe, "third", judge=Counting())
+    assert (sum(asked), found.cost["images_generated"]) == (1, 1)
