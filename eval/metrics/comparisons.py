@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from erasure.errors import EvaluationError
 from erasure.eval.evidence import Evidence
-from erasure.eval.metrics import SHARE, Metric
+from erasure.eval.metrics import SHARE, Metric, Need
 from erasure.eval.metrics.outcomes import collect, paired, rate_row
 from erasure.eval.metrics.utility import sample_mean
 from erasure.eval.rows import Record, Row, shows_nothing
@@ -107,7 +107,7 @@ class ComparedLikeness(ComparedMean):
 
     bounds = (-1.0, 1.0)
     higher_is_better = True
-    needs = ("clip",)
+    needs: ClassVar[tuple[Need, ...]] = ("clip",)
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """See `means`; nothing without a CLIP model."""
