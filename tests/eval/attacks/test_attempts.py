@@ -23,6 +23,7 @@ from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
+from erasure.eval.schemas import AttackRow
 from erasure.eval.suites import Target
 from erasure.eval.table import read_rows
 from tests.eval.conftest import colour_judge
@@ -152,7 +153,7 @@ def test_a_success_that_is_no_text_is_counted_and_not_written_down(
     monkeypatch.setattr(Victim, "draw", seen)
     out = tmp_path / "out"
     results = attack(erased_pipe, "other_weights", "cat", samples=1, out=out, judge=judge, progress=False)
-    (row,) = read_rows(out / "attacks.jsonl")
+    (row,) = read_rows(out / "attacks.jsonl", AttackRow)
     # The first try did not show it, and the second, which is the same, was drawn too.
     assert (row["success"], row["texts"], row["images"]) == (True, 2, 3)
     assert (row["text"], row["others"]) == (None, {})
