@@ -92,7 +92,10 @@ def test_facts_are_those_of_the_thing(registry: Registry[Any]) -> None:
 
 def test_an_unknown_name_suggests_the_nearest(registry: Registry[Any]) -> None:
     for name in registry.names():
-        for wrong in (name.upper(), f" {name}", name.replace("_", "-").replace("-", " "), name[:-1] + "x"):
+        slips = [name.upper(), f" {name}", name.replace("_", "-").replace("-", " ")]
+        # A letter of a very short name is half of it, and one number is as near as the next.
+        slips += [name[:-1] + "x"] if len(name) > 2 and name[-1].isalpha() else []
+        for wrong in slips:
             if wrong == name:
                 continue
             with pytest.raises(registry.unknown, match=rf"unknown {registry.kind} .*Did you mean '{name}'\?"):
