@@ -334,9 +334,10 @@ def _size(backbone: Backbone) -> list[int] | None:
 
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
-    """The parameters of the blocks whose output is edited: features mean nothing in another model's."""
+    """The parameters of the blocks and layers whose output is edited: edits mean nothing in another model's."""
     told = edits.safety or edits.filters
     found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if told else []
+    found += [f"{key}.weight" for key in edits.membranes]
     for key in edits.features:
         component, block = key.split("/", 1)
         known = paths.canonical_parameters(getattr(pipe, component))

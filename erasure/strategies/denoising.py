@@ -16,7 +16,7 @@ from erasure.strategies.tasks import Batch, Task
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.student import Student, make_student, train_columns
 
-Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry"]
+Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class DenoiserStrategy(TrainedStrategy):
     """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
     passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
     self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
-    and `entry` the layers through which it enters, as `uce` edits them. The released FLUX.1 code leaves the keys and
+    `entry` the layers through which it enters, as `uce` edits them, and `blocks` the transformer blocks with what
+    projects into them and out of them, as `spm` has it. The released FLUX.1 code leaves the keys and
     values of the text's own half out of `x-strict`."""
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
@@ -87,6 +88,7 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
         "self": [site.name for site in sites if site.kind == "self"],
         "text": backbone.text_layers(),
         "entry": [layer.path for layer in backbone.entry_layers()],
+        "blocks": list(dict.fromkeys(paths.transformer_around(denoiser, site.name) for site in sites)),
     }
     every = [
         path
