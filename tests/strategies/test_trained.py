@@ -157,7 +157,7 @@ def test_what_the_denoiser_is_told_without_a_prompt_is_retained(tiny_models: Any
         told = task.prompts([None, "a photo of a cat", None])
         assert [not row.any() for row in told.tokens] == [is_xl, False, is_xl]
         if isinstance(strategy, NegativeGuidance):
-            assert any(scene.asks == (None,) for scene in task.concept_states.scenes)
+            assert any(scene.asks == (None,) for source in task.sources() for scene in source.scenes)
 
 
 def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
