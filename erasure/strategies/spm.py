@@ -402,7 +402,7 @@ def random_anchors(concept: Conditioning, seeds: Sequence[int], alpha: float) ->
 def random_like(vector: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
     """A Gaussian direction at 0.8 to 1.2 times the length of a vector, shaped as it is.
 
-    It is taken with a chance of `(1 - cos)^alpha`, with the cosine between both, and drawn anew otherwise.
+    It is taken with a chance of `(1 - cos)^alpha`, 1 at most, with the cosine between both, and drawn anew otherwise.
     """
     length, own = float(vector.double().norm()), vector.double().cpu().flatten()
     while True:
