@@ -22,7 +22,7 @@ from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Standing, register
-from erasure.strategies.denoising import DenoiserStrategy, Method, trained_parameters
+from erasure.strategies.denoising import BY_COLUMNS, DenoiserStrategy, Method, trained_parameters
 from erasure.strategies.negative_guidance import NegativeGuidance
 from erasure.strategies.prompts import retain_scenes
 from erasure.strategies.tasks import Batch, Task
@@ -33,7 +33,7 @@ from erasure.training.cost import DenoiserCost
 from erasure.training.loop import Share
 from erasure.training.run import Run
 from erasure.training.states import Scene, StateSource, draw, stable_seed
-from erasure.training.student import LowRankStudent, Student
+from erasure.training.student import LowRankStudent, Student, train_columns
 from erasure.training.turns import After, Descent, Turn
 from erasure.world import World
 
@@ -181,7 +181,10 @@ class SPM(DenoiserStrategy, NegativeGuidance):
                 f"no linear layer of {type(denoiser).__name__} matches method {self.method!r}: there would be nothing "
                 "to train"
             )
-        return LowRankStudent(denoiser, layers, self.rank, generator)
+        student = LowRankStudent(denoiser, layers, self.rank, generator)
+        if self.method in BY_COLUMNS:
+            train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
+        return student
 
     def students(self, task: Task) -> list[Student]:
         """See `LoopedStrategy.students`."""
