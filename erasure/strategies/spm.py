@@ -15,19 +15,17 @@ from torch import Tensor
 from erasure.backbones import Backbone, Conditioning, TextTower
 from erasure.carriers.edits import Edits
 from erasure.carriers.membranes import Membrane, features_of
-from erasure.carriers.permeability import NO_TOKEN, POOLED, TOKENS, PromptGate, nearness, summed_up
+from erasure.carriers.permeability import PromptGate
 from erasure.concept import Concept
-from erasure.errors import DivergenceError, NoMatchingModuleError
+from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Standing, register
 from erasure.strategies.denoising import BY_COLUMNS, DenoiserStrategy, Method, trained_parameters
 from erasure.strategies.negative_guidance import NegativeGuidance
-from erasure.strategies.prompts import retain_scenes
 from erasure.strategies.tasks import Batch, Task
-from erasure.text.corpora import vocabulary, vocabulary_prompts
-from erasure.text.words import spellings
+from erasure.strategies.transport import prompt_gates
 from erasure.training.checkpoint import Stateful
 from erasure.training.cost import DenoiserCost
 from erasure.training.loop import Share
@@ -35,15 +33,12 @@ from erasure.training.run import Run
 from erasure.training.states import Scene, StateSource, draw, stable_seed
 from erasure.training.student import LowRankStudent, Student, train_columns
 from erasure.training.turns import After, Descent, Turn
-from erasure.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ORDINARY = 256
-"""Random prompts without the concept that a gate's floor is measured on, besides those that must survive."""
-MARGIN = 1e-3
-"""How far the floor lies above the nearest of them: half precision moves cosines by less."""
+NEAREST = 1e-3
+"""Least value of 1 - cos by which an anchor is drawn."""
 
 RELEASED: dict[str, object] = {
     "method": "blocks", "rank": 1, "base": "null", "against": "base", "eta": 1.0, "steps": 3000, "lr": 1e-4,
@@ -199,7 +194,10 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         standing: Standing | None = None,
     ) -> SPMTask:  # fmt: skip
         """See `TrainedStrategy.task`; a training of its own for each concept, and the gates of all."""
-        gates = self.gates(backbone, concepts, seed)
+        gates = prompt_gates(
+            backbone, concepts, seed, floor=self.floor, retained=self.retain_vocabulary,
+            factors=self.transport == "factors", negatives=self.negatives == "prompt",
+        )  # fmt: skip
         parts = []
         for concept in concepts:
             usual = super().task(backbone, tower, [concept], seed, accelerator, standing)
@@ -317,58 +315,6 @@ class SPM(DenoiserStrategy, NegativeGuidance):
                 made.membranes[f"{backbone.denoiser_component}/{path}"] = branch
         return made
 
-    @torch.no_grad()
-    def gates(self, backbone: Backbone, concepts: Sequence[Concept], seed: int) -> dict[str, PromptGate]:
-        """The gates of all concepts, by denoiser and text encoder."""
-        tokens = {part.component: (TOKENS, part) for part in backbone.written()}
-        told = {**{part.component: (POOLED, part) for part in backbone.pooled()}, **tokens}
-        made = {}
-        for tower in backbone.towers:
-            if tower.component not in told:
-                continue
-            source, part = told[tower.component]
-            first, last = part.places.start or 0, part.places.stop
-            columns = part.columns
-            place = [source, first, 0 if last is None else last - first, columns.start, columns.stop - columns.start]
-            gate = self.gate(tower, concepts, torch.tensor(place))
-            if self.floor is None:
-                ordinary = [self.floor_of(tower, gate, each, concepts, seed) for each in range(len(concepts))]
-                gate = gate._replace(floor=torch.tensor(ordinary))
-            made[f"{backbone.denoiser_component}/{tower.component}"] = gate
-        return made
-
-    def gate(self, tower: TextTower, concepts: Sequence[Concept], place: Tensor) -> PromptGate:
-        """The gate of one text encoder, with the floor that is given."""
-        world = World.of(tower.pipe)
-        names, spelled, owners = [], [], []
-        for number, concept in enumerate(concepts):
-            known = dict.fromkeys(other for name in concept.names for other in (name, *world.words(name)))
-            for name in known:
-                for ids in spellings(tower, name):
-                    names.append(name)
-                    spelled.append(ids)
-                    owners.append(number)
-        marks = torch.tensor([tower.leading, tower.end])
-        longest = max(map(len, spelled))
-        return PromptGate(
-            torch.stack([own for own, _ in read(tower, names, marks)]).half(),
-            torch.tensor([ids + [NO_TOKEN] * (longest - len(ids)) for ids in spelled]), torch.tensor(owners),
-            torch.full((len(concepts),), self.floor or 0.0), place, marks,
-            torch.tensor([tower.causal, self.transport == "factors", self.negatives == "prompt"]).long(),
-        )  # fmt: skip
-
-    def floor_of(
-        self, tower: TextTower, gate: PromptGate, number: int, concepts: Sequence[Concept], seed: int
-    ) -> float:
-        """What lies just above the permeability of every prompt that is none of a concept's; at most 1."""
-        own = [concepts[number]]
-        scenes = retain_scenes(tower, own, seed, self.retain_vocabulary)
-        words, generator = vocabulary(tower, own), torch.Generator().manual_seed(stable_seed(seed, "floor"))
-        random = vocabulary_prompts(words, ORDINARY, generator) if words else []
-        prompts = list(dict.fromkeys([*(scene.prompt or "" for scene in scenes), *random]))
-        near = [float(nearness(gate, states, ids)[number]) for states, ids in encoded(tower, prompts)]
-        return min(1.0, max(near) + MARGIN)
-
 
 # Anchors -------------------------------------------------------------------------------------------------------------
 
@@ -383,7 +329,7 @@ def anchor_weights(told: Tensor, concept: Tensor, alpha: float) -> Tensor:
     """
     cosine = torch.cosine_similarity(told.double().flatten(1), concept.double().flatten(1), dim=1)
     # A prompt that is the concept, but for rounding, is drawn hardly ever, or as likely as the nearest others.
-    return (1 - cosine).clamp_min(MARGIN).pow(alpha).cpu()
+    return (1 - cosine).clamp_min(NEAREST).pow(alpha).cpu()
 
 
 def random_anchors(concept: Conditioning, seeds: Sequence[int], alpha: float) -> Conditioning:
@@ -415,29 +361,6 @@ def random_like(vector: Tensor, alpha: float, generator: torch.Generator) -> Ten
             break
     scale = 0.8 + 0.4 * torch.rand((), generator=generator, dtype=torch.float64)
     return (scale * length * noise / noise.norm()).view(vector.shape).to(vector)
-
-
-# Text ----------------------------------------------------------------------------------------------------------------
-
-
-def encoded(tower: TextTower, prompts: Sequence[str], at_once: int = 16) -> list[tuple[Tensor, Tensor]]:
-    """What a text encoder gives for each prompt `(tokens, dim)`, and its tokens `(tokens,)`."""
-    found = []
-    for first in range(0, len(prompts), at_once):
-        tokens = tower.tokenize(list(prompts[first : first + at_once]))
-        states = tower.module(tokens.ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
-        if not states.isfinite().all():
-            raise DivergenceError(
-                f"the {tower.component} gives NaN or infinity for {prompts[first]!r}: its weights are damaged, or its "
-                "precision is too low; load the model again"
-            )
-        found += zip(states, tokens.ids.cpu(), strict=True)
-    return found
-
-
-def read(tower: TextTower, prompts: Sequence[str], marks: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What is compared of each prompt, see `summed_up`, and its tokens."""
-    return [(summed_up(states, ids, marks, tower.causal), ids) for states, ids in encoded(tower, prompts)]
 
 
 # Trainings -----------------------------------------------------------------------------------------------------------
