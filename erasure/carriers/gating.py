@@ -120,7 +120,7 @@ class Gating:
 def _same(refs: Sequence[weakref.ref[Tensor] | None], told: Sequence[Tensor | None]) -> bool:
     """Whether tensors are the very ones that are referred to."""
     return len(refs) == len(told) and all(
-        ref() is part if ref is not None and part is not None else ref is part
+        (None if ref is None else ref()) is part and (ref is None) == (part is None)
         for ref, part in zip(refs, told, strict=True)
     )
 

@@ -136,16 +136,18 @@ class _Read(NamedArguments):
                 reading = next(
                     (one for one in list(_READINGS) if one.edit.equals(edit) and _is_same(one, prompt, keys)), None
                 )
-                if reading is None and isinstance(edit, PromptGate):
-                    opened = permeability.permeability(edit, states[0][row], prompt)
-                    reading = Reading(edit, keys, prompt.cpu(), opened)
-                elif reading is None:
-                    first, end, blank = edit.marks.tolist()
-                    words = word_mask(prompt[None].cpu(), end, first)[0]
-                    places = [place for place in words.nonzero().flatten().tolist() if prompt[place] != end]
-                    if pooled is None:
-                        pooled = _pooled(module, prompt, None if mask is None else mask[row], places, blank)
-                    reading = Reading(edit, keys, prompt.cpu(), _triggers(edit, prompt, pooled, words, places))
+                if reading is None:
+                    found: Triggers | Tensor
+                    if isinstance(edit, PromptGate):
+                        found = permeability.permeability(edit, states[0][row], prompt)
+                    else:
+                        first, end, blank = edit.marks.tolist()
+                        words = word_mask(prompt[None].cpu(), end, first)[0]
+                        places = [place for place in words.nonzero().flatten().tolist() if prompt[place] != end]
+                        if pooled is None:
+                            pooled = _pooled(module, prompt, None if mask is None else mask[row], places, blank)
+                        found = _triggers(edit, prompt, pooled, words, places)
+                    reading = Reading(edit, keys, prompt.cpu(), found)
                 # The newest stand last.
                 _READINGS.append(reading)
 

@@ -423,7 +423,7 @@ def test_erasures_stack_and_add_up(pipe: Any, manager: ErasureManager, tmp_path:
     key, branch = next(iter(added.edits.membranes.items()))
     assert torch.equal(branch.down[:1], one.edits.membranes[key].down)
     manager.add(added)
-    assert torch.equal(draw(pipe, [PROMPT, OTHER])[0], alone[0][0])
+    torch.testing.assert_close(draw(pipe, [PROMPT, OTHER])[0], alone[0][0], atol=1e-4, rtol=1e-4)
     with pytest.raises(UnsupportedModelError, match="read in different ways"):
         erasure.erase(
             pipe, "house", "spm", add_to=folder, attach=False, progress=False,
