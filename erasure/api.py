@@ -19,7 +19,7 @@ from erasure.adding import Addition
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
-from erasure.carriers.embeddings import refuse_half_learned
+from erasure.carriers.embeddings import refuse_half_learned, require_tokens
 from erasure.concept import Concept
 from erasure.errors import (
     ArtifactError,
@@ -123,7 +123,9 @@ def erase(
         replaced = None if addition is None else addition.attached_as(manager)
         label = method.name if addition is None else addition.strategy
         manager.check_name(name or default_name(wanted, label), replaced)
-    refuse_half_learned(backbone.towers, [text for concept in wanted for text in concept.texts()])
+    texts = [text for concept in wanted for text in concept.texts()]
+    require_tokens(backbone.towers, texts)
+    refuse_half_learned(backbone.towers, texts)
     for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
         for tower in backbone.towers:
             tower.check_words(words)

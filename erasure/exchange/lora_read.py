@@ -80,10 +80,8 @@ def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
         UnsupportedModelError: Another kind of adapter than a LoRA.
         WrongBaseError: Layers or sizes of another model.
     """
-    layers = _layers(source)
-    _check_whole(source, layers)
     notes: list[str] = []
-    scales = _scales(source, layers, notes)
+    layers, scales = parts_of_lora(source, notes)
     table, modules = layer_table(pipe), components_of(pipe)
     if unknown := [stem for stem in layers if stem not in table]:
         raise WrongBaseError(
@@ -103,6 +101,22 @@ def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
     if zero:
         notes.append(f"{zero} layers of the file change nothing and were left out")
     return Read(edits, notes)
+
+
+def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], dict[str, float]]:
+    """What a file holds for each name, and the factors on its products.
+
+    Args:
+        source: The file.
+        notes: Receives what is to be said about it.
+
+    Raises:
+        ArtifactError: See `read_lora`.
+        UnsupportedModelError: See `read_lora`.
+    """
+    layers = _layers(source)
+    _check_whole(source, layers)
+    return layers, _scales(source, layers, notes)
 
 
 def _layers(source: Source) -> dict[str, Layer]:

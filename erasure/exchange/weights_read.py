@@ -18,7 +18,7 @@ from erasure.files import shown
 from erasure.interop import paths
 
 ASIDE = (
-    "first_stage_model.", "vae.", "model_ema.", "alphas_cumprod", "betas", "log_one_minus_alphas", "posterior_",
+    "first_stage_model.", "vae.", "model_ema.", "alphas_", "betas", "log_one_minus_alphas", "posterior_",
     "sqrt_alphas", "sqrt_one_minus_alphas", "sqrt_recip", "logvar", "conditioner.embedders.1.model.logit_scale",
     "conditioner.embedders.1.model.text_projection",
 )  # fmt: skip
