@@ -86,6 +86,10 @@ def _resnet(rest: str) -> str:
     return f"{RESNET.get(layer, layer)}.{parameter}"
 
 
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+"""Layers of the attention in the middle of an autoencoder."""
+
+
 def vae_layout(up_blocks: int) -> Layout:
     """Latent diffusion's layout of an autoencoder.
 
@@ -105,10 +109,11 @@ def vae_layout(up_blocks: int) -> Layout:
         if match := re.fullmatch(r"mid_block\.resnets\.(\d+)\.(.+)", rest):
             return Place(f"{half}.mid.block_{int(match[1]) + 1}.{match[2].replace('conv_shortcut', 'nin_shortcut')}")
         if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)\.(weight|bias)", rest):
-            name = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.get(match[1])
-            flat = match[1] != "group_norm" and match[2] == "weight"
-            form: Form = "convolution" if flat else "same"
-            return (name and Place(f"{half}.mid.attn_1.{name}.{match[2]}", form=form)) or None
+            if match[1] not in VAE_ATTENTION:
+                return None
+            is_matrix = match[1] != "group_norm" and match[2] == "weight"
+            name = f"{half}.mid.attn_1.{VAE_ATTENTION[match[1]]}.{match[2]}"
+            return Place(name, form="convolution" if is_matrix else "same")
         rest = rest.replace("conv_norm_out", "norm_out")
         return Place(f"{half}.{rest}") if rest.rpartition(".")[0] in ("conv_in", "norm_out", "conv_out") else None
 

@@ -28,7 +28,7 @@ from erasure.versions import library_versions
 
 STRATEGY = "imported"
 """What an erasure says of its making that was read from somebody's file."""
-FAMILIES = {"sd_": SD, "sd1": SD, "sdv1": SD, "stable-diffusion-v1": SD, "sdxl": XL, "stable-diffusion-xl": XL,
+FAMILIES = {"sd_": SD, "sd1": SD, "sdv1": SD, "stable-diffusion-v": SD, "sdxl": XL, "stable-diffusion-xl": XL,
             "sd3": SD3, "stable-diffusion-3": SD3, "flux": FLUX}  # fmt: skip
 """Beginnings of what files say of their base model, and the family."""
 SAYS = ("ss_base_model_version", "modelspec.architecture")

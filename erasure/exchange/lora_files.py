@@ -30,6 +30,10 @@ BASE_VERSIONS = {
     loaders.SD: "sd_v1", loaders.XL: "sdxl_base_v1-0", loaders.SD3: "sd3m", loaders.FLUX: "flux1",
 }  # fmt: skip
 """`ss_base_model_version` by family, by which programs list LoRA files beside the models that they fit."""
+SECOND_KIND, WIDTH_OF_SECOND = "sd_v2", 1024
+"""That of Stable Diffusion 2.x, and the width of the text that no layer of the first kind has."""
+SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+"""Layers of an attention that may stand in one tensor."""
 APART = (
     "write the erased model itself (--to single-file --model MODEL, or pipe.save_erased_pipeline(FOLDER)), or attach "
     "the erasure with this package"
@@ -173,7 +177,7 @@ def _tensors(parts: Split, loader: Loader, model: Model, rows: Callable[[str], i
             raise UnsupportedModelError(f"{loader.title} cannot be told of {key!r}: {name}. Or {APART}")
         named[key] = name
     joined = {
-        stem: _joined([(key, parts.layers[key], named[key].place) for key in keys], rows, model)
+        stem: _joined([(key, parts.layers[key], named[key].place) for key in keys], rows)
         for stem, keys in _by_stem(named).items()
     }
     tensors: dict[str, Tensor] = {}
@@ -223,9 +227,7 @@ def _put(tensors: dict[str, Tensor], stem: str, factors: Factors, loader: Loader
     tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
 
 
-def _joined(
-    layers: list[tuple[str, Factors, Place | None]], rows: Callable[[str], int | None], model: Model
-) -> Factors:
+def _joined(layers: list[tuple[str, Factors, Place | None]], rows: Callable[[str], int | None]) -> Factors:
     """The factors of a program's tensor from those of the layers that stand in it, one below the other.
 
     `up` has a block for each layer and zeros elsewhere, so that the product is the edits stacked by rows.
@@ -235,7 +237,7 @@ def _joined(
         return factors
     if place.form == "swapped":
         return factors._replace(up=torch.cat(list(reversed(factors.up.chunk(2)))))
-    heights = _heights({place.part: (key, f.up.shape[0]) for key, f, place in layers if place}, place, rows, model)
+    heights = _heights({place.part: (key, f.up.shape[0]) for key, f, place in layers if place}, place, rows)
     ordered = sorted((place.part, factors) for _, factors, place in layers if place)
     rank = sum(factors.rank for _, factors in ordered)
     up = factors.up.new_zeros(sum(heights), rank)
@@ -247,9 +249,7 @@ def _joined(
     return Factors(torch.cat([one.down for _, one in ordered]), up)
 
 
-def _heights(
-    edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable[[str], int | None], model: Model
-) -> list[int]:
+def _heights(edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable[[str], int | None]) -> list[int]:
     """The rows of every layer in a tensor, those that are not edited too."""
     key, height = next(iter(edited.values()))
     path = key.split("/", 1)[1]
@@ -258,7 +258,7 @@ def _heights(
         if part in edited:
             found.append(edited[part][1])
             continue
-        known = rows(_sibling(path, place, part, model))
+        known = rows(_sibling(path, place, part))
         # Queries, keys and values are of one size in these models; what stands behind them is not.
         if known is None and (part == 3 or 3 in edited):
             raise UnsupportedModelError(
@@ -269,10 +269,7 @@ def _heights(
     return found
 
 
-SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
-
-
-def _sibling(path: str, place: Place, part: int, model: Model) -> str:
+def _sibling(path: str, place: Place, part: int) -> str:
     """The path of another layer of a tensor."""
     head, _, name = path.rpartition(".")
     if place.parts == 4:
@@ -311,6 +308,9 @@ def _metadata(
         texts |= {"ss_network_dim": rank, "ss_network_alpha": rank}
         if config.family in BASE_VERSIONS:
             texts["ss_base_model_version"] = BASE_VERSIONS[config.family]
+        widths = [side for factors in parts.layers.values() for side in (factors.down.shape[1], len(factors.up))]
+        if config.family == loaders.SD and WIDTH_OF_SECOND in widths:
+            texts["ss_base_model_version"] = SECOND_KIND
     return texts
 
 
