@@ -170,7 +170,6 @@ def _check_whole(source: Source, layers: Mapping[str, Layer]) -> None:
             raise ArtifactError(
                 f"{source.shown}: {shown(stem)} has an alpha and no factors: the file is damaged; fetch it again"
             )
-    return []
 
 
 def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> dict[str, float]:

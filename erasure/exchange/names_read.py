@@ -93,8 +93,8 @@ def _of_encoder(backbone: Backbone, component: str, module: nn.Module, path: str
         return [*names, *(f"lora_{n}_{flat(path)}" for n in numbers), f"text_encoders.t5xxl.transformer.{path}"]
     clips = [tower.component for tower in backbone.towers if tower.causal]
     place = clips.index(component)
-    numbers = ("te", "te1") if place == 0 else ("te2",)
-    names += [f"lora_{number}_text_model_{flat(path)}" for number in numbers]
+    ordinals = ["te", "te1"] if place == 0 else ["te2"]
+    names += [f"lora_{number}_text_model_{flat(path)}" for number in ordinals]
     encoders = (CLIP_IN_COMFYUI[0], "clip_h") if len(clips) == 1 else (CLIP_IN_COMFYUI[place],)
     return [*names, *(f"text_encoders.{encoder}.transformer.text_model.{path}" for encoder in encoders)]
 
@@ -130,9 +130,9 @@ def weight_tables(pipe: DiffusionPipeline) -> dict[str, Table]:
             for name in names:
                 table[name] = [Target(component, path)]
     for component, prefix, layout in _layouts(pipe):
-        module = editable(pipe).get(component)
-        if module is None:
+        if component not in tables:
             continue
+        module = editable(pipe)[component]
         rows = {path: len(paths.parameter(module, path)) for path in paths.canonical_parameters(module)}
         first = starts(rows, layout)
         for path, size in rows.items():
