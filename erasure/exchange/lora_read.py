@@ -36,7 +36,6 @@ OTHERS = {
     ".w_norm": "a change of norms", ".b_norm": "a change of norms",
 }  # fmt: skip
 """What other endings say of a file, which is not read."""
-HALF = "the file is half of a LoRA; fetch or export it again"
 ADAPTERS = "lora_adapter_metadata"
 """Text of diffusers in the header: rank and alpha of PEFT's adapters, which have no tensors of their own."""
 
