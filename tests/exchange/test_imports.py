@@ -143,7 +143,7 @@ def test_whole_checkpoints(pipes: Any, family: str, tmp_path: Path) -> None:
     ErasureManager(copied).add(erasure)
     keys = [key.split("/", 1) for key in erasure.edits.parameters]
     check(read, pipe, {f"{part}/{path}": weight(copied, part, path) for part, path in keys}, tmp_path)
-    assert ("first_stage_model" in " ".join(read.notes)) == (family != "flux")
+    assert ("left aside" in " ".join(read.notes)) == (family != "flux")
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
