@@ -1,0 +1,60 @@
+"""Detectors that are ready to be asked, and pictures to ask them about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure import assets
+from erasure.errors import MissingExtraError
+from erasure.eval.detectors import DETECTORS, NamedDetector
+from erasure.extras import locate
+from erasure.images import read_rgb
+
+GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden.json").read_text())
+"""What the originals say about pictures; see `golden.py`."""
+
+STAND_INS: dict[str, dict[str, Any]] = {}
+"""Options without which a detector does not work."""
+
+
+def photograph(name: str) -> Image.Image:
+    """The control picture, or one that comes with scikit-image."""
+    if name == "control.webp":
+        return read_rgb(assets.ROOT / "detectors" / name)
+    try:
+        return read_rgb(locate("skimage", f"data/{name}"))
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Coloured noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@cache
+def _ready(name: str) -> NamedDetector:
+    return DETECTORS.get(name)(**STAND_INS.get(name, {}))
+
+
+@pytest.fixture
+def ready() -> Callable[[str], NamedDetector]:
+    """Give a detector by name; skips where what it needs is not installed."""
+
+    def give(name: str) -> NamedDetector:
+        detector = _ready(name)
+        try:
+            detector.recipe()
+        except MissingExtraError as error:
+            pytest.skip(str(error))
+        return detector
+
+    return give
