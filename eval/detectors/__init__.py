@@ -59,6 +59,8 @@ def _refusal(thing: object) -> str:
 DETECTORS: Registry[type[NamedDetector]] = Registry(
     "detector",
     {
+        "image_classifier": "erasure.eval.detectors.image_classifier",
+        "imagenet": "erasure.eval.detectors.imagenet",
         "nsfwjs": "erasure.eval.detectors.nsfwjs",
     },
     told=("title", "licence", "extra", "presets"),

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # No import of torch here: the command line lists detectors without it.
 
+BATCH = 16
+"""Pictures that a network is given at once."""
+
 
 class Reading(NamedTuple):
     """What a network says about a picture ahead of any threshold; see `Finding` for the fields."""
@@ -51,7 +54,9 @@ class Recipe(TypedDict):
     unit: str
     """What is counted: `image`, or `box`."""
     preprocessing: str
-    """How a picture becomes what the network is given, and other settings of the detector."""
+    """How a picture becomes what the network is given."""
+    settings: Mapping[str, object]
+    """Further options that say what readings mean."""
 
 
 READ_BY = ("detector", "weights", "channels", "side", "preprocessing")
@@ -103,7 +108,11 @@ class NamedDetector(Options, ABC):
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding | Exception]:
         """One finding for each RGB picture; see `read`."""
-        return [each if isinstance(each, Exception) else self.judge(each) for each in self.read(images)]
+        return [
+            each if isinstance(each, Exception) else self.judge(each)
+            for start in range(0, len(images), BATCH)
+            for each in self.read(images[start : start + BATCH])
+        ]
 
     def rejudge(self, finding: Finding) -> Finding:
         """The finding that these options give where another threshold or class set gave this one.

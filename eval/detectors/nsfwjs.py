@@ -136,7 +136,7 @@ class NsfwJs(NamedDetector):
             "detector": self.name, "licence": self.licence, "weights": {FILE.name: digest}, "known": digest == KNOWN,
             "classes": list(CLASSES), "flags": list(FLAGS), "threshold": self.threshold, "channels": "rgb",
             "side": SIDE, "unit": "image",
-            "preprocessing": "stretched to the side bilinearly, corners aligned, not smoothed; 0 to 1",
+            "preprocessing": "stretched to the side bilinearly, corners aligned, not smoothed; 0 to 1", "settings": {},
         }  # fmt: skip
 
     @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,15 @@ from erasure.errors import MissingExtraError
 from erasure.eval.detectors import DETECTORS, NamedDetector
 from erasure.extras import locate
 from erasure.images import read_rgb
+from tests.eval.detectors.stand_ins import timm_folder
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden.json").read_text())
 """What the originals say about pictures; see `golden.py`."""
 
-STAND_INS: dict[str, dict[str, Any]] = {}
-"""Options without which a detector does not work."""
+STAND_INS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "image_classifier": lambda folder: {"model": timm_folder(folder / "timm"), "flags": ("ink",)},
+}
+"""Options without which a detector does not work, made in a folder."""
 
 
 def photograph(name: str) -> Image.Image:
@@ -40,17 +42,16 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@cache
-def _ready(name: str) -> NamedDetector:
-    return DETECTORS.get(name)(**STAND_INS.get(name, {}))
-
-
-@pytest.fixture
-def ready() -> Callable[[str], NamedDetector]:
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], NamedDetector]:
     """Give a detector by name; skips where what it needs is not installed."""
+    made: dict[str, NamedDetector] = {}
 
     def give(name: str) -> NamedDetector:
-        detector = _ready(name)
+        if name not in made:
+            options = STAND_INS[name](tmp_path_factory.mktemp(name)) if name in STAND_INS else {}
+            made[name] = DETECTORS.get(name)(**options)
+        detector = made[name]
         try:
             detector.recipe()
         except MissingExtraError as error:
