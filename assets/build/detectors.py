@@ -35,11 +35,11 @@ CONTROL_SIDE = 192
 
 
 class Quantised(NamedTuple):
-    """A tensor in eight bits."""
+    """A tensor in eight bits, or one in float32 without a range."""
 
     numbers: np.ndarray
-    smallest: float
-    step: float
+    range: tuple[float, float] | None
+    """Smallest value and step."""
 
 
 def fetch(folder: Path, name: str, version: str) -> Path:
@@ -58,16 +58,17 @@ def quantised(manifest: list[dict], content: bytes) -> dict[str, Quantised]:
     """The tensors of a weights manifest of TensorFlow.js, by name.
 
     Raises:
-        ArtifactError: They do not fill the bytes, or are not in eight bits.
+        ArtifactError: They do not fill the bytes, or are neither in eight bits nor in float32.
     """
     found, start = {}, 0
     for entry in (entry for group in manifest for entry in group["weights"]):
-        about, size = entry.get("quantization", {}), int(np.prod(entry["shape"]))
-        if about.get("dtype") != "uint8":
-            raise ArtifactError(f"{entry['name']} is not in eight bits ({about}): another version of the package?")
-        numbers = np.frombuffer(content, np.uint8, size, start).reshape(entry["shape"])
-        found[entry["name"]] = Quantised(numbers, about["min"], about["scale"])
-        start += size
+        about, size = entry.get("quantization"), int(np.prod(entry["shape"]))
+        if (about or entry)["dtype"] != ("uint8" if about else "float32"):
+            raise ArtifactError(f"{entry['name']} is {(about or entry)['dtype']}: another version of the package?")
+        kind = np.dtype("uint8" if about else "<f4")
+        numbers = np.frombuffer(content, kind, size, start).reshape(entry["shape"])
+        found[entry["name"]] = Quantised(numbers, (about["min"], about["scale"]) if about else None)
+        start += size * kind.itemsize
     if start != len(content):
         raise ArtifactError(f"the tensors take {start:,} bytes of {len(content):,}: another version of the package?")
     return found
@@ -76,9 +77,11 @@ def quantised(manifest: list[dict], content: bytes) -> dict[str, Quantised]:
 def write(path: Path, tensors: Mapping[str, Quantised]) -> None:
     """Write tensors with their ranges; axes become those of torch."""
     held: dict[str, Tensor] = {}
-    for name, (numbers, smallest, step) in tensors.items():
-        held[name] = torch.from_numpy(turned(numbers).copy())
-        held[f"{name}{RANGE}"] = torch.tensor([smallest, step], dtype=torch.float64)
+    for name, (numbers, span) in tensors.items():
+        # Copied in torch's order of axes: safetensors takes bytes as they lie.
+        held[name] = torch.from_numpy(turned(numbers).copy(order="C"))
+        if span is not None:
+            held[f"{name}{RANGE}"] = torch.tensor(span, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(held))
 
@@ -134,6 +137,36 @@ def nsfwjs(folder: Path, out: Path = OUT) -> None:
     write(out / "nsfwjs.safetensors", dict(renamed(tensors, nsfwjs_name)))
 
 
+def finder_name(key: str) -> str:
+    """Name of one of face-api's tensors in `erasure.eval.detectors.faces.Finder`."""
+    layer, kind = key.split("/")
+    number = int(layer.removeprefix("conv"))
+    if number in (0, 8):
+        return f"{'last' if number else 'first'}.{'weight' if kind == 'filters' else 'bias'}"
+    part = {"depthwise_filter": "depthwise.weight", "pointwise_filter": "pointwise.weight", "bias": "pointwise.bias"}
+    return f"steps.{number - 1}.{part[kind]}"
+
+
+def descriptor_name(key: str) -> str:
+    """Name of one of face-api's tensors in `erasure.eval.detectors.faces.Descriptor`."""
+    parts = {"/conv/filters": ".conv.weight", "/conv/bias": ".conv.bias", "/scale/weights": ".scale",
+             "/scale/biases": ".shift"}  # fmt: skip
+    for ending, part in parts.items():
+        key = key.removesuffix(ending) + part if key.endswith(ending) else key
+    return "fc.weight" if key == "fc" else key.replace("/", ".")
+
+
+def faces(folder: Path, out: Path = OUT) -> None:
+    """Write face-api's tiny face detector and dlib's descriptor of faces."""
+    models = fetch(folder, *FACES) / "model"
+    for source, file, name in (
+        ("tiny_face_detector", "faces", finder_name), ("face_recognition", "descriptor", descriptor_name)
+    ):  # fmt: skip
+        manifest = json.loads((models / f"{source}_model-weights_manifest.json").read_text())
+        tensors = quantised(manifest, (models / f"{source}_model.bin").read_bytes())
+        write(out / f"{file}.safetensors", dict(renamed(tensors, name)))
+
+
 def control(out: Path = OUT) -> None:
     """Write the control picture: NASA's portrait of Eileen Collins, in the public domain, as scikit-image has it."""
     picture = Image.open(locate("skimage", "data/astronaut.png")).convert("RGB")
@@ -145,4 +178,5 @@ def control(out: Path = OUT) -> None:
 def build(folder: Path, out: Path = OUT) -> None:
     """Fetch the packages into `folder`, and write everything."""
     nsfwjs(folder, out)
+    faces(folder, out)
     control(out)

@@ -59,9 +59,12 @@ def _refusal(thing: object) -> str:
 DETECTORS: Registry[type[NamedDetector]] = Registry(
     "detector",
     {
+        "identity": "erasure.eval.detectors.identity",
         "image_classifier": "erasure.eval.detectors.image_classifier",
         "imagenet": "erasure.eval.detectors.imagenet",
         "nsfwjs": "erasure.eval.detectors.nsfwjs",
+        "nudenet": "erasure.eval.detectors.nudenet",
+        "open_nsfw": "erasure.eval.detectors.open_nsfw",
     },
     told=("title", "licence", "extra", "presets"),
     accepts=_refusal,

@@ -72,7 +72,7 @@ def read_eight_bits(path: str | Path) -> dict[str, Tensor]:
     """Weights that are kept as whole numbers of eight bits, as float32.
 
     Each tensor NAME has another beside it, NAME.range, with the smallest value and the step of its numbers: a weight
-    is `number * step + smallest`.
+    is `number * step + smallest`. One in float32 has none, and is taken as it is.
 
     Raises:
         ArtifactError: The file is damaged, or not of this kind.
@@ -83,14 +83,17 @@ def read_eight_bits(path: str | Path) -> dict[str, Tensor]:
             if name.endswith(RANGE):
                 fits = info.dtype == torch.float64 and info.shape == (2,) and name.removesuffix(RANGE) in infos
             else:
-                fits = info.dtype == torch.uint8 and f"{name}{RANGE}" in infos
+                fits = info.dtype == (torch.uint8 if f"{name}{RANGE}" in infos else torch.float32)
             if not fits:
                 raise ArtifactError(f"{path}: {shown(name)} is no tensor in eight bits with its range: fetch it again")
 
     tensors = read_tensors(path, check=check)
     found = {}
     for name, numbers in tensors.items():
-        if not name.endswith(RANGE):
+        if name.endswith(RANGE):
+            continue
+        found[name] = numbers
+        if f"{name}{RANGE}" in tensors:
             smallest, step = tensors[f"{name}{RANGE}"]
             # In double precision, as JavaScript computes it, and rounded once.
             found[name] = (numbers.double() * step + smallest).float()

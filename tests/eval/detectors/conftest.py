@@ -22,6 +22,7 @@ GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden.
 """What the originals say about pictures; see `golden.py`."""
 
 STAND_INS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "identity": lambda folder: {"gallery": gallery(folder / "gallery", astronaut=["control.webp"])},
     "image_classifier": lambda folder: {"model": timm_folder(folder / "timm"), "flags": ("ink",)},
 }
 """Options without which a detector does not work, made in a folder."""
@@ -35,6 +36,16 @@ def photograph(name: str) -> Image.Image:
         return read_rgb(locate("skimage", f"data/{name}"))
     except MissingExtraError as error:
         pytest.skip(str(error))
+
+
+def gallery(folder: Path, **people: list[str | Image.Image]) -> Path:
+    """A folder with a folder of pictures for each person."""
+    for name, pictures in people.items():
+        (folder / name).mkdir(parents=True)
+        for index, picture in enumerate(pictures):
+            shown = photograph(picture) if isinstance(picture, str) else picture
+            shown.save(folder / name / f"{index}.png")
+    return folder
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
