@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "eval": "measure a model and its erasures",
     "attack": "search prompts that bring an erased concept back",
     "compare": "results side by side",
+    "detect": "what a detector finds in pictures, and what that is worth",
     "info": "what an erasure is and holds",
     "bench": "overhead and cost on this machine",
     "sae": "train or look at a sparse autoencoder of a text tower",

@@ -59,6 +59,7 @@ def _refusal(thing: object) -> str:
 DETECTORS: Registry[type[NamedDetector]] = Registry(
     "detector",
     {
+        "clip_zero_shot": "erasure.eval.detectors.clip_zero_shot",
         "identity": "erasure.eval.detectors.identity",
         "image_classifier": "erasure.eval.detectors.image_classifier",
         "imagenet": "erasure.eval.detectors.imagenet",

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # No import of torch here: the command line lists detectors without it.
 
+Golden = Mapping[str, Mapping[str, float]]
+"""Known scores by control picture (`whole`, `quarter`; see `erasure.eval.detectors.controls`) and by class."""
+
 BATCH = 16
 """Pictures that a network is given at once."""
 
@@ -50,7 +53,7 @@ class Recipe(TypedDict):
     channels: str
     """Order of the colours that the network is given: `rgb` or `bgr`."""
     side: int
-    """Pixels on a side of what the network is given."""
+    """Pixels on a side of what the network is given; 0 where the model's own files say it."""
     unit: str
     """What is counted: `image`, or `box`."""
     preprocessing: str
@@ -102,8 +105,8 @@ class NamedDetector(Options, ABC):
     def judge(self, reading: Reading) -> Finding:
         """The finding that a reading means, with these options."""
 
-    def golden(self) -> Mapping[str, float]:
-        """Scores by class that known weights give the control picture with these options; none where not known."""
+    def golden(self) -> Golden:
+        """Scores that known weights give the control pictures with these options; none where not known."""
         return {}
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Finding | Exception]:

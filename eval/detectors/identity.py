@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import register
-from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.faces import DESCRIPTOR_FILE, FINDER_FILE, FINDER_SIDE, KNOWN, Faces, cut_out
 from erasure.eval.detectors.findings import Finding
 from erasure.eval.detectors.weights import sha256
@@ -27,8 +27,7 @@ from erasure.shown import did_you_mean
 FACE = "face"
 """Label of any face."""
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-GOLDEN = {FACE: 0.9562}
-"""Score of the face in the control picture."""
+GOLDEN: Golden = {"whole": {FACE: 0.9562}}
 EXPECTED = "expected a folder for each person, NAME/*.jpg, with pictures that show the person's face"
 
 
@@ -166,6 +165,6 @@ class Identity(NamedDetector):
         labels |= {FACE} & set(reading.scores)
         return Finding(score >= self.threshold, score, frozenset(labels), reading.scores, reading.boxes)
 
-    def golden(self) -> Mapping[str, float]:
+    def golden(self) -> Golden:
         """Score of the face in the control picture; whose it is depends on the gallery."""
         return GOLDEN

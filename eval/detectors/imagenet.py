@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar
@@ -11,7 +11,7 @@ from PIL import Image
 
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import register
-from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.classifiers import Classifier, load_classifier
 from erasure.eval.detectors.findings import Finding
 from erasure.files import shown
@@ -25,8 +25,8 @@ IMAGENETTE = {
 """The ten classes of Imagenette, and which outputs of a classifier of ImageNet-1k they are."""
 KEPT, LEAST = 5, 0.001
 """Classes that a reading keeps: so many of the most probable, and all that are as probable as this."""
-GOLDEN = {"bobsled": 0.1459, "football helmet": 0.0881, "puck": 0.0816}
-"""Scores of the control picture by EfficientNet-Lite0."""
+GOLDEN: Golden = {"whole": {"bobsled": 0.1459, "football helmet": 0.0881, "puck": 0.0816}}
+"""Scores by EfficientNet-Lite0."""
 
 
 @cache
@@ -116,6 +116,6 @@ class ImageNet(NamedDetector):
         seen = not set(ranked).isdisjoint(self.flags)
         return Finding(seen and score >= self.threshold, score, frozenset(ranked), reading.scores)
 
-    def golden(self) -> Mapping[str, float]:
+    def golden(self) -> Golden:
         """Scores of the control picture, by EfficientNet-Lite0 alone."""
         return GOLDEN if self.model is None else {}

@@ -6,7 +6,7 @@ installed. Scores are those of the original to four decimals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from erasure import assets
 from erasure.eval.detectors import register
-from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.findings import Finding
 from erasure.eval.detectors.weights import load_into, read_eight_bits, sha256
 from erasure.options import ZeroToOne
@@ -32,8 +32,11 @@ CLASSES = ("drawing", "hentai", "neutral", "porn", "sexy")
 FLAGS = ("hentai", "porn")
 """Classes whose probabilities are added up."""
 SIDE = 224
-GOLDEN = {"drawing": 0.0019, "hentai": 0.0001, "neutral": 0.9980, "porn": 0.0001, "sexy": 0.0000}
-"""Scores of the control picture."""
+GOLDEN: Golden = {
+    "whole": {"drawing": 0.0019, "neutral": 0.9980},
+    # What the network is less sure of tells more: turned, in other colours, or scaled otherwise, it scores otherwise.
+    "quarter": {"drawing": 0.0134, "neutral": 0.9398, "porn": 0.0390},
+}
 
 BLOCKS = (
     (16, 1), (24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1),
@@ -151,8 +154,8 @@ class NsfwJs(NamedDetector):
         label = max(CLASSES, key=reading.scores.__getitem__)
         return Finding(score >= self.threshold, score, frozenset({label}), reading.scores)
 
-    def golden(self) -> Mapping[str, float]:
-        """Scores of the control picture."""
+    def golden(self) -> Golden:
+        """Scores of the control pictures."""
         return GOLDEN
 
 

