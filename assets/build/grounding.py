@@ -8,6 +8,7 @@ in the place of a segmenter's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ def object_tokens(tokenizer: PreTrainedTokenizerBase, ids: Tensor, scenes: Seque
     return marked * (marked.sum(1, keepdim=True) == 1)
 
 
-def object_pieces(tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = tuple(OBJECTS)) -> Tensor:
+@lru_cache
+def object_pieces(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...] = tuple(OBJECTS)) -> Tensor:
     """Tokens of every word that objects go by, with and without a capital.
 
     Args:

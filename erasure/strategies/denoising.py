@@ -16,19 +16,22 @@ from erasure.strategies.tasks import Batch, Task
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.student import Student, make_student, train_columns
 
-Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry"]
+Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry", "x+entry"]
+BY_COLUMNS: tuple[Method, ...] = ("text", "entry", "x+entry")
+"""Methods that train of a layer through which text enters only what reads text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserStrategy(TrainedStrategy):
     """A trained strategy that changes the denoiser, and tells it what the stock text encoders say."""
 
-    method: Method = "x"
+    method: Method = "x+entry"
     """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
     passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
     self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
-    and `entry` the layers through which it enters, as `uce` edits them. The released FLUX.1 code leaves the keys and
-    values of the text's own half out of `x-strict`."""
+    `entry` the layers through which it enters, as `uce` edits them, and `x+entry` both `x` and these: the same as `x`
+    on Stable Diffusion, while SDXL, Stable Diffusion 3 and FLUX.1 are told a pooled vector besides, which carries a
+    concept past `x`. The released FLUX.1 code leaves the keys and values of the text's own half out of `x-strict`."""
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """See `denoiser_student`."""
@@ -58,7 +61,7 @@ def denoiser_student(backbone: Backbone, method: Method, rank: int, generator: t
     """
     chosen = trained_parameters(backbone, method)
     student = make_student(backbone.denoiser, chosen, rank, generator, f"method {method!r}")
-    if method in ("text", "entry"):
+    if method in BY_COLUMNS:
         # What else such a layer reads, as the size of the picture, is none of the concept's.
         train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
     return student
@@ -81,12 +84,14 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
             f"{backbone.denoiser_component}/{fused} has fused projections: call pipe.unfuse_qkv_projections() first"
         )
     text = [site for site in sites if site.kind != "self"]
+    attention, doors = [site.name for site in text], [layer.path for layer in backbone.entry_layers()]
     modules: dict[str, list[str]] = {
-        "x": [site.name for site in text],
+        "x": attention,
         "x-strict": [path for site in text for path in site.keys_and_values],
         "self": [site.name for site in sites if site.kind == "self"],
         "text": backbone.text_layers(),
-        "entry": [layer.path for layer in backbone.entry_layers()],
+        "entry": doors,
+        "x+entry": [*attention, *doors],
     }
     every = [
         path

@@ -49,6 +49,7 @@ def test_methods_split_the_denoiser(tiny_pipe: Any) -> None:
     assert all(".attn2." in path for path in found["x"])
     assert all(".attn1." in path for path in found["self"])
     assert found["text"] == found["entry"] == found["x-strict"]
+    assert found["x+entry"] == found["x"]
     layers = {type(backbone.denoiser.get_submodule(path.rpartition(".")[0])) for path in found["all"]}
     assert layers == {torch.nn.Linear, torch.nn.Conv2d}
 
@@ -58,7 +59,7 @@ def test_the_pooled_door_of_sdxl_is_no_key_and_is_trained_on_its_own_columns(tin
     backbone = backbone_for(pipe)
     found = {method: trained_parameters(backbone, method) for method in get_args(Method)}
     door = "add_embedding.linear_1.weight"
-    assert {method for method, paths in found.items() if door in paths} == {"u", "all", "text", "entry"}
+    assert {method for method, paths in found.items() if door in paths} == {"u", "all", "text", "entry", "x+entry"}
     assert set(found["x-strict"]) == {path for path in found["entry"] if "add_embedding" not in path}
     assert all(path.endswith((".to_k.weight", ".to_v.weight")) for path in found["x-strict"])
     for rank, projection in ((0, 0.0), (4, 0.0), (4, 0.5)):

@@ -68,6 +68,7 @@ def test_layers_of_flux(flux: Any) -> None:
     behind = {f"transformer_blocks.0.ff_context.net.{part}" for part in ("0.proj", "2")}
     assert found["text"] == text | behind | doors
     assert found["entry"] == doors
+    assert found["x+entry"] == found["x"] | doors
     assert found["self"] == set()
     assert found["u"] == found["all"] - found["x"]
 
