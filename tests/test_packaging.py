@@ -84,7 +84,8 @@ def test_every_marker_is_used(project: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/learning.md", "docs/methods.md", "docs/numbers.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/detectors.md", "docs/learning.md", "docs/methods.md", "docs/numbers.md"],
 )
 def test_links_lead_somewhere(page: str, project: dict[str, Any]) -> None:
     text = (ROOT / page).read_text()

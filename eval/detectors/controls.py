@@ -77,8 +77,8 @@ def self_test(detector: NamedDetector) -> SelfTest:
         if abs(value - score) > TOLERANCE:
             raise EvaluationError(
                 f"the detector {detector.name} gives the control picture ({picture}) {value:.4f} for {label}, "
-                f"expected {score:.4f} within {TOLERANCE}: its preprocessing or a library is not as it was when that was "
-                "measured. Install it again; do not use its numbers"
+                f"expected {score:.4f} within {TOLERANCE}: its preprocessing or a library is not as it was when "
+                "that was measured. Install it again; do not use its numbers"
             )
     if not known:
         return SelfTest(True, 0, "The weights are known; with these options no scores are there to compare with.")

@@ -17,7 +17,7 @@ from erasure.errors import EvaluationError
 from erasure.eval.detectors import register
 from erasure.eval.detectors.base import Golden, NamedDetector, Reading, Recipe
 from erasure.eval.detectors.faces import DESCRIPTOR_FILE, FINDER_FILE, FINDER_SIDE, KNOWN, Faces, cut_out
-from erasure.eval.detectors.findings import Finding
+from erasure.eval.detectors.findings import Box, Finding
 from erasure.eval.detectors.weights import sha256
 from erasure.files import is_line, shown
 from erasure.images import read_rgb
@@ -142,7 +142,8 @@ class Identity(NamedDetector):
     def _reading(self, image: Image.Image) -> Reading:
         known = self.known
         scores = dict.fromkeys(known.people, 0.0)
-        boxes, parts = {}, []
+        boxes: dict[str, Box] = {}
+        parts: list[tuple[Box, Image.Image]] = []
         for score, box in self.faces.find(image):
             part = cut_out(image, box) if score >= self.face else None
             if part is not None:
