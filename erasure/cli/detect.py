@@ -58,7 +58,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     told, own = DETECTORS.facts(name).told, options_of(DETECTORS, name)
     start = own.configured(value_of(rest, "--preset"))
     presets = f" Presets: {', '.join(own.presets)}." if own.presets else ""
-    needs = f" It needs: pip install 'erasure-diffusers[{told['extra']}]'." if told["extra"] else ""
+    needs = f" It needs the extra {told['extra']!r} of this package." if told["extra"] else ""
     about = f"{told['title']}. Licence of the weights: {told['licence']}.{needs}{presets}"
     parsed = parse_with(DetectOptions, start, f"detect {name}", rest, about)
     options: DetectOptions = parsed.command

