@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "eval": "measure a model and its erasures",
     "attack": "search prompts that bring an erased concept back",
     "compare": "results side by side",
+    "detect": "what a detector finds in pictures, and what that is worth",
     "info": "what an erasure is and holds",
     "export": "an erasure for other programs: a LoRA, or a checkpoint of the erased model",
     "import": "an erasure that others published, as one of ours",
