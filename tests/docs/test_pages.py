@@ -43,7 +43,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "learn": QUICK_LEARNING,
     "sae train": ("--steps", "4", "--d-sae", "64", "--k", "4"),
     "attack unlearndiffatk": ("--samples", "1", "--timesteps", "1", "--iterations", "1", "--references", "1"),
-    "attack random_prefix": ("--samples", "1", "--timesteps", "1"),
+    "attack random_prefix": ("--samples", "1", "--texts", "1"),
 }
 """Options that make a command take less time, where a page does not give them."""
 ELSEWHERE = {"demo": "tests/cli/test_measuring.py runs it", "--dataset": "it is on the Hub"}
