@@ -20,7 +20,7 @@ from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
-from erasure.carriers.embeddings import learned_tokens, refuse_half_learned
+from erasure.carriers.embeddings import learned_tokens, refuse_half_learned, require_tokens
 from erasure.carriers.weights import Written, fingerprint, sample
 from erasure.concept import Concept
 from erasure.errors import (
@@ -126,7 +126,9 @@ def erase(
         replaced = None if addition is None else addition.attached_as(manager)
         label = method.name if addition is None else addition.strategy
         manager.check_name(name or default_name(wanted, label), replaced)
-    refuse_half_learned(backbone.towers, [text for concept in wanted for text in concept.texts()])
+    texts = [text for concept in wanted for text in concept.texts()]
+    require_tokens(backbone.towers, texts)
+    refuse_half_learned(backbone.towers, texts)
     for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
         for tower in backbone.towers:
             tower.check_words(words)

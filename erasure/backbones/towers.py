@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erasure.concept import PLACEHOLDER
 from erasure.errors import ConceptError, UnknownTokenWarning, UnsupportedModelError
 from erasure.interop import learned, paths
 from erasure.interop.encoders import Anatomy, anatomy_of, blocks_of
@@ -269,16 +268,6 @@ class TextTower:
                 UnknownTokenWarning,
                 stacklevel=2,
             )
-        for placeholder in PLACEHOLDER.findall(words):
-            spelling = self.word_ids(placeholder)
-            if not self.learned_ids & set(spelling):
-                warnings.warn(
-                    f"{placeholder} is no token of {self.component}'s tokeniser, which spells it "
-                    f"{self.tokenizer.convert_ids_to_tokens(spelling)}: if it stands for a learned one, "
-                    "load_textual_inversion() comes first",
-                    UnknownTokenWarning,
-                    stacklevel=2,
-                )
 
 
 def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[TextTower]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from erasure.backbones import PromptTokens, TextTower
 from erasure.carriers.weights import fingerprint, same_base
+from erasure.concept import PLACEHOLDER
 from erasure.errors import ConceptError, UnknownTokenWarning
 from erasure.interop import hooks, learned, paths
 from erasure.interop.hooks import ModelHook
@@ -92,6 +93,26 @@ def learned_tokens(towers: Iterable[TextTower], texts: Iterable[str]) -> Learned
         for tower in towers
     }
     return {component: words for component, words in each.items() if words}
+
+
+def missing_tokens(towers: Sequence[TextTower], texts: Iterable[str]) -> list[str]:
+    """Names in angle brackets in texts that no text encoder has learned, each once."""
+    names = list(dict.fromkeys(name for text in texts for name in PLACEHOLDER.findall(text)))
+    known = [set(learned.ids_by_word(tower.tokenizer)) for tower in towers]
+    return [name for name in names if not any(name in words for words in known)]
+
+
+def require_tokens(towers: Sequence[TextTower], texts: Iterable[str]) -> None:
+    """Refuse texts that name a learned token which the model lacks: it would read its letters.
+
+    Raises:
+        ConceptError: One does.
+    """
+    if missing := missing_tokens(towers, texts):
+        raise ConceptError(
+            f"the model has no token {missing[0]}, so it would read its letters: load the concept that it stands for "
+            "first (--learned FOLDER, pipe.load_concepts(FOLDER)), or write the text without angle brackets"
+        )
 
 
 def refuse_half_learned(towers: Iterable[TextTower], texts: Iterable[str]) -> None:

@@ -107,9 +107,9 @@ def require_tokens(pipe: DiffusionPipeline, texts: Sequence[str]) -> None:
         ConceptError: There is one.
     """
     from erasure.backbones import backbone_for
-    from erasure.learning import tokens
+    from erasure.carriers import embeddings
 
-    tokens.require_tokens(backbone_for(pipe), texts)
+    embeddings.require_tokens(backbone_for(pipe).towers, texts)
 
 
 def check_seeds(seed: int, count: int = 1) -> None:

@@ -81,26 +81,6 @@ def check_names(names: Sequence[str], towers: Iterable[TextTower]) -> None:
                 raise ConceptError(f"{name!r} is a word of the {tower.component}'s vocabulary: take another name")
 
 
-def missing_tokens(backbone: Backbone, texts: Iterable[str]) -> list[str]:
-    """Names in angle brackets in texts that no text encoder has learned, each once."""
-    names = list(dict.fromkeys(name for text in texts for name in PLACEHOLDER.findall(text)))
-    known = [set(learned.ids_by_word(tower.tokenizer)) for tower in backbone.towers]
-    return [name for name in names if not any(name in words for words in known)]
-
-
-def require_tokens(backbone: Backbone, texts: Iterable[str]) -> None:
-    """Refuse texts that name a learned token which the model lacks: it would read its letters.
-
-    Raises:
-        ConceptError: One does.
-    """
-    if missing := missing_tokens(backbone, texts):
-        raise ConceptError(
-            f"the model has no token {missing[0]}, so it would read its letters: load the concept that it stands for "
-            "first (--learned FOLDER, pipe.load_concepts(FOLDER)), or write the text without angle brackets"
-        )
-
-
 def start_vectors(
     tower: TextTower, like: str, count: int, spread: float, generator: torch.Generator
 ) -> Tensor:  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from erasure.backbones import TextTower, text_towers
 from erasure.cache import model_fingerprint
-from erasure.errors import UnknownTokenWarning
+from erasure.carriers.embeddings import require_tokens
+from erasure.errors import ConceptError
 from erasure.text.corpora import vocabulary
 from erasure.text.words import align, subject_span
 
@@ -159,16 +159,12 @@ def test_they_are_no_words_of_the_vocabulary(tower: TextTower) -> None:
 # Known and unknown --------------------------------------------------------------------------------------------------
 
 
-def test_a_placeholder_that_is_not_loaded_is_said(tiny_pipe: Any, teach: Any) -> None:
-    tower = text_towers(tiny_pipe)[0]
-    with pytest.warns(UnknownTokenWarning, match="load_textual_inversion"):
-        tower.check_words("a <my-pet>")
+def test_a_token_that_is_not_loaded_is_refused(tiny_pipe: Any, teach: Any) -> None:
+    towers = text_towers(tiny_pipe)
+    with pytest.raises(ConceptError, match="no token <my-pet>, so it would read its letters"):
+        require_tokens(towers, ["a cat", "a <my-pet>"])
     teach(tiny_pipe, "a", "cat")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tower.check_words("a <my-pet>")
-        tower.check_words("cat")
-        tower.check_words("a < b > c")
+    require_tokens(towers, ["a <my-pet>", "cat", "a < b > c"])
 
 
 def test_models_with_other_vectors_are_other_models(tiny_pipe: Any, teach: Any) -> None:

@@ -85,6 +85,15 @@ def test_quantised_parts_make_no_erasure(stock: Any, place: str) -> None:
     assert ErasureManager(stock).erasures == {}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_that_no_text_encoder_has_learned(originals: dict[str, Any], family: str) -> None:
+    pipe = originals[family]
+    for concept in (Concept("<my-pet>"), Concept("dog", anchor="<my-pet>"), Concept("dog", retain=("a <my-pet>",))):
+        with pytest.raises(ConceptError, match=r"the model has no token <my-pet>, .* load the concept"):
+            erasure.erase(pipe, concept, "uce", progress=False)
+    assert ErasureManager(pipe).erasures == {}
+
+
 @pytest.mark.parametrize("suffix", ["", "_2"])
 def test_a_token_that_one_of_two_clips_has_learned(originals: dict[str, Any], teach: Any, suffix: str) -> None:
     pipe = copy.deepcopy(originals["stable-diffusion-xl"])
