@@ -45,8 +45,13 @@ SHORT: dict[str, tuple[str, ...]] = {
     "attack random_prefix": ("--samples", "1", "--texts", "1"),
 }
 """Options that make a command take less time, where a page does not give them."""
-ELSEWHERE = {"demo": "tests/cli/test_measuring.py runs it", "--dataset": "it is on the Hub"}
-"""Commands and options that are parsed here and not run."""
+ELSEWHERE = {
+    "demo": "tests/cli/test_measuring.py runs it",
+    "--dataset": "it is on the Hub",
+    "--adapter": "it is on the Hub",
+}
+"""Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some
+that succeeded (tests/cli/test_attack.py runs it)."""
 FOREIGN = {"--nproc_per_node"}
 """Options of other programs."""
 
@@ -261,7 +266,7 @@ class Shell:
         words = [self.model if word == "MODEL" else word for word in words]
         if words in (["--help"], ["--version"]):
             assert main(words) == 0
-        elif any(word in ELSEWHERE for word in words):
+        elif any(word in ELSEWHERE for word in words) or (words[0] == "attack" and "--prompts" in words):
             self.parses(words)
         else:
             assert main(self.shortened(words)) == 0, words
