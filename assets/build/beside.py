@@ -83,8 +83,8 @@ def sdxl(work: Path = WORK, steps: int = 2000, batch: int = 16, pairs: float = 0
 
 def sd3(
     work: Path = WORK,
-    steps: int = 8000,
-    batch: int = 48,
+    steps: int = 4000,
+    batch: int = 32,
     pairs: float = 0.8,
     tokens: float = 0.3,
     pooled: float = 0.6,
