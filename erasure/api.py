@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
-from erasure import files, ledger
+from erasure import bases, files, ledger
 from erasure.adding import Addition
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
-from erasure.backbones import Backbone, backbone_for
-from erasure.carriers.edits import Edits
-from erasure.carriers.embeddings import learned_tokens, refuse_half_learned, require_tokens
-from erasure.carriers.weights import Written, fingerprint, sample
+from erasure.backbones import backbone_for
+from erasure.carriers.embeddings import refuse_half_learned, require_tokens
 from erasure.concept import Concept
 from erasure.errors import (
     ArtifactError,
@@ -32,8 +30,7 @@ from erasure.errors import (
     UnsupportedModelError,
 )
 from erasure.files.recognise import MODEL_FILE
-from erasure.interop import paths, scopes, single_files
-from erasure.interop.pipelines import origin
+from erasure.interop import scopes, single_files
 from erasure.progress import reporting
 from erasure.strategies import Strategy, get
 from erasure.strategies.looped import LoopedStrategy
@@ -151,7 +148,7 @@ def erase(
         fit.edits.check_finite()
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
-        base = _base(backbone, fit.edits, wanted)
+        base = bases.base_of(backbone, fit.edits, wanted)
     # A training that went on from a checkpoint has cost what it took before as well.
     seconds = time.perf_counter() - started + fit.log.get("earlier_seconds", 0.0)
     config = ErasureConfig(
@@ -167,7 +164,7 @@ def erase(
         cost={"seconds": round(seconds, 3), **{k: round(v, 6) for k, v in fit.log.items()}},
         gates=dict(fit.gates),
         text_length=backbone.text_length,
-        size=_size(backbone),
+        size=bases.size_of(backbone),
         sampling=None if fit.level is None else {"steps": 1, "guidance": 1, "level": fit.level},
     )
     if addition is not None:
@@ -305,42 +302,3 @@ def _warn_of_ignored_retain(method: Strategy, concepts: Sequence[Concept]) -> No
             IgnoredRetainWarning,
             stacklevel=3,
         )
-
-
-def _base(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> dict[str, Any]:
-    pipe, tensors = backbone.pipe, {}
-    for key in (*edits.parameters, *_read_parameters(pipe, edits)):
-        component, path = key.split("/", 1)
-        tensors[key] = fingerprint(paths.parameter(getattr(pipe, component), path))
-    model, revision = origin(pipe)
-    # Somebody's absolute path tells others nothing, and not theirs to know.
-    shown = Path(model).name if os.path.isabs(model) else model
-    base: dict[str, Any] = {"model": shown, "revision": revision, "tensors": tensors}
-    if backbone.denoiser_component in edits.components:
-        # What the denoiser is told to forget stands in the text encoder's own language.
-        encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}
-        base["text_encoders"] = encoders
-    if learned := learned_tokens(backbone.towers, [text for concept in concepts for text in concept.texts()]):
-        base["learned_tokens"] = learned
-    return base
-
-
-def _size(backbone: Backbone) -> list[int] | None:
-    """Height and width in pixels of what the model draws; `None` where its latents are of an unknown kind."""
-    try:
-        latents = backbone.latents
-    except UnsupportedModelError:
-        # A strategy that edits text encoders draws nothing, so it works without.
-        return None
-    return [side * latents.factor for side in latents.side]
-
-
-def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
-    """The parameters of the blocks whose output is edited: features mean nothing in another model's."""
-    told = edits.safety or edits.filters
-    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if told else []
-    for key in edits.features:
-        component, block = key.split("/", 1)
-        known = paths.canonical_parameters(getattr(pipe, component))
-        found += [f"{component}/{path}" for path in known if path.startswith(block + ".")]
-    return found

@@ -309,6 +309,7 @@ def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
     below |= {part: {key for key in expected if key.startswith(part + "/")} for part in told}
     expected -= set().union(*below.values()) - found
     found |= {block for block, known in below.items() if not known}
+    found |= {f"{key}.weight" for key in edits.membranes}
     if expected != found:
         lost, extra = sorted(expected - found), sorted(found - expected)
         raise ArtifactError(

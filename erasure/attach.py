@@ -152,7 +152,8 @@ class ErasureManager:
                     record = replace(record, attached={**record.attached, name: attached})
                 records[component] = record
             self._apply(modules, records, sources)
-        edited = [component for component in sources if is_denoiser(component) and erasure.edits.of(component)]
+        edits = erasure.edits
+        edited = [each for each in sources if is_denoiser(each) and (edits.of(each) or edits.membranes_of(each))]
         if edited and not controlnet and CONTROLNET in modules:
             warnings.warn(guards.CONTROL.format(names=name), BypassedErasureWarning, stacklevel=2)
         return len(erasure.edits)

@@ -95,6 +95,25 @@ def leave_trace(manager: ErasureManager, folder: str | os.PathLike[str]) -> None
         ArtifactError: The folder cannot be written.
     """
     folder = Path(folder)
+    trace = trace_of(manager)
+    entries = trace["erasures"]
+    if not entries:
+        # What is saved here now is the stock model.
+        (folder / TRACE_FILE).unlink(missing_ok=True)
+        return
+    files.write_json(folder / TRACE_FILE, trace)
+    # A card that is there already may be somebody's own.
+    if not os.path.lexists(folder / CARD_FILE):
+        configs = [ErasureConfig.from_dict(entry["config"], TRACE_FILE) for entry in entries]
+        files.write_text(folder / CARD_FILE, baked_card([entry["strength"] for entry in entries], configs))
+
+
+def trace_of(manager: ErasureManager) -> Trace:
+    """What is erased in the weights of a pipeline: before it was loaded, and by what is in force now.
+
+    Args:
+        manager: Of the pipeline.
+    """
     erasures, strengths = manager.erasures, manager.strengths
     names = [name for name in erasures if name in {*manager.active_erasures(), *manager.fused_erasures}]
     entries = _earlier(manager) + [
@@ -104,19 +123,10 @@ def leave_trace(manager: ErasureManager, folder: str | os.PathLike[str]) -> None
         )
         for name in names
     ]  # fmt: skip
-    if not entries:
-        # What is saved here now is the stock model.
-        (folder / TRACE_FILE).unlink(missing_ok=True)
-        return
-    trace = Trace(
+    return Trace(
         format_version=FORMAT_VERSION, date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(), erasures=entries,
     )  # fmt: skip
-    files.write_json(folder / TRACE_FILE, trace)
-    # A card that is there already may be somebody's own.
-    if not os.path.lexists(folder / CARD_FILE):
-        configs = [ErasureConfig.from_dict(entry["config"], TRACE_FILE) for entry in entries]
-        files.write_text(folder / CARD_FILE, baked_card([entry["strength"] for entry in entries], configs))
 
 
 def _earlier(manager: ErasureManager) -> list[BakedErasure]:

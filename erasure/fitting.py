@@ -15,6 +15,7 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.carriers import weights
 from erasure.carriers.edits import TEXT_ENCODERS
 from erasure.carriers.embeddings import warn_of_unlike_tokens
+from erasure.carriers.membranes import Membrane, features_of
 from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import (
     AttachError,
@@ -137,6 +138,7 @@ def check_fit(
             check_told(pipe, name, guidance)
         for path in erasure.edits.features_of(component):
             paths.require_block(module, path, component)
+        check_branches(component, module, erasure.edits.membranes_of(component))
         written = state.record.written
         written.check_intact(component, module)
         prefix = source + "/"
@@ -154,6 +156,36 @@ def check_fit(
                 "else: load the base model named in its config, or pass check_base=False if you know that it fits"
             )
     return frozenset(beside)
+
+
+def check_branches(component: str, module: nn.Module, branches: Mapping[str, Membrane]) -> None:
+    """Raise unless a denoiser has the layers that branches run beside.
+
+    Args:
+        component: Its name, for messages.
+        module: The denoiser.
+        branches: By path of the layer.
+
+    Raises:
+        NoMatchingModuleError: It lacks one.
+        WrongBaseError: One has another shape, or is of a kind that no branch can run beside.
+        UnsupportedModelError: One is inside fused projections, which do not run it.
+    """
+    for path, branch in branches.items():
+        weights.refuse_fused(component, module, f"{path}.weight")
+        try:
+            found = features_of(paths.layer(module, path))
+        except AttributeError:
+            raise NoMatchingModuleError(
+                f"{component} has no {path!r}: the erasure was made for another architecture"
+            ) from None
+        expected = branch.down.shape[2], branch.up.shape[1]
+        if found != expected:
+            shape = "is no linear layer" if found is None else f"takes {found[0]} features and gives {found[1]}"
+            raise WrongBaseError(
+                f"{component}/{path} {shape}, the erasure expects {expected[0]} and {expected[1]}: it was made for "
+                "another model"
+            )
 
 
 def check_told(pipe: DiffusionPipeline, name: str, guidance: SafetyGuidance) -> None:

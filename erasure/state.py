@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from erasure.artifact import Erasure
 from erasure.backbones import FAMILIES
-from erasure.carriers import beside, extra_rows, weights
+from erasure.carriers import beside, extra_rows, membranes, weights
 from erasure.carriers.activations import Pinned, PinnedPrompts
 from erasure.carriers.edits import FILTERS, GUIDES, Edit
 from erasure.carriers.extra_rows import ExtraRows, Family, FilterTerm
 from erasure.carriers.features import EditedFeatures, Term
+from erasure.carriers.filters import PromptFilter
+from erasure.carriers.gating import GateTerm
+from erasure.carriers.permeability import PromptGate
 from erasure.carriers.readings import Readings
 from erasure.carriers.weights import Terms, WritePlan, Written
 from erasure.errors import VerificationError
@@ -48,6 +51,8 @@ class Attached:
             return GUIDES
         if edits.filters_of(component):
             return FILTERS
+        if edits.gates_of(component):
+            return membranes.GATED
         return "edits features" if edits.features_of(component) else None
 
 
@@ -169,6 +174,28 @@ class ComponentState:
             for edit in (one.erasure.edits.filters_of(self.component) if one.strength else ())
         ]
 
+    def gated(self) -> list[Attached]:
+        """What opens branches by the prompts that this text encoder reads, or this denoiser is told, by name.
+
+        None at strength 0, which leaves every bit.
+        """
+        there = [one for _, one in sorted(self.in_force().items()) if one.strength]
+        return [one for one in there if one.erasure.edits.gates_of(self.component)]
+
+    def gates(self) -> list[GateTerm]:
+        """The gates of each erasure; see `gated`."""
+        return [GateTerm(tuple(one.erasure.edits.gates_of(self.component))) for one in self.gated()]
+
+    def membranes(self) -> dict[str, list[membranes.Term]]:
+        """The branches beside every layer of this denoiser."""
+        found: dict[str, list[membranes.Term]] = {}
+        for place, one in enumerate(self.gated() if not self.is_text_encoder else ()):
+            edits = one.erasure.edits
+            factors = edits.gates_of(self.component)[0].multiplies_factors
+            for path, edit in edits.membranes_of(self.component).items():
+                found.setdefault(path, []).append(membranes.Term(one.strength, edit, place, factors))
+        return found
+
     @property
     def shares_gates(self) -> bool:
         """Whether gates of other text encoders open those of this one."""
@@ -185,10 +212,18 @@ class ComponentState:
         beside.write(module, self._beside(module))
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
-        filtering = self.filters()
-        reads, told = (filtering, []) if self.is_text_encoder else ([], filtering)
-        Readings.write(module, [term.edit for term in reads])
-        ExtraRows.write(module, self.safety(), told, self._family())
+        filtering, gating = self.filters(), self.gates()
+        if self.is_text_encoder:
+            Readings.write(module, self._read(filtering, gating))
+        else:
+            Readings.write(module, [])
+            membranes.write(module, self.membranes())
+            ExtraRows.write(module, self.safety(), filtering, self._family(), gating)
+
+    @staticmethod
+    def _read(filtering: Sequence[FilterTerm], gating: Sequence[GateTerm]) -> list[PromptFilter | PromptGate]:
+        """What reads the prompts of a text encoder."""
+        return [*(term.edit for term in filtering), *(gate for term in gating for gate in term.gates)]
 
     def _family(self) -> Family:
         """What the erasures' family is like: all are of one, which was compared with the pipeline's."""
@@ -248,16 +283,26 @@ class ComponentState:
             raise VerificationError(
                 f"the feature edits of {self.component} are not in force: something removed their hooks"
             )
-        filtering = self.filters()
-        if self.is_text_encoder and not Readings.is_written(module, [term.edit for term in filtering]):
+        filtering, gating = self.filters(), self.gates()
+        if self.is_text_encoder and not Readings.is_written(module, self._read(filtering, gating)):
+            what = "prompt filters" if filtering else "prompt gates"
+            raise VerificationError(f"the {what} of {self.component} are not in force: something removed their hook")
+        on_denoiser = not self.is_text_encoder
+        if on_denoiser and not membranes.is_written(module, self.membranes()):
             raise VerificationError(
-                f"the prompt filters of {self.component} are not in force: something removed their hook"
+                f"the branches beside layers of {self.component} do not run: something removed their hooks"
             )
-        if not ExtraRows.is_written(module, self.safety(), [] if self.is_text_encoder else filtering):
-            what = "prompt filters" if filtering else "safety guidance"
+        if on_denoiser and not ExtraRows.is_written(module, self.safety(), filtering, gating):
+            what = "prompt filters" if filtering else "safety guidance" if self.safety() else "gates of branches"
             raise VerificationError(f"the {what} of {self.component} is not in force: something removed its hook")
+        for path in self.membranes():
+            if paths.is_fused(module, path.rpartition(".")[0]):
+                raise VerificationError(
+                    f"the branch beside {self.component}/{path} is bypassed by fused query-key-value projections: "
+                    "unfuse_qkv_projections()"
+                )
         compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
-        compared += len(self.safety()) + len(filtering)
+        compared += len(self.safety()) + len(filtering) + len(self.membranes()) + len(gating)
         for path, value in self.record.reads.items():
             if path not in written.originals and not weights.is_still(module, path, value):
                 raise VerificationError(

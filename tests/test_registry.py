@@ -15,12 +15,13 @@ from erasure import registry as module
 from erasure.cli.described import stand_in
 from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError, OptionError
 from erasure.eval.attacks import ATTACKS
+from erasure.eval.detectors import DETECTORS
 from erasure.eval.metrics import METRICS
 from erasure.eval.suites import SUITES
 from erasure.registry import INDEX, Registry, index_of
 from erasure.strategies import STRATEGIES
 
-REGISTRIES = {registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS, METRICS)}
+REGISTRIES = {registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS, DETECTORS, METRICS)}
 
 
 @pytest.fixture(params=REGISTRIES)
@@ -77,8 +78,9 @@ def test_a_stand_in_parses_and_refuses_as_the_class(name: str) -> None:
 def test_names_and_facts_need_no_torch() -> None:
     code = (
         "import sys; from erasure.strategies import STRATEGIES; from erasure.eval.suites import SUITES;"
-        "from erasure.eval.attacks import ATTACKS; from erasure.eval.metrics import METRICS;"
-        "print([r.facts(n) for r in (STRATEGIES, SUITES, ATTACKS, METRICS) for n in r.names()]);"
+        "from erasure.eval.attacks import ATTACKS; from erasure.eval.detectors import DETECTORS;"
+        "from erasure.eval.metrics import METRICS;"
+        "print([r.facts(n) for r in (STRATEGIES, SUITES, ATTACKS, DETECTORS, METRICS) for n in r.names()]);"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

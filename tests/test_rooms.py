@@ -24,8 +24,8 @@ GROUND = frozenset(
 )  # fmt: skip
 LIBRARY = frozenset(
     {
-        "adding", "api", "artifact", "attach", "baked", "canary", "cards", "fitting", "guards", "ledger", "proof",
-        "schema", "state", "switching", "twins",
+        "adding", "api", "artifact", "attach", "baked", "bases", "canary", "cards", "exchange", "fitting", "guards",
+        "ledger", "proof", "schema", "state", "switching", "twins",
     }
 )  # fmt: skip
 """What makes an erasure a file and attaches it."""
@@ -259,6 +259,7 @@ OF_FAMILIES = ("erasure/backbones/", "assets/build/")
 OF_ONE_FAMILY: dict[str, str] = {
     "pipelines/inversion.py": "DDIM, forwards and backwards, goes by these noise levels",
     "erasure/carriers/lora_names.py": "other programs have names of their own for what is in a UNet",
+    "erasure/exchange/loaders.py": "other programs have names of their own for what is in a UNet",
     "erasure/files/recognise.py": "it tells networks' files apart by the names in them",
     "erasure/interop/paths.py": "FreeU is a switch of UNets",
     "erasure/interop/protocols.py": "it says what the objects of diffusers have",

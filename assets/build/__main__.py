@@ -7,7 +7,8 @@ all of it.
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
 `evaluate` measures each, and `across` every strategy on all of them. `ip_adapter` trains, writes and measures the
-IP-Adapter of `canvas-sd`, and `turbo` the LoRA with which it draws in one step.
+IP-Adapter of `canvas-sd`, and `turbo` the LoRA with which it draws in one step. `detectors` fetches the weights of
+detectors of other projects.
 """
 
 from __future__ import annotations
@@ -339,6 +340,13 @@ def learning(out: Path = Path("learning"), pairs: int = 4, images: int = 10, era
     run(out, pairs, images, erasing)
 
 
+def detectors(work: Path = WORK) -> None:
+    """Fetch the weights of detectors with npm, and write them as safetensors; the control picture too."""
+    from erasure.assets.build.detectors import build
+
+    build(work / "detectors")
+
+
 def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
     """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
 
@@ -359,6 +367,7 @@ def main() -> None:
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
         attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
         families, ip_adapter, turbo, newcomers, learning,
+        detectors,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -50,9 +50,15 @@ def backbone_for(
     raise UnsupportedModelError(f"{type(pipe).__name__}{found} belongs to no supported family ({known}){hint}")
 
 
+def family_named(family: str) -> type[Backbone] | None:
+    """The class of a family, or `None` for a name that is none."""
+    return next((known for known in FAMILIES if known.family == family), None)
+
+
 def reads_kohya_names(family: str) -> bool:
     """Whether the loaders of a family's models read the names that kohya gives the layers of a LoRA."""
-    return any(known.family == family and known.reads_kohya_names for known in FAMILIES)
+    known = family_named(family)
+    return known is not None and known.reads_kohya_names
 
 
 __all__ = [
@@ -67,6 +73,7 @@ __all__ = [
     "TowerOutput",
     "attention_sites",
     "backbone_for",
+    "family_named",
     "known_of",
     "reads_kohya_names",
     "text_towers",

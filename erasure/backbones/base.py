@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from erasure.backbones.conditioning import Conditioning, Source
 from erasure.backbones.latents import Latents
+from erasure.backbones.layouts import Layout
 from erasure.backbones.parametrisation import TIMESTEPS, Parametrisation
 from erasure.backbones.sites import AttentionSite, attention_sites
 from erasure.backbones.towers import TextTower, TowerOutput, text_towers
@@ -95,6 +96,18 @@ class Backbone(ABC):
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
     ) -> None:
         self.pipe, self.size, self.length = pipe, size, length
+
+    @classmethod
+    def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
+        """Where the denoiser's parameters stand in the files that its makers published.
+
+        Args:
+            denoiser: The network; what is the same for all of the family where there is none.
+
+        Returns:
+            The layout; `None` where none is known, or it depends on the network and there is none.
+        """
+        return None
 
     @classmethod
     @abstractmethod

@@ -17,10 +17,11 @@ from erasure.backbones.base import EntryLayer, TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.flow_matching import PATCH, FlowMatchingBackbone
 from erasure.backbones.latents import PackedLatents, pack, unpack
+from erasure.backbones.layouts import Layout, flux_layout
 from erasure.backbones.parametrisation import TIMESTEPS
 from erasure.backbones.towers import TowerOutput
 from erasure.errors import OptionError, UnsupportedModelError
-from erasure.interop.protocols import Settings
+from erasure.interop.protocols import Denoiser, Settings
 
 
 class FluxBackbone(FlowMatchingBackbone):
@@ -43,6 +44,11 @@ class FluxBackbone(FlowMatchingBackbone):
                 f"the transformer takes {taken} channels and the latents have {own}: it paints into pictures or "
                 "follows a control picture, which is not supported; use the text-to-image model of the family"
             )
+
+    @classmethod
+    def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
+        """Black Forest Labs'."""
+        return flux_layout
 
     @property
     def token_runs(self) -> list[TokenRun]:
@@ -117,6 +123,11 @@ class ChromaBackbone(FluxBackbone):
     family = "chroma"
     network = ChromaTransformer2DModel
     required = ("text_encoder",)
+
+    @classmethod
+    def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
+        """None that is known here."""
+        return None
 
     def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:
         """The states of T5, of which the transformer sees those of the prompt and of the first padding."""

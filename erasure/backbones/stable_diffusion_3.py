@@ -13,7 +13,9 @@ from erasure.backbones.base import TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.flow_matching import PATCH, FlowMatchingBackbone
 from erasure.backbones.latents import Latents
+from erasure.backbones.layouts import Layout, sd3_layout
 from erasure.backbones.towers import SD3_LENGTH, TowerOutput
+from erasure.interop.protocols import Denoiser
 
 FIRST, SECOND, THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
 
@@ -25,6 +27,11 @@ class StableDiffusion3Backbone(FlowMatchingBackbone):
     network = SD3Transformer2DModel
     required = (FIRST, SECOND)
     even_levels = False
+
+    @classmethod
+    def published_layout(cls, denoiser: Denoiser | None) -> Layout:
+        """Stability AI's."""
+        return sd3_layout(None if denoiser is None else denoiser.config.num_layers)
 
     @property
     def token_runs(self) -> list[TokenRun]:

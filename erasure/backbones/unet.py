@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from erasure.backbones.base import Backbone, EntryLayer, Part
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.latents import Latents
+from erasure.backbones.layouts import Layout, unet_layout
 from erasure.backbones.parametrisation import PREDICTIONS, Diffusion
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
+from erasure.interop.protocols import Denoiser
 from erasure.needs import Need
 
 KEYS_AND_VALUES: dict[str, Part] = {"to_k": "keys", "to_v": "values"}
@@ -26,6 +28,15 @@ class UNetBackbone(Backbone):
 
     denoiser_component = "unet"
     reads_kohya_names = True
+
+    @classmethod
+    def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
+        """Latent diffusion's, which knows one number of layers for all blocks."""
+        if denoiser is None:
+            return None
+        layers = denoiser.config.layers_per_block
+        counts = {layers} if isinstance(layers, int) else set(layers)
+        return unet_layout(paths.canonical_parameters(denoiser), counts.pop()) if len(counts) == 1 else None
 
     def lacks(self, need: Need) -> str:
         """See `Backbone.lacks`; a latent consistency UNet has no trajectories."""

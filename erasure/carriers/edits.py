@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from erasure.carriers import membranes
 from erasure.carriers.activations import Pinned
 from erasure.carriers.blocks import FLOATS, KINDS, acts, check_block
 from erasure.carriers.features import BlockEdit
 from erasure.carriers.filters import PromptFilter
 from erasure.carriers.lora_names import PAIRS, file_names, is_read_by_stock, layer_of
+from erasure.carriers.membranes import GATED, GATES, MEMBRANES, Membrane
 from erasure.carriers.names import grouped
+from erasure.carriers.permeability import PromptGate
 from erasure.carriers.safety import SafetyGuidance
 from erasure.errors import ArtifactError, DivergenceError, WrongBaseError
 from erasure.files import shown
@@ -86,11 +89,15 @@ class Edits:
     """By denoiser component: what its predictions are steered away from."""
     filters: dict[str, PromptFilter] = field(default_factory=dict)
     """By `denoiser/text_encoder`: what is projected away from prompts that this encoder writes for that denoiser."""
+    membranes: dict[str, Membrane] = field(default_factory=dict)
+    """By `denoiser/module.path`: low-rank branches beside that layer, each behind the gate of a concept."""
+    gates: dict[str, PromptGate] = field(default_factory=dict)
+    """By `denoiser/text_encoder`: how far these gates are open for prompts that this encoder reads."""
 
     def __len__(self) -> int:
-        """Number of edited parameters, blocks, predictions and filters."""
+        """Number of edited parameters, blocks, layers, predictions and filters."""
         weights = len(self.low_rank) + len(self.deltas) + len(self.maps)
-        return weights + len(self.features) + len(self.safety) + len(self.filters)
+        return weights + len(self.features) + len(self.safety) + len(self.filters) + len(self.membranes)
 
     @property
     def parameters(self) -> list[str]:
@@ -100,8 +107,8 @@ class Edits:
     @property
     def components(self) -> list[str]:
         """Pipeline components that are edited, each once."""
-        keyed = (*self.parameters, *self.features, *self.safety, *self.filters)
-        ends = [end for key in self.filters for end in key.split("/")]
+        keyed = (*self.parameters, *self.features, *self.safety, *self.filters, *self.membranes)
+        ends = [end for key in (*self.filters, *self.gates) for end in key.split("/")]
         return list(dict.fromkeys([*(key.split("/")[0] for key in keyed), *ends]))
 
     @property
@@ -111,6 +118,8 @@ class Edits:
             return GUIDES
         if self.filters:
             return FILTERS
+        if self.membranes:
+            return GATED
         return "pins prompts" if self.pinned else "edits features" if self.features else None
 
     def of(self, component: str) -> dict[str, Edit]:
@@ -132,10 +141,19 @@ class Edits:
         """The filters of what a text encoder writes, or of what a denoiser is told."""
         return [one for key, one in self.filters.items() if component in key.split("/")]
 
+    def membranes_of(self, component: str) -> dict[str, Membrane]:
+        """The branches of a denoiser by path of the layer."""
+        prefix = component + "/"
+        return {key.removeprefix(prefix): one for key, one in self.membranes.items() if key.startswith(prefix)}
+
+    def gates_of(self, component: str) -> list[PromptGate]:
+        """The gates of what a text encoder reads, or of what a denoiser is told."""
+        return [one for key, one in self.gates.items() if component in key.split("/")]
+
     @property
     def carriers(self) -> list[str]:
         """Where the erasure lives, as its config says it."""
-        inside = self.pinned or self.features or self.filters
+        inside = self.pinned or self.features or self.filters or self.membranes
         there = {"weights": self.parameters, "activations": inside, "guidance": self.safety}
         return [carrier for carrier, edits in there.items() if edits]
 
@@ -158,6 +176,15 @@ class Edits:
             if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
                 raise ArtifactError(f"a filter of prompts of {shown(key)}; expected DENOISER/TEXT_ENCODER")
             one.check(key)
+        for key, gate in self.gates.items():
+            denoiser, _, encoder = key.partition("/")
+            if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
+                raise ArtifactError(f"a prompt gate of {shown(key)}; expected DENOISER/TEXT_ENCODER")
+            gate.check(key)
+        for key, membrane in self.membranes.items():
+            check_key(key)
+            _check_tensors(key, membrane._asdict(), dict.fromkeys(membrane._fields, FLOATS))
+        membranes.check(self.membranes, self.gates)
         every = Counter(self.parameters)
         if twice := sorted(key for key, count in every.items() if count > 1):
             raise ArtifactError(f"{twice[0]!r} is edited twice, in two forms: add both edits up to one")
@@ -198,8 +225,9 @@ class Edits:
         for delta in self.deltas.values():
             total += float(delta.detach().double().cpu().norm() ** 2)
         return total <= FAINTEST**2 and not any(
-            [*map(acts, self.features.values()), *(one.acts for one in self.safety.values()), *self.filters]
-        )
+            [*map(acts, self.features.values()), *(one.acts for one in self.safety.values()), *self.filters,
+             *(one.acts for one in self.membranes.values())]
+        )  # fmt: skip
 
     def check_width(self, component: str, width: int) -> None:
         """Raise unless what is pinned and edited inside a text encoder is as wide as the encoder.
@@ -214,6 +242,7 @@ class Edits:
         found = {key: pin.hidden_states.shape[-1] for key, pin in self.pinned.items() if key == component}
         found |= {key: block.w_enc.shape[0] for key, block in self.features.items() if key.startswith(component + "/")}
         found |= {key: one.basis.shape[1] for key, one in self.filters.items() if key.endswith(f"/{component}")}
+        found |= {key: one.states.shape[-1] for key, one in self.gates.items() if key.endswith(f"/{component}")}
         for key, wide in found.items():
             if wide != width:
                 raise WrongBaseError(
@@ -246,7 +275,11 @@ class Edits:
         }
         steered = {f"{key}/{SAFETY}.{part}": t for key, one in self.safety.items() for part, t in one.stated().items()}
         read = {f"{key}/{FILTER}.{part}": t for key, one in self.filters.items() for part, t in one._asdict().items()}
-        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread, **steered, **read}
+        gated = {
+            f"{key}/{MEMBRANES}.{part}": t for key, one in self.membranes.items() for part, t in one._asdict().items()
+        }
+        gated |= {f"{key}/{GATES}.{part}": t for key, one in self.gates.items() for part, t in one._asdict().items()}
+        tensors = {**self.deltas, **pins, **slices, **self._map_state_dict(), **unread, **steered, **read, **gated}
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def _map_state_dict(self) -> dict[str, Tensor]:
@@ -311,7 +344,7 @@ class Edits:
             if key in low_rank or is_read_by_stock(key) or not _fits(edit):
                 raise ArtifactError(f"the low-rank edit of {shown(key)} does not fit together: make the erasure again")
             low_rank[key] = edit
-        kinds = (LOW_RANK, SAFETY, FILTER, "pinned", "input_map", "mapped", *KINDS.values())
+        kinds = (LOW_RANK, SAFETY, FILTER, MEMBRANES, GATES, "pinned", "input_map", "mapped", *KINDS.values())
         full_rank = {key: t for key, t in deltas.items() if not any(f"/{kind}." in key for kind in kinds)}
         for key in full_rank:
             if not key.partition("/")[2]:
@@ -332,7 +365,9 @@ class Edits:
             for key, parts in grouped(deltas, SAFETY, SafetyGuidance._fields, optional=["pooled"]).items()
         }
         filters = {key: PromptFilter(*parts) for key, parts in grouped(deltas, FILTER, PromptFilter._fields).items()}
-        return cls(low_rank, full_rank, pinned, features, _maps(deltas), safety, filters)
+        branches = {key: Membrane(*parts) for key, parts in grouped(deltas, MEMBRANES, Membrane._fields).items()}
+        gates = {key: PromptGate(*parts) for key, parts in grouped(deltas, GATES, PromptGate._fields).items()}
+        return cls(low_rank, full_rank, pinned, features, _maps(deltas), safety, filters, branches, gates)
 
 
 def check_key(key: str, *, text_only: bool = False) -> None:

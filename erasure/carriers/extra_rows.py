@@ -8,7 +8,10 @@ none, the same noise is predicted for no prompt in further rows. A transformer t
 `e_0 + w (e_p - e_0)`, so differences of its predictions are divided by `w`, and the change is multiplied by it.
 
 Filters of prompts (`erasure.carriers.filters`) are put in place here too: what the denoiser is told about a prompt is
-changed, and where features are compared (`erasure.carriers.skips`), a row with the prompt as it is stands last.
+changed, and where features are compared (`erasure.carriers.skips`), a row with the prompt as it is stands last. And
+what the prompt of each row lets through (`erasure.carriers.permeability`) is told to the branches beside layers
+(`erasure.carriers.membranes`): all of it where nobody knows the prompt, and nothing in the rows of negative prompts,
+unless their gates are to be open as far as those of the prompts that they guide.
 
 Guidance begins behind its share of the noise levels of the call's schedule, each counted once, not of calls of the
 denoiser: samplers of higher order ask about a level twice. Momentum is that of one drawing of one thread. A pass that
@@ -28,10 +31,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone
-from erasure.carriers import guidance, readings, skips
+from erasure.carriers import guidance, membranes, readings, skips
 from erasure.carriers.calls import NamedArguments, is_measured, latents_of, of_rows
 from erasure.carriers.drawings import Drawing, begin, is_over, levels_of
 from erasure.carriers.filters import PromptFilter
+from erasure.carriers.gating import GateTerm, Gating
 from erasure.carriers.safety import CONCEPT, NOTHING, Moments, SafetyGuidance, direction
 from erasure.errors import UnsupportedModelError
 from erasure.interop import hooks
@@ -43,8 +47,8 @@ TOKENS, POOLED = "encoder_hidden_states", "pooled_projections"
 MASKS = ("attention_mask", "encoder_attention_mask")
 """Arguments that say where attention may look: text first, and behind it what the transformer draws."""
 REFUSE = (
-    "safety guidance cannot be added to this pass: {reason}. disable_erasures() for such calls, or use a strategy "
-    "that edits weights (uce, esd, hirm)"
+    "an erasure cannot tell the rows of this pass apart: {reason}. disable_erasures() for such calls, or use a "
+    "strategy that edits weights (uce, esd, hirm)"
 )
 
 
@@ -117,14 +121,17 @@ class _ExtraRows(NamedArguments):
         denoiser: UNet or transformer.
         terms: What is in force.
         filtering: The filters of prompts that are in force.
+        gating: The gates of branches that are in force.
         family: Of the model.
     """
 
     def __init__(
-        self, denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm], family: Family
-    ) -> None:
+        self, denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm],
+        gating: Sequence[GateTerm], family: Family,
+    ) -> None:  # fmt: skip
         super().__init__(denoiser)
         self.terms, self.filtering, self.family = tuple(terms), tuple(filtering), family
+        self.gating = Gating(gating)
         self.thread = _Thread()
 
     # Frames cannot be looked at inside of a compiled graph; the denoiser itself is compiled all the same.
@@ -135,10 +142,14 @@ class _ExtraRows(NamedArguments):
         skips.compare(None)
         self.thread.under_way = under_way = None if is_measured() else self.look(module, arguments)
         if under_way is None:
+            # One that is read draws nothing: its rows may be anybody's.
+            self.gating.say(arguments, len(latents_of(arguments)) if is_measured() else 0)
             return args, kwargs
         filtered, factors = self.filtered(arguments, under_way)
         under_way = under_way._replace(texts=self.texts(under_way), plain=tuple(factors))
         self.thread.under_way = under_way
+        added = under_way.texts * under_way.pictures
+        self.gating.say(arguments, under_way.pictures, added, under_way.plain)
         wide = self.widened(filtered, under_way)
         if factors:
             count, rows = len(factors), torch.tensor(list(factors))
@@ -152,6 +163,7 @@ class _ExtraRows(NamedArguments):
         """Take the rows off, and change the prompts' own."""
         under_way, self.thread.under_way = self.thread.under_way, None
         skips.compare(None)
+        membranes.let_through(None)
         if under_way is None:
             return output
         if isinstance(output, tuple):
@@ -341,31 +353,36 @@ def _refuse_other_rows(denoiser: nn.Module) -> None:
 
 
 class ExtraRows:
-    """The safety guidance of a denoiser, and what filters make of its prompts, as a hook."""
+    """The safety guidance of a denoiser, what filters make of its prompts, and gates of its branches, as a hook."""
 
     @staticmethod
     def write(
-        denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (), family: Family = FAMILY
-    ) -> None:
+        denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (), family: Family = FAMILY,
+        gating: Sequence[GateTerm] = (),
+    ) -> None:  # fmt: skip
         """Make exactly these active on a denoiser; none removes the hooks."""
-        if ExtraRows.is_written(denoiser, terms, filtering):
+        if ExtraRows.is_written(denoiser, terms, filtering, gating):
             return
         hooks.remove_hook(denoiser, _HOOK)
         skips.watch(denoiser, _compares(filtering))
-        if terms or filtering:
-            hooks.register_hook(denoiser, _ExtraRows(denoiser, terms, filtering, family), _HOOK)
+        if terms or filtering or gating:
+            hooks.register_hook(denoiser, _ExtraRows(denoiser, terms, filtering, gating, family), _HOOK)
 
     @staticmethod
-    def is_written(denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = ()) -> bool:
+    def is_written(
+        denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (),
+        gating: Sequence[GateTerm] = (),
+    ) -> bool:  # fmt: skip
         """Whether exactly these are active."""
         hook = hooks.find_hook(denoiser, _HOOK)
         if not (skips.is_watched(denoiser) if _compares(filtering) else not skips.has_hooks(denoiser)):
             return False
-        if not terms and not filtering:
+        if not terms and not filtering and not gating:
             return hook is None
         if not isinstance(hook, _ExtraRows) or not hooks.runs_hook(denoiser, _HOOK):
             return False
-        return _same_terms(hook.terms, terms) and _same_terms(hook.filtering, filtering)
+        same = _same_terms(hook.terms, terms) and _same_terms(hook.filtering, filtering)
+        return same and hook.gating.is_of(gating)
 
 
 def _compares(filtering: Sequence[FilterTerm]) -> bool:

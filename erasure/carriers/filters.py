@@ -91,10 +91,11 @@ class PromptFilter(NamedTuple):
         first, count = self.place[:2].tolist()
         return slice(first, first + count if count else None)
 
-    def equals(self, other: PromptFilter) -> bool:
+    def equals(self, other: object) -> bool:
         """Whether another one does the same."""
-        return self is other or all(
-            one.shape == two.shape and torch.equal(one.cpu(), two.cpu()) for one, two in zip(self, other, strict=True)
+        return self is other or (
+            isinstance(other, PromptFilter)
+            and all(a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(self, other, strict=True))
         )
 
 

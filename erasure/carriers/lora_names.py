@@ -51,12 +51,12 @@ def file_names(keys: Iterable[str], *, kohya: bool = True) -> dict[str, tuple[st
     """
     keys = list(keys)
     two = any(key.startswith("text_encoder_2/") for key in keys)
-    stems = {key: _kohya(key, two) for key in keys}
+    stems = {key: kohya_stem(key, two) for key in keys}
     down, up = PAIRS[0]
     if kohya and all(stem is not None for stem in stems.values()):
         return {key: (f"{stem}{down}", f"{stem}{up}") for key, stem in stems.items()}
     down, up = PAIRS[1]
-    return {key: (f"{_diffusers(key)}{down}", f"{_diffusers(key)}{up}") for key in keys}
+    return {key: (f"{diffusers_stem(key)}{down}", f"{diffusers_stem(key)}{up}") for key in keys}
 
 
 def layer_of(stem: str) -> str | None:
@@ -69,7 +69,13 @@ def layer_of(stem: str) -> str | None:
     return f"{component}/{path.removeprefix('text_model.')}" if dot and path else None
 
 
-def _kohya(key: str, two: bool) -> str | None:
+def kohya_stem(key: str, two: bool) -> str | None:
+    """Kohya's name of a layer of Stable Diffusion's networks, without an ending; `None` for one that has none.
+
+    Args:
+        key: `component/path`.
+        two: Whether the model has two text encoders.
+    """
     component, _, path = key.partition("/")
     flat = LDM.get(path) or path.replace(".", "_")
     if component not in KOHYA or _dotted(flat) != path:
@@ -90,7 +96,8 @@ def _dotted(flat: str) -> str | None:
     return ".".join(parts) if parts and not flat.endswith("_") else None
 
 
-def _diffusers(key: str) -> str:
+def diffusers_stem(key: str) -> str:
+    """The name that diffusers gives a layer, without an ending."""
     component, path = key.split("/", 1)
     # Files of text encoders carry the prefix; diffusers' loader strips it where the class has none.
     return f"{component}.{'text_model.' if component.startswith('text_encoder') else ''}{path}"

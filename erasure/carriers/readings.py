@@ -1,9 +1,10 @@
-"""What filters read in prompts, and where the denoiser is told those prompts: text encoders run ahead of it.
+"""What filters and gates read in prompts, and where the denoiser is told those: text encoders run ahead of it.
 
-A hook on a text encoder looks at every prompt that is encoded, once more with each of its tokens masked, and keeps
-which tokens are triggers and the prompt's subspace (`erasure.carriers.filters`). The denoiser is told states only, so
-a prompt is known again by some of their values; so are prompts that were encoded earlier (`prompt_embeds=`) and with
-blocks left out (`clip_skip`). Embeddings that no prompt was encoded as are not known, and stay as they are.
+A hook on a text encoder looks at every prompt that is encoded. For filters it encodes it once more with each of its
+tokens masked, and keeps which tokens are triggers and the prompt's subspace (`erasure.carriers.filters`); for gates it
+keeps how far they are open (`erasure.carriers.permeability`). The denoiser is told states only, so a prompt is known
+again by some of their values; so are prompts that were encoded earlier (`prompt_embeds=`) and with blocks left out
+(`clip_skip`). Embeddings that no prompt was encoded as are not known: filters leave them as they are, and gates open.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from erasure.carriers import filters
+from erasure.carriers import filters, permeability
 from erasure.carriers.calls import NamedArguments
 from erasure.carriers.filters import PromptFilter
+from erasure.carriers.permeability import POOLED, PromptGate
 from erasure.interop import hooks, paths, rounds
 from erasure.interop.encoders import anatomy_of, norm_of
 from erasure.interop.protocols import Arguments, EncoderOutput
@@ -37,21 +39,29 @@ ALIKE = 0.02
 """Share of a token's greatest value by which half precision may move the others."""
 
 
-class Reading(NamedTuple):
+class Triggers(NamedTuple):
     """What a filter reads in one prompt."""
 
-    edit: PromptFilter
-    keys: tuple[Tensor, ...]
-    """Some values of the states that the text encoder gives, of its last block and of earlier ones, `(tokens,
-    SAMPLED)` each."""
-    ids: Tensor
-    """`(tokens,)`."""
     own: Tensor
     """`(rank, dim)`: orthonormal rows that span the prompt's own subspace."""
     triggers: Tensor
     """`(tokens,)` bool."""
     text: Tensor
     """`(tokens,)` bool: start, words and end; no padding."""
+
+
+class Reading(NamedTuple):
+    """What is read in one prompt."""
+
+    edit: PromptFilter | PromptGate
+    """What reads."""
+    keys: tuple[Tensor, ...]
+    """Some values of the states that the text encoder gives, of its last block and of earlier ones, `(tokens,
+    SAMPLED)` each; or of its pooled vector, `(1, SAMPLED)`."""
+    ids: Tensor
+    """`(tokens,)`."""
+    read: Triggers | Tensor
+    """A filter's triggers, or how far a gate is open for each concept, `(concepts,)`."""
 
 
 class Change(NamedTuple):
@@ -83,10 +93,10 @@ class _Read(NamedArguments):
 
     Args:
         encoder: The text encoder.
-        edits: The filters that read.
+        edits: The filters and gates that read.
     """
 
-    def __init__(self, encoder: nn.Module, edits: Sequence[PromptFilter]) -> None:
+    def __init__(self, encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> None:
         super().__init__(encoder)
         self.edits = tuple(edits)
         self.given: dict[str, Any] = {}
@@ -117,20 +127,27 @@ class _Read(NamedArguments):
     def read(self, module: nn.Module, ids: Tensor, mask: Tensor | None, output: EncoderOutput) -> None:
         """Keep a reading of each prompt `(tokens,)` of `ids`."""
         states = _states(paths.transformer_root(module), output)
+        vectors = _vectors(output)
         for row, prompt in enumerate(ids):
-            keys = tuple(_sampled(each[row]) for each in states)
-            known = [one for one in list(_READINGS) if _is_same(one, prompt, keys)]
-            told = None if mask is None else mask[row]
             pooled: Tensor | None = None
             for edit in self.edits:
-                reading = next((one for one in known if one.edit.equals(edit)), None)
+                of_vector = isinstance(edit, PromptGate) and edit.source == POOLED
+                keys = tuple(_sampled(each[row]) for each in (vectors if of_vector else states))
+                reading = next(
+                    (one for one in list(_READINGS) if one.edit.equals(edit) and _is_same(one, prompt, keys)), None
+                )
                 if reading is None:
-                    first, end, blank = edit.marks.tolist()
-                    words = word_mask(prompt[None].cpu(), end, first)[0]
-                    places = [place for place in words.nonzero().flatten().tolist() if prompt[place] != end]
-                    if pooled is None:
-                        pooled = _pooled(module, prompt, told, places, blank)
-                    reading = _reading(edit, keys, prompt, pooled, words, places)
+                    found: Triggers | Tensor
+                    if isinstance(edit, PromptGate):
+                        found = permeability.permeability(edit, states[0][row], prompt)
+                    else:
+                        first, end, blank = edit.marks.tolist()
+                        words = word_mask(prompt[None].cpu(), end, first)[0]
+                        places = [place for place in words.nonzero().flatten().tolist() if prompt[place] != end]
+                        if pooled is None:
+                            pooled = _pooled(module, prompt, None if mask is None else mask[row], places, blank)
+                        found = _triggers(edit, prompt, pooled, words, places)
+                    reading = Reading(edit, keys, prompt.cpu(), found)
                 # The newest stand last.
                 _READINGS.append(reading)
 
@@ -145,6 +162,12 @@ def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
         norm = norm_of(root)
         found += [*inside[1:], *(norm(states) for states in inside[1:] if norm is not None)]
     return [states.detach() for states in found]
+
+
+def _vectors(output: EncoderOutput) -> list[Tensor]:
+    """The pooled vector that a denoiser may be told, as one place, `(prompts, 1, dim)`; none of an encoder without."""
+    found = [getattr(output, name, None) for name in ("pooler_output", "text_embeds")]
+    return [vector.detach()[:, None] for vector in found if vector is not None]
 
 
 def _sampled(states: Tensor) -> Tensor:
@@ -188,9 +211,7 @@ def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequenc
     return torch.cat(parts).float()
 
 
-def _reading(
-    edit: PromptFilter, keys: tuple[Tensor, ...], ids: Tensor, pooled: Tensor, words: Tensor, places: Sequence[int]
-) -> Reading:
+def _triggers(edit: PromptFilter, ids: Tensor, pooled: Tensor, words: Tensor, places: Sequence[int]) -> Triggers:
     """What a filter reads in a prompt."""
     pooled = pooled.cpu()
     found = torch.zeros(len(ids), dtype=torch.bool)
@@ -204,7 +225,27 @@ def _reading(
         own = filters.span(pooled[1:]).float()
     text = words.clone()
     text[: int(edit.marks[0])] = True
-    return Reading(edit, keys, ids.cpu(), own, found, text)
+    return Triggers(own, found, text)
+
+
+def opened(told: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
+    """How far a gate is open for the prompt of a row, `(concepts,)`; `None` where nobody knows the prompt.
+
+    Args:
+        told: What the denoiser is told: tokens `(batch, tokens, dim)` or pooled vectors `(batch, dim)`, as the gate
+            asks for.
+        gate: The gate.
+        row: Of the batch.
+    """
+    if told is None:
+        return None
+    states = told.detach()[row]
+    own = (states[None] if gate.source == POOLED else states[gate.places])[:, gate.columns]
+    if not bool(own.any()):
+        # What a pipeline may tell where no prompt is given.
+        return torch.zeros(len(gate.floor), dtype=torch.float64)
+    reading = _found(_sampled(own), gate)
+    return reading.read if reading is not None and isinstance(reading.read, Tensor) else None
 
 
 def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
@@ -219,16 +260,16 @@ def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
     part = told.detach()[:, edit.places, edit.columns]
     for row in rows:
         reading = _found(_sampled(part[row]), edit)
-        if reading is None or not bool(reading.triggers.any()):
+        if reading is None or not isinstance(reading.read, Triggers) or not bool(reading.read.triggers.any()):
             continue
-        own, basis = (each.to(part.device, torch.float32) for each in (reading.own, edit.basis))
-        text = part[row][reading.text.to(part.device)].float()
+        own, basis = (each.to(part.device, torch.float32) for each in (reading.read.own, edit.basis))
+        text = part[row][reading.read.text.to(part.device)].float()
         count = filters.steps(text.cpu(), filters.projected(text, own, basis).cpu(), edit.figures)
-        found.append(Change(edit, row, own, reading.triggers.to(part.device), count))
+        found.append(Change(edit, row, own, reading.read.triggers.to(part.device), count))
     return found
 
 
-def _found(asked: Tensor, edit: PromptFilter) -> Reading | None:
+def _found(asked: Tensor, edit: PromptFilter | PromptGate) -> Reading | None:
     """The reading of the prompt whose states are nearest to some values where alike, the newest of several."""
     limit = ALIKE * asked.abs().amax(-1, keepdim=True)
     best, away = None, torch.inf
@@ -259,11 +300,11 @@ def changed(told: Tensor, change: Change, strength: float) -> Tensor:
 
 
 class Readings:
-    """The filters of a text encoder as a hook."""
+    """The filters and gates of a text encoder as a hook."""
 
     @staticmethod
-    def write(encoder: nn.Module, edits: Sequence[PromptFilter]) -> None:
-        """Make exactly these filters read what a text encoder encodes; none removes the hook."""
+    def write(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> None:
+        """Make exactly these read what a text encoder encodes; none removes the hook."""
         if Readings.is_written(encoder, edits):
             return
         hooks.remove_hook(encoder, _HOOK)
@@ -271,7 +312,7 @@ class Readings:
             hooks.register_hook(encoder, _Read(encoder, edits), _HOOK)
 
     @staticmethod
-    def is_written(encoder: nn.Module, edits: Sequence[PromptFilter]) -> bool:
+    def is_written(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> bool:
         """Whether exactly these read."""
         hook = hooks.find_hook(encoder, _HOOK)
         if not edits:

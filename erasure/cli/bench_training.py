@@ -24,13 +24,15 @@ RELEASED = {
     "doco": (162_000, 16_000),
     "co_erasing": (75_000, 2500),
     "mace": (950, 50),
+    "spm": (216_000, 15_000),
 }
 """Passes of the denoiser over one sample in a whole run of the released recipes, images that they draw included, and
 the states that their students learn from. Counted from their code, a backward pass as two: ESD and the first stage of
 Co-Erasing roll every state out (1000 updates of one state), AdvUnlearn for 30 steps of an attack in each update, with
 5 states that must survive; Concept Ablation draws 1000 images of 25 steps with guidance for 100 updates of 8, DoCo as
 many for 1000 updates of 16 rows, behind 1000 of the discriminator alone; MACE draws 8 images of 50 steps with guidance
-for 50 updates of one state."""
+for 50 updates of one state; SPM rolls one state out in each of 3000 updates, for the concept and 4 anchors, and
+computes both halves of guidance in every pass."""
 
 
 @dataclass(kw_only=True)

@@ -135,7 +135,16 @@ def tensors_of(made: Erasure) -> list[_Tensor]:
         {"name": name, "form": "prompt filter", "shape": list(one.basis.shape), "rank": None}
         for name, one in made.edits.filters.items()
     ]
-    return [*low_rank, *maps, *full, *features, *safety, *filters]
+    membranes: list[_Tensor] = [
+        {"name": name, "form": "gated branches", "shape": [len(one.down), one.up.shape[1], one.down.shape[2]],
+         "rank": one.down.shape[1]}
+        for name, one in made.edits.membranes.items()
+    ]  # fmt: skip
+    gates: list[_Tensor] = [
+        {"name": name, "form": "prompt gate", "shape": list(one.states.shape), "rank": None}
+        for name, one in made.edits.gates.items()
+    ]
+    return [*low_rank, *maps, *full, *features, *safety, *filters, *membranes, *gates]
 
 
 def show(made: Erasure, terminal: Terminal) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 import sys
 import traceback
@@ -24,11 +25,14 @@ COMMANDS: dict[str, str] = {
     "eval": "measure a model and its erasures",
     "attack": "search prompts that bring an erased concept back",
     "compare": "results side by side",
+    "detect": "what a detector finds in pictures, and what that is worth",
     "info": "what an erasure is and holds",
+    "export": "an erasure for other programs: a LoRA, or a checkpoint of the erased model",
+    "import": "an erasure that others published, as one of ours",
     "bench": "overhead and cost on this machine",
     "sae": "train or look at a sparse autoencoder of a text tower",
 }
-"""Commands by name with what they do; `erasure/cli/NAME.py` holds each."""
+"""Commands by name with what they do; `erasure/cli/NAME.py` holds each, or `NAME_.py` for a word of Python."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -82,7 +86,8 @@ def _dispatch(arguments: list[str], terminal: Terminal) -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}.{hint} See: erasure --help")
-    import_module(f"erasure.cli.{name}").run(rest, terminal)
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    import_module(f"erasure.cli.{module}").run(rest, terminal)
 
 
 def _help() -> str:

@@ -26,7 +26,14 @@ from erasure.files.writing import (
 )
 
 if TYPE_CHECKING:
-    from erasure.files.tensors import TENSORS_LIMIT, TensorInfo, read_archive, read_tensors, tensor_infos
+    from erasure.files.tensors import (
+        TENSORS_LIMIT,
+        TensorInfo,
+        read_archive,
+        read_metadata,
+        read_tensors,
+        tensor_infos,
+    )
 
 __all__ = [
     "TENSORS_LIMIT",
@@ -45,6 +52,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_lines",
+    "read_metadata",
     "read_tensors",
     "read_text",
     "replace_files",

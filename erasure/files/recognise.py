@@ -18,7 +18,7 @@ CONVERT = (
 )
 FOLDERS = "name a folder that save_pretrained (a model) or `erasure erase` (an erasure) has written"
 LORA = "a LoRA"
-LOAD_LORA = "pipe.load_lora_weights(FILE) loads it beside erasures; an erasure is a folder that `erasure erase` writes"
+LOAD_LORA = "pipe.load_lora_weights(FILE) loads it beside erasures, and `erasure import FILE` makes an erasure of it"
 SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("lora_", ".lora_", ".lora.", ".hada_", ".lokr_"), LORA, LOAD_LORA),
     (

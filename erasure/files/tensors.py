@@ -27,6 +27,8 @@ TENSORS_LIMIT = 20_000
 """Tensors in a file."""
 BYTES_LIMIT = 64 * 2**30
 """Bytes of a file of tensors."""
+WHOLE_LIMIT = 2**40
+"""Bytes of a file of which the header alone is read."""
 HEADER_LIMIT = 8 * 2**20
 """Bytes of the header."""
 Key = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[\x20-\x7e]*$")]
@@ -83,6 +85,19 @@ def tensor_infos(
         ErasureError: See `read_tensors`.
     """
     return _infos(path, limit_tensors, limit_bytes, allowed_dtypes, error)
+
+
+def read_metadata(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> dict[str, str]:
+    """The texts in the header of a safetensors file, by name; whoever wrote the file chose them.
+
+    Raises:
+        ErasureError: See `read_tensors`.
+    """
+    _infos(path, TENSORS_LIMIT, WHOLE_LIMIT, tuple(DTYPES.values()), error)
+    start = read_start(path, PREFIX + HEADER_LIMIT, WHOLE_LIMIT, error=error)[0]
+    length = int.from_bytes(start[:PREFIX], "little")
+    whole: _Header = parsed(bytes(start[PREFIX : PREFIX + length]), _Header, f"{path}: the header", error=error)
+    return dict(whole.metadata)
 
 
 def read_tensors(

@@ -59,13 +59,13 @@ def names_in_force(states: Iterable[ComponentState]) -> str:
 
 
 def names_in_denoisers(states: Iterable[ComponentState]) -> str:
-    """Names of the erasures in force that edit weights of a denoiser, for a message; empty without one."""
+    """Names of the erasures in force that edit layers of a denoiser, for a message; empty without one."""
     edited = (
         name
         for state in states
         if not state.is_text_encoder
         for name, attached in state.in_force().items()
-        if attached.erasure.edits.of(state.source)
+        if attached.erasure.edits.of(state.source) or attached.erasure.edits.membranes_of(state.source)
     )
     return ", ".join(dict.fromkeys(edited))
 

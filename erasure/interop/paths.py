@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from diffusers import Transformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -119,6 +120,17 @@ def holder_of(component: nn.Module, path: str) -> nn.Module | None:
 def layer(component: nn.Module, path: str) -> nn.Module:
     """A module by canonical path, PEFT wrappers looked through."""
     return base_layer(transformer_root(component).get_submodule(path))
+
+
+def transformer_around(denoiser: nn.Module, path: str) -> str:
+    """Path of the transformer of a UNet that an attention layer is in, or of the block that holds it elsewhere."""
+    block, _, _ = path.rpartition(".")
+    outer = block
+    while outer:
+        if isinstance(uncompiled(denoiser).get_submodule(outer), Transformer2DModel):
+            return outer
+        outer = outer.rpartition(".")[0]
+    return block
 
 
 def require_block(component: nn.Module, path: str, name: str) -> nn.Module:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BUILTIN = (
     "hirm", "uce", "rece", "speed", "mace", "diff_quickfix", "itd", "esd", "advunlearn", "concept_ablation", "doco",
-    "co_erasing", "sfd", "sld", "safree",
+    "co_erasing", "sfd", "sld", "safree", "spm",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from erasure.strategies.tasks import Batch, Task
 from erasure.strategies.trained import TrainedStrategy
 from erasure.training.student import Student, make_student, train_columns
 
-Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry", "x+entry"]
+Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry", "x+entry", "blocks"]
 BY_COLUMNS: tuple[Method, ...] = ("text", "entry", "x+entry")
 """Methods that train of a layer through which text enters only what reads text."""
 
@@ -29,9 +29,10 @@ class DenoiserStrategy(TrainedStrategy):
     """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
     passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
     self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
-    `entry` the layers through which it enters, as `uce` edits them, and `x+entry` both `x` and these: the same as `x`
-    on Stable Diffusion, while SDXL, Stable Diffusion 3 and FLUX.1 are told a pooled vector besides, which carries a
-    concept past `x`. The released FLUX.1 code leaves the keys and values of the text's own half out of `x-strict`."""
+    `entry` the layers through which it enters, as `uce` edits them, `x+entry` both `x` and these: the same as `x` on
+    Stable Diffusion, while SDXL, Stable Diffusion 3 and FLUX.1 are told a pooled vector besides, which carries a
+    concept past `x`; and `blocks` the transformer blocks with what projects into them and out of them, as `spm` has
+    it. The released FLUX.1 code leaves the keys and values of the text's own half out of `x-strict`."""
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
         """See `denoiser_student`."""
@@ -92,6 +93,7 @@ def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
         "text": backbone.text_layers(),
         "entry": doors,
         "x+entry": [*attention, *doors],
+        "blocks": list(dict.fromkeys(paths.transformer_around(denoiser, site.name) for site in sites)),
     }
     every = [
         path

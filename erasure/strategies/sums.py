@@ -11,6 +11,8 @@ from torch import Tensor
 
 from erasure.carriers.activations import Pinned
 from erasure.carriers.edits import Edit, Edits, InputMap, LowRank
+from erasure.carriers.membranes import joined as joined_branches
+from erasure.carriers.membranes import joined_gates
 from erasure.errors import UnsupportedModelError
 from erasure.strategies.base import Strategy
 from erasure.strategies.closed_form import factors
@@ -69,12 +71,16 @@ def added_up(earlier: Edits, later: Edits, stock: Weight, erased: Weight) -> Edi
         if name == "pinned":
             made.pinned = _pins(ours, theirs)
             continue
+        if name in ("membranes", "gates") and ours and theirs:
+            continue
         if both := sorted(set(ours) & set(theirs)):
             raise UnsupportedModelError(
                 f"both erasures have {name} of {both[0]}, which have no sum: erase all concepts in one erasure, or "
                 "make two and attach both"
             )
         setattr(made, name, {**ours, **theirs})
+    if earlier.membranes and later.membranes:
+        _put_branches(made, earlier, later)
     return made
 
 
@@ -132,6 +138,25 @@ def _sum(first: Tensor | LowRank, second: Tensor | LowRank) -> Tensor | LowRank:
     total = dense[0].double() + dense[1].double()
     rounded = total.to(dtype)
     return rounded if torch.isfinite(rounded).all() else total.float()
+
+
+def _put_branches(made: Edits, earlier: Edits, later: Edits) -> None:
+    """Put the branches of two erasures side by side, each behind its own gates.
+
+    Raises:
+        UnsupportedModelError: The gates are read in different ways.
+    """
+    if set(earlier.gates) != set(later.gates):
+        raise UnsupportedModelError(
+            f"the earlier erasure has gates of {', '.join(earlier.gates)}, the later of {', '.join(later.gates)}: "
+            "erase all concepts in one erasure, or make two and attach both"
+        )
+    one, two = (len(next(iter(edits.gates.values())).floor) for edits in (earlier, later))
+    made.gates = {key: joined_gates(key, gate, later.gates[key]) for key, gate in earlier.gates.items()}
+    made.membranes = {
+        key: joined_branches(earlier.membranes.get(key), later.membranes.get(key), (one, two))
+        for key in dict.fromkeys([*earlier.membranes, *later.membranes])
+    }
 
 
 def _pins(earlier: Mapping[str, Pinned], later: Mapping[str, Pinned]) -> dict[str, Pinned]:

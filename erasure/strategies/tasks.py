@@ -96,6 +96,8 @@ class Batch(NamedTuple):
     """What a strategy adds, by name; what one turn of an update leaves there, the next one finds."""
     update: int = 0
     """Number of the update."""
+    others: tuple[Batch, ...] = ()
+    """Parts of the same update that further players learn from."""
 
     def part(self, rows: slice) -> Batch:
         """Inputs of some of the rows."""

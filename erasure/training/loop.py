@@ -112,8 +112,8 @@ def make_accelerator(run: Run, device: torch.device) -> Accelerator:
 class Learner(Generic[Prepared]):
     """A turn with its optimiser, and what else a checkpoint keeps of it."""
 
-    def __init__(self, turn: Turn[Prepared]) -> None:
-        self.turn, descent = turn, turn.descent
+    def __init__(self, turn: Turn[Prepared], steps: int) -> None:
+        self.turn, self.steps, descent = turn, steps, turn.descent
         self.parameters = list(turn.player.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=descent.lr, betas=descent.betas, eps=descent.eps, weight_decay=descent.weight_decay
@@ -136,6 +136,9 @@ class Learner(Generic[Prepared]):
     def rate(self, update: int) -> float:
         """Learning rate of an update."""
         descent, done = self.turn.descent, update - self.turn.since
+        if done >= descent.warmup and descent.cycles:
+            share = (done - descent.warmup) / max(self.steps - self.turn.since - descent.warmup, 1)
+            return descent.lr * 0.5 * (1 + math.cos(math.pi * (descent.cycles * share % 1)))
         return descent.lr * min(1.0, (done + 1) / max(descent.warmup, 1))
 
 
@@ -170,7 +173,7 @@ class Trainer(Generic[Prepared]):
 
     def __post_init__(self) -> None:
         """Make optimisers and what else the turns ask for."""
-        self.learners = [Learner(turn) for turn in self.turns]
+        self.learners = [Learner(turn, self.steps) for turn in self.turns]
         self.scaler = None if self.accelerator is None else self.accelerator.scaler
         if self.scaler is None and self.scales_losses:
             self.scaler = torch.amp.GradScaler(self.learners[0].parameters[0].device.type)

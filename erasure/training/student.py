@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from erasure.carriers.edits import Edits, LowRank
+from erasure.carriers.membranes import features_of
 from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths, scopes
 from erasure.training.turns import Output, Player
@@ -119,7 +120,7 @@ class LowRankStudent(Student):
 
     Args:
         network: The component.
-        layers: Paths of linear layers.
+        layers: Paths of linear layers, and of convolutions of single pixels, which are such on every pixel.
         rank: Of each change, at most the layer's smaller side.
         generator: Draws `down` as PEFT does (Kaiming uniform, a = sqrt 5).
     """
@@ -130,9 +131,9 @@ class LowRankStudent(Student):
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for path in self.paths:
             layer, device = paths.layer(network, path), paths.parameter(network, f"{path}.weight").device
-            assert isinstance(layer, nn.Linear)
-            # Those of its weight, which may be packed: a quantised one has another shape.
-            outputs, inputs = layer.out_features, layer.in_features
+            size = features_of(layer)
+            assert size is not None, f"{path} is no linear layer"
+            inputs, outputs = size
             width = min(rank, outputs, inputs)
             bound = 1 / math.sqrt(inputs)
             down = (2 * torch.rand(width, inputs, generator=generator) - 1) * bound
@@ -165,8 +166,11 @@ class LowRankStudent(Student):
         return {}
 
 
-def _add(down: Tensor, up: Tensor, _layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add(down: Tensor, up: Tensor, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x = args[0]
+    if isinstance(layer, nn.Conv2d):
+        pixels = F.conv2d(F.conv2d(x, down.to(x.dtype)[..., None, None]), up.to(x.dtype)[..., None, None])
+        return output + pixels.to(output.dtype)
     return output + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
 
 

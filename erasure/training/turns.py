@@ -39,6 +39,9 @@ class Descent(Options):
     """Decay of the weights, times the learning rate."""
     warmup: CountOrZero = 0
     """Updates of linear warm-up."""
+    cycles: CountOrZero = 0
+    """Times that the rate falls from its peak to zero behind the warm-up, along half a cosine each; 0 for a constant
+    rate."""
     clip: NotNegative = 0.0
     """Greatest norm of the gradient; 0 for none."""
     ema: Decay = 0.0

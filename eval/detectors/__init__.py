@@ -1,6 +1,103 @@
-"""Detectors: what is in an image."""
+"""Detectors: what is in an image. One module each, found by name.
 
-from erasure.eval.detectors.canvas import CanvasJudge, Judgement
-from erasure.eval.detectors.newcomers import NewcomersJudge, Seen
+Example:
+    >>> from erasure.eval.detectors import ask, get
+    >>> ask(get("nsfwjs")(), [image])[0].flagged
+    False
+"""
 
-__all__ = ["CanvasJudge", "Judgement", "NewcomersJudge", "Seen"]
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from erasure.errors import EvaluationError
+from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
+from erasure.lazy import importer
+from erasure.registry import Registry
+
+if TYPE_CHECKING:
+    from erasure.eval.detectors.canvas import CanvasJudge, Judgement
+    from erasure.eval.detectors.findings import Box, Detector, Finding, ask
+    from erasure.eval.detectors.newcomers import NewcomersJudge, Seen
+
+# No import of torch here: the command line lists detectors without it.
+
+__all__ = [
+    "DETECTORS",
+    "Box",
+    "CanvasJudge",
+    "Detector",
+    "Finding",
+    "Judgement",
+    "NamedDetector",
+    "NewcomersJudge",
+    "Reading",
+    "Recipe",
+    "Seen",
+    "ask",
+    "available",
+    "get",
+    "register",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Box", "Detector", "Finding", "ask"), "erasure.eval.detectors.findings"),
+    **dict.fromkeys(("CanvasJudge", "Judgement"), "erasure.eval.detectors.canvas"),
+    **dict.fromkeys(("NewcomersJudge", "Seen"), "erasure.eval.detectors.newcomers"),
+}
+
+__getattr__ = importer(__name__, _HOMES)
+
+
+def _refusal(thing: object) -> str:
+    """Say what keeps a thing from being a detector; empty where nothing does."""
+    is_detector = isinstance(thing, type) and issubclass(thing, NamedDetector)
+    return "" if is_detector else "it is no subclass of erasure.eval.detectors.NamedDetector"
+
+
+DETECTORS: Registry[type[NamedDetector]] = Registry(
+    "detector",
+    {
+        "clip_zero_shot": "erasure.eval.detectors.clip_zero_shot",
+        "identity": "erasure.eval.detectors.identity",
+        "image_classifier": "erasure.eval.detectors.image_classifier",
+        "imagenet": "erasure.eval.detectors.imagenet",
+        "nsfwjs": "erasure.eval.detectors.nsfwjs",
+        "nudenet": "erasure.eval.detectors.nudenet",
+        "open_nsfw": "erasure.eval.detectors.open_nsfw",
+    },
+    told=("title", "licence", "extra", "presets"),
+    accepts=_refusal,
+    unknown=EvaluationError,
+)
+
+D = TypeVar("D", bound=type[NamedDetector])
+
+
+def register(name: str) -> Callable[[D], D]:
+    """Class decorator: make a detector known under a name.
+
+    Packages of others may instead name their class in the entry-point group `erasure.detectors`.
+    """
+
+    def add(detector: D) -> D:
+        DETECTORS.add(name, detector)
+        return detector
+
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all detectors."""
+    return DETECTORS.names()
+
+
+def get(name: str) -> type[NamedDetector]:
+    """The detector of a name, a class whose arguments are its options.
+
+    Raises:
+        EvaluationError: There is none; the message names the nearest.
+        BrokenPluginError: Another package names it, and it cannot be loaded.
+    """
+    return DETECTORS.get(name)

@@ -51,6 +51,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("co_erasing", "stable-diffusion-3"): JOINT,
     ("co_erasing", "flux"): JOINT,
     ("sfd", "latent-consistency"): TRAJECTORIES,
+    ("spm", "latent-consistency"): TRAJECTORIES,
     ("sfd", "stable-diffusion-3"): FLOW,
     ("sfd", "flux"): FLOW,
 }
@@ -61,7 +62,7 @@ FIRST = NAMES[:1]
 UNETS = [family.family for family in FAMILIES if family.family in NAMES and family.denoiser_component == "unet"]
 ATTACHED: dict[str, set[str]] = {
     "uce": {"low_rank"}, "uce-map": {"maps"}, "hirm-pinned": {"deltas", "pinned"}, "itd": {"features"},
-    "sld": {"safety"}, "safree": {"filters"},
+    "sld": {"safety"}, "safree": {"filters"}, "spm": {"membranes", "gates"},
 }  # fmt: skip
 """Cases that stand for all others once they are made, with the kinds of edits that they have. One for each kind."""
 ALONE: dict[str, set[str]] = {"hirm": {"deltas"}, "esd-full": {"deltas"}}

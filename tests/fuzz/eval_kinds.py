@@ -226,6 +226,41 @@ def write_judge(folder: Path) -> None:
     save_judge(JudgeNetwork(3, 2), folder, ["cat", "dog", "gun"], ["ink", "noto"])
 
 
+def read_classifier(folder: Path) -> None:
+    from erasure.eval.detectors.classifiers import load_classifier
+
+    used = load_classifier(folder)
+    # Huge weights give NaN, which `ask` takes for missing.
+    assert used.probabilities([Image.new("RGB", (16, 16))]).shape == (1, used.outputs)
+
+
+@kind("image classifier", "config.json", "model.safetensors", read=read_classifier)
+def write_classifier(folder: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=3)
+    save_file({name: part.contiguous() for name, part in network.state_dict().items()}, folder / "model.safetensors")
+    config = {"architecture": "test_vit", "num_classes": 3, "label_names": ["cat", "dog", "gun"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def read_eight_bits(folder: Path) -> None:
+    from erasure.eval.detectors.weights import load_into, read_eight_bits
+
+    load_into(torch.nn.Linear(3, 2), read_eight_bits(folder / "weights.safetensors"), "weights.safetensors")
+
+
+@kind("weights in eight bits", "weights.safetensors", read=read_eight_bits)
+def write_eight_bits(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    parts = {"weight": torch.ones(2, 3, dtype=torch.uint8), "bias": torch.zeros(2)}
+    span = torch.tensor([-1.0, 0.01], dtype=torch.float64)
+    save_file(parts | {"weight.range": span}, folder / "weights.safetensors")
+
+
 def read_clip(folder: Path) -> None:
     from erasure.eval.metrics.clip_score import ClipModel
 

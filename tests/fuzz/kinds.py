@@ -122,6 +122,28 @@ def write_half_erasure(folder: Path) -> None:
     (journal / ".files.json").write_text(json.dumps({"new": names, "all": names}))
 
 
+def read_lora(folder: Path) -> None:
+    """As `erasure import` reads it, as far as no model is needed."""
+    from erasure.exchange.lora_read import is_lora, parts_of_lora
+    from erasure.exchange.reading import read_source
+
+    for name in ("lora.safetensors", "lora.pt"):
+        source = read_source(folder / name)
+        if is_lora(source):
+            layers, scales = parts_of_lora(source, [])
+            assert set(scales) <= set(layers)
+
+
+@kind("somebody's LoRA", "lora.safetensors", "lora.pt", read=read_lora)
+def write_lora(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    held = {f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(3, 2)}
+    save_file({**held, f"{stem}.alpha": torch.tensor(1.0)}, folder / "lora.safetensors", {"ss_sd_model_name": "v1"})
+    torch.save({**held, f"{stem}.alpha": torch.tensor(1.0)}, folder / "lora.pt")
+
+
 def read_beside(folder: Path) -> None:
     from erasure.pipelines.mixin import read_attached
 

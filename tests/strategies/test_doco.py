@@ -271,7 +271,7 @@ def test_the_discriminator_s_optimiser(tiny_pipe_original: Any) -> None:
     for preset, lr in (("paper", 1e-4), ("released", 1e-4), ("released-style", 5e-4)):
         strategy: Any = get("doco").configured(preset, **{**QUICK, "rollouts": 1})
         _, task, _, _ = players(tiny_pipe_original)
-        learner = Learner({turn.name: turn for turn in strategy.turns(task, ())}["discriminator"])
+        learner = Learner({turn.name: turn for turn in strategy.turns(task, ())}["discriminator"], strategy.steps)
         (group,) = learner.optimiser.param_groups
         assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (0.5, 0.999), 0.0)
 

@@ -156,7 +156,8 @@ def test_what_the_denoiser_is_told_without_a_prompt_is_retained(tiny_models: Any
         assert (None in prompts) == (is_xl and strategy.moves_null)
         told = task.prompts([None, "a photo of a cat", None])
         assert [not row.any() for row in told.tokens] == [is_xl, False, is_xl]
-        if isinstance(strategy, NegativeGuidance):
+        # Each concept of spm is trained by itself: one without an anchor asks about its own prompts alone.
+        if isinstance(strategy, NegativeGuidance) and name != "spm":
             assert any(scene.asks == (None,) for scene in task.concept_states.scenes)
 
 

@@ -1,0 +1,169 @@
+"""The names by which programs find the layers of a LoRA file, as far as they have any.
+
+Written from what the programs do (`comfy/lora.py` of ComfyUI, `networks.py` of AUTOMATIC1111, `networks/` of kohya's
+sd-scripts, and diffusers' loaders); `tests/exchange/test_loaders.py` holds their rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from erasure.backbones.layouts import Layout, Place
+from erasure.carriers.edits import TEXT_ENCODERS
+from erasure.carriers.lora_names import diffusers_stem, kohya_stem
+from erasure.interop.encoders import is_in_t5
+
+Scheme = Literal["kohya", "peft"]
+"""How the two factors of a layer are called: `.lora_down.weight`, `.lora_up.weight` and `.alpha`, or `.lora_A.weight`
+and `.lora_B.weight`."""
+SD, XL, SD3, FLUX, CHROMA = "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma"
+CLIP_LAYER = re.compile(r"encoder\.layers\.\d+\.(mlp\.fc[12]|self_attn\.(q|k|v|out)_proj)")
+"""Layers of CLIP that programs read a LoRA into."""
+UPSAMPLER = re.compile(r"up_blocks\.\d+\.upsamplers\.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of the model that an erasure is for."""
+
+    family: str
+    layout: Layout | None = None
+    """Published layout of the denoiser; see `Backbone.published_layout`."""
+
+    @property
+    def clips(self) -> int:
+        """CLIP text encoders."""
+        return 2 if self.family in (XL, SD3) else 1
+
+
+@dataclass(frozen=True)
+class Named:
+    """A layer as a program knows it."""
+
+    stem: str
+    """Name without an ending."""
+    place: Place | None = None
+    """Its place in the tensor that the program has, which may hold further layers."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A program that loads LoRA files, or several that know the same names."""
+
+    title: str
+    scheme: Scheme
+    refused: dict[str, str]
+    """Families that it cannot load an erasure of, and why."""
+    names: Callable[[Model, str], Named | str]
+    """Gives a layer's name (`component/module.path`), or why the program has none."""
+    plain: bool = False
+    """Whether it reads changes of biases and norms."""
+
+
+def flat(path: str) -> str:
+    """A path with underscores for dots, as kohya writes it."""
+    return path.replace(".", "_")
+
+
+def in_layout(model: Model, path: str) -> Named | str:
+    """A layer of the denoiser by its place in the published layout, as kohya names it."""
+    if model.layout is None:
+        return "its name depends on the model, so name the model (--model)"
+    place = model.layout(f"{path}.weight")
+    if place is None:
+        return "the layout that the model was published in has no such layer"
+    return Named(f"lora_unet_{flat(place.key.removesuffix('.weight'))}", place)
+
+
+def text_encoder(model: Model, component: str, path: str) -> Named | str:
+    """A layer of a text encoder as kohya names it; T5 counts as the third, whichever place it has."""
+    if is_in_t5(path):
+        return Named(f"lora_te3_{flat(path)}")
+    if CLIP_LAYER.fullmatch(path) is None:
+        return "LoRA files have no name for this layer of a text encoder"
+    number = "" if model.family == SD else TEXT_ENCODERS.index(component) + 1
+    return Named(f"lora_te{number}_text_model_{flat(path)}")
+
+
+def kohya_name(model: Model, key: str) -> Named | str:
+    """As kohya's scripts write it: by the published layout, but for Stable Diffusion by diffusers' paths."""
+    component, path = key.split("/", 1)
+    if component in TEXT_ENCODERS:
+        return text_encoder(model, component, path)
+    if model.family != SD:
+        return in_layout(model, path)
+    stem = kohya_stem(key, False)
+    return "kohya's scripts have no name for it" if stem is None else Named(stem)
+
+
+def unet_name(model: Model, key: str) -> Named | str:
+    """A layer of a UNet by diffusers' path, which needs no model to be told, and the others as kohya does."""
+    if key.split("/")[0] in TEXT_ENCODERS or model.family not in (SD, XL):
+        return kohya_name(model, key)
+    stem = kohya_stem(key, model.family == XL)
+    return "no name of this layer is known" if stem is None else Named(stem)
+
+
+def a1111_name(model: Model, key: str) -> Named | str:
+    """As AUTOMATIC1111 finds it; it looks for the upsampler of SDXL's first block in a wrong place."""
+    component, path = key.split("/", 1)
+    if component not in TEXT_ENCODERS and UPSAMPLER.match(path):
+        return in_layout(model, path)
+    return unet_name(model, key)
+
+
+def diffusers_name(model: Model, key: str) -> Named | str:
+    """As diffusers saves it; T5 is passed over by its loaders without a word."""
+    component, path = key.split("/", 1)
+    if is_in_t5(path):
+        return "diffusers loads no LoRA into T5, and says nothing about it"
+    if component in TEXT_ENCODERS and CLIP_LAYER.fullmatch(path) is None:
+        return "diffusers loads no LoRA into this layer of a text encoder"
+    return Named(diffusers_stem(key))
+
+
+NO_CHROMA = "the names that it has for the layers of Chroma are not known here"
+LOADERS: dict[str, Loader] = {
+    "kohya": Loader("kohya's sd-scripts", "kohya", {CHROMA: NO_CHROMA}, kohya_name),
+    "comfyui": Loader("ComfyUI", "kohya", {CHROMA: NO_CHROMA}, unet_name, plain=True),
+    "a1111": Loader(
+        "AUTOMATIC1111", "kohya",
+        {
+            FLUX: "it draws with no model of Flux; Forge does, and reads what --to kohya writes",
+            SD3: "it reads LoRA into the picture's half of some layers of SD3 only; ComfyUI reads all (--to comfyui)",
+            CHROMA: "it draws with no model of Chroma",
+        },
+        a1111_name,
+    ),
+    "diffusers": Loader("diffusers", "peft", {}, diffusers_name),
+}  # fmt: skip
+"""Programs by the word that the command line has for them."""
+
+CLIP_IN_COMFYUI = ("clip_l", "clip_g")
+"""What ComfyUI calls the first and the second CLIP of a model."""
+WIDTH_OF_H = 1024
+"""Width of the text encoder of Stable Diffusion 2.x, which it calls `clip_h`."""
+
+
+def comfyui_plain(model: Model, key: str, length: int) -> str | None:
+    """ComfyUI's name of a module by which it finds changes of any parameter; `None` where it has none.
+
+    Args:
+        model: The model.
+        key: `component/module.path`.
+        length: First side of the parameter that is changed.
+    """
+    component, path = key.split("/", 1)
+    if component not in TEXT_ENCODERS:
+        place = None if model.layout is None else model.layout(f"{path}.weight")
+        usable = place is not None and place.parts == 1 and place.form == "same" and place.key.endswith(".weight")
+        return f"diffusion_model.{place.key.removesuffix('.weight')}" if place is not None and usable else None
+    if is_in_t5(path) or path.startswith(("shared", "encoder.final_layer_norm", "encoder.embed_tokens")):
+        return f"text_encoders.t5xxl.transformer.{path}"
+    encoder = CLIP_IN_COMFYUI[TEXT_ENCODERS.index(component)]
+    if model.family == SD and (length // 4 if path.endswith("mlp.fc1") else length) == WIDTH_OF_H:
+        encoder = "clip_h"
+    return f"text_encoders.{encoder}.transformer.text_model.{path}"

@@ -1,0 +1,322 @@
+"""Erasures as LoRA files that other programs load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from erasure.artifact import Erasure
+from erasure.backbones import backbone_for, family_named
+from erasure.backbones.layouts import Place
+from erasure.errors import OptionError, UnsupportedModelError
+from erasure.exchange import loaders
+from erasure.exchange.factors import RESIDUAL, Factors, Split, split
+from erasure.exchange.loaders import LOADERS, Loader, Model, Named
+from erasure.exchange.writing import check_out, write_tensors
+from erasure.fitting import check_fit, sources_of
+from erasure.interop import paths
+from erasure.interop.pipelines import components_of
+
+CONFIG, EXPORT = "erasure_config", "erasure_export"
+"""Texts in the header of an exported file: the erasure's config, and what the export did."""
+BASE_VERSIONS = {
+    loaders.SD: "sd_v1", loaders.XL: "sdxl_base_v1-0", loaders.SD3: "sd3m", loaders.FLUX: "flux1",
+}  # fmt: skip
+"""`ss_base_model_version` by family, by which programs list LoRA files beside the models that they fit."""
+SECOND_KIND, WIDTH_OF_SECOND = "sd_v2", 1024
+"""That of Stable Diffusion 2.x, and the width of the text that no layer of the first kind has."""
+SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+"""Layers of an attention that may stand in one tensor."""
+APART = (
+    "write the erased model itself (--to single-file --model MODEL, or pipe.save_erased_pipeline(FOLDER)), or attach "
+    "the erasure with this package"
+)
+HOSTED = (
+    "draw with this package (pipe.load_erasure), or ship model and erasure together: "
+    "pipe.save_erased_pipeline(FOLDER, fuse=False)"
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    to: str
+    """Program that it is for."""
+    layers: int
+    """Layers with low-rank factors."""
+    approximated: int
+    """Those of them whose edit is of full rank, and stands there by its SVD."""
+    ranks: tuple[int, int]
+    """Least and most ranks of a layer."""
+    left_out: float
+    """Share of the energy of the full-rank edits that the file leaves out."""
+    worst: float
+    """The same of the layer that loses most."""
+    plain: int
+    """Biases, norms and tables."""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """As plain data, without the path."""
+        told = dataclasses.asdict(self)
+        del told["path"]
+        return {**told, "ranks": list(self.ranks)}
+
+    def __str__(self) -> str:
+        """One line for people."""
+        low, high = self.ranks
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        plain = f" and {self.plain} biases and norms" if self.plain else ""
+        if not self.approximated:
+            return f"{self.layers} layers ({ranks}){plain}, exact"
+        return (
+            f"{self.layers} layers ({ranks}){plain}; {self.approximated} of them are of full rank and stand there by "
+            f"their SVD, which leaves out {self.left_out:.2e} of their energy ({self.worst:.2e} in the worst layer)"
+        )
+
+
+def export_lora(
+    erasure: Erasure, to: str, out: str | Path, *, pipe: DiffusionPipeline | None = None, rank: int | None = None,
+    residual: float = RESIDUAL, overwrite: bool = False,
+) -> Exported:  # fmt: skip
+    """Write an erasure as a LoRA file for a program.
+
+    Low-rank edits keep their factors; those of full rank become the fewest ranks that keep their energy.
+
+    Args:
+        erasure: The erasure.
+        to: `kohya`, `comfyui`, `a1111` or `diffusers`.
+        out: The file, `.safetensors`.
+        pipe: The base model, without which some layers have no name, and changes of what layers read no weights.
+        rank: The most ranks of a layer whose edit is of full rank.
+        residual: Share of the energy of such an edit that may be left out.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        OptionError: There is no such program, or an option that cannot be.
+        UnsupportedModelError: The program cannot be told what the erasure does; the message says what works.
+        WrongBaseError: The pipeline is not the model that the erasure was made for.
+        ArtifactError: The file is there or cannot be written.
+    """
+    if to not in LOADERS:
+        raise OptionError(f"there is no export to {to!r}; to a LoRA there is: {', '.join(LOADERS)}")
+    out, loader = check_out(out, overwrite=overwrite), LOADERS[to]
+    refuse_hooks(erasure, loader.title)
+    if reason := loader.refused.get(erasure.config.family):
+        raise UnsupportedModelError(
+            f"{loader.title} cannot load an erasure of {erasure.config.family}: {reason}. Or {APART}"
+        )
+    if pipe is not None:
+        fits = sources_of(pipe, components_of(pipe), erasure.name, erasure, False)
+        check_fit(pipe, fits, erasure.name, erasure, True)
+    model = _model(erasure, pipe)
+    parts = split(erasure.edits, _bases(erasure, pipe), rank, residual)
+    tensors = _tensors(parts, loader, model, _rows(pipe, model))
+    told = _exported(out, to, parts)
+    write_tensors(out, tensors, _metadata(erasure, loader, told, parts, tensors))
+    return told
+
+
+def refuse_hooks(erasure: Erasure, title: str) -> None:
+    """Raise `UnsupportedModelError` where an erasure does more than change weights.
+
+    Args:
+        erasure: The erasure.
+        title: What cannot be told.
+    """
+    if (beyond := erasure.edits.beyond_weights) is not None:
+        raise UnsupportedModelError(
+            f"{erasure.name} {beyond} while the model runs, and the files of {title} hold weights only: {HOSTED}"
+        )
+    if erasure.config.sampling is not None:
+        raise UnsupportedModelError(
+            f"{erasure.name} makes a one-step generator, which is wrong with any other sampler, and the files of "
+            f"{title} cannot say how they are to be sampled: {HOSTED}"
+        )
+    erasure.edits.check()
+
+
+def _model(erasure: Erasure, pipe: DiffusionPipeline | None) -> Model:
+    if pipe is None:
+        family = family_named(erasure.config.family)
+        return Model(erasure.config.family, None if family is None else family.published_layout(None))
+    backbone = backbone_for(pipe)
+    return Model(backbone.family, backbone.published_layout(backbone.denoiser))
+
+
+def _bases(erasure: Erasure, pipe: DiffusionPipeline | None) -> dict[str, Tensor]:
+    if pipe is None:
+        return {}
+    parts = components_of(pipe)
+    keys = [(key, *key.split("/", 1)) for key in erasure.edits.maps]
+    return {key: paths.parameter(parts[component], f"{path}.weight") for key, component, path in keys}
+
+
+def _rows(pipe: DiffusionPipeline | None, model: Model) -> Callable[[str], int | None]:
+    """Gives the rows of a layer's weight, by its path in the denoiser; `None` where they are unknown."""
+    if pipe is None or model.layout is None:
+        return lambda path: None
+    denoiser = backbone_for(pipe).denoiser
+    return lambda path: paths.parameter(denoiser, f"{path}.weight").shape[0]
+
+
+def _tensors(parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None]) -> dict[str, Tensor]:
+    named: dict[str, Named] = {}
+    for key in parts.layers:
+        name = loader.names(model, key)
+        if isinstance(name, str):
+            raise UnsupportedModelError(f"{loader.title} cannot be told of {key!r}: {name}. Or {APART}")
+        named[key] = name
+    joined = {
+        stem: _joined([(key, parts.layers[key], named[key].place) for key in keys], rows)
+        for stem, keys in _by_stem(named).items()
+    }
+    tensors: dict[str, Tensor] = {}
+    for stem, factors in (of_one_rank(joined) if loader.scheme == "kohya" else joined).items():
+        _put(tensors, stem, factors, loader)
+    for key, tensor in parts.plain.items():
+        module, _, parameter = key.rpartition(".")
+        stem_or_none = loaders.comfyui_plain(model, module, len(tensor)) if loader.plain else None
+        if stem_or_none is None:
+            raise UnsupportedModelError(
+                f"the erasure changes {key!r}, and no LoRA file of {loader.title} holds changes of biases, norms or "
+                f"tables{'' if loader.plain else '; those of ComfyUI do (--to comfyui)'}. Or {APART}"
+            )
+        tensors[f"{stem_or_none}.{'diff_b' if parameter == 'bias' else 'diff'}"] = tensor.contiguous()
+    return tensors
+
+
+def of_one_rank(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same factors with zeros behind them, so that all have one rank, and with it one alpha.
+
+    diffusers takes the most frequent alpha of a file in kohya's names for that of every layer, so layers of other
+    ranks would get a wrong scale.
+    """
+    rank = max((factors.rank for factors in layers.values()), default=0)
+    found = {}
+    for stem, (down, up, *told) in layers.items():
+        more = rank - down.shape[0]
+        wide = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
+        found[stem] = Factors(wide, torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], 1), *told)
+    return found
+
+
+def _by_stem(named: Mapping[str, Named]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, name in named.items():
+        found.setdefault(name.stem, []).append(key)
+    return found
+
+
+def _put(tensors: dict[str, Tensor], stem: str, factors: Factors, loader: Loader) -> None:
+    down, up = factors.down.contiguous(), factors.up.contiguous()
+    if loader.scheme == "peft":
+        tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        return
+    # The scale is alpha / rank.
+    alpha = torch.tensor(float(factors.rank))
+    tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
+
+
+def _joined(layers: list[tuple[str, Factors, Place | None]], rows: Callable[[str], int | None]) -> Factors:
+    """The factors of a program's tensor from those of the layers that stand in it, one below the other.
+
+    `up` has a block for each layer and zeros elsewhere, so that the product is the edits stacked by rows.
+    """
+    _, factors, place = layers[0]
+    if place is None or (place.parts == 1 and place.form == "same"):
+        return factors
+    if place.form == "swapped":
+        return factors._replace(up=torch.cat(list(reversed(factors.up.chunk(2)))))
+    heights = _heights({place.part: (key, f.up.shape[0]) for key, f, place in layers if place}, place, rows)
+    ordered = sorted((place.part, factors) for _, factors, place in layers if place)
+    rank = sum(factors.rank for _, factors in ordered)
+    up = factors.up.new_zeros(sum(heights), rank)
+    at = 0
+    for part, one in ordered:
+        first = sum(heights[:part])
+        up[first : first + heights[part], at : at + one.rank] = one.up
+        at += one.rank
+    return Factors(torch.cat([one.down for _, one in ordered]), up)
+
+
+def _heights(edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable[[str], int | None]) -> list[int]:
+    """The rows of every layer in a tensor, those that are not edited too."""
+    key, height = next(iter(edited.values()))
+    path = key.split("/", 1)[1]
+    found = []
+    for part in range(place.parts):
+        if part in edited:
+            found.append(edited[part][1])
+            continue
+        known = rows(_sibling(path, place, part))
+        # Queries, keys and values are of one size in these models; what stands behind them is not.
+        if known is None and (part == 3 or 3 in edited):
+            raise UnsupportedModelError(
+                f"{key!r} stands in one tensor with layers whose size the erasure does not say: name the model "
+                "(--model)"
+            )
+        found.append(height if known is None else known)
+    return found
+
+
+def _sibling(path: str, place: Place, part: int) -> str:
+    """The path of another layer of a tensor."""
+    head, _, name = path.rpartition(".")
+    if place.parts == 4:
+        block = head.removesuffix(".attn")
+        return f"{block}.proj_mlp" if part == 3 else f"{block}.attn.{SIBLINGS[0][part]}"
+    return f"{head}.{next(names for names in SIBLINGS if name in names)[part]}"
+
+
+def _exported(out: Path, to: str, parts: Split) -> Exported:
+    ranks = [factors.rank for factors in parts.layers.values()]
+    full = [factors for factors in parts.layers.values() if factors.energy]
+    whole = sum(factors.energy for factors in full)
+    return Exported(
+        out, to, len(parts.layers), len(full), (min(ranks, default=0), max(ranks, default=0)),
+        sum(factors.left_out for factors in full) / whole if whole else 0.0,
+        max((factors.left_out / factors.energy for factors in full), default=0.0), len(parts.plain),
+    )  # fmt: skip
+
+
+def _metadata(
+    erasure: Erasure, loader: Loader, told: Exported, parts: Split, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Texts in the header: what programs look for, and the erasure's config and what the export did."""
+    config = erasure.config
+    if told.approximated:
+        # What was measured was measured with the edit itself.
+        config = dataclasses.replace(config, evaluation={})
+    residuals = {key: factors.left_out / factors.energy for key, factors in parts.layers.items() if factors.energy}
+    texts = {
+        "format": "pt", "modelspec.title": erasure.name, CONFIG: json.dumps(dataclasses.asdict(config)),
+        EXPORT: json.dumps({**told.facts, "left_out_by_layer": residuals}),
+    }  # fmt: skip
+    if loader.scheme == "kohya":
+        texts |= {"ss_network_module": "networks.lora", "ss_output_name": erasure.name}
+        rank = str(rank_of(tensors))
+        texts |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+        if config.family in BASE_VERSIONS:
+            texts["ss_base_model_version"] = BASE_VERSIONS[config.family]
+        widths = [side for factors in parts.layers.values() for side in (factors.down.shape[1], len(factors.up))]
+        if config.family == loaders.SD and WIDTH_OF_SECOND in widths:
+            texts["ss_base_model_version"] = SECOND_KIND
+    return texts
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """The most ranks of a layer in a file of kohya's names."""
+    return max((len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight")), default=0)
+
+
+__all__ = ["CONFIG", "EXPORT", "Exported", "export_lora", "refuse_hooks"]

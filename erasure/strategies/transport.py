@@ -1,0 +1,117 @@
+"""Gates of prompts for concepts: what `erasure.carriers.permeability` compares prompts with, and how low it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from erasure.backbones import Backbone, TextTower
+from erasure.carriers.permeability import NO_TOKEN, POOLED, TOKENS, PromptGate, nearness, summed_up
+from erasure.concept import Concept
+from erasure.errors import DivergenceError
+from erasure.strategies.prompts import retain_scenes
+from erasure.text.corpora import vocabulary, vocabulary_prompts
+from erasure.text.words import spellings
+from erasure.training.states import stable_seed
+from erasure.world import World
+
+ORDINARY = 256
+"""Random prompts without the concept that a gate's floor is measured on, besides those that must survive."""
+MARGIN = 1e-3
+"""How far the floor lies above the nearest of them: half precision moves cosines by less."""
+AT_ONCE = 16
+"""Prompts that are encoded at once."""
+
+
+@torch.no_grad()
+def prompt_gates(
+    backbone: Backbone, concepts: Sequence[Concept], seed: int, *, floor: float | None, retained: int,
+    factors: bool, negatives: bool,
+) -> dict[str, PromptGate]:  # fmt: skip
+    """The gates of some concepts, by denoiser and text encoder: one for each encoder that the denoiser reads.
+
+    Args:
+        backbone: The stock model.
+        concepts: Whose names open them; what the model's world calls them besides counts as a name.
+        seed: Of random prompts.
+        floor: Permeability below which a gate is shut; measured when left out, see `floor_of`.
+        retained: Random prompts that must survive.
+        factors: See `PromptGate.rules`.
+        negatives: See `PromptGate.rules`.
+    """
+    told = {part.component: (POOLED, part) for part in backbone.pooled()}
+    told |= {part.component: (TOKENS, part) for part in backbone.written()}
+    made = {}
+    for tower in (tower for tower in backbone.towers if tower.component in told):
+        source, part = told[tower.component]
+        first, last, columns = part.places.start or 0, part.places.stop, part.columns
+        place = [source, first, 0 if last is None else last - first, columns.start, columns.stop - columns.start]
+        gate = gate_of(tower, concepts)._replace(
+            place=torch.tensor(place), rules=torch.tensor([tower.causal, factors, negatives]).long()
+        )
+        if floor is None:
+            floors = [floor_of(tower, gate, number, concepts, seed, retained) for number in range(len(concepts))]
+        else:
+            floors = [floor] * len(concepts)
+        made[f"{backbone.denoiser_component}/{tower.component}"] = gate._replace(floor=torch.tensor(floors))
+    return made
+
+
+def gate_of(tower: TextTower, concepts: Sequence[Concept]) -> PromptGate:
+    """The names of concepts as one text encoder reads them, in a gate that lets everything through."""
+    world = World.of(tower.pipe)
+    names, spelled, owners = list[str](), list[list[int]](), list[int]()
+    for number, concept in enumerate(concepts):
+        for name in dict.fromkeys(other for own in concept.names for other in (own, *world.words(own))):
+            for ids in spellings(tower, name):
+                names.append(name)
+                spelled.append(ids)
+                owners.append(number)
+    marks, longest = torch.tensor([tower.leading, tower.end]), max(map(len, spelled))
+    return PromptGate(
+        torch.stack([summed_up(states, ids, marks, tower.causal) for states, ids in encoded(tower, names)]).half(),
+        torch.tensor([ids + [NO_TOKEN] * (longest - len(ids)) for ids in spelled]), torch.tensor(owners),
+        torch.zeros(len(concepts)), torch.zeros(5).long(), marks, torch.zeros(3).long(),
+    )  # fmt: skip
+
+
+def floor_of(
+    tower: TextTower, gate: PromptGate, number: int, concepts: Sequence[Concept], seed: int, retained: int
+) -> float:
+    """What lies just above the permeability of every prompt that must survive one of the concepts; at most 1.
+
+    Args:
+        tower: Reads the prompts.
+        gate: Its gate.
+        number: Which of the concepts.
+        concepts: All of them.
+        seed: Of random prompts.
+        retained: Random prompts that must survive, besides `ORDINARY` more.
+    """
+    own = [concepts[number]]
+    words, generator = vocabulary(tower, own), torch.Generator().manual_seed(stable_seed(seed, "floor"))
+    random = vocabulary_prompts(words, ORDINARY, generator) if words else []
+    prompts = [*(scene.prompt or "" for scene in retain_scenes(tower, own, seed, retained)), *random]
+    near = [float(nearness(gate, states, ids)[number]) for states, ids in encoded(tower, list(dict.fromkeys(prompts)))]
+    return min(1.0, max(near) + MARGIN)
+
+
+def encoded(tower: TextTower, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """What a text encoder gives for each prompt `(tokens, dim)`, and its tokens `(tokens,)`.
+
+    Raises:
+        DivergenceError: It gives NaN or infinity.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(prompts), AT_ONCE):
+        tokens = tower.tokenize(list(prompts[first : first + AT_ONCE]))
+        states = tower.module(tokens.ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
+        if not states.isfinite().all():
+            raise DivergenceError(
+                f"the {tower.component} gives NaN or infinity for {prompts[first]!r}: its weights are damaged, or its "
+                "precision is too low; load the model again"
+            )
+        found += zip(states, tokens.ids.cpu(), strict=True)
+    return found

@@ -1,0 +1,143 @@
+"""`erasure export` and `erasure import`: files go out and come back, and bad ones leave everything as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasure import Erasure
+from erasure.cli.main import main
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "share.md"
+
+
+@pytest.fixture(scope="module")
+def cat(tiny_pipe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An erasure of the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("erasures") / "cat"
+    options = ["--vocabulary", "8", "--saved-as", "lora"]
+    assert not main(
+        ["erase", "uce", "--model", str(tiny_pipe_folder), "--concept", "cat", *options, "--out", str(folder)]
+    )
+    return folder
+
+
+def run_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    capsys.readouterr()
+    code = main([*arguments, "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return json.loads(said.out)
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "a1111", "diffusers"])
+def test_there_and_back(to: str, cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "cat.safetensors"
+    told = run_json(["export", str(cat), "--to", to, "--out", str(out)], capsys)
+    assert (told["to"], told["approximated"], told["file"]) == (to, 0, str(out))
+    assert told["layers"] == len(Erasure.read(cat).low_rank)
+    back = ["import", str(out), "--model", str(tiny_pipe_folder), "--out", str(tmp_path / "back")]
+    read = run_json(back, capsys)
+    assert read["form"] == "lora"
+    assert "the model is tiny-sd" in read["base"]
+    assert Erasure.read(tmp_path / "back").edits.equals(Erasure.read(cat).edits)
+    assert main([*back, "--overwrite"]) == 0
+    assert "cat-uce: 8 edits" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "back")]) == 0
+
+
+def test_a_checkpoint(cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "erased.safetensors"
+    arguments = ["export", str(cat), "--to", "single-file", "--model", str(tiny_pipe_folder), "--out", str(out)]
+    told = run_json(arguments, capsys)
+    assert told["components"] == ["unet", "vae", "text_encoder"]
+    assert len(load_file(out)) == told["tensors"]
+    assert main([*arguments, "--overwrite", "--dtype", "float16"]) == 0
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
+    assert "million values" in capsys.readouterr().out
+
+
+def test_weights_of_others(tiny_pipe_folder: Path, tiny_pipe_original: Any, tmp_path: Path, capsys: Any) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    stock = tiny_pipe_original.unet.state_dict()[name]
+    save_file({name: stock + 0.01 * torch.ones_like(stock)}, tmp_path / "esd.safetensors")
+    arguments = ["import", str(tmp_path / "esd.safetensors"), "--model", str(tiny_pipe_folder)]
+    more = ["--concept", "Van Gogh", "--kind", "style", "--anchor", "painting", "--out", str(tmp_path / "van-gogh")]
+    read = run_json([*arguments, *more], capsys)
+    assert (read["name"], read["form"], read["tensors"]) == ("van-gogh-imported", "weights", 1)
+    made = Erasure.read(tmp_path / "van-gogh")
+    assert made.concepts[0].kind == "style"
+    assert made.concepts[0].anchor == "painting"
+    assert made.config.strategy_config["file"] == "esd.safetensors"
+    assert len(str(made.config.strategy_config["sha256"])) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["export", "CAT", "--to", "single-file", "--out", "o.safetensors"], "name it with --model"),
+        (["export", "CAT", "--to", "forge", "--out", "o.safetensors"], "kohya"),
+        (["export", "CAT", "--to", "kohya", "--out", "there.safetensors"], "exists"),
+        (["export", "CAT", "--to", "kohya", "--out", "o.pt"], "ending .safetensors"),
+        (["export", "nowhere", "--to", "kohya", "--out", "o.safetensors"], "neither a folder"),
+        (["export", "CAT", "--to", "kohya", "--out", "o.safetensors", "--rank", "0"], "rank 0"),
+        (["import", "there.safetensors", "--model", "MODEL", "--concept", "cat"], "cannot be read"),
+        (["import", "there.safetensors", "--model", "MODEL", "--concept", "cat", "--out", "CAT"], "not empty"),
+    ],
+)
+def test_what_is_refused_leaves_everything_as_it_was(
+    arguments: list[str], told: str, cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in cat.iterdir()}
+    names = {"CAT": str(cat), "MODEL": str(tiny_pipe_folder)}
+    assert main([names.get(word, word) for word in arguments]) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert said.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
+    assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+    assert {path.name: path.read_bytes() for path in cat.iterdir()} == before
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(kind: str) -> list[str]:
+    """The blocks of code of the page, in their order."""
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if shlex.split(line, comments=True)]
+
+
+def test_the_commands_and_the_code_of_the_page_run_in_their_order(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, tiny_pipe_original: Any
+) -> None:
+    """On the embedded model, in an empty folder; what the page calls somebody's file lies there."""
+    from erasure import load_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    stock = load_pipeline("canvas-sd", device="cpu").unet.state_dict()[layer]
+    noise = torch.randn(stock.shape, generator=torch.Generator().manual_seed(0))
+    save_file({layer: stock + 0.1 * stock.std() * noise}, "esd-cat.safetensors")
+    for words in commands():
+        assert words[0] == "erasure", words
+        code = main(words[1:])
+        said = capsys.readouterr()
+        assert code == 0, (words, said.err)
+    for code in blocks("python"):
+        exec(compile(code, str(PAGE), "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} >= {"cat-uce", "cat.safetensors", "erased.safetensors"}
