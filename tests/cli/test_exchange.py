@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from erasure import Erasure
 from erasure.cli.main import main
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "share.md"
 
 
 @pytest.fixture(scope="module")
@@ -106,38 +102,3 @@ def test_what_is_refused_leaves_everything_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
     assert {path.name: path.read_bytes() for path in cat.iterdir()} == before
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def blocks(kind: str) -> list[str]:
-    """The blocks of code of the page, in their order."""
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-def commands() -> list[list[str]]:
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in text.splitlines() if shlex.split(line, comments=True)]
-
-
-def test_the_commands_and_the_code_of_the_page_run_in_their_order(
-    tmp_path: Path, capsys: Any, monkeypatch: Any, tiny_pipe_original: Any
-) -> None:
-    """On the embedded model, in an empty folder; what the page calls somebody's file lies there."""
-    from erasure import load_pipeline
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    stock = load_pipeline("canvas-sd", device="cpu").unet.state_dict()[layer]
-    noise = torch.randn(stock.shape, generator=torch.Generator().manual_seed(0))
-    save_file({layer: stock + 0.1 * stock.std() * noise}, "esd-cat.safetensors")
-    for words in commands():
-        assert words[0] == "erasure", words
-        code = main(words[1:])
-        said = capsys.readouterr()
-        assert code == 0, (words, said.err)
-    for code in blocks("python"):
-        exec(compile(code, str(PAGE), "exec"), {})
-    assert {path.name for path in tmp_path.iterdir()} >= {"cat-uce", "cat.safetensors", "erased.safetensors"}

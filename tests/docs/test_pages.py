@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from erasure.assets import path as embedded
 from erasure.cli.main import COMMANDS, main
@@ -49,6 +52,9 @@ ELSEWHERE = {
     "demo": "tests/cli/test_measuring.py runs it",
     "--dataset": "it is on the Hub",
     "--adapter": "it is on the Hub",
+    "nudenet": "its weights are in an extra (tests/eval/detectors runs it)",
+    "identity": "it needs faces (tests/eval/detectors runs it)",
+    "clip_zero_shot": "it needs a CLIP of one's own (tests/eval/detectors runs it)",
 }
 """Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some
 that succeeded (tests/cli/test_attack.py runs it)."""
@@ -327,13 +333,20 @@ def gun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_files(folder: Path) -> None:
-    """What a reader has: pictures, masks, lists."""
+    """What a reader has: pictures, masks, lists, weights that somebody published."""
     picture("robot", "cactus").save(folder / "both.png")
     picture("robot").save(folder / "logo.png")
     picture("cat", "dog").save(folder / "scene.png")
     mask(0, "cat", "dog").save(folder / "mask.png")
     (folder / "artists.csv").write_text('concept,kind,anchor\n"van gogh",style,painting\nmonet,style,painting\n')
     (folder / "prompts.csv").write_text("prompt,seed\na photo of a cat,1\na photo of a dog,2\n")
+    (folder / "outputs").mkdir()
+    picture("cat").save(folder / "outputs" / "cat.png")
+    door = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    with safe_open(embedded("canvas-sd") / "unet" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        stock = weights.get_tensor(door).float()
+    noise = torch.randn(stock.shape, generator=torch.Generator().manual_seed(0))
+    save_file({door: stock + 0.1 * stock.std() * noise}, folder / "esd-cat.safetensors")
     (folder / "prompts.txt").write_text("".join(f"a photo of a {word}\n" for word in ("cat", "dog", "car", "house")))
 
 
