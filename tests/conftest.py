@@ -9,6 +9,7 @@ import os
 import string
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,17 @@ def draw_image(
 def draw() -> Callable[..., Any]:
     """Draws one image: `draw(pipe, "a cat")`."""
     return draw_image
+
+
+@pytest.fixture(scope="session")
+def same_picture() -> Callable[[Any, Any], None]:
+    """Compares pictures of a pipeline and of what was read back from its files, whose weights are the same bits.
+
+    Files are mapped into memory where they lie, and the products of some CPUs are rounded by where a row begins.
+    """
+    import torch
+
+    return partial(torch.testing.assert_close, rtol=0, atol=1e-5)
 
 
 def tensors_of_pipe(pipe: Any) -> dict[str, Any]:
