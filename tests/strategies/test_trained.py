@@ -424,7 +424,8 @@ def test_a_retain_set_that_spans_the_target_warns(tiny_pipe_original: Any) -> No
 def test_group_lasso_drops_layers_from_the_file(name: str, tiny_pipe_original: Any) -> None:
     whole, pruned = (
         make(tiny_pipe_original, name, group_lasso=alpha, group_lasso_from=0.0, steps=4, method="all")
-        for alpha in (0.0, 90.0)
+        # A layer of rank one is sooner gone.
+        for alpha in (0.0, 90.0 if get(name)().rank > 1 else 25.0)
     )
     assert 0 < pruned.config.cost["layers_dropped"] <= pruned.config.cost["layers"]
     assert len(pruned.edits) < len(whole.edits)
@@ -442,7 +443,11 @@ def test_the_scope_term_keeps_the_rest_of_the_prompt(name: str, tiny_pipe_origin
         )  # fmt: skip
         assert ("loss_scope" in made.config.cost) == bool(weight)
         (moved[weight],) = drift(tiny_pipe_original, made, "a photo of a")
-    assert moved[10.0] < 0.7 * moved[0.0]
+    if made.edits.membranes:
+        # Gates that stay shut leave it as it is anyway.
+        assert moved == {0.0: 0.0, 10.0: 0.0}
+    else:
+        assert moved[10.0] < 0.7 * moved[0.0]
 
 
 # Cost and errors -----------------------------------------------------------------------------------------------------
