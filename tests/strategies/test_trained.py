@@ -181,13 +181,15 @@ def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
 
 PLAIN: dict[str, dict[str, Any]] = {
     "doco": {"lr": 1.0, "discriminator_lr": 1e-2, "head_start": 0.0, "surgery": "none"},
+    "spm": {"lr": 30.0},
 }  # fmt: skip
 """Strategies that are compared in plain gradient steps, with rates for these.
 
 The first steps of Adam are as long as its learning rate whatever the gradient is, so that where a gradient is rounding
 a step may go either way. A discriminator has two million weights, a few of which are such, and all of its weights step
 at once: what differed by 3e-6 of a gradient differs by a hundred times as much in the next update, and so on in what
-it teaches. A plain step is no longer than the gradient that it follows.
+it teaches. Adapters of rank one have weights whose gradient is hardly more than rounding. A plain step is no longer
+than the gradient that it follows.
 """
 
 
@@ -369,7 +371,7 @@ def test_two_processes_train_what_one_does(
         if name == "mace":
             torch.testing.assert_close(products(both), products(made), rtol=1e-3, atol=1e-3)
         else:
-            close(both, made, 1e-4 if name == "sfd" else 3e-5)
+            close(both, made, 1e-4 if name == "sfd" else 1e-5)
 
 
 # Plug-ins ------------------------------------------------------------------------------------------------------------
