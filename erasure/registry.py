@@ -20,13 +20,14 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from erasure import options
 from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError
 from erasure.shown import did_you_mean
 
 T = TypeVar("T")
+Kind = TypeVar("Kind", bound=type)
 
 INDEX = Path(__file__).with_name("registered.json")
 """File with the facts of everything that comes with the package."""
@@ -65,6 +66,7 @@ class Registry(Generic[T]):
         told: Class attributes that lists and helps show.
         accepts: Says of a thing that is to be registered what is wrong with it, or nothing.
         unknown: Error for a name that nothing goes by.
+        instances: Whether things are instances of classes, made without arguments, and not classes.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Registry(Generic[T]):
         told: tuple[str, ...],
         accepts: Callable[[object], str],
         unknown: type[ErasureError],
+        instances: bool = False,
     ) -> None:
         self.kind, self.built_in, self.told, self.accepts, self.unknown = kind, built_in, told, accepts, unknown
+        self.instances = instances
         self.plural = f"{kind.removesuffix('y')}ies" if kind.endswith("y") else f"{kind}s"
         self.group = f"erasure.{self.plural}"
         """Entry-point group in which other packages name theirs."""
@@ -101,6 +105,18 @@ class Registry(Generic[T]):
             raise ValueError(f"a {self.kind} named {name!r} is registered already: {_origin(taken)}")
         thing.name = name  # type: ignore[attr-defined]
         self._registered[name] = thing
+
+    def register(self, name: str) -> Callable[[Kind], Kind]:
+        """Class decorator: make a class, or an instance of it, known under a name; see `add`.
+
+        Packages of others may instead name theirs in the entry-point group of the registry.
+        """
+
+        def put_in(kind: Kind) -> Kind:
+            self.add(name, cast(T, kind() if self.instances else kind))
+            return kind
+
+        return put_in
 
     # Looking up ---------------------------------------------------------------------------------------------------
 

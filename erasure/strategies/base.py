@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from erasure.errors import UnknownStrategyError
 from erasure.needs import Need
@@ -61,7 +61,7 @@ class Strategy(Options, ABC):
     name: ClassVar[str] = ""
     """Name in the registry; `register` sets it."""
     title: ClassVar[str] = ""
-    """What it is, in one line."""
+    """One line for lists: what the method does."""
     paper: ClassVar[str] = ""
     """Where it comes from."""
     needs: ClassVar[tuple[Need, ...]] = ()
@@ -116,9 +116,6 @@ class Strategy(Options, ABC):
         return ""
 
 
-S = TypeVar("S", bound=Strategy)
-
-
 def _refusal(thing: object) -> str:
     """Say what keeps a thing from being a strategy; empty where nothing does."""
     if not (isinstance(thing, type) and issubclass(thing, Strategy)):
@@ -139,29 +136,4 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
 )
 
 
-def register(name: str) -> Callable[[type[S]], type[S]]:
-    """Class decorator: make a strategy known under a name.
-
-    Packages of others may instead name their class in the entry-point group `erasure.strategies`.
-    """
-
-    def add(strategy: type[S]) -> type[S]:
-        STRATEGIES.add(name, strategy)
-        return strategy
-
-    return add
-
-
-def available() -> dict[str, type[Strategy]]:
-    """Every strategy by name, those of other packages among them; one that cannot be loaded is warned of."""
-    return STRATEGIES.available()
-
-
-def get(name: str) -> type[Strategy]:
-    """The strategy of a name.
-
-    Raises:
-        UnknownStrategyError: There is none; the message names the nearest.
-        BrokenPluginError: Another package names it, and it cannot be loaded.
-    """
-    return STRATEGIES.get(name)
+register, available, get = STRATEGIES.register, STRATEGIES.available, STRATEGIES.get

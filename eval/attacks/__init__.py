@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from erasure.errors import EvaluationError
 from erasure.options import Count, Options
@@ -43,7 +43,7 @@ class Attack(Options, ABC):
     name: ClassVar[str] = ""
     """Name in the registry; `register` sets it."""
     title: ClassVar[str] = ""
-    """What it is, in one line."""
+    """One line for lists: what the attack does."""
     paper: ClassVar[str] = ""
     """Where it comes from."""
     access: ClassVar[Access] = "weights"
@@ -87,9 +87,6 @@ class Attack(Options, ABC):
         return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 
-A = TypeVar("A", bound=Attack)
-
-
 def _refusal(thing: object) -> str:
     """Say what keeps a thing from being an attack; empty where nothing does."""
     is_attack = isinstance(thing, type) and issubclass(thing, Attack)
@@ -108,29 +105,4 @@ ATTACKS: Registry[type[Attack]] = Registry(
 )
 
 
-def register(name: str) -> Callable[[type[A]], type[A]]:
-    """Class decorator: make an attack known under a name.
-
-    Packages of others may instead name their class in the entry-point group `erasure.attacks`.
-    """
-
-    def add(attack: type[A]) -> type[A]:
-        ATTACKS.add(name, attack)
-        return attack
-
-    return add
-
-
-def available() -> tuple[str, ...]:
-    """Names of all attacks."""
-    return ATTACKS.names()
-
-
-def get(name: str) -> type[Attack]:
-    """The attack of a name.
-
-    Raises:
-        EvaluationError: There is none; the message names the nearest.
-        BrokenPluginError: Another package names it, and it cannot be loaded.
-    """
-    return ATTACKS.get(name)
+register, available, get = ATTACKS.register, ATTACKS.names, ATTACKS.get

@@ -8,8 +8,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from erasure.errors import EvaluationError
 from erasure.eval.detectors.base import NamedDetector, Reading, Recipe
@@ -72,32 +71,4 @@ DETECTORS: Registry[type[NamedDetector]] = Registry(
     unknown=EvaluationError,
 )
 
-D = TypeVar("D", bound=type[NamedDetector])
-
-
-def register(name: str) -> Callable[[D], D]:
-    """Class decorator: make a detector known under a name.
-
-    Packages of others may instead name their class in the entry-point group `erasure.detectors`.
-    """
-
-    def add(detector: D) -> D:
-        DETECTORS.add(name, detector)
-        return detector
-
-    return add
-
-
-def available() -> tuple[str, ...]:
-    """Names of all detectors."""
-    return DETECTORS.names()
-
-
-def get(name: str) -> type[NamedDetector]:
-    """The detector of a name, a class whose arguments are its options.
-
-    Raises:
-        EvaluationError: There is none; the message names the nearest.
-        BrokenPluginError: Another package names it, and it cannot be loaded.
-    """
-    return DETECTORS.get(name)
+register, available, get = DETECTORS.register, DETECTORS.names, DETECTORS.get

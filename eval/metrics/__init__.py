@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erasure.errors import EvaluationError
 from erasure.registry import Facts, Registry
@@ -91,37 +90,10 @@ METRICS: Registry[Metric] = Registry(
     told=("title", "about", "definition", "higher_is_better", "bounds", "unit", "needs", "is_control"),
     accepts=_refusal,
     unknown=EvaluationError,
+    instances=True,
 )
 
-M = TypeVar("M", bound=type[Metric])
-
-
-def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a metric known under a name.
-
-    Packages of others may instead name an instance in the entry-point group `erasure.metrics`.
-    """
-
-    def add(metric: M) -> M:
-        METRICS.add(name, metric())
-        return metric
-
-    return add
-
-
-def available() -> tuple[str, ...]:
-    """Names of all metrics."""
-    return METRICS.names()
-
-
-def get(name: str) -> Metric:
-    """The metric of a name.
-
-    Raises:
-        EvaluationError: There is none; the message names the nearest.
-        BrokenPluginError: Another package names it, and it cannot be loaded.
-    """
-    return METRICS.get(name)
+register, available, get = METRICS.register, METRICS.names, METRICS.get
 
 
 def facts_of(row: Row) -> Facts:

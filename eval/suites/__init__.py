@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
@@ -134,34 +134,7 @@ SUITES: Registry[Suite] = Registry(
     told=("title", "metrics", "of_concepts"),
     accepts=_refusal,
     unknown=EvaluationError,
+    instances=True,
 )
 
-S = TypeVar("S", bound=type)
-
-
-def register(name: str) -> Callable[[S], S]:
-    """Class decorator: make a suite known under a name.
-
-    Packages of others may instead name an instance in the entry-point group `erasure.suites`.
-    """
-
-    def add(suite: S) -> S:
-        SUITES.add(name, suite())
-        return suite
-
-    return add
-
-
-def available() -> tuple[str, ...]:
-    """Names of all suites."""
-    return SUITES.names()
-
-
-def get(name: str) -> Suite:
-    """The suite of a name.
-
-    Raises:
-        EvaluationError: There is none; the message names the nearest.
-        BrokenPluginError: Another package names it, and it cannot be loaded.
-    """
-    return SUITES.get(name)
+register, available, get = SUITES.register, SUITES.names, SUITES.get
