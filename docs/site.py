@@ -42,7 +42,7 @@ def target(link: str, page: str) -> str | None:
 
 
 def address(file: str) -> str:
-    """Where a file of the tree is in the site."""
+    """Give the place of one of the tree's files in the site."""
     return BESIDE.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else f"{OTHERS}/{file}")
 
 

@@ -99,7 +99,7 @@ class Backbone(ABC):
 
     @classmethod
     def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
-        """Where the denoiser's parameters stand in the files that its makers published.
+        """Give the names of the denoiser's parameters in the files that its makers published.
 
         Args:
             denoiser: The network; what is the same for all of the family where there is none.

@@ -126,7 +126,7 @@ class ChromaBackbone(FluxBackbone):
 
     @classmethod
     def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
-        """None that is known here."""
+        """Give no layout: none is known for Chroma."""
         return None
 
     def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Where the tensors of diffusers' networks stand in files of the layouts that the models were published in.
+"""Names of the tensors of diffusers' networks in files of the layouts that the models were published in.
 
 ComfyUI, AUTOMATIC1111, Forge and kohya's scripts go by these names. A layout gives for each parameter of a network of
 diffusers its place in such a file: a name, the part that it is of a tensor that holds several stacked by rows, and the
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 Form = Literal["same", "swapped", "convolution", "transposed"]
-"""How a tensor is written: as it is, with the halves of its rows exchanged, as a convolution of 1x1, or transposed."""
+"""Form in which a tensor is written: as it is, with the halves of its rows exchanged, as a convolution of 1x1, or
+transposed."""
 
 
 class Place(NamedTuple):
-    """Where a parameter of diffusers stands."""
+    """Place of one of diffusers' parameters in a published file."""
 
     key: str
     """Name of the tensor in the file."""
     part: int = 0
-    """Which of the tensors it is that are stacked there by rows."""
+    """Number of the parameter, from 0 on, among those that one tensor of the file holds stacked by rows."""
     parts: int = 1
-    """How many are stacked."""
+    """Number of parameters that the tensor holds."""
     form: Form = "same"
 
 

@@ -51,10 +51,10 @@ class Triggers(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is read in one prompt."""
+    """One prompt as filters and gates read it."""
 
     edit: PromptFilter | PromptGate
-    """What reads."""
+    """The filters and gates that read prompts."""
     keys: tuple[Tensor, ...]
     """Some values of the states that the text encoder gives, of its last block and of earlier ones, `(tokens,
     SAMPLED)` each; or of its pooled vector, `(1, SAMPLED)`."""

@@ -120,7 +120,7 @@ def cells(file: str, finding: Finding) -> list[str]:
 
 
 def remarks(measured: Measured | None) -> list[str]:
-    """What the findings are worth."""
+    """Results of the controls: what the findings are worth."""
     if measured is None:
         return ["Sensitivity was not measured: --controls DIR, with pictures in positive/ and negative/."]
     lines = [

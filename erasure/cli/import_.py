@@ -30,9 +30,9 @@ class ImportOptions:
     concept: tuple[str, ...] = ()
     """What it erases, as `erasure erase` takes it; may be left out for files that say it."""
     kind: Kind | None = None
-    """What those concepts are that do not say it."""
+    """Kind of the concepts that do not say their own."""
     anchor: str | None = None
-    """What prompts mean instead of them."""
+    """Anchor: what prompts mean in the concepts' place."""
     component: str | None = None
     """The network whose weights the file holds (text_encoder, text_encoder_2, ...), where its names fit several."""
     out: Path | None = None

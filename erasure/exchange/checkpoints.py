@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was written."""
+    """Summary of a checkpoint that was written."""
 
     path: Path
     components: tuple[str, ...]

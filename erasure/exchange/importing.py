@@ -44,7 +44,7 @@ class Imported:
     form: str
     """`lora` or `weights`."""
     notes: tuple[str, ...]
-    """What is to be said about it."""
+    """Remarks for the user, a sentence each."""
     base: str
     """What is known of the model that the file was made for."""
 

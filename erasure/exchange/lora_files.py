@@ -46,7 +46,7 @@ HOSTED = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """Summary of an export: its file, and how exactly it holds the erasure."""
 
     path: Path
     to: str
@@ -54,19 +54,19 @@ class Exported:
     layers: int
     """Layers with low-rank factors."""
     approximated: int
-    """Those of them whose edit is of full rank, and stands there by its SVD."""
+    """Number of layers whose edit has full rank, so that the file holds its truncated SVD."""
     ranks: tuple[int, int]
     """Least and most ranks of a layer."""
     left_out: float
     """Share of the energy of the full-rank edits that the file leaves out."""
     worst: float
-    """The same of the layer that loses most."""
+    """Share of the energy that the layer which loses most has lost."""
     plain: int
     """Biases, norms and tables."""
 
     @property
     def facts(self) -> dict[str, object]:
-        """As plain data, without the path."""
+        """Give the fields as plain data, without the path."""
         told = dataclasses.asdict(self)
         del told["path"]
         return {**told, "ranks": list(self.ranks)}

@@ -42,7 +42,7 @@ ADAPTERS = "lora_adapter_metadata"
 
 @dataclass
 class Layer:
-    """What a file holds for one name."""
+    """Tensors of a file for one name."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass
 class Read:
-    """What was read, and what is to be said about it."""
+    """Result of reading a file, with remarks for the user."""
 
     edits: Edits
     notes: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ class Target(NamedTuple):
     first: int = 0
     """Row of the file's tensor at which it begins."""
     rows: int | None = None
-    """How many rows it takes; `None` for the whole tensor."""
+    """Number of rows that the target takes; `None` for the whole tensor."""
     form: Form = "same"
 
     @property

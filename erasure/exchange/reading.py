@@ -30,7 +30,7 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """What a file holds."""
+    """Tensors and header of a file."""
 
     path: Path
     tensors: Mapping[str, Tensor]

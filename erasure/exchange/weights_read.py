@@ -85,7 +85,7 @@ def read_weights(source: Source, pipe: DiffusionPipeline, component: str | None 
 def _targets(
     source: Source, held: Mapping[str, Tensor], pipe: DiffusionPipeline, component: str | None
 ) -> dict[str, list[Target]]:
-    """What each tensor of a file is for."""
+    """Target of each tensor of a file, by its name."""
     tables = weight_tables(pipe)
     if component is not None and component not in tables:
         raise OptionError(f"there is no network {component!r} to erase from; this model has {', '.join(tables)}")

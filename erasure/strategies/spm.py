@@ -117,7 +117,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
     """Layers that have a branch: linear ones, and convolutions of single pixels. `blocks` is the paper's choice; see
     `DenoiserStrategy.method` for the others."""
     rank: CountOrZero = 1
-    """Of each adapter, 1 or more (paper: 1)."""
+    """Rank of each adapter, 1 or more (paper: 1)."""
     steps: Count = 200
     """Updates (paper: 3000); each takes one step for every concept."""
     lr: Positive = 1e-3
@@ -157,7 +157,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 
     @property
     def descent(self) -> Descent:
-        """How AdamW trains an adapter."""
+        """Settings of AdamW for an adapter."""
         return replace(super().descent, cycles=self.cycles)
 
     def ignores_retain(self) -> str:

@@ -36,7 +36,7 @@ class AdversarialPrompt:
 
     @property
     def attempt(self) -> Attempt:
-        """What is tried with it."""
+        """Give the attempt that tries this text again."""
         return Attempt({"prompt": self.text, **self.others})
 
 

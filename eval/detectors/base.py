@@ -55,7 +55,7 @@ class Recipe(TypedDict):
     side: int
     """Pixels on a side of what the network is given; 0 where the model's own files say it."""
     unit: str
-    """What is counted: `image`, or `box`."""
+    """Unit of a count: `image` or `box`."""
     preprocessing: str
     """How a picture becomes what the network is given."""
     settings: Mapping[str, object]
@@ -76,7 +76,7 @@ class NamedDetector(Options, ABC):
     """
 
     title: ClassVar[str] = ""
-    """What it is, in one line."""
+    """One line for lists: what the detector tells."""
     licence: ClassVar[str] = ""
     """Licence of the weights."""
     extra: ClassVar[str] = ""

@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     scores: Mapping[str, float] = MappingProxyType({})
     """Score from 0 to 1 by class. A second region of a class is called `CLASS#2`, a third `CLASS#3`."""
     boxes: Mapping[str, Box] = MappingProxyType({})
-    """Where it is seen, by the names of `scores`."""
+    """Boxes in which each thing is seen, by the names of `scores`."""
     reason: str | None = None
     """Why it cannot say, where `flagged` is `None`."""
 
