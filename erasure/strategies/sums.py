@@ -26,7 +26,7 @@ def refuse_on_top(method: Strategy, earlier: Edits) -> None:
 
     Raises:
         OptionError: The options keep nothing, so that what is erased already would come back.
-        UnsupportedModelError: Two edits of latents at the same blocks.
+        UnsupportedModelError: Two edits of activations, one of them of latents.
     """
     if option := method.ignores_retain():
         method.refuse(
@@ -35,8 +35,8 @@ def refuse_on_top(method: Strategy, earlier: Edits) -> None:
         )  # fmt: skip
     if earlier.features and "activations" in method.carriers:
         raise UnsupportedModelError(
-            f"{method.name} edits latents, and so does the earlier erasure ({next(iter(earlier.features))}): two "
-            "edits of one block's latents have no sum. Erase all concepts in one erasure, or make two and attach both"
+            f"{method.name} edits activations, and so does the earlier erasure ({next(iter(earlier.features))}): two "
+            "such edits have no sum. Erase all concepts in one erasure, or make two and attach both"
         )
 
 

@@ -157,7 +157,7 @@ class TestOnOneFamily:
             fit(tiny_pipe, "uce", "dog", add_to=cat, seed=1)
         with pytest.raises(OptionError, match="'retain_batch' is 0; allowed: what lets prompts survive"):
             fit(tiny_pipe, "esd", "dog", add_to=twice, retain_batch=0)
-        with pytest.raises(UnsupportedModelError, match="edits latents, and so does"):
+        with pytest.raises(UnsupportedModelError, match="edits activations, and so does"):
             fit(tiny_pipe, "itd", "house", add_to=mixed)
         with pytest.raises(WrongBaseError, match="not those that the erasure was made for"):
             fit(tiny_models[family](seed=1), "uce", "dog", add_to=cat)
