@@ -78,9 +78,9 @@ def default_block(tower: TextTower) -> int:
     """Number of the block whose output an autoencoder reads unless told otherwise.
 
     Two thirds of the way where attention is causal. A sixth of the way where every token reads every other (T5): each
-    block spreads a concept from its words over all the padding, which a denoiser reads too, and from there a later edit
-    does not take it away. On canvas-sd3 edits of a dog leave 0.10 of the squared distance to the anchor's states behind
-    in T5's output after the first of its four blocks, 0.45 after the second and 0.53 after the third.
+    block spreads a concept from its words over all the padding, which a denoiser reads too, and a later edit does not
+    take it away there. On canvas-sd3 an edit of a dog leaves 0.10 of the squared distance to the anchor's states in
+    T5's output when it is made after the first of four blocks, 0.45 after the second and 0.53 after the third.
     """
     blocks = len(tower.blocks)
     return min(2 * blocks // 3 if tower.causal else blocks // 6, _last_block(tower))
