@@ -78,8 +78,8 @@ def measured_table(rows: list[str]) -> str:
         )
     meaning = (
         "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept that "
-        "do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the other kind "
-        "(CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
+        "do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the other "
+        "kind (CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
     )
     head = ["| model | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|"]
     return meaning + "\n\n" + "\n".join([*head, *rows])

@@ -61,7 +61,7 @@ ELSEWHERE = {
 that succeeded (tests/cli/test_attack.py runs it)."""
 FAMILY_COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 """Models of the README's table of methods, by column."""
-FOREIGN = {"--nproc_per_node", "--with_prior_preservation"}
+FOREIGN = {"--nproc_per_node", "--with_prior_preservation", "--erase_from"}
 """Options of other programs."""
 
 
