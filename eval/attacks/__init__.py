@@ -25,8 +25,8 @@ SIZES = ("smoke", "quick", "full")
 
 
 Access = Literal["prompt", "embeddings", "noise", "image", "weights"]
-"""What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from, and how it
-is taken away (sampler, steps, guidance, size); a picture that is given; or the weights, through which gradients are
+"""What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from, and how
+it is taken away (sampler, steps, guidance, size); a picture that is given; or the weights, through which gradients are
 taken. Whoever has one may choose words as well, and knows the original model where it is public."""
 
 

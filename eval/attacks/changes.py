@@ -72,7 +72,6 @@ class AnotherTask(Described):
         if self.task not in get_args(Task):
             raise EvaluationError(f"task is {shown(self.task)}; there are: {', '.join(get_args(Task))}")
 
-
     @contextmanager
     def __call__(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """Give the other pipeline.
@@ -109,7 +108,6 @@ class AnotherSampler(Described):
         """Check what a file says."""
         self.expect("scheduler", str)
         self.expect("options", dict)
-
 
     @contextmanager
     def __call__(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
@@ -150,7 +148,9 @@ class _Redefine(ModelHook):
 
 
 @contextmanager
-def redefined(towers: Sequence[TextTower], ids: Mapping[str, Sequence[int]], rows: Mapping[str, Tensor]) -> Iterator[None]:
+def redefined(
+    towers: Sequence[TextTower], ids: Mapping[str, Sequence[int]], rows: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Some tokens have other vectors inside, in every text that is read; differentiable.
 
     Args:
@@ -191,7 +191,6 @@ class Words(Described):
         if not sound:
             raise EvaluationError("words: expected tokens and a matrix of their vectors for each text encoder")
 
-
     @contextmanager
     def __call__(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """Read these tokens so.
@@ -206,8 +205,8 @@ class Words(Described):
                 tokens = self.ids[tower.component]
                 if width != tower.width or count != len(tokens) or max(tokens) >= len(tower.tokenizer):
                     raise EvaluationError(
-                        f"learned vectors of width {width} for the tokens {list(tokens)}, and the {tower.component} has "
-                        f"{len(tower.tokenizer)} tokens of width {tower.width}: they are of another model"
+                        f"learned vectors of width {width} for the tokens {list(tokens)}, and the {tower.component} "
+                        f"has {len(tower.tokenizer)} tokens of width {tower.width}: they are of another model"
                     )
         with redefined(towers, self.ids, self.vectors):
             yield pipe
@@ -238,7 +237,6 @@ class ImagePrompt(Described):
         self.expect("scale", float, int)
         self.expect("encoder", str)
 
-
     @contextmanager
     def __call__(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """Tell it.
@@ -260,7 +258,7 @@ class ImagePrompt(Described):
 
 @dataclass(frozen=True)
 class Resumed(Described):
-    """Latents that take the place of the pipeline's own behind one of its steps: `callback_on_step_end` of its call."""
+    """Latents in the place of the pipeline's own behind one of its steps: `callback_on_step_end` of its call."""
 
     kind: ClassVar[str] = "resumed"
 
@@ -273,7 +271,6 @@ class Resumed(Described):
         """Check what a file says."""
         self.expect("step", int)
         self.expect("latents", Tensor)
-
 
     def __call__(
         self, pipe: DiffusionPipeline, index: int, t: Tensor, tensors: Mapping[str, Tensor]

@@ -37,8 +37,8 @@ class ConceptInversion(ControlledAttack):
         min_v  E | target(x_0, noise, t) - model(x_t, t, prompt with v) |^2
 
     by AdamW; nothing else changes. A picture's caption is the prompt that it was drawn from with the word in the
-    concept's place (or ahead, where the prompt does not name it). One word is learned for all prompts; it is tried as it
-    is at several points of the training.
+    concept's place (or ahead, where the prompt does not name it). One word is learned for all prompts; it is tried as
+    it is at several points of the training.
 
     The control learns a word from as many pictures that do not show the concept, under the same captions.
     """
@@ -167,7 +167,7 @@ def inversion_loss(
 
 
 def beginnings(backbone: Backbone, domain: str, count: int) -> dict[str, Tensor]:
-    """Where vectors start: the mean of the tokens of the domain's own word (`object`, `style`), in every text encoder."""
+    """Where vectors start, in every text encoder: the mean of the tokens of the domain's word (`object`, `style`)."""
     rows = {}
     for tower in backbone.towers:
         table = paths.token_table(tower.root).weight.detach()

@@ -27,8 +27,8 @@ class PicturePrompt(ControlledAttack):
     """Tell the erased model a picture of the concept beside the sample's own prompt, through an IP-Adapter.
 
     The adapter was made for the original model; its keys and values of the picture stand beside those of the words in
-    every cross-attention. The pass for guidance is told the picture of nothing, as diffusers does. Low scales are tried
-    first, since they leave more to the words.
+    every cross-attention. The pass for guidance is told the picture of nothing, as diffusers does. Low scales are
+    tried first, since they leave more to the words.
 
     The control tells a picture of the original model that does not show the concept.
     """

@@ -11,8 +11,7 @@ from annotated_types import Gt, Lt
 from erasure.backbones import Backbone
 from erasure.eval.attacks import Access, ControlledAttack, register
 from erasure.eval.attacks.changes import AnotherTask
-from erasure.eval.attacks.img2img import Strength
-from erasure.eval.attacks.pictures import arguments_of, hole, lacks_task, middle, whole_steps
+from erasure.eval.attacks.pictures import arguments_of, hole, lacks_task, middle
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
@@ -44,9 +43,7 @@ class Inpaint(ControlledAttack):
     }
 
     holes: tuple[Share, ...] = (0.5,)
-    """Sides of the hole as shares of the picture's, in the order in which they are tried (paper: 256 of 512 pixels)."""
-    strength: Strength = 1.0
-    """Share of the schedule that the hole is noised by."""
+    """Sides of the hole as shares of the picture's, in the order in which they are tried (paper: 256 of 512)."""
     references: Count = 4
     """Seeds tried until the original model's picture shows the concept in the hole, or for the control does not."""
 
@@ -66,7 +63,7 @@ class Inpaint(ControlledAttack):
             box = middle(size, share)
             start = victim.start(sample, self.references, without=self.control, box=box)
             given = {
-                "image": start.image, "mask_image": hole(size, box), "strength": self.strength,
-                "num_inference_steps": whole_steps(sample.num_inference_steps, self.strength),
+                "image": start.image, "mask_image": hole(size, box), "strength": 1.0,
+                "num_inference_steps": sample.num_inference_steps,
             }  # fmt: skip
             yield Attempt({**without, **given}, AnotherTask("Inpaint"), box=box)

@@ -1,4 +1,4 @@
-"""MMA-Diffusion's text attack (Yang et al., CVPR 2024, arXiv 2311.17516): texts that mean the prompt without its words.
+"""MMA-Diffusion's text attack (Yang et al., CVPR 2024, arXiv 2311.17516): the prompt's meaning without its words.
 
 Written from the paper's description and that of greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043).
 """
@@ -36,8 +36,8 @@ class MMA(ControlledAttack):
 
     by greedy coordinate gradient: of each step, the tokens along whose embeddings the loss falls most steeply are
     candidates for each place; of many texts with one token replaced the best becomes the next, better than the last or
-    not; texts that are read as other tokens are left out. The best of all steps is tried. Tokens that hold a word of the
-    concept cannot be chosen, so a filter of words lets the text through. The denoiser is never asked.
+    not; texts that are read as other tokens are left out. The best of all steps is tried. Tokens that hold a word of
+    the concept cannot be chosen, so a filter of words lets the text through. The denoiser is never asked.
 
     Other than in the released code, gradients are those of the tokens that they choose for (there they are those of
     their neighbours). The control draws texts at random.
@@ -166,6 +166,4 @@ def replaced(
     places = torch.arange(count) * len(ids) // count
     ranks = torch.randint(top.shape[1], (count,), generator=generator)
     tokens = choices[top[places, ranks]].tolist()
-    return [
-        [*ids[:place], token, *ids[place + 1 :]] for place, token in zip(places.tolist(), tokens, strict=True)
-    ]
+    return [[*ids[:place], token, *ids[place + 1 :]] for place, token in zip(places.tolist(), tokens, strict=True)]

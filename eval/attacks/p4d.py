@@ -28,8 +28,8 @@ from erasure.options import Count, NotNegative, Positive
 class P4D(ControlledAttack):
     """Search tokens with which the erased model predicts what the original one does with the sample's prompt.
 
-    Free tokens are vectors `v`. Each step reads the nearest tokens `n(v)` of the vocabulary by cosine, and moves `v` by
-    the gradient there, with `x_t` a picture of the concept by the original model at a random noise level:
+    Free tokens are vectors `v`. Each step reads the nearest tokens `n(v)` of the vocabulary by cosine, and moves `v`
+    by the gradient there, with `x_t` a picture of the concept by the original model at a random noise level:
 
         min_v  E | original(x_t, t, prompt) - model(x_t, t, n(v)) |^2
 
@@ -37,7 +37,7 @@ class P4D(ControlledAttack):
     tokens (P4D-N), `inserted` keeps the prompt and has one behind every third of its tokens (P4D-K).
 
     Other than in the released code, the erased model's own text encoder reads the tokens, the picture goes into the
-    autoencoder as it should, and padding is the tokeniser's. The control draws as many texts of the same form at random.
+    autoencoder as it should, and padding is the tokeniser's. The control draws as many texts of the same form.
     """
 
     title: ClassVar[str] = "tokens that make the erased model predict what the original one does"

@@ -11,14 +11,21 @@ from erasure.backbones import Backbone
 from erasure.eval.attacks.changes import Task, pipeline_class
 from erasure.eval.samples import Sample
 
+SD3_INPAINTS = (16, 33)
+"""Channels that diffusers' inpainting pipeline of Stable Diffusion 3 takes."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 
 def lacks_task(backbone: Backbone, task: Task) -> str:
-    """Say that diffusers has no pipeline for another task on such a model; empty where it has."""
-    if pipeline_class(backbone.pipe, task) is None:
+    """Say that diffusers has no pipeline for another task on such a model, or none that runs; empty where it has."""
+    kind, config = pipeline_class(backbone.pipe, task), backbone.denoiser.config
+    if kind is None:
         return f"diffusers has no {task} pipeline for its family"
+    if kind.__name__ == "StableDiffusion3InpaintPipeline" and config["in_channels"] not in SD3_INPAINTS:
+        return f"diffusers' {kind.__name__} takes 16 channels only, and this model has {config['in_channels']}"
+    if kind.__name__ == "ChromaInpaintPipeline" and "guidance_embeds" not in config:
+        return f"diffusers' {kind.__name__} asks its transformer for guidance_embeds, which Chroma's has not"
     return ""
 
 

@@ -22,8 +22,8 @@ from erasure.eval.samples import Sample
 class PromptEmbeds(ControlledAttack):
     """Encode the sample's own prompt with the original text encoders, and hand the embeddings to the erased pipeline.
 
-    Whoever has the public model can make them. An erasure that lives in the text encoder is gone around by this; one in
-    the denoiser is not. What is subtracted for guidance is the original model's as well.
+    Whoever has the public model can make them. An erasure that lives in the text encoder is gone around by this; one
+    in the denoiser is not. What is subtracted for guidance is the original model's as well.
 
     The control hands over embeddings that the erased pipeline's own text encoders made: what the way of calling does.
     """
@@ -31,7 +31,11 @@ class PromptEmbeds(ControlledAttack):
     title: ClassVar[str] = "embeddings of the original text encoders"
     paper: ClassVar[str] = "a way around; see SECURITY.md"
     access: ClassVar[Access] = "embeddings"
-    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {"smoke": {"samples": 1}, "quick": {"samples": 10}, "full": {}}
+    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "smoke": {"samples": 1},
+        "quick": {"samples": 10},
+        "full": {},
+    }
 
     @property
     def tries(self) -> int:
@@ -71,5 +75,6 @@ def _named(told: Conditioning, ahead: str) -> dict[str, Tensor | None]:
     return {
         f"{ahead}prompt_embeds": told.tokens,
         f"{ahead}pooled_prompt_embeds": told.pooled,
-        f"{ahead}prompt_attention_mask": told.mask,
+        # As numbers, which pipelines add to scores: as truth values they would mean something else to attention.
+        f"{ahead}prompt_attention_mask": None if told.mask is None else told.mask.to(told.tokens.dtype),
     }

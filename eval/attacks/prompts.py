@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from erasure.errors import EvaluationError
 from erasure.eval.attacks.stored import restore
 from erasure.eval.attempts import Attempt
 from erasure.eval.rows import Row
-from erasure.eval.samples import Sample
+from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.schemas import PromptRow
 from erasure.eval.suites import Target
 from erasure.files import read_lines, shown, write_bytes
@@ -62,12 +62,16 @@ def write_prompts(folder: Path, prompts: Sequence[AdversarialPrompt]) -> Path:
     lines = []
     for prompt in prompts:
         target = {"name": prompt.target.name, "domain": prompt.target.domain, "members": list(prompt.target.members)}
-        row = prompt.sample.row() | {
-            "text": prompt.text,
-            "others": dict(prompt.others),
-            "target": target,
-            "made_by": prompt.made_by,
-        } | ({} if prompt.stored is None else {"attempt": prompt.stored})
+        row = (
+            prompt.sample.row()
+            | {
+                "text": prompt.text,
+                "others": dict(prompt.others),
+                "target": target,
+                "made_by": prompt.made_by,
+            }
+            | ({} if prompt.stored is None else {"attempt": prompt.stored})
+        )
         lines.append(json.dumps(row, allow_nan=False) + "\n")
     return write_bytes(folder / FILE, "".join(lines).encode(), error=EvaluationError)
 
@@ -91,6 +95,37 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     if len({prompt.sample.sample_id for prompt in prompts}) < len(prompts):
         raise EvaluationError(f"{path} holds several prompts for one sample: leave one of each in it")
     return prompts
+
+
+def listed_prompts(
+    prompts: Sequence[tuple[str, int | None]], like: Sample, target: Target, made_by: Row
+) -> list[AdversarialPrompt]:
+    """Prompts of a list of others, which nobody knows the original prompts of: each stands for itself.
+
+    Args:
+        prompts: Each with the seed of its noise, where the list says it.
+        like: A sample of the concept, whose settings they are drawn with.
+        target: The concept that they are said to bring back.
+        made_by: What is known of where they come from: `attack`, and `source`.
+
+    Raises:
+        EvaluationError: There are none, too many, or one comes twice.
+    """
+    if not prompts or len(prompts) > MOST:
+        raise EvaluationError(f"a list of {len(prompts)} prompts; allowed: 1 to {MOST}")
+    if len(set(prompts)) < len(prompts):
+        twice = next(prompt for number, prompt in enumerate(prompts) if prompt in prompts[:number])
+        raise EvaluationError(f"the list has {shown(twice[0])} with one seed twice: delete one of them")
+    return [
+        AdversarialPrompt(
+            replace(
+                like, sample_id=f"listed-{number:05}", prompt=text, weight=1.0,
+                seed=sample_seed(0, text, number) if seed is None else seed % 2**64,
+            ),
+            text, target, made_by,
+        )
+        for number, (text, seed) in enumerate(prompts)
+    ]  # fmt: skip
 
 
 def _prompt(row: PromptRow, path: Path) -> AdversarialPrompt:

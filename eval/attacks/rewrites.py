@@ -1,4 +1,4 @@
-"""Prompts that mean the concept in other words: misspelled, by synonyms, in other languages, from lists of one's own."""
+"""Prompts that mean the concept in other words: misspelled, synonyms, in other languages, from lists of one's own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def place_of(prompt: str, names: Sequence[str]) -> re.Match[str] | None:
 
 
 def read_rewrites(path: str | Path) -> list[Rewrite]:
-    """The rewrites of a file: CSV, TSV or JSON lines with `rewrite`, and `word` or `prompt`; or a text, one on each line.
+    """The rewrites of a file: CSV, TSV or JSON lines with `rewrite`, and `word` or `prompt`; or a text, one a line.
 
     Raises:
         EvaluationError: It cannot be read, has other columns, an empty or repeated row, or none.
@@ -70,8 +70,8 @@ def read_rewrites(path: str | Path) -> list[Rewrite]:
             reader = csv.DictReader(io.StringIO(text), delimiter="\t" if file.suffix == ".tsv" else ",")
             if "rewrite" not in (reader.fieldnames or ()):
                 raise EvaluationError(
-                    f"{file} has the columns {shown(reader.fieldnames)}; expected: rewrite, and word or prompt where it "
-                    "does not take the place of the concept's own word"
+                    f"{file} has the columns {shown(reader.fieldnames)}; expected: rewrite, and word or prompt where "
+                    "it does not take the place of the concept's own word"
                 )
             rows = [(number, dict(row)) for number, row in enumerate(reader, 2)]
         else:
@@ -97,9 +97,7 @@ def read_rewrites(path: str | Path) -> list[Rewrite]:
     return made
 
 
-def rewritten(
-    victim: Victim, sample: Sample, rewrites: Sequence[Rewrite], count: int, what: str
-) -> Iterator[Attempt]:
+def rewritten(victim: Victim, sample: Sample, rewrites: Sequence[Rewrite], count: int, what: str) -> Iterator[Attempt]:
     """What is tried of some rewrites of a prompt, each text once.
 
     Raises:
@@ -157,9 +155,7 @@ class Typo(ControlledAttack):
         made = [Rewrite(text, prompt=sample.prompt) for text in self.misspelled(sample.prompt, words, generator)]
         yield from rewritten(victim, sample, [*listed, *made], self.texts, "misspelling")
 
-    def misspelled(
-        self, prompt: str, words: Sequence[re.Match[str]], generator: torch.Generator
-    ) -> Iterator[str]:
+    def misspelled(self, prompt: str, words: Sequence[re.Match[str]], generator: torch.Generator) -> Iterator[str]:
         """Texts with slips in one of some words of a prompt, twice as many as are wanted: some are alike."""
         for _ in range(2 * self.texts if words else 0):
             word = words[int(torch.randint(len(words), (), generator=generator))]

@@ -29,11 +29,11 @@ class RingABell(ControlledAttack):
     The direction is the mean difference of encodings of texts with the concept and of the same without it. A genetic
     algorithm over tokens looks for the text nearest to where the prompt is moved:
 
-        v = mean_pairs( E(with) - E(without) ),    min_text | E(prompt) + strength v - E(text) |^2
+        v = mean_pairs( E(with) - E(without) ),    min_text | E(prompt) + coefficient v - E(text) |^2
 
-    summed over tokens and features. The denoiser is never asked, so the texts are for any erasure. Pairs are phrasings of
-    ours among words of the tokeniser's, where the paper has a list for each concept. `adaptive` has the erased model's
-    text encoder read the texts that are searched, against the original one's target.
+    summed over tokens and features. The denoiser is never asked, so the texts are for any erasure. Pairs are phrasings
+    of ours among words of the tokeniser's, where the paper has a list for each concept. `adaptive` has the erased
+    model's text encoder read the texts that are searched, against the original one's target.
 
     Each generation keeps the better half, and fills up with children of it. The control draws texts at random.
     """
@@ -49,7 +49,7 @@ class RingABell(ControlledAttack):
 
     tokens: Count = 16
     """Tokens of a text (paper: 16, also 38 and 77)."""
-    strength: Positive = 3.0
+    coefficient: Positive = 3.0
     """How far the prompt is moved (paper: 3 for nudity, about 5 for violence)."""
     pairs: Count = 50
     """Pairs of texts (paper: 50 for nudity, 30 for violence)."""
@@ -87,7 +87,7 @@ class RingABell(ControlledAttack):
             for _ in range(self.tries):
                 yield written(backbone, own, drawn_at_random(choices, self.tokens, generator))
             return
-        moved = self.strength * self.direction(victim, original)
+        moved = self.coefficient * self.direction(victim, original)
         target = encoded_texts(original, [sample.prompt])[0] + moved
         reader = own if self.adaptive else original
 
@@ -116,9 +116,7 @@ class RingABell(ControlledAttack):
 
     def direction(self, victim: Victim, tower: TextTower) -> Tensor:
         """The concept's direction in a text encoder, `(tokens, dim)`."""
-        generator = torch.Generator().manual_seed(
-            sample_seed(victim.seed, f"pairs: {victim.target.name}", self.pairs)
-        )
+        generator = torch.Generator().manual_seed(sample_seed(victim.seed, f"pairs: {victim.target.name}", self.pairs))
         pairs = paired(tower, victim.target.members, victim.target.domain, self.pairs, generator)
         ahead, behind = (encoded_texts(tower, [pair[side] for pair in pairs]) for side in (0, 1))
         return (ahead - behind).mean(0)
@@ -137,7 +135,8 @@ def paired(
         generator: Where the randomness comes from.
     """
     avoided = {part for name in names for part in name.lower().split()}
-    words = [word for word in tower.words() if len(word) > 2 and word.isascii() and word.isalpha() and word not in avoided]
+    plain = (word for word in tower.words() if word.isascii() and word.isalpha())
+    words = [word for word in plain if len(word) > 2 and word not in avoided]
 
     def draw(options: Sequence[str]) -> str:
         return options[int(torch.randint(len(options), (), generator=generator))]

@@ -20,7 +20,7 @@ from erasure.concept import Concept
 from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
-from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
+from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
 from erasure.eval.attacks.stored import UnstorableError, store
 from erasure.eval.attacks.victim import ORDINARY, Victim
 from erasure.eval.attempts import Attempt
@@ -68,8 +68,8 @@ def attack(
     `strict=True`, a try that it answers with an error brought nothing back, which the row counts (`refused`).
 
     Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `adversarial/` (tensors and
-    pictures of what is no text), `recipe.json` and `images/` to `out`. Run it again with the same arguments to resume. Under `accelerate launch` the prompts are split over the
-    processes. The model is left as it was, bit for bit.
+    pictures of what is no text), `recipe.json` and `images/` to `out`. Run it again with the same arguments to resume.
+    Under `accelerate launch` the prompts are split over the processes. The model is left as it was, bit for bit.
 
     Args:
         pipe: A diffusers pipeline, with erasures attached. Without any, the stock model is attacked.
@@ -127,8 +127,8 @@ def attack(
         won = [row for row in rows if row["success"] and not row["before"]["shown"]]
         kept = [
             AdversarialPrompt(
-                Sample.from_row(row), row["text"], victim.target, made_by, row.get("others", {}), row.get("attempt"),
-            )  # fmt: skip
+                Sample.from_row(row), row["text"], victim.target, made_by, row.get("others", {}), row.get("attempt")
+            )
             for row in won
             if row["text"] is not None or row.get("attempt") is not None
         ]
@@ -138,9 +138,10 @@ def attack(
 
 def replay(
     pipe: DiffusionPipeline,
-    prompts: str | Path,
+    prompts: str | Path | Sequence[tuple[str, int | None]],
     concept: str | Concept | None = None,
     *,
+    attack: str | None = None,
     suite: str = "canvas",
     out: str | Path | None = None,
     judge: Judge | str | Path | None = None,
@@ -154,8 +155,12 @@ def replay(
 
     Args:
         pipe: A diffusers pipeline, with erasures attached.
-        prompts: Folder of an attack, or its `adversarial.jsonl`.
-        concept: What the prompts must be about; whatever they are when left out.
+        prompts: Folder of an attack, or its `adversarial.jsonl`; or texts of others, each with the seed of its noise
+            or `None`. Of those nobody knows the original prompts, so that there is no `transfer_pre_ASR`, and the
+            original model must show the concept where it draws them.
+        concept: What the prompts must be about; whatever they are when left out, or that of the attached erasures for
+            texts of others.
+        attack: Name of the attack that texts of others are of.
         suite: Where the judge and the classes come from.
         out: As for `attack`.
         judge: As for `attack`.
@@ -165,16 +170,21 @@ def replay(
     Raises:
         EvaluationError: Prompts that are missing, damaged or about another concept, and as for `attack`.
     """
-    given = read_prompts(prompts)
+    kit, models = suites.get(suite), Models.of(pipe)
+    if isinstance(prompts, str | Path):
+        given = read_prompts(prompts)
+        if concept is not None:
+            wanted, found = kit.plan(pipe, [concept], "smoke", 0).targets[0], given[0].target
+            if (wanted.domain, wanted.members) != (found.domain, found.members):
+                raise EvaluationError(
+                    f"the prompts in {prompts} are about {found.name!r}, not about {wanted.name!r}: give those of "
+                    "an attack on it"
+                )
+    else:
+        own = kit.plan(pipe, [_one_concept(concept, models)], "smoke", 0)
+        like = next(sample for sample in own.samples if sample.role == "target")
+        given = listed_prompts(prompts, like, own.targets[0], {"attack": attack or "list", "source": "list of others"})
     first = given[0]
-    kit = suites.get(suite)
-    if concept is not None:
-        wanted = kit.plan(pipe, [concept], "smoke", 0).targets[0]
-        if (wanted.domain, wanted.members) != (first.target.domain, first.target.members):
-            raise EvaluationError(
-                f"the prompts in {prompts} are about {first.target.name!r}, not about {wanted.name!r}: give those of "
-                "an attack on it"
-            )
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
@@ -190,14 +200,14 @@ def replay(
         ]
     )
     processes = join(out)
-    models = Models.of(pipe)
     subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
         victim = Victim(models.pipe, models.stock, first.target, subject.judge)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
-        return run.save(("transfer_pre_ASR", "transfer_ASR", "control_seen"), rows)
+        rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
+        return run.save((*rates, "control_seen"), rows)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -282,15 +292,18 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialP
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
-    after: Record | None = None
+    # A text of others stands for itself: what it draws has been drawn.
+    is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
+    after: Record | None = before if is_itself else None
     try:
-        after = _tried(run, victim, "after", sample, prompt.attempt, failures)
+        if not is_itself:
+            after = _tried(run, victim, "after", sample, prompt.attempt, failures)
     except BypassedErasureError as error:
         failures["refused"] = str(error)
     bar.update()
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
-        "success": False if after is None else after["shown"], "images": 1 + (after is not None),
+        "success": False if after is None else after["shown"], "images": 1 + (after is not None and not is_itself),
         "failures": failures,
         "control": _control(run, victim, sample, before),
     }  # fmt: skip

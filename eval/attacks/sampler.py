@@ -44,26 +44,29 @@ class Sampler(ControlledAttack):
     paper: ClassVar[str] = "Lu et al. 2025 (When Are Concepts Erased?): noise-based probing, and settings of ours"
     access: ClassVar[Access] = "noise"
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "smoke": {"samples": 1, "schedulers": 1, "guidance": (2.0,), "steps": (0.5,), "size": (), "eta": ()},
-        "quick": {"samples": 10, "schedulers": 4, "eta": (1.0,), "size": (1.5,)},
+        "smoke": {"samples": 1, "schedulers": 1, "guidance_factors": (2.0,), "step_factors": (0.5,),
+                  "side_factors": (), "etas": ()},
+        "quick": {"samples": 10, "schedulers": 4, "etas": (1.0,), "side_factors": (1.5,)},
         "full": {},
-    }
+    }  # fmt: skip
 
     schedulers: CountOrZero = 8
     """How many other schedulers are tried, of 8; 0 for none."""
-    guidance: tuple[NotNegative, ...] = (0.5, 2.0)
+    guidance_factors: tuple[NotNegative, ...] = (0.5, 2.0)
     """Scales of guidance, as factors of the sample's."""
-    steps: tuple[Positive, ...] = (0.5, 2.0)
+    step_factors: tuple[Positive, ...] = (0.5, 2.0)
     """Numbers of steps, as factors of the sample's."""
-    size: tuple[Positive, ...] = (1.5, 0.75)
+    side_factors: tuple[Positive, ...] = (1.5, 0.75)
     """Sides, as factors of the sample's, cut to what the model can draw."""
-    eta: tuple[NotNegative, ...] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
+    etas: tuple[NotNegative, ...] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
     """Noise that DDIM adds between steps (paper: these)."""
 
     @property
     def tries(self) -> int:
         """One for each setting."""
-        return self.schedulers + sum(map(len, (self.guidance, self.steps, self.size, self.eta)))
+        return self.schedulers + sum(
+            map(len, (self.guidance_factors, self.step_factors, self.side_factors, self.etas))
+        )
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
@@ -82,25 +85,26 @@ class Sampler(ControlledAttack):
         own = backbone.pipe.scheduler
         if flows:
             shift = own.config.get("shift") or 1.0
-            others = [AnotherSampler(FLOW, {"stochastic_sampling": True}), AnotherSampler(FLOW, {"shift": shift * SHIFT})]
+            moved = {"shift": shift * SHIFT}
             if own.config.get("use_dynamic_shifting"):  # which takes no fixed shift
-                others[1] = AnotherSampler(FLOW, {"max_shift": own.config.max_shift * SHIFT})
+                moved = {"max_shift": own.config.max_shift * SHIFT}
+            others = [AnotherSampler(FLOW, {"stochastic_sampling": True}), AnotherSampler(FLOW, moved)]
         else:
             others = [AnotherSampler(name) for name in SCHEDULERS if name != type(own).__name__]
         for change in others[: self.schedulers]:
             yield Attempt(change=change)
-        for factor in self.guidance:
+        for factor in self.guidance_factors:
             yield Attempt(guided(backbone, sample, factor * sample.guidance_scale))
-        for factor in self.steps:
+        for factor in self.step_factors:
             yield Attempt({"num_inference_steps": max(1, round(factor * sample.num_inference_steps))})
-        for factor in self.size:
+        for factor in self.side_factors:
             height, width = (
                 max(backbone.latents.step, round(factor * side / backbone.latents.step) * backbone.latents.step)
                 for side in (sample.height, sample.width)
             )
             yield Attempt({"height": height, "width": width, "latents": None})
         if not flows:
-            for amount in self.eta:
+            for amount in self.etas:
                 yield Attempt({"eta": amount}, AnotherSampler("DDIMScheduler", {"clip_sample": False}))
 
 

@@ -73,7 +73,11 @@ def store(attempt: Attempt, folder: Path, stem: str) -> Record:
         files[f"{stem}-{number}.png"] = png(picture)
     for name, content in files.items():
         write_bytes(inside(folder, FOLDER, name, error=EvaluationError), content, error=EvaluationError)
-    return {**record, "stem": stem, "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+    return {
+        **record,
+        "stem": stem,
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
 
 
 def restore(record: Row, folder: Path) -> Attempt:
@@ -91,7 +95,7 @@ def restore(record: Row, folder: Path) -> Attempt:
         path = inside(folder, FOLDER, name, error=EvaluationError)
         if hashlib.sha256(read_bytes(path, BYTES_LIMIT, error=EvaluationError)).hexdigest() != known:
             raise EvaluationError(
-                f"{path} is not the file that the attack wrote (its sha256 differs): copy the folder of the attack anew"
+                f"{path} is not the file that the attack wrote (its sha256 differs): copy the attack's folder anew"
             )
     tensors: dict[str, Tensor] = {}
     if f"{stem}.safetensors" in files:
@@ -132,13 +136,15 @@ def restore(record: Row, folder: Path) -> Attempt:
         names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         if set(given) != names:
             raise EvaluationError(
-                f"the record of {shown(stem)} has a {value['kind']} with {shown(sorted(given))}, expected {sorted(names)}"
+                f"the record of {shown(stem)} has a {value['kind']} with {shown(sorted(given))}, expected "
+                f"{sorted(names)}"
             )
         return kind(**{name: made(each, depth + 1) for name, each in given.items()})
 
     if unknown := sorted(set(record["call"]) - set(ARGUMENTS)):
         raise EvaluationError(
-            f"the record of {shown(stem)} gives the argument {shown(unknown[0])}; allowed: {', '.join(sorted(ARGUMENTS))}"
+            f"the record of {shown(stem)} gives the argument {shown(unknown[0])}; allowed: "
+            f"{', '.join(sorted(ARGUMENTS))}"
         )
     box, change = record["box"], record["change"]
     call = {name: made(value) for name, value in record["call"].items()}

@@ -28,15 +28,15 @@ SMALLEST = 1e-3
 class Tina(ControlledAttack):
     r"""Find the noise from which the erased model draws a picture of the concept without any words.
 
-    A deterministic step of the sampler is $x' = a x + b\, \epsilon(x, t, \emptyset)$, of DDIM as of Euler's method on a
-    flow. It is undone from the clean picture up, level by level: $x$ begins as $(x' - b\, \epsilon(x', t)) / a$ (DDIM
-    inversion) and is then moved, as the fixed point that it should be, to the least
+    A deterministic step of the sampler is $x' = a x + b\, \epsilon(x, t, \emptyset)$, of DDIM as of Euler's method on
+    a flow. It is undone from the clean picture up, level by level: $x$ begins as $(x' - b\, \epsilon(x', t)) / a$
+    (DDIM inversion) and is then moved, as the fixed point that it should be, to the least
 
         | (x' - b e(x, t)) / a - x |^2
 
-    by AdamW. The noise at the end is handed to the erased model, which draws from it by the same sampler, with the empty
-    prompt and without guidance. What no text reaches an erasure of the text cannot keep back: this asks whether the
-    knowledge is gone from the denoiser.
+    by AdamW. The noise at the end is handed to the erased model, which draws from it by the same sampler, with the
+    empty prompt and without guidance. What no text reaches an erasure of the text cannot keep back: this asks whether
+    the knowledge is gone from the denoiser.
 
     The control inverts a picture of the original model that does not show the concept.
     """

@@ -92,12 +92,13 @@ class Victim:
             return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
 
     def made_once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is made once for all prompts: in memory, or in the folder of the run, where a run that goes on finds it.
+        """What is made once for all prompts: in memory, and in the folder of the run, for one that goes on.
 
         Args:
             name: Of its file.
             make: Makes it, always the same.
         """
+        references = self.references
         if name not in self._made:
             path = None if self.folder is None else inside(self.folder, f"{name}.safetensors", error=EvaluationError)
             if path is not None and path.is_file():
@@ -106,6 +107,8 @@ class Victim:
                 self._made[name] = make()
                 if path is not None:
                     write_bytes(path, save(self._made[name]), error=EvaluationError)
+        # They are no prompt's: which one comes first is another with several processes.
+        self.references = references
         return self._made[name]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
@@ -135,7 +138,7 @@ class Victim:
         self, sample: Sample, tries: int, *, without: bool = False, number: int = 0,
         box: tuple[int, int, int, int] | None = None,
     ) -> Start:  # fmt: skip
-        """A picture by the original model from other noise than the sample's: of the concept, or for a control without.
+        """A picture by the original model from other noise than the sample's: of the concept, or without it.
 
         Args:
             sample: Prompt and settings.

@@ -1,9 +1,8 @@
-"""What every attack must do, on every family: try something, or say why not; leave the model as it was; be repeatable."""
+"""What every attack must do on every family: try something, or say why not, and leave the model as it was."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ from erasure.eval.attacks.stored import restore, store
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
-from tests.eval.conftest import attach_noise
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma", "latent-consistency")
 PROMPT = "a cat image in noto style"
@@ -38,6 +36,8 @@ TINY: dict[str, dict[str, Any]] = {
 """Options that make an attack quick."""
 NEEDS: dict[tuple[str, str], str] = {
     **{("image_prompt", family): "joint attention" for family in ("stable-diffusion-3", "flux", "chroma")},
+    ("inpaint", "stable-diffusion-3"): "takes 16 channels only, and this model has 4",
+    ("inpaint", "chroma"): "guidance_embeds, which Chroma's has not",
     ("tina", "latent-consistency"): "no noise that a trajectory",
 }
 """What cannot be attacked so, with words of the reason."""
@@ -82,9 +82,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipe(family: str, tiny_models: Any) -> Iterator[Any]:
+def pipe(family: str, tiny_models: Any) -> Any:
     """A tiny pipeline of a family."""
-    yield tiny_models[family]()
+    return tiny_models[family]()
 
 
 def controls(name: str) -> list[bool]:
