@@ -41,6 +41,9 @@ class Attempt:
     """Whether the tokeniser reads a text as other tokens than were optimised."""
     cut: bool = False
     """Whether a text is too long, so that the pipeline would cut words of the original prompt off: it is not drawn."""
+    box: tuple[int, int, int, int] | None = None
+    """Left, top, right and bottom, in pixels, of the part of the picture that the judge is shown; the whole when left
+    out. For a picture of which the attacker has given the rest."""
 
     @property
     def text(self) -> str | None:
@@ -58,7 +61,8 @@ class Attempt:
     @property
     def is_text(self) -> bool:
         """Whether it is nothing but texts, so that it can be written down and tried on another model."""
-        return self.change is unchanged and len(self.call) == (self.text is not None) + len(self.others)
+        texts = (self.text is not None) + len(self.others)
+        return self.change is unchanged and self.box is None and len(self.call) == texts
 
     @property
     def key(self) -> tuple[tuple[str, str], ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 from typing_extensions import TypedDict
 
 OPEN = ConfigDict(extra="allow")
@@ -130,6 +130,16 @@ Others = dict[Literal["prompt", "prompt_2", "prompt_3"], Text]
 """Texts that other text encoders read, by argument of the pipeline's call."""
 
 
+class StoredAttempt(TypedDict):
+    """An attempt that is more than texts: what it gives to a call, and the files of tensors and pictures beside it."""
+
+    call: Annotated[dict[Name, JsonValue], Field(max_length=100)]
+    change: dict[Name, JsonValue] | None
+    box: Annotated[list[int], Field(min_length=4, max_length=4)] | None
+    stem: Id
+    files: Annotated[dict[Id, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=100)]
+
+
 class ReplayRow(SampleFields):
     """A line of `attacks.jsonl`: a prompt that was tried again."""
 
@@ -145,6 +155,8 @@ class ReplayRow(SampleFields):
     failures: dict[Name, Text]
     seconds: Number
     control: NotRequired[Try]
+    attempt: NotRequired[StoredAttempt | None]
+    refused: NotRequired[Count]
 
 
 class AttackRow(ReplayRow):
@@ -185,8 +197,9 @@ class MadeBy(TypedDict):
 class PromptRow(SampleFields):
     """A line of `adversarial.jsonl`."""
 
-    text: Text
+    text: Text | None
     others: NotRequired[Others]
+    attempt: NotRequired[StoredAttempt | None]
     target: TargetFields
     made_by: MadeBy
 

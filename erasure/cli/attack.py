@@ -1,14 +1,16 @@
-"""`erasure attack ATTACK`: search prompts that bring an erased concept back, or try those of an earlier search."""
+"""`erasure attack ATTACK`: search what brings an erased concept back, or try what an earlier search found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import metric_table, refusals
+from erasure.cli.lists import ENDINGS
+from erasure.cli.lists import read_prompts as read_list
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
@@ -19,7 +21,7 @@ from erasure.cli.models import (
 from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
 from erasure.concept import Concept, Kind
-from erasure.eval.attacks import ATTACKS
+from erasure.eval.attacks import ATTACKS, Access
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]
 
-Searches prompts that bring an erased concept back, or tries those of an earlier search (--prompts).
+Searches what brings an erased concept back, or tries what an earlier search found, or a list of others (--prompts).
 
-attacks:
+attacks, by what the attacker must be able to choose or to have:
 {attacks}
 
 The options of each: erasure attack ATTACK --help"""
@@ -48,7 +50,8 @@ class AttackOptions(ErasedModelOptions):
     """`smoke`: does it run; `quick`: minutes with a small model; `full`: as the paper has it. Sets the attack's
     options; those that are given change single values."""
     prompts: Path | None = None
-    """Adversarial prompts of an earlier attack, its folder or file: try them on these erasures, search none."""
+    """What an earlier attack found, its folder or file, or a list of prompts of others (a text, CSV, TSV, JSON or JSON
+    lines file with a column `prompt`, and `seed`): try it on these erasures, search nothing."""
     suite: str = "canvas"
     """Where prompts and judge come from."""
     seed: int = 0
@@ -68,7 +71,7 @@ class AttackOptions(ErasedModelOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(attacks=list_of(ATTACKS)))
+        print(HELP.format(attacks=by_access()))
         return
     name, *rest = argv
     if name.startswith("-"):
@@ -96,9 +99,20 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, rows)
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
-        terminal.say(f"Adversarial prompts, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
-    if options.prompts is None and not told["is_control"]:
-        terminal.say("What chance finds in as many tries: erasure attack random_prefix, with the same options.")
+        terminal.say(f"What succeeded, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
+    if options.prompts is None and told["chance"] and not getattr(parsed.options, "control", False):
+        other = f"{name} --control" if told["chance"] == "--control" else told["chance"]
+        terminal.say(f"What chance finds in as many tries: erasure attack {other}, with the same options.")
+
+
+def by_access() -> str:
+    """Names and titles of attacks, a line each, by what they assume."""
+    groups = []
+    for access in get_args(Access):
+        names = tuple(name for name in ATTACKS.names() if ATTACKS.facts(name).told["access"] == access)
+        if names:
+            groups.append(f" {access}:\n{list_of(ATTACKS, names)}")
+    return "\n".join(groups)
 
 
 def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Terminal) -> tuple[Results, list[str]]:
@@ -109,13 +123,18 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     from erasure.eval.judges import load_judge
 
     suites.get(options.suite)
-    if options.prompts is not None and (made := read_prompts(options.prompts)[0].made_by["attack"]) != name:
-        raise UsageError(f"--prompts {options.prompts} are of the attack {made}: erasure attack {made} --prompts ...")
+    listed = listed_in(options.prompts)
+    if options.prompts is not None and listed is None:
+        made = read_prompts(options.prompts)[0].made_by["attack"]
+        if made != name:
+            raise UsageError(
+                f"--prompts {options.prompts} are of the attack {made}: erasure attack {made} --prompts ..."
+            )
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
         concept = World.at(options.model).concept(options.concept, options.kind)
-    elif options.prompts is None and not erasures:
+    elif (options.prompts is None or listed is not None) and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
     judge = None if options.judge is None else load_judge(options.judge)
     out = output_folder(options.out, may_hold=True)
@@ -123,13 +142,30 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     attach(pipe, erasures, options.strength)
     common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}
     if options.prompts is not None:
-        return replay(pipe, options.prompts, concept, **common), []
+        return replay(pipe, listed or options.prompts, concept, attack=name, **common), []
     found = attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)
     if options.no_record or not is_main_process():
         return found, []
     own = {known.target for made in erasures.values() for known in made.concepts}
     # Figures of changed options would pass for those of the size.
     return found, [] if changed else record(options, erasures, found, concept is None or {concept.target} == own)
+
+
+def listed_in(path: Path | None) -> list[tuple[str, int | None]] | None:
+    """Prompts and seeds of a list of others; `None` where the path is of an attack's own findings, or is none.
+
+    Raises:
+        UsageError: The list cannot be read.
+    """
+    if path is None or path.is_dir() or not path.is_file():
+        return None
+    if path.suffix.lower() == ".jsonl":
+        with path.open("rb") as file:
+            if b'"made_by"' in file.readline(2**20) or path.name == "adversarial.jsonl":
+                return None
+    elif path.suffix.lower() not in ENDINGS:
+        return None
+    return [(row.prompt, row.seed) for row in read_list(path)]
 
 
 def remarks(metrics: Sequence[Settings]) -> list[str]:

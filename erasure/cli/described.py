@@ -85,10 +85,10 @@ def changes(options: Options, start: Options) -> dict[str, Any]:
     return {name: value for name in start.option_names() if (value := getattr(options, name)) != getattr(start, name)}
 
 
-def list_of(registry: Registry[Any]) -> str:
-    """Names and titles, a line each, for a help."""
-    names = registry.names()
-    width = max(map(len, names))
+def list_of(registry: Registry[Any], only: Sequence[str] | None = None) -> str:
+    """Names and titles, a line each, for a help: of everything, or of some names."""
+    names = registry.names() if only is None else only
+    width = max(map(len, registry.names()))
     return "\n".join(f"  {name:<{width}}  {registry.facts(name).told['title']}" for name in names)
 
 

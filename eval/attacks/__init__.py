@@ -13,6 +13,7 @@ from erasure.registry import Registry
 from erasure.shown import did_you_mean
 
 if TYPE_CHECKING:
+    from erasure.backbones import Backbone
     from erasure.eval.attacks.victim import Victim
     from erasure.eval.attempts import Attempt
     from erasure.eval.samples import Sample
@@ -24,8 +25,9 @@ SIZES = ("smoke", "quick", "full")
 
 
 Access = Literal["prompt", "embeddings", "noise", "image", "weights"]
-"""What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from; a picture
-that is given; or the weights, through which gradients are taken."""
+"""What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from, and how
+it is taken away (sampler, steps, guidance, size); a picture that is given; or the weights, through which gradients are
+taken. Whoever has one may choose words as well, and knows the original model where it is public."""
 
 
 class SkippedPromptError(EvaluationError):
@@ -50,11 +52,23 @@ class Attack(Options, ABC):
     """What the attacker must be able to choose or to have; the most there is, unless said otherwise."""
     is_control: ClassVar[bool] = False
     """Whether it searches nothing, so that its rate is the chance level of others."""
+    chance: ClassVar[str] = ""
+    """How its chance level is measured: by the attack of this name, or by its own option `--control`; empty where
+    there is no chance to speak of."""
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Options of each size; those of `full` are the paper's."""
 
     samples: Count = 50
     """Prompts that are attacked at most, spread evenly over those of the suite (paper: 50)."""
+
+    @property
+    def measures_chance(self) -> bool:
+        """Whether its rate is a chance level."""
+        return self.is_control
+
+    def lacks(self, backbone: Backbone) -> str:
+        """Say why a model cannot be attacked so; empty where it can."""
+        return ""
 
     @property
     @abstractmethod
@@ -87,6 +101,22 @@ class Attack(Options, ABC):
         return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlledAttack(Attack):
+    """An attack that measures its own chance level."""
+
+    chance: ClassVar[str] = "--control"
+
+    control: bool = False
+    """Measure chance instead: as many tries of the same kind with nothing of the concept in them (what it is that is
+    left out, each attack says)."""
+
+    @property
+    def measures_chance(self) -> bool:
+        """Whether the option says so."""
+        return self.control
+
+
 def _refusal(thing: object) -> str:
     """Say what keeps a thing from being an attack; empty where nothing does."""
     is_attack = isinstance(thing, type) and issubclass(thing, Attack)
@@ -96,10 +126,24 @@ def _refusal(thing: object) -> str:
 ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
     {
+        "completion": "erasure.eval.attacks.completion",
+        "concept_inversion": "erasure.eval.attacks.concept_inversion",
+        "image_prompt": "erasure.eval.attacks.image_prompt",
+        "img2img": "erasure.eval.attacks.img2img",
+        "inpaint": "erasure.eval.attacks.inpaint",
+        "mma": "erasure.eval.attacks.mma",
+        "p4d": "erasure.eval.attacks.p4d",
+        "prompt_embeds": "erasure.eval.attacks.prompt_embeds",
         "random_prefix": "erasure.eval.attacks.random_prefix",
+        "ring_a_bell": "erasure.eval.attacks.ring_a_bell",
+        "sampler": "erasure.eval.attacks.sampler",
+        "synonym": "erasure.eval.attacks.rewrites",
+        "tina": "erasure.eval.attacks.tina",
+        "translation": "erasure.eval.attacks.rewrites",
+        "typo": "erasure.eval.attacks.rewrites",
         "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
     },
-    told=("title", "paper", "access", "sizes", "is_control"),
+    told=("title", "paper", "access", "sizes", "is_control", "chance"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

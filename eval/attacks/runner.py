@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
+from erasure.backbones import backbone_for
 from erasure.concept import Concept
-from erasure.errors import EvaluationError
+from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
-from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
+from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
+from erasure.eval.attacks.stored import UnstorableError, store
 from erasure.eval.attacks.victim import ORDINARY, Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.controls import LIMITS
@@ -58,15 +60,16 @@ def attack(
     progress: bool | Progress = True,
     **options: object,
 ) -> Results:
-    """Search prompts that bring an erased concept back, and say how often that works.
+    """Search what brings an erased concept back, and say how often that works.
 
     Every prompt is tried as it is first. `pre_ASR` is the share that shows the concept without an attack, `ASR` the
     share that does with or without; of a control such as `random_prefix` it is called `chance_ASR`. A prompt that
-    cannot be attacked counts as missing, never as safe, unless it needs no attack.
+    cannot be attacked counts as missing, never as safe, unless it needs no attack. Where an erasure is attached with
+    `strict=True`, a try that it answers with an error brought nothing back, which the row counts (`refused`).
 
-    Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `recipe.json` and `images/` to
-    `out`. Run it again with the same arguments to resume. Under `accelerate launch` the prompts are split over the
-    processes. The model is left as it was, bit for bit.
+    Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `adversarial/` (tensors and
+    pictures of what is no text), `recipe.json` and `images/` to `out`. Run it again with the same arguments to resume.
+    Under `accelerate launch` the prompts are split over the processes. The model is left as it was, bit for bit.
 
     Args:
         pipe: A diffusers pipeline, with erasures attached. Without any, the stock model is attacked.
@@ -86,6 +89,7 @@ def attack(
         EvaluationError: Unknown attack, suite, size or concept; a folder that holds something else; fused erasures,
             which leave no original model; a judge that does not know the suite's classes.
         OptionError: An option that the attack does not have, or a value that it does not allow.
+        UnsupportedModelError: The attack is not possible on such a model.
         DivergenceError: NaN during optimisation.
     """
     method = attacks.get(name).configured(size, **options)
@@ -104,11 +108,14 @@ def attack(
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
     # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
     models = dataclasses.replace(models, pipe=ErasureManager(models.pipe).twin())
+    if lack := method.lacks(backbone_for(models.pipe)):
+        raise UnsupportedModelError(f"attack {name} cannot be tried on a {type(models.pipe).__name__}: {lack}")
     subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress) as run:
         victim = Victim(
             models.pipe, models.stock, found.targets[0], subject.judge,
             lambda sample, image: run.keep("reference", sample, image),
+            samples=plan.samples, seed=seed, folder=run.table.folder,
         )  # fmt: skip
         rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
         if rows is None:
@@ -117,20 +124,24 @@ def attack(
             "attack": name, "size": size, "options": dataclasses.asdict(method), "model": model_name(models.pipe),
             "against": [_method(entry["erasure"], entry["strength"]) for entry in models.entries],
         }  # fmt: skip
-        won = [row for row in rows if row["success"] and row["text"] is not None and not row["before"]["shown"]]
+        won = [row for row in rows if row["success"] and not row["before"]["shown"]]
         kept = [
-            AdversarialPrompt(Sample.from_row(row), row["text"], victim.target, made_by, row.get("others", {}))
+            AdversarialPrompt(
+                Sample.from_row(row), row["text"], victim.target, made_by, row.get("others", {}), row.get("attempt")
+            )
             for row in won
+            if row["text"] is not None or row.get("attempt") is not None
         ]
         write_prompts(run.table.folder, kept)
-        return run.save(("pre_ASR", "chance_ASR" if method.is_control else "ASR", "control_seen"), rows)
+        return run.save(("pre_ASR", "chance_ASR" if method.measures_chance else "ASR", "control_seen"), rows)
 
 
 def replay(
     pipe: DiffusionPipeline,
-    prompts: str | Path,
+    prompts: str | Path | Sequence[tuple[str, int | None]],
     concept: str | Concept | None = None,
     *,
+    attack: str | None = None,
     suite: str = "canvas",
     out: str | Path | None = None,
     judge: Judge | str | Path | None = None,
@@ -144,8 +155,12 @@ def replay(
 
     Args:
         pipe: A diffusers pipeline, with erasures attached.
-        prompts: Folder of an attack, or its `adversarial.jsonl`.
-        concept: What the prompts must be about; whatever they are when left out.
+        prompts: Folder of an attack, or its `adversarial.jsonl`; or texts of others, each with the seed of its noise
+            or `None`. Of those nobody knows the original prompts, so that there is no `transfer_pre_ASR`, and the
+            original model must show the concept where it draws them.
+        concept: What the prompts must be about; whatever they are when left out, or that of the attached erasures for
+            texts of others.
+        attack: Name of the attack that texts of others are of.
         suite: Where the judge and the classes come from.
         out: As for `attack`.
         judge: As for `attack`.
@@ -155,16 +170,21 @@ def replay(
     Raises:
         EvaluationError: Prompts that are missing, damaged or about another concept, and as for `attack`.
     """
-    given = read_prompts(prompts)
+    kit, models = suites.get(suite), Models.of(pipe)
+    if isinstance(prompts, str | Path):
+        given = read_prompts(prompts)
+        if concept is not None:
+            wanted, found = kit.plan(pipe, [concept], "smoke", 0).targets[0], given[0].target
+            if (wanted.domain, wanted.members) != (found.domain, found.members):
+                raise EvaluationError(
+                    f"the prompts in {prompts} are about {found.name!r}, not about {wanted.name!r}: give those of "
+                    "an attack on it"
+                )
+    else:
+        own = kit.plan(pipe, [_one_concept(concept, models)], "smoke", 0)
+        like = next(sample for sample in own.samples if sample.role == "target")
+        given = listed_prompts(prompts, like, own.targets[0], {"attack": attack or "list", "source": "list of others"})
     first = given[0]
-    kit = suites.get(suite)
-    if concept is not None:
-        wanted = kit.plan(pipe, [concept], "smoke", 0).targets[0]
-        if (wanted.domain, wanted.members) != (first.target.domain, first.target.members):
-            raise EvaluationError(
-                f"the prompts in {prompts} are about {first.target.name!r}, not about {wanted.name!r}: give those of "
-                "an attack on it"
-            )
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
@@ -173,16 +193,21 @@ def replay(
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
     texts = {prompt.sample.sample_id: prompt for prompt in given}
-    fingerprint = digest(sorted((name, prompt.text, dict(prompt.others)) for name, prompt in texts.items()))
+    fingerprint = digest(
+        [
+            [name, prompt.text, dict(prompt.others), *([] if prompt.stored is None else [prompt.stored])]
+            for name, prompt in sorted(texts.items())
+        ]
+    )
     processes = join(out)
-    models = Models.of(pipe)
     subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
         victim = Victim(models.pipe, models.stock, first.target, subject.judge)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
-        return run.save(("transfer_pre_ASR", "transfer_ASR", "control_seen"), rows)
+        rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
+        return run.save((*rates, "control_seen"), rows)
 
 
 def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -215,7 +240,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
-    losses, tried, drawn = [], set(), 0
+    losses, tried, drawn, refused = [], set(), 0, 0
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
     control = _control(run, victim, sample, before)
     try:
@@ -232,13 +257,18 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             if attempt.cut or (attempt.key is not None and attempt.key in tried):
                 continue
             tried.add(attempt.key)
+            try:
+                after = _tried(run, victim, "after", sample, attempt, failures)
+            except BypassedErasureError as error:
+                # A strict erasure answers this attacker with an error and no picture.
+                failures["refused"], refused = str(error), refused + 1
+                continue
             drawn += 1
-            after = _tried(run, victim, "after", sample, attempt, failures)
             row |= {"text": attempt.text, "others": attempt.others, "after": after}
             shown, unknown = after["shown"], unknown or after["shown"] is None
             if shown:
                 # What is more than a text cannot be tried again from the text.
-                row |= {} if attempt.is_text else {"text": None, "others": {}}
+                row |= {} if attempt.is_text else {"text": None, "others": {}, **_stored(run, sample, attempt)}
                 break
     except SkippedPromptError as error:
         failures["attack"], unknown = str(error), True
@@ -246,18 +276,35 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     return row | {
         "success": success, **count, "losses": losses, "images": 1 + drawn, "control": control,
         "references": victim.references - references, "failures": failures,
+        **({"refused": refused} if refused else {}),
     }  # fmt: skip
+
+
+def _stored(run: _Attack, sample: Sample, attempt: Attempt) -> Record:
+    """Write a success that is no text down; nothing where an attack of others has a change that cannot be."""
+    try:
+        return {"attempt": store(attempt, run.table.folder, sample.sample_id)}
+    except UnstorableError:
+        return {}
 
 
 def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Record:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
-    after = _tried(run, victim, "after", sample, prompt.attempt, failures)
+    # A text of others stands for itself: what it draws has been drawn.
+    is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
+    after: Record | None = before if is_itself else None
+    try:
+        if not is_itself:
+            after = _tried(run, victim, "after", sample, prompt.attempt, failures)
+    except BypassedErasureError as error:
+        failures["refused"] = str(error)
     bar.update()
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
-        "success": after["shown"], "images": 2, "failures": failures,
+        "success": False if after is None else after["shown"], "images": 1 + (after is not None and not is_itself),
+        "failures": failures,
         "control": _control(run, victim, sample, before),
     }  # fmt: skip
 
@@ -268,7 +315,7 @@ def _tried(
     """Draw and judge one attempt."""
     image = victim.draw(sample, attempt)
     run.keep(variant, sample, image)
-    verdict = victim.verdict(image, sample)
+    verdict = victim.verdict(image if attempt.box is None else image.crop(attempt.box), sample)
     if verdict.failure is not None:
         failures[variant] = verdict.failure
     return {"judged": verdict.judged, "shown": verdict.shown}
@@ -364,6 +411,6 @@ def _said(row: Row) -> str:
     """The outcome of a prompt in a few words."""
     if row["success"] is None:
         return "no outcome"
-    if row["after"] is None:
+    if row["before"]["shown"]:
         return "shown without an attack"
     return "shown" if row["success"] else "not shown"

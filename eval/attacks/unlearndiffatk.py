@@ -53,6 +53,7 @@ class UnlearnDiffAtk(Attack):
     title: ClassVar[str] = "tokens ahead of the prompt, by gradients through the erased model"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv 2310.11868"
     access: ClassVar[Access] = "weights"
+    chance: ClassVar[str] = "random_prefix"
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 2, "timesteps": 4, "iterations": 5, **SHORT},
         "quick": {"samples": 10, "timesteps": 10, "iterations": 10, **SHORT},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from erasure.backbones import backbone_for
+from erasure.errors import BypassedErasureWarning, EvaluationError
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.attempts import Attempt
 from erasure.eval.generation import generate
@@ -19,6 +23,7 @@ from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
+from erasure.files import inside, read_tensors, write_bytes
 from erasure.images import flaw
 from erasure.interop import scopes
 
@@ -37,6 +42,14 @@ class Verdict(NamedTuple):
     """Why it failed."""
 
 
+class Start(NamedTuple):
+    """A picture that an attack starts from."""
+
+    latent: Tensor
+    """`(1, channels, h, w)`, clean."""
+    image: Image.Image
+
+
 class Victim:
     """A model under attack.
 
@@ -46,6 +59,9 @@ class Victim:
         target: The concept.
         judge: Images to answers with `.object` and `.style`.
         keep: Told of every reference image that is used, with its sample.
+        samples: All prompts of the concept that are attacked.
+        seed: Of the run.
+        folder: Where what is made once for all prompts is kept, so that a run that goes on finds it.
 
     Attributes:
         references: Images that the original model has drawn.
@@ -53,10 +69,13 @@ class Victim:
 
     def __init__(
         self, pipe: DiffusionPipeline, stock: DiffusionPipeline, target: Target, judge: Judge,
-        keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
+        keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None, *,
+        samples: Sequence[Sample] = (), seed: int = 0, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
+        self.samples, self.seed, self.folder = samples, seed, folder
         self.backbone, self.references = backbone_for(pipe), 0
+        self._made: dict[str, dict[str, Tensor]] = {}
 
     def draw(self, sample: Sample, attempt: Attempt = ORDINARY, *, stock: bool = False) -> Image.Image:
         """A sample's image by the model under attack, from the sample's own noise and through its ordinary call.
@@ -67,8 +86,30 @@ class Victim:
             stock: Draw with the original model instead.
         """
         self.references += stock
-        with attempt.change(self.stock if stock else self.pipe) as pipe:
+        # That an attempt goes around an erasure is what is measured, and need not be said of each.
+        with warnings.catch_warnings(), attempt.change(self.stock if stock else self.pipe) as pipe:
+            warnings.simplefilter("ignore", BypassedErasureWarning)
             return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
+
+    def made_once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is made once for all prompts: in memory, and in the folder of the run, for one that goes on.
+
+        Args:
+            name: Of its file.
+            make: Makes it, always the same.
+        """
+        references = self.references
+        if name not in self._made:
+            path = None if self.folder is None else inside(self.folder, f"{name}.safetensors", error=EvaluationError)
+            if path is not None and path.is_file():
+                self._made[name] = read_tensors(path, error=EvaluationError)
+            else:
+                self._made[name] = make()
+                if path is not None:
+                    write_bytes(path, save(self._made[name]), error=EvaluationError)
+        # They are no prompt's: which one comes first is another with several processes.
+        self.references = references
+        return self._made[name]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
         """Whether an image shows the concept: where UA counts the sample as not unlearned.
@@ -90,38 +131,49 @@ class Victim:
         return Verdict(judged, not outcomes.hits[0], None)
 
     def reference(self, sample: Sample, tries: int) -> Tensor:
-        """An image of the concept from the sample's prompt by the original model, from other noise than the sample's.
+        """The clean latent `(1, channels, h, w)` of `start`."""
+        return self.start(sample, tries).latent
+
+    def start(
+        self, sample: Sample, tries: int, *, without: bool = False, number: int = 0,
+        box: tuple[int, int, int, int] | None = None,
+    ) -> Start:  # fmt: skip
+        """A picture by the original model from other noise than the sample's: of the concept, or without it.
 
         Args:
             sample: Prompt and settings.
-            tries: Seeds that are tried until the judge sees the concept.
-
-        Returns:
-            Its clean latent, `(1, channels, h, w)`.
+            tries: Seeds that are tried until the judge sees the concept, or does not.
+            without: Draw without a prompt until the judge does not see the concept.
+            number: Of the picture, where several of one sample are wanted.
+            box: Part of the picture that the judge is shown; the whole when left out.
 
         Raises:
-            SkippedPromptError: It sees the concept with none of them.
+            SkippedPromptError: None of them is one.
         """
-        size = (sample.height, sample.width)
+        size, prompt, wanted = (sample.height, sample.width), "" if without else sample.prompt, not without
         call = self.backbone.call_options(
             sample.guidance_scale, sample.num_inference_steps, size, [sample.negative_prompt]
         )
-        for number in range(tries):
-            seed = sample_seed(sample.seed, f"reference: {sample.prompt}", number)
+        what = f"without: {sample.prompt}" if without else f"reference: {prompt}"
+        for index in range(number * tries, (number + 1) * tries):
+            seed = sample_seed(sample.seed, what, index)
             with torch.no_grad(), scopes.quiet(self.stock):
                 latent = self.stock(
-                    prompt=[sample.prompt],
+                    prompt=[prompt],
                     generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
                 ).images  # fmt: skip
                 latent = self.backbone.latents.unpacked(latent, *size)
                 image = picture(self.backbone.decode(latent))
             self.references += 1
-            if self.verdict(image, sample).shown:
-                self.keep(sample, image)
-                return latent
+            if self.verdict(image if box is None else image.crop(box), sample).shown is not wanted:
+                continue
+            self.keep(sample, image)
+            return Start(latent, image)
+        seen = "sees nothing but" if without else "sees"
+        where = "draws without a prompt" if without else f"draws of {sample.prompt!r}"
         raise SkippedPromptError(
-            f"no reference image: the judge sees {self.target.name!r} in none of {tries} images that the original "
-            f"model draws of {sample.prompt!r}"
+            f"no reference image: the judge {seen} {self.target.name!r} in {'all' if without else 'none'} of {tries} "
+            f"images that the original model {where}"
         )
 
 
