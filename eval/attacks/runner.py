@@ -98,7 +98,7 @@ def attack(
         raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
     models = Models.of(pipe)
-    found = kit.plan(models.pipe, [_one_concept(concept, models)], "full", seed)
+    found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
     if len(found.targets) != 1:
         raise EvaluationError(
             f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
@@ -217,13 +217,18 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[round(index * (len(samples) - 1) / max(count - 1, 1))] for index in range(count)]
 
 
-def _one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
+def one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
+    """The concept that is given, or the only one of the erasures.
+
+    Raises:
+        EvaluationError: None is given, and the erasures are of none or several.
+    """
     if concept is not None:
         return concept
     erased = {each.target: each for each in models.concepts}
     if len(erased) != 1:
         raise EvaluationError(
-            f"name the concept to attack: the erasures attached are of {', '.join(erased) or 'none'}"
+            f"name the concept: the erasures attached are of {', '.join(erased) or 'none'}"
         )
     return next(iter(erased.values()))
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 # No import of torch here: reports and the command line read what metrics are called without it.
 
-Need = Literal["judge", "clip", "pairs", "targets", "truth", "attack"]
+Need = Literal["judge", "clip", "pairs", "targets", "truth", "attack", "stress"]
 """Answers of a judge; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
-what is right; an attack's rows."""
+what is right; an attack's rows; a stress test's."""
 Bounds = tuple[float | None, float | None]
 """Least and greatest value; `None` where there is none."""
 SHARE: Bounds = (0.0, 1.0)
@@ -79,6 +79,10 @@ _HOMES = {
         "objects_found", "clip_full", "clip_minimum_object",
     ),
     "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
+    "stressed": (
+        "concept_shown", "retained_seen", "recovered", "S50", "savings", "edit_survives", "footprint",
+        "footprint_on_concept", "control_changed",
+    ),
     "controls": (
         "control_seen", "control_unasked", "control_object", "control_style", "control_scene", "control_clean",
     ),

@@ -444,7 +444,7 @@ def test_bad_requests(erased_pipe: Any, run: Any, texts: list[str], scripted: No
         run(erased_pipe, "fused", judge=judge)
     ErasureManager(erased_pipe).unfuse()
     ErasureManager(erased_pipe).unload()
-    with pytest.raises(EvaluationError, match="name the concept to attack: the erasures attached are of none"):
+    with pytest.raises(EvaluationError, match="name the concept: the erasures attached are of none"):
         run(erased_pipe, "none", judge=judge, concept=None)
 
 

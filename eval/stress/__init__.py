@@ -1,0 +1,127 @@
+"""Stress tests: what an erasure withstands once the erased model itself is changed. One module each, found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from erasure.errors import EvaluationError
+from erasure.options import Count, CountOrZero, Options
+from erasure.registry import Registry
+from erasure.shown import did_you_mean
+
+if TYPE_CHECKING:
+    from erasure.eval.rows import Record
+    from erasure.eval.samples import Sample
+    from erasure.eval.stress.bench import Bench
+    from erasure.eval.stress.conditions import Condition
+
+# No import of torch here: the command line lists stress tests without it.
+
+SIZES = ("smoke", "quick", "full")
+"""`smoke`: does it run. `quick`: minutes on a laptop with a small model. `full`: the numbers to publish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StressTest(Options, ABC):
+    """A stress test with its options: subclass it as a frozen dataclass and register it.
+
+    It names conditions: the erased model changed in some way, and the controls of these. The runner draws the suite's
+    prompts in every condition, asks the judge, counts and resumes. So no stress test knows the judge.
+    """
+
+    name: ClassVar[str] = ""
+    """Name in the registry; `register` sets it."""
+    title: ClassVar[str] = ""
+    """One line for lists: what is done to the erased model."""
+    paper: ClassVar[str] = ""
+    """Where it comes from."""
+    control: ClassVar[str] = ""
+    """Control without which no verdict is given, in a sentence."""
+    metrics: ClassVar[tuple[str, ...]] = (
+        "concept_shown", "retained_seen", "recovered", "control_seen", "control_unasked", "control_changed",
+    )  # fmt: skip
+    """Names of the metrics that are computed, in the order of results."""
+    needs_clip: ClassVar[bool] = False
+    """Whether it computes with the image features of a CLIP model."""
+    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Options of each size."""
+
+    samples: Count = 50
+    """Prompts with the concept at most, spread evenly over those of the suite."""
+    retained: CountOrZero = 24
+    """Prompts without the concept at most: they tell a model that has lost the concept from one that draws nothing."""
+
+    @abstractmethod
+    def conditions(self, bench: Bench) -> Sequence[Condition]:
+        """Give the conditions besides the stock model and the erased one as they are, controls included.
+
+        Raises:
+            EvaluationError: The erasure or the model cannot be tested this way; the message says why.
+        """
+
+    def prepare(self, bench: Bench) -> None:  # noqa: B027
+        """Do what must be done once ahead of all drawing, such as a training; called in every process.
+
+        What it makes goes into the folder of the run, so that a killed run finds it again.
+        """
+
+    def asked(self, samples: Sequence[Sample], members: Sequence[str], domain: str) -> Sequence[Sample]:
+        """Give the samples with the concept that are drawn, in the place of the suite's own.
+
+        Args:
+            samples: Those of the suite that were chosen.
+            members: Classes that the concept stands for.
+            domain: `object` or `style`.
+        """
+        return samples
+
+    def more_samples(self, bench: Bench) -> Sequence[Sample]:
+        """Give samples besides those of the suite, for conditions of this test alone; their role is `cross`."""
+        return ()
+
+    def measured(self, bench: Bench) -> Mapping[str, Record]:
+        """Give figures that need no image, as fields of a metric row, by `metric` or by `metric/condition`."""
+        return {}
+
+    def told(self, bench: Bench) -> Record:
+        """Give the options as the recipe holds them: contents in the place of paths of this machine."""
+        return asdict(self)
+
+    @classmethod
+    def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
+        """An instance of a size with single options changed.
+
+        Raises:
+            EvaluationError: An unknown size.
+            OptionError: An unknown option, or a value that an option does not allow.
+        """
+        if size not in SIZES:
+            hint = did_you_mean(str(size), SIZES)
+            raise EvaluationError(
+                f"stress test {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}"
+            )
+        return super().configured(None, **{**cls.sizes.get(size, {}), **options})
+
+
+def _refusal(thing: object) -> str:
+    """Say what keeps a thing from being a stress test; empty where nothing does."""
+    if not (isinstance(thing, type) and issubclass(thing, StressTest)):
+        return "it is no subclass of erasure.eval.stress.StressTest"
+    return "" if thing.control else "it names no control, without which no verdict can be given"
+
+
+STRESS_TESTS: Registry[type[StressTest]] = Registry(
+    "stress test",
+    {
+        name: f"erasure.eval.stress.{name}"
+        for name in ("quantise", "strength", "noise", "merge", "stack", "relearn", "restore", "footprint")
+    },
+    told=("title", "paper", "control", "sizes", "metrics"),
+    accepts=_refusal,
+    unknown=EvaluationError,
+)
+
+register, available, get = STRESS_TESTS.register, STRESS_TESTS.names, STRESS_TESTS.get
