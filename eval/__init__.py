@@ -15,17 +15,20 @@ from erasure.lazy import importer
 
 if TYPE_CHECKING:
     from erasure.eval.attacks.runner import attack, replay
+    from erasure.eval.audits.runner import Audit, audit
     from erasure.eval.comparison import compare
     from erasure.eval.report import write_report
     from erasure.eval.results import Results
     from erasure.eval.runner import evaluate
     from erasure.eval.stress.runner import stress_test
 
-__all__ = ["Results", "attack", "compare", "evaluate", "replay", "stress_test", "write_report"]
+__all__ = ["Audit", "Results", "attack", "audit", "compare", "evaluate", "replay", "stress_test", "write_report"]
 
 _HOMES = {
+    "Audit": "erasure.eval.audits.runner",
     "Results": "erasure.eval.results",
     "attack": "erasure.eval.attacks.runner",
+    "audit": "erasure.eval.audits.runner",
     "compare": "erasure.eval.comparison",
     "evaluate": "erasure.eval.runner",
     "replay": "erasure.eval.attacks.runner",

@@ -1,0 +1,203 @@
+"""Run every part of an audit, one after the other, in one folder: a killed audit goes on where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from diffusers import DiffusionPipeline
+
+from erasure.cache import model_fingerprint
+from erasure.concept import Concept
+from erasure.errors import ErasureError, EvaluationError, OptionError, UnsupportedModelError
+from erasure.eval.attacks.runner import attack
+from erasure.eval.audits.parts import GRADES, Grade, Part, left_out, parts_of
+from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word, finding_of, graded
+from erasure.eval.judges import load_judge
+from erasure.eval.recipe import erasure_entry, judge_fingerprint
+from erasure.eval.results import OTHERS, Results
+from erasure.eval.rows import Record
+from erasure.eval.run import Models, Progress, join, model_name
+from erasure.eval.runner import evaluate
+from erasure.eval.scoring import Judge, reason
+from erasure.eval.stress.runner import stress_test
+from erasure.eval.suites import SIZES
+from erasure.files import held, write_json
+from erasure.versions import library_versions
+
+FILE, RECIPE, WHAT = "audit.json", "recipe.json", "audit"
+SCHEMA_VERSION = 1
+State = Literal["done", "refused", "failed"]
+REFUSALS = (EvaluationError, OptionError, UnsupportedModelError)
+"""What a part raises that cannot be had of this model, or without something that the user must give."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part."""
+
+    part: Part
+    state: State
+    finding: Finding
+    results: Results | None = None
+    """`None` where it was refused or failed."""
+    seconds: float = 0.0
+    """Wall time of this run; of a part that was done before, what it takes to read it."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found."""
+
+    folder: Path
+    model: Record
+    """As `Results` have it."""
+    erasures: list[Record]
+    concepts: list[str]
+    size: str
+    outcomes: list[Outcome]
+    words: dict[Grade, Word]
+    """The word for each attacker that anything was tried for."""
+    not_run: list[str]
+    """Attacks and stress tests that there are and that were left out."""
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """Parts that ended with an error of which nobody knew beforehand."""
+        return [outcome for outcome in self.outcomes if outcome.state == "failed"]
+
+    def chance(self, part: Part) -> Finding | None:
+        """What chance gives for the concept of an attack; `None` where that was not measured."""
+        for outcome in self.outcomes:
+            other = outcome.part
+            if other.is_control and other.concept == part.concept and other != part and outcome.state == "done":
+                return outcome.finding
+        return None
+
+    def to_dict(self) -> Record:
+        """Plain data in the stable schema."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "erasures": self.erasures,
+            "concepts": self.concepts,
+            "size": self.size,
+            "most_shown": MOST_SHOWN,
+            "grades": {grade: self.words.get(grade, "not measured") for grade in GRADES},
+            "parts": [
+                {"kind": o.part.kind, "name": o.part.name, "concept": o.part.concept, "grade": o.part.grade,
+                 "control": o.part.is_control, "folder": o.part.folder, "state": o.state, "seconds": o.seconds,
+                 **asdict(o.finding)}
+                for o in self.outcomes
+            ],
+            "not_run": self.not_run,
+            "date": self.date,
+            "versions": library_versions(OTHERS),
+        }  # fmt: skip
+
+
+def audit(
+    pipe: DiffusionPipeline,
+    concepts: Sequence[str | Concept] | str | Concept | None = None,
+    *,
+    out: str | Path,
+    suites: Sequence[str] = ("canvas", "canvas-unseen"),
+    attacks: Sequence[str] | None = None,
+    stress: Sequence[str] | None = None,
+    size: str = "quick",
+    seed: int = 0,
+    judge: Judge | str | Path | None = None,
+    progress: bool | Progress = True,
+) -> Audit:
+    """Evaluate, attack and stress the attached erasures, and say against which attackers they held.
+
+    Every part goes into a folder of its own under `out`, with its `results.json`, samples and pictures; `audit.json`,
+    `report.html` and `README.md` put them together. A part that this model or this erasure does not allow is
+    written down as refused, with the reason, and one that fails as failed; the others go on. Run it again with the same
+    arguments to resume. Under `accelerate launch` every part is split over the processes.
+
+    Args:
+        pipe: A diffusers pipeline with erasures attached and in force.
+        concepts: What was erased: names or `Concept`s. Taken from the attached erasures when left out.
+        out: Folder for everything.
+        suites: Names of evaluations.
+        attacks: Names of attacks; all when left out, none when empty.
+        stress: Names of stress tests; all when left out, none when empty.
+        size: `smoke`, `quick` or `full`, of every part.
+        seed: Chooses the noise of the samples, and everything random.
+        judge: Detector for every part; the suites' own by default. See `evaluate`.
+        progress: A progress bar for every part, none, or a function that is told of progress.
+
+    Raises:
+        EvaluationError: Nothing is attached, unknown names, a size that there is not, or a folder that holds something
+            else.
+    """
+    if size not in SIZES:
+        raise EvaluationError(f"there is no size {size!r}; there are: {', '.join(SIZES)}")
+    processes, models = join(out, seed), Models.of(pipe)
+    if not models.entries:
+        raise EvaluationError("no erasure is attached and in force, so there is nothing to audit: attach one first")
+    given = models.concepts if concepts is None else [concepts] if isinstance(concepts, str | Concept) else concepts
+    erased = list({one if isinstance(one, str) else one.target: one for one in given}.items())
+    parts = parts_of([name for name, _ in erased], suites, attacks, stress)
+    answering = load_judge(judge) if isinstance(judge, str | Path) else judge
+    model = {
+        "name": model_name(models.pipe), "fingerprint": model_fingerprint(models.stock),
+        "pipeline": type(models.pipe).__name__,
+    }  # fmt: skip
+    entries = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
+    recipe = {
+        "parts": [[part.kind, part.name, part.concept] for part in parts], "size": size, "seed": seed, "model": model,
+        "judge": None if answering is None else judge_fingerprint(answering),
+        "erasures": [[entry["fingerprint"], entry["strength"]] for entry in entries],
+    }  # fmt: skip
+    folder = Path(out)
+    lock = (
+        held(folder, recipe, file=RECIPE, what=WHAT, doing="auditing", error=EvaluationError)
+        if processes.is_main
+        else nullcontext()
+    )
+    common = {"size": size, "seed": seed, "judge": answering, "progress": progress}
+    outcomes = []
+    with lock:
+        processes.wait()
+        for part in parts:
+            concept = None if part.concept is None else erased[part.number][1]
+            outcomes.append(_done(pipe, part, concept, [one for _, one in erased], folder / part.folder, common))
+        found = Audit(
+            folder, model, entries, [name for name, _ in erased], size, outcomes,
+            graded((outcome.part, outcome.finding) for outcome in outcomes), left_out(parts),
+        )  # fmt: skip
+        if processes.is_main:
+            from erasure.eval.audits.page import write_pages
+
+            write_json(folder / FILE, found.to_dict(), error=EvaluationError)
+            write_pages(found)
+        processes.wait()
+    return found
+
+
+def _done(
+    pipe: DiffusionPipeline, part: Part, concept: str | Concept | None, erased: list[str | Concept], out: Path,
+    common: Record,
+) -> Outcome:  # fmt: skip
+    """Do a part, or read what it found before."""
+    started = time.perf_counter()
+    try:
+        if part.kind == "evaluation":
+            results = evaluate(pipe, part.name, erased, out=out, **common)
+        elif part.kind == "attack":
+            results = attack(pipe, part.name, concept, out=out, **common)
+        else:
+            results = stress_test(pipe, part.name, concept, out=out, **common)
+    except REFUSALS as error:
+        return Outcome(part, "refused", Finding("not measured", detail=str(error).split("\n")[0]))
+    except (ErasureError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
+        return Outcome(part, "failed", Finding("not measured", detail=reason(error)))
+    return Outcome(part, "done", finding_of(part, results), results, time.perf_counter() - started)
