@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from erasure import ErasureManager
-from erasure.errors import EvaluationError, UnsupportedModelError
+from erasure.errors import BypassedErasureError, BypassedErasureWarning, EvaluationError, UnsupportedModelError
 from erasure.eval import Results, attack, replay, suites
 from erasure.eval.attacks import runner as module
 from erasure.eval.attacks.changes import AnotherSampler, AnotherTask, Resumed, Words
@@ -125,7 +126,7 @@ def test_a_killed_attack_goes_on_with_what_was_made_once(
 def test_processes_give_one_process_numbers(
     name: str, erased_pipe: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    single = run(erased_pipe, name, samples=3)
+    single = run(erased_pipe, name, samples=2)
 
     class Two:
         count, rank = 2, 1
@@ -141,10 +142,10 @@ def test_processes_give_one_process_numbers(
     monkeypatch.setattr(module, "join", lambda *_: Two())
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "recipe.json").write_bytes((tmp_path / "out" / "recipe.json").read_bytes())
-    run(erased_pipe, name, "two", samples=3)
+    run(erased_pipe, name, "two", samples=2)
     Two.rank = 0
-    run(erased_pipe, name, "two", samples=3)
-    both = run(erased_pipe, name, "two", samples=3)
+    run(erased_pipe, name, "two", samples=2)
+    both = run(erased_pipe, name, "two", samples=2)
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "out")
     assert both.metrics == single.metrics
     assert (tmp_path / "two" / "adversarial.jsonl").read_bytes() == (
@@ -152,25 +153,27 @@ def test_processes_give_one_process_numbers(
     ).read_bytes()
 
 
-def test_a_strict_erasure_answers_with_an_error_and_no_picture(erased_pipe: Any, run: Any, tmp_path: Path) -> None:
+def test_what_a_strict_erasure_refuses_is_tried_all_the_same(
+    erased_pipe: Any, run: Any, odd_judge: Any, tmp_path: Path
+) -> None:
     manager = ErasureManager(erased_pipe)
-    erasure = manager.erasures["noise"]
+    (erasure,) = manager.erasures.values()
     manager.unload()
-    manager.add(erasure, name="noise", strict=True, check_base=False)
-    results = run(erased_pipe, "img2img")
-    (row,) = rows_of(tmp_path / "out")
-    assert (row["success"], row["refused"], row["after"]) == (False, 1, None)
-    assert "a picture that is handed in" in row["failures"]["refused"]
-    assert results.get("ASR")["value"] == 0
-    # What another attack found is refused there as well.
-    manager.unload()
-    attach_noise(erased_pipe)
-    run(erased_pipe, "img2img", "found")
-    ErasureManager(erased_pipe).unload()
-    manager.add(erasure, name="noise", strict=True, check_base=False)
-    again = replay(erased_pipe, tmp_path / "found", out=tmp_path / "again", progress=False)
-    assert again.get("transfer_ASR")["n"] == 1
-    assert rows_of(tmp_path / "again")[0]["success"] is False
+    manager.add(erasure, strict=True, check_base=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BypassedErasureWarning)
+        assert run(erased_pipe, "img2img").get("ASR")["value"] == 1
+        again = replay(erased_pipe, tmp_path / "out", out=tmp_path / "again", judge=odd_judge, progress=False)
+    assert again.get("transfer_ASR")["value"] == 1
+    (found,) = read_prompts(tmp_path / "out")
+    with (
+        pytest.raises(BypassedErasureError, match="a picture that is handed in"),
+        found.attempt.change(erased_pipe) as pipe,
+    ):
+        pipe(PROMPT, image=found.attempt.call["image"], strength=0.5, num_inference_steps=2)
+
+
+PROMPT = "a cat image in noto style"
 
 
 def test_what_cannot_be_attacked_is_refused_with_the_reason(tiny_models: Any, tmp_path: Path) -> None:
