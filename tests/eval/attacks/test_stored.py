@@ -27,6 +27,7 @@ from erasure.eval.attacks.prompts import listed_prompts, read_prompts
 from erasure.eval.attacks.stored import UnstorableError, restore, store
 from erasure.eval.attempts import Attempt
 from erasure.eval.generation import generate
+from erasure.eval.report import chips
 from erasure.eval.schemas import ReplayRow
 from erasure.eval.table import read_rows
 from tests.eval.conftest import attach_noise, declare_world
@@ -182,6 +183,16 @@ def test_what_cannot_be_attacked_is_refused_with_the_reason(tiny_models: Any, tm
         with pytest.raises(UnsupportedModelError, match=f"attack {name} cannot be tried on a FluxPipeline: .*{said}"):
             attack(pipe, name, "cat", size="smoke", out=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_reports_say_what_the_attacker_needs(tmp_path: Path) -> None:
+    common = {"size": "quick", "model": {"name": "m"}, "erasures": [], "metrics": [], "cost": {}}
+    assert chips(Results(suite="img2img", **common)) == [
+        "attack img2img / quick",
+        "model m",
+        "the attacker needs: image",
+    ]
+    assert chips(Results(suite="canvas", **common)) == ["suite canvas / quick", "model m"]
 
 
 # Prompts of others ---------------------------------------------------------------------------------------------------
