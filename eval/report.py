@@ -11,6 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from erasure.errors import EvaluationError
+from erasure.eval.attacks import ATTACKS
 from erasure.eval.comparison import label
 from erasure.eval.metrics import facts_of
 from erasure.eval.results import Results
@@ -186,6 +187,9 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
 def chips(results: Results) -> list[str]:
     """What was measured, in a few words each."""
     found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
+    if results.suite in ATTACKS.names():
+        found[0] = f"attack {results.suite} / {results.size}"
+        found.append(f"the attacker needs: {ATTACKS.facts(results.suite).told['access']}")
     return found + [
         f"{e['name']} ({e.get('strategy', 'unknown')}, strength {number(e.get('strength', 1), 'g')})"
         for e in results.erasures

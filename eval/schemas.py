@@ -156,7 +156,6 @@ class ReplayRow(SampleFields):
     seconds: Number
     control: NotRequired[Try]
     attempt: NotRequired[StoredAttempt | None]
-    refused: NotRequired[Count]
 
 
 class AttackRow(ReplayRow):

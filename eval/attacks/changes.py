@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, get_args
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from erasure import assets
@@ -117,7 +117,7 @@ class AnotherSampler(Described):
             EvaluationError: Diffusers has no such scheduler.
         """
         kind = getattr(diffusers, self.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
             raise EvaluationError(f"diffusers has no scheduler {self.scheduler!r}")
         own = pipe.scheduler
         pipe.scheduler = kind.from_config({**own.config, **self.options})

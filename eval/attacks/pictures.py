@@ -22,9 +22,9 @@ def lacks_task(backbone: Backbone, task: Task) -> str:
     kind, config = pipeline_class(backbone.pipe, task), backbone.denoiser.config
     if kind is None:
         return f"diffusers has no {task} pipeline for its family"
-    if kind.__name__ == "StableDiffusion3InpaintPipeline" and config["in_channels"] not in SD3_INPAINTS:
-        return f"diffusers' {kind.__name__} takes 16 channels only, and this model has {config['in_channels']}"
-    if kind.__name__ == "ChromaInpaintPipeline" and "guidance_embeds" not in config:
+    if kind.__name__ == "StableDiffusion3InpaintPipeline" and config.get("in_channels") not in SD3_INPAINTS:
+        return f"diffusers' {kind.__name__} takes 16 channels only, and this model has {config.get('in_channels')}"
+    if kind.__name__ == "ChromaInpaintPipeline" and config.get("guidance_embeds") is None:
         return f"diffusers' {kind.__name__} asks its transformer for guidance_embeds, which Chroma's has not"
     return ""
 

@@ -102,17 +102,13 @@ class RingABell(ControlledAttack):
         population = choices[torch.randint(len(choices), (self.population, self.tokens), generator=generator)]
         scores = distances(population)
         ends = [round((number + 1) * self.generations / self.tries) for number in range(self.tries)]
-        before = 0
         for generation in range(1, self.generations + 1):
             population, scores = evolved(
                 population, scores, distances, choices, self.crossover, self.mutation, generator
             )
             if generation in ends:
                 best = int(scores.argmin())
-                yield written(
-                    backbone, own, population[best].tolist(), steps=generation - before, loss=float(scores[best])
-                )
-                before = generation
+                yield written(backbone, own, population[best].tolist(), loss=float(scores[best]))
 
     def direction(self, victim: Victim, tower: TextTower) -> Tensor:
         """The concept's direction in a text encoder, `(tokens, dim)`."""

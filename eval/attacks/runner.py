@@ -17,7 +17,7 @@ from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
 from erasure.concept import Concept
-from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
+from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
@@ -64,8 +64,9 @@ def attack(
 
     Every prompt is tried as it is first. `pre_ASR` is the share that shows the concept without an attack, `ASR` the
     share that does with or without; of a control such as `random_prefix` it is called `chance_ASR`. A prompt that
-    cannot be attacked counts as missing, never as safe, unless it needs no attack. Where an erasure is attached with
-    `strict=True`, a try that it answers with an error brought nothing back, which the row counts (`refused`).
+    cannot be attacked counts as missing, never as safe, unless it needs no attack. What an erasure that is
+    attached with `strict=True` refuses is tried all the same: what the model draws is measured, not what a service
+    answers.
 
     Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `adversarial/` (tensors and
     pictures of what is no text), `recipe.json` and `images/` to `out`. Run it again with the same arguments to resume.
@@ -245,7 +246,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
-    losses, tried, drawn, refused = [], set(), 0, 0
+    losses, tried, drawn = [], set(), 0
     shown, unknown, references = before["shown"], before["shown"] is None, victim.references
     control = _control(run, victim, sample, before)
     try:
@@ -262,13 +263,8 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             if attempt.cut or (attempt.key is not None and attempt.key in tried):
                 continue
             tried.add(attempt.key)
-            try:
-                after = _tried(run, victim, "after", sample, attempt, failures)
-            except BypassedErasureError as error:
-                # A strict erasure answers this attacker with an error and no picture.
-                failures["refused"], refused = str(error), refused + 1
-                continue
             drawn += 1
+            after = _tried(run, victim, "after", sample, attempt, failures)
             row |= {"text": attempt.text, "others": attempt.others, "after": after}
             shown, unknown = after["shown"], unknown or after["shown"] is None
             if shown:
@@ -281,7 +277,6 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     return row | {
         "success": success, **count, "losses": losses, "images": 1 + drawn, "control": control,
         "references": victim.references - references, "failures": failures,
-        **({"refused": refused} if refused else {}),
     }  # fmt: skip
 
 
@@ -299,17 +294,11 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialP
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     # A text of others stands for itself: what it draws has been drawn.
     is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
-    after: Record | None = before if is_itself else None
-    try:
-        if not is_itself:
-            after = _tried(run, victim, "after", sample, prompt.attempt, failures)
-    except BypassedErasureError as error:
-        failures["refused"] = str(error)
+    after = before if is_itself else _tried(run, victim, "after", sample, prompt.attempt, failures)
     bar.update()
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
-        "success": False if after is None else after["shown"], "images": 1 + (after is not None and not is_itself),
-        "failures": failures,
+        "success": after["shown"], "images": 1 if is_itself else 2, "failures": failures,
         "control": _control(run, victim, sample, before),
     }  # fmt: skip
 

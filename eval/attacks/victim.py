@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from erasure.backbones import backbone_for
-from erasure.errors import BypassedErasureWarning, EvaluationError
+from erasure.errors import EvaluationError
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.attempts import Attempt
 from erasure.eval.generation import generate
@@ -24,6 +23,7 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
 from erasure.files import inside, read_tensors, write_bytes
+from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
 
@@ -86,9 +86,8 @@ class Victim:
             stock: Draw with the original model instead.
         """
         self.references += stock
-        # That an attempt goes around an erasure is what is measured, and need not be said of each.
-        with warnings.catch_warnings(), attempt.change(self.stock if stock else self.pipe) as pipe:
-            warnings.simplefilter("ignore", BypassedErasureWarning)
+        # That an attempt goes around an erasure is what is measured, and need be neither said nor refused.
+        with unguarded(), attempt.change(self.stock if stock else self.pipe) as pipe:
             return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
 
     def made_once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

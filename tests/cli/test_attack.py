@@ -6,13 +6,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from erasure.cli.attack import AttackOptions, remarks
 from erasure.cli.main import main
 from erasure.eval import attacks
+from erasure.eval.attacks import ATTACKS, Access
 from erasure.eval.attacks.prompts import AdversarialPrompt, write_prompts
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
@@ -112,6 +113,36 @@ def test_prompts_are_tried_on_another_erasure(
     assert metrics_of(capsys.readouterr().out)["transfer_ASR"]["value"] == 0
 
 
+def test_attacks_are_listed_by_what_they_assume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack", "--help"]) == 0
+    said = capsys.readouterr().out
+    places = [said.index(f"\n {access}:\n") for access in get_args(Access)]
+    assert places == sorted(places)
+    for name in ATTACKS.names():
+        told = ATTACKS.facts(name).told
+        assert said.count(f"\n  {name} ") == 1
+        assert said.rindex(f"\n {told['access']}:\n") < said.index(f"\n  {name} ")
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS.built_in))
+def test_every_attack_has_a_help_and_no_option_of_the_command_s(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack", name, "--help"]) == 0
+    said = capsys.readouterr().out
+    told = ATTACKS.facts(name).told
+    assert f"The attacker needs: {told['access']}" in " ".join(said.split())
+    assert ("--control" in said) == (told["chance"] == "--control")
+    assert told["chance"] in ("", "--control", *ATTACKS.names())
+
+
+def test_prompts_of_others_are_tried(cat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs.csv").write_text(f"prompt,seed\n{TEXT},7\n")
+    start = ["attack", "ring_a_bell", "--model", "canvas-sd", "--json", "--prompts", str(tmp_path / "theirs.csv")]
+    assert main([*start, "--erasure", cat, "--out", str(tmp_path / "erased")]) == 0
+    found = metrics_of(capsys.readouterr().out)
+    assert set(found) == {"transfer_ASR", "control_seen"}
+    assert (found["transfer_ASR"]["value"], found["control_seen"]["value"]) == (0, 1)
+
+
 def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped: Any) -> None:
     out = tmp_path / "out"
     start = ["unlearndiffatk", "--model", "canvas-sd", "--out", out]
@@ -121,6 +152,10 @@ def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped:
     assert "huge" in stopped(*start, "--concept", "cat", "--size", "huge")
     assert "'iterations' is 0" in stopped(*start, "--concept", "cat", "--iterations", "0")
     assert "nothing to attack" in stopped(*start)
+    (tmp_path / "theirs.txt").write_text("a c a t\n")
+    assert "nothing to attack" in stopped(*start, "--prompts", tmp_path / "theirs.txt")
+    (tmp_path / "empty.csv").write_text("prompt\n")
+    assert "empty.csv" in stopped(*start, "--concept", "cat", "--prompts", tmp_path / "empty.csv")
     assert "one for each" in stopped(*start, "--concept", "cat", "--strength", "0.5")
     assert "unknown suite" in stopped(*start, "--concept", "cat", "--suite", "i2p")
     assert "no adversarial prompts at" in stopped(*start, "--prompts", tmp_path / "none")

@@ -59,14 +59,13 @@ def prepare(patch: Any) -> Any:
 def runs(pipe: Any, folder: Path) -> dict[str, Any]:
     """Everything that every suite and attack wrote, by its name."""
     from erasure.eval import attack, evaluate, replay
-    from erasure.eval.attacks import ATTACKS as KNOWN
     from erasure.eval.suites import SUITES
 
     cache, found = folder / "cache", {}
     for name in sorted(SUITES.built_in):
         evaluate(pipe, name, size="smoke", out=folder / name, baseline_cache=cache, progress=False)
         found[name] = written(folder / name)
-    for name in sorted(KNOWN.built_in):
+    for name in ATTACKS:
         attack(pipe, name, size="smoke", out=folder / name, progress=False, **ATTACKS[name])
         found[name] = written(folder / name)
     tried = folder / "tried.jsonl"

@@ -172,6 +172,36 @@ def write_adversarial(folder: Path) -> None:
     write_prompts(folder, [AdversarialPrompt(sample, "a c a t", target, MADE_BY) for sample in SAMPLES])
 
 
+def read_stored(folder: Path) -> None:
+    from erasure.eval.attacks.prompts import read_prompts
+
+    for prompt in read_prompts(folder):
+        assert prompt.attempt.call
+
+
+STORED = ("adversarial/one.safetensors", "adversarial/one-0.png")
+
+
+@kind("adversarial attempts", "adversarial.jsonl", *STORED, read=read_stored)
+def write_stored(folder: Path) -> None:
+    import torch
+    from PIL import Image
+
+    from erasure.eval.attacks.changes import AnotherTask, Resumed
+    from erasure.eval.attacks.prompts import AdversarialPrompt, write_prompts
+    from erasure.eval.attacks.stored import store
+    from erasure.eval.attempts import Attempt
+    from erasure.eval.suites import Target
+
+    call = {
+        "image": Image.new("RGB", (8, 8)), "strength": 0.5, "latents": torch.ones(1, 4),
+        "callback_on_step_end": Resumed(1, torch.ones(1, 4)),
+    }  # fmt: skip
+    stored = store(Attempt(call, AnotherTask("Img2Img"), box=(0, 0, 4, 4)), folder, "one")
+    target = Target("cat", "object", ("cat",))
+    write_prompts(folder, [AdversarialPrompt(SAMPLES[0], None, target, MADE_BY, {}, stored)])
+
+
 def cache_of(folder: Path) -> Any:
     from erasure.eval.drawings import DrawingCache
 
