@@ -17,11 +17,14 @@ from erasure.errors import BrokenPluginError, BrokenPluginWarning, ErasureError,
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.detectors import DETECTORS
 from erasure.eval.metrics import METRICS
+from erasure.eval.stress import STRESS_TESTS
 from erasure.eval.suites import SUITES
 from erasure.registry import INDEX, Registry, index_of
 from erasure.strategies import STRATEGIES
 
-REGISTRIES = {registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS, DETECTORS, METRICS)}
+REGISTRIES = {
+    registry.plural: registry for registry in (STRATEGIES, SUITES, ATTACKS, STRESS_TESTS, DETECTORS, METRICS)
+}
 
 
 @pytest.fixture(params=REGISTRIES)
@@ -79,8 +82,9 @@ def test_names_and_facts_need_no_torch() -> None:
     code = (
         "import sys; from erasure.strategies import STRATEGIES; from erasure.eval.suites import SUITES;"
         "from erasure.eval.attacks import ATTACKS; from erasure.eval.detectors import DETECTORS;"
-        "from erasure.eval.metrics import METRICS;"
-        "print([r.facts(n) for r in (STRATEGIES, SUITES, ATTACKS, DETECTORS, METRICS) for n in r.names()]);"
+        "from erasure.eval.metrics import METRICS; from erasure.eval.stress import STRESS_TESTS;"
+        "every = (STRATEGIES, SUITES, ATTACKS, STRESS_TESTS, DETECTORS, METRICS);"
+        "print([r.facts(n) for r in every for n in r.names()]);"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "remove": "take objects out of images",
     "eval": "measure a model and its erasures",
     "attack": "search prompts that bring an erased concept back",
+    "stress": "change the erased model, and see in which changes the concept comes back",
     "audit": "evaluations, attacks and stress tests in one run: against whom an erasure held",
     "compare": "results side by side",
     "detect": "what a detector finds in pictures, and what that is worth",

@@ -228,9 +228,7 @@ def one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
         return concept
     erased = {each.target: each for each in models.concepts}
     if len(erased) != 1:
-        raise EvaluationError(
-            f"name the concept: the erasures attached are of {', '.join(erased) or 'none'}"
-        )
+        raise EvaluationError(f"name the concept: the erasures attached are of {', '.join(erased) or 'none'}")
     return next(iter(erased.values()))
 
 

@@ -87,10 +87,10 @@ def section(audit: Audit, grade: Grade) -> Section:
 def line(audit: Audit, outcome: Outcome) -> Line:
     """One part in a table."""
     part, finding = outcome.part, outcome.finding
-    chance = audit.chance(part) if part.kind == "attack" and not part.is_control else None
-    word = "control" if part.is_control else outcome.state if outcome.state != "done" else finding.word
+    chance = audit.chance(part)
+    word = "chance" if part.is_control and outcome.state == "done" else outcome.state if outcome.state != "done" else finding.word
     return Line(
-        name=part.name, about=part.title, concept=part.concept or ", ".join(audit.concepts), word=word,
+        name=part.name, about="the same with nothing of the concept" if part.measures_chance else part.title, concept=part.concept or ", ".join(audit.concepts), word=word,
         rate=rate(finding), chance="" if chance is None else rate(chance), detail=finding.detail,
         link=link(audit.folder, part.folder) if outcome.state == "done" else None,
     )  # fmt: skip

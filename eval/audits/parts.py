@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from erasure.errors import EvaluationError
@@ -22,6 +22,8 @@ GRADES: dict[Grade, tuple[str, str]] = {
     "weights": ("The weights", "Whoever has the erased weights, and changes them."),
 }
 """Title of each grade, and who is meant."""
+OWN_OPTION = "--control"
+"""How facts of attacks say that an option of their own measures chance."""
 OF_ACCESS: dict[Access, Grade] = {
     "prompt": "prompts", "weights": "gradients", "embeddings": "inputs", "noise": "inputs", "image": "inputs",
 }  # fmt: skip
@@ -39,6 +41,8 @@ class Part:
     """What it is about; `None` for an evaluation, which is about all concepts at once."""
     number: int = 0
     """Of the concept."""
+    measures_chance: bool = False
+    """Whether an attack is tried with nothing of the concept in it, so that its rate is what chance gives."""
 
     @property
     def grade(self) -> Grade:
@@ -49,14 +53,20 @@ class Part:
 
     @property
     def is_control(self) -> bool:
-        """Whether it searches nothing, so that its rate is what chance gives."""
-        return self.kind == "attack" and bool(ATTACKS.facts(self.name).told["is_control"])
+        """Whether its rate is what chance gives."""
+        return self.measures_chance or (self.kind == "attack" and bool(ATTACKS.facts(self.name).told["is_control"]))
+
+    @property
+    def chance(self) -> tuple[str, bool] | None:
+        """Name and `measures_chance` of the part that tells what chance gives; `None` where there is no chance."""
+        told = "" if self.kind != "attack" or self.is_control else str(ATTACKS.facts(self.name).told["chance"])
+        return None if not told else (self.name, True) if told == OWN_OPTION else (told, False)
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
         number = f"-{self.number + 1}" if self.number else ""
-        return f"{self.kind}-{self.name}{number}"
+        return f"{self.kind}-{self.name}{number}{'-chance' if self.measures_chance else ''}"
 
     @property
     def title(self) -> str:
@@ -68,7 +78,7 @@ class Part:
 def parts_of(
     concepts: Sequence[str], suites: Sequence[str], attacks: Sequence[str] | None, stress: Sequence[str] | None
 ) -> list[Part]:
-    """The parts in their order: evaluations, attacks with those that chance is told by first, stress tests.
+    """The parts in their order: evaluations, attacks, each behind what its chance is told by, and stress tests.
 
     Args:
         concepts: Targets of the erased concepts; attacks and stress tests are of one each.
@@ -86,10 +96,9 @@ def parts_of(
             registry.check(name)
     if not (suites or chosen or tests):
         raise EvaluationError("nothing to audit: name a suite, an attack or a stress test")
-    controls_first = sorted(chosen, key=lambda name: not ATTACKS.facts(name).told["is_control"])
     return [
         *(Part("evaluation", name) for name in dict.fromkeys(suites)),
-        *_each("attack", controls_first, concepts),
+        *dict.fromkeys(part for each in _each("attack", chosen, concepts) for part in with_chance(each)),
         *_each("stress", tests, concepts),
     ]
 
@@ -98,6 +107,14 @@ def _each(kind: Kind, names: Sequence[str], concepts: Sequence[str]) -> Iterator
     for name in dict.fromkeys(names):
         for number, concept in enumerate(concepts):
             yield Part(kind, name, concept, number)
+
+
+def with_chance(part: Part) -> Iterator[Part]:
+    """Give an attack behind the part that tells what chance gives, if there is one."""
+    if part.chance is not None:
+        name, measures_chance = part.chance
+        yield replace(part, name=name, measures_chance=measures_chance)
+    yield part
 
 
 def left_out(parts: Sequence[Part]) -> list[str]:

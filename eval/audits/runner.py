@@ -76,7 +76,8 @@ class Audit:
         """What chance gives for the concept of an attack; `None` where that was not measured."""
         for outcome in self.outcomes:
             other = outcome.part
-            if other.is_control and other.concept == part.concept and other != part and outcome.state == "done":
+            same = (other.name, other.measures_chance) == part.chance and other.number == part.number
+            if same and other.kind == "attack" and outcome.state == "done":
                 return outcome.finding
         return None
 
@@ -153,7 +154,7 @@ def audit(
     }  # fmt: skip
     entries = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
     recipe = {
-        "parts": [[part.kind, part.name, part.concept] for part in parts], "size": size, "seed": seed, "model": model,
+        "parts": [part.folder for part in parts], "concepts": [name for name, _ in erased], "size": size, "seed": seed, "model": model,
         "judge": None if answering is None else judge_fingerprint(answering),
         "erasures": [[entry["fingerprint"], entry["strength"]] for entry in entries],
     }  # fmt: skip
@@ -193,7 +194,8 @@ def _done(
         if part.kind == "evaluation":
             results = evaluate(pipe, part.name, erased, out=out, **common)
         elif part.kind == "attack":
-            results = attack(pipe, part.name, concept, out=out, **common)
+            control = {"control": True} if part.measures_chance else {}
+            results = attack(pipe, part.name, concept, out=out, **common, **control)
         else:
             results = stress_test(pipe, part.name, concept, out=out, **common)
     except REFUSALS as error:

@@ -17,7 +17,7 @@ from erasure.eval.metrics.controls import ControlShare
 from erasure.eval.metrics.outcomes import Outcomes, paired, rate_row
 from erasure.eval.rows import Record
 from erasure.eval.statistics import cluster_bootstrap, too_many_missing, weighted_rate
-from erasure.eval.stress.conditions import StressEvidence, failure_of, outcomes_of
+from erasure.eval.stress.conditions import StressEvidence, outcomes_of
 from erasure.eval.stress.footprint import LEAST_PAIRS, auc, paired_features, told_apart
 
 LEAST_GAP = 0.05
@@ -290,11 +290,11 @@ class Savings(StressMetric):
             bound = 1 - budget / (control or budget)
             reason = f"the concept is not back within {budget} steps, the new one is learned in {control:.0f}"
             return [row | EMPTY | {"n": n, "reason": reason, "at_most": bound, "verdict": "not faster than new"}]
-        first, second = halves(own, seed=0), halves(new, seed=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws = 1 - np.minimum(first, budget) / np.minimum(second, budget)
-        low, high = np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), [0.025, 0.975])
+        # A new thing that is shown before any training in a resample has no steps to save.
+        first, second = np.minimum(halves(own, seed=0), budget), np.minimum(halves(new, seed=1), budget)
+        draws = 1 - first[second > 0] / second[second > 0]
         saved = 1 - value / (budget if control is None else control)
+        low, high = np.quantile([*draws, saved], [0.025, 0.975])
         row |= {"value": saved, "low": float(min(low, saved)), "high": float(min(max(high, saved), 1.0)), "n": n}
         row |= {"interval": "bootstrap over prompts of both runs"}
         if control is None:
@@ -304,18 +304,16 @@ class Savings(StressMetric):
 
     def _refused(self, evidence: StressEvidence, own: Curve | None, new: Curve | None) -> str | None:
         """Why there is no number."""
-        if (failure := evidence.failure("after")) is not None:
-            return failure
         if not own:
             return "the concept was not learned again"
+        last = next(c.name for c in evidence.conditions.values() if (c.curve, c.step) == ("relearned", own[-1][0]))
+        if (failure := evidence.failure(last)) is not None:
+            return failure
         if not new:
             return (
                 "there is no control: no concept of this kind that the model never knew was learned beside it, so "
                 "remembering cannot be told from learning"
             )
-        for needed in evidence.conditions["after"].needs:
-            if (failure := failure_of(evidence.changed(needed))) is not None:
-                return failure
         start = list(new[0][1].values())
         if np.mean(start or [1]) >= HALF:
             return (
@@ -455,5 +453,3 @@ class ChangedControl(ControlShare):
             if condition.control and name in evidence.rows:
                 found.append(evidence.changed(name).row(evidence.plan.recipe) | {"variant": name})
         return found
-
-

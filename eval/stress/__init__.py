@@ -62,7 +62,7 @@ class StressTest(Options, ABC):
             EvaluationError: The erasure or the model cannot be tested this way; the message says why.
         """
 
-    def prepare(self, bench: Bench) -> None:  # noqa: B027
+    def prepare(self, bench: Bench) -> None:
         """Do what must be done once ahead of all drawing, such as a training; called in every process.
 
         What it makes goes into the folder of the run, so that a killed run finds it again.
@@ -87,8 +87,8 @@ class StressTest(Options, ABC):
         return {}
 
     def told(self, bench: Bench) -> Record:
-        """Give the options as the recipe holds them: contents in the place of paths of this machine."""
-        return asdict(self)
+        """Give the options as the recipe holds them, plain data: contents in the place of paths of this machine."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
@@ -100,9 +100,7 @@ class StressTest(Options, ABC):
         """
         if size not in SIZES:
             hint = did_you_mean(str(size), SIZES)
-            raise EvaluationError(
-                f"stress test {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}"
-            )
+            raise EvaluationError(f"stress test {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}")
         return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 

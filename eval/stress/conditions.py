@@ -110,7 +110,11 @@ class StressEvidence(Evidence):
         seen = "must show" if condition.control == "positive" else "must not show"
         what = f"the judge sees {self.label(name)!r} where {condition.about} ({seen} it)"
         return Control(
-            "control_changed", f"{self.label(name)} ({name})", self.outcomes(name), condition.control == "positive", what
+            "control_changed",
+            f"{self.label(name)} ({name})",
+            self.outcomes(name),
+            condition.control == "positive",
+            what,
         )
 
 

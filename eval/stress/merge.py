@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -83,7 +83,7 @@ class Merge(StressTest):
 
     def told(self, bench: Bench) -> Record:
         """The options, with the LoRA's contents in the place of its path."""
-        return asdict(self) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
+        return super().told(bench) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
 
 
 def _with_lora(source: str, scale: float) -> Change:

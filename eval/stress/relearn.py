@@ -68,8 +68,9 @@ class Relearn(StressTest):
     half of the images show what is learned, `savings` how much of that the concept needs less than the new thing: near
     0 it was destroyed, near 1 only hidden.
 
-    Pictures of the concept are drawn by the stock model, those that the judge sees it in; pictures of the new thing are
-    scenes with one of the embedded new things. There is no new style, so of a style there are curves but no `savings`.
+    Pictures of the concept are drawn by the stock model, those that the judge sees it in; pictures of the new thing
+    are scenes with one of the embedded new things. There is no new style, so of a style there are curves, but no
+    `savings`.
     """
 
     title: ClassVar[str] = "training on pictures of the concept: how fast is it back, beside a concept never known"
@@ -88,14 +89,14 @@ class Relearn(StressTest):
     }  # fmt: skip
 
     mode: Mode = "lora"
-    """What learns: a new token in the place of the concept's name; a LoRA on attention; all weights of the denoiser."""
+    """What learns: a token in the place of the concept's name; a LoRA on attention; all weights of the denoiser."""
     steps: tuple[Count, ...] = (10, 50, 100, 200, 500, 1000)
     """Updates after which images are drawn."""
     pictures: Count = 20
     """Pictures of what is learned."""
     lr: Positive | None = None
-    """Learning rate of AdamW; 5e-4 for an embedding, 1e-4 for a LoRA, 1e-5 for all weights when left out, which are for
-    large models: small ones need more."""
+    """Learning rate of AdamW; 5e-4 for an embedding, 1e-4 for a LoRA, 1e-5 for all weights when left out. These are
+    for large models: small ones need more."""
     batch: Count | None = None
     """Pictures in each update; 4, 1 and 4 when left out."""
     rank: Count = 4
@@ -136,8 +137,8 @@ class Relearn(StressTest):
             return []
         return [
             replace(
-                sample, sample_id=f"new-{sample.sample_id}", role="cross", objects=(self.thing,), erased=(), style=None,
-                prompt=renamed(sample.prompt, sample.objects[0], self.thing), scene=None,
+                sample, sample_id=f"new-{sample.sample_id}", role="cross", objects=(self.thing,), erased=(),
+                style=None, prompt=renamed(sample.prompt, sample.objects[0], self.thing), scene=None,
             )
             for sample in bench.targets
         ]  # fmt: skip
@@ -161,28 +162,27 @@ class Relearn(StressTest):
 
     def conditions(self, bench: Bench) -> list[Condition]:
         """Every training after every number of steps, and ahead of it."""
-        found = []
+        found, last = [], self.ordered[-1]
         for task in self.tasks(bench):
             for step in (0, *self.ordered):
                 name = f"{task.name}_{step}"
+                # A token must mean the concept once it was trained; a training of weights must never lose it.
+                checked = step == last if self.mode == "embedding" else step > 0
+                needed = last if self.mode == "embedding" else step
                 found.append(
                     Condition(
                         name, erased=task.erased, change=self._taught(bench, task, step),
                         draw=_naming(self, task, bench) if self.mode == "embedding" else None,
                         about=f"{task.about} in {step} steps",
                         roles=("cross",) if task.new else WHOLE if task.name == "relearned" else ("target",),
-                        control="positive" if task.name == "stock_concept" and self._is_control(step) else "",
-                        needs=(f"stock_concept_{step}",) if task.name == "relearned" and self._is_control(step) else (),
+                        control="positive" if task.name == "stock_concept" and checked else "",
+                        needs=(f"stock_concept_{needed}",) if task.name == "relearned" and step else (),
                         compared=task.name == "relearned" and step > 0,
                         sees=Newcomer(self.thing) if task.new else None, thing=self.thing if task.new else None,
                         curve=task.name, step=step,
                     )
                 )  # fmt: skip
         return found
-
-    def _is_control(self, step: int) -> bool:
-        """Whether the stock model must show the concept: a token that was not trained yet says nothing."""
-        return self.mode != "embedding" and step > 0
 
     @property
     def ordered(self) -> tuple[int, ...]:

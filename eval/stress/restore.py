@@ -34,9 +34,9 @@ class Restore(StressTest):
     """Copy activations of the stock model into the erased one, one place of the denoiser at a time.
 
     Both draw the same prompt from the same noise. Where `h <- h_E + share (h_B - h_E)` brings the concept back, all
-    behind that place still knows it: the erasure cut it off there or ahead of it. Patched are what layers that read
-    text are given (`text_states`: the text encoders' work) and give (`text_entry`), and the outputs of attention layers
-    by part of the denoiser; never a last layer or a latent, which would copy the answer.
+    behind that place still knows it: the erasure cut it off there or ahead of it. Patched are what the layers that
+    read text are given (`text_states`, the work of the text encoders) and what they give (`text_entry`), and the
+    outputs of attention layers by part of the denoiser; never a last layer or a latent, which would copy the answer.
 
     Activations of an unrelated prompt, patched at the same place, are the control: where they show the concept as
     well, the place says nothing.

@@ -114,9 +114,7 @@ def stress_test(
         )
     found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
     if len(found.targets) != 1:
-        raise EvaluationError(
-            f"{concept!r} names {len(found.targets)} concepts ({found.concept}): test one at a time"
-        )
+        raise EvaluationError(f"{concept!r} names {len(found.targets)} concepts ({found.concept}): test one at a time")
     (target,) = found.targets
     whole_suite = Plan(name, size, seed, found.targets, _chosen(found.samples, test, target, judge), found.recipe)
     answering = _judge_of(judge, kit, whole_suite, target)
@@ -124,9 +122,7 @@ def stress_test(
     manager = ErasureManager(models.pipe)
     models = replace(models, pipe=manager.twin(), stock=manager.stock())
     scorer, clip_missing = _clip(clip) if test.needs_clip else (None, None)
-    bench = Bench(
-        models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes
-    )
+    bench = Bench(models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes)
     conditions = _conditions(test, bench)
     samples = (*whole_suite.samples, *test.more_samples(bench))
     about = found.recipe | {"size": size, "stress": {"name": name, **test.told(bench)}, "controls": LIMITS}
@@ -244,9 +240,7 @@ class _Stress(Run):
         mine, done = self.share(pending), len(wanted) - len(pending)
         if not mine:
             return
-        bar = tqdm(
-            total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar
-        )
+        bar = tqdm(total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar)
         with bar, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
             batches = (condition.draw or generate)(pipe, mine, self.batch_size)
             while True:
@@ -304,4 +298,3 @@ class _Stress(Run):
 def _kept(vector: np.ndarray | None) -> np.ndarray | None:
     """Features as they are kept, so that a run and one that went on read the same numbers."""
     return None if vector is None else np.asarray(vector, dtype=np.float32)
-

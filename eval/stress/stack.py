@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -75,7 +75,7 @@ class Stack(StressTest):
 
     def told(self, bench: Bench) -> Record:
         """The options, with fingerprints in the place of paths."""
-        return asdict(self) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
+        return super().told(bench) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
 
 
 def _beside(group: Sequence[Erasure]) -> Change:

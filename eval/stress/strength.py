@@ -40,8 +40,8 @@ class Strength(StressTest):
     }
 
     strengths: tuple[NotNegative, ...] = (0.0, 0.25, 0.5, 0.75, 1.5, 2.0)
-    """Factors on the strength of every erasure. 1 is the erased model as it is, which is drawn in any case; 0 is always
-    among them."""
+    """Factors on the strength of every erasure. 1 is the erased model as it is, which is drawn in any case, and 0 is
+    always among them."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
         """Each strength; at 0 the pictures are compared with the stock model's."""

@@ -1,4 +1,4 @@
-"""Learning from pictures for stress tests: a new token, a LoRA or all weights, with the package's one training loop."""
+"""Learning from pictures for stress tests: a new token, a LoRA or all weights, by the package's training loop."""
 
 from __future__ import annotations
 

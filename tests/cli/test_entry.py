@@ -40,6 +40,7 @@ QUICK = [
     ["erase", "esd", "--model", "m", "--concept", "cat", "--steps", "-3"], ["sae", "info", "--help"],
     ["attack"], ["attack", "unlearndiffatk", "--help"], ["attack", "unlearndifatk"], ["attack", "--model", "m"],
     ["attack", "random_prefix", "--size", "huge", "--out", "o", "--model", "m"],
+    ["stress"], ["stress", "relearn", "--help"], ["stress", "relern"], ["stress", "--model", "m"],
     ["eval", "canvass", "--model", "m", "--out", "o"], ["eval", "--modle", "m"], ["paint"],
 ]  # fmt: skip
 """Commands that only list, help or refuse a word."""

@@ -47,6 +47,9 @@ SHORT: dict[str, tuple[str, ...]] = {
     "sae train": ("--steps", "4", "--d-sae", "64", "--k", "4"),
     "attack unlearndiffatk": ("--samples", "1", "--timesteps", "1", "--iterations", "1", "--references", "1"),
     "attack random_prefix": ("--samples", "1", "--texts", "1"),
+    "stress quantise": ("--samples", "1", "--retained", "1", "--formats", "nf4"),
+    "stress relearn": ("--samples", "1", "--retained", "1", "--steps", "1"),
+    "stress merge": ("--samples", "1", "--retained", "1"),
 }
 """Options that make a command take less time, where a page does not give them."""
 ELSEWHERE = {

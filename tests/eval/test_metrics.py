@@ -9,6 +9,7 @@ import pytest
 
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.metrics import METRICS, SHARE, Metric, Need, facts_of, register
+from erasure.eval.stress import STRESS_TESTS
 from erasure.eval.suites import SUITES
 from tests.eval.pinned import FILE
 
@@ -20,6 +21,10 @@ ROWS = [
     for name, variant, _ in [key.split(" | ")]
 ]
 OF_ATTACKS = {"pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"}
+OF_STRESS = {name for test in STRESS_TESTS.available().values() for name in test.metrics} - {
+    "control_seen", "control_unasked",
+}  # fmt: skip
+"""Metrics of stress tests, whose values tests/eval/stress looks at."""
 WITHOUT_TARGETS = {"object_accuracy", "style_accuracy", "shape_accuracy"}
 """Metrics that nothing is erased for, and so none of the runs that are kept has."""
 
@@ -41,7 +46,7 @@ def test_a_metric_says_what_it_is(name: str) -> None:
     assert metric.is_control == name.startswith("control_")
 
 
-@pytest.mark.parametrize("name", sorted({*METRICS.names()} - WITHOUT_TARGETS))
+@pytest.mark.parametrize("name", sorted({*METRICS.names()} - WITHOUT_TARGETS - OF_STRESS))
 def test_its_values_are_within_its_bounds(name: str) -> None:
     metric, rows = METRICS.get(name), rows_of(name)
     assert rows
@@ -67,8 +72,8 @@ def test_a_suite_is_data(name: str) -> None:
     assert not any("attack" in metric.needs for metric in known.values())
 
 
-def test_every_metric_is_of_some_suite_or_attack() -> None:
-    named = {name for suite in SUITES.available().values() for name in suite.metrics} | OF_ATTACKS
+def test_every_metric_is_of_some_suite_attack_or_stress_test() -> None:
+    named = {name for suite in SUITES.available().values() for name in suite.metrics} | OF_ATTACKS | OF_STRESS
     assert named == set(METRICS.built_in)
     assert ATTACKS.names()
 

@@ -1,0 +1,156 @@
+"""`erasure stress TEST`: change the erased model, and see in which changes the concept comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from erasure.cli.described import changes, list_of, options_of, parse_with
+from erasure.cli.eval import metric_table, refusals
+from erasure.cli.models import ErasedModelOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.recording import left_out
+from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
+from erasure.concept import Concept, Kind
+from erasure.eval.stress import STRESS_TESTS
+from erasure.shown import number
+from erasure.world import World
+
+if TYPE_CHECKING:
+    from erasure.eval import Results
+    from erasure.eval.rows import Row
+    from erasure.interop.protocols import Settings
+
+HELP = """usage: erasure stress TEST --model M --erasure E [--erasure E ...] --out DIR [options]
+
+Changes the erased model, and says in which changes the concept comes back. Every change has a control.
+
+stress tests:
+{tests}
+
+The options of each: erasure stress TEST --help"""
+
+
+@dataclass(kw_only=True)
+class StressOptions(ErasedModelOptions):
+    """What to put under stress, and where to write the result."""
+
+    concept: str | None = None
+    """What must not come back; that of the erasures when left out."""
+    kind: Kind | None = None
+    """What the concept is. Left out, a Canvas model says it, and other models take it for an object."""
+    size: Literal["smoke", "quick", "full"] = "quick"
+    """`smoke`: does it run; `quick`: minutes with a small model; `full`: the numbers to publish. Sets the test's
+    options; those that are given change single values."""
+    suite: str = "canvas"
+    """Where prompts and judge come from."""
+    seed: int = 0
+    """Seed of the samples' noise, and of everything random."""
+    judge: str | None = None
+    """Judge in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
+    your own that takes a list of images and gives answers with `.object` and `.style`."""
+    detector: str | None = None
+    """Registered detector in the place of a judge (`erasure detect`): what it flags shows the concept. It cannot say
+    what else is in a picture, so no other prompts are drawn."""
+    clip: str | None = None
+    """CLIP model for tests that compare image features: its folder or repository; the embedded one when left out."""
+    out: Path
+    """Folder of results.json, samples.jsonl, report.html and images. The same command again goes on where a killed one
+    stopped."""
+    json: bool = False
+    """Print results.json, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP.format(tests=list_of(STRESS_TESTS)))
+        return
+    name, *rest = argv
+    if name.startswith("-"):
+        names = ",".join(STRESS_TESTS.names())
+        raise UsageError(f"name the stress test first: erasure stress {{{names}}} --model M --erasure E --out O")
+    told, test = STRESS_TESTS.facts(name).told, options_of(STRESS_TESTS, name)
+    # Twice: which options the test starts from is known only when the size is.
+    about = f"{told['title']} ({told['paper']}). Control: {told['control']}."
+    size = parse_with(StressOptions, test(), f"stress {name}", rest, about).command.size
+    start = test(**told["sizes"].get(size, {}))
+    parsed = parse_with(StressOptions, start, f"stress {name}", rest, about)
+    options: StressOptions = parsed.command
+    terminal.json_only = options.json
+    check_strengths(options)
+    if not options.erasure:
+        raise UsageError("nothing to put under stress: give --erasure")
+    if options.judge is not None and options.detector is not None:
+        raise UsageError("--judge and --detector are two ways to say who looks at the images: give one of them")
+    found = _stressed(options, name, changes(parsed.options, start), terminal)
+    if not is_main_process():
+        return
+    results = found.to_dict()
+    if options.json:
+        terminal.result(results)
+        return
+    columns, rows = by_condition(results["metrics"])
+    terminal.table(columns, rows)
+    columns, rows = metric_table([row for row in results["metrics"] if row["name"] not in BY_CONDITION])
+    if rows:
+        terminal.table(columns, rows)
+    terminal.say(*left_out(results["model"]), *refusals(results["metrics"]), *failed_controls(results["metrics"]))
+    terminal.say(f"The page with pictures: {options.out / 'report.html'}")
+
+
+def _stressed(options: StressOptions, name: str, changed: Settings, terminal: Terminal) -> Results:
+    """Open everything, cheap checks first, and do it."""
+    from erasure.eval import suites
+    from erasure.eval.detectors import DETECTORS
+    from erasure.eval.judges import load_judge
+    from erasure.eval.stress.runner import stress_test
+
+    suites.get(options.suite)
+    STRESS_TESTS.get(name).configured(options.size, **changed)
+    judge = None if options.judge is None else load_judge(options.judge)
+    detector = None if options.detector is None else DETECTORS.get(options.detector)()
+    erasures = load_erasures(options)
+    concept: Concept | None = None
+    if options.concept is not None:
+        concept = World.at(options.model).concept(options.concept, options.kind)
+    out = output_folder(options.out, may_hold=True)
+    pipe = open_model(options)
+    attach(pipe, erasures, options.strength)
+    return stress_test(
+        pipe, name, concept, size=options.size, suite=options.suite, seed=options.seed, out=out,
+        judge=judge if detector is None else detector, clip=options.clip, progress=terminal.speaks, **changed,
+    )  # fmt: skip
+
+
+BY_CONDITION = ("concept_shown", "retained_seen", "recovered")
+"""Metrics that every condition has, one column each."""
+
+
+def by_condition(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """A table with a line for each condition: rates, what came back, and the verdict."""
+    from erasure.cli.terminal import format_metric
+
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in metrics:
+        if row["name"] in BY_CONDITION:
+            label = str(row["concept"] or "") if row["name"] != "retained_seen" else ""
+            key = next((k for k in lines if k[0] == row["variant"]), (str(row["variant"]), label))
+            cells = lines.setdefault(key, {})
+            cells[row["name"]] = format_metric(row)
+            if row["name"] == "recovered":
+                cells["verdict"] = str(row.get("verdict") or "no verdict")
+    columns = [name for name in (*BY_CONDITION, "verdict") if any(name in cells for cells in lines.values())]
+    rows = [[*key, *(cells.get(name, "-") for name in columns)] for key, cells in lines.items()]
+    return ["condition", "of", *columns], rows
+
+
+def failed_controls(metrics: Sequence[Row]) -> list[str]:
+    """A line for each control that does not hold."""
+    lines = []
+    for row in metrics:
+        if row.get("holds") is False:
+            share = "no image could be judged" if row["value"] is None else f"{number(row['value'], '.0f', 100)} %"
+            lines.append(f"Control {row['name']} of {row['variant']} fails: {row['recipe']['metric']}: {share}.")
+    return lines
