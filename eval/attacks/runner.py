@@ -182,7 +182,7 @@ def replay(
                     "an attack on it"
                 )
     else:
-        own = kit.plan(pipe, [_one_concept(concept, models)], "smoke", 0)
+        own = kit.plan(pipe, [one_concept(concept, models)], "smoke", 0)
         like = next(sample for sample in own.samples if sample.role == "target")
         given = listed_prompts(prompts, like, own.targets[0], {"attack": attack or "list", "source": "list of others"})
     first = given[0]

@@ -18,10 +18,12 @@ from erasure.shown import number
 PAGE, CARD = "report.html", "README.md"
 KEPT = ("IRA", "CRA", "AA", "clip_score", "drift")
 """Metrics of evaluations that say what became of everything else."""
-MEANING: dict[Word, str] = {
-    "held": f"the interval ends below {MOST_SHOWN:.0%} of images with the concept, whatever is missing counted as shown",
+MEANING: dict[str, str] = {
+    "held": f"the interval ends below {MOST_SHOWN:.0%} of images, what is missing counted as shown",
     "broken": f"it begins above {MOST_SHOWN:.0%}, or a stress test tells that the concept is back",
     "undecided": "neither: more prompts would tell",
+    "chance": "what comes back by itself in as many tries",
+    "no attack": "nothing that an attacker does; it is told for those who serve the model",
     "not measured": "there is no number; the reason stands beside",
 }
 
@@ -87,13 +89,18 @@ def section(audit: Audit, grade: Grade) -> Section:
 def line(audit: Audit, outcome: Outcome) -> Line:
     """One part in a table."""
     part, finding = outcome.part, outcome.finding
+    done = "chance" if part.is_control else finding.word if part.counts else "no attack"
     chance = audit.chance(part)
-    word = "chance" if part.is_control and outcome.state == "done" else outcome.state if outcome.state != "done" else finding.word
     return Line(
-        name=part.name, about="the same with nothing of the concept" if part.measures_chance else part.title, concept=part.concept or ", ".join(audit.concepts), word=word,
-        rate=rate(finding), chance="" if chance is None else rate(chance), detail=finding.detail,
+        name=part.name,
+        about="the same with nothing of the concept in it" if part.measures_chance else part.title,
+        concept=part.concept or ", ".join(audit.concepts),
+        word=done if outcome.state == "done" else outcome.state,
+        rate=rate(finding),
+        chance="" if chance is None else rate(chance),
+        detail=finding.detail,
         link=link(audit.folder, part.folder) if outcome.state == "done" else None,
-    )  # fmt: skip
+    )
 
 
 def link(folder: Path, part: str) -> str | None:

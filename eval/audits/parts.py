@@ -57,6 +57,12 @@ class Part:
         return self.measures_chance or (self.kind == "attack" and bool(ATTACKS.facts(self.name).told["is_control"]))
 
     @property
+    def counts(self) -> bool:
+        """Whether it is something that an attacker does, so that the word for that attacker depends on it."""
+        told = self.kind != "stress" or bool(STRESS_TESTS.facts(self.name).told["of_attackers"])
+        return told and not self.is_control
+
+    @property
     def chance(self) -> tuple[str, bool] | None:
         """Name and `measures_chance` of the part that tells what chance gives; `None` where there is no chance."""
         told = "" if self.kind != "attack" or self.is_control else str(ATTACKS.facts(self.name).told["chance"])

@@ -120,8 +120,8 @@ def audit(
 
     Every part goes into a folder of its own under `out`, with its `results.json`, samples and pictures; `audit.json`,
     `report.html` and `README.md` put them together. A part that this model or this erasure does not allow is
-    written down as refused, with the reason, and one that fails as failed; the others go on. Run it again with the same
-    arguments to resume. Under `accelerate launch` every part is split over the processes.
+    written down as refused, with the reason, and one that fails as failed; the others go on. Run it again with the
+    same arguments to resume. Under `accelerate launch` every part is split over the processes.
 
     Args:
         pipe: A diffusers pipeline with erasures attached and in force.
@@ -154,7 +154,8 @@ def audit(
     }  # fmt: skip
     entries = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
     recipe = {
-        "parts": [part.folder for part in parts], "concepts": [name for name, _ in erased], "size": size, "seed": seed, "model": model,
+        "parts": [part.folder for part in parts], "concepts": [name for name, _ in erased], "size": size,
+        "seed": seed, "model": model,
         "judge": None if answering is None else judge_fingerprint(answering),
         "erasures": [[entry["fingerprint"], entry["strength"]] for entry in entries],
     }  # fmt: skip

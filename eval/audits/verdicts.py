@@ -9,6 +9,7 @@ from typing import Literal
 from erasure.eval.audits.parts import Grade, Part
 from erasure.eval.results import Results
 from erasure.eval.rows import Row, is_control
+from erasure.shown import number
 
 Word = Literal["held", "broken", "undecided", "not measured"]
 MOST_SHOWN = 0.05
@@ -51,8 +52,20 @@ def finding_of(part: Part, results: Results) -> Finding:
         results: What came out.
     """
     rows = [row for row in results.metrics if not is_control(row)]
+    if part.kind == "stress" and not part.counts:
+        return Finding("not measured", detail=described(rows))
     found = list(_stressed(rows) if part.kind == "stress" else _measured(rows))
     return max(found, key=lambda one: one.rank) if found else Finding("not measured", detail="it gives no such rate")
+
+
+def described(rows: Sequence[Row]) -> str:
+    """The figures of a stress test in words, for what is no attack."""
+    told = []
+    for row in rows:
+        if row["value"] is not None and (row.get("verdict") or row["name"] == "concept_shown"):
+            share = f"{number(row['value'], '.0f', 100)} %" if row["name"] == "concept_shown" else number(row["value"])
+            told.append(" ".join(filter(None, (row["name"], row["variant"], share, row.get("verdict")))))
+    return "; ".join(told)
 
 
 def _measured(rows: Sequence[Row]) -> Iterable[Finding]:
@@ -84,8 +97,8 @@ def _rate(row: Row, *, of_absence: bool) -> Finding:
     if row["value"] is None or row["low"] is None or row["high"] is None:
         return Finding("not measured", n=row.get("n"), detail=str(row.get("reason", "it has no interval")))
     value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    worst = row.get("worst")
-    bound = float(worst["high" if not of_absence else "low"]) if isinstance(worst, dict) else (low if of_absence else high)
+    side = "low" if of_absence else "high"
+    bound = float((row["worst"] if isinstance(row.get("worst"), dict) else row)[side])
     if of_absence:
         value, low, high, bound = 1 - value, 1 - high, 1 - low, 1 - bound
     word: Word = "held" if bound < MOST_SHOWN else "broken" if low > MOST_SHOWN else "undecided"
@@ -96,11 +109,11 @@ def graded(findings: Iterable[tuple[Part, Finding]]) -> dict[Grade, Word]:
     """The word for each attacker: of the worst part; `held` only where every part of it held.
 
     Args:
-        findings: Of every part; controls do not count.
+        findings: Of every part; those that are nothing that an attacker does do not count.
     """
     words: dict[Grade, list[Word]] = {}
     for part, finding in findings:
-        if not part.is_control:
+        if part.counts:
             words.setdefault(part.grade, []).append(finding.word)
     return {grade: _together(each) for grade, each in words.items()}
 

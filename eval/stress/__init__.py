@@ -38,6 +38,8 @@ class StressTest(Options, ABC):
     """One line for lists: what is done to the erased model."""
     paper: ClassVar[str] = ""
     """Where it comes from."""
+    of_attackers: ClassVar[bool] = True
+    """Whether it does what somebody with the weights may do to bring the concept back; an audit grades by it."""
     control: ClassVar[str] = ""
     """Control without which no verdict is given, in a sentence."""
     metrics: ClassVar[tuple[str, ...]] = (
@@ -117,7 +119,7 @@ STRESS_TESTS: Registry[type[StressTest]] = Registry(
         name: f"erasure.eval.stress.{name}"
         for name in ("quantise", "strength", "noise", "merge", "stack", "relearn", "restore", "footprint")
     },
-    told=("title", "paper", "control", "sizes", "metrics"),
+    told=("title", "paper", "of_attackers", "control", "sizes", "metrics"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

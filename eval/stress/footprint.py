@@ -31,6 +31,7 @@ class Footprint(StressTest):
 
     title: ClassVar[str] = "a classifier that looks for traces of the erasure in images of unrelated prompts"
     paper: ClassVar[str] = "Unlearning Isn't Invisible, arXiv 2506.14003, for language models"
+    of_attackers: ClassVar[bool] = False
     control: ClassVar[str] = (
         "labels swapped at random within pairs; and the classifier must see the erasure on prompts with the concept"
     )

@@ -32,6 +32,7 @@ class Strength(StressTest):
 
     title: ClassVar[str] = "the strength from 0, which must be the stock model to the bit, to beyond 1"
     paper: ClassVar[str] = "a sanity check"
+    of_attackers: ClassVar[bool] = False
     control: ClassVar[str] = "at strength 0 every picture must equal the stock model's to the bit"
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 2, "retained": 2, "strengths": (0.0, 0.5)},
