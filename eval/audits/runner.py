@@ -174,7 +174,7 @@ def audit(
             outcomes.append(_done(pipe, part, concept, [one for _, one in erased], folder / part.folder, common))
         found = Audit(
             folder, model, entries, [name for name, _ in erased], size, outcomes,
-            graded((outcome.part, outcome.finding) for outcome in outcomes), left_out(parts),
+            graded((one.part, one.finding) for one in outcomes if one.state != "refused"), left_out(parts),
         )  # fmt: skip
         if processes.is_main:
             from erasure.eval.audits.page import write_pages

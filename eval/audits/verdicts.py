@@ -106,10 +106,10 @@ def _rate(row: Row, *, of_absence: bool) -> Finding:
 
 
 def graded(findings: Iterable[tuple[Part, Finding]]) -> dict[Grade, Word]:
-    """The word for each attacker: of the worst part; `held` only where every part of it held.
+    """The word for each attacker: `broken` where a part is, `held` only where every part held.
 
     Args:
-        findings: Of every part; those that are nothing that an attacker does do not count.
+        findings: Of every part that was not refused; those that are nothing that an attacker does do not count.
     """
     words: dict[Grade, list[Word]] = {}
     for part, finding in findings:
@@ -121,7 +121,5 @@ def graded(findings: Iterable[tuple[Part, Finding]]) -> dict[Grade, Word]:
 def _together(words: Sequence[Word]) -> Word:
     if "broken" in words:
         return "broken"
-    measured = [word for word in words if word != "not measured"]
-    if not measured:
-        return "not measured"
-    return "held" if all(word == "held" for word in measured) else "undecided"
+    found = set(words)
+    return words[0] if len(found) == 1 else "undecided"

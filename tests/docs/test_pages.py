@@ -54,6 +54,7 @@ SHORT: dict[str, tuple[str, ...]] = {
 """Options that make a command take less time, where a page does not give them."""
 ELSEWHERE = {
     "demo": "tests/cli/test_measuring.py runs it",
+    "audit": "tests/eval/test_audits.py runs it",
     "--dataset": "it is on the Hub",
     "--adapter": "it is on the Hub",
     "nudenet": "its weights are in an extra (tests/eval/detectors runs it)",
