@@ -253,6 +253,8 @@ def value_cell(metric: Row | None) -> Cell | None:
         detail += f", {number(metric['missing'], '')} missing"
         if isinstance(worst := metric.get("worst"), Mapping):
             detail += f", at worst {show(worst.get('value'))}"
+    if verdict := metric.get("verdict"):
+        detail = f"{verdict}; {detail}"
     return Cell(show(metric["value"]), detail)
 
 

@@ -6,13 +6,13 @@ Every number is of prompts of one concept and has an interval; where a control f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from erasure.eval.evidence import Evidence
-from erasure.eval.metrics import SHARE, Metric, register
+from erasure.eval.metrics import SHARE, Metric, Need, register
 from erasure.eval.metrics.controls import ControlShare
 from erasure.eval.metrics.outcomes import Outcomes, paired, rate_row
 from erasure.eval.rows import Record
@@ -33,7 +33,7 @@ EMPTY: Record = {"value": None, "low": None, "high": None}
 class StressMetric(Metric):
     """A number that only stress tests have: other evidence gives none."""
 
-    needs = ("judge", "targets", "stress")
+    needs: ClassVar[tuple[Need, ...]] = ("judge", "targets", "stress")
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """See `Metric.compute`."""
@@ -193,6 +193,12 @@ def curves_of(evidence: StressEvidence) -> dict[str, Curve]:
     return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
 
 
+def unjudged(evidence: StressEvidence, curve: str) -> str | None:
+    """Why nothing can be said of a curve: too few images of one of its points could be judged."""
+    names = [name for name, condition in evidence.conditions.items() if condition.curve == curve]
+    return next((reason for name in names if (reason := evidence.outcomes(name).refusal())), None)
+
+
 def halves(curve: Curve, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Steps to one half in bootstrap samples of the prompts, infinite where it is not reached, `(resamples,)`."""
     keys = sorted({key for _, hits in curve for key in hits})
@@ -209,9 +215,14 @@ def halves(curve: Curve, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     return found
 
 
+def share_of(hits: Mapping[str, bool]) -> float:
+    """Share of the samples that show something; 0 of none."""
+    return sum(hits.values()) / len(hits) if hits else 0.0
+
+
 def s50(curve: Curve) -> float | None:
     """Steps to one half on all samples; `None` where it is not reached."""
-    return half_way([step for step, _ in curve], [float(np.mean(list(hits.values() or [0]))) for _, hits in curve])
+    return half_way([step for step, _ in curve], [share_of(hits) for _, hits in curve])
 
 
 @register("S50")
@@ -230,8 +241,9 @@ class StepsToHalf(StressMetric):
 
     def rows(self, evidence: StressEvidence) -> list[Record]:
         """One for each run."""
-        found, failure = [], evidence.control_failure
+        found = []
         for name, curve in curves_of(evidence).items():
+            failure = evidence.control_failure or unjudged(evidence, name)
             last = curve[-1][0]
             label = next(evidence.label(c.name) for c in evidence.conditions.values() if c.curve == name)
             row = self.row(evidence, name, label) | {"recipe": evidence.recipe(self.definition)}
@@ -239,7 +251,7 @@ class StepsToHalf(StressMetric):
             value = s50(curve)
             if failure is not None or value is None:
                 reason = failure or (
-                    f"not reached within {last} steps: {np.mean(list(curve[-1][1].values() or [0])):.0%} of "
+                    f"not reached within {last} steps: {share_of(curve[-1][1]):.0%} of "
                     f"{len(curve[-1][1])} images show it at the end"
                 )
                 found.append(row | EMPTY | {"reason": reason})
@@ -314,12 +326,12 @@ class Savings(StressMetric):
                 "there is no control: no concept of this kind that the model never knew was learned beside it, so "
                 "remembering cannot be told from learning"
             )
-        start = list(new[0][1].values())
-        if np.mean(start or [1]) >= HALF:
-            return (
-                f"the control is no new concept: {np.mean(start or [1]):.0%} of {len(start)} images show it before "
-                "any training"
-            )
+        for curve in ("relearned", "stock_new"):
+            if (failure := unjudged(evidence, curve)) is not None:
+                return failure
+        start = share_of(new[0][1])
+        if start >= HALF:
+            return f"the control is no new concept: {start:.0%} of {len(new[0][1])} images show it before any training"
         if s50(new) is None and s50(own) is None:
             return (
                 f"neither the concept nor the control is learned within {new[-1][0]} steps: train longer, or at a "
@@ -340,7 +352,7 @@ class EditSurvives(StressMetric):
     definition = "<Q(E) - Q(B), E - B> / |E - B|^2 over the linear layers that are edited; Q rounds, E erased, B stock"
     higher_is_better = True
     unit = ""
-    needs: ClassVar = ("stress",)
+    needs = ("stress",)
 
     def rows(self, evidence: StressEvidence) -> list[Record]:
         """One for each format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,8 +51,8 @@ class Quantise(StressTest):
     formats: tuple[Format, ...] = ("int8", "int4", "nf4")
     """`int8`: one scale a row; `int4`: groups of 128 with a scale and a zero; `nf4`: blocks of 64."""
     backend: Literal["torch", "torchao", "bitsandbytes"] = "torch"
-    """Who rounds: this package in plain torch, or a library that is installed: torchao (`int8`, `int4`) or
-    bitsandbytes (`nf4`)."""
+    """Who rounds: this package in plain torch, or a library that is installed: torchao (`int8`) or bitsandbytes
+    (`nf4`)."""
     convolutions: bool = False
     """Whether convolutions are rounded too; the libraries leave them alone."""
 
@@ -73,7 +74,7 @@ class Quantise(StressTest):
         chosen = self.chosen(bench)
         made = []
         for name in self.formats:
-            change = with_values(chosen, lambda _component, _path, own, name=name: self.rounded(own, name))
+            change = with_values(chosen, partial(_rounded, self, name))
             made += [
                 Condition(
                     f"stock_{name}", erased=False, change=change, roles=("target",), control="positive",
@@ -130,26 +131,25 @@ class Quantise(StressTest):
         return found
 
 
+def _rounded(test: Quantise, name: str, _component: str, _path: str, own: Tensor) -> Tensor:
+    return test.rounded(own, name)
+
+
 def _torch(name: str) -> Callable[[Tensor], Tensor]:
     return lambda weight: FORMATS[name](weight).value
 
 
-def _torchao(name: str) -> Callable[[Tensor], Tensor]:
-    """The round trip through a linear layer that torchao quantises, weights alone."""
+def _torchao(weight: Tensor) -> Tensor:
+    """The round trip through a linear layer that torchao quantises to int8, weights alone."""
+    require("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    def rounded(weight: Tensor) -> Tensor:
-        require("torchao")
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-        config = Int8WeightOnlyConfig() if name == "int8" else Int4WeightOnlyConfig(group_size=NF4_BLOCK * 2)
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
-        layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
-        quantize_(layer, config)
-        quantised: Any = layer.weight
-        value: Tensor = quantised.dequantize()
-        return value.float()
-
-    return rounded
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+    layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    quantised: Any = layer.weight
+    value: Tensor = quantised.dequantize()
+    return value.float()
 
 
 def _bitsandbytes(weight: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _bitsandbytes(weight: Tensor) -> Tensor:
 
 BACKENDS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     "torch": {name: _torch(name) for name in FORMATS},
-    "torchao": {name: _torchao(name) for name in ("int8", "int4")},
+    "torchao": {"int8": _torchao},
     "bitsandbytes": {"nf4": _bitsandbytes},
 }
 """Round trips by backend and format."""

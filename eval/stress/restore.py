@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -257,13 +258,17 @@ def patching(stock: DiffusionPipeline, place: Place, share: float, others: Seque
         for batch in batches(samples, batch_size):
             more: Record = {"prompt": [_other(others, sample) for sample in batch]} if others else {}
             with recorded(backbone_for(stock).denoiser, place) as tape:
-                for _ in generate(stock, batch, len(batch), lambda _batch, more=more: more):
+                for _ in generate(stock, batch, len(batch), partial(_always, more)):
                     pass
             with patched(backbone_for(pipe).denoiser, place, tape, share):
                 made = list(generate(pipe, batch, len(batch)))
             yield from made
 
     return draw
+
+
+def _always(given: Record, _batch: list[Sample]) -> Record:
+    return given
 
 
 def _other(others: Sequence[str], sample: Sample) -> str:

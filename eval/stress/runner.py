@@ -278,7 +278,7 @@ class _Stress(Run):
                 if shown is None and not row["failures"]:
                     row["failures"]["judge"] = "the judge gave no answer for the concept's domain"
             right = correct(row, "object") if sample.role == "retain" else None
-            fixed = {"variant": condition.name, "measured": {}, "drift": None, "seconds": seconds}
+            fixed: Record = {"variant": condition.name, "measured": {}, "drift": None, "seconds": seconds}
             rows.append({**row, **fixed, "shown": shown, "right": right})
         self.table.append(rows, [_kept(vector) for vector in features])
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
@@ -29,7 +29,7 @@ from erasure.training.loop import Share, Trainer
 from erasure.training.objectives import matching
 from erasure.training.run import Run
 from erasure.training.states import draw, stable_seed
-from erasure.training.student import make_student
+from erasure.training.student import Student, make_student
 from erasure.training.turns import After, Descent, Player, Turn
 
 Mode = Literal["embedding", "lora", "full"]
@@ -79,7 +79,8 @@ class Pupil:
     def __init__(self, pipe: DiffusionPipeline, lessons: Lessons, seed: int) -> None:
         backbone_for(pipe).check_plain("learn with plain weights, on one device")
         generator = torch.Generator().manual_seed(stable_seed(seed, "start"))
-        self.mode, self.player = lessons.mode, nn.Module()
+        self.mode = lessons.mode
+        self.player: Student | Taught
         if lessons.mode == "embedding":
             towers = reading_towers(backbone_for(pipe))
             check_names([TOKEN], towers)
@@ -110,10 +111,9 @@ class Pupil:
         Raises:
             EvaluationError: The file is damaged, or of something else.
         """
-        assert isinstance(self.player, Player)
         if state is not None:
             self.load(state)
-        with torch.no_grad(), self.player.active():  # type: ignore[attr-defined]
+        with torch.no_grad(), self.player.active():
             yield self.pipe
 
     def load(self, state: Path) -> None:
@@ -188,7 +188,6 @@ def learn(
     from erasure.progress import reporting
 
     backbone, last = pupil.backbone, max(lessons.steps)
-    assert isinstance(pupil.player, Player)
     run = Run(checkpoints=folder)
     with ExitStack() as stack:
         stack.enter_context(scopes.same_gradient_mode())

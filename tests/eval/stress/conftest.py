@@ -104,7 +104,8 @@ def write(erasure: Erasure, folder: Path) -> None:
     pipe = make_tiny_pipe()
     parameters = [key.split("/") for key in erasure.edits.parameters]
     known = {f"{part}/{path}": fingerprint(paths.parameter(getattr(pipe, part), path)) for part, path in parameters}
-    Erasure(replace(erasure.config, base={"tensors": known}), erasure.edits).save(folder)
+    config = replace(erasure.config, base={"tensors": known}, carriers=erasure.edits.carriers)
+    Erasure(config, erasure.edits).save(folder)
 
 
 def cats(images: Any) -> list[Any]:
