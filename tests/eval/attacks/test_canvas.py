@@ -58,10 +58,16 @@ def erased() -> Any:
 
 
 QUICK: dict[str, dict[str, Any]] = {
-    "unlearndiffatk": {"timesteps": 1, "iterations": 1}, "random_prefix": {"texts": 1}, "typo": {"texts": 1},
-    "sampler": {"schedulers": 0, "guidance_factors": ()}, "tina": {"iterations": 1}, "synonym": {"texts": 1},
-    "concept_inversion": {"steps": 1, "pictures": 1}, "p4d": {"steps": 1},
-}  # fmt: skip
+    "unlearndiffatk": {"timesteps": 1, "iterations": 1},
+    "random_prefix": {"texts": 1},
+    "typo": {"texts": 1},
+    "synonym": {"texts": 1},
+    "inpaint": {"holes": (0.9,)},
+    "sampler": {"schedulers": 0, "guidance_factors": ()},
+    "tina": {"iterations": 1},
+    "concept_inversion": {"steps": 1, "pictures": 1},
+    "p4d": {"steps": 1},
+}
 """Options with which the size `smoke` takes a second."""
 
 
