@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import diffusers
 import torch
@@ -117,10 +117,10 @@ class AnotherSampler(Described):
             EvaluationError: Diffusers has no such scheduler.
         """
         kind = getattr(diffusers, self.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)):
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
             raise EvaluationError(f"diffusers has no scheduler {self.scheduler!r}")
         own = pipe.scheduler
-        pipe.scheduler = kind.from_config({**own.config, **self.options})
+        pipe.scheduler = cast(type[ConfigMixin], kind).from_config({**own.config, **self.options})
         try:
             yield pipe
         finally:

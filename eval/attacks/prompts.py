@@ -86,7 +86,7 @@ def read_prompts(path: str | Path) -> list[AdversarialPrompt]:
     if not os.path.lexists(path):
         raise EvaluationError(f"no adversarial prompts at {path}: give the folder of an attack, or its {FILE}")
     rows: Iterator[PromptRow] = read_lines(path, PromptRow, count=MOST, error=EvaluationError)
-    prompts = [_prompt(row, path) for row in rows]
+    prompts = [_prompt(row, path, number) for number, row in enumerate(rows, 1)]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts: the attack had no success, so there is nothing to try again")
     for other in prompts:
@@ -128,10 +128,12 @@ def listed_prompts(
     ]  # fmt: skip
 
 
-def _prompt(row: PromptRow, path: Path) -> AdversarialPrompt:
+def _prompt(row: PromptRow, path: Path, number: int) -> AdversarialPrompt:
     target, stored = row["target"], row.get("attempt")
     if row["text"] is None and stored is None:
-        raise EvaluationError(f"{path} has a line of {shown(row['sample_id'])} with neither a text nor an attempt")
+        raise EvaluationError(
+            f"{path}, line {number} ({shown(row['sample_id'])}) has neither a text nor an attempt: delete it"
+        )
     concept = Target(target["name"], target["domain"], tuple(target["members"]))
     return AdversarialPrompt(
         Sample.from_row(row),

@@ -421,7 +421,10 @@ def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, t
 def test_bad_requests(erased_pipe: Any, run: Any, texts: list[str], scripted: None, tmp_path: Path) -> None:
     judge = reading(lambda said: True)
     for options, said in (
-        ({"name": "no-such"}, "unknown attack 'no-such'; there are: random_prefix, scripted, unlearndiffatk"),
+        (
+            {"name": "no-such"},
+            "unknown attack 'no-such'; there are: completion, .*, sampler, scripted, synonym, .*, unlearndiffatk",
+        ),
         ({"size": "huge"}, "no size 'huge'; there are: smoke, quick, full"),
         ({"suite": "i2p"}, "unknown suite"),
         ({"suite": "removal"}, "has no prompts of a concept"),
