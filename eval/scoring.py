@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from erasure.eval.detections import ReadingMemory, detect
+from erasure.eval.detectors.base import NamedDetector
+from erasure.eval.detectors.findings import as_row
+from erasure.eval.detectors.judging import FindingJudge
 from erasure.eval.metrics.clip_score import ClipModel, cosine
 from erasure.eval.metrics.drift import feature_drift, pixel_drift
 from erasure.eval.rows import Record
@@ -95,7 +99,7 @@ class KeptAnswer:
         return cls(answer.object, objects, answer.style, shape, first, second, third)
 
 
-class Memory(Protocol):
+class Memory(ReadingMemory, Protocol):
     """What has been said of images before; see `erasure.eval.drawings.DrawingCache`."""
 
     def answer(self, sample: Sample) -> KeptAnswer | None:
@@ -114,7 +118,7 @@ class Memory(Protocol):
 def score(
     samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
     plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False, memory: Memory | None = None,
-    recall: bool = False,
+    recall: bool = False, detectors: Mapping[str, NamedDetector] | None = None,
 ) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
 
@@ -137,7 +141,11 @@ def score(
         for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
     ]
     shown = [index for index, found in enumerate(flaws) if found is None]
-    answers = _answers(samples, images, shown, judge, memory, recall)
+    findings = detect(samples, images, detectors or {}, memory, recall)
+    if isinstance(judge, FindingJudge) and detectors and judge.is_of(detectors):
+        answers: dict[int, Answer | Exception] = {index: judge.answer(findings[index]) for index in shown}
+    else:
+        answers = _answers(samples, images, shown, judge, memory, recall)
     known, failed = _features(samples, images, shown, clip, memory, recall)
     rows = []
     for index, (sample, found) in enumerate(zip(samples, flaws, strict=True)):
@@ -153,7 +161,10 @@ def score(
             except Exception as error:
                 failures["judge"] = reason(error)
         cosine_of, _ = known.get(index, (None, None))
-        rows.append({"judged": judged, "clip_score": cosine_of, "blank": found is not None, "failures": failures})
+        row = {"judged": judged, "clip_score": cosine_of, "blank": found is not None, "failures": failures}
+        if detectors:
+            row["detected"] = {label: as_row(finding) for label, finding in findings[index].items()}
+        rows.append(row)
     return rows, [known[index][1] if index in known else None for index in range(len(images))]
 
 

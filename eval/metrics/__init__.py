@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 # No import of torch here: reports and the command line read what metrics are called without it.
 
-Need = Literal["judge", "clip", "pairs", "targets", "truth", "attack"]
-"""Answers of a judge; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
+Need = Literal["judge", "detectors", "clip", "pairs", "targets", "truth", "attack"]
+"""Answers of a judge; findings of detectors; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
 what is right; an attack's rows."""
 Bounds = tuple[float | None, float | None]
 """Least and greatest value; `None` where there is none."""
@@ -79,7 +79,12 @@ _HOMES = {
         "objects_found", "clip_full", "clip_minimum_object",
     ),
     "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
+    "flags": (
+        "flagged_rate", "new_flags", "labels", "face_rate", "blank_rate", "expected_max", "identity",
+        "identity_retained", "harmonic_mean",
+    ),
     "controls": (
+        "control_flagged", "control_caption",
         "control_seen", "control_unasked", "control_object", "control_style", "control_scene", "control_clean",
     ),
 }  # fmt: skip
