@@ -136,7 +136,10 @@ def evaluate(
         if rows is None:
             return Results.load(run.table.folder)
         stamped = replace(plan, recipe=plan.recipe | subject.sampler | {"judge": subject.judge_name})
-        entries = {each.label: each.entry for each in checked}
+        counted = set(kit.flagging)
+        entries = {
+            each.label: each.entry | {"counts": "flags" if each.label in counted else "classes"} for each in checked
+        }
         evidence = Evidence(
             stamped, rows, run.table.features, scorer, clip_missing,
             [

@@ -253,6 +253,9 @@ class Metric(TypedDict):
     mcnemar_p_holm: NotRequired[Number]
     change: NotRequired[Interval]
     prompts: NotRequired[dict[Name, Count]]
+    curve: NotRequired[dict[Name, Number]]
+    regions: NotRequired[Count]
+    without_face: NotRequired[Count]
     retokenised: NotRequired[dict[Name, Count]]
 
 
@@ -320,6 +323,7 @@ class DetectorEntry(TypedDict):
     recipe: dict[str, object]
     self_test: dict[str, object]
     controls: MeasuredControls | None
+    counts: NotRequired[Literal["flags", "classes"]]
 
 
 class ResultsFile(TypedDict):

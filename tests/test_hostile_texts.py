@@ -143,7 +143,7 @@ def check_page(source: str) -> None:
     assert page.attributes <= TEMPLATES
     for tag, name, value in page.values:
         if name == "src":
-            assert re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
+            assert re.fullmatch(r"data:image/(png|webp);base64,[A-Za-z0-9+/=]+", value)
         elif name == "href":
             assert value.startswith("./")
         else:
