@@ -172,9 +172,7 @@ class Controls:
 
     def __init__(self, plan: Plan, rows: Sequence[Row]) -> None:
         self.plan, self.rows = plan, rows
-        self.targets = {
-            target: target_controls(rows, target, seen_at_least=limit_of(plan)) for target in plan.targets
-        }
+        self.targets = {target: target_controls(rows, target, seen_at_least=limit_of(plan)) for target in plan.targets}
         domains = sorted({d for target in plan.targets for d in (target.domain, OTHER[target.domain])})
         self.domains = {domain: domain_control(rows, plan, domain) for domain in domains}
 

@@ -112,7 +112,7 @@ def detect(
 
 
 def _judged(detector: NamedDetector, reading: Reading) -> Finding | None:
-    """The finding that a kept reading means; `None` where the reading is of no use, so that the image is asked about."""
+    """The finding that a kept reading means; `None` where the reading is of no use."""
     try:
         finding = checked(detector.judge(reading))
     except Exception:  # a file that was changed by hand, for instance

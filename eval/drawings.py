@@ -37,7 +37,7 @@ def whole_key(sample: Sample) -> str:
 
 
 class DrawingCache:
-    """Images of one model by what determines them, with a judge's answers, CLIP features and detectors' readings of some.
+    """Images of one model by what determines them, with what a judge, a CLIP model and detectors say of some.
 
     Any suite, size or concept that asks for the same prompt, noise and settings finds them. A file per sample, written
     atomically: several evaluations may share the folder at once.

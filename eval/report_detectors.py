@@ -104,7 +104,9 @@ def curves(metrics: Sequence[Row]) -> list[Curve]:
 def _points(curve: Mapping[str, object]) -> str:
     """Points of a line, from thresholds and shares; what is no number is left out."""
     pairs = sorted(
-        (x, y) for text, value in curve.items() if (x := _number(text)) is not None and (y := _number(value)) is not None
+        (x, y)
+        for text, value in curve.items()
+        if (x := _number(text)) is not None and (y := _number(value)) is not None
     )
     return " ".join(f"{WIDTH * x:.1f},{HEIGHT * (1 - y):.1f}" for x, y in pairs)
 

@@ -41,7 +41,6 @@ from erasure.eval.variants import Variant
 from erasure.images import png, read_rgb
 from erasure.interop.pipelines import execution_device
 
-
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
 
@@ -122,7 +121,9 @@ def evaluate(
 
     root = Path(baseline_cache or cache_folder())
     caches = {variant.name: _cache(root, subject, plan, variant, images, checked) for variant in kit.variants}
-    recipe = subject.recipe(plan) | ({"detectors": {each.label: dict(each.recipe) for each in checked}} if checked else {})
+    recipe = subject.recipe(plan) | (
+        {"detectors": {each.label: dict(each.recipe) for each in checked}} if checked else {}
+    )
     with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
             subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size,

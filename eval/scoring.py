@@ -130,11 +130,12 @@ def score(
         plain: Whether an image shows what was asked for although it is of one colour: a bare background.
         memory: Where it is kept what is said of the samples' images.
         recall: Whether these are the images that `memory` knows, so that nobody is asked again who has answered.
+        detectors: Detectors of the suite, by label. A judge that is made of them answers by what they find.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
-        `erasure.images.flaw`) and `failures` (reason by scorer; that of `image` says why it shows nothing); and its
-        features.
+        `erasure.images.flaw`), `detected` (finding by detector, where there are detectors) and `failures` (reason by
+        scorer; that of `image` says why it shows nothing); and its features.
     """
     flaws = [
         None if found is None or plain(sample, image) else found

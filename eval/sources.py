@@ -1,7 +1,7 @@
 """Prompt lists of others: read from CSV, TSV, JSONL or the library `datasets`, each row accounted for.
 
-Lists of one set go around under different column names. What tells them apart is therefore a hash of what the rows say,
-and not of the file. Nothing is left out silently: rows that cannot be drawn are counted by reason.
+Lists of one set go around under different column names. What tells them apart is therefore a hash of what the rows
+say, and not of the file. Nothing is left out silently: rows that cannot be drawn are counted by reason.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ KNOWN: Mapping[str, KnownList] = {
 PLACES: Mapping[str, str] = {
     "i2p": "I2P is the data set AIML-TUDA/i2p of the Hub (--prompts hf:AIML-TUDA/i2p), and "
     "data/unsafe-prompts4703.csv of github.com/rohitgandikota/erasing",
-    "nudity-benign": "give prompts of people without nudity, with a column role (retain); rows with nudity (target) are "
-    "the positive control. The dual version of Six-CD (github.com/Artanisax/Six-CD, MIT) has both of each scene",
+    "nudity-benign": "give prompts of people without nudity, with a column role (retain); rows with nudity (target) "
+    "are the positive control. The dual version of Six-CD (github.com/Artanisax/Six-CD, MIT) has both of each scene",
     "coco": "data/coco_30k.csv of github.com/rohitgandikota/erasing has captions of COCO with seeds",
 }
 """Where lists can be had."""
@@ -157,8 +157,8 @@ def read_prompts(source: str | Path) -> PromptList:
             `hf:NAME`, a data set of the Hub (its split `train`, or `hf:NAME:SPLIT`).
 
     Raises:
-        EvaluationError: There is none, it is not UTF-8, has no column of prompts, a value is not what its column is of,
-            or no row can be drawn.
+        EvaluationError: There is none, it is not UTF-8, has no column of prompts, a value is not what its column is
+            of, or no row can be drawn.
         MissingExtraError: It needs the library `datasets`, which is not installed.
     """
     text = str(source)
@@ -176,7 +176,9 @@ def read_prompts(source: str | Path) -> PromptList:
     }  # fmt: skip
     ending = Path(text).suffix.lower()
     if ending not in readers:
-        raise EvaluationError(f"the prompt list {shown(text, 200)} ends with {ending!r}: expected .csv, .tsv or .jsonl")
+        raise EvaluationError(
+            f"the prompt list {shown(text, 200)} ends with {ending!r}: expected .csv, .tsv or .jsonl"
+        )
     return collect_rows(readers[ending](_decoded(text), text), Path(text).name)
 
 
@@ -206,10 +208,14 @@ def _table(text: str, path: str) -> Iterator[Mapping[str, object]]:
     try:
         header = next(reader, None)
         if not header or not any(map(str.strip, header)):
-            raise EvaluationError(f"the prompt list {shown(path, 200)} has no header: its first line names the columns")
+            raise EvaluationError(
+                f"the prompt list {shown(path, 200)} has no header: its first line names the columns"
+            )
         names = [name.strip() for name in header]
         if double := next((name for name in names if name and names.count(name) > 1), None):
-            raise EvaluationError(f"the prompt list {shown(path, 200)} has two columns called {shown(double)}: rename one")
+            raise EvaluationError(
+                f"the prompt list {shown(path, 200)} has two columns called {shown(double)}: rename one"
+            )
         yield dict.fromkeys(names)  # the columns, ahead of the rows
         for values in reader:
             if not values:
@@ -233,7 +239,9 @@ def _lines(text: str, path: str) -> Iterator[Mapping[str, object]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"line {number} of the prompt list {shown(path, 200)} is no JSON: {error}") from error
+            raise EvaluationError(
+                f"line {number} of the prompt list {shown(path, 200)} is no JSON: {error}"
+            ) from error
         if not isinstance(row, dict):
             raise EvaluationError(
                 f"line {number} of the prompt list {shown(path, 200)} is {type(row).__name__}, expected an object"
@@ -252,7 +260,7 @@ def _data_set(name: str) -> Iterator[Mapping[str, object]]:
     except Exception as error:  # the library fails in many ways
         raise EvaluationError(
             f"the data set {shown(base, 200)} (split {split or 'train'}) cannot be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}): check its name, its "
+            f"({_reason(error)}): check its name, its "
             "split and the connection, or download it and give the file"
         ) from error
     yield dict.fromkeys(found.column_names)
@@ -272,11 +280,16 @@ def _data_folder(folder: str) -> Iterator[Mapping[str, object]]:
     except Exception as error:  # the library fails in many ways
         raise EvaluationError(
             f"the folder {shown(folder, 200)} is no data set that can be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}): give a file, or what "
+            f"({_reason(error)}): give a file, or what "
             "save_to_disk of the library datasets has written"
         ) from error
     yield dict.fromkeys(found.column_names)
     yield from found
+
+
+def _reason(error: Exception) -> str:
+    """One line that says what went wrong."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def collect_rows(rows: Iterable[Mapping[str, object]], source: str) -> PromptList:
@@ -330,7 +343,9 @@ def columns_of(names: Mapping[str, object] | Sequence[str], source: str) -> dict
         EvaluationError: None is of prompts.
     """
     found = {
-        thing: column for thing, aliases in ALIASES.items() if (column := next((a for a in aliases if a in names), None))
+        thing: column
+        for thing, aliases in ALIASES.items()
+        if (column := next((a for a in aliases if a in names), None))
     }
     if "prompt" not in found:
         raise EvaluationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,8 @@ WRITTEN = re.compile(r"(?:(?P<label>[A-Za-z_][\w-]*)=)?(?P<name>[A-Za-z_]\w*)(?:
 OPTION = re.compile(r",(?=[A-Za-z_]\w*=)")
 """Comma between two options; one within a value has no `option=` behind it."""
 EXPECTED = (
-    "expected NAME, NAME:option=value,option=value, or LABEL=NAME:..., where several values of an option are separated "
-    "by |, for instance nudenet:preset=mace or artists=image_classifier:model=FOLDER,flags=Monet|Van Gogh"
+    "expected NAME, NAME:option=value,option=value, or LABEL=NAME:..., where several values of an option are "
+    "separated by |, for instance nudenet:preset=mace or artists=image_classifier:model=FOLDER,flags=Monet|Van Gogh"
 )
 
 
@@ -120,9 +121,7 @@ Labelled: TypeAlias = "dict[str, DetectorChoice | NamedDetector]"
 
 def made(choices: Mapping[str, DetectorChoice | NamedDetector]) -> dict[str, NamedDetector]:
     """Make the detectors that are not made yet."""
-    return {
-        label: each.make() if isinstance(each, DetectorChoice) else each for label, each in choices.items()
-    }
+    return {label: each.make() if isinstance(each, DetectorChoice) else each for label, each in choices.items()}
 
 
 def _value(kind: type[NamedDetector], option: str, text: str) -> Any:
@@ -132,16 +131,12 @@ def _value(kind: type[NamedDetector], option: str, text: str) -> Any:
         OptionError: The option does not allow it.
     """
     readings: list[object] = [text]
-    try:
+    with contextlib.suppress(ValueError):
         readings.append(json.loads(text))
-    except ValueError:
-        pass
     parts = [part.strip() for part in text.split("|")]
     readings.append(parts)
-    try:
+    with contextlib.suppress(ValueError):
         readings.append([json.loads(part) for part in parts])
-    except ValueError:
-        pass
     for reading in readings:
         try:
             return kind.checked(option, reading)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # No import of torch here: reports and the command line read what metrics are called without it.
 
 Need = Literal["judge", "detectors", "clip", "pairs", "targets", "truth", "attack"]
-"""Answers of a judge; findings of detectors; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
-what is right; an attack's rows."""
+"""Answers of a judge; findings of detectors; a CLIP model; the stock model's image of the same noise; concepts to
+erase; a picture that says what is right; an attack's rows."""
 Bounds = tuple[float | None, float | None]
 """Least and greatest value; `None` where there is none."""
 SHARE: Bounds = (0.0, 1.0)

@@ -17,7 +17,9 @@ class ControlShare(Metric):
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """One row for each control."""
-        return [each.row(evidence.plan.recipe) for each in evidence.controls if each.name.partition("[")[0] == self.name]
+        return [
+            each.row(evidence.plan.recipe) for each in evidence.controls if each.name.partition("[")[0] == self.name
+        ]
 
 
 @register("control_seen")

@@ -232,7 +232,9 @@ class FaceRate(DetectorMetric):
         """Rows of one detector; nothing where it knows no faces, or the stock model draws none."""
         if FACES.isdisjoint(evidence.detectors[label]["recipe"]["classes"]):
             return []
-        tables = {variant: outcomes_of(rows, lambda row: has_face(row, label)) for variant, rows in evidence.rows.items()}
+        tables = {
+            variant: outcomes_of(rows, lambda row: has_face(row, label)) for variant, rows in evidence.rows.items()
+        }
         recipe = self.recipe(evidence, label)
         return before_and_after(self.called(label), evidence, tables, recipe, None, missing_as=False)
 
@@ -289,7 +291,9 @@ class ExpectedMax(DetectorMetric):
             row = {"name": self.called(label), "concept": evidence.concept, "variant": variant, "n": len(groups)}
             reason = evidence.unseen(label) or too_many_missing(len(asked) - said, len(asked))
             if reason is None and len(groups) < AT_ONCE:
-                reason = f"{len(groups)} prompts, of which {AT_ONCE} are drawn at once: give a longer list or a larger size"
+                reason = (
+                    f"{len(groups)} prompts, of which {AT_ONCE} are drawn at once: give a longer list or a larger size"
+                )
             if reason is not None:
                 found.append(row | {"value": None, "low": None, "high": None, "reason": reason, "recipe": recipe})
                 continue

@@ -98,7 +98,7 @@ class Suite(ABC):
     anything."""
 
     def prepared(self, inputs: Inputs, pipe: Pipeline, concepts: Sequence[str | Concept]) -> Suite:
-        """Give the suite with what a caller gives: here with detectors, whose rates come behind the suite's own metrics.
+        """Give the suite with what a caller gives: here with detectors, whose rates come behind its own metrics.
 
         Args:
             inputs: What is given.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from erasure.backbones import Backbone
-    from erasure.eval.suites.prompts import Preset
+    from erasure.eval.suites.about import Preset
     from erasure.interop.protocols import Pipeline
 
 STEPS, GUIDANCE = 50, 7.5

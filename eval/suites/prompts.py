@@ -6,11 +6,9 @@ What a suite draws and who looks at it is data (`erasure.eval.suites.published`)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from erasure.concept import Concept, key
 from erasure.errors import EvaluationError
@@ -20,77 +18,18 @@ from erasure.eval.inputs import Inputs
 from erasure.eval.rows import Record, Rows
 from erasure.eval.sources import ALIASES, PLACES, PromptList, PromptRow, read_prompts
 from erasure.eval.suites import SIZES, Plan, Suite, Target
+from erasure.eval.suites.about import NO_PRESET, About, Preset, cells, evenly, world_of_classes
 from erasure.files import shown
 from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.eval.controls import Control
-    from erasure.eval.samples import Role, Sample
+    from erasure.eval.samples import Sample
     from erasure.eval.scoring import Judge
     from erasure.eval.suites.drawn import Drawing
     from erasure.interop.protocols import Pipeline
 
 # No import of torch here: suites are listed without it.
-
-Answers = Literal["flags", "classes", "none"]
-"""How a suite's first detector answers: whether it flags an image, which class it sees, or nobody is asked."""
-NO_PRESET = "modern"
-"""Name of a suite's own choices."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Choices of a paper; what is `None` is as without a preset."""
-
-    source: str
-    """Where they are written down."""
-    detectors: tuple[DetectorChoice, ...] = ()
-    scheduler: str | None = None
-    """Class of the scheduler."""
-    steps: int | None = None
-    guidance: float | None = None
-    side: int | None = None
-    per_row: tuple[Literal["guidance", "size"], ...] = ()
-    """What is taken from each row of the list."""
-    full: int | None = None
-    """Images of the full size."""
-
-
-@dataclass(frozen=True)
-class About:
-    """What a suite on prompts is made of."""
-
-    title: str
-    metrics: tuple[str, ...]
-    sizes: Mapping[str, int]
-    """Images of each size; the full size of a list is at most so many of its rows."""
-    answers: Answers
-    detectors: tuple[DetectorChoice, ...] = ()
-    """In the order in which they answer; the first says what an image shows."""
-    presets: Mapping[str, Preset] = field(default_factory=lambda: MappingProxyType({}))
-    templates: tuple[str, ...] = ()
-    """Own prompts, with {} for a name; none where a list must be given."""
-    style_templates: tuple[str, ...] = ()
-    """The same for a style."""
-    names: tuple[str, ...] = ()
-    """Names for the templates besides the concepts."""
-    closed: bool = False
-    """Whether the names are all that can be erased."""
-    roles: Literal["target", "retain", "classes"] = "classes"
-    """What rows of a list are that do not say so: all targets, all retained, or by whether their class is a concept."""
-    role: Role = "retain"
-    """Role of rows that are no targets."""
-    unsafe: bool = False
-    """Whether images of target prompts may be unsafe to look at."""
-    category: str = ""
-    """Category of a list's rows that is drawn unless another is named."""
-    quick_nudity: float | None = None
-    """Rows of the quick size are those with more nudity than this, in per cent, where the list says so."""
-    seen_at_least: float = 0.5
-    """Least share of the stock model's images of a class on which the judge must see it, and of target prompts that a
-    detector must flag."""
-    of_concepts: bool = True
-    tested_together: tuple[str, ...] = ()
 
 
 class PromptSuite(Suite):
@@ -192,9 +131,11 @@ class PromptSuite(Suite):
         return DetectorChoice(given.name, options, given.preset, label)
 
     def others(self, pipe: Pipeline, names: Sequence[str]) -> tuple[str, ...]:
-        """Names besides the concepts: those that are given, or the list's classes, or the model's or the suite's own."""
+        """Names besides the concepts: those that are given, the list's classes, the model's, or the suite's own."""
         if self.inputs.prompts is not None and self.about.answers == "classes":
-            found = tuple(dict.fromkeys(name for row in read_prompts(self.inputs.prompts).rows for name in row.classes))
+            found = tuple(
+                dict.fromkeys(name for row in read_prompts(self.inputs.prompts).rows for name in row.classes)
+            )
             if not found:
                 raise EvaluationError(
                     f"the prompt list has no classes: suite {self.name} needs a column of them ("
@@ -251,9 +192,10 @@ class PromptSuite(Suite):
         if self.about.of_concepts and not names:
             raise EvaluationError(f"suite {self.name} needs a concept: name what is erased")
         is_style = any(request.kind == "style" or world.kind(request.target) == "style" for request in requests)
-        listed = self.listed()
+        listed, targets = self.listed(), self.targets(names)
+        if self.about.answers == "classes":  # as the suite spells them
+            names = [name for target in targets for name in target.members]
         rows = self.of_templates(pipe, names, is_style, size) if listed is None else self.of_list(listed, size)
-        targets = self.targets(names)
         drawing = Drawing.of(pipe, self.inputs, self.preset)
         times: Counter[str] = Counter()
         samples = []
@@ -288,7 +230,9 @@ class PromptSuite(Suite):
         if self.about.templates:
             return None
         where = PLACES.get(self.name, "a .csv, .tsv or .jsonl file, or hf:NAME")
-        raise EvaluationError(f"suite {self.name} needs a prompt list (prompts): none comes with this package. {where}")
+        raise EvaluationError(
+            f"suite {self.name} needs a prompt list (prompts): none comes with this package. {where}"
+        )
 
     @property
     def category(self) -> str:
@@ -328,17 +272,16 @@ class PromptSuite(Suite):
         return full if size == "full" and full is not None else self.about.sizes[size]
 
     def of_templates(self, pipe: Pipeline, names: Sequence[str], is_style: bool, size: str) -> list[PromptRow]:
-        """Own prompts: the templates with the concepts and with what is retained, half of each, or as many of each class
-        where the classes are given."""
+        """Own prompts: half of concepts and half of what is retained, or as many of each class that is known."""
         about, count = self.about, self.count(size)
         templates = about.style_templates if is_style and about.style_templates else about.templates
         others = [name for name in self.others(pipe, names) if key(name) not in set(map(key, names))]
         if about.closed:
-            return _cells(about.names, templates, max(1, count // len(about.names)), None)
+            return cells(about.names, templates, max(1, count // len(about.names)), None)
         half = count // 2 if others else count
         per_concept, per_other = max(1, half // len(names)), max(1, half // max(1, len(others)))
-        gone = _cells(names, templates, per_concept, "target")
-        return [*gone, *_cells(others[:half], templates, per_other, "retain", len(gone))]
+        gone = cells(names, templates, per_concept, "target")
+        return [*gone, *cells(others[:half], templates, per_other, "retain", len(gone))]
 
     def targets(self, names: Sequence[str]) -> tuple[Target, ...]:
         """The concepts in the words of the suite.
@@ -350,7 +293,7 @@ class PromptSuite(Suite):
 
         if self.about.answers != "classes":
             return tuple(Target(name, "object", (FLAGGED,)) for name in names) if self.about.of_concepts else ()
-        world, found = World(objects=self.classes), []
+        world, found = world_of_classes(self.classes), []
         for name in names:
             known = world.find(name)
             if known is None:
@@ -409,28 +352,8 @@ class PromptSuite(Suite):
         return row.classes[:1], None
 
     def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> list[Control]:
-        """What the judge says of the stock model's images of each class; detectors' flags have controls of their own."""
+        """What the judge says of the stock model's images of each class; flags have controls of their own."""
         from erasure.eval.controls import Controls
 
         is_judged = self.about.answers == "classes" and plan.targets
         return Controls(plan, rows.get("before", ())).all() if is_judged else []
-
-
-def evenly(rows: Sequence[PromptRow], count: int) -> list[PromptRow]:
-    """At most `count` rows, evenly over the list, its ends included."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[round(index * (len(rows) - 1) / max(count - 1, 1))] for index in range(count)]
-
-
-def _cells(
-    names: Sequence[str], templates: Sequence[str], count: int, role: str | None, start: int = 0
-) -> list[PromptRow]:  # fmt: skip
-    """`count` prompts of each name, from the templates in turn, numbered from `start` on."""
-    return [
-        PromptRow(
-            templates[index % len(templates)].replace("{}", name), start + place * count + index,
-            classes=(name,), role=role,
-        )
-        for place, name in enumerate(names) for index in range(count)
-    ]  # fmt: skip

@@ -15,7 +15,8 @@ from erasure.eval.detectors.choices import DetectorChoice, read_choices
 from erasure.eval.inputs import Inputs
 from erasure.eval.sources import PromptRow
 from erasure.eval.suites import SUITES, Target
-from erasure.eval.suites.prompts import About, Preset, PromptSuite
+from erasure.eval.suites.about import About, Preset, world_of_classes
+from erasure.eval.suites.prompts import PromptSuite
 from erasure.interop.protocols import Pipeline
 from erasure.world import World
 
@@ -224,7 +225,7 @@ class UnlearnCanvasSuite(PromptSuite):
             raise EvaluationError(
                 f"suite {self.name} judges models that were fine-tuned on UnlearnCanvas only, and {name} does not "
                 "declare its objects and styles: its judge has an answer for every image, so the images of any other "
-                "model would count as erased. Where it is such a model, say so: world=\"unlearncanvas\" "
+                'model would count as erased. Where it is such a model, say so: world="unlearncanvas" '
                 "(--world unlearncanvas)"
             )
         if inputs.prompts is not None or inputs.retain:
@@ -252,7 +253,7 @@ class UnlearnCanvasSuite(PromptSuite):
 
     def targets(self, names: Sequence[str]) -> tuple[Target, ...]:
         """The concepts among objects and styles."""
-        world, found = World(objects=OBJECTS, styles=STYLES), []
+        world, found = world_of_classes(OBJECTS, STYLES), []
         for name in names:
             known = world.find(name)
             if known is None:
@@ -288,7 +289,9 @@ class UnlearnCanvasSuite(PromptSuite):
         rows: list[PromptRow] = []
         for name, style in cells:
             prompt = self.about.templates[0].format(object=name, style=style)
-            rows += [PromptRow(prompt, len(rows) + i, seed=seed, classes=(name, style)) for i, seed in enumerate(seeds)]
+            rows += [
+                PromptRow(prompt, len(rows) + i, seed=seed, classes=(name, style)) for i, seed in enumerate(seeds)
+            ]
         return rows
 
 

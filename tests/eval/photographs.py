@@ -1,4 +1,4 @@
-"""A pipeline whose pictures are photographs: what it draws depends on the prompt, and on whether its weights are erased."""
+"""A pipeline whose pictures are photographs, by the prompt and by whether its weights are those of the stock model."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def test_rows_keep_findings_and_another_threshold_draws_and_asks_nobody(
     found = measure(erased_pipe, "first", detectors=[first])
     assert sum(drawn) == 24
     scores = scores_of(tmp_path / "first")
-    assert len(scores) == 24 and all(0 < score < 1 for score in scores)
+    assert len(scores) == 24
+    assert all(0 < score < 1 for score in scores)
     drawn.clear()
     other = Reddish(threshold=float(np.median(scores)))
     again = measure(erased_pipe, "again", detectors=[other])
@@ -96,8 +97,11 @@ def test_rows_keep_findings_and_another_threshold_draws_and_asks_nobody(
     assert scores_of(tmp_path / "again") == scores
     before = again.get("flagged_rate[reddish]", "before")
     rate = found.get("flagged_rate[reddish]")
-    assert rate["value"] == 1.0 and rate["low"] < 1 and rate["recipe"]["detector"]["threshold"] == 0.01
-    assert rate["mcnemar_p"] == 1.0 and rate["transitions"]["both"] == rate["n"]
+    assert rate["value"] == 1.0
+    assert rate["low"] < 1
+    assert rate["recipe"]["detector"]["threshold"] == 0.01
+    assert rate["mcnemar_p"] == 1.0
+    assert rate["transitions"]["both"] == rate["n"]
     assert set(rate["curve"]) > {"0.5", "0.6", "0.75"} or before["value"] is None
     assert found.get("control_flagged[reddish]", "before")["holds"]
     # The other numbers of the suite are those that it gives without detectors.
@@ -130,9 +134,7 @@ def test_controls_of_the_user_go_into_results(
             pixels = np.random.default_rng(index).integers(0, 40, (32, 32, 3), dtype=np.uint8)
             pixels[..., 0] += colour
             Image.fromarray(pixels).save(tmp_path / "controls" / name / f"{index}.png")
-    found = measure(
-        erased_pipe, "measured", detectors=[Reddish(threshold=0.7)], controls=tmp_path / "controls"
-    )
+    found = measure(erased_pipe, "measured", detectors=[Reddish(threshold=0.7)], controls=tmp_path / "controls")
     controls = found.detectors[0]["controls"]
     assert controls["sensitivity"]["value"] == controls["specificity"]["value"] == 1.0
     # What the prompts cannot show, the user's own pictures do: no new flag is a finding then.
@@ -146,11 +148,14 @@ def test_what_a_detector_cannot_judge_is_missing(erased_pipe: Any, measure: Call
     class Picky(Reddish):
         def read(self, images: Sequence[Image.Image]) -> list[Reading | Exception]:
             found = super().read(images)
-            return [ValueError("no idea") if index == 1 and len(images) > 3 else each for index, each in enumerate(found)]
+            return [
+                ValueError("no idea") if index == 1 and len(images) > 3 else each for index, each in enumerate(found)
+            ]
 
     found = measure(erased_pipe, "picky", detectors=[Picky(threshold=0.01)])
     row = found.get("flagged_rate[reddish]")
-    assert row["missing"] >= 1 and row["worst"]["value"] == 1.0
+    assert row["missing"] >= 1
+    assert row["worst"]["value"] == 1.0
     labels = found.get("labels[reddish]")
     assert labels["n"] + labels["missing"] == row["n"] + row["missing"]
 
@@ -166,7 +171,7 @@ def test_texts_name_detectors() -> None:
         read_choices(["nsfwjs", "nsfwjs:threshold=0.1"])
     with pytest.raises(OptionError, match="threshold"):
         DetectorChoice.read("nsfwjs:threshold=much")
-    with pytest.raises(OptionError, match="has no option 'treshold'.*threshold"):
+    with pytest.raises(OptionError, match=r"has no option 'treshold'.*threshold"):
         DetectorChoice.read("nsfwjs:treshold=1")
     with pytest.raises(EvaluationError, match="unknown detector 'nfswjs'"):
         DetectorChoice.read("nfswjs")

