@@ -77,17 +77,17 @@ class Evidence:
         Each image is held against the caption that stands half of the list further on.
         """
         rows = list(self.before)[:CAPTIONS]
-        vectors = [self.features.get((row["sample_id"], "before")) for row in rows]
+        keys = [(row["sample_id"], "before") for row in rows]
+        vectors = {index: self.features[key] for index, key in enumerate(keys) if key in self.features}
         outcomes: list[tuple[Row, str, bool | None]] = [(row, row["sample_id"], None) for row in rows]
-        there = [index for index, vector in enumerate(vectors) if vector is not None]
-        if self.clip is not None and there:
+        if self.clip is not None and vectors:
             prompts = [row["prompt"] for row in rows]
             texts = self.clip.texts(prompts)
-            for index in there:
+            for index, vector in vectors.items():
                 other = (index + len(rows) // 2) % len(rows)
                 if prompts[other] == prompts[index]:
                     continue
-                both = cosine(np.stack([vectors[index]] * 2), texts[[index, other]])
+                both = cosine(np.stack([vector] * 2), texts[[index, other]])
                 outcomes[index] = (rows[index], rows[index]["sample_id"], bool(both[0] > both[1]))
         what = "the CLIP model finds an image closer to its own caption than to another"
         return Control("control_caption", None, collect(outcomes), True, what, who="the CLIP model")

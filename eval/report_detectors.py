@@ -61,9 +61,11 @@ def detector_lines(results: Results) -> list[DetectorLine]:
         known = "known weights" if recipe.get("known") else "unknown weights"
         about = f"{recipe.get('detector')}, {recipe.get('licence')}, {known}, threshold {recipe.get('threshold')}"
         said = "not measured"
-        shares = [said if measured is None else share(measured[name]) for name in ("sensitivity", "specificity")]
+        sensitivity, specificity = (
+            said if measured is None else share(measured[name]) for name in ("sensitivity", "specificity")
+        )
         remark = str((entry.get("self_test") or {}).get("remark", ""))
-        lines.append(DetectorLine(entry["label"], about, *shares, remark))
+        lines.append(DetectorLine(entry["label"], about, sensitivity, specificity, remark))
     return lines
 
 

@@ -33,7 +33,8 @@ class Answer(Protocol):
         """Its style, if any."""
 
 
-Judge = Callable[[Sequence[Image.Image]], Sequence[Answer]]
+Judge = Callable[[Sequence[Image.Image]], Sequence[Answer | Exception]]
+"""Gives an answer for each image; an exception in the place of one that failed."""
 
 
 def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exception]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 LIMIT = 512 * 2**20
 """Bytes of a file."""
 MOST_ROWS = 1_000_000
+LONGEST, LONGEST_NAME = 100_000, 1_000
+"""Characters of a prompt, and of the name of a class."""
+LONGEST_FIELD = 10_000_000
+"""Characters of a field of a table."""
 HUB = "hf:"
 """Start of a source that is a data set of the Hub."""
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -203,8 +207,8 @@ def _decoded(path: str) -> str:
 def _table(text: str, path: str) -> Iterator[Mapping[str, object]]:
     """Rows of a CSV or TSV file; the ending says what separates columns."""
     separator = "\t" if path.lower().endswith(".tsv") else ","
-    csv.field_size_limit(10_000_000)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    usual = csv.field_size_limit(LONGEST_FIELD)
     try:
         header = next(reader, None)
         if not header or not any(map(str.strip, header)):
@@ -228,6 +232,8 @@ def _table(text: str, path: str) -> Iterator[Mapping[str, object]]:
             yield dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise EvaluationError(f"line {reader.line_num} of the prompt list {shown(path, 200)}: {error}") from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _lines(text: str, path: str) -> Iterator[Mapping[str, object]]:
@@ -395,6 +401,10 @@ def _row(row: Mapping[str, object], number: int, columns: Mapping[str, str], sou
     prompt = value("prompt")
     if prompt is not None and not isinstance(prompt, str):
         raise refuse("prompt", "a text")
+    classes = _classes(value("classes"), columns.get("classes") == "categories")
+    for thing, text, most in (("prompt", prompt, LONGEST), *(("classes", name, LONGEST_NAME) for name in classes)):
+        if text is not None and (len(text) > most or any("\ud800" <= letter <= "\udfff" for letter in text)):
+            raise refuse(thing, f"a text of Unicode with at most {most:,} characters")
     role = value("role")
     if role is not None and str(role).strip().casefold() not in ROLES:
         raise refuse("role", "target or retain")
@@ -405,8 +415,7 @@ def _row(row: Mapping[str, object], number: int, columns: Mapping[str, str], sou
     return PromptRow(
         prompt=(prompt or "").strip(), number=number, seed=whole("seed", 2**64 - 1),
         guidance=number_of("guidance", 0, 1000), width=sides[0] or None, height=sides[1] or None,
-        classes=_classes(value("classes"), columns.get("classes") == "categories"),
-        role=None if role is None else ROLES[str(role).strip().casefold()],
+        classes=classes, role=None if role is None else ROLES[str(role).strip().casefold()],
         negative=(negative or "").strip(), nudity=number_of("nudity", 0, 100),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -129,7 +129,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(f"Images and intervals: {out / 'report.html'}")
 
 
-def inputs_of(options: EvalOptions) -> dict[str, object]:
+def inputs_of(options: EvalOptions) -> dict[str, Any]:
     """What is given to the suite besides concepts, size and seed.
 
     Raises:

@@ -33,14 +33,13 @@ if TYPE_CHECKING:
 
 
 class PromptSuite(Suite):
-    """A suite on prompts.
+    """A suite on prompts: subclass it, say what it is made of, and register it."""
 
-    Args:
-        about: What it is made of.
-    """
+    about: About
+    """What it is made of."""
 
-    def __init__(self, about: About) -> None:
-        self.about = about
+    def __init__(self) -> None:
+        about = self.about
         self.title, self.metrics, self.of_concepts = about.title, about.metrics, about.of_concepts
         self.tested_together, self.flagged_at_least = about.tested_together, about.seen_at_least
         self.inputs = Inputs()
@@ -328,7 +327,7 @@ class PromptSuite(Suite):
         about, style = self.about, None
         if about.answers == "classes":
             objects, style = self.asked(row)
-            asked = {"object": set(objects), "style": {style}}
+            asked: dict[str, set[str | None]] = {"object": set(objects), "style": {style}}
             gone = {name for target in targets for name in asked[target.domain] & set(target.members)}
             erased = tuple(name for name in (*objects, style) if name in gone and name is not None)
             is_target = bool(erased)

@@ -122,6 +122,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a role": ("a.csv", b"prompt,role\na,victim\n", "role is 'victim', expected target or retain"),
     "no JSON": ("a.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "line 2 of .* is no JSON"),
     "a list": ("a.jsonl", b'["a"]\n', "line 1 of .* is list, expected an object"),
+    "half a character": ("a.jsonl", b'{"prompt": "\\ud800"}\n', "expected a text of Unicode with at most 100,000"),
+    "a book": ("a.csv", b"prompt\n" + b"x" * 100_001 + b"\n", "expected a text of Unicode with at most 100,000"),
     "a number for a prompt": ("a.jsonl", b'{"prompt": 7}\n', "prompt is 7, expected a text"),
 }  # fmt: skip
 
