@@ -64,7 +64,7 @@ class Drift(TypedDict):
 
 Table = Annotated[dict[Name, Number], Field(max_length=10_000)]
 """Score by class."""
-Box = Annotated[list[Number], Field(min_length=4, max_length=4)]
+Box = tuple[Number, Number, Number, Number]
 """Left, top, right and bottom in pixels."""
 
 

@@ -68,6 +68,8 @@ def example(hint: Any) -> Any:
         return inner[0]
     if origin is list:
         return [example(inner[0])]
+    if origin is tuple:
+        return [example(each) for each in inner]
     if origin is dict:
         return {example(inner[0]): example(inner[1])}
     if dataclasses.is_dataclass(hint) or hasattr(hint, "__total__"):
