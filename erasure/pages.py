@@ -50,6 +50,11 @@ def png(content: bytes) -> Markup:
     return Markup("data:image/png;base64,") + base64.b64encode(content).decode("ascii")
 
 
+def webp(content: bytes) -> Markup:
+    """The address of a WebP image that is part of the page."""
+    return Markup("data:image/webp;base64,") + base64.b64encode(content).decode("ascii")
+
+
 def relative_link(path: str) -> Markup:
     """The address of a file beside the page, which cannot name another scheme or host."""
     return escape("./" + quote(path, errors="replace"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, expected, holds, rate_row, shows
-from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.rows import Record, Row, flag_of, judged_of
 from erasure.eval.statistics import MISSING_LIMIT
 from erasure.eval.suites import Plan, Target
 
@@ -47,6 +47,15 @@ class Control:
     """Whether the judge must see something, or must not."""
     what: str
     """Sentence that says what the judge must see, and on which images."""
+    limit: float | None = None
+    """Least share, of a control that is positive, or largest; `SEEN` and `UNASKED` when left out."""
+    who: str = "the judge"
+    """Who looks at the images."""
+
+    @property
+    def share_needed(self) -> float:
+        """Least or largest share with which it holds."""
+        return self.limit if self.limit is not None else SEEN if self.positive else UNASKED
 
     @property
     def failure(self) -> str | None:
@@ -57,36 +66,40 @@ class Control:
         if reason := self.outcomes.refusal():
             return f"{start}on the stock model's images, {reason}"
         share = self.outcomes.rate()
-        if share >= SEEN if self.positive else share <= UNASKED:
+        wanted = self.share_needed
+        if share >= wanted if self.positive else share <= wanted:
             return None
-        needed = f"at least {SEEN:.0%} are needed" if self.positive else f"at most {UNASKED:.0%} are allowed"
+        needed = f"at least {wanted:.0%} are needed" if self.positive else f"at most {wanted:.0%} are allowed"
         return (
             f"{start}{self.what} in {share:.0%} of {len(self.outcomes.hits)} images of the stock model; {needed}, so "
-            "the judge cannot tell here what an erasure does"
+            f"{self.who} cannot tell here what an erasure does"
         )
 
     def row(self, recipe: Row) -> Record:
         """The control as a metric row of the stock model, with its share and whether it holds."""
-        limit = {"at_least": SEEN} if self.positive else {"at_most": UNASKED}
+        limit = {"at_least" if self.positive else "at_most": self.share_needed}
         about = {**recipe, "metric": f"share of the stock model's images: {self.what}", **limit}
         found = rate_row(self.name, self.concept, "before", self.outcomes, about, missing_as=not self.positive)
         return found | {"holds": self.failure is None}
 
 
-def target_controls(rows: Sequence[Row], target: Target, head: str | None = None) -> list[Control]:
+def target_controls(
+    rows: Sequence[Row], target: Target, head: str | None = None, seen_at_least: float | None = None
+) -> list[Control]:  # fmt: skip
     """The controls of one concept.
 
     Args:
         rows: Rows of the stock model, of prompts with the concept and without it.
         target: The concept.
         head: Head of the judge that is asked, when it is not the one of the concept's domain.
+        seen_at_least: Least share on which the judge must see it; `SEEN` when left out.
     """
     by = f" by {head}" if head else ""
     with_it = [(row, row["sample_id"], correct(row, target.domain, head)) for row in rows if holds(row, [target])]
     without = [(row, row["sample_id"], shows(row, target, head)) for row in rows if not holds(row, [target])]
     what = f"the judge sees {target.name!r}{by} where it is"
     return [
-        Control("control_seen", target.name, collect(with_it), True, f"{what} asked for"),
+        Control("control_seen", target.name, collect(with_it), True, f"{what} asked for", seen_at_least),
         Control("control_unasked", target.name, collect(without), False, f"{what} not asked for"),
     ]
 
@@ -96,7 +109,29 @@ def domain_control(rows: Sequence[Row], plan: Plan, domain: str) -> Control:
     rivals = [target for target in plan.targets if target.domain == domain]
     kept = [row for row in rows if not holds(row, rivals) and expected(row, domain) is not None]
     outcomes = collect([(row, row["sample_id"], correct(row, domain)) for row in kept])
-    return Control(f"control_{domain}", plan.concept, outcomes, True, f"the judge sees the {domain} that is asked for")
+    what = f"the judge sees the {domain} that is asked for"
+    return Control(f"control_{domain}", plan.concept, outcomes, True, what, limit_of(plan))
+
+
+def limit_of(plan: Plan) -> float | None:
+    """Least share on which the judge must see a class, where a suite has another than `SEEN`."""
+    limit = plan.recipe.get("controls", {}).get("seen_at_least", SEEN)
+    return None if limit == SEEN else float(limit)
+
+
+def flag_control(rows: Sequence[Row], plan: Plan, label: str, limit: float) -> Control:
+    """The positive control of a detector: it must flag what the stock model draws for prompts with a target.
+
+    Args:
+        rows: Rows of the stock model.
+        plan: What was drawn.
+        label: Of the detector.
+        limit: Least share that it must flag.
+    """
+    asked = [(row, row["sample_id"], flag_of(row, label)) for row in rows if row["role"] == "target"]
+    what = f"the detector {label} flags what shows {plan.concept or 'the concept'!r}"
+    name = f"control_flagged[{label}]"
+    return Control(name, plan.concept, collect(asked), True, what, limit, f"the detector {label}")
 
 
 def withheld(row: Record, reason: str) -> Record:
@@ -137,7 +172,7 @@ class Controls:
 
     def __init__(self, plan: Plan, rows: Sequence[Row]) -> None:
         self.plan, self.rows = plan, rows
-        self.targets = {target: target_controls(rows, target) for target in plan.targets}
+        self.targets = {target: target_controls(rows, target, seen_at_least=limit_of(plan)) for target in plan.targets}
         domains = sorted({d for target in plan.targets for d in (target.domain, OTHER[target.domain])})
         self.domains = {domain: domain_control(rows, plan, domain) for domain in domains}
 

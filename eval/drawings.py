@@ -1,13 +1,13 @@
 """The cache of drawn images and of what was said of them: neither a second judge nor a second method redraws any.
 
 An image depends on the model, the erasures in force and the sampler, and on nothing else: it is kept under these. What
-a judge and a CLIP model say of it is kept beside it, each under its own fingerprint: all of it and not only what a
-suite asks for, so that another suite, threshold or CLIP model asks nobody again who has answered.
+a judge, a CLIP model and detectors say of it is kept beside it, each under its own fingerprint: all of it and not only
+what a suite asks for, so that another suite, threshold or CLIP model asks nobody again who has answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import ErasureError, EvaluationError
+from erasure.eval.detectors.base import Reading
+from erasure.eval.detectors.findings import Box
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
-from erasure.eval.schemas import AnswerEntry, ClipEntry
+from erasure.eval.schemas import AnswerEntry, ClipEntry, ReadingEntry
 from erasure.eval.scoring import KeptAnswer
 from erasure.eval.table import decode_vector, encode_vector
 from erasure.files import digest, read_json, write_bytes, write_json
@@ -35,7 +37,7 @@ def whole_key(sample: Sample) -> str:
 
 
 class DrawingCache:
-    """Images of one model by what determines them, with a judge's answers and CLIP features of some.
+    """Images of one model by what determines them, with what a judge, a CLIP model and detectors say of some.
 
     Any suite, size or concept that asks for the same prompt, noise and settings finds them. A file per sample, written
     atomically: several evaluations may share the folder at once.
@@ -45,6 +47,7 @@ class DrawingCache:
         drawing: All that images depend on besides their sample: model, sampler, erasures, versions.
         judge: All that answers depend on besides the image; `None` keeps none.
         clip: All that features and scores depend on besides image and prompt; `None` keeps none.
+        readings: All that a detector's readings depend on besides the image, by the detector's label.
         key: Name of a sample's files.
 
     Raises:
@@ -53,13 +56,18 @@ class DrawingCache:
 
     def __init__(
         self, root: Path, drawing: Record, *, judge: Record | None = None, clip: Record | None = None,
-        key: Callable[[Sample], str] = prompt_key,
+        readings: Mapping[str, Record] | None = None, key: Callable[[Sample], str] = prompt_key,
     ) -> None:  # fmt: skip
         self.folder, self.key = root / "drawings" / digest(drawing), key
         try:
             write_json(self.folder / "recipe.json", drawing, error=EvaluationError)
             self.answers = self._beside("answers", judge)
             self.clip = self._beside("clip", clip)
+            self.readings = {
+                label: folder
+                for label, recipe in (readings or {}).items()
+                if (folder := self._beside("readings", recipe)) is not None
+            }
         except EvaluationError as error:
             raise EvaluationError(f"{error}; name another folder with baseline_cache or ERASURE_CACHE") from error
 
@@ -103,6 +111,31 @@ class DrawingCache:
         """
         if self.answers is not None:
             write_json(self._entry(sample, self.answers), asdict(answer), error=EvaluationError)
+
+    def reading(self, sample: Sample, label: str) -> Reading | None:
+        """What a detector's network said of a sample's image; `None` when that is not there or not whole."""
+        if label not in self.readings:
+            return None
+        try:
+            entry: ReadingEntry = read_json(
+                self._entry(sample, self.readings[label]), ReadingEntry, error=EvaluationError
+            )
+        except EvaluationError:
+            return None
+        return Reading(entry["scores"], {name: Box(*sides) for name, sides in entry["boxes"].items()})
+
+    def put_reading(self, sample: Sample, label: str, reading: Reading) -> None:
+        """Keep what a detector's network said of a sample's image.
+
+        Raises:
+            EvaluationError: The folder cannot be written.
+        """
+        if label in self.readings:
+            entry = {
+                "scores": dict(reading.scores),
+                "boxes": {name: list(box) for name, box in reading.boxes.items()},
+            }
+            write_json(self._entry(sample, self.readings[label]), entry, error=EvaluationError)
 
     def features(self, sample: Sample, width: int) -> tuple[float, np.ndarray] | None:
         """CLIP score and image features of a sample; `None` when they are not there or not whole, to be had again.

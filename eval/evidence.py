@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from erasure.eval.controls import Control, Controls
+from erasure.eval.metrics.clip_score import cosine
+from erasure.eval.metrics.outcomes import collect
 from erasure.eval.rows import Record, Row, Rows
 from erasure.eval.suites import Plan
 
 if TYPE_CHECKING:
     from erasure.eval.metrics.clip_score import ClipModel
+
+
+CAPTIONS = 200
+"""Images on which the CLIP model is tried, at most."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Evidence:
     """Why there is no CLIP model."""
     controls: Sequence[Control] = ()
     """Controls of the suite."""
+    detectors: Mapping[str, Record] = field(default_factory=dict)
+    """Detectors by label, as results hold them: `recipe`, `self_test` and `controls`."""
+    flagging: Sequence[str] = ()
+    """Labels of those whose flags are counted."""
 
     @property
     def concept(self) -> str | None:
@@ -46,6 +56,41 @@ class Evidence:
     def before(self) -> Sequence[Row]:
         """Rows of the stock model; none where it was not drawn."""
         return self.rows.get("before", ())
+
+    def unseen(self, label: str) -> str | None:
+        """Say why no rate of a detector's flags is given: the stock model's images do not show it the concept.
+
+        Args:
+            label: Of the detector.
+        """
+        control = next((each for each in self.controls if each.name == f"control_flagged[{label}]"), None)
+        if not self.before or control is None:
+            return f"there are no images of the stock model to check the detector {label} with"
+        if not control.outcomes.hits and not control.outcomes.lost:
+            return f"no prompt asks for the concept, so that nothing shows whether the detector {label} would see it"
+        return control.failure
+
+    @cached_property
+    def captions(self) -> Control:
+        """The control of the CLIP model: the stock model's images must be closer to their own captions than to others.
+
+        Each image is held against the caption that stands half of the list further on.
+        """
+        rows = list(self.before)[:CAPTIONS]
+        keys = [(row["sample_id"], "before") for row in rows]
+        vectors = {index: self.features[key] for index, key in enumerate(keys) if key in self.features}
+        outcomes: list[tuple[Row, str, bool | None]] = [(row, row["sample_id"], None) for row in rows]
+        if self.clip is not None and vectors:
+            prompts = [row["prompt"] for row in rows]
+            texts = self.clip.texts(prompts)
+            for index, vector in vectors.items():
+                other = (index + len(rows) // 2) % len(rows)
+                if prompts[other] == prompts[index]:
+                    continue
+                both = cosine(np.stack([vector] * 2), texts[[index, other]])
+                outcomes[index] = (rows[index], rows[index]["sample_id"], bool(both[0] > both[1]))
+        what = "the CLIP model finds an image closer to its own caption than to another"
+        return Control("control_caption", None, collect(outcomes), True, what, who="the CLIP model")
 
     @cached_property
     def answers(self) -> Controls:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-from markupsafe import Markup
 
 from erasure.errors import EvaluationError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.comparison import label
+from erasure.eval.detectors.judging import CLEAR, FLAGGED
+from erasure.eval.galleries import LIMIT, Drawn, Gallery, Showing, right, shade, transition_galleries
 from erasure.eval.metrics import facts_of
+from erasure.eval.report_detectors import (
+    HEIGHT,
+    WIDTH,
+    class_labels,
+    curves,
+    detector_lines,
+    flag_labels,
+    unmeasured,
+)
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row, is_control
-from erasure.eval.table import BEFORE_AFTER, SAMPLES, image_path, read_rows
-from erasure.files import read_bytes, write_text
-from erasure.pages import html_page, png
-from erasure.shown import number, visible
+from erasure.eval.table import BEFORE_AFTER, IMAGES, SAMPLES, read_rows
+from erasure.files import write_text
+from erasure.pages import html_page
+from erasure.shown import number
 
 FILE = "report.html"
-LIMIT = 60
-"""Samples shown per section."""
-LARGEST = 16_000_000
-"""Bytes of an image that is put into the page."""
-PNG = b"\x89PNG\r\n\x1a\n"
-"""How every PNG file begins."""
 BAR = 180
 """Width of a bar at 100 %, in pixels."""
-Drawn = Mapping[str, Row]
-"""Rows of one sample by variant: `before` and `after`, or the ways to draw it."""
 
 
 class Cell(NamedTuple):
@@ -80,40 +80,6 @@ class ControlLine(NamedTuple):
     holds: bool
 
 
-class Picture(NamedTuple):
-    """One image with the judge's answer."""
-
-    style: str
-    state: str
-    image: Markup
-    label: str
-
-
-class Figure(NamedTuple):
-    """One sample: its images, and its prompt."""
-
-    pictures: list[Picture]
-    prompt: str
-    veiled: bool
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """A grid of samples, one variant above the other."""
-
-    title: str
-    about: str
-    figures: list[Figure]
-    total: int
-    folded: bool = False
-
-    @classmethod
-    def of(cls, title: str, about: str, drawn: Sequence[Drawn], images: Path, folded: bool = False) -> Gallery:
-        """The first samples of a section, those that have an image of every variant."""
-        figures = [made for sides in drawn[:LIMIT] if (made := sample_figure(sides, images))]
-        return cls(title, about, figures, len(drawn), folded)
-
-
 def write_report(folder: str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
     """Write the report of an evaluation.
 
@@ -133,7 +99,8 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
     samples = folder / f"{SAMPLES}.jsonl"
     drawn = rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
     path = Path(path) if path is not None else folder / FILE
-    write_text(path, render(results, drawn, folder / "images", title), error=EvaluationError)
+    beside = path.absolute().parent == folder.absolute()
+    write_text(path, render(results, drawn, folder / IMAGES, title, beside=beside), error=EvaluationError)
     return path
 
 
@@ -145,13 +112,24 @@ def rows_of_samples(rows: Sequence[Row]) -> list[Drawn]:
     return list(found.values())
 
 
-def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None) -> str:
-    """The whole page as a string."""
+def render(
+    results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None, *, beside: bool = False
+) -> str:  # fmt: skip
+    """The whole page as a string.
+
+    Args:
+        results: What was measured.
+        drawn: Rows of the samples.
+        images: Folder of the images of all variants.
+        title: Headline; made from erasures and concepts when left out.
+        beside: Whether the page will lie beside that folder, so that it can name the files of images that are hidden.
+    """
+    showing = Showing(images, class_labels(results), beside)
     concept = next((row["concept"] for row in results.metrics if row["concept"]), None)
     comparing = any({"before", "after"}.isdisjoint(sides) for sides in drawn)
     if comparing:
         title = title or f"Suite {results.suite}"
-        galleries = [Gallery.of("Images", "One sample in every way, from the same noise.", drawn, images)]
+        galleries = [Gallery.of("Images", "One sample in every way, from the same noise.", drawn, showing)]
     else:
         title = title or (f"{concept}, erased with {label(results)}" if results.erasures else "The stock model")
         whole = [sides for sides in drawn if "before" in sides]
@@ -159,11 +137,13 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
         kept = [sides for sides in whole if sides["before"]["role"] != "target"]
         lost = [s for s in kept if right(s["before"]) and "after" in s and right(s["after"]) is False]
         lost_about = "Retained prompts that the judge recognised before, and no longer."
-        galleries = [
-            Gallery.of("Target prompts", "What must be gone. Same noise above and below.", target, images),
-            Gallery.of("Retained prompts", "What must survive. Same noise above and below.", kept, images),
-            Gallery.of("Lost", lost_about, lost, images, folded=True),
-        ]
+        galleries = [g for label in flag_labels(results)[:1] for g in transition_galleries(whole, label, showing)]
+        if not galleries or not flags_alone(whole):
+            galleries += [
+                Gallery.of("Target prompts", "What must be gone. Same noise above and below.", target, showing),
+                Gallery.of("Retained prompts", "What must survive. Same noise above and below.", kept, showing),
+                Gallery.of("Lost", lost_about, lost, showing, folded=True),
+            ]
     controls = [metric for metric in results.metrics if is_control(metric)]
     metrics = [metric for metric in results.metrics if not is_control(metric)]
     variants = variants_of(metrics)
@@ -177,11 +157,21 @@ def render(results: Results, drawn: Sequence[Drawn], images: Path, title: str | 
         lines=headline(metrics, variants),
         controls=[control_line(metric) for metric in controls],
         width=BAR,
+        detectors=detector_lines(results),
+        unmeasured=unmeasured(results),
+        curves=curves(metrics),
+        curve_size=(WIDTH, HEIGHT),
         galleries=[gallery for gallery in galleries if gallery.figures],
         limit=LIMIT,
         costs=costs(results),
         recipes=recipes(results),
     )
+
+
+def flags_alone(drawn: Sequence[Drawn]) -> bool:
+    """Whether the judge says no more of images than what the galleries of a detector's flags do."""
+    judged = [row["judged"] for sides in drawn for row in sides.values() if row.get("judged") is not None]
+    return all(answer["object"] in (FLAGGED, CLEAR, None) for answer in judged)
 
 
 def chips(results: Results) -> list[str]:
@@ -302,61 +292,6 @@ def test_cell(metric: Row | None) -> tuple[str, str] | None:
         value, low, high = (number(change.get(key), "+.4f") for key in ("value", "low", "high"))
         return value, f"{low} to {high}"
     return None
-
-
-def shade(variant: str, index: int) -> str:
-    """The class of a bar or an image: what the others are compared with is drawn as what was before."""
-    return variant if variant in BEFORE_AFTER else BEFORE_AFTER[min(index, 1)]
-
-
-def sample_figure(sides: Drawn, images: Path) -> Figure | None:
-    """One sample: images, what the judge saw, the prompt. `None` when an image is missing."""
-    pictures = [picture(row, images, side, shade(side, index)) for index, (side, row) in enumerate(sides.items())]
-    present = [made for made in pictures if made is not None]
-    first = next(iter(sides.values()))
-    return Figure(present, first["prompt"], bool(first.get("unsafe"))) if len(present) == len(pictures) else None
-
-
-def picture(row: Row, images: Path, side: str, style: str) -> Picture | None:
-    """One image as a data URI, with the judge's answer."""
-    content = read_png(image_path(images.parent, side, row["sample_id"]))
-    if content is None:
-        return None
-    judged = row.get("judged")
-    answer = "not judged" if judged is None else f"{judged['object']}, {judged['style']}"
-    if judged is not None and style != side:
-        answer = ", ".join(judged["objects"]) or "no object"
-    state = {True: "good", False: "bad", None: "unknown"}[right(row)]
-    return Picture(style, state, png(content), f"{side.replace('_', ' ')}: {answer}")
-
-
-def read_png(path: Path) -> bytes | None:
-    """The content of an image, `None` when there is none.
-
-    Raises:
-        EvaluationError: It is no PNG, or very large.
-    """
-    if not os.path.lexists(path):
-        return None
-    content = bytes(read_bytes(path, LARGEST, error=EvaluationError))
-    if not content.startswith(PNG):
-        raise EvaluationError(f"{visible(path, 200)} is no PNG: delete it, or run the evaluation again")
-    return content
-
-
-def right(row: Row) -> bool | None:
-    """Whether the image is as it should be: nothing erased on it, or else both object and style of the prompt."""
-    judged = row.get("judged")
-    if judged is None:
-        return None
-    if len(row["objects"]) > 1:
-        return set(row["objects"]) <= set(judged["objects"])
-    if row.get("scene") and row.get("erased"):
-        return not set(row["erased"]) & set(judged["objects"])
-    if row.get("erased"):
-        return not {judged["object"], judged["style"]} & set(row["erased"])
-    wanted = [judged["object"] == name for name in row["objects"][:1]]
-    return all([*wanted, row["style"] is None or judged["style"] == row["style"]])
 
 
 def costs(results: Results) -> list[tuple[str, str]]:

@@ -42,6 +42,9 @@ class Results:
     """When it was finished, in UTC, as `2026-01-31T12:00:00+00:00`; results of earlier versions have none."""
     versions: Record = field(default_factory=dict)
     """Libraries that it was measured with."""
+    detectors: list[Record] = field(default_factory=list)
+    """Detectors that looked at the images: `label`, `recipe`, `self_test`, and `controls`, their sensitivity and
+    specificity on pictures of the user's, or `None` where these were not measured."""
     folder: Path | None = field(default=None, compare=False)
     """Where the samples and images are."""
 
@@ -75,6 +78,7 @@ class Results:
             "cost": self.cost,
             "date": self.date,
             "versions": self.versions,
+            **({"detectors": self.detectors} if self.detectors else {}),
         }
 
     def save(self, folder: str | Path) -> Path:

@@ -18,6 +18,18 @@ def judged_of(row: Row) -> Row | None:
     return None if shows_nothing(row) else row.get("judged")
 
 
+def finding_of(row: Row, label: str) -> Row | None:
+    """Give what a detector found in a sample's image; `None` when it could not say, or the image shows nothing."""
+    finding: Row | None = (row.get("detected") or {}).get(label)
+    return None if finding is None or shows_nothing(row) or finding["flagged"] is None else finding
+
+
+def flag_of(row: Row, label: str) -> bool | None:
+    """Say whether a detector flags a sample's image; `None` when it cannot say."""
+    finding = finding_of(row, label)
+    return None if finding is None else bool(finding["flagged"])
+
+
 def is_control(metric: Row) -> bool:
     """Whether a metric row is a control: it says of the stock model whether the other rows mean anything."""
     return "holds" in metric

@@ -205,7 +205,7 @@ class Run:
         self.table.merge()
         return self.table.by_variant()
 
-    def results(self, metrics: list[Record], cost: Record) -> Results:
+    def results(self, metrics: list[Record], cost: Record, detectors: Sequence[Record] = ()) -> Results:
         """Write `results.json`; the main process calls it, and then lets the others go."""
         pipe, processes = self.subject.pipe, {"processes": self.processes.count}
         results = Results.now(
@@ -215,6 +215,7 @@ class Run:
             erasures=self.subject.erasures,
             metrics=metrics,
             cost=cost | processes | {"device": str(getattr(pipe, "device", "cpu"))},
+            detectors=list(detectors),
             folder=self.table.folder,
         )
         results.save(self.table.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from tqdm.auto import tqdm
 from erasure import __version__
 from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ErasureError
+from erasure.errors import ArtifactError, ErasureError, EvaluationError
 from erasure.eval import suites
-from erasure.eval.controls import withheld
+from erasure.eval.controls import flag_control, withheld
 from erasure.eval.cost import evaluation_cost
+from erasure.eval.detections import Checked
+from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
 from erasure.eval.generation import generate
+from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.metrics.outcomes import adjust
@@ -37,6 +40,9 @@ from erasure.eval.table import SampleTable, image_path
 from erasure.eval.variants import Variant
 from erasure.images import png, read_rgb
 from erasure.interop.pipelines import execution_device
+
+CAPTION = "control_caption"
+"""Control of the CLIP model, of suites whose numbers come from it alone."""
 
 
 def evaluate(
@@ -54,6 +60,8 @@ def evaluate(
     judge: Judge | str | Path | None = None,
     clip: str | Path | ClipModel | None = None,
     report: bool = True,
+    controls: str | Path | None = None,
+    **inputs: object,
 ) -> Results:
     """Measure what the attached erasures do: the stock model before, the erased one after, on the same noise.
 
@@ -82,6 +90,11 @@ def evaluate(
         clip: CLIP model for CLIP scores and features, in the layout of open_clip or transformers: its folder or
             repository of the Hub, or one that is loaded; "none" for none. The embedded one by default, when installed.
         report: Write `report.html`.
+        controls: Folder of pictures of your own, in `positive/` those that show what the detectors look for, in
+            `negative/` others: sensitivity and specificity of each detector are measured on them.
+        **inputs: What is given to the suite: `detectors` look at every image besides, and are texts such as
+            "nudenet:preset=mace" or detectors that are made; `prompts`, `preset` and so on are for suites on prompts.
+            See `erasure.eval.inputs.Inputs`.
 
     Returns:
         The metrics of both variants.
@@ -94,7 +107,10 @@ def evaluate(
     started = time.perf_counter()
     models, kit = Models.of(pipe), suites.get(suite)
     chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
-    plan = kit.plan(models.pipe, models.concepts if chosen is None else chosen, size, seed)
+    wanted = models.concepts if chosen is None else chosen
+    kit = kit.prepared(Inputs.read(inputs, clip=_clip_source(clip)), models.pipe, wanted)
+    plan = kit.plan(models.pipe, wanted, size, seed)
+    checked = _checked(kit, controls)
     answering = judge_of(judge, kit, plan)
     scorer, clip_missing = _clip(clip, models.pipe)
     subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
@@ -104,11 +120,15 @@ def evaluate(
         return SampleTable(folder, plan.samples, processes.rank, processes.count, names, schema=EvaluationRow)
 
     root = Path(baseline_cache or cache_folder())
-    caches = {variant.name: _cache(root, subject, plan, kit, variant, images) for variant in kit.variants}
-    with opened(processes, table, subject.recipe(plan), out) as opened_table:
+    caches = {variant.name: _cache(root, subject, plan, variant, images, checked) for variant in kit.variants}
+    recipe = subject.recipe(plan) | (
+        {"detectors": {each.label: dict(each.recipe) for each in checked}} if checked else {}
+    )
+    with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
-            subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size, started=started
-        )
+            subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size,
+            {each.label: each.detector for each in checked}, started=started,
+        )  # fmt: skip
         for variant in kit.variants:
             if models.entries or not variant.only_erased:
                 run.draw(variant, models.pipe if variant.erased else models.stock)
@@ -117,10 +137,20 @@ def evaluate(
         if rows is None:
             return Results.load(run.table.folder)
         stamped = replace(plan, recipe=plan.recipe | subject.sampler | {"judge": subject.judge_name})
-        controls = kit.controls(models.stock, answering, plan, rows)
-        evidence = Evidence(stamped, rows, run.table.features, scorer, clip_missing, controls)
+        counted = set(kit.flagging)
+        entries = {
+            each.label: each.entry | {"counts": "flags" if each.label in counted else "classes"} for each in checked
+        }
+        evidence = Evidence(
+            stamped, rows, run.table.features, scorer, clip_missing,
+            [
+                *kit.controls(models.stock, answering, plan, rows),
+                *(flag_control(rows.get("before", ()), plan, label, kit.flagged_at_least) for label in kit.flagging),
+            ],
+            entries, kit.flagging,
+        )  # fmt: skip
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
-        results = run.results(computed(kit, evidence), cost | {"batch_size": batch_size})
+        results = run.results(computed(kit, evidence), cost | {"batch_size": batch_size}, list(entries.values()))
         if report:
             from erasure.eval.report import write_report
 
@@ -140,7 +170,11 @@ def computed(kit: suites.Suite, evidence: Evidence) -> list[Record]:
     for name in kit.metrics:
         metric = METRICS.get(name)
         own = metric.compute(evidence)
-        failure = evidence.control_failure if kit.strict_controls and not metric.is_control else None
+        failure = None
+        if kit.strict_controls and not metric.is_control:
+            failure = evidence.control_failure
+        elif CAPTION in kit.metrics and "clip" in metric.needs and not metric.is_control and evidence.before:
+            failure = evidence.captions.failure
         rows += own if failure is None else [withheld(row, failure) for row in own]
     adjust(rows, kit.tested_together, evidence.concept)
     return rows
@@ -160,8 +194,24 @@ def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tupl
         return None, f"no CLIP model: {error}"
 
 
+def _clip_source(given: str | Path | ClipModel | None) -> str | None:
+    """Where a CLIP model is, for a detector that is made of one; `None` where none is named."""
+    if isinstance(given, ClipModel):
+        return str(given.folder)
+    return None if given in (None, "none") else str(given)
+
+
+def _checked(kit: suites.Suite, controls: str | Path | None) -> list[Checked]:
+    """The suite's detectors, tested before anything is drawn."""
+    if controls is not None and not kit.detectors:
+        raise EvaluationError(
+            f"controls are given, and suite {kit.name} has no detector to measure on them: name one (detectors)"
+        )
+    return [Checked.of(label, each, controls) for label, each in kit.detectors.items()]
+
+
 def _cache(
-    root: Path, subject: Subject, plan: suites.Plan, kit: suites.Suite, variant: Variant, images: bool
+    root: Path, subject: Subject, plan: suites.Plan, variant: Variant, images: bool, checked: Sequence[Checked]
 ) -> DrawingCache | None:
     """Give the cache of a variant's images; `None` when they are not kept."""
     drawing = subject.drawing
@@ -170,7 +220,7 @@ def _cache(
             return None
         erased = [[entry["fingerprint"], entry["strength"]] for entry in subject.erasures]
         drawing = drawing | {"erasures": erased, "package": __version__}
-    if kit.of_concepts:
+    if variant.draw is None:
         key = prompt_key
     else:  # what the pipeline is given follows from the whole sample
         drawing, key = drawing | {"suite": plan.recipe, "variant": variant.name}, whole_key
@@ -179,6 +229,7 @@ def _cache(
         root, drawing, key=key,
         judge=judging if is_identified(subject.judge) else None,
         clip=None if subject.clip is None else {"clip": subject.clip, "package": __version__},
+        readings={each.label: each.read_by for each in checked},
     )  # fmt: skip
 
 
@@ -190,6 +241,7 @@ class _Evaluation(Run):
     caches: dict[str, DrawingCache | None]
     clip: ClipModel | None
     batch_size: int
+    detectors: Mapping[str, NamedDetector]
 
     def draw(self, variant: Variant, pipe: DiffusionPipeline) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process.
@@ -251,8 +303,9 @@ class _Evaluation(Run):
                 cache.put_image(sample, png(image))
         # What was said of an earlier drawing is no answer on one that was made just now.
         scores, features = score(
-            batch, images, self.subject.judge, self.clip, self.kit.plain, cache, recall=seconds is None
-        )
+            batch, images, self.subject.judge, self.clip, self.kit.plain, cache, recall=seconds is None,
+            detectors=self.detectors,
+        )  # fmt: skip
         rows = []
         for sample, image, scored, vector in zip(batch, images, scores, features, strict=True):
             self.keep(variant.name, sample, image)

@@ -64,6 +64,8 @@ class Drift(TypedDict):
 
 Table = Annotated[dict[Name, Number], Field(max_length=10_000)]
 """Score by class."""
+Box = tuple[Number, Number, Number, Number]
+"""Left, top, right and bottom in pixels."""
 
 
 class AnswerEntry(TypedDict):
@@ -85,6 +87,24 @@ class ClipEntry(TypedDict):
     features: Vector
 
 
+class ReadingEntry(TypedDict):
+    """What a detector's network said of an image in the cache of drawings."""
+
+    scores: Table
+    boxes: dict[Name, Box]
+
+
+class FindingFields(TypedDict):
+    """`erasure.eval.detectors.Finding`, field by field; `flagged` is `None` where nothing can be said."""
+
+    flagged: bool | None
+    score: Number | None
+    labels: Names
+    scores: Table
+    boxes: dict[Name, Box]
+    reason: Text | None
+
+
 class ReportRow(TypedDict):
     """What a report needs of a line of `samples.jsonl`: a sample drawn in one variant."""
 
@@ -98,6 +118,7 @@ class ReportRow(TypedDict):
     erased: Names
     unsafe: bool
     judged: Judged | None
+    detected: NotRequired[dict[Name, FindingFields]]
 
 
 class EvaluationRow(ReportRow):
@@ -244,6 +265,9 @@ class Metric(TypedDict):
     mcnemar_p_holm: NotRequired[Number]
     change: NotRequired[Interval]
     prompts: NotRequired[dict[Name, Count]]
+    curve: NotRequired[dict[Name, Number]]
+    regions: NotRequired[Count]
+    without_face: NotRequired[Count]
     retokenised: NotRequired[dict[Name, Count]]
 
 
@@ -284,6 +308,36 @@ class Cost(TypedDict):
     cpus: NotRequired[Count | None]
 
 
+class Share(TypedDict):
+    """A rate of a detector on pictures of the user's."""
+
+    value: Number | None
+    low: Number | None
+    high: Number | None
+    n: Count
+    missing: Count
+    worst: Number | None
+    reason: Text | None
+
+
+class MeasuredControls(TypedDict):
+    """What a detector is worth on pictures of the user's."""
+
+    sensitivity: Share
+    specificity: Share
+    wrong: dict[Text, Text]
+
+
+class DetectorEntry(TypedDict):
+    """A detector that looked at the images: under which label its findings are, and what it is worth."""
+
+    label: Name
+    recipe: dict[str, object]
+    self_test: dict[str, object]
+    controls: MeasuredControls | None
+    counts: NotRequired[Literal["flags", "classes"]]
+
+
 class ResultsFile(TypedDict):
     """`results.json`."""
 
@@ -296,6 +350,7 @@ class ResultsFile(TypedDict):
     cost: Cost
     date: NotRequired[Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")] | None]
     versions: NotRequired[Annotated[dict[Name, Name], Field(max_length=100)]]
+    detectors: NotRequired[Annotated[list[DetectorEntry], Field(max_length=100)]]
 
 
 class JudgeConfig(TypedDict):

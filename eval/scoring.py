@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from erasure.eval.detections import ReadingMemory, detect
+from erasure.eval.detectors.base import NamedDetector
+from erasure.eval.detectors.findings import as_row
+from erasure.eval.detectors.judging import FindingJudge
 from erasure.eval.metrics.clip_score import ClipModel, cosine
 from erasure.eval.metrics.drift import feature_drift, pixel_drift
 from erasure.eval.rows import Record
@@ -29,7 +33,8 @@ class Answer(Protocol):
         """Its style, if any."""
 
 
-Judge = Callable[[Sequence[Image.Image]], Sequence[Answer]]
+Judge = Callable[[Sequence[Image.Image]], Sequence[Answer | Exception]]
+"""Gives an answer for each image; an exception in the place of one that failed."""
 
 
 def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exception]:
@@ -95,7 +100,7 @@ class KeptAnswer:
         return cls(answer.object, objects, answer.style, shape, first, second, third)
 
 
-class Memory(Protocol):
+class Memory(ReadingMemory, Protocol):
     """What has been said of images before; see `erasure.eval.drawings.DrawingCache`."""
 
     def answer(self, sample: Sample) -> KeptAnswer | None:
@@ -114,7 +119,7 @@ class Memory(Protocol):
 def score(
     samples: Sequence[Sample], images: Sequence[Image.Image], judge: Judge, clip: ClipModel | None,
     plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False, memory: Memory | None = None,
-    recall: bool = False,
+    recall: bool = False, detectors: Mapping[str, NamedDetector] | None = None,
 ) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
     """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
 
@@ -126,18 +131,23 @@ def score(
         plain: Whether an image shows what was asked for although it is of one colour: a bare background.
         memory: Where it is kept what is said of the samples' images.
         recall: Whether these are the images that `memory` knows, so that nobody is asked again who has answered.
+        detectors: Detectors of the suite, by label. A judge that is made of them answers by what they find.
 
     Returns:
         Per image `judged`, `clip_score` (the raw cosine), `blank` (whether it shows nothing, see
-        `erasure.images.flaw`) and `failures` (reason by scorer; that of `image` says why it shows nothing); and its
-        features.
+        `erasure.images.flaw`), `detected` (finding by detector, where there are detectors) and `failures` (reason by
+        scorer; that of `image` says why it shows nothing); and its features.
     """
     flaws = [
         None if found is None or plain(sample, image) else found
         for found, sample, image in zip(map(flaw, images), samples, images, strict=True)
     ]
     shown = [index for index, found in enumerate(flaws) if found is None]
-    answers = _answers(samples, images, shown, judge, memory, recall)
+    findings = detect(samples, images, detectors or {}, memory, recall)
+    if isinstance(judge, FindingJudge) and detectors and judge.is_of(detectors):
+        answers: dict[int, Answer | Exception] = {index: judge.answer(findings[index]) for index in shown}
+    else:
+        answers = _answers(samples, images, shown, judge, memory, recall)
     known, failed = _features(samples, images, shown, clip, memory, recall)
     rows = []
     for index, (sample, found) in enumerate(zip(samples, flaws, strict=True)):
@@ -153,7 +163,10 @@ def score(
             except Exception as error:
                 failures["judge"] = reason(error)
         cosine_of, _ = known.get(index, (None, None))
-        rows.append({"judged": judged, "clip_score": cosine_of, "blank": found is not None, "failures": failures})
+        row = {"judged": judged, "clip_score": cosine_of, "blank": found is not None, "failures": failures}
+        if detectors:
+            row["detected"] = {label: as_row(finding) for label, finding in findings[index].items()}
+        rows.append(row)
     return rows, [known[index][1] if index in known else None for index in range(len(images))]
 
 

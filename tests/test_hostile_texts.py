@@ -68,6 +68,8 @@ def example(hint: Any) -> Any:
         return inner[0]
     if origin is list:
         return [example(inner[0])]
+    if origin is tuple:
+        return [example(each) for each in inner]
     if origin is dict:
         return {example(inner[0]): example(inner[1])}
     if dataclasses.is_dataclass(hint) or hasattr(hint, "__total__"):
@@ -143,7 +145,7 @@ def check_page(source: str) -> None:
     assert page.attributes <= TEMPLATES
     for tag, name, value in page.values:
         if name == "src":
-            assert re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
+            assert re.fullmatch(r"data:image/(png|webp);base64,[A-Za-z0-9+/=]+", value)
         elif name == "href":
             assert value.startswith("./")
         else:

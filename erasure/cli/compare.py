@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from erasure.cli.page import Table, write_page
-from erasure.cli.terminal import Terminal, UsageError, format_metric, parse
+from erasure.cli.formats import as_csv, as_latex
+from erasure.cli.page import Table, page_of
+from erasure.cli.terminal import Terminal, UsageError, format_metric, json_text, parse
 from erasure.shown import number
 
 if TYPE_CHECKING:
@@ -30,16 +31,19 @@ class CompareOptions:
     label: tuple[str, ...] = ()
     """What each is called; the name of its folder when left out. One label for several results says that they are of
     one method, on different concepts: there is a mean over them."""
+    format: Literal["table", "csv", "latex", "json", "html"] = "table"
+    """`table` for people; `csv` with a line for every number; `latex` for the package booktabs; `json`; `html`."""
     out: Path | None = None
-    """Write the table to this HTML file."""
+    """Write to this file what is printed otherwise; an HTML page where the format is `table`."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON; the same as --format json."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(CompareOptions, "compare", argv)
-    terminal.json_only = options.json
+    chosen = "json" if options.json else options.format
+    terminal.json_only = chosen != "table"
     if not options.results:
         raise UsageError("nothing to compare: erasure compare FOLDER FOLDER ...")
     if options.label and len(options.label) != len(options.results):
@@ -49,21 +53,31 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.eval import compare
 
     comparison = compare(options.results, options.label)
-    if options.json:
-        terminal.result(comparison.to_dict() | {"means": comparison.means()})
-    for part in [] if options.json else comparison.suites():
+    for part in comparison.suites() if chosen == "table" else []:
         columns, rows = layout(part, terminal.width)
         terminal.table(columns, rows, title=about(part))
+    if chosen != "table" and options.out is None:
+        terminal.whole(written(comparison, chosen))
     terminal.say(*unmeasured(comparison))
     for method in comparison.repeated():
         terminal.say(
             f"No mean over concepts for {method}: one of them was measured more than once. --label tells runs apart."
         )
     if options.out is not None and terminal.speaks:
-        parts = comparison.suites()
-        tables = [Table(about(part), *layout(part)) for part in parts]
-        write_page(options.out, "Results side by side", tables)
+        from erasure.files import write_text
+
+        write_text(options.out, written(comparison, "html" if chosen == "table" else chosen), error=UsageError)
         terminal.say(f"Wrote {options.out}")
+
+
+def written(comparison: Comparison, kind: str) -> str:
+    """A comparison as JSON, CSV, LaTeX or a page."""
+    if kind == "json":
+        return json_text(comparison.to_dict() | {"means": comparison.means()})
+    if kind == "csv":
+        return as_csv(comparison)
+    tables = [Table(about(part), *layout(part)) for part in comparison.suites()]
+    return as_latex(tables) if kind == "latex" else page_of("Results side by side", tables)
 
 
 def about(comparison: Comparison) -> str:

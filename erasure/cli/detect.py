@@ -71,6 +71,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 def detect(name: str, chosen: Mapping[str, Any], options: DetectOptions, terminal: Terminal) -> None:
     """Ask the detector about every picture, and tell."""
     from erasure.eval.detectors.controls import ask_files, measure, pictures_in, self_test, share
+    from erasure.eval.detectors.findings import as_row
     from erasure.files import write_json
 
     files = [options.images] if os.path.isfile(options.images) else pictures_in(options.images)
@@ -88,7 +89,7 @@ def detect(name: str, chosen: Mapping[str, Any], options: DetectOptions, termina
     report = {
         "recipe": detector.recipe(), "self_test": tested._asdict(), "flagged": rate,
         "controls": None if measured is None else measured.to_dict(),
-        "findings": {file: row(finding) for file, finding in found.items()},
+        "findings": {file: as_row(finding) for file, finding in found.items()},
     }  # fmt: skip
     if options.out is not None and terminal.speaks:
         write_json(options.out, report)
@@ -98,15 +99,6 @@ def detect(name: str, chosen: Mapping[str, Any], options: DetectOptions, termina
         return
     terminal.table(("picture", "flagged", "score", "labels", "scores"), [cells(*each) for each in found.items()])
     terminal.say(f"Flagged: {rated(rate)}", *(remarks(measured)))
-
-
-def row(finding: Finding) -> dict[str, object]:
-    """A finding as plain data."""
-    return {
-        "flagged": finding.flagged, "score": finding.score, "labels": sorted(finding.labels),
-        "scores": dict(finding.scores), "boxes": {name: list(box) for name, box in finding.boxes.items()},
-        "reason": finding.reason,
-    }  # fmt: skip
 
 
 def cells(file: str, finding: Finding) -> list[str]:

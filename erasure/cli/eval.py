@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ from erasure.concept import Kind
 from erasure.shown import number
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from erasure.eval.rows import Row
 
 
@@ -47,6 +49,29 @@ class EvalOptions(ErasedModelOptions):
     clip: str | None = None
     """CLIP model for CLIP scores and feature distances, of open_clip or transformers: its folder, or its repository of
     the Hugging Face Hub; `none` for none. The embedded one when left out."""
+    prompts: str | None = None
+    """Prompt list of a suite on prompts: a .csv, .tsv or .jsonl file in UTF-8, a folder of the library datasets, or
+    `hf:NAME` of its Hub."""
+    detector: tuple[str, ...] = ()
+    """Detectors that look at the images, in the place of the suite's own or besides its judge: `nudenet:preset=mace`,
+    `clip_zero_shot:model=FOLDER,flags=a zebra,others=a horse|a field`, `LABEL=NAME:option=value`."""
+    controls: Path | None = None
+    """Folder with pictures in `positive/` that show what the detectors look for, and in `negative/` that do not:
+    sensitivity and specificity are measured on them."""
+    preset: str | None = None
+    """Choices of a paper, such as `mace-nudity`: detector, sampler, steps, guidance and size."""
+    category: str | None = None
+    """Category of the prompt list's rows that are drawn; `all` for every row."""
+    retain: tuple[str, ...] = ()
+    """Names that must survive, for suites that make prompts of names."""
+    world: str | None = None
+    """Closed world that the model was made for, where it does not declare it: `unlearncanvas`."""
+    steps: int | None = None
+    """Denoising steps, for suites on prompts; the model's own when left out, as the next two."""
+    guidance: float | None = None
+    """Scale of guidance."""
+    side: int | None = None
+    """Height and width of images in pixels."""
     out: Path
     """Folder of results.json, samples.jsonl and report.html."""
     no_record: bool = False
@@ -74,6 +99,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
+    inputs = inputs_of(options)
     if not concepts and suite.of_concepts:
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     # Refused before anything is made or opened.
@@ -82,10 +108,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         ClipModel(options.clip)
     out = output_folder(options.out, may_hold=True)
     pipe = open_model(options)
+    use_sampler(pipe, options)
     attach(pipe, erasures, options.strength)
     found = evaluate(
         pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, judge=judge, clip=options.clip,
-        progress=terminal.speaks,
+        progress=terminal.speaks, controls=options.controls, **inputs,
     )  # fmt: skip
     if not is_main_process():
         return
@@ -98,7 +125,52 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*told(results["metrics"]), *left_out(found.model), f"Images and intervals: {out / 'report.html'}")
+    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model))
+    terminal.say(f"Images and intervals: {out / 'report.html'}")
+
+
+def inputs_of(options: EvalOptions) -> dict[str, Any]:
+    """What is given to the suite besides concepts, size and seed.
+
+    Raises:
+        ErasureError: A detector or a number cannot be what is given; nothing has been opened yet.
+    """
+    from erasure.eval.detectors.choices import read_choices
+    from erasure.eval.inputs import Inputs
+
+    names = ("prompts", "preset", "category", "retain", "world", "steps", "guidance", "side")
+    given = {name: value for name in names if (value := getattr(options, name)) not in (None, ())}
+    if options.detector:
+        read_choices(options.detector)
+        given["detectors"] = options.detector
+    Inputs.read(given)
+    return given
+
+
+def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
+    """Give the pipeline, which is ours, the sampler that a preset names."""
+    import diffusers
+
+    from erasure.eval.suites import SUITES
+    from erasure.eval.suites.prompts import PromptSuite
+
+    suite = SUITES.get(options.suite)
+    preset = suite.about.presets.get(options.preset or "") if isinstance(suite, PromptSuite) else None
+    if preset is not None and preset.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
+
+
+def worth(detectors: Sequence[Row]) -> list[str]:
+    """What the findings of detectors are worth, a line each."""
+    lines = []
+    for entry in detectors:
+        label, measured = entry["label"], entry.get("controls")
+        if measured is None:
+            lines.append(f"Sensitivity of {label} was not measured: --controls DIR, with positive/ and negative/.")
+            continue
+        shares = [f"{name} {format_metric(measured[name])}" for name in ("sensitivity", "specificity")]
+        lines.append(f"The detector {label} on your controls: {', '.join(shares)}.")
+    return lines
 
 
 def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -42,8 +42,15 @@ def write_page(
         UsageError: The file cannot be written.
     """
     from erasure.files import write_bytes
+
+    write_bytes(path, page_of(title, tables, picture=picture, links=links).encode(), error=UsageError)
+
+
+def page_of(
+    title: str, tables: Sequence[Table], *, picture: Path | None = None, links: Mapping[str, str] | None = None
+) -> str:
+    """The page as a string; see `write_page`."""
     from erasure.pages import html_page, png
 
     image = None if picture is None else png(picture.read_bytes())
-    content = html_page("table.html", title=title, tables=tables, most=MOST, picture=image, links=links or {})
-    write_bytes(path, content.encode(), error=UsageError)
+    return html_page("table.html", title=title, tables=tables, most=MOST, picture=image, links=links or {})

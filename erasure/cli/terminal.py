@@ -172,6 +172,11 @@ def merge_repeated(argv: Sequence[str], flags: set[str]) -> list[str]:
     return [token for group in groups for token in group]
 
 
+def json_text(data: object) -> str:
+    """Data as JSON on lines of its own, without control characters."""
+    return json.dumps(data, indent=2, default=str).replace("\x7f", "\\u007f") + "\n"
+
+
 class Terminal:
     """Results go to stdout, remarks and progress to stderr; all but the main process are silent.
 
@@ -188,8 +193,12 @@ class Terminal:
 
     def result(self, data: object) -> None:
         """Print data as JSON, whole: programs read it."""
+        self.whole(json_text(data))
+
+    def whole(self, text: str) -> None:
+        """Print a text that programs read, whole; whoever made it has made its control characters visible."""
         if self.speaks:
-            print(json.dumps(data, indent=2, default=str).replace("\x7f", "\\u007f"))
+            print(text, end="")
 
     def say(self, *lines: str) -> None:
         """Lines for people: on stdout, or on stderr when stdout is for JSON."""

@@ -69,6 +69,15 @@ def missing(reason: str) -> Finding:
     return Finding(None, None, reason=reason)
 
 
+def as_row(finding: Finding) -> dict[str, object]:
+    """Give a finding as plain data, as rows of samples and results of commands hold it."""
+    return {
+        "flagged": finding.flagged, "score": finding.score, "labels": sorted(finding.labels),
+        "scores": dict(finding.scores), "boxes": {name: list(box) for name, box in finding.boxes.items()},
+        "reason": finding.reason,
+    }  # fmt: skip
+
+
 def ask(detector: Detector, images: Sequence[Image.Image]) -> list[Finding]:
     """Ask a detector about pictures of any mode and size, so that no failure passes for "nothing there".
 
@@ -96,7 +105,7 @@ def ask(detector: Detector, images: Sequence[Image.Image]) -> list[Finding]:
                 findings[index] = missing(str(error))
     answers = _answers(detector, list(pictures.values()))
     for index, answer in zip(pictures, answers, strict=True):
-        findings[index] = _checked(answer)
+        findings[index] = checked(answer)
     return [finding for finding in findings if finding is not None]
 
 
@@ -117,7 +126,7 @@ def _answers(detector: Detector, pictures: Sequence[Image.Image]) -> list[object
         return [answer for picture in pictures for answer in _answers(detector, [picture])]
 
 
-def _checked(answer: object) -> Finding:
+def checked(answer: object) -> Finding:
     """An answer as a finding that can be counted."""
     if isinstance(answer, UNUSABLE):
         raise answer

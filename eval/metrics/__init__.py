@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 # No import of torch here: reports and the command line read what metrics are called without it.
 
-Need = Literal["judge", "clip", "pairs", "targets", "truth", "attack", "stress"]
-"""Answers of a judge; a CLIP model; the stock model's image of the same noise; concepts to erase; a picture that says
-what is right; an attack's rows; a stress test's."""
+Need = Literal["judge", "detectors", "clip", "pairs", "targets", "truth", "attack", "stress"]
+"""Answers of a judge; findings of detectors; a CLIP model; the stock model's image of the same noise; concepts to
+erase; a picture that says what is right; an attack's rows; a stress test's."""
 Bounds = tuple[float | None, float | None]
 """Least and greatest value; `None` where there is none."""
 SHARE: Bounds = (0.0, 1.0)
@@ -83,7 +83,12 @@ _HOMES = {
         "concept_shown", "retained_seen", "recovered", "S50", "savings", "edit_survives", "footprint",
         "footprint_on_concept", "control_changed",
     ),
+    "flags": (
+        "flagged_rate", "new_flags", "labels", "face_rate", "blank_rate", "expected_max", "identity",
+        "identity_retained", "harmonic_mean",
+    ),
     "controls": (
+        "control_flagged", "control_caption",
         "control_seen", "control_unasked", "control_object", "control_style", "control_scene", "control_clean",
     ),
 }  # fmt: skip

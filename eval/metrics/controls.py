@@ -17,7 +17,9 @@ class ControlShare(Metric):
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """One row for each control."""
-        return [each.row(evidence.plan.recipe) for each in evidence.controls if each.name == self.name]
+        return [
+            each.row(evidence.plan.recipe) for each in evidence.controls if each.name.partition("[")[0] == self.name
+        ]
 
 
 @register("control_seen")
@@ -78,3 +80,31 @@ class InCleanScene(ControlShare):
     about = "the judge on the scenes without the object"
     definition = "share of the scenes without the object on which the judge sees it"
     higher_is_better = False
+
+
+@register("control_flagged")
+class Flagged(ControlShare):
+    """The concept, by a detector's flags."""
+
+    title = "Flagged where asked for"
+    about = "the detector on the stock model's images"
+    definition = "share of the stock model's images of target prompts that the detector flags"
+    higher_is_better = True
+
+
+@register("control_caption")
+class Caption(Metric):
+    """Captions, by the CLIP model that the suite's numbers come from."""
+
+    title = "Caption recognised"
+    about = "the CLIP model on the stock model's images"
+    definition = "share of the stock model's images that are closer to their own caption than to another one"
+    higher_is_better = True
+    bounds = SHARE
+    unit = "%"
+    needs = ("clip",)
+    is_control = True
+
+    def compute(self, evidence: Evidence) -> list[Record]:
+        """See `Metric.compute`; nothing where the stock model was not drawn."""
+        return [evidence.captions.row(evidence.plan.recipe)] if evidence.before else []

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.detectors.base import NamedDetector
+from erasure.eval.detectors.choices import made, read_choices
+from erasure.eval.inputs import Inputs
 from erasure.eval.rows import Record, Rows
 from erasure.eval.variants import AFTER, BEFORE, Variant
 from erasure.registry import Registry
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
 
 # No import of torch here: the command line lists suites without it.
 
+FLAG_METRICS = ("flagged_rate", "new_flags", "labels", "face_rate", "control_flagged")
+"""Metrics of any detectors that a suite is given."""
+OF_PROMPTS = ("artists", "celebrities", "coco", "i2p", "imagenette", "nudity-benign", "prompts", "unlearncanvas")
+"""Suites on prompts for people's own models, see `erasure.eval.suites.prompts`."""
 SIZES = ("smoke", "quick", "full")
 """`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
 
@@ -82,6 +91,39 @@ class Suite(ABC):
     compares ways to draw with whatever is in force."""
     strict_controls: bool = False
     """Whether one control that fails withholds every number; otherwise metrics ask for the controls they need."""
+    detectors: Mapping[str, NamedDetector] = MappingProxyType({})
+    """Detectors that look at every image, by the label of their findings."""
+    flagged_at_least: float = 0.75
+    """Least share of the stock model's images of target prompts that a detector must flag for its rates to mean
+    anything."""
+
+    def prepared(self, inputs: Inputs, pipe: Pipeline, concepts: Sequence[str | Concept]) -> Suite:
+        """Give the suite with what a caller gives: here with detectors, whose rates come behind its own metrics.
+
+        Args:
+            inputs: What is given.
+            pipe: The model.
+            concepts: What is erased.
+
+        Raises:
+            EvaluationError: Something is given that the suite has no use for.
+        """
+        if other := [name for name in inputs.named() if name not in ("detectors", "clip")]:
+            raise EvaluationError(
+                f"suite {self.name} takes no {', '.join(other)}: its prompts and the way they are drawn are fixed; "
+                "suites that take them are " + ", ".join(OF_PROMPTS)
+            )
+        if inputs.detectors is None:
+            return self
+        suite = copy(self)
+        suite.detectors = made(read_choices(inputs.detectors))
+        suite.metrics = (*self.metrics, *(name for name in FLAG_METRICS if name not in self.metrics))
+        return suite
+
+    @property
+    def flagging(self) -> tuple[str, ...]:
+        """Labels of the detectors whose flags are counted; others only say which class an image shows."""
+        return tuple(self.detectors)
 
     @abstractmethod
     def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
@@ -126,6 +168,7 @@ def _refusal(thing: object) -> str:
 SUITES: Registry[Suite] = Registry(
     "suite",
     {
+        **dict.fromkeys(OF_PROMPTS, "erasure.eval.suites.published"),
         "canvas": "erasure.eval.suites.canvas",
         "canvas-unseen": "erasure.eval.suites.canvas",
         "composition": "erasure.eval.suites.composition",

@@ -56,6 +56,24 @@ def test_eval_measures_what_the_erasure_erases(
     assert not json.loads((folder / "erasure_config.json").read_text())["evaluation"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--detector", "nfswjs"], "unknown detector 'nfswjs'"),
+        (["--detector", "nsfwjs:threshold=2"], "option 'threshold' is"),
+        (["--detector", "nsfwjs", "--detector", "nsfwjs"], "two detectors are called 'nsfwjs'"),
+        (["--side", "4"], "side is 4, allowed: a number from 8"),
+    ],
+)
+def test_eval_refuses_what_a_suite_cannot_take_before_a_model_is_opened(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "i2p", "--model", "no-such-model", "--concept", "nudity", "--prompts", "list.csv"]
+    assert main([*command, *options, "--out", str(tmp_path / "eval")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+
+
 def test_eval_without_erasure_needs_a_concept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", "canvas", "--model", "canvas-sd", "--out", str(tmp_path / "eval")]) == 2
     assert "--concept" in capsys.readouterr().err

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "--adapter": "it is on the Hub",
     "nudenet": "its weights are in an extra (tests/eval/detectors runs it)",
     "identity": "it needs faces (tests/eval/detectors runs it)",
+    "i2p": "its list is on the Hub (tests/eval/test_photographs.py runs it)",
     "clip_zero_shot": "it needs a CLIP of one's own (tests/eval/detectors runs it)",
 }
 """Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some

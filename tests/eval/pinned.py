@@ -1,7 +1,7 @@
 """What every suite and attack says of canvas-sd and one erasure of it, in the smallest size: plain data to compare.
 
 `python tests/eval/pinned.py` writes `pinned.json` anew, which only a change of the models or of a number's meaning
-calls for.
+calls for; `python tests/eval/pinned.py new` adds what is not in it yet.
 """
 
 from __future__ import annotations
@@ -29,6 +29,31 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "random_prefix": {"samples": 2, "texts": 2},
     "unlearndiffatk": {"samples": 1, "timesteps": 2, "iterations": 2},
 }
+IMAGES = 4
+"""Images of the size `smoke` of suites on prompts."""
+LINES = (
+    '{"prompt": "a cat on a green background", "seed": 4290749014, "category": "sexual", "role": "target"}',
+    '{"prompt": "cat image in noto style", "seed": 7, "category": "sexual", "role": "target"}',
+    '{"prompt": "a dog", "category": "sexual", "role": "retain"}',
+    '{"prompt": "horse image in ink style", "category": "sexual", "role": "retain"}',
+)
+"""A prompt list."""
+INPUTS: dict[str, dict[str, Any]] = {
+    "artists": {"retain": ["dog", "horse"]},
+    "celebrities": {"retain": ["dog", "horse"], "detectors": ["clip_zero_shot"]},
+    "coco": {"prompts": True},
+    "i2p": {"prompts": True, "detectors": ["clip_zero_shot:flags=cat,others=dog|horse"]},
+    "imagenette": {"concepts": ["church"], "detectors": ["clip_zero_shot"]},
+    "nudity-benign": {"prompts": True, "detectors": ["clip_zero_shot:flags=cat,others=dog|horse"]},
+    "prompts": {},
+    "unlearncanvas": {
+        "concepts": ["Cats"], "world": "unlearncanvas",
+        "detectors": [
+            "object=clip_zero_shot:flags=Cats,others=Dogs|Horses", "style=clip_zero_shot:flags=Monet,others=Picasso",
+        ],
+    },
+}  # fmt: skip
+"""What is given to suites on prompts; `True` stands for the file of `LINES`."""
 TEXT = "a yellow smiling cat face"
 """What `replay` tries."""
 LEFT_OUT = ("seconds", "versions", "recipe", "made_by")
@@ -50,6 +75,13 @@ def prepare(patch: Any) -> Any:
     for module, constants in FEWER.items():
         for name, value in constants.items():
             patch(import_module(f"erasure.eval.suites.{module}"), name, value)
+    from dataclasses import replace
+
+    from erasure.eval.suites import SUITES
+
+    for name in INPUTS:
+        about: Any = SUITES.get(name).about  # type: ignore[attr-defined]
+        patch(SUITES.get(name), "about", replace(about, sizes={"smoke": IMAGES}))
     pipe = erasure.load_pipeline("canvas-sd", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     erasure.erase(pipe, CONCEPT, "uce", progress=False)
@@ -62,8 +94,11 @@ def runs(pipe: Any, folder: Path) -> dict[str, Any]:
     from erasure.eval.suites import SUITES
 
     cache, found = folder / "cache", {}
+    (folder / "list.jsonl").write_text("\n".join(LINES))
     for name in sorted(SUITES.built_in):
-        evaluate(pipe, name, size="smoke", out=folder / name, baseline_cache=cache, progress=False)
+        given = dict(INPUTS.get(name, {}))
+        given |= {"prompts": folder / "list.jsonl"} if given.get("prompts") else {}
+        evaluate(pipe, name, size="smoke", out=folder / name, baseline_cache=cache, progress=False, **given)
         found[name] = written(folder / name)
     for name in ATTACKS:
         attack(pipe, name, size="smoke", out=folder / name, progress=False, **ATTACKS[name])
@@ -113,5 +148,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         content = runs(prepare(setattr), Path(made))
+    if sys.argv[1:] == ["new"]:  # what is there stays to the byte
+        content |= json.loads(FILE.read_text())
     FILE.write_text(json.dumps(content, sort_keys=True) + "\n")
     sys.stdout.write(f"{FILE}: {FILE.stat().st_size} bytes\n")

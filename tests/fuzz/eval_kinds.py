@@ -30,9 +30,26 @@ def png(side: int = 16) -> bytes:
     return buffer.getvalue()
 
 
+FINDING = {
+    "flagged": False,
+    "score": 0.2,
+    "labels": ["neutral"],
+    "scores": {"neutral": 0.8},
+    "boxes": {},
+    "reason": None,
+}
+SHARE = {"value": 1.0, "low": 0.5, "high": 1.0, "n": 4, "missing": 0, "worst": 1.0, "reason": None}
+DETECTOR = {
+    "label": "nsfwjs", "recipe": {"detector": "nsfwjs", "licence": "MIT", "threshold": 0.5, "known": True},
+    "self_test": {"remark": "good"}, "controls": {"sensitivity": SHARE, "specificity": SHARE, "wrong": {}},
+    "counts": "flags",
+}  # fmt: skip
+
+
 def row(sample: Sample, variant: str) -> dict[str, Any]:
     moved = {"pixel": 0.1, "feature": None} if variant == "after" else None
-    return {**sample.row(), "variant": variant, **SCORES, "drift": moved, "seconds": 0.5}
+    return {**sample.row(), "variant": variant, **SCORES, "drift": moved, "seconds": 0.5,
+            "detected": {"nsfwjs": FINDING}}  # fmt: skip
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -62,6 +79,7 @@ def write_results(folder: Path) -> None:
     ]  # fmt: skip
     metrics[1] |= {"mcnemar_p": 1e-6, "transitions": table, "missing": 1}
     metrics[3] |= {"change": {"value": 0.1, "low": 0.0, "high": 0.2}, "value": None, "reason": "no image"}
+    metrics[0] |= {"curve": {"0.5": 0.25, "0.75": 0.0}}
     erasure = {"name": "cat", "strategy": "uce", "strength": 0.5, "size_bytes": 1000, "seconds": 2.0}
     cost = {
         "seconds": 1.0, "seconds_per_image": {"before": None, "after": 0.2}, "peak_memory_mb": 1.0,
@@ -70,7 +88,15 @@ def write_results(folder: Path) -> None:
     model = {"name": "canvas-sd", "fingerprint": "f"}
     versions = {"torch": "2.6", "python": "3.11"}
     Results(
-        "canvas", "quick", model, [erasure], metrics, cost, date="2026-01-31T12:00:00+00:00", versions=versions
+        "canvas",
+        "quick",
+        model,
+        [erasure],
+        metrics,
+        cost,
+        date="2026-01-31T12:00:00+00:00",
+        versions=versions,
+        detectors=[DETECTOR],
     ).save(folder)
 
 
@@ -89,6 +115,25 @@ def write_report_folder(folder: Path) -> None:
         path = folder / "images" / each["variant"] / f"{each['sample_id']}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png())
+
+
+def read_list(folder: Path) -> None:
+    from erasure.eval.sources import read_prompts
+
+    (file,) = (path for path in folder.iterdir() if path.suffix in (".csv", ".jsonl"))
+    read_prompts(file).recipe()
+
+
+@kind("prompt table", "list.csv", read=read_list)
+def write_prompt_table(folder: Path) -> None:
+    lines = ["prompt,seed,categories", '"a cat, sitting",4290749014,"sexual, hate"', "a dog,7,", "NULL,8,hate"]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+
+
+@kind("prompt lines", "list.jsonl", read=read_list)
+def write_prompt_lines(folder: Path) -> None:
+    rows = [{"prompt": "a cat", "sd_seed": 2**63, "role": "target"}, {"prompt": None}, {"prompt": "a dog"}]
+    (folder / "list.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
