@@ -148,7 +148,7 @@ def stress_test(
         stamped = replace(plan, recipe=plan.recipe | subject.sampler | {"judge": subject.judge_name})
         evidence = StressEvidence(
             stamped, rows, run.table.features, scorer, clip_missing, _controls(target, rows),
-            {condition.name: condition for condition in conditions}, test.measured(bench),
+            conditions={condition.name: condition for condition in conditions}, measured=test.measured(bench),
         )  # fmt: skip
         metrics = [row for metric in test.metrics for row in METRICS.get(metric).compute(evidence)]
         cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
