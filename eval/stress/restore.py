@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.backbones import Backbone, backbone_for
+from erasure.backbones.sites import AttentionSite
 from erasure.errors import EvaluationError
 from erasure.eval.generation import batches, generate
 from erasure.eval.rows import Record
@@ -112,21 +113,21 @@ def places_of(backbone: Backbone, grain: Literal["parts", "layers"]) -> dict[str
         if grain == "layers":
             groups[site.name.replace(".", "-")] = [site.name]
         else:
-            groups.setdefault(f"{_part(site.name, sites[-1].name)}_{site.kind}", []).append(site.name)
+            groups.setdefault(f"{_part(site, sites)}_{site.kind}", []).append(site.name)
     return found | {name: Place(tuple(some), "outputs") for name, some in groups.items()}
 
 
-def _part(name: str, last: str) -> str:
-    """The part of a denoiser that a layer is in."""
-    first, number, *_ = [*name.split("."), "0"]
-    if first in ("down_blocks", "mid_block", "up_blocks"):
-        return first.partition("_")[0]
-    same = first == last.split(".")[0]
-    total = int(last.split(".")[1]) + 1 if same else 0
-    if not same:  # the double blocks of Flux, ahead of the single ones
-        return "double"
-    prefix = "single" if first.startswith("single") else "third"
-    return f"{prefix}_{1 + 3 * int(number) // total}"
+def _part(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
+    """The part of a denoiser that a layer is in: the list of blocks, or a third of it where blocks are all alike.
+
+    They are alike where text and picture attend to each other in one joint attention.
+    """
+    blocks, number, *_ = site.name.split(".")
+    name = blocks.removesuffix("s").removesuffix("_block")
+    if any(other.kind == "cross" for other in sites):
+        return name
+    count = 1 + max(int(other.name.split(".")[1]) for other in sites if other.name.startswith(f"{blocks}."))
+    return f"{name}_{1 + 3 * int(number) // count}"
 
 
 # Recording and patching ---------------------------------------------------------------------------------------------
