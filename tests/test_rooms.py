@@ -19,7 +19,7 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets", "benchmarks")
 GROUND = frozenset(
     {
         "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "needs", "options", "pages",
-        "parsing", "progress", "registry", "shown", "versions",
+        "parsing", "picture_record", "progress", "registry", "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(
