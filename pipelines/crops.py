@@ -145,7 +145,7 @@ def pasted(source: Tensor, made: Tensor, own: Tensor, mask_blur: int, radius: fl
     """
     size = (source.shape[2], source.shape[3])
     scale = max(size) / max(made.shape[2:])
-    grown = grow(own[None], 2 * round(mask_blur * scale / 2) + 1 if mask_blur else 0)
+    grown = grow(own[None], 2 * round((mask_blur * scale - 1) / 2) + 1 if mask_blur else 0)
     large = resized(made, size)
     if radius > 0:
         return blend(source, large, grown, radius)

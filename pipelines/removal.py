@@ -31,7 +31,7 @@ from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, fitted, grow, latent_aligned, read_masks
 from erasure.pipelines import inversion
-from erasure.pipelines.crops import by_crops
+from erasure.pipelines.crops import Box, by_crops, worked_size
 from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.inversion import check_ddim
 from erasure.pipelines.latents import MODE, Generators
@@ -117,7 +117,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         if backbone.takes_length:
             length = rest.get("max_sequence_length") or World.of(backbone.pipe).text_length
             lengths = {} if length is None else {"max_sequence_length": length}
-        masks = self._masks(source, mask_image, words, others, lengths)
+        masks = self._masks(source, mask_image, words, others, lengths, settings.crop)
         size = self._size(own, height, width)
         source, masks = resized(source, size), fitted(masks, size)
         if settings.shadow:
@@ -191,9 +191,8 @@ class ObjectRemovalMixin(LocalizationMixin):
         """As `_filled`, on the parts around the masks, each at the size that the model draws; see `by_crops`."""
         if call.get("latents") is not None:
             raise OptionError("latents= has one size, and crops have several: leave it out, or crop=True")
-        latents, generators = self._backbone.latents, call["generator"]
-        whole = replace(settings, blend_radius=0.0)
-        source, flags = source.clone(), []
+        whole, generators = replace(settings, blend_radius=0.0), call["generator"]
+        source, flags, is_checked = source.clone(), [], False
         for row, mask in enumerate(masks):
             own = {name: [call[name][row]] for name in ("prompt", *BESIDE_PROMPTS) if call.get(name) is not None}
             own["generator"] = generators[row] if isinstance(generators, list) else generators
@@ -204,10 +203,11 @@ class ObjectRemovalMixin(LocalizationMixin):
                 flagged += found or ()
                 return made
 
-            source[row : row + 1] = by_crops(source[row : row + 1], mask, min(latents.side) * latents.factor, settings,
-                                             BLENDED, fill)  # fmt: skip
+            image = source[row : row + 1]
+            source[row : row + 1] = by_crops(image, mask, self.drawn_side, settings, BLENDED, fill)
             flags.append(any(flagged))
-        return source, flags
+            is_checked |= bool(flagged)
+        return source, flags if is_checked else None
 
     def check_model(self) -> None:
         """Refuse a model that the stock loop does not serve; nothing is known to be refused here."""
@@ -221,14 +221,25 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     def _masks(
         self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str],
-        options: Settings,
+        options: Settings, crop: bool,
     ) -> Tensor:  # fmt: skip
-        """What is to be removed, `(images, height, width)` bool: as it is given, or where words are found."""
+        """What is to be removed, `(images, rows, columns)` bool: as it is given, or where words are found."""
         if given is not None:
             return read_masks(given, (source.shape[2], source.shape[3]), len(source))
         if words is None:
             raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-        return self.localize(source, words, others=others, **options).of_words()
+        seen = resized(source, self.drawn_size(source.shape[2], source.shape[3])) if crop else source
+        return self.localize(seen, words, others=others, **options).of_words()
+
+    @property
+    def drawn_side(self) -> int:
+        """Pixels along the shorter side of what the model was made to draw."""
+        latents = self._backbone.latents
+        return min(latents.side) * latents.factor
+
+    def drawn_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image, made smaller where that is needed for the model to see all of it at once."""
+        return worked_size(Box(0, 0, height, width), self.drawn_side)
 
     def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the output in pixels."""
@@ -344,8 +355,8 @@ class ObjectRemovalMixin(LocalizationMixin):
         mask = torch.ones_like(keep) if self._blends else keep
         try:
             super().__call__(  # type: ignore[misc]
-                **call | {"guidance_scale": 1.0, "latents": found[0]}, mask_image=mask.float(), strength=1.0,
-                output_type="latent", callback_on_step_end=remember,
+                **call | {"guidance_scale": 1.0, "latents": found[0], "callback_on_step_end": remember},
+                mask_image=mask.float(), strength=1.0, output_type="latent",
             )  # fmt: skip
         finally:
             pipe.scheduler = own

@@ -24,7 +24,7 @@ BINS = 24
 """Steps of each colour by which the background's colours are told apart."""
 SHARE = 0.01
 """Share of the surroundings that a colour of the background covers at least."""
-LEAST = 0.02
+LEAST = 0.03
 """Size of a shadow as a share of the mask: what is smaller is left out."""
 EDGE = 2
 """Pixels, at the size at which shadows are looked for, of an object's soft edge and of its shadow's."""
@@ -65,30 +65,57 @@ def shadow_beside(mask: Tensor, image: Tensor) -> Tensor:
         return nothing
     reach = max(EDGE, round(REACH * float(mask.sum()) ** 0.5))
     touching, near = dilated(mask, EDGE), dilated(mask, reach)
-    far = dilated(mask, 3 * reach) & ~near
-    palette = colours_of(image[:, far if far.sum() >= 16 else ~touching])
+    palette = background_of(image[:, dilated(mask, 3 * reach) & ~touching])
     if not len(palette):
         return nothing
     colours = image.flatten(1).T  # (pixels, 3)
-    light = colours @ palette.T / palette.square().sum(1).clamp_min(1e-6)  # least-squares factor of every pair
-    off = (colours[:, None] - light[..., None] * palette).norm(dim=-1)
+    light, off = light_between(colours, palette)
     is_background = (torch.cdist(colours, palette) < NEAR).any(1).view(mask.shape)
     dark = ((off < NEAR) & (light > LIGHT[0]) & (light < LIGHT[1])).any(1).view(mask.shape)
     wanted = dark & ~is_background & near & ~mask
-    found = connected(touching & ~mask & wanted, wanted)
+    # Lines of a pixel or two are soft edges of what is drawn, which are darker than the background as well.
+    core = dilated(~dilated(~wanted, 1), 1) & wanted
+    found = connected(dilated(touching, 1) & core, core)
+    found = dilated(found, 1) & wanted
     if found.sum() < LEAST * mask.sum():
         return nothing
-    edge = dilated(found, EDGE) & near & (is_background | dark | touching)
+    soft = ((off < NEAR) & (light > LIGHT[0]) & (light < 1)).any(1).view(mask.shape)
+    edge = dilated(found, EDGE) & near & (is_background | soft | touching)
     return (found | edge) & ~mask
 
 
-def colours_of(pixels: Tensor) -> Tensor:
-    """The colours that cover the most of some pixels, `(3, pixels)` -> `(colours, 3)`, each a mean."""
+def light_between(colours: Tensor, palette: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor that makes each colour of a palette most like each colour, and how far it is off then.
+
+    Args:
+        colours: `(colours, 3)` in 0-1.
+        palette: `(palette, 3)` in 0-1.
+
+    Returns:
+        Both `(colours, palette)`.
+    """
+    light = colours @ palette.T / palette.square().sum(1).clamp_min(1e-6)
+    return light, (colours[:, None] - light[..., None] * palette).norm(dim=-1)
+
+
+def background_of(pixels: Tensor) -> Tensor:
+    """The colours that cover the most of some pixels, without those that are a more frequent one in the shadow.
+
+    Args:
+        pixels: `(3, pixels)` in 0-1.
+
+    Returns:
+        `(colours, 3)`, each a mean.
+    """
     bins = (pixels * (BINS - 1)).round().long()
     keys = (bins[0] * BINS + bins[1]) * BINS + bins[2]
     found, place, counts = keys.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(found), 3).index_add_(0, place, pixels.T)
-    return (sums / counts[:, None])[counts >= max(1, SHARE * pixels.shape[1])]
+    means = torch.zeros(len(found), 3).index_add_(0, place, pixels.T) / counts[:, None]
+    is_frequent = counts >= max(1, SHARE * pixels.shape[1])
+    means, counts = means[is_frequent], counts[is_frequent]
+    light, off = light_between(means, means)
+    in_shadow = (off < NEAR) & (light > LIGHT[0]) & (light < LIGHT[1]) & (counts > counts[:, None])
+    return means[~in_shadow.any(1)]
 
 
 def connected(start: Tensor, allowed: Tensor) -> Tensor:

@@ -193,10 +193,14 @@ class Remover:
         seen, scores = rgb(image, "an image", error=UsageError), {}
         given: object = mask
         if mask is None:
-            found = self.pipe.localize(seen, options.words, others=options.others)
+            looked = seen
+            if options.crop:
+                height, width = self.pipe.drawn_size(seen.height, seen.width)
+                looked = seen.resize((width, height), Image.Resampling.BICUBIC)
+            found = self.pipe.localize(looked, options.words, others=options.others)
             scores = dict(zip(options.words, map(float, found.presence[0]), strict=True))
             if overlay_out is not None:
-                save(laid_over(seen, found.masks[0, : len(options.words)].any(0)), overlay_out)
+                save(laid_over(looked, found.masks[0, : len(options.words)].any(0)), overlay_out)
             given = found.of_words()[0]
         (used,) = read_masks(given, (seen.height, seen.width), 1)
         if options.shadow:

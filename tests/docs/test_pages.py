@@ -377,6 +377,11 @@ def own_files(folder: Path) -> None:
     mask(0, "cat", "dog").save(folder / "mask.png")
     (folder / "artists.csv").write_text('concept,kind,anchor\n"van gogh",style,painting\nmonet,style,painting\n')
     (folder / "prompts.csv").write_text("prompt,seed\na photo of a cat,1\na photo of a dog,2\n")
+    for name, made in (("photos", picture("cat", "dog")), ("masks", mask(0, "cat", "dog"))):
+        (folder / name).mkdir()
+        made.save(folder / name / "first.png")
+    picture("cat", "dog").resize((160, 160)).save(folder / "large.png")
+    mask(0, "cat", "dog").resize((160, 160)).save(folder / "large-mask.png")
     (folder / "outputs").mkdir()
     picture("cat").save(folder / "outputs" / "cat.png")
     door = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
