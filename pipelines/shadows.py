@@ -75,11 +75,13 @@ def shadow_beside(mask: Tensor, image: Tensor) -> Tensor:
     wanted = dark & ~is_background & near & ~mask
     # Lines of a pixel or two are soft edges of what is drawn, which are darker than the background as well.
     core = dilated(~dilated(~wanted, 1), 1) & wanted
-    found = connected(dilated(touching, 1) & core, core)
+    soft = ((off < NEAR) & (light > LIGHT[0]) & (light < 1)).any(1).view(mask.shape)
+    # What else there is throws shadows too: each pixel goes to whom it is nearer to.
+    others = dilated(~dilated(is_background | soft | touching, 1), 1)
+    found = nearer(dilated(touching, 1) & core, dilated(others, EDGE) & core, core)
     found = dilated(found, 1) & wanted
     if found.sum() < LEAST * mask.sum():
         return nothing
-    soft = ((off < NEAR) & (light > LIGHT[0]) & (light < 1)).any(1).view(mask.shape)
     edge = dilated(found, EDGE) & near & (is_background | soft | touching)
     return (found | edge) & ~mask
 
@@ -118,14 +120,18 @@ def background_of(pixels: Tensor) -> Tensor:
     return means[~in_shadow.any(1)]
 
 
-def connected(start: Tensor, allowed: Tensor) -> Tensor:
-    """What can be reached from a start without leaving what is allowed, both `(height, width)` bool."""
-    reached = start & allowed
+def nearer(own: Tensor, others: Tensor, allowed: Tensor) -> Tensor:
+    """What is reached from `own` before it is from `others`, without leaving what is allowed.
+
+    Both go on by a pixel a step, and what both begin with is own. All are `(height, width)` bool.
+    """
+    own, others = own & allowed, others & allowed & ~own
     while True:
-        further = dilated(reached, 1) & allowed
-        if torch.equal(further, reached):
-            return reached
-        reached = further
+        further = dilated(own, 1) & allowed & ~others
+        theirs = dilated(others, 1) & allowed & ~further
+        if torch.equal(further, own) and torch.equal(theirs, others):
+            return own
+        own, others = further, theirs
 
 
 def dilated(mask: Tensor, radius: int) -> Tensor:

@@ -132,12 +132,14 @@ def tasks_of(options: RemoveOptions, written: Sequence[Path]) -> list[Task]:
     if not images:
         raise UsageError(f"{options.image} holds no image: expected files that end with {', '.join(ENDINGS)}")
     known: dict[str, list[Path]] = {}
-    for mask in pictures_below(masks) if masks is not None else ():
-        known.setdefault(str(mask.relative_to(masks or mask).with_suffix("")), []).append(mask)
+    if masks is not None:
+        for drawn in pictures_below(masks):
+            known.setdefault(str(drawn.relative_to(masks).with_suffix("")), []).append(drawn)
     tasks = []
     for image in images:
         name = image.relative_to(options.image)
-        mask, problem = options.mask, None
+        mask: Path | None = options.mask
+        problem: str | None = None
         if masks is not None:
             mask, problem = mask_of(name, masks, known)
         keeps = name.suffix.lower() in FORMAT_OF and not options.png
@@ -271,7 +273,8 @@ def read_rows(path: Path) -> dict[str, Row]:
 
     if not os.path.lexists(path):
         return {}
-    rows = {row["image"]: row for row in read_lines(path, Row, torn=True, error=UsageError)}
+    lines: Iterator[Row] = read_lines(path, Row, torn=True, error=UsageError)
+    rows = {row["image"]: row for row in lines}
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

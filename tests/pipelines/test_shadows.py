@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from erasure.assets.scenes import RenderedScene, Scene, Shadow, render
-from erasure.pipelines.shadows import EDGE, background_of, connected, dilated, with_shadows
+from erasure.pipelines.shadows import EDGE, background_of, dilated, nearer, with_shadows
 
 THROWN = Shadow(dx=7, dy=5, darkness=0.4, blur=1.0)
 
@@ -72,7 +72,10 @@ def test_parts() -> None:
     line[0, [0, 1, 2, 4, 5]] = True
     start = torch.zeros_like(line)
     start[0, 0] = True
-    assert connected(start, line)[0].tolist() == [True] * 3 + [False] * 6
+    nobody, end = torch.zeros_like(line), torch.zeros_like(line)
+    end[0, 2] = True
+    assert nearer(start, nobody, line)[0].tolist() == [True] * 3 + [False] * 6
+    assert nearer(start, end, line)[0].tolist() == [True] * 2 + [False] * 7
     colours = torch.tensor([[1.0, 1.0, 0.0]]).expand(3, -1)
     assert background_of(colours).tolist() == [[0.0] * 3, [1.0] * 3]
     # A colour that is rarer and only darker than another is that one in the shadow; a rarer brighter one is a colour.
