@@ -367,7 +367,7 @@ def heights(place: Place, tensor: Tensor) -> list[int]:
 
     Args:
         place: Place of one of them.
-        tensor: The tensor: queries, keys and values are of one size, and what stands behind them is the rest.
+        tensor: The tensor of weights: queries, keys and values are of one size, and what stands behind them is the rest.
     """
     if place.parts < 4:
         return [len(tensor) // place.parts] * place.parts
@@ -375,11 +375,15 @@ def heights(place: Place, tensor: Tensor) -> list[int]:
     return [width, width, width, len(tensor) - 3 * width]
 
 
-def taken(place: Place, tensor: Tensor) -> Tensor:
-    """A weight in the form that it has in diffusers, from the tensor of a file that holds it."""
-    if place.parts == 1:
-        return unformed(tensor, place.form)
-    return tensor.split(heights(place, tensor))[place.part]
+def taken(place: Place, tensor: Tensor, rows: list[int]) -> Tensor:
+    """A parameter in the form that it has in diffusers, from the tensor of a file that holds it.
+
+    Args:
+        place: Its place.
+        tensor: The tensor, of weights or of biases.
+        rows: See `heights`.
+    """
+    return unformed(tensor, place.form) if place.parts == 1 else tensor.split(rows)[place.part]
 
 
 def starts(rows: Mapping[str, int], layout: Layout) -> dict[str, int]:

@@ -150,25 +150,28 @@ T5 = "t5xxl"
 """What it calls T5."""
 
 
-def comfyui_plain(model: Model, key: str, length: int) -> str | None:
+def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False) -> Named | None:
     """ComfyUI's name of a module by which it finds changes of any parameter; `None` where it has none.
 
     Args:
         model: The model.
         key: `component/module.path`.
         length: First side of the parameter that is changed.
+        stacked: Whether it may be a part of a tensor, or have another form there.
     """
     component, path = key.split("/", 1)
     if component not in TEXT_ENCODERS:
         place = None if model.layout is None else model.layout(f"{path}.weight")
-        usable = place is not None and place.parts == 1 and place.form == "same" and place.key.endswith(".weight")
-        return f"diffusion_model.{place.key.removesuffix('.weight')}" if place is not None and usable else None
+        if place is None or not place.key.endswith(".weight"):
+            return None
+        usable = stacked or (place.parts == 1 and place.form == "same")
+        return Named(f"diffusion_model.{place.key.removesuffix('.weight')}", place) if usable else None
     if is_in_t5(path) or path.startswith(("shared", "encoder.final_layer_norm", "encoder.embed_tokens")):
-        return f"text_encoders.{ahead_in_comfyui(T5)}{path}"
+        return Named(f"text_encoders.{ahead_in_comfyui(T5)}{path}")
     encoder = CLIP_IN_COMFYUI[TEXT_ENCODERS.index(component)]
     if model.family == SD and (length // 4 if path.endswith("mlp.fc1") else length) == WIDTH_OF_H:
         encoder = CLIP_H
-    return f"text_encoders.{ahead_in_comfyui(encoder)}{path}"
+    return Named(f"text_encoders.{ahead_in_comfyui(encoder)}{path}")
 
 
 def ahead_in_comfyui(encoder: str) -> str:

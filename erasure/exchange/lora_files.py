@@ -140,7 +140,7 @@ def comfyui_tensors(
     """
     refuse_in_comfyui(erasure)
     loader = LOADERS["comfyui"]
-    return _tensors(split(erasure.edits, bases, whole=True), loader, model, rows)
+    return _tensors(split(erasure.edits, bases, whole=True), loader, model, rows, stacked=True)
 
 
 def refuse_in_comfyui(erasure: Erasure) -> None:
@@ -199,7 +199,9 @@ def _rows(pipe: DiffusionPipeline | None, model: Model) -> Callable[[str], int |
     return lambda path: paths.parameter(denoiser, f"{path}.weight").shape[0]
 
 
-def _tensors(parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None]) -> dict[str, Tensor]:
+def _tensors(
+    parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None], *, stacked: bool = False
+) -> dict[str, Tensor]:
     named: dict[str, Named] = {}
     for key in (*parts.layers, *parts.whole):
         name = loader.names(model, key)
@@ -216,15 +218,18 @@ def _tensors(parts: Split, loader: Loader, model: Model, rows: Callable[[str], i
             joined[stem] = _joined([(key, parts.layers[key], named[key].place) for key in keys], rows)
     for stem, factors in (of_one_rank(joined) if loader.scheme == "kohya" else joined).items():
         _put(tensors, stem, factors, loader)
+    plain: dict[str, list[tuple[str, Tensor, Place | None]]] = {}
     for key, tensor in parts.plain.items():
         module, _, parameter = key.rpartition(".")
-        stem_or_none = loaders.comfyui_plain(model, module, len(tensor)) if loader.plain else None
-        if stem_or_none is None:
+        found = loaders.comfyui_plain(model, module, len(tensor), stacked=stacked) if loader.plain else None
+        if found is None:
             raise UnsupportedModelError(
                 f"the erasure changes {key!r}, and no LoRA file of {loader.title} holds changes of biases, norms or "
                 f"tables{'' if loader.plain else '; those of ComfyUI do (--to comfyui)'}. Or {APART}"
             )
-        tensors[f"{stem_or_none}.{'diff_b' if parameter == 'bias' else 'diff'}"] = tensor.contiguous()
+        name = f"{found.stem}.{'diff_b' if parameter == 'bias' else 'diff'}"
+        plain.setdefault(name, []).append((module, tensor, found.place))
+    tensors |= {name: _stacked(edits, rows).contiguous() for name, edits in plain.items()}
     return tensors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erasure import Erasure
 from erasure.backbones import family_named
-from erasure.backbones.layouts import heights, taken
+from erasure.backbones.layouts import Place, heights, taken
 from erasure.carriers.edits import TEXT_ENCODERS
 from erasure.carriers.weights import same_base, sample_of, shape_of
 from erasure.errors import NoMatchingModuleError, VerificationError, WrongBaseError
@@ -89,16 +89,26 @@ class Weights:
         if component in TEXT_ENCODERS:
             encoder = encoder_in_comfyui(component, side.entries)
             return None if encoder is None else side.base(f"{ahead_in_comfyui(encoder)}{path}")
-        place = None if self.model.layout is None else self.model.layout(path)
-        found = None if place is None else side.base(f"{DENOISER}{place.key}")
-        return None if place is None or found is None else taken(place, found)
+        place, found = self._placed(path)
+        if place is None or found is None or place.parts == 1:
+            return None if place is None or found is None else taken(place, found, [])
+        rows = self._heights(path.rpartition(".")[0])
+        return None if rows is None else taken(place, found, rows)
 
     def rows(self, path: str) -> int | None:
         """The rows of a layer's weight, by its path in the denoiser."""
-        place = None if self.model.layout is None else self.model.layout(f"{path}.weight")
-        side = self.sides["denoiser"]
-        found = None if place is None or side is None else side.base(f"{DENOISER}{place.key}")
-        return None if place is None or found is None else heights(place, found)[place.part]
+        place, rows = self._placed(f"{path}.weight")[0], self._heights(path)
+        return None if place is None or rows is None else rows[place.part]
+
+    def _placed(self, path: str) -> tuple[Place | None, Tensor | None]:
+        """The place of one of the denoiser's parameters, and the tensor there."""
+        place, side = None if self.model.layout is None else self.model.layout(path), self.sides["denoiser"]
+        return place, None if place is None or side is None else side.base(f"{DENOISER}{place.key}")
+
+    def _heights(self, path: str) -> list[int] | None:
+        """The rows of each layer in the tensor that holds a layer's weight."""
+        place, found = self._placed(f"{path}.weight")
+        return None if place is None or found is None else heights(place, found)
 
     def encoders(self, component: str) -> list[dict[str, Tensor]]:
         """The parameters of a text encoder by path, without the table of tokens, as pipelines may have it.
