@@ -217,7 +217,9 @@ def named(pipe: Any, component: str) -> dict[str, Tensor]:
         return to_original(tensors, layout, "diffusion_model.")
     encoder = ENCODERS[backbone.family][component]
     if isinstance(getattr(pipe, component), T5EncoderModel):
-        return {f"{encoder}.transformer.{path}": tensor for path, tensor in tensors.items() if "embed_tokens" not in path}
+        return {
+            f"{encoder}.transformer.{path}": tensor for path, tensor in tensors.items() if "embed_tokens" not in path
+        }
     inside: Callable[[str], str] = lambda path: "" if path.startswith("text_projection") else "text_model."  # noqa: E731
     return {f"{encoder}.transformer.{inside(path)}{path}": tensor for path, tensor in tensors.items()}
 

@@ -183,7 +183,11 @@ def test_a_low_rank_and_a_full_edit_share_a_tensor(originals: dict[str, Any], ma
 
 
 def test_two_erasures_add_up(originals: dict[str, Any], made: Any, nodes: Any) -> None:
-    pipe, first, second = originals["stable-diffusion"], made("stable-diffusion", "uce"), made("stable-diffusion", "hirm")
+    pipe, first, second = (
+        originals["stable-diffusion"],
+        made("stable-diffusion", "uce"),
+        made("stable-diffusion", "hirm"),
+    )
     model, clip = loaded(pipe)
     model, clip, _ = apply(nodes, model, first, 1.0, clip=clip)
     model, clip, _ = apply(nodes, model, second, 0.5, clip=clip)
