@@ -367,7 +367,7 @@ def heights(place: Place, tensor: Tensor) -> list[int]:
 
     Args:
         place: Place of one of them.
-        tensor: The tensor of weights: queries, keys and values are of one size, and what stands behind them is the rest.
+        tensor: The tensor of weights: queries, keys and values are of one size, and the rest stands behind them.
     """
     if place.parts < 4:
         return [len(tensor) // place.parts] * place.parts

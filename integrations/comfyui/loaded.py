@@ -79,7 +79,7 @@ class Side:
         first = self.entries[key][0]
         # Earlier versions give the tensor alone.
         value, unpack = first if isinstance(first, tuple) else (first, None)
-        return value if unpack is None else unpack(value, inplace=False)
+        return (value if unpack is None else unpack(value, inplace=False)).detach()
 
     def required(self, target: Target) -> Tensor:
         """The part of a tensor that a patch of `target` changes, without patches.

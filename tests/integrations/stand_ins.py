@@ -1,4 +1,4 @@
-"""Stand-ins for what ComfyUI's loaders give, with its rules of names and patches, and the models of this package in them.
+"""Stand-ins for what ComfyUI's loaders give, with its rules of names and patches, and our models in them.
 
 Written from what ComfyUI does (`comfy/lora.py`, `comfy/model_patcher.py`, `comfy/sd.py`, `folder_paths.py`). Names of
 tensors are those of published files.

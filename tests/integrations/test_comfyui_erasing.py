@@ -27,7 +27,8 @@ from tests.behaviour.cases import fit
 from tests.integrations.stand_ins import ENCODERS, expected, loaded, named
 
 CASES = [
-    *(("stable-diffusion", case) for case in ("uce", "uce-map", "hirm", "esd-full", "esd", "diff_quickfix", "advunlearn")),
+    *(("stable-diffusion", case) for case in ("uce", "uce-map", "hirm", "esd-full", "esd", "diff_quickfix")),
+    ("stable-diffusion", "advunlearn"),
     *(("stable-diffusion-xl", case) for case in ("uce", "uce-map", "hirm", "esd-full", "esd")),
     *((family, case) for family in ("stable-diffusion-3", "flux") for case in ("uce", "esd", "esd-full")),
 ]  # fmt: skip
@@ -278,7 +279,7 @@ def test_one_other_weight_is_seen(originals: dict[str, Any], made: Any, nodes: A
     model, clip = loaded(originals["stable-diffusion"])
     place = next(key for key in model.model.held if key.endswith("attn2.to_k.weight"))
     model.model.held[place] = model.model.held[place] + 1e-3
-    with pytest.raises(WrongBaseError, match="1 of 1 tensors|1 of [0-9]+ tensors"):
+    with pytest.raises(WrongBaseError, match=r"1 of \d+ tensors"):
         apply(nodes, model, made("stable-diffusion"), clip=clip)
 
 
@@ -317,7 +318,7 @@ def test_the_last_block_of_clip_h_may_be_there(originals: dict[str, Any], made: 
 def test_a_model_of_another_family_is_refused(originals: dict[str, Any], made: Any, nodes: Any, family: str) -> None:
     for erased, other in (("stable-diffusion", family), (family, "stable-diffusion")):
         model, clip = loaded(originals[other])
-        with pytest.raises(WrongBaseError, match="was made for|fitted to another"):
+        with pytest.raises(WrongBaseError, match=r"was made for|fitted to another"):
             apply(nodes, model, made(erased), clip=clip, check_base=False)
         assert not model.patches
 
@@ -390,10 +391,10 @@ def test_a_tensor_of_another_shape_is_an_error(originals: dict[str, Any], made: 
 def test_verification_finds_what_is_not_erased(originals: dict[str, Any], made: Any, nodes: Any) -> None:
     erasure, verify = made("stable-diffusion"), nodes["ErasureVerify"]().verify
     model, clip = loaded(originals["stable-diffusion"])
-    with pytest.raises(VerificationError, match="is not in force: .* holds 0.00"):
+    with pytest.raises(VerificationError, match=r"is not in force: .* holds 0.00"):
         verify(model, erasure, 1.0, clip=clip)
     weaker, _, _ = apply(nodes, model, erasure, 0.5, clip=clip)
-    with pytest.raises(VerificationError, match="holds 0.50 of the edit, expected 1"):
+    with pytest.raises(VerificationError, match=r"holds 0.50 of the edit, expected 1"):
         verify(weaker, erasure, 1.0, clip=clip)
     verify(weaker, erasure, 0.5, clip=clip)
     with pytest.raises(VerificationError, match="a strength of 0 is none"):

@@ -6,7 +6,6 @@ import inspect
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -263,6 +262,5 @@ def test_an_interrupted_run_stops_and_the_next_one_works(
 def test_bad_input_is_refused(
     nodes: dict[str, Any], model: str, image: torch.Tensor, options: Any, error: type[Exception], reason: str
 ) -> None:
-    with pytest.raises(error, match=reason), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(error, match=reason):
         remove(nodes, **{"image": image, "model": model, **options})
