@@ -24,7 +24,7 @@ from .model import Kit, draw, option, tensors_of, tokens
 
 pytestmark = pytest.mark.usefixtures("tight")
 
-SECONDS = option("STRESS_SECONDS", 6)
+SECONDS = option("STRESS_SECONDS", 3)
 """How long threads draw: `STRESS_SECONDS=120` for the long run."""
 PROMPTS = ("a photo of a cat", "a dog", "an apple on the blue background", "a white house")
 SEEDS = (0, 1)
