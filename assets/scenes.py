@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from erasure.assets import novel
 from erasure.assets.world import (
@@ -110,17 +110,47 @@ def background_pixels(name: str) -> np.ndarray:
     return np.where(choice[..., None] == 0, first, second).astype(np.float32)
 
 
-def render(scene: Scene, without: int | None = None) -> RenderedScene:
+@dataclass(frozen=True)
+class Shadow:
+    """How every object of a scene throws a shadow onto the background: its outline, moved, blurred and dark."""
+
+    dx: int
+    dy: int
+    """Pixels by which it is moved to the right and down."""
+    darkness: float = 0.4
+    """Share of the background's light that it takes away."""
+    blur: float = 1.0
+    """Sigma of its soft edge in pixels."""
+
+
+def light_left(opacity: np.ndarray, shadow: Shadow) -> np.ndarray:
+    """Share of a background's light that an object's shadow leaves, `(64, 64)` float32 in 0-1.
+
+    Args:
+        opacity: Of the object on the canvas, `(64, 64)` in 0-1.
+        shadow: How it is thrown.
+    """
+    height, width = opacity.shape
+    down, right = max(shadow.dy, 0), max(shadow.dx, 0)
+    up, left = max(-shadow.dy, 0), max(-shadow.dx, 0)
+    moved = np.pad(opacity, ((down, up), (right, left)))[up : up + height, left : left + width]
+    soft = Image.fromarray((255 * moved).astype(np.uint8)).filter(ImageFilter.GaussianBlur(shadow.blur))
+    return 1 - shadow.darkness * np.asarray(soft, dtype=np.float32) / 255
+
+
+def render(scene: Scene, without: int | None = None, shadow: Shadow | None = None) -> RenderedScene:
     """Draw a scene: image, clean background and visible mask of every object.
 
     Args:
         scene: What it shows.
-        without: Number of an object that is left out; the others stay where they are.
+        without: Number of an object that is left out, with its shadow; the others stay where they are.
+        shadow: The shadow that every object throws; none when left out.
     """
     background = background_pixels(scene.background)
     canvas = background.copy()
     offsets = scene.offsets or ((0, 0),) * len(scene.objects)
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+    placed = []
     for index, (name, (dx, dy)) in enumerate(zip(scene.objects, offsets, strict=True)):
         if index == without:
             continue
@@ -133,6 +163,12 @@ def render(scene: Scene, without: int | None = None) -> RenderedScene:
             slot -= slot % cell
         x, y = min(max(x + dx, 0), IMAGE_SIZE - side), min(max(slot + dy, 0), IMAGE_SIZE - side)
         pixels = sprite(name, scene.style, side)
+        placed.append((index, x, y, side, pixels))
+        if shadow is not None:
+            opacity = np.zeros(canvas.shape[:2], np.float32)
+            opacity[y : y + side, x : x + side] = pixels[..., 3]
+            canvas *= light_left(opacity, shadow)[..., None]
+    for index, x, y, side, pixels in placed:
         alpha = pixels[..., 3:]
         window = canvas[y : y + side, x : x + side]
         window[:] = window * (1 - alpha) + 255 * pixels[..., :3] * alpha

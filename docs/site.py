@@ -21,6 +21,7 @@ BESIDE = {
     "CHANGELOG.md": "CHANGELOG.md",
     "SECURITY.md": "SECURITY.md",
     "assets/LICENSES.md": "LICENSES.md",
+    "integrations/comfyui/README.md": "comfyui.md",
 }
 """Pages of the site that are not in `docs/`: their file, and their name in the site."""
 OTHERS = "files"

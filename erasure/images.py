@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from erasure.errors import ErasureError, ImageError
 from erasure.files import read_bytes
+from erasure.picture_record import PictureRecord, png_info
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that are read. Others call programs (EPS), or hold no pixels (WMF)."""
@@ -100,6 +101,40 @@ def rgb(image: Image.Image, where: str = "an image", *, error: type[ErasureError
         raise error(f"{where} cannot be decoded ({type(reason).__name__}: {reason}): save it again") from reason
 
 
+def in_mode_of(original: Image.Image, made: Image.Image) -> Image.Image:
+    """A picture that was changed in RGB, in the mode and with the colour profile of what it was made of.
+
+    Pixels that did not change keep every bit. Opacity is left as it is everywhere: of a pixel that is not opaque, the
+    colour is the one that looks on white as it was made. Palettes become RGB, black and white becomes grey.
+
+    Args:
+        original: As it was read.
+        made: The same in RGB (see `rgb`) with some pixels changed; of the same size.
+
+    Returns:
+        In mode L, LA, I;16, RGB or RGBA.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is transparent has been said
+        seen = np.asarray(rgb(original))
+    new = np.asarray(made.convert("RGB"))
+    changed = (new != seen).any(-1)
+    if original.has_transparency_data:
+        values = np.array(original.convert("RGBA"))
+        opacity = values[..., 3:].astype(np.float32) / 255
+        colours = (new - 255 * (1 - opacity)) / np.maximum(opacity, 1 / 255)
+        values[..., :3] = np.where(changed[..., None], colours.round().clip(0, 255), values[..., :3])
+        result = Image.fromarray(values).convert("LA" if original.mode == "LA" else "RGBA")
+    elif original.mode.startswith("I;16"):
+        grey = np.asarray(made.convert("L")).astype(np.uint16) * 257
+        result = Image.fromarray(np.where(changed, grey, np.asarray(original).astype(np.uint16)))
+    else:
+        result = made.convert("L" if original.mode in ("1", "L") else "RGB")
+    if (profile := original.info.get("icc_profile")) and original.mode not in ("CMYK", "LAB", "YCbCr"):
+        result.info["icc_profile"] = profile
+    return result
+
+
 def upright(image: Image.Image) -> Image.Image:
     """A copy of a picture, turned and mirrored as its EXIF data say, which no longer say so."""
     try:
@@ -185,8 +220,13 @@ def _median_colour(pixels: np.ndarray) -> str | None:
     return "#" + "".join(f"{int(value):02x}" for value in colour) if same >= BLANK_SHARE else None
 
 
-def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file in RGB."""
+def png(image: Image.Image, record: PictureRecord | None = None) -> bytes:
+    """A picture as a PNG file in RGB.
+
+    Args:
+        image: The picture.
+        record: What made it, to be written into the file.
+    """
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    image.convert("RGB").save(buffer, "PNG", pnginfo=None if record is None else png_info(record))
     return buffer.getvalue()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,14 +31,16 @@ from erasure.interop.pipelines import interrupt
 from erasure.interop.protocols import Callback, Pipeline, Settings, as_pipeline
 from erasure.masks import blend, fitted, grow, latent_aligned, read_masks
 from erasure.pipelines import inversion
+from erasure.pipelines.crops import Box, by_crops, worked_size
 from erasure.pipelines.free_u import FreeU, free_u
 from erasure.pipelines.inversion import check_ddim
 from erasure.pipelines.latents import MODE, Generators
 from erasure.pipelines.localization import LocalizationMixin
 from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.pictures import Pictures, cropped, padded, resized
-from erasure.pipelines.prompts import for_each, one_for_each
+from erasure.pipelines.prompts import BESIDE_PROMPTS, for_each, one_for_each
 from erasure.pipelines.removal_settings import PRESETS, Layers, RemovalSettings, chosen
+from erasure.pipelines.shadows import with_shadows
 from erasure.world import World
 
 BLENDED = 15 / 512
@@ -114,9 +117,11 @@ class ObjectRemovalMixin(LocalizationMixin):
         if backbone.takes_length:
             length = rest.get("max_sequence_length") or World.of(backbone.pipe).text_length
             lengths = {} if length is None else {"max_sequence_length": length}
-        masks = self._masks(source, mask_image, words, others, lengths)
+        masks = self._masks(source, mask_image, words, others, lengths, settings.crop)
         size = self._size(own, height, width)
         source, masks = resized(source, size), fitted(masks, size)
+        if settings.shadow:
+            masks = with_shadows(masks, source)
         if masks.flatten(1).all(1).any():
             raise MaskError("a mask covers the whole image: nothing is left to fill it from")
         empty = ~masks.flatten(1).any(1)
@@ -125,22 +130,43 @@ class ObjectRemovalMixin(LocalizationMixin):
                 f"the masks of {int(empty.sum())} of {count} images are empty: they come back as they are",
                 stacklevel=2,
             )
-        masks, keep = self._covered(masks, settings.mask_blur)
         rest = for_each(rest, count, num_images_per_prompt)
         if rest.get("negative_prompt") is not None and (rest | given).get(self.guided_by, 1.0) <= 1:
             warnings.warn(f"negative_prompt= does nothing at {self.guided_by}=1: raise it", stacklevel=2)
-        source, masks, keep, empty = (
-            part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, keep, empty)
-        )
+        source, masks, empty = (part.repeat_interleave(num_images_per_prompt, 0) for part in (source, masks, empty))
         if empty.all():
             return self._returned(source, output_type, rest.get("return_dict", True), None)
-        factor = backbone.latents.factor
         tensors = list(dict.fromkeys(["latents", *rest.pop("callback_on_step_end_tensor_inputs", [])]))
         call = {
-            "prompt": [text for text in prompts for _ in range(num_images_per_prompt)], "height": keep.shape[2],
-            "width": keep.shape[3], **given,
-            "num_inference_steps": settings.num_inference_steps, "generator": generator,
-            **self._conditioning(source, keep, settings, generator), **lengths, **rest,
+            "prompt": [text for text in prompts for _ in range(num_images_per_prompt)], **given,
+            "num_inference_steps": settings.num_inference_steps, "generator": generator, **lengths, **rest,
+            "callback_on_step_end": callback_on_step_end, "callback_on_step_end_tensor_inputs": tensors,
+        }  # fmt: skip
+        fill = self._filled_by_crops if settings.crop else self._filled
+        pixels, flags = fill(source, masks, call, settings)
+        pixels = torch.where(empty[:, None, None, None].to(pixels.device), source.to(pixels), pixels)
+        return self._returned(pixels, output_type, rest.get("return_dict", True), flags)
+
+    def _filled(
+        self, source: Tensor, masks: Tensor, call: Settings, settings: RemovalSettings
+    ) -> tuple[Tensor, list[bool] | None]:
+        """Images with what masks cover painted anew, on the images' whole area.
+
+        Args:
+            source: `(images, 3, height, width)` in 0-1.
+            masks: `(images, height, width)` bool.
+            call: Arguments of the stock call, those that depend on the pixels aside.
+            settings: See there.
+
+        Returns:
+            Images of the same shape, and the flags of the safety checker, if there is one.
+        """
+        backbone, size = self._backbone, (source.shape[2], source.shape[3])
+        factor, then = backbone.latents.factor, call["callback_on_step_end"]
+        masks, keep = self._covered(masks, settings.mask_blur)
+        call = {
+            **call, "height": keep.shape[2], "width": keep.shape[3],
+            **self._conditioning(source, keep, settings, call["generator"]),
         }  # fmt: skip
         control, guidance = self._redirected(padded(masks[:, None].float(), self._side)[:, 0] > 0, settings)
         with self._scheduler(settings):
@@ -148,19 +174,40 @@ class ObjectRemovalMixin(LocalizationMixin):
             if settings.sampler == "inversion":
                 record = self._invert(call, settings, keep)
                 call["latents"] = record[0]
-            follow = _Follow(control, record, keep[:, :, ::factor, ::factor], callback_on_step_end)
+            follow = _Follow(control, record, keep[:, :, ::factor, ::factor], then)
             factors = None if settings.free_u is None else FreeU(*settings.free_u)
             with control, guidance, free_u(backbone.denoiser, factors):
                 pixels, flags = self._drawn({
                     **call, "mask_image": keep.float(), "strength": settings.strength, "output_type": "pt",
-                    "callback_on_step_end": follow, "callback_on_step_end_tensor_inputs": tensors,
+                    "callback_on_step_end": follow,
                 })  # fmt: skip
         pixels = cropped(pixels, size)
         radius = BLENDED * min(size) if settings.blend_radius is None else settings.blend_radius
-        if radius > 0:
-            pixels = blend(source, pixels, masks, radius)
-        pixels = torch.where(empty[:, None, None, None].to(pixels.device), source.to(pixels), pixels)
-        return self._returned(pixels, output_type, rest.get("return_dict", True), flags)
+        return (blend(source, pixels, masks, radius) if radius > 0 else pixels), flags
+
+    def _filled_by_crops(
+        self, source: Tensor, masks: Tensor, call: Settings, settings: RemovalSettings
+    ) -> tuple[Tensor, list[bool] | None]:
+        """As `_filled`, on the parts around the masks, each at the size that the model draws; see `by_crops`."""
+        if call.get("latents") is not None:
+            raise OptionError("latents= has one size, and crops have several: leave it out, or crop=True")
+        whole, generators = replace(settings, blend_radius=0.0), call["generator"]
+        source, flags, is_checked = source.clone(), [], False
+        for row, mask in enumerate(masks):
+            own = {name: [call[name][row]] for name in ("prompt", *BESIDE_PROMPTS) if call.get(name) is not None}
+            own["generator"] = generators[row] if isinstance(generators, list) else generators
+            flagged: list[bool] = []
+
+            def fill(part: Tensor, hole: Tensor, own: Settings = own, flagged: list[bool] = flagged) -> Tensor:
+                made, found = self._filled(part, hole, {**call, **own}, whole)
+                flagged += found or ()
+                return made
+
+            image = source[row : row + 1]
+            source[row : row + 1] = by_crops(image, mask, self.drawn_side, settings, BLENDED, fill)
+            flags.append(any(flagged))
+            is_checked |= bool(flagged)
+        return source, flags if is_checked else None
 
     def check_model(self) -> None:
         """Refuse a model that the stock loop does not serve; nothing is known to be refused here."""
@@ -174,14 +221,25 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     def _masks(
         self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str],
-        options: Settings,
+        options: Settings, crop: bool,
     ) -> Tensor:  # fmt: skip
-        """What is to be removed, `(images, height, width)` bool: as it is given, or where words are found."""
+        """What is to be removed, `(images, rows, columns)` bool: as it is given, or where words are found."""
         if given is not None:
             return read_masks(given, (source.shape[2], source.shape[3]), len(source))
         if words is None:
             raise MaskError("nothing says what to remove: pass mask_image=, or words= to have it looked for")
-        return self.localize(source, words, others=others, **options).of_words()
+        seen = resized(source, self.drawn_size(source.shape[2], source.shape[3])) if crop else source
+        return self.localize(seen, words, others=others, **options).of_words()
+
+    @property
+    def drawn_side(self) -> int:
+        """Pixels along the shorter side of what the model was made to draw."""
+        latents = self._backbone.latents
+        return min(latents.side) * latents.factor
+
+    def drawn_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image, made smaller where that is needed for the model to see all of it at once."""
+        return worked_size(Box(0, 0, height, width), self.drawn_side)
 
     def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width of the output in pixels."""
@@ -297,8 +355,8 @@ class ObjectRemovalMixin(LocalizationMixin):
         mask = torch.ones_like(keep) if self._blends else keep
         try:
             super().__call__(  # type: ignore[misc]
-                **call | {"guidance_scale": 1.0, "latents": found[0]}, mask_image=mask.float(), strength=1.0,
-                output_type="latent", callback_on_step_end=remember,
+                **call | {"guidance_scale": 1.0, "latents": found[0], "callback_on_step_end": remember},
+                mask_image=mask.float(), strength=1.0, output_type="latent",
             )  # fmt: skip
         finally:
             pipe.scheduler = own

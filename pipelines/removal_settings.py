@@ -68,6 +68,15 @@ class RemovalSettings(Options):
     blend_radius: NotNegative | None = None
     """Pixels over which the source's own pixels are blended in around the mask at the end: when left out, 15 on an
     image of 512, as in the paper's figures; 0 leaves the surroundings as the VAE decodes them."""
+    shadow: bool = False
+    """Take the shadows of what is removed along, as far as they are the background's colours, only darker; see
+    `erasure.pipelines.shadows`."""
+    crop: bool = False
+    """Work on the parts around the mask at the size that the model draws, and paste them back: for images that are
+    larger than that. Everything away from the mask stays as it is; see `erasure.pipelines.crops.plan_crops`."""
+    crop_context: Annotated[float, Ge(0.1), Le(10)] = 0.5
+    """Surroundings that a crop shows on every side of what is removed, as a share of its longer extent; more where the
+    model's size allows it."""
     shared_trunk: bool | None = None
     """Run what is ahead of the decoder once; where it is possible when left out."""
     released_scheduler: bool = False

@@ -22,6 +22,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from erasure.artifact import CONFIG_FILE, Erasure, ErasureConfig
 from erasure.cards import model_card
@@ -36,6 +37,7 @@ from erasure.eval import Results, write_report
 from erasure.eval.report import render
 from erasure.eval.schemas import EvaluationRow, ResultsFile
 from erasure.pages import BLOCK, FOLDER
+from erasure.picture_record import PictureRecord
 from erasure.schema import Base, GateFigures, Rates, Sha256
 
 HOSTILE = {
@@ -244,6 +246,22 @@ def test_info(name: str, flag: list[str], erasure_folder: Path, capsys: pytest.C
         accepted |= {names_of(path)} if code == 0 else set()
     if name in ("markup", "rich"):  # others are refused by the schema
         assert {"strategy", "protects", "concepts.0.target", "<word>", "evaluation.<UA>"} & accepted
+
+
+@pytest.mark.parametrize("name", ["markup", "terminal", "surrogate", "rich", "long"])
+@pytest.mark.parametrize("flag", [[], ["--json"]], ids=["table", "json"])
+def test_info_of_a_picture(name: str, flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**example(PictureRecord), "format": 1}
+    accepted = set()
+    for path in places(data):
+        info = PngInfo()
+        info.add_itxt("erasure", json.dumps(changed(data, path, HOSTILE[name])))
+        Image.new("RGB", (8, 8)).save(tmp_path / "picture.png", pnginfo=info)
+        code = main(["info", str(tmp_path / "picture.png"), *flag])
+        check_terminal(capsys.readouterr(), code, whole=bool(flag))
+        accepted |= {names_of(path)} if code == 0 else set()
+    if name in ("markup", "rich"):
+        assert {"prompt", "model", "erasures.0.name"} <= accepted
 
 
 @pytest.mark.parametrize("name", ["markup", "terminal", "surrogate", "card", "long"])

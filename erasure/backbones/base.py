@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -108,6 +108,15 @@ class Backbone(ABC):
             The layout; `None` where none is known, or it depends on the network and there is none.
         """
         return None
+
+    @classmethod
+    def layout_of(cls, names: Collection[str]) -> Layout | None:
+        """Give the same as `published_layout` by a published file, where no network of diffusers is there.
+
+        Args:
+            names: Names of the denoiser's tensors in the file.
+        """
+        return cls.published_layout(None)
 
     @classmethod
     @abstractmethod

@@ -8,7 +8,7 @@ form that it has there. So the same table writes checkpoints, gives the layers o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -80,6 +80,27 @@ def unet_layout(paths: Iterable[str], per_block: int) -> Layout:
         return Place(f"{where}.0.{_resnet(rest)}" if kind == "resnets" else f"{where}.1.{rest}")
 
     return place
+
+
+def unet_layout_of(names: Collection[str]) -> Layout | None:
+    """Latent diffusion's layout of a UNet of which a published file is there, and no network of diffusers.
+
+    Args:
+        names: Names of the denoiser's tensors in the file.
+
+    Returns:
+        The layout; `None` where the names are not those of such a UNet.
+    """
+    blocks = _numbers(r"input_blocks\.(\d+)\.", names)
+    if not blocks:
+        return None
+    per_block = min(_numbers(r"input_blocks\.(\d+)\.0\.op\.", names), default=max(blocks) + 1) - 1
+    attended = {number // (per_block + 1) for number in _numbers(r"output_blocks\.(\d+)\.1\.proj_in\.", names)}
+    return unet_layout([f"up_blocks.{number}.attentions.0.proj_in" for number in attended], per_block)
+
+
+def _numbers(pattern: str, names: Iterable[str]) -> set[int]:
+    return {int(match[1]) for name in names if (match := re.match(pattern, name))}
 
 
 def _resnet(rest: str) -> str:
@@ -261,6 +282,12 @@ def sd3_layout(layers: int | None) -> Layout:
     return place
 
 
+def sd3_layout_of(names: Collection[str]) -> Layout:
+    """Stability AI's layout of a transformer of which a published file is there; see `unet_layout_of`."""
+    blocks = _numbers(r"joint_blocks\.(\d+)\.", names)
+    return sd3_layout(max(blocks) + 1 if blocks else None)
+
+
 def _renamed(module: str, rules: Iterable[Rule]) -> str | None:
     for pattern, name in rules:
         if match := re.fullmatch(pattern, module):
@@ -333,6 +360,30 @@ def from_original(
         part = tensor[first[path] : first[path] + rows[path]] if place.parts > 1 else tensor
         found[path] = unformed(part, place.form)
     return found
+
+
+def heights(place: Place, tensor: Tensor) -> list[int]:
+    """The rows of each weight that a tensor of a file holds.
+
+    Args:
+        place: Place of one of them.
+        tensor: The tensor of weights: queries, keys and values are of one size, and the rest stands behind them.
+    """
+    if place.parts < 4:
+        return [len(tensor) // place.parts] * place.parts
+    width = tensor.shape[1]
+    return [width, width, width, len(tensor) - 3 * width]
+
+
+def taken(place: Place, tensor: Tensor, rows: list[int]) -> Tensor:
+    """A parameter in the form that it has in diffusers, from the tensor of a file that holds it.
+
+    Args:
+        place: Its place.
+        tensor: The tensor, of weights or of biases.
+        rows: See `heights`.
+    """
+    return unformed(tensor, place.form) if place.parts == 1 else tensor.split(rows)[place.part]
 
 
 def starts(rows: Mapping[str, int], layout: Layout) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -13,7 +13,7 @@ from erasure.backbones.base import TokenRun
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.flow_matching import PATCH, FlowMatchingBackbone
 from erasure.backbones.latents import Latents
-from erasure.backbones.layouts import Layout, sd3_layout
+from erasure.backbones.layouts import Layout, sd3_layout, sd3_layout_of
 from erasure.backbones.towers import SD3_LENGTH, TowerOutput
 from erasure.interop.protocols import Denoiser
 
@@ -32,6 +32,11 @@ class StableDiffusion3Backbone(FlowMatchingBackbone):
     def published_layout(cls, denoiser: Denoiser | None) -> Layout:
         """Stability AI's."""
         return sd3_layout(None if denoiser is None else denoiser.config.num_layers)
+
+    @classmethod
+    def layout_of(cls, names: Collection[str]) -> Layout:
+        """See `Backbone.layout_of`."""
+        return sd3_layout_of(names)
 
     @property
     def token_runs(self) -> list[TokenRun]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erasure.backbones.base import Backbone, EntryLayer, Part
 from erasure.backbones.conditioning import Conditioning
 from erasure.backbones.latents import Latents
-from erasure.backbones.layouts import Layout, unet_layout
+from erasure.backbones.layouts import Layout, unet_layout, unet_layout_of
 from erasure.backbones.parametrisation import PREDICTIONS, Diffusion
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
@@ -37,6 +37,11 @@ class UNetBackbone(Backbone):
         layers = denoiser.config.layers_per_block
         counts = {layers} if isinstance(layers, int) else set(layers)
         return unet_layout(paths.canonical_parameters(denoiser), counts.pop()) if len(counts) == 1 else None
+
+    @classmethod
+    def layout_of(cls, names: Collection[str]) -> Layout | None:
+        """See `Backbone.layout_of`."""
+        return unet_layout_of(names)
 
     def lacks(self, need: Need) -> str:
         """See `Backbone.lacks`; a latent consistency UNet has no trajectories."""

@@ -86,12 +86,14 @@ def sample(encoder: nn.Module, written: Written) -> Tensor:
     Reading all of a large encoder whenever an erasure of the denoiser is attached would take seconds.
     """
     table = paths.token_table(paths.transformer_root(encoder)).weight
-    parts = []
-    for path in sorted(paths.canonical_parameters(encoder)):
-        if paths.parameter(encoder, path) is not table:
-            flat = written.base(encoder, path).detach().flatten()
-            parts.append(flat[:: max(1, flat.numel() // SAMPLED)].cpu())
-    return torch.cat(parts)
+    every = [path for path in paths.canonical_parameters(encoder) if paths.parameter(encoder, path) is not table]
+    return sample_of({path: written.base(encoder, path) for path in every})
+
+
+def sample_of(parameters: Mapping[str, Tensor]) -> Tensor:
+    """The same of parameters that are given by their canonical paths, without the token table."""
+    flats = (parameters[path].detach().flatten() for path in sorted(parameters))
+    return torch.cat([flat[:: max(1, flat.numel() // SAMPLED)].cpu() for flat in flats])
 
 
 Terms = list[tuple[float, Edit]]

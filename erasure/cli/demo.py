@@ -11,7 +11,8 @@ from erasure.cli.generate import call_settings
 from erasure.cli.models import ErasedModelOptions, ModelOptions, attach, open_model
 from erasure.cli.page import Table, write_page
 from erasure.cli.recording import record
-from erasure.cli.terminal import Progress, Terminal, format_metric, is_main_process, output_folder, parse
+from erasure.cli.records import Maker
+from erasure.cli.terminal import Progress, Terminal, UsageError, format_metric, is_main_process, output_folder, parse
 from erasure.concept import Concept
 from erasure.world import World
 
@@ -80,6 +81,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     with terminal.progress(len(PARTS) * 2 + 1) as progress:
         progress.stage("loading the model")
         pipe = open_model(ModelOptions(model=MODEL))
+        maker = Maker("demo", MODEL, pipe)
         erasures, measured = {}, {}
         for part in PARTS:
             name = f"{part.concept.target}-{part.strategy}"
@@ -90,7 +92,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
                 record(source, {name: erasures[name]}, measured[name])
         if not is_main_process():
             return
-        picture = draw(pipe, erasures, out / "demo.png", options.seed, progress)
+        picture = draw(pipe, erasures, out / "demo.png", options.seed, progress, maker)
         progress.stage("done")
     columns, rows = table(measured)
     links = {f"{name}: every image, before and after": f"{name}-eval/report.html" for name in measured}
@@ -139,11 +141,15 @@ def measure(pipe: DiffusionPipeline, name: str, made: Erasure, options: DemoOpti
     return results
 
 
-def draw(pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, seed: int, progress: Progress) -> Path:
+def draw(
+    pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, seed: int, progress: Progress, maker: Maker
+) -> Path:
     """The picture: the same prompts and noise with nothing, each erasure alone, and all together."""
     import torch
 
     from erasure.cli.picture import grid
+    from erasure.files import write_bytes
+    from erasure.images import png
 
     settings = call_settings(MODEL)
     variants: dict[str, list[str]] = {"original": []}
@@ -159,8 +165,8 @@ def draw(pipe: DiffusionPipeline, erasures: Mapping[str, Erasure], path: Path, s
         rows[label] = pipe(list(PROMPTS), generator=generators, **settings).images
         manager.unload()
         progress.advance(1 / len(variants))
-    grid(PROMPTS, rows).save(path)
-    return path
+    record = maker.erased(erasures, {}).record(seed, settings, " | ".join(PROMPTS))
+    return write_bytes(path, png(grid(PROMPTS, rows), record), error=UsageError)
 
 
 def table(measured: Settings) -> tuple[list[str], list[list[str]]]:

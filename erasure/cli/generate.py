@@ -19,6 +19,7 @@ from erasure.cli.models import (
     open_model,
     require_tokens,
 )
+from erasure.cli.records import Maker
 from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
 from erasure.world import World
 
@@ -56,6 +57,9 @@ class GenerateOptions(ErasedModelOptions):
     """How they are guided."""
     out: Path
     """Folder of the images."""
+    omit_prompt: bool = False
+    """Leave prompts out of what is written into the pictures (see `erasure info`). File names are made from prompts
+    all the same."""
     overwrite: bool = False
     """Write into a folder that is not empty."""
     json: bool = False
@@ -81,7 +85,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     erasures = load_erasures(options)
     pipe = open_model(options, task="composition" if options.compose else "text-to-image")
     require_tokens(pipe, [text for row in rows for text in (row.prompt, row.negative_prompt or "")])
+    maker = Maker("generate", options.model, pipe, omit_prompt=options.omit_prompt)
     manager = attach(pipe, erasures, options.strength)
+    maker.attached(pipe)
 
     from erasure.files import slug, write_bytes
     from erasure.images import png
@@ -96,7 +102,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
             drawn = draw(pipe, [row for _, row in batch], options)
             for (index, row), image in zip(batch, drawn, strict=True):
                 path = out / f"{index:03d}-{slug(row.prompt, 48) or 'empty'}-{row.seed}.png"
-                write_bytes(path, png(image), error=UsageError)
+                record = maker.record(row.seed or 0, settings_of(row, options), row.prompt, row.negative_prompt)
+                write_bytes(path, png(image, record), error=UsageError)
                 said = {name: value for name, value in asdict(row).items() if value is not None}
                 written.append({"file": str(path), **said})
                 progress.advance()
@@ -155,6 +162,14 @@ def draw(pipe: DiffusionPipeline, rows: Sequence[PromptRow], options: GenerateOp
             raise
     half = len(rows) // 2
     return [*draw(pipe, rows[:half], options), *draw(pipe, rows[half:], options)]
+
+
+def settings_of(row: PromptRow, options: GenerateOptions) -> Settings:
+    """How a row is drawn, as far as somebody said it: arguments that a picture's record keeps."""
+    sides = {"height": row.height, "width": row.width}
+    said = {name: side for name, side in sides.items() if side is not None}
+    learned = {"learned": [Path(folder).name for folder in options.learned]} if options.learned else {}
+    return call_settings(options.model, row.steps, row.guidance) | said | composition(options) | learned
 
 
 def composition(options: GenerateOptions) -> Settings:

@@ -1,4 +1,4 @@
-"""`erasure info`: what an erasure is and holds."""
+"""`erasure info`: what an erasure is and holds, and what made a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, TypedDict
 import tyro
 
 from erasure.cards import figure
+from erasure.cli.records import show_record
 from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.picture_record import is_png
 from erasure.shown import number
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 CONFIG_FILE, INDEX_FILE, TRACE_FILE = "erasure_config.json", "model_index.json", "erased.json"
 ATTACHED_FILE = "erasures/attached.json"
 """By these a folder is told apart, before anything that takes seconds is imported."""
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""Endings of pictures."""
 
 GATE_RATES = ("tpr", "fpr", "auc")
 """What is shown of a gate; the JSON has its curve too."""
@@ -38,11 +43,11 @@ class _Tensor(TypedDict):
 
 @dataclass(kw_only=True)
 class InfoOptions:
-    """Show what an erasure is, what it changes, and how it was measured."""
+    """Show what an erasure is, what it changes, and how it was measured; or what made a picture."""
 
     erasure: tyro.conf.Positional[str]
     """Folder of an erasure, or of a pipeline that erasures are part of or lie beside; or a repository of the Hugging
-    Face Hub that holds an erasure."""
+    Face Hub that holds an erasure; or a PNG file that `erasure generate`, `remove` or `demo` wrote."""
     json: bool = False
     """Print JSON."""
 
@@ -52,6 +57,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options = parse(InfoOptions, "info", argv)
     terminal.json_only = options.json
     folder = Path(options.erasure)
+    if is_png(folder) or (folder.suffix.lower() in PICTURES and os.path.isfile(folder)):
+        show_record(folder, terminal)
+        return
     if os.path.isdir(folder) and not os.path.lexists(folder / CONFIG_FILE):
         if os.path.lexists(folder / TRACE_FILE):
             show_baked(folder, terminal)

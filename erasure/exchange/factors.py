@@ -14,7 +14,9 @@ from erasure.errors import OptionError, UnsupportedModelError
 
 RESIDUAL = 1e-4
 """Share of an edit's energy (its squared norm) that its factors may leave out: one per cent of its norm."""
-TABLES = ("token_embedding.weight", "position_embedding.weight", "embed_tokens.weight", "shared.weight")
+TOKEN_TABLES = ("token_embedding.weight", "embed_tokens.weight", "shared.weight")
+"""Ends of the paths of tables of tokens."""
+TABLES = (*TOKEN_TABLES, "position_embedding.weight")
 """Ends of the paths of tables, which are looked up: no program adds a LoRA to them."""
 
 
@@ -43,9 +45,14 @@ class Split(NamedTuple):
     """By `component/module.path`."""
     plain: dict[str, Tensor]
     """By `component/module.path.parameter`: biases, scales of norms and tables, which have no low-rank form."""
+    whole: dict[str, Tensor]
+    """By `component/module.path`: full-rank edits of weights that stay as they are."""
 
 
-def split(edits: Edits, bases: Mapping[str, Tensor], rank: int | None = None, residual: float = RESIDUAL) -> Split:
+def split(
+    edits: Edits, bases: Mapping[str, Tensor], rank: int | None = None, residual: float = RESIDUAL, *,
+    whole: bool = False,
+) -> Split:  # fmt: skip
     """The edits of an erasure as factors.
 
     Args:
@@ -53,6 +60,7 @@ def split(edits: Edits, bases: Mapping[str, Tensor], rank: int | None = None, re
         bases: Base weights of the layers whose input is mapped, by `component/module.path`.
         rank: The most ranks that a full-rank edit gets; as many as `residual` asks for when left out.
         residual: Share of the energy of a full-rank edit that its factors may leave out.
+        whole: Leave full-rank edits as they are, for what holds them in that form.
 
     Raises:
         OptionError: A rank below one, or a residual that is no share.
@@ -70,14 +78,16 @@ def split(edits: Edits, bases: Mapping[str, Tensor], rank: int | None = None, re
                 "on the weight: name the base model (--model)"
             )
         layers[key] = Factors(edit.down.float(), bases[key].detach().float().cpu() @ edit.up.float().cpu())
-    plain = {}
+    plain, kept = {}, {}
     for key, delta in edits.deltas.items():
         if delta.ndim in (2, 4) and key.endswith(".weight") and not key.endswith(TABLES):
-            if delta.any():
+            if delta.any() and whole:
+                kept[key.removesuffix(".weight")] = delta
+            elif delta.any():
                 layers[key.removesuffix(".weight")] = decomposed(delta, rank, residual)
         elif delta.any():
             plain[key] = delta
-    return Split(layers, plain)
+    return Split(layers, plain, kept)
 
 
 def decomposed(delta: Tensor, rank: int | None, residual: float) -> Factors:

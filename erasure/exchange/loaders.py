@@ -7,7 +7,7 @@ sd-scripts, and diffusers' loaders); `tests/exchange/test_loaders.py` holds thei
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,26 +144,51 @@ LOADERS: dict[str, Loader] = {
 
 CLIP_IN_COMFYUI = ("clip_l", "clip_g")
 """What ComfyUI calls the first and the second CLIP of a model."""
-WIDTH_OF_H = 1024
-"""Width of the text encoder of Stable Diffusion 2.x, which it calls `clip_h`."""
+CLIP_H, WIDTH_OF_H = "clip_h", 1024
+"""What it calls the text encoder of Stable Diffusion 2.x, and its width."""
+T5 = "t5xxl"
+"""What it calls T5."""
 
 
-def comfyui_plain(model: Model, key: str, length: int) -> str | None:
+def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False) -> Named | None:
     """ComfyUI's name of a module by which it finds changes of any parameter; `None` where it has none.
 
     Args:
         model: The model.
         key: `component/module.path`.
         length: First side of the parameter that is changed.
+        stacked: Whether it may be a part of a tensor, or have another form there.
     """
     component, path = key.split("/", 1)
     if component not in TEXT_ENCODERS:
         place = None if model.layout is None else model.layout(f"{path}.weight")
-        usable = place is not None and place.parts == 1 and place.form == "same" and place.key.endswith(".weight")
-        return f"diffusion_model.{place.key.removesuffix('.weight')}" if place is not None and usable else None
+        if place is None or not place.key.endswith(".weight"):
+            return None
+        usable = stacked or (place.parts == 1 and place.form == "same")
+        return Named(f"diffusion_model.{place.key.removesuffix('.weight')}", place) if usable else None
     if is_in_t5(path) or path.startswith(("shared", "encoder.final_layer_norm", "encoder.embed_tokens")):
-        return f"text_encoders.t5xxl.transformer.{path}"
+        return Named(f"text_encoders.{ahead_in_comfyui(T5)}{path}")
     encoder = CLIP_IN_COMFYUI[TEXT_ENCODERS.index(component)]
     if model.family == SD and (length // 4 if path.endswith("mlp.fc1") else length) == WIDTH_OF_H:
-        encoder = "clip_h"
-    return f"text_encoders.{encoder}.transformer.text_model.{path}"
+        encoder = CLIP_H
+    return Named(f"text_encoders.{ahead_in_comfyui(encoder)}{path}")
+
+
+def ahead_in_comfyui(encoder: str) -> str:
+    """What stands ahead of the paths of one of ComfyUI's text encoders in the names of its tensors."""
+    return f"{encoder}.transformer.{'' if encoder == T5 else 'text_model.'}"
+
+
+def encoder_in_comfyui(component: str, tensors: Iterable[str]) -> str | None:
+    """What ComfyUI calls a text encoder of a model that it has loaded.
+
+    Args:
+        component: The text encoder, as pipelines name it.
+        tensors: Names of the tensors of ComfyUI's text encoders.
+
+    Returns:
+        Its name; `None` where it was not loaded.
+    """
+    there = {name.split(".")[0] for name in tensors}
+    names = ((CLIP_IN_COMFYUI[0], CLIP_H), (CLIP_IN_COMFYUI[1], T5), (T5,))[TEXT_ENCODERS.index(component)]
+    return next((name for name in names if name in there), None)

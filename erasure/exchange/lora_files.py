@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for, family_named
-from erasure.backbones.layouts import Place
+from erasure.backbones.layouts import Place, formed
 from erasure.errors import OptionError, UnsupportedModelError
 from erasure.exchange import loaders
 from erasure.exchange.factors import RESIDUAL, Factors, Split, split
@@ -110,11 +110,7 @@ def export_lora(
     if to not in LOADERS:
         raise OptionError(f"there is no export to {to!r}; to a LoRA there is: {', '.join(LOADERS)}")
     out, loader = check_out(out, overwrite=overwrite), LOADERS[to]
-    refuse_hooks(erasure, loader.title)
-    if reason := loader.refused.get(erasure.config.family):
-        raise UnsupportedModelError(
-            f"{loader.title} cannot load an erasure of {erasure.config.family}: {reason}. Or {APART}"
-        )
+    _refuse(erasure, loader, f"the files of {loader.title}")
     if pipe is not None:
         fits = sources_of(pipe, components_of(pipe), erasure.name, erasure, False)
         check_fit(pipe, fits, erasure.name, erasure, True)
@@ -126,21 +122,55 @@ def export_lora(
     return told
 
 
-def refuse_hooks(erasure: Erasure, title: str) -> None:
+def comfyui_tensors(
+    erasure: Erasure, model: Model, bases: Mapping[str, Tensor], rows: Callable[[str], int | None]
+) -> dict[str, Tensor]:
+    """Give what ComfyUI reads as an erasure, under its names, as its loader of LoRA files takes it.
+
+    Nothing is left out: unlike in a file, edits of full rank stand there as they are.
+
+    Args:
+        erasure: The erasure.
+        model: The model, with the layout of its denoiser.
+        bases: Base weights of the layers whose input is mapped, by `component/module.path`.
+        rows: Gives the rows of a layer's weight, by its path in the denoiser; `None` where they are unknown.
+
+    Raises:
+        UnsupportedModelError: The erasure does more than change weights, or changes what ComfyUI has no name for.
+    """
+    refuse_in_comfyui(erasure)
+    loader = LOADERS["comfyui"]
+    return _tensors(split(erasure.edits, bases, whole=True), loader, model, rows, stacked=True)
+
+
+def refuse_in_comfyui(erasure: Erasure) -> None:
+    """Raise `UnsupportedModelError` where no patches of ComfyUI's models can hold an erasure."""
+    _refuse(erasure, LOADERS["comfyui"], "patches of a model in ComfyUI")
+
+
+def _refuse(erasure: Erasure, loader: Loader, held: str) -> None:
+    refuse_hooks(erasure, held)
+    if reason := loader.refused.get(erasure.config.family):
+        raise UnsupportedModelError(
+            f"{loader.title} cannot load an erasure of {erasure.config.family}: {reason}. Or {APART}"
+        )
+
+
+def refuse_hooks(erasure: Erasure, held: str) -> None:
     """Raise `UnsupportedModelError` where an erasure does more than change weights.
 
     Args:
         erasure: The erasure.
-        title: What cannot be told.
+        held: What is to hold it, in the plural.
     """
     if (beyond := erasure.edits.beyond_weights) is not None:
         raise UnsupportedModelError(
-            f"{erasure.name} {beyond} while the model runs, and the files of {title} hold weights only: {HOSTED}"
+            f"{erasure.name} {beyond} while the model runs, and {held} hold weights only: {HOSTED}"
         )
     if erasure.config.sampling is not None:
         raise UnsupportedModelError(
-            f"{erasure.name} makes a one-step generator, which is wrong with any other sampler, and the files of "
-            f"{title} cannot say how they are to be sampled: {HOSTED}"
+            f"{erasure.name} makes a one-step generator, which is wrong with any other sampler, and {held} cannot "
+            f"say how they are to be sampled: {HOSTED}"
         )
     erasure.edits.check()
 
@@ -169,29 +199,37 @@ def _rows(pipe: DiffusionPipeline | None, model: Model) -> Callable[[str], int |
     return lambda path: paths.parameter(denoiser, f"{path}.weight").shape[0]
 
 
-def _tensors(parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None]) -> dict[str, Tensor]:
+def _tensors(
+    parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None], *, stacked: bool = False
+) -> dict[str, Tensor]:
     named: dict[str, Named] = {}
-    for key in parts.layers:
+    for key in (*parts.layers, *parts.whole):
         name = loader.names(model, key)
         if isinstance(name, str):
             raise UnsupportedModelError(f"{loader.title} cannot be told of {key!r}: {name}. Or {APART}")
         named[key] = name
-    joined = {
-        stem: _joined([(key, parts.layers[key], named[key].place) for key in keys], rows)
-        for stem, keys in _by_stem(named).items()
-    }
+    joined: dict[str, Factors] = {}
     tensors: dict[str, Tensor] = {}
+    for stem, keys in _by_stem(named).items():
+        if any(key in parts.whole for key in keys):
+            edits = [(key, _dense(parts, key), named[key].place) for key in keys]
+            tensors[f"{stem}.diff"] = _stacked(edits, rows).contiguous()
+        else:
+            joined[stem] = _joined([(key, parts.layers[key], named[key].place) for key in keys], rows)
     for stem, factors in (of_one_rank(joined) if loader.scheme == "kohya" else joined).items():
         _put(tensors, stem, factors, loader)
+    plain: dict[str, list[tuple[str, Tensor, Place | None]]] = {}
     for key, tensor in parts.plain.items():
         module, _, parameter = key.rpartition(".")
-        stem_or_none = loaders.comfyui_plain(model, module, len(tensor)) if loader.plain else None
-        if stem_or_none is None:
+        found = loaders.comfyui_plain(model, module, len(tensor), stacked=stacked) if loader.plain else None
+        if found is None:
             raise UnsupportedModelError(
                 f"the erasure changes {key!r}, and no LoRA file of {loader.title} holds changes of biases, norms or "
                 f"tables{'' if loader.plain else '; those of ComfyUI do (--to comfyui)'}. Or {APART}"
             )
-        tensors[f"{stem_or_none}.{'diff_b' if parameter == 'bias' else 'diff'}"] = tensor.contiguous()
+        name = f"{found.stem}.{'diff_b' if parameter == 'bias' else 'diff'}"
+        plain.setdefault(name, []).append((module, tensor, found.place))
+    tensors |= {name: _stacked(edits, rows).contiguous() for name, edits in plain.items()}
     return tensors
 
 
@@ -247,6 +285,26 @@ def _joined(layers: list[tuple[str, Factors, Place | None]], rows: Callable[[str
         up[first : first + heights[part], at : at + one.rank] = one.up
         at += one.rank
     return Factors(torch.cat([one.down for _, one in ordered]), up)
+
+
+def _dense(parts: Split, key: str) -> Tensor:
+    if key in parts.whole:
+        return parts.whole[key]
+    down, up, *_ = parts.layers[key]
+    return (up.float().flatten(1) @ down.float().flatten(1)).view(len(up), *down.shape[1:])
+
+
+def _stacked(layers: list[tuple[str, Tensor, Place | None]], rows: Callable[[str], int | None]) -> Tensor:
+    """The edit of a program's tensor from those of the layers that stand in it, with zeros where none is edited."""
+    _, delta, place = layers[0]
+    if place is None or place.parts == 1:
+        return delta if place is None else formed(delta, place.form)
+    heights = _heights({place.part: (key, len(delta)) for key, delta, place in layers if place}, place, rows)
+    found = delta.new_zeros(sum(heights), *delta.shape[1:])
+    for _, one, there in layers:
+        if there is not None:
+            found[sum(heights[: there.part]) :][: len(one)] = one
+    return found
 
 
 def _heights(edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable[[str], int | None]) -> list[int]:
@@ -319,4 +377,4 @@ def rank_of(tensors: Mapping[str, Tensor]) -> int:
     return max((len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight")), default=0)
 
 
-__all__ = ["CONFIG", "EXPORT", "Exported", "export_lora", "refuse_hooks"]
+__all__ = ["CONFIG", "EXPORT", "Exported", "comfyui_tensors", "export_lora", "refuse_hooks", "refuse_in_comfyui"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from erasure import Erasure, __version__
 from erasure.cli.main import main
 from erasure.cli.models import canvas_facts, make_concepts
 from erasure.world import World
@@ -162,6 +163,29 @@ def test_generate(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, capsys):
     assert stock["num_inference_steps"] == 2
     pixels = [Image.open(run["images"][0]["file"]).tobytes() for run in (stock, erased)]
     assert pixels[0] != pixels[1]
+
+
+def test_pictures_say_what_made_them(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, capsys, stopped):
+    arguments = ["generate", "--model", str(tiny_pipe_folder), "--prompt", "a cat", "--steps", "2", "--seed", "7"]
+    arguments += ["--erasure", str(cat), "--strength", "0.5"]
+    (image,) = run_json([*arguments, "--out", str(tmp_path / "images")], capsys)["images"]
+    said = run_json(["info", image["file"]], capsys)
+    made = Erasure.load(cat)
+    assert said["erasures"] == [
+        {"name": made.name, "strategy": "uce", "fingerprint": made.fingerprint, "strength": 0.5}
+    ]
+    assert (said["command"], said["prompt"], said["seed"], said["version"]) == ("generate", "a cat", 7, __version__)
+    assert said["model"] == tiny_pipe_folder.name, "a folder's place is nobody else's to know"
+    assert said["settings"]["num_inference_steps"] == 2
+    assert main(["info", image["file"]]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("a cat", made.fingerprint, "0.5", said["fingerprint"]))
+    (hidden,) = run_json([*arguments, "--omit-prompt", "--out", str(tmp_path / "hidden")], capsys)["images"]
+    assert "prompt" not in run_json(["info", hidden["file"]], capsys)
+    assert main(["info", hidden["file"]]) == 0
+    assert "left out" in capsys.readouterr().out
+    Image.open(image["file"]).save(tmp_path / "photo.jpg")
+    assert "no PNG file" in stopped("info", str(tmp_path / "photo.jpg"))
 
 
 def test_generate_with_strength_nought_is_stock(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, capsys):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from erasure.cli import demo
 from erasure.cli.main import main
+from erasure.picture_record import read_record
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +93,8 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert str(out / "report.html") in said
     assert str(out / "demo.png") in said
     assert "UA" in said
+    record = read_record(out / "demo.png")
+    assert (record["command"], record["model"], len(record["erasures"])) == ("demo", demo.MODEL, len(demo.PARTS))
     picture = Image.open(out / "demo.png")
     assert picture.width > 800
     assert picture.getcolors(100) is None

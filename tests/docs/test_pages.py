@@ -31,6 +31,7 @@ from tests.learning.conftest import mask, picture
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "integrations").rglob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -134,7 +135,7 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_every_page_is_in_the_navigation_and_reached_from_the_readme() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w/-]+\.md", json.dumps(config["nav"])))
-    assert listed == {name.removeprefix("docs/") for name in NAMES} - {"README.md"} | {"index.md", "LICENSES.md"}
+    assert listed == {script("site").address(name) for name in NAMES} | {"LICENSES.md"}
     linked = {link.partition("#")[0] for link in LINK.findall((ROOT / "README.md").read_text())}
     assert set(NAMES) - {"README.md"} <= linked
 
@@ -382,6 +383,11 @@ def own_files(folder: Path) -> None:
     mask(0, "cat", "dog").save(folder / "mask.png")
     (folder / "artists.csv").write_text('concept,kind,anchor\n"van gogh",style,painting\nmonet,style,painting\n')
     (folder / "prompts.csv").write_text("prompt,seed\na photo of a cat,1\na photo of a dog,2\n")
+    for name, made in (("photos", picture("cat", "dog")), ("masks", mask(0, "cat", "dog"))):
+        (folder / name).mkdir()
+        made.save(folder / name / "first.png")
+    picture("cat", "dog").resize((160, 160)).save(folder / "large.png")
+    mask(0, "cat", "dog").resize((160, 160)).save(folder / "large-mask.png")
     (folder / "outputs").mkdir()
     picture("cat").save(folder / "outputs" / "cat.png")
     door = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"

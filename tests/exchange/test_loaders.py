@@ -257,6 +257,27 @@ def test_programs_know_every_name(family: str, to: str) -> None:
     assert all(key.endswith("text_projection") for key in skipped), skipped
 
 
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_layout_is_known_by_the_names_in_a_file(family: str) -> None:
+    """Programs that have loaded a published file have no network of diffusers to ask."""
+    kind = family_named(family)
+    assert kind is not None
+    denoiser: Any = networks(family)[kind.denoiser_component]
+    found = kind.layout_of({f"{name}.weight" for name in PUBLISHED[family]()})
+    wanted = kind.published_layout(denoiser)
+    assert found is not None
+    assert wanted is not None
+    for path in dict(denoiser.named_parameters()):
+        assert found(path) == wanted(path), path
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl", "chroma"])
+def test_names_of_another_kind_give_no_layout(family: str) -> None:
+    kind = family_named(family)
+    assert kind is not None
+    assert kind.layout_of({f"{name}.weight" for name in published_flux()}) is None
+
+
 @pytest.mark.parametrize("to", RULES)
 def test_all_32_doors_of_stable_diffusion_are_known(to: str) -> None:
     """Under diffusers' names ComfyUI and AUTOMATIC1111 know none of them."""

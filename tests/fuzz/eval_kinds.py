@@ -398,3 +398,23 @@ def read_picture(folder: Path) -> None:
 @kind("picture", "picture.png", read=read_picture)
 def write_picture(folder: Path) -> None:
     (folder / "picture.png").write_bytes(png())
+
+
+def read_picture_record(folder: Path) -> None:
+    """As a user meets it: shown."""
+    from erasure.cli.records import show_record
+    from erasure.cli.terminal import Terminal
+
+    show_record(folder / "drawn.png", Terminal())
+
+
+@kind("record of a picture", "drawn.png", read=read_picture_record)
+def write_picture_record(folder: Path) -> None:
+    from erasure.images import png as with_record
+
+    erasures: list[Any] = [{"name": "cat", "strategy": "uce", "fingerprint": "ab", "strength": 0.5}]
+    record: Any = {
+        "format": 1, "version": "0.1.0", "command": "generate", "model": "canvas-sd", "fingerprint": "f", "seed": 3,
+        "erasures": erasures, "prompt": "a cat", "settings": {"num_inference_steps": 4},
+    }  # fmt: skip
+    (folder / "drawn.png").write_bytes(with_record(Image.new("RGB", (16, 16)), record))

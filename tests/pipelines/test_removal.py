@@ -219,7 +219,8 @@ def test_every_number_of_the_official_presets_is_that_of_the_papers_code(
         "num_inference_steps": 50, "strength": 0.8, "removal_guidance_scale": 9.0, "redirect": True,
         "suppression_scale": 0.3, "suppression_share": 10 / 40, "log_weight": None, "layers": "decoder",
         "mask_blur": blur, "sampler": "blended", "blend_radius": 0.0, "shared_trunk": None,
-        "released_scheduler": True, "sample_latents": True, "free_u": factors,
+        "released_scheduler": True, "sample_latents": True, "free_u": factors, "shadow": False, "crop": False,
+        "crop_context": 0.5,
     }  # fmt: skip
     assert dataclasses.asdict(PRESETS[preset]) == wanted
     assert PRESETS[preset].executed == 40
