@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
-from benchmarks.full_size import FullSize, run
+from benchmarks import full_size, serving
 from erasure.cli.main import main as program
 
-COMMANDS = {"full-size": (FullSize, run)}
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "full-size": (full_size.FullSize, full_size.run),
+    "serving": (serving.Serving, serving.run),
+}
 FORWARDED = {"training": ("bench", "training")}
 """Benchmarks that the command line has, by the words that call them there."""
 

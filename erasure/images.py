@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from erasure.errors import ErasureError, ImageError
 from erasure.files import read_bytes
@@ -185,8 +187,15 @@ def _median_colour(pixels: np.ndarray) -> str | None:
     return "#" + "".join(f"{int(value):02x}" for value in colour) if same >= BLANK_SHARE else None
 
 
-def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file in RGB."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+def png(image: Image.Image, facts: Mapping[str, str] | None = None) -> bytes:
+    """A picture as a PNG file in RGB.
+
+    Args:
+        image: The picture.
+        facts: Texts that the file holds beside it, by keyword (PNG's `iTXt`): what made the picture, for instance.
+    """
+    buffer, texts = io.BytesIO(), PngInfo()
+    for keyword, text in (facts or {}).items():
+        texts.add_itxt(keyword, text)
+    image.convert("RGB").save(buffer, "PNG", pnginfo=texts)
     return buffer.getvalue()

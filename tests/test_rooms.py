@@ -31,7 +31,7 @@ LIBRARY = frozenset(
 """What makes an erasure a file and attaches it."""
 WORKSHOPS = frozenset({"learning", "sae", "strategies", "training"})
 """What makes an erasure, or a concept that can be erased."""
-USERS = frozenset({"assets", "benchmarks", "eval", "pipelines"})
+USERS = frozenset({"assets", "benchmarks", "eval", "pipelines", "serving"})
 """What is built on the library."""
 
 ABOVE = LIBRARY | WORKSHOPS | USERS
@@ -51,11 +51,14 @@ NEVER: dict[str, frozenset[str]] = {
     "learning": frozenset({"sae", "strategies"}) | USERS,
     **dict.fromkeys(LIBRARY - {"adding", "api"}, WORKSHOPS | USERS),
     "adding": frozenset({"sae"}) | USERS,
+    # Gates of feature edits tell concepts in prompts.
+    "locking": frozenset({"learning", "strategies", "training"}) | USERS,
     # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
-    "api": frozenset({"learning", "sae", "eval", "benchmarks"}),
-    "pipelines": frozenset({"eval", "benchmarks"}),
-    "eval": frozenset({"benchmarks"}),
-    "assets": frozenset({"benchmarks"}),
+    "api": frozenset({"learning", "sae", "eval", "benchmarks", "serving"}),
+    "pipelines": frozenset({"eval", "benchmarks", "serving"}),
+    "eval": frozenset({"benchmarks", "serving"}),
+    "assets": frozenset({"benchmarks", "serving"}),
+    "serving": frozenset({"benchmarks"}),
 }  # fmt: skip
 """What each room never imports, anywhere. `cli`, `benchmarks` and `__main__` are in no list: they know everything."""
 NEVER_AT_ONCE = {"api": frozenset({"assets", "pipelines"}), "world": frozenset({"assets"})}
