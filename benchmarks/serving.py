@@ -151,7 +151,7 @@ def ask_all(address: str, options: Serving) -> list[Asked]:
         for index in range(options.requests)
     ]
     with ThreadPoolExecutor(options.requests) as threads:
-        return list(threads.map(lambda each: ask(address, *each, options.steps), enumerate(words)))
+        return list(threads.map(lambda seed, word: ask(address, seed, word, options.steps), range(len(words)), words))
 
 
 def ask(address: str, seed: int, word: str, steps: int) -> Asked:

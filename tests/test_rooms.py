@@ -18,8 +18,8 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets", "benchmarks")
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "needs", "options", "pages",
-        "parsing", "progress", "registry", "shown", "versions",
+        "concept", "errors", "extras", "files", "hub", "images", "interop", "lazy", "leases", "needs", "options",
+        "pages", "parsing", "progress", "registry", "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(

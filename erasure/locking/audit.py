@@ -186,7 +186,8 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
     Raises:
         ArtifactError: A line was changed, moved, removed or cut short; the message says which.
     """
-    key, events, last, seen, torn, keyed = _checked(key), {}, START, False, 0, False
+    key, last, seen, torn, keyed = _checked(key), START, False, 0, False
+    events: dict[str, int] = {}
     lines, open_end = 0, False
     for line in _read(Path(path), key):
         if line.entry is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 import threading
 import time
@@ -185,6 +186,8 @@ class Lock:
         if not self._seal.is_whole(pipe):
             self._seal = self._seal.renewed(pipe)
             whole = True
+            if self.audit is not None:
+                self.audit.write("changed", message="a LoRA on layers that no erasure edits came or went")
         if self._seal.locks() != {self.locked}:
             raise VerificationError(
                 "the lock of this pipeline is not on its networks any more: it was unlocked through another pipeline. "
@@ -193,13 +196,14 @@ class Lock:
         with self._turn:
             due = whole or self._since * self.share >= self._proof
             if due:
-                self._since = 0.0
+                # Due again at the next call, unless it succeeds.
+                self._since = math.inf
             self.costs.marks += time.perf_counter() - started
         if due:
             started = time.perf_counter()
             self.tensors = ErasureManager(pipe).verify()
             with self._turn:
-                self._proof = time.perf_counter() - started
+                self._since, self._proof = 0.0, time.perf_counter() - started
                 self.costs.proofs += self._proof
                 self.costs.verifications += 1
         return due

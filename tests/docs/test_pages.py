@@ -52,6 +52,8 @@ ELSEWHERE = {
     "demo": "tests/cli/test_measuring.py runs it",
     "--dataset": "it is on the Hub",
     "--adapter": "it is on the Hub",
+    "push": "it needs the Hub (tests/hub runs it)",
+    "pull": "it needs the Hub (tests/hub runs it)",
     "serve": "it does not end by itself (tests/cli/test_serve.py runs it)",
     "nudenet": "its weights are in an extra (tests/eval/detectors runs it)",
     "identity": "it needs faces (tests/eval/detectors runs it)",

@@ -1,4 +1,4 @@
-"""A service on loopback, of the tiny pipeline with an erasure made by hand, and what asks it."""
+"""A service on loopback, of the tiny pipeline with an erasure of its text encoder, and what asks it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 pytest.importorskip("fastapi", reason="extra serve is not installed")
 pytest.importorskip("uvicorn", reason="extra serve is not installed")
 
+import erasure
+from erasure import Concept, Erasure
 from erasure.guards import REFUSABLE
 from erasure.locking import lock
 from erasure.pipelines import StableDiffusionErasurePipeline
 from erasure.serving.app import Service
 from erasure.serving.limits import Limits
 from erasure.serving.server import running
-
-from ..guards.made import hand_made
 
 
 class Answer(NamedTuple):
@@ -74,11 +74,18 @@ class Client:
             return list(threads.map(lambda fields: self.generate(**fields), asked))
 
 
+@pytest.fixture(scope="session")
+def cat(tiny_pipe_original: Any) -> Erasure:
+    """An erasure in the text encoder."""
+    concept = Concept("cat", anchor="dog")
+    return erasure.erase(tiny_pipe_original, concept, "diff_quickfix", attach=False, progress=False)
+
+
 @pytest.fixture
-def pipe(tiny_pipe: Any) -> Any:
+def pipe(tiny_pipe: Any, cat: Erasure) -> Any:
     drawn = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
     drawn.set_progress_bar_config(disable=True)
-    drawn.load_erasure(hand_made(drawn, "text_encoder"), "cat")
+    drawn.load_erasure(cat, "cat")
     return drawn
 
 
