@@ -55,7 +55,7 @@ class Serving:
     """Object to erase."""
     strategy: str = "uce"
     """Method of erasure, with its own options."""
-    others: tuple[str, ...] = ("dog", "robot", "house")
+    others: tuple[str, ...] = ("dog", "car", "house")
     """Objects that are not erased."""
     requests: int = 200
     """Requests, all sent at once."""
@@ -93,9 +93,12 @@ def measure(options: Serving) -> dict[str, object]:
     """The figures of a load test.
 
     Raises:
-        EvaluationError: The stock model does not draw the concept in so few steps that the judge sees it.
+        EvaluationError: The judge does not know a word, or does not see the concept in what the stock model draws in
+            so few steps.
     """
     judge = CanvasJudge()
+    if unknown := [word for word in (options.concept, *options.others) if word not in judge.object_names]:
+        raise EvaluationError(f"the judge knows no {unknown[0]!r}; it knows {', '.join(judge.object_names)}")
     pipe = erasure.load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
     control = sees(judge, drawn(pipe, options), options.concept)

@@ -112,7 +112,8 @@ def metadata(config: ErasureConfig, name: str | None = None) -> Markdown:
         tags=list(dict.fromkeys(["diffusers", "concept-erasure", *tags])),
         base_model=base if known else None,
         base_model_relation="adapter" if known else None,
-        **({"model_name": visible(name or "", 100), "eval_results": measured} if measured else {}),
+        model_name=visible(name, 100) if measured else None,
+        eval_results=measured or None,
     )
     return Markdown(data.to_yaml())
 
@@ -134,7 +135,6 @@ def results(config: ErasureConfig) -> list[EvalResult]:
         )
         if not (suite and metric and whole) or metric == "seed" or " before" in metric:
             continue
-        interval = {} if len(numbers) == 1 else {"metric_args": {"low": numbers[1], "high": numbers[2]}}
         made.append(
             EvalResult(
                 task_type="text-to-image",
@@ -143,7 +143,7 @@ def results(config: ErasureConfig) -> list[EvalResult]:
                 metric_type=_word(metric),
                 metric_name=visible(metric, 100),
                 metric_value=numbers[0],
-                **interval,
+                metric_args=None if len(numbers) == 1 else {"low": numbers[1], "high": numbers[2]},
             )
         )
         if len(made) == ROWS:

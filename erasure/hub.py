@@ -51,14 +51,15 @@ def upload(
     Raises:
         ArtifactError: The Hub cannot be reached, or does not take it.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi(token=token)
+    api, files = HfApi(token=token), sorted(path for path in folder.rglob("*") if path.is_file())
+    added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     with _clear_errors(repo_id, "take"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
+        commit = api.create_commit(repo_id, added, commit_message=message, revision=revision)
         if collection is not None:
             api.add_collection_item(collection, item_id=repo_id, item_type="model", exists_ok=True)
     return Uploaded(str(commit.commit_url), str(commit.oid))
@@ -106,9 +107,9 @@ def _clear_errors(repo_id: str, does: str, revision: str | None = None) -> Itera
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise ArtifactError(_said(cause, repo_id, does)) from error
-        raise ArtifactError(_unreached(repo_id, error)) from error
+        raise ArtifactError(_unreached(repo_id, does, error)) from error
     except OSError as error:
-        raise ArtifactError(_unreached(repo_id, error)) from error
+        raise ArtifactError(_unreached(repo_id, does, error)) from error
 
 
 def _said(error: HfHubHTTPError, repo_id: str, does: str) -> str:
@@ -122,6 +123,7 @@ def _said(error: HfHubHTTPError, repo_id: str, does: str) -> str:
     return f"{repo_id!r}: the Hub does not {does} it ({status}): {why}"
 
 
-def _unreached(repo_id: str, error: Exception) -> str:
+def _unreached(repo_id: str, does: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{repo_id!r} is no folder here, and the Hub does not give it: {reason}"
+    what = f"{repo_id!r} is no folder here, and" if does == "give" else f"{repo_id!r}:"
+    return f"{what} the Hub does not {does} it: {reason}"

@@ -36,6 +36,11 @@ def test_too_few_steps_are_refused_for_what_nobody_could_judge() -> None:
         serving.measure(serving.Serving(steps=1))
 
 
+def test_words_that_the_judge_does_not_know_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="the judge knows no 'robot'; it knows cat, dog"):
+        serving.measure(serving.Serving(others=("robot",)))
+
+
 def test_what_is_lost_or_unerased_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for figures in ({"lost": 1, "unerased": 0}, {"lost": 0, "unerased": 1}):
         monkeypatch.setattr(serving, "measure", lambda options, figures=figures: figures)

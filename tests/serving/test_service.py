@@ -20,6 +20,7 @@ from erasure.errors import OptionError
 from erasure.eval.detectors import Finding, ask
 from erasure.interop import paths
 from erasure.locking import AuditLog, verify_log
+from erasure.serving.limits import Limits
 from erasure.serving.server import listen
 from erasure.state import ComponentState
 
@@ -193,6 +194,7 @@ def test_requests_that_wait_too_long_are_given_up(start: Any, gate: Any) -> None
     assert [(answer.status, answer.code) for answer in answers] == [(504, "late")] * 2
     gate.opened.set()
     until(lambda: service.batcher.waiting == 0)
+    service.limits = Limits()
     assert client.generate().status == 200
 
 
