@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from importlib import import_module
 
-import tyro
+from benchmarks import PROGRAM
+from erasure.cli.main import carry_out
+from erasure.cli.terminal import Terminal, UsageError
 
-from benchmarks import full_size, serving
-from erasure.cli.main import main as program
-
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "full-size": (full_size.FullSize, full_size.run),
-    "serving": (serving.Serving, serving.run),
+COMMANDS = {
+    "attention": "redirected attention, shared trunks and early exits, against plain implementations",
+    "full-size": "images, memory and updates of models of the size that people use",
+    "serving": "many requests at once to a service on loopback, every picture judged",
+    "itd": "feature edits, and the training of dictionaries",
+    "training": "trained strategies with trajectories kept, and with every state rolled out anew",
 }
-FORWARDED = {"training": ("bench", "training")}
-"""Benchmarks that the command line has, by the words that call them there."""
+"""Benchmarks by name, with what they measure; `benchmarks/NAME.py` holds each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 where a part of it failed, 2 for bad usage.
     """
-    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    if name in FORWARDED:
-        return program([*FORWARDED[name], *rest[:-1]])
-    if name not in COMMANDS:
-        print(f"usage: python -m benchmarks {{{','.join((*COMMANDS, *FORWARDED))}}} [options]", file=sys.stderr)
-        return 2
-    options, measure = COMMANDS[name]
-    return measure(tyro.cli(options, prog=f"python -m benchmarks {name}", args=rest[:-1]))
+    return carry_out(list(sys.argv[1:] if argv is None else argv), _dispatch)
+
+
+def _dispatch(arguments: list[str], terminal: Terminal) -> int:
+    known = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} NAME [options]\n\n{known}")
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        raise UsageError(f"give the name of a benchmark: {', '.join(COMMANDS)}. See: {PROGRAM} --help")
+    name, *rest = arguments
+    found = import_module(f"benchmarks.{name.replace('-', '_')}").run(rest, terminal)
+    return int(found or 0)
 
 
 if __name__ == "__main__":

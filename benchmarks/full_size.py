@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import platform
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
-from benchmarks import parts
+from benchmarks import PROGRAM, parts
 from benchmarks.models import MODELS, Size
 from benchmarks.parts import Figures, Subject
 from benchmarks.record import Record
+from erasure.cli.terminal import Terminal, parse
 from erasure.errors import OptionError
 from erasure.versions import library_versions
 
@@ -61,31 +62,31 @@ class FullSize:
     """No part is started after so many minutes: the same command goes on with the rest."""
 
 
-def run(options: FullSize) -> int:
+def run(argv: Sequence[str], terminal: Terminal) -> int:
     """Measure what is not measured yet.
 
     Returns:
-        The exit code: 0, 1 where a part failed or time ran out, 2 for options that cannot be.
+        The exit code: 0, 1 where a part failed or time ran out.
+
+    Raises:
+        OptionError: Options that cannot be.
     """
-    try:
-        check(options)
-        record = Record(options.out, settings_of(options))
-    except OptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parse(FullSize, "full-size", argv, program=PROGRAM)
+    check(options)
+    record = Record(options.out, settings_of(options))
     started, bad, workbench = time.perf_counter(), 0, Workbench(options)
     for name in record.pending(names_of(options)):
         if time.perf_counter() - started > 60 * options.minutes:
-            print(f"{options.minutes:g} minutes are over: the same command goes on from {name}", file=sys.stderr)
+            terminal.say(f"{options.minutes:g} minutes are over: the same command goes on from {name}")
             return 1
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        terminal.say(f"{name} ...")
         failure = record.measure(name, partial(workbench.measure, name))
-        print(f"{name}: {failure or 'done'}", file=sys.stderr, flush=True)
+        terminal.say(f"{name}: {failure or 'done'}")
         bad += bool(failure)
         if failure:
             # What the part has left behind, on the device or in the model.
             workbench.clear()
-    print(options.out)
+    terminal.say(str(options.out))
     return int(bool(bad))
 
 

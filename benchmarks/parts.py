@@ -17,14 +17,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import erasure
+from benchmarks.attention import materialised
 from benchmarks.models import Model, Size, parameters
+from benchmarks.training import empty_cache
 from erasure import Concept, Erasure, ErasureManager
 from erasure.backbones import backbone_for
 from erasure.carriers import attention
 from erasure.carriers.projections import Rotary, finish, project
 from erasure.cli.bench import measure, peak_memory, timed
-from erasure.cli.bench_attention import materialised
-from erasure.cli.bench_training import empty_cache
 from erasure.files import write_json
 from erasure.interop.protocols import Settings
 from erasure.pipelines.removal import StableDiffusionXLObjectRemovalPipeline

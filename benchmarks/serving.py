@@ -6,7 +6,6 @@ import base64
 import http.client
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import erasure
+from benchmarks import PROGRAM
+from erasure.cli.terminal import Terminal, parse
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json
@@ -76,16 +77,16 @@ class Asked(NamedTuple):
     picture: Image.Image | None
 
 
-def run(options: Serving) -> int:
+def run(argv: Sequence[str], terminal: Terminal) -> int:
     """Carry out the benchmark; gives 0 where nothing was lost and nothing unerased."""
+    options = parse(Serving, "serving", argv, program=PROGRAM)
     figures = measure(options)
-    for name, value in figures.items():
-        print(f"{name}: {value}")
+    terminal.say(*(f"{name}: {value}" for name, value in figures.items()))
     if options.out is not None:
         write_json(options.out, figures)
     good = figures["lost"] == 0 and figures["unerased"] == 0
     if not good:
-        print("pictures were lost, or show what is erased", file=sys.stderr)
+        terminal.complain("error", "pictures were lost, or show what is erased")
     return 0 if good else 1
 
 

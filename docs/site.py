@@ -47,11 +47,12 @@ def address(file: str) -> str:
 
 
 def rewrite(text: str, page: str) -> str:
-    """A page whose links lead to where files are in the site. All pages are in one folder there."""
+    """A page whose links lead to where files are in the site."""
+    start = posixpath.dirname(address(page))
 
     def replaced(found: re.Match[str]) -> str:
         file = target(found[1], page)
-        return found[1] if file is None else address(file)
+        return found[1] if file is None else posixpath.relpath(address(file), start or ".")
 
     return LINK.sub(replaced, text)
 

@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import string
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Benchmarks stand in the checkout and are not installed: they are found there, behind whatever is.
+sys.path.append(str(Path(__file__).parents[1]))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each take every core wait for one another. Programs that tests start inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"

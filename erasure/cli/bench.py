@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,25 +29,18 @@ if TYPE_CHECKING:
     from erasure.interop.protocols import Pipeline, Settings
 
 PROMPT = "a photo of a dog"
-PARTS = ("itd", "attention", "training")
-"""Benchmarks of their own, each in `bench_NAME.py`."""
 STAGES = ("stock", "attached", "fused")
 
 
 @dataclass(kw_only=True)
 class BenchOptions(ErasedModelOptions):
-    """Measure the overhead of an erasure: images attached and fused, memory, attaching, making.
-
-    `erasure bench itd` measures features instead: images with up to 1000 concepts, the edit, and training;
-    `erasure bench attention` redirected attention, shared trunks and early exits; and `erasure bench training` trained
-    strategies with trajectories that are kept or made anew.
-    """
+    """Measure the overhead of an erasure: images attached and fused, memory, attaching, making."""
 
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
     concept: str = "cat"
     """What the erasures erase that are made here, when no --erasure is given: one with each strategy that takes
-    seconds. How long the others train says `erasure bench training`."""
+    seconds."""
     repeats: int = 7
     """Rounds of stock, attached and fused in turn; medians are reported."""
     steps: int | None = None
@@ -59,9 +51,6 @@ class BenchOptions(ErasedModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    if argv and argv[0] in PARTS:
-        import_module(f"erasure.cli.bench_{argv[0]}").run(argv[1:], terminal)
-        return
     options = parse(BenchOptions, "bench", argv)
     terminal.json_only = options.json
     if options.repeats < 1:

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import TracebackType
 
@@ -51,7 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for an unexpected failure, 2 for bad usage or an `ErasureError`, 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return carry_out(list(sys.argv[1:] if argv is None else argv), _dispatch)
+
+
+def carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], int]) -> int:
+    """Run a command with its failures turned into one line and an exit code.
+
+    Args:
+        arguments: What the user called, without the program's name.
+        dispatch: Carries out the command of these arguments and returns its exit code.
+
+    Returns:
+        The exit code, as of `main`.
+    """
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -68,30 +80,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.showwarning = terminal.warn
-            _dispatch(arguments, terminal)
+            return dispatch(arguments, terminal)
     except (ErasureError, KeyboardInterrupt, BrokenPipeError, Exception) as error:
         if debug:
             sys.excepthook = _show_traceback
             raise
         return _report(error, terminal)
-    return 0
 
 
-def _dispatch(arguments: list[str], terminal: Terminal) -> None:
+def _dispatch(arguments: list[str], terminal: Terminal) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
-        return
+        return 0
     if arguments[0] in ("-V", "--version"):
         from erasure import __version__
 
         print(f"erasure {__version__}")
-        return
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}.{hint} See: erasure --help")
     module = f"{name}_" if keyword.iskeyword(name) else name
     import_module(f"erasure.cli.{module}").run(rest, terminal)
+    return 0
 
 
 def _help() -> str:

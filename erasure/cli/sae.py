@@ -47,7 +47,8 @@ class TowerOptions:
     tower: str | None = None
     """Component of the pipeline: text_encoder (the default of a new autoencoder), text_encoder_2, ..."""
     layer: int | None = None
-    """Block whose output is read, from 0 on; two thirds of the way when left out."""
+    """Block whose output is read, from 0 on; when left out, two thirds of the way, and a sixth of it where every token
+    reads every other (T5)."""
     prompts_per_step: int = 64
     """Prompts encoded at each step."""
 
@@ -210,14 +211,14 @@ def open_stream(
         UsageError: No such tower, or no prompts.
     """
     from erasure.backbones import text_towers
-    from erasure.sae.stream import TokenStream, block_fingerprint, middle_block
+    from erasure.sae.stream import TokenStream, block_fingerprint, default_block
 
     towers = {tower.component: tower for tower in text_towers(pipe)}
     name = options.tower or TOWER
     if name not in towers:
         raise UsageError(f"--tower {name} is not in this pipeline; there are {', '.join(towers)}")
     tower = towers[name]
-    layer = middle_block(tower) if options.layer is None else options.layer
+    layer = default_block(tower) if options.layer is None else options.layer
     prompts = open_prompts(options, World.at(model).declared, kept)
     stream = TokenStream(tower, layer, prompts, batch_size=options.prompts_per_step, seed=seed)
     place = {

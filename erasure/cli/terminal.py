@@ -84,6 +84,7 @@ def parse(
     default: Options | None = None,
     *,
     negatable: bool = False,
+    program: str = "erasure",
 ) -> Options:
     """Parse the arguments of a command into a dataclass.
 
@@ -95,6 +96,7 @@ def parse(
         argv: What came after it.
         default: Where options start from that are not given; the defaults of the dataclass when left out.
         negatable: Whether each boolean has a `--no-` form too.
+        program: How the program is called.
 
     Raises:
         UsageError: The arguments do not fit; the message is one line.
@@ -108,14 +110,15 @@ def parse(
         if get_origin(kind) in (tuple, list)
     }
     given = merge_repeated(argv, lists)
-    _check_flags(given, options, command, ("", "no-") if negatable else ("",))
+    called = f"{program} {command}"
+    _check_flags(given, options, called, ("", "no-") if negatable else ("",))
     said, shown = io.StringIO(), io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
     try:
         # The parser knows nothing of NO_COLOR, and leaves colours out where it does not write to a terminal.
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
             return tyro.cli(
                 options,
-                prog=f"erasure {command}",
+                prog=called,
                 args=given,
                 config=(tyro.conf.OmitArgPrefixes, *(() if negatable else (tyro.conf.FlagCreatePairsOff,))),
                 default=tyro.MISSING_NONPROP if default is None else default,
@@ -127,10 +130,10 @@ def parse(
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
         text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
-        raise UsageError(f"{text}; see: erasure {command} --help") from None
+        raise UsageError(f"{text}; see: {called} --help") from None
 
 
-def _check_flags(argv: Sequence[str], options: type, command: str, prefixes: Sequence[str]) -> None:
+def _check_flags(argv: Sequence[str], options: type, called: str, prefixes: Sequence[str]) -> None:
     """Raise `UsageError` for a flag that a command does not have; the message names the nearest."""
     fields = {field.replace("_", "-") for part in _parts(options) for field in get_type_hints(part)}
     known = {f"--{prefix}{field}" for field in fields for prefix in prefixes} | {"--help"}
@@ -138,7 +141,7 @@ def _check_flags(argv: Sequence[str], options: type, command: str, prefixes: Seq
         flag = token.partition("=")[0].replace("_", "-")
         if token.startswith("--") and flag not in known:
             hint = did_you_mean(flag, sorted(known))
-            raise UsageError(f"unknown option {flag}.{hint} See: erasure {command} --help")
+            raise UsageError(f"unknown option {flag}.{hint} See: {called} --help")
 
 
 def _parts(options: type) -> Iterator[type]:

@@ -74,9 +74,16 @@ def block_of(tower: TextTower, layer: int) -> nn.Module:
     return tower.blocks[layer]
 
 
-def middle_block(tower: TextTower) -> int:
-    """Number of the block two thirds of the way, where an autoencoder reads unless told otherwise."""
-    return min(2 * len(tower.blocks) // 3, _last_block(tower))
+def default_block(tower: TextTower) -> int:
+    """Number of the block whose output an autoencoder reads unless told otherwise.
+
+    Two thirds of the way where attention is causal. A sixth of the way where every token reads every other (T5): each
+    block spreads a concept from its words over all the padding, which a denoiser reads too, and a later edit does not
+    take it away there. On canvas-sd3 an edit of a dog leaves 0.10 of the squared distance to the anchor's states in
+    T5's output when it is made after the first of four blocks, 0.45 after the second and 0.53 after the third.
+    """
+    blocks = len(tower.blocks)
+    return min(2 * blocks // 3 if tower.causal else blocks // 6, _last_block(tower))
 
 
 def _last_block(tower: TextTower) -> int:

@@ -26,7 +26,7 @@ from erasure.sae.reading import Mentions, Reading
 from erasure.sae.released import PHRASINGS, RECIPES, Statistic, released_edit
 from erasure.sae.selection import Evidence, no_feature
 from erasure.sae.standin import written_instead
-from erasure.sae.stream import middle_block
+from erasure.sae.stream import default_block
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.prompts import anchor_of
 from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vocabulary_prompts
@@ -96,7 +96,7 @@ class ItD(Strategy):
     of the tokeniser's words, and is kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
     layer: CountOrZero | None = None
     """Block whose output is read and edited, from 0 on, in every text encoder; the dictionary's own, or two thirds of
-    the way."""
+    the way, and a sixth of it where every token reads every other (T5)."""
     prompts: PathText = ""
     """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
     dictionary when left out, and random prompts of the tokeniser's words when there are none."""
@@ -278,7 +278,7 @@ class ItD(Strategy):
             d_sae=self.d_sae, k=self.k, steps=self.steps, learning_rate=1e-3, dead_after=50_000, save_every=100,
             seed=seed,
         )  # fmt: skip
-        layer = middle_block(tower) if self.layer is None else self.layer
+        layer = default_block(tower) if self.layer is None else self.layer
         prompts = seeded_prompts(tuple(vocabulary(tower, ())), 20_000, seed)
         return dictionaries.trained(tower, layer, prompts, options, progress)
 

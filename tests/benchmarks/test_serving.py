@@ -13,6 +13,7 @@ pytest.importorskip("uvicorn", reason="extra serve is not installed")
 
 from benchmarks import serving
 from benchmarks.__main__ import main
+from erasure.cli.terminal import Terminal
 from erasure.errors import EvaluationError
 
 
@@ -44,7 +45,7 @@ def test_words_that_the_judge_does_not_know_are_refused() -> None:
 def test_what_is_lost_or_unerased_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for figures in ({"lost": 1, "unerased": 0}, {"lost": 0, "unerased": 1}):
         monkeypatch.setattr(serving, "measure", lambda options, figures=figures: figures)
-        assert serving.run(serving.Serving()) == 1
+        assert serving.run([], Terminal()) == 1
         assert "lost, or show" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""`erasure remove`, `erasure generate --compose` and `erasure bench attention`."""
+"""`erasure remove` and `erasure generate --compose`."""
 
 from __future__ import annotations
 
@@ -170,17 +170,3 @@ def test_generate_composes(tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) 
     assert plain != composed
     capsys.readouterr()
     assert "house" in refused(capsys, *start, "--out", tmp_path / "not", "--compose", "cat", "house")
-
-
-def test_bench_attention(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from erasure.cli import bench_attention
-
-    # Small, and FLOPs at the timing width: full ones take minutes.
-    monkeypatch.setitem(bench_attention.LAYOUTS, "sd15", (32, 64, 64, 64))
-    monkeypatch.setitem(bench_attention.LAYOUTS, "quarter", (32, 64, 64, 64))
-    assert main(["bench", "attention", "--tokens", "256", "--side", "32", "--repeats", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["layer"]["largest_difference"] < 1e-4
-    assert 0 < found["shared_trunk"]["flops"] < 1
-    assert 0 < found["early_exit"]["flops"] < 1
-    assert found["layer"]["memory_ratio"] > 1

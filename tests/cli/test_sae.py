@@ -94,22 +94,6 @@ def test_half_precision_and_a_tracker(tiny_pipe_folder: Path, prompts: Path, tmp
     assert [event.step for event in read.Scalars("fvu")] == list(range(30))
 
 
-def test_bench_of_features(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from erasure.cli import bench_itd
-
-    for name, value in (("CONCEPTS", (1, 3)), ("WIDTH", 32), ("FEATURES", 20), ("D_SAE", 64), ("K", 4), ("BATCH", 48)):
-        monkeypatch.setattr(bench_itd, name, value)
-    assert main(["bench", "itd", "--repeats", "1", "--steps", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["concepts"] for row in found["images"]] == [1, 3]
-    assert all(row["time_ratio"] > 0 for row in found["images"])
-    assert found["images"][1]["bytes"] > found["images"][0]["bytes"]
-    assert found["edit"]["edit, ms"] > 0
-    assert set(found["training"]) == {"sparse", "dense"}
-    capsys.readouterr()
-    assert main(["bench", "itd", "--repeats", "0"]) == 2
-
-
 def test_any_tower_of_any_family(prompts: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
     """The denoiser is not needed for this."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline

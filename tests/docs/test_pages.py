@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from tests.learning.conftest import mask, picture
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -61,8 +62,23 @@ ELSEWHERE = {
 }
 """Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some
 that succeeded (tests/cli/test_attack.py runs it)."""
-FOREIGN = {"--nproc_per_node"}
+FAMILY_COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
+"""Models of the README's table of methods, by column."""
+FOREIGN = {"--nproc_per_node", "--with_prior_preservation", "--erase_from"}
 """Options of other programs."""
+
+
+def script(name: str) -> Any:
+    """A program in `docs/`, which is no package."""
+    spec = spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = script("reference")
 
 
 class Block(NamedTuple):
@@ -115,10 +131,19 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_every_page_is_in_the_navigation_and_reached_from_the_readme() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    listed = set(re.findall(r"[\w-]+\.md", json.dumps(config["nav"])))
-    assert listed == {page.name for page in PAGES} - {"README.md"} | {"index.md", "LICENSES.md"}
+    listed = set(re.findall(r"[\w/-]+\.md", json.dumps(config["nav"])))
+    assert listed == {name.removeprefix("docs/") for name in NAMES} - {"README.md"} | {"index.md", "LICENSES.md"}
     linked = {link.partition("#")[0] for link in LINK.findall((ROOT / "README.md").read_text())}
     assert set(NAMES) - {"README.md"} <= linked
+
+
+def test_pages_of_methods_are_what_the_registry_says() -> None:
+    """After a change: `python docs/reference.py`."""
+    made = reference.pages()
+    assert {page.stem for page in reference.FOLDER.glob("*.md")} == set(made)
+    for name, text in made.items():
+        assert (reference.FOLDER / f"{name}.md").read_text() == text, name
+    assert "0.992 (0.98-1.00)" in made["uce"], "measured rows are found"
 
 
 def test_readme_is_short_and_says_what_its_words_mean() -> None:
@@ -194,6 +219,18 @@ def test_every_method_is_in_the_tables() -> None:
     for page in ("README.md", "docs/methods.md", "docs/threat-model.md"):
         text = (ROOT / page).read_text()
         assert [name for name in available() if f"`{name}`" not in text] == [], page
+
+
+def test_readme_gives_the_figures_of_the_numbers() -> None:
+    numbers = reference.rows_of_families((ROOT / "docs/numbers.md").read_text())
+    found = 0
+    for row in (ROOT / "README.md").read_text().splitlines():
+        if (name := re.match(r"\| \[`(\w+)`\]\([^)]*\) \|", row)) is not None:
+            cells = dict(zip(FAMILY_COLUMNS, (cell.strip() for cell in row.split("|")[2:]), strict=False))
+            measured = {line.split("`")[1]: line.split("|")[5].split()[0] for line in numbers.get(name[1], ())}
+            assert {model: cell.split()[0] for model, cell in cells.items() if cell[0].isdigit()} == measured, row
+            found += len(measured)
+    assert found > 10
 
 
 def test_what_methods_protect_is_what_they_say() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.itd import random_edit
 from erasure import Concept
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.features import EditedFeatures, FeatureEdit
-from erasure.cli.bench_itd import random_edit
 from erasure.errors import DivergenceError
 from erasure.sae import mining
 from erasure.sae.mining import TOKENS, learned_places, mine

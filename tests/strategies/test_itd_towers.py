@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel
 
 import erasure
 from erasure import ErasureManager
@@ -16,7 +17,7 @@ from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ConceptError, OptionError, WrongBaseError
 from erasure.sae import SAEConfig, SparseAutoencoder, dictionaries, mining, save
 from erasure.sae.detection import Detection, detect_concepts
-from erasure.sae.stream import block_fingerprint, middle_block
+from erasure.sae.stream import block_fingerprint, default_block
 from erasure.strategies import itd
 
 QUICK: dict[str, Any] = {
@@ -167,11 +168,18 @@ def test_for_an_encoder_without_a_dictionary_one_is_trained(
     assert trained == ["text_encoder"]
 
 
-def test_a_block_that_no_denoiser_reads_is_never_the_middle_one(tiny_clip: Any, tiny_tokenizer: Any) -> None:
+def test_a_block_that_no_denoiser_reads_is_never_the_default(tiny_clip: Any, tiny_tokenizer: Any) -> None:
     encoder = tiny_clip(tiny_tokenizer)
     del encoder.encoder.layers[2:]
-    assert middle_block(TextTower("text_encoder", encoder, tiny_tokenizer, 77, consumed=-2)) == 0
-    assert middle_block(TextTower("text_encoder", encoder, tiny_tokenizer, 77)) == 1
+    assert default_block(TextTower("text_encoder", encoder, tiny_tokenizer, 77, consumed=-2)) == 0
+    assert default_block(TextTower("text_encoder", encoder, tiny_tokenizer, 77)) == 1
+
+
+def test_where_every_token_reads_every_other_an_early_block_is_the_default() -> None:
+    layers = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "vocab_size": 64}
+    for blocks, expected in ((4, 0), (24, 4)):
+        encoder = T5EncoderModel(T5Config(num_layers=blocks, **layers))
+        assert default_block(TextTower("text_encoder_2", encoder, None, 32)) == expected
 
 
 @pytest.mark.parametrize("options", [{"mode": "replace"}, {"mode": "clamp"}, {"tokens": "word"},

@@ -1,4 +1,4 @@
-"""`erasure bench training`: trained strategies with trajectories kept, and with every state rolled out anew."""
+"""`python -m benchmarks training`: trained strategies with trajectories kept, and with every state rolled out anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from benchmarks import PROGRAM
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 
@@ -57,7 +58,7 @@ class BenchTrainingOptions(ModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    options = parse(BenchTrainingOptions, "bench training", argv)
+    options = parse(BenchTrainingOptions, "training", argv, program=PROGRAM)
     terminal.json_only = options.json
     if options.updates < 1 or (options.rollout_steps is not None and options.rollout_steps < 1):
         raise UsageError("--updates and --rollout-steps are at least 1")

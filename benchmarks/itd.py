@@ -1,4 +1,4 @@
-"""`erasure bench itd`: what feature edits and the training of dictionaries cost on this machine."""
+"""`python -m benchmarks itd`: what feature edits and the training of dictionaries cost on this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from benchmarks import PROGRAM
 from erasure.cli.bench import draw, median_ratio, peak_memory, process_mb, timed
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
@@ -49,7 +50,7 @@ class BenchItDOptions(ModelOptions):
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    options = parse(BenchItDOptions, "bench itd", argv)
+    options = parse(BenchItDOptions, "itd", argv, program=PROGRAM)
     terminal.json_only = options.json
     if options.repeats < 1:
         raise UsageError("--repeats is at least 1")

@@ -1,4 +1,4 @@
-"""`erasure bench attention`: redirected attention, shared trunks and early exits, against plain implementations."""
+"""`python -m benchmarks attention`: redirected attention, shared trunks and early exits, against plain code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks import PROGRAM
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class BenchAttentionOptions:
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    options = parse(BenchAttentionOptions, "bench attention", argv)
+    options = parse(BenchAttentionOptions, "attention", argv, program=PROGRAM)
     terminal.json_only = options.json
     if min(options.repeats, options.tokens, options.side) < 1:
         raise UsageError("--tokens, --side and --repeats are at least 1")

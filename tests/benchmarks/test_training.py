@@ -1,0 +1,50 @@
+"""The benchmark of trained strategies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.training import RELEASED, compared
+from erasure.strategies import available
+from erasure.strategies.trained import TrainedStrategy
+
+
+def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
+    names = ["advunlearn", "esd", "concept_ablation", "doco"]
+    command = [
+        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
+        "--strategies", *names,
+    ]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in found["strategies"]] == names
+    for row in found["strategies"]:
+        assert row["passes_per_state"]["online"] > row["passes_per_state"]["kept"] > 0
+        assert row["fill_seconds"] > 0
+        assert row["speedup"] > 0
+        assert row["released"]["fewer_per_state"] > 0
+    assert main(["training", "--model", "canvas-sd", "--updates", "0"]) == 2
+
+
+def test_a_whole_run_counts_the_filling() -> None:
+    mode = {"updates": 10, "states": 4, "passes": 12.0, "seconds": 1.0, "fill_passes": 40.0, "fill_seconds": 5.0}
+    online = mode | {"passes": 200.0, "seconds": 20.0, "fill_passes": 0.0, "fill_seconds": 0.0}
+    found = compared("esd", mode, online)
+    assert found["passes_per_state"] == {"kept": 4.0, "online": 50.0}
+    assert found["passes"] == {"kept": 160.0, "online": 2000.0}
+    assert found["released"] == {"passes": 54_000, "passes_per_state": 54.0, "fewer_per_state": 13.5}
+    assert found["passes_ratio"] == pytest.approx(2000 / 160)
+    assert found["speedup"] == pytest.approx(200 / 15)
+    assert "released" not in compared("another", mode, online)
+
+
+def test_every_trained_strategy_is_measured() -> None:
+    assert set(RELEASED) == {name for name, strategy in available().items() if issubclass(strategy, TrainedStrategy)}
+    # DoCo: 1000 images of 25 steps with guidance; 1000 updates of 16 student and 8 teacher rows without a student's
+    # step, and 1000 with two backward passes of all 16 rows.
+    assert RELEASED["doco"][0] == 1000 * 25 * 2 + 1000 * (16 + 8) + 1000 * (16 + 8 + 2 * 2 * 16)
