@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{told.get('organization') or 'someone'}/{told['name']}"
         known = name in self.hub.repositories
         if not known:
-            made = self.hub.repositories[name] = Repository(bool(told.get("private")))
+            made = self.hub.repositories[name] = Repository(told.get("visibility") == "private")
             made.commit("main", {".gitattributes": b""})
         self.json({"url": f"{self.server.address}/{name}", "id": name, "name": name}, 409 if known else 200)
 

@@ -48,6 +48,8 @@ def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[H
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", place)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Of small files too something has arrived when a download breaks off.
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 64)
         # Its own storage, which the Hub falls back from to LFS.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
