@@ -13,6 +13,7 @@ from erasure.cli.terminal import Terminal, UsageError
 COMMANDS = {
     "attention": "redirected attention, shared trunks and early exits, against plain implementations",
     "full-size": "images, memory and updates of models of the size that people use",
+    "serving": "many requests at once to a service on loopback, every picture judged",
     "itd": "feature edits, and the training of dictionaries",
     "training": "trained strategies with trajectories kept, and with every state rolled out anew",
 }

@@ -16,13 +16,14 @@ from pydantic import JsonValue
 from safetensors.torch import save
 from torch import Tensor
 
-from erasure import files
+from erasure import files, hub
 from erasure.backbones import reads_kohya_names
 from erasure.cards import model_card
 from erasure.carriers.edits import Edits, LowRank
 from erasure.carriers.lora_names import is_read_by_stock
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, DivergenceError
+from erasure.hub import Uploaded
 from erasure.schema import ErasureConfig
 
 CONFIG_FILE = "erasure_config.json"
@@ -160,7 +161,7 @@ class Erasure:
             ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
         if not is_local(source):
-            return cls.read(_download(str(source), revision, token))
+            return cls.read(hub.download(str(source), FILES, revision=revision, token=token))
         folder = Path(os.path.expanduser(source))
         if not os.path.lexists(folder):
             raise ArtifactError(
@@ -234,34 +235,60 @@ class Erasure:
         files.replace_files(folder, contents, FILES)
         return own_card
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload to the Hugging Face Hub and give the address of the commit."""
-        from huggingface_hub import HfApi
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        collection: str | None = None,
+        card: str | None = None,
+    ) -> Uploaded:
+        """Upload to the Hugging Face Hub, with a card that holds what was measured.
 
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            private: Whether a repository that is made is for its owner alone.
+            token: Of the Hub; the one that the user is logged in with when left out.
+            revision: Branch, made if it is not there; the main one when left out.
+            collection: Slug of a collection that the repository is put into as well.
+            card: Text of the card in the place of the one that is written here.
+
+        Raises:
+            ArtifactError: The Hub cannot be reached, or does not take it.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save(Path(scratch) / "erasure")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {self.name}"))
+            if card is not None:
+                files.write_text(folder / CARD_FILE, card)
+            return hub.upload(
+                folder, repo_id, message=f"Upload {self.name}", private=private, token=token, revision=revision,
+                collection=collection,
+            )  # fmt: skip
+
+    @classmethod
+    def pull(
+        cls, repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> tuple[Erasure, str]:
+        """Fetch an erasure from the Hugging Face Hub into a folder, byte for byte, and give it and its commit.
+
+        Raises:
+            ArtifactError: See `load`; or the folder is not empty. Nothing is written then.
+        """
+        fetched = hub.download(repo_id, FILES, revision=revision, token=token)
+        made = cls.read(fetched)
+        with files.new_folder(folder) as temporary:
+            for name in FILES:
+                if (fetched / name).is_file():
+                    (temporary / name).write_bytes(_whole(fetched / name))
+        return made, fetched.name
 
     def card(self) -> str:
         """The model card."""
         whole = not self.edits.delta_state_dict()
         unread = sorted({key.split("/")[0] for key in self.low_rank if not is_read_by_stock(key)})
         return model_card(self.name, self.config, self.concepts, LORA_FILE if whole else None, unread)
-
-
-def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FILES)))
-    except HFValidationError as error:
-        raise ArtifactError(f"{repo_id!r} is neither a folder nor the name of a Hub repository") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{repo_id!r} is no folder here, and the Hub does not give it: {reason}") from error
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

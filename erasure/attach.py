@@ -15,7 +15,7 @@ from erasure import guards, proof
 from erasure.artifact import Erasure
 from erasure.backbones import backbone_for
 from erasure.baked import before_saving
-from erasure.errors import AttachError, BypassedErasureWarning, UnsupportedModelError
+from erasure.errors import AttachError, BypassedErasureWarning, LockedError, UnsupportedModelError
 from erasure.fitting import (
     CONTROLNET,
     check_fit,
@@ -177,11 +177,21 @@ class ErasureManager:
 
     @contextmanager
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
-        """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone."""
+        """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone.
+
+        Raises:
+            LockedError: The erasures are locked.
+        """
         modules = self._modules()
         patches.refuse_deep_cache(modules.values(), "attaching and switching erasures")
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=True):
             recover(modules)
+            if guards.lock_of(self._states().values()) is not None:
+                raise LockedError(
+                    f"this pipeline is locked: its erasures ({', '.join(self.active_erasures())}) cannot be attached, "
+                    "scaled, switched off or taken off. unlock_erasures(key) first, with the key that lock_erasures "
+                    "gave. Nothing was switched"
+                )
             with scopes.without_offloading(self.pipe):
                 yield modules
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from erasure.concept import Concept
 from erasure.pages import Markdown, markdown_page
-from erasure.shown import number
+from erasure.shown import number, visible
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from erasure.artifact import ErasureConfig
 
 ROWS = 200
@@ -35,7 +38,7 @@ def model_card(
     """
     return markdown_page(
         "card.md",
-        metadata=metadata(config),
+        metadata=metadata(config, name),
         name=name,
         base=config.base.get("model") or "unknown",
         concepts=concepts[:ROWS],
@@ -90,15 +93,64 @@ def figure(value: object) -> str:
     return ", ".join(number(part) if isinstance(part, float) else str(part) for part in numbers)
 
 
-def metadata(config: ErasureConfig) -> Markdown:
-    """The YAML in front of the card, by which the Hub lists it."""
+def metadata(config: ErasureConfig, name: str | None = None) -> Markdown:
+    """The YAML in front of the card, by which the Hub lists it.
+
+    Args:
+        config: What the erasure is.
+        name: What it is called; measured results stand in the YAML of a card that has a name.
+    """
     from huggingface_hub import ModelCardData
 
     base = str(config.base.get("model"))
+    # A path of this machine or an embedded model is none that the Hub knows.
+    known = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) is not None
+    tags = [tag for tag in (config.family, config.strategy) if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", tag)]
+    measured = [] if name is None else results(config)
     data = ModelCardData(
         library_name="diffusers",
-        tags=["diffusers", "concept-erasure"],
-        # A path of this machine or an embedded model is none that the Hub knows.
-        base_model=base if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) else None,
+        tags=list(dict.fromkeys(["diffusers", "concept-erasure", *tags])),
+        base_model=base if known else None,
+        base_model_relation="adapter" if known else None,
+        model_name=visible(name, 100) if measured else None,
+        eval_results=measured or None,
     )
     return Markdown(data.to_yaml())
+
+
+def results(config: ErasureConfig) -> list[EvalResult]:
+    """Measured rates as entries of the Hub's `model-index`, one for each metric of each suite.
+
+    Figures of the stock model, and what is no number (sizes, dates, names of judges), are left out; the whole table is
+    in the card.
+    """
+    from huggingface_hub import EvalResult
+
+    made = []
+    for key, value in config.evaluation.items():
+        suite, _, metric = key.partition(": ")
+        numbers = value if isinstance(value, list) else [value]
+        whole = len(numbers) in (1, 3) and all(
+            isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each) for each in numbers
+        )
+        if not (suite and metric and whole) or metric == "seed" or " before" in metric:
+            continue
+        made.append(
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type=_word(suite),
+                dataset_name=visible(suite, 100),
+                metric_type=_word(metric),
+                metric_name=visible(metric, 100),
+                metric_value=numbers[0],
+                metric_args=None if len(numbers) == 1 else {"low": numbers[1], "high": numbers[2]},
+            )
+        )
+        if len(made) == ROWS:
+            break
+    return made
+
+
+def _word(text: str) -> str:
+    """A text as an identifier of the Hub."""
+    return re.sub(r"[^a-z0-9]+", "-", text.casefold()).strip("-")[:80] or "unnamed"

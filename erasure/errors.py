@@ -6,6 +6,8 @@ found, what is allowed, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class ErasureError(Exception):
     """Root of all errors of this package."""
@@ -81,6 +83,24 @@ class MissingExtraError(ErasureError, ImportError):
 
 class BypassedErasureError(ErasureError, RuntimeError):
     """A call goes around an erasure that was attached with `strict=True`."""
+
+
+class LockedError(BypassedErasureError):
+    """A locked pipeline refuses what goes around its erasures, or what would take them off."""
+
+
+class RefusedError(LockedError):
+    """A locked pipeline refuses prompts, or pictures that it has drawn, for what they show.
+
+    Args:
+        message: What is said.
+        refused: Why, by the place of the prompt or picture in the call.
+        pictures: What was drawn, with nothing in the place of refused ones; empty where prompts were refused.
+    """
+
+    def __init__(self, message: str, refused: Mapping[int, str], pictures: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.refused, self.pictures = dict(refused), list(pictures)
 
 
 class BypassedErasureWarning(UserWarning):

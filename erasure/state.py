@@ -77,6 +77,14 @@ class Record:
     """What the pipeline computed when these erasures were put in force, see `canary.py`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Locked:
+    """A lock on the erasures of some components; every component that it is on refers to the same one."""
+
+    refuses: frozenset[str] = frozenset()
+    """What is refused besides what always is; see `erasure.guards.said.TOLD`."""
+
+
 class ComponentState:
     """All erasures of one component. Lives on the module, so pipelines that share the module share it.
 
@@ -89,6 +97,8 @@ class ComponentState:
     def __init__(self, component: str, source: str | None = None) -> None:
         self.component, self.source = component, source or component
         self.record = Record()
+        self.locked: Locked | None = None
+        """The lock on them, if there is one: see `erasure.locking`."""
 
     @staticmethod
     def of(module: nn.Module) -> ComponentState | None:

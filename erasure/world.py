@@ -137,6 +137,19 @@ class World:
         height, width = (self.generation.get(name) for name in ("height", "width"))
         return None if height is None or width is None else (int(height), int(width))
 
+    def call_settings(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        """How the model draws: as somebody says, else as it was made for; what is left out is the pipeline's own.
+
+        Args:
+            steps: Denoising steps.
+            guidance: Scale of guidance.
+        """
+        settings = dict(self.generation)
+        if settings.pop("true_cfg_scale", None) is not None:
+            settings["guidance_scale"] = self.guidance_scale
+        given = {"num_inference_steps": steps, "guidance_scale": guidance}
+        return settings | {name: value for name, value in given.items() if value is not None}
+
     @staticmethod
     def embedded(name: str) -> Path | None:
         """Folder of what comes with the package under a name, such as `canvas-turbo`; `None` where there is none."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from erasure import api, assets, guards
+from erasure import api, assets, guards, locking
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import Backbone, backbone_for
@@ -19,10 +19,11 @@ from erasure.errors import ArtifactError, AttachError, UnsupportedModelError
 from erasure.files import inside, new_folder, read_json, write_json
 from erasure.files.recognise import MODEL_FILE
 from erasure.fitting import check_strength
+from erasure.guards import Refusable
 from erasure.interop import scopes
-from erasure.interop.pipelines import components_of
 from erasure.learning.concepts import LearnedConcepts, loaded, unload
 from erasure.learning.making import Picture, learn_concepts
+from erasure.locking import AuditLog, Looks
 from erasure.proof import LEAST_STRENGTH
 from erasure.sae.detection import Detection, detect_concepts
 
@@ -134,9 +135,10 @@ class SharedModulesMixin:
                 with ErasureManager(self).in_use():
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
                     # By name, those too that a call of ours hands on to the stock call.
-                    guards.check_call(components_of(self), {**kwargs, **named})
-                    with guards.calling():
-                        return stock(self, *args, **kwargs)
+                    with locking.calling(self, {**kwargs, **named}) as settled:
+                        with guards.calling():
+                            result = stock(self, *args, **kwargs)
+                        return settled(result)
 
             leased._leased = True  # type: ignore[attr-defined]
             cls.__call__ = leased  # type: ignore[assignment]
@@ -276,6 +278,58 @@ class ErasureMixin(SharedModulesMixin):
         """
         return self.erasure_manager.verify(least_strength=least_strength)
 
+    def lock_erasures(
+        self,
+        *,
+        refuse: Collection[Refusable] = (),
+        prompts: bool = False,
+        pictures: Looks | None = None,
+        audit: AuditLog | str | Path | None = None,
+        share: float = locking.SHARE,
+    ) -> str:
+        """Lock the pipeline for strangers: it refuses what goes around its erasures, and cannot be switched.
+
+        Refused are embeddings, other texts for one text encoder, blocks that are left out, texts of another length,
+        negative prompts that name what is erased, a LoRA on edited layers, changed or replaced components, every
+        switch of erasures, and pipelines of other classes that share its networks. Ahead of every call it is verified
+        that the erasures are in force.
+
+        Args:
+            refuse: What is refused besides: `image_prompts` (IP-Adapter, reference images), `pictures` that a drawing
+                starts from, `controls` of a ControlNet, `noise` (`latents=`), `schedulers` (another one, or noise
+                levels by hand), `loras` (every one).
+            prompts: Refuse prompts in which the gates of an erasure find its concept (`itd`, `spm`).
+            pictures: What looks at every picture; one that it flags or cannot judge is not returned. For a detector
+                `functools.partial(erasure.eval.detectors.ask, detector)`.
+            audit: Log of every call, or the path of one; see `erasure.locking.AuditLog`.
+            share: Share of the time of drawing that whole verifications may take, 0-1.
+
+        Returns:
+            The key that `unlock_erasures` asks for.
+
+        Raises:
+            AttachError: No erasure is in force, or none has the gates that are to check prompts.
+            VerificationError: An erasure is not in force.
+            LockedError: It is locked already, or has a LoRA that the lock refuses.
+            OptionError: Something in `refuse` that there is not.
+            ArtifactError: The audit log cannot be written, or its chain does not hold.
+            UnsupportedModelError: Its weights are offloaded in a way that leaves nothing to compare.
+        """
+        return locking.lock(
+            self.erasure_manager.pipe, refuse=refuse, prompts=prompts, pictures=pictures, audit=audit, share=share
+        )
+
+    def unlock_erasures(self, key: str) -> None:
+        """Unlock the pipeline.
+
+        Args:
+            key: What `lock_erasures` gave.
+
+        Raises:
+            LockedError: It is another key, or the pipeline is not locked.
+        """
+        locking.unlock(self.erasure_manager.pipe, key)
+
     def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
         """How surely prompts hold the concepts of attached feature erasures; see `erasure.detect_concepts`."""
         return detect_concepts(self.erasure_manager.pipe, prompts)
@@ -373,4 +427,5 @@ class ErasureMixin(SharedModulesMixin):
         """As the stock method; erasures come along with the components that are shared."""
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()
+        locking.share(pipeline, made)
         return made

@@ -43,11 +43,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names that were asked for on the Hub."""
     asked: list[str] = []
 
-    def download(repo_id: str, *_: Any) -> Path:
+    def download(repo_id: str, *_: Any, **__: Any) -> Path:
         asked.append(repo_id)
         raise ArtifactError("asked the Hub")
 
-    monkeypatch.setattr("erasure.artifact._download", download)
+    monkeypatch.setattr("erasure.hub.download", download)
     return asked
 
 

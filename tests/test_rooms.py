@@ -18,8 +18,8 @@ FOLDERS = ("erasure", "pipelines", "eval", "assets", "benchmarks", "integrations
 
 GROUND = frozenset(
     {
-        "concept", "errors", "extras", "files", "images", "interop", "lazy", "leases", "needs", "options", "pages",
-        "parsing", "picture_record", "progress", "registry", "shown", "versions",
+        "concept", "errors", "extras", "files", "hub", "images", "interop", "lazy", "leases", "needs", "options",
+        "pages", "parsing", "picture_record", "progress", "registry", "shown", "versions",
     }
 )  # fmt: skip
 LIBRARY = frozenset(
@@ -31,7 +31,7 @@ LIBRARY = frozenset(
 """What makes an erasure a file and attaches it."""
 WORKSHOPS = frozenset({"learning", "sae", "strategies", "training"})
 """What makes an erasure, or a concept that can be erased."""
-USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines"})
+USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines", "serving"})
 """What is built on the library."""
 
 ABOVE = LIBRARY | WORKSHOPS | USERS
@@ -51,13 +51,16 @@ NEVER: dict[str, frozenset[str]] = {
     "learning": frozenset({"sae", "strategies"}) | USERS,
     **dict.fromkeys(LIBRARY - {"adding", "api"}, WORKSHOPS | USERS),
     "adding": frozenset({"sae"}) | USERS,
+    # Gates of feature edits tell concepts in prompts.
+    "locking": frozenset({"learning", "strategies", "training"}) | USERS,
     # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
-    "api": frozenset({"learning", "sae", "eval", "benchmarks", "integrations"}),
-    "pipelines": frozenset({"eval", "benchmarks", "integrations"}),
-    "eval": frozenset({"benchmarks", "integrations"}),
-    "assets": frozenset({"benchmarks", "integrations"}),
+    "api": frozenset({"learning", "sae", "eval", "benchmarks", "integrations", "serving"}),
+    "pipelines": frozenset({"eval", "benchmarks", "integrations", "serving"}),
+    "eval": frozenset({"benchmarks", "integrations", "serving"}),
+    "assets": frozenset({"benchmarks", "integrations", "serving"}),
     # Nodes of other programs draw, erase and remove; they measure nothing.
-    "integrations": frozenset({"assets", "benchmarks", "eval"}),
+    "integrations": frozenset({"assets", "benchmarks", "eval", "serving"}),
+    "serving": frozenset({"benchmarks", "integrations"}),
 }  # fmt: skip
 """What each room never imports, anywhere. `cli`, `benchmarks` and `__main__` are in no list: they know everything."""
 NEVER_AT_ONCE = {"api": frozenset({"assets", "pipelines"}), "world": frozenset({"assets"})}

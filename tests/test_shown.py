@@ -124,8 +124,8 @@ def test_the_front_of_a_card_is_yaml() -> None:
         ("/home/me/model", None), ("é/b", None), ("a/b: c", None), ({"a": 1}, None), ("no/off", "no/off"),
     ]:  # fmt: skip
         read = yaml.safe_load(metadata(ErasureConfig("uce", [], "f", base={"model": base})))
-        known = {"library_name": "diffusers", "tags": ["diffusers", "concept-erasure"]}
-        assert read == known | ({"base_model": named} if named else {})
+        known = {"library_name": "diffusers", "tags": ["diffusers", "concept-erasure", "f", "uce"]}
+        assert read == known | ({"base_model": named, "base_model_relation": "adapter"} if named else {})
 
 
 @pytest.mark.parametrize(("word", "hint"), [("erse", "erase"), ("Erase", "erase"), ("atack", "attack"), ("zz", "")])

@@ -184,12 +184,4 @@ def guidance_of(row: PromptRow, options: GenerateOptions) -> float:
 
 def call_settings(model: str, steps: int | None = None, guidance: float | None = None) -> Settings:
     """How the model draws: as the user says, else as it was made for; what is left out is the pipeline's own."""
-    world = World.at(model)
-    settings = dict(world.generation)
-    if settings.pop("true_cfg_scale", None) is not None:
-        settings["guidance_scale"] = world.guidance_scale
-    if steps is not None:
-        settings["num_inference_steps"] = steps
-    if guidance is not None:
-        settings["guidance_scale"] = guidance
-    return settings
+    return World.at(model).call_settings(steps, guidance)

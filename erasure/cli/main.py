@@ -31,6 +31,10 @@ COMMANDS: dict[str, str] = {
     "info": "what an erasure is and holds",
     "export": "an erasure for other programs: a LoRA, or a checkpoint of the erased model",
     "import": "an erasure that others published, as one of ours",
+    "push": "an erasure onto the Hugging Face Hub, with what was measured of it",
+    "pull": "an erasure from the Hugging Face Hub into a folder",
+    "serve": "a model with erasures over HTTP, locked: nothing goes around them",
+    "log": "whether the audit log of a locked pipeline is whole",
     "bench": "overhead and cost on this machine",
     "sae": "train or look at a sparse autoencoder of a text tower",
 }

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from erasure.picture_record import FORMAT, AttachedErasure, PictureRecord, read_record
+from erasure.picture_record import FORMAT, AttachedErasure, PictureRecord, called, read_record
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,8 +35,7 @@ class Maker:
         from erasure.cache import model_fingerprint
 
         self.command = command
-        # Where a folder lies tells others nothing, and is not theirs to know.
-        self.model = Path(os.path.realpath(model)).name if os.path.exists(model) else model
+        self.model = called(model)
         self.fingerprint = model_fingerprint(pipe)
         self.erasures: list[AttachedErasure] = []
         self.omit_prompt = omit_prompt

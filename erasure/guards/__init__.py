@@ -9,19 +9,24 @@ of a call show (other words for one text encoder, a negative prompt) is looked f
 from __future__ import annotations
 
 from erasure.guards.calls import Way, calling, check_arguments, check_call, way_of, ways_around
-from erasure.guards.encodings import unguarded
+from erasure.guards.encodings import admitted, is_admitted, unguarded
 from erasure.guards.networks import install, share_gates
-from erasure.guards.said import CONTROL
+from erasure.guards.said import CONTROL, REFUSABLE, Refusable, lock_of
 from erasure.guards.saving import check_saveable
 
 __all__ = [
     "CONTROL",
+    "REFUSABLE",
+    "Refusable",
     "Way",
+    "admitted",
     "calling",
     "check_arguments",
     "check_call",
     "check_saveable",
     "install",
+    "is_admitted",
+    "lock_of",
     "share_gates",
     "unguarded",
     "way_of",

@@ -16,11 +16,16 @@ from erasure.guards.networks import encodings_of
 from erasure.guards.said import (
     CLIP_SKIP,
     EMBEDDINGS,
+    HANDED_IN,
     IMAGE_PROMPT,
+    LEVELS,
     NEGATIVE,
+    NOISE,
     OTHER_TEXT,
     PICTURE,
     TEXT_LENGTH,
+    is_locked_out,
+    lock_of,
     made_for_others,
     names_in_force,
     names_on_text,
@@ -31,7 +36,9 @@ from erasure.interop import paths
 from erasure.interop.pipelines import components_of
 from erasure.state import ComponentState
 
-Way = Literal["other text", "embeddings", "image prompt", "picture", "skipped blocks", "negative prompt"]
+Way = Literal[
+    "other text", "embeddings", "image prompt", "picture", "skipped blocks", "negative prompt", "noise", "levels"
+]  # fmt: skip
 """How an argument of a pipeline's call can go around an erasure."""
 WAYS: dict[Way, re.Pattern[str]] = {
     "other text": re.compile(r"(negative_)?prompt_\d+"),
@@ -40,10 +47,14 @@ WAYS: dict[Way, re.Pattern[str]] = {
     "picture": re.compile(r"(?!mask_)(\w+_)?images?(_latents)?"),
     "skipped blocks": re.compile(r"clip_skip"),
     "negative prompt": re.compile(r"negative_prompt"),
+    "noise": re.compile(r"latents"),
+    "levels": re.compile(r"timesteps|sigmas|denoising_(start|end)"),
 }
 """Names of such arguments, the first that matches: diffusers' pipelines call the same things by the same names."""
 
 
+ONLY_LOCKED: dict[Way, str] = {"embeddings": HANDED_IN, "noise": NOISE, "levels": LEVELS}
+"""What the mere presence of an argument says under a lock; elsewhere such arguments are as good as their values."""
 LENGTH = "max_sequence_length"
 """Name of the argument that says how long a text is to T5."""
 
@@ -77,6 +88,7 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
         given: Arguments by name.
 
     Raises:
+        LockedError: The erasures are locked, and the lock refuses it.
         BypassedErasureError: Under an erasure that was attached with `strict=True`.
     """
     states = [state for module in components.values() if (state := ComponentState.of(module)) is not None]
@@ -88,12 +100,14 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
         said(states, names, PICTURE)
     on_text = names_on_text(states)
     compiled = [known for part in components.values() if paths.is_compiled(part) and (known := encodings_of(part))]
+    locked = lock_of(states)
     for name, value in given.items():
         way = way_of(name) if value is not None else None
+        if way in ONLY_LOCKED and is_locked_out(locked, ONLY_LOCKED[way]):
+            said(states, names, ONLY_LOCKED[way], way=name)
         if way == "other text" and on_text and _differs(value, given.get(usual := re.sub(r"_\d+$", "", name))):
             said(states, on_text, OTHER_TEXT, way=name, usual=usual)
-        elif way == "picture" and isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] not in (1, 3):
-            # Latents of a picture, which go past the VAE.
+        elif way == "picture" and (is_locked_out(locked, PICTURE) or _is_of_latents(value)):
             said(states, names, PICTURE)
         elif way == "skipped blocks" and value:
             if unfit := unfit_for_skipping(states, blocks_read(components), value):
@@ -102,7 +116,7 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
             # The guard on the denoiser is not asked inside of a compiled graph.
             if any(skipped_blocks(states, known, value) is None for known in compiled):
                 said(states, on_text, EMBEDDINGS, way=name)
-        elif way == "image prompt" and compiled:
+        elif way == "image prompt" and (compiled or is_locked_out(locked, IMAGE_PROMPT)):
             said(states, names, IMAGE_PROMPT)
         elif name == LENGTH and isinstance(value, int):
             for free in [known.free for known in compiled if known.free]:
@@ -117,6 +131,11 @@ def check_arguments(pipe: DiffusionPipeline, *args: object, **kwargs: object) ->
     named = inspect.signature(type(pipe).check_inputs).bind_partial(pipe, *args, **kwargs).arguments  # type: ignore[attr-defined]
     if not KNOWN.calling:
         check_call(components_of(pipe), named)
+
+
+def _is_of_latents(picture: object) -> bool:
+    """Whether what is handed in as a picture is latents of one, which go past the VAE."""
+    return isinstance(picture, Tensor) and picture.ndim == 4 and picture.shape[1] not in (1, 3)
 
 
 def _differs(text: object, usual: object) -> bool:

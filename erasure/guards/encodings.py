@@ -18,7 +18,7 @@ from erasure.interop import hooks, paths
 from erasure.interop.encoders import anatomy_of, block_of, blocks_of
 from erasure.interop.hooks import ModelHook
 from erasure.interop.protocols import Arguments
-from erasure.state import ComponentState
+from erasure.state import ComponentState, Locked
 
 _ENCODINGS, _OUTPUT = "erasure_encodings", "erasure_block_output"
 SAMPLED, REMEMBERED = 8, 4096
@@ -35,6 +35,8 @@ class Known(threading.local):
         """Whether nothing is to be noticed."""
         self.calling = False
         """Whether a call is under way whose arguments have been looked at."""
+        self.admitted: tuple[Locked, ...] = ()
+        """Locks of the pipelines whose calls are under way."""
         self.skipped = 0
         """Blocks that a call of the last norm leaves out."""
         self.checked: deque[tuple[weakref.ref[Tensor], Encodings]] = deque(maxlen=AT_ONCE)
@@ -52,6 +54,21 @@ def unguarded() -> Iterator[None]:
         yield
     finally:
         KNOWN.quiet = before
+
+
+@contextmanager
+def admitted(locked: Locked) -> Iterator[None]:
+    """Networks under a lock may be run inside of the block, in this thread: by a call that the lock has looked at."""
+    before, KNOWN.admitted = KNOWN.admitted, (*KNOWN.admitted, locked)
+    try:
+        yield
+    finally:
+        KNOWN.admitted = before
+
+
+def is_admitted(locked: Locked) -> bool:
+    """Whether this thread is inside of a call that a lock has looked at."""
+    return locked in KNOWN.admitted
 
 
 class Encodings:

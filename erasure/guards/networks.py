@@ -23,8 +23,10 @@ from erasure.guards.said import (
     IMAGE_PROMPT,
     PICTURE,
     REFERENCE,
+    STRANGER,
     TEXT_LENGTH,
-    is_strict,
+    is_refused,
+    lock_of,
     made_for_others,
     names_in_denoisers,
     names_in_force,
@@ -63,9 +65,11 @@ class _AtEntry(NamedArguments):
         self.said: set[str] = set()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Warn, or raise `BypassedErasureError` under a strict erasure, and change nothing."""
+        """Warn, or raise `BypassedErasureError` under a strict erasure or a lock, and change nothing."""
         if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
+        if (locked := lock_of(self.states)) is not None and not known.is_admitted(locked):
+            said(self.states, names_in_force(self.states), STRANGER)
         if apart := rounds.found_apart() & {name for state in self.states for name in state.in_force()}:
             said(self.states, ", ".join(sorted(apart)), APART)
         given = self.by_name(args, kwargs)
@@ -107,7 +111,7 @@ class _AtEntry(NamedArguments):
 
     def _once(self, reason: str, names: str = "", **words: object) -> None:
         key = reason.format(names=names, **words)
-        if key not in self.said or is_strict(self.states):
+        if key not in self.said or is_refused(self.states, reason):
             self.said.add(key)
             said(self.states, names or names_in_force(self.states), reason, **words)
 

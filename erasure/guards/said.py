@@ -1,12 +1,13 @@
-"""What is said of ways around erasures, and how: a warning, or an error under a strict erasure."""
+"""What is said of ways around erasures, and how: a warning, or an error under a strict erasure or a lock."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
-from erasure.errors import BypassedErasureError, BypassedErasureWarning
-from erasure.state import ComponentState
+from erasure.errors import BypassedErasureError, BypassedErasureWarning, LockedError
+from erasure.state import ComponentState, Locked
 
 EMBEDDINGS = (
     "{way}= bypasses {names}: these embeddings were not made by this model's text encoder under the erasures "
@@ -51,6 +52,47 @@ NEGATIVE = (
     "the negative prompt names what {names} erases, or what takes its place, and pushes the drawing away from it, "
     "which can bring the concept back: leave that word out."
 )
+HANDED_IN = (
+    "{way}= is refused under {names}: embeddings can be searched that no prompt gives and that bring a concept back, "
+    "whatever was edited. Pass prompt=."
+)
+NOISE = (
+    "{way}= is refused under {names}: noise can be searched that brings a concept back. Pass generator=, and let the "
+    "pipeline draw the noise."
+)
+LEVELS = (
+    "{way}= is refused under {names}: it chooses noise levels by hand, which the erasure was not measured with. Pass "
+    "num_inference_steps=."
+)
+STRANGER = (
+    "the networks of a locked pipeline, which carry {names}, are run by something else than a call of that pipeline. "
+    "Draw with the locked pipeline, or with one that its class makes of it (from_pipe), which is locked as well."
+)
+
+Refusable = Literal["image_prompts", "pictures", "controls", "noise", "schedulers", "loras"]
+"""What a lock refuses where it is told so."""
+REFUSABLE: tuple[Refusable, ...] = get_args(Refusable)
+TOLD: Mapping[str, Refusable] = {
+    IMAGE_PROMPT: "image_prompts", REFERENCE: "image_prompts", PICTURE: "pictures", CONTROL: "controls",
+    NOISE: "noise", LEVELS: "schedulers",
+}  # fmt: skip
+"""The ways around that a lock refuses where it is told so, and warns of elsewhere. It refuses all others always."""
+
+
+def lock_of(states: Iterable[ComponentState]) -> Locked | None:
+    """The lock on some components."""
+    return next((state.locked for state in states if state.locked is not None), None)
+
+
+def is_refused(states: Iterable[ComponentState], reason: str) -> bool:
+    """Whether a way around is an error: under an erasure that was attached with `strict=True`, or under a lock."""
+    states = list(states)
+    return is_strict(states) or is_locked_out(lock_of(states), reason)
+
+
+def is_locked_out(locked: Locked | None, reason: str) -> bool:
+    """Whether a lock refuses a way around."""
+    return locked is not None and (reason not in TOLD or TOLD[reason] in locked.refuses)
 
 
 def names_in_force(states: Iterable[ComponentState]) -> str:
@@ -117,9 +159,12 @@ def said(states: Iterable[ComponentState], names: str, reason: str, **words: obj
         **words: What else stands in it in braces.
 
     Raises:
+        LockedError: They are locked, and the lock refuses it.
         BypassedErasureError: One of the erasures in force was attached with `strict=True`.
     """
-    text = reason.format(names=names, **words)
+    states, text = list(states), reason.format(names=names, **words)
+    if is_locked_out(lock_of(states), reason):
+        raise LockedError(f"this pipeline is locked: {text}")
     if is_strict(states):
         raise BypassedErasureError(text)
     warnings.warn(text, BypassedErasureWarning, stacklevel=4)

@@ -88,3 +88,8 @@ def unwrap(component: nn.Module) -> None:
         setattr(parent, name, child.get_base_layer())
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(component).pop(attribute, None)
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether a module is what PEFT has put around a layer."""
+    return isinstance(module, BaseTunerLayer)

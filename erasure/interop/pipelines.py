@@ -50,6 +50,10 @@ def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
 
+LOCK = "_erasure_lock"
+"""Attribute of a pipeline whose erasures are locked: what looks at its calls. It is about that pipeline's networks."""
+
+
 class CallGuard:
     """Runs a check ahead of every call of one method of one object (a module or a pipeline).
 
@@ -195,7 +199,9 @@ def twin(
                 value.to(live.device, live.dtype, copy=True), live.requires_grad
             )
     other = copy.copy(pipe)
-    other.__dict__ = {key: value for key, value in vars(pipe).items() if not isinstance(value, CallGuard)}
+    own = {key: value for key, value in vars(pipe).items() if not isinstance(value, CallGuard)}
+    own.pop(LOCK, None)
+    other.__dict__ = own
     for name, component in copies.items():
         setattr(other, name, component)
     if getattr(pipe, "scheduler", None) is not None:

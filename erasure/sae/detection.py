@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 
+from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import TextTower, backbone_for
 from erasure.carriers.features import BlockEdit, GatedEdit
@@ -52,9 +53,22 @@ def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> li
     known = [erasure for erasure in manager.erasures.values() if erasure.edits.features]
     if not known:
         raise AttachError("no attached erasure can tell concepts in prompts: attach one that was made with itd")
-    towers = {tower.component: tower for tower in backbone_for(manager.stock()).towers}
+    return detect_with(backbone_for(manager.stock()).towers, known, texts)
+
+
+def detect_with(
+    stock: Sequence[TextTower], erasures: Iterable[Erasure], texts: Sequence[str]
+) -> list[dict[str, Detection]]:
+    """See `detect_concepts`.
+
+    Args:
+        stock: The text encoders without erasures.
+        erasures: Those whose feature edits are asked; others tell nothing.
+        texts: The prompts.
+    """
+    towers = {tower.component: tower for tower in stock}
     found: list[dict[str, Detection]] = [{} for _ in texts]
-    for erasure in known:
+    for erasure in erasures:
         for key, edit in erasure.edits.features.items():
             component, path = key.split("/", 1)
             with same_gradient_mode():

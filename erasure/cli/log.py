@@ -1,0 +1,54 @@
+"""`erasure log FILE`: whether the audit log of a locked pipeline is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from erasure.cli.serve import secret
+from erasure.cli.terminal import Terminal, parse
+
+
+@dataclass(kw_only=True)
+class LogOptions:
+    """Check that no line of an audit log was changed, moved or removed, and ask whether a prompt is in it."""
+
+    file: tyro.conf.Positional[Path]
+    """The log. If it was written with a secret, the variable ERASURE_AUDIT_KEY holds it."""
+    head: str | None = None
+    """Digest of a line that must be in it, kept elsewhere (`log_head` of /health): tells whether lines are missing at
+    the end."""
+    prompt: str | None = None
+    """Which lines are about this prompt."""
+    json: bool = False
+    """Print JSON, and nothing else on stdout."""
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> None:
+    """Carry out the command."""
+    options = parse(LogOptions, "log", argv)
+    terminal.json_only = options.json
+    from erasure.locking import find, verify_log
+
+    key = secret()
+    told = verify_log(options.file, key=key, head=options.head)
+    lines = None if options.prompt is None else find(options.file, options.prompt, key=key)
+    if options.json:
+        report = {"lines": told.lines, "head": told.head, "events": dict(told.events), "keyed": told.keyed,
+                  "torn": told.torn}  # fmt: skip
+        terminal.result(report if lines is None else {**report, "about_the_prompt": lines})
+        return
+    events = ", ".join(f"{count} {event}" for event, count in told.events.items())
+    terminal.say(f"{told.lines} lines ({events}), each as it was written; the last has the digest {told.head}")
+    if told.torn:
+        terminal.say(f"{told.torn} lines were cut short when a process was killed, and are accounted for")
+    if not told.keyed:
+        terminal.say(f"Written without a secret (ERASURE_AUDIT_KEY): who may write {options.file} can write it anew")
+    if options.head is None:
+        terminal.say("Lines that are missing at its end cannot be seen: compare the digest with one kept elsewhere")
+    if lines is not None:
+        shown = ", ".join(map(str, lines)) or "none"
+        terminal.say(f"Lines about the prompt: {shown}")

@@ -1,0 +1,1 @@
+"""Erasures go up to the Hub and come down again."""
