@@ -289,7 +289,9 @@ def test_a_model_that_does_not_draw_the_world_gets_no_rate(erased_pipe: Any, tmp
 
 
 def test_models_that_declare_no_world_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
-    for suite in suites.available():
+    judging = set(suites.available()) - set(suites.OF_PROMPTS)
+    assert judging == {"canvas", "canvas-unseen", "composition", "removal"}
+    for suite in judging:
         with pytest.raises(EvaluationError, match=r"declares no world.*canvas\.json"):
             evaluate(tiny_pipe, suite, "cat", out=tmp_path / "out", progress=False)
     with pytest.raises(EvaluationError, match="declares no world"):
