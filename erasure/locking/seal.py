@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TypedDict
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -136,8 +137,17 @@ def _itself(part: object) -> object:
     return paths.uncompiled(part) if isinstance(part, nn.Module) else part
 
 
-def described(states: Mapping[str, ComponentState]) -> Iterator[tuple[str, dict[str, object]]]:
-    """Name, strategy, concepts, strength and fingerprint of every erasure in force."""
+class InForce(TypedDict):
+    """An erasure that is in force."""
+
+    strategy: str
+    concepts: list[str]
+    strength: float
+    fingerprint: str
+
+
+def described(states: Mapping[str, ComponentState]) -> Iterator[tuple[str, InForce]]:
+    """Every erasure in force, by name."""
     attached = {name: one for state in states.values() for name, one in state.in_force().items()}
     for name, one in attached.items():
         made = one.erasure

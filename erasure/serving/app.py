@@ -99,7 +99,7 @@ class Service:
         self.erasures: list[AttachedErasure] = [
             {
                 "name": name, "strategy": str(told["strategy"]), "fingerprint": str(told["fingerprint"]),
-                "strength": float(told["strength"]),
+                "strength": told["strength"],
             }
             for name, told in held.erasures.items()
         ]  # fmt: skip
@@ -129,7 +129,7 @@ class Service:
         record: PictureRecord = {
             "format": FORMAT, "version": __version__, "command": "serve", "model": self.model,
             "fingerprint": self.fingerprint, "erasures": self.erasures, "prompt": drawing.prompt,
-            "seed": drawing.seed, "settings": dict(drawing.settings),
+            "seed": drawing.seed, "settings": {name: value for name, value in drawing.settings},
         }  # fmt: skip
         if drawing.negative_prompt:
             record["negative_prompt"] = drawing.negative_prompt

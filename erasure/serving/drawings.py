@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from erasure.backbones import backbone_for
 from erasure.carriers.embeddings import require_tokens
@@ -70,7 +70,7 @@ class Drawing:
     prompt: str
     negative_prompt: str = ""
     seed: int = 0
-    settings: tuple[tuple[str, object], ...] = field(default=())
+    settings: tuple[tuple[str, JsonValue], ...] = field(default=())
     """Steps, guidance, height and width, by name. Pictures are drawn together where these are the same."""
 
 

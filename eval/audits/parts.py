@@ -77,8 +77,8 @@ class Part:
     @property
     def title(self) -> str:
         """What it does, in a line."""
-        registry = {"evaluation": SUITES, "attack": ATTACKS, "stress": STRESS_TESTS}[self.kind]
-        return str(registry.facts(self.name).told["title"])
+        facts = {"evaluation": SUITES.facts, "attack": ATTACKS.facts, "stress": STRESS_TESTS.facts}[self.kind]
+        return str(facts(self.name).told["title"])
 
 
 def parts_of(

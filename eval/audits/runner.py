@@ -195,7 +195,7 @@ def _done(
         if part.kind == "evaluation":
             results = evaluate(pipe, part.name, erased, out=out, **common)
         elif part.kind == "attack":
-            control = {"control": True} if part.measures_chance else {}
+            control: Record = {"control": True} if part.measures_chance else {}
             results = attack(pipe, part.name, concept, out=out, **common, **control)
         else:
             results = stress_test(pipe, part.name, concept, out=out, **common)

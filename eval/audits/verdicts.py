@@ -60,12 +60,16 @@ def finding_of(part: Part, results: Results) -> Finding:
 
 def described(rows: Sequence[Row]) -> str:
     """The figures of a stress test in words, for what is no attack."""
-    told = []
-    for row in rows:
-        if row["value"] is not None and (row.get("verdict") or row["name"] == "concept_shown"):
-            share = f"{number(row['value'], '.0f', 100)} %" if row["name"] == "concept_shown" else number(row["value"])
-            told.append(" ".join(filter(None, (row["name"], row["variant"], share, row.get("verdict")))))
-    return "; ".join(told)
+    measured = [row for row in rows if row["value"] is not None]
+    shown = ", ".join(
+        f"{number(row['value'], '.0f', 100)} % {row['variant']}" for row in measured if row["name"] == "concept_shown"
+    )
+    others = [
+        f"{row['name']} {number(row['value'])}: {row['verdict']}"
+        for row in measured
+        if row.get("verdict") and row["name"] != "recovered"
+    ]
+    return "; ".join([*([f"shows it: {shown}"] if shown else []), *others])
 
 
 def _measured(rows: Sequence[Row]) -> Iterable[Finding]:

@@ -109,7 +109,7 @@ def test_a_stress_test_says_what_its_worst_condition_does() -> None:
     assert finding_of(Part("stress", "relearn", "cat"), results(faster)).word == "broken"
     told = finding_of(Part("stress", "strength", "cat"), results(*shown, *recovered))
     assert told.word == "not measured"
-    assert "int4 50 %" in told.detail
+    assert told.detail == "shows it: 0 % int8, 50 % int4"
 
 
 def test_an_attacker_is_held_off_only_where_every_part_held() -> None:
