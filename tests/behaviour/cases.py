@@ -80,10 +80,8 @@ COMPILED = [
     *(
         ((case, family), first)
         for family in FIRST
-        for case in ("uce", "hirm-pinned")
-        for first in ("attach", "compile")
+        for case, first in (("uce", "compile"), ("hirm-pinned", "attach"), ("sld", "attach"), ("itd", "compile"))
     ),
-    *(((case, family), first) for family in FIRST for case, first in (("sld", "attach"), ("itd", "compile"))),
     (("hirm-pinned", "stable-diffusion-xl"), "attach"),
     (("uce", "flux"), "compile"),
 ]

@@ -1,4 +1,4 @@
-"""What a locked pipeline refuses, for every kind of edit on every family."""
+"""What a locked pipeline refuses, for every kind of edit, and on every family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from erasure.interop import hooks, paths
 from erasure.locking.seal import edited_paths
 from erasure.state import ComponentState
 
-from .cases import ALONE, ATTACHED, embeddings, is_text_side, lora_pair, pairs
+from .cases import ALONE, ATTACHED, embeddings, is_text_side, lora_pair, spread
 
 Switch = Callable[[Any], object]
 SWITCHES: dict[str, Switch] = {
@@ -58,7 +58,7 @@ def other_noise(pipe: Any) -> dict[str, Any]:
     }
 
 
-@pairs(ATTACHED, alone=ALONE)
+@spread((*ATTACHED, *ALONE))
 class TestLocked:
     """What holds of every erasure under a lock."""
 
