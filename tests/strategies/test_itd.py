@@ -16,7 +16,7 @@ from erasure.backbones import backbone_for
 from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.cli.main import main
 from erasure.errors import ArtifactError, AttachError, ConceptError, OptionError, WrongBaseError
-from erasure.sae import save
+from erasure.sae import mining, save
 from erasure.sae.detection import detect_concepts
 from erasure.sae.selection import Evidence, evidence, top_sets
 from erasure.strategies import get
@@ -333,15 +333,17 @@ def test_what_takes_the_place_is_not_erased_as_well(canvas: Any) -> None:
     assert anchor_of(backbone, synonym[0], synonym).target == "boat"
 
 
-def test_mining_adds_features_that_words_do_not_reach(canvas: Any) -> None:
-    made = erasure.erase(canvas, "gun", "itd", mining_steps=50, attach=False, progress=False)
+def test_mining_adds_features_that_words_do_not_reach(canvas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mining, "IMAGES", 4)
+    monkeypatch.setattr(mining, "BATCH", 2)
+    made = erasure.erase(canvas, "gun", "itd", mining_steps=30, attach=False, progress=False)
     plain = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
     (mined,), (first,) = made.edits.features.values(), plain.edits.features.values()
     added = int(made.config.cost["gun_mined"])
     assert mined.edits.shape[1] == first.edits.shape[1] + added
     assert added > 0
     assert made.config.gates["gun"]["features"]["fpr"] <= 0.01
-    again = erasure.erase(canvas, "gun", "itd", mining_steps=50, attach=False, progress=False)
+    again = erasure.erase(canvas, "gun", "itd", mining_steps=30, attach=False, progress=False)
     ((key, other),) = again.edits.features.items()
     assert all(torch.equal(a, b) for a, b in zip(mined, other, strict=True)), key
 
