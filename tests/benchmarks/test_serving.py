@@ -32,7 +32,8 @@ def test_none_is_lost_and_none_unerased(tmp_path: Path, capsys: pytest.CaptureFi
     assert "p95 seconds: " in said
 
 
-def test_too_few_steps_are_refused_for_what_nobody_could_judge() -> None:
+def test_pictures_that_nobody_could_judge_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "CONFIDENT", 1.1)  # as after too few steps: the judge is sure of nothing
     with pytest.raises(EvaluationError, match="give more --steps"):
         serving.measure(serving.Serving(steps=1))
 
