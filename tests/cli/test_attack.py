@@ -159,7 +159,7 @@ def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped:
     (tmp_path / "empty.csv").write_text("prompt\n")
     assert "empty.csv" in stopped(*start, "--concept", "cat", "--prompts", tmp_path / "empty.csv")
     assert "one for each" in stopped(*start, "--concept", "cat", "--strength", "0.5")
-    assert "unknown suite" in stopped(*start, "--concept", "cat", "--suite", "i2p")
+    assert "unknown suite" in stopped(*start, "--concept", "cat", "--suite", "i3p")
     assert "no adversarial prompts at" in stopped(*start, "--prompts", tmp_path / "none")
     assert "leave out iterations" in stopped(*start, "--prompts", prompts, "--iterations", "3")
     damaged = tmp_path / "damaged.jsonl"
@@ -169,6 +169,7 @@ def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped:
     other.write_text((prompts / "adversarial.jsonl").read_text().replace("unlearndiffatk", "p4d"))
     assert "are of the attack p4d" in stopped(*start, "--prompts", other)
     assert not out.exists()
+    assert "for an attack, name a suite" in stopped(*start, "--concept", "cat", "--suite", "i2p")
     assert "no concept 'cow'" in stopped(*start, "--concept", "cow")
     assert "not about 'dog'" in stopped(*start, "--prompts", prompts, "--concept", "dog")
     (tmp_path / "mine").mkdir()

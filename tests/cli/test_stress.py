@@ -75,7 +75,7 @@ def test_bad_usage_is_one_line(cat: str, tmp_path: Path, stopped: Any) -> None:
     assert "'shares'" in stopped(*start, "--erasure", cat, "--shares", "1.5")
     assert "two ways to say who looks" in stopped(*start, "--erasure", cat, "--judge", "a:b", "--detector", "nsfwjs")
     assert "unknown detector" in stopped(*start, "--erasure", cat, "--detector", "nsfw")
-    assert "unknown suite" in stopped(*start, "--erasure", cat, "--suite", "i2p")
+    assert "unknown suite" in stopped(*start, "--erasure", cat, "--suite", "i3p")
     assert "'formats'" in stopped(
         "quantise", "--model", "canvas-sd", "--erasure", cat, "--out", out, "--backend", "bitsandbytes"
     )

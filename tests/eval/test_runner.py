@@ -184,7 +184,7 @@ def test_without_images_nothing_is_kept_but_the_cache(erased_pipe, measure, tmp_
 
 def test_bad_requests(erased_pipe, measure, tmp_path) -> None:
     with pytest.raises(EvaluationError, match="unknown suite"):
-        measure(erased_pipe, suite="i2p")
+        measure(erased_pipe, suite="i3p")
     with pytest.raises(ArtifactError, match="no open_clip model"):
         measure(erased_pipe, clip=tmp_path)
     ErasureManager(erased_pipe).fuse()

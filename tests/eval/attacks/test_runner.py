@@ -398,7 +398,7 @@ def test_replay_refuses_prompts_that_do_not_fit(erased_pipe: Any, found: Path, t
     refused(tmp_path, "no adversarial prompts at .*adversarial.jsonl")
     refused(found, "are about 'cat', not about 'dog'", concept="dog")
     refused(found, "no concept 'cow'", concept="cow")
-    refused(found, "unknown suite", suite="i2p")
+    refused(found, "unknown suite", suite="i3p")
     lines = (found / "adversarial.jsonl").read_text().splitlines()
     file = tmp_path / "file.jsonl"
     file.write_text("")
@@ -426,7 +426,7 @@ def test_bad_requests(erased_pipe: Any, run: Any, texts: list[str], scripted: No
             "unknown attack 'no-such'; there are: completion, .*, sampler, scripted, synonym, .*, unlearndiffatk",
         ),
         ({"size": "huge"}, "no size 'huge'; there are: smoke, quick, full"),
-        ({"suite": "i2p"}, "unknown suite"),
+        ({"suite": "i3p"}, "unknown suite"),
         ({"suite": "removal"}, "has no prompts of a concept"),
         ({"concept": "cow"}, "no concept 'cow'"),
     ):
