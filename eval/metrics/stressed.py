@@ -247,7 +247,7 @@ class StepsToHalf(StressMetric):
             last = curve[-1][0]
             label = next(evidence.label(c.name) for c in evidence.conditions.values() if c.curve == name)
             row = self.row(evidence, name, label) | {"recipe": evidence.recipe(self.definition)}
-            row |= {"n": len(curve[-1][1]), "budget": last, "curve": points(curve)}
+            row |= {"n": len(curve[-1][1]), "budget": last, "points": points(curve)}
             value = s50(curve)
             if failure is not None or value is None:
                 reason = failure or (
