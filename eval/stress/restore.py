@@ -123,7 +123,7 @@ def _part(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
     They are alike where text and picture attend to each other in one joint attention.
     """
     blocks, number, *_ = site.name.split(".")
-    name = blocks.removesuffix("s").removesuffix("_block")
+    name = blocks.partition("_")[0]
     if any(other.kind == "cross" for other in sites):
         return name
     count = 1 + max(int(other.name.split(".")[1]) for other in sites if other.name.startswith(f"{blocks}."))

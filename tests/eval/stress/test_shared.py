@@ -84,7 +84,7 @@ def test_end_to_end(
             assert value is None or ((low is None or low <= value) and (high is None or value <= high)), row
     shown = [row for row in results.metrics if row["name"] == "concept_shown"]
     assert [row["variant"] for row in shown] == list(drawn)
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") > 0
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/webp") > 0
     assert results.cost["images_generated"] == len(rows)
     # It is finished: nothing is drawn again.
     kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
@@ -179,9 +179,13 @@ def test_no_verdict_where_the_control_of_the_change_fails(
 
 SCRIPT = """
 import sys
+import types
 from pathlib import Path
 root, model, work = map(Path, sys.argv[1:])
 sys.path[:0] = [str(root)]
+# Other packages may have brought a folder of tests of their own, which would be found first.
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [str(root / "tests")]
 import torch
 torch.set_num_threads(1)
 from tests.conftest import make_tiny_pipe
