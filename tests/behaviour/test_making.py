@@ -87,9 +87,9 @@ class TestMaking:
         assert set(result.config.base["learned_tokens"]["text_encoder"]) == set(LEARNED)
 
 
-@spread(CASES)
-class TestMakingOnPipelines:
-    """What holds for every strategy on the first family, and for some on each of the others."""
+@spread((*ATTACHED, *ALONE))
+class TestMakingInHalfPrecision:
+    """What holds for every kind of edit; that trained ones are trained in full precision is tested with the loop."""
 
     def test_made_in_half_precision_fits_the_same_model_in_full(
         self, case: str, tiny_pipe: Any, tiny_pipe_original: Any, manager: ErasureManager
@@ -99,6 +99,11 @@ class TestMakingOnPipelines:
         ErasureManager(low).add(result)
         manager.add(result)
         assert manager.verify() > 0
+
+
+@spread(CASES)
+class TestMakingOnPipelines:
+    """What holds for every strategy on the first family, and for some on each of the others."""
 
     def test_is_the_same_again_where_gradients_are_off(
         self, case: str, tiny_pipe_original: Any, made: Erasure

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from erasure.eval.suites import SUITES
 from tests.eval.pinned import ATTACKS as KEPT_ATTACKS
@@ -20,13 +22,19 @@ COLOUR = 1.0
 """The same for the mean colour of a part of a picture, in steps of 256."""
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        pipe = prepare(patch.setattr)
-        yield runs(pipe, tmp_path_factory.mktemp("pinned"))
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is found now. It is made once for all processes that share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    file = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pinned.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            threads = torch.get_num_threads()
+            with pytest.MonkeyPatch.context() as patch:
+                content = runs(prepare(patch.setattr), tmp_path_factory.mktemp("pinned"))
+            torch.set_num_threads(threads)
+            file.write_text(json.dumps(content))
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
 def compared(wanted: Any, got: Any, where: str, near: dict[str, float]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +254,10 @@ def test_a_model_that_trains_is_left_as_it_was(
     assert not any(p.requires_grad for p in tiny_pipe.text_encoder.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_train_float32(tiny_pipe: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "names"), [(torch.bfloat16, TRAINED), (torch.float16, ["esd"])])
+def test_half_precision_models_train_float32(tiny_pipe: Any, dtype: torch.dtype, names: Sequence[str]) -> None:
     tiny_pipe.to(dtype)
-    for name in TRAINED:
+    for name in names:
         made = make(tiny_pipe, name, steps=3)
         assert any(tensor.any() for tensor in flat(made)), name
         assert made.config.cost["loss_erase"] > 0

@@ -29,7 +29,7 @@ from .lines import ROOT, Lines, spread
 from .looks import colour_judge, differing, drop_in, give_world, look, one_thread
 from .model import Kit, encode, option
 
-INTERRUPTS = option("STRESS_INTERRUPTS", 50)
+INTERRUPTS = option("STRESS_INTERRUPTS", 34)
 """How many are tried over all operations: `STRESS_INTERRUPTS=2000` for the long run."""
 
 
