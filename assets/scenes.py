@@ -112,7 +112,7 @@ def background_pixels(name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shadow:
-    """How every object of a scene throws a shadow onto the background: its outline, moved, blurred and dark."""
+    """The shadow that every object of a scene throws onto the background: its outline, moved, blurred and dark."""
 
     dx: int
     dy: int

@@ -1,4 +1,4 @@
 """Measure what the package costs: commands for a source checkout, which are no part of the installed package."""
 
 PROGRAM = "python -m benchmarks"
-"""How they are called."""
+"""Words of a shell that call the benchmarks, ahead of the name of one."""

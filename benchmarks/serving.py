@@ -139,7 +139,7 @@ def drawn(pipe: DiffusionPipeline, options: Serving) -> list[Image.Image]:
 
 
 def prompt(word: str) -> str:
-    """What is asked for."""
+    """Request of one word, by its number: each draws another picture."""
     return f"a photo of a {word}"
 
 

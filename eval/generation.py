@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -66,3 +67,16 @@ def generate(
         with torch.no_grad(), scopes.quiet(pipe):
             images = pipe(**{name: given for name, given in call.items() if given is not None}).images
         yield batch, images
+
+
+def timed(
+    drawn: Iterator[tuple[list[Sample], list[Image.Image]]],
+) -> Iterator[tuple[list[Sample], list[Image.Image], float]]:
+    """Batches of samples and images, with the seconds that each image took; what is done between them takes none."""
+    while True:
+        start = time.perf_counter()
+        try:
+            batch, images = next(drawn)
+        except StopIteration:
+            return
+        yield batch, images, (time.perf_counter() - start) / len(batch)

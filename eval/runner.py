@@ -24,7 +24,7 @@ from erasure.eval.detections import Checked
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
-from erasure.eval.generation import generate
+from erasure.eval.generation import generate, timed
 from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
@@ -256,14 +256,8 @@ class _Evaluation(Run):
         bar = tqdm(total=done + len(mine), initial=done, desc=name, unit="image", disable=not self.shows_bar)
         with bar:
             mine = self._from_cache(variant, mine, bar)
-            batches = (variant.draw or generate)(pipe, mine, self.batch_size)
-            while True:
-                clock = time.perf_counter()
-                try:
-                    batch, images = next(batches)
-                except StopIteration:
-                    break
-                self._finish(variant, batch, images, (time.perf_counter() - clock) / len(batch))
+            for batch, images, seconds in timed((variant.draw or generate)(pipe, mine, self.batch_size)):
+                self._finish(variant, batch, images, seconds)
                 bar.update(len(batch))
                 self.tell(name, name)
 

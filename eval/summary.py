@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, is_control, is_figure
-from erasure.eval.suites import SIZES
+from erasure.eval.sizes import SIZES
 
 VARIANTS = {"before": " before", "after": ""}
 """Endings of the names of figures, by variant."""

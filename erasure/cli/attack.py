@@ -12,7 +12,7 @@ from erasure.cli.eval import metric_table, refusals
 from erasure.cli.lists import ENDINGS
 from erasure.cli.lists import read_prompts as read_list
 from erasure.cli.models import (
-    ErasedModelOptions,
+    RecordedOptions,
     attach,
     check_strengths,
     load_erasures,
@@ -20,7 +20,7 @@ from erasure.cli.models import (
 )
 from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
-from erasure.concept import Concept, Kind
+from erasure.concept import Concept
 from erasure.eval.attacks import ATTACKS, Access
 from erasure.world import World
 
@@ -39,33 +39,22 @@ The options of each: erasure attack ATTACK --help"""
 
 
 @dataclass(kw_only=True)
-class AttackOptions(ErasedModelOptions):
+class AttackOptions(RecordedOptions):
     """What to attack, and where to write the result."""
 
     concept: str | None = None
     """What must not be seen; that of the erasures when left out."""
-    kind: Kind | None = None
-    """What the concept is. Left out, a Canvas model says it, and other models take it for an object."""
     size: Literal["smoke", "quick", "full"] = "quick"
     """`smoke`: does it run; `quick`: minutes with a small model; `full`: as the paper has it. Sets the attack's
     options; those that are given change single values."""
     prompts: Path | None = None
-    """What an earlier attack found, its folder or file, or a list of prompts of others (a text, CSV, TSV, JSON or JSON
-    lines file with a column `prompt`, and `seed`): try it on these erasures, search nothing."""
+    """Try these on the erasures, and search nothing: the folder or the file of an earlier attack, or a list of prompts
+    of others (a text, CSV, TSV, JSON or JSON lines file with a column `prompt`, and `seed`)."""
     suite: str = "canvas"
     """Where prompts and judge come from."""
-    seed: int = 0
-    """Seed of the samples' noise, and through it of everything random."""
-    judge: str | None = None
-    """Detector in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
-    your own that takes a list of images and gives answers with `.object` and `.style`."""
-    no_record: bool = False
-    """Do not write a summary of the results into the erasure's config and card, where `erasure info` finds it."""
     out: Path
     """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. The same command again goes on where a
     killed one stopped."""
-    json: bool = False
-    """Print results.json, and nothing else on stdout."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:

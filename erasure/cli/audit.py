@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.models import (
-    ErasedModelOptions,
+    RecordedOptions,
     attach,
     canvas_facts,
     check_strengths,
@@ -18,7 +18,6 @@ from erasure.cli.models import (
 )
 from erasure.cli.recording import record
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
-from erasure.concept import Kind
 
 if TYPE_CHECKING:
     from erasure.eval.audits.runner import Audit
@@ -28,7 +27,7 @@ NONE = "none"
 
 
 @dataclass(kw_only=True)
-class AuditOptions(ErasedModelOptions):
+class AuditOptions(RecordedOptions):
     """Evaluate, attack and stress an erasure, and say against which attackers it held.
 
     The same command again goes on where a killed one stopped. What this model or this erasure does not allow is
@@ -37,8 +36,6 @@ class AuditOptions(ErasedModelOptions):
 
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
-    kind: Kind | None = None
-    """What the concepts given are. Left out, a Canvas model says it, and other models take them for objects."""
     suites: tuple[str, ...] = ("canvas", "canvas-unseen")
     """Evaluations (`erasure eval`)."""
     attacks: tuple[str, ...] = ()
@@ -48,29 +45,27 @@ class AuditOptions(ErasedModelOptions):
     size: Literal["smoke", "quick", "full"] = "quick"
     """Of every part. `smoke`: does it run; `quick`: hours on a laptop with a small model; `full`: the numbers to
     publish."""
-    seed: int = 0
-    """Seed of the samples' noise, and through it of everything random."""
-    judge: str | None = None
-    """Detector in the place of the suites' own: the folder of a judge, or `module:attribute` of a function or class of
-    your own that takes a list of images and gives answers with `.object` and `.style`."""
-    no_record: bool = False
-    """Do not write summaries of the results into the erasure's config and card, where `erasure info` finds them."""
     out: Path
     """Folder of report.html, README.md and audit.json, and of a folder for each part."""
-    json: bool = False
-    """Print audit.json, and nothing else on stdout."""
 
 
-def run(argv: Sequence[str], terminal: Terminal) -> None:
-    """Carry out the command."""
+def run(argv: Sequence[str], terminal: Terminal) -> int:
+    """Carry out the command.
+
+    Returns:
+        The exit code: 1 where a part failed.
+    """
     options = parse(AuditOptions, "audit", argv)
     terminal.json_only = options.json
     check_strengths(options)
     if not options.erasure:
         raise UsageError("nothing to audit: give --erasure")
+    attacks, stress = _chosen(options.attacks), _chosen(options.stress)
+    from erasure.eval.audits.parts import parts_of
     from erasure.eval.audits.runner import audit
     from erasure.eval.judges import load_judge
 
+    parts_of(options.concept, options.suites, attacks, stress)  # unknown names are refused before anything is opened
     erasures = load_erasures(options)
     concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind) if options.concept else None
     judge = None if options.judge is None else load_judge(options.judge)
@@ -78,11 +73,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     found = audit(
-        pipe, concepts, out=out, suites=options.suites, attacks=_chosen(options.attacks),
-        stress=_chosen(options.stress), size=options.size, seed=options.seed, judge=judge, progress=terminal.speaks,
+        pipe, concepts, out=out, suites=options.suites, attacks=attacks, stress=stress, size=options.size,
+        seed=options.seed, judge=judge, progress=terminal.speaks,
     )  # fmt: skip
     if not is_main_process():
-        return
+        return 0
     remarks: dict[str, None] = {}
     if not options.no_record:
         own = {concept.target for made in erasures.values() for concept in made.concepts}
@@ -97,7 +92,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(*remarks, f"What held, and what did not: {out / 'report.html'}")
     if found.failures:
         names = ", ".join(outcome.part.folder for outcome in found.failures)
-        raise RuntimeError(f"{len(found.failures)} parts failed ({names}); the report says why")
+        terminal.complain("error", f"{len(found.failures)} parts failed ({names}); {out / 'report.html'} says why")
+    return int(bool(found.failures))
 
 
 def _chosen(names: tuple[str, ...]) -> tuple[str, ...] | None:

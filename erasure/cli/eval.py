@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from erasure.cli.models import (
-    ErasedModelOptions,
+    RecordedOptions,
     attach,
     canvas_facts,
     check_strengths,
@@ -20,7 +20,6 @@ from erasure.cli.models import (
 )
 from erasure.cli.recording import left_out, record
 from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
-from erasure.concept import Kind
 from erasure.shown import number
 
 if TYPE_CHECKING:
@@ -30,22 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class EvalOptions(ErasedModelOptions):
+class EvalOptions(RecordedOptions):
     """Measure a model without and with its erasures. The same command again goes on where a killed one stopped."""
 
     suite: tyro.conf.Positional[str]
     """What to measure, for instance `canvas`."""
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
-    kind: Kind | None = None
-    """What the concepts given are. Left out, a Canvas model says it, and other models take them for objects."""
     size: Literal["smoke", "quick", "full"] = "quick"
     """`smoke`: does it run; `quick`: minutes on a laptop; `full`: the numbers to publish."""
-    seed: int = 0
-    """Seed of the samples' noise."""
-    judge: str | None = None
-    """Detector in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
-    your own that takes a list of images and gives answers with `.object` and `.style`."""
     clip: str | None = None
     """CLIP model for CLIP scores and feature distances, of open_clip or transformers: its folder, or its repository of
     the Hugging Face Hub; `none` for none. The embedded one when left out."""
@@ -74,10 +66,6 @@ class EvalOptions(ErasedModelOptions):
     """Height and width of images in pixels."""
     out: Path
     """Folder of results.json, samples.jsonl and report.html."""
-    no_record: bool = False
-    """Do not write a summary of the results into the erasure's config and card, where `erasure info` finds it."""
-    json: bool = False
-    """Print results.json, and nothing else on stdout."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
@@ -130,7 +118,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 
 def inputs_of(options: EvalOptions) -> dict[str, Any]:
-    """What is given to the suite besides concepts, size and seed.
+    """Arguments for the suite besides concepts, size and seed.
 
     Raises:
         ErasureError: A detector or a number cannot be what is given; nothing has been opened yet.
@@ -161,7 +149,7 @@ def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
 
 
 def worth(detectors: Sequence[Row]) -> list[str]:
-    """What the findings of detectors are worth, a line each."""
+    """Say what the findings of each detector are worth, in a line."""
     lines = []
     for entry in detectors:
         label, measured = entry["label"], entry.get("controls")

@@ -104,8 +104,7 @@ def _dispatch(arguments: list[str], terminal: Terminal) -> int:
         hint = did_you_mean(name, COMMANDS)
         raise UsageError(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}.{hint} See: erasure --help")
     module = f"{name}_" if keyword.iskeyword(name) else name
-    import_module(f"erasure.cli.{module}").run(rest, terminal)
-    return 0
+    return int(import_module(f"erasure.cli.{module}").run(rest, terminal) or 0)
 
 
 def _help() -> str:

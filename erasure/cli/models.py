@@ -50,6 +50,30 @@ class ErasedModelOptions(TaughtModelOptions):
     """Strength of each erasure, in their order; 1 when left out."""
 
 
+@dataclass(kw_only=True)
+class MeasuringOptions(ErasedModelOptions):
+    """A model with erasures that is measured."""
+
+    kind: Kind | None = None
+    """Kind of the concepts that --concept names. Left out, a Canvas model says it, and other models take them for
+    objects."""
+    seed: int = 0
+    """Seed of the samples' noise, and through it of everything random."""
+    judge: str | None = None
+    """Detector in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
+    your own that takes a list of images and gives answers with `.object` and `.style`."""
+    json: bool = False
+    """Print the results as JSON, and nothing else on stdout."""
+
+
+@dataclass(kw_only=True)
+class RecordedOptions(MeasuringOptions):
+    """A measurement whose summary goes into the erasure that was measured."""
+
+    no_record: bool = False
+    """Do not write a summary of the results into the erasure's config and card, where `erasure info` finds it."""
+
+
 def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "text-to-image") -> DiffusionPipeline:
     """Load the pipeline with the progress bars of diffusers off.
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import metric_table, refusals
-from erasure.cli.models import ErasedModelOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.models import MeasuringOptions, attach, check_strengths, load_erasures, open_model
 from erasure.cli.recording import left_out
 from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
-from erasure.concept import Concept, Kind
+from erasure.concept import Concept
 from erasure.eval.stress import STRESS_TESTS
 from erasure.shown import number
 from erasure.world import World
@@ -33,23 +33,16 @@ The options of each: erasure stress TEST --help"""
 
 
 @dataclass(kw_only=True)
-class StressOptions(ErasedModelOptions):
+class StressOptions(MeasuringOptions):
     """What to put under stress, and where to write the result."""
 
     concept: str | None = None
     """What must not come back; that of the erasures when left out."""
-    kind: Kind | None = None
-    """What the concept is. Left out, a Canvas model says it, and other models take it for an object."""
     size: Literal["smoke", "quick", "full"] = "quick"
     """`smoke`: does it run; `quick`: minutes with a small model; `full`: the numbers to publish. Sets the test's
     options; those that are given change single values."""
     suite: str = "canvas"
     """Where prompts and judge come from."""
-    seed: int = 0
-    """Seed of the samples' noise, and of everything random."""
-    judge: str | None = None
-    """Judge in the place of the suite's own: the folder of a judge, or `module:attribute` of a function or class of
-    your own that takes a list of images and gives answers with `.object` and `.style`."""
     detector: str | None = None
     """Registered detector in the place of a judge (`erasure detect`): what it flags shows the concept. It cannot say
     what else is in a picture, so no other prompts are drawn."""
@@ -58,8 +51,6 @@ class StressOptions(ErasedModelOptions):
     out: Path
     """Folder of results.json, samples.jsonl, report.html and images. The same command again goes on where a killed one
     stopped."""
-    json: bool = False
-    """Print results.json, and nothing else on stdout."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:

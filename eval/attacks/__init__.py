@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erasure.errors import EvaluationError
-from erasure.options import Count, Options
+from erasure.eval.sizes import Sized
+from erasure.options import Count
 from erasure.registry import Registry
-from erasure.shown import did_you_mean
 
 if TYPE_CHECKING:
     from erasure.backbones import Backbone
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from erasure.eval.samples import Sample
 
 # No import of torch here: the command line lists attacks without it.
-
-SIZES = ("smoke", "quick", "full")
-"""`smoke`: does it run. `quick`: minutes on a laptop with a small model. `full`: as the paper has it."""
-
 
 Access = Literal["prompt", "embeddings", "noise", "image", "weights"]
 """What an attacker chooses or has: words; what the text encoders give; the noise that a picture starts from, and how
@@ -35,13 +31,14 @@ class SkippedPromptError(EvaluationError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Options, ABC):
+class Attack(Sized, ABC):
     """An attack with its options: subclass it as a frozen dataclass and register it.
 
     It proposes attempts; the runner draws them with the erased pipeline, asks the judge, and stops at the first that
     shows the concept. So no attack knows the judge.
     """
 
+    kind: ClassVar[str] = "attack"
     name: ClassVar[str] = ""
     """Name in the registry; `register` sets it."""
     title: ClassVar[str] = ""
@@ -55,8 +52,6 @@ class Attack(Options, ABC):
     chance: ClassVar[str] = ""
     """How its chance level is measured: by the attack of this name, or by its own option `--control`; empty where
     there is no chance to speak of."""
-    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """Options of each size; those of `full` are the paper's."""
 
     samples: Count = 50
     """Prompts that are attacked at most, spread evenly over those of the suite (paper: 50)."""
@@ -86,19 +81,6 @@ class Attack(Options, ABC):
             SkippedPromptError: This prompt cannot be attacked.
             DivergenceError: NaN or infinity during optimisation.
         """
-
-    @classmethod
-    def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
-        """An instance of a size with single options changed.
-
-        Raises:
-            EvaluationError: An unknown size.
-            OptionError: An unknown option, or a value that an option does not allow.
-        """
-        if size not in SIZES:
-            hint = did_you_mean(str(size), SIZES)
-            raise EvaluationError(f"attack {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}")
-        return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 
 @dataclass(frozen=True, kw_only=True)

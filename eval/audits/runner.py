@@ -25,8 +25,8 @@ from erasure.eval.rows import Record
 from erasure.eval.run import Models, Progress, join, model_name
 from erasure.eval.runner import evaluate
 from erasure.eval.scoring import Judge, reason
+from erasure.eval.sizes import check_size
 from erasure.eval.stress.runner import stress_test
-from erasure.eval.suites import SIZES
 from erasure.files import held, write_json
 from erasure.versions import library_versions
 
@@ -139,8 +139,7 @@ def audit(
         EvaluationError: Nothing is attached, unknown names, a size that there is not, or a folder that holds something
             else.
     """
-    if size not in SIZES:
-        raise EvaluationError(f"there is no size {size!r}; there are: {', '.join(SIZES)}")
+    check_size(size, "an audit")
     processes, models = join(out, seed), Models.of(pipe)
     if not models.entries:
         raise EvaluationError("no erasure is attached and in force, so there is nothing to audit: attach one first")

@@ -80,9 +80,10 @@ _HOMES = {
     ),
     "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
     "stressed": (
-        "concept_shown", "retained_seen", "recovered", "S50", "savings", "edit_survives", "footprint",
+        "concept_shown", "retained_seen", "recovered", "edit_survives", "footprint",
         "footprint_on_concept", "control_changed",
     ),
+    "relearned": ("S50", "savings"),
     "flags": (
         "flagged_rate", "new_flags", "labels", "face_rate", "blank_rate", "expected_max", "identity",
         "identity_retained", "harmonic_mean",

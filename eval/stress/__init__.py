@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 from erasure.errors import EvaluationError
-from erasure.options import Count, CountOrZero, Options
+from erasure.eval.sizes import Sized
+from erasure.options import Count, CountOrZero
 from erasure.registry import Registry
-from erasure.shown import did_you_mean
 
 if TYPE_CHECKING:
     from erasure.eval.rows import Record
@@ -20,18 +20,16 @@ if TYPE_CHECKING:
 
 # No import of torch here: the command line lists stress tests without it.
 
-SIZES = ("smoke", "quick", "full")
-"""`smoke`: does it run. `quick`: minutes on a laptop with a small model. `full`: the numbers to publish."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class StressTest(Options, ABC):
+class StressTest(Sized, ABC):
     """A stress test with its options: subclass it as a frozen dataclass and register it.
 
     It names conditions: the erased model changed in some way, and the controls of these. The runner draws the suite's
     prompts in every condition, asks the judge, counts and resumes. So no stress test knows the judge.
     """
 
+    kind: ClassVar[str] = "stress test"
     name: ClassVar[str] = ""
     """Name in the registry; `register` sets it."""
     title: ClassVar[str] = ""
@@ -48,8 +46,6 @@ class StressTest(Options, ABC):
     """Names of the metrics that are computed, in the order of results."""
     needs_clip: ClassVar[bool] = False
     """Whether it computes with the image features of a CLIP model."""
-    sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """Options of each size."""
 
     samples: Count = 50
     """Prompts with the concept at most, spread evenly over those of the suite."""
@@ -91,19 +87,6 @@ class StressTest(Options, ABC):
     def told(self, bench: Bench) -> Record:
         """Give the options as the recipe holds them, plain data: contents in the place of paths of this machine."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
-        """An instance of a size with single options changed.
-
-        Raises:
-            EvaluationError: An unknown size.
-            OptionError: An unknown option, or a value that an option does not allow.
-        """
-        if size not in SIZES:
-            hint = did_you_mean(str(size), SIZES)
-            raise EvaluationError(f"stress test {cls.name} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}")
-        return super().configured(None, **{**cls.sizes.get(size, {}), **options})
 
 
 def _refusal(thing: object) -> str:

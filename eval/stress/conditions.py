@@ -50,6 +50,24 @@ class Condition(Variant):
     """Place on the curve: steps of training."""
 
 
+def with_control(name: str, change: Change, done: str, done_to_stock: str) -> list[Condition]:
+    """A change of the erased model, behind the stock model changed alike, which must still show the concept.
+
+    Args:
+        name: Of the condition; that of its control begins with `stock_`.
+        change: Of either model.
+        done: What it does to the erased model, in a few words.
+        done_to_stock: The same of the stock model.
+    """
+    control = f"stock_{name}"
+    return [
+        Condition(
+            control, erased=False, change=change, about=done_to_stock, roles=("target",), control="positive"
+        ),
+        Condition(name, change=change, about=done, needs=(control,), compared=True),
+    ]  # fmt: skip
+
+
 STOCK = Condition("before", erased=False, about="the stock model")
 ERASED = Condition("after", about="the erased model as it is")
 

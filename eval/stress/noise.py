@@ -11,7 +11,7 @@ from torch import Tensor
 from erasure.eval.attempts import Change
 from erasure.eval.stress import StressTest, register
 from erasure.eval.stress.bench import Bench, Edited
-from erasure.eval.stress.conditions import Condition
+from erasure.eval.stress.conditions import Condition, with_control
 from erasure.eval.stress.weights import noise_like, with_values
 from erasure.interop import paths
 from erasure.interop.pipelines import components_of
@@ -52,16 +52,10 @@ class Noise(StressTest):
             for number in range(self.draws):
                 name = f"noise_{level:g}" + (f"_{number + 1}" if self.draws > 1 else "")
                 change = _disturbed(bench, chosen, level, number)
-                made += [
-                    Condition(
-                        f"stock_{name}", erased=False, change=change, roles=("target",), control="positive",
-                        about=f"noise of {level:g} was added to the stock model",
-                    ),
-                    Condition(
-                        name, change=change, needs=(f"stock_{name}",), compared=True,
-                        about=f"noise of {level:g} was added to the erased model",
-                    ),
-                ]  # fmt: skip
+                made += with_control(
+                    name, change, f"noise of {level:g} was added to the erased model",
+                    f"noise of {level:g} was added to the stock model",
+                )  # fmt: skip
         return made
 
     def chosen(self, bench: Bench) -> Edited:

@@ -14,7 +14,7 @@ from erasure.errors import EvaluationError
 from erasure.eval.rows import Record
 from erasure.eval.stress import StressTest, register
 from erasure.eval.stress.bench import Bench, Edited
-from erasure.eval.stress.conditions import Condition
+from erasure.eval.stress.conditions import Condition, with_control
 from erasure.eval.stress.formats import FORMATS, NF4_BLOCK
 from erasure.eval.stress.weights import plain, with_values
 from erasure.extras import require
@@ -75,16 +75,9 @@ class Quantise(StressTest):
         made = []
         for name in self.formats:
             change = with_values(chosen, partial(_rounded, self, name))
-            made += [
-                Condition(
-                    f"stock_{name}", erased=False, change=change, roles=("target",), control="positive",
-                    about=f"the stock model was rounded to {name}",
-                ),
-                Condition(
-                    name, change=change, needs=(f"stock_{name}",), compared=True,
-                    about=f"the erased model was rounded to {name}",
-                ),
-            ]  # fmt: skip
+            made += with_control(
+                name, change, f"the erased model was rounded to {name}", f"the stock model was rounded to {name}"
+            )
         return made
 
     def chosen(self, bench: Bench) -> Edited:

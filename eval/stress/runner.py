@@ -22,7 +22,7 @@ from erasure.eval.attacks.runner import one_concept, spread
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.detectors.base import NamedDetector
-from erasure.eval.generation import generate
+from erasure.eval.generation import generate, timed
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.metrics.outcomes import collect, correct, shows
@@ -242,14 +242,8 @@ class _Stress(Run):
             return
         bar = tqdm(total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar)
         with bar, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
-            batches = (condition.draw or generate)(pipe, mine, self.batch_size)
-            while True:
-                clock = time.perf_counter()
-                try:
-                    batch, images = next(batches)
-                except StopIteration:
-                    break
-                self._finish(condition, batch, images, (time.perf_counter() - clock) / len(batch))
+            for batch, images, seconds in timed((condition.draw or generate)(pipe, mine, self.batch_size)):
+                self._finish(condition, batch, images, seconds)
                 bar.update(len(batch))
                 self._told(condition, wanted)
 

@@ -16,7 +16,7 @@ from erasure.eval.attempts import Change
 from erasure.eval.rows import Record
 from erasure.eval.stress import StressTest, register
 from erasure.eval.stress.bench import Bench, attached
-from erasure.eval.stress.conditions import Condition
+from erasure.eval.stress.conditions import Condition, with_control
 from erasure.options import PathText
 
 
@@ -49,16 +49,9 @@ class Stack(StressTest):
         for number, group in enumerate(groups):
             name = "with_all" if len(group) > 1 else f"with_{number + 1}"
             said = ", ".join(each.name for each in group)
-            made += [
-                Condition(
-                    f"stock_{name}", erased=False, change=_beside(group), roles=("target",), control="positive",
-                    about=f"the stock model has {said} attached",
-                ),
-                Condition(
-                    name, change=_beside(group), needs=(f"stock_{name}",), compared=True,
-                    about=f"{said} is attached beside the erasure",
-                ),
-            ]  # fmt: skip
+            made += with_control(
+                name, _beside(group), f"{said} is attached beside the erasure", f"the stock model has {said} attached"
+            )
         return made
 
     @cached_property

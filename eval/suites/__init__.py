@@ -32,8 +32,6 @@ FLAG_METRICS = ("flagged_rate", "new_flags", "labels", "face_rate", "control_fla
 """Metrics of any detectors that a suite is given."""
 OF_PROMPTS = ("artists", "celebrities", "coco", "i2p", "imagenette", "nudity-benign", "prompts", "unlearncanvas")
 """Suites on prompts for people's own models, see `erasure.eval.suites.prompts`."""
-SIZES = ("smoke", "quick", "full")
-"""`smoke`: does it run. `quick`: minutes on a laptop. `full`: the numbers to publish."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from erasure.eval.generation import generate
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
-from erasure.eval.suites import SIZES, Plan, Rows, Suite, Target, register
+from erasure.eval.sizes import check_size
+from erasure.eval.suites import Plan, Rows, Suite, Target, register
 from erasure.interop.protocols import Pipeline
 from erasure.parsing import ConceptRequest
 from erasure.world import World
@@ -97,8 +98,7 @@ class CanvasSuite(Suite):
 
     def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Expand to samples; see `Suite.plan`."""
-        if size not in SIZES:
-            raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
+        check_size(size, f"suite {self.name}")
         world = world_of(pipe, self.name)
         targets = tuple(target_of(world, concept) for concept in world.requests(concepts))
         samples = _samples(world, targets, size, seed, self.templates)

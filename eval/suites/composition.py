@@ -10,14 +10,14 @@ import numpy as np
 
 from erasure.assets.world import noun_phrase
 from erasure.concept import Concept
-from erasure.errors import EvaluationError
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import generate
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge
-from erasure.eval.suites import SIZES, Plan, Rows, Suite, register
+from erasure.eval.sizes import check_size
+from erasure.eval.suites import Plan, Rows, Suite, register
 from erasure.eval.suites.canvas import draw_controls, world_of
 from erasure.eval.variants import Drawn, Variant
 from erasure.interop.protocols import Pipeline
@@ -71,8 +71,7 @@ class CompositionSuite(Suite):
 
     def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Random pairs of objects, in one template after the other; see `Suite.plan`."""
-        if size not in SIZES:
-            raise EvaluationError(f"suite composition has no size {size!r}; there are: {', '.join(SIZES)}")
+        check_size(size, "suite composition")
         world = world_of(pipe, "composition")
         rng = np.random.default_rng(seed)
         pairs = list(combinations(world.objects, 2))

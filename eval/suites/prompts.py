@@ -16,8 +16,9 @@ from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.detectors.choices import DetectorChoice, made, read_choices
 from erasure.eval.inputs import Inputs
 from erasure.eval.rows import Record, Rows
+from erasure.eval.sizes import check_size
 from erasure.eval.sources import ALIASES, PLACES, PromptList, PromptRow, read_prompts
-from erasure.eval.suites import SIZES, Plan, Suite, Target
+from erasure.eval.suites import Plan, Suite, Target
 from erasure.eval.suites.about import NO_PRESET, About, Preset, cells, evenly, world_of_classes
 from erasure.files import shown
 from erasure.world import World
@@ -182,8 +183,7 @@ class PromptSuite(Suite):
         """Expand to samples; see `Suite.plan`."""
         from erasure.eval.suites.drawn import Drawing
 
-        if size not in SIZES:
-            raise EvaluationError(f"suite {self.name} has no size {size!r}; there are: {', '.join(SIZES)}")
+        check_size(size, f"suite {self.name}")
         self.check_prepared()
         world = World.of(pipe)
         requests = world.requests(concepts) if concepts else []

@@ -13,7 +13,6 @@ from PIL import Image
 
 from erasure.assets.scenes import RenderedScene, Scene, render, sample_scene
 from erasure.concept import Concept
-from erasure.errors import EvaluationError
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.generation import batches
@@ -21,7 +20,8 @@ from erasure.eval.metrics.outcomes import collect
 from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, score
-from erasure.eval.suites import SIZES, Plan, Rows, Suite, register
+from erasure.eval.sizes import check_size
+from erasure.eval.suites import Plan, Rows, Suite, register
 from erasure.eval.suites.canvas import draw_controls, world_of
 from erasure.eval.variants import Drawn, Variant
 from erasure.images import SAME_COLOUR, flaw
@@ -87,8 +87,7 @@ class RemovalSuite(Suite):
 
     def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
         """Random scenes of one and two objects, in every style; one object of each is removed; see `Suite.plan`."""
-        if size not in SIZES:
-            raise EvaluationError(f"suite removal has no size {size!r}; there are: {', '.join(SIZES)}")
+        check_size(size, "suite removal")
         world = world_of(pipe, "removal")
         rng = np.random.default_rng(seed)
         samples = []

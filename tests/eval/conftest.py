@@ -157,3 +157,20 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images every call of a pipeline has drawn."""
+    from diffusers import StableDiffusionPipeline
+
+    counts: list[int] = []
+    call = StableDiffusionPipeline.__call__
+
+    def counting(self: Any, *args: Any, **options: Any) -> Any:
+        found = call(self, *args, **options)
+        counts.append(len(found.images))
+        return found
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counting)
+    return counts

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from erasure.errors import EvaluationError, OptionError
@@ -59,21 +58,6 @@ def measure(tmp_path: Path, judge: Any) -> Callable[..., Results]:
         )
 
     return call
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images every call of a pipeline has drawn."""
-    counts: list[int] = []
-    call = StableDiffusionPipeline.__call__
-
-    def counting(self: Any, *args: Any, **options: Any) -> Any:
-        found = call(self, *args, **options)
-        counts.append(len(found.images))
-        return found
-
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counting)
-    return counts
 
 
 def scores_of(folder: Path, label: str = "reddish") -> list[float]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from torch import nn
@@ -44,21 +43,6 @@ def measure(tmp_path: Path, judge: Any) -> Callable[..., Results]:
         return evaluate(pipe, out=tmp_path / out, progress=False, batch_size=4, **(defaults | options))
 
     return call
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images every call of a pipeline has drawn."""
-    counts: list[int] = []
-    call = StableDiffusionPipeline.__call__
-
-    def counting(self: Any, *args: Any, **options: Any) -> Any:
-        found = call(self, *args, **options)
-        counts.append(len(found.images))
-        return found
-
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counting)
-    return counts
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from erasure.eval.attacks.random_prefix import RandomPrefix
 from erasure.eval.attacks.runner import attack
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
+from erasure.eval.sizes import SIZES
 from erasure.eval.suites import Target
 from tests.eval.conftest import colour_judge
 
@@ -35,7 +36,7 @@ def victim(world_pipe: Any) -> Victim:
     return Victim(world_pipe, copy.deepcopy(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
 
 
-@pytest.mark.parametrize("size", attacks.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_it_has_as_many_tries_and_tokens_as_the_attack_that_it_controls(size: str, victim: Victim) -> None:
     control, searching = RandomPrefix.configured(size), attacks.get("unlearndiffatk").configured(size)
     shared = ("samples", "vocabulary", "tokens", "tries", "tower")

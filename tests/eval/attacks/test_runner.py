@@ -17,13 +17,13 @@ from erasure import ErasureManager
 from erasure.errors import DivergenceError, EvaluationError
 from erasure.eval import Results, attack, attacks, compare, replay
 from erasure.eval.attacks import Attack, SkippedPromptError
-from erasure.eval.attacks import runner as module
 from erasure.eval.attacks.prompts import read_prompts
 from erasure.eval.attacks.runner import spread
 from erasure.eval.attacks.victim import ORDINARY, Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, ReplayRow
+from erasure.eval.sizes import SIZES
 from erasure.eval.statistics import wilson
 from erasure.eval.table import read_rows
 
@@ -282,29 +282,12 @@ def test_a_killed_attack_goes_on_to_the_same_rows(erased_pipe: Any, whole: Any, 
     assert {path.parts[1] for path in pictures[0]} == {"before", "after", "reference"}
 
 
-def test_processes_share_the_prompts(
-    erased_pipe: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_share_the_prompts(erased_pipe: Any, whole: Any, tmp_path: Path, second_of_two: Any) -> None:
     single = whole(erased_pipe)
-
-    class Two:
-        count, rank = 2, 1
-
-        @property
-        def is_main(self) -> bool:
-            return self.rank == 0
-
-        def wait(self) -> None:
-            if self.rank == 1 and (tmp_path / "two" / "attacks-1.jsonl").is_file():
-                # What the main process would have written by now.
-                single.save(tmp_path / "two")
-
-    monkeypatch.setattr(module, "join", lambda *_: Two())
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "recipe.json").write_bytes((tmp_path / "out" / "recipe.json").read_bytes())
+    processes = second_of_two(single, tmp_path)
     whole(erased_pipe, "two")
     assert len(read_rows(tmp_path / "two" / "attacks-1.jsonl", AttackRow)) == 2
-    Two.rank = 0
+    processes.rank = 0
     # One after the other, so the main process takes half of what is left, and then the rest.
     whole(erased_pipe, "two")
     both = whole(erased_pipe, "two")
@@ -460,4 +443,4 @@ def test_the_registry() -> None:
         assert kind.title
         assert kind.paper
         assert kind.access
-        assert all(kind.configured(size).tries > 0 for size in attacks.SIZES)
+        assert all(kind.configured(size).tries > 0 for size in SIZES)

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from erasure import ErasureManager
 from erasure.errors import BypassedErasureError, BypassedErasureWarning, EvaluationError, UnsupportedModelError
 from erasure.eval import Results, attack, replay, suites
-from erasure.eval.attacks import runner as module
 from erasure.eval.attacks.changes import AnotherSampler, AnotherTask, Resumed, Words
 from erasure.eval.attacks.concept_inversion import ConceptInversion
 from erasure.eval.attacks.prompts import listed_prompts, read_prompts
@@ -125,26 +124,12 @@ def test_a_killed_attack_goes_on_with_what_was_made_once(
 
 @pytest.mark.parametrize("name", ["img2img", "concept_inversion"])
 def test_processes_give_one_process_numbers(
-    name: str, erased_pipe: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, erased_pipe: Any, run: Any, tmp_path: Path, second_of_two: Any
 ) -> None:
     single = run(erased_pipe, name, samples=2)
-
-    class Two:
-        count, rank = 2, 1
-
-        @property
-        def is_main(self) -> bool:
-            return self.rank == 0
-
-        def wait(self) -> None:
-            if self.rank == 1 and (tmp_path / "two" / "attacks-1.jsonl").is_file():
-                single.save(tmp_path / "two")
-
-    monkeypatch.setattr(module, "join", lambda *_: Two())
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "recipe.json").write_bytes((tmp_path / "out" / "recipe.json").read_bytes())
+    processes = second_of_two(single, tmp_path)
     run(erased_pipe, name, "two", samples=2)
-    Two.rank = 0
+    processes.rank = 0
     run(erased_pipe, name, "two", samples=2)
     both = run(erased_pipe, name, "two", samples=2)
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "out")

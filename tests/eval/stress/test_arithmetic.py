@@ -15,7 +15,7 @@ from erasure import ErasureManager
 from erasure.errors import EvaluationError, OptionError
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.detectors.findings import Finding
-from erasure.eval.metrics.stressed import half_way, halves, s50
+from erasure.eval.metrics.relearned import half_way, halves, s50
 from erasure.eval.samples import Sample
 from erasure.eval.stress import get
 from erasure.eval.stress.bench import Bench

@@ -17,8 +17,8 @@ from erasure import ErasureManager
 from erasure.cli.stress import StressOptions
 from erasure.errors import EvaluationError, OptionError
 from erasure.eval import Results, compare
-from erasure.eval import stress as tests
 from erasure.eval.metrics import METRICS
+from erasure.eval.sizes import SIZES
 from erasure.eval.stress import STRESS_TESTS, StressTest, runner
 from erasure.eval.stress.conditions import Condition
 from tests.eval.stress.conftest import CASES, cats, rows_of
@@ -45,8 +45,8 @@ def test_it_is_described(name: str) -> None:
     assert all(text and text == text.strip() for text in (kind.title, kind.paper, kind.control))
     assert set(kind.metrics) <= set(METRICS.names())
     assert "control_seen" in kind.metrics
-    assert set(kind.sizes) == set(tests.SIZES)
-    for size in tests.SIZES:
+    assert set(kind.sizes) == set(SIZES)
+    for size in SIZES:
         kind.configured(size)
     own = {field.name for field in dataclasses.fields(kind)}
     assert own.isdisjoint(field.name for field in dataclasses.fields(StressOptions))
@@ -265,7 +265,7 @@ def test_a_test_without_a_control_is_no_stress_test() -> None:
             return []
 
     with pytest.raises(ValueError, match="names no control"):
-        tests.register("blind")(Blind)
+        STRESS_TESTS.register("blind")(Blind)
 
 
 def test_progress_is_told(stressed_pipe: Any, run: Any) -> None:
