@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from erasure.errors import EvaluationError
@@ -31,6 +32,7 @@ def check_size(size: str | None, what: str) -> None:
         raise EvaluationError(f"{what} has no size {size!r}; there are: {', '.join(SIZES)}.{hint}")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Sized(Options):
     """Options that start from those of a size in the place of a preset: subclass it as a frozen dataclass."""
 
