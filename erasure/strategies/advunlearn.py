@@ -39,36 +39,39 @@ PAPER: Mapping[str, object] = {
     "attack_from": 0.2, "attacked": 1.0, "attack_steps": 30, "attack_lr": 1e-3, "attack_unit": "one",
     "attack_tokens": 1, "attack_signed": False, "attack_accumulates": False, "text_encoders": (),
 }  # fmt: skip
-"""The command that the authors' README gives for "nudity", and the script's defaults."""
+"""Options of the command that the authors' README gives for "nudity", and defaults of their script."""
 
 
 @register("advunlearn")
 @dataclass(frozen=True, kw_only=True)
 class AdvUnlearn(NegativeGuidance):
-    """Train the text encoders against an adversary that looks for words bringing the concept back.
+    """Train the text encoders against an adversary that searches for embeddings which bring the concept back.
 
-    With T the student's text encoders, e the frozen denoiser and T_0 the stock ones, on states x_t of trajectories:
+    T are the text encoders in training, T_0 the stock text encoders, e is the frozen denoiser, c is a prompt with the
+    concept and r is a prompt that must survive. On states x_t of denoising trajectories:
 
         inner:  v* = argmin_v |e(x_t, T(v, c)) - e(x_t, T_0(c))|^2               v: vectors ahead of the prompt c
         outer:  |e(x_t, T(v*, c)) - target|^2 + retain_weight |e(x'_t, T(r)) - e(x'_t, T_0(r))|^2
 
-    with ESD's target (see `ESD`). Nothing but the text encoders changes, so trajectories and targets do not depend on
-    the student: they are computed once. Where the denoiser reads several text encoders, all of them are trained, and
-    each has adversarial vectors of its own; e reads all that they say, the vectors that sum the prompt up too.
+    The target is that of ESD (see `ESD`). Only the text encoders change, so trajectories and targets do not depend on
+    the training and are computed once. Where the denoiser reads several text encoders, all of them are trained, each
+    with its own adversarial embeddings; e reads the tokens and the pooled vectors of all of them.
 
-    Presets are the two commands of the authors' README: `paper` against 30 steps of Adam, `fast` with the gradient's
-    sign in its place. They train every block and the final norm in full, on the bare name, and roll every state out
-    anew; `states="buffer"` with some 50 `rollouts` is a fifteenth of the work. Their 243 prompts "a photo of X" are
-    about words of the tokeniser unless `retain_file` names the authors' list of COCO objects.
+    Presets are the two commands of the authors' README: `paper` attacks with 30 steps of Adam, `fast` with signed
+    gradient steps. Both train every block and the final norm in full, use only the bare name of the concept, and
+    compute a new trajectory for every state; `states="buffer"` with about 50 `rollouts` needs a fifteenth of the work.
+    Their 243 retained prompts "a photo of X" are made from random words of the tokeniser unless `retain_file` names
+    the authors' list of COCO objects.
 
-    Both depart from the released code where that is wrong: a gradient for each attack step, the vectors after the
-    last step (`released` and `released-fast` do as the code does), the concept's span in tokens where the code counts
-    words, layers by number (its prefix match of "layers.1" takes 10 and 11 too), a seed. Three details of its sampling
-    are left out: it asks the denoiser about a state at a random level near the state's own, 47 of 1000 above it on
-    average; uses one level for the concept and the retained prompts of an update; and draws those without replacement.
+    Both presets correct mistakes of the released code. They compute a new gradient for each attack step and train on
+    the embeddings after the last step (`released` and `released-fast` do as the code does), they count the span of the
+    concept in tokens where the code counts words, they choose layers by number (the code's prefix "layers.1" also
+    matches 10 and 11), and they are seeded. Three details of the code's sampling are left out: it evaluates the
+    denoiser at a random timestep near the state's own, on average 47 of 1000 above it; it uses one timestep for the
+    concept and the retained prompts of an update; and it draws both without replacement.
 
-    Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
-    `prompt_embeds=` bypasses it, and embeddings learned for the concept bring it back.
+    Protects a hosted pipeline: the denoiser is not changed, so whoever has the weights can use the stock text encoder
+    again, `prompt_embeds=` bypasses the erasure, and embeddings learned for the concept bring it back.
     """
 
     title: ClassVar[str] = "adversarial training of the text encoders"
@@ -79,41 +82,43 @@ class AdvUnlearn(NegativeGuidance):
     moves_null: ClassVar[bool] = False
 
     steps: Count = 150
-    """Updates (paper: 1000)."""
+    """Number of updates (paper: 1000)."""
     lr: Positive = 3e-4
-    """Learning rate of AdamW, constant after the warm-up (paper: 1e-5 for whole parameters)."""
+    """Learning rate of AdamW, constant after the warm-up (paper: 1e-5, without a LoRA)."""
     retain_weight: NotNegative = 3.0
     """Weight of the loss on prompts that must survive (paper: 0.3)."""
     text_encoders: tuple[Component, ...] = ()
-    """Text encoders to attack and to train, by the names of their components; all that the denoiser reads when left
-    out. Those that are left out still tell the denoiser what the prompt says."""
+    """Text encoders to attack and to train, named by their pipeline components; all text encoders that the denoiser
+    reads when left out. The other text encoders stay as they are, and the denoiser still reads them."""
     layers: tuple[CountOrZero, ...] = ()
-    """Blocks of each of those text encoders to train, 0 the first; all that the denoiser reads, and the final norm,
-    when left out."""
+    """Transformer blocks of each of those text encoders to train, counted from 0; when left out, all blocks that
+    the denoiser's input depends on, and the final norm."""
     attack_steps: CountOrZero = 4
-    """Steps of the adversary in each update (paper: 30); 0 trains without one."""
+    """Number of adversary steps in each update (paper: 30); 0 trains without an adversary."""
     attack_lr: Positive = 0.3
     """Learning rate of the adversary's Adam; its unit is `attack_unit`."""
     attack_unit: Literal["spread", "one"] = "spread"
     """Unit of `attack_lr`: the standard deviation of the vocabulary's embeddings, or 1 (paper)."""
     attack_tokens: Count = 1
-    """Vectors ahead of the prompt in each text encoder (paper: 1)."""
+    """Number of adversarial embeddings before the prompt's words in each text encoder (paper: 1)."""
     attack_signed: bool = False
-    """Give Adam the sign of the gradient: fast adversarial training, or with `attack_steps` 1 a single signed step."""
+    """Use only the sign of the gradient in the adversary's Adam (fast adversarial training); with `attack_steps` 1
+    this is a single signed step."""
     attack_accumulates: bool = False
-    """Do as the released code does by mistake: add the gradients of an attack up, and train on the vectors from before
-    its last step."""
+    """Reproduce a mistake of the released code: add up the gradients of all steps of an attack, and train on the
+    embeddings from before its last step."""
     attack_from: ZeroToOne = 0.2
-    """Share of the updates before the adversary sets in (paper: 200 of 1000)."""
+    """Share of the updates, 0 to 1, that are made before the adversary starts (paper: 200 of 1000)."""
     attacked: ZeroToOne = 1.0
-    """Share of an update's prompts that are attacked."""
+    """Share of the prompts of each update, 0 to 1, that are attacked."""
 
     retain_form: Literal["phrasings", "photos"] = "phrasings"
-    """Prompts that must survive: the retain lists' phrasings, the empty prompt and `retain_vocabulary` random prompts;
-    or `retain_vocabulary` prompts "a photo of X", X of the retain lists and then random words (paper: 243 objects)."""
+    """Prompts that must survive. `phrasings`: the phrasings of the retain lists, the empty prompt and
+    `retain_vocabulary` random prompts. `photos`: `retain_vocabulary` prompts "a photo of X", where X are the names
+    of the retain lists and then random words (paper: 243 objects)."""
     retain_file: PathText = ""
-    """File of prompts that must survive, in the place of all others: one a line, or a CSV file with a column `prompt`
-    (released code: `coco_object_retain.csv`, 243 of them)."""
+    """File of prompts that must survive, used instead of all other retained prompts: one prompt per line, or a CSV
+    file with a column `prompt` (released code: `coco_object_retain.csv` with 243 prompts)."""
 
     presets: ClassVar[Presets] = {
         "paper": PAPER,
@@ -123,7 +128,7 @@ class AdvUnlearn(NegativeGuidance):
     }
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.rollout_by != "teacher":
             self.refuse(
@@ -135,7 +140,7 @@ class AdvUnlearn(NegativeGuidance):
         """The text encoders that are attacked and trained.
 
         Raises:
-            OptionError: The pipeline has none of a name.
+            OptionError: The pipeline has no text encoder of a given name.
         """
         towers = {tower.component: tower for tower in backbone.towers}
         if lacking := [name for name in self.text_encoders if name not in towers]:
@@ -143,20 +148,20 @@ class AdvUnlearn(NegativeGuidance):
         return [tower for name, tower in towers.items() if name in (self.text_encoders or towers)]
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """The chosen blocks of the chosen text encoders.
+        """Make the trainable student: the chosen blocks of the chosen text encoders.
 
         Raises:
-            NoMatchingModuleError: There is no such block, or the denoiser reads nothing of it.
-            OptionError: There is no such text encoder.
+            NoMatchingModuleError: A chosen block does not exist, or the denoiser's input does not depend on it.
+            OptionError: The pipeline has no text encoder of a given name.
         """
         towers = self.attacked_towers(backbone)
-        # One network for all: its paths begin with the component.
+        # One network holds all text encoders, so the paths of its parameters begin with the component's name.
         network = nn.ModuleDict({each.component: each.root for each in towers})
         chosen = [f"{each.component}.{path}" for each in towers for path in self.trained_parameters(each)]
         return make_student(network, chosen, self.rank, generator, f"layers {list(self.layers)}")
 
     def trained_parameters(self, tower: TextTower) -> list[str]:
-        """Paths of the parameters of a text encoder that are trained.
+        """Paths of the trained parameters of a text encoder.
 
         Raises:
             NoMatchingModuleError: See `student`.
@@ -178,7 +183,7 @@ class AdvUnlearn(NegativeGuidance):
         return [path for path in paths.canonical_parameters(tower.module) if path.startswith(prefixes)]
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """See `TrainedStrategy.retained_scenes`."""
+        """Give the prompts that must survive, see `TrainedStrategy.retained_scenes`."""
         if self.retain_file:
             return listed_scenes(self.retain_file)
         if self.retain_form == "photos":
@@ -186,12 +191,12 @@ class AdvUnlearn(NegativeGuidance):
         return super().retained_scenes(tower, concepts, seed)
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """One pass of the denoiser for all rows, with what the text encoders make of their prompts now."""
+        """Run the denoiser once for all rows, on prompts encoded by the text encoders in training."""
         prompts = [prompt or "" for prompt in batch.prompts]
         return task.backbone.predict(batch.x, batch.t, told(task.backbone, prompts, batch.extra), batch.guidance)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """The states of an update, and the adversary's vectors for the first of them."""
+        """Gather the states of an update, and run the adversary for the first of them."""
         batch = super().prepare(task, step, share)
         count = round(self.attacked * len(batch.concept.x))
         if not self.attack_steps or not count or step < self.attack_from * self.steps:
@@ -218,17 +223,20 @@ class AdvUnlearn(NegativeGuidance):
         self, task: Task, step: int, share: Share, prompts: list[str], scenes: Tensor, vectors: Mapping[str, Tensor],
         turn: int,
     ) -> Tensor:  # fmt: skip
-        """How far the attacked prompts are from drawing the concept, at other states of theirs in every turn."""
+        """The adversary's loss: distance from the stock predictions for the concept, summed over rows.
+
+        Every step of the adversary (`turn`) uses other states of the same prompts.
+        """
         each = task.concept_states.per_scene
         offsets = share.of(draw(each, self.batch, task.seed, "attack", step, turn))[: len(scenes)]
         with torch.no_grad():
             states = task.concept_states.take(scenes * each + offsets)
         found = task.backbone.predict(states.x, states.t, told(task.backbone, prompts, vectors), states.guidance)
-        # A sum over rows: each has vectors of its own.
+        # The loss is summed over rows because each row has its own adversarial embeddings.
         return matching(found, states.own) * len(found)
 
     def edits(self, task: Task) -> Edits:
-        """Changes of the text encoders' parameters."""
+        """Return the changes of the text encoders' parameters."""
         low_rank, deltas = task.student.low_rank(), task.student.deltas()
         return Edits(
             {path.replace(".", "/", 1): pair for path, pair in low_rank.items()},
@@ -236,17 +244,17 @@ class AdvUnlearn(NegativeGuidance):
         )
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """The autoencoder."""
+        """Return the autoencoder, which training does not run."""
         return [backbone.pipe.vae]
 
 
 def told(backbone: Backbone, prompts: list[str], vectors: Mapping[str, Tensor] | None) -> Conditioning:
-    """What the denoiser is told about prompts, some of them behind vectors; differentiable in encoders and vectors.
+    """Encode prompts as the denoiser's conditioning, differentiable in text encoders and adversarial embeddings.
 
     Args:
         backbone: The model.
-        prompts: What all text encoders read.
-        vectors: By text encoder, those ahead of the first prompts, `(rows, k, dim)`.
+        prompts: Prompts that all text encoders read.
+        vectors: Adversarial embeddings before the words of the first prompts, by text encoder, `(rows, k, dim)`.
     """
     given = vectors or {}
     return backbone.compose(
@@ -255,7 +263,7 @@ def told(backbone: Backbone, prompts: list[str], vectors: Mapping[str, Tensor] |
 
 
 def encoded(tower: TextTower, prompts: list[str], vectors: Tensor | None) -> TowerOutput:
-    """Encode prompts, the first of them with vectors `(rows, k, dim)` ahead."""
+    """Encode prompts; the first `rows` of them get embeddings `(rows, k, dim)` before their words."""
     count, parts = 0 if vectors is None else len(vectors), []
     if vectors is not None:
         tokens, place = prefixed(tower, prompts[:count], vectors.shape[1])

@@ -1,4 +1,4 @@
-"""What a strategy is, and how it is found."""
+"""The base class of strategies, and their registry."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ BUILTIN = (
 
 
 Way = Literal["anew", "on top"]
-"""How concepts are added to an erasure: all of its concepts are fitted anew, or edits are made on top of its edits."""
+"""How concepts are added to an erasure: `anew` fits all concepts again, `on top` adds edits to the earlier edits."""
 
 
 class Standing(NamedTuple):
     """An erasure that is in force on the model while another is made on top of it."""
 
     fingerprint: str
-    """Of its tensors."""
+    """Fingerprint of the erasure's tensors."""
     concepts: Sequence[Concept]
-    """What it erases: prompts with them must go on to give what they give now."""
+    """Concepts that the erasure erases. The model's predictions for prompts with them must not change."""
 
 
 class Fit(NamedTuple):
-    """What a strategy makes."""
+    """The result of a strategy."""
 
     edits: Edits
-    """Tensors on the CPU."""
+    """Edits of the model, with tensors on the CPU."""
     log: dict[str, float]
-    """Figures worth keeping, for instance the last loss."""
+    """Figures to save with the erasure, for instance the last loss."""
     gates: Mapping[str, dict[str, Any]] = MappingProxyType({})
-    """How well each concept's gate tells it, by concept, where there is one."""
+    """Measured accuracy of each concept's gate, by concept; empty where the method has no gates."""
     level: int | None = None
-    """Noise level of the one step that the model draws in from now on; `None` where it is sampled as before."""
+    """Timestep of the only denoising step, where the erased model is a one-step generator; `None` for all other
+    models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(Options, ABC):
-    """A method of erasure with its options: subclass it as a frozen, keyword-only dataclass and register it.
+    """An erasure method with its options. Subclass it as a frozen, keyword-only dataclass and register it.
 
     Fields are the options; their annotations say which values are allowed (see `erasure.options.Options`). Every
     behaviour that the package promises of strategies is tested over the registry, so a registered one is tested.
@@ -63,45 +64,46 @@ class Strategy(Options, ABC):
     title: ClassVar[str] = ""
     """One line for lists: what the method does."""
     paper: ClassVar[str] = ""
-    """Where it comes from."""
+    """Name of the paper and its arXiv number or venue."""
     needs: ClassVar[tuple[Need, ...]] = ()
-    """What a model must have for it to work, see `erasure.needs.Need`."""
+    """What a model must have for the method to work, see `erasure.needs.Need`."""
     protects: ClassVar[str] = ""
-    """`hosted pipeline` when a user who holds the weights can undo it, else `released weights`."""
+    """`hosted pipeline` when a user who has the weights can undo the erasure, else `released weights`."""
     cost: ClassVar[str] = ""
-    """What making one costs."""
+    """Rough time that it takes to make an erasure, for instance `seconds`."""
     carriers: ClassVar[tuple[str, ...]] = ("weights",)
-    """Where the result lives."""
+    """Carriers of the result: how the erasure is attached to a model."""
     trains: ClassVar[bool] = False
-    """Whether it trains on trajectories, so that a killed run goes on."""
+    """Whether the method trains in many steps, so that an interrupted run can be resumed."""
 
     @abstractmethod
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Make the edits.
+        """Compute the edits that erase the concepts.
 
         Args:
-            backbone: The model, with no erasure in force; left as it was found.
-            concepts: What to erase, all at once.
+            backbone: The model with no erasure in force. It is the same afterwards.
+            concepts: Concepts to erase, all at once.
             seed: Seeds every random choice.
-            progress: To be called with the share that is done, 0-1.
+            progress: Called with the share of the work that is done, 0 to 1.
         """
 
     def session(self, backbone: Backbone) -> Backbone:
-        """The model with the size and the text length that the options ask for: as it is, where they do not ask.
+        """Return the model with the image size and the prompt length of the options; unchanged without any.
 
         Raises:
-            OptionError: The model does not allow it.
+            OptionError: The model does not allow the size or the length.
         """
         return backbone
 
     def adds(self, earlier: Sequence[str]) -> Way:
         """How further concepts are added to an erasure.
 
-        Where this method made all of it, everything is fitted `anew`: exact, since it is the same as to erase all
-        concepts at once. Over another method's edits it is fitted `on top`: for the model with the earlier erasure in
-        force, whose edits are then added to these. Methods that train for long always work on top.
+        Where the same method made the earlier edits, all concepts are fitted `anew`: the result is the same as if all
+        concepts had been erased at once. Over edits of another method the concepts are fitted `on top`: the new edits
+        are made for the model with the earlier erasure in force, and are added to the earlier edits. Methods that
+        train for long always work on top.
 
         Args:
             earlier: Names of the strategies that carried out the earlier requests.
@@ -112,12 +114,12 @@ class Strategy(Options, ABC):
         return "anew" if set(earlier) == {self.name} else "on top"
 
     def ignores_retain(self) -> str:
-        """Name of the option whose value leaves out what must survive; empty when retain lists have an effect."""
+        """Name of the option whose value makes retain lists ineffective; empty when retain lists have an effect."""
         return ""
 
 
 def _refusal(thing: object) -> str:
-    """Say what keeps a thing from being a strategy; empty where nothing does."""
+    """Say why an object is not a valid strategy; empty when it is valid."""
     if not (isinstance(thing, type) and issubclass(thing, Strategy)):
         return "it is no subclass of erasure.strategies.Strategy"
     if "__dataclass_fields__" not in vars(thing):

@@ -38,37 +38,37 @@ if TYPE_CHECKING:
 SECOND_STAGE: dict[str, object] = {
     **RELEASED, "seen": 1.0, "lookalikes": 0, "lookalike_rows": 0.0, "lr": 1e-5,
 }  # fmt: skip
-"""What the released commands for pictures have in common."""
+"""Options that all released commands for the second stage, with pictures, have in common."""
 
 
 LARGE = 2**31
-"""Number that random numbers are drawn below, of which rests say which picture."""
+"""Exclusive upper bound of random numbers; a remainder of each number chooses a picture."""
 DECODED = 8
-"""Pictures decoded at once."""
+"""Number of pictures decoded at once."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What pictures are drawn of."""
+    """A word of which the stock model draws pictures."""
 
     word: str
     prompts: tuple[str, ...]
-    """What its pictures are drawn from, and where it is met in training."""
+    """Prompts from which its pictures are drawn, and whose training rows can be given such a picture."""
     concept: Concept | None = None
-    """The concept that it is; `None` for what must survive."""
+    """Concept that the word names; `None` for a look-alike that must survive."""
 
 
 @dataclass
 class PicturedTask(Task):
-    """A training in which some rows are told of pictures."""
+    """A training in which some rows are conditioned on a picture as well."""
 
     adapter: ImagePrompts
     subjects: list[Subject]
     tokens: list[Tensor] = field(default_factory=list)
-    """What the pictures of each subject say to attention, `(pictures, tokens, width)`."""
+    """IP-Adapter tokens of the pictures of each subject, `(pictures, tokens, width)`."""
 
     def concept(self, prompt: str | None) -> int | None:
-        """Number of the subject that is the concept a prompt names."""
+        """Give the index of the subject that is the concept of a prompt; `None` where there is none."""
         return next(
             (
                 number
@@ -79,7 +79,7 @@ class PicturedTask(Task):
         )
 
     def look_alike(self, prompt: str | None) -> int | None:
-        """Number of the subject that must survive and is drawn from a prompt."""
+        """Give the index of the look-alike that is drawn from a prompt; `None` where there is none."""
         subjects = enumerate(self.subjects)
         return next((i for i, subject in subjects if subject.concept is None and prompt in subject.prompts), None)
 
@@ -89,26 +89,26 @@ class PicturedTask(Task):
 class CoErasing(ESD):
     """Fine-tune the denoiser to predict what negative guidance would, for the concept in words and in a picture.
 
-    An IP-Adapter (Ye et al. 2023) lets the denoiser see a picture i of the concept, which the stock model has drawn
-    itself. On states x_t of trajectories towards the concept c, with the frozen model as teacher e:
+    An IP-Adapter (Ye et al. 2023) conditions the denoiser on a picture i of the concept, which the stock model has
+    drawn. On states x_t of trajectories of the concept's prompt c, with the frozen model as teacher e:
 
-        i            = softmax(Q K^T / sqrt d) V        Q: tokens of a picture, K = V: what the text encoder says of c
+        i            = softmax(Q K^T / sqrt d) V        Q: tokens of a picture, K = V: text encoding of c
         |e_student(x_t, c, i) - [e(x_t, b) - eta (e(x_t, c, i) - e(x_t, n))]|^2
 
-    with base b and contrast n as `ESD` has them, which see no picture. A share `seen` of the rows is trained so, and
-    the others on words alone, as `ESD`. Words that look like the concept are kept with pictures of their own: to erase
-    them as well is the method's known weakness. The adapter takes part in training only; nothing of it is in the
-    result, and the pipeline never knows of it.
+    The base b and the contrast n are those of `ESD`, without a picture. A share `seen` of the rows is trained with a
+    picture, and the others on words alone, as in `ESD`. Concepts that look like the erased one (look-alikes) are
+    retained with pictures of their own, because erasing them too is the method's known weakness. The adapter is used
+    in training only; the result does not contain it, and the pipeline is used without it.
 
-    Presets are the second stage of the authors' code: `released` as their README has it, `released-script` as their
-    train.sh. `paper` has a first stage on words alone before it, in the same training; the authors' second stage takes
-    the outcome of the first as its teacher, and here the stock model stays the teacher. What that code does by mistake
-    is left out: it walks timesteps upwards when it rolls out, and without guidance; calls without a picture take the
-    last four tokens of the prompt for one; its pictures are normalised by other numbers than CLIP's; the values of the
-    adapter stay in its file; its names of parts are those of another library, so that parts are trained which should
-    not be. The blur of its latents, whose width of 3 or 5 is named and whose strength is not, is left out as well.
+    Presets are the second stage of the authors' code: `released` as in their README, `released-script` as in their
+    train.sh. `paper` trains a first stage on words alone before it, in the same training. The authors' second stage
+    takes the result of the first stage as its teacher; here the stock model stays the teacher. Mistakes of that code
+    are left out: rollouts increase the timestep and are not guided; calls without a picture take the last four tokens
+    of the prompt for a picture; pictures are normalised by other numbers than CLIP's; the values of the adapter stay
+    in its file; layers are chosen by names of another library, so that wrong layers are trained. The blur of its
+    latents is left out too, because its strength is not given (its width of 3 or 5 is).
 
-    Protects released weights against prompts; embeddings learned for a concept bring much of it back.
+    Protects released weights against prompts. Embeddings that are learned for a concept bring much of it back.
     """
 
     title: ClassVar[str] = "fine-tuning of the denoiser towards negative guidance, with words and self-drawn pictures"
@@ -118,24 +118,25 @@ class CoErasing(ESD):
     cost: ClassVar[str] = "minutes, about 6 denoiser passes a training state"
 
     adapter: PathText = ""
-    """IP-Adapter for the model, in diffusers' format: its .safetensors file, or a folder with one such file. The one
-    that the model's own `canvas.json` names when left out."""
+    """IP-Adapter for the model in diffusers' format: its .safetensors file, or a folder with one such file. When
+    left out, the adapter that the model's own `canvas.json` names."""
     image_encoder: PathText = ""
     """Folder of the image encoder that the adapter was trained with; `image_encoder` beside its file when left out."""
     pictures: Count = 16
-    """Pictures of each concept that the stock model draws (paper: 200); look-alikes share as many among them."""
+    """Number of pictures that the stock model draws of each concept (paper: 200). All look-alikes together get as
+    many."""
     refine: bool = True
-    """Make a picture's tokens mixtures of what the text encoder says of the concept. Without, they are the adapter's
-    own."""
+    """Replace each token of a picture by a mixture of the concept's text tokens, weighted by attention (the formula
+    for i above). When off, the adapter's own tokens are used."""
     seen: ZeroToOne = 0.5
-    """Share of the concept's rows that see a picture (paper: all)."""
+    """Share of the concept's rows, 0 to 1, that are conditioned on a picture (paper: 1)."""
     text_steps: CountOrZero = 0
-    """Updates at the start in which no row sees a picture."""
+    """Number of updates at the start without pictures."""
     lookalikes: CountOrZero = 4
-    """Words nearest to each concept that must survive beside a picture of themselves: of its retain list, of the
-    model's world where it has none, of the tokeniser where that declares none."""
+    """Number of look-alikes of each concept that are retained with a picture of their own: the nearest words of the
+    concept's retain list; without a list, of the model's world; without a world, of the tokeniser."""
     lookalike_rows: ZeroToOne = 0.25
-    """Share of the retained rows that are theirs."""
+    """Share of the retained rows, 0 to 1, that look-alikes take."""
 
     presets: ClassVar[Presets] = {
         "paper": {**SECOND_STAGE, "method": "all", "pictures": 200, "text_steps": 1000, "steps": 2500},
@@ -144,7 +145,7 @@ class CoErasing(ESD):
     }
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.trained_prompt == "anchor":
             self.refuse("trained_prompt", "anchor", "'concept', which is what pictures show")
@@ -153,10 +154,10 @@ class CoErasing(ESD):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> PicturedTask:  # fmt: skip
-        """See `TrainedStrategy.task`; with the adapter, and what pictures are drawn of.
+        """Make the training as `TrainedStrategy.task` does, with the adapter and the subjects of pictures.
 
         Raises:
-            OptionError: No adapter is named, or what is named is none.
+            OptionError: No adapter is named, or the file is not an adapter.
             WrongBaseError: The adapter is for another model.
         """
         path = Path(self.adapter) if self.adapter else World.of(backbone.pipe).image_prompts
@@ -170,13 +171,13 @@ class CoErasing(ESD):
         return PicturedTask(**vars(made), adapter=adapter, subjects=subjects)
 
     def shown(self, kind: Concept, word: str, concept: Concept | None = None) -> Subject:
-        """What pictures of a word are drawn from: the phrasings of a concept of its kind."""
+        """Make the subject for a word: its pictures are drawn from the phrasings of a concept of its kind."""
         plain = "a drawing of {}" if kind.kind == "style" else "a photo of {}"
         phrasings = kind.phrasings() if self.templates else (plain,)
         return Subject(word, tuple(phrasing.format(word) for phrasing in phrasings), concept)
 
     def negatives(self, tower: TextTower, concepts: Sequence[Concept]) -> list[Subject]:
-        """What looks like the concepts and must survive."""
+        """Choose the look-alikes of the concepts, which must survive."""
         if not (self.lookalikes and self.lookalike_rows and self.retain_batch):
             return []
         found = {
@@ -187,16 +188,16 @@ class CoErasing(ESD):
         return list(found.values())
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """See `TrainedStrategy.retained_scenes`; with the prompts of look-alikes."""
+        """Give retained prompts as `TrainedStrategy.retained_scenes` does, and those of look-alikes."""
         alike = [Scene(prompt) for subject in self.negatives(tower, concepts) for prompt in subject.prompts]
         return list(dict.fromkeys([*super().retained_scenes(tower, concepts, seed), *alike]))
 
     def surroundings(self, task: Task) -> AbstractContextManager[object]:
-        """See `TrainedStrategy.surroundings`: attention listens to pictures where a call shows some."""
+        """Add the IP-Adapter's attention to the denoiser during the training, for calls that show pictures."""
         return pictured(task).adapter.listening(task.backbone.denoiser)
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """See `TrainedStrategy.fill`; and let the stock model draw the pictures, unless they are on disk."""
+        """Fill the sources as `TrainedStrategy.fill` does, and draw the pictures unless they are on disk."""
         super().fill(task, model, accelerator)
         made = pictured(task)
         concepts = sum(subject.concept is not None for subject in made.subjects)
@@ -207,13 +208,13 @@ class CoErasing(ESD):
             made.tokens.append(self.said(made, subject, source, model))
 
     def source(self, task: PicturedTask, subject: Subject, count: int, accelerator: Accelerator) -> NoisedImages:
-        """Where pictures of a subject come from.
+        """Make the source of a subject's pictures.
 
         Args:
             task: The training.
-            subject: What they show.
-            count: How many; as many for each phrasing that is drawn from.
-            accelerator: The processes, which share them.
+            subject: Subject of the pictures.
+            count: Number of pictures, divided equally among phrasings.
+            accelerator: Processes, which share the work.
         """
         phrasings = max(n for n in range(1, min(count, len(subject.prompts)) + 1) if count % n == 0)
         rollout = Rollout(seeds=count // phrasings, steps=self.rollout_steps, guidance=self.rollout_guidance)
@@ -224,7 +225,7 @@ class CoErasing(ESD):
 
     @torch.no_grad()
     def said(self, task: PicturedTask, subject: Subject, source: NoisedImages, model: str) -> Tensor:
-        """What pictures of a subject say to attention, `(pictures, tokens, width)`."""
+        """Compute the IP-Adapter tokens of a subject's pictures, `(pictures, tokens, width)`."""
         backbone, adapter = task.backbone, task.adapter
 
         def ask() -> Tensor:
@@ -242,7 +243,7 @@ class CoErasing(ESD):
     # Updates ---------------------------------------------------------------------------------------------------------
 
     def chosen(self, task: Task, source: StateSource, count: int, name: str, step: int) -> Tensor:
-        """See `TrainedStrategy.chosen`; some of the retained rows are look-alikes'."""
+        """Choose states as `TrainedStrategy.chosen` does; some of the retained ones are of look-alikes."""
         usual, made = super().chosen(task, source, count, name, step), pictured(task)
         alike = [i for i, scene in enumerate(source.scenes) if made.look_alike(scene.learned) is not None]
         if name != "retain" or not alike:
@@ -252,7 +253,7 @@ class CoErasing(ESD):
         return torch.where(due(self.lookalike_rows, count, step), theirs, usual)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """See `TrainedStrategy.prepare`; some rows see a picture, and their targets are what the teacher says then."""
+        """Prepare an update as `TrainedStrategy.prepare` does; rows with a picture get targets that see it too."""
         batch, made = super().prepare(task, step, share), pictured(task)
         shown = {} if step < self.text_steps else self.pictures_of(made, batch, step, share)
         if not shown:
@@ -271,7 +272,7 @@ class CoErasing(ESD):
         return batch._replace(concept=concept, retained=retained)
 
     def pictures_of(self, task: PicturedTask, batch: Batch, step: int, share: Share) -> dict[int, Tensor]:
-        """The rows of a batch that see a picture, and what it says, `(tokens, width)`."""
+        """Choose the rows of a batch that see a picture; give the picture's tokens `(tokens, width)` by row."""
         found: dict[int, Tensor] = {}
         parts = (
             ("concept", self.batch, self.seen, task.concept, 0),
@@ -289,7 +290,7 @@ class CoErasing(ESD):
         return found
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """See `ESD.predict`; rows with a picture take a pass of their own."""
+        """Predict as `ESD.predict` does; rows with a picture take a pass of their own."""
         if batch.extra is None:
             return super().predict(task, batch)
         rows = batch.extra["rows"]
@@ -302,25 +303,25 @@ class CoErasing(ESD):
         return found[torch.cat([others.to(rows), rows]).argsort()]
 
     def seeing(self, task: Task, batch: Batch) -> Tensor:
-        """Predictions for the rows that see a picture."""
+        """Predict for the rows that see a picture."""
         assert batch.extra is not None
         with showing(task.backbone.denoiser, batch.extra["tokens"]):
             return super().predict(task, some(batch, batch.extra["rows"]))
 
 
 def pictured(task: Task) -> PicturedTask:
-    """A training of this strategy."""
+    """Check that a task is a training of this strategy."""
     assert isinstance(task, PicturedTask)
     return task
 
 
 def some(batch: Batch, rows: Tensor) -> Batch:
-    """Some rows of a batch, without pictures."""
+    """Select rows of a batch, without pictures."""
     prompts = [batch.prompts[row] for row in rows.tolist()]
     return Batch(batch.x[rows], batch.t[rows], batch.guidance[rows], prompts, batch.concept, batch.retained)
 
 
 def due(share: float, count: int, step: int) -> Tensor:
-    """Which of an update's rows are chosen, `(count,)`: a share of all, evenly over rows and updates."""
+    """Mark a share of an update's rows, evenly spread over rows and updates, `(count,)` bool."""
     numbers = step * count + torch.arange(count + 1, dtype=torch.float64)
     return (numbers * share).floor().diff() > 0

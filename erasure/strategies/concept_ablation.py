@@ -23,7 +23,7 @@ RELEASED: dict[str, object] = {
     "rollout_steps": 25, "rollout_guidance": 6.0, "trained_guidance": (), "retain_batch": 0,
     "retain_form": "anchors", "retain_target": "noise", "retain_weight": 1.0, "scope_weight": 0.0,
 }  # fmt: skip
-"""The commands of the authors' README for styles and objects, on its two GPUs."""
+"""Options of the commands in the authors' README for styles and objects, which run on two GPUs."""
 
 
 @register("concept_ablation")
@@ -31,23 +31,25 @@ RELEASED: dict[str, object] = {
 class ConceptAblation(DenoiserStrategy):
     """Train the denoiser to predict, for prompts with the concept, what it predicts for those with the anchor.
 
-    Of images z that the stock model draws for prompts a with the anchor, noised to x_t, with the frozen model e:
+    On images that the stock model draws for prompts a with the anchor, noised to x_t, with the frozen model e:
 
         |e_student(x_t, c) - e(x_t, a)|^2 + retain_weight |e_student(x'_t, r) - target|^2
 
-    c is the same prompt with the concept in the anchor's place. The paper's prior r are the anchor's prompts
-    themselves, with the noise in x'_t as target (`retain_form="anchors"`, `retain_target="noise"`); here they are
-    prompts that must survive, with the stock model's prediction as target. Every concept needs an anchor; of one that
-    is erased as well, its own takes the place. Trains a LoRA on the attention that text passes by default.
+    c is the same prompt with the concept in the anchor's place. By default the retained prompts r are prompts that
+    must survive, with the stock model's prediction as target; in the paper they are the anchor's prompts, with the
+    noise in x'_t as target (`retain_form="anchors"`, `retain_target="noise"`). Every concept needs an anchor; where
+    the anchor is erased as well, the anchor's own anchor is used. By default a LoRA is trained on the attention layers
+    that process text.
 
-    Presets train the keys and values of the cross-attention in full. `paper` draws 1000 images, `released` 200, as the
-    default of the authors' script is; `released-prior` is its `--with_prior_preservation`, which doubles the learning
-    rate. Captions of LAION (a search service that is gone) and of GPT-3.5 name the anchor there: in their place stand
-    the phrasings of a concept and 195 random prompts with it, 200 in all. Left out are flips and zooms of the images
-    ("a far away ...") with their masks, DPM-Solver as the sampler (DDIM here, as many steps), gradients that pass by
-    the keys and values of the start token, and a teacher that learns along: there it is the student itself.
+    Presets train the keys and values of the cross-attention in full. `paper` draws 1000 images; `released` draws 200,
+    the default of the authors' script; `released-prior` is its `--with_prior_preservation`, which doubles the learning
+    rate. The authors take captions that name the anchor from LAION (by a search service that no longer exists) and
+    from GPT-3.5; here the phrasings of the anchor and random prompts with it are used, 200 in all. Left out are flips
+    and zooms of the images ("a far away ...") with their masks, DPM-Solver as the sampler (DDIM with as many steps is
+    used), the exclusion of the start token's keys and values from gradients, and a teacher that changes during
+    training (in the authors' code the teacher is the student itself).
 
-    Protects released weights. Prompts that say the concept in other words than its names are not trained on.
+    Protects released weights. Prompts that describe the concept without its names are not trained on.
     """
 
     title: ClassVar[str] = "fine-tuning of the denoiser to draw the anchor"
@@ -58,13 +60,16 @@ class ConceptAblation(DenoiserStrategy):
     asks_null: ClassVar[bool] = False
 
     states: Mode = "images"
-    """`images` draws images of the anchor to the end once, and noises them anew for every state (paper); `buffer`
-    takes the states of their trajectories, whose predictions are there already; `online` rolls every state anew."""
+    """Where training states come from. `images`: images of the anchor are drawn once, and noised anew for every
+    state (paper). `buffer`: states of the anchor's trajectories, whose predictions are known already. `online`: a
+    new trajectory for every state."""
     retain_form: Literal["phrasings", "anchors"] = "phrasings"
-    """Prompts that must survive: the retain lists' phrasings, the empty prompt and `retain_vocabulary` random prompts;
-    or those with the anchors, whose images are drawn anyway (paper)."""
+    """Prompts that must survive. `phrasings`: the phrasings of the retain lists, the empty prompt and
+    `retain_vocabulary` random prompts. `anchors`: the prompts with the anchors, whose images are drawn anyway
+    (paper)."""
     retain_target: Literal["teacher", "noise"] = "teacher"
-    """What the student must predict for them: what the stock model does, or the noise that is in the image (paper)."""
+    """Target of the student on prompts that must survive: the stock model's prediction, or the noise in the image
+    (paper)."""
 
     presets: ClassVar[Presets] = {
         "paper": {**RELEASED, "rollouts": 5},
@@ -73,17 +78,17 @@ class ConceptAblation(DenoiserStrategy):
     }
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.retain_target == "noise" and self.states != "images":
             self.refuse("retain_target", "noise", "'teacher' unless 'states' is 'images', whose noise is known")
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return super().ignores_retain() or ("retain_form" if self.retain_form == "anchors" else "")
 
     def scales(self, backbone: Backbone) -> tuple[float, ...]:
-        """See `TrainedStrategy.scales`; the noise in an image is what is predicted without guidance alone."""
+        """See `TrainedStrategy.scales`; a target of noise allows only 1, because guidance does not scale noise."""
         scales = super().scales(backbone)
         if self.retain_batch and self.retain_target == "noise" and any(scale != 1 for scale in scales):
             self.refuse(
@@ -93,7 +98,7 @@ class ConceptAblation(DenoiserStrategy):
         return scales
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts with the anchors to draw, and those with the concepts to learn there.
+        """Give prompts with the anchors to draw, and the prompts with the concepts that are trained on their states.
 
         Raises:
             ConceptError: A concept has no anchor.
@@ -104,15 +109,15 @@ class ConceptAblation(DenoiserStrategy):
         return anchor_scenes(tower, named, seed, self.contexts, scope=bool(self.scope_weight))
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """See `TrainedStrategy.retained_scenes`."""
+        """Give the prompts that must survive, see `TrainedStrategy.retained_scenes`."""
         if self.retain_form == "anchors":
             return [Scene(prompt) for prompt in dict.fromkeys(s.prompt for s in self.scenes(tower, concepts, seed))]
         return super().retained_scenes(tower, concepts, seed)
 
     def target(self, states: States) -> Tensor:
-        """The stock model's prediction for the prompt with the anchor."""
+        """Give the stock model's prediction for the prompt with the anchor."""
         return states.own
 
     def retained_target(self, states: States) -> Tensor:
-        """See `retain_target`."""
+        """Give the target for prompts that must survive, as the option `retain_target` says."""
         return states.noised if self.retain_target == "noise" else states.own

@@ -1,4 +1,4 @@
-"""What trained strategies have in common whose student is the denoiser: which of its layers learn, and the result."""
+"""The base class of trained strategies that change the denoiser: which of its layers learn, and the result."""
 
 from __future__ import annotations
 
@@ -18,66 +18,68 @@ from erasure.training.student import Student, make_student, train_columns
 
 Method = Literal["x", "x-strict", "u", "self", "all", "text", "entry", "x+entry", "blocks"]
 BY_COLUMNS: tuple[Method, ...] = ("text", "entry", "x+entry")
-"""Methods that train of a layer through which text enters only what reads text."""
+"""Methods that train, in layers through which text enters, only the weight columns that read text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserStrategy(TrainedStrategy):
-    """A trained strategy that changes the denoiser, and tells it what the stock text encoders say."""
+    """A trained strategy that changes the denoiser and keeps the stock text encoders."""
 
     method: Method = "x+entry"
-    """Linear and convolution layers that are trained, as the released code names them: `x` the attention that text
-    passes (cross-attention, and joint attention of text and picture), `x-strict` its keys and values, `self` the
-    self-attention of the picture, `u` all but `x`, `all` all of them. Beyond that code: `text` what text alone passes,
-    `entry` the layers through which it enters, as `uce` edits them, `x+entry` both `x` and these: the same as `x` on
-    Stable Diffusion, while SDXL, Stable Diffusion 3 and FLUX.1 are told a pooled vector besides, which carries a
-    concept past `x`; and `blocks` the transformer blocks with what projects into them and out of them, as `spm` has
-    it. The released FLUX.1 code leaves the keys and values of the text's own half out of `x-strict`."""
+    """Linear and convolution layers that are trained. Named as in ESD's released code: `x` the attention layers
+    that process text (cross-attention, and joint attention of text and image), `x-strict` the keys and values of
+    these, `self` the self-attention of the image, `u` all layers but `x`, `all` all layers. Further choices: `text`
+    layers that process text only, `entry` the layers through which text enters (those that `uce` edits), `x+entry`
+    both `x` and `entry`, `blocks` the transformer blocks with the layers that project into and out of them (those
+    of `spm`). On Stable Diffusion `x+entry` equals `x`; SDXL, Stable Diffusion 3 and FLUX.1 also read a pooled
+    vector of the prompt, through which a concept bypasses `x`. In the released FLUX.1 code `x-strict` lacks the
+    keys and values of the text stream."""
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """See `denoiser_student`."""
+        """Make the trainable student, see `denoiser_student`."""
         return denoiser_student(backbone, self.method, self.rank, generator)
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """One pass for all rows, with the stock encodings."""
+        """Run the denoiser once for all rows, on stock text encodings."""
         return task.backbone.predict(batch.x, batch.t, task.prompts(batch.prompts), batch.guidance)
 
     def edits(self, task: Task) -> Edits:
-        """Of the denoiser."""
+        """Return the edits of the denoiser."""
         return task.student.edits(task.backbone.denoiser_component)
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """See `beside_denoiser`."""
+        """Return the components that training does not run, see `beside_denoiser`."""
         return beside_denoiser(backbone)
 
 
 def denoiser_student(backbone: Backbone, method: Method, rank: int, generator: torch.Generator) -> Student:
-    """A LoRA on the layers that a method trains, or their parameters themselves.
+    """Make the student: a LoRA on the layers that a method trains, or their whole parameters.
 
     Args:
-        backbone: Of the denoiser.
+        backbone: Model whose denoiser is trained.
         method: See `DenoiserStrategy.method`.
-        rank: Of the LoRA; 0 for the parameters.
-        generator: Draws its start.
+        rank: Rank of the LoRA; 0 trains whole parameters.
+        generator: Draws the initial factors of the LoRA.
     """
     chosen = trained_parameters(backbone, method)
     student = make_student(backbone.denoiser, chosen, rank, generator, f"method {method!r}")
     if method in BY_COLUMNS:
-        # What else such a layer reads, as the size of the picture, is none of the concept's.
+        # Other inputs of such a layer, for instance the image size, do not carry the concept.
         train_columns(student, {layer.path: layer.columns for layer in backbone.entry_layers()})
     return student
 
 
 def beside_denoiser(backbone: Backbone) -> list[nn.Module]:
-    """The text encoders, whose encodings are kept, and the autoencoder: training the denoiser runs neither."""
+    """List the text encoders and the autoencoder, which training of the denoiser does not run."""
     return [*(tower.module for tower in backbone.towers), backbone.pipe.vae]
 
 
 def trained_parameters(backbone: Backbone, method: Method) -> list[str]:
-    """Paths of the denoiser's parameters that a method trains, see `DenoiserStrategy.method`.
+    """List the paths of the denoiser's parameters that a method trains, see `DenoiserStrategy.method`.
 
     Raises:
-        UnsupportedModelError: Projections of its attention are fused, so that those that would be trained do not run.
+        UnsupportedModelError: The denoiser's attention projections are fused, so the parameters to train are not in
+            use.
     """
     sites, denoiser = backbone.attention_sites(), backbone.denoiser
     if fused := next((site.name for site in sites if paths.is_fused(denoiser, site.name)), None):

@@ -22,7 +22,7 @@ from erasure.text.corpora import retain_prompts
 from erasure.text.words import telling_places
 
 RELEASED = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
-"""Phrasings of the released code."""
+"""Prompt templates of the released code."""
 
 
 @register("diff_quickfix")
@@ -30,20 +30,20 @@ RELEASED = ("{}", "A photo of {}", "An image of {}", "A picture of {}")
 class DiffQuickFix(Strategy):
     """Rewrite the first self-attention output projection of the text encoder, in closed form.
 
-    Causal tracing finds a concept's visual attributes in the first attention block of CLIP's text encoder. Its output
-    projection `W` is changed so that the inputs `k` it gets for the concept give the outputs `v` it gives for the
-    anchor:
+    Causal tracing finds a concept's visual attributes in the first attention block of CLIP's text encoder. The output
+    projection `W` of that block is changed so that its inputs `k` for the concept give its outputs `v` for the anchor:
 
         W' = argmin sum_e |W' k_e - v_e|^2 + sum_p |W' k_p - W k_p|^2 + lambda |W' - W|^2
 
-    at the concept's last token and all that follow. Exactly low-rank, so the result is a LoRA. Of a model with several
-    text encoders each is changed; T5, for which nobody has traced where knowledge is, at every token of a prompt.
+    The sum over e runs over the concept's last token and all tokens after it; the sum over p over the tokens of
+    prompts that must survive. The change has low rank, so the result is a LoRA. In a model with several text encoders
+    each one is changed. T5, in which no published tracing has located concepts, is changed at every token of a prompt.
 
     Preset `released` is the authors' notebook: four phrasings of every concept, aligned by their last tokens, and
-    nothing preserved. Its `v_e` hold the layer's bias, which the layer then adds a second time. What retain lists name
-    is preserved with the preset too.
+    nothing preserved by default. In the notebook `v_e` contains the layer's bias, so that the layer then adds the bias
+    twice. Names on retain lists are preserved with the preset too.
 
-    Protects a hosted pipeline: whoever holds the weights can put the stock encoder back.
+    Protects a hosted pipeline: whoever has the weights can use the stock text encoder again.
     """
 
     title: ClassVar[str] = "closed-form edit of the text encoder's first attention"
@@ -53,16 +53,18 @@ class DiffQuickFix(Strategy):
     cost: ClassVar[str] = "seconds, text encoder only"
 
     regularisation: Positive = 0.01
-    """lambda, in squared units of the layer's inputs (released code: 0.01)."""
+    """Weight lambda of the squared change, in squared units of the layer's inputs (released code: 0.01)."""
     phrasings: Literal["concept", "released"] = "concept"
-    """Prompts that name the concept: those of its kind, or the four of the released code."""
+    """Prompts that name the concept: `concept` the phrasings of its kind, `released` the four of the released code."""
     doubled_bias: bool = False
-    """Whether the outputs for the anchor hold the layer's bias, so that it is added twice (released code)."""
+    """Include the layer's bias in the outputs for the anchor, so that the layer adds the bias twice (released
+    code)."""
     tolerance: ZeroToOne = 1e-3
-    """How far the change may be from the whole to make the file smaller: relative, over the inputs that are erased,
-    take their place or are preserved. 0 keeps all, in float32."""
+    """Largest relative error of the change that is accepted to make the file smaller, measured over the inputs that
+    are erased, replace them or are preserved. 0 keeps the exact change in float32."""
     vocabulary: CountOrZero = 300
-    """Random prompts from the tokeniser's own words, preserved besides the retain lists; 0 for none (paper)."""
+    """Number of random prompts, made of the tokeniser's words, that are preserved in addition to the retain lists
+    (paper: 0)."""
 
     presets: ClassVar[Presets] = {
         "released": {"phrasings": "released", "doubled_bias": True, "vocabulary": 0, "regularisation": 0.01,
@@ -72,7 +74,7 @@ class DiffQuickFix(Strategy):
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Solve for all concepts at once in each text tower, in float64."""
+        """Solve for all concepts at once in each text encoder, in float64."""
         edits, rank = Edits(), 0
         for index, tower in enumerate(backbone.towers):
             path = tower.attention_out(0)
@@ -93,7 +95,7 @@ class DiffQuickFix(Strategy):
         return Fit(edits, {"rank": float(rank)})
 
     def erased_inputs(self, tower: TextTower, layer: nn.Linear, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor]:
-        """The layer's inputs for the concepts and for their anchors, `(inputs, dim)` each, float64."""
+        """Gather the layer's inputs for the concepts and for their anchors, `(inputs, dim)` float64 each."""
         keys, anchors = [], []
         for concept in concepts:
             for pair in bare_or_phrased(tower, concept, bare=RELEASED if self.phrasings == "released" else ()):
@@ -105,7 +107,7 @@ class DiffQuickFix(Strategy):
         return torch.cat(keys), torch.cat(anchors)
 
     def preserved_inputs(self, tower: TextTower, layer: nn.Linear, concepts: Sequence[Concept], seed: int) -> Tensor:
-        """The layer's inputs that keep their outputs, `(inputs, dim)` float64; may be empty."""
+        """Gather the layer's inputs whose outputs must stay, `(inputs, dim)` float64; may be empty."""
         prompts = retain_prompts(concepts)
         if not self.vocabulary:
             prompts.remove("")
@@ -120,7 +122,7 @@ class DiffQuickFix(Strategy):
 
 @torch.no_grad()
 def first_inputs(tower: TextTower, layer: nn.Linear, prompts: Sequence[str]) -> Tensor:
-    """Inputs of a linear layer for a batch of prompts, `(prompts, tokens, dim)` float64 on the CPU."""
+    """Record the inputs of a linear layer for a batch of prompts, `(prompts, tokens, dim)` float64 on the CPU."""
     with tapped(layer, inputs=True) as seen:
         tower.encode(tower.tokenize(prompts))
     return seen[0].double().cpu()

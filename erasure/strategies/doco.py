@@ -33,39 +33,40 @@ RELEASED: dict[str, object] = {
     "head_start": 0.5005, "first_turn": "student", "discriminator_lr": 1e-4, "discriminator_betas": (0.5, 0.999),
     "discriminator_norm": "batch", "discriminator_told": "latents", "fooling_teaches": True,
 }  # fmt: skip
-"""The commands of the authors' README for objects and nudity, on one GPU."""
+"""Options of the commands in the authors' README for objects and nudity, which run on one GPU."""
 
 
 @register("doco")
 @dataclass(frozen=True, kw_only=True)
 class DoCo(ConceptAblation):
-    """Train the denoiser until a discriminator takes what it draws for the concept for what it draws for the anchor.
+    """Train the denoiser until a discriminator cannot tell its outputs for the concept from those for the anchor.
 
-    On states x_t of the anchor's prompt a, with c the same prompt about the concept, e the frozen model and x0(.) the
-    clean latents that a prediction implies, in every update:
+    On states x_t of the anchor's prompt a, with c the same prompt with the concept, r prompts that must survive, e the
+    frozen model and x0(.) the clean latents that a prediction implies, every update takes two optimiser steps:
 
         discriminator:  -log D(x0(e(x_t, a))) - log(1 - D(x0(e_student(x_t, c))))
-        student:        -log D(x0(e_student(x_t, c)))         with what opposes |e_student(x'_t, r) - e(x'_t, r)|^2
-                                                              taken out of its gradient, tensor by tensor (PCGrad)
+        student:        -log D(x0(e_student(x_t, c)))         minus the part of the gradient that opposes that
+                                                              of |e_student(x'_t, r) - e(x'_t, r)|^2 (PCGrad)
 
-    where D says how likely latents are the anchor's. The discriminator learns alone for a while first. So it is the
-    whole of what the anchor draws that is learned, where `concept_ablation` learns each prediction by heart.
+    D is the discriminator's probability that latents were drawn for the anchor. The discriminator is trained alone at
+    first. The student thus learns the distribution of images of the anchor, where `concept_ablation` learns each
+    single prediction.
 
-    Both turns share one pass of the student, retained rows have one of their own, and none is made of them while the
-    discriminator learns alone: 3 passes of a training state, and on `buffer`ed trajectories none of the teacher, whose
-    predictions are there. The released recipe makes 50,000 passes for its 1000 images, 24 in each of its 1000 updates
-    without the student (16 rows of the student, 8 of the teacher) and 88 in each of the others (two backward passes of
-    all 16 rows besides): 162,000.
+    Both steps of an update share one forward pass of the student; retained rows take another, which is left out while
+    the discriminator is trained alone. An update needs 3 passes per training state, and none of the teacher on
+    `buffer` states, whose predictions are stored. The released recipe makes 162,000 passes: 50,000 for its 1000
+    images, 24 in each of its 1000 updates without the student (16 rows of the student, 8 of the teacher) and 88 in
+    each of the other updates (which add two backward passes of all 16 rows).
 
-    Here the discriminator is told the noise level and normalises each row by itself; it is as deep as the code's, and
-    halves latents until they are 4 x 4.
+    Here the discriminator also reads the noise level and normalises each row by itself. It is as deep as in the
+    released code, and halves the latents' size until it is 4 x 4.
 
-    Presets: `released` is the authors' code with their README's numbers for objects and nudity, `released-style` those
-    for styles. That code has a surgery that is no projection (see `Surgery`), trains the discriminator with the
-    student's own gradient as well (it is never zeroed, so that fooled judgements count as a half: `fooling_teaches`),
-    and normalises by the batch. `paper` has the same numbers without these mistakes: the paper's own could not be
-    read. What Concept Ablation's presets leave out is left out here too; the sequences of several concepts are trained
-    at once.
+    Presets: `released` is the authors' code with the numbers of their README for objects and nudity, `released-style`
+    with those for styles. The gradient surgery of that code is not a projection (see `Surgery`), its discriminator is
+    also trained by the student's gradient, which is never set to zero (option `fooling_teaches`), and it normalises by
+    the batch. `paper` has the same numbers without these mistakes, because the paper's own numbers were not available.
+    Parts that Concept Ablation's presets leave out are left out here too. Where the authors train one concept after
+    another, all are trained at once.
 
     Protects released weights. Attacks that optimise prompts bring much of a concept back (third-party benchmarks).
     """
@@ -75,35 +76,36 @@ class DoCo(ConceptAblation):
     cost: ClassVar[str] = "minutes, about 4 denoiser passes a training state"
 
     steps: Count = 300
-    """Updates of the discriminator, and all but the first of the student (released code: 2000)."""
+    """Number of updates (released code: 2000). The discriminator is trained in all of them, the student after
+    `head_start`."""
     states: Mode = "buffer"
-    """`buffer` takes the states of the anchor's trajectories, whose predictions are there already; `images` draws
-    images of the anchor to the end once, and noises them anew for every state (released code); `online` rolls every
-    state anew."""
+    """Where training states come from. `buffer`: states of the anchor's trajectories, whose predictions are known
+    already. `images`: images of the anchor are drawn once, and noised anew for every state (released code).
+    `online`: a new trajectory for every state."""
     surgery: Literal["pcgrad", "released", "none"] = "pcgrad"
-    """How gradients that undo what must survive are mended, see `Surgery`; `none` adds the losses up."""
+    """How the student's gradient is kept from opposing the retain loss, see `Surgery`; `none` adds the losses up."""
     surgery_scope: Scope = "tensor"
-    """Whether that is done in each tensor, or in all together."""
+    """Whether `surgery` compares gradients tensor by tensor, or over all tensors together."""
     surgery_strength: NotNegative = 1.0
-    """Share of the opposed part that is taken out."""
+    """Share of the opposing part of the gradient, 0 or more, that `surgery` removes (1: all of it)."""
     retain_added: NotNegative = 3.0
-    """Weight at which the gradient of what must survive is added itself, besides the surgery (released code: 0)."""
+    """Weight of the retain loss's own gradient, which is added after the surgery (released code: 0)."""
     head_start: Decay = 0.2
-    """Share of the updates in which the discriminator learns alone at first (released code: a half)."""
+    """Share of the updates, at the start, in which only the discriminator is trained (released code: 0.5)."""
     first_turn: Literal["discriminator", "student"] = "discriminator"
-    """Whose turn is first in an update. The released code lets the student go first, which learns from a discriminator
-    that does not know its last step."""
+    """Which of the two takes its step first in an update. In the released code the student does, with a
+    discriminator that has not taken this update's step."""
     discriminator_lr: Positive = 5e-4
-    """Learning rate of its Adam."""
+    """Learning rate of the discriminator's Adam."""
     discriminator_betas: tuple[Decay, Decay] = (0.5, 0.999)
-    """Decays of its Adam."""
+    """Decay rates beta_1 and beta_2 of the discriminator's Adam."""
     discriminator_norm: Norm = "group"
-    """What its layers are normalised by: groups of channels, or the batch (released code)."""
+    """Normalisation of the discriminator's layers: by groups of channels, or by batch (released code)."""
     discriminator_told: Literal["level", "latents"] = "level"
-    """Whether it is told the noise level, or the predicted latents alone (released code)."""
+    """Input of the discriminator: predicted latents and noise level, or predicted latents alone (released code)."""
     fooling_teaches: bool = False
-    """Do as the released code does by mistake: the student's gradient, whose aim is to fool it, trains the
-    discriminator as well."""
+    """Reproduce a mistake of the released code: the student's gradient, which increases the discriminator's loss,
+    trains the discriminator as well."""
 
     presets: ClassVar[Presets] = {
         "paper": {
@@ -116,11 +118,11 @@ class DoCo(ConceptAblation):
 
     @property
     def since(self) -> int:
-        """First update in which the student learns."""
+        """First update in which the student is trained."""
         return round(self.head_start * self.steps)
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.since >= self.steps:
             self.refuse("head_start", self.head_start, "less: the student would never learn")
@@ -134,14 +136,14 @@ class DoCo(ConceptAblation):
         """See `TrainedStrategy.task`.
 
         Raises:
-            OptionError: Rows of a batch that is to be normalised are apart from one another.
+            OptionError: Batch normalisation is chosen and the rows of a batch are on several processes.
         """
         if self.discriminator_norm == "batch" and accelerator.num_processes * self.accumulation > 1:
             self.refuse("discriminator_norm", "batch", "'group' where a batch is computed in several parts")
         return super().task(backbone, tower, concepts, seed, accelerator, standing)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
-        """Two players: the discriminator, and the student that learns to fool it."""
+        """Give the optimiser steps of an update: of the discriminator, and of the student that learns to fool it."""
         channels, *size = task.backbone.latents.shape()
         judge = Discriminator(
             channels, (size[0], size[1]), norm=self.discriminator_norm, told_level=self.discriminator_told == "level",
@@ -159,7 +161,7 @@ class DoCo(ConceptAblation):
         return [discriminator, student] if self.first_turn == "discriminator" else [student, discriminator]
 
     def combine(self) -> Combine:
-        """How what must survive enters."""
+        """Choose how the retain loss's gradient is combined with the student's."""
         terms = {"retain": self.retain_batch, "scope": self.scope_weight}
         kept = tuple(name for name, there in terms.items() if there)
         if self.surgery == "none" or not kept:
@@ -167,11 +169,11 @@ class DoCo(ConceptAblation):
         return Surgery(kept, self.surgery, self.surgery_scope, self.surgery_strength, self.retain_added)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """The states of an update, and room for what both turns need."""
+        """Prepare the states of an update, with a dictionary for results that both steps use."""
         return super().prepare(task, step, share)._replace(extra={})
 
     def judged(self, task: Task, judge: Discriminator, batch: Batch) -> dict[str, Tensor]:
-        """The discriminator's losses."""
+        """Compute the discriminator's losses."""
         states, drawn = batch.concept, self.drawn(task, batch).detach()
         anchor = judge.judge(clean(task, states.own, states.x, states.t), states.t)
         concept = judge.judge(drawn, states.t)
@@ -182,7 +184,7 @@ class DoCo(ConceptAblation):
         return terms
 
     def fooled(self, task: Task, judge: Discriminator, batch: Batch) -> dict[str, Tensor]:
-        """The student's losses."""
+        """Compute the student's losses."""
         concept, retained = batch.concept, batch.retained
         terms = {"erase": looks_like(judge.judge(self.drawn(task, batch), concept.t), 0.0)}
         count, end = len(concept.x), len(batch.x)
@@ -196,7 +198,7 @@ class DoCo(ConceptAblation):
         return terms
 
     def drawn(self, task: Task, batch: Batch) -> Tensor:
-        """Clean latents that the student predicts for the concept, computed once for both turns of an update."""
+        """Give the student's clean latents for the concept, computed once for both steps of an update."""
         assert batch.extra is not None
         if "drawn" not in batch.extra:
             states = batch.concept
@@ -207,5 +209,5 @@ class DoCo(ConceptAblation):
 
 
 def clean(task: Task, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Clean latents that predictions imply, in float32."""
+    """Compute the clean latents that predictions imply, in float32."""
     return task.backbone.parametrisation.clean(prediction.float(), x.float(), t)

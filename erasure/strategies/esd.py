@@ -23,7 +23,7 @@ RELEASED: dict[str, object] = {
     "templates": False, "contexts": 0, "states": "online", "rollouts": 1000, "rollout_steps": 50,
     "rollout_guidance": 3.0, "clip": 0.0,
 }  # fmt: skip
-"""What the released scripts have in common, in the paper's eta."""
+"""Options that all released scripts have in common, with eta in the paper's convention."""
 
 
 @register("esd")
@@ -31,22 +31,22 @@ RELEASED: dict[str, object] = {
 class ESD(DenoiserStrategy, NegativeGuidance):
     """Fine-tune the denoiser to predict, for prompts with the concept, what negative guidance would.
 
-    On states x_t of trajectories towards the concept c, with the frozen model as teacher e:
+    On states x_t of trajectories of the concept's prompt c, with the frozen model as teacher e:
 
         |e_student(x_t, c) - [e(x_t, b) - eta (e(x_t, c) - e(x_t, n))]|^2
 
-    The paper's base b and contrast n are both the empty prompt. Here they are the same prompt with the concept's
-    anchor, where it has one, so that the rest of the prompt (a style, a second object) stays; besides, the teacher's
-    own predictions are matched on prompts that must survive. Trains a LoRA on the layers of `esd-x` by default.
+    In the paper the base b and the contrast n are both the empty prompt. By default they are the same prompt with the
+    concept's anchor, where it has one, so that the rest of the prompt (a style, a second object) stays. The teacher's
+    predictions are also matched on prompts that must survive. By default a LoRA is trained on the layers of `esd-x`.
 
     Presets train on the bare name and retain nothing. `paper` is the CompVis code: eta 1, Adam at 1e-5, 1000 updates
-    of one state that the student has come to. That code asks about each state at a timestep that is on average 47 of
-    1000 above the state's own, for its sampler goes two steps past the one that is drawn. Here each state is asked
-    about at its own timestep. `released-...` is esd_sd.py of 2025, whose teacher takes the steps, and `released-from`
-    its `--erase_from`: the anchor's prompt is rolled out and trained. Its weights in bfloat16 and its 1024 pixels for
-    a model of 512 are left out; states come from DDIM, where the script takes the pipeline's own scheduler.
+    of one state on the student's own trajectory. That code evaluates the denoiser at a timestep that is on average 47
+    of 1000 above the state's own, because its sampler goes two steps too far; here each state is evaluated at its own
+    timestep. `released-...` is esd_sd.py of 2025, where the teacher samples the trajectories, and `released-from` is
+    its `--erase_from`, where the anchor's prompt is sampled and trained. Its weights in bfloat16 and its size of 1024
+    pixels for a model of 512 are left out. States come from DDIM, where the script uses the pipeline's own scheduler.
 
-    Protects released weights against prompts; learned embeddings, and attacks that optimise prompts, bring much of a
+    Protects released weights against prompts. Learned embeddings, and attacks that optimise prompts, bring much of a
     concept back.
     """
 
@@ -57,9 +57,9 @@ class ESD(DenoiserStrategy, NegativeGuidance):
     cost: ClassVar[str] = "minutes, about 5 denoiser passes a training state"
 
     trained_prompt: Literal["concept", "anchor"] = "concept"
-    """Prompt that is rolled out and trained: with the concept, or with the anchor in its place. With the anchor, the
-    concept ("cowboy hat") is erased as a part of what the anchor ("cowboy") means, and the target starts from the
-    anchor's prediction: `e(x_t, a) - eta (e(x_t, c) - e(x_t, n))`."""
+    """Prompt that is sampled and trained: with the concept, or with the anchor in its place. With `anchor`, the
+    concept ("cowboy hat") is erased from what the anchor ("cowboy") means, and the target starts from the anchor's
+    prediction: `e(x_t, a) - eta (e(x_t, c) - e(x_t, n))`."""
 
     presets: ClassVar[Presets] = {
         "paper": {**RELEASED, "steps": 1000, "lr": 1e-5, "rollout_by": "student"},
@@ -85,13 +85,13 @@ class ESD(DenoiserStrategy, NegativeGuidance):
     }
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.trained_prompt == "anchor" and (self.scope_weight or self.contexts):
             self.refuse("trained_prompt", "anchor", "'concept', unless 'scope_weight' and 'contexts' are 0")
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """See `TrainedStrategy.scenes`; prompts with the anchors when those are trained."""
+        """Give the prompts to sample, see `TrainedStrategy.scenes`; those with the anchors when these are trained."""
         if self.trained_prompt == "concept":
             return super().scenes(tower, concepts, seed)
         for concept in concepts:
@@ -102,7 +102,7 @@ class ESD(DenoiserStrategy, NegativeGuidance):
         return list(dict.fromkeys(Scene(pair.anchor_prompt, (pair.prompt,)) for pair in pairs))
 
     def target(self, states: States) -> Tensor:
-        """See `TrainedStrategy.target`."""
+        """Compute the target for the concept's prompts, see `TrainedStrategy.target`."""
         if self.trained_prompt == "concept":
             return super().target(states)
         return self.pushed(states, states.own if self.base == "anchor" else states.unprompted, states.asked[:, 0])

@@ -1,4 +1,4 @@
-"""The first block of a text encoder in training, as whole matrices or with changes of low rank."""
+"""Training of a text encoder's first block, as whole matrices or with low-rank changes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from erasure.training.turns import Player
 
 Tap = Literal["attention", "output"]
 LARGE, RANK = 32_000_000, 16
-"""Parameters of a block from which on its changes are of low rank, and that rank."""
+"""Number of a block's parameters above which its changes are low-rank, and their rank."""
 
 
 class Reached(NamedTuple):
-    """What a text encoder makes of some prompts, in float32."""
+    """Outputs of a text encoder for a batch of prompts, in float32."""
 
     tapped: Tensor
-    """The activation that a loss looks at, `(prompts, tokens, dim)`."""
+    """Activation on which the loss is computed, `(prompts, tokens, dim)`."""
     states: Tensor
-    """What the denoiser reads, `(prompts, tokens, dim)`."""
+    """Token states that the denoiser reads, `(prompts, tokens, dim)`."""
     pooled: Tensor | None
-    """The pooled vectors that it reads, `(prompts, dim)`, if it does."""
+    """Pooled vectors that the denoiser reads, `(prompts, dim)`; `None` where it reads none."""
 
 
 def run(tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens, tap: Tap = "attention") -> Reached:
-    """Run a text encoder with other parameters, by their paths now; differentiable in them.
+    """Run a text encoder with other parameters, named by their current paths; differentiable in the parameters.
 
     Args:
         tower: The text encoder.
-        parameters: Those of its root.
-        tokens: The prompts.
-        tap: `output` is the state that the denoiser reads, `attention` the attention output projection of the block
-            that makes it.
+        parameters: Parameters of the encoder's root module, by path.
+        tokens: Tokenised prompts.
+        tap: Activation to record: `output` is the state that the denoiser reads, `attention` the output of the
+            attention output projection in the block that makes this state.
     """
     with tapped(tower.root.get_submodule(tower.attention_out(tower.consumed))) as seen:
         output = torch.func.functional_call(
@@ -51,13 +51,13 @@ def run(tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens
 
 
 class FirstBlock(Player):
-    """The linear layers in the attention and the MLP of a text encoder's first block; its norms stay.
+    """The trained linear layers of a text encoder's first block, in its attention and its MLP; norms are not trained.
 
     Args:
-        tower: The text encoder; left as it is.
-        rank: Of the change of each weight, biases stay then; 0 for whole weights and biases. Chosen by the size of the
-            block when left out.
-        seed: Seeds the factors of low-rank changes.
+        tower: Text encoder, which itself is not changed.
+        rank: Rank of the change of each weight, where biases are not trained; 0 trains whole weights and biases.
+            Chosen by the size of the block when `None`.
+        seed: Seed of the initial low-rank factors.
     """
 
     def __init__(self, tower: TextTower, rank: int | None = 0, seed: int = 0) -> None:
@@ -66,7 +66,7 @@ class FirstBlock(Player):
         own = dict(tower.root.named_parameters())
         size = sum(own[name].numel() for name in paths_now.values())
         self.rank = rank = (RANK if size > LARGE else 0) if rank is None else rank
-        # bfloat16 holds what a large encoder computes, at half the memory; float16 overflows in T5.
+        # bfloat16 keeps the range of a large encoder's values in half the memory; float16 overflows in T5.
         kept = torch.bfloat16 if rank and next(iter(own.values())).dtype == torch.bfloat16 else torch.float32
         self.stock = {name: parameter.detach().to(kept) for name, parameter in own.items()}
         self.canonical = {now: path for path, now in paths_now.items() if not rank or self.stock[now].ndim == 2}
@@ -83,18 +83,18 @@ class FirstBlock(Player):
             self.values.extend(nn.Parameter(part.to(value.device)) for part in (down, up))
 
     def whole(self) -> dict[str, Tensor]:
-        """Parameters that are trained in full, by their paths now."""
+        """Fully trained parameters, by current path."""
         return {} if self.rank else dict(zip(self.canonical, self.values, strict=True))
 
     def pairs(self) -> dict[str, LowRank]:
-        """Low-rank changes, by the paths now of the weights that they change."""
+        """Low-rank changes, by the current path of the weight that they change."""
         if not self.rank:
             return {}
         downs, ups = list(self.values)[::2], list(self.values)[1::2]
         return {name: LowRank(*pair) for name, *pair in zip(self.canonical, downs, ups, strict=True)}
 
     def changed(self) -> dict[str, Tensor]:
-        """All parameters of the encoder's root by their paths now, with the changes."""
+        """All parameters of the encoder's root module with the changes, by current path."""
         added = {
             name: (self.stock[name].float() + up @ down).to(self.stock[name].dtype)
             for name, (down, up) in self.pairs().items()
@@ -102,7 +102,7 @@ class FirstBlock(Player):
         return {**self.stock, **self.whole(), **added}
 
     def changes(self) -> dict[str, Tensor | LowRank]:
-        """The changes, in float16 on the CPU: whole ones by path of the parameter, others by path of the layer."""
+        """The changes in float16 on the CPU: whole ones by path of the parameter, low-rank ones by layer."""
         made: dict[str, Tensor | LowRank] = {
             self.canonical[name]: (value.detach() - self.stock[name]).half().cpu()
             for name, value in self.whole().items()
@@ -114,9 +114,9 @@ class FirstBlock(Player):
 
 
 def trained_parameters(tower: TextTower) -> dict[str, str]:
-    """The path now, by canonical path, of the parameters of the linear layers in the first block's attention and MLP.
+    """Map canonical paths to current paths for the linear layers' parameters in the first block's attention and MLP.
 
-    Its norms stay (released code, option `first-attn`).
+    Norms are left out, as in the option `first-attn` of HiRM's released code.
     """
     parts = (f"{tower.attention(0)}.", f"{tower.mlp(0)}.")
     return {

@@ -1,4 +1,4 @@
-"""HiRM: erasing in the first block of the text encoder with a loss on its last (arXiv 2602.19631)."""
+"""HiRM: train the first block of the text encoder with a loss on its last block (arXiv 2602.19631)."""
 
 from __future__ import annotations
 
@@ -30,34 +30,36 @@ PAPER: Mapping[str, object] = {
 }  # fmt: skip
 """Options that all of the paper's experiments have in common."""
 RANDOM = {**PAPER, "variant": "random", "coefficient": 500.0, "distribution": "uniform", "norm": "token"}
-"""HiRM-R. That directions are drawn uniformly is the released code's; the paper says random."""
+"""Options of HiRM-R. The uniform distribution of directions is from the released code; the paper only says random."""
 SEMANTIC = {**PAPER, "variant": "semantic", "coefficient": 1.0, "aligned": False}
-"""HiRM-S."""
+"""Options of HiRM-S."""
 RELEASED = {**RANDOM, "steps": 50, "lr": 1e-4, "coefficient": 5000.0, "norm": "tensor"}
-"""Defaults of the script, with which its command for nudity agrees; those for objects and styles have fewer steps."""
+"""Defaults of the released script, which are also its command for nudity; its commands for objects and styles have
+fewer steps."""
 LONGEST = 128
-"""Tokens of the prompts that an encoder of free length is trained with: its padding takes most of the time."""
+"""Number of tokens to which prompts are padded in training where the encoder allows any length (T5), because longer
+padding takes most of the time."""
 
 
 class Drawn(NamedTuple):
-    """The prompts of an update."""
+    """The prompts and targets of an update."""
 
     tokens: PromptTokens
-    """Of prompts with the concepts."""
+    """Tokenised prompts with the concepts."""
     targets: Tensor
-    """Where their activations must go, `(prompts, tokens, dim)`."""
+    """Targets of the activations for these prompts, `(prompts, tokens, dim)`."""
     pooled: Tensor | None
-    """Where their pooled vectors must go, `(prompts, dim)`."""
+    """Targets of the pooled vectors for these prompts, `(prompts, dim)`."""
     kept: PromptTokens | None
-    """Of prompts that must survive, where any must."""
+    """Tokenised prompts that must survive; `None` where there are none."""
     before: Reached | None
-    """What the stock encoder gives for them."""
+    """Outputs of the stock encoder for the prompts that must survive."""
 
 
 @register("hirm")
 @dataclass(frozen=True, kw_only=True)
 class HiRM(Strategy):
-    """Misdirect what the text encoder makes of the concept by training its first block only.
+    """Change the text encoder's states for the concept by training its first block only.
 
     The loss is on the output `h` of the last block's attention output projection, at every token position t of a
     prompt with the concept:
@@ -65,19 +67,20 @@ class HiRM(Strategy):
         variant random:    mean_t |h_t - c r_t|^2     r_t a fixed random direction
         variant semantic:  mean_t |h_t - c s_t|^2     s_t the stock encoder's h for the prompt with the anchor instead
 
-    each divided by the width of `h`, plus `retain_weight` times the mean squared change of the encoder's output on
-    prompts that must survive. Several concepts are trained jointly, one target each. Where the denoiser reads a hidden
-    state before the last block, the loss is on the last block that it reads. Every text encoder that it reads is
-    trained; where it reads a pooled vector, the same is asked of that. T5 has no token that gathers the prompt, so the
-    loss is on all of its states; its first block is large, so that its change is of low rank.
+    Each loss is divided by the width of `h`. The retain loss, `retain_weight` times the mean squared change of the
+    encoder's output on prompts that must survive, is added. Several concepts are trained jointly, each with its own
+    target. Where the denoiser reads a hidden state before the last block, the loss is on the last block that it reads.
+    Every text encoder that the denoiser reads is trained; where it reads a pooled vector, the same loss is added for
+    that vector. T5 has no token that summarises the prompt, so the loss is on all of its states; its first block is
+    large, so its change has low rank.
 
-    Protects a hosted pipeline: the denoiser is untouched, so whoever holds the weights can put the stock encoder back,
-    and `prompt_embeds=` bypasses it.
+    Protects a hosted pipeline: the denoiser is not changed, so whoever has the weights can use the stock text encoder
+    again, and `prompt_embeds=` bypasses the erasure.
 
     Presets: `paper-r-...` and `paper-s-...` are the paper's settings of each kind of concept for HiRM-R and HiRM-S,
-    `released...` the script's defaults and its commands for objects and styles. They train on the bare names, at every
-    position, the start token too, and retain nothing; they were made for CLIP ViT-L/14. HiRM-S for nudity is none: it
-    subtracts a vector of which the paper does not say all.
+    `released...` the script's defaults and its commands for objects and styles. All of them train on the bare names,
+    at every position including the start token, and retain nothing; they were made for CLIP ViT-L/14. There is no
+    preset of HiRM-S for nudity, because the paper does not fully define the vector that it subtracts.
     """
 
     title: ClassVar[str] = "misdirection of the text encoder's first block"
@@ -89,39 +92,44 @@ class HiRM(Strategy):
     variant: Literal["random", "semantic"] = "semantic"
     """Target direction: random (HiRM-R), or towards the anchor or super-category (HiRM-S)."""
     steps: Count = 60
-    """Optimiser steps (paper: 15 to 50)."""
+    """Number of optimiser steps (paper: 15 to 50)."""
     lr: Positive = 1e-3
-    """Learning rate of AdamW. This times `steps` is the real strength; the paper's 5e-5 is for CLIP ViT-L/14."""
+    """Learning rate of AdamW. The strength of the erasure grows with `lr` times `steps`; the paper's 5e-5 is for
+    CLIP ViT-L/14."""
     coefficient: NotNegative = 1.0
-    """c: length of the target per token; in `norm="tensor"` of the whole target."""
+    """Length c of the target of each token; with `norm="tensor"` of the targets of all tokens together."""
     distribution: Literal["gaussian", "uniform"] = "gaussian"
-    """Of the random directions; `uniform` on [0, 1) makes all positions share one direction (released code)."""
+    """Distribution of the random directions; `uniform` on [0, 1) makes the directions of all positions similar
+    (released code)."""
     norm: Literal["token", "tensor"] = "token"
-    """Whether each token's random direction has length 1 or all of them together (released code)."""
+    """Whether the random direction of each token has length 1 (`token`), or those of all tokens together (`tensor`,
+    released code)."""
     skip_start: bool = True
-    """Leave the start token out of the loss: it does not depend on the prompt, so moving it moves every prompt."""
+    """Leave the start token out of the loss. The start token is the same in every prompt, so changing it changes
+    every prompt."""
     tap: Literal["auto", "attention", "output"] = "auto"
-    """Where the loss is: the last attention's output projection (paper), or the state that the denoiser reads,
-    which the concept also reaches past the attention through the residual stream. `auto`: the first, but in encoders
-    whose tokens see those that follow (T5)."""
+    """Where the loss is computed: `attention` is the output projection of the last attention (paper); `output` is
+    the state that the denoiser reads, which the concept also reaches through the residual stream. `auto` is
+    `attention` in causal encoders (CLIP) and `output` in bidirectional ones (T5)."""
     rank: CountOrZero | None = None
-    """Rank of the change of each matrix; 0 changes whole matrices and biases (paper). Left out it is 16 where the
-    first block has more than 32 million parameters, as that of T5-XXL, else 0."""
+    """Rank of the change of each matrix; 0 trains whole matrices and biases (paper). When left out: 16 where the
+    first block has more than 32 million parameters (T5-XXL), else 0."""
     templates: bool = True
-    """Train on every phrasing of the concept instead of its names alone (paper)."""
+    """Train on every phrasing of the concept; when off, on its names alone (paper)."""
     joined: bool = False
-    """Write all names of a concept into one prompt, commas between, where prompts are bare names (released code)."""
+    """Join all names of a concept with commas into one prompt, where prompts are bare names (released code)."""
     aligned: bool = True
-    """Take each token's semantic target from the token of the anchor's prompt that answers to it; else from the same
-    position (paper), where another word stands when concept and anchor have not as many tokens."""
+    """Take the semantic target of each token from the corresponding token of the anchor's prompt; when off, from
+    the same position (paper), where another word stands when concept and anchor differ in their number of tokens."""
     contexts: CountOrZero = 12
-    """Besides, in each step, so many random prompts that name each concept among other words."""
+    """Number of random prompts in each step that name each concept among other words, in addition to its phrasings."""
     retain_weight: NotNegative = 1.0
-    """Weight of the retention term; 0 is the paper."""
+    """Weight of the retain loss (paper: 0)."""
     retain_vocabulary: CountOrZero = 24
-    """Random prompts from the tokeniser's own words in each step's retention term."""
+    """Number of random prompts, made of the tokeniser's words, in each step's retain loss."""
     unconditional: Literal["erased", "stock"] = "erased"
-    """`stock` pins the empty prompt to the stock encoding, so that guidance is as before."""
+    """Encoding of the empty prompt: `erased` is that of the trained encoder, `stock` keeps the stock encoding, so
+    that guidance does not change."""
 
     presets: ClassVar[Presets] = {
         "paper-r-object": {**RANDOM, "steps": 25},
@@ -135,13 +143,13 @@ class HiRM(Strategy):
     }
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return "" if self.retain_weight else "retain_weight"
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Train each text tower that the denoiser reads."""
+        """Train each text encoder that the denoiser reads."""
         edits, log = Edits(), {}
         towers = backbone.towers
         for index, tower in enumerate(towers):
@@ -163,7 +171,7 @@ class HiRM(Strategy):
     def fit_tower(
         self, tower: TextTower, concepts: Sequence[Concept], seed: int, progress: Callable[[float], None]
     ) -> tuple[dict[str, Tensor | LowRank], float]:
-        """Changes of the first block by path, of its parameters or of its layers, and the last loss.
+        """Train one text encoder; give the changes of its first block by path, and the last loss.
 
         Raises:
             DivergenceError: The loss became NaN or infinite.
@@ -179,7 +187,7 @@ class HiRM(Strategy):
         first = tower.leading if self.skip_start else 0
 
         def prepare(_update: int, _share: Share) -> Drawn:
-            """The prompts of an update, and what the stock encoder makes of them."""
+            """Choose the prompts of an update, and run the stock encoder on them."""
             batch = [*pairs]
             for concept in concepts if words and self.contexts else ():
                 batch += context_prompts(tower, concept, words, self.contexts, generator)
@@ -194,7 +202,7 @@ class HiRM(Strategy):
                 return Drawn(tokens, targets, pooled, kept, self.run(tower, block.stock, kept))
 
         def losses(drawn: Drawn) -> dict[str, Tensor]:
-            """How far the encoder is from the targets, and from what it gave for prompts that must survive."""
+            """Compute the erasing loss, and the retain loss on prompts that must survive."""
             reached = self.run(tower, block.changed(), drawn.tokens)
             terms = {"erase": F.mse_loss(reached.tapped[:, first:], drawn.targets[:, first:])}
             if drawn.pooled is not None and reached.pooled is not None:
@@ -213,7 +221,7 @@ class HiRM(Strategy):
         return block.changes(), sum(row.values())
 
     def prompts(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
-        """The prompts to misdirect."""
+        """Give the prompts of a concept to train on, aligned with those of its anchor."""
         if self.templates:
             return aligned_prompts(tower, concept)
         for words in concept.names:
@@ -222,19 +230,19 @@ class HiRM(Strategy):
         return [align(tower, "{}", text, concept.anchor or "") for text in texts]
 
     def run(self, tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens) -> Reached:
-        """What the loss looks at."""
+        """Run a text encoder and record the activation on which the loss is computed."""
         chosen: Tap = ("attention" if tower.causal else "output") if self.tap == "auto" else self.tap
         return run(tower, parameters, tokens, chosen)
 
     def direction(self, tower: TextTower, generator: torch.Generator) -> Tensor:
-        """The random target of every prompt, `(tokens, dim)`."""
+        """Draw the random target, the same for every prompt, `(tokens, dim)`."""
         return random_direction(tower.max_length, tower.width, self.distribution, self.norm, generator)
 
     @torch.no_grad()
     def targets(
         self, tower: TextTower, stock: Mapping[str, Tensor], pairs: Sequence[AlignedPrompt], direction: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Where the activations must go, `(prompts, tokens, dim)`, and the pooled vectors, `(prompts, dim)`."""
+        """Compute the targets of activations `(prompts, tokens, dim)` and of pooled vectors `(prompts, dim)`."""
         if self.variant == "semantic":
             anchors = self.run(tower, stock, tower.tokenize([pair.anchor_prompt for pair in pairs]))
             pooled = None if anchors.pooled is None else self.coefficient * anchors.pooled
@@ -249,7 +257,8 @@ class HiRM(Strategy):
             return target, None
         known = self.run(tower, stock, tower.tokenize([""])).pooled
         assert known is not None
-        # One direction too, of the same length: that of the first token that the loss looks at, as far as it is long.
+        # The pooled vector gets one direction of the same length: that of the first token in the loss, repeated or cut
+        # to fit.
         ahead = direction[tower.leading].to(device).repeat(-(-known.shape[1] // direction.shape[1]))
         return target, (self.coefficient * F.normalize(ahead[: known.shape[1]], dim=0)).expand(len(pairs), -1)
 
@@ -258,7 +267,7 @@ def random_direction(
     tokens: int, dim: int, distribution: Literal["gaussian", "uniform"], norm: Literal["token", "tensor"],
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
-    """Fixed random targets, `(tokens, dim)`: every row of length 1, or the whole of Frobenius norm 1."""
+    """Draw random targets, `(tokens, dim)`: every row of length 1, or the whole of Frobenius norm 1."""
     draw = torch.randn if distribution == "gaussian" else torch.rand
     values = draw(tokens, dim, generator=generator)
     return values / (values.norm(dim=1, keepdim=True) if norm == "token" else values.norm())

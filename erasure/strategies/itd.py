@@ -33,52 +33,56 @@ from erasure.text.corpora import context_prompts, seeded_prompts, vocabulary, vo
 from erasure.text.words import aligned_prompts
 
 Factor = Annotated[float, Ge(-1000), Le(1000)]
-"""Factor of a latent; far greater ones leave the range of float16, in which they are kept."""
+"""Factor by which a latent is multiplied. Factors far outside of this range overflow float16, in which they are
+saved."""
 
 
 class Side(NamedTuple):
-    """What is made of one text encoder."""
+    """The result for one text encoder."""
 
     key: str
-    """`component/block.path`."""
+    """Key of the edited block, `component/block.path`."""
     edit: BlockEdit
     log: dict[str, float]
-    """Figures worth keeping."""
+    """Figures to save with the erasure."""
     gates: dict[str, dict[str, Any]]
-    """How well each concept's gate tells it, by concept."""
+    """Measured accuracy of each concept's gate, by concept."""
 
 
 @register("itd")
 @dataclass(frozen=True, kw_only=True)
 class ItD(Strategy):
-    """Turn off the latents that tell a concept, in prompts that hold it, and write those of an anchor in their place.
+    """Turn off the sparse-autoencoder latents of a concept in prompts that contain it, and add an anchor instead.
 
-    A sparse autoencoder of the text encoder's residual stream gives latents `z` with decoder rows `d`. Those that fire
-    on most prompts with the concept and on few of the others are its features F. In use,
+    A sparse autoencoder of the text encoder's residual stream x gives latents `z` with decoder rows `d`. The latents
+    that fire on most prompts with the concept and on few others are the concept's features F. The erased encoder
+    computes
 
         x' = x + sum_{i in F} (tau - 1) z_i d_i + z_i v_i
 
-    at every token but the first, with rows `v` that bring the token to what it is in the same prompt with an anchor in
-    the concept's place (`erasure.sae.standin`). This happens in prompts where the concept's gate is open: a
-    logistic score of latents on some word (see `erasure.carriers.features`). What the autoencoder does not explain is
-    left as it is, prompts below the threshold too, bit for bit. A linear probe of the same activations is fitted and
-    calibrated beside it.
+    at every token but the first. The rows `v` are fitted so that a token becomes what it is in the same prompt with an
+    anchor instead of the concept (`erasure.sae.standin`). This is done only in prompts for which the concept's gate is
+    open: a logistic score of latents exceeds a threshold at some word (see `erasure.carriers.features`). Prompts below
+    the threshold are not changed at all, and neither is the part of x that the autoencoder does not reconstruct. A
+    linear probe of the same activations is fitted and calibrated for comparison.
 
-    Every text encoder of a model that has several is edited so, with a dictionary and gates of its own, also one of
-    which the denoiser reads a pooled vector alone: what is edited in a block flows on to that vector, as the prompt
-    does. A gate that opens in one of them opens that of the same concept in the others, prompt by prompt, whatever
-    each of them is told (`prompt`, `prompt_2`): see `erasure.carriers.features`.
+    In a model with several text encoders each one is edited with a dictionary (the autoencoder's latents) and gates of
+    its own, including encoders of which the denoiser reads only a pooled vector, which depends on the edited block.
+    When the gate of a concept opens in one encoder, the gates of this concept open in all encoders, prompt by prompt,
+    even when the encoders read different texts (`prompt`, `prompt_2`): see `erasure.carriers.features`.
 
-    Several concepts are slices of the same dictionary, each behind its own gate; adding one trains nothing. Protects a
-    hosted pipeline: whoever holds the weights leaves the hooks out, and `prompt_embeds=` bypasses them.
+    Several concepts use different latents of the same dictionary, each with its own gate; adding a concept needs no
+    training of the dictionary. Protects a hosted pipeline: whoever has the weights can leave the hooks out, and
+    `prompt_embeds=` bypasses them.
 
-    The paper's released code instead puts in the whole reconstruction, so that what the autoencoder cannot say is lost
-    in every prompt that is touched; takes the features by a difference of top-K sets; and sets one threshold, at 0.99
-    of the least change of prompts that it is tested on. So do the presets `released` (people), `released-style` and
-    `released-nudity`, with `prompts` for a file of what must survive. For people the threshold is set by the greatest
-    token and compared with the mean; for nudity there is none: the code crashes there, the preset edits every prompt.
-    Two things differ: the code pads to the longest prompt of a batch, on which its results depend, here every prompt
-    is padded as the pipeline pads; and its negative prompts pass no gate.
+    The paper's released code differs in three ways. It replaces x by the whole edited reconstruction, so that every
+    edited prompt loses what the autoencoder does not reconstruct. It chooses features by a difference of top-K sets.
+    It sets one threshold, at 0.99 of the smallest change among the prompts on which it is tested. The presets
+    `released` (people), `released-style` and `released-nudity` do the same, with `prompts` as the file of what must
+    survive. For people the threshold is set by the largest token and compared with the mean; for nudity there is no
+    threshold, because the code crashes there, and the preset edits every prompt. Two differences remain: the code pads
+    to the longest prompt of a batch, so its results depend on the batch, where here every prompt is padded as the
+    pipeline does; and its negative prompts are not gated.
     """
 
     title: ClassVar[str] = "deactivation of sparse-autoencoder features in the text encoder"
@@ -90,79 +94,87 @@ class ItD(Strategy):
     presets: ClassVar[Presets] = RECIPES
 
     dictionary: PathText = ""
-    """Folder of a sparse autoencoder made for a text encoder of the model (`erasure sae train`); or several, commas
-    between, each for the text encoder that it was made for, or as `text_encoder_2=FOLDER`. For a text encoder that is
-    left out, the embedded one is taken where it was made for it; else a small one is trained first on random prompts
-    of the tokeniser's words, and is kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
+    """Folder of a sparse autoencoder (dictionary) that was trained for a text encoder of the model by
+    `erasure sae train`; or several, separated by commas, each used for its own encoder, or written as
+    `text_encoder_2=FOLDER`. A text encoder without a folder gets the dictionary that is embedded in this package,
+    if it was made for this encoder; otherwise a small one is trained first on random prompts of the tokeniser's
+    words, and is kept in the cache (`$ERASURE_CACHE`, or `~/.cache/erasure`)."""
     layer: CountOrZero | None = None
-    """Block whose output is read and edited, from 0 on, in every text encoder; the dictionary's own, or two thirds of
-    the way, and a sixth of it where every token reads every other (T5)."""
+    """Block of every text encoder whose output is edited, counted from 0. When left out: the dictionary's own
+    block; for a new dictionary, the block at two thirds of the depth, or at one sixth in bidirectional encoders
+    (T5)."""
     prompts: PathText = ""
-    """Text file of ordinary prompts, one per line, that choose features and calibrate gates; those that came with the
-    dictionary when left out, and random prompts of the tokeniser's words when there are none."""
+    """Text file of ordinary prompts, one per line, on which features are chosen and gates are calibrated. When left
+    out: the prompts saved with the dictionary; without any, random prompts of the tokeniser's words."""
     mode: Mode = "scale"
-    """`scale` multiplies a latent by tau; `clamp` sets it to tau times what it usually reaches wherever it fires,
-    however weakly; `replace` puts the empty prompt's states in place of the words that hold the
-    concept, of the end token and of the padding, whatever fires there."""
+    """How features are edited. `scale` multiplies a latent by `tau`. `clamp` sets it, wherever it fires, to `tau`
+    times its usual value on prompts with the concept. `replace` ignores latents and replaces the states of the
+    concept's words, the end token and the padding by those of the empty prompt."""
     tau: Factor | None = None
-    """Factor of a latent: 0 takes it away, below 0 pushes the other way (released code: -8). Left out, it
-    is 0 for a concept with an anchor, which takes the place, and -1 for one without (farther down, more of the rest of
-    the prompt goes too, and something else entirely lies the other way); with `parity`, it is `gate_tau`."""
+    """Factor of a latent: 0 removes it, negative values subtract it (released code: -8). When left out: 0 for a
+    concept with an anchor, -1 for a concept without one (lower values damage more of the rest of the prompt), and
+    `gate_tau` with `parity`."""
     anchored: NotNegative = 1.0
-    """How strongly a concept's anchor takes the place of the latents that are turned off: 1 is as in prompts with the
-    anchor, 0 leaves the place empty. Without an anchor of its own, a concept has that of the model's world, where the
-    model declares one. Not for `replace` and `parity`."""
+    """How strongly the concept's anchor replaces the latents that are turned off: 1 as in prompts with the anchor,
+    0 not at all. A concept without an anchor gets the one that the model's world declares, if any. Not used with
+    `replace` and `parity`."""
     features: Count = 32
-    """At most so many latents of a concept are edited."""
+    """Largest number of latents that are edited for a concept."""
     floor: ZeroToOne = 0.25
-    """A latent counts as firing only above this share of what it usually reaches in prompts with the concept."""
+    """Share, 0 to 1, of a latent's usual value on prompts with the concept above which the latent counts as firing."""
     target_rate: ZeroToOne = 0.5
-    """A feature fires on at least this share of the prompts with the concept."""
+    """Smallest share, 0 to 1, of the prompts with the concept on which a feature fires."""
     retain_rate: ZeroToOne = 0.35
-    """And on at most this share of the others: what a concept shares with its neighbours is part of what draws it, and
-    is changed only behind its gate."""
+    """Largest share, 0 to 1, of the other prompts on which a feature fires. Features that the concept shares with
+    similar concepts help to draw it, and are only edited behind the concept's gate."""
     gate: Literal["features", "probe"] = "features"
-    """What opens a gate: the score of latents, or the linear probe's."""
+    """What opens a gate: `features` a score of latents, `probe` the score of a linear probe."""
     votes: Count = 32
-    """Latents in a gate's score."""
+    """Largest number of latents in a gate's score."""
     tokens: Literal["prompt", "word"] = "prompt"
-    """Edit every token of a prompt whose gate is open, or only those whose own score would open it."""
+    """Which tokens of a prompt with an open gate are edited: `prompt` all of them, `word` only tokens whose own
+    score opens the gate."""
     false_positive_rate: ZeroToOne = 0.01
-    """Share of ordinary prompts without the concept that may open its gate, measured on prompts that chose nothing.
-    Of several text encoders each may open it in an equal part of them.
-    Other words for the concept count as such unless they are given as synonyms, or the model's world knows them."""
+    """Share, 0 to 1, of ordinary prompts without the concept that may open its gate, measured on prompts that were
+    not used to choose features. In a model with several text encoders each encoder gets an equal part of the share.
+    Prompts with other words for the concept count as prompts without it, unless the words are given as synonyms or
+    declared by the model's world."""
     contexts: CountOrZero = 96
-    """Random prompts that name the concept among other words."""
+    """Number of random prompts that name the concept among other words."""
     vocabulary: Count = 2400
-    """Random prompts from the tokeniser's own words, where there are no ordinary ones."""
+    """Number of random prompts of the tokeniser's words, where there are no ordinary prompts."""
     mining_steps: CountOrZero = 0
-    """Steps of adversarial feature mining: embeddings are trained to bring the concept's images back past the edit,
-    and what fires on them joins the features. 0 leaves it out; the released code takes 5000."""
+    """Number of steps of adversarial feature mining: embeddings are trained to bring images of the concept back
+    despite the edit, and latents that fire on them become features. 0 for none (released code: 5000)."""
     parity: Literal["", "itd"] = ""
-    """`itd` edits and gates as the paper's released code does."""
+    """`itd` edits and gates as the paper's released code does; empty uses the methods of this package."""
     top: Count = 128
-    """With `parity`: latents of a prompt that count as active (released code: 128, for styles 256)."""
+    """With `parity`: number of the largest latents of a prompt that count as active (released code: 128, for styles
+    256)."""
     phrasings: Literal["concept", "celebrity", "style", "names"] = "concept"
-    """Prompts that name a concept: those of its kind, the released code's for people or styles, or its bare names."""
+    """Prompts that name a concept: `concept` the phrasings of its kind, `celebrity` and `style` those of the
+    released code, `names` its bare names."""
     gate_tau: Factor = -8.0
-    """With `parity`: factor of the latents where the gate's threshold is set (released code: -6 for styles)."""
+    """With `parity`: factor of the latents while the gate's threshold is measured (released code: -8, for styles
+    -6)."""
     gate_statistic: Statistic = "mean"
-    """With `parity`: what the threshold is set by (`erasure.sae.released`); the gate compares the mean."""
+    """With `parity`: statistic over tokens by which the threshold is set (see `erasure.sae.released`); the gate
+    itself always compares the mean."""
     d_sae: Count = 1024
-    """Latents of a dictionary that is trained first."""
+    """Number of latents of a dictionary that has to be trained first."""
     k: Count = 8
-    """Its latents per token."""
+    """Number of active latents per token of a dictionary that has to be trained first."""
     steps: Count = 600
-    """Its training steps."""
+    """Number of training steps of a dictionary that has to be trained first."""
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.k > self.d_sae:
             self.refuse("k", self.k, f"a whole number from 1 to 'd_sae', which is {self.d_sae}")
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return "parity" if self.parity else ""
 
     def fit(
@@ -198,11 +210,11 @@ class ItD(Strategy):
 
         Args:
             backbone: The model.
-            tower: Its text encoder.
-            folder: The dictionary, if one was named for it.
-            concepts: What to erase.
+            tower: Text encoder of the model.
+            folder: Folder of the dictionary, if one was named for this text encoder.
+            concepts: Concepts to erase.
             seed: Seeds every random choice.
-            progress: To be called with the share that is done.
+            progress: Called with the share of the work that is done, 0 to 1.
         """
         generator = torch.Generator().manual_seed(seed)
         reading = self.read(tower, folder, seed, generator, concepts, lambda share: progress(0.7 * share))
@@ -271,7 +283,7 @@ class ItD(Strategy):
     def dictionary_of(
         self, tower: TextTower, named: Path | None, seed: int, progress: Callable[[float], None]
     ) -> Path:
-        """Folder of the dictionary of a text encoder: one that was named, the embedded one, or one that is trained."""
+        """Find the folder of a text encoder's dictionary: the named one, the embedded one, or a newly trained one."""
         if folder := named or dictionaries.embedded(tower):
             return folder
         options = TrainingOptions(
@@ -283,7 +295,7 @@ class ItD(Strategy):
         return dictionaries.trained(tower, layer, prompts, options, progress)
 
     def target_prompts(self, tower: TextTower, concept: Concept, generator: torch.Generator) -> list[str]:
-        """Phrasings of a concept, and random prompts that name it among other words."""
+        """Give phrasings of a concept, and random prompts that name it among other words."""
         templates = PHRASINGS.get(self.phrasings, concept.phrasings())
         prompts = [template.format(words) for words in concept.names for template in templates]
         known = vocabulary(tower, [concept])
@@ -292,14 +304,14 @@ class ItD(Strategy):
     # Features and gates ----------------------------------------------------------------------------------------------
 
     def choose(self, reading: Reading, mentions: Mentions, chooses: Tensor, name: str, towers: int) -> Choice:
-        """The features of a concept and its gate.
+        """Choose the features of a concept and fit its gate.
 
         Args:
-            reading: Of a text encoder.
-            mentions: Of the concept.
-            chooses: `(prompts,)` bool: prompts that choose; the others calibrate.
-            name: Of the concept.
-            towers: How many text encoders may open the gate.
+            reading: Activations of ordinary prompts in a text encoder.
+            mentions: Prompts with the concept, and where they name it.
+            chooses: Marks the prompts on which features are chosen, `(prompts,)` bool; the others calibrate the gate.
+            name: Name of the concept.
+            towers: Number of text encoders that can open the gate.
         """
         found = mentions.evidence(self.floor, chooses)
         features = select(found, self)
@@ -311,7 +323,7 @@ class ItD(Strategy):
     def written_instead(
         self, reading: Reading, concept: Concept, anchor: Concept, features: list[int], seed: int
     ) -> Tensor:
-        """Fit what the latents of a concept write to bring its anchor, `(features, dim)`, on prompts with either."""
+        """Fit the rows that the concept's latents add to produce the anchor instead, `(features, dim)`."""
         named, generator = replace(concept, anchor=anchor.target), torch.Generator().manual_seed(seed)
         pairs = aligned_prompts(reading.tower, named)
         known = vocabulary(reading.tower, [concept, anchor])
@@ -319,13 +331,13 @@ class ItD(Strategy):
         return self.anchored * written_instead(reading.tower, reading.layer, reading.sae, features, pairs)
 
     def fit_gate(self, reading: Reading, words: WordStates, labels: Labels, chooses: Tensor, towers: int) -> Gate:
-        """The gate by the strategy's options; see `erasure.sae.gates.fit_gate`."""
-        # Any of them may open it, so each has its part; a rate of 1 is every prompt, whatever the others do.
+        """Fit a gate with the strategy's options, see `erasure.sae.gates.fit_gate`."""
+        # Any text encoder can open the gate, so each gets an equal part of the rate. A rate of 1 means every prompt.
         rate = self.false_positive_rate if self.false_positive_rate == 1 else self.false_positive_rate / towers
         return fit_gate(reading.sae, words, labels, chooses, votes=self.votes, rate=rate)
 
     def edit(self, reading: Reading, choices: Sequence[Choice]) -> FeatureEdit:
-        """The edit by the strategy's options; see `erasure.sae.edit.feature_edit`."""
+        """Make the edit with the strategy's options, see `erasure.sae.edit.feature_edit`."""
         return feature_edit(
             reading.tower, reading.layer, reading.sae, choices, mode=self.mode, by_probe=self.gate == "probe",
             local=self.tokens == "word" or self.mode == "replace",
@@ -333,7 +345,7 @@ class ItD(Strategy):
 
 
 def select(found: Evidence, options: ItD) -> list[int]:
-    """The features of a concept, those that say most first; none when no latent tells it from the rest."""
+    """Choose the features of a concept, the most specific first; none when no latent meets the rates."""
     fits = (found.target_rate >= options.target_rate) & (found.retain_rate <= options.retain_rate)
     fits &= found.magnitude > 0
     value = torch.where(fits, found.score * found.magnitude, torch.full_like(found.score, -torch.inf))

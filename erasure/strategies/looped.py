@@ -1,4 +1,4 @@
-"""What strategies have in common that train players in the loop: options, and the run around the loop."""
+"""The base class of strategies that train in the loop of `erasure.training.loop`: options and the run."""
 
 from __future__ import annotations
 
@@ -37,42 +37,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopedStrategy(Optimisation, Strategy):
-    """A strategy that trains players against the stock model."""
+    """A strategy that trains networks (players) with the stock model as teacher."""
 
     trains: ClassVar[bool] = True
 
     batch: Count = 4
-    """States of the concept in each update, over all processes."""
+    """Number of training states of concepts in each update, over all processes."""
     retain_batch: CountOrZero = 4
-    """States of prompts that must survive in each update; 0 for none."""
+    """Number of training states of prompts that must survive in each update, over all processes; 0 for none."""
     rank: CountOrZero = 16
-    """Of the LoRA; 0 trains whole parameters."""
+    """Rank of the LoRA that is trained; 0 trains whole parameters."""
     resolution: Count | None = None
-    """Side in pixels of the square images that trajectories lead to; the model's own size when left out."""
+    """Side in pixels of the square images that are sampled in training; the model's own size when left out."""
     text_length: Annotated[int, Ge(1), Le(512)] | None = None
-    """Tokens that T5 pads prompts to; the model's own length when left out. An erasure holds for the length that it
-    was made with: what T5 says of the same words depends on it."""
+    """Number of tokens to which prompts are padded for T5; the model's own length when left out. An erasure is made
+    for one length, because T5's encoding of the same words depends on the padding."""
     templates: bool = True
-    """Train on every phrasing of the concept. Without, on its names alone (released code)."""
+    """Train on every phrasing of the concept; when off, on its names alone (released code of most methods)."""
     contexts: CountOrZero = 12
-    """Random prompts that name each concept among other words, besides its phrasings."""
+    """Number of random prompts that name each concept among other words, in addition to its phrasings."""
     retain_vocabulary: CountOrZero = 32
-    """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
+    """Number of random prompts, made of the tokeniser's words, that must survive in addition to the retain lists."""
     retain_weight: NotNegative = 4.0
-    """Weight of their loss."""
+    """Weight of the loss on prompts that must survive."""
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return next((name for name in ("retain_batch", "retain_weight") if not getattr(self, name)), "")
 
     def adds(self, earlier: Sequence[str]) -> Way:
-        """See `Strategy.adds`: always on top, so that a request costs the training of what it asks for."""
+        """Add concepts on top, see `Strategy.adds`, so that only the new concepts are trained."""
         return "on top"
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Train without keeping anything on disk; see `train`."""
+        """Train without saving anything to disk, see `train`."""
         return self.train(backbone, concepts, seed=seed, progress=progress, run=Run())
 
     def train(
@@ -85,15 +85,15 @@ class LoopedStrategy(Optimisation, Strategy):
         run: Run,
         standing: Standing | None = None,
     ) -> Fit:
-        """Train, with checkpoints and logs as a run says.
+        """Train, with checkpoints and logs as `run` says.
 
-        The teacher is the model as it is given. Where an erasure is in force on it, prompts with what that erases are
-        among those that must survive: they go on to give what the teacher gives for them.
+        The teacher is the model as it is given. Where an erasure is in force on it (`standing`), prompts with the
+        concepts of that erasure are retained too: the student learns the teacher's predictions for them.
 
         Raises:
             DivergenceError: A loss became NaN or exploded.
-            NoMatchingModuleError: The model has no parameter that the options choose.
-            OptionError: A batch does not divide among the processes.
+            NoMatchingModuleError: The options choose no parameter of the model.
+            OptionError: A batch cannot be divided equally among the processes.
             TrainingError: The run's folder is in use, holds something else, or cannot be written.
         """
         tower = backbone.reader
@@ -103,7 +103,7 @@ class LoopedStrategy(Optimisation, Strategy):
         self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
         if standing is not None:
-            # An erasure may live in hooks, which no weight tells of.
+            # An erasure can consist of hooks, which the fingerprint of the weights does not show.
             model += f"+{standing.fingerprint}"
         recipe = {
             "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
@@ -147,10 +147,10 @@ class LoopedStrategy(Optimisation, Strategy):
         return Fit(edits, figures)
 
     def session(self, backbone: Backbone) -> Backbone:
-        """See `Strategy.session`: with `resolution` and `text_length`.
+        """Return the model with `resolution` and `text_length`, see `Strategy.session`.
 
         Raises:
-            OptionError: The size cannot be drawn, or no text encoder has a free length.
+            OptionError: The model cannot sample the size, or no text encoder of it has a variable length.
         """
         size = backbone.size if self.resolution is None else (self.resolution, self.resolution)
         length = backbone.length if self.text_length is None else self.text_length
@@ -162,7 +162,7 @@ class LoopedStrategy(Optimisation, Strategy):
         return made
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts that must survive, to roll out."""
+        """Give the prompts that must survive, to be sampled."""
         return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
 
     @abstractmethod
@@ -170,71 +170,71 @@ class LoopedStrategy(Optimisation, Strategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> Task:  # fmt: skip
-        """Make what a training works on.
+        """Make the objects of one training: prompts, sources of states, and the networks that learn.
 
         Args:
             backbone: The model.
-            tower: The text encoder whose words prompts are made of.
-            concepts: What to erase.
-            seed: Of everything random.
-            accelerator: The processes.
-            standing: What is in force on the model already.
+            tower: Text encoder whose words prompts are made of.
+            concepts: Concepts to erase.
+            seed: Seed of all random choices.
+            accelerator: Processes of the training.
+            standing: Erasure that is in force on the model already.
         """
 
     @abstractmethod
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """Fill the sources of states.
+        """Sample the training states, before the first update.
 
         Args:
             task: The training.
             model: Fingerprint of the stock model.
-            accelerator: The processes, which share the work.
+            accelerator: Processes, which share the work.
         """
 
     @abstractmethod
     def turns(self, task: Task, after: tuple[After, ...]) -> Sequence[Turn[Any]]:
-        """Who learns what in an update.
+        """Give the optimiser steps of an update, in their order.
 
         Args:
             task: The training.
-            after: What is done behind the student's steps.
+            after: Actions after each of the student's optimiser steps.
         """
 
     def students(self, task: Task) -> Sequence[Student]:
-        """All that the network is made while it trains."""
+        """List every student that the network can be switched to during training."""
         return [task.student]
 
     def after(self, task: Task) -> tuple[After, ...]:
-        """What is done behind the student's steps."""
+        """Give the actions after each of the student's optimiser steps."""
         return ()
 
     @abstractmethod
     def prepare(self, task: Task, step: int, share: Share) -> Any:
-        """What the losses of an update need of a part of its batch."""
+        """Prepare the inputs of an update's losses, for this process's part of the batch."""
 
     def before(self, task: Task, step: int) -> None:
-        """Called ahead of every update."""
+        """Do what must happen before an update; called before each one."""
 
     def parts(self, task: Task) -> dict[str, Stateful]:
-        """What a checkpoint holds besides players and optimisers."""
+        """Give what a checkpoint contains in addition to players and optimisers."""
         return {}
 
     def figures(self, task: Task) -> dict[str, float]:
-        """What is worth keeping of a training ahead of its first update."""
+        """Measure figures to save with the erasure, before the first update."""
         return {}
 
     def surroundings(self, task: Task) -> AbstractContextManager[object]:
-        """What holds from ahead of the first rollout to behind the last update, and is undone then."""
+        """Give a context that is entered before the first rollout and left after the last update."""
         return nullcontext()
 
     @abstractmethod
     def edits(self, task: Task) -> Edits:
-        """What was learned."""
+        """Return the learned edits."""
 
     @abstractmethod
     def idle(self, backbone: Backbone) -> list[torch.nn.Module]:
-        """Components that training does not run, which leave the device meanwhile."""
+        """List components that training does not run; they are moved off the device during training."""
 
     @abstractmethod
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
-        """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
+        """Draw images of erased and of retained prompts, as `validation/step-000100.png` in the run's folder."""

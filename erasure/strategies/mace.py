@@ -45,7 +45,7 @@ FIXED: dict[str, object] = {
     "contexts": 0, "scope_weight": 0.0, "projection": 0.0, "group_lasso": 0.0, "trained_guidance": (),
     "gradient_checkpointing": False,
 }  # fmt: skip
-"""Options of other trained strategies that this one has no use for."""
+"""Options of trained strategies that have only one valid value for this method."""
 
 
 @dataclass
@@ -53,47 +53,49 @@ class MassTask(Task):
     """A training of one LoRA for each concept."""
 
     words: list[dict[str, Tensor]]
-    """Of each concept, the places of its own tokens in its prompts, `(tokens,)` each."""
+    """Positions of each concept's own tokens in its prompts, `(tokens,)` by prompt."""
     inputs: list[Tensor]
-    """Of each concept, what text encoders say of it and of the words beside it, `(features, dim)` float64."""
+    """Encodings of each concept's tokens and of the words beside it, `(features, dim)` float64."""
     preserved: Tensor
-    """What they say of what must survive, `(features, dim)` float64."""
+    """Encodings of prompts that must survive, `(features, dim)` float64."""
     shared: Tensor
-    """X of the first closed form, `(dim, dim)` float64: every layer `W` becomes `W + W X`."""
+    """Matrix X of the first closed form, `(dim, dim)` float64: every layer `W` becomes `W + W X`."""
     refined: SubsetStudent
-    """The layers behind the first closed form; it learns nothing."""
+    """The layers after the first closed form, which are not trained further."""
     loras: list[LowRankStudent]
     masks: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Where the subject of each picture is, `(pictures, 1, h, w)` of the latents' size, 0 or 1."""
+    """Mask of the subject of each picture, `(pictures, 1, h, w)` in the latents' size, 0 or 1."""
 
 
 @register("mace")
 @dataclass(frozen=True, kw_only=True)
 class MACE(DenoiserStrategy):
-    """Erase many concepts: a closed form, a LoRA for each concept that takes attention off it, and one closed form.
+    """Erase many concepts by a closed form, one LoRA per concept against attention to it, and a second closed form.
 
     1. For keys and values `W` of every cross-attention, with features f of the words beside a concept (the text
-       encoder has mixed the concept into them), a of the same words beside its anchor, and p of what must survive:
+       encoder's attention has mixed the concept into them), features a of the same words beside its anchor, and
+       features p of prompts that must survive:
 
            W' = argmin  sum_f |W' f - W a|^2 + retain_weight sum_p |W' p - W p|^2 + lambda |W' - W|^2
 
-    2. For each concept alone, on `W'` and on images of it noised to x_t, a LoRA `dW_i` of the same layers learns with
+    2. For each concept alone, a LoRA `dW_i` is trained on the layers `W'` and on noised images x_t of the concept,
+       with the loss
 
            sum over layers l and the concept's tokens j of |A_l^j * M|_F^2,        A_l^j: attention to token j at x_t
 
-       where M covers the concept's place in the image. Levels t are drawn from
-       `sigmoid(0.05 (t - 200)) - sigmoid(0.05 (t - 400))`, where it is decided what the image shows.
+       where the mask M covers the concept in the image. Timesteps t are drawn with probabilities proportional to
+       `sigmoid(0.05 (t - 200)) - sigmoid(0.05 (t - 400))`, the timesteps that decide the content of the image.
     3. With features c of each concept and of the words beside it, all LoRAs become one change of each layer:
 
            W* = argmin  sum_i sum_c |W* c - (W' + dW_i) c|^2 + retain_weight sum_p |W* p - W p|^2 + lambda |W* - W|^2
 
-    The stock model draws the images and says where their subject is: what the start token does not draw, with
-    self-attention applied to it (the paper asks another model, Grounded-SAM). Of a style it is the whole image.
-    The LoRAs learn in turns, one step of each in every update, and have nothing in common. Only cross-attention has
-    keys that are functions of the text alone.
+    The stock model draws the images and locates their subject: the complement of the start token's attention, refined
+    by self-attention (the paper uses a segmentation model, Grounded-SAM). For a style the mask is the whole image. The
+    LoRAs are independent of one another, and each takes one step in every update. The method needs cross-attention,
+    whose keys and values depend on the text alone.
 
     Preset `paper` has the paper's numbers for objects. The words beside the concept are those of its phrasings, and
-    what must survive are retain lists and random prompts, where the paper has captions of COCO.
+    retain lists and random prompts must survive; the paper uses captions of COCO for both.
 
     Protects released weights.
     """
@@ -106,37 +108,40 @@ class MACE(DenoiserStrategy):
     asks_null: ClassVar[bool] = False
 
     method: Method = "x-strict"
-    """Keys and values of the cross-attention, no others."""
+    """Layers that are trained: always the keys and values of the cross-attention."""
     rank: CountOrZero = 1
-    """Of each concept's LoRA."""
+    """Rank of each concept's LoRA (paper: 1)."""
     steps: Count = 50
-    """Updates; each takes one step for every concept."""
+    """Number of updates; each takes one step for every concept (paper: 50)."""
     lr: Positive = 1e-3
     """Learning rate of AdamW (paper: 1e-5)."""
     batch: Count = 4
-    """States of each concept in an update."""
+    """Number of training states of each concept in an update."""
     states: Mode = "images"
-    """Images that the stock model draws once, noised anew for every state; nothing else has a subject to cover."""
+    """Training states: always images that the stock model draws once and that are noised anew for every state,
+    because only whole images have a subject to mask."""
     rollouts: Count = 2
-    """Images of each prompt with a concept (paper: 8 of one prompt)."""
+    """Number of images of each prompt with a concept (paper: 8 of one prompt)."""
     retain_batch: CountOrZero = 0
-    """None: what must survive enters in closed form."""
+    """Number of retained states in an update: always 0, because prompts that must survive are part of the closed
+    forms."""
     contexts: CountOrZero = 0
-    """None: images show the concept alone."""
+    """Number of random prompts with the concept: always 0, because the images must show the concept alone."""
     retain_vocabulary: CountOrZero = 300
-    """Random prompts from the tokeniser's own words that must survive, besides the retain lists."""
+    """Number of random prompts, made of the tokeniser's words, that must survive in addition to the retain lists."""
     retain_weight: NotNegative = 1.0
-    """Weight of what must survive in both closed forms."""
+    """Weight of prompts that must survive in both closed forms."""
     erase_weight: Positive = 10.0
-    """Weight of what is erased in both closed forms."""
+    """Weight of erased features in both closed forms."""
     regularisation: Positive = 0.5
-    """lambda, in mean squares of the features' values."""
+    """Weight lambda of the squared change, in units of the mean square of the features' values."""
     focus: tuple[NotNegative, NotNegative] = (200.0, 400.0)
-    """Noise levels, of 1000, between which most of an image's states are."""
+    """Lower and upper timestep, of 1000, between which most training states are drawn (paper: 200 and 400)."""
     sharpness: Positive = 0.05
-    """How sharply the levels that are drawn end there."""
+    """Steepness of the two sigmoids at these timesteps (paper: 0.05)."""
     tolerance: ZeroToOne = 1e-3
-    """How far the change of each layer may be from the whole to make the file smaller; see `EntryEdit.tolerance`."""
+    """Largest relative error of each layer's change that is accepted to make the file smaller; see
+    `EntryEdit.tolerance`."""
 
     presets: ClassVar[Presets] = {
         "paper": {"steps": 50, "lr": 1e-5, "batch": 1, "rollouts": 8, "templates": False, "rollout_steps": 50,
@@ -144,7 +149,7 @@ class MACE(DenoiserStrategy):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         for name, only in FIXED.items():
             if getattr(self, name) != only:
@@ -155,11 +160,11 @@ class MACE(DenoiserStrategy):
             self.refuse("focus", self.focus, "a lower level and then a higher one")
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return "" if self.retain_weight else "retain_weight"
 
     def named(self, tower: TextTower, concepts: Sequence[Concept]) -> list[Concept]:
-        """Concepts with their anchors, and with the phrasings that are drawn.
+        """Give the concepts with their anchors and with the phrasings that are drawn.
 
         Raises:
             ConceptError: A concept has no anchor.
@@ -168,12 +173,12 @@ class MACE(DenoiserStrategy):
         return every if self.templates else [replace(concept, templates=("{}",)) for concept in every]
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts with the concepts to draw."""
+        """Give prompts with the concepts to draw."""
         pairs = (pair for concept in self.named(tower, concepts) for pair in aligned_prompts(tower, concept))
         return list(dict.fromkeys(Scene(pair.prompt) for pair in pairs))
 
     def target(self, states: States) -> Tensor:
-        """Nothing is to be predicted: what is learned is attention."""
+        """Give no target: the loss is on attention, not on predictions."""
         return states.own
 
     # What closed forms need ------------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ class MACE(DenoiserStrategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> MassTask:  # fmt: skip
-        """See `TrainedStrategy.task`; with the first closed form, and a LoRA for each concept."""
+        """Make the training as `TrainedStrategy.task` does, with the first closed form and a LoRA for each concept."""
         usual = super().task(backbone, tower, concepts, seed, accelerator, standing)
         named = self.named(tower, concepts)
         reader, source = usual.prompts, UCE(vocabulary=self.retain_vocabulary)
@@ -213,11 +218,11 @@ class MACE(DenoiserStrategy):
         )  # fmt: skip
 
     def scale(self, features: Tensor) -> float:
-        """The regularisation lambda as a plain number."""
+        """Give the regularisation lambda as a plain number."""
         return self.regularisation * float(features.square().mean())
 
     def words(self, backbone: Backbone, concept: Concept) -> dict[str, Tensor]:
-        """Places of a concept's own tokens among those that the denoiser is told, by prompt."""
+        """Find the positions of a concept's own tokens among the tokens that the denoiser reads, by prompt."""
         run = backbone.token_runs[0]
         pairs = aligned_prompts(run.tower, concept)
         return {pair.prompt: run.first + places_of(run.tower, pair)[0] for pair in pairs}
@@ -225,7 +230,7 @@ class MACE(DenoiserStrategy):
     # Pictures and where their subject is -----------------------------------------------------------------------------
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """See `TrainedStrategy.fill`; and ask the stock model where the subject of each picture is."""
+        """Draw the images as `TrainedStrategy.fill` does, and locate the subject of each with the stock model."""
         super().fill(task, model, accelerator)
         made, source = massed(task), pictures(task)
         assert source.clean is not None
@@ -242,7 +247,7 @@ class MACE(DenoiserStrategy):
     # Updates ---------------------------------------------------------------------------------------------------------
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """Rows of each concept, one concept after the other, and the pictures that they were made of."""
+        """Prepare the rows of each concept, one concept after the other, and the indices of their images."""
         made, source = massed(task), pictures(task)
         numbers = torch.cat([share.of(self.drawn(made, source, number, step)) for number in range(len(made.loras))])
         states = source.take(numbers)
@@ -251,7 +256,7 @@ class MACE(DenoiserStrategy):
         return Batch(states.x, states.t, states.guidance, prompts, states, None, extra, step)
 
     def drawn(self, task: MassTask, source: NoisedImages, concept: int, step: int) -> Tensor:
-        """Numbers of the states of a concept in an update, over all processes, `(batch,)`."""
+        """Choose the indices of a concept's states in an update, over all processes, `(batch,)`."""
         prompts = task.words[concept]
         scenes = torch.tensor([i for i, scene in enumerate(source.scenes) if scene.prompt in prompts])
         seed = (task.seed, "mace", concept, step)
@@ -262,13 +267,13 @@ class MACE(DenoiserStrategy):
         return picture * LEVELS + level
 
     def importance(self, t: Tensor) -> Tensor:
-        """How likely noise levels are drawn, not normalised, `(levels,)`."""
+        """Give unnormalised probabilities of timesteps, `(levels,)`."""
         low, high = self.focus
         t = t.double().cpu()
         return torch.sigmoid(self.sharpness * (t - low)) - torch.sigmoid(self.sharpness * (t - high))
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
-        """One for each concept, whose LoRA knows nothing of the others."""
+        """Give one optimiser step for each concept, whose LoRA is independent of the others."""
         return [
             Turn(name=f"concept_{number}", player=lora, losses=partial(self.attention, task, number),
                  descent=self.descent, after=after)
@@ -276,7 +281,7 @@ class MACE(DenoiserStrategy):
         ]  # fmt: skip
 
     def attention(self, task: Task, concept: int, batch: Batch) -> dict[str, Tensor]:
-        """What the places of a concept in its pictures still pay to its words."""
+        """Compute the loss: attention from the concept's place in its images to the concept's words."""
         made, count = massed(task), len(batch.x) // len(massed(task).loras)
         assert batch.extra is not None
         rows = slice(concept * count, (concept + 1) * count)
@@ -288,19 +293,20 @@ class MACE(DenoiserStrategy):
             (drawn * F.adaptive_avg_pool2d(masks, (drawn.shape[2], drawn.shape[3]))).square().sum((1, 2, 3))
             for drawn in maps
         ]
-        # A pass goes to its end, and so does the way back: what it costs is counted there.
+        # The prediction is added with weight 0, so that the backward pass covers the whole network and its cost is
+        # counted.
         paid = torch.stack(lost).sum(0).mean() + 0 * found.float().sum()
         return {"erase" if len(made.loras) == 1 else f"erase_{concept}": paid}
 
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
-        """See `TrainedStrategy.validate`; with all LoRAs at once, as they are before they become one change."""
+        """Draw validation images as `TrainedStrategy.validate` does, with all LoRAs in force at once."""
         with ExitStack() as stack:
             for student in (massed(task).refined, *massed(task).loras[1:]):
                 stack.enter_context(student.active())
             super().validate(task, run, cost, update)
 
     def edits(self, task: Task) -> Edits:
-        """The change of each layer that does at every concept's features what its own LoRA does there."""
+        """Solve the second closed form: one change of each layer that replaces all LoRAs."""
         made = massed(task)
         features = torch.cat([*made.inputs, made.preserved])
         erase, retain = math.sqrt(self.erase_weight), math.sqrt(self.retain_weight)
@@ -318,19 +324,19 @@ class MACE(DenoiserStrategy):
 
 
 def cross_layers(backbone: Backbone) -> list[EntryLayer]:
-    """Keys and values of the cross-attention."""
+    """List the keys and values of the cross-attention."""
     return [layer for layer in backbone.entry_layers() if layer.source == "tokens"]
 
 
 def places_of(tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor]:
-    """Places of a concept's own tokens in a prompt, and those of the anchor prompt that answer to them."""
+    """Give positions of a concept's own tokens in a prompt, and the corresponding positions of the anchor prompt."""
     places = telling_places(tower, pair.prompt)
     places = places[(places <= pair.last) & (pair.positions[places] == pair.positions[pair.last])]
     return places, pair.positions[places]
 
 
 def places_beside(tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor]:
-    """Places of the words, and of what stands for none, behind a concept; those ahead of it know nothing of it."""
+    """Give the positions of words and padding after a concept; words before it do not depend on it."""
     places = telling_places(tower, pair.prompt)
     places = places[places > pair.last]
     return places, pair.positions[places]
@@ -339,16 +345,17 @@ def places_beside(tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor
 def attention_to(
     task: Task, batch: Batch, places: Sequence[Tensor], student: Student | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """What the image pays to tokens of its prompt, in every cross-attention, and what is predicted.
+    """Compute the image's attention to tokens of its prompt in every cross-attention, and the prediction.
 
     Args:
         task: The training.
-        batch: Rows.
-        places: Of each row, the tokens, `(tokens,)`.
-        student: What the network is meanwhile, besides a player whose turn it is.
+        batch: Rows to predict.
+        places: Token positions of each row, `(tokens,)`.
+        student: Student that the network is switched to, in addition to the player whose turn it is.
 
     Returns:
-        By layer, `(rows, tokens, grid rows, grid columns)`, zero for tokens that a row lacks; and the prediction.
+        Attention by layer, `(rows, tokens, grid rows, grid columns)`, zero for missing tokens of a row; and the
+        prediction.
     """
     backbone, told = task.backbone, task.prompts(batch.prompts)
     weights = torch.zeros(len(places), told.tokens.shape[1], max(map(len, places)))
@@ -365,18 +372,18 @@ def attention_to(
 
 
 def change_of(lora: LowRankStudent, path: str) -> Tensor:
-    """What a LoRA adds to the weight of a layer, `(out, dim)` float64."""
+    """Compute what a LoRA adds to the weight of a layer, `(out, dim)` float64."""
     number = lora.paths.index(path)
     return (lora.up[number].detach().double() @ lora.down[number].detach().double()).cpu()
 
 
 def massed(task: Task) -> MassTask:
-    """A training of this strategy."""
+    """Check that a task is a training of this strategy."""
     assert isinstance(task, MassTask)
     return task
 
 
 def pictures(task: Task) -> NoisedImages:
-    """The images that a training of this strategy has."""
+    """Give the images of a training of this strategy."""
     assert isinstance(task.concept_states, NoisedImages)
     return task.concept_states

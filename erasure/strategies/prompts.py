@@ -1,4 +1,4 @@
-"""What strategies roll out, and what takes the place of a concept."""
+"""Prompts that strategies sample in training, and the anchors of concepts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from erasure.training.states import Scene
 from erasure.world import World
 
 CLOSER = 64
-"""Words near to a concept by their embeddings, of which the text encoder is asked."""
+"""Number of words with the nearest token embeddings that are then compared by the text encoder."""
 LARGEST_LIST = 64 * 2**20
-"""Bytes of a file of prompts."""
+"""Largest size in bytes of a file of prompts."""
 
 
 def concept_scenes(
     tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int, *, anchored: bool, scope: bool
 ) -> list[Scene]:
-    """Prompts with concepts to roll out: every phrasing, and random company.
+    """Make the prompts with concepts to sample: every phrasing, and random prompts with the concept among other words.
 
     Args:
         tower: Tokenises them.
-        concepts: Which.
-        seed: Of the company.
-        contexts: Random prompts for each concept.
-        anchored: Ask the teacher about the same prompt with the anchor as well (no prompt where a concept has none).
-        scope: And about the prompt without the concept's words, last.
+        concepts: Concepts to erase.
+        seed: Seed of the random prompts.
+        contexts: Number of random prompts for each concept.
+        anchored: Let the teacher predict for the same prompt with the anchor too (the empty prompt where a concept has
+            none).
+        scope: Let the teacher predict, last, for the prompt without the concept's words too.
     """
     scenes = []
     for concept, pair in prompt_pairs(tower, concepts, seed, contexts):
@@ -51,14 +52,14 @@ def concept_scenes(
 def anchor_scenes(
     tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int, *, scope: bool
 ) -> list[Scene]:
-    """Prompts with the anchors of concepts to roll out, and with the concepts to learn at their states.
+    """Make prompts with anchors to sample, and the prompts with the concepts that are trained on their states.
 
     Args:
         tower: Tokenises them.
-        concepts: All with an anchor, see `anchored`.
-        seed: Of the company.
-        contexts: Random prompts for each concept.
-        scope: Ask the teacher about the prompt without the concept's words.
+        concepts: Concepts that all have an anchor, see `anchored`.
+        seed: Seed of the random prompts.
+        contexts: Number of random prompts for each concept.
+        scope: Let the teacher predict for the prompt without the concept's words too.
     """
     return list(
         dict.fromkeys(
@@ -71,7 +72,7 @@ def anchor_scenes(
 def prompt_pairs(
     tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int
 ) -> Iterator[tuple[Concept, AlignedPrompt]]:
-    """Every phrasing of each concept and `contexts` random prompts with it, aligned with those of its anchor."""
+    """Yield each concept's phrasings and `contexts` random prompts with it, aligned with its anchor's prompts."""
     generator = torch.Generator().manual_seed(seed)
     words = vocabulary(tower, concepts)
     for concept in concepts:
@@ -82,7 +83,7 @@ def prompt_pairs(
 
 
 def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
-    """Prompts that must survive: the empty one, those of the retain lists, and `count` random ones."""
+    """Make the prompts that must survive: the empty prompt, those of the retain lists, and `count` random ones."""
     words = vocabulary(tower, concepts)
     generator = torch.Generator().manual_seed(seed + 1)
     random = vocabulary_prompts(words, count, generator) if words else []
@@ -90,15 +91,16 @@ def retain_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, coun
 
 
 def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept], count: int) -> list[str]:
-    """The words nearest to a concept that must survive: of its retain list, or of what the model's world has.
+    """Choose the words nearest to a concept that must survive, from its retain list or from the model's world.
 
-    A model whose world declares nothing is asked for the words of its tokeniser.
+    Words of the tokeniser are used where there is no retain list and the model's world declares nothing.
 
     Args:
-        tower: Says what is near: by its state behind the last token, and among many words by their embeddings first.
-        concept: What they are near to.
-        concepts: All that is erased.
-        count: How many words at most.
+        tower: Text encoder that measures distances, by its state after the last token; of many words, only those with
+            the nearest token embeddings are encoded.
+        concept: Concept to be near.
+        concepts: All erased concepts.
+        count: Largest number of words.
     """
     world, gone = World.of(tower.pipe), {key(name) for each in concepts for name in each.names}
     listed = concept.retain or (world.styles if concept.kind == "style" else world.objects)
@@ -119,13 +121,13 @@ def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept],
 
 
 def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
-    """Prompts with concepts that an erasure in force erases, and with what these retain.
+    """Make prompts with the concepts of an erasure in force, and with the names on their retain lists.
 
     Args:
         tower: Tokenises them.
-        concepts: Which; there may be none.
-        seed: Of the company.
-        contexts: Random prompts that name them among other words, over all of them in turn.
+        concepts: Concepts of the erasure in force; may be empty.
+        seed: Seed of the random prompts.
+        contexts: Number of random prompts that name the concepts among other words, for all concepts together.
     """
     prompts = [prompt for concept in concepts for prompt in concept.prompts()] + retain_prompts(concepts)
     words = vocabulary(tower, concepts) if concepts else []
@@ -137,7 +139,7 @@ def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, co
 
 
 def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count: int) -> list[Scene]:
-    """`count` prompts "a photo of X" that must survive: X of the retain lists, then random words of the tokeniser."""
+    """Make `count` prompts "a photo of X" that must survive: X are names on retain lists, then random words."""
     listed = [word for concept in concepts for word in concept.retain]
     words = [word for word in vocabulary(tower, concepts) if word not in listed]
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed + 1)).tolist()
@@ -146,7 +148,7 @@ def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count
 
 
 def listed_scenes(path: str) -> list[Scene]:
-    """Prompts of a file: one a line, or the column `prompt` of a CSV file; each once.
+    """Read prompts from a file: one per line, or the column `prompt` of a CSV file; each prompt once.
 
     Raises:
         OptionError: The file cannot be read, holds no prompt or has no such column.
@@ -165,9 +167,9 @@ def listed_scenes(path: str) -> list[Scene]:
 
 
 def anchor_of(backbone: Backbone | TextTower, concept: Concept, concepts: Sequence[Concept]) -> Concept | None:
-    """Choose what takes the place of a concept: its own anchor, or the one that the model's world suggests.
+    """Choose the anchor of a concept: its own, or the one that the model's world suggests.
 
-    Where the anchor is erased as well, what takes its place takes the concept's too.
+    Where the anchor is erased as well, the anchor's own anchor is used.
     """
     erased = {key(name): other for other in concepts for name in other.names}
     word, passed = concept.anchor, {key(concept.target)}
@@ -180,10 +182,10 @@ def anchor_of(backbone: Backbone | TextTower, concept: Concept, concepts: Sequen
 
 
 def anchored(tower: TextTower, concepts: Sequence[Concept], strategy: str) -> list[Concept]:
-    """Concepts, each with what takes its place: see `anchor_of`. An anchor of '' stays: nothing takes the place.
+    """Give the concepts, each with its anchor, see `anchor_of`. An empty anchor stays: nothing replaces the concept.
 
     Raises:
-        ConceptError: There is none for one of them.
+        ConceptError: A concept has no anchor.
     """
     found = []
     for concept in concepts:

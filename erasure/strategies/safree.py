@@ -1,10 +1,10 @@
 """SAFREE: a filter of prompts at inference (Yoon et al., ICLR 2025, 2410.12761).
 
-The artifact holds, for each text encoder whose states the denoiser reads, the subspace of the concept's names, and the
-figures of the rules. In use, a hook on the text encoder finds the tokens of a prompt that bring it near the concept
-(`erasure.carriers.readings`), and a hook on the denoiser projects their states away from it in the first steps
-(`erasure.carriers.filters` has the formulas) and holds low frequencies of a UNet's features below those that the
-prompt as it is would give (`erasure.carriers.skips`).
+The artifact contains, for each text encoder whose token states the denoiser reads, the subspace of the concept's names
+and the parameters of the method. When attached, a hook on the text encoder finds the tokens of a prompt that bring it
+near the concept (`erasure.carriers.readings`). A hook on the denoiser projects the states of these tokens away from
+the concept in the first steps (`erasure.carriers.filters` has the formulas), and limits low frequencies of a UNet's
+skip features to those of the unfiltered prompt (`erasure.carriers.skips`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from erasure.options import NotNegative, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
 
 MASK = 0
-"""Token that masks another: CLIP's `!`, T5's padding."""
+"""Id of the token that replaces a masked word: `!` in CLIP, padding in T5."""
 ALWAYS = -1000.0
-"""Midpoint at which every step is filtered, whatever the prompt."""
+"""Value of `midpoint` with which `most_steps` steps are filtered for every prompt."""
 NUDITY = {
     "alpha": 0.01,
     "most_steps": 10,
@@ -42,33 +42,33 @@ NUDITY = {
     "against": "others",
     "carried": False,
 }
-"""Figures of the released code; its sharpness is 2 times 2.5."""
+"""Options of the released code for nudity; its sharpness is 2 times 2.5."""
 
 
 @register("safree")
 @dataclass(frozen=True, kw_only=True)
 class SAFREE(Strategy):
-    """Project the words that bring a prompt near the concept out of the concept's subspace while it is drawn.
+    """Project the words that bring a prompt near the concept away from the concept's subspace during sampling.
 
-    A word is a trigger where the prompt without it is farther from the concept than without another word, by a share
-    alpha. States of triggers are projected into the prompt's own subspace less the concept's. How many of the first
-    steps read them follows from how far the projection moves the prompt as a whole; the others read the prompt as it
-    is. With re-attention, the prompt is drawn beside as it is, and where low frequencies of the decoder's features are
-    stronger with projected words than without, they are attenuated. Nothing is trained, and nothing of the model
-    changes; the names of all concepts span one subspace.
+    A word is a trigger if removing it moves the prompt away from the concept by a share alpha more than removing
+    another word does. States of triggers are projected into the subspace of the prompt and away from that of the
+    concept. The number of filtered steps, which are the first ones, follows from how far the projection moves the
+    whole prompt; later steps read the prompt unchanged. With re-attention, the unfiltered prompt is predicted too, and
+    low frequencies of the decoder's features that are stronger with filtered words are attenuated. Nothing is trained
+    and no weight changes. The names of all concepts span one subspace.
 
-    The rule compares a prompt's words with one another, so prompts without the concept have triggers too. Each prompt
-    of a batch has its own; negative prompts stay. A prompt is encoded once more for each of its words, and a filtered
-    step with re-attention takes one row more for each picture. Transformers have no features that an encoder hands to
-    a decoder: they are filtered in their words alone, as the released code does it for SD3 and SDXL (there in every
-    step, and of SDXL's encoders in the second alone). Pooled vectors stay, as they do there.
+    The rule compares the words of a prompt with one another, so prompts without the concept have triggers too. Each
+    prompt of a batch has its own triggers; negative prompts are not filtered. A prompt is encoded once more for each
+    of its words, and a filtered step with re-attention takes one more row for each image. Transformers have no skip
+    features, so only their words are filtered, as in the released code for SD3 and SDXL (which filters every step, and
+    only the second text encoder of SDXL). Pooled vectors are not filtered, as in that code.
 
-    Where the paper and its code differ, this follows the paper: triggers are attenuated, not set to the factor itself,
-    and re-attention acts; in the code it is switched on and does nothing (its mode is never set). The scripts also
-    give the concept's names as the negative prompt, which is the caller's to do here.
+    Where the paper and its code differ, the paper is followed: the low frequencies of triggers are multiplied by the
+    factor, not set to it, and re-attention has an effect, which it lacks in the code because its mode is never set.
+    The scripts also use the concept's names as the negative prompt, which is left to the caller here.
 
-    Protects a hosted pipeline: whoever holds the weights leaves the hooks out, and embeddings that no text encoder of
-    the pipeline gave (`prompt_embeds=`) bypass it.
+    Protects a hosted pipeline: whoever has the weights can leave the hooks out, and embeddings that no text encoder of
+    the pipeline gave (`prompt_embeds=`) bypass the erasure.
     """
 
     title: ClassVar[str] = "projection of a prompt's words away from the concept at inference"
@@ -79,28 +79,32 @@ class SAFREE(Strategy):
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
 
     alpha: Annotated[float, Ge(-1), Le(10)] = 0.1
-    """How much farther from the concept a prompt must be without a word for it to be a trigger, as a share."""
+    """Relative increase of the prompt's distance from the concept, when a word is removed, above which the word is
+    a trigger (paper: 0.01)."""
     against: Literal["prompt", "others"] = "prompt"
-    """Compare the prompt without a word with the prompt as it is, or with those without another word (paper)."""
+    """What the prompt without a word is compared with: the whole prompt, or the mean of the prompts without another
+    word (paper)."""
     carried: bool = True
-    """Project what may carry a trigger's meaning too: the tokens behind it, which have seen it, end token and padding
-    among them; of T5 the whole prompt. Otherwise triggers alone (paper)."""
+    """Also project tokens that can carry a trigger's meaning: all tokens after it, with the end token and padding;
+    in T5 the whole prompt. When off, only triggers are projected (paper)."""
     most_steps: Annotated[int, Ge(0), Le(OF_STEPS)] = OF_STEPS
-    """At most so many of 50 steps are filtered behind the first one, gamma."""
+    """Largest number gamma of filtered steps after the first one, for a schedule of 50 steps (paper: 10)."""
     sharpness: NotNegative = 5.0
-    """How suddenly the number of filtered steps grows with the distance of the projected prompt."""
+    """Steepness of the sigmoid that gives the number of filtered steps from the distance of the projected prompt
+    (paper: 5)."""
     midpoint: Annotated[float, Ge(-1000), Le(1000)] = 5.333
-    """Ten times the distance, 1 - cosine, at which half of `most_steps` are filtered."""
+    """Ten times the distance (1 - cosine) of the projected prompt at which half of `most_steps` are filtered."""
     validated: bool = False
-    """Let the distance decide how many steps are filtered; otherwise `most_steps` are."""
+    """Compute the number of filtered steps from the distance of the projected prompt; when off, `most_steps` are
+    filtered."""
     reattention: bool | None = None
-    """Attenuate features of a UNet's decoder. Left out: where there is one."""
+    """Attenuate features of a UNet's decoder (re-attention). When left out: on for models with a UNet."""
     widest: ZeroToOne = 0.9
-    """Factor where the decoder's features have the most channels, s_1."""
+    """Factor s_1 of attenuated features with the largest number of channels (paper: 0.9)."""
     second: ZeroToOne = 0.2
-    """Factor where they have the second most, s_2."""
+    """Factor s_2 of attenuated features with the second largest number of channels (paper: 0.2)."""
     phrasings: bool = True
-    """Let every phrasing of the concept span its subspace, not its names alone."""
+    """Span the concept's subspace by all of its phrasings; when off, by its names alone."""
 
     presets: ClassVar[Presets] = {
         "paper": {**NUDITY, "validated": True, "reattention": None, "widest": 0.9, "second": 0.2},
@@ -112,7 +116,7 @@ class SAFREE(Strategy):
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
-        """Find the subspace of the concepts' names in each text encoder that the denoiser reads word by word."""
+        """Find the subspace of the concepts' names in each text encoder whose token states the denoiser reads."""
         if any(concept.retain for concept in concepts):
             warnings.warn(
                 "safree keeps nothing on purpose, so what is to survive has no effect: take it off the retain list, "
@@ -144,11 +148,11 @@ class SAFREE(Strategy):
 
     @property
     def middle(self) -> float:
-        """The midpoint in force."""
+        """Midpoint that is saved, which depends on `validated`."""
         return self.midpoint if self.validated else ALWAYS
 
     def subspace(self, tower: TextTower, concepts: Sequence[Concept]) -> torch.Tensor:
-        """Orthonormal rows `(rank, dim)` that span the pooled vectors of the concepts' names."""
+        """Compute orthonormal rows `(rank, dim)` that span the pooled vectors of the concepts' names."""
         texts: list[str] = []
         for concept in concepts:
             for name in concept.names:

@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Name that diffusers gives the file of a LoRA."""
+"""File name of a LoRA in diffusers."""
 RELEASED: dict[str, object] = {
     "rank": 0, "method": "all", "batch": 8, "retain_batch": 8, "lr": 1e-6, "fake_lr": 3e-6, "betas": (0.0, 0.999),
     "steps": 12_500, "alpha": 1.0, "level": 625, "levels": (20, 980), "teacher_guidance": 4.5, "fake_guidance": 4.5,
     "learning_guidance": 4.5, "dropped": 0.1, "forget_weight": 0.01, "retain_weight": 1.0, "head_start": 0.0,
     "contexts": 0, "clip": 0.0,
 }  # fmt: skip
-"""Settings for Stable Diffusion 1.5."""
+"""Options of the released code for Stable Diffusion 1.5."""
 
 
 @dataclass
 class Distillation(Task):
-    """A training whose second player is a model of what the first draws."""
+    """A training of a generator, and of a second network that models the generator's images."""
 
     method: ScoreDistillation
 
@@ -58,31 +58,32 @@ class Distillation(Task):
 @register("sfd")
 @dataclass(frozen=True, kw_only=True)
 class SFD(LoopedStrategy):
-    """Distil the model into a generator of one step that draws the anchor where it is asked for the concept.
+    """Distil the model into a one-step generator that draws the anchor when it is prompted with the concept.
 
-    Two low-rank players on one frozen model, whose clean latents are f(x_t, c): the generator x = G(z, c), which draws
-    in one step from noise z, and a model g(x_t, c) of what it draws. In every update, on prompts c of the concept and
-    on prompts r that must survive:
+    Two low-rank changes of one frozen model are trained. The model's clean latents are f(x_t, c). The generator x =
+    G(z, c) draws from noise z in one step, and the fake-score network g(x_t, c) models the generator's images. In
+    every update, on prompts c of the concept and prompts r that must survive:
 
-        fake:       |g(x_t, c) - x|^2 in the model's own parametrisation, on what was drawn for c and for r
+        fake:       |g(x_t, c) - x|^2 in the model's own parametrisation, on generated images for c and for r
         generator:  (f(x_t, a) - g(x_t, c)) [(f(x_t, a) - x) - alpha (f(x_t, a) - g(x_t, c))] / mean |x - f(x_t, a)|
                     with the same prompt about the anchor as a; and with a = c = r on prompts that must survive
 
-    The generator's gradient passes x, f and g. What is lowered is the distance of scores: of images for the concept
-    to the model's for the anchor (score identity distillation, Zhou et al. 2024).
+    The generator's gradient flows through x, f and g. The loss is the score identity distance (Zhou et al. 2024)
+    between generated images for the concept and the model's images for the anchor.
 
-    The result is a one-step generator. Its config says so: attaching it gives the pipeline a sampler of one step at
-    `level`, whatever a call asks for, leaves guidance out, and taking it off puts the pipeline's own sampler back. No
-    other edit of the denoiser can be in force beside it. With `start` the generator begins as another one, such as the
-    embedded `canvas-turbo`, and only has to forget (two stages); else it learns to draw in one step as well.
+    The result is a one-step generator, and its config says so: attaching it gives the pipeline a sampler of one step
+    at `level`, whatever number of steps a call asks for, and switches guidance off; taking it off restores the
+    pipeline's own sampler. No other edit of the denoiser can be in force at the same time. With `start` the generator
+    is initialised from another one, such as the embedded `canvas-turbo`, and only has to forget (two stages);
+    otherwise it also learns to draw in one step.
 
-    Presets have the released code's numbers for Stable Diffusion 1.5: whole parameters, 8 prompts an update, 100,000
-    images. `paper` weighs forgetting by 0.01, as the paper's class forgetting and the options' defaults; `released` by
-    1, as its run script. What that code does otherwise: it scales the generator's noise by that of the level (0.95 at
-    625, and 1 for stock pipelines, which is what is trained here), and it clips each entry of the gradient in half
-    precision.
+    Presets have the released code's numbers for Stable Diffusion 1.5: whole parameters, 8 prompts per update, 100,000
+    images. `paper` weights the forgetting loss by 0.01, as the paper does for class forgetting and as the code's
+    default is; `released` by 1, as its run script. The code differs in two ways: it multiplies the generator's noise
+    by the noise scale of the level (0.95 at 625; stock pipelines use 1, which is trained here), and it clips each
+    entry of the gradient in half precision.
 
-    Protects released weights against prompts. The weights that draw in many steps are not in the result.
+    Protects released weights against prompts. The result does not contain weights that draw in many steps.
     """
 
     title: ClassVar[str] = "distillation into a one-step generator that forgets"
@@ -92,47 +93,48 @@ class SFD(LoopedStrategy):
     cost: ClassVar[str] = "minutes, about 13 denoiser passes an image"
 
     steps: Count = 50
-    """Updates."""
+    """Number of updates (released code: 12500)."""
     lr: Positive = 1e-3
     """Learning rate of the generator's Adam."""
     batch: Count = 4
-    """Images of the concept in each update, over all processes."""
+    """Number of images of the concept in each update, over all processes."""
     retain_batch: CountOrZero = 6
-    """Images of prompts that must survive in each update."""
+    """Number of images of prompts that must survive in each update, over all processes."""
     retain_weight: NotNegative = 1.0
-    """Weight of the losses of prompts that must survive."""
+    """Weight of the losses on prompts that must survive."""
     method: Method = "all"
-    """Layers that both players change, see `ESD.method`."""
+    """Layers that both networks change, see `ESD.method`."""
     start: PathText = ""
-    """LoRA of a one-step generator that this one begins as, in diffusers' format: its file, its folder, or the name of
-    an embedded one (`canvas-turbo`). The model itself when left out."""
+    """LoRA of a one-step generator from which this one is initialised, in diffusers' format: its file, its folder,
+    or the name of an embedded one (`canvas-turbo`). When left out, the generator starts as the model itself."""
     forget_weight: NotNegative = 1.0
-    """Weight of the losses of the concept's prompts (paper: 0.01)."""
+    """Weight of the generator's loss on the concept's prompts (paper: 0.01)."""
     alpha: NotNegative = 1.2
-    """Of the generator's loss: 1.2 for CIFAR-10, 1 for Stable Diffusion."""
+    """Coefficient alpha of the generator's loss (paper: 1.2 for CIFAR-10, 1 for Stable Diffusion)."""
     level: Count = 900
-    """Noise level of the generator's one step (paper: 440 for CIFAR-10, 625 for Stable Diffusion)."""
+    """Timestep of the generator's one step, of 1000 (paper: 440 for CIFAR-10, 625 for Stable Diffusion)."""
     levels: tuple[Count, Count] = (20, 980)
-    """Lowest noise level that images are noised to, and the first that is too high."""
+    """First timestep (inclusive) and last timestep (exclusive) to which images are noised in training."""
     fake_lr: Positive = 2e-3
-    """Learning rate of the Adam of the model of what is drawn."""
+    """Learning rate of the fake-score network's Adam (released code: 3e-6)."""
     betas: tuple[Decay, Decay] = (0.0, 0.999)
-    """Decays of both Adams."""
+    """Decay rates beta_1 and beta_2 of both Adam optimisers."""
     head_start: Decay = 0.18
-    """Share of the updates in which the model of what is drawn learns alone at first."""
+    """Share of the updates, at the start, in which only the fake-score network is trained."""
     teacher_guidance: NotNegative = 2.0
-    """Guidance of the model itself, which the generator learns without being guided (SD 1.5: 4.5)."""
+    """Guidance scale of the frozen model, whose guided predictions the unguided generator learns (SD 1.5: 4.5)."""
     fake_guidance: NotNegative = 1.0
-    """Guidance of the model of what is drawn, while the generator learns (SD 1.5: 4.5)."""
+    """Guidance scale of the fake-score network in the generator's loss (SD 1.5: 4.5)."""
     learning_guidance: NotNegative = 1.0
-    """Guidance of the model of what is drawn, while itself learns (SD 1.5: 4.5)."""
+    """Guidance scale of the fake-score network in its own loss (SD 1.5: 4.5)."""
     dropped: ZeroToOne = 0.1
-    """Share of the rows without their prompt while that model learns, where any of its scales is not 1."""
+    """Share of the fake-score network's rows that are trained with the empty prompt, where one of its guidance
+    scales is not 1."""
 
     presets: ClassVar[Presets] = {"paper": RELEASED, "released": {**RELEASED, "forget_weight": 1.0}}
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.levels[0] >= self.levels[1]:
             self.refuse("levels", self.levels, "a lower and a higher noise level")
@@ -145,15 +147,15 @@ class SFD(LoopedStrategy):
 
     @property
     def since(self) -> int:
-        """First update in which the generator learns."""
+        """First update in which the generator is trained."""
         return int(self.head_start * self.steps)
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return "" if self.retain_weight else "retain_weight"
 
     def adds(self, earlier: Sequence[str]) -> Way:
-        """See `Strategy.adds`: all anew, to an erasure of its own kind alone."""
+        """Fit all concepts anew, see `Strategy.adds`; only an erasure by this method can be added to."""
         if others := sorted(set(earlier) - {self.name}):
             raise UnsupportedModelError(
                 f"sfd makes the model a one-step generator, and {others[0]} edits one of many steps: what both make "
@@ -167,10 +169,10 @@ class SFD(LoopedStrategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> Distillation:  # fmt: skip
-        """Prompts, both players, and what the generator draws.
+        """Make the prompts, both networks, and the generator's settings.
 
         Raises:
-            OptionError: A noise level that the model does not have, or a start that is none.
+            OptionError: The model does not have a timestep, or `start` is not a LoRA of a one-step generator.
         """
         count = len(backbone.parametrisation.cumulative) if hasattr(backbone.parametrisation, "cumulative") else 0
         for name, highest in (("level", self.level), ("levels", self.levels[1] - 1)):
@@ -204,44 +206,44 @@ class SFD(LoopedStrategy):
         return Distillation(backbone, tower, concepts, seed, prompts, generator, concept, retained, method)
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts with the concepts, each with what the model itself is asked instead."""
+        """Give prompts with the concepts, each with the anchor's prompt for which the frozen model predicts."""
         named = concepts if self.templates else [replace(each, templates=("{}",)) for each in concepts]
         return concept_scenes(tower, named, seed, self.contexts, anchored=True, scope=False)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Drawn]]:  # type: ignore[override]
-        """The model of what is drawn, then the generator."""
+        """Give the optimiser steps of an update: of the fake-score network, then of the generator."""
         fake = replace(self.descent, lr=self.fake_lr, ema=0.0)
         return distilled(task).method.turns(self.descent, fake)
 
     def students(self, task: Task) -> Sequence[Student]:
-        """Both players."""
+        """List both networks."""
         method = distilled(task).method
         return [method.generator, method.fake]
 
     @property
     def descent(self) -> Descent:
-        """How Adam trains the generator."""
+        """Settings of the generator's Adam."""
         return replace(super().descent, betas=self.betas)
 
     def prepare(self, task: Task, step: int, share: Share) -> Drawn:  # type: ignore[override]
-        """Draw the images of an update."""
+        """Draw the generator's images of an update."""
         return distilled(task).method.prepare(step, share)
 
     # Around them ----------------------------------------------------------------------------------------------------
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """Nothing: images are drawn while they are needed."""
+        """Do nothing: images are drawn in each update."""
 
     def edits(self, task: Task) -> Edits:
-        """Those of the generator; nothing of the other player is left."""
+        """Return the edits of the generator; the fake-score network is dropped."""
         return task.student.edits(task.backbone.denoiser_component)
 
     def idle(self, backbone: Backbone) -> list[nn.Module]:
-        """See `beside_denoiser`."""
+        """Return the components that training does not run, see `beside_denoiser`."""
         return beside_denoiser(backbone)
 
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
-        """See `LoopedStrategy.validate`; in one step, without guidance."""
+        """Draw validation images as `LoopedStrategy.validate` does, in one step and without guidance."""
         if run.folder is not None:
             with sampled_once(task.backbone.pipe, self.level), task.student.active(), torch.no_grad(), cost.paused():
                 task.draw(run.folder / "validation", update, 1, self.idle(task.backbone), guidance=1.0)
@@ -250,26 +252,26 @@ class SFD(LoopedStrategy):
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None],
         run: Run, standing: Standing | None = None,
     ) -> Fit:  # fmt: skip
-        """See `LoopedStrategy.train`; the result is sampled in one step."""
+        """Train as `LoopedStrategy.train` does, and mark the result as a one-step generator."""
         fit = super().train(backbone, concepts, seed=seed, progress=progress, run=run, standing=standing)
         return fit._replace(level=self.level)
 
 
 def distilled(task: Task) -> Distillation:
-    """A training of this strategy."""
+    """Check that a task is a training of this strategy."""
     assert isinstance(task, Distillation)
     return task
 
 
 def read_lora(source: str) -> dict[str, LowRank]:
-    """The changes of a LoRA by layer, `component/module.path`.
+    """Read the changes of a LoRA by layer, `component/module.path`.
 
     Args:
-        source: Its file, its folder, or the name of an embedded one.
+        source: The LoRA's file, its folder, or the name of an embedded one.
 
     Raises:
         ArtifactError: The file is damaged.
-        OptionError: There is no such file, or it holds something else.
+        OptionError: The file does not exist, or is not a LoRA.
     """
     path = Path(source)
     if not path.exists() and (embedded := World.embedded(source)) is not None:
@@ -292,15 +294,15 @@ def read_lora(source: str) -> dict[str, LowRank]:
 
 @torch.no_grad()
 def begin(student: Student, backbone: Backbone, changes: Mapping[str, LowRank]) -> None:
-    """Let a student begin as a LoRA, with room for more where its own rank is higher.
+    """Initialise a student from a LoRA; the student's rank may be higher.
 
     Args:
-        student: That starts as the stock model.
-        backbone: Of its network.
-        changes: By layer, `component/module.path`.
+        student: Student that equals the stock model so far.
+        backbone: Model whose denoiser the student changes.
+        changes: Low-rank changes by layer, `component/module.path`.
 
     Raises:
-        OptionError: A layer that the student does not change, of another shape, or of a higher rank.
+        OptionError: The LoRA has a layer that the student does not change, another shape, or a higher rank.
     """
     assert isinstance(student, LowRankStudent)
     own = {

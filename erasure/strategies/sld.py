@@ -1,11 +1,11 @@
 """SLD: Safe Latent Diffusion, guidance away from a concept at inference (Schramowski et al., CVPR 2023, 2211.05105).
 
-The artifact holds what the text encoders, without any erasure, say of the concept and of the empty prompt, and the
-figures of the guidance; it is stamped with fingerprints of the text encoders and of the denoiser's layers that read
-text. In use, a hook on the denoiser puts rows with the concept's encoding behind those of every call and takes their
-predictions off again (`erasure.carriers.extra_rows`); the prompts' own predictions leave it with the correction
-subtracted (`erasure.carriers.safety`), so that the plain guidance of any stock pipeline computes the paper's formula,
-whatever its scale.
+The artifact contains the encodings of the concept and of the empty prompt by the stock text encoders, and the
+parameters of the guidance; it is stamped with fingerprints of the text encoders and of the denoiser's layers that read
+text. When attached, a hook on the denoiser adds rows with the concept's encoding to every call and removes their
+predictions again (`erasure.carriers.extra_rows`). It subtracts the safety correction from the predictions for the
+prompts (`erasure.carriers.safety`), so that the usual guidance of a stock pipeline gives the paper's formula at every
+guidance scale.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from erasure.options import NotNegative, Positive, Presets, ZeroToOne
 from erasure.strategies.base import Fit, Strategy, register
 
 SHOWN = "an image showing {}"
-"""What the released code tells concepts by."""
+"""Prompt template of the released code for concepts."""
 
 
 @register("sld")
 @dataclass(frozen=True, kw_only=True)
 class SLD(Strategy):
-    """Steer every step of a drawing away from what the concept's own prompt would draw there.
+    """Guide every denoising step away from the prediction for the concept's own prompt.
 
-    Beside the prompt and the negative one, the denoiser predicts for the concept's words. Where the prompt's
-    prediction does not exceed the concept's by a threshold, the difference of the concept and the negative prompt is
-    subtracted from the guidance, times a factor that grows with the distance of both up to 1, and with momentum from
-    step to step (`erasure.carriers.safety` has the formulas). Nothing is trained, and nothing of the model changes: a
-    prompt without the concept is drawn otherwise too. The names of all concepts are one text, as in the paper.
+    In addition to the prompt and the negative prompt, the denoiser predicts for the concept's words. Wherever the
+    prompt's prediction does not exceed the concept's by a threshold, the difference of the concept's and the negative
+    prompt's prediction is subtracted from the guidance. The difference is multiplied by a factor up to 1 that grows
+    with the distance between the prompt's and the concept's predictions, and momentum is carried from step to step
+    (`erasure.carriers.safety` has the formulas). Nothing is trained and no weight changes. Images of prompts without
+    the concept change too. The names of all concepts form one text, as in the paper.
 
-    A call costs one row more for each picture and erasure (1.5 times that of a guided call); without guidance, or with
-    guidance that the denoiser is told, two more. Where pipelines guide in two passes (Flux with a true negative
-    prompt, Chroma), the concept is compared with the empty prompt instead of the negative one.
+    A call takes one more row for each image and erasure (1.5 times the cost of a guided call), or two more without
+    guidance and in guidance-distilled models. Where a pipeline guides in two passes (Flux with a true negative prompt,
+    Chroma), the empty prompt is used instead of the negative prompt.
 
-    Warm-up counts noise levels of the schedule in use, of which a drawing of 25 steps has half as many as one of 50.
-    A threshold or a scale is in units of the denoiser's prediction: the paper's are for Stable Diffusion's noise.
-    Protects a hosted pipeline: whoever holds the weights leaves the hook out. Embeddings in the place of a prompt,
-    pictures and ControlNets do not go around it.
+    The warm-up is given for a schedule of 50 steps, and scaled to other schedules: half as many steps of 25.
+    `threshold` and `scale` are in units of the denoiser's prediction; the paper's values are for Stable Diffusion's
+    predicted noise. Protects a hosted pipeline: whoever has the weights can leave the hook out. Calls with embeddings
+    instead of a prompt, with image prompts or with ControlNets are guided too.
     """
 
     title: ClassVar[str] = "guidance away from the concept at inference"
@@ -60,17 +61,19 @@ class SLD(Strategy):
     carriers: ClassVar[tuple[str, ...]] = ("guidance",)
 
     scale: Positive = 5000.0
-    """Factor of the distance from the concept, s_S: above 1 / distance all of the difference is subtracted."""
+    """Factor s_S of the distance from the concept; where s_S times the distance exceeds 1, the whole difference is
+    subtracted."""
     threshold: Annotated[float, Ge(-1000), Lt(1000)] = 0.3
-    """Lambda: where the prediction exceeds the concept's by this or more, nothing is subtracted (`max`: 1)."""
+    """Threshold lambda: nothing is subtracted where the prompt's prediction exceeds the concept's by lambda or more
+    (preset `max`: 1)."""
     momentum_scale: NotNegative = 0.5
-    """How much of the momentum is added, s_m."""
+    """Scale s_m at which the momentum is added."""
     momentum_decay: ZeroToOne = 0.7
-    """Share of the momentum that is kept from step to step, beta_m."""
+    """Decay beta_m: share of the momentum that is kept from step to step."""
     warmup_steps: Annotated[int, Ge(0), Lt(OF_STEPS)] = 0
-    """Steps of 50 before guidance begins, delta; momentum builds up meanwhile."""
+    """Number delta of steps, for a schedule of 50, before guidance begins; momentum is accumulated meanwhile."""
     text: str = "{}"
-    """What the concept is told by: its names, commas between, stand in the place of the braces."""
+    """Prompt template for the concept; the braces are replaced by its names, separated by commas."""
 
     presets: ClassVar[Presets] = {
         "weak": {
@@ -92,7 +95,7 @@ class SLD(Strategy):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.text.count("{}") != 1 or set(self.text.replace("{}", "")) & set("{}"):
             self.refuse("text", self.text, "a text with {} once, where the concept's names go")

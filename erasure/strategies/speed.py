@@ -25,39 +25,40 @@ FEW = {
     "augmentations": 10, "augmented_directions": 1, "centroids": 3, "leniency": 0.0, "averaged": False,
     "tolerance": 0.0,
 }  # fmt: skip
-"""Recipe for a few objects or styles."""
+"""Options of the recipe for a few objects or styles."""
 MANY = {**FEW, "threshold": 1e-4, "regularisation": 0.05, "influence": False}
-"""Recipe for 10 to 100 people."""
+"""Options of the recipe for 10 to 100 people."""
 NUDITY = {**FEW, "tokens": "all", "regularisation": 0.7, "leniency": 0.5}
 
 
 @register("speed")
 @dataclass(frozen=True, kw_only=True)
 class SPEED(EntryEdit):
-    """Rewrite what the denoiser's text layers make of the concept, only where nothing that is preserved goes.
+    """Change the denoiser's text layers only in directions that preserved features do not use.
 
     For each layer `W` through which text enters the denoiser, find the change `D P` that minimises
 
         |(W + D P) C_1 - W C_*|^2 + s |D P|^2    such that    D P C_2 = 0
 
-    with erased features `C_1`, the features `C_*` that take their place, and invariants `C_2`: the start token and the
+    with erased features `C_1`, the features `C_*` that replace them, and invariants `C_2`: the start token and the
     centres of the empty prompt's other tokens. `P` projects onto the null space of the preserved features, the
-    directions in which they have next to nothing, so that whatever `D` is they stay as they are. The solution is
-    `W (C_* - C_1) C_1^T P Q M`; see `closed_form.null_space.constrained`. Its rank is at most the number of erased
-    features. The more is preserved the smaller the null space is, so what is preserved is chosen for each layer:
+    directions in which they have almost no energy, so that the outputs for preserved features stay whatever `D` is.
+    The solution is `W (C_* - C_1) C_1^T P Q M`; see `closed_form.null_space.constrained`. Its rank is at most the
+    number of erased features. The null space shrinks with the number of preserved features, so these are chosen for
+    each layer:
 
-    - *Filtering by influence*: of the preserved features those stay that the change without any null space would move
-      by more than the mean.
-    - *Directed augmentation*: to each, noise is added along the directions that `W` sees least, which gives features
-      of the same meaning; of these, too, those stay that are moved by more than the mean.
+    - *Filtering by influence*: only those preserved features are used that the unconstrained change would move by more
+      than the mean.
+    - *Directed augmentation*: noise is added to each feature along the directions to which `W` responds least, which
+      gives features of similar meaning; of these, too, only those are used that are moved by more than the mean.
 
     Layers that read a pooled vector of the prompt are changed in the same way, from the pooled vectors of the same
     prompts, with that of the empty prompt as the invariant.
 
     Presets `paper` and `released` are the recipe for a few objects or styles, `-many` that for 10 to 100 people,
-    `-nudity` that for nudity. The code averages over the concepts where the paper adds them up. It preserves its own
-    list of names: give what must survive as retain lists, of which the bare names count; without any, the empty prompt
-    is preserved. Its noise comes from a graphics card's generator and cannot be had again.
+    `-nudity` that for nudity. Where the paper sums over concepts, the code averages. The code preserves its own list
+    of names; here names that must survive are given as retain lists, of which the bare names are used, and without any
+    list the empty prompt is preserved. The code's noise comes from a GPU's random generator and cannot be reproduced.
 
     Protects released weights against prompts; learned embeddings can bring the concept back.
     """
@@ -66,28 +67,31 @@ class SPEED(EntryEdit):
     paper: ClassVar[str] = "Li et al. 2026, arXiv 2503.07392"
 
     layers: Literal["values", "keys", "both"] = "both"
-    """Which layers of a cross-attention are changed (paper: values, which on Canvas leave more of a style).
-    Layers ahead of all attention always are."""
+    """Which layers of a cross-attention are changed (paper: values, which on Canvas leaves more of a style). Layers
+    before all attention, through which text enters a transformer, are always changed."""
     regularisation: Positive = 1.0
-    """s (paper: 1; released code: 0.05 for 10 to 100 people, 0.7 for nudity)."""
+    """Weight s of the squared change (paper: 1; released code: 0.05 for 10 to 100 people, 0.7 for nudity)."""
     relative: bool = True
-    """Whether s, the threshold, and the noise are in mean squares of the features' values, about 1 in Stable Diffusion
-    and very different in other text encoders; else they are plain numbers (released code)."""
+    """Scale s, the threshold and the noise by the mean square of the features' values, which is about 1 in Stable
+    Diffusion and very different in other text encoders; when off, they are absolute numbers (released code)."""
     threshold: Positive = 3e-2
-    """Mean square of preserved features along a direction below which it belongs to the null space (released code:
-    1e-1, with which look-alikes suffer on Canvas; 1e-4 for 10 to 100 people)."""
+    """Mean square of the preserved features along a direction below which the direction belongs to the null space
+    (released code: 1e-1, with which similar concepts suffer on Canvas; 1e-4 for 10 to 100 people)."""
     influence: bool = True
-    """Preserve only what the change would move by more than the mean (released code: not for people)."""
+    """Preserve only features that the unconstrained change would move by more than the mean (released code: off for
+    people)."""
     augmentations: CountOrZero = 10
-    """Noisy copies of each preserved feature (released code: 10)."""
+    """Number of noisy copies of each preserved feature (released code: 10)."""
     augmented_directions: Count = 1
-    """Directions of noise: those of a layer's least singular values (released code: 1)."""
+    """Number of directions of the noise, which are those of a layer's smallest singular values (released code: 1)."""
     centroids: CountOrZero = 3
-    """Centres of the empty prompt's tokens that are invariants, besides its start token (released code: 3)."""
+    """Number of centres of the empty prompt's tokens that are invariants, in addition to its start token (released
+    code: 3)."""
     leniency: NotNegative = 0.0
-    """How far invariants may move, as a ridge in their constraint (released code: 0; 0.5 for nudity). 0 keeps them."""
+    """How far invariants may move: ridge coefficient of their constraint (released code: 0; 0.5 for nudity). 0
+    keeps them exactly."""
     averaged: bool = False
-    """Average over the erased prompts (released code) instead of adding them up."""
+    """Average over the erased prompts (released code); when off, sum over them."""
 
     presets: ClassVar[Presets] = {
         "paper": FEW,
@@ -98,10 +102,11 @@ class SPEED(EntryEdit):
     }  # fmt: skip
 
     def changes(self, door: Door, seed: int) -> list[Change]:
-        """A change for each layer; see `EntryEdit.changes`.
+        """Compute a change for each layer, see `EntryEdit.changes`.
 
         Raises:
-            OptionError: Preserved features leave no direction in any layer, or none in which the erased ones go.
+            OptionError: The null space of the preserved features is empty in every layer, or erased features have no
+                part in it.
         """
         unit = door.mean_square if self.relative else 1.0
         share = self.prompts(door) ** -0.5 if self.averaged else 1.0
@@ -109,7 +114,7 @@ class SPEED(EntryEdit):
         empty = self.empty_prompt(door)
         preserved = door.preserved if len(door.preserved) else empty.rest
         invariant = torch.cat([empty.start, centres(empty.rest, self.centroids)])
-        # What a closed form without any constraint adds to what a layer reads.
+        # Change of a layer's input by the closed form without constraint.
         free = solve(erased, replacing, preserved[:0], 1.0, 0.0, unit)
         generator = torch.Generator().manual_seed(seed)
         made = []
@@ -128,18 +133,19 @@ class SPEED(EntryEdit):
         return made
 
     def preserved_features(self, reader: Reader, source: Source, concepts: Sequence[Concept], seed: int) -> Tensor:
-        """See `EntryEdit.preserved_features`. Of bare names on retain lists the last token counts (released code)."""
+        """See `EntryEdit.preserved_features`; of bare names only the last tokens are preserved (released code)."""
         if self.tokens == "all" and not self.templates:
             return replace(self, tokens="last").preserved_features(reader, source, concepts, seed)
         return super().preserved_features(reader, source, concepts, seed)
 
     def refined(self, weight: Tensor, free: Tensor, preserved: Tensor, size: float, generator: Generator) -> Tensor:
-        """Mean of the outer products of what is preserved in a layer, filtered and augmented, `(dim, dim)`.
+        """Compute the mean outer product of a layer's preserved features, filtered and augmented, `(dim, dim)`.
 
         Args:
-            weight: The layer's, `(out, dim)`.
-            free: What a closed form without constraint adds to what it reads is `free c`, `(dim, dim)`.
-            preserved: `(preserved, dim)`.
+            weight: Weight of the layer, `(out, dim)`.
+            free: Matrix `(dim, dim)` of the closed form without constraint, which adds `free c` to an input c of the
+                layer.
+            preserved: Preserved features, `(preserved, dim)`.
             size: Standard deviation of the noise along each direction.
             generator: Draws the noise.
         """
@@ -149,7 +155,7 @@ class SPEED(EntryEdit):
         directions = torch.linalg.svd(weight, full_matrices=False).Vh[-self.augmented_directions :]
         shape = (len(preserved), self.augmentations, len(directions))
         noise = size * torch.randn(shape, generator=generator, dtype=torch.float64)
-        # |shift (c + V s)|^2 for every copy, without making the copies.
+        # This computes |shift (c + V s)|^2 for every copy without making the copies.
         along = directions @ shift.T
         own = preserved @ shift.T
         moved = own.square().sum(1)[:, None] + 2 * (noise @ (own @ along.T)[:, :, None])[..., 0]
@@ -162,11 +168,11 @@ class SPEED(EntryEdit):
         return total / (len(preserved) + kept.sum())
 
     def prompts(self, door: Door) -> int:
-        """How many prompts are erased."""
+        """Give the number of erased prompts."""
         return sum(len(self.pairs(door.reader.backbone.reader, concept)) for concept in door.concepts)
 
     def empty_prompt(self, door: Door) -> EmptyPrompt:
-        """What the layers read of the empty prompt."""
+        """Give the features of the empty prompt that the layers read."""
         states = door.reader.read([""])([""]).of(door.source)[0].double().cpu()
         if door.source == "pooled":
             return EmptyPrompt(states, states[:0])
@@ -183,11 +189,11 @@ class EmptyPrompt(NamedTuple):
     """Features of the empty prompt, `(n, dim)` float64 each."""
 
     start: Tensor
-    """Its start tokens, or its pooled vector."""
+    """Features of the start tokens, or the pooled vector."""
     rest: Tensor
-    """All other tokens."""
+    """Features of all other tokens."""
 
 
 def _above_mean(values: Tensor) -> Tensor:
-    """Which values are above their mean, or, where all are alike, all of them."""
+    """Mark values above their mean; all values where they are equal."""
     return values >= values.mean().clamp_max(values.max()) if values.numel() else values > 0

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NEAREST = 1e-3
-"""Least value of 1 - cos by which an anchor is drawn."""
+"""Smallest value of 1 - cos in the probability that an anchor is drawn."""
 
 RELEASED: dict[str, object] = {
     "method": "blocks", "rank": 1, "base": "null", "against": "base", "eta": 1.0, "steps": 3000, "lr": 1e-4,
@@ -47,7 +47,7 @@ RELEASED: dict[str, object] = {
     "anchors": "embeddings", "alpha": 1.0, "retain_batch": 4, "retain_weight": 1000.0, "floor": 0.0,
     "transport": "product", "negatives": "prompt",
 }  # fmt: skip
-"""configs/pikachu of the released code, which has the paper's figures."""
+"""Options of configs/pikachu in the released code, which has the paper's values."""
 
 
 @dataclass
@@ -55,55 +55,58 @@ class ConceptTask(Task):
     """The training of one concept's adapter."""
 
     name: Conditioning
-    """What the denoiser is told for the concept's bare name, one row."""
+    """Conditioning of the denoiser for the concept's bare name, one row."""
     weights: Tensor
-    """How likely each retained scene is drawn, not normalised, `(scenes,)`; none where anchors are embeddings."""
+    """Unnormalised probability with which each retained prompt is drawn, `(scenes,)`; empty where anchors are
+    embeddings."""
 
 
 @dataclass
 class SPMTask(ConceptTask):
-    """A training of this strategy: that of the first concept, and those of all."""
+    """A training of this strategy: the training of the first concept, and a list of the trainings of all concepts."""
 
     parts: list[ConceptTask]
     gates: dict[str, PromptGate]
-    """By denoiser and text encoder, of all concepts."""
+    """Gates of all concepts, by `denoiser/text encoder`."""
 
     def sources(self) -> list[StateSource]:
-        """See `Task.sources`; of every concept."""
+        """List the sources of states of every concept, see `Task.sources`."""
         return [source for part in self.parts for source in Task.sources(part)]
 
 
 @register("spm")
 @dataclass(frozen=True, kw_only=True)
 class SPM(DenoiserStrategy, NegativeGuidance):
-    """Train a rank-one adapter for each concept, and let it act as far as a prompt is near that concept.
+    """Train a rank-one adapter for each concept, scaled for each prompt by its similarity to the concept.
 
-    Every layer of the transformer blocks has a branch `up down^T x` beside it, a membrane. On states x_t of
-    trajectories towards the concept c, with the frozen model e and concepts r that must survive (latent anchoring):
+    Every layer of the transformer blocks gets a branch `up down^T x` (a membrane), which is added to its output. On
+    states x_t of trajectories of the concept's prompt c, with the frozen model e and prompts r that must survive
+    (latent anchoring), the loss is:
 
         |e_student(x_t, c) - [e(x_t, b) - eta (e(x_t, c) - e(x_t, b))]|^2 + retain_weight |e_student(x, r) - e(x, r)|^2
 
-    r is drawn with a probability of (1 - cos(E(r), E(c)))^alpha, with E the text encoders' states. When a prompt p is
-    drawn, the adapter is multiplied by its permeability (facilitated transport, see `erasure.carriers.permeability`):
+    r is chosen with a probability proportional to (1 - cos(E(r), E(c)))^alpha, where E are the text encoders' states.
+    When a prompt p is sampled, the adapter is multiplied by the prompt's permeability (facilitated transport, see
+    `erasure.carriers.permeability`):
 
-        max(cos(E(p), E(c)), |T(p) & T(c)| / |T(c)|)        T: the tokens of the words
+        max(cos(E(p), E(c)), |T(p) & T(c)| / |T(c)|)        T: set of the tokens of the words
 
-    Here it is 0 below a floor, under which the prompts that must survive lie, so that these are drawn as the stock
-    model draws them to the bit. Each prompt of a batch has its own permeability. Of several text encoders that one
-    counts which finds the prompt nearest; embeddings that none of them has given let everything through. Words that
-    the model's world has for a concept count as its names.
+    Here the permeability is 0 below a floor that lies above all prompts that must survive, so that the stock model's
+    images for these are not changed by a bit. Each prompt of a batch has its own permeability. In a model with several
+    text encoders the largest permeability counts. It is 1 for embeddings that no text encoder of the pipeline has
+    made. Words that the model's world declares for a concept count as its names.
 
-    Each concept has its own adapter and gate, trained as if it were the only one, and adapters add up. The base b is
+    Each concept has its own adapter and gate, trained independently of the others, and adapters add up. The base b is
     the same prompt with the anchor, where a concept has one (paper: the empty prompt).
 
-    Presets train on the bare name. `paper` and `released` anchor at random embeddings as long as the concept's, give
-    or take a fifth, at the states of the concept, and let the adapter through by the permeability however small it is,
-    in the rows of negative prompts too. `released` multiplies both factors of an adapter by it (the code adds scaled
-    factors up): the square of the permeability, and with several concepts products of one's factor with another's.
-    Left out are AdamW with 8 bits, images of random sizes, and that the code asks about a state at a timestep that is
-    on average 42 of 1000 above the state's own, and never about the first one.
+    Presets train on the bare name. In `paper` and `released` the anchors r are random embeddings, about as long as the
+    concept's (plus or minus a fifth), at the states of the concept. The permeability has no floor and also applies to
+    the rows of negative prompts. `released` multiplies both factors of an adapter by it (the code adds scaled factors
+    up), which gives the square of the permeability and, with several concepts, products of factors of different
+    concepts. Left out are 8-bit AdamW, images of random sizes, and a fault of the code's sampling: it evaluates a
+    state at a timestep that is on average 42 of 1000 above the state's own, and never uses the first state.
 
-    Protects a hosted pipeline: whoever holds the weights leaves the branches out.
+    Protects a hosted pipeline: whoever has the weights can leave the branches out.
     """
 
     title: ClassVar[str] = "rank-one adapters of the denoiser that open as far as a prompt is near the concept"
@@ -114,36 +117,40 @@ class SPM(DenoiserStrategy, NegativeGuidance):
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
 
     method: Method = "blocks"
-    """Layers that have a branch: linear ones, and convolutions of single pixels. `blocks` is the paper's choice; see
-    `DenoiserStrategy.method` for the others."""
+    """Layers that get a branch: linear layers, and convolutions with a kernel of one pixel. `blocks` is the paper's
+    choice; see `DenoiserStrategy.method` for the others."""
     rank: CountOrZero = 1
     """Rank of each adapter, 1 or more (paper: 1)."""
     steps: Count = 200
-    """Updates (paper: 3000); each takes one step for every concept."""
+    """Number of updates (paper: 3000); each takes one step for every concept."""
     lr: Positive = 1e-3
     """Peak learning rate of AdamW (paper: 1e-4)."""
     cycles: CountOrZero = 0
-    """Times that the learning rate falls from its peak to zero behind the warm-up, along half a cosine each (paper:
-    3); 0 keeps it constant."""
+    """Number of times that the learning rate falls from its peak to zero after the warm-up, each along half a
+    cosine (paper: 3); 0 keeps it constant."""
     anchors: Literal["prompts", "embeddings"] = "prompts"
-    """What must survive: prompts of retain lists, the empty one and `retain_vocabulary` random ones, at states of
-    their own; or random embeddings at the concept's states (released code), which no retain list reaches."""
+    """Anchors, which must survive: `prompts` are those of retain lists, the empty prompt and `retain_vocabulary`
+    random ones, at states of their own; `embeddings` are random embeddings at the concept's states (released code),
+    which ignore retain lists."""
     alpha: Annotated[float, Ge(-20), Le(20)] = 1.0
-    """Power of (1 - cosine) by which an anchor is drawn: above 0 anchors far from the concept are likelier (paper: 1),
-    below 0 near ones, and at 0 all are alike. Of embeddings it is the chance at which one is taken."""
+    """Power of (1 - cosine) in the probability of an anchor: positive values prefer anchors far from the concept
+    (paper: 1), negative ones prefer near anchors, 0 treats all alike. For `embeddings` it is the probability that a
+    random one is accepted."""
     floor: ZeroToOne | None = None
-    """Permeability below which an adapter stays out (paper: 0). Left out: just above that of all prompts that must
-    survive and of 256 random ones, measured for each concept and text encoder."""
+    """Permeability below which an adapter is switched off (paper: 0). When left out: slightly above the
+    permeability of all prompts that must survive and of 256 random ones, measured for each concept and text
+    encoder."""
     transport: Literal["product", "factors"] = "product"
-    """Multiply the product of an adapter's factors by the permeability (paper), or each factor (released code)."""
+    """What is multiplied by the permeability: `product` the product of an adapter's factors (paper), `factors` each
+    factor (released code)."""
     negatives: Literal["stock", "prompt"] = "stock"
-    """What is predicted for negative prompts: what the stock model does, or with the permeability of the prompt that
-    they guide (paper)."""
+    """Predictions for negative prompts: `stock` those of the stock model, `prompt` with the permeability of the
+    prompt that they guide (paper)."""
 
     presets: ClassVar[Presets] = {"paper": RELEASED, "released": {**RELEASED, "transport": "factors"}}
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if not self.rank:
             self.refuse("rank", 0, "1 or more: a branch beside a layer has factors")
@@ -157,17 +164,17 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 
     @property
     def descent(self) -> Descent:
-        """Settings of AdamW for an adapter."""
+        """Settings of the AdamW that trains an adapter."""
         return replace(super().descent, cycles=self.cycles)
 
     def ignores_retain(self) -> str:
-        """See `Strategy.ignores_retain`."""
+        """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return super().ignores_retain() or ("anchors" if self.anchors == "embeddings" else "")
 
     # Adapters and their states ---------------------------------------------------------------------------------------
 
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """One concept's adapter, starting at zero."""
+        """Make one concept's adapter, which starts at zero."""
         denoiser = backbone.denoiser
         owners = dict.fromkeys(path.rpartition(".")[0] for path in trained_parameters(backbone, self.method))
         layers = [path for path in owners if features_of(paths.layer(denoiser, path)) is not None]
@@ -182,18 +189,18 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         return student
 
     def students(self, task: Task) -> list[Student]:
-        """See `LoopedStrategy.students`."""
+        """List the adapters of all concepts, see `LoopedStrategy.students`."""
         return [part.student for part in parts_of(task)]
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """See `TrainedStrategy.retained_scenes`; none where anchors are embeddings, which belong to no prompt."""
+        """Give retained prompts, see `TrainedStrategy.retained_scenes`; none where anchors are embeddings."""
         return super().retained_scenes(tower, concepts, seed) if self.anchors == "prompts" else []
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> SPMTask:  # fmt: skip
-        """See `TrainedStrategy.task`; a training of its own for each concept, and the gates of all."""
+        """Make a training for each concept as `TrainedStrategy.task` does, and the gates of all concepts."""
         gates = prompt_gates(
             backbone, concepts, seed, floor=self.floor, retained=self.retain_vocabulary,
             factors=self.transport == "factors", negatives=self.negatives == "prompt",
@@ -210,17 +217,17 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         return SPMTask(**{**vars(parts[0]), "concepts": concepts}, parts=parts, gates=gates)
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """See `LoopedStrategy.fill`."""
+        """Sample the training states of every concept, see `LoopedStrategy.fill`."""
         for part in parts_of(task):
             super().fill(part, model, accelerator)
 
     def before(self, task: Task, step: int) -> None:
-        """See `TrainedStrategy.before`."""
+        """Sample the student's trajectories of every concept again when it is due, see `TrainedStrategy.before`."""
         for part in parts_of(task):
             super().before(part, step)
 
     def parts(self, task: Task) -> dict[str, Stateful]:
-        """See `TrainedStrategy.parts`."""
+        """Give what a checkpoint contains for every concept, see `TrainedStrategy.parts`."""
         return {
             numbered(name, place): source
             for place, part in enumerate(parts_of(task))
@@ -230,7 +237,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
     # Updates ---------------------------------------------------------------------------------------------------------
 
     def chosen(self, task: Task, source: StateSource, count: int, name: str, step: int) -> Tensor:
-        """See `TrainedStrategy.chosen`; anchors by how near they are to the concept."""
+        """Choose states as `TrainedStrategy.chosen` does; anchors by their distance from the concept."""
         if name != "retain":
             return super().chosen(task, source, count, name, step)
         generator = torch.Generator().manual_seed(stable_seed(task.seed, "anchors", step))
@@ -238,12 +245,12 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         return scenes * source.per_scene + draw(source.per_scene, count, task.seed, "anchors at", step)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """The part of every concept's batch."""
+        """Prepare this process's part of every concept's batch."""
         first, *others = [self.prepared(part, step, share) for part in parts_of(task)]
         return first._replace(others=tuple(others))
 
     def prepared(self, task: ConceptTask, step: int, share: Share) -> Batch:
-        """The states of an update of one concept; those of random anchors are the concept's."""
+        """Prepare the states of an update of one concept; random anchors use the concept's states."""
         batch = super().prepare(task, step, share)
         if self.anchors == "prompts" or not self.retain_batch:
             return batch
@@ -260,14 +267,14 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         )  # fmt: skip
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """One pass for the concept's rows and those of its anchors."""
+        """Run the denoiser once for the rows of the concept and of its anchors."""
         told = task.prompts(batch.prompts)
         if batch.extra is not None:
             told = Conditioning.cat([told, Conditioning(**batch.extra)])
         return task.backbone.predict(batch.x, batch.t, told, batch.guidance)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
-        """One for each concept, whose adapter knows nothing of the others."""
+        """Give one optimiser step for each concept, whose adapter is independent of the others."""
         return [
             Turn(
                 name=numbered("student", place), player=part.student,
@@ -278,12 +285,12 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         ]  # fmt: skip
 
     def losses_of(self, task: ConceptTask, place: int, batch: Batch) -> dict[str, Tensor]:
-        """The erasing loss and the anchoring loss of one concept."""
+        """Compute the erasing loss and the anchoring loss of one concept."""
         own = (batch, *batch.others)[place]
         return {numbered(name, place): term for name, term in super().losses(task, own).items()}
 
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
-        """See `TrainedStrategy.validate`; with all adapters, open for every prompt."""
+        """Draw validation images as `TrainedStrategy.validate` does, with all adapters at full strength."""
         with ExitStack() as stack:
             for student in self.students(task)[1:]:
                 stack.enter_context(student.active())
@@ -292,7 +299,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
     # Facilitated transport -------------------------------------------------------------------------------------------
 
     def figures(self, task: Task) -> dict[str, float]:
-        """See `TrainedStrategy.figures`; and the floor of every concept's gate."""
+        """Measure the figures of `TrainedStrategy.figures`, and the floor of every concept's gate."""
         gates = of_all(task).gates
         floors = {
             f"{concept.target}_floor" + (f"_{key.partition('/')[2]}" if len(gates) > 1 else ""): float(floor)
@@ -302,7 +309,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         return {**super().figures(task), **floors}
 
     def edits(self, task: Task) -> Edits:
-        """The adapters of all concepts side by side, and their gates."""
+        """Return the adapters of all concepts, and their gates."""
         made, backbone = Edits(gates=of_all(task).gates), task.backbone
         adapters = [student for student in self.students(task) if isinstance(student, LowRankStudent)]
         for number, path in enumerate(adapters[0].paths):
@@ -320,24 +327,24 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 
 
 def anchor_weights(told: Tensor, concept: Tensor, alpha: float) -> Tensor:
-    """How likely prompts are drawn as anchors of a concept, `(1 - cos)^alpha`, not normalised, `(prompts,)` float64.
+    """Compute unnormalised probabilities `(1 - cos)^alpha` of prompts as a concept's anchors, `(prompts,)` float64.
 
     Args:
-        told: What the denoiser is told for them, `(prompts, tokens, dim)`.
-        concept: What it is told for the concept's name, `(1, tokens, dim)`.
+        told: Conditioning tokens of the prompts, `(prompts, tokens, dim)`.
+        concept: Conditioning tokens of the concept's name, `(1, tokens, dim)`.
         alpha: See `SPM.alpha`.
     """
     cosine = torch.cosine_similarity(told.double().flatten(1), concept.double().flatten(1), dim=1)
-    # A prompt that is the concept, but for rounding, is drawn hardly ever, or as likely as the nearest others.
+    # The clamp keeps a prompt that equals the concept, up to rounding, from a probability of 0 or infinity.
     return (1 - cosine).clamp_min(NEAREST).pow(alpha).cpu()
 
 
 def random_anchors(concept: Conditioning, seeds: Sequence[int], alpha: float) -> Conditioning:
-    """Random embeddings about as long as a concept's, one for each seed; tokens and pooled vectors are drawn apart.
+    """Draw random embeddings about as long as a concept's, one per seed; tokens and pooled vectors independently.
 
     Args:
-        concept: What the denoiser is told for the concept's name, one row.
-        seeds: Of each.
+        concept: Conditioning of the denoiser for the concept's name, one row.
+        seeds: Seed of each embedding.
         alpha: See `random_like`.
     """
     rows = []
@@ -349,9 +356,10 @@ def random_anchors(concept: Conditioning, seeds: Sequence[int], alpha: float) ->
 
 
 def random_like(vector: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
-    """A Gaussian direction at 0.8 to 1.2 times the length of a vector, shaped as it is.
+    """Draw a Gaussian direction at 0.8 to 1.2 times the length of a vector, in its shape.
 
-    It is taken with a chance of `(1 - cos)^alpha`, 1 at most, with the cosine between both, and drawn anew otherwise.
+    A direction is accepted with probability `(1 - cos)^alpha`, at most 1, where cos is between the direction and the
+    vector; otherwise another one is drawn.
     """
     length, own = float(vector.double().norm()), vector.double().cpu().flatten()
     while True:
@@ -367,12 +375,12 @@ def random_like(vector: Tensor, alpha: float, generator: torch.Generator) -> Ten
 
 
 def numbered(name: str, place: int) -> str:
-    """The name of a part of one concept's training: that of the first concept as where it is the only one."""
+    """Name a part of one concept's training; parts of the first concept keep the plain name."""
     return f"{name}_{place}" if place else name
 
 
 def of_all(task: Task) -> SPMTask:
-    """A training of this strategy."""
+    """Check that a task is a training of this strategy."""
     assert isinstance(task, SPMTask)
     return task
 
@@ -384,5 +392,5 @@ def of_concept(task: Task) -> ConceptTask:
 
 
 def parts_of(task: Task) -> list[ConceptTask]:
-    """The trainings of all concepts, or the one of a concept."""
+    """List the trainings of all concepts, or the given training of one concept."""
     return task.parts if isinstance(task, SPMTask) else [of_concept(task)]

@@ -1,4 +1,4 @@
-"""Where the stock model sees what a picture shows, by its own attention."""
+"""Segmentation of a picture's subject by the stock model's own attention."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from erasure.strategies.tasks import Task
 from erasure.training.states import stable_seed
 
 LOOKS, SCHEDULE = 3, 10
-"""Noise levels at which the stock model is asked where the subject of a picture is: the last ones of a schedule."""
+"""Number of timesteps at which the stock model's attention is read, and steps of their schedule, of which they are
+the last."""
 SPREAD = 4
-"""How often self-attention is applied to what the start token draws (AttenCraft)."""
+"""Number of times that self-attention is applied to the attention map of the start token (AttenCraft)."""
 FINEST = 32
-"""Tokens along a side of the finest grid on which a subject is looked for."""
+"""Largest side, in tokens, of the attention grids that are read."""
 
 
 @torch.no_grad()
 def subject(task: Task, prompt: str, clean: Tensor) -> Tensor:
-    """Where the stock model sees what pictures of a prompt show, `(pictures, 1, h, w)`: 1 there, 0 elsewhere.
+    """Segment the subject of a prompt's pictures, `(pictures, 1, h, w)`: 1 at the subject, 0 elsewhere.
 
     Args:
         task: The training.
-        prompt: What the pictures were drawn from.
-        clean: Their latents, `(pictures, channels, h, w)`.
+        prompt: Prompt of the pictures.
+        clean: Latents of the pictures, `(pictures, channels, h, w)`.
     """
     backbone, size, count = task.backbone, (clean.shape[2], clean.shape[3]), len(clean)
     sites = [site for site in backbone.attention_sites() if min(site.grid(*size)) <= FINEST]

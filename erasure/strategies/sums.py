@@ -1,4 +1,4 @@
-"""Sums of edits: one erasure that does what two do, the later of which was made on top of the earlier."""
+"""Sums of edits: one erasure with the effect of two, the later of which was made on top of the earlier."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Weight = Callable[[str], Tensor]
 
 
 def refuse_on_top(method: Strategy, earlier: Edits) -> None:
-    """Refuse what cannot be made on top of an erasure, before the work.
+    """Refuse, before any training, a strategy that cannot be made on top of an erasure.
 
     Raises:
-        OptionError: The options keep nothing, so that what is erased already would come back.
-        UnsupportedModelError: Two edits of activations, one of them of latents.
+        OptionError: The options retain nothing, so that concepts that are erased already would come back.
+        UnsupportedModelError: Both erasures edit activations, at least one of them latents of a sparse autoencoder.
     """
     if option := method.ignores_retain():
         method.refuse(
@@ -41,19 +41,19 @@ def refuse_on_top(method: Strategy, earlier: Edits) -> None:
 
 
 def added_up(earlier: Edits, later: Edits, stock: Weight, erased: Weight) -> Edits:
-    """The sum of the edits of two erasures.
+    """Add the edits of two erasures.
 
-    Low-rank changes are joined, and shortened where their ranks grow beyond what their precision tells apart; a sum of
-    other forms is a change of the whole parameter. An input map stays one where nothing else changes its layer.
+    Low-rank changes are joined, and shortened to the rank that their precision can distinguish. A sum of other forms
+    is a change of the whole parameter. An input map stays an input map where nothing else changes its layer.
 
     Args:
         earlier: Edits of the stock model.
         later: Edits of the model with the earlier ones in force.
-        stock: Base values, which earlier input maps are about.
-        erased: Values with the earlier edits in force, which later input maps are about.
+        stock: Gives values of the stock model's parameters, to which earlier input maps apply.
+        erased: Gives values with the earlier edits in force, to which later input maps apply.
 
     Raises:
-        UnsupportedModelError: Both edit the same thing in a way that has no sum.
+        UnsupportedModelError: Both erasures edit the same part of the model in ways that cannot be added.
     """
     one, two = _by_parameter(earlier), _by_parameter(later)
     made = Edits()
@@ -85,14 +85,14 @@ def added_up(earlier: Edits, later: Edits, stock: Weight, erased: Weight) -> Edi
 
 
 def joined(first: LowRank, second: LowRank) -> LowRank:
-    """The sum of two low-rank changes: their factors side by side, in fewer columns where that says the same.
+    """Add two low-rank changes: concatenate their factors, and lower the rank where the product allows it.
 
-    Directions that are left out weigh, all together, less than a rounding to the precision of the factors.
+    The dropped directions together are smaller than the rounding error of the factors' precision.
     """
     dtype = reduce(torch.promote_types, (part.dtype for pair in (first, second) for part in pair))
     down = torch.cat([first.down.to(dtype), second.down.to(dtype)])
     up = torch.cat([first.up.to(dtype), second.up.to(dtype)], 1)
-    # The product is that of two small triangles between orthonormal columns.
+    # The product equals that of two small triangular matrices between orthonormal columns.
     left, core_left = torch.linalg.qr(up.double())
     right, core_right = torch.linalg.qr(down.double().T)
     core = core_left @ core_right.T
@@ -124,7 +124,7 @@ def _put(made: Edits, key: str, edit: Edit) -> None:
 
 
 def _without_map(edit: Edit, weight: Tensor) -> Tensor | LowRank:
-    """An edit that does not ask what the weight is: an input map as factors, in float32."""
+    """Convert an input map into low-rank factors in float32; give other edits unchanged."""
     if isinstance(edit, InputMap):
         return LowRank(edit.down.float(), (weight.detach().double().cpu() @ edit.up.double()).float())
     return edit
@@ -141,10 +141,10 @@ def _sum(first: Tensor | LowRank, second: Tensor | LowRank) -> Tensor | LowRank:
 
 
 def _put_branches(made: Edits, earlier: Edits, later: Edits) -> None:
-    """Put the branches of two erasures side by side, each behind its own gates.
+    """Combine the branches of two erasures, each with its own gates.
 
     Raises:
-        UnsupportedModelError: The gates are read in different ways.
+        UnsupportedModelError: The gates of the two erasures read the conditioning in different ways.
     """
     if set(earlier.gates) != set(later.gates):
         raise UnsupportedModelError(
@@ -160,10 +160,10 @@ def _put_branches(made: Edits, earlier: Edits, later: Edits) -> None:
 
 
 def _pins(earlier: Mapping[str, Pinned], later: Mapping[str, Pinned]) -> dict[str, Pinned]:
-    """Prompts that either keeps fixed. Those of both stay as the earlier has them, which the later found in force.
+    """Combine the prompts whose encodings are fixed; for prompts of both, the earlier erasure's encodings stay.
 
     Raises:
-        UnsupportedModelError: One of them knows the states of blocks and the other does not.
+        UnsupportedModelError: Only one of the two erasures has the states of blocks for its fixed prompts.
     """
     made = {**later, **earlier}
     for component in set(earlier) & set(later):

@@ -1,4 +1,4 @@
-"""One training of a strategy: what it works on, and the parts of its updates."""
+"""One training of a strategy: its model, prompts and states, and the batches of its updates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from erasure.training.states import States, StateSource, stable_seed
 from erasure.training.student import Student
 
 INPUT_STATES = 4
-"""States of each scene that retained inputs are gathered in."""
+"""Number of states of each prompt on which layers' inputs are gathered."""
 NULL_STATES = 4
-"""States of a trajectory that predictions without a prompt are compared in."""
+"""Number of states on which predictions without a prompt are compared."""
 
 
 @dataclass
 class Task:
-    """One training of a strategy."""
+    """One training of a strategy: the model, its prompts, its states, and the student."""
 
     backbone: Backbone
     tower: TextTower
@@ -40,15 +40,15 @@ class Task:
     retain_states: StateSource | None
 
     def sources(self) -> list[StateSource]:
-        """Where states come from."""
+        """List the sources of training states."""
         return [source for source in (self.concept_states, self.retain_states) if source is not None]
 
     @torch.no_grad()
     def null_drift(self, scales: Sequence[float]) -> float:
-        """How far the prediction without a prompt moves between scales that the model is told, relative to it.
+        """Measure how far the prediction without a prompt differs between two guidance scales, relative to its norm.
 
-        A model that was distilled for guidance without error predicts the same at all of them, and what `pushed` says
-        of its targets holds as far as it does.
+        A model that was guidance-distilled without error predicts the same at all scales. The smaller the result, the
+        better the formula of `NegativeGuidance.pushed` holds.
         """
         states = self.concept_states.take(self.concept_states.spread(NULL_STATES))
         told = self.prompts([None] * len(states.x))
@@ -58,14 +58,14 @@ class Task:
     def draw(
         self, folder: Path, step: int, steps: int, idle: Sequence[nn.Module], guidance: float | None = None
     ) -> None:
-        """Write images of what is erased and of what must survive as `step-000100.png` to a folder.
+        """Draw images of erased and of retained prompts into a folder, as `step-000100.png`.
 
         Args:
-            folder: Where to.
-            step: Updates that have been done.
-            steps: Denoising steps of each image.
-            idle: Components that are off the device and needed for this.
-            guidance: Scale of guidance; the pipeline's own when left out.
+            folder: Folder to write to.
+            step: Number of updates done.
+            steps: Number of denoising steps of each image.
+            idle: Components that are off the device and are needed to draw.
+            guidance: Guidance scale; the pipeline's own when left out.
         """
         kept = self.retain_states.scenes[1:5] if self.retain_states is not None else []
         prompts = [scene.prompt for scene in (*self.concept_states.scenes[:4], *kept) if scene.prompt is not None]
@@ -78,29 +78,30 @@ class Task:
 
 
 class Batch(NamedTuple):
-    """A part of an update."""
+    """One process's part of an update's rows."""
 
     x: Tensor
-    """`(rows, channels, h, w)`."""
+    """Noised latents, `(rows, channels, h, w)`."""
     t: Tensor
-    """`(rows,)`."""
+    """Timesteps, `(rows,)`."""
     guidance: Tensor
-    """`(rows,)` scale that the denoiser is told, if it is told any."""
+    """Guidance scales that a guidance-distilled denoiser reads, `(rows,)`."""
     prompts: list[str | None]
-    """Prompt of every row; `None` where it has none."""
+    """Prompt of every row; `None` for the null conditioning."""
     concept: States
-    """The states of the first rows."""
+    """States of the first rows, which are the concept's."""
     retained: States | None
-    """States of the rows that follow; `None` where nothing must survive."""
+    """States of the following rows, which must survive; `None` where there are none."""
     extra: dict[str, Tensor] | None = None
-    """What a strategy adds, by name; what one turn of an update leaves there, the next one finds."""
+    """Tensors that a strategy adds, by name; one optimiser step of an update can leave results here for the next
+    one."""
     update: int = 0
     """Number of the update."""
     others: tuple[Batch, ...] = ()
-    """Parts of the same update that further players learn from."""
+    """Rows of the same update for the other players."""
 
     def part(self, rows: slice) -> Batch:
-        """Inputs of some of the rows."""
+        """Select the inputs of a slice of rows."""
         return self._replace(
             x=self.x[rows], t=self.t[rows], guidance=self.guidance[rows], prompts=self.prompts[rows]
         )  # fmt: skip
@@ -110,7 +111,7 @@ class Batch(NamedTuple):
 def gather_inputs(
     task: Task, source: StateSource, layers: Sequence[str], predict: Callable[[Batch], Tensor]
 ) -> InputGrams:
-    """Inputs of the student's layers, as the stock model, in a few states of every scene."""
+    """Gather Gram matrices of the inputs of the student's layers, on a few states of every prompt."""
     found, spread = InputGrams(), source.spread(INPUT_STATES)
     with found.gathering(task.student.network, layers):
         for scene in range(len(source.scenes)):
@@ -122,11 +123,11 @@ def gather_inputs(
 
 
 def retain_projection(task: Task, share: float, predict: Callable[[Batch], Tensor]) -> RetainProjection:
-    """The projection onto what the inputs of retained prompts leave free, which knows how much of the concept that is.
+    """Make the projection onto directions that retained inputs do not use, with the concept's share of energy in them.
 
     Args:
         task: A training whose sources are filled.
-        share: Of the energy of the inputs; see `null_space`.
+        share: Share of the energy of the inputs that is protected; see `null_space`.
         predict: Runs the network for a batch.
     """
     student = task.student

@@ -1,4 +1,4 @@
-"""What strategies have in common that train on trajectories: options, prompts, states, and the run around the loop."""
+"""The base class of strategies that train on trajectories: options, prompts, states, and one student."""
 
 from __future__ import annotations
 
@@ -41,47 +41,50 @@ class TrainedStrategy(LoopedStrategy):
     """A strategy that trains a student against the stock model on steps of denoising trajectories."""
 
     moves_null: ClassVar[bool] = True
-    """Whether training moves what the model predicts where no prompt is given, so that it must be retained."""
+    """Whether training changes the predictions for the empty prompt, so that these must be retained."""
     asks_null: ClassVar[bool] = True
-    """Whether targets need what the stock model predicts where no prompt is given."""
+    """Whether targets need the stock model's predictions for the empty prompt."""
 
     steps: Count = 200
-    """Updates."""
+    """Number of updates."""
     lr: Positive = 5e-4
     """Learning rate of AdamW, constant after the warm-up."""
     states: Mode = "buffer"
-    """`buffer` rolls trajectories out once; `online` every state anew, as released code does; `images` draws images to
-    the end once, and noises them anew for every state."""
+    """Where training states come from. `buffer`: trajectories are sampled once and stored. `online`: a new
+    trajectory is sampled for every state, as released code does. `images`: images are drawn once, and noised anew
+    for every state."""
     rollouts: Count = 1
-    """Trajectories, or images, of each prompt with the concept."""
+    """Number of trajectories, or images, of each prompt with the concept."""
     retain_rollouts: Count = 1
-    """Trajectories, or images, of each prompt that must survive."""
+    """Number of trajectories, or images, of each prompt that must survive."""
     rollout_steps: Count = 20
-    """Denoising steps of a trajectory (ESD: 50)."""
+    """Number of denoising steps of a trajectory (ESD: 50)."""
     rollout_guidance: NotNegative = 3.0
-    """Guidance of trajectories (ESD: 3): that of two passes, or what a model is told that was distilled for it. 1 is
-    none and takes one pass, as models of a few steps want it."""
+    """Guidance scale of trajectories (ESD: 3): classifier-free guidance, or the guidance input of a
+    guidance-distilled model. 1 switches guidance off, which suits models of a few steps."""
     trained_guidance: tuple[Positive, ...] = ()
-    """Scales that a model which is told its guidance is trained at, one drawn for each state; 1 and
-    `rollout_guidance` when left out. The push away from the concept is `eta` over the scale: as long as without."""
+    """Guidance scales at which a guidance-distilled model is trained, one drawn for each state; 1 and
+    `rollout_guidance` when left out. `eta` is divided by the scale, so that the target is as far from the base as
+    without distillation."""
     rollout_by: Literal["teacher", "student"] = "teacher"
-    """Who takes the steps of trajectories: the stock model (ESD's diffusers code, AdvUnlearn), or the student, so that
-    states are those that it meets (ESD's paper). Targets are the stock model's in both."""
+    """Which model samples trajectories: `teacher` the stock model (ESD's diffusers code, AdvUnlearn), `student` the
+    model in training, so that it learns on states that it reaches itself (ESD's paper). Targets come from the stock
+    model in both cases."""
     refresh: Count = 50
-    """Updates between two fillings of a buffer by the student."""
+    """Number of updates after which a buffer of the student's trajectories is sampled again."""
     scope_weight: NotNegative = 0.0
-    """Weight of a loss that keeps what prompts mean without the concept's words, at the concept's own states: benign
-    words of a request must not become signals to unlearn (Scope-aware Unlearning, arXiv 2506.00359)."""
+    """Weight of a loss that keeps the predictions for prompts without the concept's words, at the concept's own
+    states, so that harmless words beside the concept are not unlearned (Scope-aware Unlearning, arXiv 2506.00359)."""
     projection: ZeroToOne = 0.0
-    """Share of the energy of retained inputs that no step may touch; 1 for all that they span, 0 switches it off. See
-    `erasure.training.plugins.RetainProjection`."""
+    """Share, 0 to 1, of the energy of retained prompts' layer inputs whose directions no update may change; 1
+    protects all directions that they span, 0 switches this off. See `erasure.training.plugins.RetainProjection`."""
     group_lasso: NotNegative = 0.0
     """Weight of a penalty that drops whole attention layers from the LoRA; 0 switches it off."""
     group_lasso_from: ZeroToOne = 0.2
-    """Share of the updates before it sets in."""
+    """Share of the updates, 0 to 1, before the penalty of `group_lasso` starts."""
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not allow."""
+        """Refuse values that an option does not allow, or that contradict other options."""
         super().__post_init__()
         if self.states == "images" and self.rollout_by == "student":
             self.refuse("rollout_by", "student", "'teacher' for images, which the stock model draws once")
@@ -92,14 +95,14 @@ class TrainedStrategy(LoopedStrategy):
 
     @abstractmethod
     def student(self, backbone: Backbone, tower: TextTower, generator: torch.Generator) -> Student:
-        """What is trained, starting as the stock model."""
+        """Make the student, which equals the stock model at first."""
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
-        """Who learns what in an update: the student alone.
+        """Give the optimiser steps of an update: one of the student.
 
         Args:
             task: The training.
-            after: What is done behind the student's steps.
+            after: Actions after each of the student's optimiser steps.
         """
         return [
             Turn(
@@ -109,7 +112,7 @@ class TrainedStrategy(LoopedStrategy):
         ]  # fmt: skip
 
     def after(self, task: Task) -> tuple[After, ...]:
-        """What is done behind the student's steps."""
+        """Give the actions after each of the student's optimiser steps: the group lasso and the projection."""
         student, done = task.student, list[After]()
         if self.group_lasso and isinstance(student, LowRankStudent):
             done.append(GroupLasso(student, self.group_lasso, int(self.group_lasso_from * self.steps)))
@@ -119,30 +122,30 @@ class TrainedStrategy(LoopedStrategy):
 
     @abstractmethod
     def predict(self, task: Task, batch: Batch) -> Tensor:
-        """The student's predictions for all rows of a batch, see `Batch`; called while the network is the student."""
+        """Predict for all rows of a batch, see `Batch`; called while the network is switched to the student."""
 
     @abstractmethod
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
-        """Prompts with the concepts to roll out, and what the teacher is asked besides."""
+        """Give prompts with the concepts to sample, and the prompts for which the teacher predicts in addition."""
 
     @abstractmethod
     def target(self, states: States) -> Tensor:
-        """What the student must predict for the concept's prompts, shaped as `states.x`."""
+        """Compute the target for the concept's prompts, shaped as `states.x`."""
 
     def retained_target(self, states: States) -> Tensor:
-        """What the student must predict for prompts that must survive: what the stock model does."""
+        """Give the target for prompts that must survive: the stock model's prediction."""
         return states.own
 
     def figures(self, task: Task) -> dict[str, float]:
-        """See `LoopedStrategy.figures`: how far a model that is told its guidance is from one distilled for it."""
+        """Measure how well a guidance-distilled model was distilled, see `Task.null_drift`."""
         scales = self.scales(task.backbone)
         return {"null_drift": task.null_drift(scales)} if len(scales) > 1 else {}
 
     def scales(self, backbone: Backbone) -> tuple[float, ...]:
-        """Scales that a model which is told its guidance is trained at; none for others.
+        """Give the guidance scales at which a guidance-distilled model is trained; none for other models.
 
         Raises:
-            OptionError: They cannot be.
+            OptionError: The scales do not fit the model or the options.
         """
         if not backbone.told_guidance:
             if any(scale != 1 for scale in self.trained_guidance):
@@ -158,7 +161,7 @@ class TrainedStrategy(LoopedStrategy):
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
         standing: Standing | None = None,
     ) -> Task:  # fmt: skip
-        """Prompts, empty sources of states, and the student."""
+        """Make the prompts, the sources of states (still empty), and the student."""
         scenes = self.scenes(tower, concepts, seed)
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
         if standing is not None and kept:
@@ -190,7 +193,7 @@ class TrainedStrategy(LoopedStrategy):
         )  # fmt: skip
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """Roll the stock model's trajectories out, or take them from disk: a new student's are the same."""
+        """Sample the stock model's trajectories, or load them from disk; a new student's trajectories are the same."""
         for source in task.sources():
             if isinstance(source, TrajectoryBuffer):
                 storage.fill(source, model, accelerator)
@@ -198,14 +201,14 @@ class TrainedStrategy(LoopedStrategy):
                 storage.draw(source, model)
 
     def before(self, task: Task, step: int) -> None:
-        """Roll the student's trajectories out anew, now and then."""
+        """Sample the student's trajectories again every `refresh` updates."""
         if step and step % self.refresh == 0:
             for source in task.sources():
                 if isinstance(source, TrajectoryBuffer) and source.student is not None:
                     source.fill()
 
     def parts(self, task: Task) -> dict[str, Stateful]:
-        """What a checkpoint holds besides student and optimiser."""
+        """Give what a checkpoint contains in addition to student and optimiser."""
         return {
             name: source
             for name, source in (("concept_states", task.concept_states), ("retain_states", task.retain_states))
@@ -213,11 +216,11 @@ class TrainedStrategy(LoopedStrategy):
         }
 
     def chosen(self, task: Task, source: StateSource, count: int, name: str, step: int) -> Tensor:
-        """Numbers of `count` states of a source, `concept` or `retain`, in an update, over all processes."""
+        """Choose the indices of `count` states of a source (`concept` or `retain`), over all processes."""
         return draw(len(source), count, task.seed, name, step)
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
-        """The states of an update: rows of the concept's, of retained ones, and the concept's again for the scope."""
+        """Prepare an update's rows: the concept's, retained ones, and the concept's again for `scope_weight`."""
 
         def take(source: StateSource, count: int, name: str) -> States:
             return source.take(share.of(self.chosen(task, source, count, name, step)))
@@ -237,7 +240,7 @@ class TrainedStrategy(LoopedStrategy):
         return Batch(torch.cat(x), torch.cat(t), torch.cat(guidance), prompts, concept, retained, update=step)
 
     def losses(self, task: Task, batch: Batch) -> dict[str, Tensor]:
-        """The terms of an update."""
+        """Compute the loss terms of an update."""
         concept, retained = batch.concept, batch.retained
         found = self.predict(task, batch)
         count = len(concept.x)
@@ -251,7 +254,7 @@ class TrainedStrategy(LoopedStrategy):
         return terms
 
     def validate(self, task: Task, run: Run, cost: DenoiserCost, update: int) -> None:
-        """Images of what is erased and of what must survive, `validation/step-000100.png` in the run's folder."""
+        """Draw images of erased and of retained prompts, as `validation/step-000100.png` in the run's folder."""
         if run.folder is not None:
             with task.student.active(), torch.no_grad(), cost.paused():
                 task.draw(run.folder / "validation", update, self.rollout_steps, self.idle(task.backbone))

@@ -1,4 +1,4 @@
-"""Gates of prompts for concepts: what `erasure.carriers.permeability` compares prompts with, and how low it counts."""
+"""Gates that compare prompts with concepts for `erasure.carriers.permeability`, and measurement of their floors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from erasure.training.states import stable_seed
 from erasure.world import World
 
 ORDINARY = 256
-"""Random prompts without the concept that a gate's floor is measured on, besides those that must survive."""
+"""Number of random prompts without the concept on which a gate's floor is measured, in addition to retained
+prompts."""
 MARGIN = 1e-3
-"""How far the floor lies above the nearest of them: half precision moves cosines by less."""
+"""Distance of the floor above the most similar of these prompts. Half precision changes cosines by less."""
 AT_ONCE = 16
-"""Prompts that are encoded at once."""
+"""Number of prompts that are encoded at once."""
 
 
 @torch.no_grad()
@@ -30,14 +31,15 @@ def prompt_gates(
     backbone: Backbone, concepts: Sequence[Concept], seed: int, *, floor: float | None, retained: int,
     factors: bool, negatives: bool,
 ) -> dict[str, PromptGate]:  # fmt: skip
-    """The gates of some concepts, by denoiser and text encoder: one for each encoder that the denoiser reads.
+    """Make the gates of concepts, one for each text encoder that the denoiser reads, by `denoiser/text encoder`.
 
     Args:
         backbone: The stock model.
-        concepts: Whose names open them; what the model's world calls them besides counts as a name.
-        seed: Of random prompts.
-        floor: Permeability below which a gate is shut; measured when left out, see `floor_of`.
-        retained: Random prompts that must survive.
+        concepts: Concepts whose names open the gates; other words that the model's world declares for them count as
+            names.
+        seed: Seed of random prompts.
+        floor: Permeability below which a gate is closed; measured when `None`, see `floor_of`.
+        retained: Number of random prompts that must survive.
         factors: See `PromptGate.rules`.
         negatives: See `PromptGate.rules`.
     """
@@ -60,7 +62,7 @@ def prompt_gates(
 
 
 def gate_of(tower: TextTower, concepts: Sequence[Concept]) -> PromptGate:
-    """The names of concepts as one text encoder reads them, in a gate that lets everything through."""
+    """Encode the names of concepts with one text encoder, in a gate whose floor is 0."""
     world = World.of(tower.pipe)
     names, spelled, owners = list[str](), list[list[int]](), list[int]()
     for number, concept in enumerate(concepts):
@@ -80,15 +82,15 @@ def gate_of(tower: TextTower, concepts: Sequence[Concept]) -> PromptGate:
 def floor_of(
     tower: TextTower, gate: PromptGate, number: int, concepts: Sequence[Concept], seed: int, retained: int
 ) -> float:
-    """What lies just above the permeability of every prompt that must survive one of the concepts; at most 1.
+    """Measure a floor just above the permeability of every prompt that must survive; at most 1.
 
     Args:
         tower: Reads the prompts.
-        gate: Its gate.
-        number: Which of the concepts.
-        concepts: All of them.
-        seed: Of random prompts.
-        retained: Random prompts that must survive, besides `ORDINARY` more.
+        gate: Gate of this text encoder.
+        number: Index of the concept.
+        concepts: All concepts of the gate.
+        seed: Seed of random prompts.
+        retained: Number of random prompts that must survive, in addition to `ORDINARY` others.
     """
     own = [concepts[number]]
     words, generator = vocabulary(tower, own), torch.Generator().manual_seed(stable_seed(seed, "floor"))
@@ -99,10 +101,10 @@ def floor_of(
 
 
 def encoded(tower: TextTower, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """What a text encoder gives for each prompt `(tokens, dim)`, and its tokens `(tokens,)`.
+    """Encode each prompt: its states `(tokens, dim)` and its token ids `(tokens,)`.
 
     Raises:
-        DivergenceError: It gives NaN or infinity.
+        DivergenceError: The text encoder gives NaN or infinity.
     """
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(prompts), AT_ONCE):

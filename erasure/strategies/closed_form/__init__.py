@@ -1,4 +1,4 @@
-"""Arithmetic that methods share which edit linear layers in closed form."""
+"""Arithmetic that is shared by methods that edit linear layers in closed form."""
 
 from __future__ import annotations
 

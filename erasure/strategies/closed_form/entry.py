@@ -1,4 +1,4 @@
-"""What methods share that rewrite, in closed form, the layers through which text enters the denoiser."""
+"""The base class of methods that rewrite, in closed form, the layers through which text enters the denoiser."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from erasure.text.words import AlignedPrompt, subject_span, telling_places
 Tokens = Literal["last", "from_last", "all"]
 """Which tokens of a prompt carry the concept."""
 Places = Callable[[TextTower, AlignedPrompt], tuple[Tensor, Tensor]]
-"""Gives places of a prompt, and those of the anchor prompt that answer to them, `(places,)` each."""
+"""Gives token positions of a prompt, and the corresponding positions of the anchor prompt, `(places,)` each."""
 
 
 class Door(NamedTuple):
-    """The layers that read one part of the conditioning, and what of it is erased, takes its place or is preserved."""
+    """The layers that read one part of the conditioning, with the features to erase, to replace and to preserve."""
 
     reader: Reader
     """Encodes prompts."""
     source: Source
-    """Tokens, or pooled vectors."""
+    """Which part of the conditioning the layers read: tokens, or pooled vectors."""
     layers: Sequence[EntryLayer]
     concepts: Sequence[Concept]
     erased: Tensor
-    """`(erased, dim)` float64."""
+    """Features to erase, `(erased, dim)` float64."""
     replacing: Tensor
-    """`(erased, dim)` float64: what takes the place of each."""
+    """Features that replace the erased ones row by row, `(erased, dim)` float64."""
     preserved: Tensor
-    """`(preserved, dim)` float64; may be empty."""
+    """Features for which the layers' outputs must stay, `(preserved, dim)` float64; may be empty."""
 
     @property
     def weights(self) -> list[Tensor]:
-        """The layers' columns that read it, `(out, dim)` float64 each."""
+        """Weight columns of each layer that read this part of the conditioning, `(out, dim)` float64 each."""
         return [layer.module.weight.detach()[:, layer.columns].double().cpu() for layer in self.layers]
 
     @property
     def features(self) -> Tensor:
-        """All features, `(n, dim)` float64."""
+        """Erased, replacing and preserved features together, `(n, dim)` float64."""
         return torch.cat([self.erased, self.replacing, self.preserved])
 
     @property
@@ -64,12 +64,13 @@ class Door(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EntryEdit(Strategy):
-    """A closed form for all linear layers through which text enters the denoiser.
+    """An edit in closed form of all linear layers through which text enters the denoiser.
 
-    Layers that read tokens (cross-attention keys and values; in transformers the layer that reads the tokens) are
-    solved for together, and so are those that read a pooled vector of the prompt, in the columns that read it. Biases
-    cancel and stay untouched. Of a text encoder whose tokens see those that follow (T5), every token of a prompt
-    carries the concept, so all are erased; a few of its paddings stand for the rest.
+    One solution is computed for all layers that read tokens (cross-attention keys and values; in transformers the
+    layer that projects the tokens), and another for the layers that read a pooled vector of the prompt, in the weight
+    columns that read it. Biases do not change, because they cancel. In a text encoder with bidirectional attention
+    (T5) every token of a prompt carries the concept, so all of them are erased; a few padding tokens represent the
+    rest of the padding.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("entry layers",)
@@ -77,32 +78,34 @@ class EntryEdit(Strategy):
     cost: ClassVar[str] = "seconds, text encoder only"
 
     tokens: Tokens = "from_last"
-    """`last`: the concept's last token only. `from_last`: it and all that follow, padding included, which carry the
-    concept too because attention is causal; every token where it is not. `all`: every token behind the start, each of
-    which answers to the anchor's at the same place."""
+    """Which tokens of a prompt are erased. `last`: only the last token of the concept. `from_last`: the last token
+    and all tokens after it, padding included, which also carry the concept because attention is causal; every token
+    where attention is bidirectional. `all`: every token after the start token, each replaced by the token at the
+    same position of the anchor prompt."""
     templates: bool = True
-    """Erase and preserve every phrasing of a concept. Without, its names alone, whose last token answers to the
-    anchor's last, or to the start token where the anchor is empty."""
+    """Erase and preserve every phrasing of a concept. When off, only bare names are used; their last token is
+    replaced by the last token of the anchor's name, or by the start token where the anchor is empty."""
     style_anchor: str = ""
-    """Word that takes the place of a style without anchor; nothing does when empty."""
+    """Word that replaces a style that has no anchor; empty for none."""
     preserve_start: bool = True
     """Preserve the start token, which is the same in every prompt."""
     tolerance: ZeroToOne = 1e-3
-    """How far the change of each layer may be from the whole to make the file smaller: relative, over the features
-    that are erased, take their place or are preserved. 0 keeps all, in float32."""
+    """Largest relative error of each layer's change that is accepted to make the file smaller, measured over the
+    features that are erased, replace them or are preserved. 0 keeps the exact change in float32."""
     vocabulary: CountOrZero = 300
-    """Preserved besides the retain lists: random prompts from the tokeniser's own words. 0 switches it off."""
+    """Number of random prompts, made of the tokeniser's words, that are preserved in addition to the retain lists;
+    0 for none."""
 
     @abstractmethod
     def changes(self, door: Door, seed: int) -> Sequence[Change]:
-        """Solve for the layers of one door."""
+        """Compute the changes of the layers that read one part of the conditioning."""
 
     def fit(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Solve for all concepts at once in float64, once for the layers that read tokens, once for pooled vectors."""
         layers = backbone.entry_layers()
-        # A prompt at a time: each encoding is then the same whatever else is erased.
+        # Prompts are encoded one at a time, so that an encoding does not depend on the other erased concepts.
         reader = Reader(backbone, batch=1)
         sources, count = list(dict.fromkeys(layer.source for layer in layers)), 0
         changes: list[Change] = []
@@ -121,11 +124,11 @@ class EntryEdit(Strategy):
         return Fit(edits, {"rank": float(rank), "erased_features": float(count)})
 
     def written(self, changes: Sequence[Change], concepts: int) -> tuple[Edits, int]:
-        """The changes as they are kept, and their rank.
+        """Convert the changes into edits to save, and give their rank.
 
         Args:
-            changes: Those of all layers.
-            concepts: How many concepts they erase.
+            changes: Changes of all layers.
+            concepts: Number of concepts that the changes erase.
         """
         made = as_loras(changes, self.tolerance)
         return Edits(made), max(len(pair.down) for pair in made.values())
@@ -133,16 +136,16 @@ class EntryEdit(Strategy):
     def erased_features(
         self, reader: Reader, source: Source, concepts: Sequence[Concept], places: Places | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features to erase and those that take their place, `(features, dim)` each, float64.
+        """Compute the features to erase and the features that replace them, `(features, dim)` float64 each.
 
         Args:
             reader: Encodes prompts.
-            source: Tokens, or pooled vectors: a prompt has one, which carries all of it.
-            concepts: What to erase.
-            places: Says which places of a prompt carry the concept; as the options say when left out.
+            source: Which features: tokens, or pooled vectors, of which a prompt has one.
+            concepts: Concepts to erase.
+            places: Gives the token positions of a prompt that carry the concept; chosen by the options when left out.
         """
         erased, replacing = [], []
-        # A pooled vector has no places, so any run of tokens gives the prompts.
+        # A pooled vector has no token positions, so any one run of tokens gives the prompts.
         for run in reader.backbone.token_runs[: None if source == "tokens" else 1]:
             tower, first = run.tower, run.first
             for pair in (pair for concept in concepts for pair in self.pairs(tower, concept)):
@@ -158,12 +161,12 @@ class EntryEdit(Strategy):
         return torch.cat(erased).double().cpu(), torch.cat(replacing).double().cpu()
 
     def pairs(self, tower: TextTower, concept: Concept) -> list[AlignedPrompt]:
-        """The prompts to erase, aligned with what takes their place."""
+        """Give the prompts to erase, aligned with the anchor's prompts that replace them."""
         default = self.style_anchor if concept.kind == "style" else ""
         return bare_or_phrased(tower, concept, default, bare=() if self.templates else ("{}",))
 
     def places(self, tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor]:
-        """Places of a prompt to erase, and those of the anchor prompt that answer to them, `(places,)` each."""
+        """Give token positions of a prompt to erase, and the corresponding ones of its anchor, `(places,)` each."""
         places = telling_places(tower, pair.prompt)
         if self.tokens == "all":
             places = places[places >= tower.leading]
@@ -176,7 +179,10 @@ class EntryEdit(Strategy):
 
     @torch.no_grad()
     def preserved_features(self, reader: Reader, source: Source, concepts: Sequence[Concept], seed: int) -> Tensor:
-        """Features to keep, `(features, dim)` float64; may be empty. The arguments are those of `erased_features`."""
+        """Compute the features to preserve, `(features, dim)` float64; may be empty.
+
+        The arguments are as in `erased_features`.
+        """
         backbone = reader.backbone
         runs = backbone.token_runs if source == "tokens" else []
         states = reader.read([""])([""]).of(source)[0]
@@ -210,7 +216,7 @@ class EntryEdit(Strategy):
 
 
 def telling(states: Tensor, runs: Sequence[TokenRun], prompt: str) -> Tensor:
-    """Those of a prompt's features that count; see `telling_places`. All of them without runs of tokens."""
+    """Select the features of a prompt at `telling_places`; all features when there are no runs of tokens."""
     if not runs:
         return states
     places = torch.cat([run.first + telling_places(run.tower, prompt) for run in runs])
@@ -218,7 +224,7 @@ def telling(states: Tensor, runs: Sequence[TokenRun], prompt: str) -> Tensor:
 
 
 def retained_names(concepts: Sequence[Concept]) -> list[str]:
-    """The names on all retain lists, each once."""
+    """List the names on all retain lists, each once."""
     return list(dict.fromkeys(words for concept in concepts for words in concept.retain))
 
 
@@ -226,7 +232,7 @@ def _check_finite(door: Door) -> None:
     """Refuse features and weights that hold NaN or infinity.
 
     Raises:
-        DivergenceError: Some do; the message names where they come from.
+        DivergenceError: A feature or a weight is not finite; the message names its origin.
     """
     if not torch.isfinite(door.features).all():
         raise DivergenceError(

@@ -1,4 +1,4 @@
-"""The closed form itself: regularised least squares for the change of a linear layer, and its low-rank factors."""
+"""Regularised least squares for the change of a linear layer (UCE, arXiv 2308.14761), and its low-rank factors."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def solve(
     preserve_scale: float,
     regularisation: float,
 ) -> Tensor:
-    """The matrix X with `W' - W = W X`.
+    """Solve UCE's closed form for the matrix X with `W' - W = W X`.
 
     Args:
-        erased: `(e, dim)` features c_e.
-        replacing: `(e, dim)` features c_a.
-        preserved: `(p, dim)` features c_p.
-        erase_scale: s_e.
-        preserve_scale: s_p.
-        regularisation: lambda > 0.
+        erased: Features c_e to erase, `(e, dim)`.
+        replacing: Features c_a that replace them, `(e, dim)`.
+        preserved: Features c_p to preserve, `(p, dim)`.
+        erase_scale: Weight s_e of an erased feature.
+        preserve_scale: Weight s_p of a preserved feature.
+        regularisation: lambda > 0, the weight of the squared change.
 
     Returns:
-        `(dim, dim)`, of rank at most e.
+        X, `(dim, dim)`, of rank at most e.
     """
     gram = _gram(erased, preserved, erase_scale, preserve_scale, regularisation)
     cross = erase_scale * (replacing - erased).T @ erased
@@ -36,23 +36,23 @@ def solve(
 
 
 def outputs_added(inputs: Tensor, outputs: Tensor, preserved: Tensor, regularisation: float) -> Tensor:
-    """The change of a weight that adds outputs at some inputs, with all scales 1.
+    """Compute the change of a weight that adds given outputs at given inputs; all scales are 1.
 
     Args:
-        inputs: `(e, dim)`.
-        outputs: `(e, out)`, what is added at each.
-        preserved: `(p, dim)` inputs where nothing is added.
-        regularisation: lambda > 0.
+        inputs: Inputs at which something is added, `(e, dim)`.
+        outputs: What is added at each input, `(e, out)`.
+        preserved: Inputs at which nothing is added, `(p, dim)`.
+        regularisation: lambda > 0, the weight of the squared change.
 
     Returns:
-        `(out, dim)`.
+        Change of the weight, `(out, dim)`.
     """
     gram = _gram(inputs, preserved, 1.0, 1.0, regularisation)
     return solved(gram, inputs.T @ outputs).T
 
 
 def solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution `(dim, n)` of `matrix @ solution = right`.
+    """Solve `matrix @ solution = right` for the solution `(dim, n)`.
 
     Raises:
         DivergenceError: The matrix `(dim, dim)` is singular.
@@ -74,7 +74,7 @@ def _gram(
 
 
 def factors(update: Tensor) -> tuple[Tensor, Tensor]:
-    """The least factors `left @ right` of a matrix, `(dim, rank)` and `(rank, dim)`.
+    """Factorise a matrix as `left @ right` of its numerical rank, `(dim, rank)` and `(rank, dim)`.
 
     Raises:
         DivergenceError: The matrix holds NaN or infinity.
@@ -89,7 +89,7 @@ def factors(update: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compress(edit: LowRank) -> LowRank:
-    """Give factors of the same product in float32, in no more columns than the layer has outputs."""
+    """Give float32 factors of the same product, with a rank of at most the number of the layer's outputs."""
     down, up = edit
     if up.shape[0] < down.shape[0]:
         up, down = torch.eye(up.shape[0], dtype=up.dtype), up @ down

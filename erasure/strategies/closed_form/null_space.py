@@ -1,4 +1,4 @@
-"""Arithmetic of closed forms that change a layer only where nothing that is kept goes."""
+"""Null-space arithmetic of SPEED (arXiv 2503.07392): layers change only in directions that no preserved input uses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from erasure.strategies.closed_form.least_squares import solved
 
 
 def null_space(covariance: Tensor, threshold: float) -> Tensor:
-    """The projection onto directions in which there is next to nothing, `(dim, dim)`.
+    """Compute the projection onto the directions in which preserved features have almost no energy, `(dim, dim)`.
 
     Args:
-        covariance: Mean of the outer products of what is kept, `(dim, dim)`.
-        threshold: Eigenvalue below which a direction belongs to them.
+        covariance: Mean of the outer products of the preserved features, `(dim, dim)`.
+        threshold: Eigenvalue below which a direction belongs to the null space.
     """
     values, vectors = torch.linalg.eigh(covariance)
     free = vectors[:, values < threshold]
@@ -21,21 +21,21 @@ def null_space(covariance: Tensor, threshold: float) -> Tensor:
 
 
 def constrained(erased: Tensor, space: Tensor, invariant: Tensor, regularisation: float, leniency: float) -> Tensor:
-    """The right factor of the closed form in a null space that keeps invariants.
+    """Compute the right factor of SPEED's closed form, which keeps invariants exactly inside of a null space.
 
-    The change `D P` of a layer that minimises `|(W + D P) C_1 - W C_*|^2 + s |D P|^2` under `D P C_2 = 0` is
-    `W (C_* - C_1) C_1^T P Q M` with `M = (C_1 C_1^T P + s I)^-1` and
-    `Q = I - M C_2 (C_2^T P M C_2 + l I)^-1 C_2^T P`. This gives `C_1^T P Q M`, computed as what it is: with l of 0 the
-    same ridge in the part of the null space that no invariant reaches, and else a ridge with weights of `1 / l` on the
-    invariants (Woodbury's identity). That needs no inverse of a matrix that is singular where invariants depend on one
-    another or are preserved anyway, and nothing that the projection takes away comes back by rounding.
+    The change `D P` of a layer that minimises `|(W + D P) C_1 - W C_*|^2 + s |D P|^2` under `D P C_2 = 0` is `W (C_* -
+    C_1) C_1^T P Q M` with `M = (C_1 C_1^T P + s I)^-1` and `Q = I - M C_2 (C_2^T P M C_2 + l I)^-1 C_2^T P`. This
+    function gives `C_1^T P Q M`. With l = 0 it is computed as a ridge regression in the part of the null space that is
+    orthogonal to the invariants, and otherwise as a ridge regression with weights of `1 / l` on the invariants
+    (Woodbury's identity). Neither form inverts a matrix that is singular when invariants are linearly dependent or are
+    preserved already, and rounding cannot bring back what the projection removes.
 
     Args:
         erased: C_1 as rows, `(erased, dim)`.
         space: P, `(dim, dim)`.
         invariant: C_2 as rows, `(invariants, dim)`.
         regularisation: s > 0.
-        leniency: l: above 0 the invariants are kept the less exactly the larger it is.
+        leniency: l >= 0: 0 keeps the invariants exactly, larger values less exactly.
 
     Returns:
         `(erased, dim)`.
@@ -53,15 +53,15 @@ def constrained(erased: Tensor, space: Tensor, invariant: Tensor, regularisation
 
 
 def centres(points: Tensor, count: int, rounds: int = 100) -> Tensor:
-    """Centres of clusters by k-means, `(clusters, dim)`; the points themselves where there are no more of them.
+    """Cluster points by k-means and give the centres, `(clusters, dim)`; all points when there are at most `count`.
 
-    The first centre is the first point, each further one the point that is farthest from those before, so that the
-    same points have the same centres.
+    The first centre is the first point, and each following one is the point farthest from the centres before it, so
+    the result is the same for the same points.
 
     Args:
-        points: `(points, dim)`.
-        count: How many clusters.
-        rounds: Most rounds of assigning points and moving centres.
+        points: Points to cluster, `(points, dim)`.
+        count: Number of clusters.
+        rounds: Largest number of rounds of assigning points and moving centres.
     """
     if len(points) <= count:
         return points

@@ -15,14 +15,14 @@ from erasure.text.words import AlignedPrompt, aligned_prompts, paired_at_the_end
 def bare_or_phrased(
     tower: TextTower, concept: Concept, default_anchor: str = "", *, bare: Sequence[str] = ()
 ) -> list[AlignedPrompt]:
-    """The prompts that name a concept, aligned with what takes their place.
+    """Give the prompts that name a concept, aligned with the anchor's prompts that replace them.
 
     Args:
         tower: Tokenises them.
-        concept: What is erased.
-        default_anchor: Takes the place of a concept without anchor; nothing does when empty.
-        bare: Phrasings that end with the concept, which are aligned by their last tokens as released code does; every
-            phrasing of the concept, aligned word by word, when left out.
+        concept: Concept to erase.
+        default_anchor: Anchor of a concept that has none; empty for no replacement.
+        bare: Phrasings that end with the concept. They are aligned by their last tokens, as released code does. When
+            left out, every phrasing of the concept is used and aligned word by word.
     """
     if not bare:
         return aligned_prompts(tower, concept, default_anchor)
@@ -31,12 +31,12 @@ def bare_or_phrased(
 
 
 def random_prompts(tower: TextTower, concepts: Sequence[Concept], count: int, seed: int) -> list[str]:
-    """Random prompts from a tokeniser's own words but those of the concepts; none where it has no others.
+    """Make random prompts of the tokeniser's words without those of the concepts; none when there are no other words.
 
     Args:
-        tower: Its tokeniser's words are used.
-        concepts: What is erased.
-        count: How many; 0 for none.
+        tower: Text encoder whose tokeniser gives the words.
+        concepts: Concepts whose words are left out.
+        count: Number of prompts; 0 for none.
         seed: Seeds the choice.
     """
     words = vocabulary(tower, concepts) if count else []

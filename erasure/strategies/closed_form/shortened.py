@@ -1,4 +1,4 @@
-"""Changes of linear layers in as few numbers as keep their effect on given features."""
+"""Compression of the changes of linear layers: lower rank and float16, while their effect on given features stays."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from erasure.carriers.edits import LowRank
 from erasure.strategies.closed_form.least_squares import compress
 
 RESERVE = 0.8
-"""Part of the tolerance that leaving out directions may use; rounding to float16 takes some of the rest."""
+"""Share of the tolerance that dropping directions may use; rounding to float16 uses some of the rest."""
 TINY = 1e-30
-"""Length or effect below which there is nothing."""
+"""Norm below which a direction or an effect counts as zero."""
 
 
 def shortened_map(
@@ -24,12 +24,13 @@ def shortened_map(
     Args:
         left: `(dim, rank)` float64.
         right: `(rank, dim)` float64.
-        weights: `(out, dim)` float64 of each layer.
-        features: `(n, dim)` float64 that count.
-        tolerance: How far each layer's change may be from the whole, relative, over all features; 0 keeps everything.
+        weights: Weight of each layer, `(out, dim)` float64.
+        features: Features on which the error is measured, `(n, dim)` float64.
+        tolerance: Largest relative error of each layer's change over all features; 0 keeps everything.
 
     Returns:
-        Factors `up` `(dim, rank)` and `down` `(rank, dim)`: in float16 if that is near enough, else in float32.
+        Factors `up` `(dim, rank)` and `down` `(rank, dim)`: in float16 if that is within the tolerance, else in
+        float32.
     """
     if not tolerance:
         return left.float().contiguous(), right.float().contiguous()
@@ -58,11 +59,11 @@ def low_rank(left: Tensor, right: Tensor, features: Tensor, tolerance: float) ->
     Args:
         left: `(out, rank)` float64.
         right: `(rank, dim)` float64.
-        features: `(n, dim)` float64 that count.
-        tolerance: How far it may be from the whole, relative, over all features; 0 keeps everything.
+        features: Features on which the error is measured, `(n, dim)` float64.
+        tolerance: Largest relative error of the change over all features; 0 keeps everything.
 
     Returns:
-        The factors: in float16 if that is near enough, else in float32.
+        The factors: in float16 if that is within the tolerance, else in float32.
     """
     if not tolerance:
         return compress(LowRank(right, left))
@@ -86,14 +87,14 @@ def _shortest(
     directions: Tensor, singular: Tensor, tolerance: float,
     made: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]], near: Callable[[Tensor, Tensor], bool],
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Find the factors (up, down) of least rank that are near enough, float16 before float32; `None` if none are.
+    """Find the factors (up, down) of least rank within the tolerance, float16 before float32; else give `None`.
 
     Args:
-        directions: `(out, n)`: those that matter most come first.
-        singular: `(n,)`: how much each matters.
-        tolerance: Share of all that may be left out.
-        made: Gives factors from the directions that are kept, in a precision.
-        near: Says whether factors are near enough.
+        directions: Output directions, the most important first, `(out, n)`.
+        singular: Singular value of each direction, `(n,)`.
+        tolerance: Share of the whole change that may be left out.
+        made: Computes factors from the kept directions in a given precision.
+        near: Says whether factors are within the tolerance.
     """
     for dtype in (torch.float16, torch.float32):
         rank = _rank(singular, RESERVE * tolerance)
@@ -106,35 +107,38 @@ def _shortest(
 
 
 def _energy(weight: Tensor, change: Tensor, gram: Tensor) -> float:
-    """`sum_c |W change c|^2` over features with that Gram matrix."""
+    """Compute `sum_c |W change c|^2` over features c with the given Gram matrix."""
     return float(((weight @ (change @ gram @ change.T)) * weight).sum().clamp_min(0))
 
 
 def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a positive matrix and its inverse; flat directions are lifted to a millionth."""
+    """Compute the symmetric square root of a positive matrix, and its inverse.
+
+    Eigenvalues of the root are raised to at least 1e-6 of the largest one.
+    """
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(1e-12 * values[-1]).sqrt()
     return vectors * values @ vectors.T, vectors / values @ vectors.T
 
 
 def _principal(change: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal output directions `(out, n)` by how much a change moves features along them, and how much `(n,)`."""
+    """Compute orthonormal output directions `(out, n)`, and how far a change moves features along each, `(n,)`."""
     values, vectors = torch.linalg.eigh(change @ gram @ change.T)
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 def _rank(singular: Tensor, tolerance: float) -> int:
-    """Directions of which the rest is a share of at most `tolerance`; at least 1."""
+    """Number of directions, at least 1, after which the rest is a share of at most `tolerance` of the whole."""
     rest = singular.flip(0).square().cumsum(0).flip(0).sqrt()
     return max(1, int((rest > tolerance * rest[0]).sum()))
 
 
 def _rounded(up: Tensor, down: Tensor, gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, of equal length, rounded so that the features see little of it.
+    """Round factors of a product so that the effect on the features changes little; both factors get equal norms.
 
-    What rounding an input of `down` changes is made up for by the inputs that are rounded later, as far as features
-    move both (error feedback along the Cholesky factor of the inverse Gram matrix). Rounded one by one, preserved
-    features suffer most: they are where large parts of the change cancel.
+    The rounding error of one input of `down` is compensated by the inputs that are rounded later, as far as the
+    features use both (error feedback along the Cholesky factor of the inverse Gram matrix). Rounding each input alone
+    would change preserved features most, because large parts of the change cancel for them.
     """
     ratio = (down.norm(dim=1).clamp_min(TINY) / up.norm(dim=0).clamp_min(TINY)).sqrt()
     up, down = (up * ratio).to(dtype), down / ratio[:, None]
@@ -143,7 +147,7 @@ def _rounded(up: Tensor, down: Tensor, gram: Tensor, dtype: torch.dtype) -> tupl
     order = gram.diagonal().argsort(descending=True)
     identity = torch.eye(len(gram), dtype=gram.dtype)
     lifted = gram + 1e-6 * gram.diagonal().mean().clamp_min(TINY) * identity
-    # The upper root U of G = U U^T; then G^-1 = V^T V with V = U^-1, which needs no inverse of G.
+    # The upper Cholesky factor U of G = U U^T gives G^-1 = V^T V with V = U^-1, without inverting G.
     root = torch.linalg.cholesky(lifted[order][:, order].flip(0, 1)).flip(0, 1)
     factor = torch.linalg.solve_triangular(root, identity, upper=True)
     wanted, rounded = down[:, order].clone(), torch.empty(down.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""How changes of linear layers are kept: as a LoRA, or as maps of what the layers read."""
+"""How changes of linear layers are saved: as a LoRA, or as maps of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from erasure.carriers.edits import InputMap, LowRank
 from erasure.strategies.closed_form.shortened import low_rank, shortened_map
 
 LARGEST_LORA = 1_000_000
-"""Bytes a concept that a LoRA may take in the place of one common map."""
+"""Bytes per concept up to which a LoRA is saved instead of one common map."""
 
 
 class Change(NamedTuple):
-    """What becomes of layers that read one part of the conditioning: `W' = W + W left right` in each."""
+    """The change of all layers that read one part of the conditioning: `W' = W + W left right` in each layer."""
 
     layers: Sequence[EntryLayer]
     weights: Sequence[Tensor]
-    """Their columns that read it, `(out, dim)` float64."""
+    """Weight columns of each layer that read it, `(out, dim)` float64."""
     left: Tensor
-    """`(dim, rank)` float64."""
+    """Left factor, `(dim, rank)` float64."""
     right: Tensor
-    """`(rank, dim)` float64."""
+    """Right factor, `(rank, dim)` float64."""
     features: Tensor
-    """`(n, dim)` float64: what is erased, takes its place or is preserved."""
+    """Erased, replacing and preserved features, on which errors are measured, `(n, dim)` float64."""
 
     def shortened(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Factors `up` `(dim, rank)` and `down` `(rank, dim)` for all layers alike; see `shortened_map`."""
+        """Compute factors `up` `(dim, rank)` and `down` `(rank, dim)` for all layers; see `shortened_map`."""
         return shortened_map(self.left, self.right, self.weights, self.features, tolerance)
 
 
 def as_loras(changes: Sequence[Change], tolerance: float) -> dict[str, LowRank]:
-    """A LoRA pair for every layer, by the layer's key."""
+    """Give a LoRA pair for every layer, by the layer's key."""
     made = {}
     for change in changes:
         for layer, weight in zip(change.layers, change.weights, strict=True):
@@ -45,11 +45,11 @@ def as_loras(changes: Sequence[Change], tolerance: float) -> dict[str, LowRank]:
 
 
 def as_maps(changes: Sequence[Change], factors: Sequence[tuple[Tensor, Tensor]]) -> dict[str, InputMap]:
-    """A map for every layer, by the layer's key; those of one change share their tensors, which are kept once.
+    """Give an input map for every layer, by the layer's key. Maps of one change share their tensors.
 
     Args:
-        changes: What becomes of the layers.
-        factors: Of each change, the factors `up` and `down` that are kept.
+        changes: Changes of the layers.
+        factors: The saved factors `up` and `down` of each change.
     """
     made = {}
     for change, (up, down) in zip(changes, factors, strict=True):
@@ -60,7 +60,7 @@ def as_maps(changes: Sequence[Change], factors: Sequence[tuple[Tensor, Tensor]])
 
 
 def lora_bytes(changes: Sequence[Change], factors: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """Bytes that LoRA pairs would take. A layer's own factors are as long as the common ones, or a little shorter."""
+    """Estimate the bytes of LoRA pairs: a layer's own factors are as long as the common ones, or shorter."""
     return sum(
         len(down) * sum(layer.module.weight.shape) * down.element_size()
         for change, (_, down) in zip(changes, factors, strict=True)
@@ -69,12 +69,12 @@ def lora_bytes(changes: Sequence[Change], factors: Sequence[tuple[Tensor, Tensor
 
 
 def widened(matrix: Tensor, layer: EntryLayer, axis: int = 1) -> Tensor:
-    """A matrix over the columns of a layer that read text, with zeros for those that read something else.
+    """Extend a matrix over a layer's text columns to all of its columns, with zeros elsewhere.
 
     Args:
-        matrix: As long along an axis as there are columns that read text.
+        matrix: A matrix with one entry per text column along `axis`.
         layer: The layer.
-        axis: That axis.
+        axis: Axis of the matrix that runs over the text columns.
     """
     if layer.columns == slice(None):
         return matrix
