@@ -1,1 +1,1 @@
-"""The ways an erasure lives in a model."""
+"""Carriers: the forms in which an erasure is attached to a model."""

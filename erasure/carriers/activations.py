@@ -1,4 +1,4 @@
-"""Edits of activations through diffusers' hooks: torch's forward hooks do not survive compile and offloading."""
+"""Pinned encodings of prompts, by diffusers' hooks: torch's forward hooks do not survive compile and offload."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from erasure.interop.hooks import ModelHook
 
 _WRITE = "erasure_pinned_write"
 NO_BLOCKS = torch.zeros(0)
-"""Value of `Pinned.blocks` where the states of blocks are not known."""
+"""Value of `Pinned.blocks` when the outputs of blocks are not known."""
 
 
 class Pinned(NamedTuple):
-    """Prompts whose encoding is held fixed."""
+    """Prompts whose encoding stays fixed, whatever is edited."""
 
     input_ids: Tensor
-    """`(prompts, tokens)` int64, padded as the pipeline pads."""
+    """Token ids, `(prompts, tokens)` int64, padded as the pipeline pads."""
     hidden_states: Tensor
-    """The final hidden states to return, `(prompts, tokens, dim)`."""
+    """Final hidden states that the text encoder returns for them, `(prompts, tokens, dim)`."""
     blocks: Tensor = NO_BLOCKS
-    """Output of every block, `(prompts, blocks, tokens, dim)`, for pipelines that leave the last ones out
-    (`clip_skip`); empty in files of before 2026-11, which hold the final states only."""
+    """Output of every block, `(prompts, blocks, tokens, dim)`, for pipelines that skip the last blocks
+    (`clip_skip`). Empty in files made before 2026-11, which have the final states only."""
 
     def fits(self) -> bool:
-        """Whether the shapes go together."""
+        """Whether the shapes are consistent."""
         prompts, *size = self.hidden_states.shape
         return (
             self.hidden_states.ndim == 3
@@ -40,26 +40,26 @@ class Pinned(NamedTuple):
         )
 
     def stated(self) -> dict[str, Tensor]:
-        """The tensors by field, but for states of blocks that nobody knows."""
+        """Give the tensors by field, without `blocks` when it is unknown."""
         return {name: tensor for name, tensor in self._asdict().items() if name != "blocks" or tensor.numel()}
 
 
 def pin_of(tower: TextTower, prompts: Sequence[str]) -> Pinned:
-    """Encode prompts with a text encoder as it is now, so that the result can be held fixed."""
+    """Encode prompts with a text encoder as it is now, so that the result can be kept fixed."""
     tokens = tower.tokenize(prompts)
     with torch.no_grad():
         output = tower.module(tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
-    # Ahead of the blocks come the embeddings, which no erasure edits. Of T5 pipelines read no block but the last.
+    # The first hidden states are the embeddings, which no erasure edits. Pipelines read only the last block of T5.
     blocks = torch.stack(output.hidden_states[1:], 1) if tower.causal else torch.empty(0)
     states = [output.last_hidden_state, blocks]
     return Pinned(tokens.ids.cpu(), *(state.cpu() for state in states))
 
 
 class _WriteRows(ModelHook):
-    """On a block or the final norm: puts pinned states in the place of those of the same prompts.
+    """Hook on a block or on the final norm: replaces the output for pinned prompts by the pinned states.
 
     Args:
-        rows: For each of some batches of prompts their ids `(prompts, tokens)`, and what is to come out for them
+        rows: For each group of prompts, their ids `(prompts, tokens)` and the output for them
             `(prompts, tokens, dim)`.
     """
 
@@ -68,7 +68,7 @@ class _WriteRows(ModelHook):
         self.rows = tuple(rows)
 
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """Replace the rows of the batch that are pinned prompts; blocks of T5 give a tuple that begins with states."""
+        """Replace the batch's rows of pinned prompts; blocks of T5 return a tuple that begins with the states."""
         if isinstance(output, tuple):
             return self._replaced(output[0]), *output[1:]
         return self._replaced(output)
@@ -83,13 +83,13 @@ class _WriteRows(ModelHook):
         return output
 
     def writes(self, rows: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Whether it puts in exactly these."""
+        """Whether this hook writes exactly these rows."""
         pairs = zip(self.rows, rows, strict=False)
         return len(self.rows) == len(rows) and all(torch.equal(a, c) and _same(b, d) for (a, b), (c, d) in pairs)
 
 
 class PinnedPrompts:
-    """Keeps the encoding of given prompts (the empty one above all) as the stock encoder has it."""
+    """Keeps the stock encoding of given prompts, above all of the empty prompt."""
 
     @staticmethod
     def write(encoder: nn.Module, pins: Sequence[Pinned]) -> None:
@@ -125,7 +125,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Hidden states that each module puts in, by the `id` of the module."""
+    """Give the hidden states that each module writes, by the module's `id`."""
     places = _places(encoder)
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for pin in pins if places else ():
@@ -137,7 +137,7 @@ def _rows(encoder: nn.Module, pins: Sequence[Pinned]) -> dict[int, list[tuple[Te
 
 
 def _places(encoder: nn.Module) -> list[nn.Module]:
-    """The blocks of a text encoder and the norm that hidden states leave through; none of another module."""
+    """List the blocks of a text encoder and its final norm; empty for other modules."""
     root = paths.transformer_root(encoder)
     norm = norm_of(root)
     return [] if norm is None else [*blocks_of(root), norm]

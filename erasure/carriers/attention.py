@@ -1,7 +1,7 @@
-"""Control of a denoiser's attention: keys left out or weighted under a mask, and the attention that words receive.
+"""Control of a denoiser's attention: masked keys are dropped or weighted, and attention to words is recorded.
 
-The controller changes chosen layers while a `with` block runs and puts everything back afterwards, whatever happens in
-it. It never counts calls: layers know their names, and the caller says which share of the steps has been done.
+The controller changes chosen layers inside of a `with` block and restores everything afterwards, also after an error.
+It does not count calls: layers are known by name, and the caller says which share of the steps is done.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CAPTURE, _TEXT, _OWN = "erasure_attention_capture", "erasure_attention_text", "
 
 
 class AttentionController(AbstractContextManager["AttentionController"]):
-    """Changes and reads attention layers of a denoiser while the block runs.
+    """Changes and reads attention layers of a denoiser inside of a `with` block.
 
     Args:
         denoiser: UNet or transformer.
-        layout: Of the batches that it will be given.
+        layout: Layout of the denoiser's batches.
 
     Raises:
-        UnsupportedModelError: DeepCache or tomesd has replaced what is to be changed.
+        UnsupportedModelError: DeepCache or tomesd has replaced the layers.
 
     Example:
         >>> control = AttentionController(denoiser, Layout((64, 64), samples=1, branches=2, changed=(1,)))
@@ -66,18 +66,18 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         scale_until: float = 0.0,
         until: float = 1.0,
     ) -> None:
-        """Let nothing attend to what a mask covers; see `to_grid`. A mask of the whole image changes nothing.
+        """Remove attention to the masked part of the image; a mask of the whole image changes nothing.
 
-        In joint attention that is no image token and no text token, which would carry it back. Tokens of reference
-        images behind the image's own stay.
+        Masks are brought to the layers' grids by `to_grid`. In joint attention neither image tokens nor text tokens
+        attend to the masked tokens, because text tokens would pass the information on. Tokens of reference images
+        after the image's own tokens stay.
 
         Args:
             masks: `(samples, height, width)` bool, of the latent's size or a multiple of it.
             sites: Self- or joint attention layers.
-            query_scale: What the image's queries under the mask are multiplied by, so that they look about more
-                evenly.
-            scale_until: For this share of the steps.
-            until: Share of the steps in which keys are left out.
+            query_scale: Factor of the image's queries under the mask; below 1 their attention is more uniform.
+            scale_until: Share of the steps, 0 to 1, in which queries are scaled.
+            until: Share of the steps, 0 to 1, in which keys are dropped.
         """
         self._edit(masks, sites, None, query_scale, scale_until, until)
 
@@ -91,11 +91,11 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         scale_until: float = 0.0,
         until: float = 1.0,
     ) -> None:
-        """Multiply the attention to what a mask covers by `exp(log_weight)`; otherwise as `drop_keys`."""
+        """Multiply attention to the masked part of the image by `exp(log_weight)`; otherwise as `drop_keys`."""
         self._edit(masks, sites, log_weight, query_scale, scale_until, until)
 
     def capture(self, weights: Tensor, sites: Sequence[AttentionSite]) -> None:
-        """Keep how much attention each image token pays to weighted text tokens; see `maps`.
+        """Record each image token's attention to weighted text tokens; see `maps`.
 
         Args:
             weights: `(samples, text tokens, maps)` float: 1 for one token and 0 elsewhere gives its column.
@@ -105,9 +105,9 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             self._captures[site.name] = site, _Capture(site, self.layout, self._told, weights)
 
     def capture_self(self, sites: Sequence[AttentionSite]) -> None:
-        """Keep the queries and keys of image tokens, so that `spread` can apply the attention to maps.
+        """Record queries and keys of image tokens, so that `spread` can apply self-attention to maps.
 
-        Of a joint attention it is that among the image's tokens alone.
+        In joint attention only the attention among image tokens is used.
         """
         for site in self._wanted(sites, ("self", "joint")):
             self._captures[f"{site.name}{_OWN}"] = site, _Capture(site, self.layout, self._told, None)
@@ -138,8 +138,8 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         """Put the processors and hooks in place.
 
         Raises:
-            UnsupportedModelError: A step cache is on, or a layer has weights of its own (an IP-Adapter's) that would
-                be passed over.
+            UnsupportedModelError: A step cache is on, or a layer's processor has weights of its own (an IP-Adapter's),
+                which would be bypassed.
         """
         if hooks.is_stateful(self._told.denoiser):
             raise UnsupportedModelError(
@@ -150,7 +150,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             stack.enter_context(hooks.hooked(self._told.denoiser, self._told, f"{_TEXT}_{id(self)}"))
             for site, edit in self._edits.values():
                 module = cast(AttentionLayer, site.module)
-                # Ahead of the change: an interruption in between must not leave it.
+                # Registered before the change, so that an interruption between the two does not leave it in place.
                 stack.callback(module.set_processor, module.processor)
                 module.set_processor(EditedAttention(site, edit, module.processor))
             if self._captures:
@@ -161,18 +161,18 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Put back what was there."""
+        """Restore the processors and remove the hooks."""
         self._stack.close()
 
     def at(self, share: float) -> None:
-        """Say that this share of the steps has been done."""
+        """Set the share of the steps, 0 to 1, that is done."""
         for _, edit in self._edits.values():
             edit.at(share)
 
     def collect(self, forward: Callable[[], object]) -> None:
-        """Run the denoiser only as far as the last layer that is captured, uncompiled."""
+        """Run the denoiser, uncompiled, only up to the last captured layer."""
         names = [site.name for site in attention_sites(self.denoiser)]
-        # Of two at one layer, the one that was put there first runs last.
+        # Of two hooks on one layer, the one that was added first runs last.
         ends = max(reversed(self._captures.values()), key=lambda capture: names.index(capture[0].name))[1]
         ends.stops = True
         try:
@@ -185,22 +185,22 @@ class AttentionController(AbstractContextManager["AttentionController"]):
 
     @property
     def maps(self) -> Mapping[str, Tensor]:
-        """What the last pass paid, mean over heads, by layer: `(rows, maps, grid rows, grid columns)` float32."""
+        """Recorded attention of the last pass by layer, mean over heads: `(rows, maps, grid rows, grid columns)`."""
         return {site.name: capture.map for site, capture in self._captures.values() if capture.map is not None}
 
     def spread(self, maps: Tensor) -> Tensor:
-        """Captured self-attention applied to maps `(rows, maps, grid rows, grid columns)`, mean over layers."""
+        """Apply the recorded self-attention to maps `(rows, maps, grid rows, grid columns)`; mean over layers."""
         flat = maps.flatten(2).transpose(1, 2)
         found = [attention_mass(*c.pair, flat) for _, c in self._captures.values() if c.pair is not None]
         return torch.stack(found).mean(0).transpose(1, 2).unflatten(2, maps.shape[2:])
 
 
 class _Enough(Exception):
-    """All that was wanted has been captured."""
+    """Raised to stop the pass once everything has been captured."""
 
 
 class _Edit:
-    """What is done to the keys of one layer."""
+    """The edit of one layer's keys."""
 
     def __init__(
         self, site: AttentionSite, covered: Tensor, layout: Layout, told: TextTokens, log_weight: float | None,
@@ -208,7 +208,7 @@ class _Edit:
     ) -> None:  # fmt: skip
         self.site, self.layout, self.told, self.log_weight = site, layout, told, log_weight
         self.query_scale, self.scale_until, self.until = query_scale, scale_until, until
-        # Nothing under the mask, or nothing beside it: the layer stays as it is for that sample.
+        # A sample whose mask covers no token or all tokens is not changed in this layer.
         usable = covered.any(1) & ~covered.all(1)
         self.covered = covered & usable[:, None]
         self.groups = _groups(self.covered)
@@ -220,11 +220,11 @@ class _Edit:
         """See `AttentionController.at`."""
         self.on = self.needed and share < self.until
         factor = self.query_scale if share < self.scale_until else 1.0
-        # In place: a compiled graph sees new values in the same buffer.
+        # Values are changed in place, so that a compiled graph sees them in the same buffer.
         self.scale.copy_(torch.where(self.covered, factor, 1.0))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, backend: Backend) -> Tensor:
-        """The attention's output, `(rows, tokens, heads, dim)`."""
+        """Compute the attention's output, `(rows, tokens, heads, dim)`."""
         if not self.on:
             return attend(query, key, value, backend)
         layout, image = self.layout, self.told.image(self.site, query.shape[1], self.layout)
@@ -259,21 +259,21 @@ class _Edit:
 
 
 def _groups(covered: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Samples that share a mask, and the keys that it leaves, for every mask `(samples, tokens)`."""
+    """Group samples `(samples, tokens)` by mask: the samples of each mask, and the keys that it keeps."""
     masks, which = covered.unique(dim=0, return_inverse=True)
     return [((which == index).nonzero()[:, 0], (~mask).nonzero()[:, 0]) for index, mask in enumerate(masks)]
 
 
 class EditedAttention(ChosenBackend):
-    """Processor of a layer whose keys are left out or weighted; LoRA and fused projections work as before.
+    """Attention processor that drops or weights keys; LoRA and fused projections work as before.
 
     Args:
         site: The layer.
-        edit: What to do.
-        before: The processor that was there; its backend is respected.
+        edit: Edit of the layer's keys.
+        before: The layer's former processor, whose attention backend is used.
 
     Raises:
-        UnsupportedModelError: That processor has weights of its own, which would be passed over.
+        UnsupportedModelError: The former processor has weights of its own, which would be bypassed.
     """
 
     def __init__(self, site: AttentionSite, edit: _Edit, before: object) -> None:
@@ -290,7 +290,7 @@ class EditedAttention(ChosenBackend):
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, image_rotary_emb: Rotary = None, *args: object, **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """As diffusers' processors are called."""
+        """Run the layer, with the signature of diffusers' attention processors."""
         if attention_mask is not None:
             raise UnsupportedModelError(f"{self.site.name} is given an attention mask, which cannot be combined")
         query, key, value = project(self.site, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
@@ -299,7 +299,7 @@ class EditedAttention(ChosenBackend):
 
 
 class _Capture(ModelHook):
-    """Keeps what a layer's queries pay to text tokens, or its queries and keys, beside whatever processor it has."""
+    """Hook that records a layer's attention to text tokens, or its queries and keys, whatever its processor is."""
 
     def __init__(self, site: AttentionSite, layout: Layout, told: TextTokens, weights: Tensor | None) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class _Capture(ModelHook):
         return args, kwargs
 
     def _mass(self, query: Tensor, key: Tensor, words: slice) -> Tensor:
-        """What each image token pays to the weighted text, `(rows, maps, grid rows, grid columns)`."""
+        """Compute each image token's attention to the weighted text, `(rows, maps, grid rows, grid columns)`."""
         assert self.weights is not None
         weights, count = self.weights.to(query.device), words.stop - words.start
         if weights.shape[1] > count:
@@ -339,7 +339,7 @@ class _Capture(ModelHook):
                 f"{self.site.name} is given {count} tokens of text, and the attention to {weights.shape[1]} is asked "
                 "for: encode the prompt at the same length"
             )
-        # An IP-Adapter and prompts that are longer bring tokens that nothing is asked of.
+        # Additional tokens, of an IP-Adapter or of longer prompts, have no weights.
         weights = weights.repeat(query.shape[0] // weights.shape[0], 1, 1)
         weights = F.pad(weights, (0, 0, words.start, key.shape[1] - words.start - weights.shape[1]))
         mass = attention_mass(query, key, weights).float()

@@ -1,8 +1,7 @@
 """Low-rank edits that run beside layers whose weights cannot be written, because they are quantised.
 
-`y = W x + sum_i strength_i * up_i (down_i x)`, where an input map `m` counts as `W (x + strength * up_m (down_m x))`.
-This is a hook on the layer itself, not a PEFT adapter: what a user
-does with adapters (loading, scaling per call, switching off, unloading) does not reach it.
+The edits are hooks on the layers, not PEFT adapters, so a user's adapter calls (loading, scaling per call, switching
+off, unloading) do not affect them.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from erasure.interop.hooks import SurroundingHook
 
 _HOOK = "erasure_beside"
 Terms = list[tuple[float, LowRank | InputMap]]
-"""(strength, edit) pairs of one layer."""
+"""Pairs (strength, edit) of one layer."""
 
 
 class _Beside(SurroundingHook):
-    """On a linear layer: maps its input, and adds what the edits make of it."""
+    """Hook on a linear layer: maps its input, and adds the low-rank edits' outputs."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__()
@@ -32,13 +31,13 @@ class _Beside(SurroundingHook):
         self.added = _Product([(s, edit) for s, edit in terms if isinstance(edit, LowRank)])
 
     def around(self, forward: Callable[..., Tensor], x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Run the layer on the mapped input and add to its output."""
+        """Run the layer on the mapped input and add the edits' outputs."""
         output = forward(x if self.mapped.is_nothing else x + self.mapped(x), *args, **kwargs)
         return output if self.added.is_nothing else output + self.added(x).to(output.dtype)
 
 
 class _Product:
-    """`sum_i strength_i * up_i (down_i x)`, one product of ranks for all terms together."""
+    """Computes `sum_i strength_i * up_i (down_i x)` with all terms' factors concatenated."""
 
     def __init__(self, terms: Sequence[tuple[float, LowRank | InputMap]]) -> None:
         self.is_nothing = not terms
@@ -53,7 +52,7 @@ class _Product:
 
 
 def write(component: nn.Module, terms: Mapping[str, Terms]) -> None:
-    """Make exactly these edits run, by path of the layer; none removes the hooks."""
+    """Put exactly these edits on the layers, by path; an empty mapping removes the hooks."""
     if is_written(component, terms):
         return
     hooks.remove_hooks(component, _HOOK)
@@ -62,7 +61,7 @@ def write(component: nn.Module, terms: Mapping[str, Terms]) -> None:
 
 
 def is_written(component: nn.Module, terms: Mapping[str, Terms]) -> bool:
-    """Whether exactly these edits run."""
+    """Whether exactly these edits are on the layers."""
     hooked = {id(part): part for part in component.modules() if hooks.find_hook(part, _HOOK) is not None}
     wanted = {id(paths.layer(component, path)): edits for path, edits in terms.items()}
     if hooked.keys() != wanted.keys():

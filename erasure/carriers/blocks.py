@@ -1,4 +1,4 @@
-"""Edits of blocks' outputs: their names on disk, what their tensors may hold, and whether they do anything."""
+"""Edits of blocks' outputs: their names on disk, and checks of their tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from erasure.carriers.reconstruction import ReconstructionEdit
 from erasure.errors import ArtifactError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types of the tensors that hold no whole numbers."""
+"""Allowed types of tensors that are not whole numbers."""
 KINDS: dict[type[FeatureEdit] | type[ReconstructionEdit], str] = {
     FeatureEdit: "features",
     ReconstructionEdit: "reconstruction",
 }
-"""What edits of blocks are called on disk."""
+"""Names of the kinds of block edits on disk."""
 WHOLE = {"edits", "votes", "rule", "local", "first", "end", "k"}
 """Fields of block edits that are whole numbers."""
 SWITCHES = {"rule", "local"}
@@ -22,7 +22,7 @@ SWITCHES = {"rule", "local"}
 
 
 def check_block(key: str, edit: BlockEdit) -> None:
-    """Raise unless the tensors of a block's edit go together and hold what they may."""
+    """Raise `ArtifactError` unless the tensors of a block's edit are consistent and valid."""
     kind = KINDS[type(edit)]
     for name, tensor in edit._asdict().items():
         allowed = (torch.int64,) if name in WHOLE else FLOATS
@@ -39,7 +39,7 @@ def check_block(key: str, edit: BlockEdit) -> None:
 
 
 def acts(edit: BlockEdit) -> bool:
-    """Whether an edit of a block does anything where its gate is open."""
+    """Whether an edit of a block changes anything where its gate is open."""
     if isinstance(edit, ReconstructionEdit):
         return bool((edit.factor != 1).any()) and bool(edit.w_dec.any())
     if len(edit.filler):

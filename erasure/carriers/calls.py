@@ -1,4 +1,4 @@
-"""The arguments of a denoiser's calls by name, and which of them have a row for each picture of the batch."""
+"""The arguments of a denoiser's calls by name, and which of them have one row per image of the batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasure.interop.hooks import ModelHook
 from erasure.interop.protocols import Arguments, Settings
 
 LATENTS = ("sample", "hidden_states")
-"""Names of a denoiser's argument for latents: of a UNet's, and of a transformer's."""
+"""Names of the denoiser's argument for latents: in UNets, and in transformers."""
 ROWS = frozenset({
     *LATENTS, "timestep", "encoder_hidden_states", "pooled_projections", "guidance", "class_labels", "timestep_cond",
     "attention_mask", "encoder_attention_mask", "added_cond_kwargs", "cross_attention_kwargs",
@@ -24,13 +24,13 @@ ROWS = frozenset({
     "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
     "controlnet_single_block_samples", "res_hidden_states_tuple", "temb",
 })  # fmt: skip
-"""Arguments of denoisers and of their blocks that have a row for each of the batch, or hold such."""
+"""Arguments of denoisers and of their blocks with one row per batch entry, or that contain such tensors."""
 SHARED = frozenset({"img_ids", "txt_ids", "image_rotary_emb", "ip_adapter_masks", "scale"})
-"""Arguments that all rows share, whatever their first size is."""
+"""Arguments that all rows share, whatever the size of their first dimension is."""
 
 
 class NamedArguments(ModelHook):
-    """A hook that goes by the names of a call's arguments, and leaves those positional that were.
+    """A hook that finds arguments of a call by name, and passes positional ones on by position.
 
     Args:
         module: A denoiser, or a block of it.
@@ -38,30 +38,30 @@ class NamedArguments(ModelHook):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # Of the class: hooks replace the object's own.
+        # The signature is that of the class, because hooks replace the object's own `forward`.
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
 
     def by_name(self, args: tuple[Any, ...], kwargs: Settings) -> Settings:
-        """The arguments of a call by name."""
+        """Give the arguments of a call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def as_called(self, arguments: Settings, positional: int) -> Arguments:
-        """Undo `by_name`: the first `positional` arguments by position."""
+        """Undo `by_name`: give the first `positional` arguments by position."""
         first = self.names[:positional]
         return tuple(arguments[name] for name in first), {k: v for k, v in arguments.items() if k not in first}
 
 
 def of_rows(arguments: Settings, batch: int, change: Callable[[Tensor], Tensor]) -> Settings:
-    """Arguments of a call in which the rows of every tensor that has a row for each of the batch are changed.
+    """Change the rows of every tensor of a call that has one row per batch entry.
 
     Args:
-        arguments: By name.
-        batch: Number of rows.
-        change: Gives other rows for `(batch, ...)`.
+        arguments: Arguments of the call, by name.
+        batch: Number of rows of the batch.
+        change: Gives the new rows of a tensor `(batch, ...)`.
 
     Raises:
-        UnsupportedModelError: It is not known whether an argument has rows.
+        UnsupportedModelError: It is not known whether an argument has one row per batch entry.
     """
     changed = {}
     for name, value in arguments.items():
@@ -78,7 +78,7 @@ def of_rows(arguments: Settings, batch: int, change: Callable[[Tensor], Tensor])
 
 
 def _holds_rows(value: object, batch: int) -> bool:
-    """Whether a value is a tensor of `batch` rows, or holds one."""
+    """Whether a value is a tensor of `batch` rows, or contains one."""
     if isinstance(value, Tensor):
         return value.ndim > 0 and value.shape[0] == batch
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
@@ -96,17 +96,17 @@ def _rows(value: Any, batch: int, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def twice(rows: Tensor) -> Tensor:
-    """Rows, and the same rows again behind them."""
+    """Repeat rows: all rows, then the same rows again."""
     return torch.cat([rows, rows])
 
 
 def latents_of(arguments: Settings) -> Tensor:
-    """What a denoiser is given to denoise, `(batch, ...)`, of the arguments of its call."""
+    """Give the latents of a denoiser's call, `(batch, ...)`."""
     return cast(Tensor, next(arguments[name] for name in LATENTS if name in arguments))
 
 
 class _Measured(threading.local):
-    """Whether a thread reads its passes rather than draws with them."""
+    """Whether a thread's denoiser passes are measurements and not part of an image's sampling."""
 
     on = False
 
@@ -116,7 +116,7 @@ _MEASURED = _Measured()
 
 @contextmanager
 def measured() -> Iterator[None]:
-    """Passes of this thread are read inside of the block: nothing adds rows to what a denoiser is given."""
+    """Mark this thread's passes inside of the block as measurements, to whose batch nothing adds rows."""
     before, _MEASURED.on = _MEASURED.on, True
     try:
         yield

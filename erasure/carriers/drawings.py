@@ -1,7 +1,7 @@
-"""What is known of a drawing that a denoiser is asked for: how many of its noise levels have been denoised.
+"""State of the sampling of an image (a drawing): how many of its noise levels are done.
 
-Steps are counted by noise levels of the schedule in use, each once: samplers of higher order ask about a level twice,
-and a drawing of 25 steps has half as many as one of 50.
+Steps are counted by the noise levels of the schedule, each once, because higher-order samplers evaluate a level twice.
+A fixed share of the schedule is thus half as many steps of 25 as of 50.
 """
 
 from __future__ import annotations
@@ -18,43 +18,44 @@ from erasure.carriers.safety import OF_STEPS, Moments
 
 @dataclass
 class Drawing:
-    """What is known of the drawing that a thread is at."""
+    """State of the sampling that a thread is in."""
 
     schedule: object = None
-    """The noise levels of its sampler: every call of a pipeline sets new ones."""
+    """Timesteps object of the sampler. Every call of a pipeline creates a new one, so a new object means a new
+    drawing."""
     levels: Sequence[float] = ()
-    """The same, each once, highest first."""
+    """Noise levels of the schedule, each once, highest first."""
     start: float = math.inf
-    """The first that was asked about: a drawing on a picture begins farther down."""
+    """First noise level that was evaluated; lower than the schedule's first in image-to-image calls."""
     level: float = math.inf
-    """The last that was asked about."""
+    """Last noise level that was evaluated."""
     latents: Tensor | None = None
-    """What was to be denoised then."""
+    """Latents of the last evaluation."""
     moments: dict[int, Moments] = field(default_factory=dict)
-    """By place among the terms."""
+    """Momentum of each safety guidance, by its index among the terms."""
 
 
 def levels_of(schedule: object, noisiest: float) -> list[float]:
-    """The noise levels of a sampler as the denoiser is told them, each once, highest first."""
+    """Give a schedule's noise levels in the denoiser's units, each once, highest first."""
     if not isinstance(schedule, Tensor):
         return []
     return [level * noisiest / TIMESTEPS for level in schedule.detach().float().cpu().unique().flip(0).tolist()]
 
 
 def begin(warmup: int, drawing: Drawing | None, noisiest: float) -> float:
-    """The noise level below which guidance acts: as many of the drawing's steps are left out as of `OF_STEPS`."""
+    """Give the noise level below which guidance acts, after a warm-up given in steps of `OF_STEPS`."""
     if drawing is None or not drawing.levels:
         return noisiest * (1 - warmup / OF_STEPS) if warmup else math.inf
     steps = warmup * len(drawing.levels) // OF_STEPS
-    # Between two levels: half precision rounds what the denoiser is told.
+    # The result lies between two levels, because half precision rounds the denoiser's timestep.
     return sum(drawing.levels[steps - 1 : steps + 1]) / 2 if steps else math.inf
 
 
 def is_over(steps: int, drawing: Drawing | None, level: float) -> bool:
-    """Whether a drawing has had its first steps, counted in `OF_STEPS`; a pass of none never has."""
+    """Whether a drawing is past its first `steps` of `OF_STEPS`; never true outside of a drawing."""
     if drawing is None:
         return False
-    # Half precision rounds what the denoiser is told.
+    # The tolerance is for half precision, which rounds the denoiser's timestep.
     levels = [each for each in drawing.levels if each <= 1.001 * drawing.start]
     count = (steps - 1) * len(levels) // OF_STEPS + 1
     return count < len(levels) and level < sum(levels[count - 1 : count + 1]) / 2

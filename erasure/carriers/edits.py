@@ -1,4 +1,4 @@
-"""What an erasure changes, by carrier, and its tensors' names on disk."""
+"""The edits of an erasure by carrier, and the names of their tensors on disk."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ from erasure.files import shown
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS = ("unet", "transformer")
 EDITABLE_COMPONENTS = (*TEXT_ENCODERS, *DENOISERS)
-"""Components of a pipeline that an erasure may change: what reads the prompt, and what draws. No safety checker."""
+"""Components of a pipeline that an erasure may change: text encoders and denoisers, but no safety checker."""
 PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 """Pattern of the canonical path of a module or parameter inside a component."""
 LOW_RANK = "low_rank"
-"""Name of low-rank edits that no LoRA file holds."""
+"""Name on disk of low-rank edits that are not saved in a LoRA file."""
 SAFETY = "safety"
-"""Name of safety guidance on disk."""
+"""Name on disk of safety guidance."""
 GUIDES = "guides the denoiser"
-"""What safety guidance does, as messages have it."""
+"""Description of safety guidance in messages."""
 FILTER = "filter"
-"""Name of filters of prompts on disk."""
+"""Name on disk of prompt filters."""
 FILTERS = "filters prompts"
-"""What filters of prompts do, as messages have it."""
+"""Description of prompt filters in messages."""
 FAINTEST = 1e-7
-"""Norm of all weight edits together below which no image changes."""
+"""Norm of all weight edits together below which an erasure counts as empty, because no image changes."""
 
 
 class LowRank(NamedTuple):
     """The edit `delta = up @ down` of one linear layer."""
 
     down: Tensor
-    """`(rank, in_features)`."""
+    """Factor that reads the input, `(rank, in_features)`."""
     up: Tensor
-    """`(out_features, rank)`."""
+    """Factor that gives the output, `(out_features, rank)`."""
 
 
 class InputMap(NamedTuple):
-    """The edit `delta = W @ up @ down` of one linear layer whose base weight is `W`: what the layer reads is mapped.
+    """The edit `delta = W @ up @ down` of one linear layer with base weight `W`: a map of the layer's input.
 
-    Layers that read the same input share the factors, which are kept once.
+    Layers with the same input share the factors, which are saved once.
     """
 
     down: Tensor
-    """`(rank, in_features)`."""
+    """Factor that reads the input, `(rank, in_features)`."""
     up: Tensor
-    """`(in_features, rank)`."""
+    """Factor that gives the change of the input, `(in_features, rank)`."""
     outputs: Tensor
-    """`()`, whole number: `out_features` of the layer."""
+    """Number of the layer's `out_features`, `()` int."""
 
 
 Edit = Tensor | LowRank | InputMap
@@ -78,21 +78,22 @@ class Edits:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     """By `component/module.path`; edits that module's `weight`."""
     deltas: dict[str, Tensor] = field(default_factory=dict)
-    """By `component/module.path.parameter`; same shape as the parameter."""
+    """Full changes, shaped as the parameter, by `component/module.path.parameter`."""
     pinned: dict[str, Pinned] = field(default_factory=dict)
-    """By text encoder component: prompts whose encoding stays as it is."""
+    """Prompts whose encoding stays fixed, by text encoder component."""
     features: dict[str, BlockEdit] = field(default_factory=dict)
-    """By `component/block.path`: autoencoder latents to change at that block's output."""
+    """Edits of sparse-autoencoder latents at a block's output, by `component/block.path`."""
     maps: dict[str, InputMap] = field(default_factory=dict)
     """By `component/module.path`; edits that module's `weight`."""
     safety: dict[str, SafetyGuidance] = field(default_factory=dict)
-    """By denoiser component: what its predictions are steered away from."""
+    """Safety guidance, by denoiser component."""
     filters: dict[str, PromptFilter] = field(default_factory=dict)
-    """By `denoiser/text_encoder`: what is projected away from prompts that this encoder writes for that denoiser."""
+    """Prompt filters, by `denoiser/text_encoder`: what is projected away from this encoder's states for that
+    denoiser."""
     membranes: dict[str, Membrane] = field(default_factory=dict)
-    """By `denoiser/module.path`: low-rank branches beside that layer, each behind the gate of a concept."""
+    """Low-rank branches of a layer, each with the gate of a concept, by `denoiser/module.path`."""
     gates: dict[str, PromptGate] = field(default_factory=dict)
-    """By `denoiser/text_encoder`: how far these gates are open for prompts that this encoder reads."""
+    """Gates of the branches, which read this encoder's prompts, by `denoiser/text_encoder`."""
 
     def __len__(self) -> int:
         """Number of edited parameters, blocks, layers, predictions and filters."""
@@ -101,19 +102,19 @@ class Edits:
 
     @property
     def parameters(self) -> list[str]:
-        """Keys of every edited parameter, `component/module.path.parameter`."""
+        """List the keys of every edited parameter, `component/module.path.parameter`."""
         return [*(f"{key}.weight" for key in (*self.low_rank, *self.maps)), *self.deltas]
 
     @property
     def components(self) -> list[str]:
-        """Pipeline components that are edited, each once."""
+        """List the edited pipeline components, each once."""
         keyed = (*self.parameters, *self.features, *self.safety, *self.filters, *self.membranes)
         ends = [end for key in (*self.filters, *self.gates) for end in key.split("/")]
         return list(dict.fromkeys([*(key.split("/")[0] for key in keyed), *ends]))
 
     @property
     def beyond_weights(self) -> str | None:
-        """What it does that the weights of a model cannot hold, if anything."""
+        """Describe the edits that cannot be written into a model's weights; `None` without such edits."""
         if self.safety:
             return GUIDES
         if self.filters:
@@ -123,7 +124,7 @@ class Edits:
         return "pins prompts" if self.pinned else "edits features" if self.features else None
 
     def of(self, component: str) -> dict[str, Edit]:
-        """The edits of one component by parameter path without the component's name."""
+        """Give the edits of one component's parameters, by path inside the component."""
         prefix = component + "/"
         layers: dict[str, LowRank | InputMap] = {**self.low_rank, **self.maps}
         edits: dict[str, Edit] = {
@@ -133,36 +134,36 @@ class Edits:
         return edits
 
     def features_of(self, component: str) -> dict[str, BlockEdit]:
-        """The feature edits of one component by block path."""
+        """Give the block edits of one component, by block path."""
         prefix = component + "/"
         return {key.removeprefix(prefix): edit for key, edit in self.features.items() if key.startswith(prefix)}
 
     def filters_of(self, component: str) -> list[PromptFilter]:
-        """The filters of what a text encoder writes, or of what a denoiser is told."""
+        """List the prompt filters of a text encoder or a denoiser."""
         return [one for key, one in self.filters.items() if component in key.split("/")]
 
     def membranes_of(self, component: str) -> dict[str, Membrane]:
-        """The branches of a denoiser by path of the layer."""
+        """Give the branches of a denoiser, by path of the layer."""
         prefix = component + "/"
         return {key.removeprefix(prefix): one for key, one in self.membranes.items() if key.startswith(prefix)}
 
     def gates_of(self, component: str) -> list[PromptGate]:
-        """The gates of what a text encoder reads, or of what a denoiser is told."""
+        """List the gates of a text encoder or a denoiser."""
         return [one for key, one in self.gates.items() if component in key.split("/")]
 
     @property
     def carriers(self) -> list[str]:
-        """Where the erasure lives, as its config says it."""
+        """List the carriers of the erasure, as named in its config."""
         inside = self.pinned or self.features or self.filters or self.membranes
         there = {"weights": self.parameters, "activations": inside, "guidance": self.safety}
         return [carrier for carrier, edits in there.items() if edits]
 
     def check(self) -> None:
-        """Raise unless a pipeline can hold these edits, and they change something.
+        """Raise unless the edits are valid and change something.
 
         Raises:
-            ArtifactError: A component that no erasure may change, a parameter that is edited twice, tensors of a wrong
-                type or shape or that do not go together, or edits that are all zero.
+            ArtifactError: The edits name a component that no erasure may change, edit a parameter twice, have tensors
+                of a wrong or inconsistent type or shape, or are all zero.
             DivergenceError: A tensor holds NaN or infinity.
         """
         for key in (*self.parameters, *self.pinned, *self.features):
@@ -215,12 +216,12 @@ class Edits:
 
     @property
     def is_empty(self) -> bool:
-        """Whether every edit is nothing, so that no image would change."""
+        """Whether no edit would change an image."""
         total = 0.0
         pairs = [(edit.down, edit.up) for edit in self.low_rank.values()]
         pairs += [(edit.down, edit.up) for edit in self.maps.values()]
         for down, up in ((a.detach().double().cpu(), b.detach().double().cpu()) for a, b in pairs):
-            # |up down|^2 without the product, which is as large as the layer.
+            # This is |up down|^2 without forming the product, which is as large as the layer.
             total += float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
         for delta in self.deltas.values():
             total += float(delta.detach().double().cpu().norm() ** 2)
@@ -230,14 +231,14 @@ class Edits:
         )  # fmt: skip
 
     def check_width(self, component: str, width: int) -> None:
-        """Raise unless what is pinned and edited inside a text encoder is as wide as the encoder.
+        """Raise unless pinned prompts and block edits are as wide as the text encoder.
 
         Args:
-            component: The text encoder.
-            width: Of its hidden states.
+            component: Name of the text encoder.
+            width: Width of its hidden states.
 
         Raises:
-            WrongBaseError: Another width: it was made for another model.
+            WrongBaseError: The width differs, so the erasure was made for another model.
         """
         found = {key: pin.hidden_states.shape[-1] for key, pin in self.pinned.items() if key == component}
         found |= {key: block.w_enc.shape[0] for key, block in self.features.items() if key.startswith(component + "/")}
@@ -253,14 +254,14 @@ class Edits:
     def check_finite(self) -> None:
         """Raise `DivergenceError` when a tensor holds NaN or infinity."""
         tensors = {**self.delta_state_dict(), **self.lora_state_dict()}
-        # Nobody knows which values of 8 bits are finite but a wider type.
+        # 8-bit types have no test for finite values, so they are converted first.
         wide = {key: tensor.float() if tensor.itemsize == 1 else tensor for key, tensor in tensors.items()}
         broken = [key for key, tensor in wide.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise DivergenceError(f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity, first {broken[0]!r}")
 
     def delta_state_dict(self) -> dict[str, Tensor]:
-        """Everything that is in no LoRA file, under the names of `erasure.safetensors`."""
+        """Give all tensors that are not in a LoRA file, by their names in `erasure.safetensors`."""
         pins = {f"{key}/pinned.{part}": t for key, pin in self.pinned.items() for part, t in pin.stated().items()}
         slices = {
             f"{key}/{KINDS[type(edit)]}.{part}": tensor
@@ -283,7 +284,7 @@ class Edits:
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def _map_state_dict(self) -> dict[str, Tensor]:
-        """`COMPONENT/input_map.NUMBER.down` and `.up`, and for each layer that has it `LAYER/mapped.NUMBER`."""
+        """Name input maps: `COMPONENT/input_map.NUMBER.down` and `.up`, and for each layer `LAYER/mapped.NUMBER`."""
         state, numbers = {}, dict[tuple[str, int, int], int]()
         for key, (down, up, outputs) in self.maps.items():
             component = key.split("/")[0]
@@ -294,9 +295,9 @@ class Edits:
         return state
 
     def lora_state_dict(self, *, kohya: bool = True) -> dict[str, Tensor]:
-        """The low-rank edits that stock pipelines load, under the names of LoRA files (scale 1).
+        """Give the low-rank edits that stock pipelines load, by their names in LoRA files (scale 1).
 
-        See `erasure.carriers.lora_names.file_names`; the others are with `delta_state_dict`.
+        See `erasure.carriers.lora_names.file_names`; the other low-rank edits are in `delta_state_dict`.
         """
         read = {key: edit for key, edit in self.low_rank.items() if is_read_by_stock(key)}
         names = file_names(read, kohya=kohya)
@@ -304,7 +305,7 @@ class Edits:
         return {name: tensor.contiguous() for name, tensor in pairs.items()}
 
     def equals(self, other: Edits) -> bool:
-        """Whether other edits change a model alike, in whatever precision they are kept."""
+        """Whether other edits have the same effect, whatever their precision is."""
         one, two = ({**edits.lora_state_dict(), **edits.delta_state_dict()} for edits in (self, other))
         return {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in two.items()} and all(
             torch.equal(tensor.cpu().float(), two[key].cpu().float()) for key, tensor in one.items()
@@ -312,12 +313,12 @@ class Edits:
 
     @classmethod
     def from_state_dicts(cls, deltas: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> Edits:
-        """The inverse of saving: deltas as they are, low-rank edits from the names of LoRA files.
+        """Read edits from the tensors of `erasure.safetensors` and of a LoRA file.
 
-        Looks at names and shapes only, so that tensors on `meta` do; `check` looks at the values.
+        Only names and shapes are read, so tensors on the `meta` device work; `check` reads the values.
 
         Raises:
-            ArtifactError: A key that is none of ours, half of a pair, or factors that do not fit.
+            ArtifactError: A key is unknown, one of two factors is missing, or factors do not fit together.
         """
         low_rank = {}
         for name in lora:
@@ -371,11 +372,11 @@ class Edits:
 
 
 def check_key(key: str, *, text_only: bool = False) -> None:
-    """Raise `ArtifactError` unless an erasure may edit what a key names.
+    """Raise `ArtifactError` unless an erasure may edit the part of the model that a key names.
 
     Args:
-        key: `component/path`, or a component alone.
-        text_only: Of an edit that only text encoders can hold.
+        key: `component/path`, or a component's name alone.
+        text_only: Whether only text encoders can have this kind of edit.
     """
     component, _, path = key.partition("/")
     allowed = TEXT_ENCODERS if text_only else EDITABLE_COMPONENTS
@@ -389,7 +390,7 @@ def check_key(key: str, *, text_only: bool = False) -> None:
 
 
 def _check_tensors(key: str, tensors: Mapping[str, Tensor], allowed: Mapping[str, Sequence[torch.dtype]]) -> None:
-    """Raise unless every tensor of an edit has a type that it may have, and none is empty."""
+    """Raise `ArtifactError` unless every tensor of an edit has an allowed type and is not empty."""
     for name, tensor in tensors.items():
         if tensor.dtype not in allowed[name]:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[name])
@@ -399,7 +400,7 @@ def _check_tensors(key: str, tensors: Mapping[str, Tensor], allowed: Mapping[str
 
 
 def _fits(edit: LowRank) -> bool:
-    """Whether the factors have a product."""
+    """Whether the factors' shapes fit together."""
     return edit.up.ndim == 2 and edit.down.ndim == 2 and edit.up.shape[1] == edit.down.shape[0]
 
 
@@ -409,10 +410,10 @@ def _goes_together(edit: InputMap) -> bool:
 
 
 def _maps(tensors: Mapping[str, Tensor]) -> dict[str, InputMap]:
-    """The input maps by layer.
+    """Read the input maps, by layer.
 
     Raises:
-        ArtifactError: A layer's map is missing, a map has no layer, its tensors do not fit, or one layer has two.
+        ArtifactError: The map of a layer is missing, a map has no layer, tensors do not fit, or a layer has two maps.
     """
     found: dict[str, InputMap] = {}
     used = set()

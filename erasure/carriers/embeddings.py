@@ -1,4 +1,4 @@
-"""Learned vectors: soft prompts and adversarial prefixes in place of words, and the learned tokens of pipelines."""
+"""Learned vectors: soft prompts and adversarial prefixes instead of words, and pipelines' learned tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INJECT = "erasure_injected_embeddings"
 
 
 class _Inject(ModelHook):
-    """On the token embedding: puts learned vectors in place of some tokens."""
+    """Hook on the token embedding: replaces some tokens' embeddings by learned vectors."""
 
     def __init__(self, place: Tensor, vectors: Tensor) -> None:
         super().__init__()
@@ -33,15 +33,14 @@ class _Inject(ModelHook):
 
 @contextmanager
 def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]:
-    """Read vectors instead of the tokens at some places; differentiable.
+    """Replace token embeddings at given positions by vectors; differentiable in the vectors.
 
-    The ids stay as they are, so the end token is found where it was. Leaving in the middle of an error takes the hook
-    off too.
+    Token ids do not change, so the end token is found at its place. The hook is removed also after an error.
 
     Args:
-        tower: The text encoder.
-        place: `(tokens,)`, the same in every prompt.
-        vectors: `(tokens, dim)` for all prompts, or `(prompts, tokens, dim)`.
+        tower: Text encoder.
+        place: Positions to replace, `(tokens,)`, the same in every prompt.
+        vectors: Vectors `(tokens, dim)` for all prompts, or `(prompts, tokens, dim)`.
     """
     table = paths.token_table(tower.root)
     with hooks.hooked(table, _Inject(place, vectors), _INJECT):
@@ -49,15 +48,16 @@ def injected(tower: TextTower, place: Tensor, vectors: Tensor) -> Iterator[None]
 
 
 def behind(tower: TextTower, prompts: PromptTokens, prefix: Tensor) -> PromptTokens:
-    """Prompts with other tokens ahead of their first word; all of their own tokens stay that there is room for.
+    """Insert tokens before the first word of prompts; a prompt's own tokens stay as far as they fit.
 
     Args:
-        tower: The text encoder that they are of.
-        prompts: As many as rows of the prefix, or one, which is repeated for all of them.
-        prefix: Tokens `(rows, tokens)`.
+        tower: Text encoder that tokenised the prompts.
+        prompts: One prompt for each row of the prefix, or one prompt, which is repeated.
+        prefix: Token ids, `(rows, tokens)`.
 
     Returns:
-        Prompts with the ids that are really there: carriers that read ids must see them. One that there is no room
+        Prompts with the inserted ids, which carriers that read ids must see. A prompt that is too long is cut and ends
+        with the end token, as tokenisers do.
         for is cut and ends with the end token, as tokenisers cut it.
     """
     (rows, count), leading = prefix.shape, tower.leading
@@ -79,11 +79,11 @@ def behind(tower: TextTower, prompts: PromptTokens, prefix: Tensor) -> PromptTok
 
 
 Learned = Mapping[str, Mapping[str, Mapping[str, str]]]
-"""The learned tokens that texts mention: fingerprints of their vectors, by component and token."""
+"""Learned tokens that texts contain: fingerprints of their vectors, by component and token."""
 
 
 def learned_tokens(towers: Iterable[TextTower], texts: Iterable[str]) -> Learned:
-    """The learned tokens (textual inversion) that texts mention; components without one are left out."""
+    """Find the learned tokens (textual inversion) that texts contain; components without any are left out."""
     texts = list(texts)
     each = {
         tower.component: {
@@ -96,17 +96,17 @@ def learned_tokens(towers: Iterable[TextTower], texts: Iterable[str]) -> Learned
 
 
 def missing_tokens(towers: Sequence[TextTower], texts: Iterable[str]) -> list[str]:
-    """Names in angle brackets in texts that no text encoder has learned, each once."""
+    """List names in angle brackets that no text encoder has learned, each once."""
     names = list(dict.fromkeys(name for text in texts for name in PLACEHOLDER.findall(text)))
     known = [set(learned.ids_by_word(tower.tokenizer)) for tower in towers]
     return [name for name in names if not any(name in words for words in known)]
 
 
 def require_tokens(towers: Sequence[TextTower], texts: Iterable[str]) -> None:
-    """Refuse texts that name a learned token which the model lacks: it would read its letters.
+    """Refuse texts with a learned token that the model lacks, and would therefore read letter by letter.
 
     Raises:
-        ConceptError: One does.
+        ConceptError: A text contains such a token.
     """
     if missing := missing_tokens(towers, texts):
         raise ConceptError(
@@ -116,10 +116,10 @@ def require_tokens(towers: Sequence[TextTower], texts: Iterable[str]) -> None:
 
 
 def refuse_half_learned(towers: Iterable[TextTower], texts: Iterable[str]) -> None:
-    """Raise `ConceptError` when one CLIP of several has learned a token that texts mention, and another spells it.
+    """Raise `ConceptError` when texts contain a token that only some of a model's CLIP encoders have learned.
 
-    The pipeline would go on drawing what it stands for by the words of the one and the letters of the other, and
-    an erasure would be fitted to both. T5 learns no tokens.
+    The other encoders would read the token's letters, and the erasure would be fitted to both readings. T5 learns no
+    tokens.
     """
     texts = list(texts)
     each = {tower.component: set(learned.mentioned(texts, tower.tokenizer)) for tower in towers if tower.causal}
@@ -134,12 +134,12 @@ def refuse_half_learned(towers: Iterable[TextTower], texts: Iterable[str]) -> No
 
 
 def warn_of_unlike_tokens(name: str, towers: Iterable[TextTower], expected: Learned) -> None:
-    """Warn when a pipeline lacks learned tokens that an erasure mentions, or has other vectors for them.
+    """Warn when a pipeline lacks learned tokens of an erasure's concepts, or has other vectors for them.
 
     Args:
-        name: Of the erasure.
-        towers: Of the pipeline.
-        expected: The tokens of the pipeline that the erasure was made with.
+        name: Name of the erasure.
+        towers: Text encoders of the pipeline.
+        expected: Learned tokens of the pipeline on which the erasure was made.
     """
     for tower in towers:
         known = learned.ids_by_word(tower.tokenizer)

@@ -1,4 +1,4 @@
-"""Which erased concepts a prompt holds, by the gates of feature edits: the autoencoder as a zero-shot classifier."""
+"""Detection of erased concepts in prompts by the gates of feature edits: the autoencoder as a zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from erasure.text.words import word_mask
 
 
 class Detection(NamedTuple):
-    """One concept in one prompt."""
+    """Detection result for one concept in one prompt."""
 
     score: float
-    """How surely a word of the prompt holds the concept, 0-1 (a mean square with `parity="itd"`)."""
+    """Score that a word of the prompt names the concept, 0 to 1 (a mean square with `parity="itd"`)."""
     gate: float
-    """The least score that opens the gate."""
+    """Smallest score that opens the gate."""
     probe: float | None = None
-    """The same by the linear probe."""
+    """Score of the linear probe, 0 to 1, if there is one."""
 
     @property
     def present(self) -> bool:
-        """Whether the concept counts as being in the prompt, and is erased from it."""
+        """Whether the concept is detected in the prompt, and is therefore erased from it."""
         return self.score >= self.gate
 
     def margin(self) -> float:
-        """How far the score is above the gate, below 0 where it is shut."""
+        """Difference of score and gate, negative where the gate is closed."""
         return self.score - self.gate
 
 
 def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
-    """How surely prompts hold the concepts of the attached feature erasures (`itd`), by concept, for each prompt.
+    """Detect the concepts of the attached feature erasures (`itd`) in prompts; one dictionary by concept per prompt.
 
-    Of several text encoders the one that is surest is heard. The prompts are encoded by the stock twin of the
-    pipeline, so nothing is switched meanwhile.
+    In a model with several text encoders the largest margin counts. Prompts are encoded by a stock copy of the
+    pipeline's encoders, so the pipeline itself is not switched.
 
     Raises:
-        AttachError: None of the attached erasures can tell.
+        AttachError: No attached erasure has gates.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     manager = ErasureManager(pipe)
@@ -59,12 +59,12 @@ def detect_concepts(pipe: DiffusionPipeline, prompts: str | Sequence[str]) -> li
 def detect_with(
     stock: Sequence[TextTower], erasures: Iterable[Erasure], texts: Sequence[str]
 ) -> list[dict[str, Detection]]:
-    """See `detect_concepts`.
+    """Detect concepts in prompts with given text encoders, see `detect_concepts`.
 
     Args:
         stock: The text encoders without erasures.
-        erasures: Those whose feature edits are asked; others tell nothing.
-        texts: The prompts.
+        erasures: Erasures whose feature edits are used; others are ignored.
+        texts: Prompts.
     """
     towers = {tower.component: tower for tower in stock}
     found: list[dict[str, Detection]] = [{} for _ in texts]
@@ -77,14 +77,14 @@ def detect_with(
                 # The released code has one gate for all concepts.
                 answers = row * len(erasure.concepts) if len(row) == 1 else row
                 for concept, answer in zip(erasure.concepts, answers, strict=True):
-                    # One text encoder that is sure opens the gates of all.
+                    # A gate that opens in one text encoder opens those of all text encoders.
                     each[concept.target] = max(each.get(concept.target, answer), answer, key=Detection.margin)
     return found
 
 
 @torch.no_grad()
 def detect(tower: TextTower, layer: int, edit: BlockEdit, prompts: Sequence[str]) -> list[list[Detection]]:
-    """What the gates of an edit say of prompts, for each prompt and gate; no edit may be in force."""
+    """Compute the detection of each gate of an edit in each prompt; no edit may be in force."""
     placed = edit.on(next(tower.root.parameters()).device)
     gates = edit.gates.tolist()
     found: list[list[Detection]] = []

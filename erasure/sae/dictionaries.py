@@ -1,4 +1,4 @@
-"""Where a text tower's autoencoder is found, or made."""
+"""Finding or training a text encoder's dictionary (sparse autoencoder)."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ from erasure.sae.stream import TokenStream, activations, block_fingerprint, read
 from erasure.sae.training import SAETrainer, TrainingOptions, variance_share
 
 ERROR_ALLOWED, ERROR_FACTOR = 0.1, 3.0
-"""Share of the variance of activations that a dictionary may leave unexplained, or so many times what it left in its
-training, until it counts as made for another text encoder."""
+"""Limits above which a dictionary counts as made for another text encoder: unexplained share of the activations'
+variance, and its multiple of the share in the dictionary's training."""
 SAMPLE = 64
-"""Prompts by which that is told."""
+"""Number of prompts on which the unexplained share is measured."""
 
 
 def named(name: str) -> Path:
-    """A folder, or an embedded autoencoder by its name."""
+    """Resolve a folder, or the name of an embedded autoencoder, to a path."""
     from erasure import assets
 
     return assets.find(name) or Path(name)
 
 
 def assigned(given: str, towers: Sequence[TextTower]) -> dict[str, Path]:
-    """Which of the dictionaries that a user names is for which text encoder, by component.
+    """Assign the dictionaries that a user names to text encoders, by component.
 
     Args:
-        given: One folder or name of an embedded dictionary, or several, commas between; each alone, or as
+        given: One folder or name of an embedded dictionary, or several, separated by commas; each plain, or as
             `COMPONENT=FOLDER`.
         towers: The text encoders of the model.
 
     Raises:
-        OptionError: An unknown text encoder, two dictionaries for one, or one that does not say what it is for.
-        WrongBaseError: One was made for none of the text encoders.
+        OptionError: A text encoder is unknown or gets two dictionaries, or a dictionary does not say for which encoder
+            it was made.
+        WrongBaseError: A dictionary was made for none of the text encoders.
     """
-    # Names of folders may hold the signs.
+    # Names of folders may contain commas and equals signs.
     listed = [given] if os.path.exists(given) else [part.strip() for part in given.split(",") if part.strip()]
     found: dict[str, Path] = {}
     for part in listed:
@@ -66,7 +67,7 @@ def assigned(given: str, towers: Sequence[TextTower]) -> dict[str, Path]:
 
 
 def _component_of(folder: Path, towers: Sequence[TextTower]) -> str:
-    """The text encoder that a dictionary was made for."""
+    """Find the text encoder for which a dictionary was made."""
     if len(towers) == 1:
         (only,) = towers
         return only.component
@@ -90,11 +91,11 @@ def opened(tower: TextTower, folder: Path, layer: int | None) -> tuple[SparseAut
 
     Args:
         tower: The text encoder.
-        folder: Of the dictionary.
-        layer: The block; what the dictionary says when left out.
+        folder: Folder of the dictionary.
+        layer: Block that it reads; the one named by the dictionary when `None`.
 
     Raises:
-        OptionError: Nobody says which block it reads.
+        OptionError: Neither `layer` nor the dictionary names a block.
         WrongBaseError: It was made for another text encoder.
     """
     sae = load(folder)
@@ -118,10 +119,10 @@ def _made_for_another(folder: Path, sae: SparseAutoencoder, found: str) -> str:
 
 @torch.no_grad()
 def explains(tower: TextTower, folder: Path, sae: SparseAutoencoder) -> bool:
-    """Whether a dictionary describes a text encoder's activations as it described those that it was trained on.
+    """Whether a dictionary explains a text encoder's activations about as well as those that it was trained on.
 
-    What it says about itself names one matrix of the block only, which fine-tuned encoders may share. Where it does
-    not say how well it described them, or no prompts came with it, nothing speaks against it.
+    The fingerprint in its metadata covers one matrix of the block only, which fine-tuned encoders may share. The
+    result is true where the dictionary lacks figures or prompts for the comparison.
     """
     about, prompts = sae.config.metadata, read_prompts(folder)[:SAMPLE]
     error, layer = about.get("fvu"), about.get("layer")
@@ -133,7 +134,7 @@ def explains(tower: TextTower, folder: Path, sae: SparseAutoencoder) -> bool:
 
 
 def embedded(tower: TextTower) -> Path | None:
-    """The autoencoder that comes with the package, when it was made for this text encoder."""
+    """Find the autoencoder that is embedded in the package, if it was made for this text encoder."""
     from erasure import assets
 
     folder = assets.find("canvas-sae")
@@ -148,21 +149,22 @@ def embedded(tower: TextTower) -> Path | None:
 def trained(
     tower: TextTower, layer: int, prompts: Sequence[str], options: TrainingOptions, progress: Callable[[float], None]
 ) -> Path:
-    """One that is trained now, or was before: it is kept in the cache, and a run that is killed goes on later.
+    """Train a dictionary, or find it in the cache; an interrupted training is resumed.
 
     Args:
-        tower: Whose activations.
-        layer: Of which block.
-        prompts: To train on.
-        options: How.
-        progress: Called with the share that is done.
+        tower: Text encoder whose activations are read.
+        layer: Block whose output is read.
+        prompts: Prompts to train on.
+        options: Options of the training.
+        progress: Called with the share of the work that is done, 0 to 1.
     """
     known = block_fingerprint(tower, layer)
-    # One matrix is the same in many a fine-tuned encoder, and what broken ones give is the same NaN: both are asked.
+    # Both the matrix and some activations are compared: fine-tuned encoders can share the matrix, and broken encoders
+    # all give the same NaN.
     given = fingerprint(activations(tower, layer, tower.tokenize(prompts[:4])).float())
     recipe = [known, given, layer, dataclasses.asdict(options), list(prompts)]
     folder = cache_folder() / "dictionaries" / files.digest(recipe)
-    # What is damaged is made again.
+    # A damaged dictionary is trained again.
     with suppress(ArtifactError):
         if load(folder).config.metadata.get("fingerprint") == known:
             return folder

@@ -1,4 +1,4 @@
-"""The edit of one text encoder's block from what was chosen for each concept."""
+"""The edit of one text encoder's block, made from the chosen features of each concept."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from erasure.sae.standin import ALONE
 from erasure.sae.stream import activations
 
 Mode = Literal["scale", "clamp", "replace"]
-"""What becomes of a latent; see `ItD.mode`."""
+"""How latents are edited; see `ItD.mode`."""
 
 
 class Choice(NamedTuple):
-    """What an erasure holds of one concept."""
+    """Features and gate of one concept."""
 
     features: list[int]
     """Latents to edit."""
     magnitude: Tensor
-    """`(features,)`: what each usually reaches in prompts with the concept."""
+    """Usual value of each latent in prompts with the concept, `(features,)`."""
     gate: Gate
-    """When to."""
+    """Gate that decides in which prompts the latents are edited."""
     anchor: Tensor | None = None
-    """`(n, dim)`: what the first n latents write to bring the anchor; `None` where nothing takes the place."""
+    """Rows that the first n latents add to produce the anchor, `(n, dim)`; `None` without an anchor."""
     factor: float = ALONE
-    """Factor of its latents."""
+    """Factor of the concept's latents."""
 
 
 def feature_edit(
     tower: TextTower, layer: int, sae: SparseAutoencoder, choices: Sequence[Choice], *, mode: Mode, by_probe: bool,
     local: bool,
 ) -> FeatureEdit:  # fmt: skip
-    """The latents of all concepts, each once, with who edits and who counts them; dictionary rows in float16.
+    """Combine the latents of all concepts, each once, into one edit with dictionary rows in float16.
 
     Args:
         tower: The text encoder.
-        layer: Its block.
+        layer: Block of the text encoder.
         sae: The dictionary.
-        choices: Of every concept.
-        mode: What becomes of a latent.
+        choices: Features and gate of every concept.
+        mode: How latents are edited.
         by_probe: Whether the linear probe opens the gates.
         local: Whether only words whose own score opens a gate are edited.
     """
@@ -53,7 +53,8 @@ def feature_edit(
     place = {feature: index for index, feature in enumerate(used)}
     part = sae.slice(used)
 
-    # What a latent of a concept writes instead is one more latent: concepts that share the first differ in it.
+    # The rows added for an anchor belong to additional latents, because concepts that share a latent have different
+    # rows.
     written = [
         (c, place[feature], row)
         for c, choice in enumerate(choices)
@@ -68,7 +69,7 @@ def feature_edit(
     for choice in choices:
         index = torch.tensor([place[i] for i in choice.features])
         reached[index] = torch.maximum(reached[index], choice.magnitude)
-        # Of several concepts that share a latent, the one that pushes hardest.
+        # Where concepts share a latent, the lowest factor is used.
         factor[index] = factor[index].clamp(max=choice.factor)
     factor = torch.where(factor.isinf(), 1.0, factor)
     clamp = mode == "clamp"

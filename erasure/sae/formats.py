@@ -23,12 +23,12 @@ OPENAI_CONFIG, OPENAI_FILE = "config.json", "state_dict.pth"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE)
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 PROMPTS_LIMIT = 256 * 2**20
-"""Bytes of a file of prompts."""
+"""Largest size in bytes of a file of prompts."""
 Count = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class Metadata(BaseModel):
-    """What is known about an autoencoder; more may be."""
+    """Metadata of an autoencoder; further fields are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, JsonValue]
@@ -38,11 +38,11 @@ class Metadata(BaseModel):
     hook_name: Annotated[str, Field(max_length=500)] | None = None
     model_name: Annotated[str, Field(max_length=500)] | None = None
     fingerprint: dict[str, str] = {}
-    """Of the block's first matrix."""
+    """Fingerprint of the first matrix of the block."""
 
 
 class SaeLens(BaseModel):
-    """`cfg.json` of sae-lens."""
+    """Contents of sae-lens' `cfg.json`."""
 
     model_config = ConfigDict(strict=True)
     architecture: Annotated[str, Field(max_length=100)]
@@ -56,7 +56,7 @@ class SaeLens(BaseModel):
 
 
 class Sparsify(BaseModel):
-    """`cfg.json` of sparsify."""
+    """Contents of sparsify's `cfg.json`."""
 
     model_config = ConfigDict(strict=True)
     d_in: Count
@@ -66,7 +66,7 @@ class Sparsify(BaseModel):
 
 
 class OpenAI(BaseModel):
-    """`config.json` of OpenAI's autoencoders."""
+    """Contents of `config.json` of OpenAI's autoencoders."""
 
     model_config = ConfigDict(strict=True)
     d_model: Count
@@ -85,8 +85,8 @@ def save(
 
     Args:
         sae: The autoencoder.
-        folder: Where to.
-        dtype: Of the tensors.
+        folder: Folder to write to.
+        dtype: Type of the saved tensors.
         prompts: Ordinary prompts of the model, kept as `prompts.txt`: strategies calibrate on them.
 
     Raises:
@@ -101,7 +101,7 @@ def save(
         "metadata": config.metadata,
     }  # fmt: skip
     tensors = {name: getattr(sae, name).detach().to("cpu", dtype).contiguous() for name in TENSORS}
-    # A TopK dictionary keeps its thresholds too: a slice of it has no other way to know when a latent fires.
+    # The thresholds of a TopK dictionary are saved too, because slices of it use them to decide when a latent fires.
     tensors["threshold"] = sae.threshold.to("cpu", dtype)
     contents = {
         CONFIG_FILE: files.json_bytes(described, str(target / CONFIG_FILE)),
@@ -124,7 +124,7 @@ def load(folder: str | Path) -> SparseAutoencoder:
     OpenAI's (`config.json` with `state_dict.pth`), which sdxl-unbox, ItD and Concept Steerers write too.
 
     Raises:
-        ArtifactError: No such layout, a missing tensor, or shapes that do not fit.
+        ArtifactError: The layout is unknown, a tensor is missing, or shapes do not fit.
     """
     source = Path(folder)
     try:
@@ -155,10 +155,10 @@ def _config(source: Path, found: Mapping[str, Path], name: str, schema: type[Con
 
 
 def read_prompts(source: str | Path) -> list[str]:
-    """Prompts from a text file, one per line, or those that came with the autoencoder of a folder, if any.
+    """Read prompts from a text file, one per line, or those saved with the autoencoder in a folder, if any.
 
     Raises:
-        OptionError: The file cannot be read or holds none.
+        OptionError: The file cannot be read or contains no prompt.
     """
     file = Path(source)
     if file.is_dir():
@@ -212,12 +212,12 @@ def _openai(config: OpenAI, path: Path) -> SparseAutoencoder:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor of values in memory."""
+    """Whether a value is a plain dense tensor in memory."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _read(path: Path, stored: Mapping[str, str], config: SAEConfig, needed: Collection[str]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file under our names, their shapes checked before any is allocated."""
+    """Read tensors of a safetensors file, renamed; shapes are checked before any tensor is allocated."""
 
     def check(infos: Mapping[str, TensorInfo]) -> None:
         _check(path, {name: (info.dtype, info.shape) for name, info in infos.items()}, stored, config, needed)
@@ -226,7 +226,7 @@ def _read(path: Path, stored: Mapping[str, str], config: SAEConfig, needed: Coll
 
 
 def _named(tensors: Mapping[str, Tensor], stored: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors under our names: `W_enc.T` is the transpose of `W_enc`."""
+    """Rename tensors; a stored name `W_enc.T` stands for the transpose of `W_enc`."""
     return {
         own.removesuffix(".T"): tensors[name].T if own.endswith(".T") else tensors[name]
         for name, own in stored.items()
@@ -238,7 +238,7 @@ def _check(
     path: Path, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], stored: Mapping[str, str], config: SAEConfig,
     needed: Collection[str],
 ) -> None:  # fmt: skip
-    """Raise unless tensors are there and have the shapes that the config says."""
+    """Raise `ArtifactError` unless all tensors are there with the shapes of the config."""
     wide, many = config.d_in, config.d_sae
     shapes = {"W_enc": (wide, many), "b_enc": (many,), "W_dec": (many, wide), "b_dec": (wide,), "threshold": (many,)}
     for name, own in stored.items():

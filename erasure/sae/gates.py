@@ -1,4 +1,4 @@
-"""Telling a concept from the words of a prompt: labelled word states, logistic scores, and their thresholds."""
+"""Gates that recognise a concept in a prompt: labelled word states, logistic scores, and thresholds."""
 
 from __future__ import annotations
 
@@ -17,60 +17,61 @@ from erasure.sae.stream import activations
 from erasure.text.words import is_whole_word, spellings, word_mask
 
 CHUNK = 64
-"""Prompts encoded at once."""
+"""Number of prompts encoded at once."""
 CANDIDATES = 512
-"""Latents that a gate is chosen from."""
+"""Number of candidate latents for a gate's score."""
 PENALTY = {"features": 1e-4, "probe": 1e-3}
-"""Of the squared weights of a gate's score."""
+"""Factor of the squared weights in the logistic regression of each score."""
 ROOM = 0.2
-"""Where a gate opens: this share of the way from the highest scores without a concept to the lowest with it. Words for
-the concept that nothing was trained on score between the two; on Canvas half of the way missed more of them."""
+"""Position of the threshold: share of the way from the highest score without the concept to the lowest score with
+it. Other words for the concept, on which nothing was trained, score between the two; on Canvas a share of one half
+missed more of them."""
 ROC_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""False positive rates at which a curve is written down."""
+"""False positive rates at which the ROC curve is saved."""
 
 
 class WordStates(NamedTuple):
-    """The activations of prompts at their words and end tokens, one after the other."""
+    """Activations of prompts at their words and end tokens, concatenated."""
 
     states: Tensor
-    """`(words, dim)` float32 on the CPU."""
+    """Activations, `(words, dim)` float32 on the CPU."""
     ids: Tensor
-    """`(words,)`."""
+    """Token ids, `(words,)`."""
     prompt: Tensor
-    """`(words,)`: which prompt each word is of, ascending."""
+    """Index of each word's prompt, ascending, `(words,)`."""
     prompts: int
     """Number of prompts."""
 
     def of(self, chosen: Tensor) -> WordStates:
-        """Those of some prompts, `(prompts,)` bool, numbered anew."""
+        """Select prompts, given as `(prompts,)` bool, and number them anew."""
         keep = chosen[self.prompt]
         number = chosen.long().cumsum(0) - 1
         return WordStates(self.states[keep], self.ids[keep], number[self.prompt[keep]], int(chosen.sum()))
 
     def greatest(self, values: Tensor) -> Tensor:
-        """The greatest of `(words, ...)` in each prompt, `(prompts, ...)`."""
+        """Take the maximum of values `(words, ...)` over each prompt's words, `(prompts, ...)`."""
         index = self.prompt.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
         empty = values.new_full((self.prompts, *values.shape[1:]), -torch.inf)
         return empty.scatter_reduce(0, index, values, "amax")
 
 
 class Labels(NamedTuple):
-    """Where a concept is in `WordStates`."""
+    """Labels of `WordStates`: where a concept is named."""
 
     holds: Tensor
-    """`(prompts,)` bool: prompts that name it."""
+    """Prompts that name the concept, `(prompts,)` bool."""
     positive: Tensor
-    """`(words,)` bool: the last token of each mention, where also causal attention has read the whole name."""
+    """Last token of each mention, which has read the whole name also under causal attention, `(words,)` bool."""
     negative: Tensor
-    """`(words,)` bool: words of other prompts, and where attention is causal those ahead of the first mention. What
-    else is in a prompt with the concept may carry either."""
+    """Words of other prompts and, under causal attention, words before the first mention, `(words,)` bool. Other
+    words of a prompt with the concept are in neither class."""
 
 
 def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStates:
-    """Encode prompts with the stock tower and keep what their words give at a block.
+    """Encode prompts with the stock text encoder and keep the output of a block at their words.
 
     Raises:
-        DivergenceError: The tower gives NaN or infinity.
+        DivergenceError: The text encoder gives NaN or infinity.
     """
     states, ids, owner = [], [], []
     for first in range(0, len(prompts), CHUNK):
@@ -86,7 +87,7 @@ def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStat
 
 
 def joined(parts: Sequence[WordStates]) -> WordStates:
-    """Several, one after the other."""
+    """Concatenate word states."""
     starts = torch.tensor([0, *(part.prompts for part in parts)]).cumsum(0)
     return WordStates(
         torch.cat([part.states for part in parts]),
@@ -118,13 +119,13 @@ def locate(tower: TextTower, words: WordStates, names: Sequence[str]) -> Labels:
 
 
 def is_whole(tower: TextTower, words: WordStates, start: Tensor, count: int) -> Tensor:
-    """Which places hold whole words, `(places,)` bool: no place where a longer word goes on behind them.
+    """Mark positions at which whole words stand, `(places,)` bool: no longer word continues after them.
 
     Args:
-        tower: Its tokeniser says where words begin.
-        words: Of all prompts.
-        start: `(places,)`: first tokens.
-        count: Tokens of each.
+        tower: Text encoder whose tokeniser marks where words begin.
+        words: Word states of all prompts.
+        start: Index of the first token of each, `(places,)`.
+        count: Number of tokens of each.
     """
     fits = torch.ones(len(start), dtype=torch.bool)
     if not tower.marks_starts:
@@ -139,34 +140,34 @@ def is_whole(tower: TextTower, words: WordStates, start: Tensor, count: int) -> 
 
 
 class Gate(NamedTuple):
-    """How a concept is told from the rest: by latents, and by a probe."""
+    """The gate of a concept: a score of latents, and one of a linear probe."""
 
     features: list[int]
-    """Latents that count."""
+    """Latents in the score."""
     weight: Tensor
-    """`(features,)`."""
+    """Weights of the latents, `(features,)`."""
     bias: float
-    """Of the latents' score."""
+    """Bias of the latents' score."""
     level: float
-    """The least score that opens it."""
+    """Smallest score, as a logit, that opens the gate."""
     probe: Tensor
-    """`(dim,)`."""
+    """Weights of the probe, `(dim,)`."""
     probe_bias: float
-    """Of the probe's score."""
+    """Bias of the probe's score."""
     probe_level: float
-    """The least score that opens it."""
+    """Smallest score, as a logit, that opens the gate."""
     figures: Settings
-    """Rates on the prompts that calibrated it."""
+    """Rates measured on the calibration prompts."""
 
 
 def logistic(x: Tensor, y: Tensor, penalty: float, steps: int = 100) -> tuple[Tensor, Tensor]:
-    """Logistic regression with both classes weighing the same, by L-BFGS.
+    """Fit a logistic regression with equal weights of both classes, by L-BFGS.
 
     Args:
-        x: `(samples, dim)`.
-        y: `(samples,)` bool.
+        x: Inputs, `(samples, dim)`.
+        y: Labels, `(samples,)` bool.
         penalty: Factor of the squared norm of the weights.
-        steps: At most.
+        steps: Largest number of steps.
 
     Returns:
         Weights `(dim,)` and bias `()`.
@@ -188,30 +189,30 @@ def logistic(x: Tensor, y: Tensor, penalty: float, steps: int = 100) -> tuple[Te
 
 
 def calibrate(target: Tensor, retain: Tensor, rate: float) -> float:
-    """The least score of an open gate: at most a share `rate` of the prompts without the concept opens it.
+    """Choose a gate's threshold, which at most a share `rate` of the prompts without the concept reach.
 
-    Where more than that separates the two, it stands between them, see `ROOM`.
+    Where the scores of both kinds are separated, the threshold lies between them, see `ROOM`.
 
     Args:
-        target: `(prompts,)` scores of prompts with the concept.
-        retain: `(prompts,)` of others.
-        rate: False positive rate.
+        target: Scores of prompts with the concept, `(prompts,)`.
+        retain: Scores of other prompts, `(prompts,)`.
+        rate: Allowed false positive rate, 0 to 1.
     """
     above = retain.sort(descending=True).values
     allowed = min(int(rate * len(above)), len(above) - 1)
-    # One float above the first score that may not open it.
+    # The threshold is at least the next float above the highest score that must not open the gate.
     low = torch.nextafter(above[allowed], torch.tensor(torch.inf)).item()
     return max(low, low + ROOM * (target.quantile(0.01).item() - low))
 
 
 def area(target: Tensor, retain: Tensor) -> float:
-    """Area under the ROC curve: the chance that a prompt with the concept scores higher than one without."""
+    """Compute the area under the ROC curve: the probability that a prompt with the concept scores higher."""
     wins = (target[:, None] > retain[None]).double() + 0.5 * (target[:, None] == retain[None]).double()
     return wins.mean().item()
 
 
 def roc(target: Tensor, retain: Tensor) -> list[tuple[float, float]]:
-    """The curve at `ROC_RATES`: false positive rate, and the true positive rate that goes with it."""
+    """Compute the ROC curve at `ROC_RATES`: pairs of false positive rate and true positive rate."""
     above = retain.sort(descending=True).values
     at = [above[min(int(rate * len(above)), len(above) - 1)] for rate in ROC_RATES]
     return [
@@ -222,15 +223,15 @@ def roc(target: Tensor, retain: Tensor) -> list[tuple[float, float]]:
 def fit_gate(
     sae: SparseAutoencoder, words: WordStates, labels: Labels, chooses: Tensor, *, votes: int, rate: float
 ) -> Gate:
-    """Fit the scores of latents and probe on the prompts that choose, set both thresholds on the others.
+    """Fit a gate's scores on one part of the prompts, and set its thresholds on the others.
 
     Args:
         sae: The dictionary.
-        words: Of all prompts.
-        labels: Where the concept is.
-        chooses: `(prompts,)` bool.
-        votes: Latents in the score.
-        rate: Share of the prompts without the concept that may open the gate.
+        words: Word states of all prompts.
+        labels: Where the concept is named.
+        chooses: Marks the prompts to fit scores on, `(prompts,)` bool.
+        votes: Largest number of latents in the score.
+        rate: Share, 0 to 1, of the prompts without the concept that may open the gate.
     """
     train = (labels.positive | labels.negative) & chooses[words.prompt]
     x, y = words.states[train], labels.positive[train]
@@ -270,18 +271,18 @@ def fit_gate(
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """As it is once it has been in the file: thresholds are set with what is used."""
+    """Round a tensor as saving does, so that thresholds are set with the values in use."""
     return tensor.half().to(tensor.dtype)
 
 
 def held_out(score: Tensor, part: Tensor, chooses: Tensor) -> Tensor:
-    """Scores of the prompts of a part that chose nothing; of all of the part when there are none."""
+    """Give scores of the prompts of a part that are held out; of the whole part when none are."""
     calibrates = part & ~chooses
     return score[calibrates if calibrates.any() else part]
 
 
 def halves(labels: Labels, generator: torch.Generator) -> Tensor:
-    """Which prompts choose, `(prompts,)` bool: a random half of those with the concept, and of those without."""
+    """Choose the prompts to fit on, `(prompts,)` bool: random halves of those with and without the concept."""
     chooses = torch.zeros(len(labels.holds), dtype=torch.bool)
     for part in (labels.holds, ~labels.holds):
         index = part.nonzero()[:, 0]
@@ -291,7 +292,7 @@ def halves(labels: Labels, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def strongest(sae: SparseAutoencoder, words: WordStates) -> Tensor:
-    """The greatest value of each latent at the words of a prompt, `(prompts, d_sae)`."""
+    """Compute the largest value of each latent at a prompt's words, `(prompts, d_sae)`."""
     made = words.states.new_zeros(words.prompts, sae.config.d_sae)
     for part in torch.arange(len(words.ids)).split(4096):
         latents = sae.encode(words.states[part].to(sae.W_enc.device)).cpu()
@@ -301,12 +302,12 @@ def strongest(sae: SparseAutoencoder, words: WordStates) -> Tensor:
 
 @torch.no_grad()
 def most_telling(sae: SparseAutoencoder, x: Tensor, y: Tensor) -> list[int]:
-    """The latents whose mean differs most between the words of a concept and others, in units of their spread.
+    """Find the latents whose mean differs most between words of a concept and others, in units of their spread.
 
     Args:
         sae: The dictionary.
-        x: `(words, dim)`.
-        y: `(words,)` bool.
+        x: Activations, `(words, dim)`.
+        y: Words of the concept, `(words,)` bool.
     """
     total = torch.zeros(3, sae.config.d_sae)
     for part in torch.arange(len(x)).split(4096):
@@ -319,13 +320,13 @@ def most_telling(sae: SparseAutoencoder, x: Tensor, y: Tensor) -> list[int]:
 
 
 def with_mined(words: WordStates, labels: Labels, mined: WordStates, learned: Tensor) -> tuple[WordStates, Labels]:
-    """Mined prompts counted among those that hold the concept.
+    """Add mined prompts to those with the concept.
 
     Args:
-        words: Of all prompts.
-        labels: Of these words.
+        words: Word states of all prompts.
+        labels: Labels of these words.
         mined: Words of mined prompts.
-        learned: `(words,)` bool: which of them are learned.
+        learned: Learned tokens among the mined words, `(words,)` bool.
     """
     neither = torch.zeros(len(mined.ids), dtype=torch.bool)
     return joined([words, mined]), Labels(

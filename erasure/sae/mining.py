@@ -1,8 +1,8 @@
 """Adversarial feature mining: learned embeddings show latents that the words of a concept do not reach.
 
-After the released code of ItD (Tian et al. 2025, June 2025 addition): placeholder tokens are trained by the denoising
-loss on images of the concept while the edit is in force, kept within the vocabulary's range, and drawn anew now and
-then; what they fire joins the concept's features.
+Follows the released code of ItD (Tian et al. 2025, addition of June 2025): placeholder tokens are trained by the
+denoising loss on images of the concept while the edit is in force, clamped to the vocabulary's range, and reset from
+time to time; latents that fire on them become features of the concept.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from erasure.sae.stream import activations
 from erasure.text.words import occurrences, word_mask
 
 TOKENS = 4
-"""Learned tokens in a prompt."""
+"""Number of learned tokens in a prompt."""
 IMAGES = 16
-"""Images of the concept, drawn by the stock model."""
+"""Number of images of the concept that the stock model draws."""
 BATCH = 8
-"""Noised images per step."""
+"""Number of noised images per step."""
 SNAPSHOTS = 50
-"""How often in a run the learned prompts are kept."""
+"""Number of times per run that the learned prompts are recorded."""
 RENEWALS = 10
-"""How often in a run they are drawn anew."""
+"""Number of times per run that the learned tokens are reset."""
 LEARNING_RATE = 1e-2
-"""Of Adam on embeddings in units of the vocabulary's spread."""
+"""Adam's learning rate for embeddings in units of the vocabulary's spread."""
 
 
 class Mined(NamedTuple):
-    """Prompts that were learned."""
+    """The learned prompts."""
 
     states: WordStates
-    """Their words in the stock tower."""
+    """Word states of the prompts in the stock text encoder."""
     learned: Tensor
-    """`(words,)` bool: which of them are learned tokens."""
+    """Learned tokens among the words, `(words,)` bool."""
 
 
 def mine(
     backbone: Backbone, concept: Concept, key: str, edit: FeatureEdit, steps: int, seed: int,
     progress: Callable[[float], None],
 ) -> Mined:  # fmt: skip
-    """Learn prompts that bring a concept's images back past an edit.
+    """Learn prompts that bring a concept's images back despite an edit.
 
     Args:
         backbone: The stock model.
-        concept: What they must show.
+        concept: Concept that the images must show.
         key: `component/block.path` of the edit.
-        edit: To be overcome; its gate is held open.
-        steps: Training steps.
+        edit: Edit to overcome, with its gate always open.
+        steps: Number of training steps.
         seed: Seeds images, noise and embeddings.
-        progress: Called with the share that is done.
+        progress: Called with the share of the work that is done, 0 to 1.
 
     Raises:
         DivergenceError: The loss is NaN or infinite.
@@ -73,7 +73,7 @@ def mine(
     clean = concept_latents(backbone, concept, seed)
     table = paths.token_table(tower.root).weight.detach().float()
     low, high, mean, spread = table.amin(0), table.amax(0), table.mean(0), table.std(0)
-    # Any word keeps the place of a learned token: the end token would end the prompt.
+    # Any word can stand at the position of a learned token; the end token would end the prompt.
     phrase = concept.phrasings()[-1].format(" ".join(["a"] * TOKENS))
     tokens = tower.tokenize([phrase])
     words = word_mask(tokens.ids, tower.end, tower.leading)
@@ -128,7 +128,7 @@ def mine(
 
 
 def learned_places(tower: TextTower, phrase: str) -> Tensor:
-    """Positions of the last `TOKENS` words "a" of a phrase that stand in a row."""
+    """Find the positions of the last run of `TOKENS` words "a" in a phrase."""
     words = tower.word_ids("a")[-1:] * TOKENS
     place = occurrences(tower.prompt_ids(phrase), [words], tower.leading)[-1]
     return torch.arange(place.start, place.stop)
@@ -136,7 +136,7 @@ def learned_places(tower: TextTower, phrase: str) -> Tensor:
 
 @torch.no_grad()
 def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
-    """Clean latents of images of a concept by the stock model, `(images, channels, h, w)`."""
+    """Draw images of a concept with the stock model, and give their latents `(images, channels, h, w)`."""
     phrasings = concept.phrasings()
     made = []
     with scopes.quiet(backbone.pipe):
@@ -151,15 +151,15 @@ def concept_latents(backbone: Backbone, concept: Concept, seed: int) -> Tensor:
 def fired(
     sae: SparseAutoencoder, mined: WordStates, retain: Tensor, known: list[int], most: int, rate: float
 ) -> tuple[list[int], Tensor]:
-    """Latents that fire on mined words and on next to no ordinary prompt, and what each reaches.
+    """Find latents that fire on mined words and on almost no ordinary prompt, and the usual value of each.
 
     Args:
         sae: The dictionary.
-        mined: Words of mined prompts.
-        retain: `(prompts, d_sae)` activity of prompts without the concept.
-        known: Latents that are left out.
-        most: How many are wanted at most, those that fire most first.
-        rate: Share of the ordinary prompts on which one may fire.
+        mined: Word states of mined prompts.
+        retain: Largest values of latents in prompts without the concept, `(prompts, d_sae)`.
+        known: Latents to leave out.
+        most: Largest number of latents; those that fire most come first.
+        rate: Largest share, 0 to 1, of the ordinary prompts on which a latent may fire.
     """
     active = strongest(sae, mined)
     share, magnitude = (active > 0).float().mean(0), active.amax(0)

@@ -17,24 +17,25 @@ Architecture = Literal["topk", "jumprelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """What an autoencoder is, as sae-lens writes it into `cfg.json`."""
+    """Sizes and kind of an autoencoder, as in sae-lens' `cfg.json`."""
 
     d_in: int
     """Width of the activations."""
     d_sae: int
     """Number of latents."""
     k: int
-    """Latents per token: exactly so many with `topk`, on average in training with `jumprelu`."""
+    """Number k of active latents per token: exact with `topk`, the average in training with `jumprelu`."""
     architecture: Architecture = "topk"
-    """`topk` keeps the k largest latents of a token, `jumprelu` those above their threshold, each on its own."""
+    """Activation function: `topk` keeps the k largest latents of a token, `jumprelu` each latent above its own
+    threshold."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Anything: the model, the hook point, padding, tokens seen, reconstruction quality."""
+    """Free metadata: the model, the hook point, padding, tokens seen, reconstruction quality."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be.
+        """Refuse invalid sizes.
 
         Raises:
-            OptionError: A width below 1, or k outside 1 to d_sae.
+            OptionError: A width is below 1, or k is outside of 1 to d_sae.
         """
         if self.d_in < 1 or self.d_sae < 1 or not 1 <= self.k <= self.d_sae:
             raise OptionError(
@@ -44,26 +45,27 @@ class SAEConfig:
 
 
 class FeatureSlice(NamedTuple):
-    """Some latents of a dictionary, enough to see them fire and to change what they write."""
+    """Some latents of a dictionary, with encoder and decoder."""
 
     w_enc: Tensor
-    """`(d_in, features)`."""
+    """Encoder, `(d_in, features)`."""
     b_enc: Tensor
-    """`(features,)`, with the dictionary's input offset folded in: a latent's value is `x @ w_enc + b_enc`."""
+    """Encoder bias with the dictionary's input offset folded in, `(features,)`: a latent's value is
+    `x @ w_enc + b_enc`."""
     w_dec: Tensor
-    """`(features, d_in)`."""
+    """Decoder, `(features, d_in)`."""
     threshold: Tensor
-    """`(features,)`: a latent is 0 up to here."""
+    """Thresholds, `(features,)`; a latent at or below its threshold is 0."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `(..., features)` of activations `(..., d_in)`."""
+        """Encode activations `(..., d_in)` to latents `(..., features)`."""
         return jump_relu(x @ self.w_enc + self.b_enc, self.threshold)
 
 
 class SparseAutoencoder(nn.Module):
     """`z = f((x - b_dec) W_enc + b_enc)`, `x_hat = z W_dec + b_dec`, with few non-zero `z`.
 
-    Decoder rows have unit length, so a latent's value is the length of what it writes.
+    Decoder rows have unit length, so a latent's value is the length of the vector that it adds.
 
     Args:
         config: Sizes and activation function.
@@ -81,11 +83,11 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, generator: torch.Generator) -> None:
-        """Random unit directions, the encoder their transpose, the offset the geometric median of a sample.
+        """Initialise the decoder with random unit rows, the encoder with their transpose, the offset with a median.
 
         Args:
-            sample: `(tokens, d_in)`.
-            generator: On the CPU.
+            sample: Activations, `(tokens, d_in)`.
+            generator: Random generator on the CPU.
         """
         rows = torch.randn(self.W_dec.shape, generator=generator).to(self.W_dec)
         self.W_dec.copy_(F.normalize(rows, dim=1))
@@ -94,11 +96,11 @@ class SparseAutoencoder(nn.Module):
         self.b_dec.copy_(geometric_median(sample))
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """`(..., d_sae)` before the activation function, of `(..., d_in)`."""
+        """Compute the encoder's output `(..., d_sae)` before the activation function, from `(..., d_in)`."""
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `(..., d_sae)` of activations `(..., d_in)`; differentiable."""
+        """Encode activations `(..., d_in)` to latents `(..., d_sae)`; differentiable."""
         before = self.pre_activations(x)
         if self.config.architecture == "jumprelu":
             return jump_relu(before, self.threshold)
@@ -106,18 +108,18 @@ class SparseAutoencoder(nn.Module):
         return torch.zeros_like(before).scatter(-1, indices, values.relu())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Activations `(..., d_in)` of latents `(..., d_sae)`."""
+        """Decode latents `(..., d_sae)` to activations `(..., d_in)`."""
         return latents @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction `(..., d_in)`."""
+        """Reconstruct activations `(..., d_in)`."""
         return self.decode(self.encode(x))
 
     def slice(self, features: Sequence[int]) -> FeatureSlice:
-        """Some latents on their own.
+        """Take some latents as a slice.
 
-        With `topk` the latents of a token compete, which a slice cannot know: its threshold then only says where a
-        latent usually starts to be among the k largest.
+        With `topk` the latents of a token compete, which a slice cannot compute. The threshold of a slice is then the
+        value from which a latent usually is among the k largest.
         """
         index = torch.as_tensor(list(features), device=self.W_enc.device, dtype=torch.long)
         w_enc = self.W_enc.detach()[:, index]
@@ -135,9 +137,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Make an autoencoder trained on `scale * x` one of `x`.
+        """Convert an autoencoder trained on `scale * x` to one for `x`.
 
-        Decoder rows stay of unit length: latents and thresholds shrink instead.
+        Decoder rows keep unit length; latents and thresholds are divided by the scale.
         """
         # z' = z / scale, so that x_hat = (z W_dec + b_dec) / scale = z' W_dec + b_dec / scale.
         self.b_enc.div_(scale)
@@ -146,24 +148,24 @@ class SparseAutoencoder(nn.Module):
 
 
 def jump_relu(x: Tensor, threshold: Tensor) -> Tensor:
-    """`x` where it is above the threshold and above 0, else 0."""
+    """Give `x` where it is above the threshold and above 0, and 0 elsewhere."""
     return torch.where((x > threshold) & (x > 0), x, torch.zeros_like(x))
 
 
 def sparse_decode(values: Tensor, indices: Tensor, offsets: Tensor, w_dec: Tensor) -> Tensor:
-    """`z W_dec` from the non-zero latents alone, `(tokens, d_in)`.
+    """Compute `z W_dec` from the non-zero latents only, `(tokens, d_in)`.
 
     Args:
-        values: `(non-zeros,)` latents, token after token.
-        indices: `(non-zeros,)` which latent each one is.
-        offsets: `(tokens,)` where the latents of each token start.
-        w_dec: `(d_sae, d_in)`.
+        values: Non-zero latents, token by token, `(non-zeros,)`.
+        indices: Index of each of these latents, `(non-zeros,)`.
+        offsets: Start of each token's latents, `(tokens,)`.
+        w_dec: Decoder, `(d_sae, d_in)`.
     """
     return F.embedding_bag(indices, w_dec, offsets, mode="sum", per_sample_weights=values)
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point `(d,)` of least summed distance to `points` `(n, d)`, by Weiszfeld's iteration."""
+    """Compute the point `(d,)` of least summed distance to `points` `(n, d)`, by Weiszfeld's iteration."""
     work = points.float()
     median = work.mean(0)
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""How well an autoencoder describes activations that it was not trained on."""
+"""Quality of an autoencoder on activations that it was not trained on."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from erasure.sae.training import Stream
 
 
 class Quality(NamedTuple):
-    """Figures over a sample of tokens."""
+    """Figures measured on a sample of tokens."""
 
     fvu: float
     """Fraction of variance unexplained: 0 is perfect, 1 no better than the mean."""
     latents_per_token: float
-    """Latents that fire on a token, on average."""
+    """Average number of latents that fire on a token."""
     silent: float
     """Share of latents that fired on no token of the sample."""
     topk_agreement: float
-    """Of the latents that fire above their threshold or are among a token's k largest, the share that do both: how far
-    a slice, which sees no other latents, selects as the whole dictionary does."""
+    """Agreement of thresholds and top-k: of the latents that are above their threshold or among a token's k
+    largest, the share that are both. A slice of the dictionary, which uses thresholds, selects as the whole
+    dictionary to this extent."""
     tokens: int
-    """Size of the sample."""
+    """Number of tokens of the sample."""
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def quality(sae: SparseAutoencoder, stream: Stream, steps: int = 20) -> Quality:
     """Measure on `steps` batches of a stream.
 
     Raises:
-        WrongBaseError: The activations are of another width.
+        The activations have another width.
     """
     batches = [stream(step) for step in range(steps)]
     sample = torch.cat(batches)
@@ -72,7 +73,7 @@ _RECONSTRUCT = "erasure_reconstruct"
 
 
 class _Reconstruct(ModelHook):
-    """On a block: puts the reconstruction in place of every token vector but those ahead of the first word."""
+    """Hook on a block: replaces every token vector from the first word on by its reconstruction."""
 
     def __init__(self, sae: SparseAutoencoder, leading: int) -> None:
         super().__init__()
@@ -86,20 +87,20 @@ class _Reconstruct(ModelHook):
 
 @contextmanager
 def reconstructed(tower: TextTower, layer: int, sae: SparseAutoencoder) -> Iterator[None]:
-    """Run a text tower on what the autoencoder makes of a block's output."""
+    """Run a text encoder with a block's output replaced by its reconstruction, inside of the block."""
     with hooks.hooked(block_of(tower, layer), _Reconstruct(sae, tower.leading), _RECONSTRUCT):
         yield
 
 
 class ClipLoss(NamedTuple):
-    """What images lose when the text encoder runs on reconstructions."""
+    """CLIP scores of images with and without reconstructions in the text encoder."""
 
     clip_score: float
-    """Of the stock model's images: mean cosine with their prompts."""
+    """CLIP score of the stock model's images: mean cosine with their prompts."""
     clip_score_reconstructed: float
-    """Of the images that the reconstruction gives, same noise."""
+    """CLIP score of the images with reconstructions, from the same noise."""
     images: int
-    """How many of each."""
+    """Number of images of each kind."""
 
 
 def clip_loss(
@@ -113,9 +114,9 @@ def clip_loss(
         tower: One of its text encoders.
         layer: The block that the autoencoder reads.
         sae: The autoencoder.
-        prompts: One image each.
-        score: CLIP score of images and their prompts.
-        settings: Of the pipeline's call.
+        prompts: Prompts, one image each.
+        score: Computes the CLIP score of images and their prompts.
+        settings: Arguments of the pipeline's call.
     """
 
     def draw() -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""One text encoder seen through its autoencoder: what fires on prompts with a concept, and on those without it."""
+"""The latents of a text encoder's autoencoder on prompts with and without a concept."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from erasure.world import World
 
 
 class Mentions(NamedTuple):
-    """Prompts with a concept and without it."""
+    """Word states and latents of prompts with a concept and without it."""
 
     words: WordStates
-    """States at the words of all prompts."""
+    """States at all prompts' words."""
     labels: Labels
-    """Where the concept is in them."""
+    """Where the concept is named."""
     activity: Tensor
-    """`(prompts, d_sae)`: the greatest value of each latent at the words of a prompt."""
+    """Largest value of each latent at the words of a prompt, `(prompts, d_sae)`."""
 
     def evidence(self, floor: float, chosen: Tensor | None = None) -> Evidence:
-        """How often latents fire with the concept and without it.
+        """Measure how often latents fire with the concept and without it.
 
         Args:
             floor: See `ItD.floor`.
-            chosen: `(prompts,)` bool: which prompts count; all when left out.
+            chosen: Prompts to use, `(prompts,)` bool; all when left out.
         """
         holds = self.labels.holds
         chosen = torch.ones_like(holds) if chosen is None else chosen
@@ -42,37 +42,37 @@ class Mentions(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """A text encoder, its autoencoder, and what ordinary prompts give there."""
+    """A text encoder, its autoencoder, and the word states and latents of ordinary prompts."""
 
     tower: TextTower
     sae: SparseAutoencoder
     layer: int
     """Block whose output is read."""
     corpus: WordStates
-    """Words of the ordinary prompts."""
+    """Word states of the ordinary prompts."""
     activity: Tensor
-    """Greatest values of the latents in the ordinary prompts, `(prompts, d_sae)`."""
+    """Largest values of the latents in the ordinary prompts, `(prompts, d_sae)`."""
 
     @classmethod
     def of(cls, tower: TextTower, sae: SparseAutoencoder, layer: int, ordinary: Sequence[str]) -> Reading:
-        """Read ordinary prompts, and the empty one."""
+        """Read ordinary prompts and the empty prompt."""
         corpus = read_words(tower, layer, ["", *ordinary])
         return cls(tower, sae, layer, corpus, strongest(sae, corpus))
 
     @property
     def key(self) -> str:
-        """`component/block.path` of what is read and edited."""
+        """Key of the block, `component/block.path`."""
         return self.tower.key(self.tower.block_path(self.layer))
 
     def mentions(self, concept: Concept, prompts: Sequence[str]) -> Mentions:
-        """Prompts that name a concept beside ordinary ones, those of what must survive, and those of its anchor.
+        """Read prompts that name a concept, together with ordinary prompts, those that must survive, and the anchor's.
 
-        Prompts that hold another word for the concept, which the model's world knows and the concept does not list,
-        are left out: they are no prompts without it.
+        Prompts that contain another word for the concept, known to the model's world but not listed by the concept,
+        are left out, because they are not prompts without the concept.
 
         Args:
             concept: The concept.
-            prompts: That name it.
+            prompts: Prompts that name the concept.
         """
         every = [*prompts, *retain_prompts([concept])]
         every += [template.format(concept.anchor) for template in concept.phrasings() if concept.anchor]

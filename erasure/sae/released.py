@@ -19,7 +19,8 @@ from erasure.sae.selection import top_sets
 from erasure.sae.stream import activations
 
 Statistic = Literal["mean", "greatest", "none"]
-"""Statistic that sets the threshold of a gate: mean or greatest change of tokens; with `none` it is always open."""
+"""Statistic by which a gate's threshold is set: mean or largest change over tokens; with `none` the gate is always
+open."""
 PHRASINGS: Mapping[str, Sequence[str]] = {
     "celebrity": ("A portrait of {}", "An image capturing {} at a public event", "An oil painting of {}",
                   "A sketch of {}", "{} in an official photo"),
@@ -27,19 +28,19 @@ PHRASINGS: Mapping[str, Sequence[str]] = {
               "A reproduction of art by {}", "A famous artwork by {}"),
     "names": ("{}",),
 }  # fmt: skip
-"""Prompts that name a concept, by what it is; the four words of nudity are prompts of their own."""
+"""Prompts that name a concept, by its kind; the four words of nudity are themselves the prompts."""
 
 RELEASED: Mapping[str, object] = {
     "parity": "itd", "mode": "scale", "tau": -8.0, "gate_tau": -8.0, "top": 128, "contexts": 0, "mining_steps": 0,
     "gate_statistic": "mean",
 }  # fmt: skip
-"""Options that the released code has in common for people, styles and nudity."""
+"""Options that the released code's settings for people, styles and nudity have in common."""
 RECIPES: Presets = {
     "released": {**RELEASED, "phrasings": "celebrity", "gate_statistic": "greatest"},
     "released-style": {**RELEASED, "phrasings": "style", "top": 256, "gate_tau": -6.0},
     "released-nudity": {**RELEASED, "phrasings": "names", "gate_statistic": "none"},
 }
-"""Options of `ItD` with which it does what the released code does."""
+"""Presets of `ItD` that reproduce the released code."""
 
 
 @torch.no_grad()
@@ -47,24 +48,24 @@ def released_edit(
     tower: TextTower, layer: int, sae: SparseAutoencoder, corpus: WordStates, own: Mapping[str, Sequence[str]], *,
     names: Sequence[str], top: int, tau: float, gate_tau: float, statistic: Statistic,
 ) -> ReconstructionEdit:  # fmt: skip
-    """Features by a difference of top-K sets, the whole reconstruction, one threshold below all target prompts.
+    """Make the released code's edit: a difference of top-K sets, the whole reconstruction, one threshold.
 
     Args:
         tower: The text encoder.
         layer: The block.
         sae: The dictionary.
-        corpus: Words of ordinary prompts.
+        corpus: Word states of ordinary prompts.
         own: Prompts that name each concept, by its target.
         names: All names of all concepts; ordinary prompts with one of them are left out.
-        top: Latents of a prompt that count as active.
-        tau: What chosen latents are multiplied by.
-        gate_tau: The same where the threshold is set.
-        statistic: What it is set by; a prompt's mean is compared with it in any case.
+        top: Number of latents of a prompt that count as active.
+        tau: Factor of the chosen latents.
+        gate_tau: Factor of the chosen latents while the threshold is set.
+        statistic: Statistic that sets the threshold; the gate itself compares the mean.
 
     Raises:
-        ConceptError: A concept has no latent to itself.
+        ConceptError: A concept has no latent of its own.
     """
-    # The k largest of a token, also where the dictionary has thresholds of its own.
+    # The k largest latents of a token are used, even if the dictionary has its own thresholds.
     sae = copy.copy(sae)
     sae.config = replace(sae.config, architecture="topk")
     holds = locate(tower, corpus, names).holds

@@ -1,4 +1,4 @@
-"""Which latents of a dictionary tell a concept from the rest."""
+"""Selection of the latents of a dictionary that separate a concept from other prompts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Evidence(NamedTuple):
     """How often and how strongly each latent fires on the words of prompts with and without a concept."""
 
     target_rate: Tensor
-    """`(d_sae,)` share of the prompts with the concept."""
+    """Share of the prompts with the concept on which a latent fires, `(d_sae,)`."""
     retain_rate: Tensor
-    """`(d_sae,)` share of the others."""
+    """Share of the other prompts on which a latent fires, `(d_sae,)`."""
     magnitude: Tensor
-    """`(d_sae,)` mean of the greatest value in a prompt with the concept."""
+    """Mean over prompts with the concept of a latent's largest value, `(d_sae,)`."""
 
     @property
     def score(self) -> Tensor:
@@ -29,14 +29,14 @@ class Evidence(NamedTuple):
 
 
 def evidence(target: Tensor, retain: Tensor, floor: float) -> Evidence:
-    """Of the strongest latents `(prompts, d_sae)` of prompts with the concept and without it; see `ItD.floor`."""
+    """Compute the evidence from largest values `(prompts, d_sae)` with and without the concept; see `ItD.floor`."""
     magnitude = target.mean(0)
     fires = [(part > floor * magnitude).float().mean(0) for part in (target, retain)]
     return Evidence(fires[0], fires[1], magnitude)
 
 
 def top_sets(activity: Tensor, top: int) -> Tensor:
-    """Whether each latent is among the largest of each prompt, `(prompts, d_sae)` bool; silent ones never are."""
+    """Mark the largest latents of each prompt, `(prompts, d_sae)` bool; silent ones are never marked."""
     largest = activity.topk(min(top, activity.shape[1]), dim=1).indices
     return torch.zeros_like(activity, dtype=torch.bool).scatter(1, largest, True) & (activity > 0)
 
@@ -44,7 +44,7 @@ def top_sets(activity: Tensor, top: int) -> Tensor:
 def no_feature(
     tower: TextTower, sae: SparseAutoencoder, words: WordStates, labels: Labels, found: Evidence, name: str
 ) -> str:
-    """Why a concept cannot be erased with this dictionary, and what the nearest latents would hit."""
+    """Explain why this dictionary cannot erase a concept, and which words the nearest latents would change."""
     others = words.of(~labels.holds)
     listed = []
     for i in found.score.topk(min(3, len(found.score))).indices.tolist():

@@ -1,4 +1,4 @@
-"""Stand-ins for concepts whose latents are turned off: what the states of the same prompts with an anchor hold."""
+"""Replacements of concepts whose latents are turned off: vectors that produce an anchor's states instead."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PENALTY = 0.01
 def written_instead(
     tower: TextTower, layer: int, sae: SparseAutoencoder, features: list[int], pairs: Sequence[AlignedPrompt]
 ) -> Tensor:
-    """Fit what the latents of a concept write once they are turned off, to bring its anchor: `(features, dim)`.
+    """Fit the rows `(features, dim)` that a concept's latents add to produce its anchor.
 
-    With the latents $z$ of the concept at a token $x$, their decoder rows $d$, and $x'$ the token that answers to it
-    in the same prompt with the anchor, the rows $v$ are a ridge regression of
+    With the latents $z$ of the concept at a token $x$, their decoder rows $d$, and $x'$ the corresponding token in the
+    same prompt with the anchor, the rows $v$ are a ridge regression of
 
         x' - (x - sum_i z_i d_i)
 
-    on $z$. Words, the tokens behind them, the end token and the padding hold a concept in other ways and fire other
-    latents of it, so that each gets what it needs. Where no latent of the concept fires, nothing is written.
+    on $z$. Words, the tokens after them, the end token and the padding carry a concept in different ways and fire
+    different latents, so each gets its own rows. Nothing is added where no latent of the concept fires.
 
     Args:
         tower: The text encoder.
-        layer: Its block.
+        layer: Block of the text encoder.
         sae: The dictionary of that block.
         features: Latents of the concept.
         pairs: Prompts with the concept, aligned with its anchor.

@@ -1,4 +1,4 @@
-"""Activations of a text tower as a stream: prompts go in, token vectors come out, nothing is stored."""
+"""A stream of a text encoder's activations: prompts are encoded when needed, and nothing is stored."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from erasure.text.words import word_mask
 
 _CAPTURE = "erasure_capture"
 ROWS_COMPARED = 1000
-"""Rows of a dataset by which it is known."""
+"""Number of first rows by which a dataset is identified."""
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose remainder nobody needs."""
+    """Ends a forward pass whose remainder is not needed."""
 
 
 class _Capture(ModelHook):
-    """Keeps the last output of a block, and ends the forward pass there if nobody needs more."""
+    """Hook that records a block's output, and optionally ends the forward pass there."""
 
     def __init__(self, stop: bool) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class _Capture(ModelHook):
 
 @contextmanager
 def captured(block: nn.Module, *, stop: bool = False) -> Iterator[_Capture]:
-    """What a transformer block gives, `(batch, tokens, dim)`, of CLIP (a tensor) and T5 (a tuple) alike.
+    """Record a transformer block's output, `(batch, tokens, dim)`, for CLIP (a tensor) and T5 (a tuple).
 
     Args:
-        block: Of a text encoder.
-        stop: Leave the rest of the encoder out, and the `with` block with it.
+        block: Block of a text encoder.
+        stop: End the forward pass after the block, and leave the `with` block.
     """
     hook = _Capture(stop)
     with hooks.hooked(block, hook, _CAPTURE), suppress(_Enough):
@@ -61,10 +61,10 @@ def captured(block: nn.Module, *, stop: bool = False) -> Iterator[_Capture]:
 
 
 def block_of(tower: TextTower, layer: int) -> nn.Module:
-    """The block of a tower whose output is read and edited.
+    """Find the block of a text encoder whose output is read and edited.
 
     Raises:
-        NoMatchingModuleError: The tower has no such block, or what the denoiser reads does not pass through it.
+        NoMatchingModuleError: The text encoder has no such block, or the denoiser's input does not depend on it.
     """
     last = _last_block(tower)
     if not 0 <= layer <= last:
@@ -75,11 +75,11 @@ def block_of(tower: TextTower, layer: int) -> nn.Module:
 
 
 def default_block(tower: TextTower) -> int:
-    """Number of the block whose output an autoencoder reads unless told otherwise.
+    """Give the index of the block that an autoencoder reads by default.
 
-    Two thirds of the way where attention is causal. A sixth of the way where every token reads every other (T5): each
-    block spreads a concept from its words over all the padding, which a denoiser reads too, and a later edit does not
-    take it away there. On canvas-sd3 an edit of a dog leaves 0.10 of the squared distance to the anchor's states in
+    The block is at two thirds of the depth in causal encoders. It is at one sixth in bidirectional ones (T5): each
+    block spreads a concept from its words over all the padding, which the denoiser reads too, and a later edit does
+    not remove it there. On canvas-sd3 an edit of a dog leaves 0.10 of the squared distance to the anchor's states in
     T5's output when it is made after the first of four blocks, 0.45 after the second and 0.53 after the third.
     """
     blocks = len(tower.blocks)
@@ -87,17 +87,17 @@ def default_block(tower: TextTower) -> int:
 
 
 def _last_block(tower: TextTower) -> int:
-    """Number of the last block whose output reaches the denoiser: `hidden_states[-2]` is that of the last but one."""
+    """Give the index of the last block that the denoiser depends on; `hidden_states[-2]` is the last but one."""
     return len(tower.blocks) + tower.consumed
 
 
 def block_fingerprint(tower: TextTower, layer: int) -> dict[str, str]:
-    """By which an autoencoder knows the text encoder it was made for: that of the block's first matrix."""
+    """Fingerprint the first matrix of a block, by which an autoencoder identifies its text encoder."""
     return fingerprint(_first_matrix(tower, layer))
 
 
 def reads_from(tower: TextTower, layer: int, known: Mapping[str, str]) -> bool:
-    """Whether a fingerprint is that of this tower's block; not where it has no such block."""
+    """Whether a fingerprint is that of this text encoder's block; false where it has no such block."""
     return 0 <= layer <= _last_block(tower) and same_base(_first_matrix(tower, layer), known)
 
 
@@ -107,7 +107,7 @@ def _first_matrix(tower: TextTower, layer: int) -> Tensor:
 
 @torch.no_grad()
 def activations(tower: TextTower, layer: int, tokens: PromptTokens) -> Tensor:
-    """Output of a block for tokenised prompts, `(batch, tokens, dim)`."""
+    """Compute a block's output for tokenised prompts, `(batch, tokens, dim)`."""
     with captured(block_of(tower, layer), stop=True) as capture:
         tower.encode(tokens)
     assert capture.output is not None
@@ -118,24 +118,24 @@ class Dataset(Protocol):
     """A dataset of the `datasets` library that is read as a stream."""
 
     def __iter__(self) -> Iterator[Mapping[str, object]]:
-        """Go through its rows."""
+        """Iterate over the rows."""
         ...
 
     def shuffle(self, *, seed: int, buffer_size: int) -> Iterable[Mapping[str, object]]:
-        """The rows in another order, from a buffer of so many."""
+        """Give the rows in random order, from a buffer of `buffer_size` rows."""
         ...
 
 
 class DatasetPrompts:
-    """Prompts of a dataset that is read as a stream, shuffled in a buffer: too many to hold, the same at every run.
+    """Prompts of a dataset that is streamed and shuffled in a buffer; the same order in every run.
 
     Args:
         rows: An iterable dataset of the `datasets` library, each row a dict.
-        column: Which of its columns holds the prompts.
-        buffer: Rows that are shuffled at a time.
+        column: Name of the column of prompts.
+        buffer: Number of rows that are shuffled at a time.
 
     Raises:
-        OptionError: No such column, or no rows.
+        OptionError: The column does not exist, or there are no rows.
     """
 
     def __init__(self, rows: Dataset, column: str = "text", *, buffer: int = 10_000) -> None:
@@ -151,11 +151,11 @@ class DatasetPrompts:
 
     @classmethod
     def open(cls, source: str, column: str = "text", split: str = "train") -> DatasetPrompts:
-        """A dataset of the Hugging Face Hub, or a local folder, CSV, JSON-lines, Parquet or text file.
+        """Open a dataset of the Hugging Face Hub, or a local folder, CSV, JSON-lines, Parquet or text file.
 
         Raises:
             MissingExtraError: `datasets` is not installed.
-            OptionError: It cannot be opened.
+            OptionError: The dataset cannot be opened.
         """
         datasets = require("datasets")
         formats = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -168,7 +168,7 @@ class DatasetPrompts:
             raise OptionError(f"dataset {source!r} cannot be opened: {str(error).splitlines()[0]}") from error
 
     def draw(self, step: int, count: int, seed: int) -> list[str]:
-        """The prompts of a step. Steps in turn go on reading; any other is looked for from the beginning."""
+        """Give the prompts of a step. Successive steps continue reading; any other step reads from the beginning."""
         if self._place != (seed, step * count):
             self._reader = self._endless(seed)
             for _ in range(step * count):
@@ -177,7 +177,7 @@ class DatasetPrompts:
         return [str(next(self._reader)[self.column]) for _ in range(count)]
 
     def digest(self) -> str:
-        """Tells one dataset from another by its first rows."""
+        """Compute a digest of the first rows, which identifies the dataset."""
         rows = [str(row[self.column]) for row in itertools.islice(self.rows, ROWS_COMPARED)]
         return digest([self.column, self.buffer, rows])
 
@@ -189,19 +189,19 @@ class DatasetPrompts:
 class TokenStream:
     """Token vectors of random prompts, the same for the same step.
 
-    Tokens are padded as the pipeline pads. The start token is left out: it never depends on the prompt.
+    Prompts are padded as the pipeline pads. The start token is left out because it does not depend on the prompt.
 
     Args:
-        tower: The text tower, frozen.
-        layer: Which block's output.
-        prompts: What to draw from: a list, or a dataset read as a stream.
-        batch_size: Prompts per step.
-        pad_share: Share of the padding positions that is kept: they are many and much alike.
-        seed: Seeds the draw; give each process its own.
+        tower: Text encoder, which is frozen.
+        layer: Block whose output is read.
+        prompts: Prompts to draw from: a list, or a streamed dataset.
+        batch_size: Number of prompts per step.
+        pad_share: Share, 0 to 1, of the padding positions that is kept; they are many and similar.
+        seed: Seed of the draw; each process needs its own.
 
     Raises:
-        NoMatchingModuleError: The tower has no such block.
-        OptionError: No prompts.
+        NoMatchingModuleError: The text encoder has no such block.
+        OptionError: There are no prompts.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class TokenStream:
         return states[(keep | pads).to(states.device)].float()
 
     def recipe(self) -> dict[str, object]:
-        """All that the activations depend on, plain data."""
+        """Give everything on which the activations depend, as plain data."""
         prompts = self.prompts
         return {
             "component": self.tower.component, "layer": self.layer, "model": module_fingerprint(self.tower.module),
@@ -239,13 +239,13 @@ class TokenStream:
         return [self.prompts[int(row)] for row in rng.integers(len(self.prompts), size=self.batch_size)]
 
     def reseeded(self, seed: int) -> TokenStream:
-        """Other draws of the same prompts."""
+        """Make a stream with another seed."""
         other = copy.copy(self)
         other.seed = seed
         return other
 
     def sample(self, count: int) -> list[str]:
-        """Prompts of the first steps, each once, at most `count`."""
+        """Give prompts of the first steps, each once, at most `count`."""
         found: dict[str, None] = {}
         for step in range(2 * count // self.batch_size + 1):
             found.update(dict.fromkeys(self._draw(step, np.random.default_rng([self.seed, step]))))

@@ -1,8 +1,8 @@
 """Train a sparse autoencoder on a stream of activations that is never stored.
 
-Its loop is its own and not `erasure.training.loop`: every process reads a stream of its own instead of a share of one
-batch, the gradient of the decoder is changed ahead of each step, and its figures (what is unexplained, how many
-latents are dead) are no losses.
+It does not use the loop of `erasure.training.loop`, because every process reads its own stream instead of a share of
+one batch, the decoder's gradient is changed before each step, and its figures (unexplained variance, dead latents) are
+not losses.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ Stream = Callable[[int], Tensor]
 
 
 class Losses(NamedTuple):
-    """What a batch gives."""
+    """Losses and statistics of a batch."""
 
     total: Tensor
     """The loss to minimise."""
     fvu: Tensor
     """Fraction of variance unexplained, detached."""
     fired: Tensor
-    """`(d_sae,)` bool: latents that fired on the batch."""
+    """Latents that fired on the batch, `(d_sae,)` bool."""
     least: Tensor
-    """The least latent that was kept, detached: see `TrainingLoss.least_kept`."""
+    """Smallest kept latent, detached; see `TrainingLoss.least_kept`."""
 
 
 class TrainingLoss(nn.Module):
-    """Reconstruction loss of a batch, with dead latents taught to reconstruct what is left of it.
+    """Reconstruction loss of a batch, with an additional loss that lets dead latents reconstruct the error.
 
     Args:
         sae: The autoencoder.
-        options: Of the training.
+        options: Options of the training.
     """
 
     def __init__(self, sae: SparseAutoencoder, options: TrainingOptions) -> None:
@@ -64,7 +64,7 @@ class TrainingLoss(nn.Module):
         self.register_buffer("scale", torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Losses:
-        """Of activations `(tokens, d_in)`, scaled to a mean square of 1 per dimension."""
+        """Compute the losses of activations `(tokens, d_in)`, scaled to a mean square of 1 per dimension."""
         x = x * self.scale
         before = self.sae.pre_activations(x)
         values, indices, offsets = keep_largest(before, self.sae.config.k, self.options.batch_topk)
@@ -76,22 +76,22 @@ class TrainingLoss(nn.Module):
         return Losses(total, fvu.detach(), fired, self.least_kept(values.detach()))
 
     def decode(self, values: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-        """What latents write, from the non-zero ones alone; see `sparse_decode`."""
+        """Decode from the non-zero latents only, see `sparse_decode`."""
         return sparse_decode(values, indices, offsets, self.sae.W_dec)
 
     def least_kept(self, values: Tensor) -> Tensor:
-        """Where latents start to be kept: the least of the batch, or the mean over tokens of each one's least."""
+        """Give the smallest kept latent: over the batch, or averaged over the tokens."""
         if not self.options.batch_topk:
             return values.view(-1, self.sae.config.k).min(1).values.mean()
         kept = values[values > 0]
         return kept.min() if len(kept) else values.new_tensor(0.0)
 
     def dead_loss(self, before: Tensor, error: Tensor) -> Tensor:
-        """How badly the best dead latents reconstruct `error`, the target minus the reconstruction; 0 with none dead.
+        """Compute the loss of the best dead latents in reconstructing `error` (target minus reconstruction), or 0.
 
         Args:
-            before: Latents before the activation function, `(tokens, d_sae)`.
-            error: `(tokens, d_in)`, detached.
+            before: Encoder output before the activation function, `(tokens, d_sae)`.
+            error: Error, detached, `(tokens, d_in)`.
         """
         dead = self.silent > self.options.dead_after
         count = int(dead.sum())
@@ -105,7 +105,7 @@ class TrainingLoss(nn.Module):
 
     @torch.no_grad()
     def count(self, fired: Tensor, tokens: int, least: Tensor) -> None:
-        """Note which latents fired among so many tokens, and the least value kept."""
+        """Record which latents fired on `tokens` tokens, and the smallest kept value."""
         self.silent += tokens
         self.silent[fired] = 0
         first = self.least < 0
@@ -114,12 +114,12 @@ class TrainingLoss(nn.Module):
 
 
 def keep_largest(before: Tensor, k: int, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest latents, as `sparse_decode` takes them: values, indices, offsets.
+    """Keep the largest latents; give values, indices and offsets for `sparse_decode`.
 
     Args:
-        before: `(tokens, d_sae)` before the activation function.
-        k: How many per token.
-        batch: On average over the batch instead of exactly.
+        before: Encoder output before the activation function, `(tokens, d_sae)`.
+        k: Number of latents per token.
+        batch: Keep k on average over the batch instead of exactly.
     """
     tokens, width = before.shape
     starts = torch.arange(tokens, device=before.device)
@@ -133,7 +133,7 @@ def keep_largest(before: Tensor, k: int, batch: bool) -> tuple[Tensor, Tensor, T
 
 
 def variance_share(error: Tensor, target: Tensor) -> Tensor:
-    """Fraction of the variance of `target` that is left in `error`, both `(tokens, dim)`."""
+    """Compute the fraction of the variance of `target` that is left in `error`, both `(tokens, dim)`."""
     return error.pow(2).sum() / (target - target.mean(0)).pow(2).sum()
 
 
@@ -141,11 +141,11 @@ class SAETrainer:
     """Train an autoencoder, on one process or under `accelerate launch` on many.
 
     Args:
-        stream: Activations by step; with several processes each one's own.
-        options: How.
-        folder: Where checkpoints go; none are written when left out. Only the same training goes on from them: of the
-            same activations, options and processes.
-        accelerator: Of accelerate; a new one when left out. Its trackers are told of every step.
+        stream: Gives activations by step; each process has its own.
+        options: Options of the training.
+        folder: Folder of checkpoints; none are written when left out. A training resumes from them only if
+            activations, options and processes are the same.
+        accelerator: Processes of the training; a new `Accelerator` when left out. Its trackers log every step.
     """
 
     def __init__(
@@ -175,10 +175,10 @@ class SAETrainer:
             self.recipe = self._recipe(sample)
 
     def _recipe(self, sample: Tensor) -> Settings:
-        """All that the result depends on."""
+        """Give everything on which the result depends."""
         options = dataclasses.asdict(self.options)
         del options["save_every"]
-        # What is no stream of prompts is known by what it gives.
+        # A stream that has no recipe is identified by a sample of its activations.
         known = getattr(self.stream, "recipe", lambda: {"sample": files.digest(sample.tolist())})
         return {
             "options": options, "activations": {"width": sample.shape[1], **known()},
@@ -187,7 +187,7 @@ class SAETrainer:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder of the checkpoints, if there is one: one training at a time, and the same one as before.
+        """Lock the folder of checkpoints, if there is one, and check that it belongs to the same training.
 
         Raises:
             TrainingError: Another process trains there, or something else was trained there.
@@ -201,17 +201,17 @@ class SAETrainer:
             yield
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, constant, then linear to zero."""
+        """Give the learning rate: linear warm-up, constant, then linear to zero."""
         options = self.options
         rise = (step + 1) / max(options.warmup, 1)
         fall = (options.steps - step) / max(options.decay * options.steps, 1)
         return options.learning_rate * min(1.0, rise, fall)
 
     def train(self, progress: Callable[[float], None] = lambda share: None) -> SparseAutoencoder:
-        """Train to the end, from the last checkpoint on if there is one.
+        """Train to the end, starting from the last checkpoint if there is one.
 
         Returns:
-            The autoencoder for unscaled activations, with thresholds and, in its metadata, the last figures.
+            The autoencoder for unscaled activations, with thresholds and the last figures in its metadata.
 
         Raises:
             DivergenceError: The loss is NaN or infinite.
@@ -230,7 +230,7 @@ class SAETrainer:
             self.accelerator.log(row, step=step)
             progress((step + 1) / self.options.steps)
             due = (step + 1) % self.options.save_every == 0 and step + 1 < self.options.steps
-            # Not behind the last step, whose figures no checkpoint holds: they belong to the result.
+            # No checkpoint is saved after the last step, because its figures belong to the result.
             if self.state and self.accelerator.is_main_process and due:
                 self.state.save(step + 1)
         self.sae.threshold.fill_(max(float(self.losses.least), 0.0))
@@ -240,12 +240,12 @@ class SAETrainer:
         return self.sae.eval().requires_grad_(False)
 
     def discard_checkpoint(self) -> None:
-        """Remove the checkpoint, once the result is kept."""
+        """Remove the checkpoint, once the result is saved."""
         if self.folder is not None:
             files.discard(self.folder, (CHECKPOINT, RECIPE))
 
     def step(self, losses: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, step: int) -> dict[str, float]:
-        """One optimiser step; returns its figures."""
+        """Take one optimiser step and give its figures."""
         for group in optimiser.param_groups:
             group["lr"] = self.learning_rate(step)
         found: Losses = losses(x.to(self.accelerator.device, torch.float32))
@@ -258,7 +258,8 @@ class SAETrainer:
         self.accelerator.backward(found.total)
         decoder = self.sae.W_dec
         assert decoder.grad is not None
-        # What would change the length of a row is undone by the renormalisation, and would only fill Adam's moments.
+        # The gradient's part along a row is removed: renormalisation would undo it, and it would only fill Adam's
+        # moments.
         with torch.no_grad():
             decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
         self.accelerator.clip_grad_norm_(self.sae.parameters(), self.options.clip)

@@ -1,4 +1,4 @@
-"""Training: states from trajectories, a student beside its teacher, one loop on accelerate, and additions to it."""
+"""Training on accelerate: states from trajectories, students that share the teacher's network, one loop, additions."""
 
 from __future__ import annotations
 

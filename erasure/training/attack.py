@@ -1,4 +1,4 @@
-"""The inner attack: learned vectors ahead of a prompt that bring back what a student forgot."""
+"""The inner attack: embeddings learned before a prompt's words, which bring an erased concept back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from erasure.errors import ConceptError, DivergenceError
 from erasure.interop import paths
 
 FILLER = "a"
-"""The word that keeps the place of a learned vector: an end token there would end the prompt."""
+"""Word at the position of a learned vector. An end token there would end the prompt."""
 
 
 def prefixed(tower: TextTower, prompts: Sequence[str], count: int) -> tuple[PromptTokens, Tensor]:
-    """Prompts with room for `count` vectors ahead of their first word; all of their own tokens stay.
+    """Insert `count` positions for vectors before the first word of prompts, whose own tokens stay.
 
-    Released code counts words where tokens are meant, so that half of "nudity" (two tokens) is cut off there.
+    AdvUnlearn's released code counts words instead of tokens, so half of "nudity" (two tokens) is cut off there.
 
     Returns:
-        The tokens, and the places of the vectors `(count,)`.
+        The tokenised prompts, and the positions of the vectors, `(count,)`.
 
     Raises:
-        ConceptError: So many leave no room for a word.
+        ConceptError: So many vectors leave no room for a word.
     """
     if tower.leading + count + 1 >= tower.max_length:
         raise ConceptError(
@@ -33,22 +33,22 @@ def prefixed(tower: TextTower, prompts: Sequence[str], count: int) -> tuple[Prom
             f"{tower.component}"
         )
     tokens = tower.tokenize(prompts)
-    # The last token of the word: T5 may write it as the mark of a beginning and a letter.
+    # The last token of the word is used, because T5 may split it into a start mark and a letter.
     filler = torch.full((len(prompts), count), tower.word_ids(FILLER)[-1])
     place = torch.arange(tower.leading, tower.leading + count, device=tokens.ids.device)
     return behind(tower, tokens, filler), place
 
 
 def random_words(tower: TextTower, rows: int, count: int, generator: torch.Generator) -> Tensor:
-    """The embeddings of random words, `(rows, count, dim)` float32."""
+    """Draw embeddings of random words, `(rows, count, dim)` float32."""
     table = paths.token_table(tower.root).weight.detach()
-    # A table may be longer than the vocabulary: T5's is.
+    # The embedding table can be longer than the vocabulary, as in T5.
     known = min(len(table), len(tower.tokenizer))
     return table[torch.randint(known, (rows, count), generator=generator).to(table.device)].float()
 
 
 def vocabulary_spread(tower: TextTower) -> float:
-    """Standard deviation of the vocabulary's embeddings, the natural unit of steps among them."""
+    """Compute the standard deviation of the vocabulary's embeddings, a natural unit of steps between embeddings."""
     return float(paths.token_table(tower.root).weight.detach().float().std(0).mean())
 
 
@@ -56,16 +56,16 @@ def attacked(
     loss: Callable[[Mapping[str, Tensor], int], Tensor], vectors: Mapping[str, Tensor], *, steps: int,
     lr: Mapping[str, float], signed: bool, accumulates: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Vectors that lower a loss, after the last step of Adam.
+    """Minimise a loss over vectors with Adam, and give the vectors after the last step.
 
     Args:
-        loss: Of the vectors and the number of the step.
-        vectors: To start from, `(rows, tokens, dim)` by text encoder.
-        steps: How many.
+        loss: Computes the loss from the vectors and the step's number.
+        vectors: Initial vectors, `(rows, tokens, dim)` by text encoder.
+        steps: Number of steps.
         lr: Adam's learning rate by text encoder.
-        signed: Adam is given the gradient's sign (fast adversarial training) instead of the gradient.
-        accumulates: Do as the released code of AdvUnlearn does by mistake: add gradients up over all steps (what is
-            added up with `signed` are signs), and give back the vectors from before the last step.
+        signed: Give Adam the sign of the gradient instead of the gradient (fast adversarial training).
+        accumulates: Reproduce a mistake of AdvUnlearn's released code: add gradients (or with `signed` their signs) up
+            over all steps, and give the vectors from before the last step.
 
     Raises:
         DivergenceError: The loss is NaN or infinite.

@@ -16,25 +16,25 @@ from erasure import files
 from erasure.errors import TrainingError
 
 MOST_VALUES, DEEPEST = 1_000_000, 20
-"""Tensors and numbers in one, and levels of nesting."""
+"""Largest number of values in a checkpoint, and its deepest nesting."""
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What Adam keeps of a parameter."""
+"""Names of Adam's state of a parameter."""
 
 
 class Stateful(Protocol):
-    """Whatever can be kept and put back."""
+    """An object whose state can be saved and restored."""
 
     def state_dict(self) -> Mapping[str, object]:
-        """The state, plain data and tensors."""
+        """Give the state: plain data and tensors."""
         ...
 
     def load_state_dict(self, state: Any, /) -> object:
-        """Put it back."""
+        """Restore a state."""
         ...
 
 
 class _Unfit(Exception):
-    """A state that is none of this training's."""
+    """A saved state does not belong to this training."""
 
 
 class Checkpoint:
@@ -42,7 +42,7 @@ class Checkpoint:
 
     Args:
         path: The file.
-        parts: Everything with `state_dict` and `load_state_dict`, by name.
+        parts: Objects to save and restore, by name.
     """
 
     def __init__(self, path: Path, **parts: Stateful) -> None:
@@ -51,13 +51,13 @@ class Checkpoint:
         self._started = time.monotonic()
 
     def resume(self, steps: int | None = None) -> int:
-        """Load the last saved state, if there is one, and give the step to go on from.
+        """Load the last saved state, if there is one, and give the step at which to continue.
 
         Args:
-            steps: How many steps the training has.
+            steps: Number of steps of the training.
 
         Raises:
-            TrainingError: The file is damaged, or of a training of something else; nothing has been loaded.
+            TrainingError: The file is damaged or belongs to another training; nothing has been loaded.
         """
         if self.path.exists():
             state = self._read(steps)
@@ -69,11 +69,11 @@ class Checkpoint:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the training has taken in all sessions, up to the last checkpoint of those that ended early."""
+        """Seconds of training in all sessions; sessions that were interrupted count up to their last checkpoint."""
         return time.monotonic() - self._started
 
     def _read(self, steps: int | None) -> dict[str, Any]:
-        """The state in the file, which every part can hold."""
+        """Read the state from the file, and check it against every part."""
         try:
             state = files.read_archive(self.path, error=TrainingError)
             comparison = _Comparison(self.path.stat().st_size)
@@ -99,7 +99,7 @@ class Checkpoint:
         """Write the state after `step` steps.
 
         Raises:
-            TrainingError: It cannot be written; the last one is still there.
+            TrainingError: The file cannot be written; the former one is kept.
         """
         seconds = self.elapsed
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -116,22 +116,22 @@ class Checkpoint:
 
 
 class _Comparison:
-    """Compares a stored state with that of a part: its form must be the same, and its numbers finite.
+    """Compares a saved state with the current one: the structure must be the same, and numbers finite.
 
     Args:
-        size: Bytes of the file; no tensor has more.
+        size: Size of the file in bytes, which no tensor may exceed.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.left = size, MOST_VALUES
 
     def check(self, name: str, found: object, own: Any = None) -> None:
-        """Raise `_Unfit` unless it fits.
+        """Raise `_Unfit` unless a saved value has the structure of the current one.
 
         Args:
-            name: Place in the state, for messages.
-            found: From the file.
-            own: The part's; what is empty or `None` there says nothing about the form.
+            name: Path of the value in the state, for messages.
+            found: Value from the file.
+            own: Current value; an empty value or `None` allows any structure.
         """
         self.left -= 1
         if self.left < 0 or name.count(".") > DEEPEST:
@@ -156,7 +156,7 @@ class _Comparison:
             raise _Unfit(f"{name} is {files.shown(found, 40)}, expected {type(own).__name__}")
 
     def check_tensor(self, name: str, found: Tensor, own: object) -> None:
-        """Raise `_Unfit` unless a tensor has the form of another, and finite values."""
+        """Raise `_Unfit` unless a tensor has the shape and type of another, and finite values."""
         if found.layout != torch.strided or found.device.type != "cpu" or found.nbytes > self.size:
             raise _Unfit(f"{name} is no plain tensor")
         if own is not None and not isinstance(own, Tensor):
@@ -168,7 +168,7 @@ class _Comparison:
 
 
 def _check_moments(name: str, found: Mapping[str, Any], optimiser: torch.optim.Optimizer) -> None:
-    """Raise `_Unfit` unless options and moments of an optimiser are those of its own: torch itself does not look."""
+    """Raise `_Unfit` unless a saved optimiser has this optimiser's options and state, which torch does not check."""
     for group, own in zip(found["param_groups"], optimiser.state_dict()["param_groups"], strict=True):
         # The learning rate is set at every step.
         changed = sorted(key for key in own if key != "lr" and group[key] != own[key])

@@ -1,4 +1,4 @@
-"""How the gradients of several losses become the one that an optimiser takes."""
+"""How the gradients of several losses are combined into the one that an optimiser takes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 Gradient = list[Tensor]
-"""Of each of a player's tensors, in their order."""
+"""Gradients of a player's tensors, in their order."""
 Scope = Literal["tensor", "all"]
 NOISE = 1e-4
-"""Length of a kept gradient, relative to the other one, below which it is rounding: at the start a student still is
-what it is kept at, and the direction of what little differs is random."""
+"""Norm of the kept gradient, relative to the other one, below which it is rounding noise. At the start the student
+equals the teacher, so the retain loss is nearly zero and its gradient has a random direction."""
 
 
 class Combine(ABC):
-    """Takes gradients of a turn's losses apart, and makes one of them."""
+    """A rule that combines the gradients of an optimiser step's losses."""
 
     @abstractmethod
     def losses(self, terms: Mapping[str, Tensor]) -> list[Tensor]:
-        """The scalars that are differentiated apart from one another, made of loss terms by name."""
+        """Group loss terms, by name, into the scalars that are differentiated separately."""
 
     @abstractmethod
     def combined(self, gradients: Sequence[Gradient]) -> Gradient:
-        """What the optimiser takes.
+        """Combine the gradients into the one for the optimiser.
 
         Args:
-            gradients: One for each of `losses`, of the whole batch.
+            gradients: Gradient of each of `losses`, over the whole batch.
         """
 
 
@@ -38,44 +38,45 @@ class Total(Combine):
     """The gradient of the sum of all terms."""
 
     def losses(self, terms: Mapping[str, Tensor]) -> list[Tensor]:
-        """Their sum."""
+        """Give the sum of all terms."""
         return [added(list(terms.values()))]
 
     def combined(self, gradients: Sequence[Gradient]) -> Gradient:
-        """The only one."""
+        """Give the only gradient."""
         return gradients[0]
 
 
 @dataclass(frozen=True)
 class Surgery(Combine):
-    r"""Takes from one gradient what is opposed to another (PCGrad, Yu et al. 2020, arXiv 2001.06782).
+    r"""Removes from one gradient what opposes another (PCGrad, Yu et al. 2020, arXiv 2001.06782).
 
-    With $a$ the gradient of all other terms and $b$ that of the kept ones, where $\langle a, b \rangle < 0$
+    With $a$ the gradient of all other terms and $b$ the gradient of the kept terms, where $\langle a, b \rangle < 0$
 
         pcgrad:    a - strength <a, b> / |b|^2 b
         released:  a' - strength <a' / |a'|, b' / |b'|> b' / |b'|        a', b': a and b, each of norm 1 at most
 
     and $a$ itself elsewhere. `released` is the code of DoCo, which lacks the factor |a|: where |a| is far below 1, as
-    it is for single tensors, little of $a$ is left in what it gives.
+    for single tensors, its result contains little of $a$.
     """
 
     kept: tuple[str, ...]
-    """Names of the terms whose decrease must not be undone. They enter by the surgery alone, unless `add` says so."""
+    """Names of the kept terms, whose decrease must not be undone. They enter only through the surgery, unless `add`
+    is above 0."""
     form: Literal["pcgrad", "released"] = "pcgrad"
     scope: Scope = "tensor"
-    """Whether products and norms are those of each tensor, or of all together."""
+    """Whether inner products and norms are taken over each tensor, or over all tensors together."""
     strength: float = 1.0
-    """Share of the opposed part that is taken away."""
+    """Share of the opposing part that is removed."""
     add: float = 0.0
-    """Weight at which the kept gradient itself is added."""
+    """Weight of the kept gradient, which is added to the result."""
 
     def losses(self, terms: Mapping[str, Tensor]) -> list[Tensor]:
-        """The sum of the other terms and that of the kept ones."""
+        """Give the sum of the other terms, and the sum of the kept terms."""
         others = [term for name, term in terms.items() if name not in self.kept]
         return [added(others), added([terms[name] for name in self.kept])]
 
     def combined(self, gradients: Sequence[Gradient]) -> Gradient:
-        """The first gradient without what is opposed to the second."""
+        """Remove from the first gradient the part that opposes the second."""
         first, second = gradients
         if self.form == "released":
             first, second = shortened(first), shortened(second)
@@ -90,7 +91,7 @@ class Surgery(Combine):
         dot, squared = (a * b).sum(), (b * b).sum()
         below = squared * a.norm() if self.form == "released" else squared
         least = 0.0 if self.form == "released" else NOISE**2 * (a * a).sum()
-        # Chosen by arithmetic, so that no value has to leave a GPU; a gradient of zero is opposed to nothing.
+        # The choice is made by arithmetic, so that no value leaves a GPU; a zero gradient opposes nothing.
         share = torch.where(
             (dot < 0) & (squared > least) & (below > 0), dot / below.clamp_min(torch.finfo(a.dtype).tiny), 0.0
         )
@@ -98,17 +99,17 @@ class Surgery(Combine):
 
 
 def added(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars, in float32."""
+    """Add scalars in float32."""
     return torch.stack([term.float() for term in terms]).sum()
 
 
 def flat(gradient: Gradient) -> Tensor:
-    """All of a gradient as one vector."""
+    """Concatenate a gradient's tensors into one vector."""
     return torch.cat([part.flatten() for part in gradient])
 
 
 def shortened(gradient: Gradient, most: float = 1.0) -> Gradient:
-    """A gradient whose norm over all tensors is `most` at most, as `clip_grad_norm_` makes it."""
+    """Clip a gradient to a norm of at most `most` over all tensors, as `clip_grad_norm_` does."""
     norm = torch.stack([part.norm() for part in gradient]).norm()
     factor = (most / (norm + 1e-6)).clamp_max(1.0)
     return [part * factor for part in gradient]

@@ -1,4 +1,4 @@
-"""What training costs, in passes of the denoiser over one sample: the unit that does not depend on the machine."""
+"""Cost of training in forward passes of the denoiser per sample, a unit that does not depend on the machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from erasure.errors import TrainingError
 from erasure.interop.protocols import Prediction
 
 BACKWARD = 2
-"""Forward passes that a backward pass counts for, as usual."""
+"""Number of forward passes that a backward pass counts as, by convention."""
 PHASES: tuple[Literal["setup", "rollout", "update"], ...] = ("setup", "rollout", "update")
 
 
 class DenoiserCost:
-    """Counts sample-forwards: every row of every call of the denoiser, and `BACKWARD` more when gradients pass it.
+    """Counts forward passes per row of the denoiser, plus `BACKWARD` passes per row when gradients flow through it.
 
-    Blocks that gradient checkpointing runs twice count twice. A training that goes on from a checkpoint goes on
-    counting, and so does the time: both are those of all sessions, up to the last checkpoint of those that were ended
-    early.
+    Blocks that gradient checkpointing runs twice count twice. A resumed training continues its counts and times;
+    sessions that were interrupted count up to their last checkpoint.
 
     Attributes:
-        forwards: All that were counted.
-        rollout_forwards: Those of rolling out trajectories ahead of the training.
-        seconds: Time by phase, see `begin`.
-        earlier_seconds: Time of the earlier sessions.
-        sessions: How many there were, this one included.
+        forwards: Number of passes in all.
+        rollout_forwards: Number of passes for sampling trajectories before the training.
+        seconds: Seconds by phase, see `begin`.
+        earlier_seconds: Seconds of earlier sessions.
+        sessions: Number of sessions, with this one.
     """
 
     def __init__(self) -> None:
@@ -41,7 +40,7 @@ class DenoiserCost:
         self._phase, self._since = PHASES[0], time.perf_counter()
 
     def begin(self, phase: Literal["setup", "rollout", "update"]) -> None:
-        """From now on, time belongs to this phase."""
+        """Count time as this phase from now on."""
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
         if self._phase == "rollout":
@@ -50,7 +49,7 @@ class DenoiserCost:
 
     @contextmanager
     def counting(self, denoiser: nn.Module) -> Iterator[None]:
-        """Count inside."""
+        """Count passes inside of the block."""
         handle = denoiser.register_forward_hook(self._count)
         try:
             yield
@@ -70,13 +69,13 @@ class DenoiserCost:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count inside: looking at the model is no part of training it."""
+        """Do not count inside of the block, for passes that are not part of the training."""
         before = self.forwards
         yield
         self.forwards = before
 
     def state_dict(self) -> dict[str, float]:
-        """For checkpoints."""
+        """Give the counts and times for checkpoints."""
         self.begin(self._phase)
         times = {f"{phase}_seconds": self.seconds[phase] for phase in PHASES}
         counts = {"forwards": self.forwards, "rollout_forwards": self.rollout_forwards, "sessions": self.sessions}
@@ -86,7 +85,7 @@ class DenoiserCost:
         """Add what earlier sessions have cost.
 
         Raises:
-            TrainingError: A number that cannot be.
+            TrainingError: A number is invalid.
         """
         if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in state.values()):
             raise TrainingError(f"a checkpoint says that a training has cost {state}: delete it to start anew")

@@ -1,4 +1,4 @@
-"""A discriminator of clean latents: the player that adversarial trainings of the denoiser play against."""
+"""A discriminator of clean latents, for adversarial training of the denoiser."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from erasure.training.turns import After, Player
 WIDTHS = (64, 128, 256, 512)
 """Channels of the hidden layers (DoCo's code)."""
 SMALLEST = 4
-"""Rows of the map that layers no longer halve."""
+"""Number of rows at which layers stop halving the feature map."""
 GROUPS = 32
 LEVEL_FEATURES = 128
 Norm = Literal["group", "batch"]
 
 CERTAIN = 0.02
-"""Mean cross-entropy of its judgements below which a discriminator errs nowhere; ln 2 is a guess."""
+"""Mean cross-entropy below which a discriminator makes no errors; guessing gives ln 2."""
 PATIENCE = 50
-"""Updates in a row that say so."""
+"""Number of successive updates without errors before a warning."""
 BLIND = 0.6
-"""Share of right judgements below which it has learned nothing to speak of; 0.5 is a guess."""
+"""Share of right judgements below which a discriminator has learned nothing; guessing gives 0.5."""
 MEMORY = 0.9
-"""Share that the running mean of right judgements keeps."""
+"""Decay of the running mean of right judgements."""
 
 
 class DiscriminatorWarning(UserWarning):
-    """A discriminator tells its player nothing: it errs nowhere, or it cannot tell things apart at all."""
+    """A discriminator gives no useful gradient: it makes no errors, or it guesses."""
 
 
 class Discriminator(Player):
-    """Tells clean latents of one kind from those of another, patch by patch (PatchGAN).
+    """Classifies clean latents as one of two kinds, patch by patch (PatchGAN).
 
-    Four layers of 4 x 4 convolutions that halve the map and a last one that judges, as in DoCo's code; on maps of four
-    rows, which small latents come to early, layers are 3 x 3 and keep the size.
+    Four layers of 4 x 4 convolutions halve the feature map, and a last layer classifies, as in DoCo's code. On feature
+    maps of four rows layers are 3 x 3 convolutions that keep the size.
 
     Args:
-        channels: Of the latents.
+        channels: Number of channels of the latents.
         size: Rows and columns of the latents.
-        norm: What the middle layers are normalised by: each sample alone in groups of channels, or the batch (DoCo's
-            code), where a judgement depends on the rows beside it.
-        told_level: Whether it is told the noise level that a clean latent was predicted at: at high ones predictions
-            are blurred, whatever they show.
-        seed: Of the initial weights.
+        norm: Normalisation of the middle layers: by groups of channels within each sample, or by the batch (DoCo's
+            code), where the output for a sample depends on the other samples.
+        told_level: Whether the noise level of each prediction is an input. Predictions at high levels are blurred
+            whatever they show.
+        seed: Seed of the initial weights.
     """
 
     certain: Tensor
@@ -70,7 +70,7 @@ class Discriminator(Player):
                 normed = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(GROUPS, width)
                 self.norms.append(normed if number else nn.Identity())
                 before = width
-            # On a map below 2 x 2 there is no room for the kernel.
+            # A feature map smaller than 2 x 2 has no room for the 4 x 4 kernel.
             self.last = nn.Conv2d(before, 1, 4 if rows > 1 else 3, padding=1)
             self.level: nn.Module | None = None
             if told_level:
@@ -78,17 +78,17 @@ class Discriminator(Player):
                     Timesteps(LEVEL_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0),
                     TimestepEmbedding(LEVEL_FEATURES, 2 * LEVEL_FEATURES, out_dim=2 * sum(WIDTHS)),
                 )
-        # In the checkpoint, so that a training that goes on warns where one without a break does.
+        # These are saved in checkpoints, so that a resumed training warns as an uninterrupted one does.
         for name in ("certain", "right", "updates"):
             self.register_buffer(name, torch.tensor(0.5 if name == "right" else 0.0))
         self.judged: list[tuple[float, float]] = []
 
     def judge(self, clean: Tensor, t: Tensor) -> Tensor:
-        """How certain it is that latents are of the second kind: logits `(batch, 1, rows, columns)`.
+        """Compute logits that latents are of the second kind, `(batch, 1, rows, columns)`.
 
         Args:
-            clean: `(batch, channels, h, w)`.
-            t: `(batch,)` noise levels.
+            clean: Clean latents, `(batch, channels, h, w)`.
+            t: Timesteps, `(batch,)`.
         """
         x, told = clean.float(), None if self.level is None else self.level(t.float())[..., None, None]
         parts = [None] * len(WIDTHS) if told is None else told.split([2 * width for width in WIDTHS], 1)
@@ -101,11 +101,11 @@ class Discriminator(Player):
         return self.last(x)
 
     def errors(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of its judgements of latents of the first and of the second kind.
+        """Compute the cross-entropies for latents of the first and of the second kind.
 
         Args:
             first: Logits of latents of the first kind.
-            second: Those of latents of the second kind.
+            second: Logits of latents of the second kind.
         """
         found = looks_like(first, 0.0), looks_like(second, 1.0)
         right = float(((first < 0).float().mean() + (second > 0).float().mean()) / 2)
@@ -114,16 +114,16 @@ class Discriminator(Player):
 
 
 def looks_like(logits: Tensor, kind: float) -> Tensor:
-    """Cross-entropy of judgements with a kind: 0 is the first one, 1 the second."""
+    """Compute the cross-entropy of logits with a kind: 0 is the first one, 1 the second."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, kind))
 
 
 class Watch(After):
-    """Warns where a discriminator has nothing to say to the one that plays against it.
+    """Warns when a discriminator gives the network that plays against it no useful gradient.
 
     Args:
-        judge: The discriminator, behind whose steps it is called.
-        since: Number of the first update in which the other player learns.
+        judge: The discriminator; `apply` is called after its steps.
+        since: Number of the first update in which the other network is trained.
     """
 
     def __init__(self, judge: Discriminator, since: int) -> None:
@@ -131,7 +131,7 @@ class Watch(After):
 
     @torch.no_grad()
     def apply(self, update: int, lr: float) -> None:
-        """Look at the judgements of an update."""
+        """Check the discriminator's outputs of an update."""
         judge = self.judge
         loss, right = (sum(part) / len(part) for part in zip(*judge.judged, strict=True))
         judge.judged.clear()
@@ -154,7 +154,7 @@ class Watch(After):
             )
 
     def figures(self) -> dict[str, float]:
-        """Share of right judgements in the end (0.5 is a guess), and how long it erred nowhere."""
+        """Give the final share of right judgements (guessing gives 0.5), and the number of updates without errors."""
         return {"discriminator_right": float(self.judge.right), "discriminator_certain": float(self.judge.certain)}
 
     def _warn(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Score distillation (Zhou et al. 2024): a generator of one step, and a model of what it draws, in turns."""
+"""Score identity distillation (Zhou et al. 2024): a one-step generator and a model of its images, trained in turns."""
 
 from __future__ import annotations
 
@@ -18,46 +18,47 @@ from erasure.training.student import Student
 from erasure.training.turns import Descent, Output, Player, Turn
 
 SMALLEST_WEIGHT = 1e-5
-"""Mean distance from the teacher below which a row weighs no more."""
+"""Smallest mean distance from the teacher by which a row's loss is divided."""
 
 
 def identity(real: Tensor, fake: Tensor, drawn: Tensor, alpha: float) -> Tensor:
-    r"""What a generator lowers to draw as a teacher does, of each row.
+    r"""Compute the generator's score identity loss of each row.
 
-    With $f$ the teacher's clean latents, $g$ those of a model of what the generator draws, and $x$ what it has drawn,
+    With $f$ the teacher's clean latents, $g$ those of a model of the generator's images, and $x$ the generated
+    latents,
 
     $$ \sum (f - g) [(f - x) - \alpha (f - g)] / w, \quad w = mean |x - f| $$
 
-    where $w$ is of each row, and no gradient passes it.
+    where $w$ is computed for each row without gradients.
 
     Args:
         real: $f$, `(rows, channels, h, w)`.
         fake: $g$, shaped as `real`.
         drawn: $x$, shaped as `real`.
-        alpha: Weight at which the squared distance of both models is taken off. At 1 it is `short_identity`.
+        alpha: Weight of the squared distance of both models, which is subtracted. At 1 the result is `short_identity`.
 
     Returns:
-        `(rows,)`.
+        Losses, `(rows,)`.
     """
     return weighted((real - fake) * ((real - drawn) - alpha * (real - fake)), real, drawn)
 
 
 def short_identity(real: Tensor, fake: Tensor, drawn: Tensor) -> Tensor:
-    r"""What `identity` is at an alpha of 1: $\sum (f - g) (g - x) / w$; see there."""
+    r"""Compute `identity` for an alpha of 1: $\sum (f - g) (g - x) / w$; see there."""
     return weighted((real - fake) * (fake - drawn), real, drawn)
 
 
 def weighted(terms: Tensor, real: Tensor, drawn: Tensor) -> Tensor:
-    """The sum of each row's terms over the mean distance of what was drawn from the teacher; see `identity`."""
+    """Divide each row's sum of terms by its mean distance from the teacher; see `identity`."""
     weight = (drawn - real).detach().abs().mean((1, 2, 3)).clamp_min(SMALLEST_WEIGHT)
     return terms.sum((1, 2, 3)) / weight
 
 
 class Apart(Player):
-    """A student whose losses say themselves when the network is the student: others take part in them as well.
+    """A student whose losses switch it on and off themselves, because several networks take part in them.
 
     Args:
-        student: What learns.
+        student: The student.
     """
 
     def __init__(self, student: Student) -> None:
@@ -65,76 +66,76 @@ class Apart(Player):
         self.student = student
 
     def forward(self, run: Callable[[], Output]) -> Output:
-        """What `run` gives while the network is as it was."""
+        """Call `run` with the network unchanged."""
         return run()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guiding(Options):
-    """Scales of classifier-free guidance, 1 for none. Long and short guidance has all of them above 1."""
+    """Scales of classifier-free guidance; 1 switches it off. Long-short guidance has all of them above 1."""
 
     teacher: NotNegative = 1.0
-    """Of the teacher, while the generator learns."""
+    """Guidance scale of the teacher in the generator's loss."""
     fake: NotNegative = 1.0
-    """Of the model of what is drawn, while the generator learns."""
+    """Guidance scale of the fake-score network in the generator's loss."""
     learning: NotNegative = 1.0
-    """Of the model of what is drawn, while itself learns."""
+    """Guidance scale of the fake-score network in its own loss."""
     dropped: ZeroToOne = 0.1
-    """Share of the rows without their prompt while that model learns, where any scale is not 1."""
+    """Share of the fake-score network's rows that are trained with the empty prompt, where a scale is not 1."""
 
 
 class Kind(NamedTuple):
-    """Rows of one kind in every update."""
+    """Training rows of one kind: of the concept, or of prompts that must survive."""
 
     name: str
     source: OneStepGenerator
-    """Scenes ask what the teacher draws in the place of their prompt, or ask nothing."""
+    """Generator's images. A scene can name another prompt, for which the teacher predicts."""
     batch: int
-    """Rows in each update, over all processes."""
+    """Number of rows in each update, over all processes."""
     weight: float
-    """Of the generator's loss."""
+    """Weight in the generator's loss."""
     fake_weight: float
-    """Of the other model's loss."""
+    """Weight in the fake-score network's loss."""
 
 
 class Drawn(NamedTuple):
-    """What the generator has drawn for a part of an update."""
+    """Generated images for a part of an update."""
 
     images: Tensor
-    """`(rows, channels, h, w)` in float32, differentiable where the generator learns."""
+    """Clean latents, `(rows, channels, h, w)` float32, differentiable where the generator is trained."""
     prompts: list[str | None]
-    """What was drawn."""
+    """Prompts of the images."""
     teachers: list[str | None]
-    """What the teacher is asked."""
+    """Prompts for which the teacher predicts."""
     numbers: list[int]
-    """Say from which noise."""
+    """Indices of the images' initial noise."""
     counts: list[int]
-    """Rows of each kind, one after the other."""
+    """Number of rows of each kind, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreDistillation:
-    """Both players and their losses. The network itself is the teacher; no copy of it is made.
+    """The generator, the fake-score network, and their losses. The frozen network itself is the teacher.
 
-    What the generator draws in an update is what both turns learn from: it is drawn once.
+    Both optimiser steps of an update use the same images, which are drawn once.
     """
 
     kinds: Sequence[Kind]
     generator: Student
     fake: Student
-    """The model of what the generator draws."""
+    """Fake-score network: model of the generator's images."""
     alpha: float
     guiding: Guiding
     seed: int
     since: int = 0
-    """First update in which the generator learns."""
+    """First update in which the generator is trained."""
 
     def turns(self, descent: Descent, fake_descent: Descent) -> list[Turn[Drawn]]:
-        """Whose turn it is in every update: the model of what is drawn, then the generator.
+        """Give the optimiser steps of an update: of the fake-score network, then of the generator.
 
         Args:
-            descent: How the generator is trained.
-            fake_descent: How the other is.
+            descent: Optimiser settings of the generator.
+            fake_descent: Optimiser settings of the fake-score network.
         """
         return [
             Turn(
@@ -165,11 +166,11 @@ class ScoreDistillation:
 
     @property
     def source(self) -> OneStepGenerator:
-        """Draws rows of all kinds, whose sources differ in their scenes alone."""
+        """Source that draws rows of all kinds, whose own sources differ only in their prompts."""
         return self.kinds[0].source
 
     def fake_losses(self, drawn: Drawn) -> dict[str, Tensor]:
-        """Squared error of the model of what is drawn, summed over each image; the mean over rows of each kind."""
+        """Compute the fake-score network's squared error, summed over each image, mean over rows of each kind."""
         guiding, parametrisation = self.guiding, self.source.backbone.parametrisation
         x, t, noise = self.source.noised(drawn.images.detach(), drawn.numbers, "fake")
         prompts = list(drawn.prompts)
@@ -186,7 +187,7 @@ class ScoreDistillation:
         )
 
     def losses(self, drawn: Drawn) -> dict[str, Tensor]:
-        """The generator's loss, see `identity`; the mean over rows of each kind."""
+        """Compute the generator's loss, see `identity`; mean over rows of each kind."""
         clean = self.source.backbone.parametrisation.clean
         x, t, _ = self.source.noised(drawn.images, drawn.numbers, "real")
         real = clean(self.predict(x, t, drawn.teachers, self.guiding.teacher), x, t)
@@ -199,7 +200,7 @@ class ScoreDistillation:
         return self.terms("", rows, drawn, [kind.weight for kind in self.kinds])
 
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str | None], scale: float) -> Tensor:
-        """Predictions in float32 of what the network is now, guided."""
+        """Predict in float32 with the network's current weights and guidance."""
         source, backbone = self.source, self.source.backbone
         x, told = x.to(backbone.dtype), source.prompts(prompts)
         if scale == 1:
@@ -209,8 +210,8 @@ class ScoreDistillation:
         return backbone.guided(own, null, scale)
 
     def terms(self, prefix: str, rows: Tensor, drawn: Drawn, weights: Sequence[float]) -> dict[str, Tensor]:
-        """The weighted mean over rows of each kind."""
-        # Adam does not notice that sums are divided by the number of values, and half precision does not overflow.
+        """Give the weighted mean over rows of each kind."""
+        # Dividing by the number of values does not change Adam's steps, and avoids overflow in half precision.
         parts = (rows / drawn.images[0].numel()).split(drawn.counts)
         named = zip(self.kinds, parts, weights, strict=True)
         return {prefix + kind.name: weight * part.mean() for kind, part, weight in named}

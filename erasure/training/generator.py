@@ -13,22 +13,21 @@ from erasure.training.states import Scene, States, StateSource, stable_seed
 from erasure.training.student import Student
 
 SEEDS = 2**20
-"""Noises that a scene is drawn from: more than a training ever asks for."""
+"""Number of different initial noises per prompt, more than a training ever uses."""
 
 
 class OneStepGenerator(StateSource):
-    """Images drawn in one step by a network at a fixed noise level, from nothing but noise.
+    """Images that a network draws from noise in one step at a fixed timestep.
 
-    From the number of a state follow the noise that it is drawn from, the level that it is noised to, and the noise
-    that is mixed in.
+    The index of a state determines its initial noise, the timestep to which the image is noised, and the noise added.
 
     Args:
-        backbone: Its denoiser is the stock model, and draws as the student while that is active.
-        scenes: What is drawn.
-        prompts: Encodings of their prompts.
+        backbone: Model whose denoiser is the stock model, and is the generator while `student` is active.
+        scenes: Prompts of the images.
+        prompts: Encodes the prompts.
         student: The generator.
-        level: Noise level that it is told.
-        levels: Lowest noise level that images are noised to, and the first that is too high.
+        level: Timestep of the one step.
+        levels: First timestep (inclusive) and last timestep (exclusive) to which images are noised.
         seed: Seeds all noise.
     """
 
@@ -46,31 +45,31 @@ class OneStepGenerator(StateSource):
         return SEEDS
 
     def spread(self, count: int) -> Tensor:
-        """See `StateSource.spread`; levels are drawn, so those of any numbers are spread."""
+        """See `StateSource.spread`; timesteps are random, so those of any indices are spread."""
         return torch.arange(count)
 
     def scene_of(self, index: Tensor) -> list[Scene]:
-        """The scenes of states by number."""
+        """Give the scenes of states, by index."""
         return [self.scenes[number] for number in (index // SEEDS).tolist()]
 
     def draw(self, prompts: Sequence[str | None], numbers: Sequence[int]) -> Tensor:
-        """Clean latents `(states, channels, h, w)` in float32, differentiable in the student's tensors.
+        """Draw clean latents `(states, channels, h, w)` float32, differentiable in the student's tensors.
 
         Args:
-            prompts: What is drawn.
-            numbers: Say from which noise.
+            prompts: Prompts of the images.
+            numbers: Indices of the initial noise.
         """
         noise = self.backbone.noise([stable_seed(self.seed, "generator", number) for number in numbers])
         with self.student.active():
             return one_step(self.backbone, noise, self.level, self.prompts(prompts))
 
     def noised(self, clean: Tensor, numbers: Sequence[int], purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Images mixed with fresh noise: the mixture, its levels `(states,)`, and the noise.
+        """Noise images: give the noised latents, their timesteps `(states,)`, and the noise.
 
         Args:
-            clean: Images.
-            numbers: Of their states.
-            purpose: Another one gives other levels and noise.
+            clean: Clean latents.
+            numbers: Indices of their states.
+            purpose: Part of the seed: another purpose gives other timesteps and noise.
         """
         backbone, (low, high) = self.backbone, self.levels
         seeds = [stable_seed(self.seed, purpose, number) for number in numbers]
@@ -80,7 +79,7 @@ class OneStepGenerator(StateSource):
 
     @torch.no_grad()
     def take(self, index: Tensor) -> States:
-        """See `StateSource.take`: noised images, and what the stock model predicts there for their prompts."""
+        """See `StateSource.take`: noised images, with the stock model's predictions for their prompts."""
         named, numbers = self.scene_of(index), index.tolist()
         x, t, _ = self.noised(self.draw([each.prompt for each in named], numbers), numbers, "taken")
         x = x.to(self.backbone.dtype)
@@ -96,13 +95,13 @@ class OneStepGenerator(StateSource):
 
 
 def one_step(backbone: Backbone, noise: Tensor, level: int, told: Conditioning) -> Tensor:
-    """Clean latents in float32 that a denoiser predicts at one noise level, from noise alone.
+    """Predict clean latents, in float32, from pure noise at one timestep.
 
     Args:
-        backbone: Of the denoiser.
-        noise: As pipelines hand it to the denoiser, of standard deviation 1.
-        level: What the denoiser is told.
-        told: Conditioning of as many prompts.
+        backbone: Model whose denoiser predicts.
+        noise: Noise of standard deviation 1, as pipelines pass it to the denoiser.
+        level: Timestep that the denoiser reads.
+        told: Conditioning, one row per noise.
     """
     t = torch.full((len(noise),), level, device=noise.device)
     return backbone.parametrisation.clean(backbone.predict(noise, t, told).float(), noise.float(), t)

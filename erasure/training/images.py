@@ -1,4 +1,4 @@
-"""States of images that the model itself draws: noised to any level, as in training."""
+"""Training states made from images of the stock model, noised to any timestep."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from erasure.training.states import States, stable_seed
 from erasure.training.trajectories import RolledOut, chunks
 
 LEVELS = 500
-"""Noise levels that images are noised to: those of a sampling run of so many steps."""
+"""Number of timesteps to which images are noised, those of a schedule of so many steps."""
 Kept = Callable[[int, Callable[[], Tensor]], Tensor]
-"""Gives clean latents by the number of their chunk: kept ones, or those that the function makes."""
+"""Gives clean latents by the index of their chunk: cached ones, or those that the function computes."""
 
 
 class NoisedImages(RolledOut):
-    """Clean latents that the stock model draws for the scenes, mixed with fresh noise.
+    """Images that the stock model draws for the scenes, with new noise added for every state.
 
-    What the teacher predicts there is asked whenever a state is taken: of one image come many states. The states of an
-    image are those of its noise levels, highest first; noise belongs to the number of the state.
+    The teacher predicts whenever a state is taken, because one image gives many states. The states of an image are
+    those at its timesteps, highest first; the added noise depends on the state's index.
 
     Args:
         *args: See `RolledOut`.
-        asks_null: Whether targets need what is predicted where no prompt is given.
-        gather: With several processes: sums a tensor over them.
-        share: Index of this process and how many there are.
+        asks_null: Whether targets need the prediction for the empty prompt.
+        gather: Sums a tensor over all processes.
+        share: Index of this process, and number of processes.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class NoisedImages(RolledOut):
         return self.rollout.seeds * LEVELS
 
     def spread(self, count: int) -> Tensor:
-        """See `StateSource.spread`; of the first image."""
+        """See `StateSource.spread`; the indices are those of the first image."""
         return torch.linspace(0, LEVELS - 1, count).long()
 
     def fill(self, kept: Kept = lambda _number, make: make()) -> None:
         """Draw all images, chunk by chunk; several processes share the chunks.
 
         Args:
-            kept: Gives chunks that are there already.
+            kept: Gives cached chunks, and caches new ones.
         """
         clean = torch.zeros(self.trajectories, *self.backbone.latents.shape(), dtype=self.backbone.dtype)
         for number, chunk in chunks(self.trajectories, self.share):
@@ -62,7 +62,7 @@ class NoisedImages(RolledOut):
 
     @torch.no_grad()
     def drawn(self, trajectories: Sequence[int]) -> Tensor:
-        """Clean latents at the ends of trajectories, `(trajectories, channels, h, w)`."""
+        """Sample trajectories and give their final latents, `(trajectories, channels, h, w)`."""
         backbone = self.backbone
         x = backbone.noise([self.noise_seed(trajectory) for trajectory in trajectories])
         scenes = [trajectory // self.rollout.seeds for trajectory in trajectories]
@@ -72,7 +72,7 @@ class NoisedImages(RolledOut):
         return x
 
     def mixed(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The clean latents of states, the noise that is mixed into them, and the noise levels."""
+        """Give the clean latents of states, the noise added to them, and the timesteps."""
         assert self.clean is not None, "draw the images first"
         image, level = index // LEVELS, index % LEVELS
         t = self.levels.to(self.backbone.device)[level.to(self.backbone.device)]

@@ -1,4 +1,4 @@
-"""The one training loop: turns in, trained players out, on one process or under `accelerate launch` on many."""
+"""The training loop: players (networks) take optimiser steps in turns, on one or many processes of accelerate."""
 
 from __future__ import annotations
 
@@ -28,61 +28,63 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 EXPLODED = 1000.0
-"""Times the median of its first values that the loss may grow to."""
+"""Factor of the median of its first values above which a loss counts as diverged."""
 SETTLING = 10
-"""Updates that make up this median."""
+"""Number of updates in this median."""
 
 
 class Share(NamedTuple):
-    """A part of each update's global batch: what one process computes at once."""
+    """The part of an update's batch that one process computes at once."""
 
     number: int
-    """Which of the parts, from 0 on."""
+    """Index of the part, counted from 0."""
     parts: int
 
     def of(self, rows: Tensor) -> Tensor:
-        """The rows `(batch, ...)` of this part, `(batch / parts, ...)`."""
+        """Select this part of the rows `(batch, ...)`, `(batch / parts, ...)`."""
         return rows[self.number :: self.parts]
 
 
 Prepare = Callable[[int, Share], Prepared]
-"""What the losses of an update need of a part of its batch: called while networks are as they were. Several turns of
-one update may be given the same object."""
+"""Prepares the inputs of an update's losses for a part of its batch, with all networks unchanged. Several turns of
+an update may get the same object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation(Options):
-    """How a student is trained."""
+    """Options of a student's training."""
 
     steps: Count
-    """Updates."""
+    """Number of updates."""
     lr: Positive
     """Peak learning rate of AdamW."""
     accumulation: Count = 1
-    """Parts that each process computes its share of a batch in, one after the other."""
+    """Number of parts in which each process computes its share of a batch (gradient accumulation); more parts need
+    less memory."""
     weight_decay: NotNegative = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     warmup: CountOrZero = 0
-    """Updates of linear warm-up."""
+    """Number of updates in which the learning rate rises linearly to its peak."""
     clip: NotNegative = 1.0
-    """Greatest norm of the gradient; 0 for none."""
+    """Largest norm of the gradient, to which longer ones are clipped; 0 switches clipping off."""
     ema: Decay = 0.0
-    """Decay of the running mean of the weights that becomes the result; 0 takes the last weights."""
+    """Decay of the exponential moving average of the weights, which becomes the result; 0 takes the last weights."""
     gradient_checkpointing: bool = False
-    """Whether blocks of the denoiser run twice instead of keeping their activations."""
+    """Run the denoiser's blocks a second time in the backward pass instead of storing their activations, which
+    needs less memory."""
 
     @property
     def descent(self) -> Descent:
-        """How AdamW trains the student."""
+        """Settings of the AdamW that trains the student."""
         return Descent(
             lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip, ema=self.ema
         )  # fmt: skip
 
     def check_batches(self, batches: Mapping[str, int], processes: int) -> None:
-        """Refuse batches that do not fall into equal parts.
+        """Refuse batches that cannot be divided equally among processes and parts.
 
         Raises:
-            OptionError: One does not.
+            OptionError: A batch cannot be divided equally.
         """
         parts = self.accumulation * processes
         for name, batch in batches.items():
@@ -94,9 +96,9 @@ class Optimisation(Options):
 
 
 def make_accelerator(run: Run, device: torch.device) -> Accelerator:
-    """Accelerate for the device that the model is on, with the tracker that was asked for.
+    """Make an `Accelerator` for the model's device, with the chosen tracker.
 
-    Mixed precision is what `accelerate launch` was told; the trained tensors are float32 in any case.
+    Mixed precision is set by `accelerate launch`; the trained tensors are float32 in any case.
 
     Raises:
         MissingExtraError: The tracker is not installed.
@@ -110,7 +112,7 @@ def make_accelerator(run: Run, device: torch.device) -> Accelerator:
 
 
 class Learner(Generic[Prepared]):
-    """A turn with its optimiser, and what else a checkpoint keeps of it."""
+    """A turn with its optimiser, and its other state in checkpoints."""
 
     def __init__(self, turn: Turn[Prepared], steps: int) -> None:
         self.turn, self.steps, descent = turn, steps, turn.descent
@@ -126,7 +128,7 @@ class Learner(Generic[Prepared]):
             self.average = EMAModel(self.parameters, decay=descent.ema)
 
     def parts(self) -> dict[str, Stateful]:
-        """Parts of a checkpoint."""
+        """Give the parts of a checkpoint."""
         name = self.turn.name
         kept: dict[str, Stateful] = {
             name: self.turn.player, f"{name}_optimiser": self.optimiser, f"{name}_losses": _Listed(self.first)
@@ -134,7 +136,7 @@ class Learner(Generic[Prepared]):
         return kept if self.average is None else {**kept, f"{name}_average": self.average}
 
     def rate(self, update: int) -> float:
-        """Learning rate of an update."""
+        """Give the learning rate of an update."""
         descent, done = self.turn.descent, update - self.turn.since
         if done >= descent.warmup and descent.cycles:
             share = (done - descent.warmup) / max(self.steps - self.turn.since - descent.warmup, 1)
@@ -146,46 +148,47 @@ class Learner(Generic[Prepared]):
 class Trainer(Generic[Prepared]):
     """Trains players in turns.
 
-    Every random choice follows from the seed and the number of the update, so a training that was killed and resumed
-    ends with the same bits, and several processes compute what one would.
+    Every random choice depends only on the seed and the number of the update. A training that was interrupted and
+    resumed therefore ends with the same bits, and several processes compute what one would.
     """
 
     turns: Sequence[Turn[Prepared]]
-    """Whose turn it is in each update, one after the other."""
+    """Optimiser steps of each update, in their order."""
     prepare: Prepare[Prepared]
     steps: int
-    """Updates."""
+    """Number of updates."""
     seed: int
     accumulation: int = 1
-    """Parts that each process computes its share of a batch in, one after the other."""
+    """Number of parts in which each process computes its share of a batch (gradient accumulation); more parts need
+    less memory."""
     run: Run = field(default_factory=Run)
     accelerator: Accelerator | None = None
-    """The processes that train together; this one alone when left out."""
+    """Processes that train together; only this one when left out."""
     cost: DenoiserCost = field(default_factory=DenoiserCost)
     scales_losses: bool = False
-    """Whether gradients underflow unless losses are scaled, as those of a float16 model do."""
+    """Whether losses are scaled to keep gradients from underflow, as float16 models need."""
     before: Callable[[int], None] = lambda update: None
-    """Called ahead of every update."""
+    """Called before every update."""
     validate: Callable[[int], None] = lambda update: None
     """Called every `Run.validate_every` updates on the main process."""
     parts: dict[str, Stateful] = field(default_factory=dict)
-    """What else a checkpoint must hold."""
+    """Additional parts of a checkpoint."""
 
     def __post_init__(self) -> None:
-        """Make optimisers and what else the turns ask for."""
+        """Make the optimisers and the other state of the turns."""
         self.learners = [Learner(turn, self.steps) for turn in self.turns]
         self.scaler = None if self.accelerator is None else self.accelerator.scaler
         if self.scaler is None and self.scales_losses:
             self.scaler = torch.amp.GradScaler(self.learners[0].parameters[0].device.type)
 
     def train(self, progress: Callable[[float], None]) -> dict[str, float]:
-        """Train to the end, from the last checkpoint on if there is one.
+        """Train to the end, starting from the last checkpoint if there is one.
 
         Returns:
             The last value of every term.
 
         Raises:
-            DivergenceError: A term is NaN or exploded; the last checkpoint is kept.
+            DivergenceError: A loss is NaN or has grown too large; the last checkpoint is kept.
             TrainingError: A checkpoint cannot be read or written.
         """
         state = self._checkpoint()
@@ -216,7 +219,7 @@ class Trainer(Generic[Prepared]):
         return row
 
     def update(self, update: int) -> dict[str, float]:
-        """Let every player whose turn it is take a step; returns the terms of the losses."""
+        """Let every player whose turn is due take a step, and give the loss terms."""
         row: dict[str, float] = {}
         known: Prepared | None = None
         due = [learner for learner in self.learners if learner.turn.is_due(update)]
@@ -238,11 +241,11 @@ class Trainer(Generic[Prepared]):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes files."""
         return self.accelerator is None or self.accelerator.is_main_process
 
     def shares(self) -> list[Share]:
-        """The parts of a batch that this process computes."""
+        """List the parts of a batch that this process computes."""
         index, count = 0, 1
         if self.accelerator is not None:
             index, count = self.accelerator.process_index, self.accelerator.num_processes
@@ -251,7 +254,7 @@ class Trainer(Generic[Prepared]):
     # Single steps ---------------------------------------------------------------------------------------------------
 
     def _gradients(self, learner: Learner[Prepared], prepared: Prepared) -> tuple[dict[str, float], list[Gradient]]:
-        """The terms of a part of a batch, and the gradients of its losses, as shares of those of the whole batch."""
+        """Compute the loss terms of a part of a batch, and its share of the batch's gradients."""
         turn = learner.turn
         with nullcontext() if self.accelerator is None else self.accelerator.autocast():
             terms = turn.player(partial(turn.losses, prepared))
@@ -270,7 +273,7 @@ class Trainer(Generic[Prepared]):
         turn, rate = learner.turn, learner.rate(update)
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             gradients = [mean_over(self.accelerator, gradient) for gradient in gradients]
-        # What a surgery takes away may depend on how long gradients are.
+        # Gradients are unscaled first, because surgery depends on their norms.
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         if scale != 1:
             gradients = [[part / scale for part in gradient] for gradient in gradients]
@@ -293,7 +296,7 @@ class Trainer(Generic[Prepared]):
             learner.average.step(learner.parameters)
 
     def _check(self, learner: Learner[Prepared], row: dict[str, float], update: int) -> None:
-        """Stop at a term that is NaN, or when all of a turn explode together: single ones may start at zero."""
+        """Stop at a NaN, or when the terms of a turn together grow too large; single terms may start at zero."""
         total, first = sum(row.values()), learner.first
         settled = len(first) >= SETTLING
         if not settled:
@@ -345,11 +348,11 @@ class _Listed:
 
 
 def summed(first: Gradient, second: Gradient) -> Gradient:
-    """The sum of two gradients."""
+    """Add two gradients."""
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def mean_over(accelerator: Accelerator, gradient: Gradient) -> Gradient:
-    """The mean of a gradient over all processes."""
+    """Average a gradient over all processes."""
     mean = accelerator.reduce(flat(gradient), reduction="mean").split([part.numel() for part in gradient])
     return [part.view_as(like) for part, like in zip(mean, gradient, strict=True)]

@@ -10,21 +10,21 @@ from torch.nn import functional as F
 
 
 def negative_guidance(base: Tensor, erase: Tensor, against: Tensor, eta: float | Tensor) -> Tensor:
-    """`base - eta (erase - against)`, shaped as they are.
+    """Compute ESD's target `base - eta (erase - against)`, shaped as its arguments.
 
-    ESD (Gandikota et al. 2023, eq. 7) has `base = against = the prediction of the empty prompt`, so that `eta = 0`
-    matches the empty prompt and `eta = 1` goes as far to the other side. Code that takes `base = erase` instead, as
-    the diffusers version of ESD does, needs `eta + 1` for the same target.
+    ESD (Gandikota et al. 2023, eq. 7) has `base = against = the prediction of the empty prompt`, so `eta = 0` gives
+    the prediction of the empty prompt, and `eta = 1` moves it away from the concept by the whole difference. Code with
+    `base = erase`, such as the diffusers version of ESD, needs `eta + 1` for the same target.
 
     Args:
-        base: Teacher's prediction to start from.
-        erase: For the prompt with the concept.
-        against: What the concept is told from.
-        eta: Negative guidance in the paper's convention; a tensor is one that broadcasts.
+        base: Teacher's prediction from which the target starts.
+        erase: Teacher's prediction for the prompt with the concept.
+        against: Prediction that is subtracted from the concept's.
+        eta: Strength of negative guidance in the paper's convention; a number, or a tensor that broadcasts.
     """
     return base - eta * (erase - against)
 
 
 def matching(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in float32."""
+    """Compute the mean squared error in float32."""
     return F.mse_loss(prediction.float(), target.float())

@@ -1,4 +1,4 @@
-"""What any turn can take behind its steps: retained inputs that no step may touch, and blocks that it may drop."""
+"""Actions after optimiser steps: protection of retained inputs, and pruning of blocks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from erasure.training.student import LowRankStudent, Student, SubsetStudent
 from erasure.training.turns import After
 
 ERASABLE = 0.3
-"""Share of a concept's input that must be free to change; below it, what is retained spans the concept."""
+"""Share of a concept's inputs in unprotected directions below which a warning is given."""
 
 
 class ErasabilityWarning(UserWarning):
-    """What must be retained leaves little of the concept that could be changed."""
+    """Retained inputs leave few directions in which the concept's outputs can change."""
 
 
 class InputGrams:
-    """Gram matrices of the inputs of linear layers, gathered while a network runs on what must be retained."""
+    """Gram matrices of linear layers' inputs, gathered while a network runs."""
 
     def __init__(self) -> None:
         self.grams: dict[str, Tensor] = {}
 
     @contextmanager
     def gathering(self, network: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-        """Add every input of these layers inside, in float64."""
+        """Add, in float64, every input of these layers inside of the block."""
         handles = [paths.layer(network, path).register_forward_pre_hook(partial(self._add, path)) for path in layers]
         try:
             yield
@@ -39,7 +39,7 @@ class InputGrams:
                 handle.remove()
 
     def keep(self, columns: Mapping[str, slice]) -> None:
-        """Forget all inputs of some layers but those to some columns of their weights."""
+        """Keep, in some layers, only the inputs of given weight columns."""
         for path in columns.keys() & self.grams.keys():
             gram, kept = self.grams[path], columns[path]
             self.grams[path] = torch.zeros_like(gram)
@@ -51,11 +51,12 @@ class InputGrams:
 
 
 def null_space(gram: Tensor, share: float) -> Tensor:
-    """Projection onto the directions that retained inputs leave free, `(dim, dim)` float64.
+    """Compute the projection onto directions that retained inputs do not use, `(dim, dim)` float64.
 
     Args:
-        gram: `(dim, dim)`, sum of outer products of the inputs.
-        share: Of the inputs' energy to be protected; 1 protects all that they span (to a relative 1e-10).
+        gram: Sum of the inputs' outer products, `(dim, dim)`.
+        share: Share of the inputs' energy that is protected; 1 protects all directions that they span (to a relative
+            1e-10).
     """
     energy, directions = torch.linalg.eigh(gram)
     energy, directions = energy.flip(0).clamp_min(0), directions.flip(1)
@@ -68,19 +69,19 @@ def null_space(gram: Tensor, share: float) -> Tensor:
 
 
 class RetainProjection(After):
-    """Keeps what linear layers make of retained inputs, whatever the loss and the optimiser do.
+    """Keeps linear layers' outputs for retained inputs, whatever the loss and the optimiser do.
 
     After every step the layer's whole change is multiplied by the projection onto the complement of the retained
-    inputs: `dW <- dW P`, for a LoRA `down <- down P`. So `dW c = 0` for each retained input c. It is the step that is
-    projected, not the gradient: Adam divides each gradient entry by its own scale and so leaves the subspace again
-    (as published projections of gradients do), and weight decay leaves it too.
+    inputs: `dW <- dW P`, for a LoRA `down <- down P`. So `dW c = 0` for each retained input c. The change is
+    projected, not the gradient, because Adam scales each gradient entry and so leaves the subspace again (as in
+    published methods that project gradients), and weight decay leaves it too.
 
-    Exact where the layer's inputs are fixed, as for the cross-attention's keys and values, which read the text; deeper
-    layers see inputs that other changes have moved.
+    The outputs are exactly kept where the layer's inputs do not change in training, as in the keys and values of
+    cross-attention, which read the text. Deeper layers read inputs that other changes have moved.
 
     Args:
-        student: Its linear layers are projected.
-        projections: `(dim, dim)` by layer; see `null_space`.
+        student: Student whose linear layers are projected.
+        projections: Projection of each layer, `(dim, dim)`; see `null_space`.
     """
 
     def __init__(self, student: Student, projections: Mapping[str, Tensor]) -> None:
@@ -90,20 +91,20 @@ class RetainProjection(After):
                             for path, p in projections.items()}  # fmt: skip
 
     def figures(self) -> dict[str, float]:
-        """How much of the concept is free to change, once that was asked."""
+        """Give the figures of `erasability`, once it was called."""
         return self.found
 
     def start(self) -> None:
-        """Project what the training starts from."""
+        """Project the change from which the training starts."""
         self.project()
 
     def apply(self, update: int, lr: float) -> None:
-        """Project what a step has made."""
+        """Project the change after a step."""
         self.project()
 
     @torch.no_grad()
     def project(self) -> None:
-        """Project the change that there is now."""
+        """Project the student's current change."""
         student = self.student
         if isinstance(student, LowRankStudent):
             for path, down in zip(student.paths, student.down, strict=True):
@@ -117,12 +118,13 @@ class RetainProjection(After):
                     value.copy_(stock + (value.double() - stock) @ self.projections[layer])
 
     def erasability(self, grams: Mapping[str, Tensor]) -> float:
-        """How much of the concept is free to change: the mean over layers of `|P c| / |c|`.
+        """Measure how much of the concept can change: the mean over layers of `|P c| / |c|`.
 
-        Below `ERASABLE` it warns: then what is retained spans the concept, and erasing it means losing some of that.
+        A result below `ERASABLE` gives a warning: retained inputs nearly span the concept's, so it can hardly be
+        erased.
 
         Args:
-            grams: By layer, `(dim, dim)` of the inputs c of prompts with the concept.
+            grams: Gram matrices `(dim, dim)` of the inputs c of prompts with the concept, by layer.
         """
         shares = [
             float((self.projections[path].cpu() * gram.cpu()).sum().clamp_min(0) / gram.trace().cpu()) ** 0.5
@@ -142,16 +144,16 @@ class RetainProjection(After):
 
 
 class GroupLasso(After):
-    """Drops whole attention blocks from a LoRA: `alpha * sum over groups of |A, B of the group|`.
+    """Prunes whole attention layers from a LoRA, by the penalty `alpha * sum over groups of |A, B of the group|`.
 
-    Applied as the proximal step of the penalty after each optimiser step, `W_g <- W_g max(0, 1 - lr alpha / |W_g|)`:
-    a penalty in the loss gives small groups but never exact zeros. A group that reached zero stays there, for its
+    The penalty is applied as a proximal step after each optimiser step, `W_g <- W_g max(0, 1 - lr alpha / |W_g|)`,
+    because a penalty in the loss gives small groups but no exact zeros. A group at zero stays there, because its
     gradient is zero.
 
     Args:
-        student: A LoRA.
+        student: Student with a LoRA.
         alpha: Weight of the penalty.
-        since: First update that prunes.
+        since: First update after which groups are pruned.
     """
 
     def __init__(self, student: LowRankStudent, alpha: float, since: int = 0) -> None:
@@ -162,7 +164,7 @@ class GroupLasso(After):
 
     @torch.no_grad()
     def apply(self, update: int, lr: float) -> None:
-        """One proximal step at this learning rate."""
+        """Take one proximal step at this learning rate."""
         if update < self.since:
             return
         for tensors in self.groups.values():
@@ -173,16 +175,16 @@ class GroupLasso(After):
                     tensor.mul_(factor)
 
     def figures(self) -> dict[str, float]:
-        """How many groups there are, and how many were dropped."""
+        """Give the number of groups, and the number of pruned ones."""
         return {"layers_dropped": float(self.dropped()), "layers": float(len(self.groups))}
 
     def dropped(self) -> int:
-        """Groups that are exactly zero."""
+        """Count the groups that are exactly zero."""
         return sum(not any(bool(tensor.any()) for tensor in tensors) for tensors in self.groups.values())
 
 
 def group_of(path: str) -> str:
-    """The attention or feed-forward layer that a linear layer belongs to: `...attn2.to_out.0` is of `...attn2`."""
+    """Give the attention or feed-forward layer of a linear layer: `...attn2.to_out.0` belongs to `...attn2`."""
     parts = path.split(".")
     for index, part in enumerate(parts):
         if part.startswith(("attn", "self_attn", "ff", "mlp")):

@@ -1,4 +1,4 @@
-"""Where a training keeps its state, so that a killed one goes on, and who may write there."""
+"""The folder of a training: checkpoints from which it can be resumed, and a lock against two trainings at once."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ CHECKPOINT = "training.ckpt"
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Options):
-    """What a training writes besides its result."""
+    """Options of what a training writes in addition to its result."""
 
     checkpoints: str | Path | None = None
-    """Folder of checkpoints, validation images and logs. The same training started again goes on from the last
-    checkpoint there; nothing is kept when left out."""
+    """Folder of checkpoints, validation images and logs. The same training, started again, continues from the last
+    checkpoint there. Nothing is saved when left out."""
     save_every: Count = 50
-    """Updates between two checkpoints."""
+    """Number of updates between two checkpoints."""
     validate_every: CountOrZero = 0
-    """Updates between two grids of validation images; 0 for none."""
+    """Number of updates between two grids of validation images; 0 for none."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
-    """Where accelerate logs losses and costs."""
+    """Tracker to which accelerate logs losses and costs."""
 
     @property
     def folder(self) -> Path | None:
-        """That of the checkpoints."""
+        """Path of the folder of checkpoints, if there is one."""
         return None if self.checkpoints is None else Path(self.checkpoints)
 
     @contextmanager
     def opened(self, recipe: Mapping[str, object], main: bool = True) -> Iterator[None]:
-        """Hold the folder: one training at a time, and the same one as before.
+        """Lock the folder, so that only one training runs there, and check that it is the same training as before.
 
         Args:
-            recipe: All that the training depends on, plain data.
-            main: Whether this process writes; the others of the same training only read.
+            recipe: Everything on which the training's result depends, as plain data.
+            main: Whether this process writes; the other processes of the same training only read.
 
         Raises:
             TrainingError: Another process trains there, the folder holds something else, or cannot be written.
@@ -53,7 +53,7 @@ class Run(Options):
             yield
 
     def discard(self) -> None:
-        """Remove the folder of a training whose result is kept; logs and validation images stay."""
+        """Remove the checkpoints of a finished training; logs and validation images stay."""
         if self.folder is not None:
             files.discard(self.folder, (CHECKPOINT, RECIPE))
 

@@ -1,4 +1,4 @@
-"""What a student trains on: noisy latents, and what the stock model predicts there."""
+"""Training states: noised latents with the stock model's predictions for them."""
 
 from __future__ import annotations
 
@@ -14,78 +14,79 @@ from erasure.backbones import Backbone
 
 
 class Scene(NamedTuple):
-    """A prompt to roll out."""
+    """A prompt to sample, and the prompts of its predictions."""
 
     prompt: str | None
-    """`None` rolls out what the pipeline tells the denoiser where no prompt is given."""
+    """Prompt to sample; `None` is the pipeline's null conditioning."""
     asks: tuple[str | None, ...] = ()
-    """Other prompts that the teacher is asked at every state, `None` for no prompt; as many in all scenes of one
-    source."""
+    """Other prompts for which the teacher predicts at every state, `None` for the null conditioning; as many in all
+    scenes of a source."""
     instead: str | None = None
-    """Prompt that the student learns at these states in the place of `prompt`."""
+    """Prompt that the student is trained on at these states; `prompt` itself when `None`."""
 
     @property
     def learned(self) -> str | None:
-        """Prompt that the student learns."""
+        """Prompt that the student is trained on."""
         return self.prompt if self.instead is None else self.instead
 
 
 class States(NamedTuple):
-    """Noisy latents and what the teacher predicts there."""
+    """Noised latents with the teacher's predictions for them."""
 
     x: Tensor
-    """`(states, channels, h, w)`, as the denoiser wants them."""
+    """Noised latents as the denoiser reads them, `(states, channels, h, w)`."""
     t: Tensor
-    """`(states,)` noise levels."""
+    """Timesteps, `(states,)`."""
     scene: Tensor
-    """`(states,)` index of each one's scene."""
+    """Index of each state's scene, `(states,)`."""
     own: Tensor
     """Prediction for the scene's prompt, shaped as `x`."""
     null: Tensor | None
-    """Prediction where no prompt is given, shaped as `x`; `None` where no target needs it."""
+    """Prediction for the null conditioning, shaped as `x`; `None` where no target needs it."""
     asked: Tensor
-    """For the prompts asked besides, `(states, asks, channels, h, w)`."""
+    """Predictions for the scene's other prompts, `(states, asks, channels, h, w)`."""
     guidance: Tensor
-    """`(states,)` scale that the teacher was told for all of these predictions; 1 where a model is not told any."""
+    """Guidance scale that the teacher read in all of these predictions, `(states,)`; 1 for models without guidance
+    input."""
     truth: Tensor | None = None
-    """What a perfect denoiser would predict, shaped as `x`; `None` where no clean latent is known."""
+    """Target of a perfect denoiser, shaped as `x`; `None` where no clean latent is known."""
 
     @property
     def unprompted(self) -> Tensor:
-        """Prediction where no prompt is given, of states whose source asks for it."""
+        """Prediction for the null conditioning, which must be there."""
         assert self.null is not None, "no target was said to need it"
         return self.null
 
     @property
     def noised(self) -> Tensor:
-        """What a perfect denoiser would predict, of states whose clean latent is known."""
+        """Target of a perfect denoiser, which must be there."""
         assert self.truth is not None, "only noised images have a clean latent"
         return self.truth
 
     @classmethod
     def cat(cls, parts: Sequence[States]) -> States:
-        """All of some, one after the other; they have the same parts."""
+        """Concatenate states that have the same fields."""
         every = [part.parts() for part in parts]
         return parts[0]._replace(**{name: torch.cat([part[name] for part in every]) for name in every[0]})
 
     def parts(self) -> dict[str, Tensor]:
-        """What there is, by name."""
+        """Give the fields that are not `None`, by name."""
         return {name: part for name, part in self._asdict().items() if part is not None}
 
     def rows(self, index: Tensor | slice) -> States:
-        """Some of them."""
+        """Select states."""
         return self._replace(**{name: part[index] for name, part in self.parts().items()})
 
     def to(self, device: torch.device) -> States:
-        """On a device."""
+        """Move all tensors to a device."""
         return self._replace(**{name: part.to(device, non_blocking=True) for name, part in self.parts().items()})
 
 
 class StateSource(ABC):
-    """Training states by number: those of the first scene, then those of the next.
+    """Training states by index: those of the first scene, then those of the next.
 
     Args:
-        scenes: What prompts the states belong to.
+        scenes: Prompts of the states.
     """
 
     def __init__(self, scenes: Sequence[Scene]) -> None:
@@ -102,19 +103,19 @@ class StateSource(ABC):
 
     @abstractmethod
     def spread(self, count: int) -> Tensor:
-        """Numbers within a scene of `count` states at noise levels that are evenly apart, `(count,)`."""
+        """Give the indices within a scene of `count` states at evenly spaced timesteps, `(count,)`."""
 
     @abstractmethod
     def take(self, index: Tensor) -> States:
-        """States by number `(states,)`, on the denoiser's device."""
+        """Give states by index `(states,)`, on the denoiser's device."""
 
     def of(self, states: States) -> list[Scene]:
-        """The scenes of states."""
+        """Give the scenes of states."""
         return [self.scenes[index] for index in states.scene.tolist()]
 
 
 def session_of(backbone: Backbone) -> dict[str, object]:
-    """Size and text length that a backbone draws and reads with, plain data."""
+    """Give a backbone's image size and prompt length, as plain data."""
     return {
         "latents": list(backbone.latents.shape()),
         "tokens": {tower.component: tower.max_length for tower in backbone.towers},
@@ -122,15 +123,15 @@ def session_of(backbone: Backbone) -> dict[str, object]:
 
 
 def stable_seed(*parts: object) -> int:
-    """A seed of 63 bits made of anything, the same on every machine."""
+    """Make a 63-bit seed from any values, the same on every machine."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def draw(total: int, count: int, *seed: object) -> Tensor:
-    """`count` numbers below `total`, with replacement, `(count,)`; the same for the same seed."""
+    """Draw `count` integers below `total` with replacement, `(count,)`; the same for the same seed."""
     return torch.randint(total, (count,), generator=torch.Generator().manual_seed(stable_seed(*seed)))
 
 
 Mode = Literal["buffer", "online", "images"]
-"""Where states come from."""
+"""Where training states come from, see `TrainedStrategy.states`."""

@@ -1,4 +1,4 @@
-"""What the stock model draws, on disk: the next training about the same prompts finds it."""
+"""A cache on disk of the stock model's trajectories and images, for further trainings on the same prompts."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LIMIT = 4 * 2**30
-"""Bytes that the cached trajectories may take, and the images; the ones used longest ago go first."""
+"""Largest size in bytes of the cached trajectories, and of the cached images; least recently used ones are removed
+first."""
 
 
 def fill(buffer: TrajectoryBuffer, model: str, accelerator: Accelerator) -> None:
-    """Fill a buffer of the stock model's trajectories, from disk if an earlier training left them.
+    """Fill a buffer of the stock model's trajectories, from the cache if they are there.
 
     Args:
-        buffer: To be filled.
+        buffer: Buffer to fill.
         model: Fingerprint of the stock model.
-        accelerator: Of accelerate.
+        accelerator: Processes, which share the work.
     """
     path = cache_folder() / "trajectories" / f"{files.digest([model, buffer.recipe()])}.safetensors"
     states = _read(path, buffer)
     found = torch.tensor(int(states is not None), device=buffer.backbone.device)
-    # Processes on other machines may have other caches: all read, or all roll out.
+    # Processes on other machines may have other caches, so either all processes read, or all sample.
     if int(accelerator.reduce(found)) == accelerator.num_processes and states is not None:
         buffer.load_state_dict(states)
         return
@@ -49,10 +50,10 @@ def fill(buffer: TrajectoryBuffer, model: str, accelerator: Accelerator) -> None
 
 
 def draw(source: NoisedImages, model: str) -> None:
-    """Fill a source with the stock model's images, but for those that are on disk: a killed run goes on.
+    """Fill a source with the stock model's images; those in the cache are read, so an interrupted run continues.
 
     Args:
-        source: To be filled.
+        source: Source to fill.
         model: Fingerprint of the stock model.
     """
     name = files.digest([model, source.recipe()])
@@ -65,21 +66,21 @@ def draw(source: NoisedImages, model: str) -> None:
 
 
 def embed(source: NoisedImages, model: str, encoder: str, width: int, make: Callable[[], Tensor]) -> Tensor:
-    """What an image encoder says of a source's images, `(images, width)`, from disk if an earlier training left it.
+    """Encode a source's images by an image encoder, `(images, width)`, or read the result from the cache.
 
     Args:
-        source: Filled.
+        source: Source of the images, which is filled already.
         model: Fingerprint of the stock model.
-        encoder: Fingerprint of the image encoder and of what prepares pictures for it.
-        width: Of what it says of an image.
-        make: Asks the image encoder.
+        encoder: Fingerprint of the image encoder and of its preprocessing.
+        width: Width of an image's embedding.
+        make: Runs the image encoder.
     """
     name = files.digest([model, source.recipe(), encoder])
     return _kept(f"{name}-embeddings", "embeddings", (source.trajectories, width), make)
 
 
 def _kept(name: str, key: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
-    """A tensor about images from disk, if it is there and of the right form; else it is made and kept."""
+    """Read a tensor from the cache if it is there with the right shape; otherwise compute and save it."""
     path = cache_folder() / "images" / f"{name}.safetensors"
 
     def check(infos: Mapping[str, TensorInfo]) -> None:
@@ -94,7 +95,7 @@ def _kept(name: str, key: str, shape: tuple[int, ...], make: Callable[[], Tensor
 
 
 def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
-    """What is kept there, if it is whole and of this buffer: what is not is made anew."""
+    """Read cached trajectories if the file is intact and fits this buffer; otherwise give `None`."""
 
     def check(infos: Mapping[str, TensorInfo]) -> None:
         rows = {info.shape[:1] for info in infos.values()}
@@ -116,7 +117,7 @@ def _read(path: Path, buffer: TrajectoryBuffer) -> dict[str, Tensor] | None:
 
 
 def _tensors(path: Path, check: Callable[[Mapping[str, TensorInfo]], None]) -> dict[str, Tensor] | None:
-    """The tensors of a file, if it is there, whole, of the right form, and all values are finite."""
+    """Read the tensors of a file, or give `None` if it is damaged, fails the check or has NaN or infinity."""
     try:
         found = files.read_tensors(path, check=check)
         if not all(torch.isfinite(part).all() for part in found.values()):
@@ -128,7 +129,7 @@ def _tensors(path: Path, check: Callable[[Mapping[str, TensorInfo]], None]) -> d
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Keep them, if there is room: they can be made again."""
+    """Save tensors if there is room; a full disk is no error, because they can be computed again."""
     try:
         with files.replacing(path) as temporary:
             save_file(tensors, temporary)

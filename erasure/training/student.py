@@ -1,9 +1,8 @@
-"""Students: a trainable variant of a frozen network, without a second copy and without anything to switch off.
+"""Students: trainable variants of a frozen network, which need no second copy of it.
 
-The network stays the stock model, which therefore is the teacher; it is the student only inside `Student.active()`.
-Nothing is toggled that a backward pass could depend on: a teacher's call between the student's forward and its
-backward changes no gradient, no `requires_grad` is ever touched, and gradient checkpointing runs its second forward as
-the student again.
+The network itself stays the stock model and is the teacher; it is the student only inside of `Student.active()`. A
+teacher's call between the student's forward and backward pass changes no gradient, `requires_grad` is never changed,
+and gradient checkpointing runs its second forward pass as the student again.
 """
 
 from __future__ import annotations
@@ -27,32 +26,33 @@ from erasure.training.turns import Output, Player
 
 
 class Student(Player, ABC):
-    """Trainable tensors in float32 that take part in a network inside `active()`.
+    """Trainable float32 tensors that change a network inside of `active()`.
 
     Args:
-        network: The component; frozen, used in place, and none of this module's children.
+        network: The pipeline component. It is frozen, used in place, and is not registered as a child module.
     """
 
     network: nn.Module
     paths: list[str]
-    """What is trained: layers, or parameters."""
+    """Paths of the trained layers or parameters."""
     columns: Mapping[str, slice] = {}
-    """Columns that learn, by path of the layer, where not all do."""
+    """Trained weight columns by path of the layer, for layers in which not all are trained."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        # Past `nn.Module.__setattr__`: as a child, its weights would be trained, saved and sent between processes.
+        # This bypasses `nn.Module.__setattr__`: the weights of a child module would be trained, saved and sent to
+        # processes.
         object.__setattr__(self, "network", network)
         self._depth = 0
 
     def forward(self, run: Callable[[], Output]) -> Output:
-        """What `run` gives while the network is the student."""
+        """Call `run` with the network switched to the student."""
         with self.active():
             return run()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The network is the student inside; may be nested."""
+        """Switch the network to the student inside of the block; may be nested."""
         self._depth += 1
         try:
             if self._depth > 1:
@@ -66,36 +66,36 @@ class Student(Player, ABC):
     @abstractmethod
     @contextmanager
     def _put_in(self) -> Iterator[None]:
-        """Make the network the student; undone on leaving."""
+        """Switch the network to the student inside of the block."""
 
     @abstractmethod
     def low_rank(self) -> dict[str, LowRank]:
-        """Changes as factors in float16 on the CPU, by module path; layers that were pruned to zero are left out."""
+        """Give low-rank changes in float16 on the CPU, by module path, without layers that were pruned to zero."""
 
     @abstractmethod
     def deltas(self) -> dict[str, Tensor]:
-        """Changes as dense float16 tensors on the CPU, by canonical parameter path."""
+        """Give dense changes in float16 on the CPU, by canonical parameter path."""
 
     def edits(self, component: str) -> Edits:
-        """The changes, as an erasure holds those of a component of a pipeline."""
+        """Give the changes as edits of a pipeline's component."""
         low_rank = {f"{component}/{path}": pair for path, pair in self.low_rank().items()}
         return Edits(low_rank, {f"{component}/{path}": delta for path, delta in self.deltas().items()})
 
     @property
     def is_active(self) -> bool:
-        """Whether the network is the student now."""
+        """Whether the network is switched to the student now."""
         return self._depth > 0
 
 
 @contextmanager
 def checkpointed(denoiser: nn.Module, students: Sequence[Student]) -> Iterator[None]:
-    """A denoiser saves memory inside: blocks keep their inputs and run again during backward, as what they were.
+    """Use gradient checkpointing inside of the block, with blocks that run again as the student that they were.
 
-    The stock function would run them again after `active()` has been left, with the teacher's weights.
+    The stock implementation would run blocks again after `active()` has been left, with the teacher's weights.
 
     Args:
-        denoiser: Whose blocks they are.
-        students: All that the network can be.
+        denoiser: Denoiser whose blocks are checkpointed.
+        students: Every student that the network can be switched to.
     """
 
     def run(block: Callable[..., object], *args: object) -> object:
@@ -116,12 +116,12 @@ def _again(students: Sequence[Student], block: Callable[..., object], *args: obj
 class LowRankStudent(Student):
     """`W + up @ down` on linear layers: a LoRA of scale 1, starting at zero.
 
-    Added to the layers' outputs, so that no dense change is ever formed.
+    The change is added to the layers' outputs, so that no dense matrix is formed.
 
     Args:
         network: The component.
-        layers: Paths of linear layers, and of convolutions of single pixels, which are such on every pixel.
-        rank: Of each change, at most the layer's smaller side.
+        layers: Paths of linear layers, and of convolutions with a kernel of one pixel, which act as linear layers.
+        rank: Rank of each change, at most the layer's smaller side.
         generator: Draws `down` as PEFT does (Kaiming uniform, a = sqrt 5).
     """
 
@@ -175,7 +175,7 @@ def _add(down: Tensor, up: Tensor, layer: nn.Module, args: tuple[Tensor, ...], o
 
 
 class SubsetStudent(Student):
-    """Some of the network's parameters trained in full.
+    """A student that trains some parameters of the network in full.
 
     Args:
         network: The component.
@@ -207,11 +207,11 @@ class SubsetStudent(Student):
 
 
 def train_columns(student: Student, columns: Mapping[str, slice]) -> None:
-    """Only some columns of some layers' weights learn: the others stay as they are.
+    """Train only given columns of some layers' weights; the other columns stay.
 
     Args:
-        student: Whose layers they are.
-        columns: By path of the layer; layers that are not trained are passed over.
+        student: Student with the layers.
+        columns: Trained columns by path of the layer; layers that are not trained are ignored.
     """
     if isinstance(student, LowRankStudent):
         trained = dict(zip(student.paths, student.down, strict=True))
@@ -232,14 +232,14 @@ def train_columns(student: Student, columns: Mapping[str, slice]) -> None:
 def make_student(
     network: nn.Module, parameters: Sequence[str], rank: int, generator: torch.Generator, sought: str
 ) -> Student:
-    """A student of a component.
+    """Make a student of a pipeline component.
 
     Args:
         network: The component.
-        parameters: Canonical paths that may be trained.
-        rank: Of a LoRA on the linear layers among them; 0 trains all of them in full.
+        parameters: Canonical paths of the parameters to train.
+        rank: Rank of a LoRA on the linear layers among them; 0 trains all of them in full.
         generator: See `LowRankStudent`.
-        sought: What the paths were chosen by, for the message.
+        sought: Description of how the paths were chosen, for the message.
 
     Raises:
         NoMatchingModuleError: No parameter matches, or no linear layer for a LoRA.

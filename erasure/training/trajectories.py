@@ -1,8 +1,8 @@
 """States of denoising trajectories, with the teacher's predictions at them.
 
-A rollout with classifier-free guidance computes the teacher's prediction for its prompt and for the empty one at every
-step anyway. Kept, they are the targets of a training update for nothing: a trajectory is rolled out once, and an
-update costs the student's own passes only.
+Sampling with classifier-free guidance computes the teacher's predictions for the prompt and for the empty prompt at
+every step. Stored, these are the targets of training updates: a trajectory is sampled once, and an update costs only
+the student's own passes.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from erasure.training.states import Scene, States, StateSource, draw, session_of
 from erasure.training.student import Student
 
 CHUNK = 8
-"""Trajectories rolled out at once."""
+"""Number of trajectories sampled at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Options):
-    """How trajectories are made."""
+    """Options of the sampling of trajectories."""
 
     seeds: Count
-    """Trajectories of each scene."""
+    """Number of trajectories of each prompt."""
     steps: Count
-    """Denoising steps of each, and states that it gives."""
+    """Number of denoising steps of a trajectory, each of which gives a state."""
     guidance: NotNegative
     """Guidance scale of trajectories."""
     trained_guidance: tuple[Positive, ...] = ()
-    """Scales that a model which is told its guidance makes the kept predictions at, one drawn for each state; that of
-    trajectories when left out."""
+    """Guidance scales of a guidance-distilled model in stored predictions, one drawn for each state; `guidance`
+    when left out."""
 
 
 class RolledOut(StateSource):
-    """States of what a model draws for the scenes' prompts.
+    """States from images that a model samples for prompts.
 
     Args:
-        backbone: Its denoiser is the teacher, with a scheduler as `Backbone.rollout_scheduler` makes it.
-        scenes: What to roll out.
-        prompts: Encodings of their prompts.
-        rollout: How.
+        backbone: Model whose denoiser is the teacher, with a scheduler from `Backbone.rollout_scheduler`.
+        scenes: Prompts to sample.
+        prompts: Encodes the prompts.
+        rollout: Options of the sampling.
         seed: Seeds the initial noise.
     """
 
@@ -63,16 +63,16 @@ class RolledOut(StateSource):
         return len(self.scenes) * self.rollout.seeds
 
     def noise_seed(self, trajectory: int) -> int:
-        """Of the initial noise: the same for a prompt whatever the other scenes are."""
+        """Give the seed of the initial noise, which for a prompt does not depend on the other prompts."""
         scene, number = divmod(trajectory, self.rollout.seeds)
         return stable_seed(self.seed, self.scenes[scene].prompt, number)
 
     def kept_guidance(self, trajectory: int, level: int) -> float:
-        """Scale that the teacher is told at a state; 1 for a model that is not told any.
+        """Give the guidance scale that the teacher reads at a state; 1 for models without guidance input.
 
         Args:
-            trajectory: That of the state.
-            level: Number of its noise level.
+            trajectory: Index of the state's trajectory.
+            level: Index of the state's timestep.
         """
         if not self.backbone.told_guidance:
             return 1.0
@@ -80,7 +80,7 @@ class RolledOut(StateSource):
         return scales[int(draw(len(scales), 1, self.noise_seed(trajectory), "guidance", level))]
 
     def recipe(self) -> dict[str, object]:
-        """All that the trajectories depend on besides the model."""
+        """Give everything on which the trajectories depend in addition to the model."""
         scheduler = self.backbone.pipe.scheduler
         config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         return {
@@ -93,10 +93,10 @@ class RolledOut(StateSource):
         }
 
     def predicted(self, x: Tensor, t: Tensor, scenes: Sequence[int]) -> Predicted:
-        """Predictions for the scenes' prompts, as a step of their trajectories needs them.
+        """Predict for the scenes' prompts, as a step of their trajectories needs it.
 
-        A model that is told its guidance takes one pass, and so does any without guidance; else a second one sees no
-        prompt.
+        One pass is made for guidance-distilled models and without guidance; otherwise a second pass predicts for the
+        null conditioning.
         """
         prompts, rollout = self.prompts([self.scenes[scene].prompt for scene in scenes]), self.rollout
         if self.backbone.told_guidance:
@@ -107,12 +107,12 @@ class RolledOut(StateSource):
         return Predicted(*self.backbone.predict(torch.cat([x, x]), t.expand(2 * len(x)), asked).chunk(2))
 
     def asked(self, x: Tensor, t: Tensor, prompts: Sequence[str | None], guidance: Tensor) -> Tensor:
-        """The teacher's predictions for prompts, when it is told these scales, if it is told any."""
+        """Predict with the teacher for prompts, at guidance scales that a guidance-distilled teacher reads."""
         told = guidance if self.backbone.told_guidance else None
         return self.backbone.predict(x, t, self.prompts(prompts), told)
 
     def answers(self, x: Tensor, t: Tensor, scenes: Sequence[Scene], guidance: Tensor) -> Tensor:
-        """The teacher's predictions for what scenes ask besides, `(states, asks, channels, h, w)`."""
+        """Predict with the teacher for the scenes' other prompts, `(states, asks, channels, h, w)`."""
         asks = [prompt for scene in scenes for prompt in scene.asks]
         count = len(asks) // len(scenes)
         if not asks:
@@ -122,15 +122,15 @@ class RolledOut(StateSource):
 
 
 class Predicted(NamedTuple):
-    """What a step of a trajectory was computed from."""
+    """The predictions from which a step of a trajectory is computed."""
 
     own: Tensor
     """Prediction for the scenes' prompts, `(rows, channels, h, w)`."""
     null: Tensor | None
-    """Without a prompt, where the step takes it."""
+    """Prediction for the null conditioning, where the step needs it."""
 
     def guided(self, backbone: Backbone, scale: float) -> Tensor:
-        """What the step follows."""
+        """Give the guided prediction that the step uses."""
         return self.own if self.null is None else backbone.guided(self.own, self.null, scale)
 
 
@@ -139,8 +139,8 @@ class Trajectories(RolledOut):
 
     Args:
         *args: See `RolledOut`.
-        student: Takes the steps in the teacher's place, so that states are those that it meets; the predictions that
-            are kept remain the teacher's.
+        student: Samples instead of the teacher, so that the states are those that the student reaches; the stored
+            predictions are still the teacher's.
     """
 
     def __init__(self, *args: Any, student: Student | None = None) -> None:
@@ -153,23 +153,23 @@ class Trajectories(RolledOut):
         return self.rollout.seeds * self.rollout.steps
 
     def spread(self, count: int) -> Tensor:
-        """See `StateSource.spread`; of the first trajectory."""
+        """See `StateSource.spread`; the indices are those of the first trajectory."""
         return torch.linspace(0, self.rollout.steps - 1, count).long()
 
     @torch.no_grad()
     def roll(self, trajectories: Sequence[int], until: Sequence[int] | None = None) -> States:
-        """Roll trajectories out together.
+        """Sample trajectories together.
 
         Args:
-            trajectories: Their numbers.
-            until: For each the one step to keep, after which it ends; all steps of all when left out.
+            trajectories: Indices of the trajectories.
+            until: For each trajectory the one step whose state is kept, after which it ends; all steps when left out.
 
         Returns:
-            The states kept, on the denoiser's device: step by step of each trajectory, in the order given.
+            The kept states, on the denoiser's device: step by step of each trajectory, in the given order.
         """
         backbone, levels = self.backbone, self.backbone.timesteps(self.rollout.steps)
         ends = [len(levels) - 1] * len(trajectories) if until is None else list(until)
-        # Longest first: those that go on are always the first rows.
+        # Trajectories are sorted by length, longest first, so that the unfinished ones are always the first rows.
         order = sorted(range(len(trajectories)), key=lambda row: -ends[row])
         scenes = [trajectories[row] // self.rollout.seeds for row in order]
         x = backbone.noise([self.noise_seed(trajectories[row]) for row in order])
@@ -203,7 +203,7 @@ class Trajectories(RolledOut):
         self, x: Tensor, t: Tensor, scenes: Sequence[int], teacher: Predicted, wanted: Sequence[int],
         scales: Sequence[float],
     ) -> States:  # fmt: skip
-        """States of some rows, with what the teacher says there when it is told a scale for each."""
+        """Give the states of some rows, with the teacher's predictions at a guidance scale for each."""
         rows = torch.tensor(list(wanted), device=x.device)
         x, own = x[rows], teacher.own[rows]
         named = [self.scenes[scenes[row]] for row in wanted]
@@ -220,7 +220,7 @@ class Trajectories(RolledOut):
 
 
 class OnlineStates(Trajectories):
-    """The reference: every state is rolled out from noise when it is asked for, and forgotten."""
+    """States that are sampled from noise whenever they are needed, and not stored (the papers' method)."""
 
     def take(self, index: Tensor) -> States:
         """See `StateSource.take`."""
@@ -229,12 +229,12 @@ class OnlineStates(Trajectories):
 
 
 class TrajectoryBuffer(Trajectories):
-    """All trajectories rolled out once, in batches, and kept on the CPU.
+    """Trajectories that are sampled once, in batches, and stored on the CPU.
 
     Args:
         *args: See `Trajectories`.
-        gather: With several processes: sums a tensor over them.
-        share: Index of this process and how many there are.
+        gather: Sums a tensor over all processes.
+        share: Index of this process, and number of processes.
         **options: See `Trajectories`.
     """
 
@@ -247,7 +247,7 @@ class TrajectoryBuffer(Trajectories):
         self.states: States | None = None
 
     def fill(self) -> None:
-        """Roll everything out, chunk by chunk; several processes share the chunks."""
+        """Sample all trajectories, chunk by chunk; several processes share the chunks."""
         total: list[Tensor] = []
         for _, chunk in chunks(self.trajectories, self.share):
             made = self.roll(chunk)
@@ -268,20 +268,20 @@ class TrajectoryBuffer(Trajectories):
         return self.states.rows(index).to(self.backbone.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For files and checkpoints."""
+        """Give the stored states for files and checkpoints."""
         return {} if self.states is None else self.states.parts()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """From a file or checkpoint."""
+        """Load the states from a file or checkpoint."""
         self.states = States(**state) if state else None
 
 
 def chunks(trajectories: int, share: tuple[int, int]) -> Iterator[tuple[int, range]]:
-    """The trajectories that a process rolls out together, with the number of each chunk.
+    """Yield the trajectories that a process samples together, with the index of each chunk.
 
     Args:
-        trajectories: How many there are.
-        share: Index of the process and how many there are.
+        trajectories: Number of trajectories.
+        share: Index of the process, and number of processes.
     """
     for number, first in enumerate(range(0, trajectories, CHUNK)):
         if number % share[1] == share[0]:
@@ -290,7 +290,7 @@ def chunks(trajectories: int, share: tuple[int, int]) -> Iterator[tuple[int, ran
 
 @contextmanager
 def rolling_out(backbone: Backbone) -> Iterator[None]:
-    """The pipeline's scheduler is one for rollouts inside, and none of the pipeline's state moves."""
+    """Give the pipeline a scheduler for rollouts inside of the block, and restore its own afterwards."""
     stock = backbone.pipe.scheduler
     backbone.pipe.scheduler = backbone.rollout_scheduler()
     try:

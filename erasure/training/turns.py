@@ -1,4 +1,4 @@
-"""What a training consists of: players that learn, and the turns in which each takes its optimiser steps."""
+"""The parts of a training: players (networks that learn), and turns (their optimiser steps in an update)."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from erasure.training.combining import Combine, Total
 
 Output = TypeVar("Output")
 Prepared = TypeVar("Prepared")
-"""What an update's losses need of a part of its batch."""
+"""Type of the prepared inputs of an update's losses."""
 
 
 class Player(nn.Module):
-    """What learns: its parameters are the tensors that are trained, in float32."""
+    """A network that learns. Its parameters are the trained tensors, in float32."""
 
     def forward(self, run: Callable[[], Output]) -> Output:
-        """What `run` gives while the player takes part in the networks that it changes."""
+        """Call `run` while the player's changes are in force in the networks that it changes."""
         return run()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Options):
-    """How AdamW trains a player."""
+    """Settings of the AdamW that trains a player."""
 
     lr: Positive
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decays of the running means of gradients and of their squares."""
+    """Decay rates beta_1 and beta_2 of the running means of gradients and of their squares."""
     eps: Positive = 1e-8
-    """What is added to the root of the mean square."""
+    """Number that is added to the denominator of the step."""
     weight_decay: NotNegative = 0.0
-    """Decay of the weights, times the learning rate."""
+    """Weight decay, which is multiplied by the learning rate."""
     warmup: CountOrZero = 0
-    """Updates of linear warm-up."""
+    """Number of updates in which the learning rate rises linearly to its peak."""
     cycles: CountOrZero = 0
-    """Times that the rate falls from its peak to zero behind the warm-up, along half a cosine each; 0 for a constant
-    rate."""
+    """Number of times that the rate falls from its peak to zero after the warm-up, each along half a cosine; 0 for
+    a constant rate."""
     clip: NotNegative = 0.0
-    """Greatest norm of the gradient; 0 for none."""
+    """Largest norm of the gradient, to which longer ones are clipped; 0 switches clipping off."""
     ema: Decay = 0.0
-    """Decay of the running mean of the weights that becomes the result; 0 takes the last weights."""
+    """Decay of the exponential moving average of the weights, which becomes the result; 0 takes the last weights."""
 
 
 class After(ABC):
-    """What is done to a player's tensors behind each of its optimiser steps."""
+    """An action on a player's tensors after each of its optimiser steps."""
 
     def start(self) -> None:  # noqa: B027
-        """Called once ahead of the first update of a training, and not where it goes on from a checkpoint."""
+        """Called once before the first update of a training, and not when it is resumed."""
 
     @abstractmethod
     def apply(self, update: int, lr: float) -> None:
-        """Called behind each step, in the order in which a turn names them.
+        """Called after each optimiser step, in the order in which the turn lists the actions.
 
         Args:
-            update: Number of the update, from 0 on.
+            update: Number of the update, counted from 0.
             lr: Learning rate of the step.
         """
 
     def figures(self) -> dict[str, float]:
-        """What is worth keeping of it once a training is done, by name."""
+        """Give figures to save once the training is done, by name."""
         return {}
 
 
@@ -73,21 +73,21 @@ class Turn(Generic[Prepared]):
     """One optimiser step of one player in an update."""
 
     name: str
-    """Of the player, in checkpoints and messages."""
+    """Name of the player in checkpoints and messages."""
     player: Player
     losses: Callable[[Prepared], dict[str, Tensor]]
-    """Loss terms of what was prepared, each already weighted. Called inside of `Player.forward`; no two turns give
-    terms of the same name."""
+    """Computes loss terms, already weighted, from the prepared inputs. Called inside of `Player.forward`. No two
+    turns have terms of the same name."""
     descent: Descent
     combine: Combine = field(default_factory=Total)
-    """How the gradients of the terms become one."""
+    """How the gradients of the terms are combined."""
     after: tuple[After, ...] = ()
     since: int = 0
-    """First update in which the player has its turn."""
+    """First update in which the player takes a step."""
     every: int = 1
-    """Updates from one turn of the player to the next."""
+    """Number of updates from one step of the player to the next."""
     signed: bool = False
-    """Whether losses may be negative or start at 0, so that only NaN and infinity tell of a divergence."""
+    """Whether losses may be negative or start at 0, so that only NaN and infinity count as divergence."""
     rate: str = "lr"
     """Name of the option that holds the learning rate, for messages."""
 
