@@ -1,4 +1,4 @@
-"""Adding concepts to an erasure that is there: how it is done, and what the result says of itself."""
+"""Adding concepts to an existing erasure: planning, fitting, and the config of the result."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from erasure.world import World
 
 @dataclass(frozen=True)
 class Addition:
-    """A request that is added to an erasure."""
+    """A request to add concepts to an erasure."""
 
     made: Erasure
-    """The erasure."""
+    """The existing erasure."""
     concepts: ledger.Merged
     """All concepts, the new ones last."""
     method: Strategy
@@ -49,27 +49,27 @@ class Addition:
     way: Way
     """Whether all concepts are fitted anew, or the new ones on top of the earlier edits."""
     seed: int
-    """Seed of everything random."""
+    """Seed of all random choices."""
 
     @classmethod
     def planned(
         cls, world: World, made: Erasure, new: Sequence[Concept], method: Strategy, given: Collection[str],
         seed: int | None,
     ) -> Addition:  # fmt: skip
-        """Plan a request, and refuse what cannot be.
+        """Plan a request, and refuse an impossible one.
 
         Args:
-            world: Of the model.
-            made: What it is added to.
-            new: What is added.
-            method: What carries it out, as it is asked for.
-            given: Names of the options that somebody has asked for.
-            seed: What somebody has asked for, if anybody has.
+            world: World of the model.
+            made: Existing erasure.
+            new: Concepts to add.
+            method: Requested strategy with its options.
+            given: Names of the options that the caller has set.
+            seed: Seed from the caller, if any.
 
         Raises:
             ConceptError: See `ledger.merged`.
-            OptionError: Options or a seed other than the erasure's, where all is fitted anew; or options that keep
-                nothing, where it is not.
+            OptionError: Options or a seed differ from the erasure's although all concepts are fitted anew; or the
+                options retain nothing although concepts are fitted on top.
             UnsupportedModelError: The strategy cannot add to this erasure.
         """
         concepts = ledger.merged(world, made, new)
@@ -108,10 +108,10 @@ class Addition:
         """Raise unless the erasure was made for this model.
 
         Args:
-            stock: The model with nothing on it.
+            stock: The model without erasures.
 
         Raises:
-            WrongBaseError: It was made for another one, or with learned tokens that this one lacks.
+            WrongBaseError: The erasure was made for another model, or with learned tokens that this model lacks.
         """
         pipe, made = stock.pipe, self.made
         check_fit(pipe, sources_of(pipe, components_of(pipe), made.name, made, False), made.name, made, True)
@@ -129,18 +129,19 @@ class Addition:
             )
 
     def fit(self, stock: Backbone, progress: Callable[[float], None], run: Run | None) -> Fit:
-        """Make the edits of the whole, for the stock model.
+        """Make the edits for all concepts together, relative to the stock model.
 
         Args:
-            stock: The model with nothing on it; left as it is.
-            progress: To be called with the share that is done.
-            run: Where checkpoints of a training go.
+            stock: The model without erasures, which does not change.
+            progress: Called with the share of the work that is done, 0 to 1.
+            run: Options for checkpoints of a training.
         """
         every = self.concepts.every
         if self.way == "anew":
             return self.method.fit(stock, every, seed=self.seed, progress=progress)
         erased = self.method.session(backbone_for(self.erased(stock.pipe)))
-        # What earlier requests put in the place of something that is erased now would come back otherwise.
+        # Earlier concepts whose anchor is erased now are fitted again, because otherwise their former anchor would
+        # return.
         wanted = [*self.concepts.new, *self.concepts.moved]
         if isinstance(self.method, LoopedStrategy):
             standing = Standing(self.made.fingerprint, self.concepts.standing)
@@ -150,7 +151,7 @@ class Addition:
         else:
             wanted = retaining(wanted, self.concepts.standing)
             fit = self.method.fit(erased, wanted, seed=self.seed, progress=progress)
-        # Of a session's edits none may be void: on top of others nobody would notice.
+        # All values must be finite here: in a sum with other edits a bad value would not be noticed.
         fit.edits.check_finite()
         if not len(fit.edits) or fit.edits.is_empty:
             raise UnsupportedModelError(f"{self.method.name} changed nothing on top of {self.made.name}")
@@ -158,21 +159,21 @@ class Addition:
         return fit._replace(edits=edits, gates={**self.made.config.gates, **fit.gates})
 
     def erased(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
-        """A twin of the stock pipeline with the earlier erasure in force."""
+        """Make a twin of the stock pipeline (another object on the same weights) with the earlier erasure in force."""
         edits = self.made.edits
         made = apart_of(pipe, {component: list(edits.of(component)) for component in edits.components})
         with warnings.catch_warnings():
-            # Nobody draws with it.
+            # Warnings about drawing do not apply to this twin.
             warnings.simplefilter("ignore")
             ErasureManager(made).add(self.made, "earlier")
         return made
 
     def requests(self, version: str, cost: dict[str, float]) -> list[Request]:
-        """All requests, this one last.
+        """List all requests, this one last.
 
         Args:
-            version: Of this package.
-            cost: Of this request.
+            version: Version of this package.
+            cost: Cost of this request.
         """
         request = Request(
             concepts=[concept.target for concept in self.concepts.new], strategy=self.method.name,
@@ -181,35 +182,35 @@ class Addition:
         return ledger.extended(self.made.config, request, _defaults(self.made.config.strategy))
 
     def described(self, config: ErasureConfig) -> ErasureConfig:
-        """The config of the whole, from that of the request.
+        """Make the config of the whole erasure from that of this request.
 
         Args:
-            config: That of an erasure of all concepts by this request's strategy.
+            config: Config of an erasure of all concepts by this request's strategy.
         """
         requests = self.requests(config.versions["erasure-diffusers"], dict(config.cost))
         both = {self.made.config.protects, config.protects}
         cost = dict(config.cost)
         if self.way == "on top":
-            # The edits of all requests are in it, so that it took the time of all.
+            # The result contains the edits of all requests, so their times are added.
             cost["seconds"] = round(sum(float(request["cost"].get("seconds", 0.0)) for request in requests), 3)
         return replace(
             config, strategy=strategies_of(requests), requests=[dict(request) for request in requests], cost=cost,
-            # A part that whoever holds the weights can undo is the weak one.
+            # The weaker protection counts: a part that can be undone with the weights makes the whole so.
             protects="hosted pipeline" if "hosted pipeline" in both else config.protects,
         )  # fmt: skip
 
     def attached_as(self, manager: ErasureManager) -> str | None:
-        """Name under which a pipeline has the erasure attached, if it has."""
+        """Give the name under which the erasure is attached to a pipeline, if it is."""
         own = self.made.fingerprint
         attached = manager.erasures.items()
         return next((name for name, each in attached if each is self.made or each.fingerprint == own), None)
 
 
 def retaining(concepts: Sequence[Concept], standing: Sequence[Concept]) -> list[Concept]:
-    """Concepts that retain, besides, what is erased already, and what that retains.
+    """Add to retain lists the concepts that are erased already, and what those retain.
 
-    A style is retained by a style where there is one, and anything else by an object: retain lists are told in the
-    phrasings of the concept that they belong to.
+    Styles are added to a style's retain list where there is a style, and other concepts to an object's, because names
+    on a retain list are used in the phrasings of their concept.
     """
     made = list(concepts)
     gone = {name for concept in concepts for name in concept.names}
@@ -230,7 +231,7 @@ def _values(pipe: DiffusionPipeline) -> Weight:
 
 
 def _defaults(strategy: str) -> dict[str, object]:
-    """The default options of a strategy; none of one that is not installed here."""
+    """Give the default options of a strategy; empty for one that is not installed."""
     try:
         kind = get(strategy)
     except UnknownStrategyError:
@@ -239,6 +240,6 @@ def _defaults(strategy: str) -> dict[str, object]:
 
 
 def _told(method: Strategy) -> dict[str, JsonValue]:
-    """The options of a strategy that differ from its defaults."""
+    """Give the options of a strategy that differ from its defaults."""
     default = _defaults(method.name)
     return {name: value for name, value in asdict(method).items() if value != default.get(name, ...)}

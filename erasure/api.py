@@ -60,36 +60,39 @@ def erase(
 ) -> Erasure:
     """Make an erasure and attach it.
 
-    Made from the base model, on a twin of the pipeline without the erasures and LoRA adapters that it carries:
-    erasures stack as if each had been made alone, and nobody who draws with the pipeline meanwhile notices.
+    The erasure is made from the base model, on another pipeline object that shares the weights but has none of the
+    pipeline's erasures and LoRA adapters. Erasures thus stack as if each had been made alone, and other threads can
+    draw with the pipeline meanwhile.
 
     Args:
         pipe: Any pipeline of a supported family.
-        concepts: What to erase; several are erased by one erasure. A word means what it means in the model's world,
-            see `erasure.world.World`; a `Concept` is taken as it stands.
-        strategy: Name of a method, see `erasure.strategies.available()`; left out, `hirm`, or that of the last request
-            of an erasure which concepts are added to.
-        name: What to call it when attached.
-        seed: Seeds every random choice; 0, or that of what is fitted anew, when left out.
-        attach: Whether to attach it to `pipe`, in the place of what it is added to.
-        preset: A named set of the strategy's options.
-        progress: `True` for a progress bar, or a function that gets the share done.
-        run: For strategies that train: where checkpoints go, so that a killed training goes on, and what is logged.
-        strict: Raise where a call goes around the erasure, instead of warning.
-        controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
-        add_to: An erasure, its folder or its Hub repository. The result erases its concepts and these, and lists the
-            requests in its config; the earlier erasure stays as it is. See `Strategy.adds`.
+        concepts: One or several concepts to erase by one erasure. A word has its meaning in the model's world, see
+            `erasure.world.World`; a `Concept` is used as it is.
+        strategy: Name of a method, see `erasure.strategies.available()`. When left out: `hirm`, or with `add_to` the
+            method of the last request.
+        name: Name under which it is attached.
+        seed: Seed of all random choices. When left out: 0, or the erasure's seed when all concepts are fitted anew.
+        attach: Whether to attach it to `pipe`, replacing the erasure of `add_to`.
+        preset: Name of a set of the strategy's options.
+        progress: `True` for a progress bar, or a function that is called with the share of the work that is done, 0 to
+            1.
+        run: For strategies that train: folder of checkpoints, from which an interrupted training continues, and
+            logging.
+        strict: Raise an error instead of a warning when a call bypasses the erasure.
+        controlnet: Also edit the layers of the pipeline's ControlNet that the denoiser has too.
+        add_to: An existing erasure, its folder or its Hub repository. The result erases its concepts and the new ones,
+            and lists the requests in its config; the existing erasure does not change. See `Strategy.adds`.
         **options: The strategy's options.
 
     Raises:
-        ArtifactError: What it is to be added to is missing, damaged, or of another model.
-        UnknownStrategyError: No such strategy.
-        ConceptError: A concept that has no known token, or a learned one that only one of two CLIPs has; or one that
-            is erased already, or is about what is.
-        OptionError: An option that the strategy does not have, or a value that it does not allow.
-        AttachError: The name is taken.
+        ArtifactError: The erasure of `add_to` is missing, damaged, or of another model.
+        UnknownStrategyError: The strategy does not exist.
+        ConceptError: A concept has no known token, or has a learned token that only one of two CLIP encoders knows; or
+            a concept is erased already or contradicts one that is.
+        OptionError: The strategy does not have an option, or does not allow its value.
+        AttachError: The name is used by an attached erasure.
         UnsupportedModelError: The family or the state of the model does not allow it.
-        DivergenceError: NaN during optimisation.
+        DivergenceError: NaN or infinity occurred during optimisation.
         TrainingError: The run's folder is in use, holds something else, or cannot be written.
     """
     earlier = None if add_to is None else ledger.read(add_to)
@@ -119,7 +122,7 @@ def erase(
             f"{fused[0]!r} is fused, so the new one would be made for the erased model: unfuse_erasure() first"
         )
     if attach:
-        # Known before the work, not after it.
+        # Errors of the name are found before the work, not after it.
         replaced = None if addition is None else addition.attached_as(manager)
         label = method.name if addition is None else addition.strategy
         manager.check_name(name or default_name(wanted, label), replaced)
@@ -136,7 +139,7 @@ def erase(
         addition.check(backbone)
     with scopes.same_gradient_mode(), reporting(progress, method.name) as report:
         backbone.check_plain("make the erasure with the plain model and load the result here")
-        # A caller may have switched gradients off for the sake of generation.
+        # The caller may have switched gradients off for generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if addition is not None:
@@ -149,7 +152,7 @@ def erase(
         if not len(fit.edits):
             raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
         base = bases.base_of(backbone, fit.edits, wanted)
-    # A training that went on from a checkpoint has cost what it took before as well.
+    # A resumed training also costs what its earlier sessions took.
     seconds = time.perf_counter() - started + fit.log.get("earlier_seconds", 0.0)
     config = ErasureConfig(
         strategy=method.name,
@@ -189,22 +192,22 @@ def load_pipeline(
     task: Task = "text-to-image",
     config: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline with the erasure methods, of the class that stands in for the model's own.
+    """Load a model as a pipeline with the erasure methods, of the drop-in class for its own class.
 
-    A folder written by `save_erased_pipeline(fuse=False)` comes with its erasures attached.
+    A folder written by `save_erased_pipeline(fuse=False)` is loaded with its erasures attached.
 
     Args:
         model: A Hub id, a folder, the name of an embedded model (`canvas-sd`), or a single-file checkpoint
             (`.safetensors`).
         dtype: Precision; float32 on a CPU and float16 elsewhere when left out.
-        device: Where to; the best there is when left out.
-        task: What it is to do: draw from text, remove objects, or draw all that a prompt names.
-        config: Of a single-file checkpoint: Hub id or folder with the configs of its parts, tokenisers, and parts that
-            the file lacks. What diffusers knows of its kind, from the Hub, when left out.
+        device: Device; the best available one when left out.
+        task: Task of the pipeline: draw from text, remove objects, or draw all subjects of a prompt.
+        config: For a single-file checkpoint: Hub id or folder with the configs of its components, tokenisers, and
+            components that the file lacks. When left out, diffusers' config of this kind of model, from the Hub.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
-        UnsupportedModelError: Its pipeline class is of no family that is supported for the task.
+        UnsupportedModelError: The model's pipeline class is of a family that is not supported for the task.
     """
     from erasure.pipelines import base_of, pipeline_class
 
@@ -229,7 +232,7 @@ def load_pipeline(
 def load_text_encoders(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> DiffusionPipeline:
-    """A stock pipeline of any family with nothing but its text encoders and tokenisers loaded; see `load_pipeline`.
+    """Load only the text encoders and tokenisers of a model, as a stock pipeline; see `load_pipeline`.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
@@ -248,7 +251,7 @@ def load_text_encoders(
 
 
 def _check_is_model(model: str | Path) -> None:
-    """Refuse what is here and no model, before diffusers looks for it on the Hub."""
+    """Refuse a local path that is not a model, before diffusers looks for it on the Hub."""
     here = os.path.isfile(model) or (os.path.isdir(model) and not os.path.isfile(Path(model) / MODEL_FILE))
     if here and (said := files.advice(model)) is not None:
         raise ArtifactError(f"{files.shown(str(model), 200)} is no model of diffusers, but {said}")
@@ -268,7 +271,7 @@ def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> t
 
 @contextlib.contextmanager
 def _clear_errors(model: str | Path) -> Iterator[None]:
-    """Say what diffusers' loaders complain of in words that help."""
+    """Turn errors of diffusers' loaders into errors that say what to do."""
     from erasure import assets
 
     try:
@@ -287,7 +290,7 @@ def _clear_errors(model: str | Path) -> Iterator[None]:
 
 
 def best_device() -> torch.device:
-    """A CUDA device (this process's own under `accelerate launch`), else Apple's, else the CPU."""
+    """Choose a device: CUDA (this process's own under `accelerate launch`), else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -31,16 +31,16 @@ DELTA_FILE = "erasure.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
 CONFIG_LIMIT = 4 * 2**20
-"""Bytes of a config; the fingerprints of a large model's tensors take one MB or two."""
+"""Largest size of a config in bytes; the fingerprints of a large model's tensors need one or two MB."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
-"""Types of an erasure's tensors."""
+"""Allowed types of an erasure's tensors."""
 FILES = (CONFIG_FILE, DELTA_FILE, LORA_FILE, CARD_FILE)
 TENSORS_SIZE = 64 * 2**30
-"""Bytes of a file of tensors."""
+"""Largest size in bytes of a file of tensors."""
 LONGEST_LABEL = 100
-"""Characters of a default name before the strategy's: it becomes a file's name."""
+"""Largest number of characters of a default name before the strategy's name; the name becomes a file name."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-"""A repository of the Hub, `owner/name`."""
+"""Pattern of a Hub repository, `owner/name`."""
 
 
 def default_name(concepts: Sequence[Concept], strategy: str) -> str:
@@ -55,8 +55,8 @@ class Erasure:
     """The result of a strategy: a config and weight edits.
 
     Args:
-        config: What it is.
-        edits: The tensors.
+        config: Description of the erasure.
+        edits: Edits with their tensors.
     """
 
     def __init__(self, config: ErasureConfig, edits: Edits) -> None:
@@ -78,7 +78,7 @@ class Erasure:
 
     @property
     def concepts(self) -> list[Concept]:
-        """What it erases."""
+        """Erased concepts."""
         return list(self._concepts)
 
     @cached_property
@@ -92,12 +92,12 @@ class Erasure:
 
     @property
     def components(self) -> list[str]:
-        """Pipeline components that it changes."""
+        """Pipeline components that the erasure changes."""
         return self.edits.components
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tensors and of the options that it was made with, 16 hex digits."""
+        """sha256 of the tensors and of the options of the strategy, 16 hex digits."""
         found = hashlib.sha256(files.digest([self.config.strategy, self.config.strategy_config]).encode())
         tensors = self.edits.delta_state_dict() | self.edits.lora_state_dict()
         for key, tensor in sorted(tensors.items()):
@@ -122,15 +122,16 @@ class Erasure:
         return contents
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the erasure to a folder: it is there whole or not at all, whatever happens meanwhile.
+        """Write the erasure to a folder, atomically: it is there complete or not at all.
 
         Args:
-            folder: Where to; must not exist or be empty unless `overwrite`. A link to a folder stays one.
-            overwrite: Replace the erasure that is there. Everything else in the folder stays.
+            folder: Folder to write to, which must be empty or not exist unless `overwrite`. A link to a folder stays a
+                link.
+            overwrite: Replace an erasure in the folder. Other files in the folder stay.
 
         Raises:
-            ArtifactError: The folder holds something, or cannot be written; or the erasure could not be read again.
-            DivergenceError: A tensor holds NaN or infinity.
+            ArtifactError: The folder is not empty or cannot be written; or the erasure is not valid.
+            DivergenceError: A tensor has NaN or infinity.
         """
         folder = Path(folder)
         if os.path.exists(folder) and (not os.path.isdir(folder) or _listed(folder)):
@@ -155,10 +156,10 @@ class Erasure:
     def load(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Erasure:
         """Read an erasure from a folder or a repository of the Hugging Face Hub.
 
-        Only a text of the form `owner/name` whose first part is no folder here is ever looked for on the Hub.
+        A source is looked for on the Hub only if it has the form `owner/name` and `owner` is not a local folder.
 
         Raises:
-            ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
+            ArtifactError: The erasure is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
         if not is_local(source):
             return cls.read(hub.download(str(source), FILES, revision=revision, token=token))
@@ -172,10 +173,10 @@ class Erasure:
 
     @classmethod
     def read(cls, folder: str | Path) -> Erasure:
-        """Read an erasure from a folder here; nothing is ever looked for elsewhere.
+        """Read an erasure from a local folder; nothing is downloaded.
 
         Raises:
-            ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
+            ArtifactError: The erasure is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
         folder = Path(folder)
         if not os.path.isdir(folder):
@@ -192,7 +193,7 @@ class Erasure:
         data: JsonValue = files.read_json(path, JsonValue, CONFIG_LIMIT)
         config = ErasureConfig.from_dict(data, str(path))
         parts = [paths[name] for name in (DELTA_FILE, LORA_FILE) if name in paths]
-        # Names, types and shapes first: nothing is allocated for a file that cannot be right.
+        # Names, types and shapes are checked first, so that nothing is allocated for an invalid file.
         shapes = {path.name: files.tensor_infos(path, allowed_dtypes=DTYPES) for path in parts}
         layout = {
             name: {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
@@ -209,19 +210,20 @@ class Erasure:
 
     @classmethod
     def record_evaluation(cls, folder: str | Path, figures: Mapping[str, object]) -> bool:
-        """Write figures of a measurement into the config of a saved erasure, and into its card.
+        """Write the results of a measurement into the config of a saved erasure, and into its card.
 
-        Tensors keep their files byte for byte. A card that somebody has edited is left alone.
+        Files of tensors do not change. A card that was edited by hand is left alone.
 
         Args:
-            folder: The erasure's.
-            figures: All that `ErasureConfig.evaluation` is to hold.
+            folder: Folder of the erasure.
+            figures: New value of `ErasureConfig.evaluation`.
 
         Returns:
-            Whether the card was written too.
+            Whether the card was also written.
 
         Raises:
-            ArtifactError: It is no erasure, the figures are no plain data, or the folder cannot be written.
+            ArtifactError: The folder is not an erasure, the figures are not plain data, or the folder cannot be
+                written.
         """
         made = cls.read(folder)
         card = made.card()
@@ -245,18 +247,18 @@ class Erasure:
         collection: str | None = None,
         card: str | None = None,
     ) -> Uploaded:
-        """Upload to the Hugging Face Hub, with a card that holds what was measured.
+        """Upload the erasure to the Hugging Face Hub, with a card that lists its measurements.
 
         Args:
-            repo_id: `owner/name`; made if it is not there.
-            private: Whether a repository that is made is for its owner alone.
-            token: Of the Hub; the one that the user is logged in with when left out.
-            revision: Branch, made if it is not there; the main one when left out.
-            collection: Slug of a collection that the repository is put into as well.
-            card: Text of the card in the place of the one that is written here.
+            repo_id: Repository `owner/name`, which is created if it does not exist.
+            private: Whether a new repository is private.
+            token: Access token of the Hub; that of the logged-in user when left out.
+            revision: Branch, which is created if it does not exist; the main branch when left out.
+            collection: Slug of a collection to which the repository is added.
+            card: Text of the card, instead of the generated one.
 
         Raises:
-            ArtifactError: The Hub cannot be reached, or does not take it.
+            ArtifactError: The Hub cannot be reached, or refuses the upload.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save(Path(scratch) / "erasure")
@@ -271,10 +273,10 @@ class Erasure:
     def pull(
         cls, repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> tuple[Erasure, str]:
-        """Fetch an erasure from the Hugging Face Hub into a folder, byte for byte, and give it and its commit.
+        """Download an erasure from the Hugging Face Hub into a folder, byte for byte; give it and its commit.
 
         Raises:
-            ArtifactError: See `load`; or the folder is not empty. Nothing is written then.
+            ArtifactError: See `load`; or the folder is not empty, and nothing is written.
         """
         fetched = hub.download(repo_id, FILES, revision=revision, token=token)
         made = cls.read(fetched)
@@ -285,14 +287,14 @@ class Erasure:
         return made, fetched.name
 
     def card(self) -> str:
-        """The model card."""
+        """Write the model card."""
         whole = not self.edits.delta_state_dict()
         unread = sorted({key.split("/")[0] for key in self.low_rank if not is_read_by_stock(key)})
         return model_card(self.name, self.config, self.concepts, LORA_FILE if whole else None, unread)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, which safetensors does not write."""
+    """Copy tensors that share memory, which safetensors cannot write."""
     known: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -303,7 +305,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Names of what a folder holds."""
+    """List the names in a folder."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
@@ -315,23 +317,23 @@ def _whole(path: Path) -> bytearray:
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether a source is a path here and no name of a repository, whether it exists or not."""
+    """Whether a source is a local path, existing or not, and not the name of a repository."""
     if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
         return True
     return os.path.lexists(source.partition("/")[0])
 
 
 def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
-    """Raise unless config and tensors are of one erasure."""
+    """Raise `ArtifactError` unless config and tensors belong to the same erasure."""
     expected, found = set(config.base.get("tensors", {})), set(edits.parameters)
     if sorted(config.carriers) != sorted(edits.carriers):
         raise ArtifactError(
             f"{folder}: the config names the carriers {config.carriers}, the tensors are {edits.carriers}: "
             "files of different erasures are mixed or one is missing; fetch or make it again"
         )
-    # Feature edits know their base by the parameters of their block.
+    # The base of feature edits is identified by the parameters of their block.
     below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
-    # And guidance and filters by the layers of their denoiser that read text.
+    # The base of guidance and filters is identified by the denoiser's layers that read text.
     told = [key.split("/")[0] for key in (*edits.safety, *edits.filters)]
     below |= {part: {key for key in expected if key.startswith(part + "/")} for part in told}
     expected -= set().union(*below.values()) - found

@@ -1,4 +1,4 @@
-"""Attach erasures to a live pipeline, in any number, and take them off bit for bit."""
+"""Attach any number of erasures to a live pipeline, and remove them bit for bit."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from erasure.switching import Target, interrupted, recover, switch
 from erasure.twins import erased_of, states_of, stock_of
 
 _NAMES = "_erasure_names"
-"""Attribute of a pipeline: the components of every attached erasure, to notice one that is lost with its component."""
+"""Attribute of a pipeline with the components of every attached erasure, by which erasures are noticed that were
+lost with a replaced component."""
 
 
 class ErasureManager:
     """The erasures of one pipeline.
 
-    A view: the state lives on the pipeline's modules, so any number of managers of the same pipeline, and pipelines
-    made from it with `from_pipe`, agree. Every change is made whole or not at all, and waits for calls that are
-    drawing.
+    The manager is a view: the state is stored on the pipeline's modules, so all managers of the same pipeline, and
+    pipelines made from it by `from_pipe`, agree. Every change is made completely or not at all, and waits for running
+    calls to end.
 
     Args:
         pipe: Any diffusers pipeline of a supported family.
@@ -69,33 +70,33 @@ class ErasureManager:
 
     @property
     def erasures(self) -> dict[str, Erasure]:
-        """Every attached erasure by name."""
+        """Attached erasures, by name."""
         return {name: attached.erasure for name, attached in self._attached().items()}
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Strength of every attached erasure."""
+        """Strengths of the attached erasures, by name."""
         return {name: attached.strength for name, attached in self._attached().items()}
 
     def list_erasures(self) -> dict[str, list[str]]:
-        """Names of all attached erasures by component, as diffusers' `get_list_adapters`."""
+        """List the names of all attached erasures by component, as diffusers' `get_list_adapters` does."""
         states = self._states().items()
         return {component: list(state.record.attached) for component, state in states if state.record.attached}
 
     def active_erasures(self) -> list[str]:
-        """Names of the erasures that are in force."""
+        """List the names of the erasures in force."""
         return list(dict.fromkeys(name for state in self._states().values() for name in state.in_force()))
 
     @property
     def fused_erasures(self) -> list[str]:
-        """Names of the erasures that are fused."""
+        """Names of the fused erasures."""
         return [name for name, attached in self._attached().items() if attached.fused]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Nothing is switched inside of the block: around a call of a stock pipeline that other threads may switch.
+        """Prevent switches inside of the block, around a call of a stock pipeline that other threads may switch.
 
-        The drop-in pipelines do this on their own.
+        The drop-in pipelines do this automatically.
         """
         with scopes.same_gradient_mode(), Lease(self._modules().values(), exclusive=False):
             yield
@@ -105,34 +106,34 @@ class ErasureManager:
     def load(self, source: str | Path | Erasure, name: str | None = None, *, revision: str | None = None,
              token: str | None = None, check_base: bool = True, strict: bool = False,
              controlnet: bool = False) -> Erasure:  # fmt: skip
-        """Attach an erasure from a folder, a Hub repository or memory, beside those already there; see `add`."""
+        """Attach an erasure from a folder, a Hub repository or memory, in addition to others; see `add`."""
         erasure = source if isinstance(source, Erasure) else Erasure.load(source, revision=revision, token=token)
         self.add(erasure, name, check_base=check_base, strict=strict, controlnet=controlnet)
         return erasure
 
     def add(self, erasure: Erasure, name: str | None = None, strength: float = 1.0, *, check_base: bool = True,
             strict: bool = False, controlnet: bool = False, replaces: str | None = None) -> int:  # fmt: skip
-        """Attach an erasure and put all attached ones in force that `set_erasures` did not leave out.
+        """Attach an erasure, and put it in force together with all others that `set_erasures` did not leave out.
 
         Args:
-            erasure: What to attach.
-            name: What to call it; its own name by default.
-            strength: Factor on its edits, finite and not negative; 1 is as made.
-            check_base: Compare the base tensors with the fingerprints in the artifact.
-            strict: Raise where a call goes around the erasure, instead of warning.
-            controlnet: Edit the layers of the pipeline's ControlNet that the denoiser has too.
-            replaces: Name of an attached erasure that is taken off in the same step.
+            erasure: Erasure to attach.
+            name: Name to attach it under; its own name by default.
+            strength: Factor of its edits, finite and not negative; 1 is the strength with which it was made.
+            check_base: Compare the base tensors with the fingerprints in the erasure's config.
+            strict: Raise an error instead of a warning when a call bypasses the erasure.
+            controlnet: Also edit the layers of the pipeline's ControlNet that the denoiser has too.
+            replaces: Name of an attached erasure that is removed in the same step.
 
         Returns:
-            How many parameters it edits.
+            Number of parameters that it edits.
 
         Raises:
-            AttachError: The name is taken or unusable, a strength that is no factor, or something else changed an
+            AttachError: The name is in use or invalid, the strength is invalid, or something else has changed an
                 edited parameter meanwhile.
             WrongBaseError: The pipeline is not the model that the erasure was made for.
-            UnsupportedModelError: Quantised weights under a full-rank edit, or fused projections.
-            NoMatchingModuleError: Nothing to change.
-            DivergenceError: It holds NaN or infinity.
+            UnsupportedModelError: A full-rank edit is for quantised weights, or projections are fused.
+            NoMatchingModuleError: The erasure changes nothing in the model.
+            DivergenceError: The erasure has NaN or infinity.
         """
         name = name or erasure.name
         self.check_name(name, replaces)
@@ -159,11 +160,11 @@ class ErasureManager:
         return len(erasure.edits)
 
     def check_name(self, name: str, replaces: str | None = None) -> None:
-        """Raise `AttachError` when a name is taken by another than what is replaced, or cannot name an erasure."""
+        """Raise `AttachError` when a name is invalid, or is used by an erasure other than the replaced one."""
         check_name(name, [other for other in self._attached() if other != replaces])
 
     def adopt(self) -> None:
-        """Take charge of the erasures that components of another pipeline brought along."""
+        """Take over the erasures of components that came from another pipeline."""
         brought: dict[str, list[str]] = {}
         for component, names in self.list_erasures().items():
             for name in names:
@@ -177,7 +178,7 @@ class ErasureManager:
 
     @contextmanager
     def _switching(self) -> Iterator[dict[str, nn.Module]]:
-        """The modules, with no call under way and nothing offloaded; an interrupted switch has been undone.
+        """Give the modules when no call is running and nothing is offloaded, after undoing any interrupted switch.
 
         Raises:
             LockedError: The erasures are locked.
@@ -198,7 +199,7 @@ class ErasureManager:
     def _apply(
         self, modules: Mapping[str, nn.Module], records: Mapping[str, Record], sources: Mapping[str, str] | None = None
     ) -> None:
-        """Give components these records, the others keep theirs, and bring everything in line with them."""
+        """Give components new records, and update hooks, weights and guards; other components keep theirs."""
         states = self._states()
         everything = {**{name: state.record for name, state in states.items()}, **records}
         if not everything:
@@ -232,17 +233,17 @@ class ErasureManager:
         switch(targets, install, lambda: proof.look(self.pipe, targets))
 
     def stock(self, *, without_adapters: bool = False, offloaded: bool = False) -> DiffusionPipeline:
-        """The pipeline without erasures, as another object on the same weights; this one is left as it is.
+        """Make a pipeline without erasures, as another object on the same weights; this pipeline does not change.
 
-        It costs the memory of the parameters that are edited, and what is done to it (training, switching, a
-        scheduler of its own) does not reach this pipeline or threads that draw with it.
+        It needs memory for the edited parameters. Changes of the new object (training, switching, another scheduler)
+        affect neither this pipeline nor threads that draw with it.
 
         Args:
-            without_adapters: Leave the LoRA adapters that a user has loaded out too.
+            without_adapters: Leave out a user's LoRA adapters too.
             offloaded: Offload the other object as this one is, if it is.
 
         Raises:
-            UnsupportedModelError: An adapter that is to be left out is merged into the weights (`fuse_lora`).
+            UnsupportedModelError: An adapter to leave out is merged into the weights (`fuse_lora`).
         """
         merged = [name for module in self._modules().values() for name in adapters.merged_names(module)]
         if without_adapters and merged:
@@ -250,7 +251,7 @@ class ErasureManager:
         return self._beside(lambda: stock_of(self.pipe, without_adapters=without_adapters), offloaded)
 
     def twin(self, *, offloaded: bool = False) -> DiffusionPipeline:
-        """The pipeline with its erasures, as another object on the same weights: for what puts hooks on a model.
+        """Make a pipeline with the erasures as another object on the same weights, on which hooks can be put.
 
         Args:
             offloaded: Offload the other object as this one is, if it is.
@@ -274,7 +275,7 @@ class ErasureManager:
     def _change(
         self, change: Callable[[Mapping[str, Attached]], Mapping[str, Attached]], enabled: bool | None
     ) -> None:
-        """Switch every component to what a function makes of its attached erasures, and on or off."""
+        """Switch every component by a function of its attached erasures, and on or off."""
         with self._switching() as modules:
             records = {}
             for component, state in self._states().items():
@@ -293,10 +294,11 @@ class ErasureManager:
         return chosen
 
     def set_erasures(self, names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
-        """Put exactly these erasures in force (fused ones stay), as diffusers' `set_adapters`.
+        """Put exactly these erasures in force (fused ones stay), as diffusers' `set_adapters` does.
 
         Raises:
-            AttachError: An unknown or fused name, another number of strengths than of names, or one that is no factor.
+            AttachError: A name is unknown or fused, the numbers of strengths and names differ, or a strength is
+                invalid.
         """
         wanted = strengths_of(self._known(names), strengths)
         fused = [name for name in wanted if name in self.fused_erasures]
@@ -306,7 +308,7 @@ class ErasureManager:
         self._change(lambda attached: with_chosen(attached, wanted), True)
 
     def disable(self) -> None:
-        """Put the stock model in force (fused erasures stay); `enable` undoes it."""
+        """Switch all erasures off that are not fused; `enable` undoes it."""
         self._change(lambda attached: attached, False)
 
     def enable(self) -> None:
@@ -315,9 +317,9 @@ class ErasureManager:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The stock model inside the block, for everybody who draws with it; afterwards what was in force before.
+        """Switch erasures off inside of the block, for all users of the pipeline; restore them afterwards.
 
-        `stock` gives the stock model beside the erased one instead.
+        `stock` gives a second pipeline without erasures instead.
         """
         before = self._enabled()
         try:
@@ -327,7 +329,7 @@ class ErasureManager:
             try:
                 self._restore(before)
             except BaseException:
-                # An interrupted switch is undone, which here would leave everything off.
+                # An interrupted switch is undone, which here would leave everything switched off.
                 self._restore(before)
                 raise
 
@@ -345,12 +347,12 @@ class ErasureManager:
             self._apply(modules, records)
 
     def delete(self, names: str | Sequence[str]) -> None:
-        """Take erasures off; what they alone edited equals the base bit for bit afterwards."""
+        """Remove erasures; parameters that only they edit are then the base's, bit for bit."""
         chosen = self._known(names)
         self._change(lambda attached: {name: one for name, one in attached.items() if name not in chosen}, None)
 
     def unload(self) -> None:
-        """Take every erasure off that is not fused, and forget those that went with a component."""
+        """Remove every erasure that is not fused, and forget those lost with a component."""
         self._change(lambda attached: {name: one for name, one in attached.items() if one.fused}, None)
         attached = self._attached()
         vars(self.pipe)[_NAMES] = {name: parts for name, parts in self._remembered().items() if name in attached}
@@ -359,7 +361,7 @@ class ErasureManager:
         """Make erasures part of the model: they stay through `set_erasures`, `disable` and `unload`.
 
         Raises:
-            AttachError: One is not in force, or runs beside quantised weights.
+            AttachError: An erasure is not in force, or runs beside quantised weights.
         """
         chosen, in_force = self._known(names), self.active_erasures()
         for name in chosen:
@@ -385,38 +387,38 @@ class ErasureManager:
     def verify(self, *, least_strength: float = proof.LEAST_STRENGTH) -> int:
         """Prove that every attached erasure is in force.
 
-        Each edited tensor and hook is compared with what it must be, and what the pipeline computes for a prompt of
-        each erasure with what it computed when the erasure was put in force.
+        Each edited tensor and hook is compared with its expected value. The pipeline's output for a prompt of each
+        erasure is compared with the output when the erasure was put in force.
 
         Args:
             least_strength: An erasure with a smaller strength counts as switched off.
 
         Returns:
-            How many tensors were compared.
+            Number of compared tensors.
 
         Raises:
-            VerificationError: None is attached; one is switched off or too weak, lost with a replaced component,
-                overwritten, or without effect.
+            VerificationError: No erasure is attached, or one is switched off or too weak, lost with a replaced
+                component, overwritten, or without effect.
         """
         modules = self._modules()
         if any(map(interrupted, modules.values())):
             with self._switching():
                 pass  # entering has undone it
-        # Pipelines that stock classes make of another one (`from_pipe`) lack it.
+        # Pipelines made by a stock class's `from_pipe` lack it.
         guards.share_gates(self.pipe, self._states().values())
         with scopes.same_gradient_mode(), Lease(modules.values(), exclusive=False):
             return proof.verify(self.pipe, self._remembered(), least_strength)
 
     def check_saveable(self, *, beyond_weights: bool = False) -> None:
-        """Raise `AttachError` when stock files cannot hold what is in force, or could not be read again.
+        """Raise `AttachError` when stock files cannot contain the erasures in force, or could not be loaded again.
 
         Args:
-            beyond_weights: Whether what is more than plain weights is written elsewhere.
+            beyond_weights: Whether edits that are not plain weights are saved elsewhere.
         """
         if self._attached():
             guards.check_saveable(self._modules().values(), beyond_weights)
 
 
 def _before_saving(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
-    """Refuse before the first file of a pipeline is written, or say beside its files what they are erased of."""
+    """Refuse saving before the first file is written, or write a list of the erasures beside the files."""
     before_saving(ErasureManager(pipe), args, kwargs)

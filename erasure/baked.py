@@ -1,7 +1,7 @@
-"""The trace that erasures leave in a pipeline's folder when they are saved as part of its weights.
+"""The list of erasures in a pipeline's folder whose weights contain them.
 
-Nothing in the weights tells what was taken out of them. So `erased.json` beside `model_index.json` says it, and a
-model card for people. Stock loaders pass over both.
+The weights themselves do not show what was erased. So `erased.json` beside `model_index.json` lists it, and a model
+card describes it. Stock loaders ignore both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TRACE_FILE, CARD_FILE, INDEX_FILE = "erased.json", "README.md", "model_index.json"
 LEFT_OUT = ("tensors", "text_encoders")
-"""Digests of the base's tensors, which the saved model no longer has."""
+"""Config fields with digests of the base's tensors, which the saved model no longer has."""
 
 
 @with_config(STRICT)
@@ -39,33 +39,33 @@ class BakedErasure(TypedDict):
     name: Name
     strength: Number
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    """Fingerprint of its tensors and options, as results of evaluations have it."""
+    """Fingerprint of the erasure's tensors and options, as in results of evaluations."""
     config: dict[str, Any]
-    """Its `ErasureConfig`, without the digests of the base's tensors."""
+    """The erasure's `ErasureConfig`, without the digests of the base's tensors."""
 
 
 @with_config(STRICT)
 class Trace(TypedDict):
-    """`erased.json`."""
+    """Contents of `erased.json`."""
 
     format_version: int
     date: NotRequired[Name]
-    """When the folder was saved, in UTC."""
+    """Date when the folder was saved, in UTC."""
     versions: Annotated[dict[Name, Name], Field(max_length=100)]
     erasures: Annotated[list[BakedErasure], Field(min_length=1, max_length=1000)]
-    """In the order in which they were put in."""
+    """Erasures, in the order in which they were written into the weights."""
 
 
 def has_trace(folder: str | Path) -> bool:
-    """Whether a folder says that erasures are part of its weights."""
+    """Whether a folder lists erasures in its weights."""
     return os.path.lexists(Path(folder) / TRACE_FILE)
 
 
 def read_trace(folder: str | Path) -> list[tuple[BakedErasure, ErasureConfig]]:
-    """Read what is erased in the weights of a pipeline's folder.
+    """Read the list of erasures in the weights of a pipeline's folder.
 
     Raises:
-        ArtifactError: It does not say, or the file is damaged or of a newer version.
+        ArtifactError: The file is missing, damaged or of a newer version.
     """
     path = Path(folder) / TRACE_FILE
     data: dict[str, Any] = files.read_json(path, dict[str, Any])
@@ -83,13 +83,13 @@ def read_trace(folder: str | Path) -> list[tuple[BakedErasure, ErasureConfig]]:
 
 
 def leave_trace(manager: ErasureManager, folder: str | os.PathLike[str]) -> None:
-    """Write what is in force on a pipeline into the folder that it is about to be saved to.
+    """Write the list of a pipeline's erasures in force into the folder that it will be saved to.
 
-    What the model had been erased of when it was loaded, according to the trace where it came from, comes first.
+    Erasures that were in the weights when the model was loaded come first.
 
     Args:
-        manager: Of the pipeline.
-        folder: Where it will be saved.
+        manager: Manager of the pipeline's erasures.
+        folder: Folder to which the pipeline will be saved.
 
     Raises:
         ArtifactError: The folder cannot be written.
@@ -98,21 +98,21 @@ def leave_trace(manager: ErasureManager, folder: str | os.PathLike[str]) -> None
     trace = trace_of(manager)
     entries = trace["erasures"]
     if not entries:
-        # What is saved here now is the stock model.
+        # The saved model is the stock model, so an old list is removed.
         (folder / TRACE_FILE).unlink(missing_ok=True)
         return
     files.write_json(folder / TRACE_FILE, trace)
-    # A card that is there already may be somebody's own.
+    # An existing card may be the user's own.
     if not os.path.lexists(folder / CARD_FILE):
         configs = [ErasureConfig.from_dict(entry["config"], TRACE_FILE) for entry in entries]
         files.write_text(folder / CARD_FILE, baked_card([entry["strength"] for entry in entries], configs))
 
 
 def trace_of(manager: ErasureManager) -> Trace:
-    """What is erased in the weights of a pipeline: before it was loaded, and by what is in force now.
+    """List the erasures in a pipeline's weights: those from before it was loaded, and those in force now.
 
     Args:
-        manager: Of the pipeline.
+        manager: Manager of the pipeline's erasures.
     """
     erasures, strengths = manager.erasures, manager.strengths
     names = [name for name in erasures if name in {*manager.active_erasures(), *manager.fused_erasures}]
@@ -146,15 +146,15 @@ def _config(config: ErasureConfig) -> dict[str, Any]:
 
 
 def before_saving(manager: ErasureManager, args: Sequence[object], options: dict[str, object]) -> None:
-    """Refuse a call of `save_pretrained` ahead of its first file, or say beside its files what they are erased of.
+    """Refuse a call of `save_pretrained` before its first file, or write the list of erasures beside its files.
 
     Args:
-        manager: Of the pipeline.
+        manager: Manager of the pipeline's erasures.
         args: Positional arguments of the call.
         options: Keyword arguments of the call.
 
     Raises:
-        AttachError: Stock files cannot hold what is in force.
+        AttachError: Stock files cannot contain the erasures in force.
         ArtifactError: The folder cannot be written.
     """
     manager.check_saveable()

@@ -1,4 +1,4 @@
-"""Where what can be made again is kept, and under which key."""
+"""The cache folder, and fingerprints of models as keys of cached results."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from erasure.interop import learned
 from erasure.interop.protocols import Pipeline, Tokenizer
 
 SAMPLED = 2048
-"""Values of each tensor that enter a model's fingerprint."""
+"""Number of values of each tensor in a model's fingerprint."""
 
 
 def cache_folder() -> Path:
-    """`$ERASURE_CACHE`, or `~/.cache/erasure`."""
+    """Give the cache folder: `$ERASURE_CACHE`, or `~/.cache/erasure`."""
     return Path(os.environ.get("ERASURE_CACHE") or Path.home() / ".cache" / "erasure")
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
-    """Fingerprint of the weights of a pipeline: name, shape, dtype and evenly spaced values of every tensor.
+    """Fingerprint a pipeline's weights: name, shape, dtype and evenly spaced values of every tensor.
 
-    Learned tokens (textual inversion) enter by their names and with all their values.
+    Learned tokens (textual inversion) are included by name with all their values.
 
-    Reading every byte of a large model would take longer than many an evaluation. Call it with erasures off: adapter
-    weights are left out, and a wrapped layer counts as the layer inside.
+    Only a sample is read, because reading a large model completely would take longer than many evaluations. Call this
+    with erasures off. Adapter weights are left out, and a wrapped layer counts as the layer inside.
     """
     found = hashlib.sha256(type(pipe).__name__.encode())
     for name, component in sorted(pipe.components.items()):
@@ -43,7 +43,7 @@ def model_fingerprint(pipe: Pipeline) -> str:
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Fingerprint of the weights of one module; see `model_fingerprint`."""
+    """Fingerprint one module's weights; see `model_fingerprint`."""
     found = hashlib.sha256()
     _add(found.update, module, "")
     return found.hexdigest()[:16]
@@ -59,7 +59,7 @@ def _add(update: Callable[[bytes], object], module: nn.Module, prefix: str) -> N
 
 
 def _add_learned(update: Callable[[bytes], object], tokenizer: Tokenizer | None, encoder: nn.Module) -> None:
-    """Learned tokens: few rows of a large table, which a sample misses, under names that no tensor tells."""
+    """Add learned tokens, which are few rows of a large table and are not named by tensors."""
     if tokenizer is None:
         return
     for word in learned.ids_by_word(tokenizer):

@@ -1,9 +1,9 @@
-"""Comparison of what a pipeline computes for erased concepts with what it computed when they were erased.
+"""Comparison of a pipeline's outputs for erased concepts with its outputs when they were erased.
 
-Tensors and hooks may all be where they belong while something else takes their effect back: an adapter with the
-negated edit, a replaced `forward`, another text encoder. A canary is one prompt of each erasure, encoded, and one pass
-of the denoiser over fixed noise, computed three times: by the stock model and by the erased one when erasures are
-switched, and by whatever is there when `verify` asks.
+All tensors and hooks may be in place while something else undoes their effect: an adapter with the negated edit, a
+replaced `forward`, another text encoder. A canary is one encoded prompt of each erasure and one denoiser pass over
+fixed noise. It is computed by the stock model and by the erased one when erasures are switched, and again by the
+current pipeline when `verify` is called.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from erasure.interop import hooks, paths
 from erasure.interop.protocols import Denoiser
 
 SIDE = 8
-"""Height and width of the latents of the pass: the least that every UNet of three halvings takes."""
+"""Height and width of the latents of the pass, the smallest that every UNet with three downsamplings accepts."""
 SILENT = 1e-5
-"""Relative size of an effect below which it cannot be told from rounding."""
+"""Relative size of an effect below which it cannot be distinguished from rounding."""
 LEAST = 0.5
-"""Share of the effect that must be left: half is more than rounding, adapters or casts take."""
+"""Share of the effect that must remain. One half allows for rounding, adapters and casts."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,23 @@ class Answer:
     """Encodings and predictions of a pipeline for the canary's prompts, in float32 on the CPU."""
 
     encoded: Tensor
-    """`(prompts, tokens, dim)`."""
+    """Encodings of the prompts, `(prompts, tokens, dim)`."""
     predicted: Tensor | None
-    """`(prompts, channels, SIDE, SIDE)`; nothing where a pass is not possible (an image prompt is missing)."""
+    """Predictions, `(prompts, channels, SIDE, SIDE)`; `None` where a pass is not possible (an image prompt is
+    missing)."""
 
     def rows(self, index: Sequence[int]) -> Answer:
-        """The answers for some of the prompts."""
+        """Select the answers for some of the prompts."""
         chosen = list(index)
         return Answer(self.encoded[chosen], None if self.predicted is None else self.predicted[chosen])
 
 
 @dataclass(frozen=True)
 class Canary:
-    """The prompts and what the stock and the erased model computed for them."""
+    """The prompts, and the outputs of the stock and the erased model for them."""
 
     prompts: Mapping[str, str]
-    """A prompt of every erasure in force, by its name."""
+    """One prompt of every erasure in force, by name of the erasure."""
     stock: Answer
     erased: Answer
     in_force: Mapping[str, tuple[Erasure, float]]
@@ -65,13 +66,13 @@ class Canary:
         in_force: Mapping[str, tuple[Erasure, float]],
         last: Canary | None,
     ) -> Canary:
-        """Ask the pipeline and its stock twin.
+        """Compute the outputs of the pipeline and of its stock twin.
 
         Args:
             pipe: The pipeline.
-            make_stock: Gives the same without erasures.
+            make_stock: Makes the same pipeline without erasures.
             in_force: The erasures in force and their strengths, by name.
-            last: What was asked before, which saves asking the stock model again.
+            last: Former canary, whose stock outputs are used again.
         """
         prompts = {name: f"a photo of {erasure.concepts[0].target}" for name, (erasure, _) in in_force.items()}
         asked = list(prompts.values())
@@ -83,14 +84,14 @@ class Canary:
         return cls(prompts, stock, answer(pipe, asked), dict(in_force))
 
     def is_of(self, in_force: Mapping[str, tuple[Erasure, float]]) -> bool:
-        """Whether these are the erasures and strengths that it is about."""
+        """Whether this canary is for the given erasures and strengths."""
         own = self.in_force
         return own.keys() == in_force.keys() and all(
             own[name][0] is erasure and own[name][1] == strength for name, (erasure, strength) in in_force.items()
         )
 
     def check(self, pipe: DiffusionPipeline, edits_denoiser: set[str]) -> None:
-        """Compare with what the pipeline computes now.
+        """Compare with the pipeline's current outputs.
 
         Args:
             pipe: The pipeline, without the adapters of its user.
@@ -130,7 +131,7 @@ class Canary:
 
 
 def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
-    """The share of the effect `erased - stock` that is in `now - stock`; 1 where there is none to lose."""
+    """Compute the share of the effect `erased - stock` that is in `now - stock`; 1 where there was no effect."""
     if stock.shape != now.shape or not torch.isfinite(now).all():
         return 0.0
     effect, found = (erased - stock).double().flatten(), (now - stock).double().flatten()
@@ -142,7 +143,7 @@ def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
 def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
     """Encode prompts and run the denoiser once over fixed noise."""
     backbone = backbone_for(pipe)
-    # Compiled graphs would be made anew for these shapes.
+    # Eager mode is forced, because compiled graphs would be compiled again for these shapes.
     with unguarded(), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         conditioning = backbone.encode(prompts)
         return Answer(conditioning.tokens.float().cpu(), _predicted(backbone, conditioning))

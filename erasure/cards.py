@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from erasure.artifact import ErasureConfig
 
 ROWS = 200
-"""Concepts, gates and measurements that a card lists."""
+"""Largest number of concepts, gates and measurements in a card."""
 
 
 def model_card(
@@ -27,10 +27,10 @@ def model_card(
     """Write the card.
 
     Args:
-        name: What the erasure is called.
-        config: What it is.
-        concepts: What it erases.
-        lora_file: The file that stock diffusers loads, if that is the whole erasure.
+        name: Name of the erasure.
+        config: Config of the erasure.
+        concepts: Concepts that it erases.
+        lora_file: LoRA file that stock diffusers can load, if it is the whole erasure.
         unread: Components whose low-rank edits stock diffusers does not load.
 
     Returns:
@@ -60,8 +60,8 @@ def baked_card(strengths: Sequence[float], configs: Sequence[ErasureConfig]) -> 
     """Write the card of a pipeline whose weights are erased.
 
     Args:
-        strengths: Of the erasures in it.
-        configs: What they are.
+        strengths: Strengths of the erasures in the weights.
+        configs: Configs of these erasures.
 
     Returns:
         Markdown with YAML in front.
@@ -83,7 +83,7 @@ def baked_card(strengths: Sequence[float], configs: Sequence[ErasureConfig]) -> 
 
 
 def figure(value: object) -> str:
-    """A figure of a measurement for people: `0.970 [0.932, 0.991]`, a number with four digits, or what it is."""
+    """Format a measured figure: `0.970 [0.932, 0.991]`, a number with four digits, or other data as text."""
     numbers = value if isinstance(value, list) else [value]
     if not all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -94,16 +94,16 @@ def figure(value: object) -> str:
 
 
 def metadata(config: ErasureConfig, name: str | None = None) -> Markdown:
-    """The YAML in front of the card, by which the Hub lists it.
+    """Write the YAML header of the card, by which the Hub lists the erasure.
 
     Args:
-        config: What the erasure is.
-        name: What it is called; measured results stand in the YAML of a card that has a name.
+        config: Config of the erasure.
+        name: Name of the erasure; measured results are included only with a name.
     """
     from huggingface_hub import ModelCardData
 
     base = str(config.base.get("model"))
-    # A path of this machine or an embedded model is none that the Hub knows.
+    # Local paths and embedded models are not known to the Hub.
     known = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) is not None
     tags = [tag for tag in (config.family, config.strategy) if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", tag)]
     measured = [] if name is None else results(config)
@@ -119,10 +119,10 @@ def metadata(config: ErasureConfig, name: str | None = None) -> Markdown:
 
 
 def results(config: ErasureConfig) -> list[EvalResult]:
-    """Measured rates as entries of the Hub's `model-index`, one for each metric of each suite.
+    """Convert measured rates to entries of the Hub's `model-index`, one for each metric of each suite.
 
-    Figures of the stock model, and what is no number (sizes, dates, names of judges), are left out; the whole table is
-    in the card.
+    Figures of the stock model and data that are not numbers (sizes, dates, names of judges) are left out; the card has
+    the whole table.
     """
     from huggingface_hub import EvalResult
 
@@ -152,5 +152,5 @@ def results(config: ErasureConfig) -> list[EvalResult]:
 
 
 def _word(text: str) -> str:
-    """A text as an identifier of the Hub."""
+    """Convert a text to an identifier of the Hub."""
     return re.sub(r"[^a-z0-9]+", "-", text.casefold()).strip("-")[:80] or "unnamed"

@@ -1,4 +1,4 @@
-"""What to erase, what takes its place, and what must survive."""
+"""Concepts: what to erase, its anchor (what to draw instead), and what must survive."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "style": ("{}", "{} style", "in {} style", "a picture in {} style", "a {} style drawing"),
     "unsafe": ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}"),
 }
-"""Phrasings that a concept is met in, by kind. `{}` is the concept."""
+"""Prompt templates of concepts, by kind. `{}` is the concept."""
 
 
 PLACEHOLDER = re.compile(r"<[^<>\s]+>")
-"""Pattern of the names that learned tokens have by custom."""
+"""Pattern of the usual names of learned tokens."""
 MOST_CONCEPTS = 10_000
-"""Concepts of one erasure."""
+"""Largest number of concepts of one erasure."""
 LONGEST_TEXT = 1000
-"""Characters of a concept's name, anchor or template."""
+"""Largest number of characters of a concept's name, anchor or template."""
 UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
-"""Characters without width that get into words from web pages and files: soft hyphens, joints, byte order marks."""
+"""Zero-width characters that words from web pages and files may contain: soft hyphens, joiners, byte order marks."""
 
 
 def key(word: str) -> str:
-    """A word in the form that words are compared in.
+    """Normalise a word for comparison.
 
-    Case, article, hyphens, underscores, blanks and the ways to write one character make no difference.
+    Case, articles, hyphens, underscores, spaces and equivalent Unicode forms make no difference.
 
     Example:
         >>> key("A Golf_Ball ") == key("golf-ball")
@@ -49,7 +49,7 @@ def key(word: str) -> str:
 
 
 def singulars(word: str) -> Iterator[str]:
-    """A word in the form of `key`, then what it may be the plural of."""
+    """Yield a word normalised by `key`, and then its possible singular forms."""
     yield word
     for ending, others in (("ies", ("y",)), ("ves", ("f", "fe")), ("es", ("",)), ("s", ("",))):
         if word.endswith(ending) and len(word) > len(ending) + 1:
@@ -57,7 +57,7 @@ def singulars(word: str) -> Iterator[str]:
 
 
 def numbers(word: str) -> set[str]:
-    """A word in the form of `key`, and what may be its singular or plural."""
+    """Give a word normalised by `key`, with its possible singular and plural forms."""
     word = key(word)
     plurals = {f"{word}s", f"{word}es", re.sub("y$", "ies", word), re.sub("fe?$", "ves", word)}
     return {*singulars(word), *plurals}
@@ -69,7 +69,7 @@ class Concept:
 
     Raises:
         ConceptError: The target or a synonym is empty, the kind is unknown, a name is in the retain list or is the
-            anchor, a template has not exactly one `{}`, or a text is none: no string, too long, or with control
+            anchor, a template does not have exactly one `{}`, or a text is not a string, is too long, or has control
             characters.
 
     Example:
@@ -77,20 +77,20 @@ class Concept:
     """
 
     target: str
-    """Words that name the concept, as a prompt would."""
+    """Name of the concept, as in a prompt."""
     kind: Kind = "object"
     """`object`, `style`, or `unsafe` (an object whose images reports hide)."""
     anchor: str | None = None
-    """What prompts with the concept should mean instead; `None` leaves the choice to the strategy."""
+    """Anchor: what prompts with the concept should show instead; `None` leaves the choice to the strategy."""
     retain: tuple[str, ...] = ()
-    """Concepts that must survive, for instance near neighbours."""
+    """Retain list: names of concepts that must survive, for instance similar ones."""
     synonyms: tuple[str, ...] = ()
-    """Other words for the concept, erased along with it."""
+    """Other names of the concept, which are erased too."""
     templates: tuple[str, ...] = ()
-    """Phrasings with one `{}` each; those of the kind when empty."""
+    """Prompt templates with one `{}` each; those of the kind when empty."""
 
     def __post_init__(self) -> None:
-        """Check the fields, and take a single word for a list of one."""
+        """Check the fields, and accept a single word for a list of one."""
         for field in ("retain", "synonyms", "templates"):
             value = getattr(self, field)
             if not isinstance(value, (str, Iterable)):
@@ -139,19 +139,19 @@ class Concept:
         return [template.format(name) for name in self.names for template in self.phrasings()]
 
     def texts(self) -> list[str]:
-        """All that the concept says in words: its prompts, its anchor, and what must survive."""
+        """List all texts of the concept: its prompts, its anchor, and its retain list."""
         return [*self.prompts(), *([self.anchor] if self.anchor else []), *self.retain]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data for the artifact's config."""
+        """Convert to plain data for the erasure's config."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Concept:
-        """The inverse of `to_dict`; fields that a newer version added are left out.
+        """Read a concept from the data of `to_dict`; unknown fields of newer versions are left out.
 
         Raises:
-            ConceptError: It has no target, or see the class.
+            ConceptError: There is no target, or the data are invalid as for the class.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or "target" not in data:
@@ -160,18 +160,18 @@ class Concept:
 
 
 def same_word(word: str, others: Iterable[str]) -> str | None:
-    """The first of some words that another is, or is the plural or singular of."""
+    """Find the first of some words that equals a word, or is its plural or singular."""
     own = numbers(word)
     return next((other for other in others if key(other) in own), None)
 
 
 def _tidy(text: str) -> str:
-    """A text as tokenisers see it: composed characters, single blanks, nothing unseen."""
+    """Normalise a text for tokenisers: composed characters, single spaces, no zero-width characters."""
     return " ".join(unicodedata.normalize("NFC", text.translate(UNSEEN)).split())
 
 
 def _check_text(text: object) -> None:
-    """Raise `ConceptError` for what cannot be part of a prompt."""
+    """Raise `ConceptError` for a text that cannot be part of a prompt."""
     if not isinstance(text, str):
         raise ConceptError(f"{text!r:.80} in a concept is no text")
     if len(text) > LONGEST_TEXT:
@@ -181,12 +181,12 @@ def _check_text(text: object) -> None:
 
 
 def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Concept]:
-    """One or several concepts of one erasure as a list; a word is an object without anchor.
+    """Make a list of one or several concepts; a word becomes an object without anchor.
 
-    `erasure.world.World.concepts` gives words the meaning that they have for a model.
+    `erasure.world.World.concepts` instead gives words their meaning for a model.
 
     Raises:
-        ConceptError: There is none, one is given twice, or one is to be erased and retained at once.
+        ConceptError: There is no concept, one is given twice, or one is both erased and retained.
     """
     given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
     if len(given) > MOST_CONCEPTS:

@@ -1,6 +1,6 @@
-"""Every error that `erasure` raises on purpose.
+"""The errors and warnings of `erasure`.
 
-All derive from `ErasureError` and from the builtin that users already catch. A message says what went wrong, what was
+All errors derive from `ErasureError` and from the fitting builtin error. A message says what went wrong, what was
 found, what is allowed, and what to do.
 """
 
@@ -14,7 +14,7 @@ class ErasureError(Exception):
 
 
 class ConceptError(ErasureError, ValueError):
-    """A concept that cannot be erased as given."""
+    """A concept cannot be erased as given."""
 
 
 class UnknownStrategyError(ErasureError, KeyError):
@@ -26,11 +26,11 @@ class UnknownStrategyError(ErasureError, KeyError):
 
 
 class BrokenPluginError(ErasureError, ImportError):
-    """Something that another package adds to this one cannot be loaded."""
+    """A plug-in from another package cannot be loaded."""
 
 
 class OptionError(ErasureError, ValueError):
-    """An option or preset that a strategy does not have, or a value that it does not allow."""
+    """An option or preset does not exist, or its value is not allowed."""
 
 
 class UnsupportedModelError(ErasureError, ValueError):
@@ -50,7 +50,7 @@ class WrongBaseError(ArtifactError):
 
 
 class AttachError(ErasureError, ValueError):
-    """An erasure name or a combination of erasures that does not work."""
+    """An erasure cannot be attached: its name, its strength or the combination of erasures is not allowed."""
 
 
 class VerificationError(ErasureError, RuntimeError):
@@ -58,23 +58,23 @@ class VerificationError(ErasureError, RuntimeError):
 
 
 class DivergenceError(ErasureError, ArithmeticError):
-    """NaN or infinity during optimisation."""
+    """NaN or infinity occurred in computing or training an erasure."""
 
 
 class TrainingError(ErasureError, RuntimeError):
-    """A training that cannot be run, resumed or written as asked."""
+    """A training cannot be run, resumed or saved."""
 
 
 class ImageError(ErasureError, ValueError):
-    """A picture that cannot be read."""
+    """A picture cannot be read."""
 
 
 class MaskError(ErasureError, ValueError):
-    """A mask that does not go with its image, or leaves nothing of it."""
+    """A mask does not fit its image, or covers all of it."""
 
 
 class EvaluationError(ErasureError, ValueError):
-    """An evaluation that cannot be run, resumed or compared as asked."""
+    """An evaluation cannot be run, resumed or compared."""
 
 
 class MissingExtraError(ErasureError, ImportError):
@@ -82,20 +82,20 @@ class MissingExtraError(ErasureError, ImportError):
 
 
 class BypassedErasureError(ErasureError, RuntimeError):
-    """A call goes around an erasure that was attached with `strict=True`."""
+    """A call bypasses an erasure that was attached with `strict=True`."""
 
 
 class LockedError(BypassedErasureError):
-    """A locked pipeline refuses what goes around its erasures, or what would take them off."""
+    """A locked pipeline refuses to bypass or to remove its erasures."""
 
 
 class RefusedError(LockedError):
-    """A locked pipeline refuses prompts, or pictures that it has drawn, for what they show.
+    """A locked pipeline refuses prompts, or generated pictures, because of their content.
 
     Args:
-        message: What is said.
-        refused: Why, by the place of the prompt or picture in the call.
-        pictures: What was drawn, with nothing in the place of refused ones; empty where prompts were refused.
+        message: Error message.
+        refused: Reasons, by index of the prompt or picture in the call.
+        pictures: Generated pictures, with `None` for refused ones; empty where prompts were refused.
     """
 
     def __init__(self, message: str, refused: Mapping[int, str], pictures: Sequence[object] = ()) -> None:
@@ -104,32 +104,32 @@ class RefusedError(LockedError):
 
 
 class BypassedErasureWarning(UserWarning):
-    """A call goes around an erasure: with embeddings, pictures, networks or texts of a length that it is not for."""
+    """A call bypasses an erasure, with embeddings, pictures, networks, or texts of an unfit length."""
 
 
 class OneStepWarning(UserWarning):
-    """A call asks a one-step generator for steps or guidance, which it does without."""
+    """A call sets steps or guidance of a one-step generator, which ignores them."""
 
 
 class ExperimentalWarning(UserWarning):
-    """Something that no paper and no measurement on full models vouches for yet."""
+    """An experimental feature is used, which no paper and no measurement on full models supports yet."""
 
 
 class BrokenPluginWarning(UserWarning):
-    """Something that another package adds to this one cannot be loaded, and is left out."""
+    """A plug-in from another package cannot be loaded, and is left out."""
 
 
 class IgnoredRetainWarning(UserWarning):
-    """A concept says what must survive, and the options of the strategy leave that out."""
+    """A concept has a retain list that the options of the strategy ignore."""
 
 
 class UnknownTokenWarning(UserWarning):
-    """Words name a learned token (textual inversion) that a pipeline lacks, or has other vectors for."""
+    """Texts contain a learned token (textual inversion) that a pipeline lacks, or for which it has other vectors."""
 
 
 class ConceptWarning(UserWarning):
-    """Words that may mean something else than what they are taken for, or that a model does not know."""
+    """Words may have another meaning than the assumed one, or are unknown to a model."""
 
 
 class TwiceAttachedWarning(UserWarning):
-    """Equal edits are attached to a pipeline under two names."""
+    """The same edits are attached to a pipeline under two names."""

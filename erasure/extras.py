@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, with the pip line in the error when they are missing."""
+"""Optional dependencies: imported where they are used, with an error that says what to install."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def require(module: str) -> ModuleType:
 
 
 def locate(module: str, file: str) -> Path:
-    """The path of a file that an optional dependency brings; nothing of the package is imported or run.
+    """Find a file of an optional dependency, without importing or running any of it.
 
     Args:
         module: A top-level module, one of `REQUIREMENTS`.
         file: Path below its folder.
 
     Raises:
-        MissingExtraError: The package is not there, or has no such file; the message says what to install.
+        MissingExtraError: The package is not installed or lacks the file; the message says what to install.
     """
     spec = find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():

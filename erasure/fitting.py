@@ -1,4 +1,4 @@
-"""Whether an erasure fits a pipeline, found out before anything is changed."""
+"""Checks whether an erasure fits a pipeline, before anything is changed."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ CONTROLNET = "controlnet"
 
 
 def is_denoiser(component: str) -> bool:
-    """Whether a component of this name draws, rather than encodes text."""
+    """Whether a component's name is that of a denoiser, not of a text encoder."""
     return not component.startswith("text_encoder")
 
 
 def sources_of(
     pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], name: str, erasure: Erasure, controlnet: bool
 ) -> dict[str, str]:
-    """The components that an erasure edits, each with the component under whose name its edits stand.
+    """Map each component that an erasure edits to the component whose edits apply to it.
 
     Args:
         pipe: The pipeline.
-        modules: Its networks.
-        name: What the erasure is called, for messages.
+        modules: Networks of the pipeline.
+        name: Name of the erasure, for messages.
         erasure: The erasure.
         controlnet: Whether the layers that a ControlNet shares with the denoiser are edited too.
 
     Raises:
-        WrongBaseError: Another family, or a component that the pipeline lacks or that no erasure may edit.
-        ArtifactError: Edits that no pipeline can hold; see `Edits.check`.
-        NoMatchingModuleError: It changes nothing.
-        DivergenceError: It holds NaN or infinity.
+        WrongBaseError: The family differs, or a component is missing in the pipeline or may not be edited.
+        ArtifactError: The edits are invalid; see `Edits.check`.
+        NoMatchingModuleError: The erasure changes nothing.
+        DivergenceError: The erasure has NaN or infinity.
     """
     backbone = backbone_for(pipe)
     if erasure.config.family != backbone.family:
@@ -86,12 +86,12 @@ def sources_of(
 
 
 def refuse_left_out(pipe: DiffusionPipeline, name: str, component: str) -> None:
-    """Raise `WrongBaseError` when a pipeline was loaded without a part that an erasure needs and it has a place for.
+    """Raise `WrongBaseError` when a pipeline was loaded without an optional component that an erasure needs.
 
     Args:
         pipe: The pipeline.
-        name: What the erasure is called.
-        component: The part.
+        name: Name of the erasure.
+        component: Name of the component.
     """
     if component in pipe.components and pipe.components[component] is None:
         raise WrongBaseError(
@@ -106,19 +106,19 @@ def check_fit(
     """Check that every edit of an erasure can be put in place.
 
     Returns:
-        The components where it must run beside the layers, because their weights are quantised.
+        Components where the erasure must run beside the layers, because their weights are quantised.
 
     Args:
         pipe: The pipeline.
         sources: See `sources_of`.
-        name: What the erasure is called, for messages.
+        name: Name of the erasure, for messages.
         erasure: The erasure.
-        check_base: Compare the base tensors with the fingerprints in the artifact.
+        check_base: Compare the base tensors with the fingerprints in the erasure's config.
 
     Raises:
         WrongBaseError: Shapes or fingerprints are another model's.
         NoMatchingModuleError: A layer is missing, or a ControlNet has none of the edited layers.
-        UnsupportedModelError: A full-rank edit on quantised weights, or fused projections.
+        UnsupportedModelError: A full-rank edit is for quantised weights, or projections are fused.
         AttachError: Quantised and plain weights are mixed, or something else changed an edited parameter.
     """
     beside, modules = [], components_of(pipe)
@@ -162,14 +162,14 @@ def check_branches(component: str, module: nn.Module, branches: Mapping[str, Mem
     """Raise unless a denoiser has the layers that branches run beside.
 
     Args:
-        component: Its name, for messages.
+        component: Name of the denoiser, for messages.
         module: The denoiser.
-        branches: By path of the layer.
+        branches: Branches by path of the layer.
 
     Raises:
-        NoMatchingModuleError: It lacks one.
-        WrongBaseError: One has another shape, or is of a kind that no branch can run beside.
-        UnsupportedModelError: One is inside fused projections, which do not run it.
+        NoMatchingModuleError: The denoiser lacks a layer.
+        WrongBaseError: A layer has another shape, or is of a kind beside which no branch can run.
+        UnsupportedModelError: A layer is inside fused projections, which do not run it.
     """
     for path, branch in branches.items():
         weights.refuse_fused(component, module, f"{path}.weight")
@@ -189,12 +189,12 @@ def check_branches(component: str, module: nn.Module, branches: Mapping[str, Mem
 
 
 def check_told(pipe: DiffusionPipeline, name: str, guidance: SafetyGuidance) -> None:
-    """Raise `WrongBaseError` unless a denoiser can be told what safety guidance holds.
+    """Raise `WrongBaseError` unless the encodings of safety guidance fit a denoiser.
 
     Args:
         pipe: The pipeline.
-        name: What the erasure is called.
-        guidance: What it holds.
+        name: Name of the erasure.
+        guidance: The safety guidance.
     """
     held = {"tokens": guidance.tokens.shape[-1], "pooled": guidance.pooled.shape[-1]}
     read = dict.fromkeys(held, 0)
@@ -209,7 +209,7 @@ def check_told(pipe: DiffusionPipeline, name: str, guidance: SafetyGuidance) -> 
 
 
 def check_name(name: str, attached: Container[str]) -> None:
-    """Raise `AttachError` when a name is among the attached ones, or cannot name an erasure."""
+    """Raise `AttachError` when a name is in use or invalid."""
     if not re.fullmatch(r"[\w-]{1,200}", name):
         raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
     if name in attached:
@@ -219,10 +219,10 @@ def check_name(name: str, attached: Container[str]) -> None:
 
 
 def check_strength(strength: float) -> float:
-    """Give a strength as a float.
+    """Check a strength and give it as a float.
 
     Raises:
-        AttachError: It is no number, negative or not finite.
+        AttachError: The strength is not a number, negative or not finite.
     """
     try:
         factor = float(strength)
@@ -234,10 +234,10 @@ def check_strength(strength: float) -> float:
 
 
 def strengths_of(names: Sequence[str], strengths: float | Sequence[float] | None) -> dict[str, float]:
-    """The strength of each of some erasures; 1 where none is given.
+    """Assign strengths to erasures; 1 where none is given.
 
     Raises:
-        AttachError: Another number of strengths than of names, or one that is no factor.
+        AttachError: The numbers of strengths and names differ, or a strength is invalid.
     """
     factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(names)
     if len(factors) != len(names):
@@ -246,13 +246,13 @@ def strengths_of(names: Sequence[str], strengths: float | Sequence[float] | None
 
 
 def warn_of_misfits(pipe: DiffusionPipeline, name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
-    """Warn of what lets an erasure that can be attached erase less, or more, than when it was made.
+    """Warn of differences due to which an erasure can erase less, or more, than when it was made.
 
     Args:
         pipe: The pipeline.
-        name: What the erasure is called.
-        erasure: What is to be attached.
-        attached: The erasures that are attached already, by name.
+        name: Name of the erasure.
+        erasure: Erasure to attach.
+        attached: Erasures that are attached already, by name.
     """
     backbone = backbone_for(pipe)
     warn_of_unlike_tokens(name, backbone.towers, erasure.config.base.get("learned_tokens", {}))
@@ -261,7 +261,7 @@ def warn_of_misfits(pipe: DiffusionPipeline, name: str, erasure: Erasure, attach
 
 
 def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasure]) -> None:
-    """Warn when the same edits are attached already under another name: together they have twice the strength."""
+    """Warn when the same edits are attached already under another name, which doubles their strength."""
     for other, made in attached.items():
         if made.edits.equals(erasure.edits):
             warnings.warn(
@@ -274,13 +274,13 @@ def warn_of_same_edits(name: str, erasure: Erasure, attached: Mapping[str, Erasu
 
 
 def warn_of_unlike_lengths(name: str, erasure: Erasure, backbone: Backbone, attached: Mapping[str, Erasure]) -> None:
-    """Warn when an erasure was made with texts of another length than the pipeline's, or than an attached one.
+    """Warn when an erasure was made for another prompt length than the pipeline's, or than an attached one.
 
     Args:
-        name: What the erasure is called.
-        erasure: What is to be attached.
-        backbone: The pipeline.
-        attached: The erasures that are attached already, by name.
+        name: Name of the erasure.
+        erasure: Erasure to attach.
+        backbone: Backbone of the pipeline.
+        attached: Erasures that are attached already, by name.
     """
     own, here = _length(erasure, backbone), backbone.text_length
     lengths = {other: length for other, made in attached.items() if (length := _length(made, backbone)) is not None}
@@ -300,7 +300,7 @@ def warn_of_unlike_lengths(name: str, erasure: Erasure, backbone: Backbone, atta
 
 
 def _length(erasure: Erasure, backbone: Backbone) -> int | None:
-    """Tokens of the texts that an erasure was made with; `None` where that says nothing, or nobody knows it."""
+    """Give the prompt length in tokens for which an erasure was made; `None` where it is irrelevant or unknown."""
     fixed = {tower.component for tower in backbone.towers if tower.causal}
     edited = {*erasure.components, *erasure.edits.pinned}
     return erasure.config.text_length if edited - fixed else None

@@ -1,6 +1,6 @@
-"""Folders on the Hugging Face Hub: up and down, with errors that say what to do.
+"""Upload and download of folders to and from the Hugging Face Hub, with errors that say what to do.
 
-What is on the Hub is found at the address in `HF_ENDPOINT`, and downloads go on where they were cut off.
+The address of the Hub is taken from `HF_ENDPOINT`, and interrupted downloads are resumed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LOGIN = "log in with: hf auth login, or pass another token"
 
 
 class Uploaded(NamedTuple):
-    """Where something was put."""
+    """Address of an upload."""
 
     address: str
-    """Of the commit, as a browser finds it."""
+    """URL of the commit."""
     revision: str
-    """The commit: it names exactly these files for ever."""
+    """Commit hash, which identifies exactly these files."""
 
 
 def upload(
@@ -37,19 +37,19 @@ def upload(
     revision: str | None = None,
     collection: str | None = None,
 ) -> Uploaded:
-    """Put the files of a folder into a repository, in one commit; the repository is made if it is not there.
+    """Upload the files of a folder in one commit; the repository is created if it does not exist.
 
     Args:
-        folder: The files.
+        folder: Folder of the files.
         repo_id: `owner/name`.
-        message: What the commit is called.
-        private: Whether a repository that is made is for its owner alone; as the owner's settings say when left out.
-        token: Of the Hub; the one that the user is logged in with when left out.
-        revision: Branch, made if it is not there; the main one when left out.
-        collection: Slug of a collection that the repository is put into as well.
+        message: Commit message.
+        private: Whether a new repository is private; the account's default when left out.
+        token: Access token of the Hub; that of the logged-in user when left out.
+        revision: Branch, which is created if it does not exist; the main branch when left out.
+        collection: Slug of a collection to which the repository is added.
 
     Raises:
-        ArtifactError: The Hub cannot be reached, or does not take it.
+        ArtifactError: The Hub cannot be reached, or refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -66,11 +66,11 @@ def upload(
 
 
 def download(repo_id: str, files: Sequence[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """A folder of the cache with some files of a repository; its name is the commit that they are of.
+    """Download files of a repository into the cache; give their folder, whose name is the commit.
 
     Args:
         repo_id: `owner/name`.
-        files: Names of the files, those that there are.
+        files: Names of files; missing ones are skipped.
         revision: Branch, tag or commit; the main branch when left out.
         token: See `upload`.
 
@@ -85,7 +85,7 @@ def download(repo_id: str, files: Sequence[str], *, revision: str | None = None,
 
 @contextmanager
 def _clear_errors(repo_id: str, does: str, revision: str | None = None) -> Iterator[None]:
-    """Say what the Hub complains of in words that help."""
+    """Turn errors of the Hub into errors that say what to do."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,

@@ -15,34 +15,35 @@ from erasure.files import read_bytes
 from erasure.picture_record import PictureRecord, png_info
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""Formats that are read. Others call programs (EPS), or hold no pixels (WMF)."""
+"""Allowed formats. Others run programs (EPS), or have no pixels (WMF)."""
 BYTES_LIMIT = 256 * 2**20
-"""Bytes of a file."""
+"""Largest size of a file in bytes."""
 PIXELS_LIMIT = 64 * 2**20
-"""Pixels of a picture: 8192 x 8192."""
+"""Largest number of pixels of a picture: 8192 x 8192."""
 SMALLEST_SIDE = 8
-"""Pixels. A picture with a shorter side shows nothing that could be recognised."""
+"""Smallest side of a picture in pixels below which nothing in it could be recognised."""
 SAME_COLOUR = 10
-"""Steps of 256 by which a pixel of a blank picture differs at most from the picture's median colour."""
+"""Largest difference, of 256 levels, between a pixel of a blank picture and the picture's median colour."""
 BLANK_SHARE = 0.99
-"""Share of the pixels that have the median colour in a blank picture. Line drawings of the embedded world have it in
-0.98 of their pixels at most."""
+"""Share of the pixels that have the median colour in a blank picture. In line drawings of the embedded world at
+most 0.98 of the pixels have it."""
 
 
 def read_image(
     path: str | Path, *, formats: tuple[str, ...] = FORMATS, limit: int = PIXELS_LIMIT,
     error: type[ErasureError] = ImageError,
 ) -> Image.Image:  # fmt: skip
-    """A picture in the mode of its file, decoded, as viewers show it: turned as its EXIF data say.
+    """Read and decode a picture in the mode of its file, turned as its EXIF data say.
 
     Args:
-        path: The file; links are followed.
-        formats: Formats that it may have, by Pillow's names.
-        limit: Most pixels.
-        error: What is raised.
+        path: File of the picture; links are followed.
+        formats: Allowed formats, by Pillow's names.
+        limit: Largest number of pixels.
+        error: Class of the errors that are raised.
 
     Raises:
-        ErasureError: It is missing, no regular file, no picture, of another format, animated, too large, or damaged.
+        ErasureError: The file is missing, not a regular file, not a picture, of another format, animated, too large,
+            or damaged.
     """
     content = bytes(read_bytes(path, BYTES_LIMIT, error=error))
     allowed = " or ".join(formats)
@@ -62,7 +63,7 @@ def read_image(
         raise error(
             f"{path} cannot be read ({reason}): at most {limit:,} pixels are allowed; scale it down"
         ) from reason
-    except Exception as reason:  # decoders meet damaged files in many ways
+    except Exception as reason:  # decoders fail on damaged files in many ways
         raise error(
             f"{path} cannot be read as a picture ({type(reason).__name__}: {reason}): it is damaged; export it again"
         ) from reason
@@ -71,22 +72,22 @@ def read_image(
 def read_rgb(
     path: str | Path, *, formats: tuple[str, ...] = FORMATS, error: type[ErasureError] = ImageError
 ) -> Image.Image:
-    """A picture in RGB; see `read_image` and `rgb`."""
+    """Read a picture in RGB; see `read_image` and `rgb`."""
     return rgb(read_image(path, formats=formats, error=error), str(path), error=error)
 
 
 def rgb(image: Image.Image, where: str = "an image", *, error: type[ErasureError] = ImageError) -> Image.Image:
-    """A picture in RGB as viewers show it: turned as its EXIF data say, and on white where it is transparent.
+    """Convert a picture to RGB as viewers show it: turned as its EXIF data say, transparent parts on white.
 
-    Sixteen bits become eight; Pillow itself would cut all above 255 off.
+    16 bits are scaled to 8; Pillow itself would clip all values above 255.
 
     Args:
         image: The picture, decoded or still in its file.
-        where: Its place, for messages.
-        error: What is raised.
+        where: Origin of the picture, for messages.
+        error: Class of the errors that are raised.
 
     Raises:
-        ErasureError: It is too large, animated, damaged, or its values have no known range.
+        ErasureError: The picture is too large, animated, damaged, or its values have an unknown range.
     """
     check_size(image, where, error=error)
     check_single(image, where, error=error)
@@ -97,25 +98,25 @@ def rgb(image: Image.Image, where: str = "an image", *, error: type[ErasureError
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
         return on_white(image.convert("RGBA"), where) if image.has_transparency_data else image.convert("RGB")
-    except Exception as reason:  # decoders meet damaged files in many ways
+    except Exception as reason:  # decoders fail on damaged files in many ways
         raise error(f"{where} cannot be decoded ({type(reason).__name__}: {reason}): save it again") from reason
 
 
 def in_mode_of(original: Image.Image, made: Image.Image) -> Image.Image:
-    """A picture that was changed in RGB, in the mode and with the colour profile of what it was made of.
+    """Convert a picture that was changed in RGB back to the original's mode and colour profile.
 
-    Pixels that did not change keep every bit. Opacity is left as it is everywhere: of a pixel that is not opaque, the
-    colour is the one that looks on white as it was made. Palettes become RGB, black and white becomes grey.
+    Unchanged pixels keep every bit, and opacity does not change. In a pixel that is not opaque, the colour is chosen
+    so that it looks the same on white. Palettes become RGB, black and white becomes grey.
 
     Args:
-        original: As it was read.
-        made: The same in RGB (see `rgb`) with some pixels changed; of the same size.
+        original: The original picture.
+        made: The original in RGB (see `rgb`) with some pixels changed, in the same size.
 
     Returns:
-        In mode L, LA, I;16, RGB or RGBA.
+        The picture in mode L, LA, I;16, RGB or RGBA.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is transparent has been said
+        warnings.simplefilter("ignore")  # the warning about transparency has been given already
         seen = np.asarray(rgb(original))
     new = np.asarray(made.convert("RGB"))
     changed = (new != seen).any(-1)
@@ -136,11 +137,11 @@ def in_mode_of(original: Image.Image, made: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy of a picture, turned and mirrored as its EXIF data say, which no longer say so."""
+    """Copy a picture, turned and mirrored as its EXIF data say, and remove these data."""
     try:
         return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        # Damaged data beside sound pixels: viewers show those as they are stored.
+        # The EXIF data are damaged but the pixels are not: viewers show these as stored.
         return image.copy()
 
 
@@ -155,9 +156,9 @@ def check_single(image: Image.Image, where: str, *, error: type[ErasureError] = 
     """Refuse a picture that is an animation or a stack of pages.
 
     Raises:
-        ErasureError: It holds several pictures.
+        ErasureError: The file has several pictures.
     """
-    # What phones write as MPO is a photograph with further ones behind it, no animation.
+    # MPO files from phones are photographs with additional pictures, not animations.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise error(f"{where} holds several pictures: give a file with one")
 
@@ -168,7 +169,7 @@ def check_size(
     """Refuse a picture without pixels or with too many; nothing is decoded.
 
     Raises:
-        ErasureError: It has none, or more than the limit.
+        ErasureError: The picture has no pixels, or more than the limit.
     """
     width, height = image.size
     if not 0 < width * height <= limit:
@@ -178,10 +179,10 @@ def check_size(
 def flaw(image: object) -> str | None:
     """Say why a generated picture shows nothing that a detector could judge; `None` when it may show something.
 
-    Nothing is shown by what is no picture, by a picture that cannot be decoded or whose values are not finite, by one
-    with a side shorter than `SMALLEST_SIDE`, and by one of a single colour or nearly so, whatever the colour, also
-    where everything is transparent. Safety checkers and collapsed models give such pictures, and a detector has an
-    answer for each of them all the same.
+    This is the case for an object that is not a picture, for a picture that cannot be decoded or has values that are
+    not finite, for one with a side shorter than `SMALLEST_SIDE`, and for one of a single colour or nearly so, also if
+    it is fully transparent. Safety checkers and collapsed models give such pictures, and a detector would still answer
+    for them.
     """
     if not isinstance(image, Image.Image):
         return f"no picture but {type(image).__name__}"
@@ -201,31 +202,31 @@ def flaw(image: object) -> str | None:
 
 
 def _flattened(image: Image.Image) -> list[Image.Image]:
-    """A picture in RGB as it looks: one with transparency in front of black and in front of white."""
+    """Give a picture in RGB; one with transparency on black and on white."""
     if not image.has_transparency_data:
         return [rgb(image)]
     check_size(image, "an image")
     try:
         layers = image.convert("RGBA")
-    except Exception as reason:  # decoders meet damaged files in many ways
+    except Exception as reason:  # decoders fail on damaged files in many ways
         raise ImageError(f"an image cannot be decoded ({type(reason).__name__}: {reason}): save it again") from reason
     grounds = [Image.new("RGBA", image.size, colour) for colour in ("black", "white")]
     return [Image.alpha_composite(ground, layers).convert("RGB") for ground in grounds]
 
 
 def _median_colour(pixels: np.ndarray) -> str | None:
-    """The colour of a blank picture, as `#rrggbb`; `None` of any other."""
+    """Give the colour of a blank picture as `#rrggbb`; `None` for other pictures."""
     colour = np.median(pixels, axis=(0, 1))
     same = (np.abs(pixels - colour) <= SAME_COLOUR).all(-1).mean()
     return "#" + "".join(f"{int(value):02x}" for value in colour) if same >= BLANK_SHARE else None
 
 
 def png(image: Image.Image, record: PictureRecord | None = None) -> bytes:
-    """A picture as a PNG file in RGB.
+    """Encode a picture as a PNG file in RGB.
 
     Args:
         image: The picture.
-        record: What made it, to be written into the file.
+        record: Origin of the picture, which is written into the file.
     """
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", pnginfo=None if record is None else png_info(record))

@@ -1,10 +1,10 @@
-"""Leases on what threads share: many calls may draw at once, a switch of erasures waits for them and they for it.
+"""Leases on modules that threads share: many calls can run at once; a switch of erasures waits for them.
 
-A lease is released at the end of its `with` block. Should an interruption hit the very end of that block, it is
-released with the frame that held it: a lease that nothing refers to any more does not count.
+A lease is released at the end of its `with` block. If an exception interrupts the very end of that block, the lease is
+released with the frame that held it, because a lease without references does not count.
 
-No lock is held anywhere, for an interruption could leave it held for ever. Requests stand in one list, whose order
-decides between those that wait; appending to it and copying it are one step of the interpreter each.
+No lock is used, because an interruption could leave it locked for ever. Requests are in one list, whose order decides
+between waiting ones; appending to it and copying it are atomic in the interpreter.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from erasure.errors import AttachError
 
 _LEASES: list[weakref.ref[Lease]] = []
 _POLL = 0.002
-"""Seconds between two looks at whether modules are free: short beside an image, long beside a look."""
+"""Seconds between two checks whether modules are free: short compared with drawing an image, long compared with a
+check."""
 
 
 class Lease:
-    """The right to use modules, shared with other users or exclusive, for the length of a `with` block.
+    """The right to use modules, shared or exclusive, for the duration of a `with` block.
 
     Args:
-        modules: What is used: modules, or other objects that threads share.
-        exclusive: Whether nobody else may use them meanwhile, because they are about to change.
+        modules: Modules, or other objects that threads share.
+        exclusive: Whether no other thread may use them meanwhile, because they will be changed.
     """
 
     def __init__(self, modules: Iterable[object], *, exclusive: bool) -> None:
@@ -40,7 +41,8 @@ class Lease:
         """Wait until the modules are free.
 
         Raises:
-            AttachError: An exclusive lease is asked for inside a call of the same thread, which would wait for itself.
+            AttachError: An exclusive lease is requested inside of a call of the same thread, which would wait for
+                itself.
         """
         if self.exclusive and any(lease.is_call_of(self) for lease in _live()):
             raise AttachError(
@@ -55,11 +57,11 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the modules back."""
+        """Release the modules."""
         self.over = True
 
     def shares(self, other: Lease) -> bool:
-        """Whether both use some module."""
+        """Whether both leases have a module in common."""
         return not self.modules.keys().isdisjoint(other.modules)
 
     def is_call_of(self, other: Lease) -> bool:
@@ -68,7 +70,7 @@ class Lease:
 
     def _granted(self) -> bool:
         live = _live()
-        # A call that is going on already may use what it uses again, whoever waits.
+        # A running call may use its modules again, whoever is waiting.
         nested = any(lease.granted and lease.thread == self.thread for lease in live if lease.shares(self))
         before = live[: live.index(self)]
         rivals = [
@@ -76,8 +78,8 @@ class Lease:
             for lease in live
             if lease.thread != self.thread and lease.shares(self) and (lease.exclusive or self.exclusive)
         ]
-        # A request that waits keeps later ones out, or a switch would never get its turn. So of two that are looked
-        # at at once, one waits for the other, whichever is ahead.
+        # A waiting request blocks later ones, because otherwise a switch might never get its turn. So of two requests
+        # that are checked at the same time, one waits for the other, whichever is first.
         self.granted = not any(lease.granted or (lease in before and not nested) for lease in rivals)
         return self.granted
 

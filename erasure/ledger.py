@@ -1,4 +1,4 @@
-"""The requests that an erasure carries out, one after the other, and what a further one means for the earlier ones."""
+"""The requests of an erasure in their order, and the effect of a new request on the earlier ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from erasure.world import World
 
 
 class Merged(NamedTuple):
-    """What an erasure is about when concepts have been added to it."""
+    """The concepts of an erasure after an addition."""
 
     earlier: list[Concept]
-    """What earlier requests erase, as they mean it now."""
+    """Concepts of earlier requests, updated by the addition."""
     moved: list[Concept]
-    """Those of them that something else takes the place of from now on: their anchor is erased too."""
+    """Earlier concepts with a new anchor, because their former anchor is now erased too."""
     new: list[Concept]
-    """What is added."""
+    """Added concepts."""
 
     @property
     def every(self) -> list[Concept]:
@@ -33,15 +33,15 @@ class Merged(NamedTuple):
 
     @property
     def standing(self) -> list[Concept]:
-        """What earlier requests erase, but for those concepts that are to be erased again."""
+        """Give the earlier concepts that need not be erased again."""
         return [concept for concept in self.earlier if concept not in self.moved]
 
 
 def read(source: Erasure | str | Path) -> Erasure:
-    """An erasure that concepts are to be added to, from memory, a folder or a repository of the Hub.
+    """Read an erasure to which concepts are to be added, from memory, a folder or a repository of the Hub.
 
     Raises:
-        ArtifactError: It is missing or damaged.
+        ArtifactError: The erasure is missing or damaged.
     """
     return source if isinstance(source, Erasure) else Erasure.load(source)
 
@@ -49,18 +49,18 @@ def read(source: Erasure | str | Path) -> Erasure:
 def merged(world: World, made: Erasure, new: Sequence[Concept]) -> Merged:
     """Add concepts to those of an erasure.
 
-    The latest request counts. Where it erases what an earlier concept is replaced by, that concept gets the new one's
-    anchor, or what the world suggests; where it erases what an earlier one retains, that is retained no longer. Both
-    are warned of.
+    The latest request has priority. If it erases the anchor of an earlier concept, that concept gets the new concept's
+    anchor, or the one that the world suggests. If it erases a name on an earlier retain list, that name is removed
+    from the list. Both cases give a warning.
 
     Args:
-        world: Of the model.
+        world: World of the model.
         made: The erasure.
-        new: What is added.
+        new: Concepts to add.
 
     Raises:
-        ConceptError: A new concept is erased already, its anchor is, or something that it retains; or there would be
-            too many.
+        ConceptError: A new concept, its anchor or a name on its retain list is erased already; or there would be too
+            many.
     """
     earlier = made.concepts
     if len(earlier) + len(new) > MOST_CONCEPTS:
@@ -89,19 +89,19 @@ def merged(world: World, made: Erasure, new: Sequence[Concept]) -> Merged:
 
 
 def default_name(made: Erasure, new: Sequence[Concept], strategy: str) -> str:
-    """Name an erasure with further concepts, as it names itself.
+    """Name an erasure with added concepts.
 
     Args:
         made: The erasure.
-        new: What is added.
-        strategy: What carries the request out.
+        new: Concepts to add.
+        strategy: Name of the strategy of the request.
     """
     names = dict.fromkeys([*(request["strategy"] for request in made.config.ledger), strategy])
     return artifact.default_name([*made.concepts, *new], " + ".join(names))
 
 
 def _refuse_again(made: Erasure, new: Sequence[Concept]) -> None:
-    """Raise `ConceptError` for what an earlier request has erased, as a concept, an anchor or on a retain list."""
+    """Raise `ConceptError` for concepts, anchors and retained names that an earlier request has erased."""
     numbered = [(number, target) for number, each in enumerate(made.config.ledger, 1) for target in each["concepts"]]
     known = {
         key(name): f"{concept.target!r} (request {number})"
@@ -127,10 +127,10 @@ def _refuse_again(made: Erasure, new: Sequence[Concept]) -> None:
 
 
 def _next_anchor(world: World, concept: Concept, earlier: Sequence[Concept], new: Sequence[Concept]) -> str | None:
-    """What takes the place of an earlier concept whose anchor a new request erases; `None`: the strategy chooses."""
+    """Give the next anchor of an earlier concept whose anchor is now erased; `None`: the strategy chooses."""
     before, after = ([each.target for each in some] for some in (earlier, [*earlier, *new]))
     if world.anchor(concept.target, before) == concept.anchor:
-        # The world suggested it, and suggests the same as for all concepts at once.
+        # The anchor came from the world, which suggests the same as if all concepts had been given at once.
         return world.anchor(concept.target, after)
     erased = {key(name): each for each in (*earlier, *new) for name in each.names}
     anchor, passed = concept.anchor, {key(concept.target)}
@@ -150,11 +150,11 @@ def _warn(message: str) -> None:
 
 
 def entry(config: ErasureConfig, defaults: Mapping[str, object]) -> Request:
-    """The one request of an erasure whose concepts were all asked for at once.
+    """Describe an erasure, whose concepts were all given at once, as one request.
 
     Args:
-        config: Its config.
-        defaults: Options of the strategy that need not be told.
+        config: Config of the erasure.
+        defaults: Default options of the strategy, which are left out.
     """
     (request,) = config.ledger
     options = {name: value for name, value in request["options"].items() if not _same(value, defaults.get(name, ...))}
@@ -162,16 +162,16 @@ def entry(config: ErasureConfig, defaults: Mapping[str, object]) -> Request:
 
 
 def extended(earlier: ErasureConfig, request: Request, defaults: Mapping[str, object]) -> list[Request]:
-    """The requests of an erasure with another behind them.
+    """Append a request to those of an erasure.
 
     Args:
         earlier: Config of the erasure.
-        request: What was added.
-        defaults: Options of the earlier strategy that need not be told, where there was one request.
+        request: The new request.
+        defaults: Default options of the earlier strategy, which are left out where there was one request.
     """
     return [*(earlier.ledger if earlier.requests else [entry(earlier, defaults)]), request]
 
 
 def _same(value: object, default: object) -> bool:
-    """Whether an option has its default; files hold lists for tuples."""
+    """Whether an option has its default; files have lists instead of tuples."""
     return value == (list(default) if isinstance(default, tuple) else default)

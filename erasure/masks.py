@@ -1,4 +1,4 @@
-"""Masks of what to take out of images: reading, growing, laying over the latent grid, blending."""
+"""Masks of the parts to remove from images: reading, growing, alignment to the latent grid, blending."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from erasure.errors import MaskError
 from erasure.images import check_single, check_size, upright
 
 GROWN = 0.1
-"""What a blurred mask must reach for a pixel to belong to the grown one (Attentive Eraser's code)."""
+"""Value of a blurred mask above which a pixel belongs to the grown mask (Attentive Eraser's code)."""
 OVERLAY = 140
-"""Opacity of a mask that is laid over an image, out of 255."""
+"""Opacity of a mask that is shown over an image, of 255."""
 CHANNELS = (1, 2, 3, 4)
-"""Numbers of channels that a mask may have: grey or colours, with or without opacity."""
+"""Allowed numbers of channels of a mask: grey or colours, with or without opacity."""
 COLOURLESS = 0.25
-"""How far the channels of a grey pixel may be apart, in 0-1: JPEG does not keep grey quite grey."""
+"""Largest difference of the channels of a grey pixel, in 0-1; JPEG does not keep grey exactly."""
 
 
 def read_masks(given: object, size: tuple[int, int], count: int) -> Tensor:
-    """Masks as `(count, height, width)` bool.
+    """Read masks as `(count, height, width)` bool.
 
     Args:
         given: One mask or several: PIL images, arrays or tensors, of `(height, width)`, `(height, width, channels)` or
-            `(channels, height, width)`, where more than half of the greatest value that they may hold (1, 255 or
-            65535) means: take out. Strokes in any colour on black, or on transparency, mean the same. PIL images are
+            `(channels, height, width)`, where values above half of the type's maximum (1, 255 or 65535) mark pixels to
+            remove. Strokes in any colour on black, or on a transparent background, mark pixels too. PIL images are
             turned as their EXIF data say. A batch may be one tensor or array.
         size: Height and width of the images as they are shown; masks of the same shape at another size are resized.
-        count: Number of images; a single mask serves them all.
+        count: Number of images; a single mask is used for all.
 
     Raises:
-        MaskError: Another number of masks than of images, another shape, a picture that cannot be read, a drawing that
-            is too dim to mean anything, or no mask at all.
+        MaskError: The numbers of masks and images differ, a shape does not fit, a picture cannot be read, a drawing is
+            too dim, or there is no mask.
     """
     batch = _each(given, count)
     if len(batch) not in (1, count):
@@ -47,7 +47,7 @@ def read_masks(given: object, size: tuple[int, int], count: int) -> Tensor:
 
 
 def _each(given: object, count: int) -> Sequence[object]:
-    """The masks of a batch, one by one."""
+    """Split a batch into single masks."""
     if not isinstance(given, (Tensor, np.ndarray)):
         return list(given) if isinstance(given, (list, tuple)) else [given]
     is_one = given.ndim < 3 or (given.ndim == 3 and (given.shape[0] != count or _is_coloured(given.shape)))
@@ -55,7 +55,7 @@ def _each(given: object, count: int) -> Sequence[object]:
 
 
 def _is_coloured(shape: Sequence[int]) -> bool:
-    """Whether three axes are those of one mask with channels behind, and not of several masks."""
+    """Whether three axes are those of one mask with channels last, and not of several masks."""
     return shape[2] in CHANNELS and shape[1] not in CHANNELS
 
 
@@ -67,7 +67,7 @@ def _read(mask: object, size: tuple[int, int]) -> Tensor:
             "white, or scale the values"
         )
     (height, width), (rows, columns) = size, values.shape
-    # One pixel of rounding is nobody's mistake.
+    # A difference of one pixel by rounding is allowed.
     if abs(rows / columns - height / width) > 0.1 * height / width:
         raise MaskError(
             f"a mask of {columns}x{rows} pixels for an image of {width}x{height}: draw it on the image itself, as it "
@@ -77,7 +77,7 @@ def _read(mask: object, size: tuple[int, int]) -> Tensor:
 
 
 def fitted(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks `(count, height, width)`, of bool or values in 0-1, brought to another height and width as bool."""
+    """Resize masks `(count, height, width)`, bool or values in 0-1, to a height and width, as bool."""
     rows, columns = masks.shape[1:]
     if (rows, columns) == size:
         return masks > 0.5
@@ -88,10 +88,11 @@ def fitted(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _values(mask: object) -> Tensor:
-    """Values of a mask in float32 as it holds them, `(height, width, channels)`.
+    """Read the values of a mask as float32, `(height, width, channels)`.
 
     Raises:
-        MaskError: No picture and no array of numbers, another shape, nothing in it, or values that are not finite.
+        MaskError: The object is not a picture or an array of numbers, has another shape, is empty, or has values that
+            are not finite.
     """
     try:
         if isinstance(mask, Image.Image):
@@ -121,7 +122,7 @@ def _values(mask: object) -> Tensor:
 
 
 def _plain(picture: Image.Image) -> Image.Image:
-    """A picture in a mode whose values mean brightness, with its transparency if it has any."""
+    """Convert a picture to a mode whose values are brightness, with its transparency if it has any."""
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     if picture.mode in ("1", "P"):
@@ -130,14 +131,14 @@ def _plain(picture: Image.Image) -> Image.Image:
 
 
 def _strokes(values: Tensor) -> Tensor:
-    """What is drawn in a mask, 0-1: `(height, width, channels)` -> `(height, width)`.
+    """Find the drawn parts of a mask, in 0-1: `(height, width, channels)` -> `(height, width)`.
 
-    With two or four channels the last one is opacity. Where it differs within the mask, everything that can be seen is
-    drawn; black and dark grey are not, unless nothing else is there.
+    With two or four channels the last one is opacity. If opacity varies within the mask, every visible pixel counts as
+    drawn; black and dark grey do not, unless nothing else is there.
     """
     has_opacity = values.shape[-1] in (2, 4)
     colours = _scaled(values[..., :-1] if has_opacity else values)
-    # Not luminance, in which pure red and blue are dark.
+    # This is the maximum of the channels, not luminance, in which pure red and blue are dark.
     bright = colours.amax(-1)
     bright = bright.masked_fill(bright - colours.amin(-1) > COLOURLESS, 1.0)
     if not has_opacity:
@@ -151,22 +152,22 @@ def _strokes(values: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor) -> Tensor:
-    """Values of 0-1, 0-255 or 0-65535 in 0-1; which of them it is, the greatest tells."""
+    """Scale values of 0-1, 0-255 or 0-65535 to 0-1; the largest value decides which."""
     most = float(values.max())
     return values / (1 if most <= 1 else 255 if most <= 255 else 65535)
 
 
 def laid_over(image: Image.Image, mask: Tensor) -> Image.Image:
-    """An image in RGB with a mask `(height, width)` bool over it in red."""
+    """Show a mask `(height, width)` bool in red over an image, in RGB."""
     covered = Image.fromarray(mask.cpu().numpy()).convert("L").point([0] * 255 + [OVERLAY])
     return Image.composite(Image.new("RGB", image.size, "red"), image.convert("RGB"), covered)
 
 
 def grow(masks: Tensor, kernel: int) -> Tensor:
-    """Masks grown as Attentive Eraser does: blurred, then everything above a tenth.
+    """Grow masks as Attentive Eraser does: blur them, and keep everything above a tenth.
 
     Args:
-        masks: `(batch, height, width)` bool.
+        masks: Masks, `(batch, height, width)` bool.
         kernel: Side of the Gaussian in pixels, odd; its sigma is `0.3 ((kernel - 1) / 2 - 1) + 0.8`, and edges grow by
             1.28 sigma. 0 or 1 leaves masks as they are.
     """
@@ -177,7 +178,7 @@ def grow(masks: Tensor, kernel: int) -> Tensor:
 
 
 def latent_aligned(masks: Tensor, factor: int) -> Tensor:
-    """Every latent pixel that a mask touches, at the size of the image: `(batch, height, width)` bool."""
+    """Mark all pixels of each latent pixel that a mask touches, `(batch, height, width)` bool in the image's size."""
     touched = F.max_pool2d(masks.float()[:, None], factor)
     return F.interpolate(touched, scale_factor=factor)[:, 0] > 0
 
@@ -186,10 +187,11 @@ def blend(source: Tensor, made: Tensor, masks: Tensor, radius: float) -> Tensor:
     """Put the source back outside of the masks, with a soft edge (Attentive Eraser's figures: radius 15).
 
     Args:
-        source: `(batch, 3, height, width)` in 0-1.
-        made: The same.
-        masks: `(batch, height, width)` bool.
-        radius: Of the Gaussian that softens the edge, in pixels; within the mask nothing of the source comes back.
+        source: Original images, `(batch, 3, height, width)` in 0-1.
+        made: Changed images, `(batch, 3, height, width)` in 0-1.
+        masks: Masks, `(batch, height, width)` bool.
+        radius: Radius of the Gaussian that softens the edge, in pixels. Inside of the mask no pixel comes from the
+            source.
     """
     soft = []
     for mask in masks.cpu():

@@ -1,4 +1,4 @@
-"""One base for every set of options: ranges stand in the annotations, presets are data, refusals have one wording."""
+"""The base class of all sets of options: ranges are in annotations, presets are data, and errors have one wording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from erasure.errors import OptionError
 from erasure.shown import did_you_mean, visible
 
-# No import of torch here: the command line makes flags of options without it.
+# This module does not import torch, so that the command line can read options quickly.
 
 Count = Annotated[int, Ge(1)]
 """A whole number of 1 or more."""
@@ -29,11 +29,11 @@ NotNegative = Annotated[float, Ge(0)]
 ZeroToOne = Annotated[float, Ge(0), Le(1)]
 """A number from 0 to 1."""
 Decay = Annotated[float, Ge(0), Lt(1)]
-"""Share that a running mean keeps of its past: 1 would keep it for ever."""
+"""Decay of a running mean, 0 to below 1."""
 Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
-"""A seed as torch takes it."""
+"""A seed for torch's random generators."""
 PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A path or a name as text; a `Path` is taken as its text, so that options are plain data."""
+"""A path or a name as text; a `Path` is converted to text, so that options are plain data."""
 
 Presets = Mapping[str, Mapping[str, object]]
 """Named sets of options."""
@@ -42,7 +42,7 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {Ge: ("ge", "{} or more"), Gt: ("gt", "above {}"), Le: ("le", "at most {}"), Lt: ("lt", "below {}")}
 """Attribute of each bound of `annotated_types`, and how messages call it."""
 LONGEST = 100
-"""Characters of a value that messages show."""
+"""Largest number of characters of a value in messages."""
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", Path: "a path",
                             bool: "True or False", type(None): "None"}  # fmt: skip
 
@@ -68,8 +68,8 @@ class Options:
 
         Blur.configured("strong", sharpness=0.5)
 
-    What depends on two options goes into `__post_init__`, behind `super().__post_init__()`, and is refused by
-    `refuse`. A call that takes other arguments besides separates them with `divide`.
+    Rules about several options are checked in `__post_init__`, after `super().__post_init__()`, and refused by
+    `refuse`. A call that also takes other arguments separates them with `divide`.
     """
 
     name: ClassVar[str] = ""
@@ -81,7 +81,7 @@ class Options:
         """Check all values.
 
         Raises:
-            OptionError: A value that an option does not allow.
+            OptionError: An option does not allow its value.
         """
         for option in self.option_names():
             object.__setattr__(self, option, self.checked(option, getattr(self, option)))
@@ -93,10 +93,10 @@ class Options:
 
     @classmethod
     def checked(cls, option: str, value: object) -> Any:
-        """The value of an option as it is kept.
+        """Check a value of an option and give it as it is stored.
 
         Raises:
-            OptionError: It is not allowed.
+            OptionError: The value is not allowed.
         """
         try:
             return _adapters(cls)[option][1].validate_python(_plain(value))
@@ -113,9 +113,9 @@ class Options:
         """Refuse the value of an option.
 
         Args:
-            option: Its name.
-            value: What it is.
-            may_be: What is allowed, and what to do where that is not plain.
+            option: Name of the option.
+            value: The refused value.
+            may_be: Allowed values, and what to do where that is not obvious.
 
         Raises:
             OptionError: Always.
@@ -124,10 +124,10 @@ class Options:
 
     @classmethod
     def configured(cls, preset: str | None = None, **options: object) -> Self:
-        """An instance from a preset with single options changed.
+        """Make an instance from a preset with single options changed.
 
         Raises:
-            OptionError: An unknown preset or option, or a value that an option does not allow.
+            OptionError: A preset or option is unknown, or an option does not allow its value.
         """
         who = cls.name or cls.__name__
         if preset is not None and preset not in cls.presets:
@@ -171,7 +171,7 @@ def allowed(hint: object) -> str:
 
 
 def _adapters(cls: type[Options]) -> dict[str, tuple[object, TypeAdapter[Any]]]:
-    """Annotation and validator of every option, made once for a class."""
+    """Make the annotation and validator of every option, once per class."""
     if cls not in _known:
         hints = get_type_hints(cls, include_extras=True)
         _known[cls] = {
@@ -184,10 +184,10 @@ _known: dict[type[Options], dict[str, tuple[object, TypeAdapter[Any]]]] = {}
 
 
 def _plain(value: object) -> object:
-    """Python's own number for one of numpy, and a tuple for a list; anything else as it is.
+    """Convert numpy's numbers to Python's, and lists to tuples; give other values unchanged.
 
     Raises:
-        TypeError: Something that is no number but would pass for one, for instance a tensor.
+        TypeError: The value is not a number but would be accepted as one, for instance a tensor.
     """
     if isinstance(value, (tuple, list)):
         return tuple(map(_plain, value))
@@ -205,5 +205,5 @@ def _plain(value: object) -> object:
 
 
 def _shown(value: object) -> str:
-    """A value for a message: short, on one line, texts in quotes."""
+    """Format a value for a message: short, on one line, texts in quotes."""
     return visible(repr(value[:LONGEST]) if isinstance(value, str) else value, LONGEST)

@@ -1,6 +1,6 @@
 """Pages and cards from the templates in `erasure/templates`: no value gets through one unescaped or uncut.
 
-Templates say nothing of escaping: HTML escapes, and every value that is printed is cut and made visible on its way
+Templates do not need to escape anything: HTML escapes by itself, and every printed value is cut and made visible
 (`erasure.shown`). Markdown does the same by its own rules.
 """
 
@@ -23,10 +23,10 @@ from erasure.shown import cut, visible
 FOLDER = Path(__file__).with_name("templates")
 
 BLOCK = 20_000
-"""Characters of a block of JSON that are shown."""
+"""Largest number of characters of a block of JSON."""
 
 SPECIAL = re.compile(r"[\\`*_\[\]<>|~&$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""What Markdown as the Hub and GitHub read it takes for markup in the middle of a line."""
+"""Pattern of characters that the Hub's and GitHub's Markdown treats as markup inside of a line."""
 
 
 class Markdown(str):
@@ -46,32 +46,32 @@ def markdown_page(template: str, **values: object) -> str:
 
 
 def png(content: bytes) -> Markup:
-    """The address of a PNG image that is part of the page."""
+    """Embed a PNG image in the page, as a data URL."""
     return Markup("data:image/png;base64,") + base64.b64encode(content).decode("ascii")
 
 
 def webp(content: bytes) -> Markup:
-    """The address of a WebP image that is part of the page."""
+    """Embed a WebP image in the page, as a data URL."""
     return Markup("data:image/webp;base64,") + base64.b64encode(content).decode("ascii")
 
 
 def relative_link(path: str) -> Markup:
-    """The address of a file beside the page, which cannot name another scheme or host."""
+    """Make a link to a file beside the page, which cannot name another scheme or host."""
     return escape("./" + quote(path, errors="replace"))
 
 
 def json_block(data: object) -> Markup:
-    """Plain data as indented JSON for a `<pre>`."""
+    """Format plain data as indented JSON for a `<pre>`."""
     return escape(cut(json.dumps(data, indent=1, default=str).replace("\x7f", "\\u007f"), BLOCK))
 
 
 def markdown_text(value: object) -> Markdown:
-    """A value as Markdown that shows it as it is: no link, image, HTML, cell of a table or emphasis."""
+    """Escape a value for Markdown, so that it has no link, image, HTML, table cell or emphasis."""
     return Markdown(SPECIAL.sub(r"\\\g<0>", visible(value)))
 
 
 def code_span(value: object) -> Markdown:
-    """A value as inline code, whatever number of backticks it holds. Not for cells of a table."""
+    """Format a value as inline code, even with backticks in it. Not for cells of a table."""
     text = visible(value)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.strip("` ") != text or not text else ""

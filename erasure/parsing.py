@@ -28,24 +28,25 @@ COMMAS = ",，、،"
 BREAKS = ";；؛|｜\n\r"
 QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
 SPECIAL = f'{COMMAS}{BREAKS}\\:>_"'
-"""Characters that a backslash makes part of a name."""
+"""Special characters, which a backslash makes part of a name."""
 KINDS = get_args(Kind)
 LONGEST_LIST = 30_000
-"""Characters of a text that names concepts."""
+"""Largest number of characters of a text that names concepts."""
 HOW = "in double quotes every character is part of the name, and so is one behind a backslash"
 JOINERS = re.compile(r"\s+(?:and|&|\+)\s+", re.IGNORECASE)
 PART_OF_A_NAME = re.compile(r"(the|of|jr\.?|sr\.?|i{1,3}|iv|ph\.?d\.?|inc\.?|([a-z]\.)+)(\s|$)", re.IGNORECASE)
-"""Beginning of a part of a name behind a comma, as in "Tyler, the Creator" and "Martin Luther King, Jr."."""
+"""Pattern of the beginning of a part of a name after a comma, as in "Tyler, the Creator" and "Martin Luther King,
+Jr."."""
 
 
 @dataclass(frozen=True)
 class ConceptRequest:
-    """One concept as a user wants it; what is `None` is what the model's world says."""
+    """One concept as written by a user; fields that are `None` are filled in by the model's world."""
 
     target: str
     kind: Kind | None = None
     anchor: str | None = None
-    """Words that take its place; "" for nothing."""
+    """Words of the anchor; "" for no replacement."""
     retain: tuple[str, ...] | None = None
     synonyms: tuple[str, ...] | None = None
     templates: tuple[str, ...] = ()
@@ -56,22 +57,22 @@ class Character(NamedTuple):
 
     value: str
     literal: bool
-    """Whether it is part of a name whatever it is."""
+    """Whether the character is part of a name even if it is a special character."""
 
 
 Known = Callable[[str], bool]
-"""Whether a model has a text as one word."""
+"""Says whether a model knows a text as one word."""
 
 
 def parse_concepts(text: str, known: Known = lambda word: False) -> list[ConceptRequest]:
-    """The concepts that a text names, in the syntax of this module.
+    """Parse the concepts of a text in the syntax of this module.
 
     Args:
-        text: What a user wrote.
-        known: Tells words that the model has, such as "cat": a list of nothing but those is a list beyond doubt.
+        text: Text from the user.
+        known: Says whether the model knows a word, such as "cat". A list of known words only is certainly a list.
 
     Raises:
-        ConceptError: It names none, or could mean several things.
+        ConceptError: The text names no concept, or is ambiguous.
     """
     if len(text) > LONGEST_LIST:
         raise ConceptError(f"a list of concepts has {len(text):,} characters, at most {LONGEST_LIST:,} are allowed")
@@ -99,7 +100,7 @@ def parse_concepts(text: str, known: Known = lambda word: False) -> list[Concept
 
 
 def parse_names(texts: Sequence[str], known: Known = lambda word: False) -> tuple[str, ...]:
-    """Names without kinds and anchors, for instance of what must survive; each text may be a list of them.
+    """Parse names without kinds and anchors, for instance of a retain list; each text may be a list.
 
     Raises:
         ConceptError: See `parse_concepts`.
@@ -116,7 +117,7 @@ def parse_names(texts: Sequence[str], known: Known = lambda word: False) -> tupl
 
 
 def _parts(text: str, known: Known) -> tuple[list[list[Character]], bool]:
-    """The items of a list, and whether a comma may be part of a name instead."""
+    """Split a list into items, and say whether a comma may be part of a name instead."""
     parts: list[list[Character]] = [[]]
     characters = _characters(text)
     commas = False
@@ -141,7 +142,7 @@ def _parts(text: str, known: Known) -> tuple[list[list[Character]], bool]:
 
 
 def _joined(part: list[Character], known: Known, *, beyond_doubt: bool) -> list[list[Character]]:
-    """The two items that "and" joins, where it joins items and is no part of a name."""
+    """Split an item at "and", where it joins two items and is not part of a name."""
     plain = "".join("\0" if literal else value for value, literal in part)
     if beyond_doubt and (leading := re.match(r"(and|&|\+)\s+", plain, re.IGNORECASE)):
         return [_stripped(part[leading.end() :])]
@@ -164,7 +165,7 @@ def _joined(part: list[Character], known: Known, *, beyond_doubt: bool) -> list[
 
 
 def _request(part: list[Character], known: Known) -> ConceptRequest:
-    """One item of a list: `NAME[:KIND][>ANCHOR]`."""
+    """Parse one item of a list:"""
     said = "".join(value for value, _ in part)
     arrows = [index for index, character in enumerate(part) if character == (">", False)]
     if len(arrows) > 1:
@@ -185,9 +186,9 @@ def _request(part: list[Character], known: Known) -> ConceptRequest:
 
 
 def _kind(name: list[Character], said: str) -> tuple[list[Character], Kind | None]:
-    """A name without the kind behind its last colon, and the kind.
+    """Split off the kind after the last colon of a name.
 
-    A blank behind a colon makes it part of a name, as in "Terminator 2: Judgment Day", unless a kind follows.
+    A colon that is followed by a space is part of a name, as in "Terminator 2: Judgment Day", unless a kind follows.
     """
     colons = [index for index, character in enumerate(name) if character == (":", False)]
     if not colons:
@@ -206,10 +207,10 @@ def _kind(name: list[Character], said: str) -> tuple[list[Character], Kind | Non
 
 
 def _characters(text: str) -> list[Character]:
-    r"""A text without its quotes and backslashes.
+    r"""Remove quotes and backslashes from a text.
 
     Raises:
-        ConceptError: Quotes that are opened and not closed.
+        ConceptError: Quotes are opened and not closed.
     """
     found: list[Character] = []
     index, begins = 0, True
@@ -246,10 +247,10 @@ def _stripped(part: list[Character]) -> list[Character]:
 
 
 def _clean(part: list[Character], known: Known) -> str:
-    """A name as the tokeniser shall see it.
+    """Normalise a name for the tokeniser.
 
-    Characters have their usual form (full-width letters, say), blanks are single, and underscores, which stand for
-    blanks in the names of files, are blanks.
+    Characters get their usual form (for instance full-width letters), spaces are single, and underscores, which
+    replace spaces in file names, become spaces.
     """
     inner = _stripped(part)
     written = _usual_form(inner)
@@ -264,7 +265,7 @@ def _clean(part: list[Character], known: Known) -> str:
 
 
 def _usual_form(part: Sequence[Character]) -> str:
-    """The text, with characters that are not literal in their usual form."""
+    """Give the text, with characters that are not literal in their usual form."""
     runs = [
         unicodedata.normalize("NFC" if literal else "NFKC", "".join(character.value for character in run))
         for literal, run in groupby(part, key=lambda character: character.literal)

@@ -1,7 +1,7 @@
-"""What made a picture, kept inside of its PNG file: model, erasures, prompt, seed, settings and version.
+"""Records of a picture's origin inside of its PNG file: model, erasures, prompt, seed, settings and version.
 
-A record is JSON in an `iTXt` chunk under the keyword `erasure`, ahead of the pixels. It holds no date and no path, so
-that the same call writes the same bytes and says nothing of the machine that made them.
+A record is JSON in an `iTXt` chunk with the keyword `erasure`, before the pixels. It has no date and no path, so that
+the same call writes the same bytes and nothing is disclosed about the machine.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from erasure.files.reading import parsed
 KEYWORD = "erasure"
 """Keyword of the chunk."""
 FORMAT = 1
-"""Version of what a record holds."""
+"""Version of the record's format."""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RECORD_LIMIT = 2**20
-"""Characters of a record."""
+"""Largest number of characters of a record."""
 FILE_LIMIT = 256 * 2**20
-"""Bytes of a picture."""
+"""Largest size of a picture's file in bytes."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -39,42 +39,42 @@ class AttachedErasure(TypedDict):
     name: str
     strategy: str
     fingerprint: str
-    """Of its tensors and options; see `Erasure.fingerprint`."""
+    """Fingerprint of its tensors and options; see `Erasure.fingerprint`."""
     strength: float
 
 
 @with_config(ConfigDict(extra="forbid"))
 class PictureRecord(TypedDict):
-    """What made a picture."""
+    """The origin of a picture."""
 
     format: int
     version: str
     """Version of this package."""
     command: Literal["generate", "remove", "demo", "serve"]
     model: str
-    """Name of a repository or of an embedded model; of a folder its last part alone."""
+    """Name of a repository or of an embedded model; for a folder only the last part of its path."""
     fingerprint: str
-    """Of the model's weights without erasures; see `erasure.cache.model_fingerprint`."""
+    """Fingerprint of the model's weights without erasures; see `erasure.cache.model_fingerprint`."""
     erasures: list[AttachedErasure]
-    """In the order in which they were attached; empty for a stock model."""
+    """Attached erasures, in the order in which they were attached; empty for a stock model."""
     prompt: NotRequired[str]
     negative_prompt: NotRequired[str]
     seed: int
-    """Of the CPU generator of the noise."""
+    """Seed of the CPU random generator of the noise."""
     settings: dict[str, JsonValue]
-    """Arguments of the call besides."""
+    """Other arguments of the call."""
 
 
 def called(model: str) -> str:
-    """A model's name as records have it: where a folder lies tells others nothing, and is not theirs to know."""
+    """Give a model's name for records, without the private path of a folder."""
     return Path(os.path.realpath(model)).name if os.path.exists(model) else model
 
 
 def png_info(record: PictureRecord) -> PngImagePlugin.PngInfo:
-    """The chunk of a record, as Pillow's PNG writer takes it.
+    """Make the chunk of a record for Pillow's PNG writer.
 
     Raises:
-        ImageError: It is too long to be read again.
+        ImageError: The record is too long to be read again.
     """
     text = json.dumps(record, allow_nan=False)
     if len(text) > RECORD_LIMIT:
@@ -88,7 +88,7 @@ def png_info(record: PictureRecord) -> PngImagePlugin.PngInfo:
 
 
 def is_png(path: str | Path) -> bool:
-    """Whether a file is there that begins as PNG files do."""
+    """Whether a file exists that begins as PNG files do."""
     try:
         if not os.path.isfile(path):
             return False
@@ -99,14 +99,14 @@ def is_png(path: str | Path) -> bool:
 
 
 def read_record(path: str | Path, *, error: type[ErasureError] = ImageError) -> PictureRecord:
-    """What made a picture. The pixels are not decoded.
+    """Read the origin of a picture; its pixels are not decoded.
 
     Args:
         path: The PNG file.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
-        ErasureError: It is missing, no PNG file, damaged, holds no record, or one that a newer version wrote.
+        ErasureError: The file is missing, not a PNG file, damaged, has no record, or one of a newer version.
     """
     content = bytes(read_bytes(path, FILE_LIMIT, error=error))
     if not content.startswith(SIGNATURE):

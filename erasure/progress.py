@@ -1,4 +1,4 @@
-"""How far long work is: a bar, or a function of the caller's."""
+"""Progress of long work: a bar, or a function of the caller's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def reporting(progress: bool | Callable[[float], None], label: str) -> Iterator[Callable[[float], None]]:
-    """Give a function that takes the share of the work that is done, 0-1.
+    """Give a function to call with the share of the work that is done, 0 to 1.
 
     Args:
         progress: `True` for a bar on stderr, `False` for nothing, or the function itself.
-        label: What the bar says.
+        label: Label of the bar.
     """
     if callable(progress):
         yield progress

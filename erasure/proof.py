@@ -15,18 +15,18 @@ from erasure.switching import Target
 from erasure.twins import bare_of, states_of, stock_of
 
 LEAST_STRENGTH = 0.25
-"""The least strength that counts as an erasure: below it the stock picture is drawn, or nearly."""
+"""Smallest strength that counts as an erasure; below it images are those of the stock model, or nearly."""
 
 
 def look(pipe: DiffusionPipeline, targets: Iterable[Target]) -> Canary | None:
-    """Ask a pipeline what it computes under the erasures that were just put in force, for `verify` to compare with."""
+    """Compute a pipeline's outputs with the erasures that were just put in force, for `verify` to compare with."""
     targets = list(targets)
     last = next((target.record.canary for target in targets if isinstance(target.record.canary, Canary)), None)
     in_force = {
         name: (one.erasure, one.strength) for target in targets for name, one in target.state.in_force().items()
     }
     if not in_force or (last is not None and last.is_of(in_force)):
-        # What was computed when they were put in force first: whatever has been changed since is to be found.
+        # Outputs from when the erasures were first put in force are kept, so that any later change is found.
         return last
     bare = bare_of(pipe)
     if bare is None:
@@ -35,7 +35,7 @@ def look(pipe: DiffusionPipeline, targets: Iterable[Target]) -> Canary | None:
 
 
 def verify(pipe: DiffusionPipeline, remembered: Mapping[str, Sequence[str]], least_strength: float) -> int:
-    """Compare what must be in force with what is, and what is computed with what was when it was put in force.
+    """Compare tensors and hooks with their expected values, and outputs with those at the time of the switch.
 
     Args:
         pipe: The pipeline.
@@ -43,10 +43,10 @@ def verify(pipe: DiffusionPipeline, remembered: Mapping[str, Sequence[str]], lea
         least_strength: An erasure with a smaller strength counts as switched off.
 
     Returns:
-        How many tensors were compared.
+        Number of compared tensors.
 
     Raises:
-        VerificationError: None is attached; one is switched off or too weak, lost with a replaced component,
+        VerificationError: No erasure is attached, or one is switched off or too weak, lost with a replaced component,
             overwritten, or without effect.
     """
     modules, states = components_of(pipe), states_of(pipe)

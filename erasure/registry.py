@@ -1,9 +1,9 @@
-"""Registries: things of one kind that are found by name, those of other packages among them.
+"""Registries: objects of one kind that are found by name, those of other packages included.
 
-A registry knows the names without importing anything. What goes by a name is imported when it is asked for; what is
-to be said about it in lists and helps is written in `registered.json` beside this module, so that neither needs torch.
+A registry knows the names without importing anything. An object is imported when it is needed; its description for
+lists and helps is in `registered.json` beside this module, so that these do not need torch.
 
-`.ci/registered` writes that file anew, and a test compares it with the classes.
+`.ci/registered` regenerates that file, and a test compares it with the classes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 Kind = TypeVar("Kind", bound=type)
 
 INDEX = Path(__file__).with_name("registered.json")
-"""File with the facts of everything that comes with the package."""
+"""File with the descriptions of everything in the package."""
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,34 @@ class Option:
 
     name: str
     type: str
-    """Annotation, in names that `erasure.options` has."""
+    """Annotation, in the names of `erasure.options`."""
     default: Any
-    """As JSON has it; `None` too when there is none."""
+    """Default as in JSON; `None` also when there is none."""
     help: str
     """Docstring of the field, on one line."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of a registered thing, which lists and helps show."""
+    """Description of a registered object for lists and helps."""
 
     name: str
     told: Mapping[str, Any]
-    """Class attributes that its registry names, for instance title and paper, as JSON has them."""
+    """Class attributes that its registry lists, for instance title and paper, as in JSON."""
     options: tuple[Option, ...] = ()
-    """Its options, when it is a dataclass."""
+    """Options of the object, when it is a dataclass."""
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name.
+    """Objects of one kind, by name.
 
     Args:
-        kind: What they are, in the singular: `strategy`, `stress test`.
-        built_in: Names of those of this package and the modules that register them.
+        kind: Kind of the objects, in the singular: `strategy`, `stress test`.
+        built_in: Names of this package's objects, and the modules that register them.
         told: Class attributes that lists and helps show.
-        accepts: Says of a thing that is to be registered what is wrong with it, or nothing.
-        unknown: Error for a name that nothing goes by.
-        instances: Whether things are instances of classes, made without arguments, and not classes.
+        accepts: Says what is wrong with an object to register; empty when it is valid.
+        unknown: Class of the error for an unknown name.
+        instances: Whether objects are instances, made of classes without arguments, and not classes.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Registry(Generic[T]):
         self.instances = instances
         self.plural = f"{kind.removesuffix('y')}ies" if kind.endswith("y") else f"{kind}s"
         self.group = f"erasure.{self.plural.replace(' ', '_')}"
-        """Entry-point group in which other packages name theirs."""
+        """Entry-point group for the objects of other packages."""
         self._registered: dict[str, T] = {}
 
     # Putting in ---------------------------------------------------------------------------------------------------
 
     def add(self, name: str, thing: T) -> None:
-        """Make a thing known under a name, which becomes its attribute `name`.
+        """Register an object under a name, which becomes its attribute `name`.
 
-        The same thing again, as when its module is reloaded, takes its own place.
+        The same object, registered again when its module is reloaded, replaces itself.
 
         Raises:
-            ValueError: The name is taken by another, or the thing is not of this kind.
+            ValueError: The name is used by another object, or the object is not of this kind.
         """
         if wrong := self.accepts(thing):
             raise ValueError(f"{_origin(thing)} cannot be registered as {self.kind} {name!r}: {wrong}")
@@ -107,9 +107,9 @@ class Registry(Generic[T]):
         self._registered[name] = thing
 
     def register(self, name: str) -> Callable[[Kind], Kind]:
-        """Class decorator: make a class, or an instance of it, known under a name; see `add`.
+        """Class decorator that registers a class, or an instance of it, under a name; see `add`.
 
-        Packages of others may instead name theirs in the entry-point group of the registry.
+        Other packages can instead list their classes in the entry-point group of the registry.
         """
 
         def put_in(kind: Kind) -> Kind:
@@ -121,14 +121,15 @@ class Registry(Generic[T]):
     # Looking up ---------------------------------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
-        """Every name, in alphabetical order; nothing is imported."""
+        """List all names in alphabetical order; nothing is imported."""
         return tuple(sorted({*self._registered, *self.built_in, *self._plugins()}))
 
     def check(self, name: str) -> None:
-        """Refuse a name that nothing goes by; nothing is imported.
+        """Refuse an unknown name; nothing is imported.
 
         Raises:
-            ErasureError: Of the registry's own class; the message names the nearest and lists all.
+            ErasureError: The name is unknown; the message gives the nearest name and lists all. The class is the
+                registry's own.
         """
         names = self.names()
         if name not in names:
@@ -136,11 +137,11 @@ class Registry(Generic[T]):
             raise self.unknown(f"unknown {self.kind} {name!r}; there are: {', '.join(names)}.{hint}")
 
     def get(self, name: str) -> T:
-        """The thing of a name.
+        """Get the object of a name.
 
         Raises:
-            ErasureError: There is none, see `check`; `BrokenPluginError` when another package names it and it cannot
-                be loaded.
+            ErasureError: The name is unknown, see `check`; `BrokenPluginError` when an object of another package
+                cannot be loaded.
         """
         if name in self._registered:
             return self._registered[name]
@@ -151,7 +152,7 @@ class Registry(Generic[T]):
         return self._load_plugin(name)
 
     def available(self) -> dict[str, T]:
-        """Everything by name; what another package names and cannot be loaded is left out with a warning."""
+        """Get all objects by name; those of other packages that cannot be loaded are left out with a warning."""
         found = {}
         for name in self.names():
             try:
@@ -161,7 +162,7 @@ class Registry(Generic[T]):
         return found
 
     def facts(self, name: str) -> Facts:
-        """Give the facts of the thing of a name, without importing it when it comes with this package.
+        """Give the description of an object; one of this package is not imported.
 
         Raises:
             ErasureError: See `get`.
@@ -172,7 +173,7 @@ class Registry(Generic[T]):
         return _facts(_index()[self.plural][name])
 
     def describe(self, name: str) -> Facts:
-        """Collect the facts from the thing itself, which is imported."""
+        """Make the description from the object itself, which is imported."""
         thing = self.get(name)
         kind = thing if isinstance(thing, type) else type(thing)
         options = tuple(_option(kind, field) for field in fields(kind)) if is_dataclass(kind) else ()
@@ -182,7 +183,7 @@ class Registry(Generic[T]):
     # Plug-ins -----------------------------------------------------------------------------------------------------
 
     def _plugins(self) -> dict[str, list[EntryPoint]]:
-        """Entry points of other packages by name; a name of this package is not theirs to take."""
+        """Entry points of other packages by name; they cannot use names of this package."""
         found: dict[str, list[EntryPoint]] = {}
         for point in _entry_points(self.group):
             if point.name not in self.built_in:
@@ -196,7 +197,7 @@ class Registry(Generic[T]):
             raise BrokenPluginError(f"two packages name a {self.kind} {name!r}: {package}. Uninstall one of them")
         try:
             self.add(name, points[0].load())
-        # What another package does on import is anybody's guess.
+        # Importing another package can fail in any way.
         except (Exception, SystemExit) as error:
             raise BrokenPluginError(
                 f"{self.kind} {name!r} of {package} cannot be loaded ({type(error).__name__}: {error}): update that "
@@ -227,7 +228,7 @@ def _origin(thing: object) -> str:
 
 
 def index_of(registries: Iterable[Registry[Any]]) -> dict[str, dict[str, object]]:
-    """Collect the content of `registered.json`: the facts of everything that comes with the package."""
+    """Make the content of `registered.json`: the descriptions of everything in the package."""
     return {
         registry.plural: {name: asdict(registry.describe(name)) for name in sorted(registry.built_in)}
         for registry in registries
@@ -245,7 +246,7 @@ def _facts(row: Mapping[str, Any]) -> Facts:
 
 
 def _plain(value: object) -> Any:
-    """Data as it comes back from JSON."""
+    """Convert data to the form that JSON gives back."""
     return json.loads(json.dumps(value, default=dict))
 
 
@@ -256,7 +257,7 @@ def _option(kind: type, field: Field[object]) -> Option:
 
 
 def _annotation(kind: type, field: Field[object]) -> str:
-    """Annotation of a field in names that `erasure.options` has."""
+    """Give the annotation of a field in the names of `erasure.options`."""
     probe = type("Probe", (), {"__annotations__": {"field": field.type}, "__module__": options.__name__})
     try:
         get_type_hints(probe)
@@ -269,7 +270,7 @@ def _annotation(kind: type, field: Field[object]) -> str:
 
 @cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """Docstring of every field that a class has of its own, on one line."""
+    """Read the docstrings of a class's own fields, each on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     found = {}
     for field, text in pairwise(definition.body if isinstance(definition, ast.ClassDef) else []):

@@ -1,4 +1,4 @@
-"""What an erasure's config may hold: types, lengths and texts of every field, whoever wrote the file."""
+"""Schema of an erasure's config: types, lengths and texts of every field."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LINE = AfterValidator(_line)
 Text = Annotated[str, StringConstraints(max_length=LONGEST_TEXT), LINE]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200), LINE]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=2 * LONGEST_TEXT), LINE]
-"""A key that holds a concept's name."""
+"""A key with a concept's name."""
 Key = Annotated[str, StringConstraints(max_length=512, pattern=r"^[\w-]+/[\w.-]+$")]
-"""A tensor of a pipeline: `component/module.path.parameter`."""
+"""Key of a pipeline's tensor:"""
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Encoder = Literal["text_encoder", "text_encoder_2", "text_encoder_3"]
 Dtype = Annotated[str, StringConstraints(pattern="^[a-z0-9_]{1,20}$")]
 Digests = Annotated[dict[Dtype, Sha256], Field(max_length=8)]
-"""sha256 of a tensor by the type it was rounded to."""
+"""sha256 of a tensor, by the dtype to which it was rounded."""
 Number = int | float
 Length = Annotated[int, Field(ge=1, le=2**20)]
 """A number of tokens or of pixels."""
@@ -61,34 +61,35 @@ class Base(TypedDict, total=False):
     """The model that an erasure was made for."""
 
     model: Text | None
-    """Its name, empty when unknown."""
+    """Name of the model, empty when unknown."""
     revision: Name | None
     """Commit of its repository."""
     tensors: Annotated[dict[Key, Digests], Field(max_length=files.TENSORS_LIMIT)]
-    """Every tensor that is changed."""
+    """Digests of every changed tensor."""
     text_encoders: Annotated[dict[Encoder, Digests], Field()]
     """Sampled fingerprints of the text encoders that an edit of the denoiser was fitted with."""
     learned_tokens: dict[Encoder, Annotated[dict[Name, Digests], Field(max_length=10_000)]]
-    """Vectors of the learned tokens (textual inversion) that the concepts mention, by text encoder and token."""
+    """Digests of the vectors of learned tokens (textual inversion) in the concepts' texts, by text encoder and
+    token."""
 
 
 @with_config(STRICT)
 class Rates(TypedDict):
-    """How well a score tells a concept from the rest."""
+    """Accuracy of a score for a concept."""
 
     tpr: Share
-    """Share of the prompts with the concept in which the gate opens."""
+    """True positive rate: share of the prompts with the concept in which the gate opens."""
     fpr: Share
-    """Share of the others."""
+    """False positive rate: share of the other prompts in which the gate opens."""
     auc: Share
     """Area below the ROC curve."""
     roc: Annotated[list[Annotated[list[Share], Field(min_length=2, max_length=2)]], Field(max_length=1000)]
-    """Pairs of a false and the true positive rate."""
+    """ROC curve: pairs of false and true positive rate."""
 
 
 @with_config(STRICT)
 class GateFigures(TypedDict):
-    """Rates of a gate on the prompts that calibrated it."""
+    """Accuracy of a gate on its calibration prompts."""
 
     decides: Literal["features", "probe"]
     features: Rates
@@ -99,20 +100,20 @@ class GateFigures(TypedDict):
 
 @with_config(STRICT)
 class Request(TypedDict):
-    """One request of an erasure that was made by several, one after the other."""
+    """One of the successive requests of an erasure."""
 
     concepts: Annotated[list[Text], Field(min_length=1, max_length=10_000)]
-    """Targets of what it erases, as they follow one another in the config."""
+    """Targets of the concepts that the request erases, in the order of the config."""
     strategy: Name
-    """Name of the strategy that carried it out."""
+    """Name of the strategy of the request."""
     options: Annotated[dict[Name, JsonValue], Field(max_length=1000)]
-    """Options of the strategy that differ from its defaults of then."""
+    """Options of the strategy that differed from its defaults at that time."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
-    """Seed of what was random."""
+    """Seed of all random choices."""
     version: Text
     """Version of this package; empty when unknown."""
     cost: Annotated[dict[Label, Number], Field(max_length=100_000)]
-    """`seconds` it took, and further figures."""
+    """Cost: `seconds`, and further figures."""
 
 
 @with_config(STRICT)
@@ -120,23 +121,23 @@ class Sampling(TypedDict):
     """How a one-step generator is sampled."""
 
     steps: Literal[1]
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance: Literal[1]
-    """Scale of guidance: 1 is none."""
+    """Guidance scale; 1 is no guidance."""
     level: Annotated[int, Field(ge=1, lt=100_000)]
-    """Noise level of its step, as the scheduler counts them."""
+    """Timestep of its one step, as the scheduler counts them."""
 
 
 @dataclass
 class ErasureConfig:
-    """Everything about an erasure but its tensors."""
+    """Description of an erasure: everything but its tensors."""
 
     __pydantic_config__ = STRICT
 
     strategy: Name
     """Name of the strategy that made it."""
     concepts: Annotated[list[dict[str, object]], Field(min_length=1, max_length=10_000)]
-    """What it erases, as `Concept.to_dict`."""
+    """Erased concepts, as from `Concept.to_dict`."""
     family: Name
     """Model family, as `Backbone.family`."""
     strategy_config: Annotated[dict[Name, object], Field(max_length=1000)] = field(default_factory=dict)
@@ -144,28 +145,28 @@ class ErasureConfig:
     base: dict[str, Any] = field(default_factory=dict)
     """`model`, `revision`, and `tensors`: sha256 by dtype of every base tensor that it changes; see `Base`."""
     carriers: Annotated[list[Name], Field(max_length=20)] = field(default_factory=list)
-    """Where it lives: `weights`, `activations`, `attention`, `guidance`."""
+    """Carriers of the erasure: `weights`, `activations`, `attention`, `guidance`."""
     protects: Text = ""
     """Threat model: `hosted pipeline` or `released weights`."""
     versions: Annotated[dict[Name, Name], Field(max_length=100)] = field(default_factory=dict)
-    """Libraries that made it."""
+    """Versions of the libraries with which it was made."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
-    """Seed it was made with."""
+    """Seed with which it was made."""
     cost: Annotated[dict[Label, Number], Field(max_length=100_000)] = field(default_factory=dict)
-    """`seconds` it took, and further figures."""
+    """Cost: `seconds`, and further figures."""
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By concept: rates and ROC curve of its gate, and of a linear probe, on prompts that calibrated them; see
-    `GateFigures`."""
+    """Rates and ROC curve of each concept's gate, and of a linear probe, on the calibration prompts, by concept;
+    see `GateFigures`."""
     evaluation: Annotated[dict[str, object], Field(max_length=1000)] = field(default_factory=dict)
-    """Summary of a measurement, empty when never measured."""
+    """Summary of an evaluation; empty when not evaluated."""
     text_length: Length | None = None
-    """Tokens that the text encoder of free length (T5) padded prompts to; `None` without one, or where unknown."""
+    """Number of tokens to which prompts were padded for T5; `None` without T5, or where unknown."""
     size: Annotated[list[Length], Field(min_length=2, max_length=2)] | None = None
-    """Height and width in pixels of the drawings that it was made for; `None` where unknown."""
+    """Height and width in pixels of the images for which it was made; `None` where unknown."""
     requests: Annotated[list[dict[str, object]], Field(max_length=10_000)] = field(default_factory=list)
-    """Requests that it carries out, in their order, see `Request`; empty where all concepts were asked for at once."""
+    """Requests of the erasure in their order, see `Request`; empty where all concepts were given at once."""
     sampling: dict[str, object] | None = None
-    """How it is sampled, where that is not as its model is: see `Sampling`."""
+    """How the erased model is sampled, where that differs from the base model: see `Sampling`."""
     format_version: int = FORMAT_VERSION
     """Version of the folder's layout."""
 
@@ -174,11 +175,12 @@ class ErasureConfig:
         """Validate and read plain data.
 
         Args:
-            data: As JSON gives it.
-            where: Where it stands, for messages.
+            data: Data as read from JSON.
+            where: Name of the file, for messages.
 
         Raises:
-            ArtifactError: A newer format, a missing key, an unknown key, a value that cannot be, or no config.
+            ArtifactError: The format is newer, a key is missing or unknown, a value is invalid, or the data are not a
+                config.
         """
         found = data.get("format_version") if isinstance(data, dict) else None
         if type(found) is not int or found < 1:
@@ -207,7 +209,7 @@ class ErasureConfig:
         return config
 
     def _check_requests(self, where: str) -> None:
-        """Raise `ArtifactError` unless the requests are for these concepts and by this strategy."""
+        """Raise `ArtifactError` unless the requests match the concepts and the strategy."""
         if not self.requests:
             return
         asked = [target for request in self.ledger for target in request["concepts"]]
@@ -225,9 +227,9 @@ class ErasureConfig:
 
     @property
     def ledger(self) -> list[Request]:
-        """The requests in their order; a single one where all concepts were asked for at once.
+        """List the requests in their order; a single one where all concepts were given at once.
 
-        Its options are then all that the config knows, defaults among them.
+        The single request then has all options of the config, with defaults.
         """
         if self.requests:
             return cast("list[Request]", self.requests)
@@ -241,7 +243,7 @@ class ErasureConfig:
         ]  # fmt: skip
 
     def _nested(self) -> Mapping[str, tuple[object, object]]:
-        """Schemas of the fields that are plain dicts to their users."""
+        """Give the schemas of the fields that users see as plain dicts."""
         return {
             "concepts": (list[ConceptData], self.concepts),
             "base": (Base, self.base),
@@ -254,5 +256,5 @@ class ErasureConfig:
 
 
 def strategies_of(requests: Sequence[Request]) -> str:
-    """The strategies that carried out some requests, each once: `uce + esd`."""
+    """Name the strategies of requests, each once: `uce + esd`."""
     return " + ".join(dict.fromkeys(request["strategy"] for request in requests))

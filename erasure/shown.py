@@ -1,7 +1,7 @@
-"""Text that people are shown: whatever wrote it, it is short, on one line, and every character of it can be seen.
+"""Text that is shown to people: made short, on one line, and with every character visible.
 
-Names, prompts, values of files and messages of exceptions come from strangers. Everything that goes to a terminal or
-onto a page passes through `visible`; pages and cards do it by themselves (`erasure.pages`).
+Names, prompts, values of files and messages of exceptions can come from untrusted sources. Everything that is printed
+to a terminal or a page passes through `visible`; pages and cards do this automatically (`erasure.pages`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import unicodedata
 from collections.abc import Iterable
 
 LIMIT = 2000
-"""Characters of one text that are shown."""
+"""Largest number of characters of a text."""
 
 LABEL = 40
-"""Characters of what a progress bar says."""
+"""Largest number of characters of a progress bar's label."""
 
 SHORT = 100
-"""Characters of what stands where a number should. So short a text is cut without telling its length."""
+"""Largest number of characters of text in the place of a number; it is cut without giving its length."""
 
 UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that draw nothing or steer what is drawn: control, format (bidirectional, zero-width), surrogate,
@@ -27,15 +27,15 @@ BLANK = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
     + "".join(map(chr, (*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0))))
 )
-"""Letters and marks that draw nothing although their category says otherwise."""
+"""Invisible letters and marks in other categories."""
 
 
 def visible(value: object, limit: int = LIMIT) -> str:
-    r"""Make a value fit to be shown.
+    r"""Convert a value to visible text.
 
     Args:
-        value: A text, or anything that has one.
-        limit: Characters that are kept.
+        value: A text, or any object with one.
+        limit: Largest number of characters.
 
     Returns:
         One line. Characters that cannot be seen are written as Python escapes them (`\x1b`, `\u202e`); what is longer
@@ -48,24 +48,24 @@ def visible(value: object, limit: int = LIMIT) -> str:
     try:
         text = str(value)
     except (RecursionError, ValueError):
-        # Nested too deep, or a whole number of thousands of digits.
+        # The value is nested too deeply, or is an integer with thousands of digits.
         text = f"<{type(value).__name__}>"
     seen = "".join(map(_seen, text[:limit]))
     return seen if len(text) <= limit and len(seen) <= limit else _ended(seen, len(text), limit)
 
 
 def message(error: object, limit: int = LIMIT) -> str:
-    """Make the message of an exception or a warning fit to be shown: line breaks become spaces."""
+    """Convert the message of an exception or a warning to visible text; line breaks become spaces."""
     return visible(" ".join(str(error).split()), limit)
 
 
 def cut(text: str, limit: int = LIMIT) -> str:
-    """Cut a text to `limit` characters and tell how many there were; for text whose characters can all be seen."""
+    """Cut a visible text to `limit` characters, and say how many there were."""
     return text if len(text) <= limit else _ended(text, len(text), limit)
 
 
 def number(value: object, spec: str = ".4g", scale: float = 1.0) -> str:
-    """Write `value * scale` by a format specification; what is no number, or none of this size, as `visible` does."""
+    """Format `value * scale`; values that are not numbers, or are too large, are shown as by `visible`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return visible(value, SHORT)
     try:

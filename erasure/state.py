@@ -1,4 +1,4 @@
-"""What is attached to one component of a pipeline, and bringing the component in line with it."""
+"""The state of erasures on one component of a pipeline, and updating the component accordingly."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _ATTRIBUTE = "_erasures"
 
 @dataclass(frozen=True)
 class Attached:
-    """One erasure on one or several components."""
+    """An attached erasure, on one or several components."""
 
     erasure: Erasure
     strength: float = 1.0
     active: bool = True
     """Whether `set_erasures` chose it."""
     fused: bool = False
-    """Whether it counts as part of the model: not touched by `set_erasures`, `disable` and `unload`."""
+    """Whether it counts as part of the model, so that `set_erasures`, `disable` and `unload` do not change it."""
     beside: frozenset[str] = frozenset()
     """Components where it runs beside the layers, because their weights are quantised."""
     strict: bool = False
-    """Whether what goes around it is an error instead of a warning."""
+    """Whether bypassing it is an error instead of a warning."""
 
     def beyond_weights(self, component: str) -> str | None:
-        """What it does on a component that the component's weights cannot hold, if anything."""
+        """Describe what the erasure does on a component beyond its weights; `None` for weights only."""
         if component in self.beside:
             return "runs beside quantised layers"
         edits = self.erasure.edits
@@ -57,7 +57,7 @@ class Attached:
 
 
 def with_chosen(attached: Mapping[str, Attached], strengths: Mapping[str, float]) -> dict[str, Attached]:
-    """What is attached, with exactly the erasures of some names in force, at these strengths; fused ones stay."""
+    """Give the attached erasures with exactly those of some names active, at these strengths; fused ones stay."""
     return {
         name: one if one.fused else replace(one, active=name in strengths, strength=strengths.get(name, one.strength))
         for name, one in attached.items()
@@ -66,7 +66,7 @@ def with_chosen(attached: Mapping[str, Attached], strengths: Mapping[str, float]
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that is true of one component's erasures at a time. A switch puts another record in its place."""
+    """The complete state of one component's erasures at a time. A switch replaces the whole record."""
 
     attached: Mapping[str, Attached] = field(default_factory=dict)
     enabled: bool = True
@@ -74,35 +74,35 @@ class Record:
     reads: Mapping[str, Tensor] = field(default_factory=dict)
     """CPU copies of the base parameters of the blocks whose output is edited, by path."""
     canary: object = None
-    """What the pipeline computed when these erasures were put in force, see `canary.py`."""
+    """Outputs of the pipeline when these erasures were put in force, see `canary.py`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Locked:
-    """A lock on the erasures of some components; every component that it is on refers to the same one."""
+    """A lock on the erasures of components; all of its components refer to the same object."""
 
     refuses: frozenset[str] = frozenset()
-    """What is refused besides what always is; see `erasure.guards.said.TOLD`."""
+    """Names of what is refused in addition to the defaults; see `erasure.guards.said.TOLD`."""
 
 
 class ComponentState:
-    """All erasures of one component. Lives on the module, so pipelines that share the module share it.
+    """All erasures of one component. It is stored on the module, so pipelines that share the module share it.
 
     Args:
         component: Name of the component in the pipeline.
-        source: Name of the component whose edits apply to it; another one for a ControlNet, which shares layers with
-            the denoiser.
+        source: Name of the component whose edits apply; differs for a ControlNet, which shares layers with the
+            denoiser.
     """
 
     def __init__(self, component: str, source: str | None = None) -> None:
         self.component, self.source = component, source or component
         self.record = Record()
         self.locked: Locked | None = None
-        """The lock on them, if there is one: see `erasure.locking`."""
+        """Lock on the erasures, if there is one: see `erasure.locking`."""
 
     @staticmethod
     def of(module: nn.Module) -> ComponentState | None:
-        """The state of a module that has erasures."""
+        """Get the state of a module; `None` without erasures."""
         return vars(module).get(_ATTRIBUTE)
 
     def bind(self, module: nn.Module) -> None:
@@ -118,24 +118,24 @@ class ComponentState:
         return self.component.startswith("text_encoder")
 
     def in_force(self, record: Record | None = None) -> dict[str, Attached]:
-        """What must be in force now, by name."""
+        """Give the erasures that must be in force now, by name."""
         record = record or self.record
         return {name: a for name, a in record.attached.items() if a.fused or (record.enabled and a.active)}
 
     def edits(self, attached: Attached, module: nn.Module) -> dict[str, Terms]:
-        """The terms of one erasure on this component by parameter."""
+        """Give the edits of one erasure on this component with its strength, by parameter."""
         edits = attached.erasure.edits.of(self.source)
         if self.source != self.component:
             edits = {path: edit for path, edit in edits.items() if _has_like(module, path, edit)}
         return {path: [(attached.strength, edit)] for path, edit in edits.items()}
 
     def terms(self, module: nn.Module, record: Record | None = None, *, run_beside: bool = False) -> dict[str, Terms]:
-        """The terms of every parameter, by name of the erasure: rounding must not depend on the order of attaching.
+        """Give every parameter's edits, sorted by erasure: rounding must not depend on the order of attaching.
 
         Args:
             module: The component.
-            record: The record in force when left out.
-            run_beside: Those that run beside quantised layers, instead of those that are written into weights.
+            record: Record to use; the current one when left out.
+            run_beside: Give edits that run beside quantised layers, instead of those that are written into weights.
         """
         found: dict[str, Terms] = {}
         for _, attached in sorted(self.in_force(record).items()):
@@ -145,7 +145,7 @@ class ComponentState:
         return found
 
     def reading(self, module: nn.Module, record: Record) -> Record:
-        """A record with copies of the parameters of the blocks whose output it edits, taken once."""
+        """Add copies of the parameters of edited blocks to a record, once."""
         attached = record.attached.values()
         blocks = tuple({path + "." for one in attached for path in one.erasure.edits.features_of(self.source)})
         known = [path for path in paths.canonical_parameters(module) if path.startswith(blocks)] if blocks else []
@@ -156,12 +156,12 @@ class ComponentState:
         return replace(record, reads=reads)
 
     def pins(self) -> list[Pinned]:
-        """The prompts to hold fixed."""
+        """List the prompts whose encoding stays fixed."""
         pinned = (attached.erasure.edits.pinned for attached in self.in_force().values())
         return [pins[self.component] for pins in pinned if self.component in pins]
 
     def features(self) -> dict[str, list[Term]]:
-        """The feature edits of every block, by name of the erasure."""
+        """Give the feature edits of every block, sorted by erasure."""
         found: dict[str, list[Term]] = {}
         for name, attached in sorted(self.in_force().items()):
             edits = attached.erasure.edits
@@ -171,12 +171,12 @@ class ComponentState:
         return found
 
     def safety(self) -> list[extra_rows.Term]:
-        """The safety guidance of a denoiser, by name of the erasure; none at strength 0, which leaves every bit."""
+        """List the safety guidance of a denoiser, sorted by erasure; none at strength 0, which changes no bit."""
         there = [one for _, one in sorted(self.in_force().items()) if self.component in one.erasure.edits.safety]
         return [extra_rows.Term(a.strength, a.erasure.edits.safety[self.component]) for a in there if a.strength]
 
     def filters(self) -> list[FilterTerm]:
-        """The filters of prompts of this text encoder, or of this denoiser, by name of the erasure."""
+        """List the prompt filters of this text encoder or denoiser, sorted by erasure."""
         there = sorted(self.in_force().items())
         return [
             FilterTerm(one.strength, edit)
@@ -185,19 +185,19 @@ class ComponentState:
         ]
 
     def gated(self) -> list[Attached]:
-        """What opens branches by the prompts that this text encoder reads, or this denoiser is told, by name.
+        """List the erasures with gates on this text encoder or denoiser, sorted by name.
 
-        None at strength 0, which leaves every bit.
+        Erasures at strength 0, which change no bit, are left out.
         """
         there = [one for _, one in sorted(self.in_force().items()) if one.strength]
         return [one for one in there if one.erasure.edits.gates_of(self.component)]
 
     def gates(self) -> list[GateTerm]:
-        """The gates of each erasure; see `gated`."""
+        """List the gates of each erasure, see `gated`."""
         return [GateTerm(tuple(one.erasure.edits.gates_of(self.component))) for one in self.gated()]
 
     def membranes(self) -> dict[str, list[membranes.Term]]:
-        """The branches beside every layer of this denoiser."""
+        """Give the branches of every layer of this denoiser."""
         found: dict[str, list[membranes.Term]] = {}
         for place, one in enumerate(self.gated() if not self.is_text_encoder else ()):
             edits = one.erasure.edits
@@ -208,17 +208,17 @@ class ComponentState:
 
     @property
     def shares_gates(self) -> bool:
-        """Whether gates of other text encoders open those of this one."""
+        """Whether gates of other text encoders also open those of this one."""
         return any(term.shared for terms in self.features().values() for term in terms)
 
     def plan(self, module: nn.Module, record: Record) -> WritePlan:
-        """What a record makes of the module's parameters; see `weights.plan`."""
+        """Plan a record's parameter values; see `weights.plan`."""
         every = [one for one in record.attached.values() if self.component not in one.beside]
         held = {path for one in every for path in self.edits(one, module)}
         return weights.plan(self.component, module, self.record.written, self.terms(module, record), held)
 
     def install(self, module: nn.Module) -> None:
-        """Put the hooks on the module that the record asks for, and no others."""
+        """Put exactly the record's hooks on the module."""
         beside.write(module, self._beside(module))
         PinnedPrompts.write(module, self.pins())
         EditedFeatures.write(module, self.features())
@@ -232,11 +232,11 @@ class ComponentState:
 
     @staticmethod
     def _read(filtering: Sequence[FilterTerm], gating: Sequence[GateTerm]) -> list[PromptFilter | PromptGate]:
-        """What reads the prompts of a text encoder."""
+        """List the filters and gates that read a text encoder's prompts."""
         return [*(term.edit for term in filtering), *(gate for term in gating for gate in term.gates)]
 
     def _family(self) -> Family:
-        """What the erasures' family is like: all are of one, which was compared with the pipeline's."""
+        """Properties of the erasures' model family, which is the pipeline's."""
         names = {one.erasure.config.family for one in self.record.attached.values()}
         known = next((family for family in FAMILIES if family.family in names), None)
         return extra_rows.FAMILY if known is None else Family(known.noisiest, known.guides_in_one_call)
@@ -251,7 +251,7 @@ class ComponentState:
         }
 
     def verify(self, module: nn.Module) -> int:
-        """Compare everything that must be in force with what is; returns how many tensors were compared.
+        """Compare everything with its expected value; give the number of compared tensors.
 
         Raises:
             VerificationError: An erasure is switched off, overwritten or bypassed.

@@ -1,8 +1,8 @@
-"""Changing what is in force on several components, all or none.
+"""Switching erasures on several components, all or none.
 
-A switch checks everything, computes every value, and only then writes. What it overwrites is kept until all is
-written, and put back when anything ends it early, an interruption included. Should even that be interrupted, the
-journal stays on the components and whoever looks next puts back what is left.
+A switch first checks everything and computes every value, and only then writes. Overwritten values are kept until
+everything is written, and are restored if anything fails, an interruption included. If even the restoring is
+interrupted, the journal stays on the components, and the next access restores the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _JOURNAL = "_erasure_journal"
 
 @dataclass
 class Target:
-    """A component and the record that it is to have."""
+    """A component and its new record."""
 
     module: nn.Module
     state: ComponentState
@@ -31,23 +31,23 @@ class Target:
 
 @dataclass
 class Journal:
-    """What a switch that is under way has overwritten."""
+    """The values that a running switch has overwritten."""
 
     targets: list[tuple[ComponentState, nn.Module, Record]]
-    """Each component with the record that it had."""
+    """Components with their former records."""
     install: Callable[[], None]
-    """Brings hooks and guards in line with the records."""
+    """Updates hooks and guards by the records."""
     tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Each parameter with what it held."""
+    """Parameters with their former values."""
     done: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Journal:
-        """Give the same object: it is about the modules that it stands on, and no copy takes part in the switch."""
+        """Return the same object: it belongs to the modules of the switch, and copies take no part in it."""
         return self
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back whatever has been overwritten; doing so twice does no harm."""
+        """Restore all overwritten values; safe to call twice."""
         for parameter, before in reversed(self.tensors):
             parameter.copy_(before)
         for state, module, record in self.targets:
@@ -58,14 +58,14 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Take the journal off the components."""
+        """Remove the journal from the components."""
         self.done = True
         for _, module, _ in self.targets:
             vars(module).pop(_JOURNAL, None)
 
 
 def interrupted(module: nn.Module) -> bool:
-    """Whether a switch of a component was interrupted twice and waits to be undone."""
+    """Whether an interrupted switch of a component still has to be undone."""
     return _JOURNAL in vars(module) and not vars(module)[_JOURNAL].done
 
 
@@ -77,12 +77,12 @@ def recover(components: Mapping[str, nn.Module]) -> None:
 
 
 def switch(targets: list[Target], install: Callable[[], None], look: Callable[[], object]) -> None:
-    """Give components other records and bring them in line, all or none.
+    """Give components new records and update them, all or none.
 
     Args:
         targets: The components; the caller holds an exclusive lease on them.
-        install: Brings the guards of the pipeline in line with the records.
-        look: Gives what the pipeline computes when everything is in place; its failure undoes the switch too.
+        install: Updates the pipeline's guards by the records.
+        look: Computes the pipeline's outputs when everything is in place; a failure undoes the switch too.
 
     Raises:
         AttachError: Something else changed an edited parameter meanwhile; nothing was switched.

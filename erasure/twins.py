@@ -1,6 +1,6 @@
-"""Other pipeline objects on the weights of one: without its erasures, or without what its user has put on it besides.
+"""Twins: other pipeline objects on the same weights, without erasures or without a user's additions.
 
-What is done with a twin reaches neither the pipeline nor threads that draw with it.
+Changes of a twin affect neither the pipeline nor threads that draw with it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from erasure.interop.pipelines import components_of, twin, without_free_u
 from erasure.state import ComponentState
 
 PREFIX = "erasure"
-"""What the names of our hooks begin with, and our attributes of modules behind an underscore."""
+"""Prefix of the names of our hooks, and, after an underscore, of our attributes on modules."""
 
 
 def states_of(pipe: DiffusionPipeline) -> dict[str, ComponentState]:
-    """What is attached to the components of a pipeline, by name of the component."""
+    """Get the erasure states of a pipeline's components, by name of the component."""
     found = {name: ComponentState.of(module) for name, module in components_of(pipe).items()}
     return {name: state for name, state in found.items() if state is not None}
 
 
 def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool, latents_only: bool = False) -> DiffusionPipeline:
-    """A twin without erasures; nothing of the pipeline may be offloaded.
+    """Make a twin without erasures; the pipeline must not be offloaded.
 
     Args:
         pipe: The pipeline.
-        without_adapters: Leave out what its user has put on it too: LoRA adapters and FreeU.
-        latents_only: It encodes prompts and denoises, and has everything else from the pipeline itself: cheaper.
+        without_adapters: Leave out a user's LoRA adapters and FreeU too.
+        latents_only: Copy only the components that encode prompts and denoise, which is cheaper; share all others.
     """
     modules, states = components_of(pipe), states_of(pipe)
     originals = {
@@ -43,11 +43,11 @@ def stock_of(pipe: DiffusionPipeline, *, without_adapters: bool, latents_only: b
 
 
 def apart_of(pipe: DiffusionPipeline, edited: Mapping[str, Collection[str]]) -> DiffusionPipeline:
-    """A twin with tensors of its own for some parameters: an erasure that is attached to it reaches no other.
+    """Make a twin with its own tensors for some parameters: erasures attached to it have no effect on others.
 
     Args:
-        pipe: The pipeline; nothing of it may be offloaded.
-        edited: Canonical paths of those parameters, by component.
+        pipe: The pipeline, which must not be offloaded.
+        edited: Canonical paths of these parameters, by component.
     """
     modules = components_of(pipe)
     own = {name: {path: paths.parameter(modules[name], path) for path in each} for name, each in edited.items()}
@@ -55,14 +55,14 @@ def apart_of(pipe: DiffusionPipeline, edited: Mapping[str, Collection[str]]) -> 
 
 
 def erased_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """A twin with the erasures; nothing of the pipeline may be offloaded."""
+    """Make a twin with the erasures; the pipeline must not be offloaded."""
     return twin(pipe, {}, (), prefix=None, without_adapters=False)
 
 
 def bare_of(pipe: DiffusionPipeline) -> DiffusionPipeline | None:
-    """The pipeline with its erasures but without its user's LoRA adapters and FreeU: itself, where it has none.
+    """Give the pipeline with its erasures but without a user's LoRA adapters and FreeU: itself, where it has none.
 
-    It encodes prompts and denoises only. There is none where adapters are fused into the weights.
+    The result can only encode prompts and denoise. It is `None` where adapters are fused into the weights.
     """
     modules = components_of(pipe).values()
     if any(adapters.merged_names(module) for module in modules):

@@ -9,10 +9,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 def library_versions(others: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of this package and of those that it is built on, as far as they are installed.
+    """Give the versions of this package and of its main dependencies, as far as they are installed.
 
     Args:
-        others: Further distributions.
+        others: Names of further distributions.
     """
     from erasure import __version__
 

@@ -1,6 +1,7 @@
-"""Worlds: what words mean to a model, which kind a concept is, what takes its place, what must survive.
+"""Worlds: the meaning of words for a model: kinds of concepts, their anchors, and what must survive.
 
-Everybody asks here: the functions, the command line, the evaluation and what builds the embedded models.
+All parts of the package use this module: the functions, the command line, the evaluation, and the build of the
+embedded models.
 """
 
 from __future__ import annotations
@@ -31,18 +32,17 @@ class Classes(NamedTuple):
     """Classes of a world that a word names."""
 
     domain: Literal["object", "style"]
-    """Which of the judge's classifiers knows them."""
+    """Classifier of the judge that has these classes."""
     members: tuple[str, ...]
-    """One class, or those of a group."""
+    """One class, or the classes of a group."""
 
 
 @dataclass(frozen=True)
 class World:
     """The words that a model declares in a `canvas.json` beside its files.
 
-    A model that declares none, such as Stable Diffusion, has an empty world: a word is an object without anchor there,
-    unless the user says otherwise. Words are looked up without regard to case, articles, number, hyphens and
-    underscores.
+    A model without this file, such as Stable Diffusion, has an empty world: a word is an object without anchor, unless
+    the user says otherwise. Case, articles, number, hyphens and underscores of words are ignored.
 
     Example:
         >>> World.of(pipe).concept("ink")
@@ -54,26 +54,26 @@ class World:
     unsafe: tuple[str, ...] = ()
     """Objects that stand in for unsafe content."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Objects of each group."""
+    """Objects of each group, by name of the group."""
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Other words for an object."""
+    """Other words for an object, by object."""
     anchors: Mapping[str, str] = field(default_factory=dict)
-    """Anchor of each object or style."""
+    """Anchor of each object or style, by its name."""
     retain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Concepts that must survive the erasure of an object or style."""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the pipeline's call that the model was made for."""
+    """Default arguments of the pipeline's call for this model."""
     ip_adapter: str = ""
     """Name of an embedded IP-Adapter for the model, or the folder of another; empty where none is declared."""
     learned: frozenset[str] = frozenset()
-    """Tokens that the pipeline has learned (textual inversion); no text is read as more than one of them."""
+    """Learned tokens of the pipeline (textual inversion). A text is read as at most one of them."""
 
     @classmethod
     def of(cls, pipe: object) -> World:
-        """The world of a pipeline's model, found where the pipeline was loaded from.
+        """Load the world of a pipeline's model, from where the pipeline was loaded.
 
         Raises:
-            ArtifactError: Its `canvas.json` is damaged.
+            ArtifactError: The model's `canvas.json` is damaged.
         """
         tokenizers = (getattr(pipe, name, None) for name in TOKENIZERS)
         learned = {token for tokenizer in tokenizers for token in getattr(tokenizer, "added_tokens_encoder", ())}
@@ -81,10 +81,10 @@ class World:
 
     @classmethod
     def at(cls, model: str | Path) -> World:
-        """The world of a model's folder, or of an embedded model by its name; empty for a repository of the Hub.
+        """Load the world of a model's folder or of an embedded model; it is empty for a repository of the Hub.
 
         Raises:
-            ArtifactError: Its `canvas.json` is damaged.
+            ArtifactError: The model's `canvas.json` is damaged.
         """
         from erasure import assets
 
@@ -92,7 +92,7 @@ class World:
 
     @classmethod
     def from_facts(cls, facts: CanvasFacts) -> World:
-        """The world that the content of a `canvas.json` describes."""
+        """Make a world from the content of a `canvas.json`."""
         groups: dict[str, tuple[str, ...]] = {}
         for name, value in facts.get("groups", {}).items():
             if isinstance(value, str):  # the group of an object
@@ -118,31 +118,31 @@ class World:
 
     @property
     def num_inference_steps(self) -> int:
-        """Denoising steps that the model was made for."""
+        """Number of denoising steps for which the model was made."""
         return int(self.generation.get("num_inference_steps", 20))
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance that the model was made for, by whichever name its pipeline takes it."""
+        """Guidance scale for which the model was made, whatever its argument is called."""
         return float(self.generation.get("true_cfg_scale", self.generation.get("guidance_scale", 3.0)))
 
     @property
     def side(self) -> int:
-        """Side of an image in pixels that the model was made for."""
+        """Side of an image in pixels for which the model was made."""
         return int(self.generation.get("height", 64))
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that the model was made for, where it says so."""
+        """Height and width in pixels for which the model was made; `None` where unknown."""
         height, width = (self.generation.get(name) for name in ("height", "width"))
         return None if height is None or width is None else (int(height), int(width))
 
     def call_settings(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
-        """How the model draws: as somebody says, else as it was made for; what is left out is the pipeline's own.
+        """Give arguments of the pipeline's call: given values, else the model's; others are left to the pipeline.
 
         Args:
-            steps: Denoising steps.
-            guidance: Scale of guidance.
+            steps: Number of denoising steps.
+            guidance: Guidance scale.
         """
         settings = dict(self.generation)
         if settings.pop("true_cfg_scale", None) is not None:
@@ -152,7 +152,7 @@ class World:
 
     @staticmethod
     def embedded(name: str) -> Path | None:
-        """Folder of what comes with the package under a name, such as `canvas-turbo`; `None` where there is none."""
+        """Find the folder of an embedded model or LoRA, such as `canvas-turbo`, by its name; `None` without one."""
         from erasure import assets
 
         return assets.find(name)
@@ -166,18 +166,18 @@ class World:
 
     @property
     def text_length(self) -> int | None:
-        """Tokens that text encoders of free length pad prompts to, where the model says so."""
+        """Number of tokens to which prompts are padded for T5, where the model says so."""
         length = self.generation.get("max_sequence_length")
         return None if length is None else int(length)
 
     # Words --------------------------------------------------------------------------------------------------------
 
     def find(self, word: str, kind: Kind | None = None) -> Classes | None:
-        """The classes that a word stands for; `None` where the world has no such object, style, group or synonym.
+        """Find the classes of a word; `None` where the world has no such object, style, group or synonym.
 
         Args:
             word: A name, in any case and number, with or without article.
-            kind: Decides where the world has an object and a style of that name.
+            kind: Kind to choose where the world has an object and a style of that name.
         """
         objects, styles = self._names
         for form in singulars(key(word)):
@@ -190,7 +190,7 @@ class World:
 
     @cached_property
     def _names(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-        """The classes of every object, group and synonym, and those of every style, by the `key` of the word."""
+        """Map the normalised name of every object, group and synonym, and of every style, to its classes."""
         objects: dict[str, tuple[str, ...]] = {
             **dict(self.groups),
             **({name: self.unsafe for name in ALL_UNSAFE} if self.unsafe else {}),
@@ -200,22 +200,22 @@ class World:
         return {key(name): found for name, found in objects.items()}, {key(name): (name,) for name in self.styles}
 
     def words(self, word: str) -> tuple[str, ...]:
-        """Every word for what a word stands for: its classes and their synonyms."""
+        """List all words with the same meaning as a word: its classes and their synonyms."""
         classes = self.find(word)
         members = () if classes is None else classes.members
         return tuple(other for name in members for other in (name, *self.synonyms.get(name, ())))
 
     def kind(self, word: str) -> Kind:
-        """Tell what kind of concept a word is: as the world lists it, and an object elsewhere."""
+        """Give the kind of a word's concept: as in the world, and an object elsewhere."""
         found = self.find(word)
         if found is None or found.domain == "object":
             return "unsafe" if found and set(found.members) <= set(self.unsafe) else "object"
         return "style"
 
     def anchor(self, word: str, erased: Collection[str] = ()) -> str | None:
-        """Suggest what takes the place of a word, passing over what is erased; `None` where nothing is declared.
+        """Suggest the anchor of a word, other than erased concepts; `None` where nothing is declared.
 
-        Where all that the world's anchors lead to is erased, it is the next of its objects or styles that is left.
+        Where all anchors that the world declares are erased, it is the next remaining object or style.
         """
         chosen, seen = self.anchors.get(word), {word}
         while chosen is not None and chosen in erased and chosen not in seen:
@@ -231,10 +231,10 @@ class World:
     # Concepts -----------------------------------------------------------------------------------------------------
 
     def concept(self, word: str, kind: Kind | None = None) -> Concept:
-        """The concept of a word; see `concepts`.
+        """Make the concept of a word; see `concepts`.
 
         Raises:
-            ConceptError: The word stands for several: it names a group, or is a list.
+            ConceptError: The word has several concepts: it names a group, or is a list.
         """
         made = self.concepts(word, kind=kind)
         if len(made) > 1:
@@ -246,11 +246,11 @@ class World:
         """Read the concepts that texts name, groups as they are written; see `erasure.parsing` for the syntax.
 
         Args:
-            words: One text or several; a `Concept` or a request among them is taken as it stands.
-            kind: What words are of which a text does not say it.
+            words: One text or several; a `Concept` or a request among them is used as it is.
+            kind: Kind of words whose kind a text does not give.
 
         Raises:
-            ConceptError: A text names none, or could mean several things.
+            ConceptError: A text names no concept, or is ambiguous.
         """
         items = [words] if isinstance(words, (str, Concept, ConceptRequest)) else words
         found: list[ConceptRequest | Concept] = []
@@ -271,22 +271,22 @@ class World:
         synonyms: Sequence[str] = (),
         erased: Sequence[Concept] = (),
     ) -> list[Concept]:
-        """The concepts that texts name; a `Concept` among them is taken as it stands.
+        """Make the concepts that texts name; a `Concept` among them is used as it is.
 
-        What a text does not say itself is as the options say, and else as the world has it. Warns of words that a
-        declared world does not have.
+        Properties that a text does not give are taken from the arguments, and otherwise from the world. Unknown words
+        give a warning where the model declares a world.
 
         Args:
-            given: One or several; see `erasure.parsing` for what a text may say. A group stands for its members.
-            kind: What the words are.
-            anchor: What takes their place ("" for nothing).
-            retain: What must survive. Of a group, this is what is not erased.
-            synonyms: Other words for the concept, erased along with it.
-            erased: What is erased already: the world suggests none of it as an anchor, or to be retained.
+            given: One text or several, see `erasure.parsing` for the syntax. A group stands for its members.
+            kind: Kind of the words.
+            anchor: Anchor of the concepts ("" for no replacement).
+            retain: Names of what must survive. A group stands for its members that are not erased.
+            synonyms: Other words for the concept, which are erased too.
+            erased: Concepts that are erased already, which the world does not suggest as anchors or to be retained.
 
         Raises:
-            ConceptError: None is given, one is given twice, the texts could mean several things or contradict each
-                other, or an anchor is what it stands for.
+            ConceptError: There is no concept, one is given twice, the texts are ambiguous or contradict each other, or
+                an anchor equals its concept.
         """
         entries = self._expanded(self.requests(given))
         gone = frozenset([*(entry.target for entry in entries), *(name for each in erased for name in each.names)])
@@ -301,11 +301,11 @@ class World:
         return made
 
     def knows(self, word: str) -> bool:
-        """Whether a word is one that the world declares, or one learned token of the pipeline."""
+        """Whether a word is declared by the world, or is one learned token of the pipeline."""
         return word.strip() in self.learned or self.find(word) is not None
 
     def _expanded(self, requests: Sequence[ConceptRequest | Concept]) -> list[ConceptRequest | Concept]:
-        """Requests in the world's own spelling, groups as those of their members that are not named beside them."""
+        """Give requests in the world's spelling; groups are replaced by members that are not listed themselves."""
         each: list[list[ConceptRequest | Concept]] = []
         for request in requests:
             classes = None
@@ -320,7 +320,7 @@ class World:
         return found
 
     def _concept(self, own: ConceptRequest, common: ConceptRequest, erased: Collection[str]) -> Concept:
-        """A request with what it leaves open filled in."""
+        """Complete a request from the common options and the world."""
         word = own.target
         chosen = common.anchor if own.anchor is None else own.anchor
         if chosen is None:
@@ -339,11 +339,11 @@ class World:
         )
 
     def _suggested(self, word: str, erased: Collection[str]) -> tuple[str, ...]:
-        """What the world says must survive the erasure of a word, but for what is erased."""
+        """Give the world's retain list of a word, without erased concepts."""
         return tuple(other for other in self.retain.get(word, ()) if other not in erased)
 
     def _kept(self, texts: Sequence[str], erased: Collection[str]) -> tuple[str, ...]:
-        """Expand what must survive; a group stands for those of its members that are not erased."""
+        """Expand a retain list; a group stands for its members that are not erased."""
         found: list[str] = []
         for word in parse_names(texts, self.knows):
             classes = None if word in self.learned else self.find(word)
@@ -354,7 +354,7 @@ class World:
         return tuple(dict.fromkeys(found))
 
     def _spelled(self, word: str) -> str:
-        """A word as the world spells it; a synonym, a group and what the world does not have as it is given."""
+        """Give a word in the world's spelling; synonyms, groups and unknown words do not change."""
         classes = None if word in self.learned else self.find(word)
         if (
             classes is not None
@@ -365,7 +365,7 @@ class World:
         return word
 
     def _warn(self, words: Iterable[str]) -> None:
-        """Warn of words that a declared world does not have, all at once."""
+        """Give one warning for all words that a declared world does not have."""
         unknown = [word for word in dict.fromkeys(words) if not (self.knows(word) or PLACEHOLDER.fullmatch(word))]
         if not self.declared or not unknown:
             return
@@ -381,7 +381,7 @@ class World:
         )
 
     def _check(self, concept: Concept) -> None:
-        """Refuse a concept whose anchor, or what must survive, is the concept itself in another word."""
+        """Refuse a concept whose anchor, or a retained name, is another word for the concept itself."""
         own = self.find(concept.target, concept.kind)
         if own is None:
             return
@@ -398,4 +398,4 @@ class World:
 
 
 Wanted = str | Concept | ConceptRequest
-"""A concept as a user may give it."""
+"""A concept as given by a user."""

@@ -62,7 +62,7 @@ PIPELINES: dict[Task, dict[str, type[DiffusionPipeline]]] = {
         "StableDiffusionXLErasurePipeline": StableDiffusionXLAStarPipeline,
     },
 }
-"""Which class stands in for which stock class, by what it is to do."""
+"""Drop-in class of each stock class, by task."""
 
 register_auto_pipeline(StableDiffusionErasurePipeline, StableDiffusionPipeline)
 register_auto_pipeline(StableDiffusionXLErasurePipeline, StableDiffusionXLPipeline)
@@ -72,10 +72,10 @@ register_auto_pipeline(ChromaErasurePipeline, ChromaPipeline)
 
 
 def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPipeline]:
-    """The drop-in for a stock class's name.
+    """Find the drop-in class of a stock class, by its name.
 
     Raises:
-        UnsupportedModelError: There is none yet.
+        UnsupportedModelError: There is no drop-in class for it.
     """
     known = PIPELINES[task]
     if stock not in known:
@@ -87,10 +87,10 @@ def pipeline_class(stock: str, task: Task = "text-to-image") -> type[DiffusionPi
 
 
 def drop_in(pipe: object, task: Task) -> type[DiffusionPipeline]:
-    """The drop-in that does a task on the components of a pipeline, which may be of a user's own subclass.
+    """Find the drop-in class for a task on the components of a pipeline, which may be a user's subclass.
 
     Raises:
-        UnsupportedModelError: There is none for its class and all that it is derived from.
+        UnsupportedModelError: There is none for its class or for any of its base classes.
     """
     known = PIPELINES[task]
     names = [kind.__name__ for kind in type(pipe).__mro__]

@@ -1,9 +1,9 @@
 """Drawing everything that a prompt names: A-STAR (Agarwal et al. 2023, arXiv 2306.14544), test-time guidance.
 
-Ahead of every step the latents are moved against the gradient of two losses on the cross-attention maps of the
-subjects: maps must not overlap (segregation), and must stay where they were at the step before (retention). The paper
-published no code; what its text leaves open is said at each setting. Attend-and-Excite (Chefer et al. 2023), which
-raises the map of the most neglected subject instead, is the other choice.
+Before every step the latents are moved against the gradient of two losses on the subjects' cross-attention maps: maps
+must not overlap (segregation), and must stay where they were in the step before (retention). The paper published no
+code, so each setting says what the paper leaves open. The alternative is Attend-and-Excite (Chefer et al. 2023), which
+raises the map of the most neglected subject.
 """
 
 from __future__ import annotations
@@ -39,46 +39,47 @@ from erasure.pipelines.subjects import Rivals, Words, read_layout, rival_tokens,
 
 Loss = Literal["a_star", "attend_and_excite"]
 COARSER = 4
-"""Latent values along a side of a token of the grid that is read, unless another is asked for."""
+"""Default number of latent values along a side of a token of the attention grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompositionSettings(Options):
-    """How latents are guided."""
+    """Settings of the guidance of latents."""
 
     name: ClassVar[str] = "composition"
 
     loss: Loss = "a_star"
-    """`a_star`: segregation and retention; `attend_and_excite`: the most neglected subject."""
+    """Loss: `a_star` is segregation and retention; `attend_and_excite` raises the most neglected subject."""
     step_size: NotNegative = 20.0
-    """Length of the gradient step at first; it falls with `sqrt(linspace(1, 0.5, steps))` (Attend-and-Excite's code,
-    which draws in 50 steps; A-STAR says nothing). On Canvas, in 10 steps, A-STAR does best with 100."""
+    """Initial length of the gradient step, which is multiplied by `sqrt(linspace(1, 0.5, steps))` (code of
+    Attend-and-Excite with 50 steps; not given by A-STAR). On Canvas with 10 steps A-STAR does best with 100."""
     segregation_until: ZeroToOne = 0.5
-    """Share of the steps in which maps are driven apart (open in the paper)."""
+    """Share of the steps, 0 to 1, with the segregation loss (not given in the paper)."""
     retention_until: ZeroToOne = 1.0
-    """Share of the steps in which they are held (the paper loses subjects when it stops early)."""
+    """Share of the steps, 0 to 1, with the retention loss (in the paper, subjects are lost when it stops early)."""
     excitation_until: ZeroToOne = 0.5
-    """Share of the steps of `attend_and_excite` (its code: 25 of 50)."""
+    """Share of the steps, 0 to 1, with the loss of `attend_and_excite` (its code: 25 of 50)."""
     threshold: ZeroToOne = 0.5
-    """A map is held where it is above this share of its greatest value (open in the paper)."""
+    """Share of a map's maximum above which the retention loss keeps the map (not given in the paper)."""
     grid: Count | None = None
-    """Shorter side of the token grid whose layers are read; the nearest that there is. When left out, a quarter of the
-    latent's side: 16 for Stable Diffusion at 512 pixels, as in both papers, 32 for SDXL at 1024, which has none of 16,
-    and for Canvas the 8 with which A-STAR does best there."""
+    """Shorter side, in tokens, of the attention grid that is read; the nearest available is used. When left out, a
+    quarter of the latent's side: 16 for Stable Diffusion at 512 pixels, as in both papers; 32 for SDXL at 1024,
+    which has no grid of 16; and 8 for Canvas, with which A-STAR does best there."""
     refine: Mapping[ZeroToOne, ZeroToOne] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
-    """`attend_and_excite`: share of the steps at which latents are moved again and again until every subject's map
-    reaches this, and once more, as its code does (steps 0, 10 and 20 of 50)."""
+    """For `attend_and_excite`: maps' target maximum by share of the steps. At these steps latents are moved
+    repeatedly until every subject's map reaches the target, and once more, as in its code (steps 0, 10 and 20 of
+    50)."""
     refinements: CountOrZero = 20
-    """Most moves of one refinement."""
+    """Largest number of moves of one refinement."""
     rivals: Rivals | None = None
-    """`attend_and_excite`: tokens over which it takes its softmax. `padded`: all behind the start but the last of the
-    sequence, its code for Stable Diffusion 1.x; `words`: up to the end of the prompt, its code for 2.1. When left out,
-    the tokeniser decides: that of 1.x pads with the token that ends a prompt. SDXL, which it does not know, goes by
-    `words`."""
+    """For `attend_and_excite`: tokens of its softmax. `padded`: all tokens after the start but the last of the
+    sequence (its code for Stable Diffusion 1.x); `words`: tokens up to the end of the prompt (its code for 2.1).
+    When left out, `padded` where the tokeniser pads with the end token, as that of 1.x does, else `words`, also for
+    SDXL, which its code does not cover."""
 
 
 class CompositionMixin(SharedModulesMixin):
-    """Put ahead of a stock text-to-image pipeline."""
+    """Mixin for a stock text-to-image pipeline class, to be put before it in the list of bases."""
 
     _guide: LatentGuidance | None = None
 
@@ -95,27 +96,27 @@ class CompositionMixin(SharedModulesMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
         **options: Any,
     ) -> Drawn:
-        """Draw all the subjects that a prompt names.
+        """Draw images with all subjects of a prompt.
 
         Args:
-            prompt: One prompt or several.
-            subjects: The things in it, in the prompt's own words ("cat", "traffic light"); for several prompts a list
-                for each. A subject of several tokens counts as one, by the mean of their maps.
-            layout: A mask for each subject, as `erasure.masks.read_masks` takes them, that retention compares its map
-                with from the first step on, in place of its own at the step before. Attention is drawn there, with a
-                larger `step_size` more, and the things mostly follow.
-            height: In pixels.
-            width: In pixels.
-            num_images_per_prompt: Images for each prompt.
-            callback_on_step_end: As diffusers calls it.
-            callback_on_step_end_tensor_inputs: The same.
-            **options: Single settings, see `CompositionSettings`; what is none of them goes to the stock call.
+            prompt: One prompt, or several.
+            subjects: Subjects in the prompt's own words ("cat", "traffic light"); for several prompts one list each. A
+                subject of several tokens has the mean of their maps.
+            layout: Mask for each subject, as in `erasure.masks.read_masks`. Retention compares the subject's map with
+                the mask from the first step on, instead of with its map of the step before. Attention moves there,
+                more so with a larger `step_size`, and the subjects mostly follow.
+            height: Height in pixels.
+            width: Width in pixels.
+            num_images_per_prompt: Number of images for each prompt.
+            callback_on_step_end: Callback as in diffusers.
+            callback_on_step_end_tensor_inputs: Names of tensors for the callback, as in diffusers.
+            **options: Single settings of `CompositionSettings`; other options go to the stock call.
 
         Raises:
-            OptionError: A subject is not in its prompt, there is none, or a setting without meaning.
-            MaskError: A layout that does not fit.
-            DivergenceError: NaN in the gradient.
-            UnsupportedModelError: A UNet that paints into pictures.
+            OptionError: A subject is not in its prompt, there are no subjects, or a setting is invalid.
+            MaskError: A layout does not fit the subjects.
+            DivergenceError: The gradient has NaN.
+            UnsupportedModelError: The UNet is an inpainting UNet.
         """
         backbone = self._backbone
         latents = backbone.latents
@@ -130,7 +131,7 @@ class CompositionMixin(SharedModulesMixin):
         _, rows, columns = latents.shape(height, width)
         height, width = rows * latents.factor, columns * latents.factor
         towers = backbone.towers
-        # A second prompt is the second encoder's, and the subjects are in the words of the first.
+        # A second prompt is for the second text encoder, and subjects are words of the first prompt.
         words = subject_weights(towers[:1] if rest.get("prompt_2") else towers, prompts, subjects)
         words = Words(*(part.repeat_interleave(num_images_per_prompt, 0) for part in words))
         kept = None if layout is None else read_layout(layout, (height, width), words.weights.shape[2])
@@ -160,10 +161,10 @@ class CompositionMixin(SharedModulesMixin):
             self._guide = None
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor:
-        """As the stock method; the guidance learns where the loop begins."""
+        """Prepare latents as the stock method does, and tell the guidance which tensor the loop starts from."""
         latents = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
         if self._guide is not None:
-            # The loop must not write into what the caller gave.
+            # The loop must not change the caller's tensor.
             latents = latents.clone()
             self._guide.follow(latents)
         return latents
@@ -172,7 +173,7 @@ class CompositionMixin(SharedModulesMixin):
 def composition_sites(
     denoiser: nn.Module, latent_size: tuple[int, int], grid: int | None = None
 ) -> list[AttentionSite]:
-    """The cross-attention layers whose token grid is nearest to a size; to a quarter of the latent's without one.
+    """Find the cross-attention layers with the attention grid nearest to a size; default: a quarter of the latent's.
 
     Raises:
         UnsupportedModelError: The denoiser has no cross-attention.
@@ -189,14 +190,14 @@ def composition_sites(
 
 
 class Guide:
-    """The update of one call: reads the maps of the wanted tokens, and moves the latents down the loss.
+    """Updates the latents in one call: reads the subjects' attention maps, and takes gradient steps on the loss.
 
     Args:
-        backbone: Of the pipeline.
-        settings: How.
-        words: Where the subjects are.
+        backbone: Backbone of the pipeline.
+        settings: Settings of the guidance.
+        words: Positions of the subjects in the prompts.
         latent_size: Height and width of the latents.
-        kept: `(subjects, height, width)` bool layout, if any.
+        kept: Layout, if any, `(subjects, height, width)` bool.
     """
 
     def __init__(
@@ -218,12 +219,12 @@ class Guide:
         self.refined: set[float] = set()
 
     def at(self, step: int, steps: int) -> None:
-        """Say which of the steps comes next."""
+        """Set the index of the next step."""
         self.share = step / steps
         self.size = self.settings.step_size * (1 - 0.5 * min(step / max(steps - 1, 1), 1)) ** 0.5
 
     def __call__(self, latents: Tensor, t: Tensor, forward: Forward) -> Tensor:
-        """The latents to go on with; see `LatentGuidance`."""
+        """Give the updated latents, see `LatentGuidance`."""
         settings = self.settings
         until = max(settings.segregation_until, settings.retention_until)
         if self.excites:
@@ -243,7 +244,7 @@ class Guide:
         return changed
 
     def _goal(self) -> float | None:
-        """What every map must reach at this step, once."""
+        """Give the target of every map at this step, once; `None` without one."""
         due = [(at, goal) for at, goal in self.settings.refine.items() if at <= self.share and at not in self.refined]
         self.refined.update(at for at, _ in due)
         return max(due)[1] if due else None
@@ -264,7 +265,7 @@ class Guide:
         return latents
 
     def _maps(self, z: Tensor, forward: Forward) -> Tensor:
-        """`(samples, subjects, rows, columns)` float32, mean over the layers."""
+        """Compute the subjects' maps, mean over layers, `(samples, subjects, rows, columns)` float32."""
         self.control.collect(lambda: forward(z))
         maps = torch.stack(list(self.control.maps.values())).mean(0)
         if not self.excites:
@@ -273,7 +274,7 @@ class Guide:
         return smoothed(torch.einsum("btyx,bts->bsyx", won, self.words.weights.to(maps)))
 
     def _loss(self, maps: Tensor) -> Tensor:
-        """`(samples,)`."""
+        """Compute the loss of each sample, `(samples,)`."""
         present, settings = self.words.present.to(maps.device), self.settings
         if self.excites:
             return excitation(maps, present)
@@ -304,7 +305,7 @@ class StableDiffusionAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusi
 
 
 class StableDiffusionXLAStarPipeline(CompositionMixin, ErasureMixin, StableDiffusionXLPipeline):
-    """Composition with Stable Diffusion XL; a second prompt is the second text encoder's.
+    """Composition with Stable Diffusion XL; `prompt_2` is for the second text encoder.
 
     Example:
         >>> pipe = StableDiffusionXLAStarPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")

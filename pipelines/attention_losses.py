@@ -1,4 +1,4 @@
-"""Losses on the cross-attention maps of the things that a prompt names. Pure functions, one value for each sample."""
+"""Losses on the cross-attention maps of a prompt's subjects, as pure functions with one value for each sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torchvision.transforms.functional import gaussian_blur
 
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:
-    r"""$\sum \min(a, b) / \sum (a + b)$ over the last two axes: 0 for disjoint maps, 0.5 for equal ones."""
+    r"""Compute $\sum \min(a, b) / \sum (a + b)$ over the last two axes: 0 for disjoint maps, 0.5 for equal ones."""
     return torch.minimum(first, second).sum((-2, -1)) / (first + second).sum((-2, -1)).clamp_min(1e-8)
 
 
 def segregation(maps: Tensor, present: Tensor) -> Tensor:
-    r"""How much the subjects' maps overlap (A-STAR, Agarwal et al. 2023, Eq. 2).
+    r"""Compute how much the subjects' maps overlap (A-STAR, Agarwal et al. 2023, Eq. 2).
 
     $$L_{seg} = \sum_{m > n} \frac{\sum_{ij} \min(A^m, A^n)_{ij}}{\sum_{ij} (A^m + A^n)_{ij}}$$
 
@@ -31,7 +31,7 @@ def segregation(maps: Tensor, present: Tensor) -> Tensor:
 
 
 def retention(maps: Tensor, kept: Tensor, present: Tensor) -> Tensor:
-    r"""How far the subjects' maps are from what they must go on covering (A-STAR, Eq. 3).
+    r"""Compute how far the subjects' maps are from the places that they must keep (A-STAR, Eq. 3).
 
     $$L_{ret} = \sum_m \left[ 1 - \frac{\sum_{ij} \min(A^m, B^m)_{ij}}{\sum_{ij} (A^m + B^m)_{ij}} \right]$$
 
@@ -47,7 +47,7 @@ def retention(maps: Tensor, kept: Tensor, present: Tensor) -> Tensor:
 
 
 def excitation(maps: Tensor, present: Tensor) -> Tensor:
-    """What the most neglected subject lacks at its best place (Attend-and-Excite, Chefer et al. 2023).
+    """Compute what the most neglected subject's maximum lacks to 1 (Attend-and-Excite, Chefer et al. 2023).
 
     `max_m max(0, 1 - max_ij A^m_ij)`, `(samples,)`; arguments as in `segregation`.
     """
@@ -56,27 +56,27 @@ def excitation(maps: Tensor, present: Tensor) -> Tensor:
 
 
 def where_high(maps: Tensor, threshold: float) -> Tensor:
-    """1 where a map is above a share of its greatest value, else 0: the B of `retention`, without gradient."""
+    """Mark where a map is above a share of its maximum, 1 or 0: the B of `retention`, without gradient."""
     return (maps > threshold * maps.amax((-2, -1), keepdim=True)).to(maps.dtype).detach()
 
 
 def smoothed(maps: Tensor, sigma: float = 2**-0.5) -> Tensor:
-    """Maps under a 3x3 Gaussian. Attend-and-Excite's code says 0.5 and computes `exp(-(x / 2 sigma)^2)`: 0.707."""
+    """Smooth maps by a 3x3 Gaussian. Attend-and-Excite's code says 0.5 and computes `exp(-(x / 2 sigma)^2)`: 0.707."""
     return gaussian_blur(maps, [3, 3], [sigma, sigma])
 
 
 def ranged(maps: Tensor) -> Tensor:
-    """Each map `(..., rows, columns)` brought to 0-1, with gradient."""
+    """Scale each map `(..., rows, columns)` to 0-1, differentiable."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low).clamp_min(1e-8)
 
 
 def rivalled(maps: Tensor, words: Tensor, temperature: float = 100.0) -> Tensor:
-    """What each token draws among the words of its prompt: a softmax over tokens (Attend-and-Excite's code: x100).
+    """Compute the softmax of maps over a prompt's tokens (Attend-and-Excite's code: factor 100).
 
     Args:
         maps: `(samples, tokens, rows, columns)`.
-        words: `(samples, tokens)` bool: not the start, the end and the padding.
+        words: Tokens of the softmax, `(samples, tokens)` bool, without start, end and padding.
         temperature: Factor of the maps.
     """
     scores = (temperature * maps).masked_fill(~words[:, :, None, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""The parts of a large picture that object removal works on, each at the size that the model was made for."""
+"""Crops of a large picture for object removal, each at the size that the model was made for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from erasure.pipelines.pictures import resized
 from erasure.pipelines.removal_settings import RemovalSettings
 
 CELLS = 128
-"""Rows and columns, at most, of the grid on which the parts of a mask are told apart."""
+"""Largest number of rows and columns of the grid on which the parts of a mask are separated."""
 
 
 class Box(NamedTuple):
-    """Some rows and columns of a picture, in pixels."""
+    """A rectangle of a picture, in pixels."""
 
     top: int
     left: int
@@ -27,11 +27,11 @@ class Box(NamedTuple):
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Index of the rows and columns."""
+        """Index of the rectangle in the last two axes."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
     def around(self, other: Box) -> Box:
-        """The smallest box that holds both."""
+        """Give the smallest box that contains both."""
         top, left = min(self.top, other.top), min(self.left, other.left)
         bottom = max(self.top + self.height, other.top + other.height)
         right = max(self.left + self.width, other.left + other.width)
@@ -43,23 +43,24 @@ class Crop(NamedTuple):
 
     box: Box
     own: Tensor
-    """`(height, width)` bool: what is taken out with this crop; others of the mask may reach into it."""
+    """Mask of what is removed with this crop, `(height, width)` bool; other parts of the mask may reach into the
+    crop."""
 
 
 def plan_crops(mask: Tensor, side: int, context: float) -> list[Crop]:
-    """Crops that cover a mask, each a square unless the picture is too short for one.
+    """Plan crops that cover a mask; each is a square unless the picture is too short for one.
 
-    A crop has the model's side at least, so that nothing is enlarged, and else leaves a share of the mask's extent on
-    every side of it. Parts of a mask share a crop where that does not have to be larger than the larger of their own;
-    far ones get crops of their own, which keeps every one of them sharp.
+    A crop has at least the model's side, so that nothing is enlarged; a larger one adds a share of the mask's extent
+    on every side. Parts of a mask share a crop if it needs not be larger than the larger of their own crops; distant
+    parts get their own crops, which keeps each of them sharp.
 
     Args:
         mask: `(height, width)` bool.
-        side: Pixels that the model draws along a side.
-        context: Surroundings on every side, as a share of the longer extent of what is taken out.
+        side: Side in pixels of the images that the model draws.
+        context: Surroundings on every side, as a share of the longer extent of the removed part.
 
     Returns:
-        From top to bottom; none for an empty mask.
+        Crops from top to bottom; none for an empty mask.
     """
     height, width = mask.shape
     step = max(1, -(-max(height, width) // CELLS))
@@ -84,7 +85,7 @@ def plan_crops(mask: Tensor, side: int, context: float) -> list[Crop]:
 def _join(
     groups: list[tuple[Box, list[int]]], extent: Box, members: list[int], side: int, context: float
 ) -> None:  # fmt: skip
-    """Add a part to the groups, and join it with each whose crop need not grow for it."""
+    """Add a part to the groups of crops, joined with each group whose crop need not grow."""
     index = 0
     while index < len(groups):
         other, theirs = groups[index]
@@ -99,12 +100,12 @@ def _join(
 
 
 def _side(extent: Box, side: int, context: float) -> int:
-    """Pixels along the side of a crop."""
+    """Give the side of a crop in pixels."""
     return max(side, round(max(extent.height, extent.width) * (1 + 2 * context)))
 
 
 def _placed(extent: Box, side: int, size: tuple[int, int]) -> Box:
-    """A square around an extent, moved into the picture, and as short as the picture where that is shorter."""
+    """Place a square around an extent inside of the picture; it is cut where the picture is shorter."""
     height, width = min(side, size[0]), min(side, size[1])
     top = min(max(extent.top + (extent.height - height) // 2, 0), size[0] - height)
     left = min(max(extent.left + (extent.width - width) // 2, 0), size[1] - width)
@@ -112,10 +113,10 @@ def _placed(extent: Box, side: int, size: tuple[int, int]) -> Box:
 
 
 def connected_parts(cells: Tensor) -> Tensor:
-    """Label of the connected part that each cell belongs to, also over corners; `(rows, columns)` of whole numbers.
+    """Label the connected parts of a grid, also over corners; `(rows, columns)` of whole numbers.
 
     Args:
-        cells: `(rows, columns)` bool. Labels of the others are 0.
+        cells: Cells to label, `(rows, columns)` bool. The others get 0.
     """
     labels = torch.arange(1, cells.numel() + 1, dtype=torch.float32).view(cells.shape) * cells
     while True:
@@ -126,7 +127,7 @@ def connected_parts(cells: Tensor) -> Tensor:
 
 
 def worked_size(box: Box, side: int) -> tuple[int, int]:
-    """Height and width at which the model works on a crop: its longer side is the model's."""
+    """Give the height and width at which the model works on a crop: its longer side is the model's."""
     longer = max(box.height, box.width)
     if longer <= side:
         return box.height, box.width
@@ -134,14 +135,15 @@ def worked_size(box: Box, side: int) -> tuple[int, int]:
 
 
 def pasted(source: Tensor, made: Tensor, own: Tensor, mask_blur: int, radius: float) -> Tensor:
-    """A crop with what the model made in the place of its own part of the mask.
+    """Replace the masked part of a crop by the model's output.
 
     Args:
-        source: The crop as it was, `(1, 3, height, width)` in 0-1.
-        made: What the model made of it, at the model's size.
-        own: `(height, width)` bool.
+        source: Original crop, `(1, 3, height, width)` in 0-1.
+        made: The model's output, at the model's size.
+        own: Masked part, `(height, width)` bool.
         mask_blur: Side of the Gaussian that grows masks at the model's size, in pixels there.
-        radius: Of the soft edge, in pixels of the crop; beyond three times that everything is the source's.
+        radius: Radius of the soft edge in pixels of the crop. Beyond three times the radius every pixel is the
+            source's.
     """
     size = (source.shape[2], source.shape[3])
     scale = max(size) / max(made.shape[2:])
@@ -156,18 +158,17 @@ def by_crops(
     source: Tensor, mask: Tensor, side: int, settings: RemovalSettings, blended: float,
     fill: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """An image with what a mask covers painted anew, crop after crop, each on what the ones before left.
+    """Fill the masked part of an image crop by crop; later crops see the result of earlier ones.
 
-    A crop is painted without the parts of the mask that other crops take out, unless nothing would be left to paint
-    from.
+    The parts of the mask that other crops remove are hidden from a crop, unless nothing else would be left.
 
     Args:
         source: `(1, 3, height, width)` in 0-1.
         mask: `(height, width)` bool.
-        side: Pixels that the model draws along a side.
+        side: Side in pixels of the images that the model draws.
         settings: How wide crops, mask and soft edge are.
         blended: Radius of the soft edge as a share of the crop's shorter side, where the settings leave it open.
-        fill: Paints a crop `(1, 3, rows, columns)` anew where `(1, rows, columns)` bool says.
+        fill: Fills a crop `(1, 3, rows, columns)` where `(1, rows, columns)` bool says.
     """
     left = mask.clone()
     for box, own in plan_crops(mask, side, settings.crop_context):

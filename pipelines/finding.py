@@ -1,4 +1,4 @@
-"""Finding what words name, in what a text-to-image pipeline draws or is shown."""
+"""Finding the things that words name in given or generated images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from erasure.pipelines.pictures import Pictures
 
 
 class FindingErasureMixin(LocalizationMixin, ErasureMixin):
-    """Put ahead of a stock text-to-image pipeline: erasure, and finding what words name."""
+    """Mixin for a stock text-to-image pipeline class: erasure, and finding the things that words name."""
 
     def localize(  # type: ignore[override]
         self,
@@ -25,18 +25,18 @@ class FindingErasureMixin(LocalizationMixin, ErasureMixin):
         call: Mapping[str, object] | None = None,
         **options: object,
     ) -> Localization:
-        """Find what words name: in an image, or in one that is drawn from a prompt first.
+        """Find the things that words name in images, or in an image that is first drawn from a prompt.
 
         Args:
             prompt_or_image: A prompt, or images as `LocalizationMixin.localize` takes them.
-            words: What to find.
-            others: What else is there.
-            generator: Of the noise of finding; seed 0 when left out.
-            call: Arguments of drawing: steps, guidance, its own generator.
+            words: Names of the things to find.
+            others: Names of other things in the image.
+            generator: Random generator of the noise for finding; seed 0 when left out.
+            call: Arguments of the call that draws: steps, guidance, its own generator.
             **options: See `LocalizationSettings`.
 
         Returns:
-            Masks, scores, and the images that were looked at.
+            Masks, scores, and the searched images.
         """
         image: Pictures
         if isinstance(prompt_or_image, str):

@@ -1,8 +1,8 @@
 """FreeU (Si et al. 2023, arXiv 2309.11497) as the code of Attentive Eraser registers it.
 
 diffusers' `enable_freeu` changes the first two blocks of the decoder, the first with `b1` and `s1` and the second with
-`b2` and `s2`. That code goes by width instead: layers whose features are as wide as the innermost ones (1280 in Stable
-Diffusion) get `b1` and `s1`, those half as wide `b2` and `s2`, in whichever block they stand.
+`b2` and `s2`. That code chooses by width instead: layers with as many channels as the innermost ones (1280 in Stable
+Diffusion) get `b1` and `s1`, layers with half as many `b2` and `s2`, in any block.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FreeU(NamedTuple):
 
 @contextmanager
 def free_u(denoiser: Denoiser, factors: FreeU | None) -> Iterator[None]:
-    """FreeU is on inside of the block; nothing happens for `None`.
+    """Switch FreeU on inside of the block; do nothing for `None`.
 
     Args:
         denoiser: The denoiser.
@@ -70,7 +70,7 @@ def free_u(denoiser: Denoiser, factors: FreeU | None) -> Iterator[None]:
 
 
 class _Scale(ModelHook):
-    """On a layer of the decoder, whose input is `width` features and then those of the skip connection."""
+    """Hook on a decoder layer, whose input is `width` backbone features and then those of the skip connection."""
 
     def __init__(self, width: int, backbone: float, skip: float) -> None:
         super().__init__()

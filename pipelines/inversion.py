@@ -1,6 +1,6 @@
 """Schedulers of object removal: the one of the paper's code, and DDIM forwards and backwards for an inversion.
 
-And the noise levels at which a denoiser is asked what is in a picture.
+Also the timesteps at which a denoiser is evaluated to find things in a picture.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from erasure.errors import UnsupportedModelError
 from erasure.interop.protocols import Denoiser, Scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-"""Prediction types of denoisers over which DDIM can be run backwards."""
+"""Prediction types for which DDIM can run backwards."""
 
 
 class Inverter(DDIMInverseScheduler):
-    """DDIM backwards in a loop that noises what lies outside of the mask: here that is nothing."""
+    """DDIM inversion inside of an inpainting loop, which noises the surroundings: here it adds no noise."""
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The samples as they are."""
+        """Return the samples unchanged."""
         return original_samples
 
 
 def released(own: Scheduler) -> DDIMScheduler:
-    """The scheduler of the paper's code: DDIM on Stable Diffusion's noise levels, steps without an offset."""
+    """Make the scheduler of the paper's code: DDIM on Stable Diffusion's noise levels, steps without an offset."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, prediction_type=own.config.get("prediction_type", "epsilon"),
@@ -34,14 +34,14 @@ def released(own: Scheduler) -> DDIMScheduler:
 
 
 def forwards(own: Scheduler) -> DDIMScheduler:
-    """DDIM on a scheduler's noise levels, which nothing clips: clipped latents cannot be found again."""
+    """Make DDIM on a scheduler's noise levels, without clipping, which inversion could not undo."""
     return DDIMScheduler.from_config(
         own.config, clip_sample=False, thresholding=False, timestep_spacing=_spacing(own)
     )  # fmt: skip
 
 
 def backwards(own: Scheduler) -> Inverter:
-    """The reverse of `forwards`."""
+    """Make the inverse of `forwards`."""
     return Inverter.from_config(own.config, clip_sample=False, timestep_spacing=_spacing(own))
 
 
@@ -52,13 +52,13 @@ def _spacing(own: Scheduler) -> str:
 
 
 def noise_levels(backbone: Backbone, steps: int, share: float, what: str) -> Tensor:
-    """The last levels of a schedule, noisiest first, `(levels,)`: those of DDIM, or of a flow's own sampler.
+    """Give the last timesteps of a schedule (DDIM's, or a flow's own sampler's), noisiest first, `(levels,)`.
 
     Args:
-        backbone: Of the model.
-        steps: Levels of the whole schedule.
-        share: Share of them that is wanted; one at least.
-        what: What they are for, for messages.
+        backbone: Backbone of the model.
+        steps: Number of steps of the whole schedule.
+        share: Share of the steps to give, 0 to 1; at least one step.
+        what: Purpose, for messages.
 
     Raises:
         UnsupportedModelError: See `check_levels`.
@@ -80,7 +80,7 @@ def check_ddim(denoiser: Denoiser, own: Scheduler, what: str) -> None:
     Args:
         denoiser: The denoiser.
         own: The pipeline's scheduler.
-        what: The setting that asks for DDIM, for the message.
+        what: Setting that needs DDIM, for the message.
 
     Raises:
         UnsupportedModelError: The scheduler has no noise levels of its own, or the UNet is distilled for a sampler.
@@ -94,7 +94,7 @@ def check_ddim(denoiser: Denoiser, own: Scheduler, what: str) -> None:
 
 
 def check_levels(own: Scheduler, what: str) -> None:
-    """Refuse a scheduler whose noise levels are not those that DDIM knows; see `check_ddim`."""
+    """Refuse a scheduler whose noise levels DDIM does not have; see `check_ddim`."""
     prediction = own.config.get("prediction_type", "epsilon")
     flows = any(own.config.get(name) for name in ("use_flow_sigmas", "shift"))
     if not hasattr(own, "alphas_cumprod") or prediction not in PREDICTIONS or flows:

@@ -1,8 +1,8 @@
-"""Object removal with Stable Diffusion 3 and Flux, whose attention is over image and text at once. An experiment.
+"""Experimental object removal with Stable Diffusion 3 and Flux, whose attention is over image and text at once.
 
-Nobody has published Attentive Eraser on these families. What is done here is its plain translation: keys of the image
-under the mask are left out for the image's queries and for the text's, which would carry the object back; the image's
-queries there are scaled down; the surroundings are put back with the noise of each step (`scale_noise`).
+No paper applies Attentive Eraser to these families. This is a direct translation: keys of the masked part of the image
+are dropped for the image's queries and for the text's, which would carry the object back; the image's queries under
+the mask are scaled down; and the surroundings are restored with the noise of each step (`scale_noise`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from erasure.pipelines.mixin import ErasureMixin
 from erasure.pipelines.removal import ObjectRemovalMixin
 
 SD3_CHANNELS = 16
-"""Channels of the latents that the inpainting loop of diffusers for Stable Diffusion 3 blends."""
+"""Number of latent channels that the inpainting loop of diffusers for Stable Diffusion 3 can blend."""
 
 
 class JointRemovalMixin(ObjectRemovalMixin):
-    """Put ahead of a stock inpainting pipeline with a transformer."""
+    """Mixin for a stock inpainting pipeline class with a transformer."""
 
     own_preset = "joint"
     needed: ClassVar[int | None] = None
-    """Channels that the transformer must take, where the stock loop knows no other number."""
+    """Number of input channels that the stock loop needs in the transformer; `None` where any will do."""
 
     def check_model(self) -> None:
-        """Say once that this is an experiment.
+        """Warn once that this is an experiment.
 
         Raises:
-            UnsupportedModelError: A transformer that paints by itself, or one that the stock loop cannot blend.
+            UnsupportedModelError: The transformer is an inpainting model, or the stock loop cannot blend its latents.
         """
         channels = self._backbone.denoiser.config.in_channels
         if not self._blends or self.needed not in (None, channels):
@@ -71,7 +71,7 @@ class StableDiffusion3ObjectRemovalPipeline(JointRemovalMixin, ErasureMixin, Sta
 class FluxObjectRemovalPipeline(JointRemovalMixin, ErasureMixin, FluxInpaintPipeline):
     """Object removal with Flux; see `ObjectRemovalMixin.__call__`. An experiment.
 
-    `guidance_scale` is what a distilled transformer is told; a negative prompt takes `true_cfg_scale`.
+    `guidance_scale` is the guidance input of a distilled transformer; a negative prompt is used with `true_cfg_scale`.
 
     Example:
         >>> pipe = FluxObjectRemovalPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
@@ -88,7 +88,7 @@ class FluxObjectRemovalPipeline(JointRemovalMixin, ErasureMixin, FluxInpaintPipe
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Give the mask as packed latents, as the stock method does.
 
-        That one takes latents of other than 16 channels for pixels and encodes them, although the loop never looks at
+        The stock method mistakes latents without 16 channels for pixels and encodes them, although the loop never uses
         the masked image.
         """
         latents = self._backbone.latents

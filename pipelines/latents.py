@@ -1,4 +1,4 @@
-"""Images as latents: what finding things and painting into pictures begin with."""
+"""Encoding of images as latents, for finding things and for inpainting."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from erasure.pipelines.mixin import SharedModulesMixin
 from erasure.pipelines.pictures import Pictures, padded, read_pixels
 
 SIDE = 8
-"""Pixels that sides are continued to a multiple of; stock pipelines ask for it. The least side of an image."""
+"""Number of pixels to a multiple of which sides are padded, as stock pipelines need; also the smallest side of an
+image."""
 MODE: Literal["mode"] = "mode"
-"""The likeliest latents of an image, in place of a draw."""
+"""Use the mode of the VAE's posterior instead of a random sample."""
 Generators = torch.Generator | list[torch.Generator] | None
 Draw = Generators | Literal["mode"]
 
 
 class ImagesMixin(SharedModulesMixin):
-    """Put ahead of a stock pipeline."""
+    """Mixin for a stock pipeline class."""
 
     def read_images(self, image: Pictures) -> Tensor:
-        """Images as `(batch, 3, height, width)` float32 in 0-1; see `read_pixels`.
+        """Read images as `(batch, 3, height, width)` float32 in 0-1; see `read_pixels`.
 
         Raises:
-            MaskError: They cannot be read, or are too small for the VAE.
+            MaskError: The images cannot be read, or are too small for the VAE.
         """
         pixels = read_pixels(image)
         rows, columns = pixels.shape[2:]
@@ -39,16 +40,16 @@ class ImagesMixin(SharedModulesMixin):
 
     @property
     def _side(self) -> int:
-        """Pixels that the sides of what the model sees are multiples of."""
+        """Number of pixels of which the sides of the model's images are multiples."""
         return max(SIDE, self._backbone.latents.step)
 
     def encode_images(self, images: Tensor, draw: Draw = MODE) -> Tensor:
-        """Latents `(batch, channels, h, w)` of images, which are continued to sides that the VAE can halve.
+        """Encode images as latents `(batch, channels, h, w)`; sides are padded to multiples that the VAE needs.
 
         Args:
             images: `(batch, 3, height, width)` in 0-1.
-            draw: `MODE` takes the likeliest latents, so that nothing depends on a draw; a generator, one for each
-                image, or `None` (torch's own) draws them.
+            draw: `MODE` takes the mode of the posterior, which is deterministic; a generator, one for each image, or
+                `None` (torch's own) samples from it.
         """
         pipe = as_pipeline(self)
         images, vae = padded(images, self._side), pipe.vae
@@ -62,7 +63,7 @@ class ImagesMixin(SharedModulesMixin):
         if draw == MODE:
             latents = encoded.mode()
         else:
-            # As the stock pipelines draw: with the same noise, and in the same order.
+            # This samples as the stock pipelines do: with the same noise, in the same order.
             noise = randn_tensor(encoded.mean.shape, draw, encoded.mean.device, encoded.mean.dtype)
             latents = encoded.mean + encoded.std * noise
         backbone = self._backbone

@@ -1,10 +1,10 @@
-"""Masks of named things from the attention that a denoiser pays to their words, without a segmentation model.
+"""Masks of named things from a denoiser's attention to their words, without a segmentation model.
 
-After the localiser of AttenCraft (Shentu et al. 2024, arXiv 2405.17965): the start token's cross-attention, refined by
-self-attention, tells the background, and the words' own, all in one prompt, tell what names the rest. Three things are
-added, each measured on Canvas: names are asked for in two orders, because a word draws what is where it stands in the
-prompt as well; what a word draws is compared relative to its mean and with its neighbours'; and masks follow the edges
-of the image, because a token of the finest grid is many pixels wide.
+This follows the localiser of AttenCraft (Shentu et al. 2024, arXiv 2405.17965): the start token's cross-attention,
+refined by self-attention, gives the background, and the names' cross-attention, all in one prompt, assigns the rest.
+Three additions were measured on Canvas: names are used in two orders, because attention to a word also depends on its
+position in the prompt; maps are compared relative to their means and together with neighbouring tokens; and masks
+follow the image's edges, because a token of the finest grid is many pixels wide.
 """
 
 from __future__ import annotations
@@ -35,64 +35,67 @@ from erasure.pipelines.prompts import texts_of
 from erasure.world import World
 
 GRIDS = (8, 32)
-"""Least and greatest shorter side of the token grids whose attention is read: that to words at the decoder's coarsest,
-which knows best what a thing is, and that of image tokens at its finest (AttenCraft with Stable Diffusion: 16, 32)."""
+"""Shorter side in tokens of the attention grids that are read: the coarsest grid of the decoder for
+cross-attention, which separates things best, and the finest for self-attention (AttenCraft with Stable Diffusion:
+16, 32)."""
 DETAIL = 4
-"""Most rows and columns into which a token is divided to find the image's edges."""
+"""Largest number of rows and columns into which a token is divided to follow the image's edges."""
 EDGE = 1e-4
 """Variance of colours in 0-1 that counts as an edge."""
 
 _SAID: set[str] = set()
-"""What was said to be an experiment, in this process."""
+"""Names of the experiments of which this process has warned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalizationSettings(Options):
-    """How things are found. Values without a source are those that did best on Canvas."""
+    """Settings for finding things. Values without a source are those that did best on Canvas."""
 
     name: ClassVar[str] = "localisation"
 
     num_inference_steps: Count = 10
-    """Steps of the schedule, of which the last `strength` are looked at."""
+    """Number of steps of the schedule, of which the last share `strength` is used."""
     strength: Annotated[float, Gt(0), Le(1)] = 0.3
-    """How much noise the image has at first, as a share of the schedule; maps are averaged from there to none."""
+    """Initial noise of the image, as a share of the schedule, 0 to 1; maps are averaged over the steps from there
+    on."""
     power: CountOrZero = 4
-    """How often self-attention is applied to the maps (AttenCraft: 4)."""
+    """Number of times that self-attention is applied to the maps (AttenCraft: 4)."""
     threshold: ZeroToOne = 0.5
-    """What a map, between 0 and 1 over the image, must reach on what is named."""
+    """Value, 0 to 1, above which a map covers the named things."""
     smoothing: Annotated[float, Gt(0), Le(1)] = 0.3
-    """Width of the Gaussian over which names are told apart, as a share of the grid's side."""
+    """Width of the Gaussian by which maps are smoothed before names are compared, as a share of the grid's side."""
     edge_radius: CountOrZero = 2
-    """Tokens around a pixel whose colours decide where a map's edge is; 0 leaves maps as smooth as they are."""
+    """Radius in tokens of the window around a pixel whose colours decide where a map's edge is; 0 leaves maps
+    smooth."""
     presence: Annotated[float, Ge(-1000), Le(1)] = 0.06
-    """What the score of a word must reach for it to count as found, see `erasure.pipelines.presence`. It was chosen on
-    half of Canvas' objects, so that at most 3 of 100 absent words are found, and measured on the other half."""
+    """Score that a word needs to count as found, see `erasure.pipelines.presence`. The default was chosen on half
+    of Canvas' objects so that at most 3 of 100 absent words are found, and measured on the other half."""
     max_sequence_length: Count | None = None
-    """Tokens that T5 pads prompts to; when left out as the model declares, or the pipeline has it. CLIP's number is
-    its own."""
+    """Number of tokens to which prompts are padded for T5; the model's or pipeline's own number when left out.
+    CLIP's number is fixed."""
 
 
 class Localization(NamedTuple):
-    """Where things are."""
+    """Masks and scores of things."""
 
     masks: Tensor
-    """`(images, names, height, width)` bool, on the CPU: first the words, then the others."""
+    """Masks, first of the words and then of the others, `(images, names, height, width)` bool on the CPU."""
     scores: Tensor
-    """The same shape, 0-1: how much of each pixel's attention a name draws, over the greatest of the image."""
+    """Scores of each pixel in 0-1, in the shape of the masks: a name's attention relative to the image's maximum."""
     images: Tensor
-    """`(images, 3, height, width)` in 0-1: what was looked at."""
+    """The searched images, `(images, 3, height, width)` in 0-1."""
     names: tuple[str, ...] = ()
-    """Words that were looked for, in the order of the masks."""
+    """Words that were searched, in the order of the masks."""
     presence: Tensor | None = None
-    """`(images, words)`: how surely each word is in the picture at all; the others are taken for granted."""
+    """Scores that each word is in the picture, `(images, words)`; `others` are assumed to be there."""
     least: float = 0.0
-    """Least `presence` with which a word counts as found."""
+    """Smallest `presence` with which a word counts as found."""
 
     def of_words(self) -> Tensor:
-        """Where any of the words is, `(images, height, width)` bool.
+        """Combine the words' masks, `(images, height, width)` bool.
 
         Raises:
-            MaskError: A word is not in a picture, as far as the model can tell.
+            MaskError: A word was not found in a picture.
         """
         if self.presence is None:
             return self.masks.any(1)
@@ -109,7 +112,7 @@ class Localization(NamedTuple):
 
 
 class LocalizationMixin(PresenceMixin):
-    """Put ahead of a stock pipeline."""
+    """Mixin for a stock pipeline class."""
 
     @in_one_state
     @torch.no_grad()
@@ -122,23 +125,25 @@ class LocalizationMixin(PresenceMixin):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Localization:
-        """Find what words name in images.
+        """Find the things that words name in images.
 
         Args:
             image: One image or several of one size, as `ObjectRemovalMixin.__call__` takes them.
-            words: What to find, in every image; each gets a mask.
-            others: What else is there: a pixel belongs to one name only, so the masks get surer the more is named.
-            generator: Of the noise; seed 0 when left out.
+            words: Names of the things to find in every image; each gets a mask.
+            others: Names of other things in the image. A pixel belongs to one name only, so more names give better
+                masks.
+            generator: Random generator of the noise; seed 0 when left out.
             **options: See `LocalizationSettings`.
 
         Returns:
-            A mask for every name, whether it is there or not, and how surely each word is: `of_words` refuses those
+            A mask for every name, whether the thing is there or not, and a score that each word is there; `of_words`
+            refuses words that are not.
             that are not.
 
         Raises:
-            MaskError: A name is empty, there are more than one prompt holds, or the images do not fit; see
+            MaskError: A name is empty, one prompt has no room for all names, or the images do not fit; see
                 `read_images`.
-            OptionError: There is no word, or something that is no text.
+            OptionError: There is no word, or a word is not text.
         """
         settings = LocalizationSettings(**options)
         wanted, beside = texts_of("words", words), texts_of("others", others) if others else []
@@ -155,7 +160,7 @@ class LocalizationMixin(PresenceMixin):
         self, source: Tensor, names: Sequence[str], words: int, settings: LocalizationSettings,
         generator: torch.Generator,
     ) -> Localization:  # fmt: skip
-        """What names stand for in pictures, of which the first `words` are looked for; see `localize`."""
+        """Find the things of names, of which the first `words` are searched; see `localize`."""
         latents = self.encode_images(source)
         factor = self._backbone.latents.factor
         size = (factor * latents.shape[2], factor * latents.shape[3])
@@ -181,7 +186,7 @@ class LocalizationMixin(PresenceMixin):
         presence, places = self.look(source, latents, parts, phrases, words, settings.presence, backbone)
         places &= inside
         masks = inside & belongs(refined)
-        # A place that is certain belongs to its word alone.
+        # A place that `presence` has found belongs to that word only.
         masks &= ~places.any(1, keepdim=True)
         is_placed = places.any((2, 3), keepdim=True)
         masks[:, :words] = torch.where(is_placed, places, masks[:, :words])
@@ -192,10 +197,10 @@ class LocalizationMixin(PresenceMixin):
         self, backbone: Backbone, latents: Tensor, names: Sequence[str], settings: LocalizationSettings,
         generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """Mean maps `(images, 1 + names, rows, columns)`: the background's, refined, and the names' as they are.
+        """Compute mean maps `(images, 1 + names, rows, columns)`: refined background, and plain maps of the names.
 
-        The start token tells the background of a UNet. Joint attention has none that does, so it is where names draw
-        little of what goes to the text.
+        In UNets the start token gives the background. Joint attention has no such token, so the background is where
+        names get little of the attention to text.
         """
         count, size = len(latents), (latents.shape[2], latents.shape[3])
         cross, own = localization_sites(backbone.denoiser, size)
@@ -203,7 +208,7 @@ class LocalizationMixin(PresenceMixin):
         prompt, weights = name_weights(backbone, names)
         told = backbone.encode([prompt])
         weights = F.pad(weights, (0, 0, 0, told.tokens.shape[1] - weights.shape[1]))
-        # All of the text, of which names draw a share; of a UNet's the start token.
+        # The first map is attention to all of the text in joint attention, and to the start token in UNets.
         weights[:, slice(None) if is_joint else slice(1), 0] = 1
         control = AttentionController(backbone.denoiser, Layout(size, count))
         control.capture(weights.expand(count, -1, -1), cross)
@@ -229,7 +234,7 @@ class LocalizationMixin(PresenceMixin):
     def _in_pixels(
         self, source: Tensor, things: Tensor, drawn: Tensor, settings: LocalizationSettings
     ) -> tuple[Tensor, Tensor]:
-        """Maps of all things `(images, 1, height, width)`, and of each name's along the image's edges."""
+        """Compute the map of all things `(images, 1, height, width)`, and each name's map along the image's edges."""
         size = (source.shape[2], source.shape[3])
         guide = padded(source, self._side).float().cpu()
         whole, grid = (guide.shape[2], guide.shape[3]), (things.shape[2], things.shape[3])
@@ -244,7 +249,7 @@ class LocalizationMixin(PresenceMixin):
 
 
 def describe(name: str) -> tuple[str, str]:
-    """The article and the noun of a name; the article is added where there is none.
+    """Split a name into article and noun; the article is added where there is none.
 
     Raises:
         MaskError: The name is empty.
@@ -259,10 +264,10 @@ def describe(name: str) -> tuple[str, str]:
 
 
 def prompt_of(tower: TextTower, names: Sequence[str]) -> tuple[str, list[slice]]:
-    """A prompt with all names in it, and the positions of their nouns' tokens.
+    """Make a prompt with all names, and give the positions of their nouns' tokens.
 
     Raises:
-        MaskError: A name is empty, or there are more than the text encoder reads.
+        MaskError: A name is empty, or the text encoder has no room for all names.
     """
     prompt, spans = "", []
     for name in names:
@@ -280,9 +285,9 @@ def prompt_of(tower: TextTower, names: Sequence[str]) -> tuple[str, list[slice]]
 
 
 def name_weights(backbone: Backbone, names: Sequence[str]) -> tuple[str, Tensor]:
-    """A prompt with all names in it, and `(1, tokens, 1 + names)`: 1 at each noun's tokens, in all text encoders.
+    """Make a prompt with all names, and weights `(1, tokens, 1 + names)`, 1 at each noun's tokens.
 
-    The first of the maps is left to the caller.
+    The weights of the first map are set by the caller.
     """
     runs = backbone.token_runs
     found = [prompt_of(run.tower, names) for run in runs]
@@ -308,10 +313,10 @@ def say_experimental(what: str) -> None:
 def localization_sites(
     denoiser: nn.Module, latent_size: tuple[int, int]
 ) -> tuple[list[AttentionSite], list[AttentionSite]]:
-    """The decoder's cross-attention at the coarsest grid of `GRIDS`, and its self-attention at the finest.
+    """Find the decoder's cross-attention at the coarsest grid of `GRIDS`, and its self-attention at the finest.
 
-    Where all grids are finer, as SDXL's are at 2048 pixels, the coarsest that there is. Of a transformer the joint
-    attention of those blocks that keep image and text apart.
+    Where all grids are finer, as in SDXL at 2048 pixels, the coarsest one is used. In transformers it is the joint
+    attention of the blocks with separate streams for image and text.
 
     Raises:
         MaskError: All grids are coarser.
@@ -338,14 +343,14 @@ def localization_sites(
 
 
 def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:
-    """What each name draws, to be compared with the others, `(images, names, rows, columns)`.
+    """Normalise the names' maps so that they can be compared, `(images, names, rows, columns)`.
 
-    Names draw unlike amounts of attention, so each map is divided by its mean over what is no background; and
-    neighbours vote, because no object is one token large.
+    Names get different amounts of attention, so each map is divided by its mean over the foreground; maps are also
+    smoothed, because no object is only one token large.
 
     Args:
         maps: The names' maps, `(images, names, rows, columns)`.
-        things: `(images, 1, rows, columns)` in 0-1: how surely there is no background.
+        things: Foreground map in 0-1, `(images, 1, rows, columns)`.
         settings: See `LocalizationSettings`.
     """
     inside = (things > settings.threshold).float()
@@ -357,19 +362,19 @@ def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> 
 
 
 def belongs(maps: Tensor) -> Tensor:
-    """The name whose map is the greatest at each place, `(images, names, rows, columns)` bool: one for each."""
+    """Assign each place to the name with the largest map, `(images, names, rows, columns)` bool."""
     return maps.argmax(1, keepdim=True) == torch.arange(maps.shape[1])[None, :, None, None]
 
 
 def along_edges(maps: Tensor, image: Tensor, radius: int) -> Tensor:
-    """Maps that change where an image does: the fast guided filter (He and Sun 2015, arXiv 1505.00996).
+    """Align maps with an image's edges: the fast guided filter (He and Sun 2015, arXiv 1505.00996).
 
     Around each place a map is replaced by the linear function of the image's colours that fits it best.
 
     Args:
         maps: `(images, maps, rows, columns)`.
         image: `(images, colours, height, width)` in 0-1.
-        radius: Of the square around each place, in rows and columns of the maps.
+        radius: Radius of the square around each place, in rows and columns of the maps.
 
     Returns:
         `(images, maps, height, width)`. The sum over maps is the filtered sum.

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 ERASURES_FOLDER, BASE_FOLDER = "erasures", "base"
 ATTACHED_FILE = f"{ERASURES_FOLDER}/attached.json"
-"""Names and strengths of the erasures beside a pipeline that was saved with `fuse=False`."""
+"""File with the names and strengths of the erasures of a pipeline saved with `fuse=False`."""
 
 
 def parts_left_out(folder: Path) -> dict[str, None]:
-    """Parts that a saved pipeline had not, such as SD3's T5: stock loaders miss them unless they are told so.
+    """Find components that a saved pipeline lacks, such as SD3's T5, which stock loaders must be told.
 
     Args:
-        folder: Of a pipeline; nothing is left out where it is none.
+        folder: Folder of a pipeline; the result is empty for any other folder.
 
     Raises:
         ArtifactError: Its `model_index.json` is damaged.
@@ -50,23 +50,23 @@ def parts_left_out(folder: Path) -> dict[str, None]:
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-"""Options of `from_pretrained` that say how files are fetched."""
+"""Options of `from_pretrained` for downloads."""
 
 Method = TypeVar("Method", bound=Callable[..., object])
 
 
 def base_of(model: str | Path) -> str:
-    """Where the files of a stock pipeline stand; with erasures beside the base, it has a folder of its own."""
+    """Give the folder of the stock pipeline's files, which is a subfolder where erasures are saved beside the base."""
     base = Path(model) / BASE_FOLDER
     return str(base) if (Path(model) / ERASURES_FOLDER).is_dir() and base.is_dir() else str(model)
 
 
 def read_attached(folder: Path) -> dict[str, tuple[Erasure, float]]:
-    """The erasures beside a pipeline that was saved with `fuse=False`, and their strengths, by name.
+    """Read the erasures of a pipeline saved with `fuse=False`, and their strengths, by name.
 
     Raises:
-        ArtifactError: There are none, a part is missing or damaged, or a name that leads out of the folder.
-        AttachError: A strength that is no factor.
+        ArtifactError: There are no erasures, a file is missing or damaged, or a name leads out of the folder.
+        AttachError: A strength is not a valid factor.
     """
     listed = folder / ATTACHED_FILE
     if not listed.is_file():
@@ -81,22 +81,22 @@ def read_attached(folder: Path) -> dict[str, tuple[Erasure, float]]:
 
 
 def check_kind(kind: type[DiffusionPipeline], model: str | Path, options: Mapping[str, object]) -> None:
-    """Refuse the files of one family for the drop-in of another, which may load them with parts left out.
+    """Refuse the files of another family, which a drop-in class might load without some components.
 
     Args:
-        kind: The drop-in.
+        kind: The drop-in class.
         model: A folder or a repository of the Hub.
-        options: As of `from_pretrained`.
+        options: Options of `from_pretrained`.
 
     Raises:
-        UnsupportedModelError: Another drop-in stands in for the class that the files name.
+        UnsupportedModelError: The files are of a class with another drop-in class.
     """
     from erasure.pipelines import PIPELINES
 
     try:
         config = kind.load_config(model, **{name: options[name] for name in HUB_OPTIONS if name in options})
     except (OSError, ValueError):
-        return  # The stock method says what is wrong with them.
+        return  # The stock method reports what is wrong with the files.
     named, drop_ins = config.get("_class_name", ""), PIPELINES["text-to-image"]
     fits = any(issubclass(kind, each[named]) for each in PIPELINES.values() if named in each)
     if named in drop_ins and not fits:
@@ -107,7 +107,7 @@ def check_kind(kind: type[DiffusionPipeline], model: str | Path, options: Mappin
 
 
 def in_one_state(method: Method) -> Method:
-    """A method of a pipeline that sees one state of the erasures from its beginning to its end."""
+    """Decorate a method of a pipeline: erasures are not switched while it runs."""
 
     @functools.wraps(method)
     def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
@@ -118,14 +118,14 @@ def in_one_state(method: Method) -> Method:
 
 
 class SharedModulesMixin:
-    """Put ahead of a stock pipeline class: it shares modules with other pipelines, in other threads too.
+    """Mixin for a stock pipeline class that shares modules with other pipelines, also in other threads.
 
-    `from_pipe` leaves the precision of what is shared, and a call sees one state of the erasures from its beginning to
-    its end: a switch waits for it. Files name the stock class, so that every loader finds it.
+    `from_pipe` keeps the precision of shared components. A switch of erasures waits until calls have ended, so a call
+    sees one state of the erasures. Saved files name the stock class, so that every loader can read them.
     """
 
     def __init_subclass__(cls, **options: object) -> None:
-        """Put the lease around the stock class's call, whose signature stays."""
+        """Wrap the stock class's call with a lease, and keep its signature."""
         super().__init_subclass__(**options)
         stock = next((vars(kind)["__call__"] for kind in cls.__mro__ if "__call__" in vars(kind)), None)
         if stock is not None and not hasattr(stock, "_leased"):
@@ -134,7 +134,7 @@ class SharedModulesMixin:
             def leased(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
                 with ErasureManager(self).in_use():
                     named = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
-                    # By name, those too that a call of ours hands on to the stock call.
+                    # Arguments are passed by name, also those that an overriding call passes on to the stock call.
                     with locking.calling(self, {**kwargs, **named}) as settled:
                         with guards.calling():
                             result = stock(self, *args, **kwargs)
@@ -145,19 +145,19 @@ class SharedModulesMixin:
 
     @property
     def _backbone(self) -> Backbone:
-        """The pipeline seen through its family."""
+        """Backbone of the pipeline."""
         return backbone_for(cast("DiffusionPipeline", self))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
-        """As the stock method, which makes float32 of both pipelines unless told otherwise."""
+        """Make a pipeline from another one's components, without the stock method's conversion of both to float32."""
         if not {"dtype", "torch_dtype"} & set(options):
             options["dtype"] = pipeline.dtype
         with scopes.same_gradient_mode():
             return super().from_pipe(pipeline, **options)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
-        """The config as written to `model_index.json`, under the stock class's name so that every loader finds it."""
+        """Give the config for `model_index.json`, under the stock class's name, so that every loader finds it."""
         stock = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("diffusers."))
         config = json.loads(super().to_json_string())  # type: ignore[misc]
         config["_class_name"] = stock
@@ -165,10 +165,10 @@ class SharedModulesMixin:
 
 
 class ErasureMixin(SharedModulesMixin):
-    """Put ahead of a stock pipeline class."""
+    """Mixin for a stock pipeline class that adds the erasure methods."""
 
     name_or_path: str
-    """Folder or repository that the pipeline was loaded from, as the stock class says it."""
+    """Folder or repository from which the pipeline was loaded, set by the stock class."""
 
     @property
     def erasure_manager(self) -> ErasureManager:
@@ -185,39 +185,39 @@ class ErasureMixin(SharedModulesMixin):
     def learn_concepts(
         self, images: Picture | Sequence[Picture], tokens: str | Sequence[str], **options: Any
     ) -> LearnedConcepts:
-        """Learn new tokens for what pictures show; see `erasure.learn_concepts`."""
+        """Learn new tokens for the contents of pictures; see `erasure.learn_concepts`."""
         return learn_concepts(self.erasure_manager.pipe, images, tokens, **options)
 
     def load_concepts(self, source: str | Path | LearnedConcepts) -> LearnedConcepts:
-        """Load concepts that were learned from pictures, from a folder or from memory, ahead of any erasure.
+        """Load learned concepts from a folder or from memory, before any erasure is attached.
 
         Raises:
             ArtifactError: The folder is missing or damaged.
             AttachError: An erasure is attached.
-            ConceptError: A token of theirs is known already.
-            WrongBaseError: They were learned with another model.
+            ConceptError: One of their tokens is known to the pipeline already.
+            WrongBaseError: The concepts were learned with another model.
         """
         concepts = source if isinstance(source, LearnedConcepts) else LearnedConcepts.read(source)
         concepts.load_into(self.erasure_manager.pipe)
         return concepts
 
     def list_concepts(self) -> list[str]:
-        """Tokens of the concepts that were loaded."""
+        """List the tokens of the loaded concepts."""
         return [token for concepts in loaded(self.erasure_manager.pipe) for token in concepts.tokens]
 
     def unload_concepts(self) -> None:
-        """Take all learned concepts off; the model is then as before, bit for bit."""
+        """Remove all learned concepts; the model is then as before, bit for bit."""
         unload(self.erasure_manager.pipe)
 
     def load_erasure(self, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:
-        """Attach an erasure from a folder, a Hub repository or memory, beside those already attached."""
+        """Attach an erasure from a folder, a Hub repository or memory, in addition to those already attached."""
         return self.erasure_manager.load(source, name, **options)
 
     def save_erasure(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
         """Write an attached erasure to a folder; `name` may be left out when there is just one.
 
         Raises:
-            AttachError: The name is unknown, or needed and missing.
+            AttachError: The name is unknown, or is missing although several erasures are attached.
             ArtifactError: The folder is not empty or cannot be written.
         """
         attached = self.erasure_manager.erasures
@@ -231,7 +231,7 @@ class ErasureMixin(SharedModulesMixin):
         return attached[chosen].save(folder, overwrite=overwrite)
 
     def set_erasures(self, names: str | Sequence[str], strengths: float | Sequence[float] | None = None) -> None:
-        """Put exactly these erasures in force."""
+        """Put exactly these erasures in force, at the given strengths (default 1)."""
         self.erasure_manager.set_erasures(names, strengths)
 
     def active_erasures(self) -> list[str]:
@@ -243,7 +243,7 @@ class ErasureMixin(SharedModulesMixin):
         return self.erasure_manager.list_erasures()
 
     def disable_erasures(self) -> None:
-        """Put the stock model in force."""
+        """Switch all erasures off that are not fused."""
         self.erasure_manager.disable()
 
     def enable_erasures(self) -> None:
@@ -251,15 +251,15 @@ class ErasureMixin(SharedModulesMixin):
         self.erasure_manager.enable()
 
     def delete_erasure(self, names: str | Sequence[str]) -> None:
-        """Take erasures off."""
+        """Remove erasures; parameters that only they edit are then the base's, bit for bit."""
         self.erasure_manager.delete(names)
 
     def unload_erasures(self) -> None:
-        """Take all erasures off that are not fused; the model is then the base bit for bit."""
+        """Remove all erasures that are not fused; the model is then the base bit for bit."""
         self.erasure_manager.unload()
 
     def fuse_erasure(self, names: str | Sequence[str] | None = None) -> None:
-        """Make erasures part of the model."""
+        """Make erasures part of the model, so that switching and unloading do not remove them."""
         self.erasure_manager.fuse(names)
 
     def unfuse_erasure(self, names: str | Sequence[str] | None = None) -> None:
@@ -274,7 +274,7 @@ class ErasureMixin(SharedModulesMixin):
     def verify_erasures(self, *, least_strength: float = LEAST_STRENGTH) -> int:
         """Raise `VerificationError` unless every attached erasure is in force.
 
-        Returns how many tensors were compared; see `ErasureManager.verify`.
+        Returns the number of compared tensors; see `ErasureManager.verify`.
         """
         return self.erasure_manager.verify(least_strength=least_strength)
 
@@ -287,33 +287,33 @@ class ErasureMixin(SharedModulesMixin):
         audit: AuditLog | str | Path | None = None,
         share: float = locking.SHARE,
     ) -> str:
-        """Lock the pipeline for strangers: it refuses what goes around its erasures, and cannot be switched.
+        """Lock the pipeline for untrusted callers: it refuses calls that bypass its erasures, and switching them.
 
-        Refused are embeddings, other texts for one text encoder, blocks that are left out, texts of another length,
-        negative prompts that name what is erased, a LoRA on edited layers, changed or replaced components, every
-        switch of erasures, and pipelines of other classes that share its networks. Ahead of every call it is verified
-        that the erasures are in force.
+        Refused are embeddings, different texts for different text encoders, skipped blocks (`clip_skip`), prompts of
+        another length, negative prompts that name an erased concept, a LoRA on edited layers, changed or replaced
+        components, every switch of erasures, and pipelines of other classes that share its networks. Before every call
+        the erasures are verified to be in force.
 
         Args:
-            refuse: What is refused besides: `image_prompts` (IP-Adapter, reference images), `pictures` that a drawing
-                starts from, `controls` of a ControlNet, `noise` (`latents=`), `schedulers` (another one, or noise
-                levels by hand), `loras` (every one).
+            refuse: What is refused in addition: `image_prompts` (IP-Adapter, reference images), `pictures` (initial
+                images), `controls` of a ControlNet, `noise` (`latents=`), `schedulers` (another one, or custom
+                timesteps or sigmas), `loras` (every LoRA).
             prompts: Refuse prompts in which the gates of an erasure find its concept (`itd`, `spm`).
-            pictures: What looks at every picture; one that it flags or cannot judge is not returned. For a detector
-                `functools.partial(erasure.eval.detectors.ask, detector)`.
+            pictures: Function that checks every generated picture; one that it flags or cannot judge is not returned.
+                To use a detector, pass `functools.partial(erasure.eval.detectors.ask, detector)`.
             audit: Log of every call, or the path of one; see `erasure.locking.AuditLog`.
-            share: Share of the time of drawing that whole verifications may take, 0-1.
+            share: Share of the sampling time, 0 to 1, that complete verifications may take.
 
         Returns:
-            The key that `unlock_erasures` asks for.
+            The key for `unlock_erasures`.
 
         Raises:
-            AttachError: No erasure is in force, or none has the gates that are to check prompts.
+            AttachError: No erasure is in force, or `prompts` is set and none has gates.
             VerificationError: An erasure is not in force.
-            LockedError: It is locked already, or has a LoRA that the lock refuses.
-            OptionError: Something in `refuse` that there is not.
-            ArtifactError: The audit log cannot be written, or its chain does not hold.
-            UnsupportedModelError: Its weights are offloaded in a way that leaves nothing to compare.
+            LockedError: The pipeline is locked already, or has a LoRA that the lock refuses.
+            OptionError: A name in `refuse` is unknown.
+            ArtifactError: The audit log cannot be written, or its hash chain is broken.
+            UnsupportedModelError: The weights are offloaded in a way that they cannot be compared.
         """
         return locking.lock(
             self.erasure_manager.pipe, refuse=refuse, prompts=prompts, pictures=pictures, audit=audit, share=share
@@ -323,26 +323,25 @@ class ErasureMixin(SharedModulesMixin):
         """Unlock the pipeline.
 
         Args:
-            key: What `lock_erasures` gave.
+            key: Key from `lock_erasures`.
 
         Raises:
-            LockedError: It is another key, or the pipeline is not locked.
+            LockedError: The key is wrong, or the pipeline is not locked.
         """
         locking.unlock(self.erasure_manager.pipe, key)
 
     def detect_concepts(self, prompts: str | Sequence[str]) -> list[dict[str, Detection]]:
-        """How surely prompts hold the concepts of attached feature erasures; see `erasure.detect_concepts`."""
+        """Detect the concepts of attached feature erasures in prompts; see `erasure.detect_concepts`."""
         return detect_concepts(self.erasure_manager.pipe, prompts)
 
     def save_erased_pipeline(self, folder: str | Path, *, fuse: bool = True) -> Path:
         """Write a whole pipeline that stays erased.
 
         Args:
-            folder: Where to; must not exist or be empty.
-            fuse: `True` bakes the erasures into the weights: stock diffusers loads the folder and is erased, and
-                `erased.json` and a model card in it say of what. `False`
-                writes the base and the erasures beside it (`erasures/NAME/`); `load_erased_pipeline` puts them
-                together again.
+            folder: Folder to write to, which must be empty or not exist.
+            fuse: `True` writes the erasures into the weights, so that stock diffusers loads the erased model;
+                `erased.json` and a model card in the folder list the erasures. `False` writes the base and the
+                erasures side by side (`erasures/NAME/`), to be loaded by `load_erased_pipeline`.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -359,7 +358,8 @@ class ErasureMixin(SharedModulesMixin):
                 if fuse:
                     manager.pipe.save_pretrained(temporary)
                 else:
-                    # Not beside model_index.json: a stock loader would take the base for the whole.
+                    # The base is not written beside model_index.json, because a stock loader would take it for the
+                    # whole pipeline.
                     manager.stock().save_pretrained(temporary / BASE_FOLDER)
                     for name, erasure in manager.erasures.items():
                         erasure.save(temporary / ERASURES_FOLDER / name)
@@ -369,13 +369,13 @@ class ErasureMixin(SharedModulesMixin):
         return folder
 
     def save_pretrained(self, save_directory: str | Path, *args: object, **options: object) -> None:
-        """As the stock method; refuses ahead of the first file what stock files cannot hold.
+        """Save as the stock method does, and refuse, before the first file, erasures that stock files cannot contain.
 
-        `erased.json` and a model card beside the stock files say what is erased in the weights; see `erasure.baked`.
-        The copy of a model of the embedded world declares the world as well.
+        `erased.json` and a model card beside the stock files list the erasures in the weights; see `erasure.baked`. A
+        copy of an embedded model also gets the model's world file.
 
         Raises:
-            AttachError: What is in force is more than plain weights, or a LoRA is loaded beside an erasure.
+            AttachError: An erasure in force is more than plain weights, or a LoRA is loaded at the same time.
         """
         manager = self.erasure_manager
         with manager.in_use():
@@ -387,11 +387,11 @@ class ErasureMixin(SharedModulesMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: object) -> Self:
-        """As the stock method; a folder of `save_erased_pipeline(fuse=False)` comes with its erasures attached.
+        """Load as the stock method does; a folder of `save_erased_pipeline(fuse=False)` is loaded with its erasures.
 
         Raises:
-            ArtifactError: A folder of that kind that lacks one of its parts.
-            UnsupportedModelError: The files are of a family with another drop-in.
+            ArtifactError: A folder of that kind lacks a file.
+            UnsupportedModelError: The files are of a family with another drop-in class.
         """
         folder = Path(str(pretrained_model_name_or_path))
         if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
@@ -402,15 +402,15 @@ class ErasureMixin(SharedModulesMixin):
 
     @classmethod
     def load_erased_pipeline(cls, folder: str | Path, **options: object) -> Self:
-        """Load what `save_erased_pipeline(fuse=False)` wrote, with its erasures attached and verified.
+        """Load a folder of `save_erased_pipeline(fuse=False)`, with its erasures attached and verified.
 
         Args:
-            folder: A local folder; nothing of it is ever looked for on the Hub.
-            **options: As of `from_pretrained`.
+            folder: A local folder; nothing is downloaded from the Hub.
+            **options: Options of `from_pretrained`.
 
         Raises:
-            ArtifactError: Something else, or a part of it is missing or damaged.
-            WrongBaseError: An erasure was made for another model than the one beside it.
+            ArtifactError: It is another kind of folder, or a file is missing or damaged.
+            WrongBaseError: An erasure was made for another model than the saved base.
         """
         folder = Path(folder)
         attached = read_attached(folder)
@@ -424,7 +424,7 @@ class ErasureMixin(SharedModulesMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: object) -> Self:
-        """As the stock method; erasures come along with the components that are shared."""
+        """Make a pipeline from another one's components, as the stock method does, with the components' erasures."""
         made = super().from_pipe(pipeline, **options)
         made.erasure_manager.adopt()
         locking.share(pipeline, made)

@@ -1,4 +1,4 @@
-"""Pictures as the pipelines take them: read to the sizes that models work at, without a change of the pixels."""
+"""Reading of the pictures that pipelines take, without a change of their pixels, and padding to the models' sizes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from erasure.images import on_white, rgb
 Picture = Image.Image | np.ndarray | Tensor
 """An image, an array `(height, width, 3)`, or a tensor `(3, height, width)` in 0-1."""
 Pictures = Picture | Sequence[Picture]
-"""One or several, or a batch as one array or tensor."""
+"""One picture, several, or a batch as one array or tensor."""
 CHANNELS = (1, 3, 4)
-"""Grey, colours, colours with opacity."""
+"""Allowed numbers of channels: grey, colours, colours with opacity."""
 ROUNDING = 1e-3
-"""Distance by which fractions may be out of range through rounding."""
+"""Largest distance by which values in 0-1 may be out of range by rounding."""
 
 
 def read_pixels(pictures: Pictures) -> Tensor:
-    """Pictures as `(batch, 3, height, width)` float32 in 0-1, on the CPU, as viewers show them.
+    """Read pictures as `(batch, 3, height, width)` float32 in 0-1 on the CPU, as viewers show them.
 
     Args:
         pictures: One picture or several of one size: PIL images, turned as their EXIF data say; arrays
-            `(height, width[, channels])` or tensors `([channels,] height, width)`, of whole numbers in 0-255 or
-            16 bits, or of fractions in 0-1. Grey becomes three channels; what is transparent becomes white.
+            `(height, width[, channels])` or tensors `([channels,] height, width)`, of whole numbers in 0-255 or 16
+            bits, or of fractions in 0-1. Grey becomes three channels; what is transparent becomes white.
 
     Raises:
-        MaskError: None, another shape, pictures of several sizes, or NaN and values out of range.
+        MaskError: There is no picture, shapes or sizes do not fit, or values are NaN or out of range.
     """
     several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 3) == 4
     batch = [_pixels(picture) for picture in (cast(Sequence[Picture], pictures) if several else [pictures])]
@@ -46,7 +46,7 @@ def read_pixels(pictures: Pictures) -> Tensor:
 
 
 def _pixels(picture: object) -> Tensor:
-    """`(3, height, width)` in 0-1."""
+    """Read one picture as `(3, height, width)` in 0-1."""
     if isinstance(picture, Image.Image):
         picture = np.array(rgb(picture, "an image", error=MaskError))
     if not isinstance(picture, (np.ndarray, Tensor)):
@@ -74,7 +74,7 @@ def _pixels(picture: object) -> Tensor:
 
 
 def _in_range(values: Tensor) -> Tensor:
-    """Values of an image in 0-1, float32.
+    """Check that an image's values are in 0-1, and give them as float32.
 
     Raises:
         MaskError: They are not finite, or out of range.
@@ -93,21 +93,21 @@ def _in_range(values: Tensor) -> Tensor:
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels in 0-1 at another height and width, bicubic and antialiased; those of this size stay as they are."""
+    """Resize pixels in 0-1 to a height and width, bicubic and antialiased; pixels of this size do not change."""
     if tuple(pixels.shape[2:]) == size:
         return pixels
     return F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
 def padded(pixels: Tensor, side: int) -> Tensor:
-    """Pixels `(batch, channels, height, width)` continued to the right and down to sides that `side` divides.
+    """Pad pixels `(batch, channels, height, width)` to the right and downwards to multiples of `side`.
 
-    What is added repeats the last row and column, so that nothing is stretched and `cropped` gives back what came.
+    The padding repeats the last row and column, so nothing is stretched, and `cropped` removes it again.
     """
     height, width = pixels.shape[2:]
     return F.pad(pixels, (0, -width % side, 0, -height % side), mode="replicate")
 
 
 def cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The upper left part `(..., height, width)` of a size: what `padded` was given."""
+    """Cut the upper left part `(..., height, width)` of a size, which undoes `padded`."""
     return pixels[..., : size[0], : size[1]]

@@ -1,13 +1,13 @@
-"""Whether a thing is in a picture at all: whether the denoiser predicts the picture better when it is told the thing.
+"""Whether a thing is in a picture: whether its name improves the denoiser's prediction of the picture.
 
-A denoiser is a classifier (Li et al. 2023, arXiv 2303.16203): at one and the same noise, the text that says what is
-there gives the smallest error. The score of a text is the share of the error without any text that it takes away,
-`1 - e(text) / e("")`, negative where the text misleads. Attention does not tell: every word draws some to whatever is
-there (on Canvas its maps order present and absent things hardly better than chance).
+A denoiser is a classifier (Li et al. 2023, arXiv 2303.16203): with the same noise, the text that describes the picture
+gives the smallest error. The score of a text is the share of the error without text that the text removes,
+`1 - e(text) / e("")`; it is negative for wrong texts. Attention cannot be used for this, because every word gets some
+attention from any picture (on Canvas its maps separate present from absent things hardly better than chance).
 
-A text that names one of several things misleads too, because a picture of that thing alone looks different. So with
-other names beside it the word is asked for together with them; and without, each part of the picture is looked at by
-itself, and compared with the rest.
+A text that names only one of several things also increases the error, because a picture of that thing alone looks
+different. With other names, the word is therefore evaluated together with them; without, each part of the picture is
+evaluated by itself and compared with the rest.
 """
 
 from __future__ import annotations
@@ -25,46 +25,49 @@ from erasure.pipelines.latents import ImagesMixin
 from erasure.pipelines.pictures import resized
 
 STEPS, NOISE = 5, 0.8
-"""Steps of the schedule, and the share of them that is asked at: from much noise to little, without the extremes."""
+"""Number of steps of the schedule, and share of them that is evaluated, without the extremes of much and little
+noise."""
 ROWS = 4
-"""Texts and pictures that are asked about at once."""
+"""Number of texts and pictures that are evaluated at once."""
 REST, APART = 0.5, 0.1
-"""Weight of what a part's score is above that of the rest of the picture, and how far above it has to be: a word that
-the denoiser does not know fits everything alike, and a little better than no word."""
+"""Weight of the difference between a part's score and the score of the rest of the picture, and the difference it
+needs: a word that the denoiser does not know scores slightly above no word everywhere."""
 MARGIN = 1.15
-"""Size of the window around a part, times the part's."""
+"""Size of the window around a part, relative to the part's size."""
 GRID = 128
-"""Most rows and columns at which parts are looked for."""
+"""Largest number of rows and columns at which parts are searched."""
 LEAST, LONG = 0.02, 1.35
-"""Least size of a part as a share of the picture, and how much longer than wide one is that may be two."""
+"""Smallest size of a part as a share of the picture, and ratio of length to width above which a part may be two
+things."""
 
 
 class PresenceMixin(ImagesMixin):
-    """Put ahead of a stock pipeline."""
+    """Mixin for a stock pipeline class."""
 
     def look(
         self, source: Tensor, latents: Tensor, things: Tensor, phrases: Sequence[str], words: int, least: float,
         backbone: Backbone,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Score how surely words are in pictures, and where, as far as that follows.
+        """Score whether words are in pictures, and find their places where the scores determine them.
 
         Args:
             source: `(images, 3, height, width)` in 0-1.
-            latents: The same as latents.
-            things: `(images, height, width)` bool: what is no background.
-            phrases: What is looked for, with an article each: the words, then other things that are there.
+            latents: Latents of the images.
+            things: Foreground, `(images, height, width)` bool.
+            phrases: Names with articles: those of the words, then those of other things that are there.
             words: Number of the words.
-            least: Score from which a word counts as found.
+            least: Smallest score with which a word counts as found.
             backbone: Of the pipeline.
 
         Returns:
-            Scores `(images, words)`, and places `(images, words, height, width)` bool, which cover nothing where the
+            Scores `(images, words)`, and places `(images, words, height, width)` bool, which are empty where names
+            have to be separated by other means.
             names have to be told apart by other means.
         """
         ask = Asked(backbone, latents)
         empty = ask.errors("")
         scores = torch.stack([1 - ask.errors(word) / empty for word in phrases[:words]], 1)
-        # Nothing but the word is there: it is wherever anything is.
+        # If only one word is searched and found, it covers the whole foreground.
         places = things[:, None] & (scores >= least)[:, :, None, None]
         first = scores.argmax(1, keepdim=True) == torch.arange(words)
         places &= first[:, :, None, None]
@@ -83,7 +86,7 @@ class PresenceMixin(ImagesMixin):
         return scores, places
 
     def _in_parts(self, source: Tensor, things: Tensor, phrase: str, backbone: Backbone) -> tuple[float, Tensor]:
-        """The score of the part of a picture that a phrase fits best, compared with the rest, and the part."""
+        """Score the part of a picture that a phrase fits best, relative to the rest, and give the part."""
         parts = split(things)
         if not parts:
             return -float("inf"), torch.zeros_like(things)
@@ -99,11 +102,11 @@ class PresenceMixin(ImagesMixin):
 
 
 class Asked:
-    """Pictures of which a denoiser is asked how well texts fit them.
+    """Pictures for which a denoiser measures how well texts fit.
 
     Args:
         backbone: Of the model.
-        latents: The pictures, `(images, channels, h, w)`.
+        latents: Latents of the pictures, `(images, channels, h, w)`.
     """
 
     def __init__(self, backbone: Backbone, latents: Tensor) -> None:
@@ -114,13 +117,13 @@ class Asked:
         self.noise = randn_tensor(shape, seed, latents.device, latents.dtype)
 
     def least_error(self, names: Sequence[str]) -> Tensor:
-        """Error `(images,)` of a text with several names, in the better of two orders."""
+        """Compute the error `(images,)` of a text with several names, in the better of two orders."""
         orders = [list(names), list(names)[::-1]][: len(names)]
         found = [self.errors(" and ".join(order)) for order in orders]
         return torch.stack(found or [self.errors("")]).amin(0)
 
     def errors(self, text: str) -> Tensor:
-        """Mean squared error of the denoiser, told a text, over noise levels, `(images,)`."""
+        """Compute the denoiser's mean squared error with a text, over timesteps, `(images,)`."""
         told, kind = self.backbone.encode([text]), self.backbone.parametrisation
         found = []
         for clean in self.latents.split(ROWS):
@@ -136,7 +139,7 @@ class Asked:
 
 
 def split(things: Tensor) -> list[Tensor]:
-    """The parts of a mask `(height, width)` bool that hang together, and the halves of long ones besides."""
+    """Split a mask `(height, width)` bool into connected parts, and add the halves of long parts."""
     height, width = things.shape
     step = -(-max(height, width) // GRID)
     if step > 1:
@@ -154,7 +157,7 @@ def split(things: Tensor) -> list[Tensor]:
         along = 0 if spans[0] > spans[1] else 1
         profile, start = part.sum(1 - along), int((rows, columns)[along][0])
         first, last = start + int(0.3 * spans[along]), start + int(0.7 * spans[along]) + 1
-        # The thinnest place, and of several the one in the middle.
+        # The cut is at the thinnest place, and of several at the middle one.
         cut = min(range(first, last), key=lambda at: (int(profile[at]), abs(at - start - spans[along] / 2)))
         ahead = (torch.arange(part.shape[along]) < cut).view((-1, 1) if along == 0 else (1, -1))
         parts += [part & ahead, part & ~ahead]
@@ -162,7 +165,7 @@ def split(things: Tensor) -> list[Tensor]:
 
 
 def components(mask: Tensor) -> list[Tensor]:
-    """The parts of a mask `(height, width)` bool whose pixels touch along a side."""
+    """Split a mask `(height, width)` bool into parts whose pixels touch along a side."""
     labels = torch.arange(1, mask.numel() + 1, dtype=torch.float64).view(mask.shape) * mask
     while True:
         spread = [
@@ -175,7 +178,7 @@ def components(mask: Tensor) -> list[Tensor]:
 
 
 def window(source: Tensor, part: Tensor) -> Tensor:
-    """A picture `(1, 3, height, width)` zoomed to a part of it, with its proportions and size."""
+    """Zoom a picture `(1, 3, height, width)` to a part of it, keeping proportions and size."""
     height, width = part.shape
     rows, columns = (part.any(axis).nonzero()[:, 0] for axis in (1, 0))
     spans = (int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)

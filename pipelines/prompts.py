@@ -1,4 +1,4 @@
-"""Texts beside one another: one for all pictures of a call, or one for each."""
+"""Texts of a call: one for all pictures, or one for each."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from erasure.errors import OptionError
 from erasure.interop.protocols import Settings
 
 BESIDE_PROMPTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
-"""Texts of stock calls of which several prompts need one each."""
+"""Text arguments of stock calls that need one text for each of several prompts."""
 
 
 def texts_of(name: str, given: object) -> list[str]:
-    """Texts that were given as one or as several.
+    """Read one text or several as a list.
 
     Args:
         name: The option's name, for messages.
         given: A text, or a list of them.
 
     Raises:
-        OptionError: Something else, or none.
+        OptionError: The value is not a text or a list of texts, or is empty.
     """
     texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -28,15 +28,15 @@ def texts_of(name: str, given: object) -> list[str]:
 
 
 def one_for_each(name: str, given: object, count: int) -> list[str]:
-    """Texts for `count` pictures or prompts, where one may stand for all.
+    """Give texts for `count` pictures or prompts; one text may be used for all.
 
     Args:
         name: The option's name, for messages.
         given: A text, or a list of them.
-        count: How many are wanted.
+        count: Number of texts.
 
     Raises:
-        OptionError: No text, or another number of them.
+        OptionError: There is no text, or another number of texts.
     """
     texts = texts_of(name, given)
     if isinstance(given, str):
@@ -47,15 +47,15 @@ def one_for_each(name: str, given: object, count: int) -> list[str]:
 
 
 def for_each(options: Settings, count: int, repeats: int = 1) -> Settings:
-    """Options of a stock call for several prompts, where one text may stand for all.
+    """Expand the options of a stock call for several prompts, where one text may be used for all.
 
     Args:
-        options: As a user gave them.
-        count: How many texts a user may give.
-        repeats: How often each of them is handed on, next to one another.
+        options: Options from the user.
+        count: Number of texts that a user may give.
+        repeats: Number of times that each text is repeated in succession.
 
     Raises:
-        OptionError: Another number of texts.
+        OptionError: The number of texts is wrong.
     """
     given = {name: value for name in BESIDE_PROMPTS if (value := options.get(name)) is not None}
     each = {name: one_for_each(name, value, count) for name, value in given.items()}

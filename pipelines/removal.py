@@ -1,10 +1,10 @@
 """Object removal without training: Attentive Eraser (Sun et al. 2025, arXiv 2412.12974).
 
-The stock inpainting loop keeps the surroundings: after every step they are put back with the noise of that step.
-While it runs, self-attention of the decoder is redirected (AAS): nothing attends to what the mask covers, so the hole
-is filled from its surroundings and not from the object; at first its queries are scaled down as well, so that objects
-that look alike do not draw all attention (similarity suppression). The prediction is then steered from the ordinary
-one towards the redirected one (SARG): `e = e_ordinary + s (e_redirected - e_ordinary)`.
+The stock inpainting loop keeps the surroundings: after every step they are restored with the noise of that step.
+Meanwhile self-attention in the decoder is redirected (AAS): no token attends to the masked part, so the hole is filled
+from its surroundings and not from the object. At first the queries under the mask are scaled down too, so that similar
+objects do not get all the attention (similarity suppression). The prediction is then guided from the ordinary
+prediction towards the redirected one (SARG): `e = e_ordinary + s (e_redirected - e_ordinary)`.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from erasure.pipelines.shadows import with_shadows
 from erasure.world import World
 
 BLENDED = 15 / 512
-"""Radius of the blending, as a share of the image's shorter side."""
+"""Radius of the final blending, as a share of the image's shorter side."""
 
 
 class ObjectRemovalMixin(LocalizationMixin):
-    """Put ahead of a stock inpainting pipeline."""
+    """Mixin for a stock inpainting pipeline class."""
 
     output: ClassVar[type[BaseOutput]]
-    """What the stock call returns."""
+    """Class of the stock call's result."""
     guided_by: ClassVar[str] = "guidance_scale"
     """Argument of the stock call that switches classifier-free guidance on above 1."""
     own_preset: ClassVar[str] = "default"
-    """Preset that is taken when none is given."""
+    """Default preset."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -76,33 +76,35 @@ class ObjectRemovalMixin(LocalizationMixin):
         callback_on_step_end: Callback | None = None,
         **options: object,
     ) -> Any:
-        """Take what the mask covers out of images and fill its place with background.
+        """Remove the masked parts of images and fill them with background.
 
         Args:
-            image: One image or several of one size; see `erasure.pipelines.pictures.read_pixels`. What comes back has
-                the same size, and the image's own pixels wherever nothing is removed, unless `blend_radius` is 0.
-            mask_image: One mask for all, or one for each image; see `erasure.masks.read_masks`. An image whose mask is
-                empty comes back as it is.
-            words: Without a mask: what to remove, found by `localize`; refused where it is not found.
-            others: Other things in the image that must stay, which makes `localize` surer.
-            prompt: What should be there instead, for all images or a list; the paper leaves it empty.
-            preset: Name of settings, see `RemovalSettings`; that of the family when left out.
+            image: One image or several of one size; see `erasure.pipelines.pictures.read_pixels`. The result has the
+                same size, and the image's own pixels wherever nothing is removed, unless `blend_radius` is 0.
+            mask_image: One mask for all, or one for each image; see `erasure.masks.read_masks`. An image with an empty
+                mask is returned unchanged.
+            words: Names of things to remove, instead of a mask. They are found by `localize`; a name that is not found
+                is an error.
+            others: Names of other things in the image that must stay, which improves the masks of `localize`.
+            prompt: Description of the filling, for all images or one for each; the paper leaves it empty.
+            preset: Name of a preset of `RemovalSettings`; that of the family when left out.
             height: Height of the output in pixels; the image's own when left out.
             width: Width of the output in pixels; the image's own when left out.
-            num_images_per_prompt: Results for each image, next to one another in the output.
-            generator: Of the noise, on the CPU for reproducible results; one, or one for each result.
-            guidance_scale: Of the prompt; 1 switches classifier-free guidance off, as the paper does.
-            output_type: What comes back.
-            callback_on_step_end: As diffusers calls it.
-            **options: Single settings to change, see `RemovalSettings`; what is none of them goes to the stock call.
+            num_images_per_prompt: Number of results for each image, in succession in the output.
+            generator: Random generator of the noise, on the CPU for reproducible results; one, or one for each result.
+            guidance_scale: Scale of classifier-free guidance; 1 switches it off, as the paper does.
+            output_type: Type of the result's images.
+            callback_on_step_end: Callback as in diffusers.
+            **options: Single settings of `RemovalSettings`; other options go to the stock call.
 
         Returns:
-            What the stock pipeline returns; `.images` in the order of the input.
+            The stock pipeline's result; `.images` in the order of the input.
 
         Raises:
             MaskError: The mask covers everything, does not fit, or there is neither mask nor words.
-            OptionError: Unknown preset, a setting without meaning, or another number of texts than of images.
-            UnsupportedModelError: Its UNet or scheduler does not allow what the settings ask for.
+            OptionError: The preset is unknown, a setting is invalid, or the number of texts differs from that of
+                images.
+            UnsupportedModelError: The UNet or the scheduler does not allow the settings.
         """
         self.check_model()
         settings, rest = chosen(self.own_preset if preset is None else preset, options)
@@ -150,13 +152,13 @@ class ObjectRemovalMixin(LocalizationMixin):
     def _filled(
         self, source: Tensor, masks: Tensor, call: Settings, settings: RemovalSettings
     ) -> tuple[Tensor, list[bool] | None]:
-        """Images with what masks cover painted anew, on the images' whole area.
+        """Fill the masked parts of images, working on whole images.
 
         Args:
             source: `(images, 3, height, width)` in 0-1.
             masks: `(images, height, width)` bool.
-            call: Arguments of the stock call, those that depend on the pixels aside.
-            settings: See there.
+            call: Arguments of the stock call, without those that depend on the pixels.
+            settings: Settings of the removal.
 
         Returns:
             Images of the same shape, and the flags of the safety checker, if there is one.
@@ -188,7 +190,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     def _filled_by_crops(
         self, source: Tensor, masks: Tensor, call: Settings, settings: RemovalSettings
     ) -> tuple[Tensor, list[bool] | None]:
-        """As `_filled`, on the parts around the masks, each at the size that the model draws; see `by_crops`."""
+        """Fill as `_filled` does, working on crops around the masks at the model's size; see `by_crops`."""
         if call.get("latents") is not None:
             raise OptionError("latents= has one size, and crops have several: leave it out, or crop=True")
         whole, generators = replace(settings, blend_radius=0.0), call["generator"]
@@ -210,10 +212,10 @@ class ObjectRemovalMixin(LocalizationMixin):
         return source, flags if is_checked else None
 
     def check_model(self) -> None:
-        """Refuse a model that the stock loop does not serve; nothing is known to be refused here."""
+        """Refuse a model that the stock loop does not support; all are supported here."""
 
     def _drawn(self, call: Settings) -> tuple[Tensor, list[bool] | None]:
-        """Pixels `(images, 3, height, width)` in 0-1 of the stock call, and the flags of its safety checker."""
+        """Run the stock call; give pixels `(images, 3, height, width)` in 0-1, and the flags of its safety checker."""
         result = super().__call__(**call)  # type: ignore[misc]
         return result[0], getattr(result, "nsfw_content_detected", None)
 
@@ -223,7 +225,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         self, source: Tensor, given: object, words: str | Sequence[str] | None, others: str | Sequence[str],
         options: Settings, crop: bool,
     ) -> Tensor:  # fmt: skip
-        """What is to be removed, `(images, rows, columns)` bool: as it is given, or where words are found."""
+        """Give the masks to remove, `(images, rows, columns)` bool: the given ones, or those of the words."""
         if given is not None:
             return read_masks(given, (source.shape[2], source.shape[3]), len(source))
         if words is None:
@@ -233,28 +235,28 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     @property
     def drawn_side(self) -> int:
-        """Pixels along the shorter side of what the model was made to draw."""
+        """Shorter side in pixels of the images that the model was made for."""
         latents = self._backbone.latents
         return min(latents.side) * latents.factor
 
     def drawn_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of an image, made smaller where that is needed for the model to see all of it at once."""
+        """Give the height and width at which the model can see a whole image at once, reduced where needed."""
         return worked_size(Box(0, 0, height, width), self.drawn_side)
 
     def _size(self, own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the output in pixels."""
+        """Give the height and width of the output in pixels."""
         size = (own[0] if height is None else height, own[1] if width is None else width)
         if any(isinstance(side, bool) or not isinstance(side, int) or side < self._side for side in size):
             raise OptionError(f"height and width are {size[0]} and {size[1]}: give whole numbers from {self._side} on")
         return size
 
     def _covered(self, masks: Tensor, blur: int) -> tuple[Tensor, Tensor]:
-        """Masks as they are grown, and every pixel `(images, 1, padded height, padded width)` that is painted anew.
+        """Grow masks; give them, and every pixel `(images, 1, padded height, padded width)` that is filled.
 
-        A mask that leaves nothing once it is grown is not grown.
+        A mask that would cover the whole image after growing is not grown.
 
         Raises:
-            MaskError: One leaves no latent pixel untouched.
+            MaskError: A mask covers every latent pixel.
         """
         factor = self._backbone.latents.factor
 
@@ -276,18 +278,18 @@ class ObjectRemovalMixin(LocalizationMixin):
     def _conditioning(
         self, source: Tensor, covered: Tensor, settings: RemovalSettings, generator: Generators
     ) -> dict[str, Tensor]:
-        """The image as latents, and what an inpainting UNet with nine channels is given besides: a grey hole."""
+        """Encode the image, and for an inpainting UNet with nine channels the image with a grey hole."""
         latents = self.encode_images(source, generator if settings.sample_latents else MODE)
         if self._blends:
             return {"image": latents, "masked_image_latents": torch.zeros_like(latents)}
         with unguarded():
-            # That a picture was handed in has been said.
+            # The warning about an initial picture has been given already.
             hole = torch.where(covered, 0.5, padded(source, self._side))
             return {"image": latents, "masked_image_latents": self.encode_images(hole)}
 
     @contextmanager
     def _scheduler(self, settings: RemovalSettings) -> Iterator[None]:
-        """The scheduler that the settings ask for, while the block runs."""
+        """Use the settings' scheduler inside of the block."""
         pipe, denoiser = as_pipeline(self), self._backbone.denoiser
         own = pipe.scheduler
         if settings.released_scheduler:
@@ -304,7 +306,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     def _redirected(
         self, masks: Tensor, settings: RemovalSettings
     ) -> tuple[AttentionController, AbstractContextManager[object]]:
-        """The controller, and the guidance that combines its branches."""
+        """Make the attention controller, and the guidance that combines its branches."""
         backbone = self._backbone
         denoiser, factor = backbone.denoiser, backbone.latents.factor
         sites = self.removal_sites(settings.layers)
@@ -329,7 +331,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         return control, BranchGuidance(denoiser, settings.removal_guidance_scale, shared_trunk=shared)
 
     def removal_sites(self, layers: Layers = "decoder") -> list[AttentionSite]:
-        """The layers that are redirected: self-attention, and joint attention of image and text."""
+        """Find the redirected layers: self-attention, and joint attention of image and text."""
         sites = [site for site in self._backbone.attention_sites() if site.kind != "cross"]
         if layers == "all":
             return sites
@@ -337,7 +339,7 @@ class ObjectRemovalMixin(LocalizationMixin):
         return decoder or sites[len(sites) // 2 :]
 
     def _invert(self, call: Settings, settings: RemovalSettings, keep: Tensor) -> list[Tensor]:
-        """The image's latents at the noise level of every step that will be run, noisiest first, and the clean one."""
+        """Invert the image: its latents at every step that will be run, noisiest first, and the clean ones."""
         pipe = as_pipeline(self)
         steps = settings.executed
         found = [call["image"]]
@@ -351,7 +353,8 @@ class ObjectRemovalMixin(LocalizationMixin):
 
         own = pipe.scheduler
         pipe.scheduler = inversion.backwards(own)
-        # The loop puts nothing back under the mask; a UNet of nine channels is told the mask that it samples with.
+        # The inversion must not blend anything under the mask; a UNet with nine channels reads the mask of the
+        # sampling.
         mask = torch.ones_like(keep) if self._blends else keep
         try:
             super().__call__(  # type: ignore[misc]
@@ -364,14 +367,14 @@ class ObjectRemovalMixin(LocalizationMixin):
 
     @property
     def _blends(self) -> bool:
-        """Whether the denoiser takes latents alone, and the loop puts surroundings back; others are told the mask."""
+        """Whether the denoiser reads latents only, so that the loop restores surroundings; others read the mask."""
         config = self._backbone.denoiser.config
         return config.in_channels == (config.out_channels or config.in_channels)
 
     # After ---------------------------------------------------------------------------------------------------------
 
     def _returned(self, pixels: Tensor, output_type: str, return_dict: bool, flags: list[bool] | None) -> Any:
-        """Wrap images as the stock class does; only Stable Diffusion 1.x and 2.x have flags of a safety checker."""
+        """Wrap images in the stock class's result; only Stable Diffusion 1.x and 2.x have safety flags."""
         images = as_pipeline(self).image_processor.postprocess(
             pixels.float(), output_type=output_type, do_denormalize=[False] * len(pixels)
         )
@@ -380,7 +383,7 @@ class ObjectRemovalMixin(LocalizationMixin):
 
 
 class _Follow:
-    """After every step: tells the controller how far the run is, and puts recorded surroundings back."""
+    """Step callback that tells the controller the share of steps done, and restores recorded surroundings."""
 
     def __init__(
         self, control: AttentionController, record: Sequence[Tensor], keep: Tensor, then: Callback | None

@@ -21,16 +21,16 @@ _released: dict[str, object] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalSettings(Options):
-    """Settings of object removal. The defaults are those of the paper's code, on the pipeline's own scheduler.
+    """Settings of object removal. The defaults are those of the paper's code, with the pipeline's own scheduler.
 
     The preset `joint` is for Stable Diffusion 3 and Flux.
 
     The presets `official-*` are those of the paper's code (Anonym0u3/AttentiveEraser at 0b7881d): of its batch script
     `inference/SIP.py` with `AAS/data.py` for SD 2.1, the same with the notebook's FreeU for SD 1.5, and of `main.py`
-    for SDXL. The paper's text does not mention FreeU. What its callers do is not part of a preset: pictures and masks
-    are resized to 512 x 512 first (SDXL: 1024 x 1024), weights are in float16, the seed is 123, and the batch script
-    writes a second picture with the source blended in (`blend_radius=15`). Its notebooks grow masks with 7 pixels in
-    place of 13.
+    for SDXL. The paper's text does not mention FreeU. Presets do not include what the scripts do around the method:
+    they resize pictures and masks to 512 x 512 (SDXL: 1024 x 1024), use float16 weights and seed 123, and the batch
+    script writes a second picture with the source blended in (`blend_radius=15`). The notebooks grow masks by a
+    Gaussian of 7 pixels instead of 13.
     """
 
     name: ClassVar[str] = "object removal"
@@ -43,57 +43,57 @@ class RemovalSettings(Options):
     }
 
     num_inference_steps: Count = 50
-    """Steps of the schedule, of which the last `strength` are run."""
+    """Number of steps of the schedule, of which the last share `strength` is run."""
     strength: Annotated[float, Gt(0), Le(1)] = 0.8
-    """Share of the steps that are run: where the surroundings begin to be denoised."""
+    """Share of the steps that is run, 0 to 1, which sets the initial noise."""
     removal_guidance_scale: NotNegative = 9.0
-    """s of SARG. 1 takes the redirected prediction as it is, and costs one branch less."""
+    """Scale s of SARG. 1 takes the redirected prediction itself, and needs one branch less."""
     redirect: bool = True
-    """Whether attention is redirected; without, this is inpainting with blended latents."""
+    """Redirect attention; when off, this is inpainting with blended latents."""
     suppression_scale: NotNegative = 0.3
     """Factor of the queries under the mask while similarity is suppressed."""
     suppression_share: ZeroToOne = 0.25
-    """For this share of the executed steps (the code: 10 of 40)."""
+    """Share of the executed steps, 0 to 1, with similarity suppression (the paper's code: 10 of 40)."""
     log_weight: Annotated[float, Ge(-1000), Le(0)] | None = None
-    """Attention to what the mask covers is multiplied by the exponential of this, instead of being cut off altogether:
-    AdaEraser's soft form, `log eta`."""
+    """Logarithm of the factor of attention to the masked part, instead of removing that attention: AdaEraser's soft
+    form, `log eta`. Removed when left out."""
     layers: Layers = "decoder"
-    """Attention that is redirected. With `decoder`, what runs ahead of it runs once for both branches; a transformer
-    has none, and its later half stands in."""
+    """Layers whose attention is redirected. With `decoder`, the layers before it run once for both branches; in a
+    transformer, which has no decoder, its later half is used."""
     mask_blur: CountOrZero = 7
     """Side in pixels of the Gaussian that grows the mask, odd or 0, see `erasure.masks.grow`."""
     sampler: Sampler = "blended"
-    """`blended` puts noised surroundings back after every step; `inversion` those of a DDIM inversion of the image,
-    which is deterministic and costs a run more."""
+    """How surroundings are kept: `blended` restores noised surroundings after every step; `inversion` restores
+    those of a DDIM inversion of the image, which is deterministic and needs a second run."""
     blend_radius: NotNegative | None = None
-    """Pixels over which the source's own pixels are blended in around the mask at the end: when left out, 15 on an
-    image of 512, as in the paper's figures; 0 leaves the surroundings as the VAE decodes them."""
+    """Radius in pixels over which the source's pixels are blended in around the mask at the end. When left out: 15
+    for an image of 512, as in the paper's figures. 0 keeps the VAE's decoded surroundings."""
     shadow: bool = False
-    """Take the shadows of what is removed along, as far as they are the background's colours, only darker; see
+    """Remove the shadows of removed things too, where they are darker versions of the background's colours; see
     `erasure.pipelines.shadows`."""
     crop: bool = False
-    """Work on the parts around the mask at the size that the model draws, and paste them back: for images that are
-    larger than that. Everything away from the mask stays as it is; see `erasure.pipelines.crops.plan_crops`."""
+    """Work on crops around the mask at the model's size, and paste them back, for images that are larger than that.
+    Pixels away from the mask do not change; see `erasure.pipelines.crops.plan_crops`."""
     crop_context: Annotated[float, Ge(0.1), Le(10)] = 0.5
-    """Surroundings that a crop shows on every side of what is removed, as a share of its longer extent; more where the
-    model's size allows it."""
+    """Surroundings of a crop on every side of the removed part, as a share of its longer extent; more where the
+    model's size has room."""
     shared_trunk: bool | None = None
-    """Run what is ahead of the decoder once; where it is possible when left out."""
+    """Run the layers before the decoder once for both branches; wherever possible when left out."""
     released_scheduler: bool = False
     """Sample with the DDIM scheduler of the paper's code, whose steps have no offset."""
     sample_latents: bool = False
-    """Draw the image's latents from the VAE's posterior with the call's generator, ahead of the noise, as the paper's
-    code does; otherwise they are the likeliest ones, which do not depend on a draw."""
+    """Sample the image's latents from the VAE's posterior with the call's generator, before the noise, as the
+    paper's code does; when off, use the posterior's mode, which is deterministic."""
     free_u: tuple[Factor, Factor, Factor, Factor] | None = None
     """Factors s1, s2, b1 and b2 of FreeU as the paper's code registers it, see `erasure.pipelines.free_u`."""
 
     @property
     def executed(self) -> int:
-        """Steps that are run, as diffusers counts them."""
+        """Number of steps that are run, as diffusers counts them."""
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning together."""
+        """Refuse settings that contradict each other."""
         super().__post_init__()
         if self.executed < 1:
             self.refuse(
@@ -110,10 +110,10 @@ PRESETS = {name: RemovalSettings.configured(name) for name in RemovalSettings.pr
 
 
 def chosen(preset: str, options: dict[str, Any]) -> tuple[RemovalSettings, dict[str, Any]]:
-    """The settings of a preset with single ones changed, and the options that are none of them.
+    """Give the settings of a preset with single ones changed, and the options that are not settings.
 
     Raises:
-        OptionError: Unknown preset, or a setting without meaning.
+        OptionError: The preset is unknown, or a setting is invalid.
     """
     own, rest = RemovalSettings.divide(options)
     if not isinstance(preset, str):

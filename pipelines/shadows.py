@@ -1,7 +1,7 @@
-"""Masks that take the shadow along: what beside a mask is its background's colour, only darker.
+"""Masks with shadows: pixels beside a mask that have the background's colour, only darker.
 
-No network is asked. A shadow takes away about the same share of every colour of what it falls on, so a pixel of it is
-a background colour times one factor; it touches what throws it; and it is no background colour itself.
+No network is used. A shadow removes about the same share of every colour, so its pixels are a background colour times
+one factor. It touches the thing that throws it, and its colour is not a background colour itself.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch.nn import functional as F
 from erasure.pipelines.pictures import resized
 
 LONGEST = 256
-"""Pixels of the longer side at which shadows are looked for: noise and fine texture count for little there."""
+"""Longer side in pixels at which shadows are searched, at which noise and fine texture hardly matter."""
 REACH = 0.5
-"""How far a shadow is followed, as a share of the square root of the mask's area."""
+"""Largest distance of a shadow from the mask, as a share of the square root of the mask's area."""
 LIGHT = (0.35, 0.94)
-"""Share of the background's light that a shadow leaves, least and most."""
+"""Smallest and largest share of the background's light that a shadow leaves."""
 NEAR = 0.035
 """Distance of colours in 0-1 that count as the same."""
 BINS = 24
-"""Steps of each colour by which the background's colours are told apart."""
+"""Number of bins per colour channel by which background colours are separated."""
 SHARE = 0.01
-"""Share of the surroundings that a colour of the background covers at least."""
+"""Smallest share of the surroundings that a background colour covers."""
 LEAST = 0.03
-"""Size of a shadow as a share of the mask: what is smaller is left out."""
+"""Smallest size of a shadow as a share of the mask's size."""
 EDGE = 2
-"""Pixels, at the size at which shadows are looked for, of an object's soft edge and of its shadow's."""
+"""Width in pixels, at the size of the search, of the soft edges of objects and shadows."""
 
 
 def with_shadows(masks: Tensor, images: Tensor) -> Tensor:
-    """Masks with the shadows that what they cover throws onto its background.
+    """Add to masks the shadows that the masked things throw onto their background.
 
     Args:
         masks: `(images, height, width)` bool.
@@ -54,7 +54,7 @@ def with_shadows(masks: Tensor, images: Tensor) -> Tensor:
 
 
 def shadow_beside(mask: Tensor, image: Tensor) -> Tensor:
-    """The shadow that touches a mask, `(height, width)` bool.
+    """Find the shadow that touches a mask, `(height, width)` bool.
 
     Args:
         mask: `(height, width)` bool.
@@ -73,10 +73,10 @@ def shadow_beside(mask: Tensor, image: Tensor) -> Tensor:
     is_background = (torch.cdist(colours, palette) < NEAR).any(1).view(mask.shape)
     dark = ((off < NEAR) & (light > LIGHT[0]) & (light < LIGHT[1])).any(1).view(mask.shape)
     wanted = dark & ~is_background & near & ~mask
-    # Lines of a pixel or two are soft edges of what is drawn, which are darker than the background as well.
+    # Lines of one or two pixels are soft edges of objects, which are darker than the background as well.
     core = dilated(~dilated(~wanted, 1), 1) & wanted
     soft = ((off < NEAR) & (light > LIGHT[0]) & (light < 1)).any(1).view(mask.shape)
-    # What else there is throws shadows too: each pixel goes to whom it is nearer to.
+    # Other things throw shadows too, so each pixel is assigned to the nearer thing.
     others = dilated(~dilated(is_background | soft | touching, 1), 1)
     found = nearer(dilated(touching, 1) & core, dilated(others, EDGE) & core, core)
     found = dilated(found, 1) & wanted
@@ -87,27 +87,27 @@ def shadow_beside(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def light_between(colours: Tensor, palette: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor that makes each colour of a palette most like each colour, and how far it is off then.
+    """Compute the factor that best maps each palette colour to each colour, and the remaining distance.
 
     Args:
         colours: `(colours, 3)` in 0-1.
         palette: `(palette, 3)` in 0-1.
 
     Returns:
-        Both `(colours, palette)`.
+        Factors and distances, `(colours, palette)` each.
     """
     light = colours @ palette.T / palette.square().sum(1).clamp_min(1e-6)
     return light, (colours[:, None] - light[..., None] * palette).norm(dim=-1)
 
 
 def background_of(pixels: Tensor) -> Tensor:
-    """The colours that cover the most of some pixels, without those that are a more frequent one in the shadow.
+    """Find the most frequent colours of pixels, without those that are a shadowed version of a more frequent one.
 
     Args:
         pixels: `(3, pixels)` in 0-1.
 
     Returns:
-        `(colours, 3)`, each a mean.
+        Mean colours, `(colours, 3)`.
     """
     bins = (pixels * (BINS - 1)).round().long()
     keys = (bins[0] * BINS + bins[1]) * BINS + bins[2]
@@ -121,9 +121,9 @@ def background_of(pixels: Tensor) -> Tensor:
 
 
 def nearer(own: Tensor, others: Tensor, allowed: Tensor) -> Tensor:
-    """What is reached from `own` before it is from `others`, without leaving what is allowed.
+    """Mark the allowed pixels that are nearer to `own` than to `others` along allowed paths.
 
-    Both go on by a pixel a step, and what both begin with is own. All are `(height, width)` bool.
+    Both regions grow by one pixel per step; ties belong to `own`. All arguments are `(height, width)` bool.
     """
     own, others = own & allowed, others & allowed & ~own
     while True:
@@ -135,7 +135,7 @@ def nearer(own: Tensor, others: Tensor, allowed: Tensor) -> Tensor:
 
 
 def dilated(mask: Tensor, radius: int) -> Tensor:
-    """A mask grown by a square of a radius in pixels, `(height, width)` bool."""
+    """Grow a mask by a square of a radius in pixels, `(height, width)` bool."""
     return F.max_pool2d(mask[None, None].float(), 2 * radius + 1, 1, radius)[0, 0] > 0
 
 

@@ -1,4 +1,4 @@
-"""Where the things that a prompt names stand among its tokens, and where they should be in the picture."""
+"""Positions of a prompt's subjects among its tokens, and their layout in the picture."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Rivals = Literal["words", "padded"]
 
 
 class Words(NamedTuple):
-    """Where the subjects are in their prompts."""
+    """Token positions of the subjects in their prompts."""
 
     weights: Tensor
-    """`(samples, tokens, subjects)`: each subject's tokens, summing to 1."""
+    """Weights of each subject's tokens, which sum to 1, `(samples, tokens, subjects)`."""
     present: Tensor
-    """`(samples, subjects)` bool."""
+    """Whether a sample has the subject, `(samples, subjects)` bool."""
     inside: Tensor
-    """`(samples, tokens)` bool: words, not the start, the end and the padding."""
+    """Words, without start, end and padding, `(samples, tokens)` bool."""
 
 
 def subject_weights(
     towers: Sequence[TextTower], prompts: Sequence[str], subjects: Sequence[str] | Sequence[Sequence[str]]
 ) -> Words:
-    """Find the subjects in their prompts, as the tokenisers spell them; all vectors of learned tokens count.
+    """Find the subjects in their prompts, as the tokenisers split them; all vectors of learned tokens count.
 
-    Encoders side by side may spell a word at unlike lengths: what each of them finds has an equal share.
+    Text encoders may split a word into different numbers of tokens, so each encoder gets an equal share.
 
     Raises:
-        OptionError: One is not there, or there is none.
+        OptionError: A subject is not in its prompt, or there are no subjects.
     """
     subjects = [subjects] if isinstance(subjects, str) else subjects
     alike = all(isinstance(subject, str) for subject in subjects)
-    # The same for all prompts, or a list for each.
+    # Subjects are the same for all prompts, or one list is given for each.
     each = [[str(name) for name in subjects]] * len(prompts) if alike else [list(names) for names in subjects]
     if len(each) != len(prompts) or not all(each):
         raise OptionError(f"{len(prompts)} prompts need a list of subjects each, with one at least; got {subjects!r}")
@@ -58,7 +58,7 @@ def subject_weights(
 
 
 def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[slice, list[slice]]:
-    """The positions of a prompt's words in a tower, and of each subject: the first that no other has taken."""
+    """Find the positions of a prompt's words, and of each subject: its first mention that no other subject uses."""
     ids = tower.prompt_ids(prompt, truncate=True)
     inside = slice(tower.leading, len(ids) - 1)
     spans: list[slice] = []
@@ -72,7 +72,7 @@ def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[
 
 
 def rival_tokens(towers: Sequence[TextTower], inside: Tensor, rivals: Rivals | None) -> Tensor:
-    """The tokens that a subject's attention is compared with in Attend-and-Excite, `(samples, tokens)` bool.
+    """Mark the tokens of the softmax in Attend-and-Excite, `(samples, tokens)` bool.
 
     Args:
         towers: The text encoders.
@@ -90,10 +90,10 @@ def rival_tokens(towers: Sequence[TextTower], inside: Tensor, rivals: Rivals | N
 
 
 def read_layout(layout: Sequence[object], size: tuple[int, int], subjects: int) -> Tensor:
-    """Where each subject should be, `(subjects, height, width)` bool.
+    """Read the layout of the subjects, `(subjects, height, width)` bool.
 
     Raises:
-        MaskError: Another number of masks than of subjects, or one that covers nothing.
+        MaskError: The numbers of masks and subjects differ, or a mask is empty.
     """
     masks = list(layout)
     if len(masks) != subjects:
