@@ -165,7 +165,7 @@ def _joined(part: list[Character], known: Known, *, beyond_doubt: bool) -> list[
 
 
 def _request(part: list[Character], known: Known) -> ConceptRequest:
-    """Parse one item of a list:"""
+    """Parse one item of a list, `NAME[:KIND][>ANCHOR]`."""
     said = "".join(value for value, _ in part)
     arrows = [index for index, character in enumerate(part) if character == (">", False)]
     if len(arrows) > 1:

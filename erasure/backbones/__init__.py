@@ -21,13 +21,13 @@ from erasure.world import World
 FAMILIES: tuple[type[Backbone], ...] = (
     StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone, ChromaBackbone,
 )  # fmt: skip
-"""Known families; the first that matches a pipeline is taken."""
+"""Known families; the first one that matches a pipeline is used."""
 
 
 def backbone_for(
     pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
 ) -> Backbone:
-    """The backbone of a pipeline.
+    """Make the backbone of a pipeline: the interface to its model family.
 
     Args:
         pipe: The pipeline.
@@ -35,7 +35,7 @@ def backbone_for(
         length: See `Backbone`; what the model declares when left out.
 
     Raises:
-        UnsupportedModelError: No family matches, or a part is missing without which it cannot be told anything.
+        UnsupportedModelError: No family matches, or a component is missing without which no prompt can be encoded.
         ArtifactError: The model's `canvas.json` is damaged.
     """
     for family in FAMILIES:
@@ -51,12 +51,12 @@ def backbone_for(
 
 
 def family_named(family: str) -> type[Backbone] | None:
-    """The class of a family, or `None` for a name that is none."""
+    """Find the class of a family; `None` for an unknown name."""
     return next((known for known in FAMILIES if known.family == family), None)
 
 
 def reads_kohya_names(family: str) -> bool:
-    """Whether the loaders of a family's models read the names that kohya gives the layers of a LoRA."""
+    """Whether the loaders of a family's models read kohya's names of LoRA layers."""
     known = family_named(family)
     return known is not None and known.reads_kohya_names
 

@@ -1,4 +1,4 @@
-"""The protocol of a model family. Strategies ask it and never look at the family's name."""
+"""The interface to a model family. Strategies use it and never test for the family's name."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class EntryLayer(NamedTuple):
     """`component/module.path`."""
     module: nn.Linear
     source: Source = "tokens"
-    """Which part of the conditioning it reads."""
+    """Part of the conditioning that the layer reads."""
     columns: slice = slice(None)
-    """Columns of its weight that read it, the same in all layers of a source; the others read something else."""
+    """Columns of its weight that read this part, the same in all layers of a source; other columns read other
+    inputs."""
     part: Part = "both"
-    """Role of its output in attention; both where it stands ahead of all attention."""
+    """Role of its output in attention; `both` for layers before all attention."""
 
     @property
     def path(self) -> str:
@@ -48,49 +49,49 @@ class EntryLayer(NamedTuple):
 
 
 class TokenRun(NamedTuple):
-    """Neighbouring tokens of a conditioning, and the text encoders whose states stand side by side in each."""
+    """A run of adjacent tokens of a conditioning, and the text encoders whose states are concatenated in each."""
 
     towers: tuple[TextTower, ...]
     """The text encoders, which read the same tokens."""
     first: int = 0
-    """Place of their first token among those of the conditioning."""
+    """Index of the first token in the conditioning."""
     tokens: int | None = None
-    """How many; all from the first on when left out."""
+    """Number of tokens; all from the first on when `None`."""
 
     @property
     def tower(self) -> TextTower:
-        """The one that is asked what stands where."""
+        """The text encoder that gives the positions of words."""
         return self.towers[0]
 
 
 class Written(NamedTuple):
-    """Where the states of one text encoder stand in the tokens of a conditioning, or its vector in the pooled one."""
+    """Slices of a conditioning with the output of one text encoder: of its tokens, or of its pooled vector."""
 
     component: str
     places: slice
-    """Tokens."""
+    """Slice of the tokens."""
     columns: slice
-    """Features."""
+    """Slice of the features."""
 
 
 class Backbone(ABC):
-    """One pipeline seen through its family.
+    """A pipeline and its model family, behind one interface.
 
     Args:
         pipe: The pipeline; its modules are used in place.
-        size: Height and width in pixels of what is drawn; the family's own when left out.
-        length: Tokens that text encoders of free length pad prompts to; the pipeline's own when left out.
+        size: Height and width of images in pixels; the family's own when left out.
+        length: Number of tokens to which prompts are padded for T5; the pipeline's own when left out.
     """
 
     family: ClassVar[str]
     denoiser_component: ClassVar[str]
     reads_kohya_names: ClassVar[bool] = False
-    """Whether loaders read the names that kohya gives the layers of a LoRA."""
+    """Whether loaders read kohya's names of LoRA layers."""
     noisiest: ClassVar[float] = float(TIMESTEPS)
-    """Noise level that the denoiser is told where nothing but noise is left."""
+    """Timestep of pure noise."""
     guides_in_one_call: ClassVar[bool] = True
-    """Whether pipelines ask about negative prompts and prompts in one call of the denoiser, in this order; else in two
-    calls, the prompts' first."""
+    """Whether pipelines pass negative prompts and prompts to the denoiser in one call, in this order; otherwise in
+    two calls, prompts first."""
 
     def __init__(
         self, pipe: DiffusionPipeline, *, size: tuple[int, int] | None = None, length: int | None = None
@@ -102,7 +103,7 @@ class Backbone(ABC):
         """Give the names of the denoiser's parameters in the files that its makers published.
 
         Args:
-            denoiser: The network; what is the same for all of the family where there is none.
+            denoiser: The network; without it, what is the same in the whole family.
 
         Returns:
             The layout; `None` where none is known, or it depends on the network and there is none.
@@ -111,7 +112,7 @@ class Backbone(ABC):
 
     @classmethod
     def layout_of(cls, names: Collection[str]) -> Layout | None:
-        """Give the same as `published_layout` by a published file, where no network of diffusers is there.
+        """Give `published_layout` from a published file, without a network of diffusers.
 
         Args:
             names: Names of the denoiser's tensors in the file.
@@ -124,7 +125,7 @@ class Backbone(ABC):
         """Whether a pipeline is of this family."""
 
     def lacks(self, need: Need) -> str:
-        """Say why the model cannot give what a strategy needs; empty where it can."""
+        """Say why the model does not meet a requirement of a strategy; empty where it does."""
         if need == "one step":
             return (
                 "its noise is that of flow matching, and what makes a one-step generator here (score identity "
@@ -146,13 +147,13 @@ class Backbone(ABC):
         return ""
 
     def check_plain(self, advice: str) -> None:
-        """Refuse text encoders and a denoiser whose weights are not there as plain numbers.
+        """Refuse quantised or offloaded text encoders and denoisers.
 
         Args:
             advice: What to do instead, for the message.
 
         Raises:
-            UnsupportedModelError: One is quantised or offloaded.
+            UnsupportedModelError: A network is quantised or offloaded.
         """
         parts = {tower.component: tower.module for tower in self.towers}
         for name, module in {**parts, self.denoiser_component: self.denoiser}.items():
@@ -172,22 +173,22 @@ class Backbone(ABC):
 
     @property
     def text_length(self) -> int | None:
-        """Tokens that the text encoder of free length pads prompts to; `None` where all have a fixed length."""
+        """Number of tokens to which prompts are padded for T5; `None` where all lengths are fixed."""
         return next((tower.max_length for tower in self.towers if not tower.causal), None)
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network that denoises, a module."""
+        """The denoiser: a UNet or a transformer."""
         return getattr(self.pipe, self.denoiser_component)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """Device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision that the denoiser computes in, which weights may be stored below."""
+        """Precision of the denoiser's arithmetic; its weights may be stored in a lower one."""
         return cast(Denoiser, paths.uncompiled(self.denoiser)).dtype
 
     def attention_sites(self) -> list[AttentionSite]:
@@ -199,12 +200,12 @@ class Backbone(ABC):
         """The linear layers through which text enters the denoiser."""
 
     def entry(self, path: str, source: Source = "tokens", columns: slice = slice(None)) -> EntryLayer:
-        """The linear layer at a path of the denoiser; the rest is as `EntryLayer` says."""
+        """Make the entry layer at a path of the denoiser, see `EntryLayer`."""
         layer = cast(nn.Linear, paths.layer(paths.uncompiled(self.denoiser), path))
         return EntryLayer(f"{self.denoiser_component}/{path}", layer, source, columns)
 
     def text_layers(self) -> list[str]:
-        """Paths of the denoiser's modules that text alone passes: where it enters, and its half of joint attention."""
+        """Paths of the denoiser's text-only modules: entry layers, and the text stream of joint attention."""
         doors = [layer.path for layer in self.entry_layers()]
         return [*doors, *(path for site in self.attention_sites() for path in site.text_only(self.denoiser))]
 
@@ -213,15 +214,15 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def token_runs(self) -> list[TokenRun]:
-        """The tokens of a conditioning by the text encoders that wrote them, without gaps."""
+        """The tokens of a conditioning by text encoder, without gaps."""
 
     @property
     def reader(self) -> TextTower:
-        """The text encoder whose tokens the denoiser reads first: its tokeniser says which words there are."""
+        """The text encoder whose tokens the denoiser reads first, and whose tokeniser gives the words."""
         return self.token_runs[0].tower
 
     def written(self) -> list[Written]:
-        """Where the states of each text encoder stand in the tokens of a conditioning."""
+        """Slices of a conditioning's tokens with the states of each text encoder."""
         parts = []
         for run in self.token_runs:
             column, end = 0, None if run.tokens is None else run.first + run.tokens
@@ -231,7 +232,7 @@ class Backbone(ABC):
         return parts
 
     def pooled(self) -> list[Written]:
-        """Where the pooled vector of each text encoder stands in that of a conditioning: side by side, in order."""
+        """Slices of a conditioning's pooled vector by text encoder, concatenated in order."""
         parts, column = [], 0
         for tower in self.towers:
             if tower.pooled:
@@ -240,14 +241,14 @@ class Backbone(ABC):
         return parts
 
     def tower(self, component: str) -> TextTower:
-        """The text encoder of a name."""
+        """Find a text encoder by its component's name."""
         return next(tower for tower in self.towers if tower.component == component)
 
     @abstractmethod
     def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:
-        """What the denoiser is told, from what each text encoder gives, by component.
+        """Combine the text encoders' outputs, by component, into a conditioning.
 
-        The one place that knows how states are put beside and behind one another, and which are padded.
+        Only this method knows how states are concatenated and padded.
         """
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -255,18 +256,18 @@ class Backbone(ABC):
         return self.compose(_encoded(self.towers, prompts))
 
     def composed(self, component: str, output: TowerOutput, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with an output of one text encoder in the place of its own; the others encode as they are.
+        """Encode prompts, with a given output instead of that of one text encoder.
 
         Args:
-            component: That text encoder.
-            output: What it gives for the prompts.
-            prompts: What the others read.
+            component: Name of the text encoder.
+            output: Its output for the prompts.
+            prompts: Prompts that the other text encoders read.
         """
         others = [tower for tower in self.towers if tower.component != component]
         return self.compose({**_encoded(others, prompts), component: output})
 
     def null(self, empty: Conditioning) -> Conditioning:
-        """What the pipeline tells the denoiser for guidance where no negative prompt is given.
+        """Give the null conditioning of classifier-free guidance, used where no negative prompt is given.
 
         Args:
             empty: The encoding of the empty prompt, one row or several.
@@ -278,67 +279,67 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def parametrisation(self) -> Parametrisation:
-        """What the denoiser predicts, and how its training noises.
+        """The denoiser's type of prediction, and the noising of its training.
 
         Raises:
-            UnsupportedModelError: The pipeline's scheduler says something that the family does not know.
+            UnsupportedModelError: The scheduler's type of prediction is unknown to the family.
         """
 
     @property
     @abstractmethod
     def latents(self) -> Latents:
-        """Shape and scale of what is denoised."""
+        """Shape and scale of the latents."""
 
     @abstractmethod
     def rollout_scheduler(self) -> Scheduler:
-        """A new deterministic first-order sampler of the model's noise schedule.
+        """Make a deterministic first-order sampler with the model's noise schedule.
 
-        It keeps nothing between steps, so rows of a batch may end at any of them.
+        It has no state between steps, so rows of a batch may end at any step.
         """
 
     @abstractmethod
     def timesteps(self, steps: int) -> Tensor:
-        """The noise levels of a sampling run, highest first."""
+        """Give the timesteps of a sampling run, highest first."""
 
     def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
-        """Initial latents, one seed each, drawn on the CPU in float32: `(seeds, channels, h, w)`."""
+        """Draw initial latents, one seed each, on the CPU in float32: `(seeds, channels, h, w)`."""
         shape = self.latents.shape(height, width)
         rows = [randn_tensor((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(rows).to(self.device, self.dtype)
 
     @abstractmethod
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Latents of a sampling run as the denoiser wants them: some schedulers carry them at another scale."""
+        """Scale a sampler's latents to the denoiser's input; some schedulers have another scale."""
 
     @property
     def told_guidance(self) -> bool:
-        """Whether the denoiser is told the scale of guidance, so that a step takes one pass and no empty prompt."""
+        """Whether the denoiser has a guidance input, so that a step needs one pass and no empty prompt."""
         return False
 
     @abstractmethod
     def predict(
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None = None
     ) -> Tensor:
-        """One forward pass of the denoiser, shaped as `x_t`; differentiable.
+        """Run the denoiser once, with a result shaped as `x_t`; differentiable.
 
         Args:
-            x_t: `(batch, channels, h, w)`, never packed.
-            t: Noise levels: one for the batch, or `(batch,)`.
-            conditioning: Of as many prompts.
-            guidance: Scale that a model which was distilled for guidance is told, one for the batch or `(batch,)`; 1,
-                which is none, when left out.
+            x_t: Noised latents, `(batch, channels, h, w)`, not packed.
+            t: Timesteps: one for the batch, or `(batch,)`.
+            conditioning: Conditioning, one row per latent.
+            guidance: Guidance scale of a guidance-distilled model, one for the batch or `(batch,)`; 1 (no guidance)
+                when left out.
         """
 
     def guided(self, own: Tensor, null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance: `null + scale (own - null)` of predictions for prompts and without."""
+        """Apply classifier-free guidance: `null + scale (own - null)`."""
         return null + scale * (own - null)
 
     @abstractmethod
     def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-        """One step of the pipeline's scheduler from `t` (one level for the whole batch) to the next."""
+        """Take one step of the pipeline's scheduler from `t` (one timestep for the batch) to the next."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels `(batch, 3, height, width)` in 0-1 of clean latents."""
+        """Decode clean latents to pixels `(batch, 3, height, width)` in 0-1."""
         pixels = self.pipe.vae.decode(self.latents.for_vae(latents)).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
@@ -348,16 +349,16 @@ class Backbone(ABC):
         self, guidance: float | None = None, steps: int | None = None,
         size: tuple[int | None, int | None] | None = None, negative: Sequence[str] = ("",),
     ) -> Settings:  # fmt: skip
-        """Arguments of the stock pipeline's call for a list of prompts; what is left out is the pipeline's own.
+        """Give the stock pipeline's call arguments for a list of prompts; what is left out is the pipeline's own.
 
         Args:
-            guidance: Scale of guidance.
-            steps: Denoising steps.
-            size: Height and width in pixels; those of the session when left out.
+            guidance: Guidance scale.
+            steps: Number of denoising steps.
+            size: Height and width in pixels; this backbone's `size` when left out.
             negative: Negative prompt of each prompt.
 
         Raises:
-            OptionError: A size that the model cannot draw, or a negative prompt that it would not read.
+            OptionError: The model cannot draw the size, or would ignore a negative prompt.
         """
         height, width = size or self.size or (None, None)
         self.latents.shape(height, width)
@@ -370,21 +371,21 @@ class Backbone(ABC):
 
     @property
     def takes_length(self) -> bool:
-        """Whether the pipeline's call says how many tokens prompts are padded to."""
-        # Of a class that hands options on, the stock class's call below it says so.
+        """Whether the pipeline's call has an argument for the number of tokens (`max_sequence_length`)."""
+        # A subclass may pass options on, so the stock class's call counts too.
         calls = (vars(kind)["__call__"] for kind in type(self.pipe).__mro__ if "__call__" in vars(kind))
         return any("max_sequence_length" in inspect.signature(call).parameters for call in calls)
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
-        """Arguments of the stock pipeline's call that say how it is guided; see `call_options`.
+        """Give the stock pipeline's call arguments for guidance; see `call_options`.
 
-        Where all negative prompts are empty there is none: that is another input to some models, for which `null`
-        stands in.
+        Where all negative prompts are empty, none is passed, because some models use `null` and not the empty prompt
+        then.
         """
         told: Settings = {} if guidance is None else {"guidance_scale": guidance}
         return {**told, "negative_prompt": list(negative)} if any(negative) else told
 
 
 def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:
-    """What text encoders give for prompts, by component; what one finds in them the others are told."""
+    """Encode prompts by text encoders, by component; gates that open in one encoder also open in the others."""
     return together(lambda: {tower.component: tower.encode(tower.tokenize(prompts)) for tower in towers})

@@ -1,4 +1,4 @@
-"""What a denoiser is told about a batch of prompts."""
+"""The conditioning of a denoiser by a batch of prompts."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ import torch
 from torch import Tensor
 
 Source = Literal["tokens", "pooled"]
-"""Part of a conditioning: the states of all tokens, or one vector that sums up the prompt."""
+"""Part of a conditioning: the states of all tokens, or one pooled vector of the prompt."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a batch of prompts; a family leaves out what it has not."""
+    """The text conditioning of the denoiser for a batch of prompts; families leave out what they do not use."""
 
     tokens: Tensor
-    """`(batch, tokens, dim)`."""
+    """Token states, `(batch, tokens, dim)`."""
     pooled: Tensor | None = None
-    """`(batch, dim)`."""
+    """Pooled vectors, `(batch, dim)`."""
     mask: Tensor | None = None
-    """`(batch, tokens)`: 1 where attention may look."""
+    """Attention mask, `(batch, tokens)`, 1 for tokens that are attended to."""
 
     def __len__(self) -> int:
         """Number of prompts."""
         return len(self.tokens)
 
     def of(self, source: Source) -> Tensor:
-        """One part as vectors of places: `(batch, tokens, dim)`, or `(batch, 1, dim)` of the pooled vector."""
+        """Give one part as vectors: `(batch, tokens, dim)`, or `(batch, 1, dim)` for the pooled vector."""
         if source == "tokens":
             return self.tokens
         assert self.pooled is not None, "a layer reads a pooled vector that the family has not"
         return self.pooled[:, None]
 
     def rows(self, index: Tensor | slice) -> Conditioning:
-        """That of some of the prompts, as tensors are indexed."""
+        """Select rows, as tensors are indexed."""
         return self._each(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same on a device."""
+        """Move to a device."""
         return self._each(lambda part: part.to(device))
 
     def repeated(self, count: int) -> Conditioning:
-        """That of one prompt for `count` rows, without copies."""
+        """Expand one row to `count` rows, without copies."""
         return self._each(lambda part: part.expand(count, *part.shape[1:]))
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Those of several batches of one family, one after the other."""
+        """Concatenate batches of one family."""
         return Conditioning(
             torch.cat([part.tokens for part in parts]),
             _joined([part.pooled for part in parts]),

@@ -1,4 +1,4 @@
-"""What the families with a transformer have in common: flow matching, levels by the picture's size, Euler steps."""
+"""The base of families with a transformer: flow matching, timesteps that depend on the image's size, Euler steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 
 PATCH = 2
-"""Latent values along a side of one token of the transformer."""
+"""Number of latent values along a side of a transformer token."""
 
 
 class FlowMatchingBackbone(Backbone):
@@ -27,7 +27,7 @@ class FlowMatchingBackbone(Backbone):
     required: ClassVar[tuple[str, ...]]
     """Text encoders without which the pipeline encodes no prompt."""
     even_levels: ClassVar[bool]
-    """Whether the pipeline asks its scheduler for noise levels at even distances from 1 down to 1 / steps; else the
+    """Whether the pipeline passes evenly spaced sigmas from 1 down to 1 / steps to its scheduler; otherwise the
     scheduler chooses them."""
 
     def __init__(
@@ -43,7 +43,7 @@ class FlowMatchingBackbone(Backbone):
 
     @classmethod
     def matches(cls, pipe: DiffusionPipeline) -> bool:
-        """A transformer of the family's class."""
+        """Whether the pipeline has a transformer of the family's class."""
         transformer = pipe.components.get("transformer")
         return isinstance(transformer, nn.Module) and isinstance(paths.uncompiled(transformer), cls.network)
 
@@ -96,7 +96,7 @@ class FlowMatchingBackbone(Backbone):
 
     @property
     def shift(self) -> float:
-        """How far levels are moved towards noise: a line through two points, by how many tokens a picture has."""
+        """Shift of the timesteps towards noise: a linear function of the number of an image's tokens."""
         _, rows, columns = self.latents.shape()
         config = self.pipe.scheduler.config
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -105,7 +105,7 @@ class FlowMatchingBackbone(Backbone):
         return (rows // PATCH) * (columns // PATCH) * slope + (low - slope * few)
 
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Latents are at the same scale everywhere."""
+        """Return the latents, which have one scale everywhere."""
         return x_t
 
     def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""FLUX.1 dev and schnell: tokens of T5, the pooled vector of CLIP, packed latents, guidance that is told.
+"""FLUX.1 dev and schnell: tokens of T5, the pooled vector of CLIP, packed latents, guidance as an input.
 
-Chroma is a Flux without CLIP and without the pooled vector, which is told which tokens are padding.
+Chroma is a Flux without CLIP and pooled vector, with a mask of padding tokens.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class FluxBackbone(FlowMatchingBackbone):
 
     @classmethod
     def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
-        """Black Forest Labs'."""
+        """Layout of Black Forest Labs."""
         return flux_layout
 
     @property
     def token_runs(self) -> list[TokenRun]:
-        """T5's."""
+        """The tokens of T5."""
         return [TokenRun((self.tower(self.required[-1]),))]
 
     def compose(self, parts: Mapping[str, TowerOutput]) -> Conditioning:
@@ -91,7 +91,7 @@ class FluxBackbone(FlowMatchingBackbone):
         return unpack(velocity, rows, columns)
 
     def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
-        """What the transformer is told besides latents, places, noise level and tokens."""
+        """Give the transformer's inputs other than latents, positions, timestep and tokens."""
         assert conditioning.pooled is not None
         told = {"pooled_projections": conditioning.pooled.to(x_t.dtype)}
         if self.told_guidance:
@@ -100,10 +100,10 @@ class FluxBackbone(FlowMatchingBackbone):
         return told
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
-        """Guidance is told to a transformer that was distilled for it; with others it takes a second prompt.
+        """Guidance is an input of guidance-distilled transformers; others are guided by a second prompt.
 
         Raises:
-            OptionError: A negative prompt for a transformer that makes no second pass.
+            OptionError: A negative prompt is given for a transformer that makes no second pass.
         """
         if self.told_guidance:
             if any(negative):
@@ -141,14 +141,14 @@ class ChromaBackbone(FluxBackbone):
         return [self.entry("context_embedder", "tokens")]
 
     def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
-        """Which tokens count: all of the picture's, and those of the text that the mask says."""
+        """Give the attention mask: all image tokens, and the text tokens of the conditioning's mask."""
         assert conditioning.mask is not None
         words, pixels = conditioning.mask.to(x_t.dtype), x_t.shape[2] * x_t.shape[3] // PATCH**2
         return {"attention_mask": F.pad(words, (0, pixels), value=1.0)}
 
     @property
     def told_guidance(self) -> bool:
-        """Never: it is guided by a second pass."""
+        """Always false: the model is guided by a second pass."""
         return False
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
@@ -157,5 +157,5 @@ class ChromaBackbone(FluxBackbone):
 
 
 def places(rows: int, columns: int) -> Tensor:
-    """Where the tokens of a picture stand, `(rows * columns, 3)`: 0, row and column."""
+    """Give the positions of image tokens, `(rows * columns, 3)`: 0, row and column."""
     return F.pad(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)), (1, 0))

@@ -1,4 +1,4 @@
-"""The latents of a family: their shape, how its transformer wants them, and at which scale its VAE has them."""
+"""The latents of a family: shape, packing for the transformer, and the VAE's scale."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from erasure.errors import OptionError
 class Latents:
     """Latents `(batch, channels, h, w)` of one pipeline.
 
-    Its denoiser and its sampler have them at another scale and shift than its VAE.
+    The denoiser and the sampler use another scale and shift than the VAE.
     """
 
     channels: int
     side: tuple[int, int]
-    """Rows and columns of a drawing whose size nobody said."""
+    """Default number of rows and columns."""
     factor: int
-    """Pixels along a side of one latent value."""
+    """Number of pixels along a side of one latent value."""
     scale: float
-    """Standard deviation of all latents is 1 after multiplying those of the VAE by this."""
+    """Factor of the VAE's latents that makes their standard deviation 1."""
     shift: float = 0.0
-    """Mean of the VAE's latents, taken off ahead of that."""
+    """Mean of the VAE's latents, which is subtracted before scaling."""
     patch: int = 1
-    """Latent values along a side of one token of the denoiser."""
+    """Number of latent values along a side of a denoiser token."""
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Channels, rows and columns for a drawing of some pixels.
+        """Give channels, rows and columns for an image's height and width in pixels.
 
         Raises:
-            OptionError: The pixels are no whole number of latent values.
+            OptionError: The size is not a multiple of the latents' factor.
         """
         sides = []
         for name, pixels, usual in (("height", height, self.side[0]), ("width", width, self.side[1])):
@@ -46,7 +46,7 @@ class Latents:
         return self.channels, sides[0], sides[1]
 
     def of_size(self, size: tuple[int, int] | None) -> Self:
-        """The same for drawings of a height and width in pixels, where that is said; see `shape`."""
+        """Copy with another default size in pixels, if given; see `shape`."""
         if size is None:
             return self
         _, rows, columns = self.shape(*size)
@@ -54,20 +54,20 @@ class Latents:
 
     @property
     def step(self) -> int:
-        """Pixels that the sides of a drawing are multiples of."""
+        """Number of pixels of which an image's sides must be multiples."""
         return self.patch * self.factor
 
     def for_vae(self, latents: Tensor) -> Tensor:
-        """Latents of the sampler as the VAE decodes them."""
+        """Convert the sampler's latents to the VAE's."""
         latents = latents / self.scale
         return latents + self.shift if self.shift else latents
 
     def from_vae(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE as the denoiser is trained on them."""
+        """Convert the VAE's latents to the denoiser's."""
         return self.scale * (latents - self.shift if self.shift else latents)
 
     def packed(self, latents: Tensor) -> Tensor:
-        """Latents as the pipeline hands them to its denoiser and gives them out: as they are here."""
+        """Pack latents as the pipeline passes and returns them: unchanged here."""
         return latents
 
     def unpacked(self, latents: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
@@ -77,7 +77,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class PackedLatents(Latents):
-    """Latents of which two by two neighbours make one token, as Flux has them."""
+    """Latents whose 2 x 2 neighbours form one token, as in Flux."""
 
     patch: int = 2
 

@@ -1,4 +1,4 @@
-"""What denoisers are asked to predict, and how their training noises a clean latent: one small class for each way."""
+"""Types of prediction of denoisers, and the noising of their training: one small class for each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Noise level of flow matching at which nothing but noise is left: levels are counted from 0 to this."""
+"""Timestep of pure noise in flow matching; timesteps run from 0 to this."""
 
 
 class Parametrisation(ABC):
-    """One way to noise clean latents and to say which noise is in them.
+    """A way to noise clean latents, and a type of prediction.
 
     Latents, noise and predictions are `(batch, channels, h, w)`; noise levels `t` are `(batch,)`.
     """
 
     name: ClassVar[str]
-    """As the schedulers of diffusers call it."""
+    """Name of the prediction type in diffusers' schedulers."""
 
     @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ class Parametrisation(ABC):
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a perfect denoiser predicts for `noised(clean, noise, t)`."""
+        """Compute the target: what a perfect denoiser predicts for `noised(clean, noise, t)`."""
 
     @abstractmethod
     def clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that a prediction implies.
+        """Compute the clean latents that a prediction implies.
 
         Args:
             prediction: What the denoiser predicted.
@@ -51,7 +51,7 @@ class Diffusion(Parametrisation):
         self.cumulative = cumulative
 
     def shares(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of signal and noise at some levels, `(batch, 1, 1, 1)` each, on the device of a tensor."""
+        """Give the shares of signal and noise at timesteps, `(batch, 1, 1, 1)` each, on a tensor's device."""
         kept = self.cumulative.to(like.device)[t.to(like.device).long()].view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 

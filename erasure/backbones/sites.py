@@ -26,23 +26,23 @@ class AttentionSite(NamedTuple):
     downsampling: int
     """Latent pixels per token along one side: a 64x64 latent has 16x16 tokens at 4."""
     text: Literal["none", "first", "last"] = "none"
-    """Where the text tokens stand in the sequence of a joint attention."""
+    """Position of the text tokens in the sequence of a joint attention."""
 
     @property
     def in_decoder(self) -> bool:
-        """Whether it is behind the middle of a UNet; a transformer has no such half."""
+        """Whether it is in the decoder of a UNet; false in transformers."""
         return self.name.startswith("up_blocks.")
 
     @property
     def keys_and_values(self) -> list[str]:
-        """Paths of the layers that make its keys and values, of the picture and of text."""
+        """Paths of the layers that compute its keys and values, of image and text."""
         return self._layers("to_k", "to_v", "add_k_proj", "add_v_proj")
 
     def text_only(self, denoiser: nn.Module) -> list[str]:
-        """Paths of the modules of a joint attention and its block that text alone passes; none of another attention.
+        """Paths of the modules of a joint attention and its block that process text only; none for other attention.
 
         Args:
-            denoiser: What it is of.
+            denoiser: Denoiser of this layer.
         """
         if self.kind != "joint":
             return []
@@ -63,7 +63,7 @@ def attention_sites(denoiser: nn.Module) -> list[AttentionSite]:
     """Every attention layer of a denoiser that images pass through, in order of execution.
 
     Raises:
-        UnsupportedModelError: A network of another kind.
+        UnsupportedModelError: The network is of another kind.
     """
     network = paths.uncompiled(denoiser)
     if isinstance(network, UNet2DConditionModel):

@@ -1,4 +1,4 @@
-"""The text encoders of diffusers pipelines, CLIP's and T5's, seen alike."""
+"""The text encoders of diffusers pipelines, CLIP and T5, behind one interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from erasure.interop.encoders import Anatomy, anatomy_of, blocks_of
 from erasure.interop.protocols import EncoderOutput, Tokenizer
 
 SD3_LENGTH, T5_LENGTH = 256, 512
-"""Tokens that SD3 pads T5's prompts to, and those that other pipelines do, unless their call says otherwise."""
+"""Number of tokens to which prompts are padded for T5: in SD3, and in other pipelines, unless a call sets it."""
 END_OF_WORD, START_OF_WORD = "</w>", "▁"
 """Marks in the tokens of CLIP's tokeniser, and of T5's."""
 
@@ -26,26 +26,26 @@ class PromptTokens(NamedTuple):
     """A tokenised batch of prompts."""
 
     ids: Tensor
-    """`(batch, tokens)`, padded to the tower's length."""
+    """Token ids, padded to the text encoder's length, `(batch, tokens)`."""
     lengths: list[int]
-    """Tokens of each prompt with start and end, without padding."""
+    """Number of tokens of each prompt with start and end, without padding."""
     attention_mask: Tensor | None
-    """What the pipeline passes to the tower, if anything."""
+    """Attention mask that the pipeline passes to the text encoder, if any."""
 
 
 class TowerOutput(NamedTuple):
-    """What the denoiser reads of a text encoder."""
+    """The outputs of a text encoder that the denoiser reads."""
 
     states: Tensor
-    """`(batch, tokens, dim)`."""
+    """Token states, `(batch, tokens, dim)`."""
     pooled: Tensor | None = None
-    """`(batch, dim)`, where the denoiser reads a vector that sums the prompt up."""
+    """Pooled vectors, if the denoiser reads them, `(batch, dim)`."""
     mask: Tensor | None = None
-    """`(batch, tokens)`: 1 at the tokens of the prompt, where the text encoder was told which are padding."""
+    """Mask of the prompt's tokens, `(batch, tokens)`, where the text encoder has an attention mask."""
 
     @staticmethod
     def cat(parts: Sequence[TowerOutput]) -> TowerOutput:
-        """Those of several batches, one after the other."""
+        """Concatenate batches."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         masks = [part.mask for part in parts if part.mask is not None]
         return TowerOutput(
@@ -63,18 +63,18 @@ class TextTower:
     module: nn.Module
     tokenizer: Tokenizer
     max_length: int
-    """Tokens that the pipeline pads to."""
+    """Number of tokens to which the pipeline pads prompts."""
     consumed: int = -1
     """Index into the hidden states that the denoiser reads: -1 the last (after the final norm), -2 the one before."""
     pooled: bool = False
     """Whether the denoiser reads a pooled vector too."""
     uses_attention_mask: bool = False
     pipe: DiffusionPipeline | None = field(default=None, repr=False, compare=False)
-    """The pipeline that it is of, which rewrites prompts before they are tokenised."""
+    """Pipeline of the text encoder, which replaces learned tokens in prompts before they are tokenised."""
 
     @property
     def root(self) -> nn.Module:
-        """The module that holds `encoder`; paths are relative to it."""
+        """The module with the attribute `encoder`; paths are relative to it."""
         return paths.transformer_root(self.module)
 
     # Parts of the encoder, by path -----------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class TextTower:
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only those ahead of it: what stands ahead of a word never depends on it."""
+        """Whether attention is causal, so that tokens before a word do not depend on it."""
         return self._anatomy.causal
 
     @property
@@ -105,12 +105,12 @@ class TextTower:
 
     @property
     def depth(self) -> int:
-        """Number of blocks that what the denoiser reads has passed: all of them, or those ahead of a state inside."""
+        """Number of blocks before the state that the denoiser reads."""
         return len(self.blocks) + (0 if self.pooled else self.consumed + 1)
 
     @property
     def passes_norm(self) -> bool:
-        """Whether what the denoiser reads leaves through the norm behind the last block."""
+        """Whether the state that the denoiser reads has passed the final norm."""
         return self.pooled or self.consumed == -1
 
     def block_path(self, layer: int) -> str:
@@ -126,25 +126,25 @@ class TextTower:
         return f"{self.block_path(layer)}.{self._anatomy.attention_out}"
 
     def mlp(self, layer: int) -> str:
-        """Path of the part of a block behind its attention."""
+        """Path of a block's MLP."""
         return f"{self.block_path(layer)}.{self._anatomy.mlp}"
 
     @property
     def norm_path(self) -> str:
-        """Path of the norm that the states of the last block leave through."""
+        """Path of the final norm."""
         return self._anatomy.norm
 
     @property
     def leaving(self) -> list[nn.Module]:
-        """The modules whose output a denoiser may read: the last norm, or the blocks where it is not passed.
+        """The modules whose output a denoiser can read: the final norm, or the blocks where it is not used.
 
-        Pipelines that leave blocks out (`clip_skip`) hand an earlier block's states to that norm, or read them.
+        Pipelines that skip blocks (`clip_skip`) pass an earlier block's states to that norm, or read them.
         """
         return [self.root.get_submodule(self.norm_path)] if self.consumed == -1 else self.blocks
 
     @property
     def pooling(self) -> nn.Module:
-        """The module that the pooled vector leaves through: its projection, or the last norm where it has none."""
+        """The module that gives the pooled vector: its projection, or the final norm where there is none."""
         projection = getattr(self.module, "text_projection", None)
         return projection if isinstance(projection, nn.Module) else self.root.get_submodule(self.norm_path)
 
@@ -158,7 +158,7 @@ class TextTower:
 
     @property
     def leading(self) -> int:
-        """Tokens ahead of the first word: CLIP's prompts begin with a start token, T5's with the first word."""
+        """Number of tokens before the first word: 1 in CLIP (the start token), 0 in T5."""
         return len(self.tokenizer("").input_ids) - 1
 
     def key(self, path: str) -> str:
@@ -177,26 +177,26 @@ class TextTower:
         return PromptTokens(made.input_ids.to(device), lengths, mask)
 
     def written_out(self, text: str) -> str:
-        """A text with every vector of its learned tokens as a word of its own, as the pipeline writes it."""
+        """Replace each learned token in a text by one word per vector, as the pipeline does."""
         return learned.written_out(self.pipe, [text], self.tokenizer)[0]
 
     def prompt_ids(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """The tokens of a prompt, start and end included: all of them, or those that the pipeline's limit leaves."""
+        """Tokenise a prompt with start and end, in full or truncated to the pipeline's limit."""
         limit = self.max_length if truncate else None
         return self.tokenizer(self.written_out(prompt), truncation=truncate, max_length=limit).input_ids
 
     def word_ids(self, words: str) -> list[int]:
-        """Tokens of words as they stand in a prompt, without start and end."""
+        """Tokenise words without start and end."""
         return self.tokenizer(self.written_out(words), add_special_tokens=False).input_ids
 
     @property
     def learned_ids(self) -> frozenset[int]:
-        """The vectors of learned tokens (textual inversion), by id."""
+        """Ids of the vectors of learned tokens (textual inversion)."""
         return frozenset(learned.ids_by_word(self.tokenizer).values())
 
     @property
     def end(self) -> int:
-        """The token that ends a prompt."""
+        """Id of the end token."""
         return self.tokenizer.eos_token_id
 
     def words(self) -> dict[str, int]:
@@ -219,7 +219,7 @@ class TextTower:
     # Tokens to states ------------------------------------------------------------------------------------------------
 
     def encode(self, tokens: PromptTokens) -> TowerOutput:
-        """What the denoiser reads of some prompts; differentiable."""
+        """Encode tokenised prompts; differentiable."""
         output = self.module(
             tokens.ids, attention_mask=tokens.attention_mask, output_hidden_states=self.consumed != -1
         )
@@ -227,25 +227,25 @@ class TextTower:
         return TowerOutput(self.consumed_states(output), pooled, tokens.attention_mask)
 
     def consumed_states(self, output: EncoderOutput) -> Tensor:
-        """The states that the denoiser reads, `(batch, tokens, dim)`, from what the encoder or its root gives."""
+        """Take the states that the denoiser reads, `(batch, tokens, dim)`, from the encoder's output."""
         return output.last_hidden_state if self.consumed == -1 else output.hidden_states[self.consumed]
 
     def pooled_vector(self, output: EncoderOutput) -> Tensor:
-        """The pooled vector, `(batch, dim)`, from what the encoder or its root gives."""
+        """Take the pooled vector, `(batch, dim)`, from the encoder's output."""
         projected: Tensor | None = getattr(output, "text_embeds", None)
         if projected is not None:
             return projected
-        # A projection hangs outside of the root.
+        # The projection is outside of the root module.
         projection = getattr(self.module, "text_projection", None)
         if projection is None:
             return output.pooler_output
-        # What is trained runs in float32 beside a projection in half precision.
+        # Trained parameters run in float32, before a projection in half precision.
         return projection(output.pooler_output.to(next(paths.base_layer(projection).parameters()).dtype))
 
     def check_words(self, words: str) -> None:
-        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this tower.
+        """Raise `ConceptError` when a concept has no token, or only unknown ones, in this text encoder.
 
-        Warns when a part of it is unknown, or when it is named like a learned token that is not loaded.
+        Warns when a part of it is unknown, or when it looks like a learned token that is not loaded.
         """
         ids = self.word_ids(words)
         unknown = self.tokenizer.unk_token_id
@@ -254,7 +254,7 @@ class TextTower:
             raise ConceptError(
                 f"concept {words!r} has no token in {self.component}'s tokeniser: write it in other words"
             )
-        # T5 marks the beginning of a word that it does not know by a token of its own.
+        # T5 marks the beginning of an unknown word by a separate token.
         said = [index for index, letter in zip(ids, letters, strict=True) if letter != START_OF_WORD]
         if unknown is not None and all(token == unknown for token in said):
             raise ConceptError(
@@ -271,18 +271,18 @@ class TextTower:
 
 
 def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[TextTower]:
-    """The text encoders of a pipeline, in the order in which it uses them.
+    """List the text encoders of a pipeline, in the order in which it uses them.
 
-    What the denoiser reads follows from which encoders there are, as diffusers' pipelines have it: Stable Diffusion
-    1.x and 2.x the last state of their one CLIP; SDXL and SD3 the last but one of theirs, SD3 a T5 of 256 tokens
-    beside them; Flux a T5 of 512 tokens and nothing but the pooled vector of its CLIP; Chroma a T5 of 512 tokens.
+    The states that the denoiser reads depend on the encoders, as in diffusers' pipelines: Stable Diffusion 1.x and 2.x
+    read the last state of one CLIP; SDXL and SD3 the last but one of two CLIPs, SD3 with a T5 of 256 tokens; Flux a T5
+    of 512 tokens and only the pooled vector of its CLIP; Chroma a T5 of 512 tokens.
 
     Args:
         pipe: The pipeline.
-        length: Tokens that T5 pads prompts to; as above when left out.
+        length: Number of tokens to which prompts are padded for T5; as above when left out.
 
     Raises:
-        UnsupportedModelError: No text encoder, or one that is neither CLIP's nor T5's.
+        UnsupportedModelError: There is no text encoder, or one that is neither CLIP nor T5.
     """
     parts = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     encoders = {name: part for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
@@ -295,7 +295,7 @@ def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[Text
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
         if is_t5[name]:
             padded = length or (SD3_LENGTH if name == "text_encoder_3" else T5_LENGTH)
-            # Alone it is told which tokens are padding.
+            # Without CLIP encoders T5 gets an attention mask.
             towers.append(TextTower(name, encoder, tokenizer, padded, uses_attention_mask=len(parts) == 1, pipe=pipe))
             continue
         # SD 2.x ships 23 of OpenCLIP's 24 blocks: its last shipped block already is the penultimate one.

@@ -1,4 +1,4 @@
-"""What the families with a UNet have in common: text enters cross-attention, and schedulers are of the DDPM kind."""
+"""The base of families with a UNet: text enters by cross-attention, and schedulers are of the DDPM kind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def published_layout(cls, denoiser: Denoiser | None) -> Layout | None:
-        """Latent diffusion's, which knows one number of layers for all blocks."""
+        """Latent diffusion's layout, which needs the same number of layers in all blocks."""
         if denoiser is None:
             return None
         layers = denoiser.config.layers_per_block
@@ -69,7 +69,7 @@ class UNetBackbone(Backbone):
 
     @property
     def parametrisation(self) -> Diffusion:
-        """As the scheduler says."""
+        """Prediction type of the scheduler."""
         scheduler = self.pipe.scheduler
         prediction = scheduler.config.get("prediction_type")
         if prediction not in PREDICTIONS:
@@ -108,7 +108,7 @@ class UNetBackbone(Backbone):
         return super().noise(seeds, height, width) * self.pipe.scheduler.init_noise_sigma
 
     def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """As the scheduler scales it."""
+        """Scale latents as the scheduler does."""
         return self.pipe.scheduler.scale_model_input(x_t, t)
 
     @property
@@ -121,8 +121,8 @@ class UNetBackbone(Backbone):
     ) -> Tensor:
         """See `Backbone.predict`.
 
-        An inpainting UNet (nine channels) is told that everything is masked, which makes it one that draws from text;
-        a latent consistency UNet its guidance.
+        An inpainting UNet (nine channels) gets a full mask, which makes it draw from text alone; a latent consistency
+        UNet gets its guidance scale.
         """
         config = self.denoiser.config
         told: dict[str, object] = self.told(x_t, conditioning)
@@ -136,15 +136,15 @@ class UNetBackbone(Backbone):
         return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype), **told).sample
 
     def told(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, object]:
-        """What the UNet is told besides latents, noise level and tokens."""
+        """Give the UNet's inputs other than latents, timestep and tokens."""
         return {}
 
     def _hole(self, x_t: Tensor) -> Tensor:
-        """Latents of a picture that is masked all over, of the shape of some latents: those of plain grey."""
+        """Encode a fully masked (grey) picture, in the shape of given latents."""
         vae, factor = self.pipe.vae, self.pipe.vae_scale_factor
         grey = torch.zeros(1, 3, x_t.shape[2] * factor, x_t.shape[3] * factor, device=x_t.device, dtype=vae.dtype)
         with torch.no_grad():
-            # Past the guard that speaks of pictures which users hand in.
+            # The class's method is called to bypass the guard against initial pictures.
             latents = self.latents.from_vae(type(vae).encode(vae, grey).latent_dist.mode())
         return latents.to(x_t.dtype).expand(len(x_t), -1, -1, -1)
 

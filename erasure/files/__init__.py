@@ -1,7 +1,7 @@
 """Everything the package reads from and writes to disk: bounded, checked reading; atomic writing; safe names.
 
-Readers take nothing on trust: kind of file, size, encoding, nesting, types, shapes are checked before anything is
-allocated, and whatever is wrong is an `ErasureError`. Writers leave the old or the new behind, never a half.
+Readers trust nothing: kind of file, size, encoding, nesting, types and shapes are checked before anything is
+allocated, and every fault is an `ErasureError`. Writers leave either the old or the new file, never a part of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders that hold one piece of work: who may write there, and whether it is the same work as before."""
+"""Folders of resumable work: one process at a time, and the same work as before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def digest(value: object) -> str:
 
 
 def differences(first: object, second: object, path: str = "") -> list[str]:
-    """Where two recipes differ, one line per leaf: `size: "quick" here, "full" there`."""
+    """List the differences of two recipes, one line per leaf: `size: "quick" here, "full" there`."""
     if isinstance(first, dict) and isinstance(second, dict):
         return [
             line
@@ -50,18 +50,18 @@ def held(
     beside: Collection[str] | None = (), state: Collection[str] = (), wait: bool = False,
     error: type[ErasureError] = TrainingError,
 ) -> Iterator[None]:  # fmt: skip
-    """Hold a folder of work that goes on after a kill: one process at a time, and the same work as before.
+    """Lock a folder of resumable work, for one process at a time and the same work as before.
 
     Args:
-        folder: Made when it does not exist.
-        recipe: All that the work depends on, plain data; kept in the folder.
-        file: What the recipe is called there.
-        what: What the work is, for messages: `training`.
-        doing: What a process does that is at it, for messages: `training`.
-        beside: Names of what may lie in a folder without a recipe; `None` for anything.
+        folder: Folder, which is created if it does not exist.
+        recipe: Everything on which the work depends, as plain data; saved in the folder.
+        file: File name of the recipe.
+        what: Kind of the work, for messages: `training`.
+        doing: Activity of a process that works there, for messages: `training`.
+        beside: Names that are allowed in a folder without a recipe; `None` allows any.
         state: Names of files of the work, which mean nothing without the recipe.
         wait: Wait for another process that works there, instead of raising.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: Another process works there, the folder holds something else, or cannot be written.
@@ -119,11 +119,11 @@ def _check(
 
 
 def discard(folder: str | Path, names: Collection[str]) -> None:
-    """Remove files of a work whose result is kept, the lock with them, and the folder if nothing else is in it.
+    """Remove the files of finished work and the lock, and the folder if it is then empty.
 
     Args:
         folder: The folder.
-        names: In the order in which they go: the recipe last, since the others mean nothing without it.
+        names: Names in the order of removal: the recipe last, because the others are useless without it.
     """
     folder = Path(folder)
     for name in (*names, LOCK):

@@ -1,4 +1,4 @@
-"""Names and texts that come out of files: which may become a path, and how any of them is shown."""
+"""Checks of names and texts from files: which may become a path, and how they are shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from erasure.errors import ArtifactError, ErasureError
 
 LONGEST_NAME = 255
-"""Bytes of a file's name that every usual file system takes."""
+"""Largest number of bytes of a file name that all common file systems allow."""
 FORBIDDEN = '<>:"/\\|?*'
 """Characters that lead elsewhere, or that some file system does not take."""
 UNSEEN = ("Cc", "Cs", "Co", "Zl", "Zp")
@@ -21,26 +21,26 @@ RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 
 
 def is_line(text: str) -> bool:
-    """Whether a text is one line and reads as it is written: no control characters, none that turns the direction."""
+    """Whether a text is one line without control characters and direction changes."""
     return not any(unicodedata.category(c) in UNSEEN or c in DIRECTIONS for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value for a message: on one line, control characters escaped, cut after `limit` characters."""
+    """Format a value for a message: on one line, control characters escaped, cut after `limit` characters."""
     # A long text is cut before it is escaped: the escapes of 2 MB are not made for the sake of 80 characters.
     text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
 
 
 def slug(text: str, longest: int = 100) -> str:
-    """A text as a name that every file system and the Hub take: lower-case letters a to z, digits and hyphens.
+    """Convert a text to a name for any file system and the Hub: lower-case letters a to z, digits and hyphens.
 
-    A name stands for one text, whose case, blanks and hyphens count for nothing: where more is lost (other scripts,
-    accents, punctuation, the end of a long text), eight digits of the text's hash follow. Only a text without any
+    Each text has its own name, apart from case, spaces and hyphens: where more is lost (other scripts, accents,
+    punctuation, the end of a long text), eight digits of the text's hash are appended. Only a text without any
     character has an empty name.
 
     Args:
-        text: Any.
+        text: Any text.
         longest: Characters of the name at most, without the hash.
 
     Example:
@@ -58,12 +58,12 @@ def slug(text: str, longest: int = 100) -> str:
 
 
 def inside(folder: str | Path, *names: str, error: type[ErasureError] = ArtifactError) -> Path:
-    """The path of something below a folder whose name was read from a file.
+    """Make a path inside of a folder from names that were read from a file.
 
     Args:
-        folder: Which must hold the path, links followed.
+        folder: Folder that must contain the path, after following links.
         *names: One name per level.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: A name is no plain name of a file (absolute, `..`, separators, drive letters, control characters,
@@ -88,7 +88,7 @@ def inside(folder: str | Path, *names: str, error: type[ErasureError] = Artifact
 
 
 def _problem(name: object) -> str | None:
-    """Why a name may not become a path, if so."""
+    """Say why a name must not become a path; `None` when it may."""
     if not isinstance(name, str) or not name:
         return "it is empty or no text"
     if name in (".", ".."):

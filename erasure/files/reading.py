@@ -21,13 +21,13 @@ from erasure.files.names import shown
 
 T = TypeVar("T")
 JSON_LIMIT = 16 * 2**20
-"""Bytes of a JSON or text file unless said otherwise."""
+"""Default largest size in bytes of a JSON or text file."""
 LINE_LIMIT = 2**20
-"""Bytes of one line of a JSONL file."""
+"""Largest size in bytes of a line of a JSONL file."""
 LINES_LIMIT = 1_000_000
-"""Lines of a JSONL file."""
+"""Largest number of lines of a JSONL file."""
 LONGEST_INTEGER = 40
-"""Digits of an integer, wherever it stands."""
+"""Largest number of digits of an integer."""
 SUSPICIOUS = re.compile(rb"\d{%d}|\d[eE]\+?\d{3}" % (LONGEST_INTEGER + 1))
 """What integers of too many digits, or infinity as `1e999`, hold."""
 KINDS = (
@@ -38,12 +38,12 @@ DAMAGED = "the file is damaged; fetch or make it again"
 
 
 def read_bytes(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError) -> bytearray:
-    """Everything in a regular file.
+    """Read a regular file.
 
     Args:
         path: The file; links are followed.
         limit: Most bytes of the file: a larger one is refused by its size, before any is read.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: It is missing, no regular file, too large, not readable, or its name cannot be one.
@@ -54,7 +54,7 @@ def read_bytes(path: str | Path, limit: int = JSON_LIMIT, *, error: type[Erasure
 def read_start(
     path: str | Path, length: int, limit: int, *, error: type[ErasureError] = ArtifactError
 ) -> tuple[bytearray, int]:
-    """The first bytes of a regular file, at most `length`, and the size of the whole.
+    """Read the first bytes of a regular file, at most `length`, and give the size of the file.
 
     Raises:
         ErasureError: See `read_bytes`.
@@ -103,7 +103,7 @@ def _advice(reason: OSError) -> str:
 
 
 def read_text(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 text file.
 
     Raises:
         ErasureError: See `read_bytes`; or it is no UTF-8.
@@ -117,7 +117,7 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureE
 def read_json(
     path: str | Path, schema: type[T] | object, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError
 ) -> T:
-    """A JSON file as what a schema says.
+    """Read a JSON file by a schema.
 
     Nesting of more than 200 levels, lone surrogates, keys that come twice, NaN and infinity (also as `1e999`), and
     integers of more than 40 digits are refused whatever the schema. Types are strict: `1` is no `"1"` and no `true`.
@@ -127,7 +127,7 @@ def read_json(
         schema: Anything pydantic validates: a `BaseModel`, a dataclass, `dict[str, float]`, an `Annotated` type. Give
             classes `ConfigDict(extra="forbid")`, so that unknown keys are refused with the known ones named.
         limit: Most bytes.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: See `read_bytes`; or it is no JSON, or not of the schema.
@@ -139,7 +139,7 @@ def read_lines(
     path: str | Path, schema: type[T] | object, *, torn: bool = False, limit: int = 64 * JSON_LIMIT,
     line_limit: int = LINE_LIMIT, count: int = LINES_LIMIT, error: type[ErasureError] = ArtifactError,
 ) -> Iterator[T]:  # fmt: skip
-    """The lines of a JSONL file, each as what a schema says; empty ones are left out.
+    """Read the lines of a JSONL file by a schema; empty lines are skipped.
 
     Args:
         path: The file.
@@ -148,7 +148,7 @@ def read_lines(
         limit: Most bytes of the file.
         line_limit: Most bytes of a line.
         count: Most lines.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: See `read_json`; the line is named.
@@ -177,13 +177,13 @@ def read_lines(
 
 
 def parsed(content: bytes, schema: type[T] | object, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
-    """JSON as what a schema says; see `read_json`.
+    """Parse JSON by a schema; see `read_json`.
 
     Args:
         content: UTF-8.
         schema: See `read_json`.
         where: Its place, for messages.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: See `read_json`.
@@ -210,7 +210,7 @@ def _checked(content: bytes, schema: type[T] | object, where: str, error: type[E
 
 
 def validated(data: object, schema: type[T] | object, where: str, *, error: type[ErasureError] = ArtifactError) -> T:
-    """Plain data in memory as what a schema says, as if it had been read from a file.
+    """Validate plain data by a schema, as if they had been read from a file.
 
     Raises:
         ErasureError: It is not of the schema, or could not be written as JSON.

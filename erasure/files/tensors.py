@@ -24,18 +24,18 @@ DTYPES = {
 """Types of tensors that are read; float8, complex and packed ones are refused."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS_LIMIT = 20_000
-"""Tensors in a file."""
+"""Largest number of tensors in a file."""
 BYTES_LIMIT = 64 * 2**30
-"""Bytes of a file of tensors."""
+"""Largest size in bytes of a file of tensors."""
 WHOLE_LIMIT = 2**40
-"""Bytes of a file of which the header alone is read."""
+"""Largest size in bytes of a file of which only the header is read."""
 HEADER_LIMIT = 8 * 2**20
-"""Bytes of the header."""
+"""Largest size of a header in bytes."""
 Key = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[\x20-\x7e]*$")]
 """Name of a tensor: no control characters, nothing that could be mistaken."""
 MOST_DIMENSIONS = 8
 PREFIX = 8
-"""Bytes ahead of the header, which tell its length."""
+"""Number of bytes before the header, which give its length."""
 
 
 class TensorInfo(NamedTuple):
@@ -44,11 +44,11 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Byte of the file at which its values start."""
+    """Offset in bytes of its values in the file."""
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -79,7 +79,7 @@ def tensor_infos(
     path: str | Path, *, limit_tensors: int = TENSORS_LIMIT, limit_bytes: int = BYTES_LIMIT,
     allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), error: type[ErasureError] = ArtifactError,
 ) -> dict[str, TensorInfo]:  # fmt: skip
-    """Types and shapes of the tensors of a safetensors file, by name; no tensor is read or allocated.
+    """Read types and shapes of a safetensors file's tensors, by name, without reading the tensors.
 
     Raises:
         ErasureError: See `read_tensors`.
@@ -88,7 +88,7 @@ def tensor_infos(
 
 
 def read_metadata(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> dict[str, str]:
-    """The texts in the header of a safetensors file, by name; whoever wrote the file chose them.
+    """Read the metadata in a safetensors file's header, which may be from an untrusted source.
 
     Raises:
         ErasureError: See `read_tensors`.
@@ -105,15 +105,15 @@ def read_tensors(
     allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), check: Check | None = None,
     error: type[ErasureError] = ArtifactError,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The tensors of a safetensors file, in memory of their own: the file may change afterwards.
+    """Read the tensors of a safetensors file into memory, independent of the file afterwards.
 
     Args:
         path: The file.
         limit_tensors: Most tensors.
         limit_bytes: Most bytes of the file.
         allowed_dtypes: Types that a tensor may have.
-        check: Called with the shapes before anything is allocated; raises what it likes.
-        error: What is raised.
+        check: Called with the shapes before anything is allocated; may raise any error.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: See `read_bytes`; or the header is damaged or does not fit the file, there are too many tensors,
@@ -158,7 +158,7 @@ def _header(
         path: For messages.
         limit: Most tensors.
         allowed: Types that a tensor may have.
-        error: What is raised.
+        error: Class of the errors that are raised.
     """
     length = int.from_bytes(content[:PREFIX], "little")
     if len(content) < PREFIX or not 2 <= length <= min(HEADER_LIMIT, size - PREFIX):
@@ -195,7 +195,7 @@ def _header(
 
 
 def read_archive(path: str | Path, *, limit: int = BYTES_LIMIT, error: type[ErasureError] = ArtifactError) -> Any:
-    """What `torch.save` wrote, tensors and plain data only: nothing in it is run.
+    """Read a file of `torch.save` with tensors and plain data only; no code in it is run.
 
     The tensors are read from the file as they are used.
 

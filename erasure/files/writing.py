@@ -1,4 +1,4 @@
-"""Atomic writing: whatever happens, what was there before or what is new can be read afterwards, never a half.
+"""Atomic writing: after any failure either the old or the new file can be read, never a part of one.
 
 A new file or folder is written whole under a temporary name beside its place, flushed to the disk, and renamed. Some
 files of a folder that holds others too are replaced together through a journal: they are written into one folder
@@ -47,12 +47,12 @@ def write_bytes(path: str | Path, content: bytes | memoryview, *, error: type[Er
     """Write a file, whole or not at all. A link is replaced by the file, not followed.
 
     Args:
-        path: The file; its folder is made.
-        content: All of it.
-        error: What is raised.
+        path: The file; its folder is created if needed.
+        content: Content of the file.
+        error: Class of the errors that are raised.
 
     Raises:
-        ErasureError: It cannot be written; what was there before is still there.
+        ErasureError: The file cannot be written; the old one is kept.
     """
     with replacing(path, error=error) as temporary:
         temporary.write_bytes(content)
@@ -61,10 +61,10 @@ def write_bytes(path: str | Path, content: bytes | memoryview, *, error: type[Er
 
 @contextmanager
 def replacing(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> Iterator[Path]:
-    """Gives the path of a temporary file to write, which then takes the place of a file; see `write_bytes`.
+    """Yield the path of a temporary file, which replaces a file at the end of the block; see `write_bytes`.
 
     Raises:
-        ErasureError: It cannot be written; what was there before is still there.
+        ErasureError: The file cannot be written; the old one is kept.
     """
     path = Path(path)
     with _named(path, error):
@@ -123,11 +123,11 @@ def json_bytes(data: object, where: str, *, error: type[ErasureError] = Artifact
 
 @contextmanager
 def new_folder(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> Iterator[Path]:
-    """A folder that appears whole or not at all: give its files to the folder that this yields.
+    """Create a folder atomically: write its files into the folder that this yields.
 
     Args:
-        path: Where to; must not exist, or be an empty folder. Links on the way are followed.
-        error: What is raised.
+        path: Path of the folder, which must be empty or not exist. Links are followed.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: It exists, or cannot be written.
@@ -157,7 +157,7 @@ def replace_files(
     folder: str | Path, contents: Mapping[str, bytes], owned: Collection[str] = (), *,
     error: type[ErasureError] = ArtifactError,
 ) -> None:  # fmt: skip
-    """Write some files of a folder as one: who reads through `steady` finds all new or all old ones.
+    """Replace files of a folder together: readers through `steady` find all new or all old files.
 
     Everything else in the folder stays. A link to the folder stays one.
 
@@ -165,7 +165,7 @@ def replace_files(
         folder: Where to; made when it does not exist.
         contents: The files by name.
         owned: Further files that belong to what is written: they are removed where `contents` has them not.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: It cannot be written, or a folder has such a name; the old files are still there.
@@ -210,7 +210,7 @@ def replace_files(
 def settled(
     folder: str | Path, names: Collection[str], *, error: type[ErasureError] = ArtifactError
 ) -> dict[str, Path]:
-    """Where the files of a folder are that are replaced together; those that do not exist are left out.
+    """Find the current places of files that are replaced together; missing ones are left out.
 
     Only a process that was killed in the middle of `replace_files`, or one that is at it, has them elsewhere than in
     the folder itself.
@@ -218,7 +218,7 @@ def settled(
     Args:
         folder: The folder.
         names: The files.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: The journal of a killed process is damaged.
@@ -240,13 +240,13 @@ def steady(
     folder: str | Path, names: Collection[str], read: Callable[[dict[str, Path]], T], *,
     error: type[ErasureError] = ArtifactError,
 ) -> T:  # fmt: skip
-    """What is read from files of a folder that belong together, all old or all new, whoever writes meanwhile.
+    """Read files of a folder that belong together: all old or all new, whoever writes meanwhile.
 
     Args:
         folder: The folder.
         names: The files.
         read: Gets the paths of those that exist, see `settled`.
-        error: What is raised.
+        error: Class of the errors that are raised.
 
     Raises:
         ErasureError: What `read` raises; or the files change again and again.
@@ -277,7 +277,7 @@ def _state_of(folder: str | Path, names: Collection[str]) -> list[tuple[int, ...
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder."""
+    """Remove unfinished files of killed processes from a folder."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             match = TEMPORARY.fullmatch(entry.name)

@@ -1,9 +1,9 @@
-"""What goes around erasures, noticed where it happens: on the networks themselves, whatever pipeline uses them.
+"""Guards that notice bypasses of erasures on the networks themselves, whatever pipeline uses them.
 
-A text-side erasure acts while a prompt is encoded. Embeddings that were made elsewhere, pictures that enter through
-the VAE, an IP-Adapter or a ControlNet bring a concept along without ever passing it. Guards on the denoiser, the VAE
-and the components' `save_pretrained` are shared by every pipeline that shares those networks. What only the arguments
-of a call show (other words for one text encoder, a negative prompt) is looked for there.
+An erasure of text encoders acts while a prompt is encoded. Embeddings from elsewhere, pictures that are encoded by the
+VAE, an IP-Adapter or a ControlNet can bring a concept in without it. Guards on the denoiser, the VAE and the
+components' `save_pretrained` apply to every pipeline that shares these networks. Bypasses that only the arguments of a
+call show (different words for one text encoder, a negative prompt) are checked in the call.
 """
 
 from __future__ import annotations

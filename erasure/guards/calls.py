@@ -1,4 +1,4 @@
-"""Ways around erasures that the arguments of a pipeline's call show."""
+"""Checks of a pipeline's call arguments for bypasses of erasures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from erasure.state import ComponentState
 Way = Literal[
     "other text", "embeddings", "image prompt", "picture", "skipped blocks", "negative prompt", "noise", "levels"
 ]  # fmt: skip
-"""How an argument of a pipeline's call can go around an erasure."""
+"""How an argument of a pipeline's call can bypass an erasure."""
 WAYS: dict[Way, re.Pattern[str]] = {
     "other text": re.compile(r"(negative_)?prompt_\d+"),
     "embeddings": re.compile(r"(negative_)?(pooled_)?prompt_embeds(?!_mask|_scale)(_\w+)?"),
@@ -50,29 +50,29 @@ WAYS: dict[Way, re.Pattern[str]] = {
     "noise": re.compile(r"latents"),
     "levels": re.compile(r"timesteps|sigmas|denoising_(start|end)"),
 }
-"""Names of such arguments, the first that matches: diffusers' pipelines call the same things by the same names."""
+"""Patterns of such arguments' names, of which the first match counts; diffusers' pipelines use the same names."""
 
 
 ONLY_LOCKED: dict[Way, str] = {"embeddings": HANDED_IN, "noise": NOISE, "levels": LEVELS}
-"""What the mere presence of an argument says under a lock; elsewhere such arguments are as good as their values."""
+"""Reasons for which a lock refuses an argument whatever its value; without a lock only the value matters."""
 LENGTH = "max_sequence_length"
-"""Name of the argument that says how long a text is to T5."""
+"""Name of the argument for T5's prompt length."""
 
 
 def way_of(name: str) -> Way | None:
-    """How an argument of this name can go around an erasure; `None` where it cannot."""
+    """Say how an argument of this name can bypass an erasure; `None` where it cannot."""
     return next((way for way, names in WAYS.items() if names.fullmatch(name)), None)
 
 
 def ways_around(pipeline: type[DiffusionPipeline]) -> dict[str, Way]:
-    """The arguments of a pipeline class's call that can go around an erasure, by name, and how."""
+    """List the arguments of a pipeline class's call that can bypass an erasure, by name, and how."""
     names = inspect.signature(pipeline.__call__).parameters
     return {name: way for name in names if (way := way_of(name)) is not None}
 
 
 @contextmanager
 def calling() -> Iterator[None]:
-    """A call is under way inside of the block, in this thread, whose arguments have been looked at."""
+    """Mark that this thread is inside of a call whose arguments have been checked."""
     before, KNOWN.calling = KNOWN.calling, True
     try:
         yield
@@ -81,15 +81,15 @@ def calling() -> Iterator[None]:
 
 
 def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) -> None:
-    """Warn of ways around erasures that the arguments of a pipeline's call show.
+    """Warn of bypasses of erasures in the arguments of a pipeline's call.
 
     Args:
         components: The networks of the pipeline.
         given: Arguments by name.
 
     Raises:
-        LockedError: The erasures are locked, and the lock refuses it.
-        BypassedErasureError: Under an erasure that was attached with `strict=True`.
+        LockedError: The erasures are locked, and the lock refuses the argument.
+        BypassedErasureError: An erasure in force was attached with `strict=True`.
     """
     states = [state for module in components.values() if (state := ComponentState.of(module)) is not None]
     names = names_in_force(states)
@@ -113,7 +113,7 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
             if unfit := unfit_for_skipping(states, blocks_read(components), value):
                 said(states, unfit, CLIP_SKIP, way=str(value))
         elif way == "embeddings" and isinstance(value, Tensor):
-            # The guard on the denoiser is not asked inside of a compiled graph.
+            # The guard on the denoiser does not run inside of a compiled graph.
             if any(skipped_blocks(states, known, value) is None for known in compiled):
                 said(states, on_text, EMBEDDINGS, way=name)
         elif way == "image prompt" and (compiled or is_locked_out(locked, IMAGE_PROMPT)):
@@ -127,30 +127,30 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
 
 
 def check_arguments(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
-    """See `check_call`, from what a stock pipeline's call hands to its own `check_inputs`."""
+    """Check a stock pipeline's call from the arguments of its `check_inputs`; see `check_call`."""
     named = inspect.signature(type(pipe).check_inputs).bind_partial(pipe, *args, **kwargs).arguments  # type: ignore[attr-defined]
     if not KNOWN.calling:
         check_call(components_of(pipe), named)
 
 
 def _is_of_latents(picture: object) -> bool:
-    """Whether what is handed in as a picture is latents of one, which go past the VAE."""
+    """Whether a given picture is latents, which bypass the VAE."""
     return isinstance(picture, Tensor) and picture.ndim == 4 and picture.shape[1] not in (1, 3)
 
 
 def _differs(text: object, usual: object) -> bool:
-    """Whether the prompts for one text encoder are others than those for the first; empty ones are not used."""
+    """Whether the prompts for one text encoder differ from those for the first; empty ones are not used."""
     return bool(text) and _prompts(text) != _prompts(usual or "")
 
 
 def _prompts(given: object) -> list[object]:
-    """One prompt or several, as a list without repetition."""
+    """List one prompt or several, without repetition."""
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return listed[:1] if all(each == listed[0] for each in listed) else listed
 
 
 def _negated(states: Iterable[ComponentState], given: Mapping[str, Any]) -> str:
-    """Names of the erasures whose concept or anchor a negative prompt names, that of any text encoder."""
+    """Name the erasures whose concept or anchor a negative prompt contains, in any text encoder."""
     texts: list[str] = []
     for name, value in given.items():
         if re.fullmatch(r"negative_prompt(_\d+)?", name):

@@ -1,4 +1,4 @@
-"""What text encoders gave under the erasures in force now, known again where the denoiser is told it."""
+"""Memory of the text encoders' outputs under the current erasures, so that the denoiser's guard recognises them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from erasure.state import ComponentState, Locked
 
 _ENCODINGS, _OUTPUT = "erasure_encodings", "erasure_block_output"
 SAMPLED, REMEMBERED = 8, 4096
-"""Values of a token's encoding by which it is known again, and prompts whose encodings are remembered."""
+"""Number of values of a token's encoding by which it is recognised, and number of remembered prompts."""
 AT_ONCE = 4
-"""Tensors that the denoiser is told in turns while one picture is drawn: those of guidance have their own passes."""
+"""Number of different conditioning tensors in turn while one image is sampled, because guidance may use separate
+passes."""
 
 
 class Known(threading.local):
-    """What this thread does on purpose, or has looked at already."""
+    """State of this thread's checks."""
 
     def __init__(self) -> None:
         self.quiet = False
-        """Whether nothing is to be noticed."""
+        """Whether checks are off."""
         self.calling = False
-        """Whether a call is under way whose arguments have been looked at."""
+        """Whether this thread is inside of a call whose arguments have been checked."""
         self.admitted: tuple[Locked, ...] = ()
-        """Locks of the pipelines whose calls are under way."""
+        """Locks of the pipelines whose calls are running."""
         self.skipped = 0
-        """Blocks that a call of the last norm leaves out."""
+        """Number of blocks that a call of the final norm skips."""
         self.checked: deque[tuple[weakref.ref[Tensor], Encodings]] = deque(maxlen=AT_ONCE)
-        """What the denoiser was told last, and the encodings that it was looked for in."""
+        """Last conditioning tensors of the denoiser, with the encodings in which they were searched."""
 
 
 KNOWN = Known()
@@ -48,7 +49,7 @@ KNOWN = Known()
 
 @contextmanager
 def unguarded() -> Iterator[None]:
-    """Nothing is noticed inside of the block, in this thread: for passes that measure and draw nothing."""
+    """Switch this thread's checks off inside of the block, for passes that only measure."""
     before, KNOWN.quiet = KNOWN.quiet, True
     try:
         yield
@@ -58,7 +59,7 @@ def unguarded() -> Iterator[None]:
 
 @contextmanager
 def admitted(locked: Locked) -> Iterator[None]:
-    """Networks under a lock may be run inside of the block, in this thread: by a call that the lock has looked at."""
+    """Let this thread run locked networks inside of the block, in a call that the lock has checked."""
     before, KNOWN.admitted = KNOWN.admitted, (*KNOWN.admitted, locked)
     try:
         yield
@@ -67,20 +68,20 @@ def admitted(locked: Locked) -> Iterator[None]:
 
 
 def is_admitted(locked: Locked) -> bool:
-    """Whether this thread is inside of a call that a lock has looked at."""
+    """Whether this thread is inside of a call that a lock has checked."""
     return locked in KNOWN.admitted
 
 
 class Encodings:
-    """The encodings that text encoders gave under the erasures in force now, known again by some of their values.
+    """The outputs of text encoders under the current erasures, recognised by some of their values.
 
-    Copies of a pipeline share it: what either has encoded, both know.
+    Copies of a pipeline share this object, so each recognises the encodings of the other.
 
     Args:
         erasures: Names and strengths of those erasures.
-        tokens: Where the states of each text encoder stand in the tokens that the denoiser is told.
-        pooled: Where its pooled vector stands in the one that the denoiser is told.
-        free: That one of `tokens` whose text encoder pads to a length that calls may choose, if there is one.
+        tokens: Slices of the denoiser's tokens with each text encoder's states.
+        pooled: Slices of the denoiser's pooled vector with each text encoder's.
+        free: Entry of `tokens` whose text encoder has a variable length, if any.
     """
 
     def __init__(
@@ -101,19 +102,19 @@ class Encodings:
         return self
 
     def remember(self, states: Tensor, skipped: int = 0) -> None:
-        """Take note of encodings `(batch, tokens, dim)`, or of pooled vectors `(batch, dim)`."""
+        """Remember encodings `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`."""
         states = states[:, None] if states.ndim == 2 else states
         self.rows.extend((skipped, row) for row in _sampled(states.detach()).cpu())
 
     def skipped(self, told: Tensor, components: Collection[str]) -> int | None:
-        """How many blocks of the text encoders were left out where what the denoiser is told was made.
+        """Find how many blocks of the text encoders were skipped in the denoiser's conditioning.
 
         Args:
-            told: The tokens `(batch, tokens, dim)`, or the pooled vectors `(batch, dim)`.
-            components: The text encoders whose part is looked at.
+            told: Conditioning: tokens `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`.
+            components: Text encoders whose part is checked.
 
         Returns:
-            0 as the pipeline does it of itself; `None` where a part is made of none of those encodings.
+            0 for the pipeline's default; `None` where a part is not from remembered encodings.
         """
         written, told = (self.tokens, told) if told.ndim == 3 else (self.pooled, told[:, None])
         parts = [told[:, part.places, part.columns] for part in written if part.component in components]
@@ -203,14 +204,14 @@ class _Remember(ModelHook):
 
 
 def forget(tower: TextTower) -> None:
-    """Take the hooks off a text encoder."""
+    """Remove the hooks of a text encoder."""
     for module in {*tower.leaving, *tower.blocks, tower.pooling}:
         hooks.remove_hook(module, _ENCODINGS)
         hooks.remove_hook(module, _OUTPUT)
 
 
 def watch(tower: TextTower, encodings: Encodings) -> None:
-    """Put hooks on a text encoder that take note of what it gives."""
+    """Put hooks on a text encoder that remember its outputs."""
     blocks, outputs = tower.blocks, []
     if tower.consumed == -1 and tower.causal:
         outputs = [_Output() for _ in blocks]
@@ -241,7 +242,7 @@ def blocks_read(components: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def unfit_for_skipping(states: Iterable[ComponentState], read: Mapping[str, int], skip: int) -> str:
-    """Names of the erasures that do less, or other, where the last blocks of CLIP are left out (`clip_skip`).
+    """Name the erasures that act less, or differently, when the last blocks of CLIP are skipped (`clip_skip`).
 
     These are edits of the denoiser, which are fitted to the states that it reads of itself, edits of a block that is
     left out, and pinned prompts of which only the last state is known.
@@ -249,7 +250,7 @@ def unfit_for_skipping(states: Iterable[ComponentState], read: Mapping[str, int]
     Args:
         states: What is attached.
         read: See `blocks_read`.
-        skip: Blocks that are left out.
+        skip: Number of skipped blocks.
     """
     found = []
     for state in states:

@@ -1,4 +1,4 @@
-"""Guards on the networks of a pipeline, which every pipeline that shares them runs into."""
+"""Guards on the networks of a pipeline, which apply to every pipeline that shares them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from erasure.state import ComponentState
 
 _ENTRY = "erasure_entry"
 CONTROLLED = ("down_block_additional_residuals", "controlnet_block_samples", "block_controlnet_hidden_states")
-"""What a ControlNet tells a denoiser: a UNet, Flux's transformer, SD3's."""
+"""Arguments from a ControlNet: in UNets, in Flux's transformer, in SD3's."""
 SHOWN = ("image_embeds", "ip_adapter_image_embeds", "ip_hidden_states")
-"""What an IP-Adapter tells it."""
+"""Arguments from an IP-Adapter."""
 
 
 class _AtEntry(NamedArguments):
-    """On a denoiser: looks at what it is told besides the latents.
+    """Hook on a denoiser that checks its inputs other than latents.
 
     Args:
         denoiser: UNet or transformer.
@@ -65,7 +65,7 @@ class _AtEntry(NamedArguments):
         self.said: set[str] = set()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Warn, or raise `BypassedErasureError` under a strict erasure or a lock, and change nothing."""
+        """Warn, or raise `BypassedErasureError` under a strict erasure or a lock; change nothing."""
         if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
         if (locked := lock_of(self.states)) is not None and not known.is_admitted(locked):
@@ -81,7 +81,7 @@ class _AtEntry(NamedArguments):
         ):
             if isinstance(told, Tensor) and not self._checked(told):
                 self._check(way, told)
-                # Tokens that stand at a step of their own are those of reference images.
+                # Tokens with a nonzero first position are those of reference images.
                 if told is tokens and isinstance(places, Tensor) and bool((places[..., 0] != 0).any()):
                     self._once(REFERENCE)
         shown = {**added, **(given.get("joint_attention_kwargs") or {})}
@@ -92,7 +92,7 @@ class _AtEntry(NamedArguments):
         return args, kwargs
 
     def _check(self, way: str, told: Tensor) -> None:
-        """Look for what the denoiser is told among what the text encoders gave."""
+        """Search the denoiser's conditioning among the text encoders' outputs."""
         skipped = known.skipped_blocks(self.states, self.encodings, told)
         if skipped is None:
             said(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
@@ -106,7 +106,7 @@ class _AtEntry(NamedArguments):
         KNOWN.checked.append((weakref.ref(told), self.encodings))
 
     def _checked(self, told: Tensor) -> bool:
-        """Whether it was looked at in an earlier pass: the same tensors come back at every step of a drawing."""
+        """Whether it was checked in an earlier pass; the same tensors are used at every step of an image."""
         return any(last() is told and encodings is self.encodings for last, encodings in KNOWN.checked)
 
     def _once(self, reason: str, names: str = "", **words: object) -> None:
@@ -117,7 +117,7 @@ class _AtEntry(NamedArguments):
 
 
 class _WatchPictures:
-    """Check on a VAE: pictures go in. Holds the states of the networks that its pipeline draws with."""
+    """Check on a VAE for initial pictures, with the states of the pipeline's other networks."""
 
     def __init__(self, states: Iterable[ComponentState]) -> None:
         self.states = list(states)
@@ -129,7 +129,7 @@ class _WatchPictures:
 
 
 def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Mapping[str, ComponentState]) -> None:
-    """Put the guards of a pipeline in place, or take them off where nothing is attached any more."""
+    """Install a pipeline's guards, or remove them where nothing is attached any more."""
     denoiser = components[backbone.denoiser_component]
     attached = {name: state for name, state in states.items() if state.record.attached}
     in_force = [item for state in attached.values() if state.is_text_encoder for item in state.in_force().items()]
@@ -167,11 +167,11 @@ def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Map
 
 
 def share_gates(pipe: DiffusionPipeline, states: Iterable[ComponentState]) -> None:
-    """Let the text encoders of a pipeline tell one another which gates are open, if an erasure has some in several."""
+    """Let a pipeline's text encoders share which gates are open, if an erasure has gates in several."""
     EncodedTogether.set(pipe, any(state.shares_gates for state in states))
 
 
 def encodings_of(denoiser: nn.Module) -> Encodings | None:
-    """The encodings that the guard of a denoiser knows."""
+    """Get the encodings that a denoiser's guard remembers."""
     hook = hooks.find_hook(denoiser, _ENTRY)
     return hook.encodings if isinstance(hook, _AtEntry) else None

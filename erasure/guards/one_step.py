@@ -1,4 +1,4 @@
-"""One-step generators: the pipeline's sampler while one is in force, and what calls ask for that it does without."""
+"""One-step generators: the pipeline's sampler while one is in force, and warnings of ignored call arguments."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _HOOK = "erasure_one_step"
 
 
 def sampling_of(attached: Attached) -> Sampling | None:
-    """How an erasure is sampled, where that is not as its model is."""
+    """Get the sampling settings of an erasure, where they differ from the base model's."""
     return cast("Sampling | None", attached.erasure.config.sampling)
 
 
 def levels_of(states: Iterable[ComponentState]) -> dict[str, int]:
-    """Noise levels of the one-step generators in force, by name: one at most."""
+    """Get the timesteps of the one-step generators in force, by name; at most one."""
     in_force = {name: one for state in states for name, one in state.in_force().items()}
     told = {name: sampling_of(one) for name, one in in_force.items()}
     return {name: sampling["level"] for name, sampling in told.items() if sampling is not None}
 
 
 def check_together(states: Mapping[str, ComponentState], records: Mapping[str, Record]) -> None:
-    """Refuse another edit of the denoiser beside a one-step generator.
+    """Refuse another edit of the denoiser together with a one-step generator.
 
     Args:
         states: What is attached now, by component.
-        records: What is to be.
+        records: New records, by component.
 
     Raises:
         AttachError: Both would be in force.
@@ -67,7 +67,7 @@ def check_together(states: Mapping[str, ComponentState], records: Mapping[str, R
 
 
 def check_level(pipe: DiffusionPipeline, name: str, sampling: Sampling | None) -> None:
-    """Raise `WrongBaseError` unless a pipeline's scheduler has the noise level that a generator is told.
+    """Raise `WrongBaseError` unless a pipeline's scheduler has a generator's timestep.
 
     Args:
         pipe: The pipeline.
@@ -94,7 +94,7 @@ class _Thread(threading.local):
 
 
 class _OneStep(NamedArguments):
-    """On a denoiser: refuses other noise levels than the generator's, and makes guidance do nothing.
+    """Hook on a denoiser that refuses timesteps other than the generator's, and makes guidance ineffective.
 
     Args:
         denoiser: A UNet.
@@ -113,11 +113,11 @@ class _OneStep(NamedArguments):
         """Look at who asks, and about what.
 
         Raises:
-            UnsupportedModelError: A drawing of another level.
+            UnsupportedModelError: An image is sampled at another timestep.
         """
         self.thread.guided = False
         caller = None if is_measured() else nearest_caller(DiffusionPipeline, Backbone)
-        # A backbone asks on purpose: trainings and proofs look at any level.
+        # Calls of a backbone may use any timestep, in trainings and verifications.
         if is_measured() or isinstance(caller, Backbone):
             return args, kwargs
         given = self.by_name(args, kwargs)
@@ -141,7 +141,7 @@ class _OneStep(NamedArguments):
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Answer for negative prompts as for the prompts, so that any scale of guidance gives the prompts' own."""
+        """Return the prompts' predictions for negative prompts too, so that guidance has no effect."""
         if not self.thread.guided:
             return output
         self.thread.guided = False
@@ -156,7 +156,7 @@ def _twice_last(rows: Tensor) -> Tensor:
 
 
 def install(denoiser: nn.Module, backbone: Backbone, states: Iterable[ComponentState]) -> None:
-    """Give the denoiser its guard and the pipeline its sampler, or take them off where no generator is in force."""
+    """Install the denoiser's guard and the pipeline's sampler, or remove them where no generator is in force."""
     levels = levels_of(states)
     hooks.remove_hook(denoiser, _HOOK)
     for name, level in levels.items():
@@ -165,7 +165,7 @@ def install(denoiser: nn.Module, backbone: Backbone, states: Iterable[ComponentS
 
 
 def set_sampler(pipe: DiffusionPipeline, level: int | None) -> None:
-    """Give a pipeline the sampler of a generator, or its own back, the very object.
+    """Give a pipeline the sampler of a generator, or restore its own scheduler object.
 
     Args:
         pipe: The pipeline.

@@ -1,4 +1,4 @@
-"""What is said of ways around erasures, and how: a warning, or an error under a strict erasure or a lock."""
+"""Messages about bypasses of erasures: a warning, or an error under a strict erasure or a lock."""
 
 from __future__ import annotations
 
@@ -70,33 +70,33 @@ STRANGER = (
 )
 
 Refusable = Literal["image_prompts", "pictures", "controls", "noise", "schedulers", "loras"]
-"""What a lock refuses where it is told so."""
+"""Names of what a lock can refuse in addition to its defaults."""
 REFUSABLE: tuple[Refusable, ...] = get_args(Refusable)
 TOLD: Mapping[str, Refusable] = {
     IMAGE_PROMPT: "image_prompts", REFERENCE: "image_prompts", PICTURE: "pictures", CONTROL: "controls",
     NOISE: "noise", LEVELS: "schedulers",
 }  # fmt: skip
-"""The ways around that a lock refuses where it is told so, and warns of elsewhere. It refuses all others always."""
+"""Bypasses that a lock refuses only if requested, and otherwise warns of. A lock refuses all others."""
 
 
 def lock_of(states: Iterable[ComponentState]) -> Locked | None:
-    """The lock on some components."""
+    """Get the lock on components."""
     return next((state.locked for state in states if state.locked is not None), None)
 
 
 def is_refused(states: Iterable[ComponentState], reason: str) -> bool:
-    """Whether a way around is an error: under an erasure that was attached with `strict=True`, or under a lock."""
+    """Whether a bypass is an error: under an erasure attached with `strict=True`, or under a lock."""
     states = list(states)
     return is_strict(states) or is_locked_out(lock_of(states), reason)
 
 
 def is_locked_out(locked: Locked | None, reason: str) -> bool:
-    """Whether a lock refuses a way around."""
+    """Whether a lock refuses a bypass."""
     return locked is not None and (reason not in TOLD or TOLD[reason] in locked.refuses)
 
 
 def names_in_force(states: Iterable[ComponentState]) -> str:
-    """Names of the erasures in force on some components, for a message."""
+    """Name the erasures in force on components, for a message."""
     return ", ".join(dict.fromkeys(name for state in states for name in state.in_force()))
 
 
@@ -128,7 +128,7 @@ def names_on_text(states: Iterable[ComponentState]) -> str:
 
 
 def made_for_others(states: Iterable[ComponentState], component: str, length: int) -> dict[str, int]:
-    """The erasures in force that were made with texts of another length, with theirs in tokens, by name.
+    """Get the erasures in force that were made for another prompt length, with theirs in tokens, by name.
 
     Args:
         states: What is attached.
@@ -150,16 +150,16 @@ def is_strict(states: Iterable[ComponentState]) -> bool:
 
 
 def said(states: Iterable[ComponentState], names: str, reason: str, **words: object) -> None:
-    """Warn of a way around erasures.
+    """Warn of a bypass of erasures.
 
     Args:
         states: What is attached.
-        names: The erasures that are gone around.
-        reason: One of the sentences above.
-        **words: What else stands in it in braces.
+        names: Names of the bypassed erasures.
+        reason: Message, one of the constants above.
+        **words: Values for the message's other fields in braces.
 
     Raises:
-        LockedError: They are locked, and the lock refuses it.
+        LockedError: The erasures are locked, and the lock refuses the bypass.
         BypassedErasureError: One of the erasures in force was attached with `strict=True`.
     """
     states, text = list(states), reason.format(names=names, **words)

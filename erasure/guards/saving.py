@@ -1,4 +1,4 @@
-"""Erasures that files of a stock model cannot hold are not left out of them in silence."""
+"""Checks before saving: erasures that a stock model's files cannot contain are refused, not silently left out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from erasure.state import ComponentState
 
 
 def refuse_unsaveable(module: nn.Module, *args: object, **kwargs: object) -> None:
-    """Raise rather than write files of a component that lack a part of what is in force, or cannot be read again.
+    """Refuse to save a component if its files would lack a part of the erasures in force, or could not be loaded.
 
     Raises:
-        AttachError: Hooks are a part of an erasure in force, or a user's adapter is loaded beside one.
+        AttachError: An erasure in force uses hooks, or a user's adapter is loaded too.
     """
     refuse_adapters(module)
     state = ComponentState.of(module)

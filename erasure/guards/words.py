@@ -1,7 +1,7 @@
-"""Whether a text names what an erasure is about, without a search for each of its words.
+"""Whether a text contains a name or an anchor of an erasure's concepts, by an index of words.
 
-The words of an erasure are sorted once by the first run of letters and digits in each. A text then costs what its own
-words cost, however many concepts are erased.
+The words of an erasure are indexed once by the first run of letters and digits in each. The cost of a check depends on
+the length of the text, not on the number of concepts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def words_of(erasure: Erasure) -> Sorted:
 
 
 def is_named(erasure: Erasure, text: str) -> bool:
-    """Whether a text, in lower case, holds a name or an anchor of one of an erasure's concepts as a whole word."""
+    """Whether a lower-case text contains a name or an anchor of an erasure's concepts as a whole word."""
     known = words_of(erasure)
     likely = (word for run in {"", *_RUN.findall(text)} for word in known.get(run, ()))
     return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in likely)

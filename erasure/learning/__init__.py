@@ -1,4 +1,4 @@
-"""Concepts given by pictures: learned as new tokens, kept in a folder, loaded into pipelines, erased like words."""
+"""Concepts learned from pictures as new tokens: saved in a folder, loaded into pipelines, and erased like words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AttenCraft: learning several concepts apart from one picture (Shentu et al. 2024, arXiv 2405.17965)."""
+"""AttenCraft: learning several concepts separately from one picture (Shentu et al. 2024, arXiv 2405.17965)."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ from erasure.training.states import draw, stable_seed
 from erasure.training.student import Student, make_student
 
 LEVELS = 1000
-"""Noise levels of training."""
+"""Number of training timesteps."""
 MASK_LEVELS = (0.05, 0.15, 0.25)
-"""Noise levels, as shares of all, at which a picture is looked at for its first masks (paper: one below 0.3)."""
+"""Timesteps, as shares of all, at which attention to a picture is read for its first masks (paper: one below 0.3)."""
 LONGEST_BORDER = 0.85
-"""Longest border between two things of a picture, see `erasure.learning.masks.border`."""
+"""Largest length of the border between two things of a picture, see `erasure.learning.masks.border`."""
 TEMPLATES = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
-"""Phrasings that tokens are learned in; the first alone where `templates` is off."""
+"""Prompt templates of the training; only the first where `templates` is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttenCraft(Optimisation):
-    """Learn new tokens, one for each thing in a picture, with masks that attention gives.
+    """Learn new tokens, one for each thing in a picture, with masks from the model's attention.
 
-    A row of an update names one thing v_k alone, or all of them, and is trained where those are:
+    The prompt of a training row names one thing v_k, or all of them, and the loss is on their masks:
 
         L = |M (e(x_t, "a photo of v_k") - target)|^2 / |M| + w_a sum_k A(map of v_k, M_k) + w_p L_prior
 
-    M is the union of the masks of what the prompt names. A pulls a token's cross-attention to its mask, and that of
-    the start token to the background. Masks come from attention as well: at first from the stock model, then now and
-    then from the model as it is, as long as these agree with the ones before.
+    M is the union of the masks of the things that the prompt names. The loss A moves a token's cross-attention to its
+    mask, and that of the start token to the background. Masks are read from attention too: first from the stock model,
+    later from the model in training, as long as new masks agree with the former ones.
 
-    Preset `paper` has the settings of the authors' code of 2025. What that code does by mistake is left out: it never
-    trains the last new token, decays the whole table of embeddings, and weighs the masked loss four times, because it
-    divides a sum over four channels by the area of the mask.
+    Preset `paper` has the settings of the authors' code of 2025. Mistakes of that code are left out: it never trains
+    the last new token, decays the whole table of embeddings, and weighs the masked loss four times, because it divides
+    a sum over four channels by the area of the mask.
     """
 
     name: ClassVar[str] = "attencraft"
@@ -67,73 +67,77 @@ class AttenCraft(Optimisation):
     paper: ClassVar[str] = "AttenCraft, Shentu et al. 2024, arXiv 2405.17965"
 
     steps: Count = 150
-    """Updates (paper: 500)."""
+    """Number of updates (paper: 500)."""
     lr: Positive = 2e-3
     """Learning rate of AdamW for weights (paper: 1e-4). Small models need more."""
     batch: Count = 4
-    """Rows in each update, over all processes (paper: 1)."""
+    """Number of training rows in each update, over all processes (paper: 1)."""
     vectors: Annotated[int, Ge(1), Le(MOST_VECTORS)] = 3
-    """Vectors of each token (paper: 1)."""
+    """Number of vectors of each token (paper: 1)."""
     vectors_rate: Positive = 10.0
-    """Learning rate of vectors over that of weights (paper: 1)."""
+    """Learning rate of the vectors, as a multiple of that of weights (paper: 1)."""
     spread: NotNegative = 0.3
-    """Standard deviations by which vectors are moved at random where they start (paper: 0)."""
+    """Random noise of the initial vectors, in standard deviations of the vocabulary's embeddings (paper: 0)."""
     trained: Literal["vectors", "keys and values", "cross-attention"] = "keys and values"
-    """What learns: the vectors alone, as in textual inversion, or what cross-attention makes of text as well (paper:
-    its keys and values), or all of cross-attention."""
+    """What is trained: `vectors` only the tokens' vectors (textual inversion), `keys and values` also those of the
+    cross-attention (paper), `cross-attention` also all of the cross-attention."""
     rank: CountOrZero = 0
-    """Of a LoRA on those weights, which makes a smaller file; 0 trains them in full (paper)."""
+    """Rank of a LoRA on those weights, which makes a smaller file; 0 trains them in full (paper)."""
     train_start: bool = True
-    """Whether weights learn from what they make of the start token, which is in every prompt (paper: no)."""
+    """Let gradients flow through the start token's keys and values; the start token is in every prompt (paper:
+    off)."""
     templates: bool = True
-    """Learn in several phrasings; else in "a photo of {}" alone (paper)."""
+    """Train with several prompt templates; when off, with "a photo of {}" only (paper)."""
     alone: Literal["cut out", "masked"] = "cut out"
-    """What a row that names one thing sees: the thing cut out, as large as the model draws single things; or the whole
-    picture, of which all but the thing counts for nothing (paper), so that anything may be drawn in its place."""
+    """Picture of a row that names one thing: `cut out` the thing on a plain background, as large as the model draws
+    single things; `masked` the whole picture with the loss on the thing only (paper), so that the rest of the
+    drawing is not determined."""
     outside: ZeroToOne = 0.2
-    """How much the background counts around a thing that is cut out."""
+    """Weight of the background around a thing that is cut out, 0 to 1."""
     sampling: Literal["uniform", "reweighted"] = "uniform"
-    """Which thing a row shows: each alone as often as all together, or those more often that are learned worse."""
+    """Choice of the things of a row: `uniform` each one alone and all together equally often; `reweighted` prefers
+    those with a larger loss."""
     together: ZeroToOne | None = None
-    """Share of the rows that show all things; one of as many as there are choices when left out."""
+    """Share of the rows, 0 to 1, that show all things; one part of as many as there are choices when left out."""
     masks: Literal["attention", "none"] = "attention"
-    """Whether the model finds where things are; without, pictures are learned as they are, with their background."""
+    """Whether the model's attention gives masks; with `none`, pictures are learned as a whole with their
+    background."""
     first_masks: Literal["groups", "tokens"] = "groups"
-    """How they are found before tokens mean anything: by what places look at each other, or by the attention to what
-    the tokens began as (paper), which needs words that tell the things apart."""
+    """How the first masks are found: `groups` by clustering self-attention; `tokens` by attention to the words from
+    which tokens start (paper), which needs words that distinguish the things."""
     threshold: ZeroToOne = 0.6
-    """How surely a place is no background where things are groups."""
+    """Foreground score, 0 to 1, above which a place belongs to a thing, with `groups`."""
     margin: ZeroToOne = 0.1
-    """How far a token's map is above all others where it has a place (paper: 0.1)."""
+    """How much a token's map must exceed all others at a place of its mask (paper: 0.1)."""
     power: Count = 2
-    """How often self-attention is applied to maps (paper: 4)."""
+    """Number of times that self-attention is applied to maps (paper: 4)."""
     mask_every: CountOrZero = 0
-    """Updates between two readings of the masks; 0 keeps the first ones (paper: 20)."""
+    """Number of updates after which masks are read again; 0 keeps the first masks (paper: 20)."""
     agreement: ZeroToOne = 0.8
-    """Structural similarity with the masks before that new ones need (paper: 0.8)."""
+    """Smallest structural similarity with the former masks at which new masks are accepted (paper: 0.8)."""
     attention_weight: NotNegative = 0.02
-    """Weight of the loss of attention (paper: 1)."""
+    """Weight of the attention loss (paper: 1)."""
     attention_loss: Literal["mass", "divergence"] = "mass"
     """`mass`: share of a token's attention that is outside of its mask. `divergence`: Jensen-Shannon divergence of the
     softmax of map and mask (paper), whose gradient is small, since the softmax of values in 0-1 is nearly even."""
     prior_weight: NotNegative = 0.5
-    """Weight of what the model must go on to draw (paper: 1)."""
+    """Weight of the prior loss, on other prompts that must survive (paper: 1)."""
     prior_batch: CountOrZero = 2
-    """Rows of it in each update; 0 for none, as where vectors alone learn (paper: 1)."""
+    """Number of prior rows in each update (paper: 1); 0 for none, for instance if only vectors are trained."""
     prior_prompts: Count = 16
-    """Random prompts of the tokeniser's own words that it is drawn from."""
+    """Number of random prompts, made of the tokeniser's words, of the prior images."""
     prior_images: Count = 1
-    """Images of each (paper: 200 of "a photo at the beach")."""
+    """Number of prior images of each prompt (paper: 200 of "a photo at the beach")."""
     prior_prompt: str = ""
-    """A prompt in the place of those random ones."""
+    """Prompt of the prior images, instead of random ones."""
     prior_target: Literal["teacher", "noise"] = "teacher"
-    """What must be predicted there: what the stock model predicts, or the noise (paper)."""
+    """Target of the prior loss: the stock model's prediction, or the noise (paper)."""
     prior_steps: Count = 20
-    """Denoising steps of its images."""
+    """Number of denoising steps of the prior images."""
     resolution: Annotated[int, Ge(8), Le(8192)] | None = None
-    """Side in pixels of the square pictures that are learned; the model's own when left out."""
+    """Side in pixels of the square training pictures; the model's own size when left out."""
     clip: NotNegative = 1.0
-    """Greatest norm of the gradient; 0 for none."""
+    """Largest norm of the gradient, to which longer ones are clipped; 0 switches clipping off."""
 
     presets: ClassVar[Presets] = {
         "paper": {
@@ -149,7 +153,7 @@ class AttenCraft(Optimisation):
     }  # fmt: skip
 
     def teaches(self, backbone: Backbone, generator: torch.Generator) -> tuple[Student | None, list[str]]:
-        """The weights that learn, and the layers whose output at the start token gives no gradient."""
+        """Give the trained weights, and the layers whose output at the start token gets no gradient."""
         if self.trained == "vectors":
             return None, []
         layers = [layer.path for layer in backbone.entry_layers()]
@@ -167,10 +171,10 @@ class AttenCraft(Optimisation):
     def first(
         self, backbone: Backbone, clean: Tensor, tokens: Sequence[str], like: Mapping[str, str], seed: int
     ) -> Tensor:
-        """Masks of what each picture shows, before anything is learned, `(pictures, tokens, height, width)` bool.
+        """Find masks of the things in each picture before training, `(pictures, tokens, height, width)` bool.
 
         Raises:
-            MaskError: They cannot be told.
+            MaskError: Masks cannot be found.
         """
         prompt, size = TEMPLATES[0].format(joined(tokens)), pixel_size(backbone, clean)
         levels = [torch.tensor(share * LEVELS) for share in MASK_LEVELS]
@@ -196,7 +200,7 @@ class AttenCraft(Optimisation):
         return made
 
     def renewed(self, lesson: Lesson, step: int) -> None:
-        """Read the masks from the model as it is now, and take those that agree with the ones before."""
+        """Read masks from the model in training, and accept those that agree with the former ones."""
         if not self.mask_every or step == 0 or step % self.mask_every or not lesson.places.are_known:
             return
         backbone = lesson.backbone
@@ -220,7 +224,7 @@ class AttenCraft(Optimisation):
     # Updates --------------------------------------------------------------------------------------------------------
 
     def chosen(self, lesson: Lesson, step: int) -> list[tuple[int, ...]]:
-        """Numbers of the tokens that each row of an update shows."""
+        """Choose the indices of the tokens that each row of an update shows."""
         count = len(lesson.tokens)
         if count == 1:
             return [(0,)] * self.batch
@@ -234,7 +238,7 @@ class AttenCraft(Optimisation):
         return [tuple(range(count)) if number == count else (number,) for number in drawn]
 
     def prepare(self, lesson: Lesson, step: int, share: Share) -> Batch:
-        """The rows of an update."""
+        """Prepare the rows of an update."""
         backbone, seed = lesson.backbone, lesson.seed
         rows = share.of(torch.arange(self.batch))
         things = self.chosen(lesson, step)
@@ -271,7 +275,7 @@ class AttenCraft(Optimisation):
 
     @torch.no_grad()
     def kept(self, lesson: Lesson, step: int, share: Share) -> tuple[Tensor, Tensor, Tensor, Conditioning] | None:
-        """What the model must go on to draw."""
+        """Prepare the prior rows of an update."""
         source = lesson.prior
         if source is None:
             return None
@@ -281,7 +285,7 @@ class AttenCraft(Optimisation):
         return states.x, states.t, target, told
 
     def losses(self, lesson: Lesson, batch: Batch) -> dict[str, Tensor]:
-        """The terms of an update."""
+        """Compute the loss terms of an update."""
         backbone, count = lesson.backbone, len(batch.x)
         told = backbone.encode(batch.prompts)
         x, t = batch.x, batch.t
@@ -308,7 +312,7 @@ class AttenCraft(Optimisation):
         return terms
 
     def looked_at(self, lesson: Lesson, batch: Batch, rows: int) -> Tensor:
-        """Text tokens whose attention is read, `(rows, text tokens, 1 + tokens)`; rows of what is kept have none."""
+        """Mark the text tokens whose attention is read, `(rows, text tokens, 1 + tokens)`; prior rows have none."""
         each = []
         for prompt, numbers in zip(batch.prompts, batch.chosen, strict=True):
             columns = columns_of(lesson.backbone, prompt, [lesson.tokens[number] for number in numbers])
@@ -319,7 +323,7 @@ class AttenCraft(Optimisation):
         return F.pad(made, (0, 0, 0, 0, 0, rows - len(made)))
 
     def attention(self, batch: Batch, maps: Sequence[Tensor]) -> Tensor:
-        """How far the attention to tokens is from their masks, mean over rows; see `attention_loss`."""
+        """Compute the distance of attention from masks, mean over rows; see `attention_loss`."""
         grid = maps[0].shape[2:]
         mean = torch.stack([part[: len(batch.x)] for part in maps]).mean(0)
         masks = F.interpolate(batch.masks, grid, mode="area")
@@ -337,19 +341,19 @@ class AttenCraft(Optimisation):
 
 
 def divergence(maps: Tensor, masks: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the softmax over places of maps and of masks, `(maps,)`, in nats."""
+    """Compute the Jensen-Shannon divergence of the softmax of maps and of masks over places, `(maps,)`, in nats."""
     p, q = (part.float().flatten(1).log_softmax(1) for part in (maps, masks))
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
     return ((p.exp() * (p - middle)).sum(1) + (q.exp() * (q - middle)).sum(1)) / 2
 
 
 def joined(names: Sequence[str]) -> str:
-    """Names as a prompt lists them: "a", "a and b", "a, b and c"."""
+    """Join names for a prompt: "a", "a and b", "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def in_latents(masks: Tensor, clean: Tensor) -> Tensor:
-    """Masks `(pictures, tokens, rows, columns)` at the size of latents, float32 in 0-1 on the CPU."""
+    """Resize masks `(pictures, tokens, rows, columns)` to the latents' size, float32 in 0-1 on the CPU."""
     size = clean.shape[2:]
     if tuple(masks.shape[2:]) == tuple(size):
         return masks.float().cpu()
@@ -359,11 +363,11 @@ def in_latents(masks: Tensor, clean: Tensor) -> Tensor:
 
 
 def enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks `(tokens, rows, columns)` at another height and width, bool."""
+    """Resize masks `(tokens, rows, columns)` to a height and width, bool."""
     return F.interpolate(masks.float()[None], size, mode="bilinear", align_corners=False)[0] > 0.5
 
 
 def pixel_size(backbone: Backbone, latents: Tensor) -> tuple[int, int]:
-    """Height and width in pixels of what latents decode to."""
+    """Give the height and width in pixels of decoded latents."""
     factor = backbone.latents.factor
     return factor * latents.shape[2], factor * latents.shape[3]

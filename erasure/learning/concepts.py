@@ -1,4 +1,4 @@
-"""What was learned from pictures, as a small folder: a JSON config and safetensors. No pickle is read or written."""
+"""Concepts learned from pictures, as a small folder: a JSON config and safetensors. No pickle is read or written."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ WEIGHTS_FILE = "weights.safetensors"
 FILES = (CONFIG_FILE, VECTORS_FILE, WEIGHTS_FILE)
 FORMAT_VERSION = 1
 BYTES_LIMIT = 2 * 2**30
-"""Bytes of a file of tensors."""
+"""Largest size in bytes of a file of tensors."""
 SAMPLED = 256
-"""Values of each tensor of a model that its fingerprint holds."""
+"""Number of values of each tensor in a model's fingerprint."""
 BEFORE = "_erasure_concepts"
-"""Attribute of a pipeline: the concepts that were loaded, with what stood in its weights before."""
+"""Attribute of a pipeline with its loaded concepts and the former values of its weights."""
 
 
 @dataclass
 class ConceptsConfig:
-    """Everything about learned concepts but their tensors."""
+    """Description of learned concepts: everything but their tensors."""
 
     __pydantic_config__ = STRICT
 
     tokens: Annotated[list[Name], Field(min_length=1, max_length=100)]
-    """The new words."""
+    """The learned tokens."""
     family: Name
     """Model family, as `Backbone.family`."""
     base: dict[str, Any]
     """`model`, `revision`, and `parts`: fingerprint of each network of the model that they were learned with."""
     method: Name = "attencraft"
-    """How they were learned."""
+    """Name of the method by which they were learned."""
     options: Annotated[dict[Name, object], Field(max_length=1000)] = field(default_factory=dict)
-    """Of the method."""
+    """Options of the method."""
     like: dict[Name, Text] = field(default_factory=dict)
-    """Words that each token began as."""
+    """Words from which each token's vectors started."""
     pictures: Annotated[list[Sha256], Field(max_length=10_000)] = field(default_factory=list)
     """sha256 of the pixels of every picture."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
-    """Seed it was made with."""
+    """Seed of the training."""
     cost: Annotated[dict[Name, Number], Field(max_length=1000)] = field(default_factory=dict)
-    """`seconds` it took, and further figures."""
+    """Cost: `seconds`, and further figures."""
     versions: Annotated[dict[Name, Name], Field(max_length=100)] = field(default_factory=dict)
-    """Libraries that made it."""
+    """Versions of the libraries of the training."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -73,7 +73,7 @@ class ConceptsConfig:
         """Validate and read plain data.
 
         Raises:
-            ArtifactError: A newer format, a missing or unknown key, or a value that cannot be.
+            ArtifactError: The format is newer, a key is missing or unknown, or a value is invalid.
         """
         version = data.get("format_version") if isinstance(data, dict) else None
         if type(version) is int and version > FORMAT_VERSION:
@@ -88,18 +88,18 @@ class ConceptsConfig:
 
 
 class _Base(Base, total=False):
-    """What concepts were learned with."""
+    """The model with which concepts were learned."""
 
     parts: dict[Encoder | Name, dict[str, str]]
 
 
 class LearnedConcepts:
-    """New tokens that stand for what pictures show: their vectors, and weights of the denoiser where those learned.
+    """New tokens for the contents of pictures: their vectors, and weights of the denoiser if those were trained.
 
     Args:
-        config: What they are.
-        vectors: `(count, dim)` by component and token.
-        edits: Of the denoiser; empty where vectors alone were learned.
+        config: Description of the concepts.
+        vectors: Vectors by component and token, `(count, dim)` each.
+        edits: Edits of the denoiser; empty where only vectors were learned.
     """
 
     def __init__(self, config: ConceptsConfig, vectors: Mapping[str, Mapping[str, Tensor]], edits: Edits) -> None:
@@ -111,7 +111,7 @@ class LearnedConcepts:
 
     @property
     def tokens(self) -> list[str]:
-        """The new words."""
+        """The learned tokens."""
         return list(self.config.tokens)
 
     @property
@@ -133,14 +133,14 @@ class LearnedConcepts:
         return contents
 
     def _keys(self, tokens: Mapping[str, Tensor]) -> list[str]:
-        """Names of tokens' vectors in a file: their numbers, since a token may have any letters."""
+        """Name the vectors in a file by the tokens' indices, because a token may have any characters."""
         return [str(self.config.tokens.index(name)) for name in tokens]
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write them to a folder, whole or not at all.
+        """Write the concepts to a folder, atomically.
 
         Raises:
-            ArtifactError: The folder holds something, or cannot be written.
+            ArtifactError: The folder is not empty, or cannot be written.
         """
         folder = Path(folder)
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -153,10 +153,10 @@ class LearnedConcepts:
 
     @classmethod
     def read(cls, folder: str | Path) -> LearnedConcepts:
-        """Read them from a folder.
+        """Read concepts from a folder.
 
         Raises:
-            ArtifactError: It is missing, damaged, has unknown keys, or needs a newer version of this package.
+            ArtifactError: The folder is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
         folder = Path(os.path.expanduser(folder))
         if not folder.is_dir():
@@ -195,13 +195,13 @@ class LearnedConcepts:
         return cls(config, vectors, edits)
 
     def load_into(self, pipe: DiffusionPipeline) -> None:
-        """Teach a pipeline the tokens. Weights that learned are written into the denoiser until `unload` is called.
+        """Load the tokens into a pipeline, and write trained weights into the denoiser until `unload` is called.
 
         Raises:
-            WrongBaseError: They were learned with another model.
-            AttachError: An erasure is attached, which would be in force for another model than its own.
-            ConceptError: The pipeline has learned such a token already.
-            UnsupportedModelError: The pipeline loads no tokens, or its weights are quantised or offloaded.
+            WrongBaseError: The concepts were learned with another model.
+            AttachError: An erasure is attached, which was made for the model without the concepts.
+            ConceptError: The pipeline has a token of this name already.
+            UnsupportedModelError: The pipeline cannot load tokens, or its weights are quantised or offloaded.
         """
         with Lease(components_of(pipe).values(), exclusive=True):
             self._load_into(pipe)
@@ -226,14 +226,14 @@ class LearnedConcepts:
             raise
 
     def _take_off(self, pipe: DiffusionPipeline, before: Mapping[tuple[str, str], Tensor]) -> None:
-        """Make weights what they were, and forget the tokens that are there."""
+        """Restore the weights, and remove the loaded tokens."""
         _write(pipe, before)
         for component in self.vectors:
             for name in reversed(self.tokens):
                 learned.remove(pipe, component, name)
 
     def _written(self, pipe: DiffusionPipeline) -> dict[tuple[str, str], Tensor]:
-        """What stands in the weights that learned, by component and path."""
+        """Get the current values of the trained weights, by component and path."""
         found = {}
         for component in self.edits.components:
             for path, edit in self.edits.of(component).items():
@@ -248,10 +248,10 @@ class LearnedConcepts:
         return found
 
     def check_base(self, backbone: Backbone) -> None:
-        """Refuse another model than the one that the concepts were learned with.
+        """Refuse a model other than the one with which the concepts were learned.
 
         Raises:
-            WrongBaseError: It is of another family, or one of its networks has other weights.
+            WrongBaseError: The model is of another family, or one of its networks has other weights.
         """
         config, parts = self.config, self.config.base["parts"]
         named = config.base.get("model") or "a model without a name"
@@ -277,7 +277,7 @@ def networks(backbone: Backbone) -> dict[str, torch.nn.Module]:
 
 
 def sampled(network: torch.nn.Module) -> Tensor:
-    """Evenly spaced values of every parameter but the tables of tokens, which learned tokens extend."""
+    """Sample evenly spaced values of every parameter, without token tables, which learned tokens extend."""
     parts = []
     for path in sorted(paths.canonical_parameters(network)):
         if "token_embedding" not in path:
@@ -287,22 +287,22 @@ def sampled(network: torch.nn.Module) -> Tensor:
 
 
 def base_of(backbone: Backbone, model: str, revision: str | None) -> dict[str, Any]:
-    """What a config says of the model that concepts are learned with."""
+    """Describe the base model for a config."""
     parts = {name: fingerprint(sampled(network)) for name, network in networks(backbone).items()}
     return {"model": Path(model).name if os.path.isabs(model) else model, "revision": revision, "parts": parts}
 
 
 def loaded(pipe: DiffusionPipeline) -> list[LearnedConcepts]:
-    """The learned concepts of a pipeline that `load_into` gave it, first to last."""
+    """List the learned concepts that `load_into` has loaded into a pipeline, in order."""
     return [concepts for concepts, _ in vars(pipe).get(BEFORE, ())]
 
 
 def unload(pipe: DiffusionPipeline) -> None:
-    """Take all learned concepts off: tokens and weights are as before, bit for bit.
+    """Remove all learned concepts: tokens and weights are then as before, bit for bit.
 
     Raises:
-        AttachError: An erasure is attached that was made for the model with them.
-        ConceptError: Nothing is loaded.
+        AttachError: An attached erasure was made for the model with these concepts.
+        ConceptError: No concepts are loaded.
     """
     if attached := list(ErasureManager(pipe).erasures):
         raise AttachError(f"the erasure {attached[0]!r} is attached: unload_erasures() first, then the concepts")
@@ -311,7 +311,7 @@ def unload(pipe: DiffusionPipeline) -> None:
     with Lease(components_of(pipe).values(), exclusive=True):
         while held:
             concepts, before = held[-1]
-            # What is interrupted can be done again: nothing is forgotten before it is taken off.
+            # An interrupted removal can be repeated, because records are dropped only after it.
             concepts._take_off(pipe, before)
             held.pop()
     del vars(pipe)[BEFORE]
@@ -319,6 +319,6 @@ def unload(pipe: DiffusionPipeline) -> None:
 
 @torch.no_grad()
 def _write(pipe: DiffusionPipeline, values: Mapping[tuple[str, str], Tensor]) -> None:
-    """Give parameters values, by component and path."""
+    """Write values into parameters, by component and path."""
     for (component, path), value in values.items():
         paths.parameter(getattr(pipe, component), path).copy_(value)

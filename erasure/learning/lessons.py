@@ -1,4 +1,4 @@
-"""One training on pictures: what it works on, what it keeps between updates, and the parts of its updates."""
+"""One training on pictures: its inputs, its state between updates, and its batches."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from erasure.training.turns import After
 
 
 class Batch(NamedTuple):
-    """A part of an update."""
+    """One process's rows of an update."""
 
     x: Tensor
-    """`(rows, channels, h, w)`."""
+    """Noised latents, `(rows, channels, h, w)`."""
     t: Tensor
-    """`(rows,)`."""
+    """Timesteps, `(rows,)`."""
     target: Tensor
-    """What is to be predicted, shaped as `x`."""
+    """Targets, shaped as `x`."""
     prompts: list[str]
     """Prompt of every row."""
     chosen: list[tuple[int, ...]]
-    """Numbers of the tokens that each row's prompt names."""
+    """Indices of the tokens in each row's prompt."""
     masks: Tensor
-    """`(rows, tokens, h, w)` in 0-1, of the row's picture."""
+    """Masks of the row's picture, `(rows, tokens, h, w)` in 0-1."""
     weights: Tensor
-    """`(rows, 1, h, w)` in 0-1: how much each place counts in the loss of the picture."""
+    """Weight of each place in the loss, `(rows, 1, h, w)` in 0-1."""
     prior: tuple[Tensor, Tensor, Tensor, Conditioning] | None
-    """States, noise levels, targets and encodings of what the model must go on to draw."""
+    """Prior rows, which must survive: latents, timesteps, targets and encodings."""
 
 
 class Balance(After):
-    """How badly each token is learned: running means of its losses, a part of checkpoints.
+    """Running means of each token's loss, which are saved in checkpoints.
 
     Args:
-        tokens: How many there are.
+        tokens: Number of tokens.
         gather: Sums a tensor over all processes.
-        decay: Share that a running mean keeps.
+        decay: Decay of the running means.
     """
 
     def __init__(
@@ -50,37 +50,37 @@ class Balance(After):
     ) -> None:
         self.losses, self.gather, self.decay = torch.ones(tokens), gather, decay
         self.met = torch.zeros(2, tokens)
-        """Sum of the losses of each token in the update under way, and of how many rows."""
+        """Sum of the losses of each token in the current update, and number of rows."""
 
     def add(self, token: int, loss: Tensor) -> None:
-        """Take note of the loss of a row that names one token alone."""
+        """Record the loss of a row that names only one token."""
         self.met = self.met.to(loss.device)
         self.met[:, token] += torch.stack([loss.detach().float(), torch.ones_like(loss)])
 
     def apply(self, update: int, lr: float) -> None:
-        """See `After.apply`: the losses of the update enter the means, those of all processes."""
+        """Add the losses of the update, from all processes, to the means; see `After.apply`."""
         sums, rows = self.gather(self.met).cpu()
         fresh = self.decay * self.losses + (1 - self.decay) * sums / rows.clamp_min(1)
         self.losses, self.met = torch.where(rows > 0, fresh, self.losses), torch.zeros_like(self.met)
 
     def figures(self) -> dict[str, float]:
-        """The means."""
+        """Give the means."""
         return {f"loss_token_{number}": float(loss) for number, loss in enumerate(self.losses)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints."""
+        """Give the state for checkpoints."""
         return {"losses": self.losses}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put them back."""
+        """Restore the state."""
         self.losses = state["losses"].clone()
 
 
 class Places:
-    """Where the things are in every picture, a part of checkpoints.
+    """Masks of the things in every picture, which are saved in checkpoints.
 
     Args:
-        masks: `(pictures, tokens, h, w)` float32 in 0-1, in latent pixels, on the CPU.
+        masks: Masks in latent pixels on the CPU, `(pictures, tokens, h, w)` float32 in 0-1.
         are_known: Whether they are masks of things, and not of whole pictures.
     """
 
@@ -88,11 +88,11 @@ class Places:
         self.masks, self.are_known = masks, are_known
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For checkpoints."""
+        """Give the state for checkpoints."""
         return {"masks": self.masks}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put them back."""
+        """Restore the state."""
         self.masks = state["masks"].clone()
 
 
@@ -102,23 +102,23 @@ class Alone(NamedTuple):
     clean: Tensor
     """Latents, `(pictures, tokens, channels, h, w)`."""
     masks: Tensor
-    """`(pictures, tokens, h, w)` in 0-1, on the CPU."""
+    """Masks on the CPU, `(pictures, tokens, h, w)` in 0-1."""
 
 
 @dataclass
 class Lesson:
-    """One training."""
+    """The inputs and the state of one training."""
 
     backbone: Backbone
     tokens: list[str]
     clean: Tensor
     """Latents of the pictures, `(pictures, channels, h, w)`."""
     inside: Tensor
-    """`(pictures, 1, h, w)` in 0-1, on the CPU: what is of the pictures, and not filled up."""
+    """Mask of the pictures themselves without padding, `(pictures, 1, h, w)` in 0-1 on the CPU."""
     places: Places
     taught: Taught
     balance: Balance
     prior: NoisedImages | None
     seed: int
     alone: Alone | None = None
-    """Each thing by itself; `None` where rows that name one thing see the whole picture."""
+    """Each thing cut out; `None` where rows that name one thing use the whole picture."""

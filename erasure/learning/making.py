@@ -1,4 +1,4 @@
-"""Learning concepts from pictures: the run around the loop."""
+"""The function that learns concepts from pictures: preparation, training and result."""
 
 from __future__ import annotations
 
@@ -63,33 +63,34 @@ def learn_concepts(
     run: Run | None = None,
     **options: object,
 ) -> LearnedConcepts:
-    """Learn new tokens for what pictures show, and teach them the pipeline.
+    """Learn new tokens for the contents of pictures, and load them into the pipeline.
 
-    Prompts may name them from then on, and `erasure.erase(pipe, "<logo>", ...)` erases what they stand for.
+    Prompts can then use the tokens, and `erasure.erase(pipe, "<logo>", ...)` erases what they stand for.
 
     Args:
         pipe: A pipeline of Stable Diffusion or SDXL, without erasures.
-        images: Files or pictures. Each shows everything that is learned.
-        tokens: A new word for each thing in them, such as `<logo>`. Where neither `like` nor masks say which is which,
-            they name the things from left to right.
-        like: Words that the model knows and that come near to a thing, by token: its vectors start there.
-        masks: Where each thing is, in the order of the tokens (white on black): for a single picture as a list, for
-            several as a list of lists. The model finds out where they are left out.
-        seed: Seeds every random choice.
-        load: Whether the pipeline learns the tokens too; otherwise it stays as it is.
-        preset: A named set of the method's options, for instance `paper`.
-        progress: `True` for a progress bar, or a function that gets the share done.
-        run: Where checkpoints go, so that a killed training goes on, and what is logged.
+        images: Files or pictures, each of which shows all things to learn.
+        tokens: New token for each thing in the pictures, such as `<logo>`. Without `like` and `masks`, tokens are
+            assigned to the things from left to right.
+        like: Known words that are similar to a thing, by token, from which its vectors start.
+        masks: Mask of each thing (white on black), in the order of the tokens: a list for a single picture, a list of
+            lists for several. The model finds masks that are left out.
+        seed: Seed of all random choices.
+        load: Whether to load the tokens into the pipeline; otherwise it does not change.
+        preset: Name of a set of the method's options, for instance `paper`.
+        progress: `True` for a progress bar, or a function that is called with the share of the work that is done, 0 to
+            1.
+        run: Folder of checkpoints, from which an interrupted training continues, and logging.
         **options: See `erasure.learning.attencraft.AttenCraft`.
 
     Raises:
-        ConceptError: A token that is a word, has been learned already, or is named twice.
-        ImageError: A picture that cannot be read, shows nothing, or is too small.
-        MaskError: Things that the model does not find or cannot tell apart, or masks that do.
-        OptionError: An option that there is not, or a value that it does not allow.
+        ConceptError: A token is a known word, has been learned already, or is given twice.
+        ImageError: A picture cannot be read, is blank, or is too small.
+        MaskError: The model cannot find or separate the things, or masks do not fit.
+        OptionError: An option does not exist, or its value is not allowed.
         AttachError: An erasure is attached.
-        UnsupportedModelError: The model reads words with a T5, is quantised or offloaded, or has no cross-attention.
-        DivergenceError: NaN during optimisation.
+        UnsupportedModelError: The model reads words by T5, is quantised or offloaded, or has no cross-attention.
+        DivergenceError: NaN or infinity occurred during optimisation.
         TrainingError: The run's folder is in use, holds something else, or cannot be written.
     """
     method = AttenCraft.configured(preset, **options)
@@ -118,7 +119,7 @@ def learn_concepts(
     with ExitStack() as stack:
         stack.enter_context(scopes.same_gradient_mode())
         report = stack.enter_context(reporting(progress, "learning"))
-        # A caller may have switched gradients off for the sake of generation.
+        # The caller may have switched gradients off for generation.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -200,7 +201,7 @@ def _lesson(
     backbone: Backbone, method: AttenCraft, read: Pictures, names: Sequence[str], like: Mapping[str, str], seed: int,
     accelerator: Accelerator,
 ) -> Lesson:  # fmt: skip
-    """Latents, masks, and what learns."""
+    """Make the latents, the masks, and the trained tensors."""
     clean = encoded(backbone, read.pixels)
     are_known = read.masks is not None or method.masks != "none"
     if read.masks is not None:
@@ -237,24 +238,24 @@ def _lesson(
 
 
 def _alone(backbone: Backbone, pixels: Tensor, masks: Tensor) -> Alone:
-    """Each thing of each picture by itself."""
+    """Cut out each thing of each picture."""
     parts = [cut_out(picture, own) for picture, own in zip(pixels, masks, strict=True)]
     clean = torch.stack([encoded(backbone, things) for things, _ in parts])
     return Alone(clean, in_latents(torch.stack([own for _, own in parts]), clean[0]))
 
 
 def _by_picture(masks: Sequence[Picture] | Sequence[Sequence[Picture]]) -> list[list[Picture]]:
-    """The masks of each picture; those of a single one may be given as they are."""
+    """Group masks by picture; those of a single picture may be given as a plain list."""
     alone = [mask for mask in masks if isinstance(mask, (str, Path, Image.Image))]
     return [alone] if alone else [list(each) for each in masks if not isinstance(each, (str, Path, Image.Image))]
 
 
 def _own_size(backbone: Backbone) -> tuple[int, int]:
-    """Height and width in pixels of what the model draws."""
+    """Give the height and width in pixels of the model's images."""
     factor, (_, rows, columns) = backbone.latents.factor, backbone.latents.shape()
     return factor * rows, factor * columns
 
 
 def _print(values: Tensor) -> str:
-    """sha256 of values in 0-1, as bytes."""
+    """Compute the sha256 of values in 0-1, as bytes."""
     return hashlib.sha256((255 * values).round().to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where the things of a picture are, as the denoiser's attention tells (AttenCraft, section 3.1 of its paper)."""
+"""Masks of the things in a picture from the denoiser's attention (AttenCraft, section 3.1 of its paper)."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from erasure.errors import MaskError, UnsupportedModelError
 from erasure.text.words import subject_span
 
 GRIDS = (8, 32)
-"""Least and greatest shorter side of the token grids whose attention is read: that to words at the coarsest, which
-knows best what a thing is, and that of image tokens at the finest (AttenCraft with Stable Diffusion: 16, 32)."""
+"""Shorter side in tokens of the attention grids that are read: the coarsest one for cross-attention, which
+separates things best, and the finest for self-attention (AttenCraft with Stable Diffusion: 16, 32)."""
 NEARNESS = 4.0
-"""Weight of where places are against what they look at, both in units of their whole range."""
+"""Weight of positions relative to self-attention in clustering, both scaled to their range."""
 LEAST_PLACES = 2
-"""Places of a grid that a thing has at least."""
+"""Smallest number of grid places of a thing."""
 ROUNDS = 30
-"""Most rounds in which places are assigned to things anew."""
+"""Largest number of rounds of clustering."""
 WINDOW = 7
-"""Side of the windows that masks are compared in."""
+"""Side of the windows in which masks are compared."""
 
 
 class Maps(NamedTuple):
-    """What attention says of one picture, mean over noise levels."""
+    """Attention maps of one picture, mean over timesteps."""
 
     background: Tensor
-    """`(rows, columns)` in 0-1: that to the start token, which stands for what no word names."""
+    """Attention to the start token, which stands for the background, `(rows, columns)` in 0-1."""
     tokens: Tensor
-    """`(tokens, rows, columns)`: that to each new token."""
+    """Attention to each new token, `(tokens, rows, columns)`."""
     reach: Tensor
-    """`(places, places)`: how much of each place is in what another one looks at, by self-attention."""
+    """Self-attention between places, `(places, places)`."""
 
 
 def attention_layers(backbone: Backbone, size: tuple[int, int]) -> tuple[list[AttentionSite], list[AttentionSite]]:
-    """Cross-attention at the coarsest grid that is read, and self-attention at the finest.
+    """Find the cross-attention at the coarsest grid, and the self-attention at the finest.
 
     Raises:
-        UnsupportedModelError: The denoiser has none, as one whose text and picture attend jointly.
+        UnsupportedModelError: The denoiser has none, for instance because it uses joint attention.
     """
     sites = backbone.attention_sites()
     sides = {site.name: min(site.grid(*size)) for site in sites}
@@ -62,7 +62,7 @@ def attention_layers(backbone: Backbone, size: tuple[int, int]) -> tuple[list[At
 
 
 def columns_of(backbone: Backbone, prompt: str, names: Sequence[str]) -> Tensor:
-    """`(text tokens, 1 + names)`: 1 at the start token, and at the vectors of each name in a prompt."""
+    """Make weights `(text tokens, 1 + names)`: 1 at the start token, and at the vectors of each name in a prompt."""
     run = backbone.token_runs[0]
     weights = torch.zeros(run.tower.max_length, 1 + len(names))
     weights[0, 0] = 1
@@ -76,16 +76,16 @@ def read_maps(
     backbone: Backbone, clean: Tensor, prompt: str, names: Sequence[str], levels: Sequence[Tensor], noise: Tensor,
     power: int,
 ) -> Maps:  # fmt: skip
-    """What the denoiser's attention says of a picture.
+    """Read the denoiser's attention maps of a picture.
 
     Args:
         backbone: The model.
         clean: Latents of the picture, `(1, channels, h, w)`.
-        prompt: That names everything in it.
-        names: What each map is of.
-        levels: Noise levels to look at it.
-        noise: That is mixed in, shaped as `clean`.
-        power: How often self-attention is applied to the maps.
+        prompt: Prompt that names everything in the picture.
+        names: Name of each map.
+        levels: Timesteps at which attention is read.
+        noise: Noise to add, shaped as `clean`.
+        power: Number of times that self-attention is applied to the maps.
     """
     size = (clean.shape[2], clean.shape[3])
     cross, own = attention_layers(backbone, size)
@@ -112,19 +112,19 @@ def read_maps(
 
 
 def ranged(values: Tensor) -> Tensor:
-    """Values brought to 0-1."""
+    """Scale values to 0-1."""
     least, most = values.min(), values.max()
     return (values - least) / (most - least).clamp_min(1e-12)
 
 
 def grouped(maps: Maps, count: int, threshold: float) -> Tensor:
-    """Masks of `count` things that stand beside each other and look at themselves, `(count, rows, columns)` bool.
+    """Find masks of `count` separate things by clustering self-attention, `(count, rows, columns)` bool.
 
-    What is no background falls into groups by where places are and what they look at (k-means, which starts from
-    places that are far apart). They come from left to right.
+    The foreground is clustered by position and self-attention (k-means, which starts from distant places). Masks are
+    sorted from left to right.
 
     Raises:
-        MaskError: Fewer things stand out from the background.
+        MaskError: There are fewer things in the foreground.
     """
     columns = maps.background.shape[1]
     inside = (1 - maps.background > threshold).flatten()
@@ -153,9 +153,9 @@ def grouped(maps: Maps, count: int, threshold: float) -> Tensor:
 
 
 def border(masks: Tensor) -> float:
-    """How long the border between the most entwined two masks is, in sides of a square as large as the smaller.
+    """Measure the longest border between two masks, in sides of a square with the smaller mask's area.
 
-    A square that is cut in two halves has one of 1.4.
+    Two halves of a square have a border of 1.4.
 
     Args:
         masks: `(tokens, rows, columns)` bool, no two of which share a place.
@@ -171,12 +171,12 @@ def border(masks: Tensor) -> float:
 
 
 def in_pixels(masks: Tensor, background: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
-    """Masks at the size of the picture, `(tokens, height, width)` bool, as smooth as attention is.
+    """Resize masks to the picture, `(tokens, height, width)` bool, with the smoothness of attention.
 
     Args:
         masks: `(tokens, rows, columns)` bool.
         background: `(rows, columns)` in 0-1.
-        threshold: How surely a pixel is no background.
+        threshold: Foreground score, 0 to 1, above which a pixel belongs to a thing.
         size: Height and width.
     """
     larger = lambda x: F.interpolate(x.float()[None], size, mode="bilinear", align_corners=False)[0]  # noqa: E731
@@ -185,15 +185,15 @@ def in_pixels(masks: Tensor, background: Tensor, threshold: float, size: tuple[i
 
 
 def matched(masks: Tensor, tokens: Tensor, margin: float) -> Tensor:
-    """Masks in the order of the tokens whose attention is on them most, `(tokens, rows, columns)`.
+    """Sort masks by the tokens with the most attention on them, `(tokens, rows, columns)`.
 
     Args:
-        masks: One of each thing, `(tokens, rows, columns)` bool.
+        masks: Mask of each thing, `(tokens, rows, columns)` bool.
         tokens: Attention to each token, of the same shape.
-        margin: Share by which the best order must be ahead of the next.
+        margin: Share by which the best order must be better than the next.
 
     Raises:
-        MaskError: Two orders are as good.
+        MaskError: Two orders fit equally well.
     """
     share = tokens.flatten(1) / tokens.flatten(1).sum(1, keepdim=True).clamp_min(1e-12)
     inside = masks.flatten(1).float()
@@ -210,7 +210,7 @@ def matched(masks: Tensor, tokens: Tensor, margin: float) -> Tensor:
 
 
 def assigned(maps: Maps, margin: float) -> Tensor:
-    """The paper's masks: places where a token's map is above all others' and the background's by a margin."""
+    """Make the paper's masks: places where a token's map exceeds all others' and the background's by a margin."""
     every = torch.cat([maps.background[None], maps.tokens])
     best = every.topk(2, 0)
     sure = best.values[0] - best.values[1] > margin
@@ -218,7 +218,7 @@ def assigned(maps: Maps, margin: float) -> Tensor:
 
 
 def likeness(first: Tensor, second: Tensor) -> float:
-    """Structural similarity (Wang et al. 2004) of two masks `(rows, columns)` in 0-1, with windows of `WINDOW`."""
+    """Compute the structural similarity (Wang et al. 2004) of two masks `(rows, columns)` in 0-1."""
     a, b = first.float()[None, None], second.float()[None, None]
     side = min(WINDOW, *a.shape[2:])
     mean = lambda x: F.avg_pool2d(x, side, 1)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The pictures that concepts are learned from: read, checked, brought to the model's size."""
+"""Reading and checking of training pictures, and scaling to the model's size."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from erasure.images import flaw, read_image, rgb, upright
 from erasure.masks import read_masks
 
 LEAST_SIDE = 4
-"""A picture has at least one pixel on a side for so many of the model's."""
+"""Largest factor by which a picture's sides are enlarged to the model's size."""
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.98
-"""Shares of a picture that a thing covers at least and at most."""
+"""Smallest and largest share of a picture that a thing covers."""
 FRAME = 1.15
-"""Side of the square around a thing that is cut out, over the longer side of the thing."""
+"""Side of the square around a cut-out thing, relative to the thing's longer side."""
 SAME = 0.8
-"""Intersection over union of two masks from which on they are of one thing."""
+"""Intersection over union above which two masks are of the same thing."""
 
 
 class Pictures(NamedTuple):
-    """Pictures as a model draws them."""
+    """Pictures at the model's size."""
 
     pixels: Tensor
-    """`(pictures, 3, height, width)` in 0-1."""
+    """Pixels, `(pictures, 3, height, width)` in 0-1."""
     inside: Tensor
-    """`(pictures, 1, height, width)` 0 or 1: what is of the picture, and not filled up to the model's proportions."""
+    """Mask of the pictures themselves without padding, `(pictures, 1, height, width)`, 0 or 1."""
     opaque: Tensor
-    """`(pictures, 1, height, width)` 0 or 1: what is not transparent."""
+    """Mask of what is not transparent, `(pictures, 1, height, width)`, 0 or 1."""
     masks: Tensor | None
-    """`(pictures, tokens, height, width)` 0 or 1: what the user says of each token's place, if anything."""
+    """The user's masks, if any, `(pictures, tokens, height, width)`, 0 or 1."""
 
 
 def read_pictures(
     given: Sequence[str | Path | Image.Image], masks: Sequence[Sequence[str | Path | Image.Image]], tokens: int,
     size: tuple[int, int],
 ) -> Pictures:  # fmt: skip
-    """Read pictures, each of which shows everything that is to be learned.
+    """Read pictures, each of which shows all things to learn.
 
-    They are scaled to fit the model's size, and filled up with the colour of their edge where proportions differ.
+    They are scaled to fit the model's size, and padded by the colour of their edge where proportions differ.
 
     Args:
         given: Files or pictures.
         masks: For each picture the masks of the tokens, in their order; empty where the model is to find them.
-        tokens: How many things are learned.
-        size: Height and width in pixels of what the model draws.
+        tokens: Number of things to learn.
+        size: Height and width in pixels of the model's images.
 
     Raises:
-        ImageError: One cannot be read, shows nothing, or is too small.
-        MaskError: There are masks for other numbers of pictures or tokens, one is empty, covers all, does not fit its
-            picture, or two are the same.
+        ImageError: A picture cannot be read, is blank, or is too small.
+        MaskError: The numbers of masks, pictures and tokens differ, a mask is empty, covers everything or does not fit
+            its picture, or two masks are the same.
     """
     if not given:
         raise ImageError("no picture is given: name at least one that shows what is to be learned")
@@ -77,14 +77,14 @@ def read_pictures(
 
 
 def check_masks(masks: Tensor, what: str) -> None:
-    """Refuse masks with which nothing can be learned, or nothing apart.
+    """Refuse masks from which things cannot be learned, or not separately.
 
     Args:
         masks: `(pictures, tokens, height, width)` bool.
-        what: What they are, for messages.
+        what: Description of the masks, for messages.
 
     Raises:
-        MaskError: One covers nothing or everything, or two of a picture are the same.
+        MaskError: A mask covers nothing or everything, or two masks of a picture are the same.
     """
     for row, picture in enumerate(masks):
         for column, mask in enumerate(picture):
@@ -109,7 +109,7 @@ def check_masks(masks: Tensor, what: str) -> None:
 def _read(
     given: str | Path | Image.Image, where: str, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """Pixels, what is inside, what is opaque, and height and width of the picture itself."""
+    """Read a picture: pixels, mask without padding, mask of opaque parts, and the picture's own height and width."""
     if not isinstance(given, Image.Image):
         where, given = str(given), read_image(given)
     if (reason := flaw(given)) is not None:
@@ -123,7 +123,7 @@ def _read(
         )
     alpha = given.convert("RGBA").getchannel("A") if given.has_transparency_data else None
     with warnings.catch_warnings():
-        # What is transparent is background here, and is taken as such.
+        # Transparent parts are background here.
         warnings.simplefilter("ignore")
         colours = _values(rgb(given, where))
     solid = torch.ones_like(colours[:1]) if alpha is None else (_values(alpha) > 0.5).float()
@@ -139,7 +139,7 @@ def _read(
 
 
 def fitted(values: Tensor, size: tuple[int, int], filling: Tensor) -> Tensor:
-    """Channels `(channels, height, width)` in 0-1 scaled to fit a size, in the middle of what fills the rest."""
+    """Scale channels `(channels, height, width)` in 0-1 to fit into a size, and pad around them."""
     factor = min(size[0] / values.shape[1], size[1] / values.shape[2])
     rows, columns = (
         max(1, min(round(factor * side), most)) for side, most in zip(values.shape[1:], size, strict=True)
@@ -153,7 +153,7 @@ def fitted(values: Tensor, size: tuple[int, int], filling: Tensor) -> Tensor:
 
 
 def cut_out(pixels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Each thing of a picture alone and as large as fits, before the colour that its background has most.
+    """Cut out each thing of a picture, as large as fits, on the most frequent colour of its background.
 
     Args:
         pixels: `(3, height, width)` in 0-1.
@@ -184,21 +184,21 @@ def _placed(
     masks: Sequence[str | Path | Image.Image], part: tuple[Tensor, Tensor, Tensor, tuple[int, int]],
     size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """A picture's masks where the picture stands, `(tokens, height, width)` 0 or 1."""
+    """Place a picture's masks as the picture, `(tokens, height, width)`, 0 or 1."""
     drawn = [mask if isinstance(mask, Image.Image) else read_image(mask, error=MaskError) for mask in masks]
     found = [read_masks(mask, part[3], 1).float() for mask in drawn]
     return torch.cat([(fitted(mask, size, torch.zeros(1, 1, 1)) > 0.5).float() for mask in found])
 
 
 def _values(image: Image.Image) -> Tensor:
-    """`(channels, height, width)` in 0-1."""
+    """Give pixels, `(channels, height, width)` in 0-1."""
     pixels = torch.from_numpy(np.array(image)).float() / 255
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 @torch.no_grad()
 def encoded(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Clean latents of pixels in 0-1, `(pictures, channels, h, w)`, on the denoiser's device: the likeliest ones."""
+    """Encode pixels in 0-1 as latents `(pictures, channels, h, w)` on the denoiser's device: the posterior's mode."""
     vae = backbone.pipe.vae
     before = vae.dtype
     if before == torch.float16 and vae.config.get("force_upcast"):

@@ -1,4 +1,4 @@
-"""What learns: the vectors of new tokens, and weights of the denoiser beside them where they are to."""
+"""The trained tensors: vectors of new tokens, and weights of the denoiser if these are trained."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Taught(Player):
 
     Args:
         towers: The text encoders, whose tokenisers know the tokens.
-        names: The tokens.
-        rate: Learning rate of vectors over that of weights.
-        weights: Of the denoiser that learn too, if any.
-        kept: Paths of the denoiser's layers whose output at the start token gives no gradient.
+        names: Names of the tokens.
+        rate: Learning rate of vectors, as a multiple of that of weights.
+        weights: Trained weights of the denoiser, if any.
+        kept: Paths of the denoiser's layers whose output at the start token gets no gradient.
     """
 
     def __init__(
@@ -46,17 +46,18 @@ class Taught(Player):
             self.places[tower.component] = [slice(at, at := at + len(each)) for each in words]
             self.starts[tower.component], self.ids[tower.component] = start, ids
             self.offsets[tower.component] = nn.Parameter(torch.zeros_like(start))
-            # Past `nn.Module.__setattr__`, in a plain dict: as a child the whole table would be trained.
+            # This bypasses `nn.Module.__setattr__` by a plain dict: as a child module the whole table would be
+            # trained.
             self.tables[tower.component] = table
 
     def forward(self, run: Callable[[], Output]) -> Output:
-        """What `run` gives while text encoders read the vectors, and the denoiser has the weights."""
+        """Call `run` with the vectors in the text encoders and the weights in the denoiser."""
         with self.active():
             return run()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The models know the concepts inside."""
+        """Put the vectors and weights in force inside of the block."""
         with ExitStack() as stack:
             for component, table in self.tables.items():
                 hook = partial(_read, self.ids[component], self.rows(component))
@@ -69,12 +70,12 @@ class Taught(Player):
             yield
 
     def rows(self, component: str) -> Tensor:
-        """The vectors of all tokens in one text encoder, `(vectors, dim)` float32."""
+        """Give the vectors of all tokens in one text encoder, `(vectors, dim)` float32."""
         return self.starts[component] + self.rate * self.offsets[component]
 
     @torch.no_grad()
     def vectors(self) -> Mapping[str, dict[str, Tensor]]:
-        """The vectors by component and token, each `(count, dim)` float32 on the CPU."""
+        """Give the vectors by component and token, `(count, dim)` float32 on the CPU."""
         return {
             component: {
                 name: self.rows(component)[place].cpu().clone() for name, place in zip(self.names, places, strict=True)
@@ -84,12 +85,12 @@ class Taught(Player):
 
 
 def _read(own: Tensor, rows: Tensor, _table: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Vectors in the place of the table's rows; a product, so that every vector has a gradient, read or not."""
+    """Replace rows of the token table by vectors; the product form gives every vector a gradient, used or not."""
     match = args[0][..., None] == own
     given = match.to(rows.dtype) @ rows
     return torch.where(match.any(-1, keepdim=True), given.to(output.dtype), output)
 
 
 def _without_start(_layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """What a layer makes of text, without a gradient at the start token, which stands in every prompt."""
+    """Give a layer's output without a gradient at the start token, which is in every prompt."""
     return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)

@@ -1,4 +1,4 @@
-"""New tokens of a pipeline: names that may be learned, where their vectors start, and putting them in and out."""
+"""New tokens of a pipeline: allowed names, initial vectors, loading and removal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from erasure.errors import ConceptError, UnsupportedModelError
 from erasure.interop import learned, paths
 
 MOST_VECTORS = 64
-"""Vectors of one token; a prompt of CLIP holds 75."""
+"""Largest number of vectors of one token; a prompt of CLIP has room for 75."""
 
 
 def reading_towers(backbone: Backbone) -> list[TextTower]:
-    """The text encoders that a learned token gets vectors in: all that a pipeline has, each with its own.
+    """List the text encoders in which a learned token gets vectors: all of the pipeline's.
 
     Raises:
-        UnsupportedModelError: The pipeline loads no learned tokens, or the denoiser reads its words from a T5, whose
-            tokeniser learns none.
+        UnsupportedModelError: The pipeline cannot load learned tokens, or the denoiser reads words by T5, whose
+            tokeniser cannot learn any.
     """
     towers = backbone.towers
     unlike = next((tower.component for tower in towers if not tower.causal), None)
@@ -45,8 +45,8 @@ def check_names(names: Sequence[str], towers: Iterable[TextTower]) -> None:
     """Refuse names that cannot become new tokens, before anything is changed.
 
     Raises:
-        ConceptError: There is none; one is empty, too long, has blanks or control characters, comes twice, is a word
-            of the vocabulary, or has been learned already.
+        ConceptError: There is no name; or one is empty, too long, has spaces or control characters, is given twice, is
+            a word of the vocabulary, or has been learned already.
     """
     if not names:
         raise ConceptError("no token is named: name what the picture shows, for instance '<logo>'")
@@ -84,15 +84,15 @@ def check_names(names: Sequence[str], towers: Iterable[TextTower]) -> None:
 def start_vectors(
     tower: TextTower, like: str, count: int, spread: float, generator: torch.Generator
 ) -> Tensor:  # fmt: skip
-    """Where the vectors of a token start, `(count, dim)` float32.
+    """Make the initial vectors of a token, `(count, dim)` float32.
 
     Args:
-        tower: Whose vectors.
-        like: Words of the vocabulary that come near to what is learned: theirs, over and over. The mean of all words
-            where it is empty.
-        count: How many.
-        spread: Standard deviations of the table's values by which they are moved at random, so that no two are alike.
-        generator: Draws it.
+        tower: Text encoder of the vectors.
+        like: Words of the vocabulary that are similar to the thing, whose vectors are repeated; the mean of all words
+            when empty.
+        count: Number of vectors.
+        spread: Random noise in standard deviations of the table's values, which makes all vectors different.
+        generator: Draws the noise.
     """
     table = paths.token_table(tower.root).weight.detach().float().cpu()
     rows = table[tower.word_ids(like)] if like else table.mean(0, keepdim=True)
@@ -105,7 +105,7 @@ def put_in(pipe: DiffusionPipeline, vectors: Mapping[str, Mapping[str, Tensor]])
 
     Args:
         pipe: The pipeline.
-        vectors: `(count, dim)` by component and token.
+        vectors: Vectors by component and token, `(count, dim)` each.
     """
     done: list[tuple[str, str]] = []
     try:
@@ -120,7 +120,7 @@ def put_in(pipe: DiffusionPipeline, vectors: Mapping[str, Mapping[str, Tensor]])
 
 
 def beside(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline on the same denoiser whose text encoders and tokenisers are copies: new tokens reach no other."""
+    """Make a pipeline on the same denoiser with copies of text encoders and tokenisers, for new tokens."""
     made = copy.copy(pipe)
     copies = {tower.component: copy.deepcopy(tower.module) for tower in backbone_for(pipe).towers}
     readers = {name.replace("text_encoder", "tokenizer") for name in copies}

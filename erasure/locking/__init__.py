@@ -1,9 +1,9 @@
-"""Locks on the erasures of a pipeline that strangers draw with, and the log of what they asked for.
+"""Locks on the erasures of a pipeline for untrusted callers, and the log of their calls.
 
-A locked pipeline refuses every way around its erasures that `erasure.guards` knows, cannot be switched, verifies
-ahead of every call that the erasures are in force, and looks at prompts and pictures where it is told to. It keeps out
-what comes in with the arguments of calls, and notices what changes the pipeline by mistake. It does not keep out
-whoever runs Python code in the same process.
+A locked pipeline refuses every bypass of its erasures that `erasure.guards` knows, cannot be switched, verifies before
+every call that the erasures are in force, and checks prompts and pictures if configured. It protects against the
+arguments of calls, and notices accidental changes of the pipeline. It does not protect against code that runs in the
+same Python process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from erasure.locking.audit import AuditLog, Verified, find, verify_log
     from erasure.locking.locks import SHARE, Costs, Lock, Looks, Seen, calling, lock, share, unlock
 
-# No import of torch here: the command line verifies logs without it.
+# This module does not import torch, so that the command line can verify logs quickly.
 
 __all__ = [
     "SHARE",

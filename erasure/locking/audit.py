@@ -1,9 +1,9 @@
-"""An append-only log of what a locked pipeline was asked for and did: JSON lines, each chained to the one before.
+"""An append-only log of the calls of a locked pipeline: JSON lines, each with the digest of the line before.
 
-Every line holds the digest of the line before and its own. With a key the digests are HMACs, so that whoever may
-write to the file but does not have the key cannot make a chain that holds. Lines that are changed, moved or removed
-break the chain; lines that are removed at the end do not, which the last digest, kept elsewhere, tells (`head`).
-Prompts are kept as HMACs unless told otherwise.
+Every line has the digest of the line before and its own. With a key the digests are HMACs, so that whoever can write
+to the file without the key cannot forge a valid chain. Changed, moved or removed lines break the chain; removed lines
+at the end do not, but are noticed by a copy of the last digest that is kept elsewhere (`head`). Prompts are stored as
+HMACs unless configured otherwise.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from erasure.errors import ArtifactError
 from erasure.files import shown
 
 Prompts = Literal["digest", "clear", "none"]
-"""How prompts stand in a log."""
+"""How prompts are stored in a log."""
 START = "0" * 64
-"""What stands in the first line in the place of the digest of the line before."""
+"""Value of the former line's digest in the first line."""
 LONGEST_LINE = 2**20
-"""Bytes of a line."""
+"""Largest size of a line in bytes."""
 OWN = ("n", "time", "event", "previous", "hash")
 """Fields that every line has."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What is known of a log whose chain holds."""
+    """Summary of a log with a valid chain."""
 
     lines: int
-    """How many lines it has."""
+    """Number of lines."""
     head: str
     """Digest of the last line."""
     events: Mapping[str, int]
-    """How many lines there are of each event."""
+    """Number of lines of each event."""
     keyed: bool
-    """Whether the digests are HMACs with a key. Without one, whoever may write the file can write all of it anew."""
+    """Whether the digests are HMACs with a key. Without a key, whoever can write the file can replace all of it."""
     torn: int
-    """How many lines were cut short by a process that was killed, and are accounted for by the line behind them."""
+    """Number of lines that a killed process left unfinished, each recorded by the following line."""
 
 
 class AuditLog:
-    """A log that is open for writing. One process has it; any number of threads write.
+    """A log that is open for writing, by one process and any number of its threads.
 
     Args:
-        path: The file; a log that is there is verified and goes on.
+        path: The file; an existing log is verified and continued.
         key: Secret of the digests, at least 16 bytes; see the module.
-        prompts: How prompts stand in it: `digest` (an HMAC with the key, or with a salt in the first line where there
-            is no key, which whoever has the log can try guesses on), `clear`, or `none`.
+        prompts: How prompts are stored: `digest` (an HMAC with the key; without a key with a salt from the first line,
+            so that whoever has the log can test guesses), `clear`, or `none`.
 
     Raises:
-        ArtifactError: The file cannot be read or written, another process writes it, or its chain does not hold.
+        ArtifactError: The file cannot be read or written, another process writes it, or its chain is broken.
     """
 
     def __init__(self, path: str | Path, *, key: bytes | None = None, prompts: Prompts = "digest") -> None:
@@ -80,7 +80,7 @@ class AuditLog:
             raise self._unusable(error) from error
         try:
             self._lines, self._head, self._salt, torn = self._there()
-            # Unbuffered: a line that `write` has returned of is with the system.
+            # The file is unbuffered, so that a written line has reached the operating system.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except OSError as error:
             self._owner.release()
@@ -112,20 +112,20 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """Digest of the last line: keep it elsewhere, and lines that go missing at the end are noticed."""
+        """Digest of the last line. A copy that is kept elsewhere shows whether lines are missing at the end."""
         return self._head
 
     @property
     def lines(self) -> int:
-        """How many lines were written."""
+        """Number of lines."""
         return self._lines
 
     def digest(self, text: str) -> str:
-        """The HMAC of a text under which this log knows it: to ask whether a prompt is in it."""
+        """Compute the HMAC of a text as in this log, to find out whether a prompt is in it."""
         return _digest_of(text, self._key, self._salt)
 
     def told(self, prompts: Sequence[str]) -> list[str] | None:
-        """Prompts as they stand in this log."""
+        """Convert prompts to their form in this log."""
         if self.prompts == "none":
             return None
         return list(prompts) if self.prompts == "clear" else [self.digest(prompt) for prompt in prompts]
@@ -138,7 +138,7 @@ class AuditLog:
             **facts: Plain data.
 
         Raises:
-            ArtifactError: It cannot be written; what was to be logged must not happen then.
+            ArtifactError: The line cannot be written; the logged action must then not happen.
         """
         if taken := set(facts) & set(OWN):
             raise ArtifactError(
@@ -168,7 +168,7 @@ class AuditLog:
         )
 
     def close(self) -> None:
-        """Flush the log to the disk and let other processes have it."""
+        """Flush the log to the disk and release it for other processes."""
         with self._turn, contextlib.suppress(OSError, ValueError):
             os.fsync(self._file.fileno())
             self._file.close()
@@ -180,8 +180,8 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
 
     Args:
         path: The file.
-        key: The secret that it was written with.
-        head: Digest of a line that must be in it, kept elsewhere: tells that lines are missing at the end.
+        key: Secret with which it was written.
+        head: Digest of a line that must be in the log, kept elsewhere, to notice missing lines at the end.
 
     Raises:
         ArtifactError: A line was changed, moved, removed or cut short; the message says which.
@@ -212,7 +212,7 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
 
 
 def find(path: str | Path, prompt: str, *, key: bytes | None = None) -> list[int]:
-    """Numbers of the lines of a log that are about a prompt.
+    """Find the numbers of the lines about a prompt.
 
     Raises:
         ArtifactError: See `verify_log`.

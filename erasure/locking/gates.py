@@ -1,4 +1,4 @@
-"""Which erased concepts prompts hold, by the gates that attached erasures bring."""
+"""Detection of erased concepts in prompts by the gates of attached erasures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Gates:
         pipe: The pipeline.
 
     Raises:
-        AttachError: None of its erasures has a gate.
+        AttachError: No attached erasure has gates.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -48,7 +48,7 @@ class Gates:
         self.stock = backbone_for(ErasureManager(pipe).stock()).towers if self.features else []
 
     def found(self, prompts: Sequence[str]) -> list[Mapping[str, float]]:
-        """For each prompt the concepts whose gate it opens, with how surely it holds them."""
+        """Give, for each prompt, the concepts whose gate it opens, with scores."""
         holding: list[dict[str, float]] = [{} for _ in prompts]
         if self.features:
             for each, row in zip(detect_with(self.stock, self.features.values(), prompts), holding, strict=True):

@@ -1,4 +1,4 @@
-"""Locks on the erasures of a pipeline, and what they look at in every call."""
+"""Locks on the erasures of a pipeline, and their checks of every call."""
 
 from __future__ import annotations
 
@@ -33,40 +33,40 @@ from erasure.twins import states_of
 from erasure.versions import library_versions
 
 SHARE = 0.005
-"""Share of the time of drawing that whole verifications may take."""
+"""Largest share of the sampling time that complete verifications may take."""
 TEXTS = ("prompt", "negative_prompt")
-"""Arguments that hold texts, and with a number behind them those of further text encoders."""
+"""Text arguments; those of further text encoders have a number appended."""
 
 
 class Seen(Protocol):
-    """What is said about one picture; a `Finding` of `erasure.eval.detectors` is one."""
+    """Judgement of one picture; a `Finding` of `erasure.eval.detectors` is one."""
 
     @property
     def flagged(self) -> bool | None:
-        """Whether it shows what must not be shown; `None` where that cannot be said, which counts as if it did."""
+        """Whether it shows forbidden content; `None` where that is unknown, which counts as true."""
 
     @property
     def reason(self) -> str | None:
-        """Why it cannot be said."""
+        """Reason why it is unknown."""
 
 
 Looks = Callable[[Sequence[Image.Image]], Sequence[Seen]]
-"""What looks at pictures, one answer for each: `functools.partial(erasure.eval.detectors.ask, detector)`."""
+"""Function that judges pictures, for instance `functools.partial(erasure.eval.detectors.ask, detector)`."""
 
 
 @dataclass
 class Costs:
-    """Seconds that calls took, and what the lock took of them."""
+    """Seconds of calls, and the lock's share of them."""
 
     calls: int = 0
     drawing: float = 0.0
-    """Whole calls."""
+    """Seconds of complete calls."""
     marks: float = 0.0
-    """Comparing what the pipeline is made of."""
+    """Seconds of comparing the pipeline's components."""
     proofs: float = 0.0
-    """Whole verifications while it was locked."""
+    """Seconds of complete verifications."""
     verifications: int = 0
-    """How many there were."""
+    """Number of complete verifications."""
 
     @property
     def share(self) -> float:
@@ -97,13 +97,13 @@ class Lock:
 
     Args:
         pipe: The pipeline; nothing may draw with it meanwhile.
-        locked: What stands on its components.
-        key: Without it nobody unlocks.
-        prompts: What tells concepts in prompts.
-        pictures: What looks at pictures.
-        audit: Where everything is logged.
+        locked: Lock object on the pipeline's components.
+        key: Key for unlocking.
+        prompts: Gates that detect concepts in prompts.
+        pictures: Function that judges pictures.
+        audit: Log of all calls.
         share: See `SHARE`.
-        owns_audit: Whether the log ends with the lock.
+        owns_audit: Whether to close the log when unlocking.
     """
 
     def __init__(
@@ -137,19 +137,19 @@ class Lock:
 
     @contextmanager
     def call(self, pipe: DiffusionPipeline, given: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
-        """Around a call of the pipeline: everything is checked ahead of it.
+        """Check a call of the pipeline before it runs.
 
         Args:
             pipe: The pipeline that is called.
             given: Arguments by name.
 
         Gives:
-            A function that takes what the call returns, looks at it, logs it, and returns it.
+            A function that checks the call's result, logs it, and returns it.
 
         Raises:
             VerificationError: An erasure is not in force, or the pipeline is not what was locked.
-            LockedError: An argument goes around the erasures.
-            RefusedError: A prompt holds an erased concept.
+            LockedError: An argument bypasses the erasures.
+            RefusedError: A prompt contains an erased concept.
             ArtifactError: The audit log cannot be written.
         """
         if id(pipe) in _UNDER_WAY.pipes:
@@ -169,18 +169,18 @@ class Lock:
             raise
 
     def verify(self, pipe: DiffusionPipeline, *, whole: bool = False) -> bool:
-        """Verify that the erasures are in force; cheap, and from time to time whole.
+        """Verify that the erasures are in force: quickly, and completely from time to time.
 
         Args:
             pipe: The pipeline.
-            whole: Whether it is whole now, whatever it costs.
+            whole: Whether to verify completely now.
 
         Returns:
-            Whether it was whole: every tensor and hook, and what the pipeline computes.
+            Whether the verification was complete: every tensor and hook, and the pipeline's outputs.
 
         Raises:
             VerificationError: An erasure is not in force, or the pipeline is not what was locked.
-            LockedError: A LoRA came that the lock refuses.
+            LockedError: A LoRA was added that the lock refuses.
         """
         started = time.perf_counter()
         if not self._seal.is_whole(pipe):
@@ -196,7 +196,7 @@ class Lock:
         with self._turn:
             due = whole or self._since * self.share >= self._proof
             if due:
-                # Due again at the next call, unless it succeeds.
+                # It is due again at the next call, unless it succeeds.
                 self._since = math.inf
             self.costs.marks += time.perf_counter() - started
         if due:
@@ -209,7 +209,7 @@ class Lock:
         return due
 
     def _check_output(self, given: Mapping[str, Any]) -> None:
-        """Refuse outputs that the detector cannot look at."""
+        """Refuse output types that the detector cannot judge."""
         kind = given.get("output_type") or "pil"
         if self._pictures is not None and kind != "pil":
             raise LockedError(
@@ -221,7 +221,7 @@ class Lock:
         """Refuse prompts that open a gate.
 
         Raises:
-            RefusedError: One does.
+            RefusedError: A prompt opens a gate.
         """
         if self._gates is None:
             return
@@ -238,7 +238,7 @@ class Lock:
     def _settled(
         self, result: Any, given: Mapping[str, Any], texts: Mapping[str, Sequence[str]], started: float, whole: bool
     ) -> Any:
-        """Look at what a call gave, and log it."""
+        """Check the result of a call, and log it."""
         pictures = _pictures_of(result)
         refused = self._refused(pictures)
         seconds = time.perf_counter() - started
@@ -259,7 +259,7 @@ class Lock:
         return result
 
     def _refused(self, pictures: Sequence[object]) -> dict[int, str]:
-        """Why pictures are kept back, by their places; what nobody can say anything about is."""
+        """Give the reasons for refused pictures, by index; pictures that cannot be judged are refused."""
         if self._pictures is None:
             return {}
         if not all(isinstance(picture, Image.Image) for picture in pictures):
@@ -274,19 +274,19 @@ class Lock:
         }
 
     def _note(self, error: BaseException, texts: Mapping[str, Sequence[str]]) -> None:
-        """Log why a call gave nothing."""
+        """Log why a call failed."""
         if self.audit is None or (isinstance(error, RefusedError) and error.pictures):
             return
         event = "refused" if isinstance(error, LockedError) else "failed"
         told = self.audit.told([text for each in texts.values() for text in each])
-        # What others raise may quote a prompt.
+        # Errors from other code may quote a prompt, so they are not logged.
         said = visible(error, 500) if isinstance(error, LockedError | VerificationError) else ""
         self.audit.write(event, kind=type(error).__name__, message=said, prompts=told)
 
     # Others -------------------------------------------------------------------------------------------------------
 
     def shared_with(self, pipe: DiffusionPipeline) -> None:
-        """Lock another pipeline on the same networks with this lock: its checks, log, and key."""
+        """Apply this lock, with its checks, log and key, to another pipeline on the same networks."""
         gates = None if self._gates is None else Gates(pipe)
         vars(pipe)[LOCK] = Lock(
             pipe, self.locked, self.key, gates, self._pictures, self.audit, self.share, owns_audit=self.owns_audit
@@ -362,7 +362,7 @@ def unlock(pipe: DiffusionPipeline, key: str) -> None:
 
 @contextmanager
 def calling(pipe: DiffusionPipeline, given: Mapping[str, Any]) -> Iterator[Callable[[Any], Any]]:
-    """Around a call of a drop-in pipeline: looks at it as the lock says, and does nothing where there is none."""
+    """Check a call of a drop-in pipeline by its lock; do nothing without one."""
     held = Lock.of(pipe)
     if held is None:
         guards.check_call(components_of(pipe), given)
@@ -373,14 +373,14 @@ def calling(pipe: DiffusionPipeline, given: Mapping[str, Any]) -> Iterator[Calla
 
 
 def share(pipe: DiffusionPipeline, other: DiffusionPipeline) -> None:
-    """Lock another pipeline on the same networks as this one is, if it is."""
+    """Lock another pipeline on the same networks by this one's lock, if there is one."""
     held = Lock.of(pipe)
     if held is not None:
         held.shared_with(other)
 
 
 def texts_of(given: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The texts of a call by the name of their argument."""
+    """Give the texts of a call, by name of the argument."""
     found = {}
     for name, value in given.items():
         if name.rstrip("0123456789_") in TEXTS and value is not None:
@@ -390,7 +390,7 @@ def texts_of(given: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def digest_of(picture: object) -> str:
-    """sha256 of the size and the RGB values of a picture, or of the values of anything else that a call gives."""
+    """Compute the sha256 of a picture's size and RGB values, or of another result's values."""
     if isinstance(picture, Image.Image):
         content = picture.convert("RGB").tobytes()
         return hashlib.sha256(f"{picture.width}x{picture.height}".encode() + content).hexdigest()
@@ -399,7 +399,7 @@ def digest_of(picture: object) -> str:
 
 
 def _pictures_of(result: Any) -> list[object]:
-    """What a call gave, one by one."""
+    """List a call's results."""
     images = getattr(result, "images", None)
     if images is None:
         images = result[0] if isinstance(result, tuple) else result

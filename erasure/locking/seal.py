@@ -1,4 +1,4 @@
-"""What a locked pipeline is made of, compared with what it is ahead of every call."""
+"""The components of a locked pipeline, compared with its current ones before every call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEDULER = "scheduler"
 
 
 def edited_paths(module: nn.Module, state: ComponentState | None) -> set[str]:
-    """Canonical paths of the layers of a network that its erasures act on: those that no LoRA may touch."""
+    """Canonical paths of a network's layers on which its erasures act, which no LoRA may change."""
     if state is None:
         return set()
     record = state.record
@@ -30,15 +30,15 @@ def edited_paths(module: nn.Module, state: ComponentState | None) -> set[str]:
 
 
 class Seal:
-    """What a pipeline is made of.
+    """The components of a pipeline, to notice changes.
 
     Args:
         pipe: The pipeline; its erasures have been verified.
-        refuses: What its lock refuses besides what always is.
+        refuses: What the lock refuses in addition to its defaults.
 
     Raises:
-        LockedError: It has a LoRA that the lock refuses.
-        UnsupportedModelError: Its weights are offloaded in a way that leaves nothing to compare.
+        LockedError: The pipeline has a LoRA that the lock refuses.
+        UnsupportedModelError: The weights are offloaded in a way that they cannot be compared.
     """
 
     def __init__(self, pipe: DiffusionPipeline, refuses: frozenset[str]) -> None:
@@ -71,7 +71,7 @@ class Seal:
         return made
 
     def is_whole(self, pipe: DiffusionPipeline) -> bool:
-        """Whether a pipeline is what this was made of, as far as marks can tell."""
+        """Whether a pipeline still has the same components, as far as marks show."""
         parts = all(_itself(getattr(pipe, name, None)) is part for name, part in self.parts.items())
         return parts and all(marks.is_as_before() for marks in self.marks.values())
 
@@ -81,11 +81,11 @@ class Seal:
         return {state.locked for state in states if state is not None}
 
     def renewed(self, pipe: DiffusionPipeline) -> Seal:
-        """A new seal where nothing but LoRAs that touch no edited layer came or went.
+        """Make a new seal if only LoRAs on unedited layers were added or removed.
 
         Raises:
             VerificationError: Something else changed.
-            LockedError: A LoRA that the lock refuses.
+            LockedError: The lock refuses an added LoRA.
         """
         for name, part in self.parts.items():
             if _itself(getattr(pipe, name, None)) is not part:
@@ -147,7 +147,7 @@ class InForce(TypedDict):
 
 
 def described(states: Mapping[str, ComponentState]) -> Iterator[tuple[str, InForce]]:
-    """Every erasure in force, by name."""
+    """Yield every erasure in force, by name."""
     attached = {name: one for state in states.values() for name, one in state.in_force().items()}
     for name, one in attached.items():
         made = one.erasure

@@ -1,1 +1,1 @@
-"""Words and prompts: where a word stands in a prompt, which prompts mention it, and what they are encoded as."""
+"""Words and prompts: positions of words, prompts about concepts, and encodings of prompts."""

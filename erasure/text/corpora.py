@@ -1,4 +1,4 @@
-"""Prompts about a concept, and prompts about the rest: phrasings, company, and words of the tokeniser."""
+"""Prompts with a concept, and random prompts without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasure.world import World
 
 
 def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
-    """The empty prompt and every phrasing of the concepts that must survive."""
+    """Give the empty prompt and every phrasing of the concepts' retain lists."""
     prompts = [""]
     for concept in concepts:
         prompts += [template.format(words) for words in concept.retain for template in concept.phrasings()]
@@ -24,15 +24,15 @@ def retain_prompts(concepts: Sequence[Concept]) -> list[str]:
 
 
 SAME = 0.95
-"""Cosine of two embeddings from which on no map of the text encoder tells them apart."""
+"""Cosine of two token embeddings above which the text encoder cannot distinguish them."""
 
 
 def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
-    """Every whole word that is one token, but for the bare letters and those of the concepts.
+    """List all words that are one token, without single letters and words of the concepts.
 
-    Words of a concept are its names, what else the model's world calls it, and their singulars and plurals; and words
-    whose embedding is all but that of one of its tokens, as of a token that was learned from them: what cannot be told
-    from the concept cannot be kept when it goes.
+    Words of a concept are its names, other words for it in the model's world, and their singulars and plurals; also
+    words whose embedding nearly equals that of one of its tokens (for instance a token learned from them), because
+    they cannot be kept when the concept is erased.
     """
     world = World.of(tower.pipe)
     names = [word for concept in concepts for name in concept.names for word in (name, *world.words(name))]
@@ -51,7 +51,7 @@ def vocabulary(tower: TextTower, concepts: Sequence[Concept]) -> list[str]:
 
 
 def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """Random prompts: words of the vocabulary in the phrasings of objects and styles, some about two of them."""
+    """Make random prompts: words of the vocabulary in the phrasings of objects and styles, some with two words."""
     about_two = ("{} and {}", "a {} in {} style", "a photo of a {} with a {}")
     templates = [*TEMPLATES["object"], *TEMPLATES["style"], *about_two]
     prompts = []
@@ -64,7 +64,7 @@ def vocabulary_prompts(words: Sequence[str], count: int, generator: torch.Genera
 
 @lru_cache(maxsize=8)
 def seeded_prompts(words: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
-    """Give the `vocabulary_prompts` of a seed, made once for text encoders with the same words."""
+    """Give the `vocabulary_prompts` of a seed, cached for text encoders with the same words."""
     return tuple(vocabulary_prompts(words, count, torch.Generator().manual_seed(seed)))
 
 
@@ -80,7 +80,7 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 def context_prompts(
     tower: TextTower, concept: Concept, words: Sequence[str], count: int, generator: torch.Generator
 ) -> list[AlignedPrompt]:
-    """Random prompts that name the concept among other words, aligned with its anchor in the same company."""
+    """Make random prompts that name the concept among other words, aligned with the same prompts with its anchor."""
     templates = CONTEXTS["style" if concept.kind == "style" else "object"]
 
     def draw(options: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The encodings of prompts by stock text encoders, made in batches and once each."""
+"""Cached encodings of prompts by the stock text encoders, made in batches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from erasure.backbones import Backbone, Conditioning
 
 BATCH = 8
-"""Prompts encoded at once."""
+"""Number of prompts encoded at once."""
 
 
 class Reader:
-    """Encodings of prompts, made once each and kept on the CPU.
+    """A cache of prompts' encodings on the CPU.
 
     Args:
-        backbone: With the stock text encoders in force whenever `read` is called.
-        batch: Prompts encoded at once. Their number moves the last bits of an encoding.
+        backbone: Backbone whose text encoders are the stock ones whenever `read` is called.
+        batch: Number of prompts encoded at once, which affects the last bits of an encoding.
     """
 
     def __init__(self, backbone: Backbone, batch: int = BATCH) -> None:
@@ -27,7 +27,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str | None]) -> Reader:
-        """Encode those prompts that are not known yet; gives the reader itself."""
+        """Encode the prompts that are not cached yet; give the reader itself."""
         new = [prompt for prompt in dict.fromkeys(text or "" for text in prompts) if prompt not in self._rows]
         self._rows.update({prompt: len(self._rows) + row for row, prompt in enumerate(new)})
         for first in range(0, len(new), self.batch):
@@ -35,13 +35,13 @@ class Reader:
         return self
 
     def __call__(self, prompts: Sequence[str | None]) -> Conditioning:
-        """Encodings of a batch of prompts, on the denoiser's device.
+        """Give the encodings of a batch of prompts, on the denoiser's device.
 
         Args:
-            prompts: `None` for what the denoiser is told where no prompt is given; see `Backbone.null`.
+            prompts: Prompts; `None` for the null conditioning, see `Backbone.null`.
 
         Raises:
-            KeyError: One has not been read. To read it now could be too late, with other encoders in force.
+            KeyError: A prompt is not cached. It is not encoded here, because other encoders may be in force now.
         """
         if len(self._read) > 1:
             self._read = [Conditioning.cat(self._read)]
@@ -54,5 +54,5 @@ class Reader:
         return Conditioning.cat([told, self.backbone.null(told)]).rows(index.to(self.backbone.device))
 
     def null(self, count: int) -> Conditioning:
-        """What the denoiser is told `count` times where no prompt is given; see `Backbone.null`."""
+        """Give `count` rows of the null conditioning; see `Backbone.null`."""
         return self([None] * count)

@@ -1,4 +1,4 @@
-"""Where words stand among the tokens of a prompt, and which tokens of another prompt answer to them."""
+"""Positions of words among the tokens of a prompt, and alignment of a concept's prompt with its anchor's."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ UNSPACED = re.compile(
 )
 """Letters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
 SIGN = "("
-"""A sign that no tokeniser joins with the word behind it."""
+"""A sign that no tokeniser joins with the word after it."""
 
 
 class Span(NamedTuple):
-    """Where words stand in a prompt, by token position."""
+    """Token positions of words in a prompt."""
 
     first: int
     last: int
     start: int
-    """First position that may carry what the words mean. Where attention is causal that is `last`, but every vector of
-    a learned token may; elsewhere it is 0."""
+    """First position that can carry the words' meaning: under causal attention `last`, or the first vector of a
+    learned token; under bidirectional attention 0."""
 
 
 class AlignedPrompt(NamedTuple):
-    """A prompt with the concept, the same prompt with its anchor, and which token answers to which."""
+    """A prompt with the concept, the same prompt with its anchor, and the corresponding tokens."""
 
     prompt: str
     anchor_prompt: str
     start: int
-    """Position from which on everything may carry the concept; see `Span.start`."""
+    """First position that can carry the concept; see `Span.start`."""
     last: int
     """Position of the concept's last token."""
     positions: Tensor
-    """For each position of the prompt `(tokens,)` the position of the anchor prompt that takes its place."""
+    """Corresponding position of the anchor prompt, for each position of the prompt, `(tokens,)`."""
 
 
 # Masks and spans -----------------------------------------------------------------------------------------------------
 
 
 def word_mask(ids: Tensor, end: int, first: int = 1) -> Tensor:
-    """Positions of words and of the first end token, `(batch, tokens)` bool: no start token, no padding.
+    """Mark words and the first end token, `(batch, tokens)` bool, without start token and padding.
 
     Args:
-        ids: `(batch, tokens)`.
-        end: The end token.
+        ids: Token ids, `(batch, tokens)`.
+        end: Id of the end token.
         first: Position of the first word.
     """
     ends = (ids == end).long()
@@ -62,9 +62,9 @@ def word_mask(ids: Tensor, end: int, first: int = 1) -> Tensor:
 
 
 def spellings(tower: TextTower, words: str) -> list[list[int]]:
-    """The ways in which words are spelled in tokens: behind a blank, and, where that differs, behind a sign.
+    """Tokenise words as after a space and, where that differs, as after a sign.
 
-    T5 marks the beginning of a word that follows a blank, so that "cat" and the word in "(cat)" are other tokens.
+    T5 marks the beginning of a word after a space, so "cat" and the word in "(cat)" are different tokens.
     """
     behind_blank = tower.word_ids(words)
     sign = tower.word_ids(SIGN)
@@ -76,12 +76,12 @@ def spellings(tower: TextTower, words: str) -> list[list[int]]:
 
 
 def occurrences(ids: Sequence[int], spelled: Sequence[Sequence[int]], first: int = 0) -> list[slice]:
-    """Where tokens stand in a row among others, from left to right.
+    """Find the occurrences of token sequences, from left to right.
 
     Args:
         ids: Tokens of a prompt.
-        spelled: The tokens that are sought, in one way or another.
-        first: Place of the first word.
+        spelled: Token sequences to find, any of which counts.
+        first: Position of the first word.
     """
     return [
         slice(start, start + len(part))
@@ -92,17 +92,17 @@ def occurrences(ids: Sequence[int], spelled: Sequence[Sequence[int]], first: int
 
 
 def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = None) -> Span:
-    """The token positions of `words` in `prompt`, all vectors of learned tokens included.
+    """Find the token positions of `words` in `prompt`, with all vectors of learned tokens.
 
     Args:
         tower: Tokenises them.
         prompt: The whole prompt.
-        words: The words that are sought.
-        ahead: Text of the prompt ahead of them, which tells several occurrences apart; the last one is taken when
-            left out.
+        words: Words to find.
+        ahead: Text before the words in the prompt, which chooses among several occurrences; the last one when left
+            out.
 
     Raises:
-        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour), or not behind
+        ConceptError: The words are not in the prompt as tokens (cut off, or merged with a neighbour), or not after
             that text.
     """
     ids = tower.prompt_ids(prompt, truncate=True)
@@ -123,13 +123,13 @@ def subject_span(tower: TextTower, prompt: str, words: str, ahead: str | None = 
 
 
 def whole_words(tower: TextTower, ids: Sequence[int], words: str) -> list[slice]:
-    """Where words stand among the tokens of a prompt, from left to right; not where they are a part of longer ones."""
+    """Find words among the tokens of a prompt, from left to right, except as parts of longer words."""
     places = occurrences(ids, spellings(tower, words), tower.leading)
     return [place for place in places if is_whole_word(tower, ids, place)]
 
 
 def is_whole_word(tower: TextTower, ids: Sequence[int], place: slice) -> bool:
-    """Whether words that stand somewhere among the tokens of a prompt are no part of longer ones."""
+    """Whether tokens of a prompt are a whole word and not a part of a longer one."""
     if not tower.marks_starts:
         return True  # the end of a word is marked in its last token
     if ids[place.start] in tower.learned_ids:
@@ -137,22 +137,22 @@ def is_whole_word(tower: TextTower, ids: Sequence[int], place: slice) -> bool:
     around = list(ids[max(place.start - 1, 0) : place.stop + 1])
     pieces = tower.tokenizer.convert_ids_to_tokens(around)
     before = pieces.pop(0)[-1:] if place.start else ""
-    # A mark that stands alone is the beginning of the word.
+    # A separate mark token is the beginning of the word.
     continues = not pieces[0].startswith(START_OF_WORD) and (before.isalnum() or before == START_OF_WORD)
     behind = pieces[place.stop - place.start :]
-    # Signs and the mark of the next word are no letters.
+    # Signs and the mark of the next word do not count as letters.
     return not continues and not (behind and behind[0][:1].isalnum())
 
 
 PADDING = 16
-"""Places of padding that stand for all of it in an encoder whose tokens see those that follow."""
+"""Number of padding positions that represent all padding in bidirectional encoders."""
 
 
 def telling_places(tower: TextTower, prompt: str) -> Tensor:
-    """Places of a prompt that count where its states are collected, `(places,)` in rising order.
+    """Choose the positions of a prompt whose states are collected, `(places,)` ascending.
 
-    All of them in a causal encoder. Elsewhere padding is long and its states hardly differ, so a few stand for it;
-    only the first of it is seen by a denoiser that is told which tokens are padding.
+    These are all positions in causal encoders. In bidirectional ones padding is long and its states are similar, so a
+    few represent it; only the first is used for denoisers with a mask of padding.
     """
     places, length = torch.arange(tower.max_length), len(tower.prompt_ids(prompt, truncate=True))
     if tower.uses_attention_mask and not tower.causal:
@@ -170,9 +170,10 @@ def telling_places(tower: TextTower, prompt: str) -> Tensor:
 def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
     """Align a phrasing of a concept with the same phrasing of its anchor.
 
-    Tokens ahead of the concept stay; the concept's tokens answer to the anchor's last one; tokens after it answer to
-    those after the anchor. An empty anchor takes the words out, and the concept answers to the token that follows.
-    Concept and anchor are those in the template's place, whatever else of the same name the phrasing holds.
+    Tokens before the concept correspond to themselves; the concept's tokens to the anchor's last one; tokens after it
+    to those after the anchor. With an empty anchor the words are removed, and the concept corresponds to the token
+    that follows. Concept and anchor are those in the template's place, whatever else of the same name the phrasing
+    contains.
     """
     prompt, ahead = template.format(words), template.partition("{}")[0]
     anchor_prompt = " ".join(template.format(anchor).split())
@@ -186,7 +187,7 @@ def align(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPr
 
 
 def aligned_prompts(tower: TextTower, concept: Concept, default_anchor: str = "") -> list[AlignedPrompt]:
-    """All phrasings of a concept, aligned with its anchor.
+    """Align all phrasings of a concept with its anchor.
 
     Raises:
         ConceptError: The concept has no known token.
@@ -198,10 +199,10 @@ def aligned_prompts(tower: TextTower, concept: Concept, default_anchor: str = ""
 
 
 def paired_at_the_end(tower: TextTower, template: str, words: str, anchor: str) -> AlignedPrompt:
-    """Align a prompt that ends with a concept to the same prompt with its anchor, by the last token ahead of the end.
+    """Align a prompt that ends with a concept with the anchor's prompt, by their last tokens.
 
-    The last token answers to the last one, the end token and the padding to those behind it. Where the anchor is empty
-    the last token is that of the phrasing, or the start token when the phrasing has no other words.
+    The last tokens before the end correspond, and so do the end token and padding. With an empty anchor the last token
+    is that of the phrasing, or the start token when the phrasing has no other words.
 
     Raises:
         ConceptError: The concept has no known token.
@@ -209,7 +210,7 @@ def paired_at_the_end(tower: TextTower, template: str, words: str, anchor: str) 
     tower.check_words(words)
     prompt, anchor_prompt = template.format(words), template.format(anchor).rstrip()
     last, anchor_last = (len(tower.prompt_ids(text, truncate=True)) - 2 for text in (prompt, anchor_prompt))
-    # Without a start token the empty prompt has nothing ahead of its end, which then takes the concept's place.
+    # Without a start token the empty prompt has only its end token, which then replaces the concept.
     anchor_last = max(anchor_last, 0)
     positions = torch.arange(tower.max_length)
     positions[last:] = torch.arange(anchor_last, anchor_last + tower.max_length - last).clamp(max=tower.max_length - 1)
@@ -220,10 +221,9 @@ def paired_at_the_end(tower: TextTower, template: str, words: str, anchor: str) 
 
 
 def without(prompt: str, concept: Concept) -> str:
-    """A prompt without the concept's words: every mention of every name, in upper or lower case, as whole words.
+    """Remove the concept's words from a prompt: every whole-word mention of every name, in any case.
 
-    Where a name begins or ends with a letter of a script that writes words without blanks between them, it may stand
-    beside other letters.
+    In scripts without spaces between words, a name may be next to other letters.
 
     Example:
         >>> without("a cartoon of a car", Concept("car"))
@@ -237,5 +237,5 @@ def without(prompt: str, concept: Concept) -> str:
 
 
 def _edge(letter: str, opening: str) -> str:
-    """Part of a pattern that lets no further letter of the same word stand beside a name's first or last one."""
+    """Make a part of a pattern that allows no further letter of the same word beside a name's first or last letter."""
     return rf"{opening}\w)" if re.match(r"\w", letter) and not UNSPACED.match(letter) else ""
