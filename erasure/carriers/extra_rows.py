@@ -1,22 +1,22 @@
-"""Rows of a denoiser's pass that no pipeline asked for: safety guidance reads what it would predict for a concept.
+"""Additional rows in a denoiser's pass, for safety guidance, prompt filters and gates.
 
-A hook on the denoiser puts rows with the concept's encoding behind those of a call, and takes their predictions off
-again after it has changed those for the prompts by `erasure.carriers.safety`. Stock pipelines notice nothing, whatever
-they are told besides (a picture, a mask, a ControlNet, embeddings in the place of a prompt), and nothing is encoded
-while they draw. Which rows of a call are a negative prompt's says the pipeline whose call it is; where it guides with
-none, the same noise is predicted for no prompt in further rows. A transformer that is told its guidance `w` predicts
-`e_0 + w (e_p - e_0)`, so differences of its predictions are divided by `w`, and the change is multiplied by it.
+A hook on the denoiser adds rows with the concept's encoding to a call, and removes their predictions after it has
+changed those for the prompts by `erasure.carriers.safety`. Stock pipelines need no change, whatever else they pass (a
+picture, a mask, a ControlNet, embeddings instead of a prompt), and nothing is encoded during sampling. The pipeline's
+call shows which rows are negative prompts; without negative prompts, more rows predict for the empty prompt. A
+guidance-distilled transformer with scale `w` predicts `e_0 + w (e_p - e_0)`, so differences of its predictions are
+divided by `w`, and the change is multiplied by it.
 
-Filters of prompts (`erasure.carriers.filters`) are put in place here too: what the denoiser is told about a prompt is
-changed, and where features are compared (`erasure.carriers.skips`), a row with the prompt as it is stands last. And
-what the prompt of each row lets through (`erasure.carriers.permeability`) is told to the branches beside layers
-(`erasure.carriers.membranes`): all of it where nobody knows the prompt, and nothing in the rows of negative prompts,
-unless their gates are to be open as far as those of the prompts that they guide.
+Prompt filters (`erasure.carriers.filters`) are applied here too: the conditioning of a prompt is changed, and where
+features are compared (`erasure.carriers.skips`), a row with the unchanged prompt is added last. The permeability of
+each row's prompt (`erasure.carriers.permeability`) is passed to the branches beside layers
+(`erasure.carriers.membranes`): 1 for unknown prompts, and 0 for negative prompts, unless their gates are to be open as
+far as those of the prompts that they guide.
 
-Guidance begins behind its share of the noise levels of the call's schedule, each counted once, not of calls of the
-denoiser: samplers of higher order ask about a level twice. Momentum is that of one drawing of one thread. A pass that
-`Backbone.predict` asks for is no part of a drawing, so it has none; one of which an attention layer is read
-(`erasure.carriers.calls.measured`) is left as it is.
+Guidance begins after its share of the noise levels of the call's schedule. Levels are counted, not denoiser calls,
+because higher-order samplers evaluate a level twice. Momentum belongs to one image's sampling in one thread. A pass of
+`Backbone.predict` is not part of a sampling and has no momentum; a pass in which an attention layer is recorded
+(`erasure.carriers.calls.measured`) is not changed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from erasure.interop.protocols import Arguments, Settings
 _HOOK = "erasure_extra_rows"
 TOKENS, POOLED = "encoder_hidden_states", "pooled_projections"
 MASKS = ("attention_mask", "encoder_attention_mask")
-"""Arguments that say where attention may look: text first, and behind it what the transformer draws."""
+"""Attention masks: of text first, and after it of the transformer's image tokens."""
 REFUSE = (
     "an erasure cannot tell the rows of this pass apart: {reason}. disable_erasures() for such calls, or use a "
     "strategy that edits weights (uce, esd, hirm)"
@@ -53,55 +53,55 @@ REFUSE = (
 
 
 class Term(NamedTuple):
-    """A guidance that is in force."""
+    """A safety guidance in force."""
 
     strength: float
-    """Factor of what it changes."""
+    """Factor of its change."""
     edit: SafetyGuidance
 
 
 class FilterTerm(NamedTuple):
-    """A filter of prompts that is in force."""
+    """A prompt filter in force."""
 
     strength: float
-    """Factor of what it changes."""
+    """Factor of its change."""
     edit: PromptFilter
 
 
 class Family(NamedTuple):
-    """What differs between families; see `Backbone`."""
+    """Properties of a model family; see `Backbone`."""
 
     noisiest: float
     guides_in_one_call: bool
 
 
 FAMILY = Family(Backbone.noisiest, Backbone.guides_in_one_call)
-"""What holds for most."""
+"""Properties of most families."""
 
 
 class _Pass(NamedTuple):
-    """How the rows of a pass stand that is under way."""
+    """Layout of the rows of the current pass."""
 
     rows: int
-    """Those that were asked for."""
+    """Number of the caller's rows."""
     pictures: int
-    """The last of them are prompts' own; as many are added for each guidance."""
+    """Number of rows of prompts, which are the last ones; as many are added for each guidance."""
     guided: bool
-    """Whether as many rows of negative prompts stand ahead of them."""
+    """Whether as many rows of negative prompts are before them."""
     told: float
-    """Scale of guidance that the denoiser is told."""
+    """Guidance scale that a guidance-distilled denoiser reads."""
     level: Tensor
-    """`(pictures,)` noise levels."""
+    """Timesteps, `(pictures,)`."""
     drawing: Drawing | None
-    """What it is a part of."""
+    """Sampling of an image to which the pass belongs; `None` outside of one."""
     texts: int = 0
-    """Rows that are added for each picture, but for those of `plain`."""
+    """Number of added rows for each image, without those of `plain`."""
     plain: tuple[int, ...] = ()
-    """Rows whose prompts were changed, and that are computed once more with their prompts as they are."""
+    """Rows with changed prompts, which are computed once more with the unchanged prompts."""
 
 
 class _Thread(threading.local):
-    """What belongs to the thread that runs the denoiser, and to no other."""
+    """State of the thread that runs the denoiser."""
 
     def __init__(self) -> None:
         self.drawing = Drawing()
@@ -115,14 +115,14 @@ class _Thread(threading.local):
 
 
 class _ExtraRows(NamedArguments):
-    """On a denoiser: adds rows to what goes in, and changes the prompts' own predictions by theirs.
+    """Hook on a denoiser that adds rows to its input, and changes the prompts' predictions by theirs.
 
     Args:
         denoiser: UNet or transformer.
-        terms: What is in force.
-        filtering: The filters of prompts that are in force.
-        gating: The gates of branches that are in force.
-        family: Of the model.
+        terms: Safety guidance in force.
+        filtering: Prompt filters in force.
+        gating: Gates of branches in force.
+        family: Properties of the model's family.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _ExtraRows(NamedArguments):
         self.gating = Gating(gating)
         self.thread = _Thread()
 
-    # Frames cannot be looked at inside of a compiled graph; the denoiser itself is compiled all the same.
+    # This is not compiled, because it inspects call frames; the denoiser itself is compiled.
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         """Add the rows, unless this pass is to be left as it is."""
@@ -171,7 +171,7 @@ class _ExtraRows(NamedArguments):
         return type(output)(sample=self.changed(output.sample, under_way))
 
     def look(self, module: nn.Module, arguments: Settings) -> _Pass | None:
-        """Find out how the rows of a pass stand; nothing for one that is left as it is."""
+        """Find the layout of a pass's rows; `None` for a pass that is not changed."""
         _refuse_other_rows(module)
         caller = nearest_caller(DiffusionPipeline, Backbone)
         pipe = caller if isinstance(caller, DiffusionPipeline) else None
@@ -190,7 +190,7 @@ class _ExtraRows(NamedArguments):
         return _Pass(rows, pictures, guided, max(scale, 1e-3), level.expand(rows)[-pictures:], drawing)
 
     def _drawing(self, pipe: DiffusionPipeline | None, level: float) -> Drawing:
-        """The drawing that this thread is at: the one that it was at, unless a new one has begun."""
+        """Get the current sampling of this thread, or begin a new one."""
         schedule = None if pipe is None else getattr(pipe.scheduler, "timesteps", None)
         known = self.thread.drawing
         if schedule is not known.schedule or level > known.level:
@@ -200,9 +200,9 @@ class _ExtraRows(NamedArguments):
     def _is_negative(
         self, pipe: DiffusionPipeline | None, drawing: Drawing, arguments: Settings, level: float
     ) -> bool:
-        """Whether a pass is no prompt's: one for a negative prompt behind it, or one that the pipeline compares with.
+        """Whether a pass is not for a prompt: for a negative prompt, or for a comparison by the pipeline.
 
-        Pipelines that ask for the negative prompt in a pass of its own do so behind the prompt's, for equal latents.
+        Pipelines with a separate pass for the negative prompt run it after the prompt's, on equal latents.
         """
         if pipe is None:
             return bool(self.terms) and _same_rows(arguments[TOKENS], self.terms[0].edit.tokens[NOTHING])
@@ -212,10 +212,10 @@ class _ExtraRows(NamedArguments):
         return again and drawing.latents is not None and _equal(drawing.latents, latents_of(arguments))
 
     def _is_guided(self, pipe: DiffusionPipeline | None, arguments: Settings) -> bool:
-        """Whether the first half of the rows are negative prompts'.
+        """Whether the first half of the rows is for negative prompts.
 
         Raises:
-            UnsupportedModelError: The pipeline guides in a way that nobody knows here.
+            UnsupportedModelError: The pipeline's way of guidance is unknown.
         """
         if not self.family.guides_in_one_call:
             return False

@@ -5,17 +5,17 @@ rows `d_i`, the edited vector is
 
     x' = x + sum_i g_i (gain_i z_i + offset_i [z_i > 0]) d_i
 
-What the autoencoder does not explain stays, so nothing changes where nothing fires. `g_i` is 1 when the gate of a
-concept that feature `i` belongs to is open: when on some word a logistic score of the latents reaches the concept's
-threshold. The score looks at words and the end token only, so it does not depend on padding or on what else is in the
-batch; below all thresholds the output is the input, bit for bit.
+The part of `x` that the autoencoder does not reconstruct stays, so nothing changes where no latent fires. `g_i` is 1
+when the gate of a concept with feature `i` is open: when a logistic score of the latents reaches the concept's
+threshold at some word. The score uses words and the end token only, so it does not depend on padding or on the rest of
+the batch; below all thresholds the output equals the input, bit for bit.
 
-Where an erasure edits several text encoders, each has gates of its own reading, and one that opens opens those of the
-same concept in the others, prompt by prompt (`erasure.interop.rounds`): in what a pipeline's `encode_prompt` and
-`Backbone.encode` give. An encoder that is called by itself has its own gates only.
+Where an erasure edits several text encoders, each has its own gates, and an open gate also opens those of the same
+concept in the others, prompt by prompt (`erasure.interop.rounds`), in a pipeline's `encode_prompt` and in
+`Backbone.encode`. A text encoder that is called by itself uses its own gates only.
 
-Gates and thresholds are steps. Gradients see smooth curves in their place (`erasure.carriers.steps`), so that attacks
-through the model learn what would open or close a gate; what is computed stays the same to the bit.
+Gates and thresholds are step functions. Gradients use smooth curves instead (`erasure.carriers.steps`), so that
+gradient-based attacks can find what opens or closes a gate; the output is not changed by a bit.
 """
 
 from __future__ import annotations
@@ -37,56 +37,56 @@ from erasure.text.words import word_mask
 
 _EDIT = "erasure_features_edit"
 LOGIT = 1.0
-"""Least width of the curve that gradients see in the place of a gate: the unit of logistic scores."""
+"""Smallest width of the smooth curve of a gate in gradients, in units of logistic scores."""
 MEMORY = 8
-"""Inputs whose edit a block remembers: a prompt that is drawn again is not scored again."""
+"""Number of inputs whose edit a block caches, so that a repeated prompt is not scored again."""
 
 
 class FeatureEdit(NamedTuple):
-    """What becomes of some latents at one block. Latents that concepts share are stored, and changed, once."""
+    """The edit of latents at one block. Latents that concepts share are stored, and changed, once."""
 
     w_enc: Tensor
-    """`(dim, features)`."""
+    """Encoder, `(dim, features)`."""
     b_enc: Tensor
-    """`(features,)`: a latent is `x @ w_enc + b_enc` where that is above the threshold, else 0."""
+    """Encoder bias, `(features,)`: a latent is `x @ w_enc + b_enc` where that is above the threshold, else 0."""
     w_dec: Tensor
-    """`(features, dim)`."""
+    """Decoder, `(features, dim)`."""
     threshold: Tensor
-    """`(features,)`."""
+    """Thresholds, `(features,)`."""
     gain: Tensor
-    """`(features,)`: -1 takes a latent away, `tau - 1` multiplies it by tau."""
+    """Gain, `(features,)`: -1 removes a latent, `tau - 1` multiplies it by tau."""
     offset: Tensor
-    """`(features,)`: added where the latent fires, so gain -1 and offset -c clamp it to -c."""
+    """Offset, `(features,)`, added where the latent fires, so that gain -1 and offset -c clamp it to -c."""
     edits: Tensor
-    """`(2, n)` int64: concept and feature of each pair that is edited when the concept's gate is open."""
+    """Pairs of concept and feature that is edited when the concept's gate is open, `(2, n)` int64."""
     votes: Tensor
-    """`(2, n)` int64: concept and feature of each pair that counts in the concept's score."""
+    """Pairs of concept and feature in the concept's score, `(2, n)` int64."""
     weight: Tensor
-    """`(n,)`: how much it counts. The score of a token is `sum weight z + bias`, a logit."""
+    """Weights of these pairs, `(n,)`. The score of a token is `sum weight z + bias`, a logit."""
     bias: Tensor
     """`(concepts,)`."""
     gate: Tensor
-    """`(concepts,)`: the least score, as a logit, that opens a concept's gate."""
+    """Smallest score, as a logit, that opens a concept's gate, `(concepts,)`."""
     probe: Tensor
-    """`(dim, concepts)`: the same by a linear probe of the activations, `x @ probe + probe_bias`."""
+    """Weights of a linear probe of the activations, whose score is `x @ probe + probe_bias`, `(dim, concepts)`."""
     probe_bias: Tensor
     """`(concepts,)`."""
     probe_gate: Tensor
     """`(concepts,)`."""
     filler: Tensor
-    """`(tokens, dim)`: what takes the place of the tokens whose own score opens the gate, and of the end token and
-    padding behind them, instead of any change of latents; `(0, dim)` when latents are changed."""
+    """States that replace tokens whose own score opens the gate, and the end token and padding after them, instead
+    of a change of latents, `(tokens, dim)`; `(0, dim)` when latents are changed."""
     rule: Tensor
-    """`()` int64: 0 when the latents' score decides, 1 when the probe's does."""
+    """Which score opens the gate, `()` int64: 0 the latents', 1 the probe's."""
     local: Tensor
-    """`()` int64: 1 when only tokens whose own score opens the gate are edited, 0 when all of the prompt are."""
+    """Which tokens are edited, `()` int64: 1 only those whose own score opens the gate, 0 all tokens of the prompt."""
     first: Tensor
-    """`()` int64: position of the first word; what is ahead of it never depends on the prompt."""
+    """Position of the first word, `()` int64; tokens before it do not depend on the prompt."""
     end: Tensor
-    """`()` int64: the token that ends a prompt; what follows its first place is padding."""
+    """Id of the end token, `()` int64; what follows its first occurrence is padding."""
 
     def fits(self) -> bool:
-        """Whether the shapes go together and every pair names a concept and a feature."""
+        """Whether the shapes are consistent, and every pair has a valid concept and feature."""
         dim, features = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
         concepts = self.gate.numel()
         return (
@@ -104,11 +104,11 @@ class FeatureEdit(NamedTuple):
 
     @property
     def gates(self) -> Tensor:
-        """`(concepts,)` the least score that opens each gate, 0-1."""
+        """Smallest score that opens each gate, `(concepts,)` in 0-1."""
         return torch.where(self.rule == 1, self.probe_gate, self.gate).double().sigmoid()
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> GatedEdit:
-        """Ready to be used on a device."""
+        """Prepare the edit for a device."""
         return GatedEdit(self, device, dtype)
 
 
@@ -116,8 +116,8 @@ class GatedEdit:
     """A feature edit on a device, with the pairs as matrices.
 
     Args:
-        edit: What to do.
-        device: Where.
+        edit: The edit.
+        device: Device.
         dtype: Precision of the arithmetic.
     """
 
@@ -156,12 +156,12 @@ class GatedEdit:
         return x @ self.w_enc + self.b_enc
 
     def logits(self, x: Tensor, latents: Tensor, by_probe: bool, which: Tensor | None = None) -> Tensor:
-        """How surely each token holds each concept, `(batch, tokens, concepts)`.
+        """Compute the logit of each concept at each token, `(batch, tokens, concepts)`.
 
         Args:
             x: Activations.
             latents: Of the activations.
-            by_probe: Ask the probe instead of the latents.
+            by_probe: Use the probe instead of the latents.
             which: Places of those latents among all; they are all of them when left out.
         """
         if by_probe:
@@ -169,12 +169,12 @@ class GatedEdit:
         return product(latents, self.votes, which) + self.edit.bias
 
     def scores(self, x: Tensor, words: Tensor, by_probe: bool | None = None) -> Tensor:
-        """How surely each concept is in each prompt, `(batch, concepts)` in 0-1.
+        """Compute the score of each concept in each prompt, `(batch, concepts)` in 0-1.
 
         Args:
             x: Activations `(batch, tokens, dim)`.
             words: `(batch, tokens)` bool, see `word_mask`.
-            by_probe: Ask the probe, or the latents; whichever decides when left out.
+            by_probe: Use the probe, or the latents; the edit's rule when left out.
         """
         logits = self.logits(x, self.latents(x), self.by_probe if by_probe is None else by_probe)
         return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
@@ -184,8 +184,8 @@ class GatedEdit:
 
         Args:
             x: Activations.
-            words: `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when nobody knows.
-            told: `(batch, concepts)` bool: gates that other text encoders have opened.
+            words: Words, `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when unknown.
+            told: Gates that other text encoders have opened, `(batch, concepts)` bool.
         """
         latents, fires, which = fired(self.before(x), self.level, whole=x.requires_grad)
         counted = seeing_jump(latents, self.before(x), self.threshold) if x.requires_grad else latents
@@ -197,7 +197,7 @@ class GatedEdit:
             opened = (own & words[..., None]).any(1, keepdim=True)
             if told is not None:
                 if self.local:
-                    # No word of its own is at the gate: the one that is nearest to it is edited.
+                    # If no word reaches the threshold itself, the nearest one is edited.
                     score = logits.masked_fill(~words[..., None], -torch.inf)
                     own = own | (told[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
                 opened = opened | told[:, None]
@@ -209,14 +209,14 @@ class GatedEdit:
         if self.filler is not None:
             flagged = where.any(-1)
             if words is not None:
-                # The end token and the padding sum up the whole prompt, the concept included.
+                # The end token and the padding summarise the whole prompt, including the concept.
                 tail = words.flip(1).cumsum(1).flip(1) <= 1
                 flagged = flagged | (opened.any(-1) & tail)
             on = flagged[..., None].to(x.dtype)
             if smooth is not None:
                 whole, own_share = (share.amax(-1) for share in smooth)
                 on = straight_through(on, torch.where(tail, whole, own_share)[..., None])
-            # Behind the last token of the filler comes more padding.
+            # After the last token of the filler its padding is repeated.
             place = torch.arange(x.shape[1], device=x.device).clamp(max=len(self.filler) - 1)
             change = on * (self.filler[place] - x)
         else:
@@ -228,10 +228,10 @@ class GatedEdit:
         return change * after[:, None], opened.any(1)
 
     def written(self, on: Tensor, latents: Tensor, fires: Tensor, which: Tensor | None) -> Tensor:
-        """Give what the features write, `(batch, tokens, dim)`.
+        """Compute the change by the features, `(batch, tokens, dim)`.
 
         Args:
-            on: `(batch, tokens or 1, features)`: how far each is edited.
+            on: Strength of each feature's edit, `(batch, tokens or 1, features)`.
             latents: `(batch, tokens, given)`.
             fires: 1 where a latent fires, else 0, shaped the same.
             which: `(given,)`: places of these among all latents; they are all of them when left out.
@@ -267,22 +267,22 @@ class GatedEdit:
 
 
 BlockEdit = FeatureEdit | ReconstructionEdit
-"""What is done at the output of one block."""
+"""An edit of one block's output."""
 
 
 class Term(NamedTuple):
-    """An edit of one block, as it is in force."""
+    """An edit of one block in force."""
 
     strength: float
     """Factor of its change."""
     edit: BlockEdit
-    """What is done."""
+    """The edit."""
     shared: str = ""
-    """Name under which the gates of several text encoders open one another; none do under an empty one."""
+    """Name by which several text encoders share open gates; empty for no sharing."""
 
 
 Terms = Sequence[Term | tuple[float, BlockEdit]]
-"""What is done at one block, added up."""
+"""Edits of one block, which are added."""
 
 
 def _within(pairs: Tensor, concepts: int, features: int) -> bool:
@@ -291,7 +291,7 @@ def _within(pairs: Tensor, concepts: int, features: int) -> bool:
 
 
 class _EditBlock(ModelHook):
-    """On a block: edits its output. Differentiable, so that an attack can see through it."""
+    """Hook on a block that edits its output; differentiable, so that attacks can use gradients through it."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__()
@@ -315,12 +315,12 @@ class _EditBlock(ModelHook):
         return (edited.output, *output[1:]) if isinstance(output, tuple) else edited.output
 
     def place(self, device: torch.device) -> None:
-        """Bring the tensors to a device."""
+        """Move the tensors to a device."""
         if device.type != "meta":
             self._placed = tuple(term.edit.on(device) for term in self.terms)
 
     def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
-        """The edit of `states`, from memory when it was asked for lately."""
+        """Edit `states`, or give the cached result."""
         for known in self._memory:
             if known.is_of(states, ids, told):
                 return known
@@ -336,14 +336,14 @@ class _EditBlock(ModelHook):
         change, touched = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         gates = []
         for term, edit, others in zip(self.terms, self._placed, told, strict=True):
-            # Without the ids nobody can tell where the words are: every gate opens rather than none.
+            # Without ids the words are unknown, so every gate opens.
             words = None if ids is None else word_mask(ids.to(x.device), edit.end, edit.first)
             delta, opened = edit.delta(x, words, None if others is None else others.to(x.device))
             change, touched = change + term.strength * delta, touched | opened.any(-1)
             gates.append(opened)
         edited = (x + change).to(states.dtype)
         chosen = torch.where(touched[:, None, None], edited, states)
-        # What no gate touched is left as it is to the bit, and yet gradients see what an open gate would change.
+        # Prompts with closed gates keep every bit, and yet gradients see the change by an open gate.
         chosen = straight_through(chosen, edited) if states.requires_grad else chosen
         return Edited(states, ids, told, chosen, tuple(gates))
 
@@ -386,6 +386,6 @@ class EditedFeatures:
 
     @staticmethod
     def _hooked(encoder: nn.Module) -> list[nn.Module]:
-        """Every module that carries one of our hooks."""
+        """List the modules with one of our hooks."""
         every = paths.transformer_root(encoder).modules()
         return [module for module in every if hooks.find_hook(module, _EDIT) is not None]

@@ -1,18 +1,17 @@
-"""Filters of prompts: tokens that bring a prompt near a concept are projected away from it (Yoon et al. 2024).
+"""Prompt filters: tokens that bring a prompt near a concept are projected away from it (SAFREE, Yoon et al. 2024).
 
-The pooled vectors of a concept's names span a subspace with the projection `P_C`; those of a prompt, each with another
-of its `n` tokens masked, span one with the projection `P_I`. Token `i` is a trigger where the prompt without it is far
-from the concept, `d_i = |(I - P_C) p_i| >= (1 + alpha) r`, with `r` the mean of `d_j` over the other tokens, or the
-distance of the prompt as it is. The states `x` of triggers become
+The pooled vectors of a concept's names span a subspace with the projection `P_C`. Those of a prompt, each with another
+one of its `n` tokens masked, span one with the projection `P_I`. Token `i` is a trigger if the prompt without it is
+far from the concept, `d_i = |(I - P_C) p_i| >= (1 + alpha) r`, where `r` is the mean of `d_j` over the other tokens,
+or the distance of the unmasked prompt. The states `x` of triggers become
 
     (I - P_C) P_I x
 
-and those of the other tokens stay, but for tokens that may carry what a trigger means: those behind it in a causal
-text encoder, all of the prompt in another one.
+and the states of other tokens stay, except for tokens that may carry a trigger's meaning: those after it in a causal
+text encoder, the whole prompt in a bidirectional one.
 
-With `z` = 1 - the mean cosine between the states of a prompt's tokens and what the same projection makes of them,
-triggers are projected in the first `1 + round(most sigmoid(sharpness (10 z - midpoint)))` of 50 steps; later ones read
-the prompt as it is.
+With `z` = 1 - mean cosine between the states of a prompt's tokens and their projections, triggers are projected in the
+first `1 + round(most sigmoid(sharpness (10 z - midpoint)))` of 50 steps; later steps use the unchanged prompt.
 """
 
 from __future__ import annotations
@@ -28,27 +27,28 @@ from erasure.carriers.safety import OF_STEPS
 from erasure.errors import ArtifactError
 
 NEGLIGIBLE = 1e-6
-"""Share of the greatest singular value below which a direction is rounding."""
+"""Share of the largest singular value below which a direction counts as rounding."""
 
 
 class PromptFilter(NamedTuple):
-    """What is projected away from the states of one text encoder."""
+    """The filter of one text encoder's states."""
 
     basis: Tensor
-    """`(directions, dim)`: orthonormal rows that span the concept's pooled vectors."""
+    """Orthonormal rows that span the concept's pooled vectors, `(directions, dim)`."""
     figures: Tensor
-    """`(4,)`: alpha, most steps of 50, sharpness and midpoint."""
+    """Alpha, largest number of 50 steps, sharpness and midpoint, `(4,)`."""
     attenuation: Tensor
-    """`(2,)`: factors of low frequencies in the skipped features of a UNet's widest channels, and of those half as
-    wide; `(0,)` where features are left as they are."""
+    """Factors of low frequencies in a UNet's skip features, at the most channels and at half as many, `(2,)`;
+    `(0,)` where features are not changed."""
     place: Tensor
-    """`(3,)` int64: where the states stand in what the denoiser is told: first token, number of tokens (0 for all that
-    follow) and first column."""
+    """Position of the states in the denoiser's conditioning, `(3,)` int64: first token, number of tokens (0 for all
+    that follow) and first column."""
     marks: Tensor
-    """`(3,)` int64: position of the first word, the token that ends a prompt, and the one that masks another."""
+    """Position of the first word, id of the end token, and id of the masking token, `(3,)` int64."""
     rules: Tensor
-    """`(2,)` int64: 1 where a prompt without a token is compared with the prompt as it is, 0 with those without
-    another; and what is projected with triggers: 0 nothing, 1 all tokens behind the first one, 2 the whole prompt."""
+    """Rules, `(2,)` int64. First: 1 compares a prompt without a token with the whole prompt, 0 with those without
+    another token. Second: what is projected with triggers, 0 nothing, 1 all tokens after the first trigger, 2 the
+    whole prompt."""
 
     def check(self, key: str) -> None:
         """Raise `ArtifactError` unless shapes, types and ranges are those above."""
@@ -81,18 +81,18 @@ class PromptFilter(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """Columns of what the denoiser is told."""
+        """Columns of the denoiser's conditioning."""
         first = int(self.place[2])
         return slice(first, first + self.basis.shape[1])
 
     @property
     def places(self) -> slice:
-        """Tokens of what the denoiser is told."""
+        """Tokens of the denoiser's conditioning."""
         first, count = self.place[:2].tolist()
         return slice(first, first + count if count else None)
 
     def equals(self, other: object) -> bool:
-        """Whether another one does the same."""
+        """Whether another filter is the same."""
         return self is other or (
             isinstance(other, PromptFilter)
             and all(a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(self, other, strict=True))
@@ -100,7 +100,7 @@ class PromptFilter(NamedTuple):
 
 
 def span(vectors: Tensor) -> Tensor:
-    """Orthonormal rows `(rank, dim)` with the span of vectors `(n, dim)`."""
+    """Compute orthonormal rows `(rank, dim)` with the span of vectors `(n, dim)`."""
     _, sizes, rows = torch.linalg.svd(vectors.double(), full_matrices=False)
     return rows[sizes > NEGLIGIBLE * sizes.max()]
 
@@ -111,14 +111,14 @@ def rest(states: Tensor, basis: Tensor) -> Tensor:
 
 
 def triggers(masked: Tensor, own: Tensor, basis: Tensor, alpha: float, against_own: bool = False) -> Tensor:
-    """Which tokens bring a prompt near a concept, `(n,)` bool.
+    """Mark the tokens that bring a prompt near a concept, `(n,)` bool.
 
     Args:
         masked: Pooled vectors `(n, dim)` of the prompt with each of its tokens masked.
-        own: That of the prompt as it is, `(dim,)`.
-        basis: Of the concept.
-        alpha: How much farther the prompt without a trigger is, as a share.
-        against_own: Compare with the prompt as it is. So is a lone token in any case, which has no others.
+        own: Pooled vector of the whole prompt, `(dim,)`.
+        basis: Orthonormal rows of the concept's subspace.
+        alpha: Relative increase of the distance without a trigger.
+        against_own: Compare with the whole prompt. A single token, which has no others, is always compared so.
     """
     away = rest(masked.double(), basis.double()).norm(dim=1)
     count = len(away)
@@ -140,11 +140,11 @@ def projected(states: Tensor, own: Tensor, basis: Tensor) -> Tensor:
 
 
 def steps(states: Tensor, changed: Tensor, figures: Tensor) -> int:
-    """In how many of 50 steps triggers are projected.
+    """Compute the number of 50 steps in which triggers are projected.
 
     Args:
-        states: Those of a prompt's tokens, start and end included, `(tokens, dim)`.
-        changed: All of them projected.
+        states: States of a prompt's tokens, with start and end, `(tokens, dim)`.
+        changed: The same states after projection.
         figures: See `PromptFilter.figures`.
     """
     _, most, sharpness, midpoint = figures.tolist()

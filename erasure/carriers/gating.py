@@ -1,10 +1,9 @@
-"""How far gates are open in the rows of a denoiser's pass, said to the branches beside its layers.
+"""Openness of gates in the rows of a denoiser's pass, passed to the branches beside its layers.
 
-A row's prompt is known again by what the denoiser is told of it (`erasure.carriers.readings`). Of several text
-encoders the one counts that finds the prompt nearest to the concept. Where one of them has not read the prompt it
-could be anything, and every gate of the erasure is open. Rows of negative prompts are as of the stock model, or their
-gates are open as far as those of the prompts that they guide; so are those of passes for negative prompts alone, which
-follow the prompts' own.
+A row's prompt is recognised by its conditioning (`erasure.carriers.readings`). In a model with several text encoders
+the largest value counts. If one of them has not read the prompt, the prompt is unknown, and every gate of the erasure
+is open. Negative prompts use the stock model, or their gates are open as far as those of the prompts that they guide;
+so are the gates of separate passes for negative prompts, which follow those of the prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from erasure.interop.protocols import Settings
 
 
 class GateTerm(NamedTuple):
-    """The gates of one erasure that are in force: of each text encoder that the denoiser reads."""
+    """The gates of one erasure in force, one for each text encoder that the denoiser reads."""
 
     gates: tuple[PromptGate, ...]
     """Each about the same concepts: what opens one of them opens the concept's branches."""
@@ -68,7 +67,7 @@ class Gating:
         return own == others
 
     def say(self, arguments: Settings, prompts: int, added: int = 0, again: Sequence[int] = ()) -> None:
-        """Say to branches how far gates are open in a pass.
+        """Pass the openness of gates in a pass to the branches.
 
         Args:
             arguments: Of the call, by name, ahead of any change of its rows.
@@ -85,7 +84,7 @@ class Gating:
         membranes.let_through(tuple(gates))
 
     def opened(self, arguments: Settings, prompts: int) -> tuple[Tensor, ...]:
-        """How far the gates of each erasure are open in the rows that are asked for, `(rows, concepts)`; see `say`."""
+        """Compute the openness of each erasure's gates in the caller's rows, `(rows, concepts)`; see `say`."""
         rows, device, last = len(latents_of(arguments)), latents_of(arguments).device, self.last
         told = {"tokens": arguments.get("encoder_hidden_states"), "pooled": _pooled(arguments)}
         if not prompts:

@@ -1,4 +1,4 @@
-"""Guidance by a second branch of the denoiser: both branches run in one batch, and leave as one prediction."""
+"""Guidance by a second branch of the denoiser, which runs in the same batch; only one prediction is returned."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from erasure.interop.protocols import Arguments
 
 _GUIDANCE = "erasure_branch_guidance"
 TRUNK = ("down_blocks.", "mid_block.")
-"""Parts of a UNet that run ahead of the decoder."""
+"""Parts of a UNet that run before the decoder."""
 
 
 def can_share_trunk(denoiser: nn.Module, changed: Sequence[AttentionSite]) -> bool:
-    """Whether both branches are equal up to the decoder: a UNet of which no layer ahead of that is changed."""
+    """Whether both branches are equal before the decoder: a UNet in which no layer before it is changed."""
     is_unet = isinstance(paths.uncompiled(denoiser), UNet2DConditionModel)
     return is_unet and not any(site.name.startswith(TRUNK) for site in changed)
 
@@ -29,13 +29,13 @@ def can_share_trunk(denoiser: nn.Module, changed: Sequence[AttentionSite]) -> bo
 class BranchGuidance(AbstractContextManager["BranchGuidance"]):
     """`e = e_ordinary + scale (e_changed - e_ordinary)` in place of the denoiser's prediction, while the block runs.
 
-    The caller sees a denoiser of the usual shapes. Inside, rows come twice: ordinary ones, then those that an
-    `AttentionController` with two branches changes. With a shared trunk they are repeated only where the decoder
-    begins: the blocks ahead of it run once, residuals of a ControlNet included.
+    For the caller the denoiser has its usual shapes. Inside, rows are doubled: ordinary rows, then rows that an
+    `AttentionController` with two branches changes. With a shared trunk they are doubled only where the decoder
+    begins, so the blocks before it run once, residuals of a ControlNet included.
 
     Args:
         denoiser: UNet or transformer.
-        scale: Of the guidance.
+        scale: Guidance scale.
         shared_trunk: See `can_share_trunk`.
     """
 
@@ -44,7 +44,7 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
         self._stack = ExitStack()
 
     def __enter__(self) -> BranchGuidance:
-        """Put the hooks in place."""
+        """Add the hooks."""
         with ExitStack() as stack:
             outer = _Combine(self.denoiser, self.scale, repeats=not self.shared_trunk)
             stack.enter_context(hooks.hooked(self.denoiser, outer, _GUIDANCE))
@@ -56,17 +56,17 @@ class BranchGuidance(AbstractContextManager["BranchGuidance"]):
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Take them off again."""
+        """Remove the hooks."""
         self._stack.close()
 
 
 def has_branches(denoiser: nn.Module) -> bool:
-    """Whether a `BranchGuidance` is at work on a denoiser."""
+    """Whether a `BranchGuidance` is active on a denoiser."""
     return isinstance(hooks.find_hook(denoiser, _GUIDANCE), _Combine)
 
 
 class _Combine(NamedArguments):
-    """On the denoiser: repeats what goes in, unless the decoder does, and combines what comes out."""
+    """Hook on the denoiser that doubles its input, unless the decoder does, and combines its outputs."""
 
     def __init__(self, denoiser: nn.Module, scale: float, *, repeats: bool) -> None:
         super().__init__(denoiser)
@@ -89,7 +89,7 @@ class _Combine(NamedArguments):
 
 
 class _Repeat(NamedArguments):
-    """On a block of the decoder: repeats what has not been repeated yet."""
+    """Hook on a decoder block that doubles inputs that are not doubled yet."""
 
     def __init__(self, block: nn.Module, outer: _Combine) -> None:
         super().__init__(block)
@@ -100,20 +100,19 @@ class _Repeat(NamedArguments):
 
 
 Forward = Callable[[Tensor], object]
-"""Runs the denoiser on latents, shaped as the loop has them, as the current step does, text and all, unguided."""
+"""Runs the denoiser on latents in the loop's shape with the current step's conditioning, without guidance."""
 
 
 class LatentGuidance(AbstractContextManager["LatentGuidance"]):
-    """Changes the latents of a stock pipeline's loop ahead of every step, while the block runs.
+    """Changes the latents of a stock pipeline's loop before every step.
 
-    The loop keeps its latents to itself, so it is told where they are (`follow`) when they are made and after every
-    step; the denoiser is then met with the changed ones, and so is the scheduler. A loop that calls the denoiser
-    several times in a step, for the prompt and for the negative one, has them changed ahead of the first call.
+    The loop's latents are private to it, so `follow` is called when they are made and after every step. The denoiser
+    and the scheduler then get the changed latents. A loop that calls the denoiser several times per step, for the
+    prompt and for the negative one, has them changed before the first call.
 
     Args:
-        backbone: Of the pipeline.
-        update: Gets the latents, the noise level as the denoiser is told it, and a `Forward`, and gives the latents to
-            go on with.
+        backbone: Backbone of the pipeline.
+        update: Gets the latents, the timestep and a `Forward`, and gives the new latents.
     """
 
     def __init__(self, backbone: Backbone, update: Callable[[Tensor, Tensor, Forward], Tensor]) -> None:
@@ -134,7 +133,7 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
         self._stack.close()
 
     def follow(self, latents: Tensor) -> None:
-        """Say which tensor the loop goes on with; a new step begins."""
+        """Set the loop's latents at the beginning of a step."""
         self.latents, self.due = latents, True
 
 

@@ -1,11 +1,11 @@
-"""Low-rank branches beside layers of a denoiser, each behind the gate of a concept: membranes, as SPM calls them.
+"""Low-rank branches beside layers of a denoiser, each with the gate of a concept (SPM calls them membranes).
 
 Of a layer's input `x` and output `y`, with the permeability `g_c` of concept `c` for the prompt of the row,
 
     y' = y + sum_c g_c up_c down_c x
 
-A row whose gates are all shut keeps its output to the bit. How far gates are open is said for each pass by the hook on
-the denoiser (`erasure.carriers.extra_rows`); where nobody says it, every gate is open rather than none.
+A row with closed gates keeps every bit of its output. The hook on the denoiser (`erasure.carriers.extra_rows`) sets
+the openness of gates for each pass; where it is not set, every gate is open.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from erasure.interop.hooks import SurroundingHook
 
 _HOOK = "erasure_membrane"
 MEMBRANES, GATES = "membrane", "prompt_gate"
-"""Names of branches and of their gates on disk."""
+"""Names on disk of branches and of their gates."""
 GATED = "opens branches beside layers by the prompt"
-"""What branches do, as messages have it."""
+"""Description of branches in messages."""
 
 
 class Membrane(NamedTuple):
     """The branches of one layer."""
 
     down: Tensor
-    """`(concepts, rank, in_features)`."""
+    """Factors that read the input, `(concepts, rank, in_features)`."""
     up: Tensor
-    """`(concepts, out_features, rank)`."""
+    """Factors that give the output, `(concepts, out_features, rank)`."""
 
     def fits(self, concepts: int) -> bool:
         """Whether the factors have products, one for each of some concepts."""
@@ -50,13 +50,13 @@ class Membrane(NamedTuple):
 
 
 class Term(NamedTuple):
-    """Branches as they are in force."""
+    """Branches in force."""
 
     strength: float
-    """Factor of what they add."""
+    """Factor of the branches' output."""
     edit: Membrane
     gates: int
-    """Place of their gates among those that are said for a pass."""
+    """Index of their gates among those of a pass."""
     multiplies_factors: bool
     """See `PromptGate.rules`."""
 
@@ -75,19 +75,19 @@ _PASS = _Pass()
 
 
 def let_through(gates: Gates | None) -> None:
-    """Say how far gates are open in this thread's next pass; after `None` all of them are."""
+    """Set the openness of gates in this thread's next pass; after `None` all are open."""
     _PASS.gates = gates
 
 
 def added(x: Tensor, edit: Membrane, gates: Tensor | None, multiplies_factors: bool) -> Tensor:
-    """What branches add to the output of a layer, `(rows, ..., out_features)`.
+    """Compute the output of branches, `(rows, ..., out_features)`.
 
     Args:
         x: `(rows, ..., in_features)`.
         edit: The branches.
         gates: `(rows, concepts)`; all open when left out.
-        multiplies_factors: Multiply the sums of both factors, `(sum_c g_c up_c) (sum_c g_c down_c)`: with one
-            concept that is `g_c^2`, with several there are products of one's factor with another's.
+        multiplies_factors: Multiply the sums of both factors, `(sum_c g_c up_c) (sum_c g_c down_c)`: with one concept
+            that is `g_c^2`, with several there are products of one's factor with another's.
     """
     if gates is None:
         gates = x.new_ones(len(x), len(edit.down))
@@ -100,7 +100,7 @@ def added(x: Tensor, edit: Membrane, gates: Tensor | None, multiplies_factors: b
 
 
 class _Beside(SurroundingHook):
-    """On a layer: adds what its branches give."""
+    """Hook on a layer that adds its branches' output."""
 
     def __init__(self, layer: nn.Module, terms: Sequence[Term]) -> None:
         super().__init__()

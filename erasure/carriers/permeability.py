@@ -1,11 +1,11 @@
-"""Gates that open as far as a prompt is near a concept: the facilitated transport of SPM (Lyu et al. 2024).
+"""Gates whose openness is a prompt's similarity to a concept: SPM's facilitated transport (Lyu et al. 2024).
 
-With `E` the states that a text encoder gives for a text, as one vector, and `T` the set of its words' tokens, the
-permeability of a concept `c`, which may have several names, for a prompt `p` is
+With `E` the states of a text as one vector, and `T` the set of its words' tokens, the permeability of a concept `c`,
+which can have several names, for a prompt `p` is
 
     s(p, c) = max over names n of max(cos(E(p), E(n)), |T(p) & T(n)| / |T(n)|)
 
-and 0 where that is below the concept's floor, so that nothing at all is changed for prompts that are far from it.
+and 0 where that is below the concept's floor, so that nothing is changed for prompts far from the concept.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from erasure.errors import ArtifactError
 from erasure.text.words import word_mask
 
 NO_TOKEN = -1
-"""What stands behind the tokens of a name that is shorter than others."""
+"""Filler after the tokens of shorter names."""
 TOKENS, POOLED = 0, 1
-"""Parts of what a denoiser is told."""
+"""Parts of a denoiser's conditioning."""
 
 
 class PromptGate(NamedTuple):
-    """How near the prompts that one text encoder reads are to some concepts."""
+    """The gates of concepts for the prompts of one text encoder."""
 
     states: Tensor
-    """`(names, tokens, dim)`: what the text encoder gives for each name, see `summed_up`."""
+    """States of each name, see `summed_up`, `(names, tokens, dim)`."""
     ids: Tensor
-    """`(names, longest)` int64: tokens of each name, and `NO_TOKEN` behind them."""
+    """Token ids of each name, followed by `NO_TOKEN`, `(names, longest)` int64."""
     concepts: Tensor
-    """`(names,)` int64: the concept that each is a name of."""
+    """Index of each name's concept, `(names,)` int64."""
     floor: Tensor
-    """`(concepts,)`: permeability below which a gate is shut."""
+    """Permeability below which a gate is closed, `(concepts,)`."""
     place: Tensor
-    """`(5,)` int64: where in what the denoiser is told the prompt is known again: `TOKENS` or `POOLED`, first token,
-    number of tokens (0 for all that follow), first column and number of columns."""
+    """Part of the denoiser's conditioning by which a prompt is recognised, `(5,)` int64: `TOKENS` or `POOLED`,
+    first token, number of tokens (0 for all that follow), first column and number of columns."""
     marks: Tensor
-    """`(2,)` int64: position of the first word, and the token that ends a prompt."""
+    """Position of the first word, and id of the end token, `(2,)` int64."""
     rules: Tensor
-    """`(3,)` int64: 1 where the states of all places are one vector, 0 where it is their mean over the words; 1 where
-    both factors of an adapter are multiplied (SPM's released code), 0 where their product is; and 1 where negative
-    prompts have the permeability of the prompt that they guide, 0 where they are as of the stock model."""
+    """Rules, `(3,)` int64. First: 1 uses the states of all positions as one vector, 0 their mean over the words.
+    Second: 1 multiplies both factors of an adapter (SPM's released code), 0 their product. Third: 1 gives negative
+    prompts the permeability of the prompt that they guide, 0 the stock model's predictions."""
 
     def check(self, key: str) -> None:
         """Raise `ArtifactError` unless shapes, types and ranges are those above."""
@@ -74,18 +74,18 @@ class PromptGate(NamedTuple):
 
     @property
     def source(self) -> int:
-        """The part of what the denoiser is told: `TOKENS` or `POOLED`."""
+        """Part of the denoiser's conditioning: `TOKENS` or `POOLED`."""
         return int(self.place[0])
 
     @property
     def places(self) -> slice:
-        """Tokens of what the denoiser is told."""
+        """Tokens of the denoiser's conditioning."""
         first, count = self.place[1:3].tolist()
         return slice(first, first + count if count else None)
 
     @property
     def columns(self) -> slice:
-        """Columns of what the denoiser is told."""
+        """Columns of the denoiser's conditioning."""
         first, count = self.place[3:].tolist()
         return slice(first, first + count)
 

@@ -1,10 +1,10 @@
-"""What filters and gates read in prompts, and where the denoiser is told those: text encoders run ahead of it.
+"""Filters' and gates' readings of prompts, which are found again by the denoiser's conditioning.
 
-A hook on a text encoder looks at every prompt that is encoded. For filters it encodes it once more with each of its
-tokens masked, and keeps which tokens are triggers and the prompt's subspace (`erasure.carriers.filters`); for gates it
-keeps how far they are open (`erasure.carriers.permeability`). The denoiser is told states only, so a prompt is known
-again by some of their values; so are prompts that were encoded earlier (`prompt_embeds=`) and with blocks left out
-(`clip_skip`). Embeddings that no prompt was encoded as are not known: filters leave them as they are, and gates open.
+A hook on a text encoder reads every prompt. For filters it encodes the prompt once more with each token masked, and
+stores the triggers and the prompt's subspace (`erasure.carriers.filters`); for gates it stores their openness
+(`erasure.carriers.permeability`). The denoiser gets states only, so a prompt is recognised by some of their values,
+also if it was encoded earlier (`prompt_embeds=`) or with skipped blocks (`clip_skip`). Unknown embeddings are not
+changed by filters, and open all gates.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from erasure.text.words import word_mask
 
 _HOOK = "erasure_readings"
 SAMPLED = 32
-"""Values of a token's state by which it is known again."""
+"""Number of values of a token's state by which it is recognised."""
 REMEMBERED = 512
-"""Readings that are kept."""
+"""Number of readings that are stored."""
 REST, ALL = 1, 2
 """What is projected along with triggers: all tokens behind the first one, or all of the prompt."""
 AT_ONCE = 16
-"""Masked prompts that are encoded at once."""
+"""Number of masked prompts that are encoded at once."""
 ALIKE = 0.02
-"""Share of a token's greatest value by which half precision may move the others."""
+"""Tolerance for half precision, as a share of a token's largest value."""
 
 
 class Triggers(NamedTuple):

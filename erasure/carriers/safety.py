@@ -1,4 +1,4 @@
-"""Safety guidance: predictions are steered away from those for a concept's own prompt (Schramowski et al. 2023).
+"""Safety guidance away from predictions for a concept's own prompt (SLD, Schramowski et al. 2023).
 
 With predictions `e_p` for the prompt, `e_0` for the negative or empty one and `e_s` for the concept, elementwise:
 
@@ -6,8 +6,8 @@ With predictions `e_p` for the prompt, `e_0` for the negative or empty one and `
     g  = mu (e_s - e_0) + momentum_scale nu
     nu <- momentum_decay nu + (1 - momentum_decay) g
 
-The guidance of a pipeline is linear in its prediction for the prompt. So any stock pipeline computes the paper's
-`e_0 + w (e_p - e_0 - g)`, whatever its scale `w`, when it is given `e_p - g` in the place of `e_p`.
+A pipeline's guidance is linear in its prediction for the prompt. With `e_p - g` instead of `e_p`, any stock pipeline
+therefore computes the paper's `e_0 + w (e_p - e_0 - g)`, whatever its scale `w`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch import Tensor
 from erasure.errors import ArtifactError
 
 OF_STEPS = 50
-"""Steps of a drawing in which papers count: the warm-up of guidance, and what a filter reads."""
+"""Number of steps of the schedules to which the papers' numbers of steps refer."""
 CONCEPT, NOTHING = 0, 1
-"""Rows of what is encoded: of the concept, and of no prompt."""
+"""Rows of the encodings: of the concept, and of the empty prompt."""
 
 
 class SafetyGuidance(NamedTuple):
     """The guidance of one erasure."""
 
     tokens: Tensor
-    """`(2, tokens, dim)`: what the denoiser is told about the concept, and about no prompt."""
+    """Conditioning tokens of the concept and of the empty prompt, `(2, tokens, dim)`."""
     mask: Tensor
-    """`(2, tokens)` int64: 1 where attention may look."""
+    """Attention mask of these tokens, `(2, tokens)` int64."""
     figures: Tensor
-    """`(4,)`: scale, threshold, momentum scale and momentum decay."""
+    """Scale, threshold, momentum scale and momentum decay, `(4,)`."""
     warmup: Tensor
-    """`()` int64: steps of `OF_STEPS` before it begins."""
+    """Number of steps, of `OF_STEPS`, before guidance begins, `()` int64."""
     pooled: Tensor = torch.zeros(2, 0)
-    """`(2, dim)`: the pooled vectors; `(2, 0)` for models without."""
+    """Pooled vectors, `(2, dim)`; `(2, 0)` for models without them."""
 
     def check(self, key: str) -> None:
         """Raise `ArtifactError` unless shapes, types and ranges are those above."""
@@ -67,7 +67,7 @@ class SafetyGuidance(NamedTuple):
 
     @property
     def acts(self) -> bool:
-        """Whether it can change anything: there is a scale, and the concept is told from no prompt."""
+        """Whether it can change anything: the scale is not 0, and the two encodings differ."""
         known = torch.cat([self.tokens.flatten(1), self.pooled.to(self.tokens.dtype)], 1)
         return float(self.figures[0]) > 0 and not torch.equal(known[CONCEPT], known[NOTHING])
 
@@ -80,9 +80,9 @@ class Moments(NamedTuple):
     """The momentum of a guidance at one noise level."""
 
     before: Tensor | None
-    """As the level found it; nothing at the first one. A sampler may ask about a level twice."""
+    """Momentum before this level; `None` at the first. A sampler may evaluate a level twice."""
     after: Tensor
-    """As it leaves it."""
+    """Momentum after this level."""
 
     @classmethod
     def next(cls, before: Tensor | None, direction: Tensor, decay: float) -> Moments:
@@ -92,7 +92,7 @@ class Moments(NamedTuple):
 
 
 def direction(own: Tensor, null: Tensor, concept: Tensor, momentum: Tensor | None, figures: Tensor) -> Tensor:
-    """What is subtracted from the prediction for a prompt: `g` of this module's docstring, shaped as `own`.
+    """Compute the term `g` of this module's docstring, which is subtracted from a prompt's prediction.
 
     Args:
         own: Prediction for the prompt.

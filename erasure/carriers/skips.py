@@ -1,8 +1,8 @@
-"""Features that a UNet's encoder hands to its decoder: low frequencies of some rows are held below those of others.
+"""Attenuation of low frequencies in a UNet's skip features (re-attention of SAFREE).
 
-A prompt whose tokens were projected is drawn beside the same prompt as it is. Where a low frequency of its features is
-stronger than the other row's, it is multiplied by a factor below 1 (equation 8 of Yoon et al. 2024): in the blocks
-where the decoder's own features have the most channels, and in those where they have the second most.
+A filtered prompt is predicted together with the same prompt unfiltered. Where a low frequency of its features is
+stronger than in the unfiltered row, it is multiplied by a factor below 1 (equation 8 of Yoon et al. 2024), in the
+decoder blocks with the most channels and in those with the second most.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Steps that a gradient can see: forward the step itself, to the bit, backward a smooth curve around it.
+"""Step functions with useful gradients: exact steps in the forward pass, smooth curves in the backward pass.
 
-A gate is a step function, whose derivative is zero. Whoever attacks a model by gradients would learn nothing about it,
-so that the gate hides what the attack could do rather than withstand it ("masked gradients": Athalye et al. 2018,
-arXiv 1802.00420, whose remedy this is).
+A gate is a step function with derivative zero. Gradient-based attacks would get no information about it, so it would
+hide a weakness instead of resisting ("masked gradients": Athalye et al. 2018, arXiv 1802.00420, whose remedy is used
+here).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Weight edits in a live model: put in, and taken out again bit for bit.
+"""Weight edits in a live model, which can be removed bit for bit.
 
 An edit is written into the parameter itself: `W = W_base + sum_i strength_i * delta_i`, computed in float32 on the CPU
-from a copy of `W_base` that stays there, never from the edited tensor. So taking an edit off restores the base bit for
-bit, and an attached erasure costs nothing per image, survives `torch.compile`, offloading, IP-Adapter and attention
-processors, and leaves parameter names alone. Everything is checked and computed before the first value is written, and
-what was overwritten is kept until all is. Quantised weights cannot be written: there, low-rank edits run beside the
-layers (`beside.py`) and full-rank ones are refused.
+from a stored copy of `W_base`, never from the edited tensor. So removing an edit restores the base bit for bit; an
+attached erasure has no cost per image, survives `torch.compile`, offloading, IP-Adapters and attention processors, and
+keeps parameter names. Everything is checked and computed before the first value is written, and overwritten values are
+kept until everything is written. Quantised weights cannot be written: low-rank edits run beside their layers
+(`beside.py`), and full-rank ones are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from erasure.errors import (
 from erasure.interop import adapters, paths
 
 SAMPLED = 32
-"""Values of each parameter of a text encoder by which it is known again."""
+"""Number of values of each parameter of a text encoder in its fingerprint."""
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -102,12 +102,12 @@ Terms = list[tuple[float, Edit]]
 
 @dataclass(frozen=True)
 class Written:
-    """What stands in the parameters of one component, and what stood there before."""
+    """The edits in the parameters of one component, and the base values."""
 
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    """CPU copies of base parameters that an attached erasure edits, in force or not, by path."""
+    """CPU copies of base parameters of attached erasures, in force or not, by path."""
     terms: Mapping[str, Terms] = field(default_factory=dict)
-    """The terms that were last written, by path."""
+    """Edits that were written last, by path."""
 
     def base(self, component: nn.Module, path: str) -> Tensor:
         """The base value of a parameter, whether it is edited now or not."""
@@ -152,12 +152,12 @@ class Written:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What is to be written into one component: everything is checked and computed, nothing changed yet."""
+    """The values to write into one component, after all checks and before any change."""
 
     values: Mapping[str, Tensor]
     """New values by path, on the CPU."""
     written: Written
-    """What stands in the parameters afterwards."""
+    """State of the parameters afterwards."""
 
 
 def plan(

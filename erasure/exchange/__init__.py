@@ -1,6 +1,5 @@
-"""Erasures in the files of other programs, and what others publish as erasures of ours.
+"""Export of erasures to files of other programs, and import of erasures that others publish.
 
-Going out, an erasure becomes a LoRA under the names that a program knows, or a whole checkpoint. Coming in, a LoRA or
-the weights of an erased model become an erasure. What a file cannot hold is refused, and
-nothing is left out without a word.
+An erasure is exported as a LoRA with the names of a program, or as a whole checkpoint. A LoRA or the weights of an
+erased model are imported as an erasure. Edits that a file cannot contain are refused; nothing is left out silently.
 """

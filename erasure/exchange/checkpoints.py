@@ -61,20 +61,20 @@ def export_checkpoint(
 ) -> Checkpoint:
     """Write a model with an erasure in its weights as a single file.
 
-    The whole model of Stable Diffusion 1.x and SDXL, the transformer of Stable Diffusion 3 and Flux. What is to be
-    written is converted back by diffusers' own loaders first, and compared to the last bit.
+    The file has the whole model of Stable Diffusion 1.x and SDXL, and the transformer of Stable Diffusion 3 and Flux.
+    Before writing, the tensors are converted back by diffusers' own loaders and compared bit for bit.
 
     Args:
         erasure: The erasure; it is attached to `pipe` meanwhile.
         pipe: The base model, without erasures or adapters in force.
-        out: The file, `.safetensors`.
-        overwrite: Replace a file that is there.
+        out: File to write, `.safetensors`.
+        overwrite: Replace an existing file.
 
     Raises:
-        UnsupportedModelError: The family has no such file here, the erasure does more than change weights, or it
-            changes a part that the file does not hold.
+        UnsupportedModelError: The family has no single-file layout here, the erasure is not only a change of weights,
+            or it changes a component that the file does not contain.
         WrongBaseError: The pipeline is not the model that the erasure was made for.
-        ArtifactError: The file is there, cannot be written, or did not read back as the model.
+        ArtifactError: The file exists, cannot be written, or was not read back as the model.
     """
     out = check_out(out, overwrite=overwrite)
     refuse_hooks(erasure, TITLE)
@@ -101,7 +101,7 @@ def export_checkpoint(
 
 
 def parts_of(pipe: DiffusionPipeline) -> list[Part]:
-    """The networks that the checkpoint of a model holds.
+    """List the networks in the checkpoint of a model.
 
     Raises:
         UnsupportedModelError: No layout of such a model is known here.

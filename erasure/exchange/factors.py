@@ -24,13 +24,13 @@ class Factors(NamedTuple):
     """The edit of one layer, `up @ down`."""
 
     down: Tensor
-    """`(rank, in_features)`, or `(rank, in_channels, height, width)` of a convolution."""
+    """Factor that reads the input, `(rank, in_features)`; of a convolution `(rank, in_channels, height, width)`."""
     up: Tensor
-    """`(out_features, rank)`, or `(out_channels, rank, 1, 1)` of a convolution."""
+    """Factor that gives the output, `(out_features, rank)`; of a convolution `(out_channels, rank, 1, 1)`."""
     energy: float = 0.0
     """Squared norm of a full-rank edit; 0 where the factors are the edit itself."""
     left_out: float = 0.0
-    """Squared norm of what the factors leave out of it."""
+    """Squared norm of the part of the edit that the factors leave out."""
 
     @property
     def rank(self) -> int:
@@ -39,7 +39,7 @@ class Factors(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The weight edits of an erasure by what a LoRA file can hold of them."""
+    """The weight edits of an erasure, split by what a LoRA file can contain."""
 
     layers: dict[str, Factors]
     """By `component/module.path`."""
@@ -53,12 +53,12 @@ def split(
     edits: Edits, bases: Mapping[str, Tensor], rank: int | None = None, residual: float = RESIDUAL, *,
     whole: bool = False,
 ) -> Split:  # fmt: skip
-    """The edits of an erasure as factors.
+    """Convert the edits of an erasure to factors.
 
     Args:
         edits: Weight edits.
         bases: Base weights of the layers whose input is mapped, by `component/module.path`.
-        rank: The most ranks that a full-rank edit gets; as many as `residual` asks for when left out.
+        rank: Largest rank for a full-rank edit; as `residual` needs when left out.
         residual: Share of the energy of a full-rank edit that its factors may leave out.
         whole: Leave full-rank edits as they are, for what holds them in that form.
 

@@ -1,4 +1,4 @@
-"""What others publish as erasures, as erasures of ours."""
+"""Import of erasures that others publish."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def import_file(
     Args:
         path: `.safetensors`, or `.bin`, `.pt`, `.pth`, `.ckpt` with nothing but tensors.
         pipe: The base model, without erasures or adapters in force.
-        concepts: What it erases; may be left out for files that `erasure export` wrote, which say it.
+        concepts: Concepts that it erases; may be left out for files of `erasure export`, which contain them.
         component: The network whose weights a file holds, where its names fit several.
 
     Raises:
         ArtifactError: The file is damaged, incomplete, ambiguous, changes nothing, or holds more than tensors.
-        WrongBaseError: It is for another model.
-        UnsupportedModelError: An adapter that is no LoRA.
-        ConceptError: Nobody says what it erases.
+        WrongBaseError: The file is for another model.
+        UnsupportedModelError: The file is an adapter other than a LoRA.
+        ConceptError: The erased concepts are not given.
     """
     source = read_source(path)
     backbone = backbone_for(pipe)

@@ -90,22 +90,22 @@ def export_lora(
 ) -> Exported:  # fmt: skip
     """Write an erasure as a LoRA file for a program.
 
-    Low-rank edits keep their factors; those of full rank become the fewest ranks that keep their energy.
+    Low-rank edits keep their factors; full-rank edits get the smallest rank that keeps their energy.
 
     Args:
         erasure: The erasure.
         to: `kohya`, `comfyui`, `a1111` or `diffusers`.
-        out: The file, `.safetensors`.
-        pipe: The base model, without which some layers have no name, and changes of what layers read no weights.
-        rank: The most ranks of a layer whose edit is of full rank.
+        out: File to write, `.safetensors`.
+        pipe: The base model, which is needed for the names of some layers and for input maps.
+        rank: Largest rank of a layer with a full-rank edit.
         residual: Share of the energy of such an edit that may be left out.
-        overwrite: Replace a file that is there.
+        overwrite: Replace an existing file.
 
     Raises:
-        OptionError: There is no such program, or an option that cannot be.
-        UnsupportedModelError: The program cannot be told what the erasure does; the message says what works.
+        OptionError: The program is unknown, or an option is invalid.
+        UnsupportedModelError: The program cannot apply the erasure; the message says what works.
         WrongBaseError: The pipeline is not the model that the erasure was made for.
-        ArtifactError: The file is there or cannot be written.
+        ArtifactError: The file exists or cannot be written.
     """
     if to not in LOADERS:
         raise OptionError(f"there is no export to {to!r}; to a LoRA there is: {', '.join(LOADERS)}")
