@@ -1,4 +1,4 @@
-"""The ground: everything private of diffusers, transformers, PEFT and accelerate that the package relies on.
+"""Everything in the package that depends on private parts of diffusers, transformers, PEFT and accelerate.
 
 A change in one of those libraries costs one file here.
 """

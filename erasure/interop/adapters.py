@@ -12,7 +12,7 @@ from erasure.interop import paths
 
 
 def tuner_layers(component: nn.Module) -> list[BaseTunerLayer]:
-    """Every layer of a component that PEFT has wrapped."""
+    """List the layers of a component that PEFT has wrapped."""
     return [part for part in component.modules() if isinstance(part, BaseTunerLayer)]
 
 
@@ -51,10 +51,10 @@ def merged_names(component: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def merged_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
-    """What merged adapters have added to a wrapped layer's weight, in float32 on the CPU; `None` for nothing.
+    """Compute what merged adapters have added to a layer's weight, float32 on the CPU; `None` for nothing.
 
     Raises:
-        ValueError: An adapter that is not merged by adding (DoRA scales the weight).
+        ValueError: An adapter is not merged by addition (DoRA scales the weight).
     """
     if wrapper is None:
         return None
@@ -67,7 +67,7 @@ def merged_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
 
 @torch.no_grad()
 def foreign_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
-    """What adapters add to a layer's weight, merged or not, in float32 on the CPU; `None` for nothing."""
+    """Compute what adapters add to a layer's weight, merged or not, float32 on the CPU; `None` for nothing."""
     if wrapper is None or not hasattr(wrapper, "get_delta_weight"):
         return None
     active = [] if wrapper.disable_adapters else wrapper.active_adapters
@@ -77,7 +77,7 @@ def foreign_delta(wrapper: BaseTunerLayer | None) -> Tensor | None:
 
 
 def unwrap(component: nn.Module) -> None:
-    """Put the layers inside PEFT's wrappers back in their place and forget the adapters."""
+    """Replace PEFT's wrappers by the layers inside, and forget the adapters."""
     wrapped = [
         (parent, name, child)
         for parent in component.modules()
@@ -91,5 +91,5 @@ def unwrap(component: nn.Module) -> None:
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether a module is what PEFT has put around a layer."""
+    """Whether a module is a PEFT wrapper of a layer."""
     return isinstance(module, BaseTunerLayer)

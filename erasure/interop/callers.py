@@ -1,4 +1,4 @@
-"""Who runs a network: the object whose method called it, found among the frames of this thread."""
+"""The caller of a network: the object whose method runs it, found in this thread's call frames."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import inspect
 
 
 def nearest_caller(*kinds: type) -> object | None:
-    """The nearest object of some classes one of whose methods is being run in this thread.
+    """Find the innermost object of given classes with a running method in this thread.
 
-    A network that several pipelines share is not told which of them draws with it, nor how that one guides.
+    A network that several pipelines share does not know otherwise which pipeline calls it, and how that one guides.
 
     Args:
         *kinds: The classes.
 
     Returns:
-        `None` where no such method runs.
+        The object; `None` where no such method runs.
     """
     frame = inspect.currentframe()
     while frame is not None:

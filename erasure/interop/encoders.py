@@ -1,4 +1,4 @@
-"""How the text encoders of transformers are built: where CLIP's and T5's have their blocks and what is in them."""
+"""Structure of transformers' text encoders: paths of blocks and layers in CLIP and T5."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class Anatomy(NamedTuple):
     """Paths of a text encoder's parts below its root; those of a block are below the block."""
 
     causal: bool
-    """Whether a token sees only those ahead of it."""
+    """Whether attention is causal."""
     blocks: str
-    """The list of blocks."""
+    """Path of the list of blocks."""
     attention: str
-    """Self-attention of a block."""
+    """Path of a block's self-attention."""
     attention_out: str
-    """Its output projection."""
+    """Path of the self-attention's output projection."""
     mlp: str
-    """The part of a block behind it."""
+    """Path of a block's MLP."""
     norm: str
-    """The norm that the states of the last block leave through."""
+    """Path of the final norm."""
 
 
 CLIP = Anatomy(True, "encoder.layers", "self_attn", "self_attn.out_proj", "mlp", "final_layer_norm")
@@ -64,6 +64,6 @@ def blocks_of(root: nn.Module) -> list[nn.Module]:
 
 
 def norm_of(root: nn.Module) -> nn.Module | None:
-    """The norm that the states of the last block leave through; `None` for a module that is no text encoder."""
+    """Find the final norm; `None` for a module that is not a text encoder."""
     anatomy = anatomy_of(root)
     return None if anatomy is None else root.get_submodule(anatomy.norm)

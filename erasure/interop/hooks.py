@@ -1,4 +1,4 @@
-"""Hooks of diffusers on modules: unlike torch's own they survive `torch.compile` and offloading."""
+"""Hooks of diffusers on modules, which survive `torch.compile` and offloading, unlike torch's own."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ __all__ = [
 
 
 class SurroundingHook(ModelHook):
-    """A hook that calls the forward itself.
+    """A hook that calls the module's forward itself.
 
-    diffusers' own way to do that, `new_forward`, is skipped from the moment on that a hook beneath it is removed.
+    diffusers' own mechanism, `new_forward`, stops working when a hook beneath it is removed.
     """
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> object:
-        """Call `forward`, the module's, with the arguments or others, and give its output or another."""
+        """Call the module's `forward` with the same or other arguments, and return its output or another."""
         raise NotImplementedError
 
 
 class _HookedForward:
-    """What a hooked module runs. An object where `HookRegistry` has a closure, which a deep copy would share."""
+    """The forward of a hooked module: an object, because deep copies would share `HookRegistry`'s closure."""
 
     def __init__(self, hook: ModelHook) -> None:
         self.hook = hook
@@ -71,7 +71,7 @@ def find_hook(module: nn.Module | None, name: str) -> ModelHook | None:
 
 
 def remove_hook(module: nn.Module, name: str) -> None:
-    """Take a hook off a module; its children keep theirs. Nothing happens where there is none."""
+    """Remove a hook from a module, but not from its children; do nothing where there is none."""
     if find_hook(module, name) is None:
         return
     registry = HookRegistry.check_if_exists_or_initialize(module)
@@ -88,7 +88,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[ModelHook]:
-    """A hook is on a module inside of the block and off behind it, after an error too."""
+    """Put a hook on a module inside of the block; remove it afterwards, after an error too."""
     register_hook(module, hook, name)
     try:
         yield hook
@@ -97,9 +97,9 @@ def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[ModelHook]
 
 
 def reset_caches(*components: nn.Module) -> None:
-    """Forget what step caches (`enable_cache`) and other stateful hooks of components remember of earlier passes.
+    """Reset step caches (`enable_cache`) and other stateful hooks of components.
 
-    Those of a denoiser remember what it made of what the text encoders gave, so a change of these counts as well.
+    Caches of a denoiser depend on the text encoders' outputs, so a change of these needs a reset too.
     """
     for component in components:
         registry = getattr(component, "_diffusers_hook", None)
@@ -121,7 +121,7 @@ def drops_rows(denoiser: nn.Module) -> bool:
 
 
 def relink(component: nn.Module) -> None:
-    """Let a deep copy of a network run its own hooks: what diffusers puts around a forward runs the original's.
+    """Make a deep copy of a network run its own hooks, because diffusers' wrappers of forwards run the original's.
 
     Modules that accelerate has put a hook on stay as they are: what it puts around a forward lies between.
     """
@@ -141,7 +141,7 @@ def relink(component: nn.Module) -> None:
 
 
 def remove_caches(component: nn.Module) -> None:
-    """Take step caches (`enable_cache`) off a network: every pass computes everything."""
+    """Remove step caches (`enable_cache`) from a network, so that every pass computes everything."""
     for part in component.modules():
         registry = getattr(part, "_diffusers_hook", None)
         for name, hook in list(registry.hooks.items()) if registry else ():
@@ -152,7 +152,7 @@ def remove_caches(component: nn.Module) -> None:
 
 
 def remove_hooks(component: nn.Module, prefix: str) -> None:
-    """Take every hook off a component and its children whose name begins with a prefix."""
+    """Remove all hooks from a component and its children whose name begins with a prefix."""
     for part in component.modules():
         registry = getattr(part, "_diffusers_hook", None)
         for name in [name for name in registry.hooks if name.startswith(prefix)] if registry else ():

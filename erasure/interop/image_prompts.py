@@ -1,8 +1,8 @@
-"""IP-Adapters of UNets: their files, what they say of pictures, and a network that listens to it where it is told to.
+"""IP-Adapters of UNets: their files, encoding of pictures, and temporary use in a network.
 
-diffusers loads an adapter into a pipeline for good: every call must then name pictures, and unloading puts default
-attention processors in the place of those that were there. Here nothing of a pipeline changes but the processors of
-its cross-attention, for a while, and calls without pictures run the processors that were there.
+diffusers loads an adapter permanently into a pipeline: every call must then pass pictures, and unloading replaces
+former attention processors by default ones. Here only the cross-attention's processors are changed, temporarily, and
+calls without pictures run the former processors.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from erasure.interop.protocols import Denoiser
 ENCODER = "image_encoder"
 """Folder of the image encoder beside an adapter's file, as diffusers has it."""
 PARTS = ("image_proj", "ip_adapter")
-"""What the names of an adapter's tensors begin with."""
+"""Prefixes of the names of an adapter's tensors."""
 PROJECTION = {f"image_proj.{layer}.{part}" for layer in ("proj", "norm") for part in ("weight", "bias")}
 """Tensors that make tokens of a picture's embedding."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BATCH = 16
-"""Pictures that the image encoder looks at at once."""
+"""Number of pictures that are encoded at once."""
 
 
 @dataclass(frozen=True)
 class ImagePrompts:
-    """An IP-Adapter: what it makes of pictures, and the attention that listens to that."""
+    """An IP-Adapter: its encoding of pictures, and its attention processors."""
 
     path: Path
-    """File that it was read from."""
+    """File from which it was read."""
     processors: Mapping[str, IPAdapterAttnProcessor2_0]
-    """By path of the cross-attention layer."""
+    """Attention processors, by path of the cross-attention layer."""
     projection: ImageProjection
-    """Makes tokens `(pictures, tokens, width)` of what the image encoder says."""
+    """Projects the image encoder's embeddings to tokens `(pictures, tokens, width)`."""
     encoder: CLIPVisionModelWithProjection
     extractor: CLIPImageProcessor
 
     @property
     def width(self) -> int:
-        """Values that the image encoder says of a picture."""
+        """Width of the image encoder's embedding."""
         return int(self.encoder.config.projection_dim)
 
     @torch.no_grad()
     def embeddings(self, images: Sequence[Image.Image]) -> Tensor:
-        """What the image encoder says of pictures, `(pictures, width)`, on the CPU."""
+        """Encode pictures by the image encoder, `(pictures, width)` on the CPU."""
         found = []
         for first in range(0, len(images), BATCH):
             pixels = self.extractor(list(images[first : first + BATCH]), return_tensors="pt").pixel_values
@@ -66,13 +66,13 @@ class ImagePrompts:
 
     @torch.no_grad()
     def tokens(self, embeddings: Tensor) -> Tensor:
-        """Tokens of pictures, `(pictures, tokens, width)`."""
+        """Project embeddings to tokens, `(pictures, tokens, width)`."""
         made: Tensor = self.projection(embeddings.to(self.projection.norm.weight.device))
         return made
 
     @contextmanager
     def listening(self, denoiser: nn.Module) -> Iterator[None]:
-        """Calls of a denoiser may say what pictures show inside, see `showing`; afterwards it is as it was."""
+        """Let calls of a denoiser pass pictures inside of the block, see `showing`; restore it afterwards."""
         network = paths.uncompiled(denoiser)
         with ExitStack() as stack:
             for path, processor in self.processors.items():
@@ -83,13 +83,13 @@ class ImagePrompts:
 
 
 class TextOrBoth:
-    """The processor of a cross-attention layer that is told of pictures in some calls only.
+    """A cross-attention processor that uses pictures only in calls that pass them.
 
-    No module, so that the adapter's tensors are none of the network's.
+    It is not a module, so that the adapter's tensors are not parameters of the network.
 
     Args:
-        text: What was there.
-        both: That of the adapter.
+        text: Former processor.
+        both: Processor of the adapter.
     """
 
     def __init__(self, text: object, both: IPAdapterAttnProcessor2_0) -> None:
@@ -111,11 +111,11 @@ class TextOrBoth:
 
 @contextmanager
 def showing(denoiser: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Every call of a denoiser is told inside what pictures show, besides what it is told of words.
+    """Pass pictures' tokens, in addition to text, to every call of a denoiser inside of the block.
 
     Args:
-        denoiser: It must be `ImagePrompts.listening`.
-        tokens: Of one picture for each row of a call, `(rows, tokens, width)`.
+        denoiser: Denoiser inside of `ImagePrompts.listening`.
+        tokens: Tokens of one picture for each row of a call, `(rows, tokens, width)`.
     """
 
     def add(
@@ -134,13 +134,13 @@ def showing(denoiser: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 def refined(tokens: Tensor, words: Tensor) -> Tensor:
-    r"""Tokens of pictures as mixtures of those of words: $\mathrm{softmax}(Q K^\top / \sqrt{d})\, V$.
+    r"""Replace pictures' tokens by mixtures of words' tokens: $\mathrm{softmax}(Q K^\top / \sqrt{d})\, V$.
 
     Q are the pictures' tokens, and both K and V those of the words (Li et al. 2025, text-guided refinement).
 
     Args:
-        tokens: `(pictures, tokens, width)`.
-        words: `(words, width)`.
+        tokens: Tokens of pictures, `(pictures, tokens, width)`.
+        words: Tokens of words, `(words, width)`.
     """
     queries, keys = tokens.float(), words.float()
     share = torch.softmax(queries @ keys.T / keys.shape[-1] ** 0.5, dim=-1)

@@ -16,10 +16,10 @@ from erasure.interop.protocols import Tokenizer
 
 
 def written_out(pipe: DiffusionPipeline | None, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Texts as a pipeline hands them to one of its tokenisers: a token of several vectors becomes as many words.
+    """Expand learned tokens in texts as a pipeline does: a token of several vectors becomes as many words.
 
-    Call it once for a text: diffusers writes the outcome out again. It tokenises every text, which those that name no
-    such token are spared.
+    Call it only once for a text, because diffusers would expand the result again. Texts without such tokens are not
+    tokenised for this.
     """
     if not isinstance(pipe, TextualInversionLoaderMixin):
         return list(texts)
@@ -67,9 +67,9 @@ def add(pipe: DiffusionPipeline, component: str, word: str, vectors: Tensor) -> 
 
 
 def remove(pipe: DiffusionPipeline, component: str, word: str) -> None:
-    """Take a learned token out of one text encoder and its tokeniser, if it is there.
+    """Remove a learned token from one text encoder and its tokeniser, if it is there.
 
-    Each further vector of it is a token of its own to diffusers, which would leave those behind.
+    The words of its further vectors, which diffusers would leave behind, are removed too.
     """
     tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
     if words := words_of(tokenizer, word):

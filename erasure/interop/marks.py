@@ -1,7 +1,7 @@
-"""Marks by which a network is known to be as it was: cheap enough to be compared ahead of every call.
+"""Marks that show whether a network has changed, cheap enough to be compared before every call.
 
-Which modules, parameters and hooks it has are compared by identity, which parameters were written to by torch's
-counters of versions, and chosen parameters by a sample of their values: writes through `.data` are not counted.
+Modules, parameters and hooks are compared by identity, writes to parameters by torch's version counters, and chosen
+parameters by a sample of their values, because writes through `.data` are not counted.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from erasure.interop import paths
 
 VALUES = 16
-"""Values of a parameter that are compared."""
+"""Number of compared values of a parameter."""
 
 
 class Change(NamedTuple):
-    """Something that is not as it was."""
+    """A change of a network."""
 
     path: str
-    """Of the module, as the network names it; empty for the network itself."""
+    """Path of the module in the network; empty for the network itself."""
     what: str
     """What changed, for a message."""
     adapter: bool = False
-    """Whether it is no more than a layer of PEFT put around a layer, or taken off again."""
+    """Whether only a PEFT wrapper was put around a layer, or removed."""
 
 
 class Marks:
-    """How a network was when this was made.
+    """The state of a network at one time.
 
     Args:
         network: The network.

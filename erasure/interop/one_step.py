@@ -1,4 +1,4 @@
-"""A sampler of one step at one noise level, which looks to diffusers like the DDIM that it is."""
+"""A one-step sampler at one timestep, which diffusers treats as the DDIM that it is."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from erasure.interop.protocols import Scheduler
 
 
 class OneStepScheduler(DDIMScheduler):
-    """DDIM from one noise level straight to the clean latents, whatever number of steps a call asks for.
+    """DDIM from one timestep directly to clean latents, whatever number of steps a call asks for.
 
     It is saved as a stock scheduler of this one level; `replaced` and `retired` are in no file.
     """
 
     replaced: Scheduler
-    """The pipeline's own, to be put back."""
+    """The pipeline's own scheduler, which is restored later."""
     retired = False
-    """Whether the erasure that it draws for has been taken off."""
+    """Whether the erasure of the generator has been removed."""
 
     @classmethod
     def in_place_of(cls, scheduler: Scheduler, level: int) -> OneStepScheduler:
-        """A sampler of a scheduler's noise schedule.
+        """Make a one-step sampler with a scheduler's noise schedule.
 
         Args:
-            scheduler: The pipeline's own.
-            level: Noise level of the step.
+            scheduler: The pipeline's own scheduler.
+            level: Timestep of the step.
         """
         # A schedule that ends at the level: pipelines change the offset of one that begins there to 1.
         made: OneStepScheduler = cls.from_config(
@@ -51,8 +51,8 @@ class OneStepScheduler(DDIMScheduler):
         """Prepare the one step.
 
         Args:
-            num_inference_steps: What the call asks for; it warns unless it is 1.
-            device: Where to.
+            num_inference_steps: Number of steps of the call; a number other than 1 gives a warning.
+            device: Device of the timesteps.
 
         Raises:
             UnsupportedModelError: The erasure has been taken off through another pipeline.
@@ -85,7 +85,7 @@ def own_scheduler(pipe: DiffusionPipeline) -> Scheduler:
 
 @contextmanager
 def sampled_once(pipe: DiffusionPipeline, level: int) -> Iterator[None]:
-    """Inside, a pipeline draws in one step from a noise level."""
+    """Let a pipeline sample in one step at a timestep inside of the block."""
     before = pipe.scheduler
     pipe.scheduler = OneStepScheduler.in_place_of(before, level)
     try:

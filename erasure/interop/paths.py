@@ -1,4 +1,4 @@
-"""Where modules and parameters stand in the components of diffusers and transformers, by canonical path."""
+"""Paths of modules and parameters in the components of diffusers and transformers: canonical and current ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def transformer_root(module: nn.Module) -> nn.Module:
-    """Where the blocks of a text encoder hang: `CLIPTextModelWithProjection` nests them, `CLIPTextModel` does not."""
+    """Find the module with a text encoder's blocks, which `CLIPTextModelWithProjection` nests."""
     inner = getattr(module, "text_model", None)
     return inner if isinstance(inner, nn.Module) else module
 
 
 def token_entry(root: nn.Module) -> nn.Module:
-    """What a text encoder hands its token ids to: CLIP's `embeddings`, T5's `encoder.embed_tokens`."""
+    """Find the module that gets a text encoder's token ids: CLIP's `embeddings`, T5's `encoder.embed_tokens`."""
     found = getattr(root, "embeddings", None)
     return found if isinstance(found, nn.Module) else root.get_submodule("encoder.embed_tokens")
 
@@ -89,7 +89,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def canonical_parameters(component: nn.Module) -> dict[str, str]:
-    """The path now, by canonical path, of every parameter of a text encoder's root but PEFT's own."""
+    """Map canonical paths to current paths of a text encoder root's parameters, without PEFT's own."""
     root = transformer_root(component)
     names = [name for name, _ in root.named_parameters() if ".lora_" not in name]
     return {name.replace(".base_layer.", "."): name for name in names}
@@ -99,7 +99,7 @@ def parameter(component: nn.Module, path: str) -> Tensor:
     """A parameter by canonical path: no `text_model.` prefix, PEFT wrappers looked through.
 
     Raises:
-        AttributeError: There is none.
+        AttributeError: There is no such parameter.
     """
     owner, name = path.rsplit(".", 1)
     module = base_layer(transformer_root(component).get_submodule(owner))
@@ -137,7 +137,7 @@ def require_block(component: nn.Module, path: str, name: str) -> nn.Module:
     """A block of a text encoder by path.
 
     Raises:
-        NoMatchingModuleError: There is none.
+        NoMatchingModuleError: There is no such block.
     """
     try:
         return transformer_root(component).get_submodule(path)

@@ -15,7 +15,7 @@ from erasure.interop.one_step import own_scheduler
 
 
 def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[DiffusionPipeline]) -> None:
-    """Let `AutoPipelineFor...from_pipe` know a drop-in: it goes by class name and has no public way to add one."""
+    """Register a drop-in for `AutoPipelineFor...from_pipe`, which has no public way to add a class."""
     from diffusers.pipelines import auto_pipeline
 
     model = auto_pipeline._get_model(stock.__name__)
@@ -25,17 +25,17 @@ def register_auto_pipeline(pipeline: type[DiffusionPipeline], stock: type[Diffus
 
 
 def origin(pipe: DiffusionPipeline) -> tuple[str, str | None]:
-    """Where a pipeline was loaded from, a folder or a Hub id or "", and the commit, if it is known."""
+    """Get the folder or Hub id (or "") from which a pipeline was loaded, and the commit, if known."""
     return str(pipe.config.get("_name_or_path") or ""), getattr(pipe.config, "_commit_hash", None)
 
 
 def execution_device(pipe: DiffusionPipeline) -> torch.device:
-    """Where a pipeline computes, although its weights may be offloaded."""
+    """Device on which a pipeline computes; its weights may be offloaded."""
     return pipe._execution_device
 
 
 def interrupt(pipe: DiffusionPipeline) -> None:
-    """Leave out the steps that are left of the call under way."""
+    """Skip the remaining steps of the current call."""
     pipe._interrupt = True
 
 
@@ -51,11 +51,11 @@ def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 LOCK = "_erasure_lock"
-"""Attribute of a pipeline whose erasures are locked: what looks at its calls. It is about that pipeline's networks."""
+"""Attribute of a locked pipeline with the lock that checks its calls."""
 
 
 class CallGuard:
-    """Runs a check ahead of every call of one method of one object (a module or a pipeline).
+    """Runs a check before every call of one method of one object (a module or a pipeline).
 
     An object, not a closure: a deep copy of the owner then guards the copy. Its signature is the method's, which
     diffusers looks at when it saves.
@@ -84,13 +84,13 @@ class CallGuard:
 
     @classmethod
     def remove(cls, owner: object, method: str) -> None:
-        """Take the guard off again."""
+        """Remove the guard."""
         if isinstance(vars(owner).get(method), cls):
             del vars(owner)[method]
 
 
 class EncodedTogether(CallGuard):
-    """On a pipeline's `encode_prompt`: its text encoders tell one another what they find in the prompts.
+    """Guard of a pipeline's `encode_prompt` that lets its text encoders share open gates.
 
     See `erasure.interop.rounds`.
     """
@@ -125,7 +125,7 @@ def without_safety_checker(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def cloned(components: Mapping[str, nn.Module], left_out: Iterable[object] = ()) -> dict[str, nn.Module]:
-    """Copies of modules whose parameters and buffers share the originals' memory.
+    """Copy modules; parameters and buffers share the originals' memory.
 
     Writing into a shared tensor would reach the original: give an edited parameter a tensor of its own first.
 
@@ -157,15 +157,15 @@ def twin(
     without_adapters: bool,
     components: Collection[str] | None = None,
 ) -> DiffusionPipeline:
-    """Another pipeline object on the same weights, with other values for some parameters and some hooks left out.
+    """Make another pipeline object on the same weights, with other values of some parameters and without some hooks.
 
-    Step caches are left out too: what is made or compared with it must not be what an earlier pass computed.
+    Step caches are left out too, so that no result comes from an earlier pass.
 
-    Neither drawing with it nor training it reaches the pipeline that it was made from. It costs the memory of the
-    parameters that differ.
+    Drawing with it or training it does not affect the original pipeline. It needs memory for the parameters that
+    differ.
 
     Args:
-        pipe: The pipeline; nothing of it may be offloaded.
+        pipe: The pipeline, which must not be offloaded.
         originals: Values by component and canonical path, for parameters that must differ.
         left_out: Objects that hold tensors and are not copied with the modules.
         prefix: Hooks with this prefix, and attributes of modules with it behind an underscore, are left out; nothing

@@ -1,6 +1,6 @@
-"""What the package asks of the objects of diffusers and transformers, as far as it uses them.
+"""Types of the objects of diffusers and transformers, as far as the package uses them.
 
-Those libraries are not typed for others, so a name written wrong would show up at run time only.
+These libraries have no complete types, so a misspelled attribute would otherwise show up at run time only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rounds of one encoding: text encoders run again with what the others found, until none has news for another.
+"""Repeated runs of text encoders in one encoding, until gates that open in one encoder are known to all others.
 
-Pipelines run their text encoders one after the other. What a later one finds in a batch of prompts would otherwise
-come too late for those that ran before it.
+Pipelines run their text encoders in succession. What a later encoder finds in a batch of prompts would otherwise be
+too late for earlier ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Passing states of a component or a pipeline: what holds inside of a `with` block and is undone behind it."""
+"""Temporary states of a component or a pipeline, which are undone at the end of a `with` block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from erasure.interop.paths import layer, parameter
 
 @contextmanager
 def swapped(component: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other tensors in the place of parameters, by canonical path, each cast to its parameter's dtype.
+    """Replace parameters, named by canonical path, by other tensors, cast to each parameter's dtype.
 
     Differentiable in `values`; the parameters themselves are put back untouched.
     """
@@ -38,7 +38,7 @@ def swapped(component: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 @contextmanager
 def frozen(*components: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient inside, and no dropout is in force; both are afterwards as they were."""
+    """Switch parameters' gradients and dropout off inside of the block, and restore them afterwards."""
     parts = [part for component in components for part in component.modules()]
     training = [part for part in parts if part.training]
     learning = [p for component in components for p in component.parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def frozen(*components: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_gradient_mode() -> Iterator[None]:
-    """Gradients are recorded afterwards as they were before; also a decorator.
+    """Restore the gradient mode at the end of the block; also a decorator.
 
     Ctrl-C on entering or leaving `torch.no_grad()` keeps gradients off for the rest of the program.
     """
@@ -70,7 +70,7 @@ def same_gradient_mode() -> Iterator[None]:
 
 @contextmanager
 def placed(components: Sequence[nn.Module], device: torch.device | str) -> Iterator[None]:
-    """Components are on a device inside, and where they were afterwards."""
+    """Move components to a device inside of the block, and back afterwards."""
     before = [next(component.parameters()).device for component in components]
     try:
         for component in components:
@@ -83,7 +83,7 @@ def placed(components: Sequence[nn.Module], device: torch.device | str) -> Itera
 
 @contextmanager
 def gradient_checkpointing(component: nn.Module, run: Callable[..., object]) -> Iterator[None]:
-    """`run(block, *args)` runs the blocks of a denoiser inside; afterwards checkpointing is as it was."""
+    """Run a denoiser's blocks by `run(block, *args)` inside of the block, and restore checkpointing afterwards."""
     before = [
         (part, part.gradient_checkpointing, getattr(part, "_gradient_checkpointing_func", None))
         for part in component.modules()
@@ -100,9 +100,9 @@ def gradient_checkpointing(component: nn.Module, run: Callable[..., object]) -> 
 
 @contextmanager
 def without_offloading(pipe: DiffusionPipeline) -> Iterator[Callable[[DiffusionPipeline], None]]:
-    """Take accelerate's offloading off while modules are changed, and put it back, as diffusers' LoRA loader does.
+    """Suspend accelerate's offloading while modules are changed, as diffusers' LoRA loader does.
 
-    Gives a function that puts the same offloading on another pipeline.
+    Yields a function that applies the same offloading to another pipeline.
     """
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
     from diffusers.loaders.lora_base import _func_optionally_disable_offloading
@@ -136,7 +136,7 @@ def is_offloaded(pipe: DiffusionPipeline) -> bool:
 
 @contextmanager
 def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    """The pipeline's own progress bar is off inside."""
+    """Switch the pipeline's progress bar off inside of the block."""
     previous = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(previous or {}), "disable": True})
     try:
@@ -149,7 +149,7 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 class Uninterrupted:
-    """Ctrl-C inside of the block takes effect at its end. Threads other than the main one never get it anyway."""
+    """Defers Ctrl-C to the end of the block. Threads other than the main one never get it."""
 
     def __init__(self) -> None:
         self.over = False

@@ -1,4 +1,4 @@
-"""Reading what goes in and out of modules while other code runs them."""
+"""Recording of modules' inputs and outputs while other code runs them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def tapped(module: nn.Module, *, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """Collect what a module gives, or its first input, in every pass inside of the block; differentiable.
+    """Record a module's output, or its first input, in every pass inside of the block; differentiable.
 
     Args:
-        module: Gives a tensor, or a tuple that begins with one.
-        inputs: Collect the first input instead of the output.
+        module: Module that returns a tensor, or a tuple that begins with one.
+        inputs: Record the first input instead of the output.
     """
     seen: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Tokenisers that several threads use: padding and truncation are set on what they share, and then read from it."""
+"""Thread-safe use of tokenisers, whose padding and truncation are shared state."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class _InTurn:
 def take_turns(pipe: DiffusionPipeline) -> None:
     """Let threads that share the tokenisers of a pipeline use them one after the other.
 
-    A prompt would get the padding that another thread asked for: a pinned encoding would not be found under its ids,
-    and the denoiser would be told something else. What a tokeniser gives is the same, so it stays that way.
+    Otherwise a prompt could get another thread's padding: a pinned encoding would not be found by its ids, and the
+    conditioning would differ. The lock changes no results, so it is never removed.
     """
     for tokenizer in pipe.components.values():
         if hasattr(tokenizer, "backend_tokenizer"):
