@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers.utils import logging
 
 import erasure
 from erasure import ErasureManager
+from tests.conftest import copied
 
 from .crew import ATTACHED, A
 from .looks import drop_in, give_world, one_thread
@@ -22,7 +22,7 @@ from .model import Kit, make_erasures
 @pytest.fixture(scope="session")
 def kit(tiny_pipe_original: Any) -> Kit:
     """Small erasures of every kind for the tiny pipeline."""
-    pipe = copy.deepcopy(tiny_pipe_original)
+    pipe = copied(tiny_pipe_original)
     made = make_erasures(pipe)
     made["uce"] = erasure.erase(pipe, "dog", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
     return Kit(made)
