@@ -49,8 +49,10 @@ QUICK = [
 
 
 EACH = """
-import json, os, sys
+import contextlib, json, os, sys
 from erasure.cli.main import main
+with contextlib.suppress(SystemExit):
+    main(["erase", "uce", "--help"])
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if child:
@@ -65,7 +67,7 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
     sys.stdout.flush()
     os._exit(0)
 """
-"""Runs each command in a process that has loaded the program and nothing else."""
+"""Runs each command in a process that has loaded what all commands share, and nothing else."""
 
 
 def test_helps_lists_and_refusals_of_words_are_light(tmp_path: Path) -> None:

@@ -49,11 +49,19 @@ def tight() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.fixture(scope="session")
+def attached(kit: Kit, tiny_pipe_original: Any) -> Any:
+    """A drop-in pipeline with every erasure attached in state A: copy it, never change it."""
+    with one_thread():
+        made = drop_in(copied(tiny_pipe_original))
+        for kind in ATTACHED:
+            ErasureManager(made).add(kit.erasures[kind], kind, A[kind])
+    return made
+
+
 @pytest.fixture
-def pipe(kit: Kit, tiny_pipe: Any, tmp_path: Path) -> Any:
+def pipe(attached: Any, tmp_path: Path) -> Any:
     """A drop-in pipeline with every erasure attached in state A, whose model has a world."""
-    give_world(tiny_pipe, tmp_path / "world")
-    made = drop_in(tiny_pipe)
-    for kind in ATTACHED:
-        ErasureManager(made).add(kit.erasures[kind], kind, A[kind])
+    made = copied(attached)
+    give_world(made, tmp_path / "world")
     return made
