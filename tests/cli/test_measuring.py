@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import erasure
 from erasure.cli import demo
 from erasure.cli.main import main
 from erasure.eval.suites import canvas
@@ -86,6 +87,10 @@ def test_eval_without_erasure_needs_a_concept(tmp_path: Path, capsys: pytest.Cap
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(canvas, "SMOKE_SAMPLES", 2)
     monkeypatch.setattr(World, "num_inference_steps", 2)
+    erase, quick = erasure.erase, {"hirm": {"steps": 5}, "uce": {"vocabulary": 8}}
+    monkeypatch.setattr(
+        erasure, "erase", lambda *given, strategy, **more: erase(*given, strategy=strategy, **quick[strategy], **more)
+    )
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--size", "smoke"]) == 0
     said = capsys.readouterr().out

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +217,31 @@ def test_two_processes_give_what_one_gives(stressed_pipe: Any, run: Any, judge: 
     work.mkdir()
     (work / "run.py").write_text(SCRIPT)
     root = Path(__file__).parents[3]
-    # On the CPU alone, accelerate leaves the starting of processes to MPI; with this flag it starts them itself.
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(work / "run.py"), str(root), str(tmp_path / "model"), str(work),
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # As torchrun starts them, without the seconds that it takes to start itself.
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | world | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(work / "run.py"), str(root), str(tmp_path / "model"), str(work)]
+    said = [work / f"said-{rank}.txt" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=said[rank].open("w"),
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        assert not failed, said[failed[0]].read_text()[-3000:]
+        assert [process.wait(100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     for name in ("noise", "relearn"):
         single = run(stressed_pipe, name, name, judge=cats, batch_size=1)
         assert rows_of(work / name) == rows_of(tmp_path / name)
@@ -294,7 +312,7 @@ def test_a_test_without_a_control_is_no_stress_test() -> None:
 
 def test_progress_is_told(stressed_pipe: Any, run: Any) -> None:
     seen: list[tuple[str, int, int]] = []
-    run(stressed_pipe, "merge", progress=lambda *args: seen.append(args), shares=(0.5,))
+    run(stressed_pipe, "merge", progress=lambda *args: seen.append(args), shares=(0.5,), batch_size=2)
     assert seen[0] == ("before", 2, 5)
     assert seen[-1] == ("merge_0.5", 5, 5)
 
@@ -310,7 +328,7 @@ def test_missing_answers_are_counted(stressed_pipe: Any, run: Any, judge: Any) -
         return judge(images)
 
     failing.version = "failing"  # type: ignore[attr-defined]
-    results = run(stressed_pipe, "merge", judge=failing, shares=(0.5,))
+    results = run(stressed_pipe, "merge", judge=failing, shares=(0.5,), batch_size=2)
     row = results.get("concept_shown", "merge_0.5")
     assert (row["value"], row["n"], row["missing"]) == (None, 0, 3)
     recovered = results.get("recovered", "merge_0.5")
