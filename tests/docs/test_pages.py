@@ -447,6 +447,8 @@ def test_code_runs_in_order(
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(embedded("canvas-sd")), "someone/no-guns": str(gun),
         "torch.float16": "torch.float32", '"cuda"': '"cpu"', '"MODEL"': repr(model), 'size="quick"': 'size="smoke"',
         **{f'strategy="{method}"': f'strategy="{method}", **QUICK["{method}"]' for method in ("esd", "hirm", "uce")},
+        "pipe(image, mask": "pipe(image, mask, num_inference_steps=4",
+        "crop=True)": "crop=True, num_inference_steps=4)",
         'learn_concepts("logo.png", "<logo>")': 'learn_concepts("logo.png", "<logo>", **QUICK["learn"])',
     }  # fmt: skip
     learning = {flag[2:].replace("-", "_"): int(value) for flag, value in pairs(QUICK_LEARNING) if value.isdigit()}
