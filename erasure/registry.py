@@ -11,13 +11,15 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_type_hints
@@ -131,6 +133,8 @@ class Registry(Generic[T]):
             ErasureError: The name is unknown; the message gives the nearest name and lists all. The class is the
                 registry's own.
         """
+        if name in self._registered or name in self.built_in:
+            return
         names = self.names()
         if name not in names:
             hint = did_you_mean(name, names)
@@ -207,7 +211,23 @@ class Registry(Generic[T]):
 
 
 def _entry_points(group: str) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
+    """Entry points of a group that installed packages name."""
+    places = ((os.path.abspath(place), _changed(place)) for place in sys.path)
+    return tuple(_installed(tuple(places)).select(group=group))
+
+
+def _changed(place: str) -> int | None:
+    """When something was last put into a folder of packages, or taken out."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _installed(places: tuple[tuple[str, int | None], ...]) -> EntryPoints:
+    """Read the entry points of all packages in folders, again only when packages came or went."""
+    return entry_points()  # type: ignore[return-value]
 
 
 def _package(point: EntryPoint) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,7 +49,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, registry: Registry[Any], *points: tu
 
     found = tuple(EntryPoint(name, value, registry.group) for name, value, _ in points)
     monkeypatch.setattr(EntryPoint, "load", load)
-    monkeypatch.setattr(module, "entry_points", lambda group: found if group == registry.group else ())
+    monkeypatch.setattr(module, "_entry_points", lambda group: found if group == registry.group else ())
 
 
 def another(registry: Registry[Any]) -> Any:
@@ -143,6 +145,38 @@ def test_another_package_adds_one(registry: Registry[Any], monkeypatch: pytest.M
     assert registry.get("more") is thing
     assert registry.available()["more"].name == "more"
     assert registry.facts("more") == registry.describe("more")
+
+
+def test_a_package_that_is_installed_meanwhile_is_found_and_files_are_read_once(
+    registry: Registry[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "more" not in registry.names()
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{registry.group}]\nmore = others_more:Thing\n")
+    (tmp_path / "others_more.py").write_text("Thing = 7\n")
+    with monkeypatch.context() as patch:
+        asked: list[None] = []
+        found = module.entry_points
+        patch.setattr(module, "entry_points", lambda: (asked.append(None), found())[1])
+        for _ in range(3):
+            assert "more" in registry.names()
+        assert len(asked) == 1
+    with pytest.raises(BrokenPluginError, match=f"{registry.kind} 'more' of the package 'others' cannot be loaded"):
+        registry.get("more")
+    shutil.rmtree(info)
+    assert "more" not in registry.names()
+
+
+def test_what_is_known_is_not_looked_for_in_other_packages(
+    registry: Registry[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_entry_points", lambda group: pytest.fail("every package was read"))
+    for name in registry.built_in:
+        registry.check(name)
+        assert registry.facts(name).name == name
 
 
 def test_another_package_does_not_replace_ours(registry: Registry[Any], monkeypatch: pytest.MonkeyPatch) -> None:

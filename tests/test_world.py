@@ -213,11 +213,11 @@ def same(first: Erasure, second: Erasure) -> bool:
 
 @pytest.mark.parametrize("word", ["Ink", "weapons", "zebra"])
 def test_a_word_is_one_erasure_by_every_way_in(canvas: Any, word: str, tmp_path: Path) -> None:
-    by_function = erasure.erase(canvas, word, "uce", attach=False, progress=False)
-    by_method = canvas.erase(word, "uce", attach=False, progress=False)
+    by_function = erasure.erase(canvas, word, "uce", attach=False, progress=False, vocabulary=8)
+    by_method = canvas.erase(word, "uce", attach=False, progress=False, vocabulary=8)
     stock = StableDiffusionPipeline.from_pipe(canvas)
-    by_stock = erasure.erase(stock, [word], "uce", attach=False, progress=False)
-    command = ["erase", "uce", "--model", "canvas-sd", "--device", "cpu", "--concept", word]
+    by_stock = erasure.erase(stock, [word], "uce", attach=False, progress=False, vocabulary=8)
+    command = ["erase", "uce", "--model", "canvas-sd", "--device", "cpu", "--concept", word, "--vocabulary", "8"]
     assert main([*command, "--out", str(tmp_path / "made")]) == 0
     by_command = Erasure.load(tmp_path / "made")
     assert by_function.config.concepts == by_command.config.concepts == by_method.config.concepts

@@ -10,6 +10,8 @@ from erasure.artifact import CONFIG_FILE, Erasure
 from erasure.assets.build import requests
 from erasure.assets.world import OBJECTS, STYLES
 from erasure.eval.results import Results
+from erasure.eval.suites import canvas
+from erasure.world import World
 
 
 def test_the_order_is_seeded_and_leaves_a_style() -> None:
@@ -23,7 +25,11 @@ def test_the_order_is_seeded_and_leaves_a_style() -> None:
         requests.order(most + 1)
 
 
-def test_requests_are_added_measured_and_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_are_added_measured_and_not_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canvas, "SMOKE_SAMPLES", 4)
+    monkeypatch.setattr(World, "num_inference_steps", 2)
     names = requests.order(3)
     requests.measure(tmp_path, "uce", names, [3], "smoke")
     assert "3 requests" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import parts
 from benchmarks.__main__ import main
 from benchmarks.full_size import Workbench
 from benchmarks.models import MODELS, Size, parameters
@@ -40,8 +41,16 @@ def parts_of(file: Path) -> dict[str, Any]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command writes: all parts of one model, and of the others what they draw."""
     out = tmp_path_factory.mktemp("full") / "figures.json"
-    for chosen in (["--parts", "images", "removal"], ["--models", "flux"]):
-        assert main([*SMALL, "--out", str(out), *chosen]) == 0, {n: p.get("error") for n, p in parts_of(out).items()}
+    erase = parts.erasure.erase
+
+    def quick(pipe: Any, concept: Any, strategy: str, **options: Any) -> Any:
+        return erase(pipe, concept, strategy, **{**options, **({"vocabulary": 8} if strategy == "uce" else {})})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts.erasure, "erase", quick)
+        for chosen in (["--parts", "images", "removal"], ["--models", "flux"]):
+            done = main([*SMALL, "--out", str(out), *chosen])
+            assert done == 0, {name: part.get("error") for name, part in parts_of(out).items()}
     return out
 
 

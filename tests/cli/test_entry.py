@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,12 +48,34 @@ QUICK = [
 """Commands that only list, help or refuse a word."""
 
 
-@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
-def test_helps_lists_and_refusals_of_words_are_light(arguments: list[str]):
-    code = (
-        f"from erasure.cli.main import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code"
-    )
-    assert loaded_by(code) == set()
+EACH = """
+import contextlib, json, os, sys
+from erasure.cli.main import main
+with contextlib.suppress(SystemExit):
+    main(["erase", "uce", "--help"])
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, arguments
+        continue
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code
+    with open(f"{sys.argv[2]}/{number}", "w") as file:
+        file.write(" ".join(sys.modules))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+"""Runs each command in a process that has loaded what all commands share, and nothing else."""
+
+
+def test_helps_lists_and_refusals_of_words_are_light(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", EACH, json.dumps(QUICK), tmp_path], capture_output=True, check=True)
+    for number, arguments in enumerate(QUICK):
+        modules = (tmp_path / str(number)).read_text().split()
+        assert "erasure.cli.main" in modules
+        assert not {*HEAVY} & {*modules}, arguments
 
 
 def test_help_names_every_command(capsys):

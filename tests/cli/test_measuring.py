@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import erasure
 from erasure.cli import demo
 from erasure.cli.main import main
+from erasure.eval.suites import canvas
 from erasure.picture_record import read_record
+from erasure.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,7 @@ def judge(images):
 def test_eval_measures_what_the_erasure_erases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(canvas, "SMOKE_SAMPLES", 4)
     folder = tmp_path / "ink"
     assert main(["erase", "uce", "--model", "canvas-sd", "--concept", "ink", "--out", str(folder)]) == 0
     config = json.loads((folder / "erasure_config.json").read_text())
@@ -80,7 +84,13 @@ def test_eval_without_erasure_needs_a_concept(tmp_path: Path, capsys: pytest.Cap
     assert "--concept" in capsys.readouterr().err
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(canvas, "SMOKE_SAMPLES", 2)
+    monkeypatch.setattr(World, "num_inference_steps", 2)
+    erase, quick = erasure.erase, {"hirm": {"steps": 5}, "uce": {"vocabulary": 8}}
+    monkeypatch.setattr(
+        erasure, "erase", lambda *given, strategy, **more: erase(*given, strategy=strategy, **quick[strategy], **more)
+    )
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--size", "smoke"]) == 0
     said = capsys.readouterr().out

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from erasure.assets import path as embedded
+from erasure.assets.facts import FILE
 from erasure.cli.main import COMMANDS, main
 from tests.behaviour.cases import QUICK
 from tests.cli.test_learning import QUICK as QUICK_LEARNING
@@ -48,6 +49,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "sae train": ("--steps", "4", "--d-sae", "64", "--k", "4"),
     "attack unlearndiffatk": ("--samples", "1", "--timesteps", "1", "--iterations", "1", "--references", "1"),
     "attack random_prefix": ("--samples", "1", "--texts", "1"),
+    "attack img2img": ("--samples", "1"),
     "stress quantise": ("--samples", "1", "--retained", "1", "--formats", "nf4"),
     "stress relearn": ("--samples", "1", "--retained", "1", "--steps", "1"),
     "stress merge": ("--samples", "1", "--retained", "1"),
@@ -357,7 +359,7 @@ def quick_options(strategy: str) -> dict[str, Any]:
     """Options of a strategy that make it quick."""
     from erasure.strategies import get
 
-    quick = {**QUICK, **({"retain_batch": 0, "contexts": 0} if strategy == "mace" else {})}
+    quick = {**QUICK, "steps": 1, **({"retain_batch": 0, "contexts": 0} if strategy == "mace" else {})}
     return {
         key: value
         for key, value in quick.items()
@@ -376,6 +378,32 @@ def gun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "no-guns"
     assert main(["erase", "uce", "--model", "canvas-sd", "--concept", "gun", "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, which draws in two steps where nothing else is said."""
+    folder = tmp_path_factory.mktemp("hasty") / "canvas-sd"
+    folder.mkdir()
+    for part in embedded("canvas-sd").iterdir():
+        (folder / part.name).symlink_to(part)
+    facts = json.loads((folder / FILE).read_text())
+    (folder / FILE).unlink()
+    (folder / FILE).write_text(json.dumps(facts | {"generation": facts["generation"] | {"num_inference_steps": 2}}))
+    return folder
+
+
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let evaluations and pipelines draw little: that code runs is what pages are tested for."""
+    from diffusers import StableDiffusionPipeline
+
+    from erasure.eval.suites import SUITES, canvas
+
+    monkeypatch.setattr(canvas, "SMOKE_SAMPLES", 2)
+    about: Any = SUITES.get("prompts").about  # type: ignore[attr-defined]
+    monkeypatch.setattr(SUITES.get("prompts"), "about", dataclasses.replace(about, sizes={"smoke": 2}))
+    call: Any = inspect.unwrap(StableDiffusionPipeline.__call__)
+    monkeypatch.setattr(call, "__defaults__", tuple(2 if value == 50 else value for value in call.__defaults__))
 
 
 def own_files(folder: Path) -> None:
@@ -403,23 +431,28 @@ def own_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(ROOT / name)])
 def test_code_runs_in_order(
-    name: str, tiny_pipe_folder: Path, gun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_pipe_folder: Path, gun: Path, hasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from erasure.strategies import STRATEGIES
 
     own_files(tmp_path)
+    few_samples(monkeypatch)
     monkeypatch.chdir(tmp_path)
+    if name not in TRAINED:  # a folder is preferred to an embedded model
+        (tmp_path / "canvas-sd").symlink_to(hasty)
     monkeypatch.setattr(STRATEGIES, "_registered", dict(STRATEGIES._registered))
     model = "canvas-sd" if name in TRAINED else str(tiny_pipe_folder)
     shell = Shell(model, monkeypatch)
     replaced = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(embedded("canvas-sd")), "someone/no-guns": str(gun),
         "torch.float16": "torch.float32", '"cuda"': '"cpu"', '"MODEL"': repr(model), 'size="quick"': 'size="smoke"',
-        'strategy="esd"': 'strategy="esd", **QUICK["esd"]', 'strategy="hirm"': 'strategy="hirm", **QUICK["hirm"]',
+        **{f'strategy="{method}"': f'strategy="{method}", **QUICK["{method}"]' for method in ("esd", "hirm", "uce")},
+        "pipe(image, mask": "pipe(image, mask, num_inference_steps=4",
+        "crop=True)": "crop=True, num_inference_steps=4)",
         'learn_concepts("logo.png", "<logo>")': 'learn_concepts("logo.png", "<logo>", **QUICK["learn"])',
     }  # fmt: skip
     learning = {flag[2:].replace("-", "_"): int(value) for flag, value in pairs(QUICK_LEARNING) if value.isdigit()}
-    names = {"QUICK": {**{method: quick_options(method) for method in ("esd", "hirm")}, "learn": learning}}
+    names = {"QUICK": {**{method: quick_options(method) for method in ("esd", "hirm", "uce")}, "learn": learning}}
     for block in blocks(ROOT / name):
         if block.language == "python":
             text = block.text

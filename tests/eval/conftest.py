@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.conftest import copied
 
 OBJECTS = ["cat", "dog", "gun"]
 STYLES = ["ink", "noto"]
@@ -19,7 +20,7 @@ WORLD = {
     "unsafe": ["gun"],
     "groups": {"animal": ["cat", "dog"], "weapon": ["gun"]},
     "synonyms": {"cat": ["kitten"]},
-    "generation": {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32},
+    "generation": {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "max_sequence_length": 32},
 }
 
 
@@ -78,7 +79,7 @@ def seeing_judge(pictures: list[tuple[Any, Any]]) -> Any:
 
 
 def declare_world(pipe: Any, folder: Path) -> Any:
-    """Put a `canvas.json` beside a pipeline: 3 objects, 2 styles, 2 steps, 32x32 pixels."""
+    """Put a `canvas.json` beside a pipeline: 3 objects, 2 styles, 2 steps, 16x16 pixels."""
     folder.mkdir()
     (folder / "canvas.json").write_text(json.dumps(WORLD))
     pipe.register_to_config(_name_or_path=str(folder))
@@ -107,7 +108,7 @@ def world_pipe(tiny_pipe: Any, tmp_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def pictures(tiny_pipe_original: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Any]]:
     """What the tiny pipeline draws for every prompt of the little world, with the sample."""
-    return stock_pictures(declare_world(copy.deepcopy(tiny_pipe_original), tmp_path_factory.mktemp("w") / "model"))
+    return stock_pictures(declare_world(copied(tiny_pipe_original), tmp_path_factory.mktemp("w") / "model"))
 
 
 def attach_noise(pipe: Any) -> None:

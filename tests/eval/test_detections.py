@@ -54,7 +54,7 @@ def measure(tmp_path: Path, judge: Any) -> Callable[..., Results]:
     def call(pipe: Any, out: str, **options: Any) -> Results:
         defaults = {"size": "full", "judge": judge, "baseline_cache": tmp_path / "cache", "clip": "none"}
         return evaluate(
-            pipe, concepts=["cat"], out=tmp_path / out, progress=False, batch_size=4, **(defaults | options)
+            pipe, concepts=["cat"], out=tmp_path / out, progress=False, batch_size=12, **(defaults | options)
         )
 
     return call

@@ -40,7 +40,7 @@ def measure(tmp_path: Path, judge: Any) -> Callable[..., Results]:
             "baseline_cache": tmp_path / "cache",
             "clip": "none",
         }
-        return evaluate(pipe, out=tmp_path / out, progress=False, batch_size=4, **(defaults | options))
+        return evaluate(pipe, out=tmp_path / out, progress=False, batch_size=12, **(defaults | options))
 
     return call
 
@@ -138,7 +138,7 @@ def test_a_pair_of_two_sizes_is_a_missing_value(
     def sized(pipe: Any, samples: Any, *args: Any) -> Any:
         for batch, images in generate(pipe, samples, *args):
             if pipe is erased_pipe and not odd:
-                images[0] = images[0].resize((24, 32))
+                images[0] = images[0].resize((12, 16))
                 odd.append(batch[0].sample_id)
             yield batch, images
 
@@ -146,7 +146,7 @@ def test_a_pair_of_two_sizes_is_a_missing_value(
     found = measure(erased_pipe, "out", clip=clip_folder)
     (row,) = (row for row in read_rows(tmp_path / "out" / "samples.jsonl") if row["failures"])
     assert (row["sample_id"], row["variant"]) == (odd[0], "after")
-    assert row["failures"] == {"drift": "the image before has 32x32 pixels, the one after 24x32"}
+    assert row["failures"] == {"drift": "the image before has 16x16 pixels, the one after 12x16"}
     assert row["drift"]["pixel"] is None
     assert row["drift"]["feature"] > 0
     assert row["judged"] is not None
@@ -161,12 +161,12 @@ def test_a_pair_of_two_sizes_is_a_missing_value(
     )
     none = measure(erased_pipe, "none", images=False, report=False, baseline_cache=tmp_path / "other")
     assert none.get("drift")["value"] is None
-    assert "the one after 24x32" in none.get("drift")["reason"]
+    assert "the one after 12x16" in none.get("drift")["reason"]
 
 
 def _all_small(generate: Any, erased: Any, pipe: Any, samples: Any, arguments: Any) -> Any:
     for batch, images in generate(pipe, samples, *arguments):
-        yield batch, [image.resize((24, 32)) if pipe is erased else image for image in images]
+        yield batch, [image.resize((12, 16)) if pipe is erased else image for image in images]
 
 
 # Safety checkers -----------------------------------------------------------------------------------------------------

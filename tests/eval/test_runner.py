@@ -1,17 +1,16 @@
-"""The whole path: generate, judge, resume, cache, split over processes."""
+"""The whole path: generate, judge, resume, cache, put together what processes made.
+
+That several give what one gives is tested with the stress tests (`tests/eval/stress/test_shared.py`).
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from erasure.attach import ErasureManager
@@ -30,7 +29,7 @@ def measure(tmp_path: Path, judge: Any) -> Evaluate:
 
     def call(pipe: Any, out: str = "out", **options: Any) -> Results:
         defaults: dict[str, Any] = {
-            "size": "full", "judge": judge, "baseline_cache": tmp_path / "cache", "progress": False, "batch_size": 4,
+            "size": "full", "judge": judge, "baseline_cache": tmp_path / "cache", "progress": False, "batch_size": 12,
         }  # fmt: skip
         return evaluate(pipe, out=tmp_path / out, **(defaults | options))
 
@@ -118,7 +117,7 @@ def test_an_exception_in_the_middle_keeps_what_is_done(erased_pipe, measure, tmp
 
     interrupted.version = judge.version
     with pytest.raises(KeyboardInterrupt):
-        measure(erased_pipe, judge=interrupted)
+        measure(erased_pipe, judge=interrupted, batch_size=4)
     assert len(rows_of(tmp_path / "out")) == 8
     assert ErasureManager(erased_pipe).verify() == 1
     measure(erased_pipe)
@@ -206,59 +205,6 @@ def test_a_broken_cache_entry_is_made_again(erased_pipe, measure, tmp_path) -> N
     assert json.loads(entry.read_text())["object"]
     with Image.open(images[0]) as image:
         image.load()
-
-
-SCRIPT = """
-import importlib.util, sys
-from pathlib import Path
-
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-tests, model, work = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-pipe = load("shared", tests / "conftest.py").make_tiny_pipe()
-pipe.register_to_config(_name_or_path=model)
-helpers = load("helpers", tests / "eval" / "conftest.py")
-judge = helpers.seeing_judge(helpers.stock_pictures(pipe))
-helpers.attach_noise(pipe)
-from erasure.eval import evaluate
-evaluate(pipe, size="full", judge=judge, baseline_cache=work / "cache", progress=False, batch_size=1,
-         out=work / "out")
-"""
-
-
-@pytest.fixture
-def one_thread():
-    """As many threads as each of several processes has: more of them add up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_two_processes_give_what_one_gives(erased_pipe, measure, tmp_path, one_thread) -> None:
-    single = measure(erased_pipe, batch_size=1)
-    work = tmp_path / "two"
-    work.mkdir()
-    (work / "run.py").write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    # On the CPU alone, accelerate leaves the starting of processes to MPI; with this flag it starts them itself.
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(work / "run.py"), str(root / "tests"), str(tmp_path / "model"), str(work),
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rows_of(work / "out") == rows_of(tmp_path / "out")
-    both = Results.load(work / "out")
-    assert both.metrics == single.metrics
-    assert both.cost["processes"] == 2
-    assert sorted(path.name for path in (work / "out").glob("*.jsonl")) == ["features.jsonl", "samples.jsonl"]
 
 
 def row_of(sample: Sample) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from erasure.backbones.layouts import flux_layout, from_original, to_original
 from erasure.errors import ArtifactError, UnsupportedModelError
 from erasure.exchange import checkpoints
 from erasure.exchange.checkpoints import export_checkpoint, parts_of, tensors_of
+from tests.conftest import copied
 
 FAMILIES = {
     "stable-diffusion": ["unet", "vae", "text_encoder"],
@@ -42,7 +42,7 @@ def made_for(pipe: Any, strategy: str = "uce", **options: Any) -> Erasure:
 def test_every_tensor_reads_back(
     originals: dict[str, Any], family: str, tensors_of: Any, changed_tensors: Any, tmp_path: Path
 ) -> None:
-    pipe = copy.deepcopy(originals[family])
+    pipe = copied(originals[family])
     before, erasure, path = tensors_of(pipe), made_for(pipe), tmp_path / "erased.safetensors"
     written = export_checkpoint(erasure, pipe, path)
     assert list(written.components) == FAMILIES[family]

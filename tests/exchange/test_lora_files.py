@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from erasure.exchange.importing import import_file
 from erasure.exchange.loaders import LOADERS
 from erasure.exchange.lora_files import EXPORT, export_lora
 from erasure.interop import paths
+from tests.conftest import copied
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux")
 STOCK_READS = [
@@ -57,7 +57,7 @@ def header(path: Path) -> dict[str, str]:
 def test_the_file_draws_the_same_pixels_in_the_stock_pipeline(
     originals: dict[str, Any], made: Any, family: str, to: str, draw: Any, tmp_path: Path
 ) -> None:
-    pipe, erasure = copy.deepcopy(originals[family]), made(family, saved_as="lora")
+    pipe, erasure = copied(originals[family]), made(family, saved_as="lora")
     told = export_lora(erasure, to, tmp_path / "cat.safetensors", pipe=pipe)
     assert (told.layers, told.approximated) == (len(erasure.low_rank), 0)
     stock = draw(pipe)
@@ -172,7 +172,7 @@ CONVOLUTION = "mid_block.resnets.0.conv1.weight"
 def test_full_rank_edits_say_what_they_leave_out(
     originals: dict[str, Any], made: Any, to: str, draw: Any, tmp_path: Path
 ) -> None:
-    pipe = copy.deepcopy(originals["stable-diffusion"])
+    pipe = copied(originals["stable-diffusion"])
     erasure = full_rank(made("stable-diffusion"), pipe, LINEAR, CONVOLUTION)
     whole = export_lora(erasure, to, tmp_path / "whole.safetensors", pipe=pipe, residual=0.0)
     assert whole.left_out < 1e-9
@@ -269,7 +269,7 @@ def test_layers_that_stand_in_one_tensor(
 def test_fused_layers_of_flux_draw_the_same_in_the_stock_pipeline(
     originals: dict[str, Any], made: Any, draw: Any, tmp_path: Path
 ) -> None:
-    pipe = copy.deepcopy(originals["flux"])
+    pipe = copied(originals["flux"])
     generator = torch.Generator().manual_seed(5)
     edits = Edits()
     for rank, part in ((2, "add_k_proj"), (3, "to_v")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
 from types import ModuleType
@@ -24,6 +23,7 @@ from erasure.errors import (
 )
 from erasure.interop import paths
 from tests.behaviour.cases import fit
+from tests.conftest import copied
 from tests.integrations.stand_ins import ENCODERS, expected, loaded, named
 
 CASES = [
@@ -66,7 +66,7 @@ def held(model: Any, clip: Any) -> dict[str, Tensor]:
 
 def in_diffusers(pipe: Any, *terms: tuple[Erasure, float]) -> dict[str, Tensor]:
     """Every tensor of the pipeline with erasures attached, under ComfyUI's names."""
-    pipe = copy.deepcopy(pipe)
+    pipe = copied(pipe)
     manager = ErasureManager(pipe)
     for number, (erasure, _) in enumerate(terms):
         manager.add(erasure, name=f"e{number}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers.utils import logging
 
 import erasure
 from erasure import ErasureManager
+from tests.conftest import copied
 
 from .crew import ATTACHED, A
 from .looks import drop_in, give_world, one_thread
@@ -22,7 +22,7 @@ from .model import Kit, make_erasures
 @pytest.fixture(scope="session")
 def kit(tiny_pipe_original: Any) -> Kit:
     """Small erasures of every kind for the tiny pipeline."""
-    pipe = copy.deepcopy(tiny_pipe_original)
+    pipe = copied(tiny_pipe_original)
     made = make_erasures(pipe)
     made["uce"] = erasure.erase(pipe, "dog", "uce", vocabulary=0, saved_as="lora", attach=False, progress=False)
     return Kit(made)
@@ -49,11 +49,19 @@ def tight() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.fixture(scope="session")
+def attached(kit: Kit, tiny_pipe_original: Any) -> Any:
+    """A drop-in pipeline with every erasure attached in state A: copy it, never change it."""
+    with one_thread():
+        made = drop_in(copied(tiny_pipe_original))
+        for kind in ATTACHED:
+            ErasureManager(made).add(kit.erasures[kind], kind, A[kind])
+    return made
+
+
 @pytest.fixture
-def pipe(kit: Kit, tiny_pipe: Any, tmp_path: Path) -> Any:
+def pipe(attached: Any, tmp_path: Path) -> Any:
     """A drop-in pipeline with every erasure attached in state A, whose model has a world."""
-    give_world(tiny_pipe, tmp_path / "world")
-    made = drop_in(tiny_pipe)
-    for kind in ATTACHED:
-        ErasureManager(made).add(kit.erasures[kind], kind, A[kind])
+    made = copied(attached)
+    give_world(made, tmp_path / "world")
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor
 from erasure import Erasure, ErasureManager
 from erasure.errors import AttachError, ErasureError, UnsupportedModelError
 from erasure.pipelines import StableDiffusionErasurePipeline
+from tests.conftest import copied
 
 from .looks import relative, verifies
 from .model import COMPONENTS, Entry, Kit, Model, ReferencePipe, draw, encode, tensors_of
@@ -67,7 +67,7 @@ class Erasing(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pipe = StableDiffusionErasurePipeline.from_pipe(copy.deepcopy(self.original))
+        self.pipe = StableDiffusionErasurePipeline.from_pipe(copied(self.original))
         self.pipe.set_progress_bar_config(disable=True)
         self.model = Model(self.kit)
         self.casts = [torch.float32]

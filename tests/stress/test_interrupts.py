@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from erasure import Erasure
 from erasure.errors import ErasureError
 from erasure.eval import evaluate
 from erasure.pipelines import StableDiffusionErasurePipeline
+from tests.conftest import copied
 
 from .lines import ROOT, Lines, spread
 from .looks import colour_judge, differing, drop_in, give_world, look, one_thread
@@ -119,17 +119,17 @@ def taken_off(pipe: Any) -> None:
 def test_a_switch_is_done_or_not_done(name: str, kit: Kit, folders: Path, tiny_pipe_original: Any) -> None:
     operation = SWITCHES[name]
     base = look(tiny_pipe_original)
-    first = prepared(copy.deepcopy(tiny_pipe_original), kit, operation)
+    first = prepared(copied(tiny_pipe_original), kit, operation)
     before = look(first)
-    operation.call(copy.deepcopy(first), kit, folders)  # what is imported or cached the first time is there now
-    pipe = copy.deepcopy(first)
+    operation.call(copied(first), kit, folders)  # what is imported or cached the first time is there now
+    pipe = copied(first)
     with Lines() as whole:
         operation.call(pipe, kit, folders)
     after = look(pipe)
     assert differing(after, before) if operation.lasting else not differing(after, before)
     faults = []
     for at in spread(whole.lines, INTERRUPTS // len(SWITCHES), name):
-        pipe = copy.deepcopy(first)
+        pipe = copied(first)
         found = interrupted(lambda pipe=pipe: operation.call(pipe, kit, folders), at)
         assert found.reached
         try:
@@ -180,14 +180,15 @@ DRAWN = Operation(lambda pipe, *_: pipe("a cat", num_inference_steps=1, output_t
 def test_gradients_are_on_again(name: str, kit: Kit, folders: Path, tiny_pipe: Any, monkeypatch: Any) -> None:
     operation = {**SWITCHES, "draw": DRAWN}[name]
     pipe = prepared(tiny_pipe, kit, operation)
-    copies = [copy.deepcopy(pipe) for _ in range(8)]
+    first = copied(pipe)
     with monkeypatch.context() as patch:
         whole = Leaking(patch, 0)
         operation.call(pipe, kit, folders)
-    for turn, copied in enumerate(copies if whole.count else ()):
+    for turn, at in enumerate(sorted({1 + number * whole.count // 8 for number in range(8)}) if whole.count else ()):
+        other = copied(first)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            Leaking(patch, 1 + turn * whole.count // len(copies))
-            operation.call(copied, kit, folders)
+            Leaking(patch, at)
+            operation.call(other, kit, folders)
         on = torch.is_grad_enabled()
         torch.set_grad_enabled(True)
         assert on, f"turn {turn}"
@@ -250,7 +251,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_writer_is_done_or_not_done(name: str, kit: Kit, tmp_path: Path, tiny_pipe_original: Any) -> None:
-    writing, original = WRITERS[name], copy.deepcopy(tiny_pipe_original)
+    writing, original = WRITERS[name], copied(tiny_pipe_original)
     give_world(original, tmp_path / "world")
     pipe = prepared(original, kit, Operation(lambda *_: None, writing.kinds))
     before = look(pipe)
@@ -281,7 +282,7 @@ def test_a_writer_is_done_or_not_done(name: str, kit: Kit, tmp_path: Path, tiny_
             fault = f"then {type(error).__name__}: {str(error)[:200]}"
         if fault:
             faults.append(f"line {at} of {whole.lines}, {found.where}: {fault}")
-            original = copy.deepcopy(tiny_pipe_original)
+            original = copied(tiny_pipe_original)
             give_world(original, tmp_path / "world")
             pipe = prepared(original, kit, Operation(lambda *_: None, writing.kinds))
     assert not faults, f"{len(faults)} interrupts of {name} left a mess:\n" + "\n".join(faults)
@@ -289,7 +290,7 @@ def test_a_writer_is_done_or_not_done(name: str, kit: Kit, tmp_path: Path, tiny_
 
 def test_loading_a_saved_pipeline_is_done_or_not_done(kit: Kit, tmp_path: Path, tiny_pipe_original: Any) -> None:
     """A load that was interrupted leaves nothing behind that another load, or another pipeline, would notice."""
-    pipe = prepared(copy.deepcopy(tiny_pipe_original), kit, Operation(lambda *_: None, ("low", "itd")))
+    pipe = prepared(copied(tiny_pipe_original), kit, Operation(lambda *_: None, ("low", "itd")))
     before, folder = look(pipe), tmp_path / "saved"
     pipe.save_erased_pipeline(folder, fuse=False)
     load = StableDiffusionErasurePipeline.load_erased_pipeline

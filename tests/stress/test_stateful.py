@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from erasure import ErasureManager
+from tests.conftest import copied
 
 from .company import InCompany
 from .looks import one_thread, relative
@@ -27,7 +27,7 @@ KINDS = ("delta", "low", "over", "pin", "itd")
 @pytest.fixture
 def machine(kit: Kit, tiny_pipe_factory: Any, tmp_path: Path, load_tiny_ip_adapter: Callable[[Any], Any]) -> Any:
     original, other = tiny_pipe_factory(), tiny_pipe_factory(seed=1)
-    with_ip = copy.deepcopy(original)
+    with_ip = copied(original)
     load_tiny_ip_adapter(with_ip)
     for kind in KINDS:
         kit.erasures[kind].save(tmp_path / kind)

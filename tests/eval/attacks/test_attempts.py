@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow
 from erasure.eval.suites import Target
 from erasure.eval.table import read_rows
+from tests.conftest import copied
 from tests.eval.conftest import colour_judge
 
 SAMPLE = Sample(
@@ -36,7 +36,7 @@ SAMPLE = Sample(
 
 @pytest.fixture
 def victim(world_pipe: Any) -> Victim:
-    return Victim(world_pipe, copy.deepcopy(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
+    return Victim(world_pipe, copied(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
 
 
 def pixels(image: Image.Image) -> np.ndarray:

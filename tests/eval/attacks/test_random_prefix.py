@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.sizes import SIZES
 from erasure.eval.suites import Target
+from tests.conftest import copied
 from tests.eval.conftest import colour_judge
 
 PROMPT = "a cat image in noto style"
@@ -33,7 +33,7 @@ def make_sample(seed: int = 5, unsafe: bool = False) -> Sample:
 
 @pytest.fixture
 def victim(world_pipe: Any) -> Victim:
-    return Victim(world_pipe, copy.deepcopy(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
+    return Victim(world_pipe, copied(world_pipe), Target("cat", "object", ("cat",)), colour_judge)
 
 
 @pytest.mark.parametrize("size", SIZES)

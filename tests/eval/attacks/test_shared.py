@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from erasure.eval.attacks.stored import restore, store
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
+from tests.conftest import copied
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma", "latent-consistency")
 PROMPT = "a cat image in noto style"
@@ -53,7 +53,7 @@ def attack_of(name: str, folder: Path, **options: Any) -> Attack:
 
 
 def sample_of(seed: int = 5, **fields: Any) -> Sample:
-    known = {"num_inference_steps": 2, "height": 32, "width": 32, **fields}
+    known = {"num_inference_steps": 2, "height": 16, "width": 16, **fields}
     return Sample("cat-noto-0", PROMPT, seed, "target", ("cat",), "noto", ("cat",), **known)
 
 
@@ -67,7 +67,7 @@ def seeing(name: str) -> Any:
 
 
 def victim_of(pipe: Any, control: bool = False) -> Victim:
-    stock = copy.deepcopy(pipe)
+    stock = copied(pipe)
     return Victim(pipe, stock, Target("cat", "object", ("cat",)), seeing("dog" if control else "cat"), seed=3)
 
 

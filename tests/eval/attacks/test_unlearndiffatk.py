@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
 from erasure.interop import hooks, paths
 from erasure.strategies import available, get
+from tests.conftest import copied
 
 PROMPT = "a cat image in noto style"
 ADAPTER = Path(__file__).parents[2] / "tiny" / "ip-adapter" / "stable-diffusion.safetensors"
@@ -52,7 +52,7 @@ def victim(world_pipe: Any) -> Victim:
         return [type("Answer", (), {"object": "cat", "style": "noto"}) for _ in images]
 
     # A copy, not a twin: tests erase the pipeline afterwards.
-    return Victim(world_pipe, copy.deepcopy(world_pipe), Target("cat", "object", ("cat",)), judge)
+    return Victim(world_pipe, copied(world_pipe), Target("cat", "object", ("cat",)), judge)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def run(tmp_path: Path, judge_of: Any, options: Any) -> Callable[..., Results]:
     """Run a stress test quickly, with the judge of the little world."""
 
     def call(pipe: Any, name: str, out: str = "out", **more: Any) -> Results:
-        common = {"size": "smoke", "judge": judge_of(name), "progress": False, "batch_size": 2}
+        common = {"size": "smoke", "judge": judge_of(name), "progress": False, "batch_size": 8}
         return stress_test(pipe, name, out=tmp_path / out, **{**common, **options(name), **more})
 
     return call

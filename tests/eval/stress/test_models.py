@@ -92,9 +92,10 @@ def test_every_family_is_tested(name: str, tmp_path: Path) -> None:
     attach(pipe)
     common: dict[str, Any] = {
         "size": "smoke", "judge": cats, "progress": False, "samples": 1, "retained": 1, "report": False,
+        "batch_size": 8,
     }  # fmt: skip
     for test, options in (
-        ("quantise", {"formats": ("nf4",)}), ("strength", {"strengths": ()}), ("restore", {}),
+        ("quantise", {"formats": ("nf4",)}), ("strength", {"strengths": ()}), ("restore", {"shares": (1.0,)}),
         ("relearn", {"steps": (1,), "rank": 2}),
     ):  # fmt: skip
         results = stress_test(pipe, test, out=tmp_path / test, **common, **options)

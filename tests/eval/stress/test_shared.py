@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import torch
 from erasure import ErasureManager
 from erasure.cli.stress import StressOptions
 from erasure.errors import EvaluationError, OptionError
-from erasure.eval import Results, compare
+from erasure.eval import Results, compare, evaluate
 from erasure.eval.metrics import METRICS
 from erasure.eval.sizes import SIZES
 from erasure.eval.stress import STRESS_TESTS, StressTest, runner
 from erasure.eval.stress.conditions import Condition
+from erasure.eval.table import read_rows
 from tests.eval.stress.conftest import CASES, cats, rows_of
 
 NAMES = STRESS_TESTS.names()
@@ -96,7 +99,7 @@ def test_end_to_end(
 def test_a_killed_run_goes_on_to_the_same_rows(
     name: str, stressed_pipe: Any, run: Any, judge_of: Any, tmp_path: Path
 ) -> None:
-    whole = run(stressed_pipe, name)
+    whole = run(stressed_pipe, name, batch_size=2)
     expected, judge = rows_of(tmp_path / "out"), judge_of(name)
     asked = 0
 
@@ -109,12 +112,12 @@ def test_a_killed_run_goes_on_to_the_same_rows(
 
     interrupted.version = judge.version  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
-        run(stressed_pipe, name, "killed", judge=interrupted)
+        run(stressed_pipe, name, "killed", judge=interrupted, batch_size=2)
     done = rows_of(tmp_path / "killed")
     assert 0 < len(done) < len(expected)
     with (tmp_path / "killed" / "samples.jsonl").open("ab") as file:
         file.write(b'{"sample_id": "cat-no')
-    again = run(stressed_pipe, name, "killed")
+    again = run(stressed_pipe, name, "killed", batch_size=2)
     assert rows_of(tmp_path / "killed") == expected
     assert again.metrics == whole.metrics
     assert not list((tmp_path / "killed").rglob("training.ckpt"))
@@ -133,7 +136,8 @@ def test_no_verdict_where_the_judge_sees_nothing(name: str, stressed_pipe: Any, 
         with pytest.raises(EvaluationError, match="there is nothing to learn from: the judge sees 'cat' in 0 of"):
             run(stressed_pipe, name, judge=dogs)
         return
-    results = run(stressed_pipe, name, judge=dogs)
+    few = {} if name == "footprint" else {"samples": 1, "retained": 1}
+    results = run(stressed_pipe, name, judge=dogs, **few)
     assert results.get("control_seen", "before")["holds"] is False
     for row in results.metrics:
         if row["name"] in ("concept_shown", "recovered", "S50", "savings"):
@@ -189,40 +193,78 @@ sys.modules["tests"].__path__ = [str(root / "tests")]
 import torch
 torch.set_num_threads(1)
 from tests.conftest import make_tiny_pipe
-from tests.eval.conftest import declare_world
+from tests.eval.conftest import seeing_judge, stock_pictures
+from erasure.eval.table import read_rows
 from tests.eval.stress.conftest import CASES, cats, make_erasure
 from erasure import ErasureManager
-from erasure.eval import stress_test
+from erasure.eval import evaluate, stress_test
 pipe = make_tiny_pipe()
 pipe.register_to_config(_name_or_path=str(model))
+judge = seeing_judge(stock_pictures(pipe))
 ErasureManager(pipe).add(make_erasure(), check_base=False)
 for name in ("noise", "relearn"):
     stress_test(pipe, name, size="smoke", judge=cats, progress=False, batch_size=1, samples=3, retained=2,
                 out=work / name, **CASES[name].options)
+evaluate(pipe, size="full", judge=judge, baseline_cache=work / "cache", progress=False, batch_size=1,
+         out=work / "evaluation")
 """
 
 
-def test_two_processes_give_what_one_gives(stressed_pipe: Any, run: Any, tmp_path: Path) -> None:
-    """A change of weights, and a training that is shared out: one process draws with what another has learned."""
+def test_two_processes_give_what_one_gives(stressed_pipe: Any, run: Any, judge: Any, tmp_path: Path) -> None:
+    """Of an evaluation, and of stress tests: a change of weights, and a training that is shared out, where one
+    process draws with what another has learned."""
     work = tmp_path / "two"
     work.mkdir()
     (work / "run.py").write_text(SCRIPT)
     root = Path(__file__).parents[3]
-    # On the CPU alone, accelerate leaves the starting of processes to MPI; with this flag it starts them itself.
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(work / "run.py"), str(root), str(tmp_path / "model"), str(work),
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # As torchrun starts them, without the seconds that it takes to start itself.
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | world | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(work / "run.py"), str(root), str(tmp_path / "model"), str(work)]
+    said = [work / f"said-{rank}.txt" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=said[rank].open("w"),
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        assert not failed, said[failed[0]].read_text()[-3000:]
+        assert [process.wait(100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     for name in ("noise", "relearn"):
         single = run(stressed_pipe, name, name, judge=cats, batch_size=1)
         assert rows_of(work / name) == rows_of(tmp_path / name)
         both = Results.load(work / name)
         assert both.metrics == single.metrics
         assert both.cost["processes"] == 2
+    single = evaluate(
+        stressed_pipe, size="full", judge=judge, baseline_cache=tmp_path / "cache", progress=False, batch_size=1,
+        out=tmp_path / "evaluation",
+    )  # fmt: skip
+    both = Results.load(work / "evaluation")
+    assert evaluated(work / "evaluation") == evaluated(tmp_path / "evaluation")
+    assert both.metrics == single.metrics
+    assert both.cost["processes"] == 2
+    names = sorted(path.name for path in (work / "evaluation").glob("*.jsonl"))
+    assert names == ["features.jsonl", "samples.jsonl"]
+
+
+def evaluated(folder: Path) -> list[dict[str, Any]]:
+    """Rows of an evaluation without its times."""
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / "samples.jsonl")
+    ]
 
 
 def test_unlike_recipes_are_not_compared(stressed_pipe: Any, run: Any) -> None:
@@ -270,7 +312,7 @@ def test_a_test_without_a_control_is_no_stress_test() -> None:
 
 def test_progress_is_told(stressed_pipe: Any, run: Any) -> None:
     seen: list[tuple[str, int, int]] = []
-    run(stressed_pipe, "merge", progress=lambda *args: seen.append(args), shares=(0.5,))
+    run(stressed_pipe, "merge", progress=lambda *args: seen.append(args), shares=(0.5,), batch_size=2)
     assert seen[0] == ("before", 2, 5)
     assert seen[-1] == ("merge_0.5", 5, 5)
 
@@ -286,7 +328,7 @@ def test_missing_answers_are_counted(stressed_pipe: Any, run: Any, judge: Any) -
         return judge(images)
 
     failing.version = "failing"  # type: ignore[attr-defined]
-    results = run(stressed_pipe, "merge", judge=failing, shares=(0.5,))
+    results = run(stressed_pipe, "merge", judge=failing, shares=(0.5,), batch_size=2)
     row = results.get("concept_shown", "merge_0.5")
     assert (row["value"], row["n"], row["missing"]) == (None, 0, 3)
     recovered = results.get("recovered", "merge_0.5")
