@@ -101,7 +101,6 @@ def test_the_released_recipe_on_the_embedded_model(canvas: Any, preset: str, mon
     monkeypatch.setattr(OnlineStates, "take", lambda self, index: states.append(take(self, index)) or states[-1])
     monkeypatch.setattr(module, "random_words", lambda *given: first.append(words(*given)) or first[-1])
     short = {"steps": 3, "attack_from": 1 / 3, "attack_steps": 3, "rollout_steps": 3, "retain_vocabulary": 7}
-    short["resolution"] = 32
     # Larger than the recipe's, so that three steps of the attack show.
     short |= {"attack_lr": 0.05}
     made = erasure.erase(

@@ -26,7 +26,7 @@ ADAPTER = str(Path(__file__).parents[1] / "tiny" / "ip-adapter" / "stable-diffus
 CAT = Concept("cat", anchor="dog", retain=("house", "car"))
 QUICK: dict[str, Any] = {
     "adapter": ADAPTER, "pictures": 2, "lookalikes": 1, "batch": 2, "retain_batch": 4, "rollout_steps": 2,
-    "contexts": 0, "retain_vocabulary": 2, "states": "online", "steps": 2, "resolution": 16,
+    "contexts": 0, "retain_vocabulary": 2, "states": "online", "steps": 2,
 }  # fmt: skip
 
 

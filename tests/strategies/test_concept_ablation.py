@@ -23,7 +23,6 @@ from tests.strategies.updates import first_update
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
     "batch": 3, "retain_batch": 2, "rollout_steps": 3, "contexts": 0, "retain_vocabulary": 0, "templates": False,
-    "resolution": 16,
 }  # fmt: skip
 NOISE: dict[str, Any] = {"retain_form": "anchors", "retain_target": "noise"}
 

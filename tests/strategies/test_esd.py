@@ -92,7 +92,7 @@ def test_a_lora_takes_the_linear_layers(tiny_pipe: Any) -> None:
 def test_presets_run(preset: str, tiny_pipe_original: Any) -> None:
     made = erasure.erase(
         tiny_pipe_original, Concept("cat", anchor="dog"), "esd", preset=preset, steps=1, rollout_steps=3,
-        resolution=16, attach=False, progress=False,
+        resolution=32, attach=False, progress=False,
     )  # fmt: skip
     assert made.deltas
     assert not made.low_rank

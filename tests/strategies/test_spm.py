@@ -29,7 +29,7 @@ CAT = Concept("cat", anchor="dog")
 PROMPT, OTHER = "a photo of a cat", "a house"
 QUICK: dict[str, Any] = {
     "steps": 2, "batch": 2, "retain_batch": 3, "rollout_steps": 3, "contexts": 0, "retain_vocabulary": 2,
-    "templates": False, "resolution": 16,
+    "templates": False,
 }  # fmt: skip
 
 

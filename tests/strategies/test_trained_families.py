@@ -27,7 +27,6 @@ from tests.strategies.updates import first_update
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
     "batch": 2, "retain_batch": 2, "rollout_steps": 3, "contexts": 0, "retain_vocabulary": 0, "templates": False,
-    "resolution": 16,
 }  # fmt: skip
 FLOWS = ["flux", "stable-diffusion-3"]
 
