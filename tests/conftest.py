@@ -348,6 +348,12 @@ def copied(pipe: Any) -> Any:
     return copy.deepcopy(pipe, memo)
 
 
+@pytest.fixture(scope="session")
+def copy_of() -> Callable[[Any], Any]:
+    """Copies a pipeline that a test may not change: `copy_of(tiny_pipe_original)`."""
+    return copied
+
+
 @pytest.fixture
 def tiny_pipe(tiny_pipe_original: Any) -> Any:
     """A copy of the tiny pipeline that the test may change."""

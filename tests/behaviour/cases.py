@@ -18,10 +18,12 @@ from erasure.backbones import FAMILIES, backbone_for
 from erasure.strategies import available, get
 from erasure.world import World
 
+SIDE = 16
+"""Pixels of the sides of images that are drawn and trained on: the least that all tiny pipelines take."""
 QUICK: dict[str, Any] = {
     "steps": 3, "vocabulary": 8, "retain_vocabulary": 2, "contexts": 2, "d_sae": 128, "target_rate": 0.1,
     "retain_rate": 1.0, "false_positive_rate": 1.0, "batch": 2, "retain_batch": 2, "rollout_steps": 2,
-    "attack_steps": 1, "pictures": 1, "lookalikes": 1,
+    "attack_steps": 1, "pictures": 1, "lookalikes": 1, "resolution": SIDE,
 }  # fmt: skip
 """Cheap values for the options that cost time, lenient ones where a random tower tells nothing apart. A strategy
 gets those that it has."""
@@ -209,7 +211,7 @@ def flat(made: Erasure) -> list[torch.Tensor]:
 
 def draw_with(pipe: Any, options: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
-    made = pipe(PROMPT, num_inference_steps=1, height=32, width=32, generator=generator, **options)
+    made = pipe(PROMPT, num_inference_steps=1, height=SIDE, width=SIDE, generator=generator, **options)
     return torch.from_numpy(made.images[0])
 
 

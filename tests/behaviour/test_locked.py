@@ -17,7 +17,7 @@ from erasure.interop import hooks, paths
 from erasure.locking.seal import edited_paths
 from erasure.state import ComponentState
 
-from .cases import ALONE, ATTACHED, embeddings, is_text_side, lora_pair, spread
+from .cases import ALONE, ATTACHED, SIDE, embeddings, is_text_side, lora_pair, spread
 
 Switch = Callable[[Any], object]
 SWITCHES: dict[str, Switch] = {
@@ -53,9 +53,7 @@ def words_of_its_own(pipe: Any) -> dict[str, Any]:
 
 def other_noise(pipe: Any) -> dict[str, Any]:
     backbone = backbone_for(pipe)
-    return {
-        "latents": torch.zeros(1, *backbone.latents.packed(torch.zeros(backbone.latents.shape(32, 32))[None])[0].shape)
-    }
+    return {"latents": torch.zeros_like(backbone.latents.packed(torch.zeros(1, *backbone.latents.shape(SIDE, SIDE))))}
 
 
 @spread((*ATTACHED, *ALONE))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +59,41 @@ def canvas() -> Any:
     return pipe
 
 
-def image_of(pipe: Any, prompt: str, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=10, guidance_scale=2.0, generator=generator).images[0]
+@pytest.fixture(scope="module")
+def default(canvas: Any) -> Callable[[str], Erasure]:
+    """The erasure of a concept with default options, made once: read it, never change it."""
+    return functools.cache(lambda target: erasure.erase(canvas, target, "itd", attach=False, progress=False))
+
+
+def images_of(pipe: Any, prompts: list[str], seed: int = 0, steps: int = 10) -> list[Any]:
+    """Images of prompts from the same noise; two steps do where nothing is asked but whether an image changed."""
+    noise = [torch.Generator().manual_seed(seed) for _ in prompts]
+    return pipe(prompts, num_inference_steps=steps, guidance_scale=2.0, generator=noise).images
+
+
+def bytes_of(pipe: Any, prompts: list[str]) -> list[bytes]:
+    """Pixels of images of two steps, each drawn alone: what else is drawn with one may change how sums are rounded."""
+    return [images_of(pipe, [prompt], steps=2)[0].tobytes() for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def stock_bytes(canvas: Any) -> Callable[[str], bytes]:
+    """Pixels of an image of two steps without an erasure, drawn once."""
+    return functools.cache(lambda prompt: bytes_of(canvas, [prompt])[0])
 
 
 def test_erases_the_concept_and_no_bit_of_anything_else(
-    canvas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    canvas: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], default: Any, stock_bytes: Any
 ) -> None:
     from erasure.eval.detectors import CanvasJudge
 
     prompts = ["a dog in noto style", "a castle in pixel style", ""]
-    before = [image_of(canvas, prompt).tobytes() for prompt in prompts]
-    made = erasure.erase(canvas, "gun", "itd", progress=False)
-    manager = ErasureManager(canvas)
+    before = [stock_bytes(prompt) for prompt in prompts]
+    made, manager = default("gun"), ErasureManager(canvas)
+    manager.add(made)
     try:
-        after = [image_of(canvas, prompt).tobytes() for prompt in prompts]
-        assert before == after
-        images = [image_of(canvas, f"a gun in {style} style", seed=1) for style in ("noto", "ink")]
+        assert bytes_of(canvas, prompts) == before
+        images = images_of(canvas, [f"a gun in {style} style" for style in ("noto", "ink")], seed=1)
         assert all("gun" not in answer.objects for answer in CanvasJudge()(images))
     finally:
         manager.unload()
@@ -123,23 +142,25 @@ def test_concepts_of_a_prompt_are_told(canvas: Any) -> None:
     "options",
     [{"tau": -1.0}, {"mode": "clamp", "tau": -1.0}, {"mode": "replace"}, {"tokens": "word"}, {"gate": "probe"}],
 )
-def test_every_way_of_editing_changes_the_concept_alone(canvas: Any, options: dict[str, Any]) -> None:
+def test_every_way_of_editing_changes_the_concept_alone(
+    canvas: Any, options: dict[str, Any], stock_bytes: Any
+) -> None:
     prompts = ["a gun in noto style", "a dog in noto style"]
-    before = [image_of(canvas, prompt) for prompt in prompts]
+    before = [stock_bytes(prompt) for prompt in prompts]
     made = erasure.erase(canvas, "gun", "itd", progress=False, **options)
     try:
-        after = [image_of(canvas, prompt) for prompt in prompts]
+        after = bytes_of(canvas, prompts)
     finally:
         ErasureManager(canvas).unload()
-    assert before[0].tobytes() != after[0].tobytes()
-    assert before[1].tobytes() == after[1].tobytes()
+    assert before[0] != after[0]
+    assert before[1] == after[1]
     (edit,) = made.edits.features.values()
     assert (edit.filler.shape[0] > 0) == (options.get("mode") == "replace")
     assert int(edit.local) == int(options.get("tokens") == "word" or options.get("mode") == "replace")
 
 
-def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(canvas: Any) -> None:
-    alone = erasure.erase(canvas, "cat", "itd", attach=False, progress=False)
+def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(canvas: Any, default: Any) -> None:
+    alone = default("cat")
     both = erasure.erase(canvas, ["cat", "dog"], "itd", attach=False, progress=False)
     (single,), (pair,) = alone.edits.features.values(), both.edits.features.values()
     used = {int(i) for part in (pair.edits, pair.votes) for i in part[1]}
@@ -153,9 +174,9 @@ def test_shared_latents_are_stored_once_and_adding_a_concept_changes_no_other(ca
     assert (pair.edits[0] == 0).sum() == single.edits.shape[1]
 
 
-def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
+def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any, stock_bytes: Any) -> None:
     prompts = ["a gun in ink style", "a dog in noto style"]
-    before = [image_of(canvas, prompt).tobytes() for prompt in prompts]
+    before = stock_bytes(prompts[0])
     # The embedded dictionary is small, and its model never read the phrasings of the released code.
     options: dict[str, Any] = {"top": 8, "phrasings": "concept", "contexts": 96, "gate_statistic": "mean"}
     made = erasure.erase(canvas, "gun", "itd", preset="released", progress=False, **options)
@@ -167,7 +188,7 @@ def test_the_released_edit_erases_and_says_how_sure_it_is(canvas: Any) -> None:
         found = detect_concepts(manager.pipe, prompts)
         assert found[0]["gun"].score > found[1]["gun"].score
         assert found[0]["gun"].probe is None
-        assert image_of(canvas, prompts[0]).tobytes() != before[0]
+        assert bytes_of(canvas, prompts[:1]) != [before]
         # Target prompts open the gate by construction.
         assert all(each["gun"].present for each in detect_concepts(manager.pipe, ["a gun", "a photo of a gun"]))
     finally:
@@ -251,12 +272,12 @@ def test_the_released_choice_and_threshold_equal_plain_loops(
     assert float(edit.gate) == pytest.approx(0.99 * min(change), rel=1e-5)
 
 
-def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any) -> None:
+def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any, default: Any) -> None:
     from erasure.assets.world import UNSAFE
     from erasure.eval.detectors import CanvasJudge
 
     judge, prompts = CanvasJudge(), [f"a cat image in {style} style" for style in ("ink", "noto", "pixel")]
-    seen = {}
+    seen, manager = {}, ErasureManager(canvas)
     for name, concept, options in (
         ("default", "cat", {}),
         ("no anchor of its own", Concept("cat"), {}),
@@ -264,11 +285,15 @@ def test_what_is_erased_gives_way_to_its_anchor_and_not_to_a_weapon(canvas: Any)
         ("pushed", Concept("cat", anchor=""), {}),
         ("pushed too", "cat", {"anchored": 0.0}),
     ):
-        made = erasure.erase(canvas, concept, "itd", progress=False, **options)
+        made = (
+            default(concept) if name == "default"
+            else erasure.erase(canvas, concept, "itd", attach=False, progress=False, **options)
+        )  # fmt: skip
+        manager.add(made)
         try:
-            answers = judge([image_of(canvas, prompt) for prompt in prompts])
+            answers = judge(images_of(canvas, prompts))
         finally:
-            ErasureManager(canvas).unload()
+            manager.unload()
         assert "cat" not in {answer.object for answer in answers}
         seen[name] = [{answer.object, *answer.objects} for answer in answers]
         assert made.size_bytes < 100_000
@@ -333,11 +358,13 @@ def test_what_takes_the_place_is_not_erased_as_well(canvas: Any) -> None:
     assert anchor_of(backbone, synonym[0], synonym).target == "boat"
 
 
-def test_mining_adds_features_that_words_do_not_reach(canvas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mining_adds_features_that_words_do_not_reach(
+    canvas: Any, monkeypatch: pytest.MonkeyPatch, default: Any
+) -> None:
     monkeypatch.setattr(mining, "IMAGES", 4)
     monkeypatch.setattr(mining, "BATCH", 2)
     made = erasure.erase(canvas, "gun", "itd", mining_steps=30, attach=False, progress=False)
-    plain = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
+    plain = default("gun")
     (mined,), (first,) = made.edits.features.values(), plain.edits.features.values()
     added = int(made.config.cost["gun_mined"])
     assert mined.edits.shape[1] == first.edits.shape[1] + added
@@ -348,21 +375,20 @@ def test_mining_adds_features_that_words_do_not_reach(canvas: Any, monkeypatch: 
     assert all(torch.equal(a, b) for a, b in zip(mined, other, strict=True)), key
 
 
-def test_random_features_and_those_of_another_concept_do_not_erase(canvas: Any) -> None:
+def test_random_features_and_those_of_another_concept_do_not_erase(canvas: Any, default: Any) -> None:
     """The controls: as many features behind a gate that the concept opens."""
     from erasure.assets.build.controls import lively_latents, with_features_of, with_random_features
     from erasure.eval.detectors import CanvasJudge
 
     judge, manager = CanvasJudge(), ErasureManager(canvas)
-    cat = erasure.erase(canvas, "cat", "itd", attach=False, progress=False)
-    gun = erasure.erase(canvas, "gun", "itd", attach=False, progress=False)
+    cat, gun = default("cat"), default("gun")
     prompts = [f"a cat in {style} style" for style in ("ink", "noto", "pixel", "sepia")]
     kept = {}
     random = with_random_features(cat, lively_latents(canvas), 0)
     for name, made in (("own", cat), ("gun's", with_features_of(cat, gun)), ("random", random)):
         manager.add(made, "x")
         try:
-            images = [image_of(canvas, prompt, seed=2) for prompt in prompts]
+            images = images_of(canvas, prompts, seed=2)
             assert all(each["cat"].present for each in detect_concepts(manager.pipe, prompts))
         finally:
             manager.unload()
@@ -403,7 +429,7 @@ def test_a_dictionary_that_was_trained_first_is_kept_and_resumed(
     real = SAETrainer.step
 
     def counted(self: Any, losses: Any, optimiser: Any, x: Any, step: int) -> Any:
-        if len(steps) == 150:
+        if len(steps) == 105:
             steps.append(-1)
             raise KeyboardInterrupt
         steps.append(step)
@@ -411,14 +437,14 @@ def test_a_dictionary_that_was_trained_first_is_kept_and_resumed(
 
     monkeypatch.setattr(SAETrainer, "step", counted)
     pipe = tiny_pipe_factory()
-    settings = {"progress": False, "attach": False, "steps": 200, "d_sae": 64, "k": 4, "retain_rate": 1.0,
+    settings = {"progress": False, "attach": False, "steps": 110, "d_sae": 64, "k": 4, "retain_rate": 1.0,
                 "target_rate": 0.0, "vocabulary": 40}  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         erasure.erase(pipe, "cat", "itd", **settings)
     made = erasure.erase(pipe, "cat", "itd", **settings)
-    assert steps[151:] == list(range(100, 200))
+    assert steps[106:] == list(range(100, 110))
     erasure.erase(pipe, "dog", "itd", **settings)
-    assert len(steps) == 251
+    assert len(steps) == 116
     monkeypatch.setenv("ERASURE_CACHE", str(tmp_path / "other"))
     ((key, through),) = erasure.erase(pipe, "cat", "itd", **settings).edits.features.items()
     assert all(torch.equal(a, b) for a, b in zip(through, made.edits.features[key], strict=True))

@@ -23,7 +23,7 @@ from erasure.training.trajectories import rolling_out
 CAT = Concept("cat", anchor="dog", retain=("house",))
 QUICK: dict[str, Any] = {
     "steps": 6, "batch": 2, "retain_batch": 2, "contexts": 0, "retain_vocabulary": 2, "rank": 2, "lr": 1e-2,
-    "head_start": 0.2, "method": "x",
+    "head_start": 0.2, "method": "x", "resolution": 16,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ TRAINED = [name for name, made in available().items() if issubclass(made, Traine
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
     "steps": 6, "batch": 2, "retain_batch": 2, "rollout_steps": 3, "contexts": 1, "retain_vocabulary": 2, "lr": 1e-2,
+    "resolution": 16,
 }  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def test_scenes_name_the_anchor_and_the_scope(tiny_pipe: Any) -> None:
 
 PLAIN: dict[str, dict[str, Any]] = {
     "doco": {"lr": 1.0, "discriminator_lr": 1e-2, "head_start": 0.0, "surgery": "none"},
-    "spm": {"lr": 30.0},
+    "spm": {"lr": 30.0, "resolution": 32},
 }  # fmt: skip
 """Strategies that are compared in plain gradient steps, with rates for these.
 
@@ -458,7 +459,8 @@ def test_the_scope_term_keeps_the_rest_of_the_prompt(name: str, tiny_pipe_origin
 def test_a_training_state_costs_at_most_six_passes(tiny_pipe_original: Any) -> None:
     """With the default trajectories, none of them from disk, and as many updates; two of them are made."""
     made = erasure.erase(
-        tiny_pipe_original, Concept("dog", anchor="cat"), "esd", attach=False, progress=False, seed=11, steps=2
+        tiny_pipe_original, Concept("dog", anchor="cat"), "esd", attach=False, progress=False, seed=11, steps=2,
+        resolution=16,
     )  # fmt: skip
     cost = made.config.cost
     assert cost["rollout_forwards"] > 0
