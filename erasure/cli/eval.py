@@ -19,7 +19,7 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, format_metric, is_main_process, parse
 from erasure.shown import number
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     judge = None if options.judge is None else load_judge(options.judge)
     if options.clip not in (None, "none"):
         ClipModel(options.clip)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     use_sampler(pipe, options)
     attach(pipe, erasures, options.strength)

@@ -52,6 +52,8 @@ def held(
 ) -> Iterator[None]:  # fmt: skip
     """Hold a folder of work that goes on after a kill: one process at a time, and the same work as before.
 
+    Work that is refused before it has written anything leaves no folder that was made for it.
+
     Args:
         folder: Made when it does not exist.
         recipe: All that the work depends on, plain data; kept in the folder.
@@ -67,6 +69,7 @@ def held(
         ErasureError: Another process works there, the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +88,15 @@ def held(
         sweep(folder)
         _check(folder, json.loads(json.dumps(recipe)), file, what, beside, state, error)
         yield
+    except ErasureError:
+        # Whoever waits for the lock would wait for that of a folder that is gone.
+        if missing and not wait and {*os.listdir(folder)} <= {LOCK, file}:
+            for name in (file, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            for path in missing:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
     finally:
         lock.release()
 
