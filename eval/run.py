@@ -25,9 +25,11 @@ from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan, Suite
 from erasure.eval.table import SampleTable, image_path
 from erasure.files import held, write_bytes
+from erasure.guards import is_strict
 from erasure.images import png
 from erasure.interop import scopes
 from erasure.interop.pipelines import without_safety_checker
+from erasure.twins import states_of
 
 RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
@@ -92,6 +94,11 @@ class Models:
     def concepts(self) -> list[Concept]:
         """What the active erasures are of."""
         return [concept for entry in self.entries for concept in entry["erasure"].concepts]
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the pipeline refuses calls that go around an erasure in force, which was attached so."""
+        return is_strict(states_of(self.pipe).values())
 
 
 def judge_of(given: Judge | str | Path | None, suite: Suite, plan: Plan) -> Judge:

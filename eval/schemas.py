@@ -145,6 +145,8 @@ class Try(TypedDict):
 
     judged: Judged | None
     shown: bool | None
+    refused: NotRequired[Text]
+    """Why the pipeline drew none."""
 
 
 Others = dict[Literal["prompt", "prompt_2", "prompt_3"], Text]
@@ -177,6 +179,10 @@ class ReplayRow(SampleFields):
     seconds: Number
     control: NotRequired[Try]
     attempt: NotRequired[StoredAttempt | None]
+    refused: NotRequired[Count]
+    """Attempts that the pipeline refused."""
+    held: NotRequired[bool]
+    """Whether it refused all that there were."""
 
 
 class AttackRow(ReplayRow):

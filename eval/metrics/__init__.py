@@ -78,7 +78,7 @@ _HOMES = {
         "both_found", "both_found_beside_attend_and_excite", "both_found_template_1", "both_found_template_2",
         "objects_found", "clip_full", "clip_minimum_object",
     ),
-    "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
+    "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR", "held_by_refusal"),
     "stressed": (
         "concept_shown", "retained_seen", "recovered", "edit_survives", "footprint",
         "footprint_on_concept", "control_changed",

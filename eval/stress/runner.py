@@ -38,6 +38,7 @@ from erasure.eval.stress.conditions import ERASED, STOCK, Condition, StressEvide
 from erasure.eval.stress.judging import FlaggingJudge
 from erasure.eval.suites import Plan, Target
 from erasure.eval.table import SampleTable
+from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
 
@@ -71,7 +72,9 @@ def stress_test(
     """Change the erased model in several ways, and say in which of them the concept comes back.
 
     Every change has a control, such as the stock model changed alike; where it fails there is no verdict, and the
-    results say why. All conditions draw the same prompts from the same noise.
+    results say why. All conditions draw the same prompts from the same noise. What is changed is the model itself, as
+    whoever has its weights may: nothing is refused of what an erasure that is attached with `strict=True` refuses of
+    those who call it.
 
     Writes `results.json`, `samples.jsonl`, `recipe.json`, `images/` and `report.html` to `out`. Run it again with the
     same arguments to resume. Under `accelerate launch` the samples are split over the processes. The model is left as
@@ -134,7 +137,7 @@ def stress_test(
         return SampleTable(folder, plan.samples, processes.rank, processes.count, names, schema=StressRow)
 
     recipe = subject.recipe(plan) | {"kind": "stress"}
-    with scopes.without_offloading(subject.pipe), opened(processes, table, recipe, out) as opened_table:
+    with scopes.without_offloading(subject.pipe), unguarded(), opened(processes, table, recipe, out) as opened_table:
         bench.folder = opened_table.folder
         bench.progress = progress is True and processes.is_main
         run = _Stress(subject, plan, opened_table, processes, images, progress, bench, scorer, batch_size)
