@@ -10,6 +10,7 @@ from typing import NamedTuple
 from erasure.errors import EvaluationError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.comparison import label
+from erasure.eval.cost import SHARES
 from erasure.eval.detectors.judging import CLEAR, FLAGGED
 from erasure.eval.galleries import LIMIT, Drawn, Gallery, Showing, right, shade, transition_galleries
 from erasure.eval.metrics import facts_of
@@ -300,6 +301,11 @@ def costs(results: Results) -> list[tuple[str, str]]:
     per_image = cost.get("seconds_per_image") or {}
     rows = [
         ("Evaluation", _seconds(cost.get("seconds"))),
+        *(
+            (f"Of that, in {what}", f"{number(cost[key], '.0f', 100)} %")
+            for key, what in SHARES.items()
+            if cost.get(key)
+        ),
         ("Peak memory", f"{number(cost.get('peak_memory_mb', 0), '.0f')} MB"),
     ]
     rows += [(f"Per image, {variant}", _seconds(value)) for variant, value in per_image.items()]

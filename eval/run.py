@@ -15,6 +15,8 @@ from PIL import Image
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval.beside import Clock, each
+from erasure.eval.generation import generate, timed
 from erasure.eval.judges import check_classes, load_judge
 from erasure.eval.processes import Processes
 from erasure.eval.recipe import drawing_recipe, erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
@@ -24,11 +26,12 @@ from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan, Suite
 from erasure.eval.table import SampleTable, image_path
+from erasure.eval.variants import Draw
 from erasure.files import held, write_bytes
 from erasure.guards import is_strict
 from erasure.images import png
 from erasure.interop import scopes
-from erasure.interop.pipelines import without_safety_checker
+from erasure.interop.pipelines import execution_device, without_safety_checker
 from erasure.twins import states_of
 
 RECIPE, WHAT = "recipe.json", "evaluation"
@@ -172,6 +175,8 @@ class Run:
     """Whether images are kept."""
     progress: bool | Progress
     started: float = field(default_factory=time.perf_counter, kw_only=True)
+    clock: Clock = field(default_factory=Clock, kw_only=True)
+    """How long this process draws."""
 
     @property
     def shows_bar(self) -> bool:
@@ -191,6 +196,33 @@ class Run:
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that fall to this process."""
         return list(samples[self.processes.rank :: self.processes.count])
+
+    def finish_drawn(
+        self, pipe: DiffusionPipeline, draw: Draw | None, samples: Sequence[Sample], batch_size: int,
+        finish: Callable[[list[Sample], list[Image.Image], float], None], done: Callable[[int], None],
+        beside: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Draw samples batch by batch, and finish each batch, where that gains something while the next is drawn.
+
+        Args:
+            pipe: What draws.
+            draw: How; by an ordinary call of the pipeline when left out.
+            samples: What is drawn.
+            batch_size: Images per call of the pipeline.
+            finish: Scores a batch, of which each image took so many seconds, and appends its rows.
+            done: Told of every batch that is finished, and how many samples it has.
+            beside: Whether batches are finished in a thread of their own. Left out, where the pipeline does not run on
+                the processor, which would only take turns between the two.
+        """
+        if beside is None:
+            beside = execution_device(pipe).type != "cpu"
+        if draw is None:
+            drawn = generate(pipe, samples, batch_size, clock=self.clock)
+        else:
+            if samples:
+                self.clock.denoising = None
+            drawn = draw(pipe, samples, batch_size)
+        each(timed(drawn, self.clock), lambda batch: finish(*batch), lambda batch: done(len(batch[0])), beside=beside)
 
     def keep(self, variant: str, sample: Sample, image: Image.Image) -> None:
         """Write a sample's image, if images are kept.

@@ -24,7 +24,6 @@ from erasure.eval.detections import Checked
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
-from erasure.eval.generation import generate, timed
 from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
@@ -61,6 +60,7 @@ def evaluate(
     clip: str | Path | ClipModel | None = None,
     report: bool = True,
     controls: str | Path | None = None,
+    beside: bool | None = None,
     **inputs: object,
 ) -> Results:
     """Measure what the attached erasures do: the stock model before, the erased one after, on the same noise.
@@ -92,6 +92,8 @@ def evaluate(
         report: Write `report.html`.
         controls: Folder of pictures of your own, in `positive/` those that show what the detectors look for, in
             `negative/` others: sensitivity and specificity of each detector are measured on them.
+        beside: Detect, score and write in a thread of its own while the next batch is drawn; the numbers are the same.
+            Left out, where the pipeline does not run on the processor, which would only take turns between the two.
         **inputs: What is given to the suite: `detectors` look at every image besides, and are texts such as
             "nudenet:preset=mace" or detectors that are made; `prompts`, `preset` and so on are for suites on prompts.
             See `erasure.eval.inputs.Inputs`.
@@ -127,7 +129,7 @@ def evaluate(
     with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
             subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size,
-            {each.label: each.detector for each in checked}, started=started,
+            {each.label: each.detector for each in checked}, beside, started=started,
         )  # fmt: skip
         for variant in kit.variants:
             if models.entries or not variant.only_erased:
@@ -149,7 +151,7 @@ def evaluate(
             ],
             entries, kit.flagging,
         )  # fmt: skip
-        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
+        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started, run.clock)
         results = run.results(computed(kit, evidence), cost | {"batch_size": batch_size}, list(entries.values()))
         if report:
             from erasure.eval.report import write_report
@@ -242,6 +244,8 @@ class _Evaluation(Run):
     clip: ClipModel | None
     batch_size: int
     detectors: Mapping[str, NamedDetector]
+    beside: bool | None
+    """Whether batches are scored while the next one is drawn."""
 
     def draw(self, variant: Variant, pipe: DiffusionPipeline) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process.
@@ -256,10 +260,15 @@ class _Evaluation(Run):
         bar = tqdm(total=done + len(mine), initial=done, desc=name, unit="image", disable=not self.shows_bar)
         with bar:
             mine = self._from_cache(variant, mine, bar)
-            for batch, images, seconds in timed((variant.draw or generate)(pipe, mine, self.batch_size)):
+
+            def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(variant, batch, images, seconds)
-                bar.update(len(batch))
+
+            def done(count: int) -> None:
+                bar.update(count)
                 self.tell(name, name)
+
+            self.finish_drawn(pipe, variant.draw, mine, self.batch_size, finish, done, self.beside)
 
     def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
         """Take what an earlier evaluation has drawn; returns the samples that are left to draw."""

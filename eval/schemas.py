@@ -305,6 +305,8 @@ class Cost(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     seconds: NotRequired[Number]
+    drawing_share: NotRequired[Number | None]
+    denoiser_share: NotRequired[Number | None]
     seconds_per_image: NotRequired[dict[Name, Number | None] | None]
     peak_memory_mb: NotRequired[Number]
     erase_seconds: NotRequired[Number]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from erasure.eval.rows import Row
+    from erasure.interop.protocols import Settings
 
 
 @dataclass(kw_only=True)
@@ -113,7 +114,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model))
+    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model), *spent(found.cost))
     terminal.say(f"Images and intervals: {out / 'report.html'}")
 
 
@@ -146,6 +147,16 @@ def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
     preset = suite.about.presets.get(options.preset or "") if isinstance(suite, PromptSuite) else None
     if preset is not None and preset.scheduler is not None:
         pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
+
+
+def spent(cost: Settings) -> list[str]:
+    """Say in a line what a run spent its time on."""
+    from erasure.eval.cost import SHARES
+
+    shares = [
+        f"{number(cost[key], '.0f', 100)} % in {what}" for key, what in SHARES.items() if cost.get(key) is not None
+    ]
+    return [f"Took {number(cost['seconds'], '.1f')} s, of which {', '.join(shares)}."] if shares else []
 
 
 def worth(detectors: Sequence[Row]) -> list[str]:

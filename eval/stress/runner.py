@@ -22,7 +22,6 @@ from erasure.eval.attacks.runner import one_concept, spread
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.detectors.base import NamedDetector
-from erasure.eval.generation import generate, timed
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.metrics.outcomes import collect, correct, shows
@@ -154,7 +153,7 @@ def stress_test(
             conditions={condition.name: condition for condition in conditions}, measured=test.measured(bench),
         )  # fmt: skip
         metrics = [row for metric in test.metrics for row in METRICS.get(metric).compute(evidence)]
-        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
+        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started, run.clock)
         results = run.results(metrics, cost | {"batch_size": batch_size})
         if report:
             from erasure.eval.report import write_report
@@ -245,10 +244,15 @@ class _Stress(Run):
             return
         bar = tqdm(total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar)
         with bar, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
-            for batch, images, seconds in timed((condition.draw or generate)(pipe, mine, self.batch_size)):
+
+            def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(condition, batch, images, seconds)
-                bar.update(len(batch))
+
+            def done(count: int) -> None:
+                bar.update(count)
                 self._told(condition, wanted)
+
+            self.finish_drawn(pipe, condition.draw, mine, self.batch_size, finish, done)
 
     def _told(self, condition: Condition, wanted: Sequence[Sample]) -> None:
         if callable(self.progress) and self.processes.is_main:
