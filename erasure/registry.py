@@ -124,14 +124,21 @@ class Registry(Generic[T]):
         """Every name, in alphabetical order; nothing is imported."""
         return tuple(sorted({*self._registered, *self.built_in, *self._plugins()}))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether anything goes by a name; nothing is imported.
+
+        Other packages are asked last: that reads what all of them declare.
+        """
+        return name in self._registered or name in self.built_in or name in self._plugins()
+
     def check(self, name: str) -> None:
         """Refuse a name that nothing goes by; nothing is imported.
 
         Raises:
             ErasureError: Of the registry's own class; the message names the nearest and lists all.
         """
-        names = self.names()
-        if name not in names:
+        if name not in self:
+            names = self.names()
             hint = did_you_mean(name, names)
             raise self.unknown(f"unknown {self.kind} {name!r}; there are: {', '.join(names)}.{hint}")
 

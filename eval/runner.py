@@ -61,6 +61,7 @@ def evaluate(
     report: bool = True,
     controls: str | Path | None = None,
     beside: bool | None = None,
+    reveal: bool = False,
     **inputs: object,
 ) -> Results:
     """Measure what the attached erasures do: the stock model before, the erased one after, on the same noise.
@@ -94,6 +95,7 @@ def evaluate(
             `negative/` others: sensitivity and specificity of each detector are measured on them.
         beside: Detect, score and write in a thread of its own while the next batch is drawn; the numbers are the same.
             Left out, where the pipeline does not run on the processor, which would only take turns between the two.
+        reveal: Write `revealed.html` besides, with the pictures that the report hides because they may be unsafe.
         **inputs: What is given to the suite: `detectors` look at every image besides, and are texts such as
             "nudenet:preset=mace" or detectors that are made; `prompts`, `preset` and so on are for suites on prompts.
             See `erasure.eval.inputs.Inputs`.
@@ -157,6 +159,10 @@ def evaluate(
             from erasure.eval.report import write_report
 
             write_report(run.table.folder)
+        if reveal:
+            from erasure.eval.report import write_revealed
+
+            write_revealed(run.table.folder)
         processes.wait()
     return results
 

@@ -272,6 +272,8 @@ class Metric(TypedDict):
     change: NotRequired[Interval]
     prompts: NotRequired[dict[Name, Count]]
     curve: NotRequired[dict[Name, Number]]
+    groups: NotRequired[dict[Name, Number]]
+    pairs: NotRequired[dict[Name, Count]]
     regions: NotRequired[Count]
     without_face: NotRequired[Count]
     retokenised: NotRequired[dict[Name, Count]]

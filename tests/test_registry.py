@@ -174,3 +174,19 @@ def test_two_packages_that_name_the_same(registry: Registry[Any], monkeypatch: p
     plugin(monkeypatch, registry, ("more", "first:Another", things[0]), ("more", "second:Another", things[1]))
     with pytest.raises(BrokenPluginError, match="first:Another and second:Another"):
         registry.get("more")
+
+
+def test_other_packages_are_asked_only_for_names_that_are_not_ours(
+    registry: Registry[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(module, "entry_points", lambda group: asked.append(group) or ())
+    name = registry.names()[0]
+    asked.clear()
+    registry.check(name)
+    registry.facts(name)
+    registry.get(name)
+    assert name in registry
+    assert not asked
+    assert "nothing-of-the-kind" not in registry
+    assert asked == [registry.group]

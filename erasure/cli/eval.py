@@ -65,6 +65,9 @@ class EvalOptions(RecordedOptions):
     """Scale of guidance."""
     side: int | None = None
     """Height and width of images in pixels."""
+    reveal: bool = False
+    """Write revealed.html besides: the pictures that may be unsafe, which report.html hides. The same command again
+    with this writes it without drawing anything."""
     out: Path
     """Folder of results.json, samples.jsonl and report.html."""
 
@@ -101,7 +104,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     attach(pipe, erasures, options.strength)
     found = evaluate(
         pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, judge=judge, clip=options.clip,
-        progress=terminal.speaks, controls=options.controls, **inputs,
+        progress=terminal.speaks, controls=options.controls, reveal=options.reveal, **inputs,
     )  # fmt: skip
     if not is_main_process():
         return
@@ -116,6 +119,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, rows)
     terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model), *spent(found.cost))
     terminal.say(f"Images and intervals: {out / 'report.html'}")
+    if options.reveal:
+        revealed = out / "revealed.html"
+        is_there = revealed.is_file()
+        terminal.say(f"Pictures that may be unsafe: {revealed}" if is_there else "No picture is hidden in the report.")
 
 
 def inputs_of(options: EvalOptions) -> dict[str, Any]:
