@@ -14,10 +14,11 @@ from PIL import Image
 
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
-from erasure.errors import EvaluationError
+from erasure.errors import ArtifactError, EvaluationError
 from erasure.eval.beside import Clock, each
 from erasure.eval.generation import generate, timed
 from erasure.eval.judges import check_classes, load_judge
+from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.processes import Processes
 from erasure.eval.recipe import drawing_recipe, erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
@@ -115,6 +116,25 @@ def judge_of(given: Judge | str | Path | None, suite: Suite, plan: Plan) -> Judg
     return judge
 
 
+def clip_model(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
+    """The CLIP model, or why there is none. One that the user names must be there; it runs where the pipeline does.
+
+    Args:
+        given: Its folder or repository, or one that is loaded; "none" for none; the embedded one when left out.
+        pipe: What draws.
+    """
+    if isinstance(given, ClipModel):
+        return given, None
+    if given == "none":
+        return None, "no CLIP model: left out as asked"
+    if given is not None:
+        return ClipModel(given, execution_device(pipe)), None
+    try:
+        return ClipModel(EMBEDDED), None
+    except ArtifactError as error:
+        return None, f"no CLIP model: {error}"
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is measured, and with what."""
@@ -183,15 +203,23 @@ class Run:
         """Whether this process shows a progress bar."""
         return self.progress is True and self.processes.is_main
 
-    def tell(self, what: str, variant: str) -> None:
-        """Tell the user's function, if there is one, how many samples of a variant are finished."""
-        if callable(self.progress) and self.processes.is_main:
-            done = sum((sample.sample_id, variant) in self.table.rows for sample in self.plan.samples)
-            self.progress(what, done, len(self.plan.samples))
+    def tell(self, what: str, variant: str, wanted: Sequence[Sample] | None = None) -> None:
+        """Tell the user's function, if there is one, how many samples of a variant are finished.
 
-    def pending(self, variant: str) -> list[Sample]:
-        """Samples of a variant that are not in the table yet, for all processes together."""
-        return [sample for sample in self.plan.samples if (sample.sample_id, variant) not in self.table.rows]
+        Args:
+            what: What is finished.
+            variant: The variant.
+            wanted: Its samples; all when left out.
+        """
+        wanted = self.plan.samples if wanted is None else wanted
+        if callable(self.progress) and self.processes.is_main:
+            done = sum((sample.sample_id, variant) in self.table.rows for sample in wanted)
+            self.progress(what, done, len(wanted))
+
+    def pending(self, variant: str, wanted: Sequence[Sample] | None = None) -> list[Sample]:
+        """Samples of a variant that are not in the table yet, for all processes together; see `tell`."""
+        wanted = self.plan.samples if wanted is None else wanted
+        return [sample for sample in wanted if (sample.sample_id, variant) not in self.table.rows]
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that fall to this process."""

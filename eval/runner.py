@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from erasure import __version__
 from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ErasureError, EvaluationError
+from erasure.errors import ErasureError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.controls import flag_control, withheld
 from erasure.eval.cost import evaluation_cost
@@ -26,19 +26,18 @@ from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
 from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
-from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
+from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.outcomes import adjust
 from erasure.eval.recipe import is_identified
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
-from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, drift, reason, score
 from erasure.eval.table import SampleTable, image_path
 from erasure.eval.variants import Variant
 from erasure.images import png, read_rgb
-from erasure.interop.pipelines import execution_device
 
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
@@ -116,7 +115,7 @@ def evaluate(
     plan = kit.plan(models.pipe, wanted, size, seed)
     checked = _checked(kit, controls)
     answering = judge_of(judge, kit, plan)
-    scorer, clip_missing = _clip(clip, models.pipe)
+    scorer, clip_missing = clip_model(clip, models.pipe)
     subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
 
     def table(folder: Path) -> SampleTable:
@@ -188,20 +187,6 @@ def computed(kit: suites.Suite, evidence: Evidence) -> list[Record]:
     return rows
 
 
-def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
-    """The CLIP model, or why there is none. One that the user names must be there; it runs where the pipeline does."""
-    if isinstance(given, ClipModel):
-        return given, None
-    if given == "none":
-        return None, "no CLIP model: left out as asked"
-    if given is not None:
-        return ClipModel(given, execution_device(pipe)), None
-    try:
-        return ClipModel(EMBEDDED), None
-    except ArtifactError as error:
-        return None, f"no CLIP model: {error}"
-
-
 def _clip_source(given: str | Path | ClipModel | None) -> str | None:
     """Where a CLIP model is, for a detector that is made of one; `None` where none is named."""
     if isinstance(given, ClipModel):
@@ -270,11 +255,11 @@ class _Evaluation(Run):
             def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(variant, batch, images, seconds)
 
-            def done(count: int) -> None:
+            def finished(count: int) -> None:
                 bar.update(count)
                 self.tell(name, name)
 
-            self.finish_drawn(pipe, variant.draw, mine, self.batch_size, finish, done, self.beside)
+            self.finish_drawn(pipe, variant.draw, mine, self.batch_size, finish, finished, self.beside)
 
     def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
         """Take what an earlier evaluation has drawn; returns the samples that are left to draw."""

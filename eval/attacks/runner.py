@@ -29,6 +29,7 @@ from erasure.eval.cost import attack_cost
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.attacked import original_control
+from erasure.eval.one_concept import one_concept, plan_of, spread
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
@@ -98,15 +99,9 @@ def attack(
     """
     method = attacks.get(name).configured(size, **options)
     kit = suites.get(suite)
-    if not kit.of_concepts:
-        raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
     models = Models.of(pipe)
-    found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
-    if len(found.targets) != 1:
-        raise EvaluationError(
-            f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
-        )
+    found = plan_of(kit, concept, models, seed, "attack", "attack")
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}} | _strict(models)
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
@@ -213,27 +208,6 @@ def replay(
             return Results.load(run.table.folder)
         rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
         return run.save((*rates, "held_by_refusal", "control_seen"), rows)
-
-
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` samples, evenly over the list, its ends included."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[round(index * (len(samples) - 1) / max(count - 1, 1))] for index in range(count)]
-
-
-def one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
-    """The concept that is given, or the only one of the erasures.
-
-    Raises:
-        EvaluationError: None is given, and the erasures are of none or several.
-    """
-    if concept is not None:
-        return concept
-    erased = {each.target: each for each in models.concepts}
-    if len(erased) != 1:
-        raise EvaluationError(f"name the concept: the erasures attached are of {', '.join(erased) or 'none'}")
-    return next(iter(erased.values()))
 
 
 def _strict(models: Models) -> Record:

@@ -15,19 +15,19 @@ from tqdm.auto import tqdm
 
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, EvaluationError
+from erasure.errors import EvaluationError
 from erasure.eval import stress as tests
 from erasure.eval import suites
-from erasure.eval.attacks.runner import one_concept, spread
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.metrics import METRICS
-from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
+from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.outcomes import collect, correct, shows
+from erasure.eval.one_concept import plan_of, spread
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
-from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, reason, score
@@ -90,7 +90,7 @@ def stress_test(
         batch_size: Images per call of the pipeline. Does not change the noise of a sample.
         judge: Detector: a callable from images to answers with `.object` and `.style`; what `load_judge` takes; or a
             registered detector with its options, whose flag means the concept. The suite's own by default.
-        clip: CLIP model for tests that compare image features; the embedded one by default.
+        clip: CLIP model for tests that compare image features; the embedded one by default. See `evaluate`.
         images: Keep images as PNG, for the report.
         progress: A progress bar, none, or a function that is told of progress.
         report: Write `report.html`.
@@ -104,8 +104,6 @@ def stress_test(
     """
     test = tests.get(name).configured(size, **options)
     kit = suites.get(suite)
-    if not kit.of_concepts:
-        raise EvaluationError(f"suite {suite} has no prompts of a concept to bring back: name another, such as canvas")
     processes = join(out, seed)
     started = time.perf_counter()
     models = Models.of(pipe)
@@ -114,16 +112,14 @@ def stress_test(
             "no erasure is attached and in force, so there is nothing to put under stress: attach one first "
             "(load_erasure, --erasure)"
         )
-    found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
-    if len(found.targets) != 1:
-        raise EvaluationError(f"{concept!r} names {len(found.targets)} concepts ({found.concept}): test one at a time")
+    found = plan_of(kit, concept, models, seed, "bring back", "test")
     (target,) = found.targets
     whole_suite = Plan(name, size, seed, found.targets, _chosen(found.samples, test, target, judge), found.recipe)
     answering = _judge_of(judge, kit, whole_suite, target)
     # What is done to these reaches neither the caller's pipeline nor whoever draws with it meanwhile.
     manager = ErasureManager(models.pipe)
     models = replace(models, pipe=manager.twin(), stock=manager.stock())
-    scorer, clip_missing = _clip(clip) if test.needs_clip else (None, None)
+    scorer, clip_missing = clip_model(clip, models.pipe) if test.needs_clip else (None, None)
     bench = Bench(models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes)
     conditions = _conditions(test, bench)
     samples = (*whole_suite.samples, *test.more_samples(bench))
@@ -183,18 +179,6 @@ def _judge_of(
     return judge_of(given, kit, plan)
 
 
-def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str | None]:
-    """The CLIP model, or why there is none. One that the user names must be there."""
-    if isinstance(given, ClipModel):
-        return given, None
-    if given is not None:
-        return ClipModel(given), None
-    try:
-        return ClipModel(EMBEDDED), None
-    except ArtifactError as error:
-        return None, f"no CLIP model: {error}"
-
-
 def _conditions(test: StressTest, bench: Bench) -> list[Condition]:
     """All conditions: the stock model, the erased one, and those of the test.
 
@@ -238,7 +222,7 @@ class _Stress(Run):
     def draw(self, condition: Condition) -> None:
         """Finish every sample of a condition that is not in the table yet and falls to this process."""
         wanted = [sample for sample in self.plan.samples if sample.role in condition.roles]
-        pending = [sample for sample in wanted if (sample.sample_id, condition.name) not in self.table.rows]
+        pending = self.pending(condition.name, wanted)
         mine, done = self.share(pending), len(wanted) - len(pending)
         if not mine:
             return
@@ -248,16 +232,11 @@ class _Stress(Run):
             def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(condition, batch, images, seconds)
 
-            def done(count: int) -> None:
+            def finished(count: int) -> None:
                 bar.update(count)
-                self._told(condition, wanted)
+                self.tell(condition.name, condition.name, wanted)
 
-            self.finish_drawn(pipe, condition.draw, mine, self.batch_size, finish, done)
-
-    def _told(self, condition: Condition, wanted: Sequence[Sample]) -> None:
-        if callable(self.progress) and self.processes.is_main:
-            done = sum((sample.sample_id, condition.name) in self.table.rows for sample in wanted)
-            self.progress(condition.name, done, len(wanted))
+            self.finish_drawn(pipe, condition.draw, mine, self.batch_size, finish, finished)
 
     def _finish(
         self, condition: Condition, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float
