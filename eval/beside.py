@@ -13,6 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from erasure.interop.pipelines import execution_device
+
 Batch = TypeVar("Batch")
 STEP_END = "callback_on_step_end"
 """Argument of a pipeline's call that is told of every step."""
@@ -84,7 +86,7 @@ class Clock:
     def _step_end(
         self, pipe: DiffusionPipeline, index: int, t: Tensor, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+        device = execution_device(pipe)
         if device.type == "cuda":  # which is asked for more than it has done yet
             with torch.cuda.device(device):
                 end = torch.cuda.Event(enable_timing=True)

@@ -157,9 +157,10 @@ def test_stress_tests_say_it_too(erased_pipe: Any, judge: Any, tmp_path: Path) -
     assert "Of that, in the denoiser" in dict(costs(results))
 
 
-def test_a_call_that_tells_of_one_step_has_no_share_of_the_denoiser() -> None:
+def test_a_call_that_tells_of_one_step_has_no_share_of_the_denoiser(tiny_pipe: Any) -> None:
     clock = Clock()
-    clock._step_end(object(), 0, torch.zeros(()), {})  # type: ignore[arg-type]
+    tell: Any = clock.told_by(tiny_pipe)["callback_on_step_end"]
+    tell(tiny_pipe, 0, torch.zeros(()), {})
     clock.called()
     assert clock.denoising is None
     clock.called()
