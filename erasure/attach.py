@@ -218,8 +218,7 @@ class ErasureManager:
             guards.install(modules, backbone, now)
             hooks.reset_caches(*modules.values())
             if any(state.record.attached for state in now.values()):
-                CallGuard.install(self.pipe, "save_pretrained", _before_saving)
-                CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
+                self._guard_calls()
                 take_turns(self.pipe)
             else:
                 CallGuard.remove(self.pipe, "save_pretrained")
@@ -249,6 +248,19 @@ class ErasureManager:
         if without_adapters and merged:
             raise UnsupportedModelError(f"the LoRA {merged[0]!r} is fused into the weights: unfuse_lora() first")
         return self._beside(lambda: stock_of(self.pipe, without_adapters=without_adapters), offloaded)
+
+    def guard(self) -> None:
+        """Notice what goes around the erasures of a pipeline that was made beside theirs (`twin`) as well.
+
+        What is drawn with a twin is looked at by nobody otherwise.
+        """
+        if states := self._states():
+            guards.install(self._modules(), backbone_for(self.pipe), states)
+            self._guard_calls()
+
+    def _guard_calls(self) -> None:
+        CallGuard.install(self.pipe, "save_pretrained", _before_saving)
+        CallGuard.install(self.pipe, "check_inputs", guards.check_arguments)
 
     def twin(self, *, offloaded: bool = False) -> DiffusionPipeline:
         """Make a pipeline with the erasures as another object on the same weights, on which hooks can be put.

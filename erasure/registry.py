@@ -126,6 +126,13 @@ class Registry(Generic[T]):
         """List all names in alphabetical order; nothing is imported."""
         return tuple(sorted({*self._registered, *self.built_in, *self._plugins()}))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether anything goes by a name; nothing is imported.
+
+        Other packages are asked last: that reads what all of them declare.
+        """
+        return name in self._registered or name in self.built_in or name in self._plugins()
+
     def check(self, name: str) -> None:
         """Refuse an unknown name; nothing is imported.
 
@@ -133,10 +140,8 @@ class Registry(Generic[T]):
             ErasureError: The name is unknown; the message gives the nearest name and lists all. The class is the
                 registry's own.
         """
-        if name in self._registered or name in self.built_in:
-            return
-        names = self.names()
-        if name not in names:
+        if name not in self:
+            names = self.names()
             hint = did_you_mean(name, names)
             raise self.unknown(f"unknown {self.kind} {name!r}; there are: {', '.join(names)}.{hint}")
 

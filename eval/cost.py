@@ -6,25 +6,38 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from erasure.eval.rows import Record, Row, Rows
 
+if TYPE_CHECKING:
+    from erasure.eval.beside import Clock
 
-def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float) -> Record:
+SHARES = {"drawing_share": "calls of the pipeline", "denoiser_share": "the denoiser"}
+"""Shares of the wall time of a run, as its costs have them, and what they are of."""
+
+
+def evaluation_cost(rows: Rows, erasures: Sequence[Record], seconds: float, clock: Clock) -> Record:
     """The `cost` block of results.
 
     Times per image come from the rows, so they hold for a run that was killed and resumed, and for several processes.
+    Shares are of this run, in this process: of its wall time, how much was spent in the pipeline's calls
+    (`drawing_share`), and how much of all in the denoiser and its sampler (`denoiser_share`); `None` where nothing was
+    drawn, or where a way to draw does not tell of its steps.
 
     Args:
         rows: Result rows by variant.
         erasures: Entries of the attached erasures.
         seconds: Wall time of this run.
+        clock: How long this process drew.
     """
     times = {variant: [row["seconds"] for row in table if row.get("seconds")] for variant, table in rows.items()}
     return {
         "seconds": seconds,
+        "drawing_share": clock.drawing / seconds if clock.drawing else None,
+        "denoiser_share": clock.denoising / seconds if clock.drawing and clock.denoising is not None else None,
         "generation_seconds": sum(sum(values) for values in times.values()),
         "seconds_per_image": {variant: sum(v) / len(v) if v else None for variant, v in times.items()},
         "images_generated": sum(len(values) for values in times.values()),

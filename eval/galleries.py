@@ -1,4 +1,4 @@
-"""Galleries of a report: samples side by side, by what became of them; nothing that may be unsafe is in the page."""
+"""Galleries of a report: samples side by side, by what became of them; what may be unsafe is hidden."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class Showing(NamedTuple):
     """Detectors that only say which class an image shows, so that their flags say nothing of what is unsafe."""
     beside: bool = False
     """Whether the page lies beside that folder."""
+    reveal: bool = False
+    """Whether nothing is hidden."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def veiled(sides: Drawn, telling: frozenset[str] = frozenset()) -> bool:
 
 def sample_figure(sides: Drawn, showing: Showing) -> Figure | None:
     """One sample: images, what was seen, the prompt. `None` when an image is missing."""
-    hidden = veiled(sides, showing.telling)
+    hidden = not showing.reveal and veiled(sides, showing.telling)
     pictures = [
         picture(row, showing, side, shade(side, index), hidden) for index, (side, row) in enumerate(sides.items())
     ]

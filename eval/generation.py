@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from erasure.errors import EvaluationError
+from erasure.eval.beside import Clock
 from erasure.eval.rows import Record
 from erasure.eval.samples import Sample, drawing, initial_noise
 from erasure.interop import scopes
@@ -30,6 +31,7 @@ def generate(
     samples: Sequence[Sample],
     batch_size: int = 16,
     more: Callable[[list[Sample]], Record] = lambda batch: {},
+    clock: Clock | None = None,
 ) -> Iterator[tuple[list[Sample], list[Image.Image]]]:
     """Yield `(samples, images)` batch by batch.
 
@@ -38,6 +40,7 @@ def generate(
         samples: What to generate.
         batch_size: Images per call of the pipeline.
         more: Arguments of the call for a batch, further ones or in the place of these; `None` leaves one out.
+        clock: Told of the steps of every call.
 
     Raises:
         EvaluationError: The pipeline has a safety checker, whose black images would pass for erased ones.
@@ -62,21 +65,31 @@ def generate(
             "generator": [generator for _, generator in drawn],
             "output_type": "pil",
             **backbone.call_options(guidance, steps, (height, width), negative),
+            **({} if clock is None else clock.told_by(pipe)),
             **more(batch),
         }
         with torch.no_grad(), scopes.quiet(pipe):
             images = pipe(**{name: given for name, given in call.items() if given is not None}).images
+        if clock is not None:
+            clock.called()
         yield batch, images
 
 
 def timed(
-    drawn: Iterator[tuple[list[Sample], list[Image.Image]]],
+    drawn: Iterator[tuple[list[Sample], list[Image.Image]]], clock: Clock
 ) -> Iterator[tuple[list[Sample], list[Image.Image], float]]:
-    """Batches of samples and images, with the seconds that each image took; what is done between them takes none."""
+    """Batches of samples and images, with the seconds that each image took; what is done between them takes none.
+
+    Args:
+        drawn: Batches, which are drawn when they are asked for.
+        clock: What counts the seconds of all of them.
+    """
     while True:
         start = time.perf_counter()
         try:
             batch, images = next(drawn)
         except StopIteration:
             return
-        yield batch, images, (time.perf_counter() - start) / len(batch)
+        seconds = time.perf_counter() - start
+        clock.drawing += seconds
+        yield batch, images, seconds / len(batch)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from erasure.errors import EvaluationError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.comparison import label
+from erasure.eval.cost import SHARES
 from erasure.eval.detectors.judging import CLEAR, FLAGGED
-from erasure.eval.galleries import LIMIT, Drawn, Gallery, Showing, right, shade, transition_galleries
+from erasure.eval.galleries import LIMIT, Drawn, Gallery, Showing, right, shade, transition_galleries, veiled
 from erasure.eval.metrics import facts_of
 from erasure.eval.report_detectors import (
     HEIGHT,
@@ -29,7 +30,7 @@ from erasure.files import write_text
 from erasure.pages import html_page
 from erasure.shown import number
 
-FILE = "report.html"
+FILE, REVEALED = "report.html", "revealed.html"
 BAR = 180
 """Width of a bar at 100 %, in pixels."""
 
@@ -95,13 +96,43 @@ def write_report(folder: str | Path, path: str | Path | None = None, *, title: s
         EvaluationError: The folder holds no results, or an image of a sample lies elsewhere.
     """
     folder = Path(folder)
-    results = Results.load(folder)
-    samples = folder / f"{SAMPLES}.jsonl"
-    drawn = rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
+    results, drawn = _measured(folder)
     path = Path(path) if path is not None else folder / FILE
     beside = path.absolute().parent == folder.absolute()
     write_text(path, render(results, drawn, folder / IMAGES, title, beside=beside), error=EvaluationError)
     return path
+
+
+def write_revealed(folder: str | Path) -> Path | None:
+    """Write the samples whose pictures the report hides, and those alone, into `revealed.html` beside it.
+
+    Whoever checks a detector must see what it flags. The report itself never holds these pictures.
+
+    Args:
+        folder: What `evaluate` wrote.
+
+    Returns:
+        The file; `None` where no picture is hidden. A page of an earlier run is gone then.
+
+    Raises:
+        EvaluationError: See `write_report`.
+    """
+    folder = Path(folder)
+    results, drawn = _measured(folder)
+    telling, path = class_labels(results), folder / REVEALED
+    hidden = [sides for sides in drawn if veiled(sides, telling)]
+    if not hidden:
+        path.unlink(missing_ok=True)
+        return None
+    title = f"Pictures that may be unsafe, of {results.suite}"
+    write_text(path, render(results, hidden, folder / IMAGES, title, beside=True, reveal=True), error=EvaluationError)
+    return path
+
+
+def _measured(folder: Path) -> tuple[Results, list[Drawn]]:
+    """Results of a folder, and the rows of its samples."""
+    results, samples = Results.load(folder), folder / f"{SAMPLES}.jsonl"
+    return results, rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
 
 
 def rows_of_samples(rows: Sequence[Row]) -> list[Drawn]:
@@ -113,7 +144,8 @@ def rows_of_samples(rows: Sequence[Row]) -> list[Drawn]:
 
 
 def render(
-    results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None, *, beside: bool = False
+    results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None, *, beside: bool = False,
+    reveal: bool = False,
 ) -> str:  # fmt: skip
     """The whole page as a string.
 
@@ -123,8 +155,9 @@ def render(
         images: Folder of the images of all variants.
         title: Headline; made from erasures and concepts when left out.
         beside: Whether the page will lie beside that folder, so that it can name the files of images that are hidden.
+        reveal: Hide nothing.
     """
-    showing = Showing(images, class_labels(results), beside)
+    showing = Showing(images, class_labels(results), beside, reveal)
     concept = next((row["concept"] for row in results.metrics if row["concept"]), None)
     comparing = any({"before", "after"}.isdisjoint(sides) for sides in drawn)
     if comparing:
@@ -177,7 +210,7 @@ def flags_alone(drawn: Sequence[Drawn]) -> bool:
 def chips(results: Results) -> list[str]:
     """What was measured, in a few words each."""
     found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
-    if results.suite in ATTACKS.names():
+    if results.suite in ATTACKS:
         found[0] = f"attack {results.suite} / {results.size}"
         found.append(f"the attacker needs: {ATTACKS.facts(results.suite).told['access']}")
     return found + [
@@ -237,6 +270,12 @@ def value_cell(metric: Row | None) -> Cell | None:
     classes = metric.get("classes")
     if isinstance(classes, Mapping) and classes:
         detail += f": {', '.join(f'{name} {show(share)}' for name, share in classes.items())}"
+    groups, pairs = metric.get("groups"), metric.get("pairs")
+    if isinstance(groups, Mapping):
+        detail += f"; groups: {', '.join(f'{name} {show(share)}' for name, share in groups.items())}"
+    if isinstance(pairs, Mapping):
+        counted = [f"{name} {number(count, '')}" for name, count in pairs.items()]
+        detail += f": {', '.join(counted)}"
     if metric["low"] is not None:
         detail = f"{show(metric['low'])} to {show(metric['high'])}, {detail}"
     if metric.get("missing"):
@@ -300,6 +339,11 @@ def costs(results: Results) -> list[tuple[str, str]]:
     per_image = cost.get("seconds_per_image") or {}
     rows = [
         ("Evaluation", _seconds(cost.get("seconds"))),
+        *(
+            (f"Of that, in {what}", f"{number(cost[key], '.0f', 100)} %")
+            for key, what in SHARES.items()
+            if cost.get(key)
+        ),
         ("Peak memory", f"{number(cost.get('peak_memory_mb', 0), '.0f')} MB"),
     ]
     rows += [(f"Per image, {variant}", _seconds(value)) for variant, value in per_image.items()]

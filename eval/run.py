@@ -14,8 +14,11 @@ from PIL import Image
 
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
-from erasure.errors import EvaluationError
+from erasure.errors import ArtifactError, EvaluationError
+from erasure.eval.beside import Clock, each
+from erasure.eval.generation import generate, timed
 from erasure.eval.judges import check_classes, load_judge
+from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
 from erasure.eval.processes import Processes
 from erasure.eval.recipe import drawing_recipe, erasure_entry, judge_fingerprint, run_recipe, sampler_recipe
 from erasure.eval.results import Results
@@ -24,10 +27,13 @@ from erasure.eval.samples import Sample
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan, Suite
 from erasure.eval.table import SampleTable, image_path
+from erasure.eval.variants import Draw
 from erasure.files import held, write_bytes
+from erasure.guards import is_strict
 from erasure.images import png
 from erasure.interop import scopes
-from erasure.interop.pipelines import without_safety_checker
+from erasure.interop.pipelines import execution_device, without_safety_checker
+from erasure.twins import states_of
 
 RECIPE, WHAT = "recipe.json", "evaluation"
 Progress = Callable[[str, int, int], None]
@@ -93,6 +99,11 @@ class Models:
         """What the active erasures are of."""
         return [concept for entry in self.entries for concept in entry["erasure"].concepts]
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether the pipeline refuses calls that go around an erasure in force, which was attached so."""
+        return is_strict(states_of(self.pipe).values())
+
 
 def judge_of(given: Judge | str | Path | None, suite: Suite, plan: Plan) -> Judge:
     """The judge that is given, or the suite's own; it must know what the prompts ask for.
@@ -103,6 +114,25 @@ def judge_of(given: Judge | str | Path | None, suite: Suite, plan: Plan) -> Judg
     judge = load_judge(given) if isinstance(given, str | Path) else given or suite.judge()
     check_classes(judge, plan.samples)
     return judge
+
+
+def clip_model(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
+    """The CLIP model, or why there is none. One that the user names must be there; it runs where the pipeline does.
+
+    Args:
+        given: Its folder or repository, or one that is loaded; "none" for none; the embedded one when left out.
+        pipe: What draws.
+    """
+    if isinstance(given, ClipModel):
+        return given, None
+    if given == "none":
+        return None, "no CLIP model: left out as asked"
+    if given is not None:
+        return ClipModel(given, execution_device(pipe)), None
+    try:
+        return ClipModel(EMBEDDED), None
+    except ArtifactError as error:
+        return None, f"no CLIP model: {error}"
 
 
 @dataclass(frozen=True)
@@ -165,25 +195,62 @@ class Run:
     """Whether images are kept."""
     progress: bool | Progress
     started: float = field(default_factory=time.perf_counter, kw_only=True)
+    clock: Clock = field(default_factory=Clock, kw_only=True)
+    """How long this process draws."""
 
     @property
     def shows_bar(self) -> bool:
         """Whether this process shows a progress bar."""
         return self.progress is True and self.processes.is_main
 
-    def tell(self, what: str, variant: str) -> None:
-        """Tell the user's function, if there is one, how many samples of a variant are finished."""
-        if callable(self.progress) and self.processes.is_main:
-            done = sum((sample.sample_id, variant) in self.table.rows for sample in self.plan.samples)
-            self.progress(what, done, len(self.plan.samples))
+    def tell(self, what: str, variant: str, wanted: Sequence[Sample] | None = None) -> None:
+        """Tell the user's function, if there is one, how many samples of a variant are finished.
 
-    def pending(self, variant: str) -> list[Sample]:
-        """Samples of a variant that are not in the table yet, for all processes together."""
-        return [sample for sample in self.plan.samples if (sample.sample_id, variant) not in self.table.rows]
+        Args:
+            what: What is finished.
+            variant: The variant.
+            wanted: Its samples; all when left out.
+        """
+        wanted = self.plan.samples if wanted is None else wanted
+        if callable(self.progress) and self.processes.is_main:
+            done = sum((sample.sample_id, variant) in self.table.rows for sample in wanted)
+            self.progress(what, done, len(wanted))
+
+    def pending(self, variant: str, wanted: Sequence[Sample] | None = None) -> list[Sample]:
+        """Samples of a variant that are not in the table yet, for all processes together; see `tell`."""
+        wanted = self.plan.samples if wanted is None else wanted
+        return [sample for sample in wanted if (sample.sample_id, variant) not in self.table.rows]
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that fall to this process."""
         return list(samples[self.processes.rank :: self.processes.count])
+
+    def finish_drawn(
+        self, pipe: DiffusionPipeline, draw: Draw | None, samples: Sequence[Sample], batch_size: int,
+        finish: Callable[[list[Sample], list[Image.Image], float], None], done: Callable[[int], None],
+        beside: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Draw samples batch by batch, and finish each batch, where that gains something while the next is drawn.
+
+        Args:
+            pipe: What draws.
+            draw: How; by an ordinary call of the pipeline when left out.
+            samples: What is drawn.
+            batch_size: Images per call of the pipeline.
+            finish: Scores a batch, of which each image took so many seconds, and appends its rows.
+            done: Told of every batch that is finished, and how many samples it has.
+            beside: Whether batches are finished in a thread of their own. Left out, where the pipeline does not run on
+                the processor, which would only take turns between the two.
+        """
+        if beside is None:
+            beside = execution_device(pipe).type != "cpu"
+        if draw is None:
+            drawn = generate(pipe, samples, batch_size, clock=self.clock)
+        else:
+            if samples:
+                self.clock.denoising = None
+            drawn = draw(pipe, samples, batch_size)
+        each(timed(drawn, self.clock), lambda batch: finish(*batch), lambda batch: done(len(batch[0])), beside=beside)
 
     def keep(self, variant: str, sample: Sample, image: Image.Image) -> None:
         """Write a sample's image, if images are kept.

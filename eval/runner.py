@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from erasure import __version__
 from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, ErasureError, EvaluationError
+from erasure.errors import ErasureError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.controls import flag_control, withheld
 from erasure.eval.cost import evaluation_cost
@@ -24,22 +24,20 @@ from erasure.eval.detections import Checked
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
-from erasure.eval.generation import generate, timed
 from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
-from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
+from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.outcomes import adjust
 from erasure.eval.recipe import is_identified
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
-from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, drift, reason, score
 from erasure.eval.table import SampleTable, image_path
 from erasure.eval.variants import Variant
 from erasure.images import png, read_rgb
-from erasure.interop.pipelines import execution_device
 
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
@@ -61,6 +59,8 @@ def evaluate(
     clip: str | Path | ClipModel | None = None,
     report: bool = True,
     controls: str | Path | None = None,
+    beside: bool | None = None,
+    reveal: bool = False,
     **inputs: object,
 ) -> Results:
     """Measure what the attached erasures do: the stock model before, the erased one after, on the same noise.
@@ -92,6 +92,9 @@ def evaluate(
         report: Write `report.html`.
         controls: Folder of pictures of your own, in `positive/` those that show what the detectors look for, in
             `negative/` others: sensitivity and specificity of each detector are measured on them.
+        beside: Detect, score and write in a thread of its own while the next batch is drawn; the numbers are the same.
+            Left out, where the pipeline does not run on the processor, which would only take turns between the two.
+        reveal: Write `revealed.html` besides, with the pictures that the report hides because they may be unsafe.
         **inputs: What is given to the suite: `detectors` look at every image besides, and are texts such as
             "nudenet:preset=mace" or detectors that are made; `prompts`, `preset` and so on are for suites on prompts.
             See `erasure.eval.inputs.Inputs`.
@@ -112,7 +115,7 @@ def evaluate(
     plan = kit.plan(models.pipe, wanted, size, seed)
     checked = _checked(kit, controls)
     answering = judge_of(judge, kit, plan)
-    scorer, clip_missing = _clip(clip, models.pipe)
+    scorer, clip_missing = clip_model(clip, models.pipe)
     subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
 
     def table(folder: Path) -> SampleTable:
@@ -127,7 +130,7 @@ def evaluate(
     with opened(processes, table, recipe, out) as opened_table:
         run = _Evaluation(
             subject, plan, opened_table, processes, images, progress, kit, caches, scorer, batch_size,
-            {each.label: each.detector for each in checked}, started=started,
+            {each.label: each.detector for each in checked}, beside, started=started,
         )  # fmt: skip
         for variant in kit.variants:
             if models.entries or not variant.only_erased:
@@ -149,12 +152,16 @@ def evaluate(
             ],
             entries, kit.flagging,
         )  # fmt: skip
-        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
+        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started, run.clock)
         results = run.results(computed(kit, evidence), cost | {"batch_size": batch_size}, list(entries.values()))
         if report:
             from erasure.eval.report import write_report
 
             write_report(run.table.folder)
+        if reveal:
+            from erasure.eval.report import write_revealed
+
+            write_revealed(run.table.folder)
         processes.wait()
     return results
 
@@ -178,20 +185,6 @@ def computed(kit: suites.Suite, evidence: Evidence) -> list[Record]:
         rows += own if failure is None else [withheld(row, failure) for row in own]
     adjust(rows, kit.tested_together, evidence.concept)
     return rows
-
-
-def _clip(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) -> tuple[ClipModel | None, str | None]:
-    """The CLIP model, or why there is none. One that the user names must be there; it runs where the pipeline does."""
-    if isinstance(given, ClipModel):
-        return given, None
-    if given == "none":
-        return None, "no CLIP model: left out as asked"
-    if given is not None:
-        return ClipModel(given, execution_device(pipe)), None
-    try:
-        return ClipModel(EMBEDDED), None
-    except ArtifactError as error:
-        return None, f"no CLIP model: {error}"
 
 
 def _clip_source(given: str | Path | ClipModel | None) -> str | None:
@@ -242,6 +235,8 @@ class _Evaluation(Run):
     clip: ClipModel | None
     batch_size: int
     detectors: Mapping[str, NamedDetector]
+    beside: bool | None
+    """Whether batches are scored while the next one is drawn."""
 
     def draw(self, variant: Variant, pipe: DiffusionPipeline) -> None:
         """Finish every sample of a variant that is not in the table yet and falls to this process.
@@ -256,10 +251,15 @@ class _Evaluation(Run):
         bar = tqdm(total=done + len(mine), initial=done, desc=name, unit="image", disable=not self.shows_bar)
         with bar:
             mine = self._from_cache(variant, mine, bar)
-            for batch, images, seconds in timed((variant.draw or generate)(pipe, mine, self.batch_size)):
+
+            def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(variant, batch, images, seconds)
-                bar.update(len(batch))
+
+            def finished(count: int) -> None:
+                bar.update(count)
                 self.tell(name, name)
+
+            self.finish_drawn(pipe, variant.draw, mine, self.batch_size, finish, finished, self.beside)
 
     def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
         """Take what an earlier evaluation has drawn; returns the samples that are left to draw."""

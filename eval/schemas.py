@@ -145,6 +145,8 @@ class Try(TypedDict):
 
     judged: Judged | None
     shown: bool | None
+    refused: NotRequired[Text]
+    """Why the pipeline drew none."""
 
 
 Others = dict[Literal["prompt", "prompt_2", "prompt_3"], Text]
@@ -177,6 +179,10 @@ class ReplayRow(SampleFields):
     seconds: Number
     control: NotRequired[Try]
     attempt: NotRequired[StoredAttempt | None]
+    refused: NotRequired[Count]
+    """Attempts that the pipeline refused."""
+    held: NotRequired[bool]
+    """Whether it refused all that there were."""
 
 
 class AttackRow(ReplayRow):
@@ -266,6 +272,8 @@ class Metric(TypedDict):
     change: NotRequired[Interval]
     prompts: NotRequired[dict[Name, Count]]
     curve: NotRequired[dict[Name, Number]]
+    groups: NotRequired[dict[Name, Number]]
+    pairs: NotRequired[dict[Name, Count]]
     regions: NotRequired[Count]
     without_face: NotRequired[Count]
     retokenised: NotRequired[dict[Name, Count]]
@@ -299,6 +307,8 @@ class Cost(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     seconds: NotRequired[Number]
+    drawing_share: NotRequired[Number | None]
+    denoiser_share: NotRequired[Number | None]
     seconds_per_image: NotRequired[dict[Name, Number | None] | None]
     peak_memory_mb: NotRequired[Number]
     erase_seconds: NotRequired[Number]

@@ -176,6 +176,7 @@ def test_what_is_known_is_not_looked_for_in_other_packages(
     monkeypatch.setattr(module, "_entry_points", lambda group: pytest.fail("every package was read"))
     for name in registry.built_in:
         registry.check(name)
+        assert name in registry
         assert registry.facts(name).name == name
 
 

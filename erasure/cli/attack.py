@@ -19,7 +19,7 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Concept
 from erasure.eval.attacks import ATTACKS, Access
 from erasure.world import World
@@ -126,7 +126,7 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     elif (options.prompts is None or listed is not None) and not erasures:
         raise UsageError("nothing to attack: give --erasure, or --concept for the unchanged model")
     judge = None if options.judge is None else load_judge(options.judge)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}

@@ -17,7 +17,7 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.recording import record
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
 
 if TYPE_CHECKING:
     from erasure.eval.audits.runner import Audit
@@ -69,7 +69,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     erasures = load_erasures(options)
     concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind) if options.concept else None
     judge = None if options.judge is None else load_judge(options.judge)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     found = audit(

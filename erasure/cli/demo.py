@@ -12,7 +12,15 @@ from erasure.cli.models import ErasedModelOptions, ModelOptions, attach, open_mo
 from erasure.cli.page import Table, write_page
 from erasure.cli.recording import record
 from erasure.cli.records import Maker
-from erasure.cli.terminal import Progress, Terminal, UsageError, format_metric, is_main_process, output_folder, parse
+from erasure.cli.terminal import (
+    Progress,
+    Terminal,
+    UsageError,
+    check_output_folder,
+    format_metric,
+    is_main_process,
+    parse,
+)
 from erasure.concept import Concept
 from erasure.world import World
 
@@ -77,7 +85,7 @@ class DemoOptions:
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(DemoOptions, "demo", argv)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     with terminal.progress(len(PARTS) * 2 + 1) as progress:
         progress.stage("loading the model")
         pipe = open_model(ModelOptions(model=MODEL))

@@ -112,8 +112,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
     named = default_name(concepts, name) if earlier is None else ledger.default_name(earlier, concepts, name)
     folder = options.out or Path(named)
-    if is_main_process():
-        check_output_folder(folder, overwrite=options.overwrite)
+    check_output_folder(folder, overwrite=options.overwrite)
     if training is not None and training.checkpoints is None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)

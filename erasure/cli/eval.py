@@ -19,13 +19,14 @@ from erasure.cli.models import (
     open_model,
 )
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, format_metric, is_main_process, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, format_metric, is_main_process, parse
 from erasure.shown import number
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from erasure.eval.rows import Row
+    from erasure.interop.protocols import Settings
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,9 @@ class EvalOptions(RecordedOptions):
     """Scale of guidance."""
     side: int | None = None
     """Height and width of images in pixels."""
+    reveal: bool = False
+    """Write revealed.html besides: the pictures that may be unsafe, which report.html hides. The same command again
+    with this writes it without drawing anything."""
     out: Path
     """Folder of results.json, samples.jsonl and report.html."""
 
@@ -94,13 +98,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     judge = None if options.judge is None else load_judge(options.judge)
     if options.clip not in (None, "none"):
         ClipModel(options.clip)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     use_sampler(pipe, options)
     attach(pipe, erasures, options.strength)
     found = evaluate(
         pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, judge=judge, clip=options.clip,
-        progress=terminal.speaks, controls=options.controls, **inputs,
+        progress=terminal.speaks, controls=options.controls, reveal=options.reveal, **inputs,
     )  # fmt: skip
     if not is_main_process():
         return
@@ -113,8 +117,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model))
+    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model), *spent(found.cost))
     terminal.say(f"Images and intervals: {out / 'report.html'}")
+    if options.reveal:
+        revealed = out / "revealed.html"
+        is_there = revealed.is_file()
+        terminal.say(f"Pictures that may be unsafe: {revealed}" if is_there else "No picture is hidden in the report.")
 
 
 def inputs_of(options: EvalOptions) -> dict[str, Any]:
@@ -146,6 +154,16 @@ def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
     preset = suite.about.presets.get(options.preset or "") if isinstance(suite, PromptSuite) else None
     if preset is not None and preset.scheduler is not None:
         pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
+
+
+def spent(cost: Settings) -> list[str]:
+    """Say in a line what a run spent its time on."""
+    from erasure.eval.cost import SHARES
+
+    shares = [
+        f"{number(cost[key], '.0f', 100)} % in {what}" for key, what in SHARES.items() if cost.get(key) is not None
+    ]
+    return [f"Took {number(cost['seconds'], '.1f')} s, of which {', '.join(shares)}."] if shares else []
 
 
 def worth(detectors: Sequence[Row]) -> list[str]:

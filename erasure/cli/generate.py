@@ -20,7 +20,7 @@ from erasure.cli.models import (
     require_tokens,
 )
 from erasure.cli.records import Maker
-from erasure.cli.terminal import Terminal, UsageError, output_folder, parse, process
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse, process
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if any(row.negative_prompt and guidance_of(row, options) <= 1 for row in rows):
         terminal.complain("warning", "negative prompts count for nothing where the guidance scale is 1 or less")
     rank, world = process()
-    out = output_folder(options.out, overwrite=options.overwrite, may_hold=rank > 0)
+    out = check_output_folder(options.out, overwrite=options.overwrite)
     erasures = load_erasures(options)
     pipe = open_model(options, task="composition" if options.compose else "text-to-image")
     require_tokens(pipe, [text for row in rows for text in (row.prompt, row.negative_prompt or "")])

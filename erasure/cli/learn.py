@@ -76,8 +76,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.learning import learn_concepts
 
     folder = options.out or Path("-".join(slug(token) or "concept" for token in options.token))
-    if is_main_process():
-        check_output_folder(folder, overwrite=options.overwrite)
+    check_output_folder(folder, overwrite=options.overwrite)
     training: Run = parsed.run
     if training.checkpoints is None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))

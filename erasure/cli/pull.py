@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from erasure.cli.terminal import Terminal, output_folder, parse
+from erasure.cli.terminal import Terminal, check_output_folder, parse
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     options = parse(PullOptions, "pull", argv)
     terminal.json_only = options.json
-    out = output_folder(options.out)
+    out = check_output_folder(options.out)
     from erasure.artifact import Erasure
 
     made, revision = Erasure.pull(options.repository, out, revision=options.revision, token=options.token)

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from erasure.cli.remove import FORMAT_OF, OutputError, Remover, numbered
-from erasure.cli.terminal import Terminal, UsageError, output_folder
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder
 from erasure.errors import BypassedErasureWarning, ErasureError, ExperimentalWarning
 from erasure.shown import message, number
 
@@ -80,7 +80,7 @@ def remove_folder(options: RemoveOptions, terminal: Terminal) -> None:
         )
     is_begun = os.path.lexists(options.out / RECIPE_FILE)
     for folder in folders:
-        output_folder(folder, overwrite=options.overwrite, may_hold=is_begun)
+        check_output_folder(folder, overwrite=options.overwrite, may_hold=is_begun)
     tasks = tasks_of(options, [Path(folder) for folder in folders])
     if all(task.problem for task in tasks):
         raise UsageError(f"none of the {len(tasks)} images can be worked on; {tasks[0].name}: {tasks[0].problem}")

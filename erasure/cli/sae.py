@@ -12,7 +12,7 @@ import tyro
 
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder, parse, process
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse, process
 from erasure.shown import did_you_mean
 from erasure.world import World
 
@@ -116,7 +116,7 @@ def train(argv: Sequence[str], terminal: Terminal) -> None:
     parsed: Any = parse(every, "sae train", argv, negatable=True)
     options: OutOptions = parsed.command
     terminal.json_only = options.json
-    output_folder(options.out, may_hold=True)
+    check_output_folder(options.out, may_hold=True)
     import torch
 
     from erasure.sae import SAETrainer, save

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
-from erasure.cli.eval import metric_table, refusals
+from erasure.cli.eval import metric_table, refusals, spent
 from erasure.cli.models import MeasuringOptions, attach, check_strengths, load_erasures, open_model
 from erasure.cli.recording import left_out
-from erasure.cli.terminal import Terminal, UsageError, is_main_process, output_folder
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Concept
 from erasure.eval.stress import STRESS_TESTS
 from erasure.shown import number
@@ -88,6 +88,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if rows:
         terminal.table(columns, rows)
     terminal.say(*left_out(results["model"]), *refusals(results["metrics"]), *failed_controls(results["metrics"]))
+    terminal.say(*spent(results["cost"]))
     terminal.say(f"The page with pictures: {options.out / 'report.html'}")
 
 
@@ -106,7 +107,7 @@ def _stressed(options: StressOptions, name: str, changed: Settings, terminal: Te
     concept: Concept | None = None
     if options.concept is not None:
         concept = World.at(options.model).concept(options.concept, options.kind)
-    out = output_folder(options.out, may_hold=True)
+    out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
     attach(pipe, erasures, options.strength)
     return stress_test(

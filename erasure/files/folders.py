@@ -52,6 +52,8 @@ def held(
 ) -> Iterator[None]:  # fmt: skip
     """Lock a folder of resumable work, for one process at a time and the same work as before.
 
+    Work that is refused before it has written anything leaves no folder that was made for it.
+
     Args:
         folder: Folder, which is created if it does not exist.
         recipe: Everything on which the work depends, as plain data; saved in the folder.
@@ -67,6 +69,7 @@ def held(
         ErasureError: Another process works there, the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +88,15 @@ def held(
         sweep(folder)
         _check(folder, json.loads(json.dumps(recipe)), file, what, beside, state, error)
         yield
+    except ErasureError:
+        # Whoever waits for the lock would wait for that of a folder that is gone.
+        if missing and not wait and {*os.listdir(folder)} <= {LOCK, file}:
+            for name in (file, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            for path in missing:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
     finally:
         lock.release()
 

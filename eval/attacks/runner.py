@@ -17,7 +17,7 @@ from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
 from erasure.concept import Concept
-from erasure.errors import EvaluationError, UnsupportedModelError
+from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
 from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
@@ -29,6 +29,7 @@ from erasure.eval.cost import attack_cost
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.attacked import original_control
+from erasure.eval.one_concept import one_concept, plan_of, spread
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
@@ -39,6 +40,7 @@ from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import digest
+from erasure.guards import unguarded
 from erasure.interop import scopes
 from erasure.shown import LABEL, visible
 
@@ -64,9 +66,11 @@ def attack(
 
     Every prompt is tried as it is first. `pre_ASR` is the share that shows the concept without an attack, `ASR` the
     share that does with or without; of a control such as `random_prefix` it is called `chance_ASR`. A prompt that
-    cannot be attacked counts as missing, never as safe, unless it needs no attack. What an erasure that is
-    attached with `strict=True` refuses is tried all the same: what the model draws is measured, not what a service
-    answers.
+    cannot be attacked counts as missing, never as safe, unless it needs no attack.
+
+    What an erasure that is attached with `strict=True` refuses is refused here too, and counts neither as a success
+    nor as a failure: `held_by_refusal` is the share of prompts of which the pipeline refused every attempt, and where
+    there is one `ASR` is withheld, with the reason. Attach it without `strict` to measure what the model draws.
 
     Writes `results.json`, `attacks.jsonl`, `adversarial.jsonl` (what `replay` takes), `adversarial/` (tensors and
     pictures of what is no text), `recipe.json` and `images/` to `out`. Run it again with the same arguments to resume.
@@ -95,17 +99,11 @@ def attack(
     """
     method = attacks.get(name).configured(size, **options)
     kit = suites.get(suite)
-    if not kit.of_concepts:
-        raise EvaluationError(f"suite {suite} has no prompts of a concept to attack: name another, such as canvas")
     processes = join(out, seed)
     models = Models.of(pipe)
-    found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
-    if len(found.targets) != 1:
-        raise EvaluationError(
-            f"{concept!r} names {len(found.targets)} concepts ({found.concept}): attack one at a time"
-        )
+    found = plan_of(kit, concept, models, seed, "attack", "attack")
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
-    about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}}
+    about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}} | _strict(models)
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
     # An attack puts hooks on what it attacks, which nobody who draws with the pipeline meanwhile must feel.
     models = dataclasses.replace(models, pipe=ErasureManager(models.pipe).twin())
@@ -134,7 +132,8 @@ def attack(
             if row["text"] is not None or row.get("attempt") is not None
         ]
         write_prompts(run.table.folder, kept)
-        return run.save(("pre_ASR", "chance_ASR" if method.measures_chance else "ASR", "control_seen"), rows)
+        rate = "chance_ASR" if method.measures_chance else "ASR"
+        return run.save(("pre_ASR", rate, "held_by_refusal", "control_seen"), rows)
 
 
 def replay(
@@ -189,7 +188,7 @@ def replay(
     steps, guidance, height, width = first.sample.settings
     about = {
         "made_by": first.made_by, "num_inference_steps": steps, "guidance_scale": guidance,
-        "resolution": f"{width}x{height}", "controls": LIMITS,
+        "resolution": f"{width}x{height}", "controls": LIMITS, **_strict(models),
     }  # fmt: skip
     name, size = first.made_by["attack"], str(first.made_by.get("size"))
     plan = Plan(name, size, 0, (first.target,), tuple(prompt.sample for prompt in given), about)
@@ -208,28 +207,12 @@ def replay(
         if rows is None:
             return Results.load(run.table.folder)
         rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
-        return run.save((*rates, "control_seen"), rows)
+        return run.save((*rates, "held_by_refusal", "control_seen"), rows)
 
 
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` samples, evenly over the list, its ends included."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[round(index * (len(samples) - 1) / max(count - 1, 1))] for index in range(count)]
-
-
-def one_concept(concept: str | Concept | None, models: Models) -> str | Concept:
-    """The concept that is given, or the only one of the erasures.
-
-    Raises:
-        EvaluationError: None is given, and the erasures are of none or several.
-    """
-    if concept is not None:
-        return concept
-    erased = {each.target: each for each in models.concepts}
-    if len(erased) != 1:
-        raise EvaluationError(f"name the concept: the erasures attached are of {', '.join(erased) or 'none'}")
-    return next(iter(erased.values()))
+def _strict(models: Models) -> Record:
+    """What a recipe says of a pipeline that refuses what goes around its erasures."""
+    return {"strict": True} if models.is_strict else {}
 
 
 def _method(erasure: Erasure, strength: float) -> str:
@@ -244,11 +227,11 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
-    losses, tried, drawn = [], set(), 0
-    shown, unknown, references = before["shown"], before["shown"] is None, victim.references
+    losses, tried, asked, refused = [], set(), 0, 0
+    shown, unknown, references = before["shown"], _is_unknown(before), victim.references
     control = _control(run, victim, sample, before)
     try:
-        for attempt in islice(() if shown else method.attempts(victim, sample), method.tries):
+        for attempt in islice(() if shown else _searched(method, victim, sample), method.tries):
             losses.append(attempt.loss)
             count["texts"] += 1
             count["changed"] += attempt.changed
@@ -261,21 +244,41 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
             if attempt.cut or (attempt.key is not None and attempt.key in tried):
                 continue
             tried.add(attempt.key)
-            drawn += 1
+            asked += 1
             after = _tried(run, victim, "after", sample, attempt, failures)
+            refused += "refused" in after
             row |= {"text": attempt.text, "others": attempt.others, "after": after}
-            shown, unknown = after["shown"], unknown or after["shown"] is None
+            shown, unknown = after["shown"], unknown or _is_unknown(after)
             if shown:
                 # What is more than a text cannot be tried again from the text.
                 row |= {} if attempt.is_text else {"text": None, "others": {}, **_stored(run, sample, attempt)}
                 break
     except SkippedPromptError as error:
         failures["attack"], unknown = str(error), True
-    success = True if shown else None if unknown else False
+    held = 0 < asked == refused
+    success = True if shown else None if unknown or held else False
     return row | {
-        "success": success, **count, "losses": losses, "images": 1 + drawn, "control": control,
+        "success": success, **count, "losses": losses, "control": control,
+        "images": asked - refused + ("refused" not in before),
         "references": victim.references - references, "failures": failures,
+        **({"refused": refused, "held": held} if victim.is_strict else {}),
     }  # fmt: skip
+
+
+def _searched(method: Attack, victim: Victim, sample: Sample) -> Iterator[Attempt]:
+    """What an attack proposes. Guards look at what is drawn: whoever searches has the networks, and asks nobody."""
+    attempts = method.attempts(victim, sample)
+    while True:
+        with unguarded():
+            attempt = next(attempts, None)
+        if attempt is None:
+            return
+        yield attempt
+
+
+def _is_unknown(tried: Record) -> bool:
+    """Whether an image was drawn, and nobody knows what it shows."""
+    return tried["shown"] is None and "refused" not in tried
 
 
 def _stored(run: _Attack, sample: Sample, attempt: Attempt) -> Record:
@@ -294,18 +297,23 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialP
     is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
     after = before if is_itself else _tried(run, victim, "after", sample, prompt.attempt, failures)
     bar.update()
+    refused, drawn = "refused" in after, [before] if is_itself else [before, after]
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
-        "success": after["shown"], "images": 1 if is_itself else 2, "failures": failures,
+        "success": after["shown"], "images": sum("refused" not in tried for tried in drawn), "failures": failures,
         "control": _control(run, victim, sample, before),
+        **({"refused": int(refused), "held": refused} if victim.is_strict else {}),
     }  # fmt: skip
 
 
 def _tried(
     run: _Attack, victim: Victim, variant: str, sample: Sample, attempt: Attempt, failures: dict[str, str]
 ) -> Record:  # fmt: skip
-    """Draw and judge one attempt."""
-    image = victim.draw(sample, attempt)
+    """Draw and judge one attempt; one that the pipeline refuses has no image, and the reason in `refused`."""
+    try:
+        image = victim.draw(sample, attempt)
+    except BypassedErasureError as error:
+        return {"judged": None, "shown": None, "refused": str(error)}
     run.keep(variant, sample, image)
     verdict = victim.verdict(image if attempt.box is None else image.crop(attempt.box), sample)
     if verdict.failure is not None:
@@ -401,6 +409,8 @@ def _opened(
 
 def _said(row: Row) -> str:
     """The outcome of a prompt in a few words."""
+    if row.get("held"):
+        return "refused"
     if row["success"] is None:
         return "no outcome"
     if row["before"]["shown"]:

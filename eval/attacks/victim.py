@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
-from erasure.errors import EvaluationError
+from erasure.errors import BypassedErasureWarning, EvaluationError
 from erasure.eval.attacks import SkippedPromptError
 from erasure.eval.attempts import Attempt
 from erasure.eval.generation import generate
@@ -23,9 +26,10 @@ from erasure.eval.samples import Sample, sample_seed
 from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
 from erasure.files import inside, read_tensors, write_bytes
-from erasure.guards import unguarded
+from erasure.guards import admitted, is_strict, lock_of, unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
+from erasure.twins import states_of
 
 ORDINARY = Attempt()
 """The call as a sample has it."""
@@ -65,6 +69,7 @@ class Victim:
 
     Attributes:
         references: Images that the original model has drawn.
+        is_strict: Whether the pipeline refuses what goes around its erasures: one was attached with `strict=True`.
     """
 
     def __init__(
@@ -75,6 +80,9 @@ class Victim:
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.samples, self.seed, self.folder = samples, seed, folder
         self.backbone, self.references = backbone_for(pipe), 0
+        self.is_strict = is_strict(states_of(pipe).values())
+        if self.is_strict:
+            ErasureManager(pipe).guard()
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def draw(self, sample: Sample, attempt: Attempt = ORDINARY, *, stock: bool = False) -> Image.Image:
@@ -84,11 +92,25 @@ class Victim:
             sample: Prompt, noise and settings.
             attempt: What is tried in their place.
             stock: Draw with the original model instead.
+
+        Raises:
+            BypassedErasureError: An erasure that was attached with `strict=True` refuses the call, so that nothing is
+                drawn.
         """
         self.references += stock
-        # That an attempt goes around an erasure is what is measured, and need be neither said nor refused.
-        with unguarded(), attempt.change(self.stock if stock else self.pipe) as pipe:
+        guarded = self._guarded() if self.is_strict and not stock else unguarded()
+        with guarded, attempt.change(self.stock if stock else self.pipe) as pipe:
             return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Guards refuse inside what a strict erasure does not allow; what they only warn of is what is measured."""
+        locked = lock_of(states_of(self.pipe).values())
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore", BypassedErasureWarning)
+            if locked is not None:  # this pipeline is a twin of the one that the lock lets draw
+                stack.enter_context(admitted(locked))
+            yield
 
     def made_once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What is made once for all prompts: in memory, and in the folder of the run, for one that goes on.

@@ -78,16 +78,18 @@ _HOMES = {
         "both_found", "both_found_beside_attend_and_excite", "both_found_template_1", "both_found_template_2",
         "objects_found", "clip_full", "clip_minimum_object",
     ),
-    "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"),
+    "attacked": ("pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR", "held_by_refusal"),
     "stressed": (
         "concept_shown", "retained_seen", "recovered", "edit_survives", "footprint",
         "footprint_on_concept", "control_changed",
     ),
     "relearned": ("S50", "savings"),
     "flags": (
-        "flagged_rate", "new_flags", "labels", "face_rate", "blank_rate", "expected_max", "identity",
+        "flagged_rate", "new_flags", "labels", "face_rate", "person_rate", "blank_rate", "expected_max", "identity",
         "identity_retained", "harmonic_mean",
     ),
+    "agreement": ("agreement",),
+    "ranks": ("UA_top3", "UA_top5", "IRA_nearest"),
     "controls": (
         "control_flagged", "control_caption",
         "control_seen", "control_unasked", "control_object", "control_style", "control_scene", "control_clean",
@@ -116,7 +118,7 @@ def facts_of(row: Row) -> Facts:
     """
     name = str(row["name"])
     base = name.split("[", 1)[0]
-    if base in METRICS.names():
+    if base in METRICS:
         return METRICS.facts(base)
     definition = str(row["recipe"].get("metric", ""))
     told = {

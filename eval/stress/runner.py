@@ -15,20 +15,19 @@ from tqdm.auto import tqdm
 
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, EvaluationError
+from erasure.errors import EvaluationError
 from erasure.eval import stress as tests
 from erasure.eval import suites
-from erasure.eval.attacks.runner import one_concept, spread
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.detectors.base import NamedDetector
-from erasure.eval.generation import generate, timed
 from erasure.eval.metrics import METRICS
-from erasure.eval.metrics.clip_score import EMBEDDED, ClipModel
+from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.outcomes import collect, correct, shows
+from erasure.eval.one_concept import plan_of, spread
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
-from erasure.eval.run import Models, Progress, Run, Subject, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, reason, score
@@ -38,6 +37,7 @@ from erasure.eval.stress.conditions import ERASED, STOCK, Condition, StressEvide
 from erasure.eval.stress.judging import FlaggingJudge
 from erasure.eval.suites import Plan, Target
 from erasure.eval.table import SampleTable
+from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
 
@@ -71,7 +71,9 @@ def stress_test(
     """Change the erased model in several ways, and say in which of them the concept comes back.
 
     Every change has a control, such as the stock model changed alike; where it fails there is no verdict, and the
-    results say why. All conditions draw the same prompts from the same noise.
+    results say why. All conditions draw the same prompts from the same noise. What is changed is the model itself, as
+    whoever has its weights may: nothing is refused of what an erasure that is attached with `strict=True` refuses of
+    those who call it.
 
     Writes `results.json`, `samples.jsonl`, `recipe.json`, `images/` and `report.html` to `out`. Run it again with the
     same arguments to resume. Under `accelerate launch` the samples are split over the processes. The model is left as
@@ -88,7 +90,7 @@ def stress_test(
         batch_size: Images per call of the pipeline. Does not change the noise of a sample.
         judge: Detector: a callable from images to answers with `.object` and `.style`; what `load_judge` takes; or a
             registered detector with its options, whose flag means the concept. The suite's own by default.
-        clip: CLIP model for tests that compare image features; the embedded one by default.
+        clip: CLIP model for tests that compare image features; the embedded one by default. See `evaluate`.
         images: Keep images as PNG, for the report.
         progress: A progress bar, none, or a function that is told of progress.
         report: Write `report.html`.
@@ -102,8 +104,6 @@ def stress_test(
     """
     test = tests.get(name).configured(size, **options)
     kit = suites.get(suite)
-    if not kit.of_concepts:
-        raise EvaluationError(f"suite {suite} has no prompts of a concept to bring back: name another, such as canvas")
     processes = join(out, seed)
     started = time.perf_counter()
     models = Models.of(pipe)
@@ -112,16 +112,14 @@ def stress_test(
             "no erasure is attached and in force, so there is nothing to put under stress: attach one first "
             "(load_erasure, --erasure)"
         )
-    found = kit.plan(models.pipe, [one_concept(concept, models)], "full", seed)
-    if len(found.targets) != 1:
-        raise EvaluationError(f"{concept!r} names {len(found.targets)} concepts ({found.concept}): test one at a time")
+    found = plan_of(kit, concept, models, seed, "bring back", "test")
     (target,) = found.targets
     whole_suite = Plan(name, size, seed, found.targets, _chosen(found.samples, test, target, judge), found.recipe)
     answering = _judge_of(judge, kit, whole_suite, target)
     # What is done to these reaches neither the caller's pipeline nor whoever draws with it meanwhile.
     manager = ErasureManager(models.pipe)
     models = replace(models, pipe=manager.twin(), stock=manager.stock())
-    scorer, clip_missing = _clip(clip) if test.needs_clip else (None, None)
+    scorer, clip_missing = clip_model(clip, models.pipe) if test.needs_clip else (None, None)
     bench = Bench(models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes)
     conditions = _conditions(test, bench)
     samples = (*whole_suite.samples, *test.more_samples(bench))
@@ -134,7 +132,7 @@ def stress_test(
         return SampleTable(folder, plan.samples, processes.rank, processes.count, names, schema=StressRow)
 
     recipe = subject.recipe(plan) | {"kind": "stress"}
-    with scopes.without_offloading(subject.pipe), opened(processes, table, recipe, out) as opened_table:
+    with scopes.without_offloading(subject.pipe), unguarded(), opened(processes, table, recipe, out) as opened_table:
         bench.folder = opened_table.folder
         bench.progress = progress is True and processes.is_main
         run = _Stress(subject, plan, opened_table, processes, images, progress, bench, scorer, batch_size)
@@ -151,7 +149,7 @@ def stress_test(
             conditions={condition.name: condition for condition in conditions}, measured=test.measured(bench),
         )  # fmt: skip
         metrics = [row for metric in test.metrics for row in METRICS.get(metric).compute(evidence)]
-        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started)
+        cost = evaluation_cost(rows, subject.erasures, time.perf_counter() - started, run.clock)
         results = run.results(metrics, cost | {"batch_size": batch_size})
         if report:
             from erasure.eval.report import write_report
@@ -179,18 +177,6 @@ def _judge_of(
     if isinstance(given, NamedDetector):
         return cast(Judge, FlaggingJudge(given, target))
     return judge_of(given, kit, plan)
-
-
-def _clip(given: str | Path | ClipModel | None) -> tuple[ClipModel | None, str | None]:
-    """The CLIP model, or why there is none. One that the user names must be there."""
-    if isinstance(given, ClipModel):
-        return given, None
-    if given is not None:
-        return ClipModel(given), None
-    try:
-        return ClipModel(EMBEDDED), None
-    except ArtifactError as error:
-        return None, f"no CLIP model: {error}"
 
 
 def _conditions(test: StressTest, bench: Bench) -> list[Condition]:
@@ -236,21 +222,21 @@ class _Stress(Run):
     def draw(self, condition: Condition) -> None:
         """Finish every sample of a condition that is not in the table yet and falls to this process."""
         wanted = [sample for sample in self.plan.samples if sample.role in condition.roles]
-        pending = [sample for sample in wanted if (sample.sample_id, condition.name) not in self.table.rows]
+        pending = self.pending(condition.name, wanted)
         mine, done = self.share(pending), len(wanted) - len(pending)
         if not mine:
             return
         bar = tqdm(total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar)
         with bar, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
-            for batch, images, seconds in timed((condition.draw or generate)(pipe, mine, self.batch_size)):
-                self._finish(condition, batch, images, seconds)
-                bar.update(len(batch))
-                self._told(condition, wanted)
 
-    def _told(self, condition: Condition, wanted: Sequence[Sample]) -> None:
-        if callable(self.progress) and self.processes.is_main:
-            done = sum((sample.sample_id, condition.name) in self.table.rows for sample in wanted)
-            self.progress(condition.name, done, len(wanted))
+            def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
+                self._finish(condition, batch, images, seconds)
+
+            def finished(count: int) -> None:
+                bar.update(count)
+                self.tell(condition.name, condition.name, wanted)
+
+            self.finish_drawn(pipe, condition.draw, mine, self.batch_size, finish, finished)
 
     def _finish(
         self, condition: Condition, batch: Sequence[Sample], images: Sequence[Image.Image], seconds: float

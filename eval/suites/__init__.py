@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 # No import of torch here: the command line lists suites without it.
 
-FLAG_METRICS = ("flagged_rate", "new_flags", "labels", "face_rate", "control_flagged")
+FLAG_METRICS = (
+    "flagged_rate", "new_flags", "labels", "face_rate", "person_rate", "agreement", "control_flagged",
+)  # fmt: skip
 """Metrics of any detectors that a suite is given."""
 OF_PROMPTS = ("artists", "celebrities", "coco", "i2p", "imagenette", "nudity-benign", "prompts", "unlearncanvas")
 """Suites on prompts for people's own models, see `erasure.eval.suites.prompts`."""

@@ -18,7 +18,7 @@ from erasure.eval.inputs import Inputs
 from erasure.eval.rows import Record, Rows
 from erasure.eval.sizes import check_size
 from erasure.eval.sources import ALIASES, PLACES, PromptList, PromptRow, read_prompts
-from erasure.eval.suites import Plan, Suite, Target
+from erasure.eval.suites import FLAG_METRICS, Plan, Suite, Target
 from erasure.eval.suites.about import NO_PRESET, About, Preset, cells, evenly, world_of_classes
 from erasure.files import shown
 from erasure.world import World
@@ -83,8 +83,7 @@ class PromptSuite(Suite):
         if about.answers == "classes":
             suite.classes = suite.known(pipe, names)
         if suite.detectors and about.answers == "none":
-            more = ("flagged_rate", "new_flags", "labels", "face_rate", "control_flagged")
-            suite.metrics = (*about.metrics, *(name for name in more if name not in about.metrics))
+            suite.metrics = (*about.metrics, *(name for name in FLAG_METRICS if name not in about.metrics))
         return suite
 
     worlds: tuple[str, ...] = ()

@@ -16,7 +16,6 @@ from erasure.cli.terminal import (
     check_output_folder,
     format_metric,
     merge_repeated,
-    output_folder,
     parse,
 )
 
@@ -113,33 +112,29 @@ def test_format_metric():
     assert format_metric({"value": None}) == format_metric(None) == "-"
 
 
-def test_output_folder_is_made(tmp_path: Path):
-    assert output_folder(tmp_path / "a" / "b").is_dir()
-
-
 def test_output_folder_that_holds_something(tmp_path: Path):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UsageError, match="--overwrite"):
-        output_folder(tmp_path)
-    assert output_folder(tmp_path, overwrite=True) == output_folder(tmp_path, may_hold=True) == tmp_path
+        check_output_folder(tmp_path)
+    assert check_output_folder(tmp_path, overwrite=True) == check_output_folder(tmp_path, may_hold=True) == tmp_path
     assert (tmp_path / "precious").read_text() == "x"
 
 
 def test_output_folder_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
-        output_folder(tmp_path / "file")
+        check_output_folder(tmp_path / "file")
     with pytest.raises(UsageError, match="cannot be made"):
-        output_folder(tmp_path / "file" / "below")
+        check_output_folder(tmp_path / "file" / "below")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything is writable for root")
 def test_output_folder_without_permission(tmp_path: Path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="cannot be made"):
-        output_folder(tmp_path / "below")
+        check_output_folder(tmp_path / "below")
     with pytest.raises(UsageError, match="cannot be written"):
-        output_folder(tmp_path)
+        check_output_folder(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["file/out", "x" * 300, "file"])

@@ -16,7 +16,7 @@ from torch import nn
 
 from erasure.attach import ErasureManager
 from erasure.errors import EvaluationError
-from erasure.eval import Results, attack, evaluate, runner
+from erasure.eval import Results, attack, evaluate, run
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.recipe import is_identified, judge_fingerprint
 from erasure.eval.table import read_rows
@@ -132,17 +132,17 @@ def test_judges_are_told_apart(tmp_path: Path) -> None:
 def test_a_pair_of_two_sizes_is_a_missing_value(
     erased_pipe: Any, measure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip_folder: Path
 ) -> None:
-    generate = runner.generate
+    generate = run.generate
     odd: list[str] = []
 
-    def sized(pipe: Any, samples: Any, *args: Any) -> Any:
+    def sized(pipe: Any, samples: Any, *args: Any, **more: Any) -> Any:
         for batch, images in generate(pipe, samples, *args):
             if pipe is erased_pipe and not odd:
                 images[0] = images[0].resize((12, 16))
                 odd.append(batch[0].sample_id)
             yield batch, images
 
-    monkeypatch.setattr(runner, "generate", sized)
+    monkeypatch.setattr(run, "generate", sized)
     found = measure(erased_pipe, "out", clip=clip_folder)
     (row,) = (row for row in read_rows(tmp_path / "out" / "samples.jsonl") if row["failures"])
     assert (row["sample_id"], row["variant"]) == (odd[0], "after")
@@ -157,7 +157,7 @@ def test_a_pair_of_two_sizes_is_a_missing_value(
     else:
         assert (drift["n"], drift["missing"]) == (kept - 1, 1)
     monkeypatch.setattr(
-        runner, "generate", lambda pipe, samples, *a: _all_small(generate, erased_pipe, pipe, samples, a)
+        run, "generate", lambda pipe, samples, *a, **more: _all_small(generate, erased_pipe, pipe, samples, a)
     )
     none = measure(erased_pipe, "none", images=False, report=False, baseline_cache=tmp_path / "other")
     assert none.get("drift")["value"] is None

@@ -18,9 +18,9 @@ from erasure.errors import DivergenceError, EvaluationError
 from erasure.eval import Results, attack, attacks, compare, replay
 from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attacks.prompts import read_prompts
-from erasure.eval.attacks.runner import spread
 from erasure.eval.attacks.victim import ORDINARY, Victim
 from erasure.eval.attempts import Attempt
+from erasure.eval.one_concept import spread
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.sizes import SIZES

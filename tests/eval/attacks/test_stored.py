@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from erasure import ErasureManager
-from erasure.errors import BypassedErasureError, BypassedErasureWarning, EvaluationError, UnsupportedModelError
+from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval import Results, attack, replay, suites
 from erasure.eval.attacks.changes import AnotherSampler, AnotherTask, Resumed, Words
 from erasure.eval.attacks.concept_inversion import ConceptInversion
@@ -137,29 +136,6 @@ def test_processes_give_one_process_numbers(
     assert (tmp_path / "two" / "adversarial.jsonl").read_bytes() == (
         tmp_path / "out" / "adversarial.jsonl"
     ).read_bytes()
-
-
-def test_what_a_strict_erasure_refuses_is_tried_all_the_same(
-    erased_pipe: Any, run: Any, odd_judge: Any, tmp_path: Path
-) -> None:
-    manager = ErasureManager(erased_pipe)
-    (erasure,) = manager.erasures.values()
-    manager.unload()
-    manager.add(erasure, strict=True, check_base=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", BypassedErasureWarning)
-        assert run(erased_pipe, "img2img").get("ASR")["value"] == 1
-        again = replay(erased_pipe, tmp_path / "out", out=tmp_path / "again", judge=odd_judge, progress=False)
-    assert again.get("transfer_ASR")["value"] == 1
-    (found,) = read_prompts(tmp_path / "out")
-    with (
-        pytest.raises(BypassedErasureError, match="a picture that is handed in"),
-        found.attempt.change(erased_pipe) as pipe,
-    ):
-        pipe(PROMPT, image=found.attempt.call["image"], strength=0.5, num_inference_steps=2)
-
-
-PROMPT = "a cat image in noto style"
 
 
 def test_what_cannot_be_attacked_is_refused_with_the_reason(tiny_models: Any, tmp_path: Path) -> None:
