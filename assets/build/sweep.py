@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from erasure.errors import EvaluationError
 from erasure.eval.rows import Row
 from erasure.eval.sweeps.means import table_of
-from erasure.eval.sweeps.plan import Cell, SweepPlan
+from erasure.eval.sweeps.plan import Cell, Method, SweepPlan
 from erasure.eval.sweeps.runner import ERASURE, CellOutcome, sweep
 
 RATES = ("UA", "IRA", "CRA", "AA")
@@ -40,17 +39,15 @@ def _tell(outcome: CellOutcome, ended: int, count: int) -> None:
     print(f"[{ended}/{count}] {outcome.cell}: {outcome.state}", *outcome.reasons, sep="\n  ", flush=True)
 
 
-def erasure_of(made: Path, strategy: str, concept: str, sweep_name: str = "table") -> Path:
-    """Folder of an erasure that the step `table` made.
+def erasure_of(made: Path, strategy: str, concept: str) -> Path:
+    """Folder of the erasure that the step `table` makes with a strategy as it comes.
 
-    Raises:
-        EvaluationError: The sweep has no such strategy.
+    Args:
+        made: Folder of the step.
+        strategy: Its name.
+        concept: What is erased.
     """
-    of = plan(sweep_name)
-    method = next((each for each in of.methods if each.label == strategy), None)
-    if method is None:
-        raise EvaluationError(f"{sweep_name}.toml has no method {strategy!r}: add it there, and run the step again")
-    return made / Cell(of.models[0], method, concept, of.seeds[0]).folder / ERASURE
+    return made / Cell("canvas-sd", Method(strategy, strategy), concept, 0).folder / ERASURE
 
 
 def markdown(chosen: SweepPlan, out: Path, about: Callable[[Row], str], head: str) -> str:

@@ -26,8 +26,9 @@ PAGE, TITLE = "table.html", "Means over concepts and seeds"
 
 @dataclass(kw_only=True)
 class SweepOptions:
-    """Make and measure every erasure that a file asks for. The same command again goes on where a killed one
-    stopped.
+    """Make and measure every erasure that a file asks for.
+
+    The same command again goes on where a killed one stopped.
     """
 
     file: tyro.conf.Positional[Path]

@@ -186,9 +186,11 @@ def _checked(reads: Sequence[Read], made: Erasure, known: Record | None) -> tupl
                 first, models = where, dict(model)
             elif models["fingerprint"] != fingerprint:
                 raise EvaluationError(
-                    f"{where} was measured on another base model: {shown(model.get('name'))} with the fingerprint "
+                    f"{where} was measured on another base model: "
+                    f"{shown(model.get('name'))} with the fingerprint "
                     f"{shown(fingerprint)}, and {first} is {shown(models.get('name'))} with "
-                    f"{shown(models['fingerprint'])}. Weights and their precision must be the same: leave it out, or make a report of each"
+                    f"{shown(models['fingerprint'])}. Weights and their precision must be the same: leave it "
+                    "out, or make a report of each"
                 )
             if strength is None:
                 strength = (own, where)

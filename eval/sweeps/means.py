@@ -116,8 +116,8 @@ def _rows(
             continue
         label = {"before": BASE, "after": method.label}.get(variant, f"{method.label}: {variant}") + several
         row: Record = {
-            "label": label, "method": f"{label} {cells[0].concept}", "suite": suite, "size": measure.size,
-            "variant": variant, "cells": {}, "missing": {},
+            "label": label, "name": method.label, "method": f"{label} {cells[0].concept}", "suite": suite,
+            "size": measure.size, "variant": variant, "cells": {}, "missing": {},
         }  # fmt: skip
         if absent:
             why = _why(plan, folder, measure, absent)

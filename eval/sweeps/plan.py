@@ -60,7 +60,7 @@ class Measure:
     @property
     def folder(self) -> str:
         """Name of its folder in that of a cell."""
-        return f"{self.kind}-{slug(self.label)}"
+        return f"{self.kind}-{_named(self.label)}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Its folder in that of the sweep."""
-        return Path("cells", slug(Path(self.model).name), slug(self.method.label), f"{slug(self.concept)}-{self.seed}")
+        return Path(
+            "cells", slug(Path(self.model).name), _named(self.method.label), f"{slug(self.concept)}-{self.seed}"
+        )
 
     @property
     def recipe(self) -> Record:
@@ -146,7 +148,7 @@ class SweepPlan:
         groups = _groups(_typed(data, "groups", dict, where, {}), concepts, where)
         for what, names in (
             ("models", [slug(Path(model).name) for model in models]), ("concepts", [slug(each) for each in concepts]),
-            ("seeds", seeds), ("methods", [slug(each.label) for each in methods]),
+            ("seeds", seeds), ("methods", [_named(each.label) for each in methods]),
             *((kind, [each.folder for each in measures if each.kind == kind]) for kind in LISTS.values()),
         ):  # fmt: skip
             if twice := sorted({str(name) for name in names if names.count(name) > 1}):
@@ -201,6 +203,11 @@ def read_share(text: str) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise EvaluationError(f"share is {visible(text, 100)!r}; allowed: 1/4 to 4/4 for four machines, 1/1 for one")
     return int(found[1]), int(found[2])
+
+
+def _named(label: str) -> str:
+    """Name of a folder: that of what is registered as it is, and of other labels what every file system takes."""
+    return label if re.fullmatch(r"[a-z0-9_]{1,60}", label, re.ASCII) and "_" in label else slug(label)
 
 
 # Values -------------------------------------------------------------------------------------------------------------
