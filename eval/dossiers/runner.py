@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 from diffusers import DiffusionPipeline
 
@@ -108,11 +109,10 @@ def report_on(
     reads = list(read_all([Path(each) for each in given], concepts))
     if not reads:
         raise EvaluationError("nothing to report: give the folders of evaluations, attacks, stress tests or audits")
-    if pipe is None:
-        known, verified = None, Verified("not measured", "no model was given to verify it on (--model, pipe=)")
-    else:
-        known, verified = _verified(pipe, made)
-    model, strength = _checked(reads, made, known)
+    model, strength = _checked(reads, made)
+    verified = Verified("not measured", "no model was given to verify it on (--model, pipe=)")
+    if pipe is not None:
+        verified = _verified(pipe, made, strength, model)
     found = [each for read in reads for each in read.found]
     outcomes = [_outcome(each) for each in found]
     entry = next((e for each in found if each.results for e in each.results.erasures), None)
@@ -162,13 +162,13 @@ def _outcome(found: Found) -> Outcome:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _checked(reads: Sequence[Read], made: Erasure, known: Record | None) -> tuple[Record, float]:
+def _checked(reads: Sequence[Read], made: Erasure) -> tuple[Record, float]:
     """The model and the strength of everything that was measured.
 
     Raises:
         EvaluationError: Something is of another erasure, model or strength.
     """
-    first, models, strength = "the pipeline", known, None
+    first, models, strength = "", None, None
     for read in reads:
         blocks: list[tuple[str, Row, Sequence[Row]]] = [
             (str(read.path), each.results.model, each.results.erasures)
@@ -185,13 +185,7 @@ def _checked(reads: Sequence[Read], made: Erasure, known: Record | None) -> tupl
             if models is None:
                 first, models = where, dict(model)
             elif models["fingerprint"] != fingerprint:
-                raise EvaluationError(
-                    f"{where} was measured on another base model: "
-                    f"{shown(model.get('name'))} with the fingerprint "
-                    f"{shown(fingerprint)}, and {first} is {shown(models.get('name'))} with "
-                    f"{shown(models['fingerprint'])}. Weights and their precision must be the same: leave it "
-                    "out, or make a report of each"
-                )
+                _refuse_model(where, model, first, models)
             if strength is None:
                 strength = (own, where)
             elif strength[0] != own:
@@ -202,6 +196,20 @@ def _checked(reads: Sequence[Read], made: Erasure, known: Record | None) -> tupl
     if models is None:
         raise EvaluationError("nothing that is given was finished: there is nothing to report")
     return dict(models), 1.0 if strength is None else strength[0]
+
+
+def _refuse_model(where: str, model: Row, other: str, known: Row) -> NoReturn:
+    """Refuse what was measured on another model.
+
+    Raises:
+        EvaluationError: Always.
+    """
+    raise EvaluationError(
+        f"{where} is of another base model: {shown(model.get('name'))} with the fingerprint "
+        f"{shown(model['fingerprint'])}, and {other} is of {shown(known.get('name'))} with "
+        f"{shown(known['fingerprint'])}. Weights and their precision must be the same: leave it out, or make a report "
+        "of each"
+    )
 
 
 def _of_this(where: str, erasures: Sequence[Row], made: Erasure) -> float:
@@ -228,28 +236,31 @@ def _of_this(where: str, erasures: Sequence[Row], made: Erasure) -> float:
 # Verification -------------------------------------------------------------------------------------------------------
 
 
-def _verified(pipe: DiffusionPipeline, made: Erasure) -> tuple[Record, Verified]:
-    """The model of a pipeline, and whether the erasure is in force on it."""
+def _verified(pipe: DiffusionPipeline, made: Erasure, strength: float, measured: Row) -> Verified:
+    """Whether the erasure is in force on a model, which must be the one that was measured.
+
+    Raises:
+        EvaluationError: It is another model.
+    """
     manager = ErasureManager(pipe)
+    model = {"name": model_name(pipe), "fingerprint": model_fingerprint(manager.stock(offloaded=True))}
+    if model["fingerprint"] != measured["fingerprint"]:
+        _refuse_model("the pipeline", model, "what was measured", measured)
     name = next((name for name, one in manager.erasures.items() if one.fingerprint == made.fingerprint), None)
     attached = name is not None
     name = name or f"{made.name}-reported"
     if not attached:
-        manager.add(made, name)
+        manager.add(made, name, strength)
     try:
-        try:
-            compared = manager.verify()
-            other = [each for each in manager.active_erasures() if each != name]
-            beside = f", beside {', '.join(other)}" if other else ""
-            verified = Verified("in force", f"{compared} tensors compared{beside}", compared)
-        except VerificationError as error:
-            verified = Verified("not in force", str(error).split("\n")[0])
-        stock = manager.stock(offloaded=True)
-        model = {"name": model_name(pipe), "fingerprint": model_fingerprint(stock), "pipeline": type(pipe).__name__}
+        compared, own = manager.verify(), manager.strengths.get(name, 1.0)
+        other = [each for each in manager.active_erasures() if each != name]
+        beside = f", beside {', '.join(other)}" if other else ""
+        return Verified("in force", f"{compared} tensors compared, strength {number(own, 'g')}{beside}", compared)
+    except VerificationError as error:
+        return Verified("not in force", str(error).split("\n")[0])
     finally:
         if not attached:
             manager.unload(name)
-    return model, verified
 
 
 # What is not there --------------------------------------------------------------------------------------------------

@@ -57,11 +57,14 @@ def table_of(plan: SweepPlan, folder: str | Path) -> Comparison:
         _check_alike(plan, measure, found)
         for model in plan.models:
             for name, members in groups.items():
-                for number, method in enumerate(plan.methods):
+                base_given = False
+                for method in plan.methods:
                     cells = [Cell(model, method, concept, seed) for concept in members for seed in plan.seeds]
                     results = [found[str(cell.folder)].get(measure.folder) for cell in cells]
                     # What the stock model draws does not depend on the method.
-                    made = _rows(plan, folder, measure, cells, results, number == 0)
+                    with_base = not base_given and None not in results
+                    base_given |= with_base
+                    made = _rows(plan, folder, measure, cells, results, with_base)
                     about = name if not plan.groups else f"{name}: {len(members)}"
                     rows += [row | {"concept": about, "model": model} for row in made]
     columns = dict.fromkeys(name for row in rows for name in (*row["cells"], *row["missing"]))
@@ -123,7 +126,7 @@ def _rows(
             why = _why(plan, folder, measure, absent)
             row["missing"] = dict.fromkeys(figures.get(variant, {}) or ["results"], why)
         else:
-            means, missing = means_of(figures[variant], len(cells))
+            means, missing = means_of(figures.get(variant, {}), len(cells))
             row |= {"cells": means, "missing": missing}
         if variant == "after" and known:
             for key in ("seconds", "size_bytes"):

@@ -9,12 +9,13 @@ from typing import Literal
 
 from diffusers import DiffusionPipeline
 
-from erasure.artifact import Erasure
+from erasure.artifact import CONFIG_FILE, Erasure
 from erasure.attach import ErasureManager
 from erasure.errors import EvaluationError
 from erasure.eval.attacks.runner import attack
 from erasure.eval.judges import load_judge
 from erasure.eval.outcomes import State, attempted
+from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
 from erasure.eval.runner import evaluate
@@ -97,8 +98,14 @@ def sweep(
         progress: Show a bar for each measurement.
 
     Raises:
-        EvaluationError: The folder holds another sweep or something else, or cannot be written.
+        EvaluationError: The folder holds another sweep or something else, or cannot be written; or this is one of
+            several processes of accelerate.
     """
+    if Processes().count > 1:
+        raise EvaluationError(
+            "a sweep is not split by accelerate: start it once on each machine or GPU, with a share of its own "
+            "(--share 1/4, share=(1, 4))"
+        )
     plan = plan if isinstance(plan, SweepPlan) else SweepPlan.read(plan)
     folder = Path(out)
     cells = plan.share(*share)
@@ -193,15 +200,17 @@ def _erased(folder: Path, cell: Cell, opened: _Models) -> str:
     from erasure.strategies.looped import LoopedStrategy
 
     path = folder / ERASURE
-    if path.is_dir():
-        return Erasure.load(path).name
     method = cell.method
     run = Run(checkpoints=folder / TRAINING) if issubclass(get(method.strategy), LoopedStrategy) else None
+    if (path / CONFIG_FILE).is_file():
+        if run is not None:
+            run.discard()
+        return Erasure.load(path).name
     made = erasure.erase(
         opened(cell.model), cell.concept, method.strategy, preset=method.preset, seed=cell.seed, attach=False,
         progress=False, run=run, **method.options,
     )  # fmt: skip
-    made.save(path)
+    made.save(path, overwrite=True)
     if run is not None:
         run.discard()
     return made.name
