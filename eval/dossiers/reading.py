@@ -133,9 +133,9 @@ def _checked(kind: Kind, name: str, concept: str | None, concepts: list[str], so
     Raises:
         EvaluationError: It is not, for instance because another package brings it that is not installed.
     """
-    registry = {"evaluation": SUITES, "attack": ATTACKS, "stress": STRESS_TESTS}[kind]
+    checks = {"evaluation": SUITES.check, "attack": ATTACKS.check, "stress": STRESS_TESTS.check}
     try:
-        registry.check(name)
+        checks[kind](name)
     except EvaluationError as error:
         raise EvaluationError(f"{source}: {error} Install the package that it comes with, or leave it out") from error
     return Part(kind, name, concept, concepts.index(concept) if concept in concepts else 0)

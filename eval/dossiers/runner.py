@@ -260,7 +260,7 @@ def _verified(pipe: DiffusionPipeline, made: Erasure, strength: float, measured:
         return Verified("not in force", str(error).split("\n")[0])
     finally:
         if not attached:
-            manager.unload(name)
+            manager.delete(name)
 
 
 # What is not there --------------------------------------------------------------------------------------------------

@@ -108,9 +108,9 @@ def _rows(
     several = f" on {model}" if len(plan.models) > 1 else ""
     figures: dict[str, dict[str, list[Observed]]] = {}
     for cell, one in zip(cells, results, strict=True):
-        for row in filter(is_figure, [] if one is None else one.metrics):
-            sides = figures.setdefault(str(row.get("variant", "after")), {})
-            sides.setdefault(str(row["name"]), []).append(Observed(cell.concept, row))
+        for figure in filter(is_figure, [] if one is None else one.metrics):
+            sides = figures.setdefault(str(figure.get("variant", "after")), {})
+            sides.setdefault(str(figure["name"]), []).append(Observed(cell.concept, figure))
     absent = [cell for cell, one in zip(cells, results, strict=True) if one is None]
     known = [one for one in results if one is not None]
     suite = measure.label if measure.kind != "stress" else f"stress {measure.label}"
@@ -167,7 +167,10 @@ def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
     """Mean, interval, images, how many of them have no outcome, and concepts."""
     values = np.asarray([float(each.row["value"]) for each in found])
     concepts = [each.concept for each in found]
-    low, high = (found[0].row["low"], found[0].row["high"]) if len(found) == 1 else (None, None)
+    low: float | None = None
+    high: float | None = None
+    if len(found) == 1:
+        low, high = found[0].row["low"], found[0].row["high"]
     if len(set(concepts)) > 1:
         drawn = cluster_bootstrap(partial(mean_at, values), concepts)
         low, high = drawn.low, drawn.high
@@ -175,7 +178,8 @@ def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
         # Of what is no rate: as wide as the cells' own intervals are on average, where the concepts do not differ.
         pooled = Interval(0.0, *(float(np.mean([each.row[side] for each in found])) for side in ("low", "high")))
     if pooled is not None:
-        low, high = (pooled.low, pooled.high) if low is None else (min(low, pooled.low), max(high, pooled.high))
+        low = pooled.low if low is None else min(low, pooled.low)
+        high = pooled.high if high is None else max(high, pooled.high)
     return {
         "value": float(values.mean()), "low": low, "high": high, "n": sum(int(each.row["n"]) for each in found),
         "missing": sum(int(each.row.get("missing") or 0) for each in found), "concepts": len(set(concepts)),

@@ -146,11 +146,12 @@ class SweepPlan:
             raise EvaluationError(f"{where} measures nothing: name {', '.join(LISTS)}, or one of them")
         judge = _typed(data, "judge", str, where, None)
         groups = _groups(_typed(data, "groups", dict, where, {}), concepts, where)
-        for what, names in (
+        listed: tuple[tuple[str, list[object]], ...] = (
             ("models", [slug(Path(model).name) for model in models]), ("concepts", [slug(each) for each in concepts]),
             ("seeds", seeds), ("methods", [_named(each.label) for each in methods]),
             *((kind, [each.folder for each in measures if each.kind == kind]) for kind in LISTS.values()),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for what, names in listed:
             if twice := sorted({str(name) for name in names if names.count(name) > 1}):
                 raise EvaluationError(
                     f"{where}: {what} has {visible(twice[0], 100)!r} twice: name it once, or give each a label of its "

@@ -141,16 +141,17 @@ class _Models:
     """Opens a model when it is needed first, and keeps one at a time."""
 
     def __init__(self, load: Callable[[str], DiffusionPipeline] | None) -> None:
-        self.load, self.name, self.pipe = load, "", None
+        self.load, self.name = load, ""
+        self.pipe: DiffusionPipeline | None = None
 
     def __call__(self, name: str) -> DiffusionPipeline:
         if self.pipe is None or self.name != name:
             import erasure
 
             self.pipe = None  # the last one's memory is free for the next
-            self.pipe = (self.load or erasure.load_pipeline)(name)
-            self.pipe.set_progress_bar_config(disable=True)
-            self.name = name
+            opened = (self.load or erasure.load_pipeline)(name)
+            opened.set_progress_bar_config(disable=True)
+            self.pipe, self.name = opened, name
         return self.pipe
 
 
