@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from erasure.eval.attacks.runner import attack, replay
     from erasure.eval.audits.runner import Audit, audit
     from erasure.eval.comparison import compare
+    from erasure.eval.dossiers.runner import Dossier, report_on
     from erasure.eval.report import write_report
     from erasure.eval.results import Results
     from erasure.eval.runner import evaluate
     from erasure.eval.stress.runner import stress_test
+    from erasure.eval.sweeps.runner import sweep
 
-__all__ = ["Audit", "Results", "attack", "audit", "compare", "evaluate", "replay", "stress_test", "write_report"]
+__all__ = [
+    "Audit", "Dossier", "Results", "attack", "audit", "compare", "evaluate", "replay", "report_on", "stress_test",
+    "sweep", "write_report",
+]  # fmt: skip
 
 _HOMES = {
     "Audit": "erasure.eval.audits.runner",
@@ -30,9 +35,12 @@ _HOMES = {
     "attack": "erasure.eval.attacks.runner",
     "audit": "erasure.eval.audits.runner",
     "compare": "erasure.eval.comparison",
+    "Dossier": "erasure.eval.dossiers.runner",
     "evaluate": "erasure.eval.runner",
     "replay": "erasure.eval.attacks.runner",
+    "report_on": "erasure.eval.dossiers.runner",
     "stress_test": "erasure.eval.stress.runner",
+    "sweep": "erasure.eval.sweeps.runner",
     "write_report": "erasure.eval.report",
 }
 

@@ -72,19 +72,24 @@ class Gallery:
     folded: bool = False
 
     @classmethod
-    def of(cls, title: str, about: str, drawn: Sequence[Drawn], showing: Showing, folded: bool = False) -> Gallery:
+    def of(
+        cls, title: str, about: str, drawn: Sequence[Drawn], showing: Showing, folded: bool = False, limit: int = LIMIT
+    ) -> Gallery:  # fmt: skip
         """The first samples of a section, those that have an image of every variant."""
-        figures = [made for sides in drawn[:LIMIT] if (made := sample_figure(sides, showing))]
+        figures = [made for sides in drawn[:limit] if (made := sample_figure(sides, showing))]
         return cls(title, about, figures, len(drawn), folded)
 
 
-def transition_galleries(drawn: Sequence[Drawn], label: str, showing: Showing) -> list[Gallery]:
+def transition_galleries(
+    drawn: Sequence[Drawn], label: str, showing: Showing, limit: int = LIMIT
+) -> list[Gallery]:  # fmt: skip
     """Samples by what a detector says before and after, what speaks against the erasure first.
 
     Args:
         drawn: Samples.
         label: Of the detector.
         showing: Where images are.
+        limit: Samples shown per gallery.
     """
     groups: dict[tuple[bool | None, bool | None], list[Drawn]] = {pair: [] for pair in TRANSITIONS}
     for sides in drawn:
@@ -96,7 +101,7 @@ def transition_galleries(drawn: Sequence[Drawn], label: str, showing: Showing) -
     found = []
     for pair, (title, about) in TRANSITIONS.items():
         told = f"{about} By {label}."
-        found.append(Gallery.of(title, told, groups[pair], showing, folded=pair == (False, False)))
+        found.append(Gallery.of(title, told, groups[pair], showing, pair == (False, False), limit))
     return found
 
 

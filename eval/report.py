@@ -158,25 +158,7 @@ def render(
         reveal: Hide nothing.
     """
     showing = Showing(images, class_labels(results), beside, reveal)
-    concept = next((row["concept"] for row in results.metrics if row["concept"]), None)
-    comparing = any({"before", "after"}.isdisjoint(sides) for sides in drawn)
-    if comparing:
-        title = title or f"Suite {results.suite}"
-        galleries = [Gallery.of("Images", "One sample in every way, from the same noise.", drawn, showing)]
-    else:
-        title = title or (f"{concept}, erased with {label(results)}" if results.erasures else "The stock model")
-        whole = [sides for sides in drawn if "before" in sides]
-        target = [sides for sides in whole if sides["before"]["role"] == "target"]
-        kept = [sides for sides in whole if sides["before"]["role"] != "target"]
-        lost = [s for s in kept if right(s["before"]) and "after" in s and right(s["after"]) is False]
-        lost_about = "Retained prompts that the judge recognised before, and no longer."
-        galleries = [g for label in flag_labels(results)[:1] for g in transition_galleries(whole, label, showing)]
-        if not galleries or not flags_alone(whole):
-            galleries += [
-                Gallery.of("Target prompts", "What must be gone. Same noise above and below.", target, showing),
-                Gallery.of("Retained prompts", "What must survive. Same noise above and below.", kept, showing),
-                Gallery.of("Lost", lost_about, lost, showing, folded=True),
-            ]
+    title, galleries = told_and_shown(results, drawn, showing, title)
     controls = [metric for metric in results.metrics if is_control(metric)]
     metrics = [metric for metric in results.metrics if not is_control(metric)]
     variants = variants_of(metrics)
@@ -199,6 +181,42 @@ def render(
         costs=costs(results),
         recipes=recipes(results),
     )
+
+
+def told_and_shown(
+    results: Results, drawn: Sequence[Drawn], showing: Showing, title: str | None = None, limit: int = LIMIT
+) -> tuple[str, list[Gallery]]:
+    """Headline and galleries; what may be unsafe is in none of them (`erasure.eval.galleries.veiled`), unless revealed.
+
+    Args:
+        results: What was measured.
+        drawn: Rows of the samples.
+        showing: Where images are.
+        title: Headline; made from erasures and concepts when left out.
+        limit: Samples shown per gallery.
+    """
+    if any({"before", "after"}.isdisjoint(sides) for sides in drawn):
+        about = "One sample in every way, from the same noise."
+        return title or f"Suite {results.suite}", [Gallery.of("Images", about, drawn, showing, limit=limit)]
+    concept = next((row["concept"] for row in results.metrics if row["concept"]), None)
+    title = title or (f"{concept}, erased with {label(results)}" if results.erasures else "The stock model")
+    whole = [sides for sides in drawn if "before" in sides]
+    target = [sides for sides in whole if sides["before"]["role"] == "target"]
+    kept = [sides for sides in whole if sides["before"]["role"] != "target"]
+    lost = [s for s in kept if right(s["before"]) and "after" in s and right(s["after"]) is False]
+    lost_about = "Retained prompts that the judge recognised before, and no longer."
+    galleries = [g for name in flag_labels(results)[:1] for g in transition_galleries(whole, name, showing, limit)]
+    if not galleries or not flags_alone(whole):
+        galleries += [
+            Gallery.of(
+                "Target prompts", "What must be gone. Same noise above and below.", target, showing, limit=limit
+            ),
+            Gallery.of(
+                "Retained prompts", "What must survive. Same noise above and below.", kept, showing, limit=limit
+            ),
+            Gallery.of("Lost", lost_about, lost, showing, folded=True, limit=limit),
+        ]
+    return title, galleries
 
 
 def flags_alone(drawn: Sequence[Drawn]) -> bool:

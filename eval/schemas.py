@@ -404,3 +404,44 @@ def _unique(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("a name comes twice")
     return names
+
+
+State = Literal["done", "refused", "failed"]
+
+
+class AuditPart(TypedDict):
+    """A part of `audit.json`."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    kind: Literal["evaluation", "attack", "stress"]
+    name: Name
+    concept: Text | None
+    folder: Name
+    state: State
+    detail: Text
+
+
+class AuditFile(TypedDict):
+    """`audit.json`, as far as it is read again."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    schema_version: Literal[1]
+    model: Model
+    erasures: Annotated[list[ErasureEntry], Field(max_length=1_000)]
+    parts: Annotated[list[AuditPart], Field(max_length=10_000)]
+
+
+class CellPart(TypedDict):
+    """What became of an erasure or of a measurement of it."""
+
+    what: Name
+    state: State
+    reason: Text
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CellFile(TypedDict):
+    """`cell.json` of a sweep, as far as it is read again."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    parts: Annotated[list[CellPart], Field(max_length=10_000)]

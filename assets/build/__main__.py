@@ -140,52 +140,54 @@ def words(picture: Path | None = None, before: Path | None = None) -> None:
 
 def table(
     out: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("hirm", "uce", "itd"),
-    size: Literal["smoke", "quick", "full"] = "quick",
-    share: tuple[int, int] = (0, 1),
-    suite: Literal["canvas", "canvas-unseen"] = "canvas",
+    size: Literal["smoke", "quick", "full"] | None = None,
+    share: tuple[int, int] = (1, 1),
+    sweep: Literal["table", "unseen"] = "table",
 ) -> None:
-    """Erase and measure every second concept with every strategy (resumes), then print the tables of docs.
+    """Run the sweep `table.toml`, every second concept with every strategy (resumes), then print the tables of docs.
 
     Args:
-        out: Results, a folder for each concept and strategy.
-        strategies: What to compare.
-        size: Of the suite.
-        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
-        suite: Phrasings of training, or unseen ones.
+        out: Results, a folder for each erasure.
+        size: Of the suite; the file's when left out.
+        share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
+        sweep: `unseen` for phrasings that nothing was trained on.
     """
-    from erasure.assets.build.table import markdown, measure, per_concept, rows
+    from erasure.assets.build.sweep import markdown, measure, plan
+    from erasure.assets.build.table import per_concept
 
-    measure(out, strategies, size, share, suite)
+    chosen = plan(sweep, size)
+    measure(chosen, out, share)
     if share[1] == 1:
-        print(markdown(rows(out, strategies)), per_concept(out, strategies), sep="\n\n")
+        print(markdown(chosen, out, lambda row: row["concept"], "concepts"), per_concept(chosen, out), sep="\n\n")
 
 
 def across(
     out: Path = Path("results/across"),
-    models: tuple[str, ...] = ("canvas-sd", "canvas-sdxl", "canvas-flux", "canvas-sd3"),
-    strategies: tuple[str, ...] = ("uce", "hirm", "itd", "esd", "advunlearn"),
-    size: Literal["smoke", "quick", "full"] = "full",
-    share: tuple[int, int] = (0, 1),
+    size: Literal["smoke", "quick", "full"] | None = None,
+    share: tuple[int, int] = (1, 1),
     picture: Path | None = None,
+    only_picture: bool = False,
 ) -> None:
-    """Erase and measure six concepts with every strategy on every family (resumes), then print the README's table.
+    """Run the sweep `across.toml`, six concepts with every strategy on every family (resumes), then print its table.
 
     Args:
-        out: Results, a folder for each model, and in it one for each concept and strategy.
-        models: Names of embedded models.
-        strategies: What to compare; nothing is erased when empty.
-        size: Of the suite.
-        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
+        out: Results, a folder for each erasure.
+        size: Of the suite; the file's when left out.
+        share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
         picture: Where a picture of what every model draws is written.
+        only_picture: Draw that, and measure nothing.
     """
-    from erasure.assets.build import across as step
+    from erasure.assets.build.across import picture as draw
+    from erasure.assets.build.sweep import markdown, measure, plan
 
+    chosen = plan("across", size)
     if picture is not None:
-        step.picture(models).save(picture)
-    reasons = step.measure(out, models, strategies, size, share) if strategies else {}
-    if strategies and share[1] == 1:
-        print(step.markdown(out, models, strategies, reasons))
+        draw(chosen.models).save(picture)
+    if only_picture:
+        return
+    measure(chosen, out, share)
+    if share[1] == 1:
+        print(markdown(chosen, out, lambda row: f"`{row['model']}`", "model"))
 
 
 def several(

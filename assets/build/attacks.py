@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import erasure
+from erasure.assets.build.sweep import erasure_of
 from erasure.attach import ErasureManager
 from erasure.eval.attacks.runner import attack
 from erasure.eval.results import Results
@@ -43,7 +44,7 @@ def measure(out: Path, made: Path, strategies: tuple[str, ...], size: str, share
                 if (folder / "results.json").is_file():
                     continue
                 if strategy != STOCK:
-                    manager.load(made / f"{name}-{strategy}" / "erasure", name)
+                    manager.load(erasure_of(made, strategy, name), name)
                 found = attack(pipe, method, world.concept(name), size=size, out=folder, images=False, progress=False)
                 manager.unload()
                 values = {rate: found.get(rate, variant(strategy))["value"] for rate in rates}

@@ -17,6 +17,9 @@ from erasure import files
 TIMED = (["itd"], ["attention"], ["training", "--updates", "2"])
 """Arguments of the benchmarks that `erasure bench` runs besides its own, which times an image of each strategy."""
 
+SHARES = 4
+"""Processes among which the step `table` is split."""
+
 
 class Step(NamedTuple):
     """One command, whose output is kept."""
@@ -36,9 +39,10 @@ def steps(out: Path) -> list[list[Step]]:
     def build(name: str, *arguments: str, step: str = "") -> Step:
         return Step(name, ("erasure.assets.build", step or name, *arguments))
 
-    def table(strategy: str) -> Step:
-        folder = str(out / "canvas")
-        return build(f"table-{strategy}", "--out", folder, "--strategies", strategy, step="table")
+    def table(number: int) -> Step:
+        return build(
+            f"table-{number}", "--out", str(out / "canvas"), "--share", str(number), str(SHARES), step="table"
+        )
 
     def suite(name: str) -> Step:
         return Step(
@@ -46,15 +50,14 @@ def steps(out: Path) -> list[list[Step]]:
         )
 
     several = ("--out", str(out / "several"), "--count")
-    unseen = ("--out", str(out / "unseen"), "--strategies", "itd", "--suite", "canvas-unseen", "--size", "quick")
-    strategies = ("hirm", "uce", "itd", "esd", "advunlearn")
+    unseen = ("--out", str(out / "unseen"), "--sweep", "unseen")
     return [
         [build("evaluate"), build("words", "--picture", str(out / "words.png"))],
         [
             suite("composition"),
             build("several-5", *several, "5", "--draws", "20", step="several"),
             build("several-14", *several, "14", "--draws", "1", step="several"),
-            *map(table, strategies),
+            *map(table, range(1, SHARES + 1)),
             build("unseen", *unseen, step="table"),
             build("gates"),
             build("gates-untold", "--no-told", step="gates"),
@@ -64,7 +67,7 @@ def steps(out: Path) -> list[list[Step]]:
             suite("removal"),
         ],
         [
-            build("table", "--out", str(out / "canvas"), "--strategies", *strategies),
+            build("table", "--out", str(out / "canvas")),
             build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas")),
             build("ways", "--made", str(out / "canvas")),
         ],

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 import erasure
-from erasure.assets.build.table import RATES, mean_at
+from erasure.assets.build.sweep import RATES
 from erasure.attach import ErasureManager
 from erasure.eval import evaluate
 from erasure.eval.results import Results
 from erasure.eval.statistics import cluster_bootstrap
+from erasure.eval.sweeps.means import mean_at
 from erasure.world import World
 
 

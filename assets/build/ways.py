@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import erasure
+from erasure.assets.build.sweep import erasure_of
 from erasure.assets.world import STYLES, noun_phrase
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
@@ -111,7 +112,7 @@ def measure(made: Path, strategies: tuple[str, ...], name: str = "dog") -> dict[
     manager = ErasureManager(erased)
     found: dict[str, dict[str, int]] = {}
     for strategy in strategies:
-        folder = made / f"{name}-{strategy}" / "erasure"
+        folder = erasure_of(made, strategy, name)
         known = folder if folder.is_dir() else erasure.erase(erased, concept, strategy, attach=False, progress=False)
         manager.load(known, strategy)
         for way, drawn in ways(stock, erased, concept).items():

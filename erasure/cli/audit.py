@@ -88,7 +88,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     if options.json:
         terminal.result(found.to_dict())
     else:
-        _say(found, terminal)
+        say_outcomes(found, terminal)
         terminal.say(*remarks, f"What held, and what did not: {out / 'report.html'}")
     if found.failures:
         names = ", ".join(outcome.part.folder for outcome in found.failures)
@@ -102,7 +102,7 @@ def _chosen(names: tuple[str, ...]) -> tuple[str, ...] | None:
     return () if names == (NONE,) else names or None
 
 
-def _say(found: Audit, terminal: Terminal) -> None:
+def say_outcomes(found: Audit, terminal: Terminal) -> None:
     """Print a line for every part, and the word for every attacker."""
     from erasure.eval.audits.page import section
     from erasure.eval.audits.parts import GRADES

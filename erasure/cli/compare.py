@@ -53,12 +53,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.eval import compare
 
     comparison = compare(options.results, options.label)
-    for part in comparison.suites() if chosen == "table" else []:
-        columns, rows = layout(part, terminal.width)
-        terminal.table(columns, rows, title=about(part))
-    if chosen != "table" and options.out is None:
-        terminal.whole(written(comparison, chosen))
-    terminal.say(*unmeasured(comparison))
+    present(comparison, chosen, terminal, printed=chosen == "table" or options.out is None)
     for method in comparison.repeated():
         terminal.say(
             f"No mean over concepts for {method}: one of them was measured more than once. --label tells runs apart."
@@ -70,14 +65,31 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         terminal.say(f"Wrote {options.out}")
 
 
-def written(comparison: Comparison, kind: str) -> str:
-    """A comparison as JSON, CSV, LaTeX or a page."""
+def present(comparison: Comparison, kind: str, terminal: Terminal, *, printed: bool = True) -> None:
+    """Print a comparison, and why values are missing.
+
+    Args:
+        comparison: What to print.
+        kind: `table`, or what `written` takes.
+        terminal: Where to.
+        printed: Whether the comparison itself is printed, and not only what is missing.
+    """
+    for part in comparison.suites() if kind == "table" and printed else []:
+        columns, rows = layout(part, terminal.width)
+        terminal.table(columns, rows, title=about(part))
+    if kind != "table" and printed:
+        terminal.whole(written(comparison, kind))
+    terminal.say(*unmeasured(comparison))
+
+
+def written(comparison: Comparison, kind: str, title: str = "Results side by side") -> str:
+    """A comparison as JSON, CSV, LaTeX or a page with a title."""
     if kind == "json":
         return json_text(comparison.to_dict() | {"means": comparison.means()})
     if kind == "csv":
         return as_csv(comparison)
     tables = [Table(about(part), *layout(part)) for part in comparison.suites()]
-    return as_latex(tables) if kind == "latex" else page_of("Results side by side", tables)
+    return as_latex(tables) if kind == "latex" else page_of(title, tables)
 
 
 def about(comparison: Comparison) -> str:

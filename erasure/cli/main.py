@@ -26,6 +26,8 @@ COMMANDS: dict[str, str] = {
     "attack": "search prompts that bring an erased concept back",
     "stress": "change the erased model, and see in which changes the concept comes back",
     "audit": "evaluations, attacks and stress tests in one run: against whom an erasure held",
+    "report": "everything that was measured of one erasure on one page, and what was not",
+    "sweep": "methods by concepts by seeds from one file: made, measured, and put into a table",
     "compare": "results side by side",
     "detect": "what a detector finds in pictures, and what that is worth",
     "info": "what an erasure is and holds",

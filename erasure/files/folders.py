@@ -48,7 +48,7 @@ def _cut(text: str, limit: int = 200) -> str:
 def held(
     folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, doing: str = "",
     beside: Collection[str] | None = (), state: Collection[str] = (), wait: bool = False,
-    error: type[ErasureError] = TrainingError,
+    error: type[ErasureError] = TrainingError, busy: type[ErasureError] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Lock a folder of resumable work, for one process at a time and the same work as before.
 
@@ -64,6 +64,7 @@ def held(
         state: Names of files of the work, which mean nothing without the recipe.
         wait: Wait for another process that works there, instead of raising.
         error: Class of the errors that are raised.
+        busy: Class of the error where another process works there; `error` when left out.
 
     Raises:
         ErasureError: Another process works there, the folder holds something else, or cannot be written.
@@ -77,8 +78,10 @@ def held(
             raise error(f"{folder / LOCK} is a link: remove it, or give another folder")
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as reason:
-        busy = doing or f"at its {what}"
-        raise error(f"another process is {busy} in {folder}: wait for it, or give another folder") from reason
+        at_work = doing or f"at its {what}"
+        raise (busy or error)(
+            f"another process is {at_work} in {folder}: wait for it, or give another folder"
+        ) from reason
     except ErasureError:  # some are ValueErrors
         raise
     except (OSError, ValueError, NotImplementedError) as reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,13 +71,18 @@ def write_pages(audit: Audit) -> None:
     values = {
         "title": f"Audit of {', '.join(audit.concepts)}",
         "audit": audit,
-        "sections": [section(audit, grade) for grade in GRADES],
-        "kept": kept(audit),
+        "sections": sections(audit),
+        "kept": kept(audit.outcomes),
         "meaning": MEANING,
         "canvas": "canvas" in str(audit.model.get("name")),
     }
     write_text(audit.folder / PAGE, html_page("audit.html", **values), error=EvaluationError)
     write_text(audit.folder / CARD, markdown_page("audit.md", **values), error=EvaluationError)
+
+
+def sections(audit: Audit) -> list[Section]:
+    """What was tried, by attacker."""
+    return [section(audit, grade) for grade in GRADES]
 
 
 def section(audit: Audit, grade: Grade) -> Section:
@@ -97,7 +103,7 @@ def line(audit: Audit, outcome: Outcome) -> Line:
         concept=part.concept or ", ".join(audit.concepts),
         word=done if outcome.state == "done" else outcome.state,
         rate=rate(finding),
-        chance="" if chance is None else rate(chance),
+        chance=rate(chance) if chance is not None else "not measured" if part.chance is not None else "",
         detail=finding.detail,
         link=link(audit.folder, part.folder) if outcome.state == "done" else None,
     )
@@ -120,10 +126,10 @@ def rate(finding: Finding) -> str:
     return f"{number(finding.shown, '.0f', 100)} % ({low} to {high} %, n = {finding.n}{missing})"
 
 
-def kept(audit: Audit) -> list[Kept]:
+def kept(outcomes: Sequence[Outcome]) -> list[Kept]:
     """What became of everything else, from the evaluations."""
     return [
-        found for outcome in audit.outcomes if outcome.part.kind == "evaluation" and outcome.results is not None
+        found for outcome in outcomes if outcome.part.kind == "evaluation" and outcome.results is not None
         for found in _kept(outcome.part.name, outcome.results)
     ]  # fmt: skip
 
@@ -135,5 +141,7 @@ def _kept(suite: str, results: Results) -> list[Kept]:
             shown = number(row["value"], ".3f")
             if row["low"] is not None:
                 shown += f" ({number(row['low'], '.3f')} to {number(row['high'], '.3f')})"
+            shown += f", n = {number(row['n'], '')}"
+            shown += f", {number(row['missing'], '')} missing" if row.get("missing") else ""
             sides.setdefault(row["name"], {})[row.get("variant", "after")] = shown
     return [Kept(suite, name, found.get("before", ""), found.get("after", "")) for name, found in sides.items()]

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from diffusers import DiffusionPipeline
 
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
-from erasure.errors import ErasureError, EvaluationError, OptionError, UnsupportedModelError
+from erasure.errors import EvaluationError
 from erasure.eval.attacks.runner import attack
 from erasure.eval.audits.parts import GRADES, Grade, Part, left_out, parts_of
 from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word, finding_of, graded
 from erasure.eval.judges import load_judge
+from erasure.eval.outcomes import State, attempted
 from erasure.eval.recipe import erasure_entry, judge_fingerprint
 from erasure.eval.results import OTHERS, Results
 from erasure.eval.rows import Record
 from erasure.eval.run import Models, Progress, join, model_name
 from erasure.eval.runner import evaluate
-from erasure.eval.scoring import Judge, reason
+from erasure.eval.scoring import Judge
 from erasure.eval.sizes import check_size
 from erasure.eval.stress.runner import stress_test
 from erasure.files import held, write_json
@@ -32,9 +31,6 @@ from erasure.versions import library_versions
 
 FILE, RECIPE, WHAT = "audit.json", "recipe.json", "audit"
 SCHEMA_VERSION = 1
-State = Literal["done", "refused", "failed"]
-REFUSALS = (EvaluationError, OptionError, UnsupportedModelError)
-"""What a part raises that cannot be had of this model, or without something that the user must give."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +185,16 @@ def _done(
     common: Record,
 ) -> Outcome:  # fmt: skip
     """Do a part, or read what it found before."""
-    started = time.perf_counter()
-    try:
+
+    def work() -> Results:
         if part.kind == "evaluation":
-            results = evaluate(pipe, part.name, erased, out=out, **common)
-        elif part.kind == "attack":
+            return evaluate(pipe, part.name, erased, out=out, **common)
+        if part.kind == "attack":
             control: Record = {"control": True} if part.measures_chance else {}
-            results = attack(pipe, part.name, concept, out=out, **common, **control)
-        else:
-            results = stress_test(pipe, part.name, concept, out=out, **common)
-    except REFUSALS as error:
-        return Outcome(part, "refused", Finding("not measured", detail=str(error).split("\n")[0]))
-    except (ErasureError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, OSError) as error:
-        return Outcome(part, "failed", Finding("not measured", detail=reason(error)))
-    return Outcome(part, "done", finding_of(part, results), results, time.perf_counter() - started)
+            return attack(pipe, part.name, concept, out=out, **common, **control)
+        return stress_test(pipe, part.name, concept, out=out, **common)
+
+    became = attempted(work)
+    if became.result is None:
+        return Outcome(part, became.state, Finding("not measured", detail=became.reason))
+    return Outcome(part, "done", finding_of(part, became.result), became.result, became.seconds)

@@ -17,7 +17,7 @@ MOST_SHOWN = 0.05
 missing counted as shown, and is broken where the interval begins above it."""
 GONE = ("UA",)
 """Metrics that count images without the concept."""
-SHOWN = ("flagged_rate", "ASR", "chance_ASR")
+SHOWN = ("flagged_rate", "ASR", "chance_ASR", "transfer_ASR")
 """Metrics that count images that show it."""
 RETURNS = ("returns", "faster than new")
 """Verdicts of stress tests that say that the concept comes back."""

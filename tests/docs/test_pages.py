@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from erasure.assets import path as embedded
 from erasure.assets.facts import FILE
 from erasure.cli.main import COMMANDS, main
+from erasure.eval.sweeps.plan import SweepPlan
 from tests.behaviour.cases import QUICK
 from tests.cli.test_learning import QUICK as QUICK_LEARNING
 from tests.learning.conftest import mask, picture
@@ -70,6 +71,14 @@ ELSEWHERE = {
 }
 """Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some
 that succeeded (tests/cli/test_attack.py runs it)."""
+SHORT_SWEEP = """
+models = [{model}]
+concepts = ["cat"]
+methods = [{{ strategy = "uce", options = {{ vocabulary = 0 }} }}]
+suites = ["canvas"]
+size = "smoke"
+"""
+"""What is run in the place of the sweep of a page, which is only read."""
 FAMILY_COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 """Models of the README's table of methods, by column."""
 FOREIGN = {"--nproc_per_node", "--with_prior_preservation", "--erase_from"}
@@ -459,6 +468,9 @@ def test_code_runs_in_order(
             for old, new in replaced.items():
                 text = text.replace(old, new)
             exec(compile(text, block.place, "exec", dont_inherit=True), names)
+        elif block.language == "toml":
+            SweepPlan.of(tomllib.loads(block.text), block.place)
+            (tmp_path / "sweep.toml").write_text(SHORT_SWEEP.format(model=json.dumps(model)))
         else:
             assert block.language == "bash", f"{block.place}: say what language this is, and test it"
             for words in lines_of(block):

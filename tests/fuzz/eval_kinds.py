@@ -117,6 +117,50 @@ def write_report_folder(folder: Path) -> None:
         path.write_bytes(png())
 
 
+def read_measured(folder: Path) -> None:
+    from erasure.eval.dossiers.reading import read_folder
+
+    read_folder(folder, ["cat"])
+
+
+@kind("audit", "audit.json", read=read_measured)
+def write_audit(folder: Path) -> None:
+    part = {"kind": "evaluation", "name": "canvas", "concept": None, "folder": "evaluation-canvas", "state": "done",
+            "detail": ""}  # fmt: skip
+    refused = {**part, "kind": "attack", "name": "typo", "concept": "cat", "state": "refused", "detail": "no list"}
+    erasure = {"name": "cat", "strategy": "uce", "strength": 0.5, "fingerprint": "0" * 16}
+    data = {"schema_version": 1, "model": {"name": "tiny"}, "erasures": [erasure], "parts": [part, refused]}
+    (folder / "audit.json").write_text(json.dumps(data))
+    (folder / "evaluation-canvas").mkdir()
+    write_results(folder / "evaluation-canvas")
+
+
+@kind("cell of a sweep", "cell.json", read=read_measured)
+def write_cell(folder: Path) -> None:
+    parts = [{"what": "evaluation-canvas", "state": "done", "reason": "", "seconds": 1.5},
+             {"what": "attack-typo", "state": "failed", "reason": "out of memory", "seconds": 0.0}]  # fmt: skip
+    (folder / "cell.json").write_text(json.dumps({"parts": parts}))
+    (folder / "evaluation-canvas").mkdir()
+    write_results(folder / "evaluation-canvas")
+
+
+def read_sweep(folder: Path) -> None:
+    from erasure.eval.sweeps.plan import SweepPlan
+
+    plan = SweepPlan.read(folder / "sweep.toml")
+    assert len({cell.folder for cell in plan.cells}) == len(plan.cells)
+
+
+@kind("sweep", "sweep.toml", read=read_sweep)
+def write_sweep(folder: Path) -> None:
+    lines = [
+        'models = ["canvas-sd"]', 'concepts = ["dog", "ink"]', "seeds = [0, 7]", 'suites = ["canvas"]',
+        'methods = ["uce", { strategy = "uce", label = "b", options = { vocabulary = 0 } }]', "[groups]",
+        'objects = ["dog"]',
+    ]  # fmt: skip
+    (folder / "sweep.toml").write_text("\n".join(lines) + "\n")
+
+
 def read_list(folder: Path) -> None:
     from erasure.eval.sources import read_prompts
 

@@ -1,0 +1,1 @@
+"""Everything that was measured of one erasure, put together from the folders that hold it."""
