@@ -31,7 +31,7 @@ LIBRARY = frozenset(
 """What makes an erasure a file and attaches it."""
 WORKSHOPS = frozenset({"learning", "sae", "strategies", "training"})
 """What makes an erasure, or a concept that can be erased."""
-USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines", "serving"})
+USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines", "serving", "studio"})
 """What is built on the library."""
 
 ABOVE = LIBRARY | WORKSHOPS | USERS
