@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from erasure.cli.described import parse_with
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError
+from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -16,15 +15,11 @@ if TYPE_CHECKING:
 
 DRAWING_MODELS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 """Embedded models that are offered beside those of the user."""
-ABOUT = (
-    "Open a page for the browser: erase concepts, compare before with after on the same noise, change strengths, "
-    "remove objects with a brush or by name, download erasures. It needs the extra 'studio' of this package."
-)
 
 
 @dataclass(kw_only=True)
 class StudioOptions:
-    """Which models, and where the page is."""
+    """Open a page for the browser: erase, compare on the same noise, remove objects. It needs the extra 'studio'."""
 
     model: tuple[str, ...] = ()
     """Models to offer beside the embedded ones: folders, or repositories of the Hugging Face Hub. The first is
@@ -37,13 +32,23 @@ class StudioOptions:
     """Address to listen on: this machine alone. There is no password: whoever reaches it may use it."""
     port: int = 7860
     """Port to listen on; 0 for one that is free."""
+    max_side: int = Limits.max_side
+    """Most pixels on a side of a picture."""
+    max_steps: int = Limits.max_steps
+    """Most denoising steps."""
+    max_prompt: int = Limits.max_prompt
+    """Most characters of a text."""
+    max_queue: int = Limits.max_queue
+    """Most jobs that wait; further ones are told to come again."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
-    parsed = parse_with(StudioOptions, Limits(), "studio", argv, ABOUT)
-    options: StudioOptions = parsed.command
-    limits: Limits = parsed.options
+    options = parse(StudioOptions, "studio", argv)
+    limits = Limits(
+        max_side=options.max_side, max_steps=options.max_steps, max_prompt=options.max_prompt,
+        max_queue=options.max_queue,
+    )  # fmt: skip
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a port from 0 to 65535")
     from erasure import assets
@@ -55,8 +60,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
     bound = listen(options.host, options.port)
     try:
-        from erasure.studio.page import application
+        from erasure.studio.page import application, gradio_module
         from erasure.studio.session import Studio
+
+        gradio_module()
 
         def opened(model: str) -> DiffusionPipeline:
             return open_model(ModelOptions(model=model, device=options.device, dtype=options.dtype))

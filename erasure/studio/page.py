@@ -59,6 +59,17 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{lines}</table>"
 
 
+def gradio_module() -> Any:
+    """Import gradio with its statistics off.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    # Read when it is imported: it would ask its makers' server for news otherwise.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    return require("gradio")
+
+
 @contextmanager
 def application(studio: Studio) -> Iterator[FastAPI]:
     """The page as an ASGI application; when the block ends, jobs are cancelled and its files are gone.
@@ -66,9 +77,7 @@ def application(studio: Studio) -> Iterator[FastAPI]:
     Raises:
         MissingExtraError: gradio is not installed.
     """
-    # Read by gradio when it is imported: it would ask its makers' server for news otherwise.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    gradio: Any = require("gradio")
+    gradio = gradio_module()
     with tempfile.TemporaryDirectory(prefix="erasure-studio-") as folder:
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
