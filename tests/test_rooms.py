@@ -31,7 +31,7 @@ LIBRARY = frozenset(
 """What makes an erasure a file and attaches it."""
 WORKSHOPS = frozenset({"learning", "sae", "strategies", "training"})
 """What makes an erasure, or a concept that can be erased."""
-USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines", "serving"})
+USERS = frozenset({"assets", "benchmarks", "eval", "integrations", "pipelines", "serving", "studio"})
 """What is built on the library."""
 
 ABOVE = LIBRARY | WORKSHOPS | USERS
@@ -54,13 +54,15 @@ NEVER: dict[str, frozenset[str]] = {
     # Gates of feature edits tell concepts in prompts.
     "locking": frozenset({"learning", "strategies", "training"}) | USERS,
     # `load_pipeline` gives a drop-in pipeline or an embedded model: asked for when it is called.
-    "api": frozenset({"learning", "sae", "eval", "benchmarks", "integrations", "serving"}),
-    "pipelines": frozenset({"eval", "benchmarks", "integrations", "serving"}),
-    "eval": frozenset({"benchmarks", "integrations", "serving"}),
-    "assets": frozenset({"benchmarks", "integrations", "serving"}),
+    "api": frozenset({"learning", "sae", "eval", "benchmarks", "integrations", "serving", "studio"}),
+    "pipelines": frozenset({"eval", "benchmarks", "integrations", "serving", "studio"}),
+    "eval": frozenset({"benchmarks", "integrations", "serving", "studio"}),
+    "assets": frozenset({"benchmarks", "integrations", "serving", "studio"}),
     # Nodes of other programs draw, erase and remove; they measure nothing.
-    "integrations": frozenset({"assets", "benchmarks", "eval", "serving"}),
-    "serving": frozenset({"benchmarks", "integrations"}),
+    "integrations": frozenset({"assets", "benchmarks", "eval", "serving", "studio"}),
+    "serving": frozenset({"benchmarks", "integrations", "studio"}),
+    # Its page is built on pieces of the service.
+    "studio": frozenset({"benchmarks", "eval", "integrations"}),
 }  # fmt: skip
 """What each room never imports, anywhere. `cli`, `benchmarks` and `__main__` are in no list: they know everything."""
 NEVER_AT_ONCE = {"api": frozenset({"assets", "pipelines"}), "world": frozenset({"assets"})}

@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "push": "an erasure onto the Hugging Face Hub, with what was measured of it",
     "pull": "an erasure from the Hugging Face Hub into a folder",
     "serve": "a model with erasures over HTTP, locked: nothing goes around them",
+    "studio": "a page in the browser: erase, compare before with after, remove objects with a brush",
     "log": "whether the audit log of a locked pipeline is whole",
     "bench": "overhead and cost on this machine",
     "sae": "train or look at a sparse autoencoder of a text tower",

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from erasure.backbones import backbone_for
 from erasure.errors import ArtifactError, ErasureError, LockedError, OptionError, RefusedError, VerificationError
-from erasure.serving.drawings import Drawing, Problem
+from erasure.serving.drawings import Drawing, Problem, draw
 from erasure.serving.limits import Limits
 
 REMEMBERED = 1000
@@ -168,17 +166,8 @@ class Batcher:
                 self._give(each, picture)
 
     def _call(self, wanted: Sequence[Drawing]) -> Sequence[Image.Image]:
-        told = dict(wanted[0].settings)
-        options = backbone_for(self.pipe).call_options(
-            told.get("guidance_scale"), told.get("num_inference_steps"),  # type: ignore[arg-type]
-            (told.get("height"), told.get("width")), [each.negative_prompt for each in wanted],  # type: ignore[arg-type]
-        )  # fmt: skip
-        generators = [torch.Generator("cpu").manual_seed(each.seed) for each in wanted]
         self.figures.batches += 1
-        images: Sequence[Image.Image] = self.pipe(
-            [each.prompt for each in wanted], generator=generators, **options
-        ).images
-        return images
+        return draw(self.pipe, wanted)
 
     def _hand_out_allowed(self, batch: Sequence[_Waiting], error: RefusedError) -> None:
         """Refuse what the lock refuses, and give or draw the others."""

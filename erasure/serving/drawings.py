@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from erasure.backbones import backbone_for
@@ -14,6 +18,9 @@ from erasure.carriers.embeddings import require_tokens
 from erasure.errors import ConceptError, OptionError
 from erasure.serving.limits import Limits
 from erasure.world import World
+
+if TYPE_CHECKING:
+    from erasure.interop.protocols import Callback
 
 MOST_GUIDANCE = 50.0
 """Largest scale of guidance: above it pictures are noise."""
@@ -111,6 +118,25 @@ def drawings(request: GenerateRequest, limits: Limits, world: World, pipe: Diffu
     return [
         Drawing(request.prompt, request.negative_prompt, first + index, settings) for index in range(request.count)
     ]
+
+
+def draw(pipe: DiffusionPipeline, wanted: Sequence[Drawing], on_step: Callback | None = None) -> list[Image.Image]:
+    """Draw pictures of equal settings in one call, each with the noise of its own seed.
+
+    Args:
+        pipe: The pipeline.
+        wanted: What to draw.
+        on_step: Is called after every denoising step, as diffusers calls `callback_on_step_end`.
+    """
+    told = dict(wanted[0].settings)
+    options = backbone_for(pipe).call_options(
+        told.get("guidance_scale"), told.get("num_inference_steps"),  # type: ignore[arg-type]
+        (told.get("height"), told.get("width")), [each.negative_prompt for each in wanted],  # type: ignore[arg-type]
+    )  # fmt: skip
+    if on_step is not None:
+        options["callback_on_step_end"] = on_step
+    generators = [torch.Generator("cpu").manual_seed(each.seed) for each in wanted]
+    return list(pipe([each.prompt for each in wanted], generator=generators, **options).images)
 
 
 def _check_text(name: str, text: str, most: int) -> None:

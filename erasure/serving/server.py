@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from erasure.errors import OptionError
 from erasure.serving.app import Service, application
@@ -53,11 +54,14 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Says when it answers."""
 
-    def __init__(self, service: Service, bound: socket.socket, ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, bound: socket.socket, ready: Callable[[str], None], patience: int | None = None
+    ) -> None:
         # A connection that nobody uses must not keep the process from ending.
         config = uvicorn.Config(
-            application(service), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5
-        )
+            app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5,
+            timeout_graceful_shutdown=patience,
+        )  # fmt: skip
         super().__init__(config)
         self.bound, self.ready = bound, ready
 
@@ -95,23 +99,42 @@ def serve(service: Service, bound: socket.socket, ready: Callable[[str], None] =
         bound: See `listen`.
         ready: Is told the address when requests are answered.
     """
-    _Server(service, bound, ready).run([bound])
+    answer(application(service), bound, ready)
+
+
+def answer(
+    app: ASGIApp, bound: socket.socket, ready: Callable[[str], None] = lambda address: None,
+    patience: int | None = None,
+) -> None:  # fmt: skip
+    """Answer the requests for an application until the process is told to stop (Ctrl-C, SIGTERM).
+
+    Args:
+        app: What answers.
+        bound: See `listen`.
+        ready: Is told the address when requests are answered.
+        patience: Seconds that answers under way have left then; as long as they take when left out.
+    """
+    _Server(app, bound, ready, patience).run([bound])
 
 
 @contextmanager
-def running(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """The service in a thread of its own while the block lasts; gives its address.
+def running(
+    service: Service | ASGIApp, host: str = "127.0.0.1", port: int = 0, patience: int | None = None
+) -> Iterator[str]:
+    """A service in a thread of its own while the block lasts; gives its address.
 
     Args:
-        service: What answers. It has ended when the block has.
+        service: What answers: a service, or any application. It has ended when the block has.
         host: See `listen`.
         port: See `listen`.
+        patience: See `answer`.
 
     Raises:
         OptionError: See `listen`.
     """
+    app = application(service) if isinstance(service, Service) else service
     bound, begun = listen(host, port), threading.Event()
-    server = _Server(service, bound, lambda address: begun.set())
+    server = _Server(app, bound, lambda address: begun.set(), patience)
     thread = threading.Thread(target=server.run, args=([bound],), name="erasure-serving", daemon=True)
     thread.start()
     try:

@@ -64,6 +64,7 @@ ELSEWHERE = {
     "push": "it needs the Hub (tests/hub runs it)",
     "pull": "it needs the Hub (tests/hub runs it)",
     "serve": "it does not end by itself (tests/cli/test_serve.py runs it)",
+    "studio": "it does not end by itself (tests/studio runs its page)",
     "nudenet": "its weights are in an extra (tests/eval/detectors runs it)",
     "identity": "it needs faces (tests/eval/detectors runs it)",
     "i2p": "its list is on the Hub (tests/eval/test_photographs.py runs it)",
