@@ -186,7 +186,7 @@ def render(
 def told_and_shown(
     results: Results, drawn: Sequence[Drawn], showing: Showing, title: str | None = None, limit: int = LIMIT
 ) -> tuple[str, list[Gallery]]:
-    """Headline and galleries; what may be unsafe is in none of them (`erasure.eval.galleries.veiled`), unless revealed.
+    """Headline and galleries; unless revealed, what may be unsafe is in none (`erasure.eval.galleries.veiled`).
 
     Args:
         results: What was measured.
