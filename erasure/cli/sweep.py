@@ -13,7 +13,7 @@ import tyro
 
 from erasure.cli.compare import present, written
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, output_folder, parse
+from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -74,7 +74,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     code = 0
     if not options.table_only:
         outcomes = sweep(
-            plan, out=output_folder(options.out, may_hold=True), share=share,
+            plan, out=check_output_folder(options.out, may_hold=True), share=share,
             load=partial(_opened, options), tell=partial(_tell, terminal), progress=terminal.speaks,
         )  # fmt: skip
         code = _ended(outcomes, terminal)

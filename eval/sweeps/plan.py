@@ -146,10 +146,11 @@ class SweepPlan:
             raise EvaluationError(f"{where} measures nothing: name {', '.join(LISTS)}, or one of them")
         judge = _typed(data, "judge", str, where, None)
         groups = _groups(_typed(data, "groups", dict, where, {}), concepts, where)
-        listed: tuple[tuple[str, list[object]], ...] = (
+        folders = {kind: [each.folder for each in measures if each.kind == kind] for kind in LISTS.values()}
+        listed: tuple[tuple[str, Sequence[object]], ...] = (
             ("models", [slug(Path(model).name) for model in models]), ("concepts", [slug(each) for each in concepts]),
             ("seeds", seeds), ("methods", [_named(each.label) for each in methods]),
-            *((kind, [each.folder for each in measures if each.kind == kind]) for kind in LISTS.values()),
+            *folders.items(),
         )  # fmt: skip
         for what, names in listed:
             if twice := sorted({str(name) for name in names if names.count(name) > 1}):

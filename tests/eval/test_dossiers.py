@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from erasure import Erasure
+from erasure import Erasure, erase
 from erasure.attach import ErasureManager
 from erasure.cli.main import main
 from erasure.errors import EvaluationError
@@ -154,7 +154,10 @@ def test_hostile_texts_are_shown_and_nothing_else(made: Erasure, tmp_path: Path)
     assert "<script" not in card.replace("\\<", "")
 
 
-def test_the_command_prints_what_is_missing(made: Erasure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_what_is_missing(
+    world_pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = erase(world_pipe, "cat", "uce", progress=False)
     first, erasure = saved(tmp_path / "first", made), tmp_path / "erasure"
     made.save(erasure)
     command = ["report", str(first / "results.json"), "--erasure", str(erasure), "--out", str(tmp_path / "page")]
