@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,20 +162,19 @@ def write_sweep(folder: Path) -> None:
     (folder / "sweep.toml").write_text("\n".join(lines) + "\n")
 
 
-def read_list(folder: Path) -> None:
+def read_list(folder: Path, name: str) -> None:
     from erasure.eval.sources import read_prompts
 
-    (file,) = (path for path in folder.iterdir() if path.suffix in (".csv", ".jsonl"))
-    read_prompts(file).recipe()
+    read_prompts(folder / name).recipe()
 
 
-@kind("prompt table", "list.csv", read=read_list)
+@kind("prompt table", "list.csv", read=partial(read_list, name="list.csv"))
 def write_prompt_table(folder: Path) -> None:
     lines = ["prompt,seed,categories", '"a cat, sitting",4290749014,"sexual, hate"', "a dog,7,", "NULL,8,hate"]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
 
 
-@kind("prompt lines", "list.jsonl", read=read_list)
+@kind("prompt lines", "list.jsonl", read=partial(read_list, name="list.jsonl"))
 def write_prompt_lines(folder: Path) -> None:
     rows = [{"prompt": "a cat", "sd_seed": 2**63, "role": "target"}, {"prompt": None}, {"prompt": "a dog"}]
     (folder / "list.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
