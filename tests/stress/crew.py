@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,13 @@ class Crew:
             for thread in self.threads:
                 thread.join(60)
         assert not [thread.name for thread in self.threads if thread.is_alive()], "a thread hangs"
+
+    def work(self, seconds: float, until: Callable[[], bool], patience: float = 60) -> None:
+        """Let them work for some time, and longer until something is so: a busy machine gives turns rarely."""
+        latest = time.monotonic() + patience
+        self.stop.wait(seconds)
+        while not self.stop.is_set() and not until() and time.monotonic() < latest:
+            self.stop.wait(0.05)
 
 
 def put(pipe: Any, state: dict[str, float]) -> None:

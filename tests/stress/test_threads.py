@@ -90,14 +90,13 @@ def test_every_image_is_of_one_state(company: Any, pipe: Any, tmp_path: Path, ti
     for name in chosen:
         crew.go(name, others[name])
     wanted = {**dict.fromkeys(chosen, 1), **({"switch": 2} if "switch" in chosen else {})}
+
+    def had_a_turn() -> bool:
+        rounds = all(crew.rounds.get(name, 0) >= least for name, least in wanted.items())
+        return rounds and sum(seen.values()) >= THREADS
+
     with crew.at_work():
-        crew.stop.wait(SECONDS if company == "all" else SECONDS / 3)
-        # A machine that is busy with other things takes longer until everybody has had a turn.
-        patience = time.monotonic() + 60
-        while time.monotonic() < patience and not crew.stop.is_set():
-            if sum(seen.values()) >= THREADS and all(crew.rounds.get(name, 0) >= n for name, n in wanted.items()):
-                break
-            crew.stop.wait(0.05)
+        crew.work(SECONDS if company == "all" else SECONDS / 3, had_a_turn)
     assert not crew.errors, "\n".join(crew.errors)
     assert seen["stock"] == seen["neither"] == 0, f"images of each state: {seen}"
     assert seen["A"] + seen["B"] >= THREADS
@@ -139,7 +138,7 @@ def test_each_thread_gets_its_own_encoding(kinds: tuple[str, ...], entry: str, k
 
         crew.go(f"reader {number}", check)
     with crew.at_work():
-        crew.stop.wait(SECONDS / 3)
+        crew.work(SECONDS / 3, lambda: sum(crew.rounds.copy().values()) > 50)
     assert not crew.errors, "\n".join(crew.errors)
     total = sum(crew.rounds.values())
     assert total > 50
