@@ -65,7 +65,7 @@ def test_erase_help_has_options_of_the_strategy(capsys):
     assert not end.value.code
     said = " ".join(capsys.readouterr().out.split())
     assert all(flag in said for flag in ("--concept", "--steps", "--retain-weight", "--preset", "--out"))
-    assert "Optimiser steps" in said
+    assert "Number of optimiser steps" in said
 
 
 def test_erase_help_lists_strategies(capsys):
