@@ -20,7 +20,7 @@ ROWS = [
     for key, row in run["metrics"].items()
     for name, variant, _ in [key.split(" | ")]
 ]
-OF_ATTACKS = {"pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR"}
+OF_ATTACKS = {"pre_ASR", "ASR", "chance_ASR", "transfer_pre_ASR", "transfer_ASR", "held_by_refusal"}
 OF_STRESS = {name for test in STRESS_TESTS.available().values() for name in test.metrics} - {
     "control_seen", "control_unasked",
 }  # fmt: skip

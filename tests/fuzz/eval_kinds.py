@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,10 @@ from PIL import Image
 
 from erasure.eval.samples import Sample
 from erasure.files import digest
+
+# A list that is a folder is read by it: importing it takes longer than reading may.
+with suppress(ImportError):
+    import datasets  # noqa: F401
 
 SAMPLES = [Sample(f"cat-{number}", "a cat", number, "target", ("cat",), "ink", ("cat",)) for number in range(2)]
 JUDGED = {"object": "cat", "objects": ["cat"], "style": "ink", "shape": "cat", "object_score": 0.9}
