@@ -47,6 +47,7 @@ footer {display: none !important}
 .facts table {width: 100%; border-collapse: collapse; font-size: 0.9rem}
 .facts th {text-align: left; font-weight: 600; padding: 0.2rem 0.8rem 0.2rem 0; vertical-align: top}
 .facts td {padding: 0.2rem 0; overflow-wrap: anywhere}
+.facts th, .facts td, .facts tr, .facts table {border: 0 !important}
 """
 FONTS = ["system-ui", "sans-serif"]
 MONOSPACED = ["ui-monospace", "monospace"]
@@ -151,7 +152,7 @@ class Page:
         for place in range(MOST_ERASURES):
             if place < len(session.stack):
                 each = session.stack[place]
-                label = f"{place + 1}. {each.erasure.name}: strength"
+                label = f"{each.name}: strength"
                 found += [
                     self.gradio.update(visible=True),
                     self.gradio.update(label=label, value=each.strength),
@@ -183,7 +184,7 @@ class Page:
         with gradio.Blocks(title="erasure studio", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
             with gradio.Row(equal_height=True):
                 gradio.Markdown("# erasure studio")
-                cancel = gradio.Button("Cancel what is running", scale=0, min_width=220)
+                cancel = gradio.Button("Cancel", scale=0, min_width=120)
             model = gradio.Dropdown(list(self.studio.models), value=self.studio.models[0], label="Model")
             with gradio.Tab("Erase and compare"):
                 rows, after = self._erasing(model)
