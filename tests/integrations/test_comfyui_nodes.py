@@ -22,7 +22,7 @@ from tests.integrations.stand_ins import PROGRESS, loaded
 TYPES = {"MODEL", "CLIP", "IMAGE", "MASK", "ERASURE", "STRING", "INT", "FLOAT", "BOOLEAN"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(tiny_pipe_original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "cat-uce"
     fit(tiny_pipe_original, "uce").save(folder)
@@ -156,7 +156,7 @@ def test_a_workflow_from_a_folder_to_a_verified_model(
 # Removing objects ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tiny_pipe_folder: Path, models_dir: Path) -> str:
     """The name of a model below `models/diffusers`."""
     shutil.copytree(tiny_pipe_folder, models_dir / "diffusers/tiny")
