@@ -18,16 +18,10 @@ from erasure.errors import AttachError, ErasureError, ImageError
 from erasure.extras import require
 from erasure.shown import message
 from erasure.strategies import STRATEGIES
+from erasure.studio.facts import facts_of_erasure, facts_of_method, presets_of
 from erasure.studio.files import zipped
-from erasure.studio.session import (
-    MOST_ERASURES,
-    Progress,
-    Session,
-    Studio,
-    facts_of_erasure,
-    facts_of_method,
-    presets_of,
-)
+from erasure.studio.jobs import Progress
+from erasure.studio.session import MOST_ERASURES, Session, Studio
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -5,32 +5,27 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor
 
 import erasure
 from erasure.artifact import Erasure
-from erasure.attach import ErasureManager
-from erasure.errors import AttachError, ConceptError, ErasureError, MaskError, OptionError, VerificationError
+from erasure.errors import AttachError, ConceptError, MaskError, OptionError
 from erasure.files import shown
 from erasure.fitting import check_strength
 from erasure.images import rgb
-from erasure.interop.protocols import Callback
-from erasure.pipelines import drop_in
 from erasure.serving.drawings import Drawing, GenerateRequest, Problem, draw, drawings
 from erasure.serving.limits import Limits
 from erasure.shown import message
-from erasure.strategies import STRATEGIES
 from erasure.studio.brush import overlaid, painted
-from erasure.world import World
+from erasure.studio.jobs import Job, Progress, silent
+from erasure.studio.shared import SharedModel, Stacked
 
 MOST_ERASURES = 6
 """Erasures that one session may have on one model."""
@@ -40,27 +35,6 @@ REMEMBERED = 4
 """Pictures of the original model that a session remembers, so that a slider does not draw them anew."""
 PATIENCE = 0.05
 """Seconds between two looks whether a job that waits was cancelled."""
-
-
-class CancelledError(ErasureError):
-    """The user has cancelled a job."""
-
-
-class Progress(Protocol):
-    """Takes how far a job is."""
-
-    def __call__(self, share: float, what: str) -> object:
-        """Take the share that is done, 0-1, and what is being done."""
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """An erasure of a session, with the name that it is attached under."""
-
-    name: str
-    erasure: Erasure
-    strength: float = 1.0
-    """Factor on its edits: 0 leaves it out, 1 is as made."""
 
 
 @dataclass(frozen=True)
@@ -85,112 +59,6 @@ class Removed:
     scores: Mapping[str, float] = field(default_factory=dict)
     """How surely each word is in the picture; empty with a brush."""
     notes: tuple[str, ...] = ()
-
-
-class SharedModel:
-    """A pipeline that all sessions share. Only the one that holds the studio's lock may touch it.
-
-    Args:
-        name: Embedded model, folder or repository.
-        pipe: Its pipeline, of a drop-in class.
-    """
-
-    def __init__(self, name: str, pipe: DiffusionPipeline) -> None:
-        self.name, self.pipe, self.manager = name, pipe, ErasureManager(pipe)
-        self.world = World.of(pipe)
-        if fused := self.manager.fused_erasures:
-            raise AttachError(f"{shown(name)}: {fused[0]!r} is fused and cannot be taken off: unfuse_erasure() first")
-        strengths = self.manager.strengths
-        self.brought = tuple(Stacked(name, made, strengths[name]) for name, made in self.manager.erasures.items())
-        """Erasures that the folder of the model came with."""
-        self._remover: DiffusionPipeline | None = None
-
-    @property
-    def remover(self) -> DiffusionPipeline:
-        """The pipeline that removes objects, on the same networks and with the same erasures.
-
-        Raises:
-            UnsupportedModelError: There is none for this family.
-        """
-        if self._remover is None:
-            self._remover = drop_in(self.pipe, "object-removal").from_pipe(self.pipe)
-            self._remover.set_progress_bar_config(disable=True)
-        return self._remover
-
-    def put_in_force(self, stack: Sequence[Stacked]) -> tuple[str, ...]:
-        """Attach exactly these erasures, and prove that they are in force. Whatever fails leaves none attached.
-
-        Returns:
-            The names of those in force: all but those with strength 0.
-
-        Raises:
-            ErasureError: They do not go together, or are not in force; nothing may be drawn then.
-        """
-        wanted = {each.name: each for each in stack if each.strength > 0}
-        manager = self.manager
-        try:
-            attached = manager.erasures
-            if other := [
-                name for name, made in attached.items() if name not in wanted or made is not wanted[name].erasure
-            ]:
-                manager.delete(other)
-            for name, each in wanted.items():
-                if name not in manager.erasures:
-                    manager.add(each.erasure, name, each.strength)
-            if wanted:
-                manager.set_erasures(list(wanted), [each.strength for each in wanted.values()])
-                manager.verify(least_strength=0.0)
-            strengths = {name: each.strength for name, each in wanted.items()}
-            if manager.strengths != strengths or set(manager.active_erasures()) != set(wanted):
-                raise VerificationError(
-                    f"in force are {', '.join(manager.active_erasures()) or 'none'}, and not "
-                    f"{', '.join(wanted) or 'none'}: nothing was drawn; try again"
-                )
-        except BaseException:
-            manager.unload()
-            raise
-        return tuple(wanted)
-
-
-class Job:
-    """Something that is being done for a session.
-
-    Args:
-        progress: Is told how far it is.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self.cancelled, self._progress, self.what = threading.Event(), progress, ""
-        self.notes: list[str] = []
-
-    def check(self) -> None:
-        """Stop here if the user has cancelled.
-
-        Raises:
-            CancelledError: The user has.
-        """
-        if self.cancelled.is_set():
-            raise CancelledError("cancelled: nothing was changed")
-
-    def tell(self, share: float) -> None:
-        """Say how far the job is, and stop here if the user has cancelled."""
-        self.check()
-        self._progress(min(max(share, 0.0), 1.0), self.what)
-
-    def on_step(self, what: str, steps: int) -> Callback:
-        """What diffusers calls after every step of a drawing."""
-        self.what = what
-        self.tell(0.0)
-
-        def told(_: object, index: int, __: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            self.tell((index + 1) / max(steps, 1))
-            return tensors
-
-        return told
-
-
-def silent(share: float, what: str) -> None:
-    """Take how far a job is, and tell nobody."""
 
 
 class Studio:
@@ -236,11 +104,19 @@ class Studio:
         for each in sessions:
             each.cancel()
 
-    def new_name(self, made: Erasure) -> str:
-        """A name that no erasure of any session has."""
-        with self._counting:
-            self._named += 1
-            return f"{made.name}-{self._named}"
+    def new_name(self, made: Erasure, taken: Collection[str]) -> str:
+        """A name that no erasure of any session has.
+
+        Args:
+            made: What is named.
+            taken: Names of the erasures that the model came with, among others.
+        """
+        while True:
+            with self._counting:
+                self._named += 1
+                name = f"{made.name}-{self._named}"
+            if name not in taken:
+                return name
 
     def shared(self, model: str) -> SharedModel:
         """A model, loaded when it is asked for first; only for the one whose turn it is.
@@ -396,7 +272,7 @@ class Session:
                 **(options or {}),  # type: ignore[arg-type]
             )  # fmt: skip
             job.check()
-            added = Stacked(self.studio.new_name(made), made)
+            added = Stacked(self.studio.new_name(made, [each.name for each in shared.brought]), made)
             with self._changing:
                 shared.put_in_force([*self.stack, added])
                 self._stacks[self.model] = (*self.stack, added)
@@ -536,39 +412,6 @@ class Session:
             yield job
         finally:
             self._job = None
-
-
-def facts_of_method(name: str) -> list[tuple[str, str]]:
-    """What lists say about a method, as names and values.
-
-    Raises:
-        UnknownStrategyError: There is no such method.
-    """
-    told = STRATEGIES.facts(name).told
-    rows = [(fact, told[fact]) for fact in ("title", "protects", "cost", "needs", "paper")]
-    return [(name, ", ".join(value) if isinstance(value, (list, tuple)) else str(value)) for name, value in rows]
-
-
-def presets_of(name: str) -> list[str]:
-    """Names of the presets of a method."""
-    return list(STRATEGIES.facts(name).told["presets"])
-
-
-def facts_of_erasure(stacked: Stacked) -> list[tuple[str, str]]:
-    """What an erasure is, what it cost, and what was measured of it, as names and values."""
-    from erasure.cards import figure
-
-    made, config = stacked.erasure, stacked.erasure.config
-    rows = [
-        ("erases", "; ".join(concept.target for concept in made.concepts)),
-        ("method", config.strategy),
-        ("protects", config.protects),
-        ("made in", f"{config.cost['seconds']:.1f} s" if "seconds" in config.cost else "not recorded"),
-        ("size", f"{made.size_bytes / 1000:.0f} kB, {len(made.edits)} tensors"),
-        ("fingerprint", made.fingerprint),
-    ]
-    measured = [(key, figure(value)) for key, value in config.evaluation.items()]
-    return rows + (measured or [("measured", "nothing yet: download it, and run erasure eval")])
 
 
 def _found(

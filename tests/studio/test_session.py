@@ -13,11 +13,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 from erasure import Erasure
+from erasure.attach import ErasureManager
 from erasure.errors import AttachError, ConceptError, ErasureError, MaskError, OptionError
 from erasure.pipelines import StableDiffusionErasurePipeline
 from erasure.serving.limits import Limits
 from erasure.studio.brush import painted
-from erasure.studio.session import MOST_ERASURES, CancelledError, Session, Studio, facts_of_erasure, facts_of_method
+from erasure.studio.facts import facts_of_erasure, facts_of_method
+from erasure.studio.jobs import CancelledError
+from erasure.studio.session import MOST_ERASURES, Session, Studio
 
 QUICK: dict[str, object] = {"vocabulary": 8}
 
@@ -76,6 +79,17 @@ def test_erasures_are_stacked_and_taken_off(session: Session) -> None:
     assert np.array_equal(pixels(session.compare("a photo of a cat", steps=1).after), pixels(alone.after))
     with pytest.raises(AttachError, match=f"there are: {cat}"):
         session.take_off(dog)
+
+
+def test_erasures_of_the_model_stay_in_force_whatever_they_are_called(tiny_pipe: Any, studio: Studio) -> None:
+    brought = studio.session("maker").erase("dog", "uce", options=QUICK)[0].erasure
+    pipe = StableDiffusionErasurePipeline.from_pipe(tiny_pipe)
+    ErasureManager(pipe).unload()
+    ErasureManager(pipe).add(brought, "cat-uce-1")
+    session = Studio(["tiny"], lambda name: pipe).session("first")
+    made = erased(session)
+    assert session.compare("a photo of a cat", steps=1).names == ("cat-uce-1", made)
+    assert [each.erasure.name for each in session.stack] == ["dog-uce", "cat-uce"]
 
 
 def test_sessions_do_not_mix(studio: Studio, session: Session) -> None:
