@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from erasure.files.folders import differences, digest, discard, held
+from erasure.files.folders import differences, digest, discard, has_recipe, held
 from erasure.files.names import inside, is_line, shown, slug
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
 from erasure.files.recognise import advice, is_checkpoint
@@ -42,6 +42,7 @@ __all__ = [
     "differences",
     "digest",
     "discard",
+    "has_recipe",
     "held",
     "inside",
     "is_checkpoint",

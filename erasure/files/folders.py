@@ -89,7 +89,7 @@ def held(
         raise error(f"cannot write to {folder}: {told}; give another folder") from reason
     try:
         sweep(folder)
-        _check(folder, json.loads(json.dumps(recipe)), file, what, beside, state, error)
+        _check(folder, recipe, file, what, beside, state, error)
         yield
     except ErasureError:
         # Whoever waits for the lock would wait for that of a folder that is gone.
@@ -104,23 +104,45 @@ def held(
         lock.release()
 
 
+def has_recipe(
+    folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, error: type[ErasureError]
+) -> bool:  # fmt: skip
+    """Tell whether a folder is that of a piece of work; see `held`.
+
+    Args:
+        folder: Folder, which need not exist.
+        recipe: Everything on which the work depends, as plain data.
+        file: File name of the recipe.
+        what: Kind of the work, for messages: `training`.
+        error: Class of the errors that are raised.
+
+    Returns:
+        False where the folder has no recipe.
+
+    Raises:
+        ErasureError: The folder's recipe is of other work, or is damaged.
+    """
+    path = Path(folder) / file
+    if not os.path.lexists(path):
+        return False
+    try:
+        known: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=error)
+    except error as reason:
+        raise error(f"{reason}. Or delete {folder} to start anew") from reason
+    if changed := differences(known, json.loads(json.dumps(recipe))):
+        article = "an" if what[0] in "aeiou" else "a"
+        raise error(
+            f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give "
+            "the same options, or another folder"
+        )
+    return True
+
+
 def _check(
     folder: Path, recipe: Mapping[str, object], file: str, what: str, beside: Collection[str] | None,
     state: Collection[str], error: type[ErasureError],
 ) -> None:  # fmt: skip
-    path = folder / file
-    if os.path.lexists(path):
-        try:
-            known: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=error)
-        except error as reason:
-            raise error(f"{reason}. Or delete {folder} to start anew") from reason
-        changed = differences(known, recipe)
-        if changed:
-            article = "an" if what[0] in "aeiou" else "a"
-            raise error(
-                f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give "
-                "the same options, or another folder"
-            )
+    if has_recipe(folder, recipe, file=file, what=what, error=error):
         return
     present = sorted(name for name in os.listdir(folder) if name != LOCK)
     if orphans := [name for name in present if name in state]:
@@ -130,7 +152,7 @@ def _check(
         )
     if others := [name for name in present if beside is not None and name not in beside]:
         raise error(f"{folder} is not empty and holds no {what} (found: {shown(others)}): give another folder")
-    write_json(path, recipe, error=error)
+    write_json(folder / file, json.loads(json.dumps(recipe)), error=error)
 
 
 def discard(folder: str | Path, names: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from erasure.eval.results import FILE, Results
 from erasure.eval.rows import Record, Row, is_figure
 from erasure.eval.statistics import Interval, cluster_bootstrap, wilson
 from erasure.eval.sweeps.plan import Cell, Measure, SweepPlan
-from erasure.eval.sweeps.runner import outcome_of
+from erasure.eval.sweeps.runner import check_folder, outcome_of
 from erasure.files import differences
 
 RATES = ("UA", "IRA", "CRA")
@@ -47,9 +47,10 @@ def table_of(plan: SweepPlan, folder: str | Path) -> Comparison:
         folder: Where `sweep` left its results.
 
     Raises:
-        EvaluationError: Results are damaged, or were measured in unlike ways.
+        EvaluationError: The folder holds another sweep, or results are damaged or were measured in unlike ways.
     """
     folder = Path(folder)
+    check_folder(plan, folder)
     groups = plan.groups or {_all(plan.concepts): plan.concepts}
     rows: list[Record] = []
     found = {str(cell.folder): _results(plan, folder, cell) for cell in plan.cells}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def _entry(entry: object, keys: Sequence[str], where: str) -> Mapping[str, Any]:
 def _method(entry: object, where: str) -> Method:
     data = _entry(entry, OF_METHOD, where)
     strategy, preset, options = data["strategy"], data.get("preset"), data.get("options", {})
-    with _told(where):
+    with _located(where):
         STRATEGIES.check(strategy)
         STRATEGIES.get(strategy).configured(preset, **options)
     label = data.get("label") or (strategy if preset is None else f"{strategy}, {preset}")
@@ -276,7 +277,7 @@ def _measure(kind: Kind, entry: object, size: str, where: str) -> Measure:
     data = _entry(entry, OF_MEASURE, where)
     name, options = data["name"], data.get("options", {})
     found = Measure(kind, name, data.get("label") or name, data.get("size") or size, options)
-    with _told(where):
+    with _located(where):
         check_size(found.size, f"{kind} {name}")
         if kind == "evaluation":
             SUITES.check(name)
@@ -288,19 +289,13 @@ def _measure(kind: Kind, entry: object, size: str, where: str) -> Measure:
     return found
 
 
-class _told:
-    """Says in errors of the package where in the file they come from."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        """Nothing is to be done ahead."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raise an error of the package anew, with the place in front."""
-        if isinstance(error, ErasureError):
-            raise EvaluationError(f"{self.where}: {error}") from error
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say in errors of the package where in the file they come from."""
+    try:
+        yield
+    except ErasureError as error:
+        raise EvaluationError(f"{where}: {error}") from error
 
 
 def _groups(data: Mapping[str, Any], concepts: Sequence[str], where: str) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from erasure.eval.schemas import CellFile
 from erasure.eval.scoring import Judge
 from erasure.eval.stress.runner import stress_test
 from erasure.eval.sweeps.plan import Cell, Measure, SweepPlan
-from erasure.files import held, read_json, write_json
+from erasure.files import has_recipe, held, read_json, write_json
 from erasure.training.run import Run
 
 FILE, RECIPE, CELL, ERASURE, TRAINING = "sweep.json", "recipe.json", "cell.json", "erasure", "training"
@@ -135,6 +135,30 @@ def outcome_of(plan: SweepPlan, folder: Path, cell: Cell) -> CellOutcome:
         return CellOutcome(cell, ())
     data: CellFile = read_json(path, CellFile, error=EvaluationError)
     return CellOutcome(cell, tuple(Ended(**part) for part in data["parts"]))
+
+
+def check_folder(plan: SweepPlan, folder: str | Path) -> None:
+    """Refuse a folder that holds another sweep, whose results would pass for this one's.
+
+    Raises:
+        EvaluationError: It does, or its recipe is damaged.
+    """
+    has_recipe(folder, plan.recipe, file=RECIPE, what=WHAT, error=EvaluationError)
+
+
+def outcomes_of(plan: SweepPlan, folder: str | Path, share: tuple[int, int] = (1, 1)) -> list[CellOutcome]:
+    """What has become of the cells of a share so far; nothing is made.
+
+    Args:
+        plan: The sweep.
+        folder: Where `sweep` leaves its results.
+        share: See `sweep`.
+
+    Raises:
+        EvaluationError: The folder holds another sweep, or a file is damaged.
+    """
+    check_folder(plan, folder)
+    return [outcome_of(plan, Path(folder), cell) for cell in plan.share(*share)]
 
 
 class _Models:

@@ -189,6 +189,12 @@ def test_a_killed_sweep_goes_on_to_the_same_bits(
     assert "translation" in said
     assert "refused: " in said
 
+    # Results of other options are no row of this sweep.
+    file.write_text(file.read_text().replace("vocabulary = 0", "vocabulary = 8"))
+    for flag in ("--dry-run", "--table-only"):
+        assert main(["sweep", str(file), "--out", str(whole), flag]) == 2
+        assert "holds a sweep of something else" in capsys.readouterr().err
+
 
 def test_what_fails_is_recorded_and_the_sweep_goes_on(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
