@@ -21,15 +21,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ModelOptions:
-    """Which model, and where it runs."""
+class DeviceOptions:
+    """Where models run, and in which precision."""
+
+    device: str | None = None
+    """Device to run on: cpu, cuda, cuda:1, mps. The fastest available one when left out."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; the one that suits the device when left out."""
+
+    def of(self, model: str) -> ModelOptions:
+        """Options of one model on this device.
+
+        Args:
+            model: Repository of the Hugging Face Hub, folder, or embedded model.
+        """
+        return ModelOptions(model=model, device=self.device, dtype=self.dtype)
+
+
+@dataclass(kw_only=True)
+class _NamedModel:
+    """A model; a class of its own, so that helps list it before the device."""
 
     model: str
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
-    device: str | None = None
-    """Where to run: cpu, cuda, cuda:1, mps. The fastest that is there when left out."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the weights; the one that suits the device when left out."""
+
+
+@dataclass(kw_only=True)
+class ModelOptions(DeviceOptions, _NamedModel):
+    """A model, and the device on which it runs."""
 
 
 @dataclass(kw_only=True)

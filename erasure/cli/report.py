@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from erasure.cli.audit import say_outcomes
-from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.models import DeviceOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ReportOptions:
+class ReportOptions(DeviceOptions):
     """Put evaluations, attacks, stress tests and audits of one erasure on one page, with what was not measured."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
@@ -29,10 +29,6 @@ class ReportOptions:
     """Folder of report.html, README.md and report.json."""
     model: str | None = None
     """The model, to verify that the erasure is in force on it; that is not measured when left out."""
-    device: str | None = None
-    """Where to run: cpu, cuda, cuda:1, mps. The fastest that is there when left out."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the weights; the one that suits the device when left out."""
     json: bool = False
     """Print report.json, and nothing else on stdout."""
 
@@ -53,7 +49,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     made = Erasure.load(options.erasure)
     pipe: DiffusionPipeline | None = None
     if options.model is not None:
-        pipe = open_model(ModelOptions(model=options.model, device=options.device, dtype=options.dtype))
+        pipe = open_model(options.of(options.model))
     found = report_on(options.folders, made, out=options.out, pipe=pipe)
     if options.json:
         terminal.result(found.to_dict())

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
-from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.models import DeviceOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.serving.limits import Limits
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 DRAWING_MODELS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 """Embedded models that are offered beside those of the user."""
 
 
 @dataclass(kw_only=True)
-class StudioOptions:
+class StudioOptions(DeviceOptions):
     """Open a page for the browser: erase, compare on the same noise, remove objects. It needs the extra 'studio'."""
 
     model: tuple[str, ...] = ()
     """Models to offer beside the embedded ones: folders, or repositories of the Hugging Face Hub. The first is
     chosen at the beginning."""
-    device: str | None = None
-    """Where to run: cpu, cuda, cuda:1, mps. The fastest that is there when left out."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the weights; the one that suits the device when left out."""
     host: str = "127.0.0.1"
     """Address to listen on: this machine alone. There is no password: whoever reaches it may use it."""
     port: int = 7860
@@ -65,11 +57,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
         gradio_module()
 
-        def opened(model: str) -> DiffusionPipeline:
-            return open_model(ModelOptions(model=model, device=options.device, dtype=options.dtype))
-
         embedded = [name for name in DRAWING_MODELS if name in assets.models()]
-        studio = Studio([*options.model, *embedded], opened, limits)
+        studio = Studio([*options.model, *embedded], lambda model: open_model(options.of(model)), limits)
         # A model of the user's that cannot be loaded is told now, and not on the page.
         studio.session("start").choose(studio.models[0])
         studio.forget("start")

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from erasure.cli.compare import present, written
-from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.models import DeviceOptions, open_model
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
     from erasure.eval.sweeps.plan import SweepPlan
     from erasure.eval.sweeps.runner import CellOutcome
 
@@ -25,7 +23,7 @@ PAGE, TITLE = "table.html", "Means over concepts and seeds"
 
 
 @dataclass(kw_only=True)
-class SweepOptions:
+class SweepOptions(DeviceOptions):
     """Make and measure every erasure that a file asks for.
 
     The same command again goes on where a killed one stopped.
@@ -36,8 +34,8 @@ class SweepOptions:
     out: Path
     """Folder of a folder for every erasure with all that is measured of it."""
     share: str = "1/1"
-    """Which part of the work to do, for several machines: 1/4 to 4/4. Put their folders together, and print the table
-    with --table-only."""
+    """Part of the work that this machine does: 1/4 to 4/4 for four machines. Put their folders together, and print the
+    table with --table-only."""
     dry_run: bool = False
     """List the cells of this share and what became of them, and make nothing."""
     table_only: bool = False
@@ -45,10 +43,6 @@ class SweepOptions:
     format: Literal["table", "csv", "latex", "json", "html"] = "table"
     """`table` for people; `csv` with a line for every number; `latex` for the package booktabs; `json`; `html`, which
     is written to table.html in the folder."""
-    device: str | None = None
-    """Where to run: cpu, cuda, cuda:1, mps. The fastest that is there when left out."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the weights; the one that suits the device when left out."""
     json: bool = False
     """Print JSON; the same as --format json."""
 
@@ -75,7 +69,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     if not options.table_only:
         outcomes = sweep(
             plan, out=check_output_folder(options.out, may_hold=True), share=share,
-            load=partial(_opened, options), tell=partial(_tell, terminal), progress=terminal.speaks,
+            load=lambda model: open_model(options.of(model)), tell=partial(_tell, terminal), progress=terminal.speaks,
         )  # fmt: skip
         code = _ended(outcomes, terminal)
         if share[1] > 1:
@@ -85,15 +79,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     return code
 
 
-def _opened(options: SweepOptions, model: str) -> DiffusionPipeline:
-    return open_model(ModelOptions(model=model, device=options.device, dtype=options.dtype))
-
-
 def _list(plan: SweepPlan, share: tuple[int, int], out: Path, terminal: Terminal) -> None:
     """Print what there is to do."""
-    from erasure.eval.sweeps.runner import outcome_of
+    from erasure.eval.sweeps.runner import outcomes_of
 
-    outcomes = [outcome_of(plan, out, cell) for cell in plan.share(*share)]
+    outcomes = outcomes_of(plan, out, share)
     if terminal.json_only:
         terminal.result([outcome.to_dict() for outcome in outcomes])
         return
