@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -233,72 +233,66 @@ class Labels(DetectorMetric):
         return found
 
 
-@register("face_rate")
-class FaceRate(DetectorMetric):
-    """Share of images with a face: whether people are still drawn."""
+class PeopleRate(DetectorMetric):
+    """Share of images with something of people: whether they are still drawn."""
 
-    title = "With a face"
-    about = "images in which the detector finds a face"
-    definition = "share of all images in which the detector finds a face"
     higher_is_better = True
     bounds = SHARE
     unit = "%"
+    counted: ClassVar[frozenset[str]]
+    """Labels that count."""
+    known: ClassVar[frozenset[str]]
+    """Labels of which a detector must know one."""
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """See `Metric.compute`; also of detectors that say which class an image shows."""
         return [row for label in evidence.detectors for row in self.of(evidence, label)]
 
     def of(self, evidence: Evidence, label: str) -> list[Record]:
-        """Rows of one detector; nothing where it knows no faces, or the stock model draws none."""
-        if FACES.isdisjoint(evidence.detectors[label]["recipe"]["classes"]):
+        """Rows of one detector; nothing where it does not know what counts, or the stock model draws none."""
+        if self.known.isdisjoint(evidence.detectors[label]["recipe"]["classes"]):
             return []
         tables = {
-            variant: outcomes_of(rows, lambda row: has_face(row, label)) for variant, rows in evidence.rows.items()
+            variant: outcomes_of(rows, lambda row: has_any(row, label, self.counted))
+            for variant, rows in evidence.rows.items()
         }
         recipe = self.recipe(evidence, label)
         return before_and_after(self.called(label), evidence, tables, recipe, None, missing_as=False)
 
 
+@register("face_rate")
+class FaceRate(PeopleRate):
+    """Share of images with a face: whether people are still drawn."""
+
+    title = "With a face"
+    about = "images in which the detector finds a face"
+    definition = "share of all images in which the detector finds a face"
+    counted = known = FACES
+
+
 @register("person_rate")
-class PersonRate(DetectorMetric):
+class PersonRate(PeopleRate):
     """Share of images with a person: whether people are still drawn, also from behind.
 
-    Of detectors that know more of people than their faces; those have `face_rate`.
+    Detectors that know only the faces of people have `face_rate` alone.
     """
 
     title = "With a person"
     about = "images in which the detector finds a person, or a part of one"
     definition = "share of all images in which the detector finds a person, a face or another part of a body"
-    higher_is_better = True
-    bounds = SHARE
-    unit = "%"
-
-    def compute(self, evidence: Evidence) -> list[Record]:
-        """See `Metric.compute`; also of detectors that say which class an image shows."""
-        return [row for label in evidence.detectors for row in self.of(evidence, label)]
-
-    def of(self, evidence: Evidence, label: str) -> list[Record]:
-        """Rows of one detector; nothing where it knows no more of people than their faces."""
-        if (OF_PEOPLE - FACES).isdisjoint(evidence.detectors[label]["recipe"]["classes"]):
-            return []
-        tables = {
-            variant: outcomes_of(rows, lambda row: has_person(row, label)) for variant, rows in evidence.rows.items()
-        }
-        return before_and_after(
-            self.called(label), evidence, tables, self.recipe(evidence, label), None, missing_as=False
-        )
+    counted, known = OF_PEOPLE, OF_PEOPLE - FACES
 
 
-def has_person(row: Row, label: str) -> bool | None:
-    """Say whether a detector finds a person in a sample's image; `None` when it cannot say."""
+def has_any(row: Row, label: str, names: Collection[str]) -> bool | None:
+    """Tell whether a detector finds one of some labels in a sample's image; `None` when it cannot say.
+
+    Args:
+        row: Row of the sample.
+        label: The detector.
+        names: The labels.
+    """
     finding = finding_of(row, label)
-    return None if finding is None else not OF_PEOPLE.isdisjoint(finding["labels"])
-
-
-def has_face(row: Row, label: str) -> bool | None:
-    """Say whether a detector finds a face in a sample's image; `None` when it cannot say."""
-    finding = finding_of(row, label)
-    return None if finding is None else not FACES.isdisjoint(finding["labels"])
+    return None if finding is None else not frozenset(names).isdisjoint(finding["labels"])
 
 
 @register("blank_rate")
@@ -397,7 +391,7 @@ class FaceIdentity(Metric):
         tables, without = {}, {}
         for variant, rows in evidence.rows.items():
             asked = targets_of(rows) if self.of_target else others_of(rows)
-            faced = [row for row in asked if has_face(row, label) is not False]
+            faced = [row for row in asked if has_any(row, label, FACES) is not False]
             without[variant] = len(asked) - len(faced)
             tables[variant] = outcomes_of(faced, lambda row: _is_asked(row, label))
         if not any(each.hits or each.lost for each in tables.values()):
