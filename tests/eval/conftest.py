@@ -78,6 +78,21 @@ def seeing_judge(pictures: list[tuple[Any, Any]]) -> Any:
     return judge
 
 
+def killed_judge(judge: Any, at: int) -> Any:
+    """A judge under the name of another, during whose call of that number the user presses Ctrl-C."""
+    asked = 0
+
+    def killed(images: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise KeyboardInterrupt
+        return judge(images)
+
+    killed.version = judge.version  # type: ignore[attr-defined]
+    return killed
+
+
 def declare_world(pipe: Any, folder: Path) -> Any:
     """Put a `canvas.json` beside a pipeline: 3 objects, 2 styles, 2 steps, 16x16 pixels."""
     folder.mkdir()

@@ -16,6 +16,7 @@ from erasure.eval.beside import Clock, each
 from erasure.eval.report import costs
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.table import read_rows
+from tests.eval.conftest import killed_judge
 
 
 def numbered(count: int, log: list[str], wait: threading.Event | None = None) -> Iterator[int]:
@@ -120,18 +121,9 @@ def test_the_same_rows_and_numbers_beside_and_in_turn(erased_pipe: Any, judge: A
 
 def test_a_run_killed_beside_goes_on_in_turn(erased_pipe: Any, judge: Any, tmp_path: Path) -> None:
     whole = run(erased_pipe, tmp_path / "whole", judge)
-    asked = 0
-
-    def killed(images: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == 3:
-            raise KeyboardInterrupt
-        return judge(images)
-
-    killed.version = judge.version  # type: ignore[attr-defined]
+    interrupted = killed_judge(judge, 3)
     with pytest.raises(KeyboardInterrupt):
-        run(erased_pipe, tmp_path / "killed", killed, beside=True)
+        run(erased_pipe, tmp_path / "killed", interrupted, beside=True)
     assert len(rows_of(tmp_path / "killed")) == 4
     again = run(erased_pipe, tmp_path / "killed", judge)
     assert again.metrics == whole.metrics

@@ -26,6 +26,7 @@ from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.sizes import SIZES
 from erasure.eval.statistics import wilson
 from erasure.eval.table import read_rows
+from tests.eval.conftest import killed_judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,16 +256,7 @@ def test_a_killed_attack_goes_on_to_the_same_rows(erased_pipe: Any, whole: Any, 
     expected = rows_of(tmp_path / "out")
     assert {row["success"] for row in expected} > {True}
     seen: list[tuple[str, int, int]] = []
-    killed = 0
-
-    def interrupted(images: Any) -> Any:
-        nonlocal killed
-        killed += 1
-        if killed == 8:
-            raise KeyboardInterrupt
-        return judge(images)
-
-    interrupted.version = judge.version  # type: ignore[attr-defined]
+    interrupted = killed_judge(judge, 8)
     with pytest.raises(KeyboardInterrupt):
         whole(erased_pipe, "killed", judge=interrupted)
     done = rows_of(tmp_path / "killed")

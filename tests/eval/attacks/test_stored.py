@@ -28,7 +28,7 @@ from erasure.eval.generation import generate
 from erasure.eval.report import chips
 from erasure.eval.schemas import ReplayRow
 from erasure.eval.table import read_rows
-from tests.eval.conftest import attach_noise, declare_world
+from tests.eval.conftest import attach_noise, declare_world, killed_judge
 
 QUICK: dict[str, dict[str, Any]] = {
     "img2img": {}, "inpaint": {}, "completion": {}, "sampler": {"schedulers": 1}, "tina": {"steps": 2},
@@ -100,16 +100,7 @@ def test_a_killed_attack_goes_on_with_what_was_made_once(
     learned, real = [], ConceptInversion.learned
     monkeypatch.setattr(ConceptInversion, "learned", lambda self, *args: learned.append(1) or real(self, *args))
     first = run(erased_pipe, "concept_inversion", samples=3)
-    asked = 0
-
-    def interrupted(images: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == 9:
-            raise KeyboardInterrupt
-        return odd_judge(images)
-
-    interrupted.version = odd_judge.version  # type: ignore[attr-defined]
+    interrupted = killed_judge(odd_judge, 9)
     with pytest.raises(KeyboardInterrupt):
         run(erased_pipe, "concept_inversion", "killed", samples=3, judge=interrupted)
     assert 0 < len(rows_of(tmp_path / "killed")) < 3

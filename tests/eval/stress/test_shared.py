@@ -24,6 +24,7 @@ from erasure.eval.sizes import SIZES
 from erasure.eval.stress import STRESS_TESTS, StressTest, runner
 from erasure.eval.stress.conditions import Condition
 from erasure.eval.table import read_rows
+from tests.eval.conftest import killed_judge
 from tests.eval.stress.conftest import CASES, cats, rows_of
 
 NAMES = STRESS_TESTS.names()
@@ -101,16 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_rows(
 ) -> None:
     whole = run(stressed_pipe, name, batch_size=2)
     expected, judge = rows_of(tmp_path / "out"), judge_of(name)
-    asked = 0
-
-    def interrupted(images: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == min(12, len(expected) // 2 - 2):
-            raise KeyboardInterrupt
-        return judge(images)
-
-    interrupted.version = judge.version  # type: ignore[attr-defined]
+    interrupted = killed_judge(judge, min(12, len(expected) // 2 - 2))
     with pytest.raises(KeyboardInterrupt):
         run(stressed_pipe, name, "killed", judge=interrupted, batch_size=2)
     done = rows_of(tmp_path / "killed")
