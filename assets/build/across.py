@@ -1,4 +1,4 @@
-"""What the embedded models of all families draw; `across.toml` compares strategies on them."""
+"""Draw the same prompts with the embedded models of all families; `across.toml` compares strategies on them."""
 
 from __future__ import annotations
 

@@ -77,9 +77,9 @@ class FeatureEdit(NamedTuple):
     """States that replace tokens whose own score opens the gate, and the end token and padding after them, instead
     of a change of latents, `(tokens, dim)`; `(0, dim)` when latents are changed."""
     rule: Tensor
-    """Which score opens the gate, `()` int64: 0 the latents', 1 the probe's."""
+    """Score that opens the gate, `()` int64: 0 for that of the latents, 1 for that of the probe."""
     local: Tensor
-    """Which tokens are edited, `()` int64: 1 only those whose own score opens the gate, 0 all tokens of the prompt."""
+    """Edited tokens, `()` int64: 1 for those whose own score opens the gate, 0 for all tokens of the prompt."""
     first: Tensor
     """Position of the first word, `()` int64; tokens before it do not depend on the prompt."""
     end: Tensor

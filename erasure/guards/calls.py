@@ -39,7 +39,7 @@ from erasure.state import ComponentState
 Way = Literal[
     "other text", "embeddings", "image prompt", "picture", "skipped blocks", "negative prompt", "noise", "levels"
 ]  # fmt: skip
-"""How an argument of a pipeline's call can bypass an erasure."""
+"""Ways in which an argument of a pipeline's call can bypass an erasure."""
 WAYS: dict[Way, re.Pattern[str]] = {
     "other text": re.compile(r"(negative_)?prompt_\d+"),
     "embeddings": re.compile(r"(negative_)?(pooled_)?prompt_embeds(?!_mask|_scale)(_\w+)?"),
