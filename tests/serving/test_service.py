@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,11 +204,21 @@ def test_requests_that_wait_too_long_are_given_up(start: Any, gate: Any) -> None
 
 
 def test_what_is_alike_is_drawn_together(start: Any, gate: Any) -> None:
-    service, client = start(batch_size=4, wait=0.5)
-    gate.opened.set()
-    answers = client.many([{"seed": seed, "steps": 1 + seed % 2} for seed in range(8)])
-    assert [answer.status for answer in answers] == [200] * 8
-    assert service.batcher.figures.batches <= 4
+    service, client = start(batch_size=4, wait=0.0)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(client.generate)
+        assert gate.reached.wait(30)
+        others = threads.submit(client.many, [{"seed": seed, "steps": 1 + seed % 2} for seed in range(8)])
+        until(lambda: service.batcher.waiting == 8)
+        gate.opened.set()
+        assert [answer.status for answer in [first.result(), *others.result()]] == [200] * 9
+    assert service.batcher.figures.batches == 3
+
+
+def test_a_request_waits_for_others_until_there_are_enough(start: Any) -> None:
+    service, client = start(batch_size=2, wait=60.0)
+    assert [answer.status for answer in client.many([{"seed": 1}, {"seed": 2}])] == [200] * 2
+    assert service.batcher.figures.batches == 1
 
 
 def test_a_service_whose_erasure_is_gone_draws_nothing_any_more(pipe: Any, start: Any) -> None:
@@ -245,7 +256,9 @@ def test_what_was_accepted_is_answered_before_the_end(pipe: Any, start: Any, gat
     service, client = start(batch_size=1, wait=0.0)
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(client.generate())) for _ in range(4)]
-    for thread in threads:
+    threads[0].start()
+    assert gate.reached.wait(30)
+    for thread in threads[1:]:
         thread.start()
     until(lambda: service.batcher.waiting == 3)
     closing = threading.Thread(target=service.batcher.close)
