@@ -143,9 +143,10 @@ class Service:
         times = [round(float(value), 4) for value in np.percentile(seconds, [50, 95])] if seconds else None
         return {
             "status": status, "reason": batcher.failure, "model": self.model, "erasures": list(self.lock.erasures),
-            "locked": True, "waiting": batcher.waiting, "limit": self.limits.max_queue, "drawn": figures.drawn,
-            "refused": figures.refused, "failed": figures.failed, "turned_away": figures.turned_away,
-            "batches": figures.batches, "seconds_p50_p95": times, "verified_tensors": self.lock.tensors,
+            "locked": True, "waiting": batcher.waiting, "limit": self.limits.max_queue, "accepted": figures.accepted,
+            "drawn": figures.drawn, "refused": figures.refused, "failed": figures.failed,
+            "turned_away": figures.turned_away, "batches": figures.batches, "seconds_p50_p95": times,
+            "verified_tensors": self.lock.tensors,
             "share_of_verification": round(costs.share, 5), "whole_verifications": costs.verifications,
             "log_lines": log.lines if log else None, "log_head": log.head if log else None,
             "up_seconds": round(time.time() - self.started),

@@ -25,6 +25,8 @@ REMEMBERED = 1000
 class Figures:
     """What a service has done so far."""
 
+    accepted: int = 0
+    """Pictures that were queued."""
     drawn: int = 0
     """Pictures that were given out."""
     refused: int = 0
@@ -97,6 +99,7 @@ class Batcher:
                 )  # fmt: skip
             made = [_Waiting(drawing, Future(), time.perf_counter()) for drawing in wanted]
             self._waiting.extend(made)
+            self.figures.accepted += len(made)
             self._changed.notify_all()
         return [each.future for each in made]
 

@@ -66,7 +66,8 @@ def test_it_says_what_is_erased_and_how_it_is(start: Any) -> None:
     assert told["refuses"] == ["controls", "image_prompts", "loras", "noise", "pictures", "schedulers"]
     health = client.ask("GET", "/health")
     assert health.status == 200
-    assert (health.told["status"], health.told["drawn"], health.told["waiting"]) == ("ok", 1, 0)
+    told = health.told
+    assert (told["status"], told["accepted"], told["drawn"], told["waiting"]) == ("ok", 1, 1, 0)
     assert health.told["verified_tensors"] == service.lock.tensors > 0
     assert len(health.told["seconds_p50_p95"]) == 2
 
@@ -177,7 +178,7 @@ def test_a_full_queue_turns_requests_away(start: Any, gate: Any) -> None:
     gate.opened.set()
     for thread in waiting:
         thread.join()
-    assert service.batcher.figures.drawn == 3
+    assert (service.batcher.figures.accepted, service.batcher.figures.drawn) == (3, 3)
     assert client.generate().status == 200
 
 
