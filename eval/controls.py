@@ -194,7 +194,7 @@ class Controls:
         return self._first([self.domains[domain] for domain in domains])
 
     def reasons(self, rows: Sequence[Row]) -> dict[str, str | None]:
-        """Why each rate of the suite is not given: `UA`, `UA_shape`, `IRA`, `CRA`, `CRA_retained`, `AA`.
+        """Why each rate of the suite is not given: `UA`, `UA_shape`, `IRA`, `IRA_group`, `CRA`, `CRA_retained`, `AA`.
 
         Args:
             rows: Rows of the model that the rates are of.
@@ -209,7 +209,7 @@ class Controls:
             "CRA": self.of_domains(others),
         }
         first = next((reason for reason in (found["UA"], found["IRA"], found["CRA"]) if reason), None)
-        return {**found, "CRA_retained": found["CRA"], "AA": first}
+        return {**found, "IRA_group": found["IRA"], "CRA_retained": found["CRA"], "AA": first}
 
     def collapse(self, rows: Sequence[Row]) -> str | None:
         """Why a model has erased nothing in particular: it draws next to nothing of what is asked for.

@@ -66,7 +66,8 @@ def _refusal(thing: object) -> str:
 
 _HOMES = {
     "unlearncanvas": (
-        "UA", "UA_shape", "IRA", "CRA", "CRA_retained", "AA", "object_accuracy", "style_accuracy", "shape_accuracy",
+        "UA", "UA_shape", "IRA", "IRA_group", "CRA", "CRA_retained", "AA",
+        "object_accuracy", "style_accuracy", "shape_accuracy",
     ),
     "instead": ("replaced_by", "unsafe_share"),
     "utility": ("clip_score", "clip_score_target", "drift", "drift_feature"),

@@ -10,7 +10,7 @@ import numpy as np
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import SHARE, Metric, register
 from erasure.eval.metrics.clip_score import cosine
-from erasure.eval.metrics.outcomes import collect, correct, holds, paired, rate_row
+from erasure.eval.metrics.outcomes import collect, correct, expected, holds, paired, rate_row
 from erasure.eval.rows import Record, Row, finding_of
 from erasure.eval.suites import Target
 
@@ -115,7 +115,8 @@ class UnlearningAccuracyTop5(Unranked):
 class RetainedByLikeness(Metric):
     """Accuracy on the tenth of the other names that is most like the target's, by a CLIP model's text features.
 
-    `groups` has all tenths, the least alike first; of fewer than ten names each is a group of its own.
+    The other names are those of the target's own kind: styles for a style. `groups` has all tenths, the least alike
+    first; of fewer than ten names each is a group of its own.
     """
 
     title = "Kept, names most like the target's"
@@ -131,20 +132,32 @@ class RetainedByLikeness(Metric):
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """See `Metric.compute`; nothing where nothing is retained."""
-        every = [row for rows in evidence.rows.values() for row in rows if row["role"] != "target" and row["objects"]]
-        names = sorted({row["objects"][0] for row in every})
-        if not names or not evidence.plan.targets:
+        targets = evidence.plan.targets
+        domains = sorted({target.domain for target in targets})
+        # What else of the targets' kind every image shows that was to stay.
+        kept = {
+            variant: [
+                (row, domain, name)
+                for row in rows
+                if not holds(row, targets)
+                for domain in domains
+                if (name := expected(row, domain)) is not None
+            ]
+            for variant, rows in evidence.rows.items()
+        }
+        names = sorted({name for each in kept.values() for _, _, name in each})
+        if not names:
             return []
         withheld = evidence.clip_missing if evidence.clip is None else None
         groups = [names] if evidence.clip is None else by_likeness(names, self._likeness(evidence, names))
         found: list[Record] = []
-        for variant, rows in evidence.rows.items():
+        for variant, shown in kept.items():
             tables = [
                 collect(
                     [
-                        (row, row["sample_id"], correct(row, "object"))
-                        for row in rows
-                        if row["role"] != "target" and row["objects"] and row["objects"][0] in group
+                        (row, f"{row['sample_id']}/{domain}", correct(row, domain))
+                        for row, domain, name in shown
+                        if name in group
                     ]
                 )
                 for group in groups

@@ -5,6 +5,7 @@ prompt asked for, for targets in domain $d$ with the other domain $o$:
 
 - $UA = 1 - P[c_d(x) = y_d(x)]$ over images whose prompt holds a target;
 - $IRA = P[c_d(x) = y_d(x)]$ over images whose prompt holds none: other concepts of the same domain;
+- `IRA_group` is IRA of the objects of the target's own group alone (the other animals for a cat);
 - $CRA = P[c_o(x) = y_o(x)]$ over the whole answer set, the target's images included, as the released
   `accuracy.py` counts; `CRA_retained` leaves the target's images out;
 - $AA = (UA + IRA + CRA) / 3$.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -29,10 +31,10 @@ import numpy as np
 from erasure.errors import EvaluationError
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import SHARE, Metric, register
-from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, holds, paired, rate_row, shows
+from erasure.eval.metrics.outcomes import OTHER, Outcomes, collect, correct, expected, holds, paired, rate_row, shows
 from erasure.eval.rows import Record, Row, judged_of
 from erasure.eval.statistics import Interval, cluster_bootstrap, weighted_rate
-from erasure.eval.suites import Target
+from erasure.eval.suites import Plan, Target
 
 
 def unlearned(rows: Sequence[Row], targets: Sequence[Target], shape: bool = False) -> Outcomes:
@@ -57,6 +59,20 @@ def in_domain(rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
     domains = sorted({target.domain for target in targets})
     kept = [row for row in rows if not holds(row, targets)]
     return collect([(row, f"{row['sample_id']}/{domain}", correct(row, domain)) for row in kept for domain in domains])
+
+
+def in_own_group(rows: Sequence[Row], targets: Sequence[Target], groups: Sequence[Sequence[str]]) -> Outcomes:
+    """IRA of the objects that are in one group with an object target, on prompts without any target.
+
+    Args:
+        rows: Result rows.
+        targets: What was erased.
+        groups: Objects that are alike.
+    """
+    erased = {member for target in targets if target.domain == "object" for member in target.members}
+    alike = {name for group in groups if erased & set(group) for name in group}
+    kept = [row for row in rows if expected(row, "object") in alike and not holds(row, targets)]
+    return collect([(row, row["sample_id"], correct(row, "object")) for row in kept])
 
 
 def cross_domain(rows: Sequence[Row], targets: Sequence[Target], *, retained_only: bool = False) -> Outcomes:
@@ -143,15 +159,15 @@ class AnswerRate(Metric):
     needs = ("judge", "targets")
 
     @abstractmethod
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes | None:
-        """What is counted; `None` where the metric is not of such targets."""
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes | None:
+        """What is counted; `None` where the metric is not of the plan's targets."""
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """See `Metric.compute`."""
         plan, found = evidence.plan, []
         if not plan.targets:
             return []
-        each = {variant: self.outcomes(table, plan.targets) for variant, table in evidence.rows.items()}
+        each = {variant: self.outcomes(table, plan) for variant, table in evidence.rows.items()}
         for variant, outcomes in each.items():
             if outcomes is None:
                 continue
@@ -177,9 +193,9 @@ class UnlearningAccuracy(AnswerRate):
     definition = "1 - accuracy on prompts with the target; closed set"
     higher_is_better = True
 
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes:
         """See `unlearned`."""
-        return unlearned(rows, targets)
+        return unlearned(rows, plan.targets)
 
     def compute(self, evidence: Evidence) -> list[Record]:
         """All targets together, and then each of several."""
@@ -189,7 +205,7 @@ class UnlearningAccuracy(AnswerRate):
         for variant, table in evidence.rows.items():
             for target in targets:
                 why = evidence.answers.of_targets([target]) or evidence.answers.collapse(table)
-                own = self.outcomes(table, [target])
+                own = self.outcomes(table, replace(evidence.plan, targets=(target,)))
                 found.append(rate_row(self.name, target.name, variant, own, self.recipe(evidence), withheld=why))
         return found
 
@@ -203,9 +219,10 @@ class UnlearningAccuracyOfShape(AnswerRate):
     definition = "1 - accuracy of the greyscale head on prompts with the target object; closed set"
     higher_is_better = True
 
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes | None:
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes | None:
         """See `unlearned`; nothing where no target is an object."""
-        return unlearned(rows, targets, shape=True) if any(t.domain == "object" for t in targets) else None
+        is_of_object = any(target.domain == "object" for target in plan.targets)
+        return unlearned(rows, plan.targets, shape=True) if is_of_object else None
 
 
 @register("IRA")
@@ -217,9 +234,24 @@ class InDomainRetainAccuracy(AnswerRate):
     definition = "accuracy on the other concepts of the target's domain; closed set"
     higher_is_better = True
 
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes:
         """See `in_domain`."""
-        return in_domain(rows, targets)
+        return in_domain(rows, plan.targets)
+
+
+@register("IRA_group")
+class GroupRetainAccuracy(AnswerRate):
+    """Accuracy on the other objects of the target's own group, which are most like it; of object targets only."""
+
+    title = "Retain accuracy on its own group"
+    about = "other objects of the target's group, such as other animals for a cat, still recognised"
+    definition = "accuracy on the other objects of the target's group; closed set"
+    higher_is_better = True
+
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes | None:
+        """See `in_own_group`; nothing where nothing else is in the group."""
+        counted = in_own_group(rows, plan.targets, plan.groups)
+        return counted if counted.hits or counted.lost else None
 
 
 @register("CRA")
@@ -231,9 +263,9 @@ class CrossDomainRetainAccuracy(AnswerRate):
     definition = "accuracy of the other domain over the whole answer set, target included; closed set"
     higher_is_better = True
 
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes:
         """See `cross_domain`."""
-        return cross_domain(rows, targets)
+        return cross_domain(rows, plan.targets)
 
 
 @register("CRA_retained")
@@ -245,9 +277,9 @@ class CrossDomainRetainAccuracyElsewhere(AnswerRate):
     definition = "accuracy of the other domain on prompts without the target; closed set"
     higher_is_better = True
 
-    def outcomes(self, rows: Sequence[Row], targets: Sequence[Target]) -> Outcomes:
+    def outcomes(self, rows: Sequence[Row], plan: Plan) -> Outcomes:
         """See `cross_domain`."""
-        return cross_domain(rows, targets, retained_only=True)
+        return cross_domain(rows, plan.targets, retained_only=True)
 
 
 @register("AA")

@@ -62,6 +62,8 @@ class Plan:
 
     unsafe: tuple[str, ...] = ()
     """Objects of the unsafe group, which nothing should be turned into; none where the suite has no such group."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Objects that are alike, group by group; none where the suite groups nothing."""
 
     @property
     def concept(self) -> str | None:

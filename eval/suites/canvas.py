@@ -35,7 +35,7 @@ FULL_STYLE_SEEDS = 2
 """Images per caption that holds a style to erase, in the full size; every retained caption has one."""
 RATES = ("UA", "UA_shape", "IRA", "CRA", "CRA_retained")
 METRICS = (
-    "object_accuracy", "style_accuracy", "shape_accuracy", *RATES, "AA", "replaced_by", "unsafe_share",
+    "object_accuracy", "style_accuracy", "shape_accuracy", *RATES, "IRA_group", "AA", "replaced_by", "unsafe_share",
     "control_seen", "control_unasked", "control_object", "control_style",
     "clip_score", "clip_score_target", "drift", "drift_feature", "fid", "cmmd", "kid",
 )  # fmt: skip
@@ -114,7 +114,7 @@ class CanvasSuite(Suite):
             "resolution": f"{world.side}x{world.side}",
             "controls": LIMITS,
         }
-        return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe)
+        return Plan(self.name, size, seed, targets, samples, recipe, world.unsafe, tuple(world.groups.values()))
 
     def controls(self, stock: Pipeline, judge: Judge, plan: Plan, rows: Rows) -> list[Control]:
         """What the judge says of the suite's own images of the stock model; nothing where nothing is erased."""

@@ -160,6 +160,20 @@ def test_names_that_are_most_like_the_targets_are_a_group_of_their_own(monkeypat
     assert (none["value"], none["reason"]) == (None, "no CLIP model")
 
 
+def test_the_names_are_those_of_the_targets_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evidence, "reasons", {"after": {"IRA": None}})
+    rows = []
+    for index, style in enumerate(["x", "n10", "n20", "n90"]):
+        made = row(index, {}, "target" if style == "x" else "retain", ("n99",)) | {"style": style}
+        made["judged"] = {"object": "n99", "objects": ["n99"], "style": "x" if style == "n90" else style}
+        rows.append(made)
+    clip: Any = Texts()
+    plan = Plan("s", "smoke", 0, (Target("x", "style", ("x",)),), (), {})
+    (found,) = METRICS.get("IRA_nearest").compute(Evidence(plan, {"after": rows}, clip=clip))
+    assert (found["value"], found["n"], found["recipe"]["nearest"]) == (0.0, 1, ["n90"])
+    assert list(found["groups"].values()) == [1.0, 1.0, 0.0]
+
+
 def test_few_names_are_each_a_group() -> None:
     assert by_likeness(["a", "b", "c"], np.asarray([0.2, 0.9, 0.1])) == [["c"], ["a"], ["b"]]
     groups = by_likeness([str(number) for number in range(25)], np.arange(25.0))

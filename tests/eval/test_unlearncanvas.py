@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from erasure.errors import EvaluationError
-from erasure.eval.metrics.unlearncanvas import average_accuracy, ua_ira_cra
+from erasure.eval.evidence import Evidence
+from erasure.eval.metrics import METRICS
+from erasure.eval.metrics.unlearncanvas import average_accuracy, in_own_group, ua_ira_cra
 from erasure.eval.statistics import weighted_rate
 from erasure.eval.suites import Plan, Target
 from erasure.eval.suites.canvas import CanvasSuite
@@ -63,6 +65,26 @@ def test_cra_counts_the_targets_images_and_cra_retained_does_not() -> None:
     assert found["CRA"] == pytest.approx(4 / 6)
     assert found["CRA_retained"] == 1
     assert found["IRA"] == 1
+
+
+def test_look_alikes_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Evidence, "reasons", {"after": {"IRA_group": None}})
+    groups = [("cat", "dog"), ("gun",)]
+    lost = oracle({"dog"})
+    for row in lost:
+        row["role"] = "retain" if row["objects"] != ["cat"] else "target"
+    counted = in_own_group(lost, [CAT], groups)
+    assert (counted.rate(), len(counted.hits)) == (0.0, 2)
+    assert rates(lost, CAT)["IRA"] == 0.5
+    assert in_own_group(oracle({"gun"}), [CAT], groups).rate() == 1.0
+    # A style has no group, a whole group leaves nothing of it, and an object may be alone in its own.
+    for target in (INK, Target("animal", "object", ("cat", "dog")), Target("gun", "object", ("gun",))):
+        assert in_own_group(oracle(), [target], groups).hits == ()
+    metric = METRICS.get("IRA_group")
+    for targets, value in (((CAT,), 0.0), ((INK,), None), ((CAT, INK), 0.0)):
+        plan = Plan("s", "smoke", 0, targets, (), {}, (), tuple(groups))
+        found = [row["value"] for row in metric.compute(Evidence(plan, {"after": lost}))]
+        assert found == ([] if value is None else [value])
 
 
 def test_collateral_damage_lowers_ira_only() -> None:
