@@ -98,7 +98,8 @@ class Measured(BaseModel):
         Raises:
             EvaluationError: It does not fit, see `checked`, or cannot be written.
         """
-        known: Measured = validated(self.model_dump(), Measured, str(path), error=EvaluationError).checked(str(path))
+        fitting: Measured = validated(self.model_dump(), Measured, str(path), error=EvaluationError)
+        known = fitting.checked(str(path))
         about = known.model_dump(exclude={"rows"})
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
         rows = ",\n".join(f"    {json.dumps(row)}" for row in known.rows)
