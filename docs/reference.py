@@ -129,8 +129,8 @@ def marked_pages() -> list[Path]:
 
 def front() -> str:
     """Every method by model: the mean rate (AA), why there is none, or where else to look."""
-    measured = {(row["method"], row["model"]): row for row in read(FAMILIES).rows}
-    of_all = {row["method"] for row in read("methods").rows}
+    measured = {(row.get("method"), row.get("model")): row for row in read(FAMILIES).rows}
+    of_all = {row.get("method") for row in read("methods").rows}
     first = dict.fromkeys(method for method, _ in measured)
     lines = []
     for name in [*first, *(n for n in ELSEWHERE if n not in first), *STRATEGIES.names()]:
@@ -140,7 +140,8 @@ def front() -> str:
         cells = [f"[`{name}`](docs/reference/{name}.md)" + (f" ({NOTES[name]})" if name in NOTES else "")]
         for model in COLUMNS:
             if (row := measured.get((name, model))) is not None:
-                cells.append(f"{Shown(row['AA']):3}" + ("" if row["size"] == "full" else f" ({row['size']})"))
+                size = row.get("size")
+                cells.append(f"{Shown(row.get('AA')):3}" + ("" if size == "full" else f" ({size})"))
             elif model in OF_TRANSFORMER and OF_UNET & set(told["needs"]):
                 cells.append("refused")
             elif model == COLUMNS[0] and (name in of_all or name in ELSEWHERE):
@@ -204,7 +205,7 @@ def page(facts: Facts, families: Measured, of_all: Measured) -> str:
 
 def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable[str]:
     """Rows of a method in the tables of families and of all methods, with what they mean; or where else to look."""
-    if any(row["method"] == name for row in families.rows):
+    if any(row.get("method") == name for row in families.rows):
         yield (
             "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept "
             "that do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the "
@@ -216,7 +217,7 @@ def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable
             "It has no row in [the table of families](../numbers.md#families). What else was measured of it, if "
             "anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
-    if any(row["method"] == name for row in of_all.rows):
+    if any(row.get("method") == name for row in of_all.rows):
         yield (
             "On `canvas-sd`, as [every method](../numbers.md#every-method): others of its kind that still do what was "
             "asked for (IRA), the same of the other kind (CRA), and the mean of these and UA (AA)."

@@ -12,7 +12,7 @@ import torch
 
 import erasure
 from erasure.artifact import CONFIG_FILE, Erasure
-from erasure.assets.build.measured import Row, figure
+from erasure.assets.build.measured import DIGITS, Row, figure
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.eval import evaluate
@@ -101,7 +101,7 @@ def rows(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int]
         rates = {name: figure(results.get(name)) for name in ("UA", "IRA", "drift")}
         row: Row = {"strategy": strategy, "requests": number, **rates}
         row["UA_first"] = figure(first_ones(folder, names[:number]))
-        row["seconds"] = round(float(erased.config.ledger[-1]["cost"].get("seconds", 0.0)), 2)
-        row["kB"] = round(erased.size_bytes / 1000, 2)
+        row["seconds"] = round(float(erased.config.ledger[-1]["cost"].get("seconds", 0.0)), DIGITS)
+        row["kB"] = round(erased.size_bytes / 1000, DIGITS)
         made.append(row)
     return made

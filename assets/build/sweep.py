@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from erasure.assets.build.measured import Row, figure
+from erasure.assets.build.measured import DIGITS, Row, figure
 from erasure.errors import EvaluationError
 from erasure.eval.results import FILE, Results
 from erasure.eval.rows import Record
@@ -16,7 +16,7 @@ from erasure.eval.sweeps.runner import ERASURE, CellOutcome, sweep
 
 RATES = ("UA", "IRA", "CRA", "AA")
 """Columns of the tables."""
-METRICS = (*RATES, "IRA_nearest", "drift")
+METRICS = (*RATES, "IRA_nearest", "IRA_group", "drift")
 """What rows have of a suite, as far as it measures it."""
 
 
@@ -88,7 +88,8 @@ def _figures(mean: Mapping[str, Record]) -> Row:
     made: Row = {name: figure(mean["cells"][name]) for name in METRICS if name in mean["cells"]}
     made |= {name: figure({"reason": reasons[name]}) for name in METRICS if name in reasons}
     if "seconds" in mean:
-        made |= {"seconds": round(float(mean["seconds"]), 2), "kB": round(float(mean["size_bytes"]) / 1000, 2)}  # type: ignore[arg-type]
+        seconds, size = float(mean["seconds"]), float(mean["size_bytes"])  # type: ignore[arg-type]
+        made |= {"seconds": round(seconds, DIGITS), "kB": round(size / 1000, DIGITS)}
     return made
 
 

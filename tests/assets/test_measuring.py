@@ -85,7 +85,7 @@ def test_means_and_concepts_are_written_from_the_folder_of_a_sweep(
     (known,) = (row for row in erased if row["concept"] == "objects: 1")
     for rate in (*sweep.RATES, "drift"):
         assert means["objects"][rate] == figure(known["cells"][rate])
-    assert means["objects"]["kB"] == round(known["size_bytes"] / 1000, 2)
+    assert means["objects"]["kB"] == round(known["size_bytes"] / 1000, 6)
     assert means["all"]["concepts"] == 2
     found = Measured.read(into / "concepts.json")
     assert [(row["concept"], row["method"]) for row in found.rows] == [("dog", "uce"), ("ink", "uce")]

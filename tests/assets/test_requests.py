@@ -48,7 +48,7 @@ def test_requests_are_added_measured_and_not_made_again(
     for rate in ("UA", "IRA", "drift"):
         assert row[rate] == figure(measured.get(rate))
     assert row["UA_first"] == figure(requests.first_ones(folders[2], names))
-    assert row["kB"] == round(made.size_bytes / 1000, 2)
+    assert row["kB"] == round(made.size_bytes / 1000, 6)
 
 
 def test_what_no_image_was_drawn_of_has_no_part_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
