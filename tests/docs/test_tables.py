@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from erasure.assets import path as embedded
 from erasure.assets.build.measured import Measured, Row, figure, rewrite
-from erasure.assets.build.tables import FAMILIES, TABLES, Table, markdown
+from erasure.assets.build.tables import FAMILIES, TABLES, Shown, Table, markdown
 from erasure.assets.facts import FILE
 from erasure.errors import EvaluationError
 from erasure.eval.statistics import wilson
@@ -88,6 +89,18 @@ def test_what_the_readme_calls_refused_is_refused() -> None:
     }
     known = {(case, MODELS[family]) for case, family in REFUSED if family in MODELS}
     assert refused == {pair for pair in known if "-" not in pair[0]}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/compose.md", "docs/remove.md"])
+def test_rates_that_are_quoted_with_three_decimals_are_in_a_table(name: str) -> None:
+    known = {
+        f"{Shown(cell):3/3}"
+        for file in FILES for row in Measured.read(file).rows for cell in row.values() if isinstance(cell, dict)
+    }  # fmt: skip
+    prose = reference.MARK.sub("", PAGES[name].read_text()).replace("\n", " ").replace("**", "")
+    quoted = re.findall(r"\d\.\d{3} \(\d\.\d{3}-\d\.\d{3}\)", prose)
+    assert quoted
+    assert [each for each in quoted if each not in known] == []
 
 
 @pytest.fixture
