@@ -1,7 +1,8 @@
-"""Writes a page for every method, `docs/reference/NAME.md`, from what the registry knows: `python docs/reference.py`.
+"""Writes what pages have of the registry and of measured figures: `python docs/reference.py`.
 
-Measured rows are those of the table of families in `numbers.md`; nothing is measured here. A test compares the pages
-with the registry.
+It writes a page for every method, `docs/reference/NAME.md`, and in README and all other pages the tables that stand
+between `<!-- table: NAME -->` and `<!-- end of table -->`, from the files of `docs/measured`. How each table is laid
+out says `erasure.assets.build.tables`. Nothing is measured here, and tests compare the pages with what this writes.
 """
 
 from __future__ import annotations
@@ -13,29 +14,162 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from erasure.assets.build.measured import Measured
+from erasure.assets.build.tables import ABSENT, FAMILIES, OF_FAMILY, TABLES, Shown, Table, markdown
 from erasure.cli.described import options_of
+from erasure.errors import ErasureError, EvaluationError
 from erasure.registry import Facts
 from erasure.strategies import STRATEGIES
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "reference"
+MEASURED = DOCS / "measured"
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
-FAMILIES = "## Families"
-"""Heading of `numbers.md` whose table has the measured rows."""
+OPEN, CLOSED = "<!-- table: {} -->", "<!-- end of table -->"
+MARK = re.compile(r"^<!-- table: ([\w-]+) -->$(.*?)^<!-- end of table -->$", re.MULTILINE | re.DOTALL)
+ALMOST = re.compile(r"<!--\s*(?:end of )?table.*", re.IGNORECASE)
+"""What is a mark, or is meant to be one."""
+FRONT = "methods-and-families"
+"""Table of the README: every method, with its mean rate on each model of `COLUMNS`."""
+COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
+OF_UNET = {"cross-attention", "image prompts", "one step"}
+"""Needs that no model of `OF_TRANSFORMER` meets."""
+OF_TRANSFORMER = ("canvas-sd3", "canvas-flux")
+EVERY_METHOD = "docs/numbers.md#every-method"
+"""Where the table of all methods on `canvas-sd` stands."""
+ELSEWHERE = {
+    "rece": "docs/methods.md#closed-forms",
+    "speed": "docs/methods.md#closed-forms",
+    "concept_ablation": "docs/methods.md#doco",
+    "doco": "docs/methods.md#doco",
+    "co_erasing": "docs/numbers.md#methods-to-compare-with",
+    "mace": "docs/methods.md#mace",
+    "sfd": "docs/methods.md#one-step",
+    "spm": "docs/numbers.md#methods-to-compare-with",
+    "sld": "docs/numbers.md#methods-to-compare-with",
+    "safree": "docs/numbers.md#methods-to-compare-with",
+}
+"""Where figures of other concepts or samples stand, of methods without a row on `canvas-sd`."""
+NOTES = {"sfd": "draws in one step"}
+
+
+def read(name: str) -> Measured:
+    """A file of measured figures.
+
+    Args:
+        name: Its name, without the ending.
+
+    Raises:
+        EvaluationError: It is missing or damaged.
+    """
+    return Measured.read(MEASURED / f"{name}.json")
+
+
+# Tables of all pages ------------------------------------------------------------------------------------------------
+
+
+def marks(text: str, where: str) -> list[str]:
+    """Names of the tables of a page.
+
+    Args:
+        text: Of the page.
+        where: What messages call it.
+
+    Raises:
+        EvaluationError: A table has no end, an end has no beginning, or a mark is misspelt.
+    """
+    found = list(MARK.finditer(text))
+    proper = [OPEN.format(each[1]) for each in found] + [CLOSED] * len(found)
+    for one in ALMOST.findall(text):
+        if one in proper:
+            proper.remove(one)
+        else:
+            raise EvaluationError(
+                f"{where} has {one!r}, which belongs to no table: write {OPEN.format('NAME')!r} and {CLOSED!r}, each "
+                "in a line of its own"
+            )
+    if inner := next((each[2] for each in found if ALMOST.search(each[2])), None):
+        raise EvaluationError(f"{where} has a table within a table: {ALMOST.findall(inner)[0]!r}")
+    return [each[1] for each in found]
+
+
+def filled(text: str, where: str) -> str:
+    """A page with its tables as they are now.
+
+    Args:
+        text: Of the page.
+        where: What messages call it.
+
+    Raises:
+        EvaluationError: See `marks` and `written`.
+    """
+    marks(text, where)
+    return MARK.sub(lambda found: f"{OPEN.format(found[1])}\n\n{written(found[1], where)}\n\n{CLOSED}", text)
+
+
+def written(name: str, where: str) -> str:
+    """The table of a name.
+
+    Raises:
+        EvaluationError: There is none of this name, or its file is missing, damaged, or not what the table shows.
+    """
+    if name == FRONT:
+        return front()
+    if name not in TABLES:
+        raise EvaluationError(f"{where} names the table {name!r}; there are: {', '.join([FRONT, *TABLES])}")
+    table, measured = TABLES[name], read(TABLES[name].data)
+    table.check(measured)
+    return table.markdown(measured)
+
+
+def marked_pages() -> list[Path]:
+    """Pages that are written by hand, and may have tables."""
+    return [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def front() -> str:
+    """Every method by model: the mean rate (AA), why there is none, or where else to look."""
+    measured = {(row.get("method"), row.get("model")): row for row in read(FAMILIES).rows}
+    of_all = {row.get("method") for row in read("methods").rows}
+    first = dict.fromkeys(method for method, _ in measured)
+    lines = []
+    for name in [*first, *(n for n in ELSEWHERE if n not in first), *STRATEGIES.names()]:
+        if any(f"/{name}.md" in line[0] for line in lines):
+            continue
+        told = STRATEGIES.facts(str(name)).told
+        cells = [f"[`{name}`](docs/reference/{name}.md)" + (f" ({NOTES[name]})" if name in NOTES else "")]
+        for model in COLUMNS:
+            if (row := measured.get((name, model))) is not None:
+                size = row.get("size")
+                cells.append(f"{Shown(row.get('AA')):3}" + ("" if size == "full" else f" ({size})"))
+            elif model in OF_TRANSFORMER and OF_UNET & set(told["needs"]):
+                cells.append("refused")
+            elif model == COLUMNS[0] and (name in of_all or name in ELSEWHERE):
+                cells.append(f"[other]({EVERY_METHOD if name in of_all else ELSEWHERE[name]})")
+            else:
+                cells.append(ABSENT)
+        protects = told["protects"]
+        cost = re.split("[,;]", told["cost"])[0]
+        lines.append([*cells, cost, protects if protects.endswith("s") else f"a {protects}"])
+    return markdown(["method", *(f"`{model}`" for model in COLUMNS), "made in", "protects"], lines)
+
+
+# Pages of methods ---------------------------------------------------------------------------------------------------
 
 
 def pages() -> dict[str, str]:
     """The text of every page, by the name of its method."""
-    measured = rows_of_families((DOCS / "numbers.md").read_text(encoding="utf-8"))
-    return {name: page(STRATEGIES.facts(name), measured.get(name, [])) for name in STRATEGIES.names()}
+    families, of_all = read(FAMILIES), read("methods")
+    return {name: page(STRATEGIES.facts(name), families, of_all) for name in STRATEGIES.names()}
 
 
-def page(facts: Facts, measured: list[str]) -> str:
+def page(facts: Facts, families: Measured, of_all: Measured) -> str:
     """The page of a method.
 
     Args:
         facts: What the registry knows of it.
-        measured: Its rows of the table of families.
+        families: Rows of methods on several models.
+        of_all: Rows of all methods on one model.
     """
     told, strategy = facts.told, STRATEGIES.get(facts.name)
     source = Path(inspect.getfile(strategy))
@@ -44,7 +178,7 @@ def page(facts: Facts, measured: list[str]) -> str:
     parts = [
         f"# `{facts.name}`",
         head,
-        table(
+        markdown(
             ("", ""),
             [
                 ("what it is", told["title"]),
@@ -61,7 +195,7 @@ def page(facts: Facts, measured: list[str]) -> str:
         "## How it works",
         rest,
         "## Measured",
-        measured_table(measured),
+        *measured_tables(facts.name, families, of_all),
         "## Options",
         options_table(facts),
         *presets(told["presets"]),
@@ -69,20 +203,27 @@ def page(facts: Facts, measured: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def measured_table(rows: list[str]) -> str:
-    """Rows of the table of families, with what their rates mean; or where else to look."""
-    if not rows:
-        return (
+def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable[str]:
+    """Rows of a method in the tables of families and of all methods, with what they mean; or where else to look."""
+    if any(row.get("method") == name for row in families.rows):
+        yield (
+            "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept "
+            "that do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the "
+            "other kind (CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
+        )
+        yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(families)
+    else:
+        yield (
             "It has no row in [the table of families](../numbers.md#families). What else was measured of it, if "
             "anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
-    meaning = (
-        "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept that "
-        "do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the other "
-        "kind (CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
-    )
-    head = ["| model | UA | IRA | CRA | AA | seconds | kB |", "|---|---|---|---|---|---|---|"]
-    return meaning + "\n\n" + "\n".join([*head, *rows])
+    if any(row.get("method") == name for row in of_all.rows):
+        yield (
+            "On `canvas-sd`, as [every method](../numbers.md#every-method): others of its kind that still do what was "
+            "asked for (IRA), the same of the other kind (CRA), and the mean of these and UA (AA)."
+        )
+        all_columns = TABLES["methods"].columns[1:]
+        yield Table("methods", all_columns, where={"method": (name,)}).markdown(of_all)
 
 
 def options_table(facts: Facts) -> str:
@@ -92,7 +233,7 @@ def options_table(facts: Facts) -> str:
         (f"`--{one.name.replace('_', '-')}`", code(one.default), options.describe(one.name), one.help)
         for one in facts.options
     ]
-    return table(("option", "default", "allowed", "what it does"), rows) if rows else "It has none."
+    return markdown(("option", "default", "allowed", "what it does"), rows) if rows else "It has none."
 
 
 def presets(given: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
@@ -100,36 +241,11 @@ def presets(given: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     if given:
         yield "## Presets"
         yield "`--preset NAME` sets several options at once; those that are given beside it win."
-        yield table(
+        yield markdown(
             ("preset", "sets"),
             [(f"`{name}`", ", ".join(f"`{key}={text(value)}`" for key, value in sets.items()) or "nothing")
              for name, sets in given.items()],
         )  # fmt: skip
-
-
-def rows_of_families(numbers: str) -> dict[str, list[str]]:
-    """Rows of the table under `FAMILIES` by method, without the column that names it.
-
-    Args:
-        numbers: Text of `numbers.md`. A row whose first cell is empty is of the method above it.
-    """
-    _, _, section = numbers.partition(f"\n{FAMILIES}\n")
-    found: dict[str, list[str]] = {}
-    name = ""
-    for line in section.partition("\n\n")[2].partition("\n## ")[0].splitlines():
-        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != 7 or set(first) == {"-"} or first == "method":
-            continue
-        name = first.strip("`") or name
-        found.setdefault(name, []).append(f"| {' | '.join(cells)} |")
-    return found
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def text(value: Any) -> str:
@@ -143,14 +259,23 @@ def code(value: Any) -> str:
 
 
 def main() -> None:
-    """Write all pages, and take away those of methods that are gone."""
+    """Write all pages, and take away those of methods that are gone.
+
+    Raises:
+        SystemExit: A page or a file of figures is not as it must be.
+    """
+    try:
+        made = {FOLDER / f"{name}.md": text for name, text in pages().items()}
+        for file in marked_pages():
+            made[file] = filled(file.read_text(encoding="utf-8"), file.name)
+    except ErasureError as error:
+        raise SystemExit(f"nothing was written: {error}") from error
     FOLDER.mkdir(exist_ok=True)
-    made = pages()
     for old in FOLDER.glob("*.md"):
-        if old.stem not in made:
+        if old not in made:
             old.unlink()
-    for name, written in made.items():
-        (FOLDER / f"{name}.md").write_text(written, encoding="utf-8")
+    for file, content in made.items():
+        file.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

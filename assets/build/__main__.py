@@ -1,8 +1,9 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, several, requests, attacks, ways, gates, controls, localiser, layouts; `everything` measures
-all of it.
+evaluate, words, table, methods, several, requests, attacks, audited, suite, ways, gates, controls, localiser, layouts;
+`everything` measures all of it. With `--into docs/measured` a step writes the figures of docs anew, and
+`python docs/reference.py` then writes the pages.
 
 The models of the larger families start from the shipped `canvas-sd`. `canvas-flux` takes the steps t5, flux and
 distil, `canvas-sdxl` takes towers and sdxl, `canvas-sd3` takes t5, towers and sd3; `families` writes them, and
@@ -16,12 +17,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from erasure.assets import ROOT
 from erasure.assets.build.beside import WORK, distil, families, flux, ip_adapter, sd3, sdxl, t5, towers, turbo
+from erasure.assets.build.measuring import (
+    across,
+    attacks,
+    audited,
+    controls,
+    gates,
+    methods,
+    requests,
+    several,
+    suite,
+    table,
+    ways,
+)
 
 
 def sprites(work: Path = WORK) -> None:
@@ -107,7 +120,9 @@ def sae(out: Path = ROOT / "canvas-sae") -> None:
     raise SystemExit(subprocess.call([*command, *settings.split()]))
 
 
-def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str = "canvas-sd") -> None:
+def evaluate(
+    seeds: int = 2, pairs: int = 120, grids: Path | None = None, model: str = "canvas-sd", into: Path | None = None
+) -> None:
     """Measure a model and record the figures in its canvas.json.
 
     Args:
@@ -115,11 +130,21 @@ def evaluate(seeds: int = 2, pairs: int = 120, grids: Path | None = None, model:
         pairs: Images of two objects.
         grids: A folder for contact sheets to look at.
         model: Name of an embedded model, or a folder.
+        into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
+    from erasure.assets.build import doors
+    from erasure.assets.build import words as of_words
     from erasure.assets.build.evaluate import evaluate as measure
+    from erasure.assets.build.tables import report
 
-    for name, value in measure(seeds, pairs, grids, model).items():
+    found = measure(seeds, pairs, grids, model)
+    for name, value in found.items():
         print(f"{name:28} {value:.4f}")
+    if "word_share" in found:
+        report("words", of_words.rows(found), ("model",), into, seeds=())
+    else:
+        name = Path(model).name
+        report("doors", doors.rows(name, found), ("model", "part"), into, models=(name,), seeds=())
 
 
 def words(picture: Path | None = None, before: Path | None = None) -> None:
@@ -138,166 +163,6 @@ def words(picture: Path | None = None, before: Path | None = None) -> None:
         draw(before).save(picture)
 
 
-def table(
-    out: Path = Path("results/canvas"),
-    size: Literal["smoke", "quick", "full"] | None = None,
-    share: tuple[int, int] = (1, 1),
-    sweep: Literal["table", "unseen"] = "table",
-) -> None:
-    """Run the sweep `table.toml`, every second concept with every strategy (resumes), then print the tables of docs.
-
-    Args:
-        out: Results, a folder for each erasure.
-        size: Of the suite; the file's when left out.
-        share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
-        sweep: `unseen` for phrasings that nothing was trained on.
-    """
-    from erasure.assets.build.sweep import markdown, measure, plan
-    from erasure.assets.build.table import per_concept
-
-    chosen = plan(sweep, size)
-    measure(chosen, out, share)
-    if share[1] == 1:
-        print(markdown(chosen, out, lambda row: row["concept"], "concepts"), per_concept(chosen, out), sep="\n\n")
-
-
-def across(
-    out: Path = Path("results/across"),
-    size: Literal["smoke", "quick", "full"] | None = None,
-    share: tuple[int, int] = (1, 1),
-    picture: Path | None = None,
-    only_picture: bool = False,
-) -> None:
-    """Run the sweep `across.toml`, six concepts with every strategy on every family (resumes), then print its table.
-
-    Args:
-        out: Results, a folder for each erasure.
-        size: Of the suite; the file's when left out.
-        share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
-        picture: Where a picture of what every model draws is written.
-        only_picture: Draw that, and measure nothing.
-    """
-    from erasure.assets.build.across import picture as draw
-    from erasure.assets.build.sweep import markdown, measure, plan
-
-    chosen = plan("across", size)
-    if picture is not None:
-        draw(chosen.models).save(picture)
-    if only_picture:
-        return
-    measure(chosen, out, share)
-    if share[1] == 1:
-        print(markdown(chosen, out, lambda row: f"`{row['model']}`", "model"))
-
-
-def several(
-    out: Path = Path("results/several"),
-    count: int = 5,
-    draws: int = 20,
-    strategy: str = "itd",
-    size: Literal["smoke", "quick", "full"] = "quick",
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Erase random sets of concepts, each in one erasure, and measure (resumes), then print a table.
-
-    Args:
-        out: Results, a folder for each set.
-        count: Concepts in a set.
-        draws: How many sets.
-        strategy: What erases.
-        size: Of the suite.
-        share: `i n` does every n-th set from the i-th on, so that n processes share the work.
-    """
-    from erasure.assets.build import several as step
-
-    sets = step.draws(count, draws)
-    step.measure(out, strategy, sets, size, share)
-    if share[1] == 1:
-        print(step.markdown(out, strategy, sets))
-
-
-def requests(
-    out: Path = Path("results/requests"),
-    strategy: str = "uce",
-    count: int = 20,
-    measured: tuple[int, ...] = (1, 5, 10, 15, 20),
-    size: Literal["smoke", "quick", "full"] = "smoke",
-) -> None:
-    """Erase one concept after another, each added to the erasure of those before (resumes), then print a table.
-
-    Args:
-        out: Results, a folder for each strategy, and in it one for each request.
-        strategy: What erases.
-        count: Requests.
-        measured: Numbers of the requests after which it is measured.
-        size: Of the suite.
-    """
-    from erasure.assets.build import requests as step
-
-    step.measure(out, strategy, step.order(count), measured, size)
-    print(step.markdown(out, strategy, step.order(count), measured))
-
-
-def attacks(
-    out: Path = Path("results/attacks"),
-    made: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn"),
-    size: Literal["smoke", "quick", "full"] = "quick",
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print a table.
-
-    Args:
-        out: Results, a folder for each attack.
-        made: Results of step `table`.
-        strategies: Whose erasures; `nothing` for the stock model.
-        size: Of the attacks.
-        share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
-    """
-    from erasure.assets.build import attacks as step
-
-    step.measure(out, made, strategies, size, share)
-    if share[1] == 1:
-        print(step.markdown(out, strategies))
-
-
-def ways(
-    made: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("hirm", "uce", "itd", "diff_quickfix", "esd", "advunlearn"),
-) -> None:
-    """Print what else than a prompt brings an erased dog back.
-
-    Args:
-        made: Results of step `table`, for erasures that are there already.
-        strategies: What erases.
-    """
-    from erasure.assets.build.ways import markdown, measure
-
-    print(markdown(measure(made, strategies)))
-
-
-def gates(told: bool = True) -> None:
-    """Print how surely itd's gates tell every concept, on phrasings that nothing has seen.
-
-    Args:
-        told: Whether the strategy is given the concepts' synonyms.
-    """
-    from erasure.assets.build.gates import markdown, measure
-
-    print(markdown(measure(told)))
-
-
-def controls(size: Literal["smoke", "quick", "full"] = "smoke") -> None:
-    """Print what random features, and those of another concept, erase behind a concept's gate.
-
-    Args:
-        size: Of the suite.
-    """
-    from erasure.assets.build.controls import markdown, measure
-
-    print(markdown(measure(size)))
-
-
 def localiser(scenes: int = 100, every: int = 1, picture: Path | None = None) -> None:
     """Print how well things are found by words, and how often words are refused.
 
@@ -306,13 +171,13 @@ def localiser(scenes: int = 100, every: int = 1, picture: Path | None = None) ->
         every: Of the 96 scenes in which words are looked for one by one, every how many are; 0 leaves them out.
         picture: Where a picture of removal by mask and by name is written.
     """
-    from erasure.assets.build.localiser import markdown, measure, refusals, refused
+    from erasure.assets.build.localiser import measure, refusals, refused, table
     from erasure.assets.build.localiser import picture as draw
 
     if picture is not None:
         draw().save(picture)
     if scenes:
-        print(markdown(measure(scenes)))
+        print(table(measure(scenes)))
     if every:
         print(refused(refusals(every)))
 
@@ -349,27 +214,29 @@ def detectors(work: Path = WORK) -> None:
     build(work / "detectors")
 
 
-def everything(out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = ()) -> None:
+def everything(
+    out: Path = Path("results/everything"), processes: int = 2, only: tuple[str, ...] = (), into: Path | None = None
+) -> None:
     """Make all figures anew that README and docs give of the embedded model (resumes), and print the hours.
 
     Args:
         out: Folder of all results.
         processes: Steps at once.
         only: Names of the steps to run.
+        into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
     from erasure.assets.build.everything import run
 
-    for name, hours in run(out, processes, only).items():
+    for name, hours in run(out, processes, only, into).items():
         print(f"{name:28} {hours:.2f} h")
 
 
 def main() -> None:
     """Run one step of the build."""
     steps = (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, across, several, requests,
-        attacks, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl, sd3,
-        families, ip_adapter, turbo, newcomers, learning,
-        detectors,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, methods, across, several, requests,
+        attacks, audited, suite, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl,
+        sd3, families, ip_adapter, turbo, newcomers, learning, detectors,
     )  # fmt: skip
     tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
 

@@ -1,4 +1,4 @@
-"""Attack erasures of Canvas, with gradients and by chance, and make the table of what they withstand."""
+"""Attack erasures of Canvas, with gradients and by chance, and make the rows of what they withstand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 import erasure
+from erasure.assets.build.measured import Row, figure
 from erasure.assets.build.sweep import erasure_of
+from erasure.assets.build.tables import NOTHING
 from erasure.attach import ErasureManager
 from erasure.eval.attacks.runner import attack
 from erasure.eval.results import Results
@@ -19,7 +21,7 @@ ATTACKED = ("dog", "butterfly", "turtle", "banana", "burger")
 """Concepts, of those that chose no defaults."""
 RATES = {"unlearndiffatk": ("pre_ASR", "ASR"), "random_prefix": ("chance_ASR",)}
 """Attacks, and what the table has of each."""
-STOCK = "nothing"
+STOCK = NOTHING
 """Name of the row of the stock model."""
 
 
@@ -56,18 +58,16 @@ def variant(strategy: str) -> str:
     return "before" if strategy == STOCK else "after"
 
 
-def markdown(out: Path, strategies: tuple[str, ...]) -> str:
+def rows(out: Path, strategies: tuple[str, ...]) -> list[Row]:
     """One row for each strategy: rates of all prompts of all concepts, with Wilson's 95 % interval."""
-    columns = [(method, rate) for method, rates in RATES.items() for rate in rates]
-    lines = ["| erased with | " + " | ".join(f"`{rate}`" for _, rate in columns) + " |"]
-    lines.append("|---" * (1 + len(columns)) + "|")
+    made: list[Row] = []
     for strategy in strategies:
-        cells = []
-        for method, rate in columns:
+        row: Row = {"method": strategy}
+        for method, rates in RATES.items():
             results = [Results.load(out / f"{name}-{strategy}-{method}" / "results.json") for name in ATTACKED]
-            found = [result.get(rate, variant(strategy)) for result in results]
-            images = sum(each["n"] for each in found)
-            spread = wilson(sum(each["value"] * each["n"] for each in found), images)
-            cells.append(f"{spread.value:.2f} ({spread.low:.2f}-{spread.high:.2f}) of {images}")
-        lines.append(f"| {strategy if strategy == STOCK else f'`{strategy}`'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            for rate in rates:
+                found = [result.get(rate, variant(strategy)) for result in results]
+                images = sum(each["n"] for each in found)
+                row[rate] = figure(wilson(sum(each["value"] * each["n"] for each in found), images), images)
+        made.append(row)
+    return made

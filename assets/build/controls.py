@@ -12,6 +12,7 @@ from torch import Tensor
 import erasure
 from erasure import assets
 from erasure.artifact import Erasure
+from erasure.assets.build.measured import Row, figure
 from erasure.assets.build.table import concepts
 from erasure.attach import ErasureManager
 from erasure.backbones import text_towers
@@ -23,7 +24,7 @@ from erasure.sae import FeatureSlice, load, read_prompts
 from erasure.sae.gates import read_words, strongest
 
 
-class Row(NamedTuple):
+class Control(NamedTuple):
     """What one choice of features does, over all concepts."""
 
     features: str
@@ -84,7 +85,7 @@ def with_random_features(made: Erasure, lively: list[int], seed: int) -> Erasure
     return with_edited(made, sae.slice([others[i] for i in order.tolist()]), gain[: len(order)])
 
 
-def measure(size: str) -> list[Row]:
+def measure(size: str) -> list[Control]:
     """Every concept with its own features, those of the next and of one far from it, and random ones.
 
     Features are turned off, as with an anchor, but none takes their place: what is gone is gone by them alone.
@@ -110,15 +111,15 @@ def measure(size: str) -> list[Row]:
             manager.unload()
             found.setdefault(name, []).append((result.get("UA")["value"], result.get("UA")["n"]))
     return [
-        Row(name, float(np.average([v for v, _ in each], weights=[n for _, n in each])), sum(n for _, n in each))
+        Control(name, float(np.average([v for v, _ in each], weights=[n for _, n in each])), sum(n for _, n in each))
         for name, each in found.items()
     ]
 
 
-def markdown(rows: list[Row]) -> str:
+def rows(found: list[Control]) -> list[Row]:
     """The rates with 95 % intervals."""
-    lines = ["| features behind the concept's gate | UA | images |", "|---|---|---|"]
-    for row in rows:
-        spread = wilson(row.erased * row.images, row.images)
-        lines.append(f"| {row.features} | {row.erased:.3f} ({spread.low:.3f}-{spread.high:.3f}) | {row.images} |")
-    return "\n".join(lines)
+    return [
+        {"features": each.features, "UA": figure(wilson(each.erased * each.images, each.images), each.images),
+         "n": each.images}
+        for each in found
+    ]  # fmt: skip

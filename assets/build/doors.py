@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from erasure.assets.build.evaluate import generate_from
+from erasure.assets.build.measured import Row
 from erasure.assets.build.words import described
 from erasure.assets.scenes import Scene
 from erasure.eval.detectors import CanvasJudge
@@ -20,6 +21,8 @@ Encoding = Mapping[str, Tensor]
 """`prompt_embeds` and `pooled_prompt_embeds`, as pipelines take them."""
 Place = tuple[str, slice, slice]
 """Argument of the pipeline, tokens (a pooled vector has none) and columns."""
+CASES = ("alone_object", "alone_style", "without_object", "swapped_object", "swapped_change")
+"""What is measured of every part, see `figures`."""
 
 
 def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
@@ -99,6 +102,17 @@ def figures(pipe: DiffusionPipeline, scenes: list[Scene]) -> dict[str, float]:
             if case == "swapped":
                 made[f"{part}_swapped_change"] = float(np.abs(_pixels(images) - stock).mean())
     return made
+
+
+def rows(model: str, found: Mapping[str, float]) -> list[Row]:
+    """A row for each way into the denoiser, from the figures of a model; see `figures`."""
+    made: dict[str, Row] = {}
+    for name, value in found.items():
+        for case in CASES:
+            if name.endswith(f"_{case}"):
+                part = name.removesuffix(f"_{case}")
+                made.setdefault(part, {"model": model, "part": part})[case] = round(value, 4)
+    return list(made.values())
 
 
 def _pixels(images: list[Image.Image]) -> np.ndarray:

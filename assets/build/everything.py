@@ -29,12 +29,14 @@ class Step(NamedTuple):
     """Arguments of `python -m`."""
 
 
-def steps(out: Path) -> list[list[Step]]:
+def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
     """List the commands in groups: those of one group may run at once, and come after those of the groups before.
 
     Args:
         out: Folder of all results.
+        into: Folder of figures that steps write theirs into; none do when `None`.
     """
+    given = () if into is None else ("--into", str(into))
 
     def build(name: str, *arguments: str, step: str = "") -> Step:
         return Step(name, ("erasure.assets.build", step or name, *arguments))
@@ -45,38 +47,37 @@ def steps(out: Path) -> list[list[Step]]:
         )
 
     def suite(name: str) -> Step:
-        return Step(
-            name, ("erasure", "eval", name, "--model", "canvas-sd", "--size", "full", "--out", str(out / name))
-        )
+        return build(name, name, "--out", str(out / name), *given, step="suite")
 
     several = ("--out", str(out / "several"), "--count")
     unseen = ("--out", str(out / "unseen"), "--sweep", "unseen")
     return [
-        [build("evaluate"), build("words", "--picture", str(out / "words.png"))],
+        [build("evaluate", *given), build("words", "--picture", str(out / "words.png"))],
         [
             suite("composition"),
-            build("several-5", *several, "5", "--draws", "20", step="several"),
-            build("several-14", *several, "14", "--draws", "1", step="several"),
+            build("several-5", *several, "5", "--draws", "20", *given, step="several"),
             *map(table, range(1, SHARES + 1)),
             build("unseen", *unseen, step="table"),
-            build("gates"),
+            build("gates", *given),
             build("gates-untold", "--no-told", step="gates"),
-            build("controls"),
+            build("controls", *given),
             build("localiser"),
             build("layouts"),
             suite("removal"),
         ],
         [
-            build("table", "--out", str(out / "canvas")),
-            build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas")),
-            build("ways", "--made", str(out / "canvas")),
+            build("table", "--out", str(out / "canvas"), *given),
+            # Not beside the other one, which writes into the same file of figures.
+            build("several-14", *several, "14", "--draws", "1", *given, step="several"),
+            build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas"), *given),
+            build("ways", "--made", str(out / "canvas"), *given),
         ],
         # Each in a group of its own, because nothing else may run beside what is timed.
         *([Step("-".join(("bench", *what)), ("erasure", "bench", *what))] for what in ([], *TIMED)),
     ]
 
 
-def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]:
+def run(out: Path, processes: int, only: Sequence[str] = (), into: Path | None = None) -> dict[str, float]:
     """Run what has not been run yet, and give the hours of every step.
 
     What a step prints is `out / NAME.md`; its hours are in `out / hours.json`. A step that fails leaves its messages
@@ -86,6 +87,7 @@ def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]
         out: Folder of all results. A run goes on where it was stopped.
         processes: Steps at once, each on one thread.
         only: Names of the steps to run; all when empty.
+        into: Folder of figures that steps write theirs into. Steps that were run already do not write them again.
 
     Raises:
         SystemExit: A step failed.
@@ -93,7 +95,7 @@ def run(out: Path, processes: int, only: Sequence[str] = ()) -> dict[str, float]
     out.mkdir(parents=True, exist_ok=True)
     hours = json.loads((out / "hours.json").read_text()) if (out / "hours.json").is_file() else {}
     failed = []
-    for group in steps(out):
+    for group in steps(out, into):
         due = [s for s in group if not (out / f"{s.name}.md").is_file() and (not only or s.name in only)]
         with ThreadPoolExecutor(processes) as pool:
             running = {pool.submit(_output, step, out / f"{step.name}.log"): step.name for step in due}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import erasure
+from erasure.assets.build.measured import Figure, Row, figure
 from erasure.assets.build.table import concepts
 from erasure.assets.world import (
     BACKGROUNDS,
@@ -31,7 +32,7 @@ COUNT = 200
 WITHOUT = "without it"
 
 
-class Row(NamedTuple):
+class Opened(NamedTuple):
     """One kind of prompts, over all concepts."""
 
     kind: str
@@ -112,7 +113,7 @@ def prompts(concept: Concept, misspelt: dict[str, list[str]], rng: random.Random
     return {**found, WITHOUT: without}
 
 
-def measure(told: bool) -> list[Row]:
+def measure(told: bool) -> list[Opened]:
     """Rates over all concepts.
 
     Args:
@@ -136,14 +137,17 @@ def measure(told: bool) -> list[Row]:
         manager.unload()
     order = [kind for kind in counts if kind != WITHOUT] + [WITHOUT]
     rates = {kind: np.mean(counts[kind], axis=0) for kind in order}
-    return [Row(kind, float(rates[kind][0]), float(rates[kind][1]), len(counts[kind])) for kind in order]
+    return [Opened(kind, float(rates[kind][0]), float(rates[kind][1]), len(counts[kind])) for kind in order]
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def rows(found: Iterable[Opened]) -> list[Row]:
     """The rates with 95 % intervals."""
-    lines = ["| prompts | opened by features | by the linear probe | prompts in all |", "|---|---|---|---|"]
-    for row in rows:
-        cells = [wilson(rate * row.prompts, row.prompts) for rate in (row.features, row.probe)]
-        shown = " | ".join(f"{cell.value:.3f} ({cell.low:.3f}-{cell.high:.3f})" for cell in cells)
-        lines.append(f"| {row.kind} | {shown} | {row.prompts} |")
-    return "\n".join(lines)
+
+    def rate(share: float, prompts: int) -> Figure:
+        return figure(wilson(share * prompts, prompts), prompts)
+
+    return [
+        {"prompts": each.kind, "features": rate(each.features, each.prompts), "probe": rate(each.probe, each.prompts),
+         "n": each.prompts}
+        for each in found
+    ]  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import erasure
+from erasure.assets.build.measured import figure
+from erasure.assets.build.tables import Shown
 from erasure.assets.world import IMAGE_SIZE, OBJECTS, STYLES, noun_phrase
 from erasure.eval.detectors import CanvasJudge
 from erasure.eval.statistics import Interval, wilson
@@ -67,6 +69,6 @@ def measure(prompts: int) -> tuple[Interval, Interval]:
 def described(both: Interval, right: Interval) -> str:
     """Say both shares in one sentence."""
     return (
-        f"{both.value:.2f} ({both.low:.2f}-{both.high:.2f}) of the images show both objects, and of these "
-        f"{right.value:.2f} ({right.low:.2f}-{right.high:.2f}) have each on the side that was asked for"
+        f"{Shown(figure(both)):2/2} of the images show both objects, and of these {Shown(figure(right)):2/2} have "
+        "each on the side that was asked for"
     )

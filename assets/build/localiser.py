@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import erasure
+from erasure.assets.build.measured import figure
+from erasure.assets.build.tables import Shown, markdown
 from erasure.assets.scenes import Scene, render, sample_scene
 from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES
 from erasure.errors import MaskError
@@ -67,16 +69,13 @@ def mean(found: list[Found]) -> Interval:
     return cluster_bootstrap(lambda rows: float(values[rows].mean()), [each.scene for each in found])
 
 
-def markdown(found: list[Found]) -> str:
+def table(found: list[Found]) -> str:
     """Mean overlap of all, of scenes with one object and with two, and in every style."""
     parts = {"all": found}
     parts |= {f"{n} in the scene": [each for each in found if each.objects == n] for n in (1, 2)}
     parts |= {style: [each for each in found if each.style == style] for style in STYLES}
-    lines = ["| objects | IoU | n |", "|---|---|---|"]
-    for name, part in parts.items():
-        spread = mean(part)
-        lines.append(f"| {name} | {spread.value:.3f} ({spread.low:.3f}-{spread.high:.3f}) | {len(part)} |")
-    return "\n".join(lines)
+    lines = [[name, f"{Shown(figure(mean(part))):3/3}", str(len(part))] for name, part in parts.items()]
+    return markdown(("objects", "IoU", "n"), lines)
 
 
 def refusals(every: int = 1, absent: int = 6) -> dict[str, list[bool]]:
@@ -122,12 +121,13 @@ def refusals(every: int = 1, absent: int = 6) -> dict[str, list[bool]]:
 
 def refused(asked: dict[str, list[bool]]) -> str:
     """Shares of words that were refused, with intervals."""
-    lines = ["| asked for | refused | n |", "|---|---|---|"]
-    for kind, answers in asked.items():
-        spread = wilson(sum(answers), len(answers))
-        shown = f"{spread.value:.3f} ({spread.low:.3f}-{spread.high:.3f})"
-        lines.append(f"| {kind} | {shown} | {sum(answers)} of {len(answers)} |")
-    return "\n".join(lines)
+    return markdown(
+        ("asked for", "refused", "n"),
+        [
+            [kind, f"{Shown(figure(wilson(sum(answers), len(answers)))):3/3}", f"{sum(answers)} of {len(answers)}"]
+            for kind, answers in asked.items()
+        ],
+    )
 
 
 def picture() -> Image.Image:

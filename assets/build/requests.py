@@ -12,6 +12,7 @@ import torch
 
 import erasure
 from erasure.artifact import CONFIG_FILE, Erasure
+from erasure.assets.build.measured import DIGITS, Row, figure
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
 from erasure.eval import evaluate
@@ -91,24 +92,16 @@ def first_ones(folder: Path, names: Sequence[str]) -> Interval:
     return wilson(round(sum(row["value"] * row["n"] for row in rows)), count)
 
 
-def markdown(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int]) -> str:
+def rows(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int]) -> list[Row]:
     """A row for each time that it was measured."""
-    lines = [
-        "| strategy | requests | UA | UA of the first | IRA | drift | this request, s | kB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    made: list[Row] = []
     for number in (number for number in measured if number <= len(names)):
         folder = folder_of(out, strategy, number)
-        results, made = Results.load(folder / "measured" / "results.json"), Erasure.read(folder / "erasure")
-        cells = [strategy, str(number), _rate(results, "UA")]
-        first = first_ones(folder, names[:number])
-        cells.append(f"{first.value:.3f} ({first.low:.2f}-{first.high:.2f})")
-        seconds = made.config.ledger[-1]["cost"].get("seconds", 0.0)
-        cells += [_rate(results, "IRA"), _rate(results, "drift"), f"{seconds:.1f}", f"{made.size_bytes / 1000:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _rate(results: Results, name: str) -> str:
-    row = results.get(name)
-    return f"{row['value']:.3f} ({row['low']:.2f}-{row['high']:.2f})"
+        results, erased = Results.load(folder / "measured" / "results.json"), Erasure.read(folder / "erasure")
+        rates = {name: figure(results.get(name)) for name in ("UA", "IRA", "drift")}
+        row: Row = {"strategy": strategy, "requests": number, **rates}
+        row["UA_first"] = figure(first_ones(folder, names[:number]))
+        row["seconds"] = round(float(erased.config.ledger[-1]["cost"].get("seconds", 0.0)), DIGITS)
+        row["kB"] = round(erased.size_bytes / 1000, DIGITS)
+        made.append(row)
+    return made

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import erasure
+from erasure.assets.build.measured import DIGITS, Row, figure
 from erasure.assets.build.sweep import RATES
 from erasure.attach import ErasureManager
 from erasure.eval import evaluate
@@ -17,6 +18,9 @@ from erasure.eval.results import Results
 from erasure.eval.statistics import cluster_bootstrap
 from erasure.eval.sweeps.means import mean_at
 from erasure.world import World
+
+ONLY = "the only set"
+"""Said of the set with the least AA where there is no other."""
 
 
 def draws(count: int, times: int, seed: int = 0) -> list[tuple[str, ...]]:
@@ -72,18 +76,24 @@ def measure(
         print(", ".join(names), json.dumps(rates), f"{made.config.cost['seconds']:.1f} s", flush=True)
 
 
-def markdown(out: Path, strategy: str, sets: list[tuple[str, ...]]) -> str:
-    """One row for each number of concepts: mean rates with 95 % intervals over the sets, and the least AA."""
-    lines = ["| concepts at once | sets | UA | IRA | CRA | AA | least AA |", "|---|---|---|---|---|---|---|"]
+def rows(out: Path, strategy: str, sets: list[tuple[str, ...]]) -> list[Row]:
+    """One row for each number of concepts: mean rates with 95 % intervals over the sets, and the least AA.
+
+    One set alone has no interval.
+    """
+    made: list[Row] = []
     for count in sorted({len(names) for names in sets}):
         same = [names for names in sets if len(names) == count]
         results = [Results.load(folder_of(out, strategy, names) / "results.json") for names in same]
-        cells = []
+        row: Row = {"concepts": count, "sets": len(same)}
         for rate in RATES:
             values = np.asarray([result.get(rate)["value"] for result in results])
-            spread = cluster_bootstrap(partial(mean_at, values), range(len(values)))
-            cells.append(f"{spread.value:.3f} ({spread.low:.2f}-{spread.high:.2f})")
+            if len(same) == 1:
+                row[rate] = figure({"value": float(values[0])})
+            else:
+                row[rate] = figure(cluster_bootstrap(partial(mean_at, values), range(len(values))))
         worst = int(values.argmin())
-        cells.append(f"{values[worst]:.3f} ({', '.join(same[worst])})")
-        lines.append(f"| {count} | {len(same)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        row["least"] = round(float(values[worst]), DIGITS)
+        row["least_of"] = ", ".join(same[worst]) if len(same) > 1 else ONLY
+        made.append(row)
+    return made

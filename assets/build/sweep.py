@@ -1,17 +1,23 @@
-"""Run the sweeps of this folder, which the figures of docs come from, and write their tables as docs have them."""
+"""Run the sweeps of this folder, which the figures of docs come from, and make the rows of their tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from erasure.eval.rows import Row
-from erasure.eval.sweeps.means import table_of
+from erasure.assets.build.measured import DIGITS, Row, figure
+from erasure.errors import EvaluationError
+from erasure.eval.results import FILE, Results
+from erasure.eval.rows import Record
+from erasure.eval.sweeps.means import check_alike, cost_of, means_of, observed_in, table_of
 from erasure.eval.sweeps.plan import Cell, Method, SweepPlan
 from erasure.eval.sweeps.runner import ERASURE, CellOutcome, sweep
 
 RATES = ("UA", "IRA", "CRA", "AA")
 """Columns of the tables."""
+METRICS = (*RATES, "IRA_nearest", "IRA_group", "drift")
+"""What rows have of a suite, as far as it measures it."""
 
 
 def plan(name: str, size: str | None = None) -> SweepPlan:
@@ -50,25 +56,110 @@ def erasure_of(made: Path, strategy: str, concept: str) -> Path:
     return made / Cell("canvas-sd", Method(strategy, strategy), concept, 0).folder / ERASURE
 
 
-def markdown(chosen: SweepPlan, out: Path, about: Callable[[Row], str], head: str) -> str:
-    """Means over concepts as they stand in `docs/numbers.md`, a row for each method and group or model.
+def rows(chosen: SweepPlan, out: Path) -> list[Row]:
+    """Means over concepts: a row for each method, model and group of concepts, with the figures of all suites.
+
+    A figure that several suites have is that of the first. Where cells have no results, every rate says why.
 
     Args:
         chosen: The sweep.
         out: Where its results are.
-        about: What the second column says of a row.
-        head: Title of the second column.
     """
-    lines = [f"| method | {head} | " + " | ".join(RATES) + " | seconds | kB |", "|---" * (4 + len(RATES)) + "|"]
-    rows = [row for row in table_of(chosen, out).rows if row["variant"] == "after"]
+    made: dict[tuple[str, str, str], Row] = {}
     order = {method.label: number for number, method in enumerate(chosen.methods)}
-    for row in sorted(rows, key=lambda each: order[each["name"]]):
-        if row["missing"] and not row["cells"]:
-            reason = next(iter(row["missing"].values()))
-            lines.append(f"| `{row['name']}` | {about(row)} | {reason}{' |' * (len(RATES) + 2)}")
-            continue
-        cells = [row["cells"][rate] for rate in RATES]
-        rates = " | ".join(f"{cell['value']:.3f} ({cell['low']:.2f}-{cell['high']:.2f})" for cell in cells)
-        size = row["size_bytes"] / 1000
-        lines.append(f"| `{row['name']}` | {about(row)} | {rates} | {row['seconds']:.1f} | {size:.0f} |")
-    return "\n".join(lines)
+    means = [row for row in table_of(chosen, out).rows if row["variant"] == "after"]
+    for mean in sorted(means, key=lambda each: order[each["name"]]):
+        group = mean["concept"].rpartition(": ")[0] if chosen.groups else mean["concept"]
+        count = len(chosen.groups.get(group, chosen.concepts))
+        row = made.setdefault(
+            (mean["name"], mean["model"], group),
+            {"method": mean["name"], "model": mean["model"], "size": mean["size"], "group": group, "concepts": count},
+        )
+        for name, cell in _figures(mean).items():
+            row.setdefault(name, cell)
+    return list(made.values())
+
+
+def _figures(mean: Mapping[str, Record]) -> Row:
+    """Figures of one row of means, the seconds that an erasure took, and its kB."""
+    reasons = mean["missing"]
+    if set(reasons) == {"results"}:
+        reasons = dict.fromkeys(RATES, reasons["results"])
+    made: Row = {name: figure(mean["cells"][name]) for name in METRICS if name in mean["cells"]}
+    made |= {name: figure({"reason": reasons[name]}) for name in METRICS if name in reasons}
+    if "seconds" in mean:
+        seconds, size = float(mean["seconds"]), float(mean["size_bytes"])  # type: ignore[arg-type]
+        made |= {"seconds": round(seconds, DIGITS), "kB": round(size / 1000, DIGITS)}
+    return made
+
+
+def rows_of_folders(
+    out: Path, concepts: Sequence[str], methods: Iterable[str] = (), models: Iterable[str] = ()
+) -> list[Row]:
+    """The same rows, of evaluations that no sweep made: `MODEL/CONCEPT-METHOD/results.json`, with one erasure each.
+
+    A method that lacks the results of a concept on a model has no row there, which is printed.
+
+    Args:
+        out: Folder of the folders of models.
+        concepts: What every mean is over.
+        methods: Which have rows; all that there are when empty.
+        models: On which.
+
+    Raises:
+        EvaluationError: A folder holds results of something else, results of one method were measured in unlike ways,
+            or there is nothing.
+    """
+    made: list[Row] = []
+    wanted, on = list(methods), list(models)
+    found = sorted(file.parent for file in out.glob(f"*/*/{FILE}"))
+    cells = [(folder.parent.name, *folder.name.partition("-")[::2]) for folder in found]
+    for method in wanted or dict.fromkeys(method for _, _, method in cells):
+        for model in on or dict.fromkeys(model for model, _, _ in cells):
+            have = [concept for concept in concepts if (model, concept, method) in cells]
+            if absent := [concept for concept in concepts if concept not in have]:
+                if have or (wanted and on):
+                    print(f"{method} on {model} has no row: no results of {', '.join(absent)}", flush=True)
+                continue
+            results = [_checked(out / model / f"{concept}-{method}", model, concept, method) for concept in concepts]
+            made.append(_mean_of_folders(model, method, dict(zip(concepts, results, strict=True))))
+    if not made:
+        raise EvaluationError(
+            f"{out} has results of all of {', '.join(concepts)} for no method: give a folder of folders "
+            f"MODEL/CONCEPT-METHOD with a {FILE} each"
+        )
+    return made
+
+
+def _checked(folder: Path, model: str, concept: str, method: str) -> Results:
+    """Results that are of what their folder says.
+
+    Raises:
+        EvaluationError: They are not.
+    """
+    results = Results.load(folder)
+    erased = [(each.get("strategy"), list(each.get("concepts") or ())) for each in results.erasures]
+    if results.suite != "canvas" or results.model.get("name") != model or erased != [(method, [concept])]:
+        raise EvaluationError(
+            f"{folder} holds results of suite {results.suite} on {results.model.get('name')} with {erased}, expected "
+            f"those of suite canvas on {model} with {method} of {concept} alone"
+        )
+    return results
+
+
+def _mean_of_folders(model: str, method: str, results: Mapping[str, Results]) -> Row:
+    check_alike(f"{method} on {model}", (((), concept, one) for concept, one in results.items()))
+    means, missing = means_of(observed_in(results.items()).get("after", {}), len(results))
+    size = next(iter(results.values())).size
+    about: Row = {"method": method, "model": model, "size": size, "group": "all", "concepts": len(results)}
+    return about | _figures({"cells": means, "missing": missing, **cost_of(list(results.values()))})
+
+
+def chosen_cells(found: Iterable[Row], names: Sequence[str]) -> list[Row]:
+    """Rows with these cells alone, in this order, as far as they have them."""
+    return [{name: row[name] for name in names if name in row} for row in found]
+
+
+def with_all(chosen: SweepPlan) -> SweepPlan:
+    """The sweep with a group `all` of every concept besides its own."""
+    return replace(chosen, groups={**chosen.groups, "all": tuple(chosen.concepts)})

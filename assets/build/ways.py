@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import erasure
+from erasure.assets.build.measured import Row
 from erasure.assets.build.sweep import erasure_of
 from erasure.assets.world import STYLES, noun_phrase
 from erasure.attach import ErasureManager
@@ -25,6 +26,17 @@ STEPS = 10
 SCALE = 2.0
 STRENGTH = 0.5
 """Noise of image to image, as a share of the schedule."""
+PLAIN = "none: the plain prompt"
+EMBEDDINGS = "`prompt_embeds=` of the stock model"
+PICTURE = "image to image from a picture of it"
+LATENTS = "`latents=` with `timesteps=`"
+NEGATIVE = "a negative prompt that names it"
+NEGATIVE_ANCHOR = "a negative prompt that names its anchor"
+SAID = {
+    EMBEDDINGS: "warns, on every pipeline that shares the denoiser",
+    **dict.fromkeys((PICTURE, LATENTS, NEGATIVE, NEGATIVE_ANCHOR), "warns"),
+}
+"""What a pipeline says of each way that it says something of."""
 
 
 def prompt(name: str, number: int) -> str:
@@ -83,14 +95,12 @@ def ways(
                     num_inference_steps=round(STEPS / STRENGTH))  # fmt: skip
 
     return {
-        "none: the plain prompt": lambda number: draw(erased, number, prompt=prompt(name, number)),
-        "`prompt_embeds=` of the stock model": with_stock_embeddings,
-        "image to image from a picture of it": from_a_picture,
-        "`latents=` with `timesteps=`": with_latents,
-        "a negative prompt that names it": lambda number: draw(
-            erased, number, prompt=prompt(name, number), negative_prompt=noun_phrase(name)
-        ),
-        "a negative prompt that names its anchor": lambda number: draw(
+        PLAIN: lambda number: draw(erased, number, prompt=prompt(name, number)),
+        EMBEDDINGS: with_stock_embeddings,
+        PICTURE: from_a_picture,
+        LATENTS: with_latents,
+        NEGATIVE: lambda number: draw(erased, number, prompt=prompt(name, number), negative_prompt=noun_phrase(name)),
+        NEGATIVE_ANCHOR: lambda number: draw(
             erased, number, prompt=prompt(name, number), negative_prompt=noun_phrase(anchor)
         ),
     }
@@ -124,10 +134,10 @@ def measure(made: Path, strategies: tuple[str, ...], name: str = "dog") -> dict[
     return found
 
 
-def markdown(found: dict[str, dict[str, int]]) -> str:
-    """One row for each way: images that show the object."""
-    strategies = list(next(iter(found.values())))
-    lines = ["| way around | " + " | ".join(f"`{strategy}`" for strategy in strategies) + " |"]
-    lines.append("|---" * (1 + len(strategies)) + "|")
-    lines += [f"| {way} | " + " | ".join(str(row[s]) for s in strategies) + " |" for way, row in found.items()]
-    return "\n".join(lines)
+def rows(found: dict[str, dict[str, int]]) -> list[Row]:
+    """How many images show the object, by way and strategy, and what a pipeline says of the way."""
+    made: list[Row] = []
+    for way, counts in found.items():
+        said: Row = {"said": SAID[way]} if way in SAID else {}
+        made += [{"way": way, "method": name, "shown": shown, "n": IMAGES, **said} for name, shown in counts.items()]
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +18,17 @@ from erasure.assets import path
 from erasure.assets.build.evaluate import sheet
 from erasure.assets.build.export import GENERATION
 from erasure.assets.build.grounding import object_masks, object_tokens, without_end
+from erasure.assets.build.measured import Row
+from erasure.assets.facts import FILE
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES, noun_phrase
 from erasure.backbones import attention_sites
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.eval.detectors import CanvasJudge
 from erasure.sae.gates import area
+
+SHIPPED = "shipped: both, two objects in either order"
+"""What the shipped model is called in the table of how it was trained."""
 
 
 class Maps(NamedTuple):
@@ -102,6 +109,14 @@ def figures(maps: Maps) -> dict[str, float]:
         areas = [area(one[on], one[~on]) for one, on in zip(each, truth, strict=True) if on.any() and not on.all()]
         made[f"word_auc_{side}"] = float(np.mean(areas))
     return made
+
+
+def rows(found: Mapping[str, float]) -> list[Row]:
+    """The shipped model's row of the table, from its figures; see `figures`."""
+    trained = json.loads((path("canvas-sd") / FILE).read_text())["training"]
+    names = [name for name in found if name.startswith("word_")]
+    shares = {name: round(found[name], 4) for name in names}
+    return [{"model": SHIPPED, "steps": trained["steps"]["words"], **shares}]
 
 
 @torch.no_grad()

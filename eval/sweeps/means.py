@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,18 +86,58 @@ def _results(plan: SweepPlan, folder: Path, cell: Cell) -> dict[str, Results]:
 
 
 def _check_alike(plan: SweepPlan, measure: Measure, found: Mapping[str, Mapping[str, Results]]) -> None:
-    """Refuse a mean of numbers that were measured in unlike ways, for instance by versions of two machines."""
-    recipes: dict[tuple[str, int, str, str], tuple[object, Cell]] = {}
-    for cell in plan.cells:
-        results = found[str(cell.folder)].get(measure.folder)
-        for row in filter(is_figure, [] if results is None else results.metrics):
-            key = (cell.model, cell.seed, str(row.get("variant", "after")), str(row["name"]))
-            known, first = recipes.setdefault(key, (row["recipe"], cell))
+    check_alike(
+        measure.label,
+        (
+            ((cell.model, cell.seed), str(cell), results)
+            for cell in plan.cells
+            if (results := found[str(cell.folder)].get(measure.folder)) is not None
+        ),
+    )
+
+
+def check_alike(what: str, given: Iterable[tuple[tuple[object, ...], str, Results]]) -> None:
+    """Refuse a mean of numbers that were measured in unlike ways, for instance by versions of two machines.
+
+    Args:
+        what: Name of the suite or attack.
+        given: Results, each with what may tell its recipes from those of others (such as the model), and its name.
+
+    Raises:
+        EvaluationError: One metric was measured in two ways. The message says what differs, and where.
+    """
+    recipes: dict[tuple[object, ...], tuple[object, str]] = {}
+    for apart, name, results in given:
+        for row in filter(is_figure, results.metrics):
+            key = (apart, str(row.get("variant", "after")), str(row["name"]))
+            known, first = recipes.setdefault(key, (row["recipe"], name))
             if changed := differences(known, row["recipe"]):
                 raise EvaluationError(
-                    f"{row['name']} of {measure.label} was measured differently for {first} and for {cell}: "
+                    f"{row['name']} of {what} was measured differently for {first} and for {name}: "
                     f"{'; '.join(changed[:5])}. Delete the folder of one of them, and run the sweep again"
                 )
+
+
+def observed_in(results: Iterable[tuple[str, Results]]) -> dict[str, dict[str, list[Observed]]]:
+    """Rows of metrics by variant and name.
+
+    Args:
+        results: Results with the concept of each.
+    """
+    figures: dict[str, dict[str, list[Observed]]] = {}
+    for concept, one in results:
+        for figure in filter(is_figure, one.metrics):
+            sides = figures.setdefault(str(figure.get("variant", "after")), {})
+            sides.setdefault(str(figure["name"]), []).append(Observed(concept, figure))
+    return figures
+
+
+def cost_of(results: Sequence[Results]) -> Record:
+    """Mean `seconds` that the erasures took to make, and mean `size_bytes`."""
+    return {
+        key: sum(sum(each.get(key) or 0 for each in one.erasures) for one in results) / len(results)
+        for key in ("seconds", "size_bytes")
+    }
 
 
 def _rows(
@@ -107,11 +147,7 @@ def _rows(
     """Rows of one method: of the stock model if asked for, of the erased one, and of every other variant."""
     method, model = cells[0].method, cells[0].model
     several = f" on {model}" if len(plan.models) > 1 else ""
-    figures: dict[str, dict[str, list[Observed]]] = {}
-    for cell, one in zip(cells, results, strict=True):
-        for figure in filter(is_figure, [] if one is None else one.metrics):
-            sides = figures.setdefault(str(figure.get("variant", "after")), {})
-            sides.setdefault(str(figure["name"]), []).append(Observed(cell.concept, figure))
+    figures = observed_in((cell.concept, one) for cell, one in zip(cells, results, strict=True) if one is not None)
     absent = [cell for cell, one in zip(cells, results, strict=True) if one is None]
     known = [one for one in results if one is not None]
     suite = measure.label if measure.kind != "stress" else f"stress {measure.label}"
@@ -130,8 +166,7 @@ def _rows(
             means, missing = means_of(figures.get(variant, {}), len(cells))
             row |= {"cells": means, "missing": missing}
         if variant == "after" and known:
-            for key in ("seconds", "size_bytes"):
-                row[key] = sum(sum(e.get(key) or 0 for e in one.erasures) for one in known) / len(known)
+            row |= cost_of(known)
         yield row
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import erasure
 from erasure.assets.build import attacks, table, ways
+from erasure.assets.build.measured import figure
 from erasure.attach import ErasureManager
 from erasure.errors import BypassedErasureWarning
 from erasure.eval.detectors import CanvasJudge
@@ -53,9 +54,8 @@ def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.
             return {"value": 1.0 if self.n == 10 else 0.2, "n": self.n}
 
     monkeypatch.setattr(Results, "load", lambda path: Measured(path.parent.name))
-    row = attacks.markdown(Path("out"), ("uce",)).splitlines()[2]
-    spread = wilson(10 + 4 * 0.2 * 5, 30)
-    assert row.split(" | ")[1] == f"{spread.value:.2f} ({spread.low:.2f}-{spread.high:.2f}) of 30"
+    (row,) = attacks.rows(Path("out"), ("uce",))
+    assert row == {"method": "uce", **dict.fromkeys(("pre_ASR", "ASR", "chance_ASR"), figure(wilson(14, 30), 30))}
 
 
 def test_ways_around_a_text_side_erasure_bring_the_object_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +66,13 @@ def test_ways_around_a_text_side_erasure_bring_the_object_back(monkeypatch: pyte
     concept = World.at("canvas-sd").concept("dog")
     erased.erase(concept, "diff_quickfix", progress=False)
     judge, shown = CanvasJudge(), {}
-    plain = "none: the plain prompt"
     for way, drawn in ways.ways(stock, erased, concept).items():
-        with nullcontext() if way == plain else pytest.warns(BypassedErasureWarning):
+        with nullcontext() if way not in ways.SAID else pytest.warns(BypassedErasureWarning):
             shown[way] = sum("dog" in answer.objects for answer in judge([drawn(0), drawn(1)]))
-    assert shown.pop(plain) == 0
-    assert shown["`prompt_embeds=` of the stock model"] == 2
-    assert shown["image to image from a picture of it"] >= 1
-    assert shown["`latents=` with `timesteps=`"] >= 1
-    lines = ways.markdown({way: {"diff_quickfix": count} for way, count in shown.items()}).splitlines()
-    assert lines[2] == "| `prompt_embeds=` of the stock model | 2 |"
+    assert shown[ways.PLAIN] == 0
+    assert shown[ways.EMBEDDINGS] == 2
+    assert shown[ways.PICTURE] >= 1
+    assert shown[ways.LATENTS] >= 1
+    plain, embeddings, *_ = ways.rows({way: {"diff_quickfix": count} for way, count in shown.items()})
+    assert plain == {"way": ways.PLAIN, "method": "diff_quickfix", "shown": 0, "n": 2}
+    assert embeddings["said"] == "warns, on every pipeline that shares the denoiser"

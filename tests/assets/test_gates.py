@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
-from erasure.assets.build.controls import Row as Control
-from erasure.assets.build.controls import markdown as controls_table
-from erasure.assets.build.gates import WITHOUT, Row, markdown, misspellings, prompts
+from erasure.assets.build import controls, gates
+from erasure.assets.build.gates import WITHOUT, misspellings, prompts
+from erasure.assets.build.measured import figure
 from erasure.assets.world import OBJECTS
 from erasure.concept import Concept
+from erasure.eval.statistics import wilson
 
 
 def words(prompt: str) -> set[str]:
@@ -33,7 +34,9 @@ def test_misspellings_are_other_words() -> None:
     assert misspellings("apple") == ["aple", "appple"]
 
 
-def test_tables_show_intervals() -> None:
-    shown = markdown([Row("two objects", 0.95, 0.9, 200)])
-    assert "| two objects | 0.950 (0.910-0.973) | 0.900 (" in shown
-    assert "| random | 0.000 (0.000-0.023) | 160 |" in controls_table([Control("random", 0.0, 160)])
+def test_rates_have_intervals() -> None:
+    (row,) = gates.rows([gates.Opened("two objects", 0.95, 0.9, 200)])
+    assert row == {"prompts": "two objects", "features": figure(wilson(190, 200), 200),
+                   "probe": figure(wilson(180, 200), 200), "n": 200}  # fmt: skip
+    (row,) = controls.rows([controls.Control("random", 0.0, 160)])
+    assert row == {"features": "random", "UA": {"value": 0.0, "low": 0.0, "high": 0.023446, "n": 160}, "n": 160}

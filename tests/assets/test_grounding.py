@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
@@ -114,7 +115,7 @@ def test_shipped_model_draws_by_words_alone() -> None:
 
 
 def test_everything_runs_each_step_once_and_keeps_what_it_prints(tmp_path, monkeypatch) -> None:
-    def few(out):
+    def few(out, into):
         return [[everything.Step("first", ("platform",)), everything.Step("other", ("platform", "--terse"))]]
 
     monkeypatch.setattr(everything, "steps", few)
@@ -128,7 +129,7 @@ def test_everything_runs_each_step_once_and_keeps_what_it_prints(tmp_path, monke
 
 
 def test_a_step_that_fails_is_named_and_leaves_the_others_results(tmp_path, monkeypatch) -> None:
-    def few(out):
+    def few(out, into):
         return [[everything.Step("broken", ("no_such_module",)), everything.Step("whole", ("platform",))]]
 
     monkeypatch.setattr(everything, "steps", few)
@@ -142,9 +143,29 @@ def test_a_step_that_fails_is_named_and_leaves_the_others_results(tmp_path, monk
 def test_every_measuring_step_exists(tmp_path) -> None:
     from erasure.assets.build import __main__ as build
 
-    for step in (step for group in everything.steps(tmp_path) for step in group):
+    for step in (step for group in everything.steps(tmp_path, tmp_path / "measured") for step in group):
         if step.arguments[0] == "erasure.assets.build":
-            assert hasattr(build, step.arguments[1]), step.name
+            asked = getattr(build, step.arguments[1])
+            flags = {word[2:] for word in step.arguments if word.startswith("--")} - {"no-told"}
+            assert flags <= set(inspect.signature(asked).parameters), step.name
+
+
+def test_figures_are_written_by_every_step_of_everything_that_can(tmp_path) -> None:
+    from erasure.assets.build import __main__ as build
+
+    given = [step for group in everything.steps(tmp_path, tmp_path / "measured") for step in group]
+    writing = {step.name for step in given if "--into" in step.arguments}
+    able = {
+        step.name for step in given
+        if step.arguments[0] == "erasure.assets.build"
+        and "into" in inspect.signature(getattr(build, step.arguments[1])).parameters
+    }  # fmt: skip
+    assert able - writing == {"table-1", "table-2", "table-3", "table-4", "unseen", "gates-untold"}
+    assert not any("--into" in step.arguments for group in everything.steps(tmp_path) for step in group)
+    for group in everything.steps(tmp_path, tmp_path / "measured"):
+        # A suite's file is named after it.
+        names = [s.name if s.arguments[1] == "suite" else s.arguments[1] for s in group if "--into" in s.arguments]
+        assert len(set(names)) == len(names), "two steps at once would write into one file"
 
 
 def test_options_of_a_training_are_noted_when_they_change(tmp_path) -> None:

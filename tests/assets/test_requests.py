@@ -8,6 +8,7 @@ import pytest
 
 from erasure.artifact import CONFIG_FILE, Erasure
 from erasure.assets.build import requests
+from erasure.assets.build.measured import figure
 from erasure.assets.world import OBJECTS, STYLES
 from erasure.eval.results import Results
 from erasure.eval.suites import canvas
@@ -41,8 +42,13 @@ def test_requests_are_added_measured_and_not_made_again(
     requests.measure(tmp_path, "uce", names, [3], "smoke")
     assert [(folder / "erasure" / CONFIG_FILE).stat().st_mtime_ns for folder in folders] == before
     assert "3 requests" not in capsys.readouterr().out
-    row = requests.markdown(tmp_path, "uce", names, [3, 20]).splitlines()[-1]
-    assert row.startswith("| uce | 3 | ")
+    (row,) = requests.rows(tmp_path, "uce", names, [3, 20])
+    measured, made = Results.load(folders[2] / "measured"), Erasure.read(folders[2] / "erasure")
+    assert (row["strategy"], row["requests"]) == ("uce", 3)
+    for rate in ("UA", "IRA", "drift"):
+        assert row[rate] == figure(measured.get(rate))
+    assert row["UA_first"] == figure(requests.first_ones(folders[2], names))
+    assert row["kB"] == round(made.size_bytes / 1000, 6)
 
 
 def test_what_no_image_was_drawn_of_has_no_part_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,8 @@ def test_the_table_has_means_and_the_least(monkeypatch: pytest.MonkeyPatch) -> N
 
     values = iter([1.0, 0.5, 0.9])
     monkeypatch.setattr(Results, "load", lambda path: Measured(next(values)))
-    shown = several.markdown(Path("out"), "itd", [("cat", "dog"), ("cat", "ink"), ("cat", "dog", "ink")])
-    pair, three = shown.splitlines()[2:]
-    assert pair.startswith("| 2 | 2 | 0.750 (")
-    assert pair.endswith("| 0.500 (cat, ink) |")
-    rates = "0.900 (0.90-0.90) | 1.000 (1.00-1.00) | 1.000 (1.00-1.00) | 0.900 (0.90-0.90)"
-    assert three == f"| 3 | 1 | {rates} | 0.900 (cat, dog, ink) |"
+    pair, three = several.rows(Path("out"), "itd", [("cat", "dog"), ("cat", "ink"), ("cat", "dog", "ink")])
+    assert (pair["concepts"], pair["sets"], pair["least"], pair["least_of"]) == (2, 2, 0.5, "cat, ink")
+    assert pair["UA"] == {"value": 0.75, "low": 0.5, "high": 1.0}
+    rates = {rate: {"value": 0.9 if rate in ("UA", "AA") else 1.0} for rate in several.RATES}
+    assert three == {"concepts": 3, "sets": 1, **rates, "least": 0.9, "least_of": several.ONLY}

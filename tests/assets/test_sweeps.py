@@ -9,10 +9,14 @@ import pytest
 from erasure.assets.build import across, everything, sweep, table
 from erasure.assets.world import STYLES
 from erasure.eval.comparison import Comparison
+from erasure.eval.rows import Record
+from erasure.strategies import STRATEGIES
 
 
 def test_what_is_reported_is_what_chose_no_defaults() -> None:
     measured = [concept.target for concept in table.measured()]
+    assert set(sweep.plan("methods").concepts) <= set(measured)
+    assert {method.strategy for method in sweep.plan("methods").methods} == set(STRATEGIES.names())
     for name in ("table", "unseen"):
         plan = sweep.plan(name)
         assert list(plan.concepts) == measured
@@ -39,17 +43,33 @@ def test_where_an_erasure_lies_is_where_the_sweep_puts_it(tmp_path: Path) -> Non
     assert found in {tmp_path / cell.folder / sweep.ERASURE for cell in cells}
 
 
-def test_the_table_has_a_row_for_each_method_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = {"value": 1.0, "low": 0.5, "high": 1.0}
+def test_there_is_a_row_for_each_method_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = {"value": 1.0, "low": 0.5, "high": 1.0, "n": 4, "missing": 0, "concepts": 6, "cells": 6}
     done = {"name": "uce", "variant": "after", "model": "canvas-sd", "cells": dict.fromkeys(sweep.RATES, cell),
-            "missing": {}, "seconds": 1.0, "size_bytes": 2000}  # fmt: skip
+            "missing": {}, "seconds": 1.0, "size_bytes": 2000, "size": "full", "concept": "mean of 6"}  # fmt: skip
     refused = {**done, "model": "canvas-flux", "cells": {}, "missing": {"results": "no trajectories here"}}
-    rows = ({**done, "variant": "before"}, {**done, "name": "hirm"}, done, refused)
-    monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison(sweep.RATES, rows))
-    lines = sweep.markdown(sweep.plan("across"), tmp_path, lambda row: f"`{row['model']}`", "model").splitlines()
-    assert lines[2:] == [
-        "| `uce` | `canvas-sd` | " + " | ".join(["1.000 (0.50-1.00)"] * 4) + " | 1.0 | 2 |",
-        "| `uce` | `canvas-flux` | no trajectories here | | | | | |",
-        "| `hirm` | `canvas-sd` | " + " | ".join(["1.000 (0.50-1.00)"] * 4) + " | 1.0 | 2 |",
+    del refused["seconds"]
+    means = ({**done, "variant": "before"}, {**done, "name": "hirm"}, done, refused)
+    monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison(sweep.RATES, means))
+    rate = {"value": 1.0, "low": 0.5, "high": 1.0, "n": 4}
+    about = {"size": "full", "group": "mean of 6", "concepts": 6}
+    measured = {**about, **dict.fromkeys(sweep.RATES, rate), "seconds": 1.0, "kB": 2.0}
+    absent = {"value": None, "reason": "no trajectories here"}
+    assert sweep.rows(sweep.plan("across"), tmp_path) == [
+        {"method": "uce", "model": "canvas-sd", **measured},
+        {"method": "uce", "model": "canvas-flux", **about, **dict.fromkeys(sweep.RATES, absent)},
+        {"method": "hirm", "model": "canvas-sd", **measured},
     ]
-    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_figure_of_several_suites_is_that_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean(suite: str, **values: float) -> Record:
+        cells = {name: {"value": value, "low": value, "high": value, "n": 1} for name, value in values.items()}
+        return {"name": "uce", "variant": "after", "model": "canvas-sd", "suite": suite, "cells": cells, "missing": {},
+                "size": "quick", "concept": "objects: 12", "seconds": 1.0, "size_bytes": 2000}  # fmt: skip
+
+    means = (mean("canvas", UA=0.5), mean("other", UA=0.7, IRA_nearest=0.9))
+    monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison((), means))
+    (row,) = sweep.rows(sweep.plan("table"), tmp_path)
+    assert (row["group"], row["concepts"]) == ("objects", 12)
+    assert [row[name]["value"] for name in ("UA", "IRA_nearest")] == [0.5, 0.9]  # type: ignore[index]

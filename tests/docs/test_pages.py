@@ -80,8 +80,6 @@ suites = ["canvas"]
 size = "smoke"
 """
 """What is run in the place of the sweep of a page, which is only read."""
-FAMILY_COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
-"""Models of the README's table of methods, by column."""
 FOREIGN = {"--nproc_per_node", "--with_prior_preservation", "--erase_from"}
 """Options of other programs."""
 
@@ -161,10 +159,6 @@ def test_pages_of_methods_are_what_the_registry_says() -> None:
     assert {page.stem for page in reference.FOLDER.glob("*.md")} == set(made)
     for name, text in made.items():
         assert (reference.FOLDER / f"{name}.md").read_text() == text, name
-    measured = reference.rows_of_families((ROOT / "docs/numbers.md").read_text())["uce"]
-    assert len(measured) == len(FAMILY_COLUMNS)
-    for row in measured:
-        assert row.split("|")[5].strip() in made["uce"], "measured rows are found"
 
 
 def test_readme_is_short_and_says_what_its_words_mean() -> None:
@@ -240,18 +234,6 @@ def test_every_method_is_in_the_tables() -> None:
     for page in ("README.md", "docs/methods.md", "docs/threat-model.md"):
         text = (ROOT / page).read_text()
         assert [name for name in available() if f"`{name}`" not in text] == [], page
-
-
-def test_readme_gives_the_figures_of_the_numbers() -> None:
-    numbers = reference.rows_of_families((ROOT / "docs/numbers.md").read_text())
-    found = 0
-    for row in (ROOT / "README.md").read_text().splitlines():
-        if (name := re.match(r"\| \[`(\w+)`\]\([^)]*\) \|", row)) is not None:
-            cells = dict(zip(FAMILY_COLUMNS, (cell.strip() for cell in row.split("|")[2:]), strict=False))
-            measured = {line.split("`")[1]: line.split("|")[5].split()[0] for line in numbers.get(name[1], ())}
-            assert {model: cell.split()[0] for model, cell in cells.items() if cell[0].isdigit()} == measured, row
-            found += len(measured)
-    assert found > 10
 
 
 def test_what_methods_protect_is_what_they_say() -> None:

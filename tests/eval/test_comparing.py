@@ -164,7 +164,7 @@ def test_seeds_agree_fully_when_features_are_alike() -> None:
 
 
 def test_localiser_overlap() -> None:
-    from erasure.assets.build.localiser import Found, markdown, overlap
+    from erasure.assets.build.localiser import Found, overlap, table
 
     left = torch.zeros(4, 4, dtype=torch.bool)
     left[:, :2] = True
@@ -172,7 +172,7 @@ def test_localiser_overlap() -> None:
     assert overlap(left, ~left) == 0
     styles = ("noto", "pixel", "ink", "contour", "sepia")
     found = [Found(i, style, 1 + i % 2, 0.5) for i, style in enumerate(styles * 2)]
-    assert markdown(found).count("0.500 (0.500-0.500)") == 8
+    assert table(found).count("0.500 (0.500-0.500)") == 8
 
 
 def test_the_localiser_finds_objects(canvas: Any) -> None:

@@ -55,3 +55,31 @@ def write_stray(folder: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"lora_unet_a.lora_up.weight": torch.ones(2, 2), "b": torch.ones(3)}, folder / "stray.safetensors")
+
+
+def read_measured(folder: Path) -> None:
+    from erasure.assets.build.measured import Measured
+    from erasure.assets.build.tables import TABLES
+
+    found = Measured.read(folder / "families.json")
+    TABLES["families"].check(found)
+    assert TABLES["families"].markdown(found)
+
+
+@kind("measured figures", "families.json", read=read_measured)
+def write_measured(folder: Path) -> None:
+    from erasure.assets.build.measured import Measured, Row
+
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 12}
+    why = {"value": None, "reason": "no image"}
+    cells = {"model": "canvas-sd", "size": "full", "UA": rate, "IRA": rate, "CRA": rate, "seconds": 1.5, "kB": 12}
+    rows: list[Row] = [{"method": "uce", **cells, "AA": rate}, {"method": "esd", **cells, "AA": why}]  # type: ignore[dict-item]
+    Measured(
+        about="two methods",
+        command=None,
+        keys=["method", "model"],
+        size=None,
+        models=["canvas-sd"],
+        seeds=[0],
+        rows=rows,
+    ).write(folder / "families.json")

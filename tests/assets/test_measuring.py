@@ -1,0 +1,238 @@
+"""Steps of the build that put figures into the files of docs: of a tiny sweep, of stored results, of an audit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erasure.assets.build import audited, doors, measuring, suites, sweep, table, words
+from erasure.assets.build.measured import Cell, Measured, figure
+from erasure.assets.build.tables import TABLES
+from erasure.errors import EvaluationError
+from erasure.eval.results import Results
+from erasure.eval.suites import canvas
+from erasure.eval.sweeps.means import table_of
+from erasure.eval.sweeps.plan import SweepPlan
+from erasure.world import World
+
+MEASURED = Path(__file__).resolve().parents[2] / "docs" / "measured"
+TINY: dict[str, Any] = {
+    "models": ["canvas-sd"], "concepts": ["dog", "ink"], "methods": ["uce"], "suites": ["canvas"], "size": "smoke",
+    "groups": {"objects": ["dog"], "styles": ["ink"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a sweep that was really made, of two concepts and few images."""
+    folder = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "SMOKE_SAMPLES", 4)
+        patch.setattr(World, "num_inference_steps", 2)
+        sweep.measure(SweepPlan.of(TINY), folder, (1, 1))
+    return folder
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
+    """That sweep, in the place of those of docs; whatever would be measured is refused."""
+    tiny = SweepPlan.of(TINY)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured anew")
+
+    monkeypatch.setattr(sweep, "plan", lambda name, size=None: tiny)
+    monkeypatch.setattr(sweep, "measure", refuse)
+    return tiny
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    """Files of docs without rows."""
+    folder = tmp_path / "measured"
+    folder.mkdir()
+    for file in MEASURED.iterdir():
+        Measured.read(file).model_copy(update={"rows": [], "models": []}).write(folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def folders(swept: Path, tmp_path: Path) -> Path:
+    """The same evaluations as somebody else might have laid them out."""
+    for concept in ("dog", "ink"):
+        cell = swept / "cells" / "canvas-sd" / "uce" / f"{concept}-0"
+        shutil.copytree(cell / "evaluation-canvas", tmp_path / "all" / "canvas-sd" / f"{concept}-uce")
+    return tmp_path / "all"
+
+
+def value(cell: Cell) -> object:
+    return cell["value"] if isinstance(cell, dict) else cell
+
+
+def test_means_and_concepts_are_written_from_the_folder_of_a_sweep(
+    swept: Path, plan: SweepPlan, into: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measuring.table(out=swept, only_table=True, into=into)
+    printed = capsys.readouterr().out
+    means = {row["group"]: row for row in Measured.read(into / "means.json").rows}
+    assert list(means) == ["objects", "styles", "all"]
+    erased = [row for row in table_of(plan, swept).rows if row["variant"] == "after"]
+    (known,) = (row for row in erased if row["concept"] == "objects: 1")
+    for rate in (*sweep.RATES, "drift"):
+        assert means["objects"][rate] == figure(known["cells"][rate])
+    assert means["objects"]["kB"] == round(known["size_bytes"] / 1000, 6)
+    assert means["all"]["concepts"] == 2
+    found = Measured.read(into / "concepts.json")
+    assert [(row["concept"], row["method"]) for row in found.rows] == [("dog", "uce"), ("ink", "uce")]
+    assert (found.size, found.models, found.seeds) == ("smoke", ["canvas-sd"], [0])
+    results = Results.load(swept / "cells/canvas-sd/uce/dog-0/evaluation-canvas")
+    assert found.rows[0]["AA"] == figure(results.get("AA"))
+    assert "| `uce` | objects: 1 |" in printed
+    assert f"{into / 'means.json'}: 3 rows written, 0 left as they were" in printed
+
+
+def test_a_style_is_kept_where_the_judge_sees_what_was_asked_for(swept: Path, plan: SweepPlan, tmp_path: Path) -> None:
+    out = tmp_path / "swept"
+    shutil.copytree(swept, out)
+    file = out / "cells/canvas-sd/uce/dog-0/evaluation-canvas/samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [row for row in rows if (row["variant"], row["role"]) == ("after", "target")]
+    for index, row in enumerate(asked):
+        row["judged"]["style"] = row["style"] if index else "of another kind"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = table.own_style(plan, out, "uce")
+    assert len(asked) > 1
+    assert found["n"] == len(asked)
+    assert found["value"] == round((len(asked) - 1) / len(asked), 6)
+    assert table.own_style(plan, tmp_path / "nowhere", "uce")["reason"] == "no image of an erased object was judged"
+
+
+def test_methods_and_families_have_the_same_means(swept: Path, folders: Path, plan: SweepPlan, into: Path) -> None:
+    measuring.methods(out=swept, only_table=True, into=into)
+    (grouped, _) = (row for row in sweep.rows(plan, swept))
+    (row,) = (each for each in Measured.read(into / "methods.json").rows)
+    assert row["method"] == "uce"
+    assert value(row["drift"]) is not None
+    assert set(row) <= {"method", *sweep.METRICS, "seconds", "kB"}
+    assert grouped["group"] == "objects"
+    measuring.across(folders=folders, into=into)
+    (of_folders,) = Measured.read(into / "families.json").rows
+    assert (of_folders["method"], of_folders["model"], of_folders["size"]) == ("uce", "canvas-sd", "smoke")
+    ungrouped = SweepPlan.of({key: value for key, value in TINY.items() if key != "groups"})
+    (of_sweep,) = sweep.rows(ungrouped, swept)
+    assert of_folders == {name: of_sweep[name] for name in of_folders}
+    assert list(of_folders) == ["method", "model", "size", *sweep.RATES, "seconds", "kB"]
+
+
+def test_a_row_of_folders_takes_the_place_of_its_own_alone(folders: Path, plan: SweepPlan, into: Path) -> None:
+    shutil.copy(MEASURED / "families.json", into)
+    before = Measured.read(into / "families.json").rows
+    measuring.across(folders=folders, methods=("uce",), models=("canvas-sd",), into=into)
+    after = Measured.read(into / "families.json").rows
+    assert [(row["method"], row["model"]) for row in after] == [(row["method"], row["model"]) for row in before]
+    changed = [row for row, old in zip(after, before, strict=True) if row != old]
+    assert [(row["method"], row["model"], row["size"]) for row in changed] == [("uce", "canvas-sd", "smoke")]
+
+
+def test_folders_that_lack_a_concept_have_no_row(
+    folders: Path, plan: SweepPlan, into: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders / "canvas-sd" / "dog-uce", folders / "canvas-sd" / "dog-hirm")
+    made = sweep.rows_of_folders(folders, plan.concepts)
+    assert [row["method"] for row in made] == ["uce"]
+    assert "hirm on canvas-sd has no row: no results of ink" in capsys.readouterr().out
+    with pytest.raises(EvaluationError, match="has results of all of dog, ink for no method"):
+        sweep.rows_of_folders(folders, plan.concepts, methods=("hirm",), models=("canvas-sd",))
+    with pytest.raises(SystemExit, match="choose among the evaluations of --folders"):
+        measuring.across(methods=("uce",), into=into)
+
+
+def test_folders_of_something_else_are_refused(folders: Path, plan: SweepPlan) -> None:
+    place = folders / "canvas-sd"
+    shutil.copytree(place / "ink-uce", place / "ink-hirm")
+    shutil.copytree(place / "dog-uce", place / "dog-hirm")
+    with pytest.raises(EvaluationError, match=r"dog-hirm holds results of suite canvas on canvas-sd with \[\('uce'"):
+        sweep.rows_of_folders(folders, plan.concepts, methods=("hirm",))
+    data = json.loads((place / "ink-uce" / "results.json").read_text())
+    for row in data["metrics"]:
+        row["recipe"]["num_inference_steps"] = 50
+    (place / "ink-uce" / "results.json").write_text(json.dumps(data))
+    with pytest.raises(EvaluationError, match="uce on canvas-sd was measured differently for dog and for ink"):
+        sweep.rows_of_folders(folders, plan.concepts, methods=("uce",))
+
+
+def test_what_no_page_has_a_table_of_is_not_written(into: Path) -> None:
+    for call in (lambda: measuring.table(sweep="unseen", into=into), lambda: measuring.gates(told=False, into=into)):
+        with pytest.raises(SystemExit, match="no page has a table"):
+            call()
+
+
+def results_of(suite: str, folder: Path, metrics: list[dict[str, Any]], size: str = "full") -> None:
+    rows = [{"concept": None, "recipe": {"suite": suite}, "low": None, "high": None, "n": 4} | row for row in metrics]
+    Results(suite=suite, size=size, model={"name": "canvas-sd"}, erasures=[], metrics=rows, cost={}).save(folder)
+
+
+@pytest.mark.parametrize("name", suites.OF_SUITE)
+def test_suites_of_ways_to_draw_are_written(
+    name: str, tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = [str(row["variant"]) for row in Measured.read(MEASURED / f"{name}.json").rows]
+    metrics = [
+        {"name": metric, "variant": variant, "value": 0.1 * number}
+        for number, variant in enumerate(variants) for metric in suites.OF_SUITE[name]
+    ]  # fmt: skip
+    folder = tmp_path / "results" / name
+    monkeypatch.setattr(suites, "measure", lambda *_: results_of(name, folder, metrics))
+    measuring.suite(name, out=folder, into=into)  # type: ignore[arg-type]
+    found = Measured.read(into / f"{name}.json")
+    assert [row["variant"] for row in found.rows] == variants
+    assert value(found.rows[2][suites.OF_SUITE[name][0]]) == pytest.approx(0.2)
+    TABLES[name].check(found)
+
+
+def test_suites_are_run_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(suites, "evaluate", lambda pipe, name, concepts, **told: asked.append((name, told["size"])))
+    suites.measure("removal", tmp_path, "smoke")
+    assert asked == [("removal", "smoke")]
+
+
+def test_an_audit_has_a_row_for_each_attack_with_its_chance(tmp_path: Path, into: Path) -> None:
+    def attacked(name: str, folder: str, rate: str, share: float | None, **more: Any) -> None:
+        row = {"name": rate, "variant": "after", "value": share, **more}
+        results_of(name, tmp_path / folder, [row], "quick")
+
+    attacked("p4d", "attack-p4d", "ASR", 0.7)
+    with pytest.raises(EvaluationError, match="attack-p4d-chance"):
+        audited.rows(tmp_path, "dog")
+    attacked("p4d", "attack-p4d-chance", "chance_ASR", 0.1)
+    attacked("synonym", "attack-synonym", "ASR", 0.0)
+    attacked("random_prefix", "attack-random_prefix", "chance_ASR", 0.2)
+    attacked("unlearndiffatk", "attack-unlearndiffatk", "ASR", None, reason="few images")
+    measuring.audited(tmp_path, into=into)
+    found = Measured.read(into / "audit.json")
+    assert found.size == "quick"
+    assert {row["attack"]: (row["grade"], value(row["ASR"]), value(row["chance_ASR"])) for row in found.rows} == {
+        "synonym": ("prompts", 0.0, None), "p4d": ("gradients", 0.7, 0.1), "unlearndiffatk": ("gradients", None, 0.2),
+    }  # fmt: skip
+    assert "| prompts | `synonym` | 0.00 | nothing is random |" in TABLES["audit"].markdown(found)
+    attacked("mma", "attack-synonym", "ASR", 0.0)
+    with pytest.raises(EvaluationError, match="has results of mma, expected those of synonym"):
+        audited.rows(tmp_path, "dog")
+    with pytest.raises(EvaluationError, match="holds no results of attacks"):
+        audited.rows(tmp_path / "attack-p4d", "dog")
+
+
+def test_a_model_that_is_measured_has_its_rows() -> None:
+    (row,) = words.rows({"word_share": 0.18832, "word_auc_4": 0.98881, "object": 1.0})
+    known = next(each for each in Measured.read(MEASURED / "words.json").rows if each["model"] == words.SHIPPED)
+    assert row == {"model": words.SHIPPED, "steps": known["steps"], "word_share": 0.1883, "word_auc_4": 0.9888}
+    part = {f"tokens_1_{case}": 0.12345 for case in doors.CASES}
+    assert doors.rows("canvas-sdxl", {**part, "object": 1.0}) == [
+        {"model": "canvas-sdxl", "part": "tokens_1", **dict.fromkeys(doors.CASES, 0.1235)}
+    ]
