@@ -45,6 +45,7 @@ def methods(
     size: Literal["smoke", "quick", "full"] | None = None,
     share: tuple[int, int] = (1, 1),
     only_table: bool = False,
+    folders: Path | None = None,
     into: Path | None = None,
 ) -> None:
     """Run the sweep `methods.toml`, every method on canvas-sd (resumes), then print its table.
@@ -54,16 +55,19 @@ def methods(
         size: Of the suite; the file's when left out.
         share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
         only_table: Make and measure nothing, and take what there is.
+        folders: Measure nothing, and take evaluations that no sweep made: folders MODEL/CONCEPT-METHOD in this one.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
-    from erasure.assets.build.sweep import METRICS, chosen_cells, measure, plan, rows
+    from erasure.assets.build.sweep import METRICS, chosen_cells, measure, plan, rows, rows_of_folders
     from erasure.assets.build.tables import report
 
     chosen = plan("methods", size)
-    if not only_table:
+    if folders is None and not only_table:
         measure(chosen, out, share)
     if share[1] == 1:
-        found = chosen_cells(rows(chosen, out), ("method", *METRICS, "seconds", "kB"))
+        labels = [method.label for method in chosen.methods]
+        made = rows(chosen, out) if folders is None else rows_of_folders(folders, chosen.concepts, labels)
+        found = chosen_cells(made, ("method", *METRICS, "seconds", "kB"))
         size_of_all = chosen.measures[0].size
         report("methods", found, ("method",), into, size=size_of_all, models=chosen.models, seeds=chosen.seeds)
 

@@ -16,7 +16,7 @@ from erasure.eval.sweeps.runner import ERASURE, CellOutcome, sweep
 
 RATES = ("UA", "IRA", "CRA", "AA")
 """Columns of the tables."""
-METRICS = (*RATES, "IRA_nearest", "IRA_group", "drift")
+METRICS = (*RATES, "IRA_group", "drift")
 """What rows have of a suite, as far as it measures it."""
 
 

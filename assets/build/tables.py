@@ -268,7 +268,7 @@ TABLES: dict[str, Table] = {
     "methods": Table(
         "methods",
         (
-            METHOD, *RATES[:2], ("look-alikes kept", "{IRA_nearest:3/2}"), *RATES[2:], ("drift", "{drift:3/3}"), *COST,
+            METHOD, *RATES[:2], ("look-alikes kept", "{IRA_group:3/2}"), *RATES[2:], ("drift", "{drift:3/3}"), *COST,
         ),
     ),
     "attacks": Table("attacks", ATTACKED),

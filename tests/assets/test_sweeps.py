@@ -68,8 +68,8 @@ def test_a_figure_of_several_suites_is_that_of_the_first(tmp_path: Path, monkeyp
         return {"name": "uce", "variant": "after", "model": "canvas-sd", "suite": suite, "cells": cells, "missing": {},
                 "size": "quick", "concept": "objects: 12", "seconds": 1.0, "size_bytes": 2000}  # fmt: skip
 
-    means = (mean("canvas", UA=0.5), mean("other", UA=0.7, IRA_nearest=0.9))
+    means = (mean("canvas", UA=0.5), mean("other", UA=0.7, IRA_group=0.9))
     monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison((), means))
     (row,) = sweep.rows(sweep.plan("table"), tmp_path)
     assert (row["group"], row["concepts"]) == ("objects", 12)
-    assert [row[name]["value"] for name in ("UA", "IRA_nearest")] == [0.5, 0.9]  # type: ignore[index]
+    assert [row[name]["value"] for name in ("UA", "IRA_group")] == [0.5, 0.9]  # type: ignore[index]

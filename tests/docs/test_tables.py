@@ -133,7 +133,7 @@ def test_a_figure_that_changes_changes_on_every_page(checkout: Path) -> None:
 def test_all_methods_get_their_rows_once_they_are_measured(checkout: Path) -> None:
     rate = {"value": 0.5, "low": 0.4, "high": 0.6}
     row: Row = {"method": "mace", **{name: rate for name in ("UA", "IRA", "CRA", "AA", "drift")}, "seconds": 1.0,
-                "IRA_nearest": {"value": None, "reason": "not asked"}, "kB": 2.0}  # type: ignore[dict-item]  # fmt: skip
+                "IRA_group": {"value": None, "reason": "not asked"}, "kB": 2.0}  # type: ignore[dict-item]  # fmt: skip
     rewrite(checkout / "docs/measured/methods.json", [row], size="quick", models=["canvas-sd"], seeds=[0])
     reference.main()
     shown = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
