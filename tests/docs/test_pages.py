@@ -167,6 +167,21 @@ def test_pages_of_methods_are_what_the_registry_says() -> None:
         assert row.split("|")[5].strip() in made["uce"], "measured rows are found"
 
 
+def test_the_map_of_rooms_is_that_of_the_tree() -> None:
+    """After a change: `python docs/rooms.py`. Every room is in it, in the group that it has in tests/test_rooms.py."""
+    rooms = script("rooms")
+    text = rooms.PAGE.read_text()
+    assert rooms.page(text) == text
+    shown = set(re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE))
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("erasure", "eval")
+        for path in (ROOT / folder).iterdir()
+        if (path / "__init__.py").is_file() or (folder == "erasure" and path.suffix == ".py" and path.stem[:2] != "__")
+    }
+    assert shown == there | {"eval", "pipelines", "assets", "benchmarks", "integrations"}
+
+
 def test_readme_is_short_and_says_what_its_words_mean() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
