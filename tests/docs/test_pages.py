@@ -269,6 +269,25 @@ def test_readme_gives_the_figures_of_the_numbers() -> None:
     assert found > 10
 
 
+def test_what_programs_load_is_what_the_exports_refuse() -> None:
+    from erasure.exchange.loaders import FLUX, LOADERS, SD, SD3, XL
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/share.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    families = (SD, XL, SD3, FLUX)
+    for name, loader in LOADERS.items():
+        (row,) = (row for row in rows if row[0] == f"`{name}`")
+        for family, cell in zip(families, row[2:], strict=True):
+            assert cell.startswith("no: " if family in loader.refused else "yes"), (name, family)
+    (known,) = (row for row in rows if row[0].startswith("a program knows the name of every layer"))
+    for family, cell in zip(families, known[1:], strict=True):
+        names = [name for name, loader in LOADERS.items() if family not in loader.refused and name != "diffusers"]
+        assert re.findall(r"`(\w+)`", cell) == names, family
+
+
 def test_what_methods_protect_is_what_they_say() -> None:
     from erasure.strategies import STRATEGIES
 
