@@ -35,7 +35,7 @@ POLICY = (
 )
 """What a browser may load: nothing from another server."""
 STYLE = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: 0 auto !important}
 footer {display: none !important}
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 .facts table {width: 100%; border-collapse: collapse; font-size: 0.9rem}
