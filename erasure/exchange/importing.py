@@ -114,7 +114,8 @@ def _configs_of_checkpoint(source: Source) -> list[ErasureConfig]:
     if ERASED not in source.metadata:
         return []
     where = f"{source.shown}: {ERASED} in its header"
-    entries = parsed(source.metadata[ERASED].encode("utf-8", "surrogatepass"), list[BakedErasure], where)
+    header = source.metadata[ERASED].encode("utf-8", "surrogatepass")
+    entries: list[BakedErasure] = parsed(header, list[BakedErasure], where)
     return [ErasureConfig.from_dict(entry["config"], where) for entry in entries]
 
 
