@@ -202,8 +202,9 @@ def load_pipeline(
         dtype: Precision; float32 on a CPU and float16 elsewhere when left out.
         device: Device; the best available one when left out.
         task: Task of the pipeline: draw from text, remove objects, or draw all subjects of a prompt.
-        config: For a single-file checkpoint: Hub id or folder with the configs of its components, tokenisers, and
-            components that the file lacks. When left out, diffusers' config of this kind of model, from the Hub.
+        config: For a single-file checkpoint: Hub id, folder or embedded model with the configs of its components,
+            tokenisers, and components that the file lacks. When left out, diffusers' config of this kind of model,
+            from the Hub.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
@@ -213,11 +214,8 @@ def load_pipeline(
 
     settings = _settings(dtype, device)
     if files.is_checkpoint(model):
-        kind = pipeline_class(single_files.stock_class(model), task)
-        named = {} if config is None else {"config": str(config)}
         with _clear_errors(model):
-            pipe = kind.from_single_file(str(model), dtype=settings[0], **named)
-        return pipe.to(settings[1])
+            return _from_single_file(model, task, settings[0], config).to(settings[1])
     if config is not None:
         raise OptionError(f"config={str(config)!r} is for single-file checkpoints, which {str(model)!r} is not")
     _check_is_model(model)
@@ -227,6 +225,34 @@ def load_pipeline(
         kind = pipeline_class(index.get("_class_name", ""), task)
         pipe = kind.from_pretrained(source, dtype=settings[0])
     return pipe.to(settings[1])
+
+
+def _from_single_file(
+    model: str | Path, task: Task, dtype: torch.dtype, config: str | Path | None
+) -> DiffusionPipeline:
+    """Load a single-file checkpoint; what it lacks is loaded from the model that its configs are of."""
+    from erasure.pipelines import pipeline_class
+
+    told = None
+    if config is not None:
+        told = DiffusionPipeline.load_config(_source(config)).get("_class_name")
+    kind = pipeline_class(single_files.stock_class(model, told), task)
+    source = single_files.published_as(model) if config is None else _source(config)
+    index = DiffusionPipeline.load_config(source)
+    missing = single_files.missing_parts(model, index)
+    parts = {}
+    if missing:
+        held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
+        left_out = dict.fromkeys(name for name in held if name not in missing)
+        loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, **left_out)
+        parts = {name: getattr(loaded, name) for name in missing}
+    pipe = kind.from_single_file(str(model), dtype=dtype, config=source, **parts)
+    if lost := single_files.missing_tensors(pipe.components):
+        raise ArtifactError(
+            f"{files.shown(str(model), 200)} lacks {len(lost)} tensors of a {type(pipe).__name__} (first {lost[0]}), "
+            "or has them under names that diffusers does not know: load the model from its folder"
+        )
+    return pipe
 
 
 def load_text_encoders(
@@ -279,13 +305,13 @@ def _clear_errors(model: str | Path) -> Iterator[None]:
     except (OSError, ValueError, single_files.MissingPartError) as error:
         if isinstance(error, ErasureError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         embedded_names = ", ".join(assets.models())
         raise ArtifactError(
             f"cannot load the model {str(model)!r}{offline}: {reason}. Give a Hub id, a folder written by "
-            "save_pretrained, a single-file checkpoint (with config= where the Hub does not describe its parts), or "
-            f"one of {embedded_names}"
+            "save_pretrained, a single-file checkpoint (with config=FOLDER, or --config FOLDER, where the Hub cannot "
+            f"be asked or does not describe its parts), or one of {embedded_names}"
         ) from error
 
 

@@ -77,6 +77,17 @@ def test_every_extra_is_used(project: dict[str, Any]) -> None:
             assert known or re.search(rf"^\s*(import|from) {package}\b", sources, re.MULTILINE), (name, package)
 
 
+def test_the_page_says_what_is_installed(project: dict[str, Any]) -> None:
+    """Whoever adds a dependency says so where people look before they install."""
+    page = (ROOT / "docs/getting-started.md").read_text().partition("## What is installed\n")[2]
+    listed, _, rest = page.partition("The wheel has")
+    direct = [re.split(r"[\[<>=]", requirement)[0] for requirement in project["project"]["dependencies"]]
+    assert re.findall(r"`([\w-]+)`", listed) == direct
+    rows = re.findall(r"^\| (`.*?) \|", rest, re.MULTILINE)
+    extras = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(extras) == sorted(project["project"]["optional-dependencies"])
+
+
 def test_every_marker_is_used(project: dict[str, Any]) -> None:
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
     for marker in project["tool"]["pytest"]["ini_options"]["markers"]:
@@ -87,6 +98,16 @@ def test_wheel_holds_the_tree(wheel: zipfile.ZipFile):
     expected = {f"{inside}/{file}" for folder, inside in FOLDERS.items() for file in files_of(ROOT / folder)}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == expected - LEFT_OUT
+
+
+def test_wheel_is_as_large_as_the_page_says(wheel: zipfile.ZipFile):
+    """An index of packages takes 100 MB at most, and users wait for all of it."""
+    models = sum(each.compress_size for each in wheel.infolist() if each.filename.startswith("erasure/assets/"))
+    whole = Path(wheel.filename or "").stat().st_size
+    said = re.search(r"The wheel has (\d+) MB, of which (\d+) MB", (ROOT / "docs/getting-started.md").read_text())
+    assert said is not None
+    assert [whole / 1e6, models / 1e6] == pytest.approx([int(number) for number in said.groups()], abs=1)
+    assert whole < 100e6
 
 
 def test_wheel_has_models_types_and_licences(wheel: zipfile.ZipFile):

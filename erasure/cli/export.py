@@ -38,6 +38,9 @@ class ExportOptions:
     model: str | None = None
     """Base model: a repository, a folder, a single-file checkpoint or an embedded model. Needed for single-file, and
     for a LoRA where the erasure alone does not say enough."""
+    config: str | None = None
+    """Where --model is a single-file checkpoint: folder or repository of a model of its kind, from which the configs,
+    tokenisers and what the file lacks are taken. Left out, the Hub is asked for those of the published model."""
     rank: int | None = None
     """The most ranks of a layer whose edit is of full rank; as many as --residual asks for when left out."""
     residual: float = 1e-4
@@ -64,7 +67,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = None
     if options.model is not None:
         precision = options.dtype if options.to == "single-file" else "float32"
-        pipe = open_model(ModelOptions(model=options.model, device="cpu", dtype=precision))
+        pipe = open_model(ModelOptions(model=options.model, config=options.config, device="cpu", dtype=precision))
     if options.to == "single-file":
         assert pipe is not None
         _checkpoint(made, pipe, options, terminal)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from erasure.cli.lists import PromptRow, is_list_file, read_prompts
+from erasure.cli.lists import LONGEST_PROMPT, PromptRow, is_list_file, read_prompts
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
@@ -21,6 +21,7 @@ from erasure.cli.models import (
 )
 from erasure.cli.records import Maker
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse, process
+from erasure.files import shown
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ def prompt_rows(options: GenerateOptions) -> list[PromptRow]:
         UsageError: A file that is missing or cannot be read.
     """
     found: list[PromptRow] = []
+    for text in (*options.prompt, options.negative_prompt or ""):
+        if len(text) > LONGEST_PROMPT:
+            raise UsageError(
+                f"a prompt has {len(text):,} characters ({shown(text)}), at most {LONGEST_PROMPT:,} are allowed: text "
+                "encoders leave out all but its beginning; a file of prompts is given by its name"
+            )
     for text in options.prompt:
         found += read_prompts(text) if is_list_file(text) else [PromptRow(text)]
     own = {name: getattr(options, name) for name in ("negative_prompt", "seed", "steps", "guidance")}

@@ -27,6 +27,9 @@ class ImportOptions:
     """The file: .safetensors, or .bin, .pt, .pth and .ckpt with nothing but tensors."""
     model: str
     """The model that it was made for: a repository, a folder, a single-file checkpoint or an embedded model."""
+    config: str | None = None
+    """Where --model is a single-file checkpoint: folder or repository of a model of its kind, from which the configs,
+    tokenisers and what the file lacks are taken. Left out, the Hub is asked for those of the published model."""
     concept: tuple[str, ...] = ()
     """What it erases, as `erasure erase` takes it; may be left out for files that say it."""
     kind: Kind | None = None
@@ -54,7 +57,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = World.at(options.model).concepts(options.concept, kind=options.kind, anchor=options.anchor)
     from erasure.exchange.importing import import_file
 
-    pipe = open_model(ModelOptions(model=options.model, device="cpu", dtype="float32"))
+    pipe = open_model(ModelOptions(model=options.model, config=options.config, device="cpu", dtype="float32"))
     read = import_file(options.file, pipe, concepts, component=options.component)
     made = read.erasure
     folder = made.save(options.out or Path(made.name), overwrite=options.overwrite)

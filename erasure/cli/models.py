@@ -43,7 +43,11 @@ class _NamedModel:
     """A model; a class of its own, so that helps list it before the device."""
 
     model: str
-    """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
+    """Repository of the Hugging Face Hub, folder, single-file checkpoint (.safetensors), or embedded model
+    (`canvas-sd`)."""
+    config: str | None = None
+    """For a single-file checkpoint: folder or repository of a model of its kind, from which the configs, tokenisers
+    and what the file lacks are taken. Left out, the Hub is asked for those of the published model."""
 
 
 @dataclass(kw_only=True)
@@ -108,6 +112,7 @@ def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "
     import transformers.utils.logging
 
     import erasure.api
+    from erasure import files
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -118,9 +123,11 @@ def open_model(options: ModelOptions, *, text_only: bool = False, task: Task = "
         settings["dtype"] = getattr(torch, options.dtype)
     if options.device is not None:
         settings["device"] = options.device
-    if text_only:
+    if text_only and options.config is None and not files.is_checkpoint(options.model):
         pipe = erasure.api.load_text_encoders(options.model, **settings)
     else:
+        if options.config is not None:
+            settings["config"] = options.config
         pipe = erasure.load_pipeline(options.model, task=task, **settings)
     if isinstance(options, TaughtModelOptions) and options.learned:
         from erasure.learning import LearnedConcepts

@@ -12,9 +12,11 @@ from pydantic import JsonValue
 from erasure import bases, files
 from erasure.artifact import Erasure
 from erasure.backbones import Backbone, backbone_for
+from erasure.baked import BakedErasure
 from erasure.carriers.weights import same_base
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, ConceptError, DivergenceError, WrongBaseError
+from erasure.exchange.checkpoints import ERASED
 from erasure.exchange.loaders import FLUX, SD, SD3, XL
 from erasure.exchange.lora_files import CONFIG, EXPORT
 from erasure.exchange.lora_read import Read, is_lora, read_lora
@@ -61,7 +63,7 @@ def import_file(
     Args:
         path: `.safetensors`, or `.bin`, `.pt`, `.pth`, `.ckpt` with nothing but tensors.
         pipe: The base model, without erasures or adapters in force.
-        concepts: Concepts that it erases; may be left out for files of `erasure export`, which contain them.
+        concepts: Concepts that it erases; may be left out for files of `erasure export`, which name them.
         component: The network whose weights a file holds, where its names fit several.
 
     Raises:
@@ -74,7 +76,9 @@ def import_file(
     backbone = backbone_for(pipe)
     said = _check_family(source, backbone.family, type(pipe).__name__)
     own = _own_config(source)
-    wanted = list(concepts) or ([] if own is None else [Concept.from_dict(data) for data in own.concepts])
+    baked = _configs_of_checkpoint(source)
+    described = baked if own is None else [own]
+    wanted = list(concepts) or [Concept.from_dict(data) for config in described for data in config.concepts]
     if not wanted:
         raise ConceptError(f"{source.shown} does not say what it erases: say it (--concept)")
     lora = is_lora(source)
@@ -89,7 +93,9 @@ def import_file(
         config.concepts = [concept.to_dict() for concept in wanted]
         config.base = {**own.base, "tensors": {k: own.base["tensors"][k] for k in read.edits.parameters}}
     else:
-        config, base = _config(source, backbone, read, wanted, lora), _base_said(source, said)
+        models = [files.shown(str(config.base["model"]))[1:-1] for config in baked if config.base.get("model")]
+        named = said or next(iter(models), None)
+        config, base = _config(source, backbone, read, wanted, lora), _base_said(source, named)
     config.carriers = read.edits.carriers
     return Imported(Erasure(config, read.edits), "lora" if lora else "weights", tuple(notes), base)
 
@@ -101,6 +107,16 @@ def _own_config(source: Source) -> ErasureConfig | None:
     where = f"{source.shown}: {CONFIG} in its header"
     data: JsonValue = parsed(source.metadata[CONFIG].encode("utf-8", "surrogatepass"), JsonValue, where)
     return ErasureConfig.from_dict(data, where)
+
+
+def _configs_of_checkpoint(source: Source) -> list[ErasureConfig]:
+    """The configs of the erasures that `erasure export --to single-file` wrote into the header, if it did."""
+    if ERASED not in source.metadata:
+        return []
+    where = f"{source.shown}: {ERASED} in its header"
+    header = source.metadata[ERASED].encode("utf-8", "surrogatepass")
+    entries: list[BakedErasure] = parsed(header, list[BakedErasure], where)
+    return [ErasureConfig.from_dict(entry["config"], where) for entry in entries]
 
 
 def _export_said(source: Source) -> list[str]:

@@ -22,8 +22,10 @@ ASIDE = (
     "sqrt_alphas", "sqrt_one_minus_alphas", "sqrt_recip", "logvar", "conditioner.embedders.1.model.logit_scale",
     "conditioner.embedders.1.model.text_projection",
 )  # fmt: skip
-"""Tensors of whole checkpoints that no erasure changes: the autoencoder, averages, tables of the noise schedule,
-the last projection of a text encoder."""
+"""Beginnings of tensors of whole checkpoints that no erasure changes: the autoencoder, averages, tables of the noise
+schedule, the last projection of a text encoder."""
+TABLES = ("position_ids", "pos_embed")
+"""Ends of tensors that are computed, and never trained: numbers of places, and their table in SD3."""
 LIKE = 0.5
 """Cosine between the weights of a file and those of its base below which it is the base of something else."""
 
@@ -44,7 +46,7 @@ def read_weights(source: Source, pipe: DiffusionPipeline, component: str | None 
         WrongBaseError: Shapes or values of another model.
         OptionError: The names fit several networks, or `component` is none.
     """
-    aside = [name for name in source.tensors if name.startswith(ASIDE) or name.endswith("position_ids")]
+    aside = [name for name in source.tensors if name.startswith(ASIDE) or name.endswith(TABLES)]
     held = {name: tensor for name, tensor in source.tensors.items() if name not in aside}
     if not held:
         raise WrongBaseError(f"{source.shown} holds nothing that an erasure changes (first {shown(aside[0])})")

@@ -35,7 +35,7 @@ POLICY = (
 )
 """What a browser may load: nothing from another server."""
 STYLE = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: 0 auto !important}
 footer {display: none !important}
 .picture img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}
 .facts table {width: 100%; border-collapse: collapse; font-size: 0.9rem}
@@ -43,6 +43,9 @@ footer {display: none !important}
 .facts td {padding: 0.2rem 0; overflow-wrap: anywhere}
 .facts th, .facts td, .facts tr, .facts table {border: 0 !important}
 """
+MOST_UPLOAD = 32
+"""Megabytes of a picture that is uploaded. Of larger ones, and of files that are no picture, gradio's editor shows
+nothing, so the page says ahead what it takes."""
 FONTS = ["system-ui", "sans-serif"]
 MONOSPACED = ["ui-monospace", "monospace"]
 METHODS_FIRST = "uce"
@@ -90,7 +93,7 @@ def application(studio: Studio) -> Iterator[FastAPI]:
             gradio.mount_gradio_app(
                 app, Page(gradio, studio, Path(folder)).blocks(), path="/", theme=theme, css=STYLE, ssr_mode=False,
                 footer_links=[], show_error=False, pwa=False, mcp_server=False, enable_monitoring=False,
-                max_file_size="32mb",
+                max_file_size=f"{MOST_UPLOAD}mb",
             )  # fmt: skip
             yield app
         finally:
@@ -346,6 +349,10 @@ class Page:
                     sources=["upload", "clipboard"], transforms=(), layers=False, height=440,
                     brush=gradio.Brush(colors=["#ff2020"], color_mode="fixed"), elem_id="brush",
                 )  # fmt: skip
+                gradio.Markdown(
+                    f"A PNG, JPEG or WebP picture of at most {MOST_UPLOAD} MB. Where the editor stays empty, the file "
+                    "is larger, or no picture."
+                )
                 take = gradio.Button("Take the picture after erasing", size="sm")
                 words = gradio.Textbox(label="Or name it, without painting", placeholder="cat", max_lines=2)
                 others = gradio.Textbox(label="What else is there and stays (surer)", placeholder="dog", max_lines=2)

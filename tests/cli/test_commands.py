@@ -206,6 +206,13 @@ def test_generate_refuses(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, sto
     (tmp_path / "images" / "mine.png").write_bytes(b"x")
     assert "--overwrite" in stopped(*arguments, "--out", str(tmp_path / "images"))
     assert "no-such" in stopped(*arguments, "--erasure", str(tmp_path / "no-such"), "--out", str(tmp_path / "new"))
+    long = "a cat " * 17_000
+    for words in (["--prompt", long], ["--prompt", "a cat", "--negative-prompt", long]):
+        said = stopped("generate", "--model", "m", *words, "--out", str(tmp_path / "new"))
+        assert "102,000 characters" in said
+        assert "at most 20,000 are allowed" in said
+        assert len(said) < 500
+    assert not (tmp_path / "new").exists()
 
 
 def test_generate_splits_the_images_over_processes(tiny_pipe_folder: Path, tmp_path: Path, monkeypatch):

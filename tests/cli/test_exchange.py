@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erasure import Erasure
@@ -58,6 +59,32 @@ def test_a_checkpoint(cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys:
     assert main([*arguments, "--overwrite", "--dtype", "float16"]) == 0
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
     assert "million values" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_a_model_of_every_command(
+    cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The Hub is not asked where --config names a model of its kind; what is drawn is what the erasure draws."""
+    monkeypatch.chdir(tmp_path)
+    model, config = ["--model", "erased.safetensors"], ["--config", str(tiny_pipe_folder)]
+    base = ["--model", str(tiny_pipe_folder)]
+    assert main(["export", str(cat), "--to", "single-file", *base, "--out", "erased.safetensors"]) == 0
+    drawing = ["generate", "--prompt", "a cat", "--steps", "1"]
+    first = run_json([*drawing, *model, *config, "--out", "first"], capsys)["images"][0]["file"]
+    second = run_json([*drawing, *base, "--erasure", str(cat), "--out", "second"], capsys)["images"][0]["file"]
+    assert Image.open(first).tobytes() == Image.open(second).tobytes()
+    erasing = ["erase", "uce", "--concept", "dog", "--vocabulary", "8", "--saved-as", "lora"]
+    assert main([*erasing, *model, *config, "--out", "dog"]) == 0
+    assert main(["export", "dog", "--to", "kohya", *model, *config, "--out", "dog.safetensors"]) == 0
+    assert main(["import", "dog.safetensors", *model, *config, "--out", "again"]) == 0
+    assert Erasure.read("again").edits.equals(Erasure.read("dog").edits)
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    training = ["sae", "train", "--prompts", "prompts.txt", "--steps", "1", "--d-sae", "64", "--k", "4"]
+    assert main([*training, *model, *config, "--out", "sae"]) == 0
+    capsys.readouterr()
+    for words in ([*drawing, "--out", "third"], [*training, "--out", "other"]):
+        assert main([*words, *base, *config]) == 2
+        assert "is for single-file checkpoints" in capsys.readouterr().err
 
 
 def test_weights_of_others(tiny_pipe_folder: Path, tiny_pipe_original: Any, tmp_path: Path, capsys: Any) -> None:

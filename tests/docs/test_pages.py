@@ -161,6 +161,21 @@ def test_pages_of_methods_are_what_the_registry_says() -> None:
         assert (reference.FOLDER / f"{name}.md").read_text() == text, name
 
 
+def test_the_map_of_rooms_is_that_of_the_tree() -> None:
+    """After a change: `python docs/rooms.py`. Every room is in it, in the group that it has in tests/test_rooms.py."""
+    rooms = script("rooms")
+    text = rooms.PAGE.read_text()
+    assert rooms.page(text) == text
+    shown = set(re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE))
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("erasure", "eval")
+        for path in (ROOT / folder).iterdir()
+        if (path / "__init__.py").is_file() or (folder == "erasure" and path.suffix == ".py" and path.stem[:2] != "__")
+    }
+    assert shown == there | {"eval", "pipelines", "assets", "benchmarks", "integrations"}
+
+
 def test_readme_is_short_and_says_what_its_words_mean() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
@@ -234,6 +249,25 @@ def test_every_method_is_in_the_tables() -> None:
     for page in ("README.md", "docs/methods.md", "docs/threat-model.md"):
         text = (ROOT / page).read_text()
         assert [name for name in available() if f"`{name}`" not in text] == [], page
+
+
+def test_what_programs_load_is_what_the_exports_refuse() -> None:
+    from erasure.exchange.loaders import FLUX, LOADERS, SD, SD3, XL
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/share.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    families = (SD, XL, SD3, FLUX)
+    for name, loader in LOADERS.items():
+        (row,) = (row for row in rows if row[0] == f"`{name}`")
+        for family, cell in zip(families, row[2:], strict=True):
+            assert cell.startswith("no: " if family in loader.refused else "yes"), (name, family)
+    (known,) = (row for row in rows if row[0].startswith("a program knows the name of every layer"))
+    for family, cell in zip(families, known[1:], strict=True):
+        names = [name for name, loader in LOADERS.items() if family not in loader.refused and name != "diffusers"]
+        assert re.findall(r"`(\w+)`", cell) == names, family
 
 
 def test_what_methods_protect_is_what_they_say() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from erasure import Concept, erase
 from erasure.errors import ArtifactError, ConceptError, ErasureError, UnsupportedModelError, WrongBaseError
+from erasure.exchange.checkpoints import ERASED, export_checkpoint
 from erasure.exchange.importing import import_file
 from erasure.exchange.lora_files import CONFIG, EXPORT, export_lora
 
@@ -238,3 +239,12 @@ def test_our_headers_are_not_trusted(pipe: Any, exported: Path, text: str, conte
         return
     with pytest.raises(ArtifactError):
         import_file(exported, pipe)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '[{"name": "cat"}]', '"\\ud800"'])
+def test_the_header_of_our_checkpoints_is_not_trusted(pipe: Any, tmp_path: Path, content: str) -> None:
+    made = erase(pipe, "cat", "uce", vocabulary=4, attach=False, progress=False)
+    path = export_checkpoint(made, pipe, tmp_path / "erased.safetensors").path
+    save_file(load_file(path), path, {**header(path), ERASED: content})
+    with pytest.raises(ArtifactError, match="erasures in its header"):
+        import_file(path, pipe)

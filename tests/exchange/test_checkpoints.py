@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import single_file_utils
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from erasure import Erasure, ErasureManager, assets, erase, load_pipeline
 from erasure.backbones import backbone_for
@@ -101,6 +101,34 @@ def test_the_stock_pipeline_draws_the_same_from_the_file(model: str, tmp_path: P
         again = load_pipeline(tmp_path / "erased.safetensors", device="cpu", config=assets.path(model))
         again.set_progress_bar_config(disable=True)
         assert torch.equal(draw(again), draw(pipe))
+
+
+def test_a_file_of_the_transformer_alone_draws_with_the_other_parts_of_its_model(
+    originals: dict[str, Any], tmp_path: Path, draw: Any, same_picture: Any
+) -> None:
+    """Of SD3 the transformer is published alone: the configs, text encoders and autoencoder are the folder's."""
+    pipe = copied(originals["stable-diffusion-3"])
+    pipe.save_pretrained(tmp_path / "model")
+    erasure, path = made_for(pipe), tmp_path / "erased.safetensors"
+    export_checkpoint(erasure, pipe, path)
+    again = load_pipeline(path, device="cpu", config=tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    plain = draw(pipe)
+    ErasureManager(pipe).add(erasure)
+    same_picture(draw(again), draw(pipe))
+    assert (draw(again) - plain).abs().max() > 1e-3
+
+
+def test_a_file_that_lacks_tensors_is_refused(originals: dict[str, Any], tmp_path: Path) -> None:
+    pipe = originals["stable-diffusion"]
+    pipe.save_pretrained(tmp_path / "model")
+    path = tmp_path / "erased.safetensors"
+    export_checkpoint(made_for(pipe), pipe, path)
+    held = load_file(path)
+    del held["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
+    save_file(held, path)
+    with pytest.raises(ArtifactError, match=r"lacks 1 tensors .*first text_encoder/.*layers.0.mlp.fc1.weight"):
+        load_pipeline(path, device="cpu", config=tmp_path / "model")
 
 
 def test_what_a_file_cannot_hold_is_refused(originals: dict[str, Any], tmp_path: Path) -> None:

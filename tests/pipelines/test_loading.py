@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import erasure
 from erasure.errors import ArtifactError, AttachError, OptionError, UnsupportedModelError
+from erasure.interop import single_files
 from erasure.pipelines import StableDiffusionErasurePipeline, pipeline_class
 
 
@@ -163,8 +164,51 @@ def test_single_files_are_loaded_by_the_drop_in_of_their_kind(
         return tiny_pipe_original
 
     monkeypatch.setattr(FromSingleFileMixin, "from_single_file", classmethod(read))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": drop_in.replace("Erasure", "")}))
     erasure.load_pipeline(path, device="cpu", config=tmp_path)
     assert asked == [(drop_in, str(path), {"dtype": torch.float32, "config": str(tmp_path)})]
+
+
+def test_a_single_file_and_configs_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", CHECKPOINTS["StableDiffusionErasurePipeline"])
+    with pytest.raises(OptionError, match=r"of a StableDiffusionPipeline, .* those of a FluxPipeline: name"):
+        erasure.load_pipeline(path, config="canvas-flux")
+    with pytest.raises(ArtifactError, match=r"no file named model_index.json"):
+        erasure.load_pipeline(path, config=tmp_path)
+
+
+def test_a_single_file_of_a_flux_of_another_width_is_refused(tmp_path: Path) -> None:
+    shapes = {**CHECKPOINTS["FluxErasurePipeline"], "double_blocks.0.img_attn.qkv.weight": (96, 32)}
+    path = write_checkpoint(tmp_path / "model.safetensors", shapes)
+    with pytest.raises(UnsupportedModelError, match=r"FLUX.1 of width 32, .* width 3072 only"):
+        erasure.load_pipeline(path, config="canvas-flux")
+
+
+def test_configs_say_the_kind_of_a_single_file_that_diffusers_does_not_know(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", {"model.diffusion_model.joint_blocks.0.x": (1,)})
+    with pytest.raises(UnsupportedModelError, match=r"of no kind that is known.*needs config=FOLDER"):
+        erasure.load_pipeline(path)
+    assert single_files.stock_class(path, "StableDiffusion3Pipeline") == "StableDiffusion3Pipeline"
+    with pytest.raises(UnsupportedModelError, match="of no kind that is known"):
+        single_files.stock_class(path, "SanaPipeline")
+
+
+def test_parts_that_a_single_file_lacks_are_named(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+    }  # fmt: skip
+    inside = {
+        "vae": "first_stage_model.x",
+        "text_encoder": "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding.weight",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.shared.weight",
+    }
+    for name in (None, *inside):
+        there = {"model.diffusion_model.x": (1,)} | ({} if name is None else {inside[name]: (1,)})
+        path = write_checkpoint(tmp_path / "model.safetensors", there)
+        assert single_files.missing_parts(path, index) == [part for part in inside if part != name]
 
 
 @pytest.mark.parametrize(

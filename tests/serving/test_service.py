@@ -122,6 +122,34 @@ def test_bodies_that_are_none_or_too_long(start: Any) -> None:
     assert "POST /generate" in elsewhere.message
 
 
+def test_an_upload_of_two_gigabytes_is_refused_before_it_is_read(start: Any) -> None:
+    service, client = start()
+    host, _, port = client.host.partition(":")
+    lines = ("POST /generate HTTP/1.1", "Host: here", "Content-Type: application/json", "Content-Length: 2147483648")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        # Nothing more is sent: an answer that waited for the body would not come.
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert service.batcher.figures.accepted == 0
+    assert client.generate().status == 200
+
+
+def test_a_flood_of_requests_loses_none(start: Any) -> None:
+    """Each is drawn or told to come again, and the counts say how many were."""
+    _, client = start(max_queue=4, batch_size=2, wait=0.0)
+    answers = client.many([{"seed": seed} for seed in range(100)])
+    drawn = [answer for answer in answers if answer.status == 200]
+    busy = [answer for answer in answers if answer.status == 429]
+    assert len(drawn) + len(busy) == 100
+    assert drawn
+    assert busy
+    assert all(answer.code == "busy" and int(answer.headers["retry-after"]) >= 1 for answer in busy)
+    health = client.ask("GET", "/health").told
+    assert (health["accepted"], health["drawn"], health["turned_away"]) == (len(drawn), len(drawn), len(busy))
+    assert (health["status"], health["waiting"]) == ("ok", 0)
+
+
 def test_what_the_lock_refuses_is_refused_and_the_rest_of_the_batch_is_drawn(start: Any, gate: Any) -> None:
     def looks(images: Any) -> Any:
         return [Finding(False, 0.0) for _ in images]

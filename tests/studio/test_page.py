@@ -73,5 +73,12 @@ def test_in_a_browser(address: str) -> None:
         erase.click()
         page.get_by_role("button", name="Take off").first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        page.set_viewport_size({"width": 1280, "height": 900})
+        for tab, shown in (("Remove objects", "Paint over what is to go"), ("Erase and compare", "Concepts to erase")):
+            page.get_by_role("tab", name=tab).click()
+            page.get_by_text(shown).first.wait_for()
+            box = page.locator(".gradio-container").first.bounding_box()
+            assert box is not None
+            assert box["width"] > 1000, f"{tab} uses the width of a desk"
         browser.close()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
