@@ -37,7 +37,7 @@ def page(facts: Facts, measured: list[str]) -> str:
         facts: What the registry knows of it.
         measured: Its rows of the table of families.
     """
-    told, strategy = facts.told, STRATEGIES.get(facts.name)
+    told, strategy = facts.attributes, STRATEGIES.get(facts.name)
     source = Path(inspect.getfile(strategy))
     module = source.relative_to(source.parents[1]).as_posix()
     head, _, rest = inspect.cleandoc(inspect.getdoc(strategy) or "").partition("\n\n")

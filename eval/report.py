@@ -230,7 +230,7 @@ def chips(results: Results) -> list[str]:
     found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
     if results.suite in ATTACKS:
         found[0] = f"attack {results.suite} / {results.size}"
-        found.append(f"the attacker needs: {ATTACKS.facts(results.suite).told['access']}")
+        found.append(f"the attacker needs: {ATTACKS.facts(results.suite).attributes['access']}")
     return found + [
         f"{e['name']} ({e.get('strategy', 'unknown')}, strength {number(e.get('strength', 1), 'g')})"
         for e in results.erasures
@@ -251,7 +251,7 @@ def headline(metrics: Sequence[Row], variants: Sequence[str]) -> list[Line]:
     several = len({concept for _, concept in rows}) > 1
     lines = []
     for (name, concept), sides in rows.items():
-        facts = facts_of(next(iter(sides.values()))).told
+        facts = facts_of(next(iter(sides.values()))).attributes
         present = {variant: sides[variant] for variant in variants if variant in sides}
         lines.append(
             Line(
@@ -279,7 +279,7 @@ def value_cell(metric: Row | None) -> Cell | None:
     if metric["value"] is None:
         return Cell(None, str(metric.get("reason", "")))
 
-    is_share = facts_of(metric).told["unit"] == "%"
+    is_share = facts_of(metric).attributes["unit"] == "%"
 
     def show(value: object) -> str:
         return f"{number(value, '.1f', 100)} %" if is_share else number(value)
@@ -307,7 +307,7 @@ def value_cell(metric: Row | None) -> Cell | None:
 
 def control_line(metric: Row) -> ControlLine:
     """A control with its share, and whether it holds."""
-    facts, cell = facts_of(metric).told, value_cell(metric) or Cell(None, "")
+    facts, cell = facts_of(metric).attributes, value_cell(metric) or Cell(None, "")
     limit = {word: metric["recipe"].get(word) for word in ("at_least", "at_most")}
     needed = "".join(
         f"{word.replace('_', ' ')} {number(v, '.0f', 100)} %" for word, v in limit.items() if v is not None

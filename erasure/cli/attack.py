@@ -65,11 +65,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     name, *rest = argv
     if name.startswith("-"):
         raise UsageError(f"name the attack first: erasure attack {{{','.join(ATTACKS.names())}}} --model M --out O")
-    told, method = ATTACKS.facts(name).told, options_of(ATTACKS, name)
+    attributes, method = ATTACKS.facts(name).attributes, options_of(ATTACKS, name)
     # Twice: which options the attack starts from is known only when the size is.
-    about = f"{told['title']} ({told['paper']}). The attacker needs: {told['access']}."
+    about = f"{attributes['title']} ({attributes['paper']}). The attacker needs: {attributes['access']}."
     size = parse_with(AttackOptions, method(), f"attack {name}", rest, about).command.size
-    start = method(**told["sizes"].get(size, {}))
+    start = method(**attributes["sizes"].get(size, {}))
     parsed = parse_with(AttackOptions, start, f"attack {name}", rest, about)
     options: AttackOptions = parsed.command
     terminal.json_only = options.json
@@ -89,8 +89,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"What succeeded, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
-    if options.prompts is None and told["chance"] and not getattr(parsed.options, "control", False):
-        other = f"{name} --control" if told["chance"] == "--control" else told["chance"]
+    if options.prompts is None and attributes["chance"] and not getattr(parsed.options, "control", False):
+        other = f"{name} --control" if attributes["chance"] == "--control" else attributes["chance"]
         terminal.say(f"What chance finds in as many tries: erasure attack {other}, with the same options.")
 
 
@@ -98,7 +98,7 @@ def by_access() -> str:
     """Names and titles of attacks, a line each, by what they assume."""
     groups = []
     for access in get_args(Access):
-        names = tuple(name for name in ATTACKS.names() if ATTACKS.facts(name).told["access"] == access)
+        names = tuple(name for name in ATTACKS.names() if ATTACKS.facts(name).attributes["access"] == access)
         if names:
             groups.append(f" {access}:\n{list_of(ATTACKS, names)}")
     return "\n".join(groups)

@@ -55,11 +55,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     name, *rest = argv
     if name.startswith("-"):
         raise UsageError(f"name the detector first: erasure detect {{{','.join(DETECTORS.names())}}} --images DIR")
-    told, own = DETECTORS.facts(name).told, options_of(DETECTORS, name)
+    attributes, own = DETECTORS.facts(name).attributes, options_of(DETECTORS, name)
     start = own.configured(value_of(rest, "--preset"))
     presets = f" Presets: {', '.join(own.presets)}." if own.presets else ""
-    needs = f" It needs the extra {told['extra']!r} of this package." if told["extra"] else ""
-    about = f"{told['title']}. Licence of the weights: {told['licence']}.{needs}{presets}"
+    needs = f" It needs the extra {attributes['extra']!r} of this package." if attributes["extra"] else ""
+    about = f"{attributes['title']}. Licence of the weights: {attributes['licence']}.{needs}{presets}"
     parsed = parse_with(DetectOptions, start, f"detect {name}", rest, about)
     options: DetectOptions = parsed.command
     terminal.json_only = options.json

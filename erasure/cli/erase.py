@@ -78,13 +78,17 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     strategy = options_of(STRATEGIES, name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(value_of(rest, "--preset"))
-    told = STRATEGIES.facts(name).told
+    attributes = STRATEGIES.facts(name).attributes
     earlier = _added_to(rest)
-    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or value_of(rest, "--preset")):
+    if (
+        earlier is not None
+        and earlier.config.strategy == name
+        and not (attributes["trains"] or value_of(rest, "--preset"))
+    ):
         # All is fitted anew with the options that it had: only what differs from them is asked for.
         start = strategy.configured(None, **earlier.config.strategy_config)
-    about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
-    more = {"run": Run()} if told["trains"] else {}
+    about = f"{attributes['title']} ({attributes['paper']}). Cost: {attributes['cost']}. Protects: {attributes['protects']}."
+    more = {"run": Run()} if attributes["trains"] else {}
     parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)

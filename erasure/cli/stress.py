@@ -62,11 +62,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if name.startswith("-"):
         names = ",".join(STRESS_TESTS.names())
         raise UsageError(f"name the stress test first: erasure stress {{{names}}} --model M --erasure E --out O")
-    told, test = STRESS_TESTS.facts(name).told, options_of(STRESS_TESTS, name)
+    attributes, test = STRESS_TESTS.facts(name).attributes, options_of(STRESS_TESTS, name)
     # Twice: which options the test starts from is known only when the size is.
-    about = f"{told['title']} ({told['paper']}). Control: {told['control']}."
+    about = f"{attributes['title']} ({attributes['paper']}). Control: {attributes['control']}."
     size = parse_with(StressOptions, test(), f"stress {name}", rest, about).command.size
-    start = test(**told["sizes"].get(size, {}))
+    start = test(**attributes["sizes"].get(size, {}))
     parsed = parse_with(StressOptions, start, f"stress {name}", rest, about)
     options: StressOptions = parsed.command
     terminal.json_only = options.json

@@ -132,7 +132,7 @@ def _refusal(thing: object) -> str:
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy",
     {name: f"erasure.strategies.{name}" for name in BUILTIN},
-    told=("title", "paper", "needs", "protects", "cost", "carriers", "presets", "trains"),
+    attributes=("title", "paper", "needs", "protects", "cost", "carriers", "presets", "trains"),
     accepts=_refusal,
     unknown=UnknownStrategyError,
 )

@@ -125,7 +125,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "typo": "erasure.eval.attacks.rewrites",
         "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
     },
-    told=("title", "paper", "access", "sizes", "is_control", "chance"),
+    attributes=("title", "paper", "access", "sizes", "is_control", "chance"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -66,7 +66,7 @@ DETECTORS: Registry[type[NamedDetector]] = Registry(
         "nudenet": "erasure.eval.detectors.nudenet",
         "open_nsfw": "erasure.eval.detectors.open_nsfw",
     },
-    told=("title", "licence", "extra", "presets"),
+    attributes=("title", "licence", "extra", "presets"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -121,7 +121,7 @@ def _part(folder: Path, concepts: list[str], source: str) -> Found:
         None if kind == "evaluation" else next((row["concept"] for row in results.metrics if row["concept"]), None)
     )
     part = _checked(kind, name, concept, concepts, source)  # type: ignore[arg-type]
-    if kind == "attack" and "chance_ASR" in names and not ATTACKS.facts(name).told["is_control"]:
+    if kind == "attack" and "chance_ASR" in names and not ATTACKS.facts(name).attributes["is_control"]:
         part = Part(part.kind, part.name, part.concept, part.number, measures_chance=True)
     again = any(name.startswith("transfer_") for name in names)
     return Found(part, results, source, again=again)

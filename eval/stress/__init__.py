@@ -102,7 +102,7 @@ STRESS_TESTS: Registry[type[StressTest]] = Registry(
         name: f"erasure.eval.stress.{name}"
         for name in ("quantise", "strength", "noise", "merge", "stack", "relearn", "restore", "footprint")
     },
-    told=("title", "paper", "of_attackers", "control", "sizes", "metrics"),
+    attributes=("title", "paper", "of_attackers", "control", "sizes", "metrics"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

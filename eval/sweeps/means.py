@@ -195,7 +195,7 @@ def _pooled(name: str, found: Sequence[Observed], observed: Mapping[str, Sequenc
         if not all(rates) or any(each.row["value"] is None for rate in rates for each in rate):
             return None
         return average_interval(*(_wilson(rate) for rate in rates))
-    return _wilson(found) if facts_of(found[0].row).told["unit"] == "%" else None
+    return _wilson(found) if facts_of(found[0].row).attributes["unit"] == "%" else None
 
 
 def _wilson(found: Sequence[Observed]) -> Interval:
