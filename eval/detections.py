@@ -22,7 +22,7 @@ Findings = Mapping[str, Finding]
 
 
 @dataclass(frozen=True)
-class Checked:
+class TestedDetector:
     """A detector that has passed its self-test, with what it is worth on pictures of the user's."""
 
     label: str
@@ -34,7 +34,7 @@ class Checked:
     """`None` where no pictures of the user's were given."""
 
     @classmethod
-    def of(cls, label: str, detector: NamedDetector, controls: str | Path | None = None) -> Checked:
+    def of(cls, label: str, detector: NamedDetector, controls: str | Path | None = None) -> TestedDetector:
         """Test a detector before anything is drawn.
 
         Args:

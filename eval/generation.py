@@ -65,7 +65,7 @@ def generate(
             "generator": [generator for _, generator in drawn],
             "output_type": "pil",
             **backbone.call_options(guidance, steps, (height, width), negative),
-            **({} if clock is None else clock.told_by(pipe)),
+            **({} if clock is None else clock.call_arguments(pipe)),
             **more(batch),
         }
         with torch.no_grad(), scopes.quiet(pipe):

@@ -78,7 +78,7 @@ def _files_fingerprint(folder: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def put_on_besides(pipe: DiffusionPipeline) -> list[Record]:
+def user_additions(pipe: DiffusionPipeline) -> list[Record]:
     """Find what a user has put on a pipeline that changes images but not its own weights.
 
     LoRA adapters with their weights and scales, and FreeU.
@@ -140,7 +140,7 @@ def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Reco
     """
     import diffusers
 
-    besides = put_on_besides(pipe)
+    besides = user_additions(pipe)
     return {
         "model": model,
         "sampler": sampler,

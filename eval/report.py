@@ -158,7 +158,7 @@ def render(
         reveal: Hide nothing.
     """
     showing = Showing(images, class_labels(results), beside, reveal)
-    title, galleries = told_and_shown(results, drawn, showing, title)
+    title, galleries = headline_and_galleries(results, drawn, showing, title)
     controls = [metric for metric in results.metrics if is_control(metric)]
     metrics = [metric for metric in results.metrics if not is_control(metric)]
     variants = variants_of(metrics)
@@ -183,7 +183,7 @@ def render(
     )
 
 
-def told_and_shown(
+def headline_and_galleries(
     results: Results, drawn: Sequence[Drawn], showing: Showing, title: str | None = None, limit: int = LIMIT
 ) -> tuple[str, list[Gallery]]:
     """Headline and galleries; unless revealed, what may be unsafe is in none (`erasure.eval.galleries.veiled`).

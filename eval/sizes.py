@@ -33,7 +33,7 @@ def check_size(size: str | None, what: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sized(Options):
+class SizedOptions(Options):
     """Options that start from those of a size in the place of a preset: subclass it as a frozen dataclass."""
 
     kind: ClassVar[str] = ""

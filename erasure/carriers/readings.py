@@ -65,7 +65,7 @@ class Reading(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What becomes of one row that a denoiser is told."""
+    """The change of one row of the conditioning."""
 
     edit: PromptFilter
     row: int
@@ -118,7 +118,7 @@ class _Read(NamedArguments):
         if ids is not None:
             _BUSY.on = True
             try:
-                with torch.no_grad(), rounds.unheard():
+                with torch.no_grad(), rounds.without_sharing():
                     self.read(module, ids, given.get("attention_mask"), output)
             finally:
                 _BUSY.on = False
@@ -153,7 +153,7 @@ class _Read(NamedArguments):
 
 
 def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
-    """The states that a denoiser may be told, `(prompts, tokens, dim)` each.
+    """List the states that can be in the conditioning, `(prompts, tokens, dim)` each.
 
     Pipelines that leave blocks out (`clip_skip`) read an earlier block's, with the last norm behind them or without.
     """
@@ -165,7 +165,7 @@ def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
 
 
 def _vectors(output: EncoderOutput) -> list[Tensor]:
-    """The pooled vector that a denoiser may be told, as one place, `(prompts, 1, dim)`; none of an encoder without."""
+    """List the pooled vectors that can be in the conditioning, `(prompts, 1, dim)`; none without pooling."""
     found = [getattr(output, name, None) for name in ("pooler_output", "text_embeds")]
     return [vector.detach()[:, None] for vector in found if vector is not None]
 
@@ -228,18 +228,17 @@ def _triggers(edit: PromptFilter, ids: Tensor, pooled: Tensor, words: Tensor, pl
     return Triggers(own, found, text)
 
 
-def opened(told: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
-    """How far a gate is open for the prompt of a row, `(concepts,)`; `None` where nobody knows the prompt.
+def opened(conditioning: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
+    """Compute how far a gate is open for a row's prompt, `(concepts,)`; `None` where the prompt is unknown.
 
     Args:
-        told: What the denoiser is told: tokens `(batch, tokens, dim)` or pooled vectors `(batch, dim)`, as the gate
-            asks for.
+        conditioning: What the gate reads: tokens `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`.
         gate: The gate.
-        row: Of the batch.
+        row: Index of the row in the batch.
     """
-    if told is None:
+    if conditioning is None:
         return None
-    states = told.detach()[row]
+    states = conditioning.detach()[row]
     own = (states[None] if gate.source == POOLED else states[gate.places])[:, gate.columns]
     if not bool(own.any()):
         # What a pipeline may tell where no prompt is given.
@@ -248,16 +247,16 @@ def opened(told: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
     return reading.read if reading is not None and isinstance(reading.read, Tensor) else None
 
 
-def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
-    """What a filter makes of some rows of what a denoiser is told, but for rows that stay.
+def changes(conditioning: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
+    """Find the changes that a filter makes to some rows of the conditioning; unchanged rows are left out.
 
     Args:
-        told: What it is told, `(batch, tokens, dim)`.
+        conditioning: Conditioning tokens, `(batch, tokens, dim)`.
         edit: The filter.
-        rows: Those that may be changed.
+        rows: Indices of the rows that may be changed.
     """
     found = []
-    part = told.detach()[:, edit.places, edit.columns]
+    part = conditioning.detach()[:, edit.places, edit.columns]
     for row in rows:
         reading = _found(_sampled(part[row]), edit)
         if reading is None or not isinstance(reading.read, Triggers) or not bool(reading.read.triggers.any()):
@@ -287,14 +286,14 @@ def _found(asked: Tensor, edit: PromptFilter | PromptGate) -> Reading | None:
     return best
 
 
-def changed(told: Tensor, change: Change, strength: float) -> Tensor:
-    """What a denoiser is told, with one row's triggers projected; differentiable."""
+def changed(conditioning: Tensor, change: Change, strength: float) -> Tensor:
+    """Project one row's triggers, and give the changed conditioning; differentiable."""
     edit = change.edit
-    states = told[change.row, edit.places, edit.columns]
+    states = conditioning[change.row, edit.places, edit.columns]
     precise = states.float()
     away = filters.projected(precise, change.own, edit.basis.to(states.device, torch.float32)) - precise
-    moved = torch.where(change.triggers[:, None], precise + strength * away, precise).to(told.dtype)
-    result = told.clone()
+    moved = torch.where(change.triggers[:, None], precise + strength * away, precise).to(conditioning.dtype)
+    result = conditioning.clone()
     result[change.row, edit.places, edit.columns] = moved
     return result
 

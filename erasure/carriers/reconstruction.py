@@ -86,21 +86,21 @@ class PlacedReconstruction:
         """Mean square of the change, `(batch, 1)`; every token counts, padding too."""
         return (self.edited(x) - x).square().mean((1, 2))[:, None]
 
-    def delta(self, x: Tensor, words: Tensor | None, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def delta(self, x: Tensor, words: Tensor | None, opened_by_others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give the change of activations `(batch, tokens, dim)` and whether the gate is open `(batch, 1)`.
 
         Args:
             x: Activations.
             words: `(batch, tokens)` bool; the gate is open when nobody knows where words are.
-            told: `(batch, 1)` bool: whether another text encoder has opened it.
+            opened_by_others: `(batch, 1)` bool: whether another text encoder has opened it.
         """
         change = self.edited(x) - x
         if words is None:
             return change, torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         score = change.square().mean((1, 2))
         opened = score >= self.edit.gate
-        if told is not None:
-            opened = opened | told[:, 0]
+        if opened_by_others is not None:
+            opened = opened | opened_by_others[:, 0]
         on = opened.to(x.dtype)
         if x.requires_grad:
             on = straight_through(on, smooth_step(score, self.edit.gate, SHARE * self.edit.gate.abs()))

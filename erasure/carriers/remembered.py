@@ -14,19 +14,19 @@ class Edited(NamedTuple):
     states: Tensor
     """What came in, `(batch, tokens, dim)`."""
     ids: Tensor | None
-    told: tuple[Tensor | None, ...]
+    opened_by_others: tuple[Tensor | None, ...]
     """For each term: gates that other text encoders have opened."""
     output: Tensor
     """What goes out."""
     opened: tuple[Tensor, ...]
     """For each term: gates that are open now, `(batch, concepts)`."""
 
-    def is_of(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> bool:
+    def is_of(self, states: Tensor, ids: Tensor | None, opened_by_others: tuple[Tensor | None, ...]) -> bool:
         """Whether the same would come out again."""
         return (
             _same(self.states, states)
             and _same(self.ids, ids)
-            and all(_same(a, b) for a, b in zip(self.told, told, strict=True))
+            and all(_same(a, b) for a, b in zip(self.opened_by_others, opened_by_others, strict=True))
         )
 
 

@@ -80,7 +80,7 @@ def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
     return False
 
 
-def sample(encoder: nn.Module, written: Written) -> Tensor:
+def sample(encoder: nn.Module, written: WrittenEdits) -> Tensor:
     """Evenly spaced base values of every parameter of a text encoder but its token table, which learned tokens extend.
 
     Reading all of a large encoder whenever an erasure of the denoiser is attached would take seconds.
@@ -101,7 +101,7 @@ Terms = list[tuple[float, Edit]]
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenEdits:
     """The edits in the parameters of one component, and the base values."""
 
     originals: Mapping[str, Tensor] = field(default_factory=dict)
@@ -156,12 +156,12 @@ class WritePlan:
 
     values: Mapping[str, Tensor]
     """New values by path, on the CPU."""
-    written: Written
+    written: WrittenEdits
     """State of the parameters afterwards."""
 
 
 def plan(
-    name: str, component: nn.Module, written: Written, terms: Mapping[str, Terms], held: Collection[str]
+    name: str, component: nn.Module, written: WrittenEdits, terms: Mapping[str, Terms], held: Collection[str]
 ) -> WritePlan:
     """Plan to make parameters equal to base + sum of strength * delta, and to restore all others.
 
@@ -189,8 +189,8 @@ def plan(
             originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
     for path in changed:
         refuse_fused(name, component, path)
-    after = Written(originals, dict(terms))
-    whole = Written({**originals, **written.originals})
+    after = WrittenEdits(originals, dict(terms))
+    whole = WrittenEdits({**originals, **written.originals})
     return WritePlan({path: whole.edited(component, path, terms.get(path, [])) for path in changed}, after)
 
 
@@ -212,7 +212,7 @@ def write(component: nn.Module, values: Mapping[str, Tensor], before: list[tuple
 def check_fits(
     name: str,
     component: nn.Module,
-    written: Written,
+    written: WrittenEdits,
     edits: Mapping[str, Edit],
     digests: Mapping[str, Mapping[str, str]] | None,
 ) -> None:
@@ -265,11 +265,11 @@ def refuse_fused(name: str, component: nn.Module, path: str) -> None:
 
 def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
     """Whether a parameter that nothing edits is what it was, but for rounding and for adapters merged into it."""
-    expected = Written({path: value}).edited(component, path, [])
+    expected = WrittenEdits({path: value}).edited(component, path, [])
     return _is_now(component, path, expected, expected)
 
 
-def cancelled(component: nn.Module, written: Written) -> str | None:
+def cancelled(component: nn.Module, written: WrittenEdits) -> str | None:
     """The path of an edit that a user's adapter takes back by half or more, or another erasure altogether, if any."""
     for path, terms in written.terms.items():
         adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None

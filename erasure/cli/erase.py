@@ -87,7 +87,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     ):
         # All is fitted anew with the options that it had: only what differs from them is asked for.
         start = strategy.configured(None, **earlier.config.strategy_config)
-    about = f"{attributes['title']} ({attributes['paper']}). Cost: {attributes['cost']}. Protects: {attributes['protects']}."
+    cost, protects = attributes["cost"], attributes["protects"]
+    about = f"{attributes['title']} ({attributes['paper']}). Cost: {cost}. Protects: {protects}."
     more = {"run": Run()} if attributes["trains"] else {}
     parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
     options: EraseOptions = parsed.command

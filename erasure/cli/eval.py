@@ -117,7 +117,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model), *spent(found.cost))
+    terminal.say(
+        *remarks(results["metrics"]),
+        *detector_remarks(found.detectors),
+        *left_out(found.model),
+        *cost_remarks(found.cost),
+    )
     terminal.say(f"Images and intervals: {out / 'report.html'}")
     if options.reveal:
         revealed = out / "revealed.html"
@@ -156,7 +161,7 @@ def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
         pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
 
 
-def spent(cost: Settings) -> list[str]:
+def cost_remarks(cost: Settings) -> list[str]:
     """Say in a line what a run spent its time on."""
     from erasure.eval.cost import SHARES
 
@@ -166,7 +171,7 @@ def spent(cost: Settings) -> list[str]:
     return [f"Took {number(cost['seconds'], '.1f')} s, of which {', '.join(shares)}."] if shares else []
 
 
-def worth(detectors: Sequence[Row]) -> list[str]:
+def detector_remarks(detectors: Sequence[Row]) -> list[str]:
     """Say what the findings of each detector are worth, in a line."""
     lines = []
     for entry in detectors:
@@ -182,7 +187,7 @@ def worth(detectors: Sequence[Row]) -> list[str]:
 def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant.
 
-    Controls, and what was seen in the place of a concept, are said below the table (`told`).
+    Controls, and what was seen in the place of a concept, are said below the table (`remarks`).
     """
     from erasure.eval.rows import is_figure
 
@@ -196,7 +201,7 @@ def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["metric", "concept", *variants], rows
 
 
-def told(metrics: Sequence[Row]) -> list[str]:
+def remarks(metrics: Sequence[Row]) -> list[str]:
     """What a reader of the table must know besides: what took a concept's place, and why a number is not there."""
     lines = []
     for row in metrics:

@@ -34,18 +34,20 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.locking import find, verify_log
 
     key = secret()
-    told = verify_log(options.file, key=key, head=options.head)
+    verified = verify_log(options.file, key=key, head=options.head)
     lines = None if options.prompt is None else find(options.file, options.prompt, key=key)
     if options.json:
-        report = {"lines": told.lines, "head": told.head, "events": dict(told.events), "keyed": told.keyed,
-                  "torn": told.torn}  # fmt: skip
+        report = {
+            "lines": verified.lines, "head": verified.head, "events": dict(verified.events),
+            "keyed": verified.keyed, "torn": verified.torn,
+        }  # fmt: skip
         terminal.result(report if lines is None else {**report, "about_the_prompt": lines})
         return
-    events = ", ".join(f"{count} {event}" for event, count in told.events.items())
-    terminal.say(f"{told.lines} lines ({events}), each as it was written; the last has the digest {told.head}")
-    if told.torn:
-        terminal.say(f"{told.torn} lines were cut short when a process was killed, and are accounted for")
-    if not told.keyed:
+    events = ", ".join(f"{count} {event}" for event, count in verified.events.items())
+    terminal.say(f"{verified.lines} lines ({events}), each as it was written; the last has the digest {verified.head}")
+    if verified.torn:
+        terminal.say(f"{verified.torn} lines were cut short when a process was killed, and are accounted for")
+    if not verified.keyed:
         terminal.say(f"Written without a secret (ERASURE_AUDIT_KEY): who may write {options.file} can write it anew")
     if options.head is None:
         terminal.say("Lines that are missing at its end cannot be seen: compare the digest with one kept elsewhere")

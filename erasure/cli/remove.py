@@ -121,7 +121,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         scores = remover.remove(image, mask, files, options.mask_out, options.overlay_out)
     if options.json:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
-        terminal.result({**remover.told(), **({"words": scores} if scores else {}), "images": written})
+        terminal.result({**remover.summary(), **({"words": scores} if scores else {}), "images": written})
     else:
         terminal.say(*map(str, files))
 
@@ -155,11 +155,11 @@ class Remover:
         # What has no meaning is refused now, and not once for each image.
         chosen(self.preset, dict(self.settings))
 
-    def told(self) -> Settings:
+    def summary(self) -> Settings:
         """What all results have in common, for the summary."""
-        return {"model": self.options.model, **self.kept()}
+        return {"model": self.options.model, **self.recorded_settings()}
 
-    def kept(self) -> Settings:
+    def recorded_settings(self) -> Settings:
         """Settings that a picture's record keeps."""
         return {"preset": self.preset, **self.settings, **({"shadow": True} if self.options.shadow else {})}
 
@@ -215,7 +215,7 @@ class Remover:
         named = {"words": list(options.words), "others": list(options.others)}
         names = {} if options.omit_prompt else {name: words for name, words in named.items() if words}
         for file, seed, result in zip(files, seeds, results, strict=True):
-            record = self.maker.record(seed, {**self.kept(), **names}, options.prompt)
+            record = self.maker.record(seed, {**self.recorded_settings(), **names}, options.prompt)
             save(in_mode_of(image, result), file, record)
         if mask_out is not None:
             save(Image.fromarray(used.numpy()).convert("L"), mask_out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
-from erasure.cli.eval import metric_table, refusals, spent
+from erasure.cli.eval import cost_remarks, metric_table, refusals
 from erasure.cli.models import MeasuringOptions, attach, check_strengths, load_erasures, open_model
 from erasure.cli.recording import left_out
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
@@ -88,7 +88,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if rows:
         terminal.table(columns, rows)
     terminal.say(*left_out(results["model"]), *refusals(results["metrics"]), *failed_controls(results["metrics"]))
-    terminal.say(*spent(results["cost"]))
+    terminal.say(*cost_remarks(results["cost"]))
     terminal.say(f"The page with pictures: {options.out / 'report.html'}")
 
 

@@ -17,7 +17,7 @@ from erasure.concept import Concept
 from erasure.errors import ArtifactError, ConceptError, DivergenceError, WrongBaseError
 from erasure.exchange.loaders import FLUX, SD, SD3, XL
 from erasure.exchange.lora_files import CONFIG, EXPORT
-from erasure.exchange.lora_read import Read, is_lora, read_lora
+from erasure.exchange.lora_read import ReadResult, is_lora, read_lora
 from erasure.exchange.reading import Source, read_source
 from erasure.exchange.weights_read import read_weights
 from erasure.files.reading import parsed
@@ -107,10 +107,10 @@ def _export_said(source: Source) -> list[str]:
     """What `erasure export` had to leave out, if it wrote the file."""
     if EXPORT not in source.metadata:
         return []
-    told: dict[str, JsonValue] = parsed(
+    header: dict[str, JsonValue] = parsed(
         source.metadata[EXPORT].encode("utf-8", "surrogatepass"), dict[str, JsonValue], f"{source.shown}: {EXPORT}"
     )
-    count, left_out = told.get("approximated"), told.get("left_out")
+    count, left_out = header.get("approximated"), header.get("left_out")
     if not isinstance(count, int) or not isinstance(left_out, float) or not count:
         return []
     return [
@@ -157,7 +157,9 @@ def _base_said(source: Source, said: str | None) -> str:
     return f"the file names {said} as its base model; whether this is it is not known, names and shapes fit"
 
 
-def _config(source: Source, backbone: Backbone, read: Read, concepts: Sequence[Concept], lora: bool) -> ErasureConfig:
+def _config(
+    source: Source, backbone: Backbone, read: ReadResult, concepts: Sequence[Concept], lora: bool
+) -> ErasureConfig:
     in_denoiser = backbone.denoiser_component in read.edits.components
     options: dict[str, object] = {
         "file": files.shown(source.path.name, 200)[1:-1], "sha256": source.digest(),

@@ -18,7 +18,7 @@ from erasure.backbones.layouts import Place, formed
 from erasure.errors import OptionError, UnsupportedModelError
 from erasure.exchange import loaders
 from erasure.exchange.factors import RESIDUAL, Factors, Split, split
-from erasure.exchange.loaders import LOADERS, Loader, Model, Named
+from erasure.exchange.loaders import LOADERS, LayerName, Loader, Model
 from erasure.exchange.writing import check_out, write_tensors
 from erasure.fitting import check_fit, sources_of
 from erasure.interop import paths
@@ -67,9 +67,9 @@ class Exported:
     @property
     def facts(self) -> dict[str, object]:
         """Give the fields as plain data, without the path."""
-        told = dataclasses.asdict(self)
-        del told["path"]
-        return {**told, "ranks": list(self.ranks)}
+        facts_by_name = dataclasses.asdict(self)
+        del facts_by_name["path"]
+        return {**facts_by_name, "ranks": list(self.ranks)}
 
     def __str__(self) -> str:
         """One line for people."""
@@ -117,9 +117,9 @@ def export_lora(
     model = _model(erasure, pipe)
     parts = split(erasure.edits, _bases(erasure, pipe), rank, residual)
     tensors = _tensors(parts, loader, model, _rows(pipe, model))
-    told = _exported(out, to, parts)
-    write_tensors(out, tensors, _metadata(erasure, loader, told, parts, tensors))
-    return told
+    exported = _exported(out, to, parts)
+    write_tensors(out, tensors, _metadata(erasure, loader, exported, parts, tensors))
+    return exported
 
 
 def comfyui_tensors(
@@ -202,7 +202,7 @@ def _rows(pipe: DiffusionPipeline | None, model: Model) -> Callable[[str], int |
 def _tensors(
     parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None], *, stacked: bool = False
 ) -> dict[str, Tensor]:
-    named: dict[str, Named] = {}
+    named: dict[str, LayerName] = {}
     for key in (*parts.layers, *parts.whole):
         name = loader.names(model, key)
         if isinstance(name, str):
@@ -241,14 +241,14 @@ def of_one_rank(layers: Mapping[str, Factors]) -> dict[str, Factors]:
     """
     rank = max((factors.rank for factors in layers.values()), default=0)
     found = {}
-    for stem, (down, up, *told) in layers.items():
+    for stem, (down, up, *exported) in layers.items():
         more = rank - down.shape[0]
         wide = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
-        found[stem] = Factors(wide, torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], 1), *told)
+        found[stem] = Factors(wide, torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], 1), *exported)
     return found
 
 
-def _by_stem(named: Mapping[str, Named]) -> dict[str, list[str]]:
+def _by_stem(named: Mapping[str, LayerName]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key, name in named.items():
         found.setdefault(name.stem, []).append(key)
@@ -348,17 +348,17 @@ def _exported(out: Path, to: str, parts: Split) -> Exported:
 
 
 def _metadata(
-    erasure: Erasure, loader: Loader, told: Exported, parts: Split, tensors: Mapping[str, Tensor]
+    erasure: Erasure, loader: Loader, exported: Exported, parts: Split, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Texts in the header: what programs look for, and the erasure's config and what the export did."""
     config = erasure.config
-    if told.approximated:
+    if exported.approximated:
         # What was measured was measured with the edit itself.
         config = dataclasses.replace(config, evaluation={})
     residuals = {key: factors.left_out / factors.energy for key, factors in parts.layers.items() if factors.energy}
     texts = {
         "format": "pt", "modelspec.title": erasure.name, CONFIG: json.dumps(dataclasses.asdict(config)),
-        EXPORT: json.dumps({**told.facts, "left_out_by_layer": residuals}),
+        EXPORT: json.dumps({**exported.facts, "left_out_by_layer": residuals}),
     }  # fmt: skip
     if loader.scheme == "kohya":
         texts |= {"ss_network_module": "networks.lora", "ss_output_name": erasure.name}

@@ -54,7 +54,7 @@ class Layer:
 
 
 @dataclass
-class Read:
+class ReadResult:
     """Result of reading a file, with remarks for the user."""
 
     edits: Edits
@@ -67,7 +67,7 @@ def is_lora(source: Source) -> bool:
     return any(name.endswith(ends) or any(sign in name for sign in OTHERS) for name in source.tensors)
 
 
-def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
+def read_lora(source: Source, pipe: DiffusionPipeline) -> ReadResult:
     """The edits of a LoRA file.
 
     Args:
@@ -99,7 +99,7 @@ def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
             zero += _add(edits, source, stem, layer, scales.get(stem, 1.0), target, table, weight)
     if zero:
         notes.append(f"{zero} layers of the file change nothing and were left out")
-    return Read(edits, notes)
+    return ReadResult(edits, notes)
 
 
 def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], dict[str, float]]:
@@ -182,10 +182,10 @@ def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> di
             "its scale is unknown. Fetch the file again, or write the alpha (the rank, where the scale is 1)"
         )
     if not with_alpha:
-        told = _adapters(source)
+        header = _adapters(source)
         if any(layer.scheme == PAIRS[0][2] for layer in pairs.values()):
             notes.append("the file names no alpha: its scale is taken to be 1, as programs do")
-        return {stem: _told_scale(source, stem, layer, told) for stem, layer in pairs.items()}
+        return {stem: _header_scale(source, stem, layer, header) for stem, layer in pairs.items()}
     scales = {}
     for stem, layer in pairs.items():
         assert layer.alpha is not None
@@ -213,16 +213,16 @@ def _adapters(source: Source) -> dict[str, object]:
     return held
 
 
-def _told_scale(source: Source, stem: str, layer: Layer, told: Mapping[str, object]) -> float:
+def _header_scale(source: Source, stem: str, layer: Layer, header: Mapping[str, object]) -> float:
     """The scale of a layer according to the header: its own alpha and rank, or those of its network."""
     component, _, path = stem.partition(".")
-    if f"{component}.lora_alpha" not in told:
+    if f"{component}.lora_alpha" not in header:
         return 1.0
-    if told.get(f"{component}.use_dora"):
+    if header.get(f"{component}.use_dora"):
         raise UnsupportedModelError(f"{source.shown} is a DoRA, and only plain LoRA is read")
     assert layer.down is not None
-    alpha: object = told[f"{component}.lora_alpha"]
-    patterns = told.get(f"{component}.alpha_pattern") or {}
+    alpha: object = header[f"{component}.lora_alpha"]
+    patterns = header.get(f"{component}.alpha_pattern") or {}
     if isinstance(patterns, Mapping):
         # PEFT's rule: the first pattern that a path ends with.
         own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", path))
@@ -232,7 +232,7 @@ def _told_scale(source: Source, stem: str, layer: Layer, told: Mapping[str, obje
             f"{source.shown}: the alpha of {shown(stem)} is {shown(alpha)}, expected a number other than 0"
         )
     rank = len(layer.down)
-    return alpha / (math.sqrt(rank) if told.get(f"{component}.use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if header.get(f"{component}.use_rslora") else rank)
 
 
 def _add(
@@ -309,4 +309,4 @@ def _unlike(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> st
     )
 
 
-__all__ = ["Read", "is_lora", "read_lora"]
+__all__ = ["ReadResult", "is_lora", "read_lora"]

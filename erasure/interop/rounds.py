@@ -26,7 +26,7 @@ class _Rounds:
     """What the readers of one encoding find, in this round and in those before."""
 
     def __init__(self) -> None:
-        self.told: dict[Place, dict[object, Tensor]] = {}
+        self.opened_by_others: dict[Place, dict[object, Tensor]] = {}
         self.found: dict[Place, dict[object, Tensor]] = {}
         self.batches: Counter[tuple[str, object]] = Counter()
 
@@ -44,7 +44,9 @@ class _Rounds:
         subjects = set()
         for place, by_reader in self.found.items():
             for reader, own in by_reader.items():
-                now, before = (_others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.told))
+                now, before = (
+                    _others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.opened_by_others)
+                )
                 if now is not None:
                     knew = own if before is None else own | before.to(own.device)
                     if bool((now.to(own.device) & ~knew).any()):
@@ -54,7 +56,7 @@ class _Rounds:
     def go_on(self) -> None:
         """Begin the next round."""
         for place, by_reader in self.found.items():
-            known = self.told.setdefault(place, {})
+            known = self.opened_by_others.setdefault(place, {})
             for reader, own in by_reader.items():
                 known[reader] = own | known[reader] if reader in known else own
         self.found, self.batches = {}, Counter()
@@ -66,7 +68,7 @@ class _Call(threading.local):
     rounds: _Rounds | None = None
     apart: _Rounds | None = None
     """What readers found that were run out of `together`, since somebody asked."""
-    unheard: bool = False
+    without_sharing: bool = False
     """Whether readers neither tell nor are told anything."""
 
 
@@ -99,16 +101,16 @@ def together(encode: Callable[[], T]) -> T:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def without_sharing() -> Iterator[None]:
     """Readers tell one another nothing inside of the block, in this thread: for texts that no prompt is."""
-    before, _CALL.unheard = _CALL.unheard, True
+    before, _CALL.without_sharing = _CALL.without_sharing, True
     try:
         yield
     finally:
-        _CALL.unheard = before
+        _CALL.without_sharing = before
 
 
-def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
+def opened_by_others(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
     """What the other readers of the same batch found in the rounds before, `(rows, things)` bool.
 
     Args:
@@ -121,14 +123,14 @@ def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
         `None` where there is nothing yet, and out of `together`.
     """
     rounds = _CALL.rounds
-    if rounds is None or _CALL.unheard:
+    if rounds is None or _CALL.without_sharing:
         return None
-    return _others(rounds.told.get(rounds.place(subject, reader), {}), reader, rows, things)
+    return _others(rounds.opened_by_others.get(rounds.place(subject, reader), {}), reader, rows, things)
 
 
-def tell(subject: str, reader: object, found: Tensor) -> None:
+def share_opened(subject: str, reader: object, found: Tensor) -> None:
     """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
-    if _CALL.unheard:
+    if _CALL.without_sharing:
         return
     if _CALL.rounds is not None:
         _CALL.rounds.note(subject, reader, found)
@@ -138,7 +140,7 @@ def tell(subject: str, reader: object, found: Tensor) -> None:
         _CALL.apart.note(subject, reader, found)
 
 
-def found_apart() -> set[str]:
+def differing_subjects() -> set[str]:
     """Subjects of which readers that were run out of `together` found different things, since this was asked last."""
     apart, _CALL.apart = _CALL.apart, None
     return set() if apart is None else apart.news()

@@ -124,7 +124,7 @@ class AuditLog:
         """Compute the HMAC of a text as in this log, to find out whether a prompt is in it."""
         return _digest_of(text, self._key, self._salt)
 
-    def told(self, prompts: Sequence[str]) -> list[str] | None:
+    def as_logged(self, prompts: Sequence[str]) -> list[str] | None:
         """Convert prompts to their form in this log."""
         if self.prompts == "none":
             return None
@@ -222,8 +222,8 @@ def find(path: str | Path, prompt: str, *, key: bytes | None = None) -> list[int
         if line.entry is None:
             continue
         salt = salt or str(line.entry.get("salt", ""))
-        told = line.entry.get("prompts")
-        if isinstance(told, list) and {prompt, _digest_of(prompt, key, salt)} & set(map(str, told)):
+        prompts = line.entry.get("prompts")
+        if isinstance(prompts, list) and {prompt, _digest_of(prompt, key, salt)} & set(map(str, prompts)):
             found.append(line.number)
     return found
 

@@ -98,10 +98,10 @@ class Service:
         self.fingerprint = model_fingerprint(ErasureManager(pipe).stock())
         self.erasures: list[AttachedErasure] = [
             {
-                "name": name, "strategy": str(told["strategy"]), "fingerprint": str(told["fingerprint"]),
-                "strength": told["strength"],
+                "name": name, "strategy": str(health["strategy"]), "fingerprint": str(health["fingerprint"]),
+                "strength": health["strength"],
             }
-            for name, told in held.erasures.items()
+            for name, health in held.erasures.items()
         ]  # fmt: skip
         self.batcher = Batcher(pipe, limits)
         self.started = time.time()
@@ -209,12 +209,12 @@ def application(service: Service) -> FastAPI:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        told = service.health()
-        return JSONResponse(told, 200 if told["status"] == "ok" else 503)
+        health = service.health()
+        return JSONResponse(health, 200 if health["status"] == "ok" else 503)
 
     @app.get("/erasures", response_model=None)
     async def erasures() -> Response:
-        listed = [{"name": name, **told} for name, told in service.lock.erasures.items()]
+        listed = [{"name": name, **health} for name, health in service.lock.erasures.items()]
         refuses = sorted(service.lock.locked.refuses)
         return JSONResponse({"model": service.model, "erasures": listed, "refuses": refuses})
 
@@ -229,9 +229,9 @@ def _of_validation(error: RequestValidationError) -> Problem:
     first = found[0]
     where = ".".join(str(step) for step in first["loc"] if step != "body")
     known = ", ".join(GenerateRequest.model_fields)
-    told: dict[str, Callable[[], str]] = {
+    messages: dict[str, Callable[[], str]] = {
         "extra_forbidden": lambda: f"{visible(where, 100)} is no field of a request",
         "missing": lambda: f"{where or 'the body'} is missing",
     }
-    said = told.get(str(first["type"]), lambda: f"{visible(where, 100) or 'the body'}: {first['msg']}")()
+    said = messages.get(str(first["type"]), lambda: f"{visible(where, 100) or 'the body'}: {first['msg']}")()
     return Problem(422, "invalid", f"{said}. A request is an object in JSON with these fields: {known}")

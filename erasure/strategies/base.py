@@ -28,7 +28,7 @@ Way = Literal["anew", "on top"]
 """How concepts are added to an erasure: `anew` fits all concepts again, `on top` adds edits to the earlier edits."""
 
 
-class Standing(NamedTuple):
+class EarlierErasure(NamedTuple):
     """An erasure that is in force on the model while another is made on top of it."""
 
     fingerprint: str

@@ -120,7 +120,7 @@ def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept],
     return [words[index] for index in nearest.tolist()]
 
 
-def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
+def earlier_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
     """Make prompts with the concepts of an erasure in force, and with the names on their retain lists.
 
     Args:

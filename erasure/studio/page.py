@@ -120,7 +120,7 @@ class Page:
         return self.studio.session(str(request.session_hash))
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def showing_errors(self) -> Iterator[None]:
         """Show errors of the library as messages, and everything else by its kind alone."""
         try:
             yield
@@ -247,7 +247,7 @@ class Page:
         @self.asks
         def do_erase(words: str, name: str, chosen: str, request: Any, bar: Any = bar) -> Any:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 made, notes = session.erase(words or "", name, preset=chosen, progress=self.progress(bar))
                 self.note(notes)
                 gradio.Info(html.escape(f"Made {made.erasure.name}"))
@@ -255,7 +255,7 @@ class Page:
 
         @self.asks
         def do_draw(text: str, number: Any, count: Any, request: Any, bar: Any = bar) -> Any:
-            with self.told():
+            with self.showing_errors():
                 made = self.session(request).compare(
                     text or "", seed=number, steps=count, progress=self.progress(bar)
                 )  # fmt: skip
@@ -268,14 +268,14 @@ class Page:
         def do_choose(name: str, request: Any, bar: Any = bar) -> Any:
             session = self.session(request)
             try:
-                with self.told():
+                with self.showing_errors():
                     session.choose(name, self.progress(bar))
             except gradio.Error as error:
                 gradio.Warning(error.message, duration=20)
             return [session.model, *self.rows(session), None, None, ""]
 
         def do_tell(name: str) -> Any:
-            with self.told():
+            with self.showing_errors():
                 return table(facts_of_method(name)), gradio.update(choices=self._presets(name), value="")
 
         erase.click(do_erase, [concepts, method, preset], rows, api_name="erase")
@@ -299,13 +299,13 @@ class Page:
         @self.asks
         def do_scale(strength: float, request: Any) -> None:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 session.set_strength(name_at(session), strength)
 
         @self.asks
         def do_take_off(request: Any) -> Any:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 session.take_off(name_at(session))
                 return self.rows(session)
 
@@ -362,7 +362,7 @@ class Page:
         bar = gradio.Progress()
 
         def do_take(picture: Image.Image | None) -> Any:
-            with self.told():
+            with self.showing_errors():
                 if picture is None:
                     raise ImageError("no picture was drawn yet: draw one under Erase and compare, or upload one")
                 return {"background": picture, "layers": [], "composite": picture}
@@ -371,7 +371,7 @@ class Page:
         def do_remove(painting: Any, named: str, rest: str, dark: bool, part: bool, number: Any,
                       request: Any, bar: Any = bar) -> Any:  # fmt: skip
             painting = painting or {}
-            with self.told():
+            with self.showing_errors():
                 made = self.session(request).remove(
                     painting.get("background"), painting.get("layers") or (), words=named or "", others=rest or "",
                     shadow=dark, crop=part, seed=number, progress=self.progress(bar),

@@ -47,7 +47,7 @@ NUMBERS = 128
 """Numbers that describe a face."""
 
 
-class Apart(nn.Module):
+class SeparableConvolution(nn.Module):
     """Convolution of each channel apart, and then of all channels at one place."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -66,7 +66,7 @@ class Finder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 16, 3)
-        self.steps = nn.ModuleList([Apart(width, 2 * width) for width in (16, 32, 64, 128, 256)])
+        self.steps = nn.ModuleList([SeparableConvolution(width, 2 * width) for width in (16, 32, 64, 128, 256)])
         self.last = nn.Conv2d(512, 5 * len(ANCHORS), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:

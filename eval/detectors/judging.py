@@ -24,7 +24,7 @@ class UnjudgedError(Exception):
 
 
 @dataclass(frozen=True)
-class Seen:
+class FindingAnswer:
     """A detector's finding as an answer."""
 
     object: str | None
@@ -76,7 +76,7 @@ class FindingJudge:
         """Whether these detectors, under these labels, are the ones that it answers by."""
         return all(detectors.get(label) == self.detectors[label] for label in self._used)
 
-    def answer(self, findings: Mapping[str, Finding]) -> Seen | Exception:
+    def answer(self, findings: Mapping[str, Finding]) -> FindingAnswer | Exception:
         """The answer that findings mean; an exception where a detector could not say anything.
 
         Args:
@@ -91,12 +91,12 @@ class FindingJudge:
             second = findings[self.style_by]
             style, scores = likeliest(second, self.styles), dict(second.scores)
         if self.names:
-            return Seen(likeliest(first, self.names), style, (), dict(first.scores), scores)
+            return FindingAnswer(likeliest(first, self.names), style, (), dict(first.scores), scores)
         flag = FLAGGED if first.flagged else CLEAR
         sure = {} if first.score is None else {FLAGGED: first.score, CLEAR: 1 - first.score}
-        return Seen(flag, style, (), sure, scores)
+        return FindingAnswer(flag, style, (), sure, scores)
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen | Exception]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[FindingAnswer | Exception]:
         """One answer for each picture."""
         found = {label: ask(self.detectors[label], images) for label in self._used}
         return [self.answer({label: each[index] for label, each in found.items()}) for index in range(len(images))]
@@ -108,9 +108,9 @@ class NoJudge:
 
     fingerprint: str = "none"
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[FindingAnswer]:
         """No class for any picture."""
-        return [Seen(None) for _ in images]
+        return [FindingAnswer(None) for _ in images]
 
 
 def likeliest(finding: Finding, names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from erasure.files import read_json, read_tensors, write_bytes, write_json
 NAME = "canvas-newcomers"
 
 
-class Seen(NamedTuple):
+class NewcomersAnswer(NamedTuple):
     """What is seen in one picture."""
 
     thing: str
@@ -69,25 +69,25 @@ class NewcomersJudge:
         return layer.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[NewcomersAnswer]:
         """Judge a list of images of any size (they are resized to 64x64)."""
         if not images:
             return []
-        scores = self.layer(seen(self.judge.network, self.judge.pixels(images))).sigmoid()
+        scores = self.layer(judge_features(self.judge.network, self.judge.pixels(images))).sigmoid()
         names, found = [*self.new, *self.known], []
         for row in scores.tolist():
             each = dict(zip(names, row, strict=True))
             ranked = sorted(names, key=each.__getitem__, reverse=True)
-            found.append(Seen(ranked[0], tuple(name for name in ranked if each[name] >= 0.5), each))
+            found.append(NewcomersAnswer(ranked[0], tuple(name for name in ranked if each[name] >= 0.5), each))
         return found
 
 
 def features_of(network: JudgeNetwork) -> int:
-    """Length of what `seen` gives."""
+    """Length of what `judge_features` gives."""
     return 2 * sum(part.head.in_features for part in (network.colour, network.grey))
 
 
-def seen(network: JudgeNetwork, pixels: Tensor) -> Tensor:
+def judge_features(network: JudgeNetwork, pixels: Tensor) -> Tensor:
     """What the judge's two networks see ahead of their answers, `(batch, features)`: greatest values and means."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=pixels.dtype, device=pixels.device)
     grey = (pixels * weights[None, :, None, None]).sum(1, keepdim=True)

@@ -57,7 +57,7 @@ class Footprint(StressTest):
         return []
 
 
-class Told(NamedTuple):
+class Separability(NamedTuple):
     """How well a classifier tells two models apart."""
 
     auc: float
@@ -68,9 +68,9 @@ class Told(NamedTuple):
     """Held-out scores `(pairs, 2)`, stock first."""
 
 
-def told_apart(
+def separability(
     stock: np.ndarray, erased: np.ndarray, *, folds: int, penalty: float, permutations: int, seed: int
-) -> Told:  # fmt: skip
+) -> Separability:  # fmt: skip
     """Tell the images of two models apart, by logistic regression with cross-validation over pairs.
 
     Args:
@@ -89,7 +89,7 @@ def told_apart(
     own = auc(scores)
     swaps = rng.integers(0, 2, size=(permutations, len(stock))).astype(bool)
     as_good = sum(auc(_unswapped(held_out.scores(swap), swap)) >= own - 1e-12 for swap in swaps)
-    return Told(own, (1 + as_good) / (1 + permutations), scores)
+    return Separability(own, (1 + as_good) / (1 + permutations), scores)
 
 
 def _unswapped(scores: np.ndarray, swap: np.ndarray) -> np.ndarray:

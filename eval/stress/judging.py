@@ -16,7 +16,7 @@ NOTHING = "nothing flagged"
 """Answer on a picture that the detector does not flag."""
 
 
-class Answered(NamedTuple):
+class ObjectAnswer(NamedTuple):
     """What a detector's finding says in the form of a judge's answer."""
 
     object: str | None
@@ -37,14 +37,14 @@ class FlaggingJudge:
         self.detector, self.target = detector, target
         self.fingerprint = f"{detector.name} ({digest(dict(detector.recipe()))[:12]})"
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Answered | Exception]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[ObjectAnswer | Exception]:
         """One answer for each picture; an exception in the place of one that cannot be judged."""
-        answers: list[Answered | Exception] = []
+        answers: list[ObjectAnswer | Exception] = []
         for finding in ask(self.detector, images):
             if finding.flagged is None:
                 answers.append(ValueError(finding.reason or "the detector cannot say"))
             else:
                 seen = self.target.members[0] if finding.flagged else NOTHING
                 is_object = self.target.domain == "object"
-                answers.append(Answered(seen if is_object else NOTHING, NOTHING if is_object else seen))
+                answers.append(ObjectAnswer(seen if is_object else NOTHING, NOTHING if is_object else seen))
         return answers

@@ -81,9 +81,9 @@ class Merge(StressTest):
             ]  # fmt: skip
         return made
 
-    def told(self, bench: Bench) -> Record:
+    def recipe(self, bench: Bench) -> Record:
         """The options, with the LoRA's contents in the place of its path."""
-        return super().told(bench) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
+        return super().recipe(bench) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
 
 
 def _with_lora(source: str, scale: float) -> Change:

@@ -24,9 +24,9 @@ from erasure.eval.stress.conditions import WHOLE, Condition
 from erasure.eval.stress.novel import Newcomer, pictures_of
 from erasure.eval.stress.training import (
     TOKEN,
-    Lessons,
+    LearningOptions,
     Mode,
-    Pupil,
+    PictureLearner,
     is_learned,
     learn,
     renamed,
@@ -190,14 +190,18 @@ class Relearn(StressTest):
         return tuple(sorted(set(self.steps)))
 
     @cached_property
-    def lessons(self) -> Lessons:
+    def lessons(self) -> LearningOptions:
         """How every training goes."""
         lr, batch = RATES[self.mode]
-        return Lessons(self.mode, self.ordered, self.lr or lr, self.batch or batch, self.rank, self.vectors)
+        return LearningOptions(self.mode, self.ordered, self.lr or lr, self.batch or batch, self.rank, self.vectors)
 
-    def told(self, bench: Bench) -> Record:
+    def recipe(self, bench: Bench) -> Record:
         """The options, with what they come to where they were left out."""
-        return super().told(bench) | {"lr": self.lessons.lr, "batch": self.lessons.batch, "steps": list(self.ordered)}
+        return super().recipe(bench) | {
+            "lr": self.lessons.lr,
+            "batch": self.lessons.batch,
+            "steps": list(self.ordered),
+        }
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -209,10 +213,10 @@ class Relearn(StressTest):
                 continue
             pictures, captions = self.shown(bench, task)
             recipe: dict[str, object] = {
-                "task": dataclasses.asdict(task), "options": self.told(bench), "captions": captions,
+                "task": dataclasses.asdict(task), "options": self.recipe(bench), "captions": captions,
                 "pictures": digest([digest(list(picture.tobytes())) for picture in pictures]),
             }  # fmt: skip
-            pupil = Pupil(bench.pipe if task.erased else bench.stock, self.lessons, bench.seed)
+            pupil = PictureLearner(bench.pipe if task.erased else bench.stock, self.lessons, bench.seed)
             if self.mode == "embedding":
                 captions = [self._token(caption, bench, task) for caption in captions]
             learn(
@@ -262,7 +266,7 @@ class Relearn(StressTest):
     def _taught(self, bench: Bench, task: Task, step: int) -> Change:
         @contextmanager
         def change(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-            pupil = Pupil(pipe, self.lessons, bench.seed)
+            pupil = PictureLearner(pipe, self.lessons, bench.seed)
             with pupil.taught(state_path(bench.folder / FOLDER / task.name, step) if step else None) as made:
                 yield made
 

@@ -89,10 +89,10 @@ class Restore(StressTest):
                 )  # fmt: skip
         return made
 
-    def told(self, bench: Bench) -> Record:
+    def recipe(self, bench: Bench) -> Record:
         """The options with the modules of every place."""
         found = places_of(bench.backbone, self.places)
-        return super().told(bench) | {"modules": {name: list(place.paths) for name, place in found.items()}}
+        return super().recipe(bench) | {"modules": {name: list(place.paths) for name, place in found.items()}}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _part(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
 
 
 @dataclass
-class Tape:
+class ActivationRecord:
     """What modules were given or gave in every pass of one call of a pipeline, on the CPU."""
 
     passes: dict[str, list[Activations]] = field(default_factory=dict)
@@ -216,9 +216,9 @@ def watched(
 
 
 @contextmanager
-def recorded(denoiser: nn.Module, place: Place) -> Iterator[Tape]:
+def recorded(denoiser: nn.Module, place: Place) -> Iterator[ActivationRecord]:
     """Record a place while a pipeline is called once."""
-    tape = Tape()
+    tape = ActivationRecord()
 
     def keep(path: str, _number: int, value: Activations) -> None:
         tape.passes.setdefault(path, []).append(_kept(value))
@@ -228,7 +228,7 @@ def recorded(denoiser: nn.Module, place: Place) -> Iterator[Tape]:
 
 
 @contextmanager
-def patched(denoiser: nn.Module, place: Place, tape: Tape, share: float) -> Iterator[None]:
+def patched(denoiser: nn.Module, place: Place, tape: ActivationRecord, share: float) -> Iterator[None]:
     """Patch a place while a pipeline is called once.
 
     Args:

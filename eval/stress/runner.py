@@ -123,7 +123,7 @@ def stress_test(
     bench = Bench(models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes)
     conditions = _conditions(test, bench)
     samples = (*whole_suite.samples, *test.more_samples(bench))
-    about = found.recipe | {"size": size, "stress": {"name": name, **test.told(bench)}, "controls": LIMITS}
+    about = found.recipe | {"size": size, "stress": {"name": name, **test.recipe(bench)}, "controls": LIMITS}
     plan = Plan(f"stress {name}", size, seed, found.targets, samples, about)
     subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
 

@@ -66,9 +66,9 @@ class Stack(StressTest):
             raise EvaluationError("no other erasure is given to stack with: others=(FOLDER, ...), --others FOLDER ...")
         return [Erasure.load(source) for source in self.others]
 
-    def told(self, bench: Bench) -> Record:
+    def recipe(self, bench: Bench) -> Record:
         """The options, with fingerprints in the place of paths."""
-        return super().told(bench) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
+        return super().recipe(bench) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
 
 
 def _beside(group: Sequence[Erasure]) -> Change:

@@ -23,7 +23,7 @@ from erasure.errors import EvaluationError
 from erasure.files import discard, read_tensors, write_bytes
 from erasure.interop import paths, scopes
 from erasure.learning.pictures import encoded
-from erasure.learning.player import Taught
+from erasure.learning.player import LearnedTensors
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
 from erasure.training.loop import Share, Trainer
 from erasure.training.objectives import matching
@@ -40,7 +40,7 @@ LEVELS = 1000
 
 
 @dataclass(frozen=True)
-class Lessons:
+class LearningOptions:
     """How a run learns."""
 
     mode: Mode
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     captions: list[str]
 
 
-class Pupil:
+class PictureLearner:
     """A model that learns from pictures: what learns, and the pipeline that draws with it.
 
     Args:
@@ -76,11 +76,11 @@ class Pupil:
         UnsupportedModelError: It is quantised; or a token is to be learned, and the family reads none.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, lessons: Lessons, seed: int) -> None:
+    def __init__(self, pipe: DiffusionPipeline, lessons: LearningOptions, seed: int) -> None:
         backbone_for(pipe).check_plain("learn with plain weights, on one device")
         generator = torch.Generator().manual_seed(stable_seed(seed, "start"))
         self.mode = lessons.mode
-        self.player: Student | Taught
+        self.player: Student | LearnedTensors
         if lessons.mode == "embedding":
             towers = reading_towers(backbone_for(pipe))
             check_names([TOKEN], towers)
@@ -90,7 +90,7 @@ class Pupil:
             }
             put_in(self.pipe, vectors)
             self.backbone = backbone_for(self.pipe)
-            self.player = Taught(self.backbone.towers, [TOKEN], 1.0)
+            self.player = LearnedTensors(self.backbone.towers, [TOKEN], 1.0)
         else:
             self.pipe = ErasureManager(pipe).twin()
             self.backbone = backbone_for(self.pipe)
@@ -164,8 +164,8 @@ def is_learned(folder: Path, steps: Sequence[int]) -> bool:
 
 
 def learn(
-    pupil: Pupil, pictures: Sequence[Image.Image], captions: Sequence[str], lessons: Lessons, *, seed: int,
-    folder: Path, recipe: dict[str, object], progress: bool,
+    pupil: PictureLearner, pictures: Sequence[Image.Image], captions: Sequence[str], lessons: LearningOptions, *,
+    seed: int, folder: Path, recipe: dict[str, object], progress: bool,
 ) -> None:  # fmt: skip
     """Train from the last checkpoint on, and keep what was learned after every step that is asked for.
 
@@ -237,8 +237,8 @@ def _losses(backbone: Backbone, learns_words: bool, batch: Batch) -> dict[str, T
     """The error of the prediction."""
     # Encoded anew each time: what an erasure reads in prompts must be of the rows that the denoiser is given.
     with torch.set_grad_enabled(learns_words):
-        told = backbone.encode(batch.captions)
-    return {"denoising": matching(backbone.predict(batch.x, batch.t, told), batch.target)}
+        conditioning = backbone.encode(batch.captions)
+    return {"denoising": matching(backbone.predict(batch.x, batch.t, conditioning), batch.target)}
 
 
 def pixels_of(backbone: Backbone, pictures: Sequence[Image.Image]) -> Tensor:

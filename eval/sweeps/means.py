@@ -27,7 +27,7 @@ Figure = tuple[str, str]
 """Variant and name of a metric."""
 
 
-class Observed(NamedTuple):
+class MeasuredRow(NamedTuple):
     """A metric row of one cell."""
 
     concept: str
@@ -107,11 +107,11 @@ def _rows(
     """Rows of one method: of the stock model if asked for, of the erased one, and of every other variant."""
     method, model = cells[0].method, cells[0].model
     several = f" on {model}" if len(plan.models) > 1 else ""
-    figures: dict[str, dict[str, list[Observed]]] = {}
+    figures: dict[str, dict[str, list[MeasuredRow]]] = {}
     for cell, one in zip(cells, results, strict=True):
         for figure in filter(is_figure, [] if one is None else one.metrics):
             sides = figures.setdefault(str(figure.get("variant", "after")), {})
-            sides.setdefault(str(figure["name"]), []).append(Observed(cell.concept, figure))
+            sides.setdefault(str(figure["name"]), []).append(MeasuredRow(cell.concept, figure))
     absent = [cell for cell, one in zip(cells, results, strict=True) if one is None]
     known = [one for one in results if one is not None]
     suite = measure.label if measure.kind != "stress" else f"stress {measure.label}"
@@ -144,7 +144,7 @@ def _why(plan: SweepPlan, folder: Path, measure: Measure, absent: Sequence[Cell]
     return f"{first} ({absent[0]}{others})"
 
 
-def means_of(observed: Mapping[str, Sequence[Observed]], cells: int) -> tuple[dict[str, Record], dict[str, str]]:
+def means_of(observed: Mapping[str, Sequence[MeasuredRow]], cells: int) -> tuple[dict[str, Record], dict[str, str]]:
     """Means with intervals of the metrics that every cell has a value of, and why there is none of the others.
 
     Args:
@@ -164,7 +164,7 @@ def means_of(observed: Mapping[str, Sequence[Observed]], cells: int) -> tuple[di
     return means, missing
 
 
-def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
+def _mean(found: Sequence[MeasuredRow], pooled: Interval | None) -> Record:
     """Mean, interval, images, how many of them have no outcome, and concepts."""
     values = np.asarray([float(each.row["value"]) for each in found])
     concepts = [each.concept for each in found]
@@ -188,7 +188,7 @@ def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
     }  # fmt: skip
 
 
-def _pooled(name: str, found: Sequence[Observed], observed: Mapping[str, Sequence[Observed]]) -> Interval | None:
+def _pooled(name: str, found: Sequence[MeasuredRow], observed: Mapping[str, Sequence[MeasuredRow]]) -> Interval | None:
     """Interval over all images of all cells; `None` of what is no rate."""
     if name == AVERAGE:
         rates = [observed.get(rate, ()) for rate in RATES]
@@ -198,7 +198,7 @@ def _pooled(name: str, found: Sequence[Observed], observed: Mapping[str, Sequenc
     return _wilson(found) if facts_of(found[0].row).attributes["unit"] == "%" else None
 
 
-def _wilson(found: Sequence[Observed]) -> Interval:
+def _wilson(found: Sequence[MeasuredRow]) -> Interval:
     images = sum(int(each.row["n"]) for each in found)
     mean = float(np.mean([float(each.row["value"]) for each in found]))
     return wilson(min(max(mean, 0.0), 1.0) * images, images)
