@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]
 
-Searches what brings an erased concept back, or tries what an earlier search found, or a list of others (--prompts).
+Searches for what brings an erased concept back; or tries the findings of an earlier search, or a list of prompts
+(--prompts).
 
 attacks, by what the attacker must be able to choose or to have:
 {attacks}
@@ -43,18 +44,18 @@ class AttackOptions(RecordedOptions):
     """What to attack, and where to write the result."""
 
     concept: str | None = None
-    """What must not be seen; that of the erasures when left out."""
+    """Concept that images must not show; that of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes with a small model; `full`: as the paper has it. Sets the attack's
-    options; those that are given change single values."""
+    """How much is tried: `smoke` only shows that it runs, `quick` takes minutes with a small model, `full` is as in
+    the paper. It sets the attack's options; options that are given change single values."""
     prompts: Path | None = None
     """Try these on the erasures, and search nothing: the folder or the file of an earlier attack, or a list of prompts
     of others (a text, CSV, TSV, JSON or JSON lines file with a column `prompt`, and `seed`)."""
     suite: str = "canvas"
-    """Where prompts and judge come from."""
+    """Suite that gives the prompts and the judge."""
     out: Path
-    """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. The same command again goes on where a
-    killed one stopped."""
+    """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. Run the same command again to resume an
+    interrupted run."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:

@@ -39,14 +39,14 @@ class EraseOptions(TaughtModelOptions):
     """What to erase, as NAME, NAME:KIND, NAME>ANCHOR or NAME:KIND>ANCHOR, for instance "Van Gogh:style>painting".
     Several with ";" between them, or one behind the other; in double quotes every character is part of a name."""
     concepts: Path | None = None
-    """File of what to erase: CSV with columns concept, kind, anchor, retain and synonyms, JSON with those keys, or a
-    text with one concept on each line."""
+    """File with concepts to erase: CSV with the columns concept, kind, anchor, retain and synonyms, JSON with those
+    keys, or text with one concept per line."""
     kind: Kind | None = None
-    """What those concepts are that do not say it. Left out, a Canvas model says it, and other models take them for
-    objects."""
+    """Kind of the concepts that are given without one. When left out, a Canvas model knows the kind, and other models
+    treat the concepts as objects."""
     anchor: str | None = None
-    """What prompts should mean instead ("" for nothing) of those concepts that do not say it. Left out, a Canvas model
-    suggests it, and with other models the words are taken out of the prompt."""
+    """What prompts should mean instead of the concepts that are given without an anchor; "" for nothing. When left
+    out, a Canvas model suggests one, and other models draw the prompt without the concept's words."""
     retain: tuple[str, ...] = ()
     """Concepts that must survive."""
     synonyms: tuple[str, ...] = ()

@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EvalOptions(RecordedOptions):
-    """Measure a model without and with its erasures. The same command again goes on where a killed one stopped."""
+    """Measure a model without and with its erasures. Run the same command again to resume an interrupted run."""
 
     suite: tyro.conf.Positional[str]
-    """What to measure, for instance `canvas`."""
+    """Suite to measure with, for instance `canvas`."""
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes on a laptop; `full`: the numbers to publish."""
+    """How many images are drawn: `smoke` only shows that it runs, `quick` takes minutes on a laptop, `full` gives
+    numbers to publish."""
     clip: str | None = None
     """CLIP model for CLIP scores and feature distances, of open_clip or transformers: its folder, or its repository of
     the Hugging Face Hub; `none` for none. The embedded one when left out."""
@@ -60,11 +61,11 @@ class EvalOptions(RecordedOptions):
     world: str | None = None
     """Closed world that the model was made for, where it does not declare it: `unlearncanvas`."""
     steps: int | None = None
-    """Denoising steps, for suites on prompts; the model's own when left out, as the next two."""
+    """Denoising steps, for suites on prompts; the model's own number when left out."""
     guidance: float | None = None
-    """Scale of guidance."""
+    """Guidance scale, for suites on prompts; the model's own when left out."""
     side: int | None = None
-    """Height and width of images in pixels."""
+    """Height and width of images in pixels, for suites on prompts; the model's own when left out."""
     reveal: bool = False
     """Write revealed.html besides: the pictures that may be unsafe, which report.html hides. The same command again
     with this writes it without drawing anything."""

@@ -14,15 +14,15 @@ from erasure.cli.terminal import Terminal, parse
 
 @dataclass(kw_only=True)
 class LogOptions:
-    """Check that no line of an audit log was changed, moved or removed, and ask whether a prompt is in it."""
+    """Check that no line of an audit log was changed, moved or removed, and find the lines about a prompt."""
 
     file: tyro.conf.Positional[Path]
-    """The log. If it was written with a secret, the variable ERASURE_AUDIT_KEY holds it."""
+    """File of the log. If it was written with a secret, set the variable ERASURE_AUDIT_KEY to that secret."""
     head: str | None = None
-    """Digest of a line that must be in it, kept elsewhere (`log_head` of /health): tells whether lines are missing at
-    the end."""
+    """Digest of a line that must be in the log, which was kept elsewhere (`log_head` of /health). It shows whether
+    lines are missing at the end."""
     prompt: str | None = None
-    """Which lines are about this prompt."""
+    """Prompt to look for: the lines about it are listed."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 

@@ -14,7 +14,7 @@ from erasure.strategies import STRATEGIES
 
 @dataclass(kw_only=True)
 class StrategiesOptions:
-    """List the strategies: what each is, what it needs of a model, what it protects, at what cost."""
+    """List the strategies, with what each needs of a model, what it protects, and its cost."""
 
     json: bool = False
     """Print JSON, with the options and presets of each."""

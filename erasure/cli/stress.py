@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure stress TEST --model M --erasure E [--erasure E ...] --out DIR [options]
 
-Changes the erased model, and says in which changes the concept comes back. Every change has a control.
+Changes the erased model in several ways, and measures which of them bring the concept back. Every change has a
+control.
 
 stress tests:
 {tests}
@@ -37,20 +38,20 @@ class StressOptions(MeasuringOptions):
     """What to put under stress, and where to write the result."""
 
     concept: str | None = None
-    """What must not come back; that of the erasures when left out."""
+    """Concept that must not come back; that of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes with a small model; `full`: the numbers to publish. Sets the test's
-    options; those that are given change single values."""
+    """How much is drawn: `smoke` only shows that it runs, `quick` takes minutes with a small model, `full` gives
+    numbers to publish. It sets the test's options; options that are given change single values."""
     suite: str = "canvas"
-    """Where prompts and judge come from."""
+    """Suite that gives the prompts and the judge."""
     detector: str | None = None
-    """Registered detector in the place of a judge (`erasure detect`): what it flags shows the concept. It cannot say
-    what else is in a picture, so no other prompts are drawn."""
+    """Detector to use instead of the judge (see `erasure detect`): a picture that it flags shows the concept. It
+    cannot say what else a picture shows, so no prompts of other concepts are drawn."""
     clip: str | None = None
     """CLIP model for tests that compare image features: its folder or repository; the embedded one when left out."""
     out: Path
-    """Folder of results.json, samples.jsonl, report.html and images. The same command again goes on where a killed one
-    stopped."""
+    """Folder of results.json, samples.jsonl, report.html and images. Run the same command again to resume an
+    interrupted run."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
