@@ -137,7 +137,7 @@ class _ExtraRows(NamedArguments):
     # This is not compiled, because it inspects call frames; the denoiser itself is compiled.
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Add the rows, unless this pass is to be left as it is."""
+        """Add the rows, unless the pass must stay unchanged."""
         arguments = self.by_name(args, kwargs)
         skips.compare(None)
         self.thread.under_way = under_way = None if is_measured() else self.look(module, arguments)
@@ -160,7 +160,7 @@ class _ExtraRows(NamedArguments):
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Take the rows off, and change the prompts' own."""
+        """Remove the added rows, and change the prompts' predictions."""
         under_way, self.thread.under_way = self.thread.under_way, None
         skips.compare(None)
         membranes.let_through(None)
@@ -231,7 +231,7 @@ class _ExtraRows(NamedArguments):
         return bool(guides)
 
     def filtered(self, arguments: Settings, under_way: _Pass) -> tuple[Settings, dict[int, Tensor]]:
-        """Arguments whose prompts are filtered, and the factors of features of the rows that have some."""
+        """Filter the prompts in the arguments; give the arguments, and the skip-feature factors by row."""
         tokens, level, factors = arguments[TOKENS], float(under_way.level.max()), dict[int, Tensor]()
         changed = tokens
         for strength, change in self.changes(tokens, under_way):
@@ -244,7 +244,7 @@ class _ExtraRows(NamedArguments):
         return {**arguments, TOKENS: changed}, factors
 
     def changes(self, tokens: Tensor, under_way: _Pass) -> list[tuple[float, readings.Change]]:
-        """What the filters make of the prompts of a pass, with their strengths: the same throughout a drawing."""
+        """Find the filters' changes of a pass's prompts, with strengths; they are cached for a whole drawing."""
         if self.thread.tokens is None or self.thread.tokens() is not tokens or tokens.requires_grad:
             rows = range(under_way.rows - under_way.pictures, under_way.rows)
             self.thread.changes = [
@@ -256,7 +256,7 @@ class _ExtraRows(NamedArguments):
         return self.thread.changes
 
     def texts(self, under_way: _Pass) -> int:
-        """How many rows guidance adds for each picture: one for each concept, one more where no prompt is negative."""
+        """Number of rows that guidance adds per picture: one per concept, and one more without negative prompts."""
         return len(self.terms) + (not under_way.guided) if self.terms else 0
 
     def widened(self, arguments: Settings, under_way: _Pass) -> Settings:
@@ -274,7 +274,7 @@ class _ExtraRows(NamedArguments):
         return _with_texts(wide, texts, under_way) if texts else wide
 
     def changed(self, predicted: Tensor, under_way: _Pass) -> Tensor:
-        """The predictions that were asked for, the prompts' own changed."""
+        """Give the caller's predictions, those of prompts changed by guidance."""
         rows, count = under_way.rows, under_way.pictures
         own, asked = predicted[rows - count : rows], predicted[:rows]
         if not self.terms:
@@ -327,7 +327,7 @@ def _with_texts(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], und
 
 
 def _fitted(tokens: Tensor, length: int, filler: int | None = None) -> Tensor:
-    """Tokens cut or continued to a length, by the last one or by a number: calls choose how long T5's texts are."""
+    """Cut or pad tokens to a length, with the last token or a number; calls can choose T5's text length."""
     if len(tokens) >= length:
         return tokens[:length]
     last = tokens[-1:] if filler is None else torch.full_like(tokens[-1:], filler)
@@ -355,14 +355,14 @@ def _refuse_other_rows(denoiser: nn.Module) -> None:
 
 
 class ExtraRows:
-    """The safety guidance of a denoiser, what filters make of its prompts, and gates of its branches, as a hook."""
+    """The safety guidance, prompt filters and branch gates of a denoiser, as a hook."""
 
     @staticmethod
     def write(
         denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (), family: Family = FAMILY,
         gating: Sequence[GateTerm] = (),
     ) -> None:  # fmt: skip
-        """Make exactly these active on a denoiser; none removes the hooks."""
+        """Make exactly these terms, filters and gates active on a denoiser; none removes the hooks."""
         if ExtraRows.is_written(denoiser, terms, filtering, gating):
             return
         hooks.remove_hook(denoiser, _HOOK)
@@ -375,7 +375,7 @@ class ExtraRows:
         denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (),
         gating: Sequence[GateTerm] = (),
     ) -> bool:  # fmt: skip
-        """Whether exactly these are active."""
+        """Whether exactly these terms, filters and gates are active."""
         hook = hooks.find_hook(denoiser, _HOOK)
         if not (skips.is_watched(denoiser) if _compares(filtering) else not skips.has_hooks(denoiser)):
             return False
@@ -388,7 +388,7 @@ class ExtraRows:
 
 
 def _compares(filtering: Sequence[FilterTerm]) -> bool:
-    """Whether features of rows are compared."""
+    """Whether a filter compares skip features of rows."""
     return any(term.edit.attenuation.numel() for term in filtering)
 
 

@@ -40,7 +40,7 @@ class GateTerm(NamedTuple):
 
 
 class _Last(threading.local):
-    """What a thread found in its last pass: the same tensors come back at every step of a drawing."""
+    """Gates of a thread's last pass, because the same tensors come back at every step of a drawing."""
 
     conditioning: tuple[weakref.ref[Tensor] | None, ...] = ()
     rows: tuple[int, int] = (0, 0)
@@ -62,7 +62,7 @@ class Gating:
         self.terms, self.last = tuple(terms), _Last()
 
     def is_of(self, terms: Sequence[GateTerm]) -> bool:
-        """Whether exactly these are in force."""
+        """Whether exactly these gates are in force."""
         own, others = ([[id(gate) for gate in term.gates] for term in each] for each in (self.terms, terms))
         return own == others
 
@@ -104,7 +104,7 @@ class Gating:
 
     @staticmethod
     def of_rows(term: GateTerm, conditioning: dict[str, Tensor | None], rows: int, prompts: int) -> Tensor:
-        """See `opened`, of one erasure."""
+        """Compute the openness of one erasure's gates, see `opened`."""
         found = torch.zeros(rows, term.concepts)
         for row in range(rows - prompts, rows):
             parts = [
@@ -119,7 +119,7 @@ class Gating:
 
 
 def _same(refs: Sequence[weakref.ref[Tensor] | None], conditioning: Sequence[Tensor | None]) -> bool:
-    """Whether tensors are the very ones that are referred to."""
+    """Whether tensors are the same objects as those of weak references."""
     return len(refs) == len(conditioning) and all(
         (None if ref is None else ref()) is part and (ref is None) == (part is None)
         for ref, part in zip(refs, conditioning, strict=True)

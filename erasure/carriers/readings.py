@@ -40,7 +40,7 @@ ALIKE = 0.02
 
 
 class Triggers(NamedTuple):
-    """What a filter reads in one prompt."""
+    """The trigger words that a filter found in one prompt."""
 
     own: Tensor
     """`(rank, dim)`: orthonormal rows that span the prompt's own subspace."""
@@ -51,7 +51,7 @@ class Triggers(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One prompt as filters and gates read it."""
+    """Result of filters and gates for one prompt."""
 
     edit: PromptFilter | PromptGate
     """The filters and gates that read prompts."""
@@ -89,7 +89,7 @@ _BUSY = _Busy()
 
 
 class _Read(NamedArguments):
-    """On a text encoder: reads every prompt that it encodes.
+    """Hook on a text encoder that runs filters and gates on every prompt that is encoded.
 
     Args:
         encoder: The text encoder.
@@ -102,7 +102,7 @@ class _Read(NamedArguments):
         self.given: dict[str, Any] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Keep what is encoded."""
+        """Record the token ids that are encoded."""
         if not _BUSY.on:
             self.given = self.by_name(args, kwargs)
         return args, kwargs
@@ -110,7 +110,7 @@ class _Read(NamedArguments):
     # Which tokens are masked depends on the prompt, and the network runs again for them.
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Read the prompts."""
+        """Run filters and gates on the encoded prompts."""
         if _BUSY.on:
             return output
         given, self.given = self.given, {}
@@ -171,7 +171,7 @@ def _vectors(output: EncoderOutput) -> list[Tensor]:
 
 
 def _sampled(states: Tensor) -> Tensor:
-    """Some values of states `(..., dim)`, in single precision on the CPU."""
+    """Sample some values of states `(..., dim)`, in single precision on the CPU."""
     return states.detach()[..., :: max(1, states.shape[-1] // SAMPLED)].float().cpu()
 
 
@@ -185,7 +185,7 @@ def _is_same(one: Reading, ids: Tensor, keys: Sequence[Tensor]) -> bool:
 
 
 def pooled_vectors(module: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What sums prompts up in the space of a text encoder's states, `(prompts, dim)`.
+    """Compute one vector for each prompt in the space of a text encoder's states, `(prompts, dim)`.
 
     That is CLIP's state of the end token, and the first token's of T5, which has no vector of its own for that.
     """
@@ -196,7 +196,7 @@ def pooled_vectors(module: nn.Module, ids: Tensor, mask: Tensor | None = None) -
 
 
 def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequence[int], blank: int) -> Tensor:
-    """Pooled vectors of a prompt: as it is first, then with the token of each place masked, `(1 + places, dim)`."""
+    """Compute pooled vectors of a prompt: of the whole first, then with each place masked, `(1 + places, dim)`."""
     root = paths.transformer_root(module)
     anatomy = anatomy_of(root)
     if anatomy is not None and anatomy.causal and places:
@@ -212,7 +212,7 @@ def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequenc
 
 
 def _triggers(edit: PromptFilter, ids: Tensor, pooled: Tensor, words: Tensor, places: Sequence[int]) -> Triggers:
-    """What a filter reads in a prompt."""
+    """Find the trigger words of a filter in a prompt."""
     pooled = pooled.cpu()
     found = torch.zeros(len(ids), dtype=torch.bool)
     own = torch.zeros(0, pooled.shape[1])
@@ -269,7 +269,7 @@ def changes(conditioning: Tensor, edit: PromptFilter, rows: range) -> list[Chang
 
 
 def _found(asked: Tensor, edit: PromptFilter | PromptGate) -> Reading | None:
-    """The reading of the prompt whose states are nearest to some values where alike, the newest of several."""
+    """Find the reading of the prompt whose states match sampled values best; the newest of several."""
     limit = ALIKE * asked.abs().amax(-1, keepdim=True)
     best, away = None, torch.inf
     for reading in reversed(list(_READINGS)):
@@ -299,11 +299,11 @@ def changed(conditioning: Tensor, change: Change, strength: float) -> Tensor:
 
 
 class Readings:
-    """The filters and gates of a text encoder as a hook."""
+    """The filters and gates of one text encoder, as a hook."""
 
     @staticmethod
     def write(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> None:
-        """Make exactly these read what a text encoder encodes; none removes the hook."""
+        """Make exactly these filters and gates read a text encoder's prompts; none removes the hook."""
         if Readings.is_written(encoder, edits):
             return
         hooks.remove_hook(encoder, _HOOK)
@@ -312,7 +312,7 @@ class Readings:
 
     @staticmethod
     def is_written(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> bool:
-        """Whether exactly these read."""
+        """Whether exactly these filters and gates read the prompts."""
         hook = hooks.find_hook(encoder, _HOOK)
         if not edits:
             return hook is None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Edited(NamedTuple):
-    """Activations that were edited, and all that this depends on besides the edits."""
+    """Edited activations, and their inputs, by which equal batches are recognised."""
 
     states: Tensor
     """What came in, `(batch, tokens, dim)`."""
@@ -22,7 +22,7 @@ class Edited(NamedTuple):
     """For each term: gates that are open now, `(batch, concepts)`."""
 
     def is_of(self, states: Tensor, ids: Tensor | None, opened_by_others: tuple[Tensor | None, ...]) -> bool:
-        """Whether the same would come out again."""
+        """Whether the inputs are the same, so that the result can be used again."""
         return (
             _same(self.states, states)
             and _same(self.ids, ids)

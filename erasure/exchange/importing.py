@@ -38,7 +38,7 @@ NAMES = ("ss_sd_model_name", "base_model")
 
 @dataclass(frozen=True)
 class Imported:
-    """An erasure that was read from somebody's file."""
+    """An erasure that was read from a published file."""
 
     erasure: Erasure
     form: str
@@ -95,7 +95,7 @@ def import_file(
 
 
 def _own_config(source: Source) -> ErasureConfig | None:
-    """The config that `erasure export` wrote into the header, if it did."""
+    """Read the config that `erasure export` wrote into the header, if there is one."""
     if CONFIG not in source.metadata:
         return None
     where = f"{source.shown}: {CONFIG} in its header"
@@ -104,7 +104,7 @@ def _own_config(source: Source) -> ErasureConfig | None:
 
 
 def _export_said(source: Source) -> list[str]:
-    """What `erasure export` had to leave out, if it wrote the file."""
+    """Say what `erasure export` left out, if it wrote the file."""
     if EXPORT not in source.metadata:
         return []
     header: dict[str, JsonValue] = parsed(
@@ -138,7 +138,7 @@ def _check_base(source: Source, config: ErasureConfig, keys: Sequence[str], pipe
 
 
 def _check_family(source: Source, family: str, kind: str) -> str | None:
-    """What a file says of its base model; `WrongBaseError` where that is of another family."""
+    """Read the base model in a file's header; raise `WrongBaseError` where it is of another family."""
     for text in SAYS:
         said = source.metadata.get(text, "")
         named = next((known for start, known in FAMILIES.items() if said.lower().startswith(start)), None)

@@ -41,7 +41,7 @@ class Model:
 
 @dataclass(frozen=True)
 class LayerName:
-    """A layer as a program knows it."""
+    """The name of a layer in a program."""
 
     stem: str
     """Name without an ending."""
@@ -64,12 +64,12 @@ class Loader:
 
 
 def flat(path: str) -> str:
-    """A path with underscores for dots, as kohya writes it."""
+    """Replace the dots of a path by underscores, as kohya does."""
     return path.replace(".", "_")
 
 
 def in_layout(model: Model, path: str) -> LayerName | str:
-    """A layer of the denoiser by its place in the published layout, as kohya names it."""
+    """Give kohya's name of a denoiser layer, by its place in the published layout."""
     if model.layout is None:
         return "its name depends on the model, so name the model (--model)"
     place = model.layout(f"{path}.weight")
@@ -79,7 +79,7 @@ def in_layout(model: Model, path: str) -> LayerName | str:
 
 
 def text_encoder(model: Model, component: str, path: str) -> LayerName | str:
-    """A layer of a text encoder as kohya names it; T5 counts as the third, whichever place it has."""
+    """Give kohya's name of a text encoder layer; T5 always counts as the third encoder."""
     if is_in_t5(path):
         return LayerName(f"lora_te3_{flat(path)}")
     if CLIP_LAYER.fullmatch(path) is None:
@@ -89,7 +89,7 @@ def text_encoder(model: Model, component: str, path: str) -> LayerName | str:
 
 
 def kohya_name(model: Model, key: str) -> LayerName | str:
-    """As kohya's scripts write it: by the published layout, but for Stable Diffusion by diffusers' paths."""
+    """Give kohya's name: by the published layout, and for Stable Diffusion by diffusers' paths."""
     component, path = key.split("/", 1)
     if component in TEXT_ENCODERS:
         return text_encoder(model, component, path)
@@ -100,7 +100,7 @@ def kohya_name(model: Model, key: str) -> LayerName | str:
 
 
 def unet_name(model: Model, key: str) -> LayerName | str:
-    """A layer of a UNet by diffusers' path, which needs no model to be told, and the others as kohya does."""
+    """Give the name of a UNet layer by diffusers' path, which needs no model; other layers get kohya's name."""
     if key.split("/")[0] in TEXT_ENCODERS or model.family not in (SD, XL):
         return kohya_name(model, key)
     stem = kohya_stem(key, model.family == XL)
@@ -108,7 +108,7 @@ def unet_name(model: Model, key: str) -> LayerName | str:
 
 
 def a1111_name(model: Model, key: str) -> LayerName | str:
-    """As AUTOMATIC1111 finds it; it looks for the upsampler of SDXL's first block in a wrong place."""
+    """Give AUTOMATIC1111's name; it cannot find the upsampler of SDXL's first block, which it looks for elsewhere."""
     component, path = key.split("/", 1)
     if component not in TEXT_ENCODERS and UPSAMPLER.match(path):
         return in_layout(model, path)
@@ -116,7 +116,7 @@ def a1111_name(model: Model, key: str) -> LayerName | str:
 
 
 def diffusers_name(model: Model, key: str) -> LayerName | str:
-    """As diffusers saves it; T5 is passed over by its loaders without a word."""
+    """Give diffusers' name; its loaders ignore layers of T5 silently."""
     component, path = key.split("/", 1)
     if is_in_t5(path):
         return "diffusers loads no LoRA into T5, and says nothing about it"
@@ -151,7 +151,7 @@ T5 = "t5xxl"
 
 
 def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False) -> LayerName | None:
-    """ComfyUI's name of a module by which it finds changes of any parameter; `None` where it has none.
+    """Give ComfyUI's name of a module, by which it finds changes of any parameter; `None` where it has none.
 
     Args:
         model: The model.
@@ -175,12 +175,12 @@ def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False)
 
 
 def ahead_in_comfyui(encoder: str) -> str:
-    """What stands ahead of the paths of one of ComfyUI's text encoders in the names of its tensors."""
+    """Give the prefix of tensor names in one of ComfyUI's text encoders."""
     return f"{encoder}.transformer.{'' if encoder == T5 else 'text_model.'}"
 
 
 def encoder_in_comfyui(component: str, tensors: Iterable[str]) -> str | None:
-    """What ComfyUI calls a text encoder of a model that it has loaded.
+    """Give ComfyUI's name of a text encoder in a loaded model.
 
     Args:
         component: The text encoder, as pipelines name it.

@@ -42,7 +42,7 @@ ADAPTERS = "lora_adapter_metadata"
 
 @dataclass
 class Layer:
-    """Tensors of a file for one name."""
+    """The tensors of one layer in a file."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -68,7 +68,7 @@ def is_lora(source: Source) -> bool:
 
 
 def read_lora(source: Source, pipe: DiffusionPipeline) -> ReadResult:
-    """The edits of a LoRA file.
+    """Read the edits of a LoRA file.
 
     Args:
         source: The file.
@@ -103,7 +103,7 @@ def read_lora(source: Source, pipe: DiffusionPipeline) -> ReadResult:
 
 
 def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], dict[str, float]]:
-    """What a file holds for each name, and the factors on its products.
+    """Read the tensors of each layer in a file, and the scales of their products.
 
     Args:
         source: The file.
@@ -119,7 +119,7 @@ def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], d
 
 
 def _layers(source: Source) -> dict[str, Layer]:
-    """The tensors of a file by name without its ending."""
+    """Group the tensors of a file by layer name, without endings."""
     found: dict[str, Layer] = {}
     for name, tensor in source.tensors.items():
         if kind := next((what for sign, what in OTHERS.items() if sign in name), None):
@@ -172,7 +172,7 @@ def _check_whole(source: Source, layers: Mapping[str, Layer]) -> None:
 
 
 def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> dict[str, float]:
-    """The factor on the product of each layer: alpha over rank."""
+    """Compute the scale of each layer's product: alpha over rank."""
     pairs = {stem: layer for stem, layer in layers.items() if layer.down is not None}
     with_alpha = [stem for stem, layer in pairs.items() if layer.alpha is not None]
     if with_alpha and len(with_alpha) < len(pairs):
@@ -201,7 +201,7 @@ def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> di
 
 
 def _adapters(source: Source) -> dict[str, object]:
-    """Ranks and alphas of PEFT's adapters, as diffusers writes them into the header; empty without."""
+    """Read the ranks and alphas of PEFT's adapters that diffusers wrote into the header; empty without."""
     if ADAPTERS not in source.metadata:
         return {}
     try:
@@ -214,7 +214,7 @@ def _adapters(source: Source) -> dict[str, object]:
 
 
 def _header_scale(source: Source, stem: str, layer: Layer, header: Mapping[str, object]) -> float:
-    """The scale of a layer according to the header: its own alpha and rank, or those of its network."""
+    """Compute a layer's scale from the header: from its own alpha and rank, or those of its network."""
     component, _, path = stem.partition(".")
     if f"{component}.lora_alpha" not in header:
         return 1.0
@@ -238,7 +238,7 @@ def _header_scale(source: Source, stem: str, layer: Layer, header: Mapping[str, 
 def _add(
     edits: Edits, source: Source, stem: str, layer: Layer, scale: float, target: Target, table: Table, weight: Tensor
 ) -> bool:
-    """Add what a file says of one layer to edits, and tell whether that is nothing."""
+    """Add a file's change of one layer to edits; return whether the change is zero."""
     where = f"{source.shown}: {shown(stem)}"
     nothing = True
     if layer.down is not None and layer.up is not None:
@@ -269,7 +269,7 @@ def _add(
 def _checked(
     where: str, down: Tensor, up: Tensor, target: Target, targets: list[Target], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a layer, in the form that its weight has.
+    """Convert the factors of a layer to the form of its weight, and check their shapes.
 
     Raises:
         ArtifactError: They do not go together.
@@ -293,7 +293,7 @@ def _checked(
 
 
 def _put(edits: Edits, where: str, key: str, down: Tensor, up: Tensor, weight: Tensor) -> None:
-    """Add the factors of one layer to edits; those of a convolution multiplied out."""
+    """Add the factors of one layer to edits; those of a convolution are multiplied."""
     if key in edits.low_rank or f"{key}.weight" in edits.deltas:
         raise ArtifactError(f"{where} changes {key} again, which another name in the file does: keep one of them")
     if weight.ndim == 2:

@@ -23,7 +23,7 @@ Place = tuple[str, int]
 
 
 class _Rounds:
-    """What the readers of one encoding find, in this round and in those before."""
+    """Results of the readers of one encoding, in this round and in earlier ones."""
 
     def __init__(self) -> None:
         self.opened_by_others: dict[Place, dict[object, Tensor]] = {}
@@ -31,16 +31,16 @@ class _Rounds:
         self.batches: Counter[tuple[str, object]] = Counter()
 
     def place(self, subject: str, reader: object) -> Place:
-        """The batch that a reader is about to read, or reads."""
+        """Identify the batch that a reader reads next or now."""
         return subject, self.batches[subject, reader]
 
     def note(self, subject: str, reader: object, found: Tensor) -> None:
-        """Keep what a reader finds, and go on to its next batch."""
+        """Record the result of a reader, and continue with its next batch."""
         self.found.setdefault(self.place(subject, reader), {})[reader] = found.detach()
         self.batches[subject, reader] += 1
 
     def news(self) -> set[str]:
-        """Subjects of which a reader would have been told more had it read last."""
+        """List the subjects for which a reader found something after another reader had read."""
         subjects = set()
         for place, by_reader in self.found.items():
             for reader, own in by_reader.items():
@@ -54,7 +54,7 @@ class _Rounds:
         return subjects
 
     def go_on(self) -> None:
-        """Begin the next round."""
+        """Start the next round."""
         for place, by_reader in self.found.items():
             known = self.opened_by_others.setdefault(place, {})
             for reader, own in by_reader.items():
@@ -76,7 +76,7 @@ _CALL = _Call()
 
 
 def together(encode: Callable[[], T]) -> T:
-    """Run one encoding of prompts by several text encoders, again as long as one finds what another was not told.
+    """Encode prompts by several text encoders, repeatedly until none finds anything that another has not seen.
 
     Inside of another such encoding it is a part of that one.
 
@@ -102,7 +102,7 @@ def together(encode: Callable[[], T]) -> T:
 
 @contextmanager
 def without_sharing() -> Iterator[None]:
-    """Readers tell one another nothing inside of the block, in this thread: for texts that no prompt is."""
+    """Stop sharing between readers inside of the block, in this thread: for texts that are no prompts."""
     before, _CALL.without_sharing = _CALL.without_sharing, True
     try:
         yield
@@ -111,7 +111,7 @@ def without_sharing() -> Iterator[None]:
 
 
 def opened_by_others(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
-    """What the other readers of the same batch found in the rounds before, `(rows, things)` bool.
+    """Get what the other readers of the same batch opened in earlier rounds, `(rows, things)` bool.
 
     Args:
         subject: What is looked for.
@@ -129,7 +129,7 @@ def opened_by_others(subject: str, reader: object, rows: int, things: int) -> Te
 
 
 def share_opened(subject: str, reader: object, found: Tensor) -> None:
-    """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
+    """Share with the other readers of the same batch what is open in it, `(rows, things)` bool."""
     if _CALL.without_sharing:
         return
     if _CALL.rounds is not None:
@@ -141,13 +141,13 @@ def share_opened(subject: str, reader: object, found: Tensor) -> None:
 
 
 def differing_subjects() -> set[str]:
-    """Subjects of which readers that were run out of `together` found different things, since this was asked last."""
+    """List the subjects on which readers outside of `together` differed, since the last call."""
     apart, _CALL.apart = _CALL.apart, None
     return set() if apart is None else apart.news()
 
 
 def _others(known: Mapping[object, Tensor], reader: object, rows: int, things: int) -> Tensor | None:
-    """What all readers but one found, `(rows, things)`."""
+    """Combine what all readers except one opened, `(rows, things)`."""
     result = None
     for other, found in known.items():
         if other is reader or found.shape[1] != things:

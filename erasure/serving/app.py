@@ -107,7 +107,7 @@ class Service:
         self.started = time.time()
 
     async def draw(self, request: GenerateRequest) -> list[tuple[Drawing, bytes]]:
-        """The pictures of a request as PNG files.
+        """Draw the pictures of a request, as PNG files.
 
         Raises:
             Problem: It asks for too much, is refused, or cannot be drawn.
@@ -125,7 +125,7 @@ class Service:
         ]
 
     def record(self, drawing: Drawing) -> PictureRecord:
-        """What made a picture."""
+        """Make the record of a picture's origin."""
         record: PictureRecord = {
             "format": FORMAT, "version": __version__, "command": "serve", "model": self.model,
             "fingerprint": self.fingerprint, "erasures": self.erasures, "prompt": drawing.prompt,
@@ -136,7 +136,7 @@ class Service:
         return record
 
     def health(self) -> dict[str, object]:
-        """How the service is."""
+        """Report the state of the service."""
         batcher, figures, costs = self.batcher, self.batcher.figures, self.lock.costs
         status = "failing" if batcher.failure else "stopping" if batcher.closing else "ok"
         seconds, log = list(figures.seconds), self.lock.audit
@@ -154,7 +154,7 @@ class Service:
 
 
 async def _all(futures: list[Future[Image.Image]]) -> list[Image.Image]:
-    """Every picture; the first problem where there is one, once all are done: what is accepted is drawn."""
+    """Wait for all pictures, and raise the first problem then; every accepted picture is drawn."""
     results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -222,7 +222,7 @@ def application(service: Service) -> FastAPI:
 
 
 def _of_validation(error: RequestValidationError) -> Problem:
-    """What is wrong with a body, without what it holds."""
+    """Describe what is wrong with a body, without its content."""
     found = error.errors()
     if any(each["type"] == "json_invalid" for each in found):
         return Problem(400, "invalid", "the body is no JSON: send an object with a 'prompt'")

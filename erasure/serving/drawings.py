@@ -29,7 +29,7 @@ SEEDS = 2**63
 
 
 class Problem(Exception):
-    """Something that is wrong with a request, or with the service.
+    """An error of a request or of the service, with its HTTP status.
 
     Args:
         status: Status of HTTP.
@@ -43,7 +43,7 @@ class Problem(Exception):
         self.status, self.code, self.message, self.headers = status, code, message, headers or {}
 
     def body(self) -> dict[str, object]:
-        """The answer as plain data."""
+        """Give the answer's body as plain data."""
         return {"error": {"code": self.code, "message": self.message}}
 
 
@@ -82,7 +82,7 @@ class Drawing:
 
 
 def drawings(request: GenerateRequest, limits: Limits, world: World, pipe: DiffusionPipeline) -> list[Drawing]:
-    """The pictures that a request asks for.
+    """Check a request, and list the pictures to draw.
 
     Args:
         request: The request.
