@@ -49,7 +49,7 @@ def editable(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def layers_of(module: nn.Module) -> dict[str, Tensor]:
-    """List the modules with a weight, by canonical path."""
+    """Give the weight of every module that has one, by the module's canonical path."""
     found = {}
     for path in paths.canonical_parameters(module):
         owner, _, name = path.rpartition(".")

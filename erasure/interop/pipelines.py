@@ -109,7 +109,7 @@ class EncodedTogether(CallGuard):
 
 
 def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Give the pipeline with FreeU off, as another object where FreeU is on."""
+    """Switch FreeU off on a pipeline, and return the pipeline."""
     if any(paths.has_free_u(component) for component in components_of(pipe).values()):
         pipe.disable_freeu()  # type: ignore[attr-defined]
     return pipe

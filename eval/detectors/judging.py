@@ -25,7 +25,7 @@ class UnjudgedError(Exception):
 
 @dataclass(frozen=True)
 class FindingAnswer:
-    """A detector's finding as an answer."""
+    """A detector's finding in the form of a judge's answer."""
 
     object: str | None
     style: str | None = None
@@ -54,7 +54,7 @@ class FindingJudge:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names of the detectors, and what tells them from others of these names."""
+        """Names and fingerprints of the detectors."""
         recipes = {label: dict(self.detectors[label].recipe()) for label in self._used}
         return f"{' + '.join(self._used)} ({digest([recipes, self.names, self.styles])[:12]})"
 
@@ -73,11 +73,11 @@ class FindingJudge:
         return (self.object_by, *(() if self.style_by is None else (self.style_by,)))
 
     def is_of(self, detectors: Mapping[str, NamedDetector]) -> bool:
-        """Whether these detectors, under these labels, are the ones that it answers by."""
+        """Whether the judge answers by these detectors under these labels."""
         return all(detectors.get(label) == self.detectors[label] for label in self._used)
 
     def answer(self, findings: Mapping[str, Finding]) -> FindingAnswer | Exception:
-        """The answer that findings mean; an exception where a detector could not say anything.
+        """Convert findings to an answer; an exception where a detector could not judge.
 
         Args:
             findings: By label of the detector.
@@ -104,7 +104,7 @@ class FindingJudge:
 
 @dataclass(frozen=True)
 class NoJudge:
-    """The judge of a suite in which nobody is asked which class an image shows."""
+    """The judge of a suite without classes."""
 
     fingerprint: str = "none"
 
@@ -114,6 +114,6 @@ class NoJudge:
 
 
 def likeliest(finding: Finding, names: Sequence[str]) -> str:
-    """The likeliest of some classes that a finding has among its labels; `NOTHING` where it has none of them."""
+    """Give the likeliest of some classes among a finding's labels; `NOTHING` without any."""
     seen = [name for name in names if name in finding.labels]
     return max(seen, key=lambda name: finding.scores.get(name, 0.0), default=NOTHING)

@@ -21,7 +21,7 @@ INT4_GROUP = 128
 
 
 class RoundTrip(NamedTuple):
-    """A weight after its round trip."""
+    """A weight after a round trip through fewer bits."""
 
     value: Tensor
     """float32, shaped as it was."""
@@ -30,7 +30,7 @@ class RoundTrip(NamedTuple):
 
 
 def int8(weight: Tensor) -> RoundTrip:
-    """Symmetric integers from -127 to 127, one scale for each row: its largest value over 127.
+    """Round to symmetric integers of -127 to 127, with one scale per row: its largest value over 127.
 
     Args:
         weight: `(outputs, ...)`.
@@ -42,7 +42,7 @@ def int8(weight: Tensor) -> RoundTrip:
 
 
 def int4(weight: Tensor) -> RoundTrip:
-    """Integers from 0 to 15 with a scale and a zero for each group of 128 values of a row.
+    """Round to integers of 0 to 15, with a scale and a zero for each group of 128 values of a row.
 
     The range of a group holds 0, so that weights of exactly 0 stay so. The last group of a row may be shorter.
 
@@ -59,7 +59,7 @@ def int4(weight: Tensor) -> RoundTrip:
 
 
 def nf4(weight: Tensor) -> RoundTrip:
-    """The nearest of sixteen values for normal numbers, scaled by the largest of each block of 64.
+    """Round to the nearest of NF4's sixteen values, scaled by the largest value of each block of 64.
 
     Blocks go through the weight in order, across rows, as bitsandbytes has it.
 
@@ -77,14 +77,14 @@ def nf4(weight: Tensor) -> RoundTrip:
 
 
 def _in_blocks(rows: Tensor, size: int) -> tuple[Tensor, int]:
-    """Rows `(rows, columns)` as `(rows, blocks, size)`, the last block filled up with zeros, and how many of them."""
+    """Split rows into blocks `(rows, blocks, size)`, padded with zeros; give the number of zeros too."""
     size = min(size, rows.shape[1])
     padding = -rows.shape[1] % size
     return torch.nn.functional.pad(rows, (0, padding)).unflatten(1, (-1, size)), padding
 
 
 def _put_together(value: Tensor, codes: Tensor, rows: Tensor, padding: int, weight: Tensor) -> RoundTrip:
-    """Blocks as the weight they were cut from."""
+    """Join blocks to the weight that they were cut from."""
     whole = [part.flatten(1)[:, : part.flatten(1).shape[1] - padding] for part in (value, codes)]
     assert whole[0].shape == rows.shape
     return RoundTrip(whole[0].reshape(weight.shape), whole[1].to(torch.int16).reshape(weight.shape))

@@ -17,14 +17,14 @@ NOTHING = "nothing flagged"
 
 
 class ObjectAnswer(NamedTuple):
-    """What a detector's finding says in the form of a judge's answer."""
+    """A detector's finding in the form of a judge's answer."""
 
     object: str | None
     style: str | None
 
 
 class FlaggingJudge:
-    """A detector as a judge: what it flags shows the concept, whatever else is in the picture.
+    """A detector as a judge: a flagged picture shows the concept.
 
     It knows nothing of what other prompts ask for, so retained prompts cannot be judged with it.
 
