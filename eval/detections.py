@@ -17,9 +17,6 @@ from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 from erasure.images import flaw
 
-Findings = Mapping[str, Finding]
-"""What each detector found in one image, by the detector's label."""
-
 
 @dataclass(frozen=True)
 class TestedDetector:

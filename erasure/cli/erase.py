@@ -12,7 +12,7 @@ from erasure.cli.described import changes, list_of, options_of, parse_with, valu
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
-from erasure.concept import Kind
+from erasure.concept import Concept, Kind
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
@@ -94,22 +94,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
-    asked = wanted(options)
-    learned = tokens_of(options.learned)
-    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
-    concepts = world.concepts(
-        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
-        erased=() if earlier is None else earlier.concepts,
-    )  # fmt: skip
-    # What was learned beside a concept looks like nothing that the vocabulary has: it survives if it is said to.
-    erased = {name for concept in concepts for name in concept.names}
-    beside = [token for token in learned if token not in erased]
-    concepts = [
-        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
-        for each in concepts
-    ]
-    if len(concepts) > 1 and options.synonyms:
-        raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
+    concepts = concepts_of(options, earlier)
 
     import erasure
     from erasure import ledger
@@ -130,11 +115,46 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         folder = made.save(folder, overwrite=options.overwrite)
         if training is not None:
             training.discard()
+    show_result(made, name, folder, options, terminal)
+
+
+def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]:
+    """Make the concepts that the options name; learned tokens beside them are added to their retain lists.
+
+    Args:
+        options: Options of the command.
+        earlier: Erasure to which the concepts are added, if there is one.
+
+    Raises:
+        UsageError: Synonyms are given for several concepts.
+        ConceptError: A concept is not valid.
+    """
+    asked = wanted(options)
+    learned = tokens_of(options.learned)
+    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
+    concepts = world.concepts(
+        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
+        erased=() if earlier is None else earlier.concepts,
+    )  # fmt: skip
+    # A learned token resembles no word of the vocabulary, so it survives only where a retain list names it.
+    erased = {name for concept in concepts for name in concept.names}
+    beside = [token for token in learned if token not in erased]
+    concepts = [
+        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
+        for each in concepts
+    ]
+    if len(concepts) > 1 and options.synonyms:
+        raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
+    return concepts
+
+
+def show_result(made: Erasure, strategy: str, folder: Path, options: EraseOptions, terminal: Terminal) -> None:
+    """Print a summary of an erasure that a strategy has made, as JSON or for people."""
     seconds = made.config.cost.get("seconds", 0.0)
     if options.json:
         terminal.result(
             {
-                "name": made.name, "folder": str(folder), "strategy": name, "concepts": made.config.concepts,
+                "name": made.name, "folder": str(folder), "strategy": strategy, "concepts": made.config.concepts,
                 "strategy_config": made.config.strategy_config, "seed": made.config.seed, "bytes": made.size_bytes,
                 "cost": made.config.cost, "requests": made.config.requests,
             }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (*FORMAT_OF, ".gif")
 """Endings of images that are looked for."""
-RECIPE_FILE, ROWS_FILE, LOCK_FILE = "removal.json", "removal.jsonl", "lock"
+RECIPE_FILE, ROWS_FILE = "removal.json", "removal.jsonl"
 """In the folder of the results: what the run depends on, and a line for each image that is done."""
 NAMED = 6
 """Images that the closing error names."""
