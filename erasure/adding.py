@@ -154,7 +154,10 @@ class Addition:
         # All values must be finite here: in a sum with other edits a bad value would not be noticed.
         fit.edits.check_finite()
         if not len(fit.edits) or fit.edits.is_empty:
-            raise UnsupportedModelError(f"{self.method.name} changed nothing on top of {self.made.name}")
+            raise UnsupportedModelError(
+                f"{self.method.name} changed nothing on top of {self.made.name}: choose another strategy or preset "
+                "for the added concepts"
+            )
         edits = added_up(self.made.edits, fit.edits, _values(stock.pipe), _values(erased.pipe))
         return fit._replace(edits=edits, gates={**self.made.config.gates, **fit.gates})
 

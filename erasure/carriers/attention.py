@@ -292,7 +292,10 @@ class EditedAttention(ChosenBackend):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Run the layer, with the signature of diffusers' attention processors."""
         if attention_mask is not None:
-            raise UnsupportedModelError(f"{self.site.name} is given an attention mask, which cannot be combined")
+            raise UnsupportedModelError(
+                f"{self.site.name} is given an attention mask, which cannot be combined with an edit of attention: "
+                "call the pipeline without it"
+            )
         query, key, value = project(self.site, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
         out = self.edit(query, key, value, self.backend)
         return finish(self.site, out.to(query.dtype), encoder_hidden_states)
@@ -312,7 +315,10 @@ class _Capture(ModelHook):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text: Any = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         if kwargs.get("attention_mask", args[2] if len(args) > 2 else None) is not None:
-            raise UnsupportedModelError(f"{self.site.name} is given an attention mask, whose attention is not read")
+            raise UnsupportedModelError(
+                f"{self.site.name} is given an attention mask, whose attention is not read: call the pipeline "
+                "without it"
+            )
         if self.site.kind == "cross":
             query, key = project_cross(self.site, hidden, text)
             words = slice(0, key.shape[1])

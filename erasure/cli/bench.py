@@ -53,7 +53,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options = parse(BenchOptions, "bench", argv)
     terminal.json_only = options.json
     if options.repeats < 1:
-        raise UsageError("--repeats is at least 1")
+        raise UsageError(f"--repeats is {options.repeats}, allowed: a whole number, 1 or more")
     check_strengths(options)
     erasures = load_erasures(options)
     pipe = open_model(options)

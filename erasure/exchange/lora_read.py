@@ -219,7 +219,10 @@ def _header_scale(source: Source, stem: str, layer: Layer, header: Mapping[str, 
     if f"{component}.lora_alpha" not in header:
         return 1.0
     if header.get(f"{component}.use_dora"):
-        raise UnsupportedModelError(f"{source.shown} is a DoRA, and only plain LoRA is read")
+        raise UnsupportedModelError(
+            f"{source.shown} is a DoRA, and only plain LoRA can be read: ask its author for a plain LoRA, or for "
+            "the whole weights"
+        )
     assert layer.down is not None
     alpha: object = header[f"{component}.lora_alpha"]
     patterns = header.get(f"{component}.alpha_pattern") or {}

@@ -200,7 +200,7 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
         event = str(line.entry["event"])
         events[event] = events.get(event, 0) + 1
     if not lines:
-        raise ArtifactError(f"{path} holds no line of an audit log")
+        raise ArtifactError(f"{path} holds no line of an audit log: check the path")
     if open_end:
         raise ArtifactError(
             f"the last line of {path} is cut short: a process was killed while it wrote it, or somebody cut it. "
@@ -297,7 +297,9 @@ def _digest_of(text: str, key: bytes | None, salt: str) -> str:
 
 def _checked(key: bytes | None) -> bytes | None:
     if key is not None and len(key) < 16:
-        raise ArtifactError(f"the key of an audit log has {len(key)} bytes, at least 16 are needed")
+        raise ArtifactError(
+            f"the key of an audit log has {len(key)} bytes, at least 16 are needed: choose a longer key"
+        )
     return key
 
 

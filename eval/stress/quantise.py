@@ -89,7 +89,9 @@ class Quantise(StressTest):
         components = list(bench.edited) or [bench.backbone.denoiser_component]
         found = {name: bench.linear(name, convolutions=self.convolutions) for name in components}
         if empty := [name for name, some in found.items() if not some]:
-            raise EvaluationError(f"the {empty[0]} has no linear layer to quantise")
+            raise EvaluationError(
+                f"the {empty[0]} has no linear layer to quantise: pass convolutions=True (--convolutions)"
+            )
         return found
 
     def rounded(self, weight: Tensor, name: str) -> Tensor:

@@ -77,7 +77,10 @@ class PromptSuite(Suite):
         own = suite.preset.detectors if suite.preset and suite.preset.detectors else about.detectors
         chosen = read_choices(own if inputs.detectors is None else inputs.detectors)
         if not chosen and about.answers != "none":
-            raise EvaluationError(f"suite {self.name} needs a detector that says what an image shows")
+            raise EvaluationError(
+                f"suite {self.name} needs a detector that says what an image shows: name one with detectors= "
+                "(--detector)"
+            )
         names = [request.target for request in World.of(pipe).requests(concepts)] if concepts else []
         suite.detectors = made({label: suite.completed(label, each, pipe, names) for label, each in chosen.items()})
         if about.answers == "classes":
