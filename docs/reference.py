@@ -136,7 +136,7 @@ def front() -> str:
     for name in [*first, *(n for n in ELSEWHERE if n not in first), *STRATEGIES.names()]:
         if any(f"/{name}.md" in line[0] for line in lines):
             continue
-        told = STRATEGIES.facts(str(name)).told
+        told = STRATEGIES.facts(str(name)).attributes
         cells = [f"[`{name}`](docs/reference/{name}.md)" + (f" ({NOTES[name]})" if name in NOTES else "")]
         for model in COLUMNS:
             if (row := measured.get((name, model))) is not None:
@@ -171,7 +171,7 @@ def page(facts: Facts, families: Measured, of_all: Measured) -> str:
         families: Rows of methods on several models.
         of_all: Rows of all methods on one model.
     """
-    told, strategy = facts.told, STRATEGIES.get(facts.name)
+    told, strategy = facts.attributes, STRATEGIES.get(facts.name)
     source = Path(inspect.getfile(strategy))
     module = source.relative_to(source.parents[1]).as_posix()
     head, _, rest = inspect.cleandoc(inspect.getdoc(strategy) or "").partition("\n\n")

@@ -28,7 +28,7 @@ from erasure.interop import paths
 from erasure.interop.pipelines import components_of
 from erasure.schema import ErasureConfig, Request, strategies_of
 from erasure.strategies import Strategy, get
-from erasure.strategies.base import Fit, Standing, Way
+from erasure.strategies.base import EarlierErasure, Fit, Way
 from erasure.strategies.looped import LoopedStrategy
 from erasure.strategies.sums import Weight, added_up, refuse_on_top
 from erasure.training.run import Run
@@ -144,17 +144,20 @@ class Addition:
         # return.
         wanted = [*self.concepts.new, *self.concepts.moved]
         if isinstance(self.method, LoopedStrategy):
-            standing = Standing(self.made.fingerprint, self.concepts.standing)
+            earlier = EarlierErasure(self.made.fingerprint, self.concepts.still_erased)
             fit = self.method.train(
-                erased, wanted, seed=self.seed, progress=progress, run=run or Run(), standing=standing
+                erased, wanted, seed=self.seed, progress=progress, run=run or Run(), earlier=earlier
             )
         else:
-            wanted = retaining(wanted, self.concepts.standing)
+            wanted = retaining(wanted, self.concepts.still_erased)
             fit = self.method.fit(erased, wanted, seed=self.seed, progress=progress)
         # All values must be finite here: in a sum with other edits a bad value would not be noticed.
         fit.edits.check_finite()
         if not len(fit.edits) or fit.edits.is_empty:
-            raise UnsupportedModelError(f"{self.method.name} changed nothing on top of {self.made.name}")
+            raise UnsupportedModelError(
+                f"{self.method.name} changed nothing on top of {self.made.name}: choose another strategy or preset "
+                "for the added concepts"
+            )
         edits = added_up(self.made.edits, fit.edits, _values(stock.pipe), _values(erased.pipe))
         return fit._replace(edits=edits, gates={**self.made.config.gates, **fit.gates})
 
@@ -206,7 +209,7 @@ class Addition:
         return next((name for name, each in attached if each is self.made or each.fingerprint == own), None)
 
 
-def retaining(concepts: Sequence[Concept], standing: Sequence[Concept]) -> list[Concept]:
+def retaining(concepts: Sequence[Concept], erased: Sequence[Concept]) -> list[Concept]:
     """Add to retain lists the concepts that are erased already, and what those retain.
 
     Styles are added to a style's retain list where there is a style, and other concepts to an object's, because names
@@ -214,7 +217,7 @@ def retaining(concepts: Sequence[Concept], standing: Sequence[Concept]) -> list[
     """
     made = list(concepts)
     gone = {name for concept in concepts for name in concept.names}
-    for other in standing:
+    for other in erased:
         alike = (place for place, each in enumerate(made) if (each.kind == "style") == (other.kind == "style"))
         place = next(alike, 0)
         words = [word for word in (*other.names, *other.retain) if word not in gone]

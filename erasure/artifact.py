@@ -334,8 +334,8 @@ def _check_together(folder: Path, config: ErasureConfig, edits: Edits) -> None:
     # The base of feature edits is identified by the parameters of their block.
     below = {block: {key for key in expected if key.startswith(block + ".")} for block in edits.features}
     # The base of guidance and filters is identified by the denoiser's layers that read text.
-    told = [key.split("/")[0] for key in (*edits.safety, *edits.filters)]
-    below |= {part: {key for key in expected if key.startswith(part + "/")} for part in told}
+    guided_parts = [key.split("/")[0] for key in (*edits.safety, *edits.filters)]
+    below |= {part: {key for key in expected if key.startswith(part + "/")} for part in guided_parts}
     expected -= set().union(*below.values()) - found
     found |= {block for block, known in below.items() if not known}
     found |= {f"{key}.weight" for key in edits.membranes}

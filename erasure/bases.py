@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from erasure.backbones import Backbone, backbone_for
 from erasure.carriers.edits import Edits
 from erasure.carriers.embeddings import learned_tokens
-from erasure.carriers.weights import Written, fingerprint, sample
+from erasure.carriers.weights import WrittenEdits, fingerprint, sample
 from erasure.concept import Concept
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
@@ -31,7 +31,7 @@ def base_of(backbone: Backbone, edits: Edits, concepts: Sequence[Concept]) -> di
     base: dict[str, Any] = {"model": shown, "revision": revision, "tensors": tensors}
     if backbone.denoiser_component in edits.components:
         # Edits of the denoiser are fitted to the outputs of these text encoders.
-        encoders = {tower.component: fingerprint(sample(tower.module, Written())) for tower in backbone.towers}
+        encoders = {tower.component: fingerprint(sample(tower.module, WrittenEdits())) for tower in backbone.towers}
         base["text_encoders"] = encoders
     if learned := learned_tokens(backbone.towers, [text for concept in concepts for text in concept.texts()]):
         base["learned_tokens"] = learned
@@ -50,8 +50,8 @@ def size_of(backbone: Backbone) -> list[int] | None:
 
 def _read_parameters(pipe: DiffusionPipeline, edits: Edits) -> list[str]:
     """List the parameters of blocks and layers whose output is edited, because the edits depend on them."""
-    told = edits.safety or edits.filters
-    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if told else []
+    reads_conditioning = edits.safety or edits.filters
+    found = [f"{layer.key}.weight" for layer in backbone_for(pipe).entry_layers()] if reads_conditioning else []
     found += [f"{key}.weight" for key in edits.membranes]
     for key in edits.features:
         component, block = key.split("/", 1)

@@ -175,7 +175,9 @@ def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise ConceptError(f"{text!r:.80} in a concept is no text")
     if len(text) > LONGEST_TEXT:
-        raise ConceptError(f"a text of {len(text)} characters in a concept, at most {LONGEST_TEXT} are allowed")
+        raise ConceptError(
+            f"a text of {len(text)} characters in a concept, at most {LONGEST_TEXT} are allowed: shorten it"
+        )
     if not files.is_line(text):
         raise ConceptError(f"{text!r:.80} in a concept holds control characters or line breaks: take them out")
 

@@ -149,7 +149,7 @@ def check_fit(
         encoder = modules.get(component)
         refuse_left_out(pipe, name, component)
         found = None if encoder is None else ComponentState.of(encoder)
-        written = weights.Written() if found is None else found.record.written
+        written = weights.WrittenEdits() if found is None else found.record.written
         if encoder is None or not weights.same_base(weights.sample(encoder, written), digest):
             raise WrongBaseError(
                 f"{name!r} was fitted to another {component} than this pipeline has, so it would erase something "

@@ -32,7 +32,7 @@ class Merged(NamedTuple):
         return [*self.earlier, *self.new]
 
     @property
-    def standing(self) -> list[Concept]:
+    def still_erased(self) -> list[Concept]:
         """Give the earlier concepts that need not be erased again."""
         return [concept for concept in self.earlier if concept not in self.moved]
 

@@ -53,7 +53,7 @@ class Facts:
     """Description of a registered object for lists and helps."""
 
     name: str
-    told: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     """Class attributes that its registry lists, for instance title and paper, as in JSON."""
     options: tuple[Option, ...] = ()
     """Options of the object, when it is a dataclass."""
@@ -76,12 +76,18 @@ class Registry(Generic[T]):
         kind: str,
         built_in: Mapping[str, str],
         *,
-        told: tuple[str, ...],
+        attributes: tuple[str, ...],
         accepts: Callable[[object], str],
         unknown: type[ErasureError],
         instances: bool = False,
     ) -> None:
-        self.kind, self.built_in, self.told, self.accepts, self.unknown = kind, built_in, told, accepts, unknown
+        self.kind, self.built_in, self.attributes, self.accepts, self.unknown = (
+            kind,
+            built_in,
+            attributes,
+            accepts,
+            unknown,
+        )
         self.instances = instances
         self.plural = f"{kind.removesuffix('y')}ies" if kind.endswith("y") else f"{kind}s"
         self.group = f"erasure.{self.plural.replace(' ', '_')}"
@@ -186,8 +192,8 @@ class Registry(Generic[T]):
         thing = self.get(name)
         kind = thing if isinstance(thing, type) else type(thing)
         options = tuple(_option(kind, field) for field in fields(kind)) if is_dataclass(kind) else ()
-        told = {fact: _plain(getattr(thing, fact)) for fact in self.told}
-        return Facts(name, told, options)
+        attributes = {fact: _plain(getattr(thing, fact)) for fact in self.attributes}
+        return Facts(name, attributes, options)
 
     # Plug-ins -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from erasure.carriers.filters import PromptFilter
 from erasure.carriers.gating import GateTerm
 from erasure.carriers.permeability import PromptGate
 from erasure.carriers.readings import Readings
-from erasure.carriers.weights import Terms, WritePlan, Written
+from erasure.carriers.weights import Terms, WritePlan, WrittenEdits
 from erasure.errors import VerificationError
 from erasure.interop import paths
 
@@ -70,7 +70,7 @@ class Record:
 
     attached: Mapping[str, Attached] = field(default_factory=dict)
     enabled: bool = True
-    written: Written = field(default_factory=Written)
+    written: WrittenEdits = field(default_factory=WrittenEdits)
     reads: Mapping[str, Tensor] = field(default_factory=dict)
     """CPU copies of the base parameters of the blocks whose output is edited, by path."""
     canary: object = None
@@ -82,7 +82,7 @@ class Locked:
     """A lock on the erasures of components; all of its components refer to the same object."""
 
     refuses: frozenset[str] = frozenset()
-    """Names of what is refused in addition to the defaults; see `erasure.guards.said.TOLD`."""
+    """Names of what is refused in addition to the defaults; see `erasure.guards.messages.REFUSED_ON_REQUEST`."""
 
 
 class ComponentState:

@@ -76,7 +76,7 @@ class Clock:
         self.denoising: float | None = 0.0
         self._ends: list[float | torch.cuda.Event] = []
 
-    def told_by(self, pipe: DiffusionPipeline) -> dict[str, object]:
+    def call_arguments(self, pipe: DiffusionPipeline) -> dict[str, object]:
         """Arguments of a pipeline's call by which it tells of its steps; none where it takes no such argument."""
         kinds = [vars(kind).get("__call__") for kind in type(pipe).__mro__]
         taken = any(call is not None and STEP_END in inspect.signature(call).parameters for call in kinds)

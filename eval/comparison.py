@@ -30,11 +30,11 @@ class Comparison:
     `missing` (metric name -> why it has no value), `seconds` (of making the erasures) and `size_bytes`."""
 
     def to_dict(self) -> Record:
-        """Plain data."""
+        """Convert to plain data."""
         return {"columns": list(self.columns), "rows": list(self.rows)}
 
     def suites(self) -> list[Comparison]:
-        """One comparison for each suite or attack: their numbers say unlike things."""
+        """Split into one comparison for each suite or attack."""
         parts = []
         for suite in dict.fromkeys((row["suite"], row["size"]) for row in self.rows):
             rows = tuple(row for row in self.rows if (row["suite"], row["size"]) == suite)
@@ -45,7 +45,7 @@ class Comparison:
         return parts
 
     def means(self) -> list[Record]:
-        """Per method, suite and variant: the plain mean of every column over concepts, and how many there are.
+        """Compute, per method, suite and variant, the mean of every column over concepts, and their number.
 
         There is none for a single concept, and none where a concept was measured more than once: those are runs, not
         concepts. `repeated` says which ones have no mean for that reason.
@@ -66,7 +66,7 @@ class Comparison:
         return table
 
     def repeated(self) -> list[str]:
-        """Methods with several concepts of which one was measured more than once, so that there is no mean."""
+        """List the methods without a mean, because one of several concepts was measured more than once."""
         found = []
         for rows in self._groups():
             concepts = [row["concept"] for row in rows]
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def label(results: Results) -> str:
-    """Strategies of the attached erasures, with a strength that is not 1; `base` without any."""
+    """Name the strategies of the attached erasures, with strengths other than 1; `base` without any."""
     parts = []
     for erasure in results.erasures:
         strength = erasure.get("strength", 1.0)
@@ -143,7 +143,7 @@ def compare(results: Sequence[Results | str | Path], labels: Sequence[str] = ())
 
 
 def _called(result: Results, name: str, method: str, variant: str, loaded: Sequence[Results]) -> Record:
-    """Label and method of a row."""
+    """Give the label and the method of a row."""
     if variant == "before":
         models = {other.model.get("fingerprint"): other.model.get("name") for other in loaded}
         which = BASE if len(models) == 1 else f"{BASE} {result.model.get('name')} {result.model.get('fingerprint')}"
@@ -155,7 +155,7 @@ def _called(result: Results, name: str, method: str, variant: str, loaded: Seque
 
 
 def _names(loaded: Sequence[Results]) -> list[str]:
-    """A name for every result, no two alike: the end of its folder's path, as long as need be; or its strategies."""
+    """Make unique names of results: from the end of the folder's path, as short as possible, or the strategies."""
     paths = [result.folder.resolve().parts if result.folder else (label(result),) for result in loaded]
     names = [""] * len(paths)
     for length in range(1, max(map(len, paths)) + 1):
@@ -188,7 +188,7 @@ def _methods(loaded: Sequence[Results]) -> list[str]:
 
 
 def _check_labels(rows: Sequence[Record], given: bool) -> None:
-    """Refuse one given label for two results of one concept: nobody could tell their rows apart."""
+    """Refuse one given label for two results of the same concept, because their rows could not be distinguished."""
     seen: set[str] = set()
     for row in rows:
         key = json.dumps([row[k] for k in ("label", "suite", "size", "variant", "concept", "model")])

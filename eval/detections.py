@@ -17,13 +17,10 @@ from erasure.eval.rows import Record
 from erasure.eval.samples import Sample
 from erasure.images import flaw
 
-Findings = Mapping[str, Finding]
-"""What each detector found in one image, by the detector's label."""
-
 
 @dataclass(frozen=True)
-class Checked:
-    """A detector that has passed its self-test, with what it is worth on pictures of the user's."""
+class TestedDetector:
+    """A detector that has passed its self-test, with its sensitivity and specificity on the user's pictures."""
 
     label: str
     """Under which its findings are in rows and metrics."""
@@ -34,8 +31,8 @@ class Checked:
     """`None` where no pictures of the user's were given."""
 
     @classmethod
-    def of(cls, label: str, detector: NamedDetector, controls: str | Path | None = None) -> Checked:
-        """Test a detector before anything is drawn.
+    def of(cls, label: str, detector: NamedDetector, controls: str | Path | None = None) -> TestedDetector:
+        """Test a detector before any image is drawn.
 
         Args:
             label: Under which its findings are.
@@ -53,7 +50,7 @@ class Checked:
 
     @property
     def entry(self) -> Record:
-        """The detector as results hold it."""
+        """Describe the detector for results."""
         measured = None if self.measured is None else self.measured.to_dict()
         return {
             "label": self.label, "recipe": dict(self.recipe), "self_test": self.tested._asdict(),
@@ -62,25 +59,25 @@ class Checked:
 
     @property
     def read_by(self) -> Record:
-        """All that readings depend on besides the image: another threshold or class set needs none anew."""
+        """Give all that readings depend on besides the image; thresholds and class sets are not part of it."""
         return {**{key: dict(self.recipe)[key] for key in READ_BY}, "package": __version__}
 
 
 class ReadingMemory(Protocol):
-    """What has been read in images before; see `erasure.eval.drawings.DrawingCache`."""
+    """A memory of detectors' readings; see `erasure.eval.drawings.DrawingCache`."""
 
     def reading(self, sample: Sample, label: str) -> Reading | None:
-        """What a detector's network said of a sample's image."""
+        """Get the reading of a sample's image by a detector's network."""
 
     def put_reading(self, sample: Sample, label: str, reading: Reading) -> None:
-        """Keep that."""
+        """Store a reading."""
 
 
 def detect(
     samples: Sequence[Sample], images: Sequence[Image.Image], detectors: Mapping[str, NamedDetector],
     memory: ReadingMemory | None = None, recall: bool = False,
 ) -> list[dict[str, Finding]]:  # fmt: skip
-    """Ask every detector about every image of a batch; see `ask` for what can be said of none.
+    """Run every detector on every image of a batch; see `ask` for images that cannot be judged.
 
     Args:
         samples: What was asked for.
@@ -112,7 +109,7 @@ def detect(
 
 
 def _judged(detector: NamedDetector, reading: Reading) -> Finding | None:
-    """The finding that a kept reading means; `None` where the reading is of no use."""
+    """Judge a stored reading; `None` where it cannot be used."""
     try:
         finding = checked(detector.judge(reading))
     except Exception:  # a file that was changed by hand, for instance

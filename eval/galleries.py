@@ -30,7 +30,7 @@ TRANSITIONS: Mapping[tuple[bool | None, bool | None], tuple[str, str]] = {
 
 
 class Picture(NamedTuple):
-    """One image with what was seen in it."""
+    """An image, and what was seen in it."""
 
     style: str
     state: str
@@ -49,7 +49,7 @@ class Figure(NamedTuple):
 
 
 class Showing(NamedTuple):
-    """Where the images of a report are, and what hides them."""
+    """Folder of a report's images, and which of them are hidden."""
 
     images: Path
     """Folder of the images of all variants."""
@@ -75,7 +75,7 @@ class Gallery:
     def of(
         cls, title: str, about: str, drawn: Sequence[Drawn], showing: Showing, folded: bool = False, limit: int = LIMIT
     ) -> Gallery:  # fmt: skip
-        """The first samples of a section, those that have an image of every variant."""
+        """Make a gallery of a section's first samples that have an image of every variant."""
         figures = [made for sides in drawn[:limit] if (made := sample_figure(sides, showing))]
         return cls(title, about, figures, len(drawn), folded)
 
@@ -83,7 +83,7 @@ class Gallery:
 def transition_galleries(
     drawn: Sequence[Drawn], label: str, showing: Showing, limit: int = LIMIT
 ) -> list[Gallery]:  # fmt: skip
-    """Samples by what a detector says before and after, what speaks against the erasure first.
+    """Group samples by a detector's flags before and after; groups that speak against the erasure come first.
 
     Args:
         drawn: Samples.
@@ -106,7 +106,7 @@ def transition_galleries(
 
 
 def veiled(sides: Drawn, telling: frozenset[str] = frozenset()) -> bool:
-    """Whether a sample's images stay out of a page.
+    """Whether a sample's images are hidden.
 
     They do where the prompt may be unsafe, and where a detector does not say of every image that it is not flagged.
 
@@ -137,7 +137,7 @@ def sample_figure(sides: Drawn, showing: Showing) -> Figure | None:
 
 
 def picture(row: Row, showing: Showing, side: str, style: str, hidden: bool) -> Picture | None:
-    """One image as a data URI, with what was seen in it; a mosaic of it where it is hidden."""
+    """Embed an image as a data URI, with what was seen in it; as a mosaic where it is hidden."""
     image = read_picture(image_path(showing.images.parent, side, row["sample_id"]))
     if image is None:
         return None
@@ -148,7 +148,7 @@ def picture(row: Row, showing: Showing, side: str, style: str, hidden: bool) -> 
 
 
 def answer_of(row: Row, compares: bool) -> str:
-    """What was seen in an image, in a few words.
+    """Describe in a few words what was seen in an image.
 
     Args:
         row: The image's row.
@@ -168,7 +168,7 @@ def answer_of(row: Row, compares: bool) -> str:
 
 
 def right(row: Row) -> bool | None:
-    """Whether the image is as it should be: nothing erased on it, or else both object and style of the prompt."""
+    """Whether an image is right: without the erased concept, or with the object and style of its prompt."""
     judged = row.get("judged")
     if judged is None:
         return None
@@ -183,5 +183,5 @@ def right(row: Row) -> bool | None:
 
 
 def shade(variant: str, index: int) -> str:
-    """The class of a bar or an image: what the others are compared with is drawn as what was before."""
+    """Give the CSS class of a bar or an image; the variant that others are compared with is styled as `before`."""
     return variant if variant in BEFORE_AFTER else BEFORE_AFTER[min(index, 1)]

@@ -17,7 +17,7 @@ from erasure.interop import scopes
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Split into batches of equal settings, in the order in which the settings first appear."""
+    """Split samples into batches of equal settings, in the order in which the settings first appear."""
     groups: dict[tuple[int, float, int, int], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.settings, []).append(sample)
@@ -65,7 +65,7 @@ def generate(
             "generator": [generator for _, generator in drawn],
             "output_type": "pil",
             **backbone.call_options(guidance, steps, (height, width), negative),
-            **({} if clock is None else clock.told_by(pipe)),
+            **({} if clock is None else clock.call_arguments(pipe)),
             **more(batch),
         }
         with torch.no_grad(), scopes.quiet(pipe):
@@ -78,7 +78,7 @@ def generate(
 def timed(
     drawn: Iterator[tuple[list[Sample], list[Image.Image]]], clock: Clock
 ) -> Iterator[tuple[list[Sample], list[Image.Image], float]]:
-    """Batches of samples and images, with the seconds that each image took; what is done between them takes none.
+    """Yield batches of samples and images, with the drawing time of each image in seconds.
 
     Args:
         drawn: Batches, which are drawn when they are asked for.

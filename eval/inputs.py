@@ -16,7 +16,7 @@ from erasure.shown import did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is given; `None` or empty for what is left to the suite."""
+    """A caller's inputs to a suite; `None` or empty where the suite decides."""
 
     prompts: str | Path | None = None
     """Prompt list: a CSV, TSV or JSONL file, a folder of the library `datasets`, or `hf:NAME` of its Hub."""
@@ -71,5 +71,5 @@ class Inputs:
         return cls(**values)  # type: ignore[arg-type]
 
     def named(self) -> list[str]:
-        """Names of what is given."""
+        """List the names of the given inputs."""
         return [field.name for field in fields(self) if getattr(self, field.name) not in (None, ())]

@@ -27,7 +27,7 @@ EXPECTED = (
 
 
 def load_judge(source: str | Path) -> Judge:
-    """The judge in a folder, an embedded one by its name, or what `module:attribute` names.
+    """Load a judge: from a folder, by the name of an embedded one, or as `module:attribute`.
 
     A class is called without arguments. Modules are looked for in the working folder too. The judge is tried on a
     picture of coloured stripes, so that what cannot judge is refused before anything is drawn.
@@ -63,7 +63,7 @@ def _from_folder(folder: Path) -> Judge:
 
 
 def _from_module(module: str, attribute: str) -> Judge:
-    """Import what a module holds under a name."""
+    """Import an attribute of a module."""
     # The working folder is on the path of `python -m erasure`, but not of the program `erasure`.
     sys.path.insert(0, os.getcwd())
     try:
@@ -114,7 +114,7 @@ def check_judge(judge: Judge, name: str) -> None:
 
 
 def check_classes(judge: Judge, samples: Sequence[Sample]) -> None:
-    """Refuse a judge that says which classes it knows when it does not know those that the prompts ask for.
+    """Refuse a judge that declares its classes and lacks one that the prompts ask for.
 
     It would call everything else gone.
 

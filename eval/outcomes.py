@@ -25,7 +25,7 @@ FAILURES = (ErasureError, RuntimeError, ValueError, TypeError, ArithmeticError, 
 
 
 class Attempted(NamedTuple, Generic[T]):
-    """What became of it."""
+    """The outcome of a piece of work."""
 
     state: State
     result: T | None
@@ -37,7 +37,7 @@ class Attempted(NamedTuple, Generic[T]):
 
 
 def attempted(work: Callable[[], T]) -> Attempted[T]:
-    """Do something, and say what became of it in the place of raising."""
+    """Do some work, and return its outcome instead of raising."""
     started = time.perf_counter()
 
     def ended(state: State, result: T | None, why: str) -> Attempted[T]:

@@ -40,10 +40,10 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what all share."""
+        """Whether this process writes the shared files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have arrived."""
         if self._state is not None:
             self._state.wait_for_everyone()

@@ -25,7 +25,7 @@ WEIGHTS_LIMIT = 16 * 2**30
 
 
 def sampler_recipe(pipe: DiffusionPipeline) -> Record:
-    """The scheduler of a pipeline and the precision it runs in."""
+    """Describe a pipeline's scheduler and precision."""
     scheduler, backbone = pipe.scheduler, backbone_for(pipe)
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     return {
@@ -38,7 +38,7 @@ def sampler_recipe(pipe: DiffusionPipeline) -> Record:
 
 
 def judge_fingerprint(judge: object) -> str:
-    """Name of a detector, and what tells it from others of that name.
+    """Give a detector's name and fingerprint.
 
     That is what it says of itself (`fingerprint` or `version`), sha256 of the weights in its folder, the weights of a
     network, or else sha256 of the source file that it is defined in.
@@ -63,7 +63,7 @@ def judge_fingerprint(judge: object) -> str:
 
 
 def is_identified(judge: object) -> bool:
-    """Whether a detector's fingerprint tells all that its answers depend on, so that answers may be kept."""
+    """Whether a detector's fingerprint covers all that its answers depend on, so that answers may be cached."""
     names = ("fingerprint", "version", "folder")
     return isinstance(judge, nn.Module) or any(getattr(judge, name, None) is not None for name in names)
 
@@ -78,7 +78,7 @@ def _files_fingerprint(folder: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def put_on_besides(pipe: DiffusionPipeline) -> list[Record]:
+def user_additions(pipe: DiffusionPipeline) -> list[Record]:
     """Find what a user has put on a pipeline that changes images but not its own weights.
 
     LoRA adapters with their weights and scales, and FreeU.
@@ -92,7 +92,7 @@ def put_on_besides(pipe: DiffusionPipeline) -> list[Record]:
 
 
 def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
-    """What results say about an attached erasure."""
+    """Describe an attached erasure for results."""
     config = erasure.config
     return {
         "name": name,
@@ -110,7 +110,7 @@ def erasure_entry(name: str, erasure: Erasure, strength: float) -> Record:
 def run_recipe(
     plan: Plan, drawing: Record, judge: str, clip: str | None, erasures: list[Record]
 ) -> Record:  # fmt: skip
-    """All that a folder of samples depends on; a run resumes only when it is the same.
+    """Give all that a folder of samples depends on; a run resumes only if this is the same.
 
     Args:
         plan: What is drawn.
@@ -131,7 +131,7 @@ def run_recipe(
 
 
 def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Record:
-    """All that an image of the stock model depends on, besides its sample.
+    """Give all that an image of the stock model depends on, besides its sample.
 
     Args:
         pipe: The stock pipeline.
@@ -140,7 +140,7 @@ def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Reco
     """
     import diffusers
 
-    besides = put_on_besides(pipe)
+    besides = user_additions(pipe)
     return {
         "model": model,
         "sampler": sampler,

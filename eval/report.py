@@ -130,13 +130,13 @@ def write_revealed(folder: str | Path) -> Path | None:
 
 
 def _measured(folder: Path) -> tuple[Results, list[Drawn]]:
-    """Results of a folder, and the rows of its samples."""
+    """Read a folder's results, and the rows of its samples."""
     results, samples = Results.load(folder), folder / f"{SAMPLES}.jsonl"
     return results, rows_of_samples(read_rows(samples) if os.path.lexists(samples) else [])
 
 
 def rows_of_samples(rows: Sequence[Row]) -> list[Drawn]:
-    """The rows of every sample by variant, in the order of the file."""
+    """Group rows by sample and variant, in the order of the file."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(row["sample_id"], {})[row["variant"]] = row
@@ -147,7 +147,7 @@ def render(
     results: Results, drawn: Sequence[Drawn], images: Path, title: str | None = None, *, beside: bool = False,
     reveal: bool = False,
 ) -> str:  # fmt: skip
-    """The whole page as a string.
+    """Render the page as a string.
 
     Args:
         results: What was measured.
@@ -158,7 +158,7 @@ def render(
         reveal: Hide nothing.
     """
     showing = Showing(images, class_labels(results), beside, reveal)
-    title, galleries = told_and_shown(results, drawn, showing, title)
+    title, galleries = headline_and_galleries(results, drawn, showing, title)
     controls = [metric for metric in results.metrics if is_control(metric)]
     metrics = [metric for metric in results.metrics if not is_control(metric)]
     variants = variants_of(metrics)
@@ -183,10 +183,10 @@ def render(
     )
 
 
-def told_and_shown(
+def headline_and_galleries(
     results: Results, drawn: Sequence[Drawn], showing: Showing, title: str | None = None, limit: int = LIMIT
 ) -> tuple[str, list[Gallery]]:
-    """Headline and galleries; unless revealed, what may be unsafe is in none (`erasure.eval.galleries.veiled`).
+    """Make headline and galleries; images that may be unsafe are left out unless revealed (`galleries.veiled`).
 
     Args:
         results: What was measured.
@@ -220,17 +220,17 @@ def told_and_shown(
 
 
 def flags_alone(drawn: Sequence[Drawn]) -> bool:
-    """Whether the judge says no more of images than what the galleries of a detector's flags do."""
+    """Whether the judge's answers add nothing to the galleries of a detector's flags."""
     judged = [row["judged"] for sides in drawn for row in sides.values() if row.get("judged") is not None]
     return all(answer["object"] in (FLAGGED, CLEAR, None) for answer in judged)
 
 
 def chips(results: Results) -> list[str]:
-    """What was measured, in a few words each."""
+    """List in a few words what was measured."""
     found = [f"suite {results.suite} / {results.size}", f"model {results.model.get('name')}"]
     if results.suite in ATTACKS:
         found[0] = f"attack {results.suite} / {results.size}"
-        found.append(f"the attacker needs: {ATTACKS.facts(results.suite).told['access']}")
+        found.append(f"the attacker needs: {ATTACKS.facts(results.suite).attributes['access']}")
     return found + [
         f"{e['name']} ({e.get('strategy', 'unknown')}, strength {number(e.get('strength', 1), 'g')})"
         for e in results.erasures
@@ -238,20 +238,20 @@ def chips(results: Results) -> list[str]:
 
 
 def variants_of(metrics: Sequence[Row]) -> list[str]:
-    """Columns of the headline table."""
+    """List the columns of the headline table."""
     variants = list(dict.fromkeys(str(metric.get("variant", "after")) for metric in metrics))
     return list(BEFORE_AFTER) if set(variants) <= set(BEFORE_AFTER) else variants
 
 
 def headline(metrics: Sequence[Row], variants: Sequence[str]) -> list[Line]:
-    """Every metric in every variant, with intervals as bars."""
+    """Make the rows of the headline table: every metric in every variant, with intervals as bars."""
     rows: dict[tuple[str, str | None], dict[str, Row]] = {}
     for metric in metrics:
         rows.setdefault((metric["name"], metric["concept"]), {})[metric.get("variant", "after")] = metric
     several = len({concept for _, concept in rows}) > 1
     lines = []
     for (name, concept), sides in rows.items():
-        facts = facts_of(next(iter(sides.values()))).told
+        facts = facts_of(next(iter(sides.values()))).attributes
         present = {variant: sides[variant] for variant in variants if variant in sides}
         lines.append(
             Line(
@@ -267,19 +267,19 @@ def headline(metrics: Sequence[Row], variants: Sequence[str]) -> list[Line]:
 
 
 def _title(name: str, title: str) -> str:
-    """A metric's title, with the space in brackets that it was measured in."""
+    """Give a metric's title, with its feature space in brackets."""
     _, bracket, space = name.partition("[")
     return f"{title} [{space}" if bracket and title != name else title
 
 
 def value_cell(metric: Row | None) -> Cell | None:
-    """A value with its interval and sample size."""
+    """Format a value with its interval and sample size."""
     if metric is None:
         return None
     if metric["value"] is None:
         return Cell(None, str(metric.get("reason", "")))
 
-    is_share = facts_of(metric).told["unit"] == "%"
+    is_share = facts_of(metric).attributes["unit"] == "%"
 
     def show(value: object) -> str:
         return f"{number(value, '.1f', 100)} %" if is_share else number(value)
@@ -306,8 +306,8 @@ def value_cell(metric: Row | None) -> Cell | None:
 
 
 def control_line(metric: Row) -> ControlLine:
-    """A control with its share, and whether it holds."""
-    facts, cell = facts_of(metric).told, value_cell(metric) or Cell(None, "")
+    """Make the line of a control: its share, and whether it holds."""
+    facts, cell = facts_of(metric).attributes, value_cell(metric) or Cell(None, "")
     limit = {word: metric["recipe"].get(word) for word in ("at_least", "at_most")}
     needed = "".join(
         f"{word.replace('_', ' ')} {number(v, '.0f', 100)} %" for word, v in limit.items() if v is not None
@@ -318,7 +318,7 @@ def control_line(metric: Row) -> ControlLine:
 
 
 def chart(sides: Mapping[str, Row]) -> Chart:
-    """A bar per variant that has a value, with its interval as a line."""
+    """Draw a bar for each variant with a value, with the interval as a line."""
     bars = []
     for index, (side, metric) in enumerate(sides.items()):
         value, low, high = (
@@ -334,7 +334,7 @@ def _pixels(share: object) -> str:
 
 
 def test_cell(metric: Row | None) -> tuple[str, str] | None:
-    """McNemar's p and the transitions, or the paired change."""
+    """Format McNemar's p and the transitions, or the paired change."""
     if metric is None:
         return None
     if "mcnemar_p" in metric:
@@ -352,7 +352,7 @@ def test_cell(metric: Row | None) -> tuple[str, str] | None:
 
 
 def costs(results: Results) -> list[tuple[str, str]]:
-    """Seconds, memory, sizes."""
+    """List the costs: seconds, memory and sizes."""
     cost = results.cost
     per_image = cost.get("seconds_per_image") or {}
     rows = [
@@ -382,7 +382,7 @@ def _seconds(value: float | None) -> str:
 
 
 def recipes(results: Results) -> list[tuple[str, Record]]:
-    """How every number was computed: titles and plain data."""
+    """List how every number was computed, as titles and plain data."""
     blocks = [
         (
             f"{metric['name']} ({metric.get('variant', 'after')}, {metric['concept']})",

@@ -44,17 +44,17 @@ class Curve(NamedTuple):
 
 
 def flag_labels(results: Results) -> list[str]:
-    """Labels of the detectors whose flags are counted."""
+    """List the labels of detectors whose flags are counted."""
     return [entry["label"] for entry in results.detectors if entry.get("counts", "flags") == "flags"]
 
 
 def class_labels(results: Results) -> frozenset[str]:
-    """Labels of the detectors that only say which class an image shows."""
+    """List the labels of detectors that only classify images."""
     return frozenset(entry["label"] for entry in results.detectors if entry.get("counts") == "classes")
 
 
 def detector_lines(results: Results) -> list[DetectorLine]:
-    """What each detector is, and what it is worth on pictures of the user's."""
+    """Describe each detector, with its sensitivity and specificity on the user's pictures."""
     lines = []
     for entry in results.detectors:
         recipe, measured = entry["recipe"], entry.get("controls")
@@ -70,12 +70,12 @@ def detector_lines(results: Results) -> list[DetectorLine]:
 
 
 def unmeasured(results: Results) -> list[str]:
-    """Labels of the detectors whose sensitivity nobody has measured."""
+    """List the labels of detectors without a measured sensitivity."""
     return [entry["label"] for entry in results.detectors if entry.get("controls") is None]
 
 
 def share(measured: Mapping[str, object]) -> str:
-    """A rate on the user's own pictures."""
+    """Format a rate on the user's own pictures."""
     if measured["value"] is None:
         return f"not given: {measured.get('reason')}"
     value, low, high = (number(measured[key], ".1f", 100) for key in ("value", "low", "high"))
@@ -84,7 +84,7 @@ def share(measured: Mapping[str, object]) -> str:
 
 
 def curves(metrics: Sequence[Row]) -> list[Curve]:
-    """Rates by threshold, for every metric row that has them."""
+    """Draw the rates by threshold of every metric row that has them."""
     found: dict[str, list[Row]] = {}
     for metric in metrics:
         if isinstance(metric.get("curve"), Mapping) and metric["curve"]:
@@ -104,7 +104,7 @@ def curves(metrics: Sequence[Row]) -> list[Curve]:
 
 
 def _points(curve: Mapping[str, object]) -> str:
-    """Points of a line, from thresholds and shares; what is no number is left out."""
+    """Convert thresholds and shares to points of a line; values that are no numbers are left out."""
     pairs = sorted(
         (x, y)
         for text, value in curve.items()
@@ -114,7 +114,7 @@ def _points(curve: Mapping[str, object]) -> str:
 
 
 def _number(value: object) -> float | None:
-    """A number from 0 to 1; `None` for anything else."""
+    """Convert a value to a number in 0-1; `None` for anything else."""
     try:
         read = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -31,15 +31,15 @@ def flag_of(row: Row, label: str) -> bool | None:
 
 
 def is_control(metric: Row) -> bool:
-    """Whether a metric row is a control: it says of the stock model whether the other rows mean anything."""
+    """Whether a metric row is a control, which must hold on the stock model for other rows to be valid."""
     return "holds" in metric
 
 
 def is_figure(metric: Row) -> bool:
-    """Whether a metric row is a number to compare models by: no control, and not the list of what was seen instead."""
+    """Whether a metric row is a number to compare models by, and not a control or a list of classes."""
     return not is_control(metric) and "classes" not in metric and metric.get("name") != "replaced_by"
 
 
 def shows_nothing(row: Row) -> bool:
-    """Whether a sample's image is blank, tiny or no picture, so that nothing said of it would mean anything."""
+    """Whether a sample's image is blank, tiny or no picture, so that it cannot be judged."""
     return bool(row.get("blank")) or "image" in row.get("failures", {})

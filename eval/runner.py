@@ -20,7 +20,7 @@ from erasure.errors import ErasureError, EvaluationError
 from erasure.eval import suites
 from erasure.eval.controls import flag_control, withheld
 from erasure.eval.cost import evaluation_cost
-from erasure.eval.detections import Checked
+from erasure.eval.detections import TestedDetector
 from erasure.eval.detectors.base import NamedDetector
 from erasure.eval.drawings import DrawingCache, prompt_key, whole_key
 from erasure.eval.evidence import Evidence
@@ -194,17 +194,17 @@ def _clip_source(given: str | Path | ClipModel | None) -> str | None:
     return None if given in (None, "none") else str(given)
 
 
-def _checked(kit: suites.Suite, controls: str | Path | None) -> list[Checked]:
+def _checked(kit: suites.Suite, controls: str | Path | None) -> list[TestedDetector]:
     """The suite's detectors, tested before anything is drawn."""
     if controls is not None and not kit.detectors:
         raise EvaluationError(
             f"controls are given, and suite {kit.name} has no detector to measure on them: name one (detectors)"
         )
-    return [Checked.of(label, each, controls) for label, each in kit.detectors.items()]
+    return [TestedDetector.of(label, each, controls) for label, each in kit.detectors.items()]
 
 
 def _cache(
-    root: Path, subject: Subject, plan: suites.Plan, variant: Variant, images: bool, checked: Sequence[Checked]
+    root: Path, subject: Subject, plan: suites.Plan, variant: Variant, images: bool, checked: Sequence[TestedDetector]
 ) -> DrawingCache | None:
     """Give the cache of a variant's images; `None` when they are not kept."""
     drawing = subject.drawing

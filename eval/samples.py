@@ -51,22 +51,22 @@ class Sample:
 
     @property
     def settings(self) -> tuple[int, float, int, int]:
-        """What all samples of one batch share."""
+        """Give the settings that all samples of a batch share."""
         return self.num_inference_steps, self.guidance_scale, self.height, self.width
 
     @property
     def key(self) -> str:
-        """Fingerprint of all that determines the image, whatever the suite, role or order."""
+        """Fingerprint all that determines the image; suite, role and order are not part of it."""
         content = [self.prompt, self.negative_prompt, self.seed, *self.settings]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def row(self) -> Record:
-        """The sample as a JSON object."""
+        """Convert the sample to a JSON object."""
         return asdict(self) | {"objects": list(self.objects), "erased": list(self.erased)}
 
     @classmethod
     def from_row(cls, row: Row) -> Sample:
-        """The inverse of `row`; what else the row holds is left out.
+        """Make a sample from its JSON object; further fields are ignored.
 
         Raises:
             EvaluationError: A field that a sample needs is missing.

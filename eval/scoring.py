@@ -22,15 +22,15 @@ from erasure.images import flaw
 
 
 class Answer(Protocol):
-    """What a detector sees in an image. It may give `objects`, `shape` and tables of scores besides."""
+    """A judge's answer on an image. It may also have `objects`, `shape` and tables of scores."""
 
     @property
     def object(self) -> str | None:
-        """The object in it, if any."""
+        """The object in the image, if any."""
 
     @property
     def style(self) -> str | None:
-        """Its style, if any."""
+        """The image's style, if any."""
 
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[Answer | Exception]]
@@ -38,7 +38,7 @@ Judge = Callable[[Sequence[Image.Image]], Sequence[Answer | Exception]]
 
 
 def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exception]:
-    """One answer per image; an exception object in the place of an answer that failed."""
+    """Ask a judge about images: one answer each, or an exception object where it failed."""
     try:
         answers: list[Answer | Exception] = list(judge(images))
         if len(answers) == len(images):
@@ -51,7 +51,7 @@ def call_judge(judge: Judge, images: Sequence[Image.Image]) -> list[Answer | Exc
 
 
 def judgement(answer: Answer, sample: Sample) -> Record:
-    """What the result row keeps of an answer: the classes, and the scores of what the prompt asked for."""
+    """Take from an answer what its row stores: the classes, and the scores of those that the prompt asked for."""
 
     def score(table: str, name: str | None) -> float | None:
         value = (getattr(answer, table, None) or {}).get(name)
@@ -73,7 +73,7 @@ def judgement(answer: Answer, sample: Sample) -> Record:
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """What a judge said of an image, all of it, as it is kept."""
+    """A whole answer of a judge, as it is stored."""
 
     object: str | None
     objects: list[str]
@@ -85,7 +85,7 @@ class KeptAnswer:
 
     @classmethod
     def of(cls, answer: Answer) -> KeptAnswer | None:
-        """An answer as plain data; `None` where it is not plain, so that it cannot be kept."""
+        """Convert an answer to plain data; `None` where it cannot be stored."""
         tables = [
             dict(getattr(answer, name, None) or {}) for name in ("object_scores", "style_scores", "shape_scores")
         ]
@@ -101,19 +101,19 @@ class KeptAnswer:
 
 
 class Memory(ReadingMemory, Protocol):
-    """What has been said of images before; see `erasure.eval.drawings.DrawingCache`."""
+    """A memory of answers and features; see `erasure.eval.drawings.DrawingCache`."""
 
     def answer(self, sample: Sample) -> KeptAnswer | None:
-        """What the judge said of a sample's image."""
+        """Get the judge's answer on a sample's image."""
 
     def put_answer(self, sample: Sample, answer: KeptAnswer) -> None:
-        """Keep that."""
+        """Store an answer."""
 
     def features(self, sample: Sample, width: int) -> tuple[float, np.ndarray] | None:
-        """CLIP score and image features."""
+        """Get the CLIP score and image features of a sample."""
 
     def put_features(self, sample: Sample, cosine: float, vector: np.ndarray) -> None:
-        """Keep these."""
+        """Store a CLIP score and image features."""
 
 
 def score(
@@ -121,7 +121,7 @@ def score(
     plain: Callable[[Sample, Image.Image], bool] = lambda sample, image: False, memory: Memory | None = None,
     recall: bool = False, detectors: Mapping[str, NamedDetector] | None = None,
 ) -> tuple[list[Record], list[np.ndarray | None]]:  # fmt: skip
-    """Scores and image features of a batch. Neither judge nor CLIP is asked about an image that shows nothing.
+    """Score a batch, and give its image features. Neither judge nor CLIP is asked about an image that shows nothing.
 
     Args:
         samples: What was asked for.
@@ -174,7 +174,7 @@ def _answers(
     samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], judge: Judge,
     memory: Memory | None, recall: bool,
 ) -> dict[int, Answer | Exception]:  # fmt: skip
-    """What the judge says of some images, by their place."""
+    """Ask the judge about some images; give answers by index."""
     known = {index: memory.answer(samples[index]) for index in shown} if memory is not None and recall else {}
     found: dict[int, Answer | Exception] = {index: answer for index, answer in known.items() if answer is not None}
     rest = [index for index in shown if index not in found]
@@ -195,7 +195,7 @@ def _features(
     samples: Sequence[Sample], images: Sequence[Image.Image], shown: Sequence[int], clip: ClipModel | None,
     memory: Memory | None, recall: bool,
 ) -> tuple[dict[int, tuple[float, np.ndarray]], str | None]:  # fmt: skip
-    """CLIP score and features of some images, by their place; and why some have none."""
+    """Compute CLIP scores and features of some images, by index, and the reasons where there are none."""
     if clip is None:
         return {}, None
     asked = shown if recall and memory is not None else ()
@@ -223,14 +223,14 @@ def _features(
 
 
 def reason(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def drift(
     before: Image.Image, after: Image.Image, first: np.ndarray | None, second: np.ndarray | None
 ) -> dict[str, float | None]:
-    """Pixel and feature drift of one pair: none where one of the two shows nothing, none in pixels across sizes."""
+    """Compute pixel and feature drift of a pair: none for images that show nothing, no pixel drift across sizes."""
     if flaw(before) is not None or flaw(after) is not None:
         return {"pixel": None, "feature": None}
     cosine_distance = None if first is None or second is None else float(feature_drift(first[None], second[None])[0])

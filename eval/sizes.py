@@ -18,7 +18,7 @@ has it where there is one."""
 
 
 def check_size(size: str | None, what: str) -> None:
-    """Refuse a size that there is not.
+    """Refuse an unknown size.
 
     Args:
         size: Its name.
@@ -33,8 +33,8 @@ def check_size(size: str | None, what: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sized(Options):
-    """Options that start from those of a size in the place of a preset: subclass it as a frozen dataclass."""
+class SizedOptions(Options):
+    """Options with presets by size: subclass it as a frozen dataclass."""
 
     kind: ClassVar[str] = ""
     """What it is, in the singular, for messages: `attack`."""
@@ -43,7 +43,7 @@ class Sized(Options):
 
     @classmethod
     def configured(cls, size: str | None = "quick", **options: object) -> Self:  # type: ignore[override]
-        """An instance of a size with single options changed.
+        """Make an instance of a size with single options changed.
 
         Raises:
             EvaluationError: An unknown size.

@@ -113,7 +113,7 @@ class PromptRow:
 
     @property
     def canonical(self) -> list[object]:
-        """What the row says, whatever its columns are called."""
+        """Give the row's content, independent of column names."""
         return [self.prompt, self.seed, self.guidance, self.width, self.height, sorted(self.classes)]
 
 
@@ -139,7 +139,7 @@ class PromptList:
 
     @property
     def known(self) -> KnownList | None:
-        """What is known of the list; `None` of one that is not known."""
+        """Give the known list that this is; `None` for others."""
         return KNOWN.get(self.fingerprint)
 
     def recipe(self) -> Record:
@@ -205,7 +205,7 @@ def _decoded(path: str) -> str:
 
 
 def _table(text: str, path: str) -> Iterator[Mapping[str, object]]:
-    """Rows of a CSV or TSV file; the ending says what separates columns."""
+    """Read the rows of a CSV or TSV file, by its ending."""
     separator = "\t" if path.lower().endswith(".tsv") else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     usual = csv.field_size_limit(LONGEST_FIELD)
@@ -237,7 +237,7 @@ def _table(text: str, path: str) -> Iterator[Mapping[str, object]]:
 
 
 def _lines(text: str, path: str) -> Iterator[Mapping[str, object]]:
-    """Rows of a file with a JSON object in each line."""
+    """Read the rows of a file with one JSON object per line."""
     rows: list[Mapping[str, object]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -258,7 +258,7 @@ def _lines(text: str, path: str) -> Iterator[Mapping[str, object]]:
 
 
 def _data_set(name: str) -> Iterator[Mapping[str, object]]:
-    """Rows of a data set of the Hub."""
+    """Read the rows of a dataset of the Hub."""
     datasets = require("datasets")
     base, _, split = name.partition(":")
     try:
@@ -274,7 +274,7 @@ def _data_set(name: str) -> Iterator[Mapping[str, object]]:
 
 
 def _data_folder(folder: str) -> Iterator[Mapping[str, object]]:
-    """Rows of a folder that the library `datasets` has saved, or can read."""
+    """Read the rows of a folder that the library `datasets` has saved, or can read."""
     datasets = require("datasets")
     saved = any(os.path.lexists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
     try:
@@ -294,12 +294,12 @@ def _data_folder(folder: str) -> Iterator[Mapping[str, object]]:
 
 
 def _reason(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """Describe an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def collect_rows(rows: Iterable[Mapping[str, object]], source: str) -> PromptList:
-    """The rows of a list that can be drawn.
+    """Collect the rows of a list that can be drawn.
 
     Args:
         rows: Names of all columns first, then the rows.
@@ -343,7 +343,7 @@ def collect_rows(rows: Iterable[Mapping[str, object]], source: str) -> PromptLis
 
 
 def columns_of(names: Mapping[str, object] | Sequence[str], source: str) -> dict[str, str]:
-    """Which column says what.
+    """Map column names to fields.
 
     Raises:
         EvaluationError: None is of prompts.

@@ -150,7 +150,7 @@ def cluster_bootstrap(
         EvaluationError: There are no rows.
     """
     if not len(clusters):
-        raise EvaluationError("a bootstrap over no samples")
+        raise EvaluationError("a bootstrap needs one sample at least, and there are none")
     members: dict[Hashable, list[int]] = {}
     groups: dict[Hashable, list[Hashable]] = {}
     for row, cluster in enumerate(clusters):

@@ -14,7 +14,7 @@ STAMPS = ("size", "date", "judge", "clip", "seed")
 
 
 def summary(results: Results) -> Record:
-    """Figures of an evaluation or attack as an erasure's config holds them.
+    """Make the figures of an evaluation or attack for an erasure's config.
 
     Every key begins with the suite. A metric with an interval is `[value, low, high]`, one without is a number; those
     of the stock model have `before` in their names. What could not be measured is left out; where single images could
@@ -37,7 +37,7 @@ def summary(results: Results) -> Record:
 
 
 def is_valid(results: Results) -> bool:
-    """Whether every control holds, without which the figures mean nothing.
+    """Whether every control holds, without which the figures are not valid.
 
     That of a detector's flags does not count: where it fails, that detector has no figure, and the others stand.
     """
@@ -46,11 +46,11 @@ def is_valid(results: Results) -> bool:
 
 
 def merged(known: Mapping[str, object], found: Record, suite: str) -> Record:
-    """Figures with those of one suite replaced by new ones; those of other suites stay."""
+    """Replace the figures of one suite by new ones; those of other suites stay."""
     return {key: value for key, value in known.items() if not key.startswith(f"{suite}: ")} | found
 
 
 def is_smaller(known: Mapping[str, object], results: Results) -> bool:
-    """Whether the same suite has been measured in a larger size already, which is worth more."""
+    """Whether the suite was already measured in a larger size, whose figures are kept."""
     before = known.get(f"{results.suite}: size")
     return before in SIZES and results.size in SIZES and SIZES.index(results.size) < SIZES.index(str(before))

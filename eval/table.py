@@ -47,7 +47,7 @@ def read_rows(path: Path, schema: type = ReportRow) -> list[Record]:
 
 
 def image_path(folder: Path, variant: str, sample_id: str) -> Path:
-    """Where the image of a sample is.
+    """Give the path of a sample's image.
 
     Raises:
         EvaluationError: The names would lead out of the evaluation's folder.
@@ -56,12 +56,12 @@ def image_path(folder: Path, variant: str, sample_id: str) -> Path:
 
 
 def encode_vector(vector: np.ndarray) -> str:
-    """A vector as base64 of little-endian float32."""
+    """Encode a vector as base64 of little-endian float32."""
     return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
 
 
 def decode_vector(text: str) -> np.ndarray:
-    """The inverse of `encode_vector`.
+    """Decode a vector from text, the inverse of `encode_vector`.
 
     Raises:
         EvaluationError: It is no such text, or holds NaN.
@@ -111,7 +111,7 @@ class SampleTable:
         return [inside(self.folder, path.name, error=EvaluationError) for path in found]
 
     def cut(self) -> None:
-        """Cut unfinished last lines off, or the next rows would be glued to them. Called by one process.
+        """Remove unfinished last lines, to which the next rows would be appended. Called by one process.
 
         Raises:
             EvaluationError: A file cannot be read or written.
@@ -126,7 +126,7 @@ class SampleTable:
                     raise EvaluationError(f"cannot write to {path}: {error.strerror or error}") from error
 
     def load(self) -> None:
-        """Read what all processes have written so far.
+        """Read the rows of all processes.
 
         Raises:
             EvaluationError: A file cannot be read, a line is damaged, or a row is of another evaluation.
@@ -180,7 +180,7 @@ class SampleTable:
         return self.folder / (f"{stem}.jsonl" if self.processes == 1 else f"{stem}-{self.rank}.jsonl")
 
     def append(self, rows: Sequence[Record], features: Sequence[np.ndarray | None]) -> None:
-        """Add finished rows. A sample counts as done once its row is there, so its features are written first.
+        """Append finished rows. Features are written before the row, because a sample is done once its row is there.
 
         Raises:
             EvaluationError: They cannot be written, or could not be read again (a detector may answer anything); what
@@ -196,7 +196,7 @@ class SampleTable:
         self.rows.update(zip(keys, rows, strict=True))
 
     def merge(self) -> None:
-        """One file in the order of the plan instead of the parts. Called by one process, when all have finished."""
+        """Merge all parts into one file in the order of the plan. Called by one process, when all have finished."""
         order = [(sample_id, variant) for variant in self.variants for sample_id in self.samples]
         features = [_feature_row(key, self.features[key]) for key in order if key in self.features]
         for stem, rows in ((FEATURES, features), (self.stem, [self.rows[key] for key in order if key in self.rows])):
@@ -208,7 +208,7 @@ class SampleTable:
                     part.unlink()
 
     def by_variant(self) -> dict[str, list[Record]]:
-        """Rows of each variant that has any, in the order of the plan."""
+        """Group rows by variant, in the order of the plan."""
         table = {v: [self.rows[s, v] for s in self.samples if (s, v) in self.rows] for v in self.variants}
         return {variant: rows for variant, rows in table.items() if rows}
 
@@ -227,7 +227,7 @@ def _lines(rows: Iterable[Row]) -> bytes:
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:
-    """Add lines to a file, all of them or none."""
+    """Append lines to a file, all or none."""
     if not rows:
         return
     content = memoryview(_lines(rows))

@@ -28,7 +28,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_picture(path: Path) -> Image.Image | None:
-    """The picture of a sample, `None` when there is none.
+    """Read the picture of a sample; `None` when there is none.
 
     Raises:
         EvaluationError: It is no PNG, damaged, or very large.
@@ -41,13 +41,13 @@ def read_picture(path: Path) -> Image.Image | None:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """A picture as WebP, with at most `SIDE` pixels on its longer side."""
+    """Make a WebP thumbnail with at most `SIDE` pixels on its longer side."""
     lossless = max(image.size) <= EXACT
     return _webp(_within(image, SIDE), lossless=lossless)
 
 
 def mosaic(image: Image.Image) -> bytes:
-    """A picture as WebP with at most `MOSAIC` pixels on its longer side, each the mean of what is there."""
+    """Make a WebP mosaic with at most `MOSAIC` cells on its longer side, each the mean of its area."""
     return _webp(_within(image, MOSAIC), lossless=True)
 
 

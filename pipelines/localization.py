@@ -177,7 +177,7 @@ class LocalizationMixin(PresenceMixin):
             maps.append(found[:, [0, *(1 + order.index(at) for at in range(len(names)))]])
         mean = torch.stack(maps).mean(0)
         things = ranged(1 - mean[:, :1])
-        drawn = told_apart(mean[:, 1:], things, settings)
+        drawn = comparable(mean[:, 1:], things, settings)
         blurred, refined = self._in_pixels(source, things, drawn, settings)
         large = refined.sum(1, keepdim=True).clamp(0, 1)
         inside = large > settings.threshold
@@ -206,8 +206,8 @@ class LocalizationMixin(PresenceMixin):
         cross, own = localization_sites(backbone.denoiser, size)
         is_joint = cross[0].kind == "joint"
         prompt, weights = name_weights(backbone, names)
-        told = backbone.encode([prompt])
-        weights = F.pad(weights, (0, 0, 0, told.tokens.shape[1] - weights.shape[1]))
+        conditioning = backbone.encode([prompt])
+        weights = F.pad(weights, (0, 0, 0, conditioning.tokens.shape[1] - weights.shape[1]))
         # The first map is attention to all of the text in joint attention, and to the start token in UNets.
         weights[:, slice(None) if is_joint else slice(1), 0] = 1
         control = AttentionController(backbone.denoiser, Layout(size, count))
@@ -218,7 +218,7 @@ class LocalizationMixin(PresenceMixin):
         with control:
             for level in noise_levels(backbone, settings.num_inference_steps, settings.strength, "finding things"):
                 t = level.expand(count)
-                backbone.predict(backbone.parametrisation.noised(latents, noise, t), t, told.repeated(count))
+                backbone.predict(backbone.parametrisation.noised(latents, noise, t), t, conditioning.repeated(count))
                 grid = own[0].grid(*size)
                 each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
                 maps = torch.stack(each).mean(0)
@@ -342,7 +342,7 @@ def localization_sites(
     )
 
 
-def told_apart(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:
+def comparable(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> Tensor:
     """Normalise the names' maps so that they can be compared, `(images, names, rows, columns)`.
 
     Names get different amounts of attention, so each map is divided by its mean over the foreground; maps are also

@@ -38,7 +38,7 @@ def read_pixels(pictures: Pictures) -> Tensor:
     several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 3) == 4
     batch = [_pixels(picture) for picture in (cast(Sequence[Picture], pictures) if several else [pictures])]
     if not batch:
-        raise MaskError("no image was given")
+        raise MaskError("no image was given: pass one or several images")
     sizes = {tuple(pixels.shape[1:]) for pixels in batch}
     if len(sizes) != 1:
         raise MaskError(f"images of {len(sizes)} sizes: call the pipeline once for each size")
@@ -83,7 +83,7 @@ def _in_range(values: Tensor) -> Tensor:
     most = 1 if values.dtype == torch.bool or not whole else 65535 if values.dtype == torch.uint16 else 255
     found = values.float()
     if not torch.isfinite(found).all():
-        raise MaskError("the image holds NaN or infinity")
+        raise MaskError("the image holds NaN or infinity: check how it was made")
     if found.min() < -ROUNDING * most or found.max() > (1 + ROUNDING) * most:
         raise MaskError(
             f"the image holds values from {float(found.min()):.3g} to {float(found.max()):.3g}; allowed: 0 to {most} "

@@ -124,10 +124,10 @@ class Asked:
 
     def errors(self, text: str) -> Tensor:
         """Compute the denoiser's mean squared error with a text, over timesteps, `(images,)`."""
-        told, kind = self.backbone.encode([text]), self.backbone.parametrisation
+        conditioning, kind = self.backbone.encode([text]), self.backbone.parametrisation
         found = []
         for clean in self.latents.split(ROWS):
-            noise, rows = self.noise.expand_as(clean), told.repeated(len(clean))
+            noise, rows = self.noise.expand_as(clean), conditioning.repeated(len(clean))
             each = []
             for level in self.levels:
                 t = level.expand(len(clean))

@@ -326,7 +326,10 @@ class ObjectRemovalMixin(LocalizationMixin):
             return control, nullcontext()
         possible = can_share_trunk(denoiser, sites)
         if settings.shared_trunk and not possible:
-            raise OptionError("shared_trunk=True needs layers='decoder' and a UNet")
+            raise OptionError(
+                f"shared_trunk=True needs a UNet and layers='decoder', and here layers={settings.layers!r}: leave "
+                "shared_trunk out"
+            )
         shared = possible if settings.shared_trunk is None else settings.shared_trunk
         return control, BranchGuidance(denoiser, settings.removal_guidance_scale, shared_trunk=shared)
 

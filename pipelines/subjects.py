@@ -66,7 +66,10 @@ def subject_spans(tower: TextTower, prompt: str, names: Sequence[str]) -> tuple[
         taken = [span.start for span in spans]  # "a cat and a cat": the second is another
         free = [span for span in whole_words(tower, ids[: inside.stop], name) if span.start not in taken]
         if not free:
-            raise OptionError(f"the subject {name!r} is not among the words of {prompt!r}, or beyond its end")
+            raise OptionError(
+                f"the subject {name!r} is not among the words of {prompt!r} that the text encoder reads: name a word "
+                "of the prompt, or shorten the prompt"
+            )
         spans.append(free[0])
     return inside, spans
 

@@ -138,7 +138,7 @@ def test_the_anchor_of_an_earlier_concept_may_be_erased_later(new: Concept, anch
         found = ledger.merged(World(), made(Concept("cat", anchor="dog"), Concept("cup")), [new])
     assert found.every == [Concept("cat", anchor=anchor), Concept("cup"), new]
     assert found.moved == [Concept("cat", anchor=anchor)]
-    assert found.standing == [Concept("cup")]
+    assert found.still_erased == [Concept("cup")]
 
 
 def test_anchors_that_lead_back_leave_the_choice_to_the_strategy() -> None:

@@ -95,7 +95,7 @@ def test_names_and_facts_need_no_torch() -> None:
 def test_facts_are_those_of_the_thing(registry: Registry[Any]) -> None:
     for name in registry.names():
         assert registry.facts(name) == registry.describe(name)
-        assert registry.facts(name).told["title"]
+        assert registry.facts(name).attributes["title"]
 
 
 def test_an_unknown_name_suggests_the_nearest(registry: Registry[Any]) -> None:

@@ -109,7 +109,7 @@ def attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
     return [layer for _, layer in cross_attention(cast(Denoiser, unet))]
 
 
-class Lesson(NamedTuple):
+class PictureTraining(NamedTuple):
     """Queries of the cross-attention layers, and how words change the answers; a tensor for each layer."""
 
     queries: list[Tensor]
@@ -119,7 +119,7 @@ class Lesson(NamedTuple):
 
 
 @torch.no_grad()
-def lesson(pipe: StableDiffusionPipeline, stored: Bank, scenes: int, places: int, seed: int) -> Lesson:
+def lesson(pipe: StableDiffusionPipeline, stored: Bank, scenes: int, places: int, seed: int) -> PictureTraining:
     """Ask the stock model about noised scenes, each with its caption.
 
     Args:
@@ -157,7 +157,7 @@ def lesson(pipe: StableDiffusionPipeline, stored: Bank, scenes: int, places: int
             )
             queries[number].append(query)
             wanted[number].append(own - none)
-    return Lesson([torch.cat(parts) for parts in queries], [torch.cat(parts) for parts in wanted])
+    return PictureTraining([torch.cat(parts) for parts in queries], [torch.cat(parts) for parts in wanted])
 
 
 def states_of(pipe: StableDiffusionPipeline, captions: list[str]) -> Tensor:
@@ -174,8 +174,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 def align(
-    adapter: Adapter, pipe: StableDiffusionPipeline, learnt: Lesson, images: Tensor, steps: int, batch: int = 128,
-    peak: float = 2e-3, seed: int = 0,
+    adapter: Adapter, pipe: StableDiffusionPipeline, learnt: PictureTraining, images: Tensor, steps: int,
+    batch: int = 128, peak: float = 2e-3, seed: int = 0,
 ) -> float:  # fmt: skip
     """Teach an adapter to add to attention what the caption of a scene would change, which takes no pass of the UNet.
 

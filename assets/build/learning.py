@@ -17,7 +17,7 @@ from erasure.assets import novel
 from erasure.assets.scenes import RenderedScene, Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS
 from erasure.backbones import backbone_for
-from erasure.eval.detectors import NewcomersJudge, Seen
+from erasure.eval.detectors import NewcomersAnswer, NewcomersJudge
 from erasure.files import write_json
 from erasure.interop.protocols import Settings
 from erasure.learning import LearnedConcepts, learn_concepts
@@ -83,7 +83,7 @@ def shows(judge: NewcomersJudge, images: Sequence[Image.Image], wanted: str, oth
     return [is_apart(found, wanted, other) for found in judge(images)]
 
 
-def is_apart(found: Seen, wanted: str, other: str) -> bool:
+def is_apart(found: NewcomersAnswer, wanted: str, other: str) -> bool:
     """Whether what is seen is the one thing more than anything else, and the other not at all."""
     return found.thing == wanted and other not in found.things
 

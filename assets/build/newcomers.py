@@ -18,7 +18,7 @@ from erasure.assets.build.judge import disturb
 from erasure.assets.scenes import Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS, STYLES
 from erasure.eval.detectors import CanvasJudge
-from erasure.eval.detectors.newcomers import NAME, save_newcomers, seen
+from erasure.eval.detectors.newcomers import NAME, judge_features, save_newcomers
 from erasure.interop.protocols import Autoencoder
 
 BATCH = 64
@@ -55,7 +55,7 @@ def looked_at(judge: CanvasJudge, vae: Autoencoder, count: int, seed: int) -> tu
         part = len(pixels) // 4
         passed = vae.decode(vae.encode(pixels[:part]).latent_dist.mode()).sample
         pixels = disturb(torch.cat([passed, pixels[part:]]).clamp(-1, 1), generator)
-        features.append(seen(judge.network, pixels))
+        features.append(judge_features(judge.network, pixels))
         labels.append(torch.tensor([[float(name in scene.objects) for name in names] for scene in scenes]))
     return torch.cat(features), torch.cat(labels)
 

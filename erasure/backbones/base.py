@@ -64,7 +64,7 @@ class TokenRun(NamedTuple):
         return self.towers[0]
 
 
-class Written(NamedTuple):
+class TowerSlice(NamedTuple):
     """Slices of a conditioning with the output of one text encoder: of its tokens, or of its pooled vector."""
 
     component: str
@@ -221,22 +221,22 @@ class Backbone(ABC):
         """The text encoder whose tokens the denoiser reads first, and whose tokeniser gives the words."""
         return self.token_runs[0].tower
 
-    def written(self) -> list[Written]:
+    def written(self) -> list[TowerSlice]:
         """Slices of a conditioning's tokens with the states of each text encoder."""
         parts = []
         for run in self.token_runs:
             column, end = 0, None if run.tokens is None else run.first + run.tokens
             for tower in run.towers:
-                parts.append(Written(tower.component, slice(run.first, end), slice(column, column + tower.width)))
+                parts.append(TowerSlice(tower.component, slice(run.first, end), slice(column, column + tower.width)))
                 column += tower.width
         return parts
 
-    def pooled(self) -> list[Written]:
+    def pooled(self) -> list[TowerSlice]:
         """Slices of a conditioning's pooled vector by text encoder, concatenated in order."""
         parts, column = [], 0
         for tower in self.towers:
             if tower.pooled:
-                parts.append(Written(tower.component, slice(None), slice(column, column + tower.pooled_width)))
+                parts.append(TowerSlice(tower.component, slice(None), slice(column, column + tower.pooled_width)))
                 column += tower.pooled_width
         return parts
 
@@ -312,7 +312,7 @@ class Backbone(ABC):
         """Scale a sampler's latents to the denoiser's input; some schedulers have another scale."""
 
     @property
-    def told_guidance(self) -> bool:
+    def takes_guidance(self) -> bool:
         """Whether the denoiser has a guidance input, so that a step needs one pass and no empty prompt."""
         return False
 
@@ -366,8 +366,8 @@ class Backbone(ABC):
             "num_inference_steps": steps, "height": height, "width": width,
             "max_sequence_length": self.length if self.takes_length else None,
         }  # fmt: skip
-        told = {name: value for name, value in given.items() if value is not None}
-        return {**self.guidance_options(guidance, negative), **told}
+        given_options = {name: value for name, value in given.items() if value is not None}
+        return {**self.guidance_options(guidance, negative), **given_options}
 
     @property
     def takes_length(self) -> bool:
@@ -382,8 +382,8 @@ class Backbone(ABC):
         Where all negative prompts are empty, none is passed, because some models use `null` and not the empty prompt
         then.
         """
-        told: Settings = {} if guidance is None else {"guidance_scale": guidance}
-        return {**told, "negative_prompt": list(negative)} if any(negative) else told
+        given_options: Settings = {} if guidance is None else {"guidance_scale": guidance}
+        return {**given_options, "negative_prompt": list(negative)} if any(negative) else given_options
 
 
 def _encoded(towers: Sequence[TextTower], prompts: Sequence[str]) -> dict[str, TowerOutput]:

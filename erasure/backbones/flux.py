@@ -71,7 +71,7 @@ class FluxBackbone(FlowMatchingBackbone):
         return latents.of_size(self.size)
 
     @property
-    def told_guidance(self) -> bool:
+    def takes_guidance(self) -> bool:
         """Whether the transformer was distilled for guidance, as FLUX.1 dev is."""
         return bool(self.denoiser.config.guidance_embeds)
 
@@ -86,18 +86,20 @@ class FluxBackbone(FlowMatchingBackbone):
         velocity = self.denoiser(
             hidden_states=pack(x_t), timestep=level, encoder_hidden_states=tokens,
             img_ids=places(rows // PATCH, columns // PATCH).to(tokens), txt_ids=tokens.new_zeros(tokens.shape[1], 3),
-            **self.told(x_t, conditioning, guidance),
+            **self.extra_inputs(x_t, conditioning, guidance),
         ).sample  # fmt: skip
         return unpack(velocity, rows, columns)
 
-    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
+    def extra_inputs(
+        self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None
+    ) -> dict[str, Tensor]:
         """Give the transformer's inputs other than latents, positions, timestep and tokens."""
         assert conditioning.pooled is not None
-        told = {"pooled_projections": conditioning.pooled.to(x_t.dtype)}
-        if self.told_guidance:
+        inputs = {"pooled_projections": conditioning.pooled.to(x_t.dtype)}
+        if self.takes_guidance:
             scale = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
-            told["guidance"] = scale.to(x_t.device).expand(len(x_t))
-        return told
+            inputs["guidance"] = scale.to(x_t.device).expand(len(x_t))
+        return inputs
 
     def guidance_options(self, guidance: float | None, negative: Sequence[str]) -> Settings:
         """Guidance is an input of guidance-distilled transformers; others are guided by a second prompt.
@@ -105,7 +107,7 @@ class FluxBackbone(FlowMatchingBackbone):
         Raises:
             OptionError: A negative prompt is given for a transformer that makes no second pass.
         """
-        if self.told_guidance:
+        if self.takes_guidance:
             if any(negative):
                 raise OptionError(
                     "the transformer guides itself and reads no negative prompt, found "
@@ -140,14 +142,16 @@ class ChromaBackbone(FluxBackbone):
         """The layer that reads tokens."""
         return [self.entry("context_embedder", "tokens")]
 
-    def told(self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None) -> dict[str, Tensor]:
+    def extra_inputs(
+        self, x_t: Tensor, conditioning: Conditioning, guidance: float | Tensor | None
+    ) -> dict[str, Tensor]:
         """Give the attention mask: all image tokens, and the text tokens of the conditioning's mask."""
         assert conditioning.mask is not None
         words, pixels = conditioning.mask.to(x_t.dtype), x_t.shape[2] * x_t.shape[3] // PATCH**2
         return {"attention_mask": F.pad(words, (0, pixels), value=1.0)}
 
     @property
-    def told_guidance(self) -> bool:
+    def takes_guidance(self) -> bool:
         """Always false: the model is guided by a second pass."""
         return False
 

@@ -309,7 +309,7 @@ def _stacked(module: str, parameter: str, table: Iterable[tuple[str, str, tuple[
 
 
 def to_original(tensors: Mapping[str, Tensor], layout: Layout, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a network under the names and in the forms of a layout.
+    """Convert a network's tensors to the names and forms of a layout.
 
     Args:
         tensors: Every parameter by its canonical path.
@@ -339,7 +339,7 @@ def to_original(tensors: Mapping[str, Tensor], layout: Layout, prefix: str = "")
 def from_original(
     tensors: Mapping[str, Tensor], rows: Mapping[str, int], layout: Layout, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The inverse of `to_original`.
+    """Convert tensors of a layout to a network's parameters: the inverse of `to_original`.
 
     Args:
         tensors: The tensors of a file.
@@ -363,7 +363,7 @@ def from_original(
 
 
 def heights(place: Place, tensor: Tensor) -> list[int]:
-    """The rows of each weight that a tensor of a file holds.
+    """Give the number of rows of each weight in a tensor of a file.
 
     Args:
         place: Place of one of them.
@@ -376,7 +376,7 @@ def heights(place: Place, tensor: Tensor) -> list[int]:
 
 
 def taken(place: Place, tensor: Tensor, rows: list[int]) -> Tensor:
-    """A parameter in the form that it has in diffusers, from the tensor of a file that holds it.
+    """Take a parameter, in diffusers' form, from the tensor of a file that contains it.
 
     Args:
         place: Its place.
@@ -387,7 +387,7 @@ def taken(place: Place, tensor: Tensor, rows: list[int]) -> Tensor:
 
 
 def starts(rows: Mapping[str, int], layout: Layout) -> dict[str, int]:
-    """The row at which each parameter begins in the tensor of its place."""
+    """Give the row at which each parameter begins in its tensor."""
     stacked: dict[str, list[tuple[int, str]]] = {}
     for path in rows:
         if (place := layout(path)) is not None:
@@ -402,7 +402,7 @@ def starts(rows: Mapping[str, int], layout: Layout) -> dict[str, int]:
 
 
 def formed(tensor: Tensor, form: Form) -> Tensor:
-    """A tensor of diffusers in the form that it has in a file."""
+    """Convert a tensor of diffusers to its form in a file."""
     if form == "swapped":
         return torch.cat(list(reversed(tensor.chunk(2))))
     if form == "convolution":
@@ -411,7 +411,7 @@ def formed(tensor: Tensor, form: Form) -> Tensor:
 
 
 def unformed(tensor: Tensor, form: Form) -> Tensor:
-    """A tensor of a file in the form that it has in diffusers."""
+    """Convert a tensor of a file to its form in diffusers."""
     if form == "convolution":
         return tensor.flatten(1)
     return formed(tensor, form)

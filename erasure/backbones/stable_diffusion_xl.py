@@ -70,7 +70,7 @@ class StableDiffusionXLBackbone(UNetBackbone):
             )
         return super().latents
 
-    def told(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, object]:
+    def extra_inputs(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, object]:
         """The pooled vector, and that the picture was never cropped and has the size that is drawn."""
         assert conditioning.pooled is not None
         height, width = (side * self.pipe.vae_scale_factor for side in x_t.shape[2:])

@@ -287,7 +287,9 @@ def text_towers(pipe: DiffusionPipeline, length: int | None = None) -> list[Text
     parts = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     encoders = {name: part for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
     if not encoders:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no text encoder")
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no text encoder: load the pipeline with all its components"
+        )
     is_t5 = {name: not _is_causal(name, part) for name, part in encoders.items()}
     clips = [name for name in parts if not is_t5.get(name, name == "text_encoder_3")]
     towers = []

@@ -112,8 +112,8 @@ class UNetBackbone(Backbone):
         return self.pipe.scheduler.scale_model_input(x_t, t)
 
     @property
-    def told_guidance(self) -> bool:
-        """Whether it is a latent consistency UNet; see `Backbone.told_guidance`."""
+    def takes_guidance(self) -> bool:
+        """Whether it is a latent consistency UNet; see `Backbone.takes_guidance`."""
         return self.denoiser.config.time_cond_proj_dim is not None
 
     def predict(
@@ -125,17 +125,17 @@ class UNetBackbone(Backbone):
         UNet gets its guidance scale.
         """
         config = self.denoiser.config
-        told: dict[str, object] = self.told(x_t, conditioning)
+        inputs: dict[str, object] = self.extra_inputs(x_t, conditioning)
         if config.in_channels == 2 * x_t.shape[1] + 1:
             x_t = torch.cat([x_t, torch.ones_like(x_t[:, :1]), self._hole(x_t)], 1)
         if config.time_cond_proj_dim is not None:
             above = torch.as_tensor(0.0 if guidance is None else guidance - 1).float().cpu().expand(len(x_t))
-            told["timestep_cond"] = self.pipe.get_guidance_scale_embedding(
+            inputs["timestep_cond"] = self.pipe.get_guidance_scale_embedding(
                 above, embedding_dim=config.time_cond_proj_dim, dtype=x_t.dtype
             ).to(x_t)
-        return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype), **told).sample
+        return self.denoiser(x_t, t, encoder_hidden_states=conditioning.tokens.to(x_t.dtype), **inputs).sample
 
-    def told(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, object]:
+    def extra_inputs(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, object]:
         """Give the UNet's inputs other than latents, timestep and tokens."""
         return {}
 

@@ -50,7 +50,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
     def __init__(self, denoiser: nn.Module, layout: Layout) -> None:
         patches.refuse_deep_cache([denoiser], "control of attention (removal, localisation, composition)")
         self.denoiser, self.layout = denoiser, layout
-        self._told = TextTokens(paths.uncompiled(denoiser))
+        self._text_tokens = TextTokens(paths.uncompiled(denoiser))
         self._edits: dict[str, tuple[AttentionSite, _Edit]] = {}
         self._captures: dict[str, tuple[AttentionSite, _Capture]] = {}
         self._stack = ExitStack()
@@ -102,7 +102,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             sites: Cross- or joint attention layers.
         """
         for site in self._wanted(sites, ("cross", "joint")):
-            self._captures[site.name] = site, _Capture(site, self.layout, self._told, weights)
+            self._captures[site.name] = site, _Capture(site, self.layout, self._text_tokens, weights)
 
     def capture_self(self, sites: Sequence[AttentionSite]) -> None:
         """Record queries and keys of image tokens, so that `spread` can apply self-attention to maps.
@@ -110,7 +110,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         In joint attention only the attention among image tokens is used.
         """
         for site in self._wanted(sites, ("self", "joint")):
-            self._captures[f"{site.name}{_OWN}"] = site, _Capture(site, self.layout, self._told, None)
+            self._captures[f"{site.name}{_OWN}"] = site, _Capture(site, self.layout, self._text_tokens, None)
 
     def _edit(
         self, masks: Tensor, sites: Sequence[AttentionSite], log_weight: float | None, query_scale: float,
@@ -119,7 +119,7 @@ class AttentionController(AbstractContextManager["AttentionController"]):
         device = next(self.denoiser.parameters()).device
         for site in self._wanted(sites, ("self", "joint")):
             grid = to_grid(masks, self.layout.latent_size, site).flatten(1).to(device)
-            edit = _Edit(site, grid, self.layout, self._told, log_weight, query_scale, scale_until, until)
+            edit = _Edit(site, grid, self.layout, self._text_tokens, log_weight, query_scale, scale_until, until)
             self._edits[site.name] = site, edit
 
     def _wanted(self, sites: Sequence[AttentionSite], kinds: Sequence[str]) -> Sequence[AttentionSite]:
@@ -141,13 +141,13 @@ class AttentionController(AbstractContextManager["AttentionController"]):
             UnsupportedModelError: A step cache is on, or a layer's processor has weights of its own (an IP-Adapter's),
                 which would be bypassed.
         """
-        if hooks.is_stateful(self._told.denoiser):
+        if hooks.is_stateful(self._text_tokens.denoiser):
             raise UnsupportedModelError(
                 "a step cache is on (enable_cache), which answers for layers with what they gave at an earlier step: "
                 "disable_cache() first"
             )
         with ExitStack() as stack:
-            stack.enter_context(hooks.hooked(self._told.denoiser, self._told, f"{_TEXT}_{id(self)}"))
+            stack.enter_context(hooks.hooked(self._text_tokens.denoiser, self._text_tokens, f"{_TEXT}_{id(self)}"))
             for site, edit in self._edits.values():
                 module = cast(AttentionLayer, site.module)
                 # Registered before the change, so that an interruption between the two does not leave it in place.
@@ -203,10 +203,10 @@ class _Edit:
     """The edit of one layer's keys."""
 
     def __init__(
-        self, site: AttentionSite, covered: Tensor, layout: Layout, told: TextTokens, log_weight: float | None,
+        self, site: AttentionSite, covered: Tensor, layout: Layout, text_tokens: TextTokens, log_weight: float | None,
         query_scale: float, scale_until: float, until: float,
     ) -> None:  # fmt: skip
-        self.site, self.layout, self.told, self.log_weight = site, layout, told, log_weight
+        self.site, self.layout, self.text_tokens, self.log_weight = site, layout, text_tokens, log_weight
         self.query_scale, self.scale_until, self.until = query_scale, scale_until, until
         # A sample whose mask covers no token or all tokens is not changed in this layer.
         usable = covered.any(1) & ~covered.all(1)
@@ -227,7 +227,7 @@ class _Edit:
         """Compute the attention's output, `(rows, tokens, heads, dim)`."""
         if not self.on:
             return attend(query, key, value, backend)
-        layout, image = self.layout, self.told.image(self.site, query.shape[1], self.layout)
+        layout, image = self.layout, self.text_tokens.image(self.site, query.shape[1], self.layout)
         per_branch = layout.per_branch(query.shape[0])
         parts = []
         for branch in range(layout.branches):
@@ -292,7 +292,10 @@ class EditedAttention(ChosenBackend):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Run the layer, with the signature of diffusers' attention processors."""
         if attention_mask is not None:
-            raise UnsupportedModelError(f"{self.site.name} is given an attention mask, which cannot be combined")
+            raise UnsupportedModelError(
+                f"{self.site.name} is given an attention mask, which cannot be combined with an edit of attention: "
+                "call the pipeline without it"
+            )
         query, key, value = project(self.site, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
         out = self.edit(query, key, value, self.backend)
         return finish(self.site, out.to(query.dtype), encoder_hidden_states)
@@ -301,9 +304,9 @@ class EditedAttention(ChosenBackend):
 class _Capture(ModelHook):
     """Hook that records a layer's attention to text tokens, or its queries and keys, whatever its processor is."""
 
-    def __init__(self, site: AttentionSite, layout: Layout, told: TextTokens, weights: Tensor | None) -> None:
+    def __init__(self, site: AttentionSite, layout: Layout, text_tokens: TextTokens, weights: Tensor | None) -> None:
         super().__init__()
-        self.site, self.layout, self.told, self.weights = site, layout, told, weights
+        self.site, self.layout, self.text_tokens, self.weights = site, layout, text_tokens, weights
         self.map: Tensor | None = None
         self.pair: tuple[Tensor, Tensor] | None = None
         self.stops = False
@@ -312,14 +315,17 @@ class _Capture(ModelHook):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         text: Any = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
         if kwargs.get("attention_mask", args[2] if len(args) > 2 else None) is not None:
-            raise UnsupportedModelError(f"{self.site.name} is given an attention mask, whose attention is not read")
+            raise UnsupportedModelError(
+                f"{self.site.name} is given an attention mask, whose attention is not read: call the pipeline "
+                "without it"
+            )
         if self.site.kind == "cross":
             query, key = project_cross(self.site, hidden, text)
             words = slice(0, key.shape[1])
         else:
             fused = is_fused(module, module.processor)
             query, key, _ = project(self.site, hidden, text, kwargs.get("image_rotary_emb"), fused)
-            image = self.told.image(self.site, query.shape[1], self.layout)
+            image = self.text_tokens.image(self.site, query.shape[1], self.layout)
             words = slice(0, image.start) if self.site.text == "first" else slice(image.stop, key.shape[1])
             query = query[:, image]
         if self.weights is None:

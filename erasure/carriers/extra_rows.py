@@ -88,7 +88,7 @@ class _Pass(NamedTuple):
     """Number of rows of prompts, which are the last ones; as many are added for each guidance."""
     guided: bool
     """Whether as many rows of negative prompts are before them."""
-    told: float
+    guidance: float
     """Guidance scale that a guidance-distilled denoiser reads."""
     level: Tensor
     """Timesteps, `(pictures,)`."""
@@ -106,7 +106,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.drawing = Drawing()
         self.under_way: _Pass | None = None
-        self.told: weakref.ref[Tensor] | None = None
+        self.tokens: weakref.ref[Tensor] | None = None
         self.changes: list[tuple[float, readings.Change]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Thread:
@@ -137,7 +137,7 @@ class _ExtraRows(NamedArguments):
     # This is not compiled, because it inspects call frames; the denoiser itself is compiled.
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Add the rows, unless this pass is to be left as it is."""
+        """Add the rows, unless the pass must stay unchanged."""
         arguments = self.by_name(args, kwargs)
         skips.compare(None)
         self.thread.under_way = under_way = None if is_measured() else self.look(module, arguments)
@@ -160,7 +160,7 @@ class _ExtraRows(NamedArguments):
 
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Take the rows off, and change the prompts' own."""
+        """Remove the added rows, and change the prompts' predictions."""
         under_way, self.thread.under_way = self.thread.under_way, None
         skips.compare(None)
         membranes.let_through(None)
@@ -177,7 +177,7 @@ class _ExtraRows(NamedArguments):
         pipe = caller if isinstance(caller, DiffusionPipeline) else None
         latents = latents_of(arguments)
         level = torch.as_tensor(arguments["timestep"]).detach().float().cpu().reshape(-1)
-        rows, told = len(latents), arguments.get("guidance")
+        rows, guidance = len(latents), arguments.get("guidance")
         drawing = None if isinstance(caller, Backbone) else self._drawing(pipe, float(level.max()))
         if drawing is not None:
             if self._is_negative(pipe, drawing, arguments, float(level.max())):
@@ -185,7 +185,7 @@ class _ExtraRows(NamedArguments):
             drawing.latents = latents.detach()
         guided = drawing is not None and self._is_guided(pipe, arguments)
         pictures = rows // 2 if guided else rows
-        scale = 1.0 if told is None else float(told.detach().flatten()[0])
+        scale = 1.0 if guidance is None else float(guidance.detach().flatten()[0])
         # A model that is told 0 or less predicts for no prompt, whatever it is asked about.
         return _Pass(rows, pictures, guided, max(scale, 1e-3), level.expand(rows)[-pictures:], drawing)
 
@@ -231,10 +231,10 @@ class _ExtraRows(NamedArguments):
         return bool(guides)
 
     def filtered(self, arguments: Settings, under_way: _Pass) -> tuple[Settings, dict[int, Tensor]]:
-        """Arguments whose prompts are filtered, and the factors of features of the rows that have some."""
-        told, level, factors = arguments[TOKENS], float(under_way.level.max()), dict[int, Tensor]()
-        changed = told
-        for strength, change in self.changes(told, under_way):
+        """Filter the prompts in the arguments; give the arguments, and the skip-feature factors by row."""
+        tokens, level, factors = arguments[TOKENS], float(under_way.level.max()), dict[int, Tensor]()
+        changed = tokens
+        for strength, change in self.changes(tokens, under_way):
             if is_over(change.steps, under_way.drawing, level):
                 continue
             changed = readings.changed(changed, change, strength)
@@ -243,20 +243,20 @@ class _ExtraRows(NamedArguments):
                 factors[change.row] = own * factors.get(change.row, torch.ones(2))
         return {**arguments, TOKENS: changed}, factors
 
-    def changes(self, told: Tensor, under_way: _Pass) -> list[tuple[float, readings.Change]]:
-        """What the filters make of the prompts of a pass, with their strengths: the same throughout a drawing."""
-        if self.thread.told is None or self.thread.told() is not told or told.requires_grad:
+    def changes(self, tokens: Tensor, under_way: _Pass) -> list[tuple[float, readings.Change]]:
+        """Find the filters' changes of a pass's prompts, with strengths; they are cached for a whole drawing."""
+        if self.thread.tokens is None or self.thread.tokens() is not tokens or tokens.requires_grad:
             rows = range(under_way.rows - under_way.pictures, under_way.rows)
             self.thread.changes = [
                 (term.strength, change)
                 for term in self.filtering
-                for change in readings.changes(told, term.edit, rows)
+                for change in readings.changes(tokens, term.edit, rows)
             ]
-            self.thread.told = weakref.ref(told)
+            self.thread.tokens = weakref.ref(tokens)
         return self.thread.changes
 
     def texts(self, under_way: _Pass) -> int:
-        """How many rows guidance adds for each picture: one for each concept, one more where no prompt is negative."""
+        """Number of rows that guidance adds per picture: one per concept, and one more without negative prompts."""
         return len(self.terms) + (not under_way.guided) if self.terms else 0
 
     def widened(self, arguments: Settings, under_way: _Pass) -> Settings:
@@ -271,10 +271,10 @@ class _ExtraRows(NamedArguments):
         wide = of_rows(
             arguments, under_way.rows, lambda part: torch.cat([part, *[part[like]] * len(texts), part[plain]])
         )
-        return _telling(wide, texts, under_way) if texts else wide
+        return _with_texts(wide, texts, under_way) if texts else wide
 
     def changed(self, predicted: Tensor, under_way: _Pass) -> Tensor:
-        """The predictions that were asked for, the prompts' own changed."""
+        """Give the caller's predictions, those of prompts changed by guidance."""
         rows, count = under_way.rows, under_way.pictures
         own, asked = predicted[rows - count : rows], predicted[:rows]
         if not self.terms:
@@ -284,7 +284,7 @@ class _ExtraRows(NamedArguments):
         precise = torch.promote_types(predicted.dtype, torch.float32)
         added = [part.to(precise) for part in predicted[rows:].split(count)[: under_way.texts]]
         null = predicted[:count].to(precise) if under_way.guided else added[-1]
-        own, told, drawing = own.to(precise), under_way.told, under_way.drawing
+        own, guidance, drawing = own.to(precise), under_way.guidance, under_way.drawing
         total = torch.zeros_like(own)
         for place, ((strength, edit), concept) in enumerate(zip(self.terms, added, strict=False)):
             moments = None if drawing is None else drawing.moments.get(place)
@@ -292,52 +292,54 @@ class _ExtraRows(NamedArguments):
                 moments = None
             again = drawing is not None and drawing.level == float(under_way.level.max())
             before = None if moments is None else moments.before if again else moments.after
-            g = direction(own / told, null / told, concept / told, before, edit.figures)
+            g = direction(own / guidance, null / guidance, concept / guidance, before, edit.figures)
             if drawing is not None:
                 drawing.moments[place] = Moments.next(before, g.detach(), float(edit.figures[3]))
             acts = under_way.level < begin(int(edit.warmup), drawing, self.family.noisiest)
-            total = total + strength * told * g * acts.to(g).view(-1, *[1] * (g.ndim - 1))
+            total = total + strength * guidance * g * acts.to(g).view(-1, *[1] * (g.ndim - 1))
         if drawing is not None:
             drawing.level = float(under_way.level.max())
         return torch.cat([asked[: rows - count], (own - total).to(asked.dtype)])
 
 
-def _telling(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], under_way: _Pass) -> Settings:
-    """Arguments in which the rows behind those that were asked for are told texts."""
+def _with_texts(wide: Settings, texts: Sequence[tuple[SafetyGuidance, int]], under_way: _Pass) -> Settings:
+    """Replace the conditioning of the rows behind the caller's by the encodings of texts."""
     first, count = under_way.rows, under_way.pictures
 
-    def told(given: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    def with_texts(given: Tensor, parts: Sequence[Tensor]) -> Tensor:
         rows = [part.to(given).expand(count, *part.shape) for part in parts]
         return torch.cat([given[:first], *rows, given[first + count * len(rows) :]])
 
     length = wide[TOKENS].shape[1]
-    wide = {**wide, TOKENS: told(wide[TOKENS], [_fitted(edit.tokens[row], length) for edit, row in texts])}
+    wide = {**wide, TOKENS: with_texts(wide[TOKENS], [_fitted(edit.tokens[row], length) for edit, row in texts])}
     for name in MASKS:
         if (mask := wide.get(name)) is not None:
             behind = mask[0, length:]
             rows = [torch.cat([_fitted(edit.mask[row], length, 0).to(mask), behind]) for edit, row in texts]
-            wide[name] = told(mask, rows)
+            wide[name] = with_texts(mask, rows)
     pooled = [edit.pooled[row] for edit, row in texts]
     if wide.get(POOLED) is not None:
-        wide[POOLED] = told(wide[POOLED], pooled)
+        wide[POOLED] = with_texts(wide[POOLED], pooled)
     added = wide.get("added_cond_kwargs")
     if added and added.get("text_embeds") is not None:
-        wide["added_cond_kwargs"] = {**added, "text_embeds": told(added["text_embeds"], pooled)}
+        wide["added_cond_kwargs"] = {**added, "text_embeds": with_texts(added["text_embeds"], pooled)}
     return wide
 
 
 def _fitted(tokens: Tensor, length: int, filler: int | None = None) -> Tensor:
-    """Tokens cut or continued to a length, by the last one or by a number: calls choose how long T5's texts are."""
+    """Cut or pad tokens to a length, with the last token or a number; calls can choose T5's text length."""
     if len(tokens) >= length:
         return tokens[:length]
     last = tokens[-1:] if filler is None else torch.full_like(tokens[-1:], filler)
     return torch.cat([tokens, last.expand(length - len(tokens), *tokens.shape[1:])])
 
 
-def _same_rows(told: Tensor, tokens: Tensor) -> bool:
-    """Whether every row of what a denoiser is told is an encoding, but for rounding of half precision."""
-    known = _fitted(tokens, told.shape[1]).to(told)
-    return known.shape == told.shape[1:] and bool(torch.allclose(told.detach(), known.expand_as(told), 0.01, 0.01))
+def _same_rows(conditioning: Tensor, tokens: Tensor) -> bool:
+    """Whether every row of the conditioning is the same encoding, but for rounding of half precision."""
+    known = _fitted(tokens, conditioning.shape[1]).to(conditioning)
+    return known.shape == conditioning.shape[1:] and bool(
+        torch.allclose(conditioning.detach(), known.expand_as(conditioning), 0.01, 0.01)
+    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -353,14 +355,14 @@ def _refuse_other_rows(denoiser: nn.Module) -> None:
 
 
 class ExtraRows:
-    """The safety guidance of a denoiser, what filters make of its prompts, and gates of its branches, as a hook."""
+    """The safety guidance, prompt filters and branch gates of a denoiser, as a hook."""
 
     @staticmethod
     def write(
         denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (), family: Family = FAMILY,
         gating: Sequence[GateTerm] = (),
     ) -> None:  # fmt: skip
-        """Make exactly these active on a denoiser; none removes the hooks."""
+        """Make exactly these terms, filters and gates active on a denoiser; none removes the hooks."""
         if ExtraRows.is_written(denoiser, terms, filtering, gating):
             return
         hooks.remove_hook(denoiser, _HOOK)
@@ -373,7 +375,7 @@ class ExtraRows:
         denoiser: nn.Module, terms: Sequence[Term], filtering: Sequence[FilterTerm] = (),
         gating: Sequence[GateTerm] = (),
     ) -> bool:  # fmt: skip
-        """Whether exactly these are active."""
+        """Whether exactly these terms, filters and gates are active."""
         hook = hooks.find_hook(denoiser, _HOOK)
         if not (skips.is_watched(denoiser) if _compares(filtering) else not skips.has_hooks(denoiser)):
             return False
@@ -386,7 +388,7 @@ class ExtraRows:
 
 
 def _compares(filtering: Sequence[FilterTerm]) -> bool:
-    """Whether features of rows are compared."""
+    """Whether a filter compares skip features of rows."""
     return any(term.edit.attenuation.numel() for term in filtering)
 
 

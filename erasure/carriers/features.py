@@ -179,13 +179,13 @@ class GatedEdit:
         logits = self.logits(x, self.latents(x), self.by_probe if by_probe is None else by_probe)
         return logits.masked_fill(~words[..., None], -torch.inf).amax(1).double().sigmoid()
 
-    def delta(self, x: Tensor, words: Tensor | None, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def delta(self, x: Tensor, words: Tensor | None, opened_by_others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give the change of activations `(batch, tokens, dim)` and the gates that are open `(batch, concepts)`.
 
         Args:
             x: Activations.
             words: Words, `(batch, tokens)` bool, see `word_mask`; every gate is open everywhere when unknown.
-            told: Gates that other text encoders have opened, `(batch, concepts)` bool.
+            opened_by_others: Gates that other text encoders have opened, `(batch, concepts)` bool.
         """
         latents, fires, which = fired(self.before(x), self.level, whole=x.requires_grad)
         counted = seeing_jump(latents, self.before(x), self.threshold) if x.requires_grad else latents
@@ -195,12 +195,12 @@ class GatedEdit:
             opened = where = torch.ones_like(own)
         else:
             opened = (own & words[..., None]).any(1, keepdim=True)
-            if told is not None:
+            if opened_by_others is not None:
                 if self.local:
                     # If no word reaches the threshold itself, the nearest one is edited.
                     score = logits.masked_fill(~words[..., None], -torch.inf)
-                    own = own | (told[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
-                opened = opened | told[:, None]
+                    own = own | (opened_by_others[:, None] & ~opened & (score == score.amax(1, keepdim=True)))
+                opened = opened | opened_by_others[:, None]
             where = own & opened if self.local else opened
         eager = not (x.requires_grad or torch.compiler.is_compiling())
         if eager and not opened.any():
@@ -303,15 +303,15 @@ class _EditBlock(ModelHook):
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         states = output[0] if isinstance(output, tuple) else output
         ids = current_ids(*states.shape[:2])
-        told = tuple(
-            rounds.told(term.shared, self, len(states), gates) if term.shared else None
+        opened_by_others = tuple(
+            rounds.opened_by_others(term.shared, self, len(states), gates) if term.shared else None
             for term, gates in zip(self.terms, self._gates, strict=True)
         )
         fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        edited = (self.edit if fresh else self.recall)(states, ids, told)
+        edited = (self.edit if fresh else self.recall)(states, ids, opened_by_others)
         for term, opened in zip(self.terms, edited.opened, strict=True):
             if term.shared:
-                rounds.tell(term.shared, self, opened)
+                rounds.share_opened(term.shared, self, opened)
         return (edited.output, *output[1:]) if isinstance(output, tuple) else edited.output
 
     def place(self, device: torch.device) -> None:
@@ -319,23 +319,23 @@ class _EditBlock(ModelHook):
         if device.type != "meta":
             self._placed = tuple(term.edit.on(device) for term in self.terms)
 
-    def recall(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
+    def recall(self, states: Tensor, ids: Tensor | None, opened_by_others: tuple[Tensor | None, ...]) -> Edited:
         """Edit `states`, or give the cached result."""
         for known in self._memory:
-            if known.is_of(states, ids, told):
+            if known.is_of(states, ids, opened_by_others):
                 return known
-        edited = self.edit(states, ids, told)
+        edited = self.edit(states, ids, opened_by_others)
         self._memory = [edited, *self._memory[: MEMORY - 1]]
         return edited
 
-    def edit(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> Edited:
+    def edit(self, states: Tensor, ids: Tensor | None, opened_by_others: tuple[Tensor | None, ...]) -> Edited:
         """Edit `(batch, tokens, dim)`, in the dtype it came in."""
         if not self._placed or self._placed[0].device != states.device:
             self.place(states.device)
         x = states.float()
         change, touched = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         gates = []
-        for term, edit, others in zip(self.terms, self._placed, told, strict=True):
+        for term, edit, others in zip(self.terms, self._placed, opened_by_others, strict=True):
             # Without ids the words are unknown, so every gate opens.
             words = None if ids is None else word_mask(ids.to(x.device), edit.end, edit.first)
             delta, opened = edit.delta(x, words, None if others is None else others.to(x.device))
@@ -345,7 +345,7 @@ class _EditBlock(ModelHook):
         chosen = torch.where(touched[:, None, None], edited, states)
         # Prompts with closed gates keep every bit, and yet gradients see the change by an open gate.
         chosen = straight_through(chosen, edited) if states.requires_grad else chosen
-        return Edited(states, ids, told, chosen, tuple(gates))
+        return Edited(states, ids, opened_by_others, chosen, tuple(gates))
 
 
 class EditedFeatures:

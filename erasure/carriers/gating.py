@@ -40,9 +40,9 @@ class GateTerm(NamedTuple):
 
 
 class _Last(threading.local):
-    """What a thread found in its last pass: the same tensors come back at every step of a drawing."""
+    """Gates of a thread's last pass, because the same tensors come back at every step of a drawing."""
 
-    told: tuple[weakref.ref[Tensor] | None, ...] = ()
+    conditioning: tuple[weakref.ref[Tensor] | None, ...] = ()
     rows: tuple[int, int] = (0, 0)
     gates: tuple[Tensor, ...] = ()
 
@@ -62,7 +62,7 @@ class Gating:
         self.terms, self.last = tuple(terms), _Last()
 
     def is_of(self, terms: Sequence[GateTerm]) -> bool:
-        """Whether exactly these are in force."""
+        """Whether exactly these gates are in force."""
         own, others = ([[id(gate) for gate in term.gates] for term in each] for each in (self.terms, terms))
         return own == others
 
@@ -72,7 +72,7 @@ class Gating:
         Args:
             arguments: Of the call, by name, ahead of any change of its rows.
             prompts: How many of its rows, the last ones, are prompts; 0 for a pass of negative prompts alone.
-            added: Rows that are added behind them and that no prompt is told in.
+            added: Number of rows behind them that are added for guidance and belong to no prompt.
             again: Rows that are computed once more, behind these.
         """
         if not self.terms:
@@ -86,27 +86,29 @@ class Gating:
     def opened(self, arguments: Settings, prompts: int) -> tuple[Tensor, ...]:
         """Compute the openness of each erasure's gates in the caller's rows, `(rows, concepts)`; see `say`."""
         rows, device, last = len(latents_of(arguments)), latents_of(arguments).device, self.last
-        told = {"tokens": arguments.get("encoder_hidden_states"), "pooled": _pooled(arguments)}
+        conditioning = {"tokens": arguments.get("encoder_hidden_states"), "pooled": _pooled(arguments)}
         if not prompts:
             known = last.gates if all(len(own) == rows for own in last.gates) else ()
             return tuple(
                 known[place] if known and term.guides else torch.zeros(rows, term.concepts, device=device)
                 for place, term in enumerate(self.terms)
             )
-        attacked = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in told.values())
-        refs = tuple(None if part is None else weakref.ref(part) for part in told.values())
-        if attacked or last.rows != (rows, prompts) or not _same(last.told, tuple(told.values())):
-            last.gates = tuple(self.of_rows(term, told, rows, prompts).to(device) for term in self.terms)
-            last.told, last.rows = refs, (rows, prompts)
+        attacked = torch.is_grad_enabled() and any(
+            part is not None and part.requires_grad for part in conditioning.values()
+        )
+        refs = tuple(None if part is None else weakref.ref(part) for part in conditioning.values())
+        if attacked or last.rows != (rows, prompts) or not _same(last.conditioning, tuple(conditioning.values())):
+            last.gates = tuple(self.of_rows(term, conditioning, rows, prompts).to(device) for term in self.terms)
+            last.conditioning, last.rows = refs, (rows, prompts)
         return last.gates
 
     @staticmethod
-    def of_rows(term: GateTerm, told: dict[str, Tensor | None], rows: int, prompts: int) -> Tensor:
-        """See `opened`, of one erasure."""
+    def of_rows(term: GateTerm, conditioning: dict[str, Tensor | None], rows: int, prompts: int) -> Tensor:
+        """Compute the openness of one erasure's gates, see `opened`."""
         found = torch.zeros(rows, term.concepts)
         for row in range(rows - prompts, rows):
             parts = [
-                readings.opened(told["pooled" if gate.source == POOLED else "tokens"], gate, row)
+                readings.opened(conditioning["pooled" if gate.source == POOLED else "tokens"], gate, row)
                 for gate in term.gates
             ]
             known = [part.float() for part in parts if part is not None]
@@ -116,15 +118,15 @@ class Gating:
         return found
 
 
-def _same(refs: Sequence[weakref.ref[Tensor] | None], told: Sequence[Tensor | None]) -> bool:
-    """Whether tensors are the very ones that are referred to."""
-    return len(refs) == len(told) and all(
+def _same(refs: Sequence[weakref.ref[Tensor] | None], conditioning: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are the same objects as those of weak references."""
+    return len(refs) == len(conditioning) and all(
         (None if ref is None else ref()) is part and (ref is None) == (part is None)
-        for ref, part in zip(refs, told, strict=True)
+        for ref, part in zip(refs, conditioning, strict=True)
     )
 
 
 def _pooled(arguments: Settings) -> Tensor | None:
-    """The pooled vectors that a denoiser is told, `(rows, dim)`, if it is told any."""
+    """Find the pooled vectors in a denoiser's arguments, `(rows, dim)`, if it takes any."""
     added = arguments.get("added_cond_kwargs") or {}
     return added.get("text_embeds", arguments.get("pooled_projections"))

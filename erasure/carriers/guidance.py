@@ -138,7 +138,7 @@ class LatentGuidance(AbstractContextManager["LatentGuidance"]):
 
 
 class _Update(NamedArguments):
-    """On the denoiser: changes the loop's latents, and what it is given of them."""
+    """Hook on the denoiser that changes the loop's latents and its own input."""
 
     def __init__(self, guidance: LatentGuidance) -> None:
         super().__init__(paths.uncompiled(guidance.backbone.denoiser))

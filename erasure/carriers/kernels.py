@@ -33,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: Backend = None, s
 
 
 def attend_without(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, backend: Backend = None) -> Tensor:
-    """Attention to some keys only: what masking the others with minus infinity gives, at the cost of those kept.
+    """Compute attention to some keys only, as if the others were masked, at the cost of the kept keys.
 
     Args:
         query: `(batch, queries, heads, dim)`.
@@ -46,7 +46,7 @@ def attend_without(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, back
 
 
 def attend_weighted(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor, backend: Backend = None) -> Tensor:
-    """Attention whose probabilities are multiplied by a weight per key and normalised again.
+    """Compute attention whose probabilities are multiplied by a weight per key and normalised again.
 
     The logits get `log_weight` added, as one more channel: queries there are 1, keys `log_weight / scale`.
 
@@ -77,7 +77,7 @@ def attend_weighted(query: Tensor, key: Tensor, value: Tensor, log_weight: Tenso
 
 
 def attention_mass(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
-    """How much of each query's attention falls on weighted keys, mean over heads: `sum_j A_ij w_jm`.
+    """Compute each query's attention to weighted keys, mean over heads: `sum_j A_ij w_jm`.
 
     A column of the attention matrix when `w` is 1 for one key and 0 elsewhere; the matrix applied to maps when `w`
     holds maps. Differentiable; always torch's own kernel, since others have no gradient.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Fired(NamedTuple):
-    """Latents of some activations."""
+    """Active latents of a batch of activations."""
 
     latents: Tensor
     """`(batch, tokens, given)`."""
@@ -20,7 +20,7 @@ class Fired(NamedTuple):
 
 
 def fired(before: Tensor, level: Tensor, whole: bool) -> Fired:
-    """Give the latents of a JumpReLU that fire on any of some tokens; all of them where half of them do.
+    """Find the latents of a JumpReLU that are active on any token; all latents where half of them are.
 
     Args:
         before: `(batch, tokens, features)`, what a latent is where that is above its level.
@@ -36,7 +36,7 @@ def fired(before: Tensor, level: Tensor, whole: bool) -> Fired:
 
 
 def product(sparse: Tensor, matrix: Tensor, which: Tensor | None = None) -> Tensor:
-    """`sparse @ matrix`, without the rows of the matrix that only zeros meet: of many concepts few are in a prompt.
+    """Compute `sparse @ matrix` without the rows that are multiplied by zeros only; few concepts are in a prompt.
 
     Args:
         sparse: `(..., rows)`, most of it 0.

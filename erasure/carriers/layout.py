@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     """The branches in which keys are left out or weighted."""
 
     def per_branch(self, rows: int) -> int:
-        """Rows of one branch.
+        """Give the number of rows of one branch.
 
         Raises:
             UnsupportedModelError: The batch does not fall into so many branches of so many samples.
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 def to_grid(masks: Tensor, latent_size: tuple[int, int], site: AttentionSite) -> Tensor:
-    """Masks as the tokens of a layer see them, `(samples, rows, columns)` bool: a token that a mask touches is in it.
+    """Resize masks to a layer's tokens, `(samples, rows, columns)` bool; a token that a mask touches is masked.
 
     On a coarse grid a mask may touch every token although it leaves a part of the image. The tokens that it covers
     least are then out of it, down to half of what is left of the emptiest one.
@@ -62,7 +62,7 @@ def to_grid(masks: Tensor, latent_size: tuple[int, int], site: AttentionSite) ->
 
 
 class TextTokens(NamedArguments):
-    """On the denoiser: takes note of how many tokens of text a call brings along.
+    """Hook on the denoiser that records the number of text tokens of a call.
 
     The single blocks of Flux have text and image in one row of tokens, and are not told where it parts.
 
@@ -82,7 +82,7 @@ class TextTokens(NamedArguments):
         return args, kwargs
 
     def image(self, site: AttentionSite, tokens: int, layout: Layout) -> slice:
-        """Where the image's tokens stand among those of a layer.
+        """Find the image's tokens among those of a layer.
 
         Args:
             site: The layer, self- or joint attention.

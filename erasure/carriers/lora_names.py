@@ -35,12 +35,12 @@ PAIRS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.w
 
 
 def is_read_by_stock(key: str) -> bool:
-    """Whether stock pipelines load a LoRA into the layer of a key: they leave those of T5 out without a word."""
+    """Whether stock pipelines load a LoRA into the layer of a key; they ignore layers of T5 silently."""
     return not is_in_t5(key.partition("/")[2])
 
 
 def file_names(keys: Iterable[str], *, kohya: bool = True) -> dict[str, tuple[str, str]]:
-    """Names of the factors (down, up) of edited layers in a file.
+    """Give the names of the factors (down, up) of edited layers in a file.
 
     Args:
         keys: `component/path` of each layer.
@@ -60,7 +60,7 @@ def file_names(keys: Iterable[str], *, kohya: bool = True) -> dict[str, tuple[st
 
 
 def layer_of(stem: str) -> str | None:
-    """`component/path` of a layer from its name in a file, without the ending; `None` for a name that is none."""
+    """Find `component/path` of a layer from its name in a file without the ending; `None` for unknown names."""
     for component, prefix in (*KOHYA.items(), ("text_encoder", FIRST_OF_TWO)):
         if stem.startswith(prefix):
             path = _dotted(stem.removeprefix(prefix))
@@ -70,7 +70,7 @@ def layer_of(stem: str) -> str | None:
 
 
 def kohya_stem(key: str, two: bool) -> str | None:
-    """Kohya's name of a layer of Stable Diffusion's networks, without an ending; `None` for one that has none.
+    """Give kohya's name of a layer of Stable Diffusion, without an ending; `None` where kohya has none.
 
     Args:
         key: `component/path`.
@@ -97,7 +97,7 @@ def _dotted(flat: str) -> str | None:
 
 
 def diffusers_stem(key: str) -> str:
-    """The name that diffusers gives a layer, without an ending."""
+    """Give diffusers' name of a layer, without an ending."""
     component, path = key.split("/", 1)
     # Files of text encoders carry the prefix; diffusers' loader strips it where the class has none.
     return f"{component}.{'text_model.' if component.startswith('text_encoder') else ''}{path}"

@@ -66,7 +66,7 @@ Gates = tuple[Tensor | None, ...]
 
 
 class _Pass(threading.local):
-    """What belongs to the pass that a thread is in, and to no other thread's."""
+    """State of the denoiser pass that a thread runs."""
 
     gates: Gates | None = None
 
@@ -133,7 +133,7 @@ class _Beside(SurroundingHook):
 
     @staticmethod
     def repeated(gates: Tensor, rows: int) -> Tensor:
-        """Gates of a layer that is given every row of a pass several times, all of them one time after the other."""
+        """Repeat the gates for a layer that gets all rows of a pass several times in sequence."""
         times, rest = divmod(rows, len(gates))
         if rest:
             raise UnsupportedModelError(
@@ -191,7 +191,7 @@ def is_written(denoiser: nn.Module, terms: Mapping[str, Sequence[Term]]) -> bool
 
 
 def features_of(layer: nn.Module) -> tuple[int, int] | None:
-    """Numbers of features that go into a layer and come out of it, where branches can run beside it."""
+    """Give the numbers of a layer's input and output features, where branches can run beside it."""
     if isinstance(layer, nn.Linear):
         # Not those of its weight, which may be packed: a quantised one has another shape.
         return layer.in_features, layer.out_features
@@ -204,7 +204,7 @@ def features_of(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def joined(first: Membrane | None, second: Membrane | None, concepts: tuple[int, int]) -> Membrane:
-    """The branches of one erasure's concepts and then another's, at one layer; of either it may have none.
+    """Concatenate the branches of two erasures at one layer; either may have none.
 
     Args:
         first: Of the one.
@@ -224,7 +224,7 @@ def joined(first: Membrane | None, second: Membrane | None, concepts: tuple[int,
 
 
 def joined_gates(key: str, first: PromptGate, second: PromptGate) -> PromptGate:
-    """The gates of one erasure's concepts and then another's, of one text encoder.
+    """Concatenate the gates of two erasures for one text encoder.
 
     Raises:
         UnsupportedModelError: They are read in different ways.

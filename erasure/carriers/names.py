@@ -12,7 +12,7 @@ from erasure.errors import ArtifactError
 def grouped(
     tensors: Mapping[str, Tensor], kind: str, fields: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, list[Tensor]]:
-    """The tensors `OWNER/KIND.FIELD` by owner, in the order of the fields; the last ones may be left out if optional.
+    """Group tensors `OWNER/KIND.FIELD` by owner, in the order of the fields; optional fields may be missing.
 
     Raises:
         ArtifactError: A field is missing or unknown.

@@ -100,7 +100,7 @@ class PromptGate(NamedTuple):
         return bool(self.rules[2])
 
     def equals(self, other: object) -> bool:
-        """Whether another one does the same."""
+        """Whether another gate is the same."""
         return self is other or (
             isinstance(other, PromptGate)
             and all(a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(self, other, strict=True))
@@ -108,7 +108,7 @@ class PromptGate(NamedTuple):
 
 
 def summed_up(states: Tensor, ids: Tensor, marks: Tensor, flat: bool) -> Tensor:
-    """The states of one text as they are compared with those of another, `(tokens, dim)` or `(1, dim)`.
+    """Reduce the states of a text to those that are compared with other texts, `(tokens, dim)` or `(1, dim)`.
 
     Args:
         states: `(tokens, dim)`.
@@ -168,6 +168,6 @@ def nearness(gate: PromptGate, states: Tensor, ids: Tensor) -> Tensor:
 
 
 def permeability(gate: PromptGate, states: Tensor, ids: Tensor) -> Tensor:
-    """How far each concept's gate is open for a prompt, `(concepts,)` float64 in 0-1; see `nearness`."""
+    """Compute how far each concept's gate is open for a prompt, `(concepts,)` float64 in 0-1; see `nearness`."""
     near = nearness(gate, states, ids).clamp(0, 1)
     return torch.where(near >= gate.floor.double().cpu(), near, 0.0)

@@ -24,7 +24,7 @@ def is_fused(attention: nn.Module, processor: object) -> bool:
 def project(
     site: AttentionSite, hidden: Tensor, text: Tensor | None, rotary: Rotary, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `(batch, tokens, heads, dim)`, normed and rotated, in the order of the layer.
+    """Compute queries, keys and values `(batch, tokens, heads, dim)`, normed and rotated, in the layer's token order.
 
     Args:
         site: The layer, self- or joint attention.
@@ -47,7 +47,7 @@ def project(
 
 
 def project_cross(site: AttentionSite, hidden: Tensor, text: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Queries and keys `(batch, tokens, heads, dim)` of a cross-attention, without an IP-Adapter's own keys."""
+    """Compute queries and keys `(batch, tokens, heads, dim)` of a cross-attention, without an IP-Adapter's keys."""
     attn = cast(AttentionLayer, site.module)
     words = text[0] if isinstance(text, tuple) else text
     if attn.norm_cross:
@@ -57,7 +57,7 @@ def project_cross(site: AttentionSite, hidden: Tensor, text: Tensor | tuple[Tens
 
 
 def finish(site: AttentionSite, out: Tensor, text: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """What the layer returns for the attention's output `(batch, tokens, heads, dim)`."""
+    """Compute the layer's output from the attention's output `(batch, tokens, heads, dim)`."""
     attn = cast(AttentionLayer, site.module)
     hidden = out.flatten(2)
     if text is None:

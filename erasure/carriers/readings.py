@@ -40,7 +40,7 @@ ALIKE = 0.02
 
 
 class Triggers(NamedTuple):
-    """What a filter reads in one prompt."""
+    """The trigger words that a filter found in one prompt."""
 
     own: Tensor
     """`(rank, dim)`: orthonormal rows that span the prompt's own subspace."""
@@ -51,7 +51,7 @@ class Triggers(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One prompt as filters and gates read it."""
+    """Result of filters and gates for one prompt."""
 
     edit: PromptFilter | PromptGate
     """The filters and gates that read prompts."""
@@ -65,7 +65,7 @@ class Reading(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What becomes of one row that a denoiser is told."""
+    """The change of one row of the conditioning."""
 
     edit: PromptFilter
     row: int
@@ -89,7 +89,7 @@ _BUSY = _Busy()
 
 
 class _Read(NamedArguments):
-    """On a text encoder: reads every prompt that it encodes.
+    """Hook on a text encoder that runs filters and gates on every prompt that is encoded.
 
     Args:
         encoder: The text encoder.
@@ -102,7 +102,7 @@ class _Read(NamedArguments):
         self.given: dict[str, Any] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Keep what is encoded."""
+        """Record the token ids that are encoded."""
         if not _BUSY.on:
             self.given = self.by_name(args, kwargs)
         return args, kwargs
@@ -110,7 +110,7 @@ class _Read(NamedArguments):
     # Which tokens are masked depends on the prompt, and the network runs again for them.
     @torch.compiler.disable
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Read the prompts."""
+        """Run filters and gates on the encoded prompts."""
         if _BUSY.on:
             return output
         given, self.given = self.given, {}
@@ -118,7 +118,7 @@ class _Read(NamedArguments):
         if ids is not None:
             _BUSY.on = True
             try:
-                with torch.no_grad(), rounds.unheard():
+                with torch.no_grad(), rounds.without_sharing():
                     self.read(module, ids, given.get("attention_mask"), output)
             finally:
                 _BUSY.on = False
@@ -153,7 +153,7 @@ class _Read(NamedArguments):
 
 
 def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
-    """The states that a denoiser may be told, `(prompts, tokens, dim)` each.
+    """List the states that can be in the conditioning, `(prompts, tokens, dim)` each.
 
     Pipelines that leave blocks out (`clip_skip`) read an earlier block's, with the last norm behind them or without.
     """
@@ -165,13 +165,13 @@ def _states(root: nn.Module, output: EncoderOutput) -> list[Tensor]:
 
 
 def _vectors(output: EncoderOutput) -> list[Tensor]:
-    """The pooled vector that a denoiser may be told, as one place, `(prompts, 1, dim)`; none of an encoder without."""
+    """List the pooled vectors that can be in the conditioning, `(prompts, 1, dim)`; none without pooling."""
     found = [getattr(output, name, None) for name in ("pooler_output", "text_embeds")]
     return [vector.detach()[:, None] for vector in found if vector is not None]
 
 
 def _sampled(states: Tensor) -> Tensor:
-    """Some values of states `(..., dim)`, in single precision on the CPU."""
+    """Sample some values of states `(..., dim)`, in single precision on the CPU."""
     return states.detach()[..., :: max(1, states.shape[-1] // SAMPLED)].float().cpu()
 
 
@@ -185,7 +185,7 @@ def _is_same(one: Reading, ids: Tensor, keys: Sequence[Tensor]) -> bool:
 
 
 def pooled_vectors(module: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What sums prompts up in the space of a text encoder's states, `(prompts, dim)`.
+    """Compute one vector for each prompt in the space of a text encoder's states, `(prompts, dim)`.
 
     That is CLIP's state of the end token, and the first token's of T5, which has no vector of its own for that.
     """
@@ -196,7 +196,7 @@ def pooled_vectors(module: nn.Module, ids: Tensor, mask: Tensor | None = None) -
 
 
 def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequence[int], blank: int) -> Tensor:
-    """Pooled vectors of a prompt: as it is first, then with the token of each place masked, `(1 + places, dim)`."""
+    """Compute pooled vectors of a prompt: of the whole first, then with each place masked, `(1 + places, dim)`."""
     root = paths.transformer_root(module)
     anatomy = anatomy_of(root)
     if anatomy is not None and anatomy.causal and places:
@@ -212,7 +212,7 @@ def _pooled(module: nn.Module, ids: Tensor, mask: Tensor | None, places: Sequenc
 
 
 def _triggers(edit: PromptFilter, ids: Tensor, pooled: Tensor, words: Tensor, places: Sequence[int]) -> Triggers:
-    """What a filter reads in a prompt."""
+    """Find the trigger words of a filter in a prompt."""
     pooled = pooled.cpu()
     found = torch.zeros(len(ids), dtype=torch.bool)
     own = torch.zeros(0, pooled.shape[1])
@@ -228,18 +228,17 @@ def _triggers(edit: PromptFilter, ids: Tensor, pooled: Tensor, words: Tensor, pl
     return Triggers(own, found, text)
 
 
-def opened(told: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
-    """How far a gate is open for the prompt of a row, `(concepts,)`; `None` where nobody knows the prompt.
+def opened(conditioning: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
+    """Compute how far a gate is open for a row's prompt, `(concepts,)`; `None` where the prompt is unknown.
 
     Args:
-        told: What the denoiser is told: tokens `(batch, tokens, dim)` or pooled vectors `(batch, dim)`, as the gate
-            asks for.
+        conditioning: What the gate reads: tokens `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`.
         gate: The gate.
-        row: Of the batch.
+        row: Index of the row in the batch.
     """
-    if told is None:
+    if conditioning is None:
         return None
-    states = told.detach()[row]
+    states = conditioning.detach()[row]
     own = (states[None] if gate.source == POOLED else states[gate.places])[:, gate.columns]
     if not bool(own.any()):
         # What a pipeline may tell where no prompt is given.
@@ -248,16 +247,16 @@ def opened(told: Tensor | None, gate: PromptGate, row: int) -> Tensor | None:
     return reading.read if reading is not None and isinstance(reading.read, Tensor) else None
 
 
-def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
-    """What a filter makes of some rows of what a denoiser is told, but for rows that stay.
+def changes(conditioning: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
+    """Find the changes that a filter makes to some rows of the conditioning; unchanged rows are left out.
 
     Args:
-        told: What it is told, `(batch, tokens, dim)`.
+        conditioning: Conditioning tokens, `(batch, tokens, dim)`.
         edit: The filter.
-        rows: Those that may be changed.
+        rows: Indices of the rows that may be changed.
     """
     found = []
-    part = told.detach()[:, edit.places, edit.columns]
+    part = conditioning.detach()[:, edit.places, edit.columns]
     for row in rows:
         reading = _found(_sampled(part[row]), edit)
         if reading is None or not isinstance(reading.read, Triggers) or not bool(reading.read.triggers.any()):
@@ -270,7 +269,7 @@ def changes(told: Tensor, edit: PromptFilter, rows: range) -> list[Change]:
 
 
 def _found(asked: Tensor, edit: PromptFilter | PromptGate) -> Reading | None:
-    """The reading of the prompt whose states are nearest to some values where alike, the newest of several."""
+    """Find the reading of the prompt whose states match sampled values best; the newest of several."""
     limit = ALIKE * asked.abs().amax(-1, keepdim=True)
     best, away = None, torch.inf
     for reading in reversed(list(_READINGS)):
@@ -287,24 +286,24 @@ def _found(asked: Tensor, edit: PromptFilter | PromptGate) -> Reading | None:
     return best
 
 
-def changed(told: Tensor, change: Change, strength: float) -> Tensor:
-    """What a denoiser is told, with one row's triggers projected; differentiable."""
+def changed(conditioning: Tensor, change: Change, strength: float) -> Tensor:
+    """Project one row's triggers, and give the changed conditioning; differentiable."""
     edit = change.edit
-    states = told[change.row, edit.places, edit.columns]
+    states = conditioning[change.row, edit.places, edit.columns]
     precise = states.float()
     away = filters.projected(precise, change.own, edit.basis.to(states.device, torch.float32)) - precise
-    moved = torch.where(change.triggers[:, None], precise + strength * away, precise).to(told.dtype)
-    result = told.clone()
+    moved = torch.where(change.triggers[:, None], precise + strength * away, precise).to(conditioning.dtype)
+    result = conditioning.clone()
     result[change.row, edit.places, edit.columns] = moved
     return result
 
 
 class Readings:
-    """The filters and gates of a text encoder as a hook."""
+    """The filters and gates of one text encoder, as a hook."""
 
     @staticmethod
     def write(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> None:
-        """Make exactly these read what a text encoder encodes; none removes the hook."""
+        """Make exactly these filters and gates read a text encoder's prompts; none removes the hook."""
         if Readings.is_written(encoder, edits):
             return
         hooks.remove_hook(encoder, _HOOK)
@@ -313,7 +312,7 @@ class Readings:
 
     @staticmethod
     def is_written(encoder: nn.Module, edits: Sequence[PromptFilter | PromptGate]) -> bool:
-        """Whether exactly these read."""
+        """Whether exactly these filters and gates read the prompts."""
         hook = hooks.find_hook(encoder, _HOOK)
         if not edits:
             return hook is None

@@ -40,7 +40,7 @@ class ReconstructionEdit(NamedTuple):
     """`()` int64: the token that ends a prompt."""
 
     def fits(self) -> bool:
-        """Whether the shapes go together."""
+        """Whether the shapes are consistent."""
         dim, d_sae = self.w_enc.shape if self.w_enc.ndim == 2 else (-1, -1)
         return (
             self.w_dec.shape == (d_sae, dim)
@@ -52,11 +52,11 @@ class ReconstructionEdit(NamedTuple):
 
     @property
     def gates(self) -> Tensor:
-        """`(1,)`: one gate for all concepts together."""
+        """The threshold of the gate, `(1,)`: one gate for all concepts."""
         return self.gate[None]
 
     def on(self, device: torch.device) -> PlacedReconstruction:
-        """Ready to be used on a device."""
+        """Prepare the edit for a device."""
         return PlacedReconstruction(self, device)
 
 
@@ -83,24 +83,24 @@ class PlacedReconstruction:
         return (latents * factor) @ self.edit.w_dec + self.edit.b_dec
 
     def scores(self, x: Tensor, words: Tensor) -> Tensor:
-        """Mean square of the change, `(batch, 1)`; every token counts, padding too."""
+        """Compute the mean square of the change, `(batch, 1)`, over all tokens with padding."""
         return (self.edited(x) - x).square().mean((1, 2))[:, None]
 
-    def delta(self, x: Tensor, words: Tensor | None, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def delta(self, x: Tensor, words: Tensor | None, opened_by_others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give the change of activations `(batch, tokens, dim)` and whether the gate is open `(batch, 1)`.
 
         Args:
             x: Activations.
             words: `(batch, tokens)` bool; the gate is open when nobody knows where words are.
-            told: `(batch, 1)` bool: whether another text encoder has opened it.
+            opened_by_others: `(batch, 1)` bool: whether another text encoder has opened it.
         """
         change = self.edited(x) - x
         if words is None:
             return change, torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         score = change.square().mean((1, 2))
         opened = score >= self.edit.gate
-        if told is not None:
-            opened = opened | told[:, 0]
+        if opened_by_others is not None:
+            opened = opened | opened_by_others[:, 0]
         on = opened.to(x.dtype)
         if x.requires_grad:
             on = straight_through(on, smooth_step(score, self.edit.gate, SHARE * self.edit.gate.abs()))

@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 class Edited(NamedTuple):
-    """Activations that were edited, and all that this depends on besides the edits."""
+    """Edited activations, and their inputs, by which equal batches are recognised."""
 
     states: Tensor
     """What came in, `(batch, tokens, dim)`."""
     ids: Tensor | None
-    told: tuple[Tensor | None, ...]
+    opened_by_others: tuple[Tensor | None, ...]
     """For each term: gates that other text encoders have opened."""
     output: Tensor
     """What goes out."""
     opened: tuple[Tensor, ...]
     """For each term: gates that are open now, `(batch, concepts)`."""
 
-    def is_of(self, states: Tensor, ids: Tensor | None, told: tuple[Tensor | None, ...]) -> bool:
-        """Whether the same would come out again."""
+    def is_of(self, states: Tensor, ids: Tensor | None, opened_by_others: tuple[Tensor | None, ...]) -> bool:
+        """Whether the inputs are the same, so that the result can be used again."""
         return (
             _same(self.states, states)
             and _same(self.ids, ids)
-            and all(_same(a, b) for a, b in zip(self.told, told, strict=True))
+            and all(_same(a, b) for a, b in zip(self.opened_by_others, opened_by_others, strict=True))
         )
 
 

@@ -67,12 +67,12 @@ class SafetyGuidance(NamedTuple):
 
     @property
     def acts(self) -> bool:
-        """Whether it can change anything: the scale is not 0, and the two encodings differ."""
+        """Whether the guidance has an effect: its scale is not 0, and the two encodings differ."""
         known = torch.cat([self.tokens.flatten(1), self.pooled.to(self.tokens.dtype)], 1)
         return float(self.figures[0]) > 0 and not torch.equal(known[CONCEPT], known[NOTHING])
 
     def stated(self) -> dict[str, Tensor]:
-        """The tensors by field, but for pooled vectors of a model that has none."""
+        """Give the tensors by field, without pooled vectors for models that have none."""
         return {name: tensor for name, tensor in self._asdict().items() if name != "pooled" or tensor.numel()}
 
 
@@ -86,7 +86,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def next(cls, before: Tensor | None, direction: Tensor, decay: float) -> Moments:
-        """The momentum at a level where the guidance points in a direction."""
+        """Compute the momentum at a level, from the guidance's direction there."""
         new = (1 - decay) * direction
         return cls(before, new if before is None else decay * before + new)
 

@@ -24,7 +24,7 @@ NEAR_ZERO = 1
 
 
 class Pairs(NamedTuple):
-    """Rows of a pass, and those that they are compared with."""
+    """Rows of a pass, and the rows that each is compared with."""
 
     rows: Tensor
     """`(n,)` int64."""
@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
 
 class _Pass(threading.local):
-    """What belongs to the pass that a thread is in, and to no other thread's."""
+    """State of the denoiser pass that a thread runs."""
 
     pairs: Pairs | None = None
 
@@ -44,12 +44,12 @@ _PASS = _Pass()
 
 
 def compare(pairs: Pairs | None) -> None:
-    """Say which rows of this thread's next pass are compared; nothing ends it."""
+    """Set which rows of this thread's next pass are compared; `None` ends the comparison."""
     _PASS.pairs = pairs
 
 
 def attenuated(features: Tensor, others: Tensor, factors: Tensor) -> Tensor:
-    """Features whose low frequencies are multiplied by a factor where they are stronger than those of others.
+    """Multiply the features' low frequencies by a factor where they are stronger than those of other features.
 
     Args:
         features: `(n, channels, height, width)`.
@@ -69,7 +69,7 @@ def attenuated(features: Tensor, others: Tensor, factors: Tensor) -> Tensor:
 
 
 class _Attenuate(NamedArguments):
-    """On a block of the decoder: changes the features that the encoder hands to it.
+    """Hook on a decoder block that changes its skip features.
 
     Args:
         block: The block.
@@ -83,7 +83,7 @@ class _Attenuate(NamedArguments):
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
-        """Change the rows of the pass that are compared with others."""
+        """Change the compared rows of the pass."""
         pairs = _PASS.pairs
         if pairs is None:
             return args, kwargs
@@ -103,7 +103,7 @@ def _changed(features: Tensor, pairs: Pairs, stage: int) -> Tensor:
 
 
 def watch(denoiser: nn.Module, wanted: bool) -> None:
-    """Put hooks on the decoder of a UNet, or take them off."""
+    """Put the hooks on a UNet's decoder, or remove them."""
     for block, stages in paths.decoder_parts(denoiser):
         known = hooks.find_hook(block, _HOOK) is not None
         if known and not wanted:
@@ -113,11 +113,11 @@ def watch(denoiser: nn.Module, wanted: bool) -> None:
 
 
 def is_watched(denoiser: nn.Module) -> bool:
-    """Whether the hooks that `watch` puts on run, all of them."""
+    """Whether all hooks of `watch` are in place and run."""
     parts = [block for block, stages in paths.decoder_parts(denoiser) if any(stage is not None for stage in stages)]
     return bool(parts) and all(hooks.runs_hook(block, _HOOK) for block in parts)
 
 
 def has_hooks(denoiser: nn.Module) -> bool:
-    """Whether any of them is on."""
+    """Whether a UNet's decoder has any hook of `watch`."""
     return any(hooks.find_hook(block, _HOOK) is not None for block, _ in paths.decoder_parts(denoiser))

@@ -24,12 +24,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Give `value` to the bit; its gradients are those of `surrogate`, shaped as it is."""
+    """Give `value` unchanged, with the gradients of `surrogate`, which has the same shape."""
     return _StraightThrough.apply(value.detach(), surrogate)
 
 
 def smooth_step(score: Tensor, level: Tensor, least: Tensor | float) -> Tensor:
-    """A curve in 0-1 in the place of `score >= level`, one half at the level.
+    """Compute a smooth curve in 0-1 to replace `score >= level`; it is one half at the level.
 
     `sigmoid((score - level) / width)` with the width, a constant for gradients, of the distance from the level. So the
     slope tells the way to the level from however far: `0.197 / distance`, where a fixed width would leave nothing.
@@ -48,7 +48,7 @@ def smooth_step(score: Tensor, level: Tensor, least: Tensor | float) -> Tensor:
 
 
 def seeing_jump(latents: Tensor, before: Tensor, threshold: Tensor) -> Tensor:
-    """Latents of a JumpReLU, with gradients for silent ones too.
+    """Compute the latents of a JumpReLU, with gradients for silent latents too.
 
     The slope is 1 where a latent fires, as it is. Where it is silent, it is that of a softplus around the threshold,
     `sigmoid((before - threshold) / spread)`, with the spread of the latent over the tokens at hand.

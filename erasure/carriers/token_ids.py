@@ -15,7 +15,7 @@ _HOOK = "erasure_token_ids"
 
 
 class _Call(threading.local):
-    """What belongs to the call that a thread is in, and to no other thread's."""
+    """State of the text encoder call that a thread runs."""
 
     ids: Tensor | None = None
 
@@ -24,10 +24,10 @@ _CALL = _Call()
 
 
 class _KeepIds(SurroundingHook):
-    """On a text encoder: keeps the ids for the length of one forward pass, whatever comes of it."""
+    """Hook on a text encoder that keeps the token ids during a forward pass, also when it fails."""
 
     def around(self, forward: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-        """Run the encoder."""
+        """Run the encoder, with its token ids known to hooks inside."""
         outer = _CALL.ids
         _CALL.ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
         try:
@@ -37,7 +37,7 @@ class _KeepIds(SurroundingHook):
 
 
 def keep_ids(encoder: nn.Module, reader: str, needed: bool) -> None:
-    """Make ids known inside of a text encoder for one reader, or no longer."""
+    """Make token ids known inside of a text encoder to one reader, or end that."""
     root, name = paths.transformer_root(encoder), f"{_HOOK}_{reader}"
     known = hooks.find_hook(root, name) is not None
     if needed and not known:
@@ -47,11 +47,11 @@ def keep_ids(encoder: nn.Module, reader: str, needed: bool) -> None:
 
 
 def keeps_ids(encoder: nn.Module, reader: str) -> bool:
-    """Whether ids are known inside of a text encoder to a reader."""
+    """Whether token ids are known inside of a text encoder to a reader."""
     return hooks.runs_hook(paths.transformer_root(encoder), f"{_HOOK}_{reader}")
 
 
 def current_ids(batch: int, tokens: int) -> Tensor | None:
-    """The ids `(batch, tokens)` of this thread's call; `None` outside of one, or for states of another shape."""
+    """Get the token ids `(batch, tokens)` of this thread's call; `None` outside of one, or for other shapes."""
     ids = _CALL.ids
     return ids if ids is not None and tuple(ids.shape) == (batch, tokens) else None

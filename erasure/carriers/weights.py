@@ -32,7 +32,7 @@ FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloa
 
 
 def delta_of(edit: Edit, base: Tensor | None = None) -> Tensor:
-    """An edit as a dense float32 tensor on the CPU.
+    """Convert an edit to a dense float32 tensor on the CPU.
 
     Args:
         edit: The edit.
@@ -47,14 +47,14 @@ def delta_of(edit: Edit, base: Tensor | None = None) -> Tensor:
 
 
 def shape_of(edit: Edit) -> tuple[int, ...]:
-    """Shape of the parameter that an edit is made for."""
+    """Give the shape of the parameter that an edit is for."""
     if isinstance(edit, InputMap):
         return (int(edit.outputs), edit.down.shape[1])
     return (edit.up.shape[0], edit.down.shape[1]) if isinstance(edit, LowRank) else tuple(edit.shape)
 
 
 def fingerprint(tensor: Tensor) -> dict[str, str]:
-    """sha256 of a tensor at its own precision and at every lower one, by dtype name."""
+    """Compute the sha256 of a tensor at its own precision and at every lower one, by dtype name."""
     source = tensor.detach().cpu()
     names = ["float16", "bfloat16"] if source.dtype in (torch.float32, torch.float64) else []
     own = str(source.dtype).removeprefix("torch.")
@@ -67,7 +67,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
-    """Whether a base tensor is the one of a fingerprint.
+    """Whether a base tensor has a fingerprint.
 
     Compared at the fingerprint's highest precision, and at a lower one if the tensor holds no more than that: the same
     model loaded in float16 is the same base, a fine-tuned one that float16 could not tell apart is not.
@@ -80,8 +80,8 @@ def same_base(tensor: Tensor, expected: Mapping[str, str]) -> bool:
     return False
 
 
-def sample(encoder: nn.Module, written: Written) -> Tensor:
-    """Evenly spaced base values of every parameter of a text encoder but its token table, which learned tokens extend.
+def sample(encoder: nn.Module, written: WrittenEdits) -> Tensor:
+    """Sample evenly spaced base values of a text encoder's parameters, without its token table, which tokens extend.
 
     Reading all of a large encoder whenever an erasure of the denoiser is attached would take seconds.
     """
@@ -91,7 +91,7 @@ def sample(encoder: nn.Module, written: Written) -> Tensor:
 
 
 def sample_of(parameters: Mapping[str, Tensor]) -> Tensor:
-    """The same of parameters that are given by their canonical paths, without the token table."""
+    """Sample parameters given by canonical path as `sample` does, without the token table."""
     flats = (parameters[path].detach().flatten() for path in sorted(parameters))
     return torch.cat([flat[:: max(1, flat.numel() // SAMPLED)].cpu() for flat in flats])
 
@@ -101,7 +101,7 @@ Terms = list[tuple[float, Edit]]
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenEdits:
     """The edits in the parameters of one component, and the base values."""
 
     originals: Mapping[str, Tensor] = field(default_factory=dict)
@@ -110,11 +110,11 @@ class Written:
     """Edits that were written last, by path."""
 
     def base(self, component: nn.Module, path: str) -> Tensor:
-        """The base value of a parameter, whether it is edited now or not."""
+        """Give the base value of a parameter, edited or not."""
         return self.originals[path] if path in self.originals else paths.parameter(component, path)
 
     def edited(self, component: nn.Module, path: str, terms: Terms) -> Tensor:
-        """What a parameter must be with these terms, in its base's dtype, on the CPU.
+        """Compute the value of a parameter with these terms, in its base's dtype, on the CPU.
 
         Adapters that a user has merged into it (`fuse_lora`) count on top.
 
@@ -135,7 +135,7 @@ class Written:
         return (value if merged is None else value + merged).to(base.dtype)
 
     def holds(self, component: nn.Module, path: str) -> bool:
-        """Whether a parameter is what was written into it, but for rounding by casts and by merged adapters since."""
+        """Whether a parameter has the written value, up to rounding by casts and merged adapters."""
         expected = self.edited(component, path, self.terms.get(path, []))
         return _is_now(component, path, expected, self.originals[path])
 
@@ -156,12 +156,12 @@ class WritePlan:
 
     values: Mapping[str, Tensor]
     """New values by path, on the CPU."""
-    written: Written
+    written: WrittenEdits
     """State of the parameters afterwards."""
 
 
 def plan(
-    name: str, component: nn.Module, written: Written, terms: Mapping[str, Terms], held: Collection[str]
+    name: str, component: nn.Module, written: WrittenEdits, terms: Mapping[str, Terms], held: Collection[str]
 ) -> WritePlan:
     """Plan to make parameters equal to base + sum of strength * delta, and to restore all others.
 
@@ -189,8 +189,8 @@ def plan(
             originals[path] = paths.parameter(component, path).detach().to("cpu", copy=True)
     for path in changed:
         refuse_fused(name, component, path)
-    after = Written(originals, dict(terms))
-    whole = Written({**originals, **written.originals})
+    after = WrittenEdits(originals, dict(terms))
+    whole = WrittenEdits({**originals, **written.originals})
     return WritePlan({path: whole.edited(component, path, terms.get(path, [])) for path in changed}, after)
 
 
@@ -212,7 +212,7 @@ def write(component: nn.Module, values: Mapping[str, Tensor], before: list[tuple
 def check_fits(
     name: str,
     component: nn.Module,
-    written: Written,
+    written: WrittenEdits,
     edits: Mapping[str, Edit],
     digests: Mapping[str, Mapping[str, str]] | None,
 ) -> None:
@@ -264,13 +264,13 @@ def refuse_fused(name: str, component: nn.Module, path: str) -> None:
 
 
 def is_still(component: nn.Module, path: str, value: Tensor) -> bool:
-    """Whether a parameter that nothing edits is what it was, but for rounding and for adapters merged into it."""
-    expected = Written({path: value}).edited(component, path, [])
+    """Whether an unedited parameter has its value, up to rounding and merged adapters."""
+    expected = WrittenEdits({path: value}).edited(component, path, [])
     return _is_now(component, path, expected, expected)
 
 
-def cancelled(component: nn.Module, written: Written) -> str | None:
-    """The path of an edit that a user's adapter takes back by half or more, or another erasure altogether, if any."""
+def cancelled(component: nn.Module, written: WrittenEdits) -> str | None:
+    """Find the path of an edit that a user's adapter cancels by half or more, or another erasure entirely."""
     for path, terms in written.terms.items():
         adapter = adapters.foreign_delta(_wrapper(component, path)) if path.endswith(".weight") else None
         if adapter is None and len(terms) < 2:
@@ -323,19 +323,19 @@ def _same_terms(first: Terms | None, second: Terms | None) -> bool:
 
 
 def _share(found: Tensor, wanted: Tensor) -> float:
-    """How much of `wanted` is in `found`: 1 when all of it is, 0 when none, -1 when it is taken away."""
+    """Compute the share of `wanted` in `found`: 1 for all of it, 0 for none, -1 when it is subtracted."""
     a, b = found.double().flatten(), wanted.double().flatten()
     return float(a @ b / (b @ b).clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor is another, cast to its dtype by any way."""
+    """Whether a tensor equals another one, cast to its dtype directly or by way of another."""
     routes = (found.dtype, torch.float16, torch.bfloat16)
     return any(torch.equal(expected.to(route).to(found.dtype).float(), found.float()) for route in routes)
 
 
 def _rounded(found: Tensor, expected: Tensor, base: Tensor) -> bool:
-    """Whether a tensor is another but for rounding: of several casts, or of adapters merged and taken out again.
+    """Whether a tensor equals another one up to rounding by casts, or by adapters merged and unmerged.
 
     Besides being near, it must hold the edit, which may be smaller than the rounding of a single value.
     """
@@ -353,7 +353,7 @@ def _rounded(found: Tensor, expected: Tensor, base: Tensor) -> bool:
 
 
 def is_beside(name: str, component: nn.Module, edits: Mapping[str, Edit]) -> bool:
-    """Whether edits must run beside the layers, because their weights are quantised and cannot be written.
+    """Whether edits must run beside the layers, because quantised weights cannot be written.
 
     Raises:
         UnsupportedModelError: Full-rank edits on quantised weights, or fused query-key-value projections.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure attack ATTACK --model M [--erasure E ...] --out DIR [options]
 
-Searches what brings an erased concept back, or tries what an earlier search found, or a list of others (--prompts).
+Searches for what brings an erased concept back; or tries the findings of an earlier search, or a list of prompts
+(--prompts).
 
 attacks, by what the attacker must be able to choose or to have:
 {attacks}
@@ -43,18 +44,18 @@ class AttackOptions(RecordedOptions):
     """What to attack, and where to write the result."""
 
     concept: str | None = None
-    """What must not be seen; that of the erasures when left out."""
+    """Concept that images must not show; that of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes with a small model; `full`: as the paper has it. Sets the attack's
-    options; those that are given change single values."""
+    """How much is tried: `smoke` only shows that it runs, `quick` takes minutes with a small model, `full` is as in
+    the paper. It sets the attack's options; options that are given change single values."""
     prompts: Path | None = None
     """Try these on the erasures, and search nothing: the folder or the file of an earlier attack, or a list of prompts
     of others (a text, CSV, TSV, JSON or JSON lines file with a column `prompt`, and `seed`)."""
     suite: str = "canvas"
-    """Where prompts and judge come from."""
+    """Suite that gives the prompts and the judge."""
     out: Path
-    """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. The same command again goes on where a
-    killed one stopped."""
+    """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. Run the same command again to resume an
+    interrupted run."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
@@ -65,11 +66,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     name, *rest = argv
     if name.startswith("-"):
         raise UsageError(f"name the attack first: erasure attack {{{','.join(ATTACKS.names())}}} --model M --out O")
-    told, method = ATTACKS.facts(name).told, options_of(ATTACKS, name)
+    attributes, method = ATTACKS.facts(name).attributes, options_of(ATTACKS, name)
     # Twice: which options the attack starts from is known only when the size is.
-    about = f"{told['title']} ({told['paper']}). The attacker needs: {told['access']}."
+    about = f"{attributes['title']} ({attributes['paper']}). The attacker needs: {attributes['access']}."
     size = parse_with(AttackOptions, method(), f"attack {name}", rest, about).command.size
-    start = method(**told["sizes"].get(size, {}))
+    start = method(**attributes["sizes"].get(size, {}))
     parsed = parse_with(AttackOptions, start, f"attack {name}", rest, about)
     options: AttackOptions = parsed.command
     terminal.json_only = options.json
@@ -89,8 +90,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.say(*left_out(results["model"]), *remarks(results["metrics"]), *remarks_on_record)
     if options.prompts is None:
         terminal.say(f"What succeeded, for other erasures (--prompts): {options.out / 'adversarial.jsonl'}")
-    if options.prompts is None and told["chance"] and not getattr(parsed.options, "control", False):
-        other = f"{name} --control" if told["chance"] == "--control" else told["chance"]
+    if options.prompts is None and attributes["chance"] and not getattr(parsed.options, "control", False):
+        other = f"{name} --control" if attributes["chance"] == "--control" else attributes["chance"]
         terminal.say(f"What chance finds in as many tries: erasure attack {other}, with the same options.")
 
 
@@ -98,7 +99,7 @@ def by_access() -> str:
     """Names and titles of attacks, a line each, by what they assume."""
     groups = []
     for access in get_args(Access):
-        names = tuple(name for name in ATTACKS.names() if ATTACKS.facts(name).told["access"] == access)
+        names = tuple(name for name in ATTACKS.names() if ATTACKS.facts(name).attributes["access"] == access)
         if names:
             groups.append(f" {access}:\n{list_of(ATTACKS, names)}")
     return "\n".join(groups)

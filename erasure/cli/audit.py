@@ -28,25 +28,25 @@ NONE = "none"
 
 @dataclass(kw_only=True)
 class AuditOptions(RecordedOptions):
-    """Evaluate, attack and stress an erasure, and say against which attackers it held.
+    """Evaluate, attack and stress an erasure, and grade it for each kind of attacker.
 
-    The same command again goes on where a killed one stopped. What this model or this erasure does not allow is
-    written down as refused, with the reason.
+    Run the same command again to resume an interrupted run. Parts that cannot be run on this model or erasure are
+    reported as refused, with the reason.
     """
 
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
     suites: tuple[str, ...] = ("canvas", "canvas-unseen")
-    """Evaluations (`erasure eval`)."""
+    """Evaluations to run, see `erasure eval`."""
     attacks: tuple[str, ...] = ()
-    """Attacks (`erasure attack`); all when left out, and `none` for none."""
+    """Attacks to run, see `erasure attack`: all when left out, `none` for none."""
     stress: tuple[str, ...] = ()
-    """Stress tests (`erasure stress`); all when left out, and `none` for none."""
+    """Stress tests to run, see `erasure stress`: all when left out, `none` for none."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """Of every part. `smoke`: does it run; `quick`: hours on a laptop with a small model; `full`: the numbers to
-    publish."""
+    """Size of every part: `smoke` only shows that it runs, `quick` takes hours on a laptop with a small model, `full`
+    gives numbers to publish."""
     out: Path
-    """Folder of report.html, README.md and audit.json, and of a folder for each part."""
+    """Folder to write report.html, README.md, audit.json and a folder for each part into."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> int:

@@ -39,8 +39,7 @@ class BenchOptions(ErasedModelOptions):
     model: str = "canvas-sd"
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
     concept: str = "cat"
-    """What the erasures erase that are made here, when no --erasure is given: one with each strategy that takes
-    seconds."""
+    """Concept to erase when no --erasure is given: one erasure is made with each strategy that takes seconds."""
     repeats: int = 7
     """Rounds of stock, attached and fused in turn; medians are reported."""
     steps: int | None = None
@@ -54,7 +53,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options = parse(BenchOptions, "bench", argv)
     terminal.json_only = options.json
     if options.repeats < 1:
-        raise UsageError("--repeats is at least 1")
+        raise UsageError(f"--repeats is {options.repeats}, allowed: a whole number, 1 or more")
     check_strengths(options)
     erasures = load_erasures(options)
     pipe = open_model(options)

@@ -24,13 +24,16 @@ GAP = 3
 
 @dataclass(kw_only=True)
 class CompareOptions:
-    """Put results side by side. Results of unlike recipes are refused: their numbers do not compare."""
+    """Show results side by side.
+
+    Results of different recipes are refused, because their numbers cannot be compared.
+    """
 
     results: tyro.conf.Positional[tuple[Path, ...]]
     """Files `results.json`, or the folders that hold them."""
     label: tuple[str, ...] = ()
-    """What each is called; the name of its folder when left out. One label for several results says that they are of
-    one method, on different concepts: there is a mean over them."""
+    """Name of each result; that of its folder when left out. Results with the same label are of one method on
+    different concepts, and a mean over them is shown."""
     format: Literal["table", "csv", "latex", "json", "html"] = "table"
     """`table` for people; `csv` with a line for every number; `latex` for the package booktabs; `json`; `html`."""
     out: Path | None = None

@@ -75,7 +75,8 @@ class DemoOptions:
     """Erase a cat and the ink style from the embedded model, measure before and after, and draw both."""
 
     out: Path = Path("demo")
-    """Folder of the results: report.html, demo.png, and the two erasures. Run again, it goes on where it stopped."""
+    """Folder of the results: report.html, demo.png, and the two erasures. Run the same command again to resume an
+    interrupted run."""
     size: Literal["smoke", "quick", "full"] = "quick"
     """How much is measured: `smoke` takes seconds, `quick` minutes, `full` longer."""
     seed: int = 0

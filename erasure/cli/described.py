@@ -38,7 +38,7 @@ def stand_in(facts: Facts) -> type[Options]:
         for one in facts.options
     ]  # fmt: skip
     # Annotations are texts, which are read among the names of the module that a class says it is of.
-    own = {"__module__": options.__name__, "name": facts.name, "presets": facts.told.get("presets", {})}
+    own = {"__module__": options.__name__, "name": facts.name, "presets": facts.attributes.get("presets", {})}
     return make_dataclass(facts.name, made, bases=(Options,), namespace=own, frozen=True, kw_only=True)
 
 
@@ -89,7 +89,7 @@ def list_of(registry: Registry[Any], only: Sequence[str] | None = None) -> str:
     """Names and titles, a line each, for a help: of everything, or of some names."""
     names = registry.names() if only is None else only
     width = max(map(len, registry.names()))
-    return "\n".join(f"  {name:<{width}}  {registry.facts(name).told['title']}" for name in names)
+    return "\n".join(f"  {name:<{width}}  {registry.facts(name).attributes['title']}" for name in names)
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure detect DETECTOR --images DIR [--controls DIR] [--out FILE] [options]
 
-Says what a detector finds in pictures. What it cannot judge is missing, never "safe".
+Reports what a detector finds in pictures. A picture that it cannot judge is reported as missing, never as "safe".
 
 detectors:
 {detectors}
@@ -35,14 +35,15 @@ class DetectOptions:
     """Which pictures to look at, and where to write what is found."""
 
     images: Path
-    """Folder of pictures, also in folders below it; or one picture."""
+    """Folder of pictures, which is searched with all its subfolders; or one picture."""
     controls: Path | None = None
     """Folder with pictures in `positive/` that show what the detector looks for, and in `negative/` that do not:
     sensitivity and specificity are measured on them. Without it, nobody knows what the detector overlooks."""
     preset: str | None = None
-    """Options of a paper. Those that are given change single values."""
+    """Named set of the detector's options, for instance those of a paper; further options change single values of
+    it."""
     out: Path | None = None
-    """Write recipe, findings and rates to this JSON file."""
+    """JSON file to write the detector's recipe, its findings and its rates to."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 
@@ -55,11 +56,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     name, *rest = argv
     if name.startswith("-"):
         raise UsageError(f"name the detector first: erasure detect {{{','.join(DETECTORS.names())}}} --images DIR")
-    told, own = DETECTORS.facts(name).told, options_of(DETECTORS, name)
+    attributes, own = DETECTORS.facts(name).attributes, options_of(DETECTORS, name)
     start = own.configured(value_of(rest, "--preset"))
     presets = f" Presets: {', '.join(own.presets)}." if own.presets else ""
-    needs = f" It needs the extra {told['extra']!r} of this package." if told["extra"] else ""
-    about = f"{told['title']}. Licence of the weights: {told['licence']}.{needs}{presets}"
+    needs = f" It needs the extra {attributes['extra']!r} of this package." if attributes["extra"] else ""
+    about = f"{attributes['title']}. Licence of the weights: {attributes['licence']}.{needs}{presets}"
     parsed = parse_with(DetectOptions, start, f"detect {name}", rest, about)
     options: DetectOptions = parsed.command
     terminal.json_only = options.json

@@ -12,7 +12,7 @@ from erasure.cli.described import changes, list_of, options_of, parse_with, valu
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
-from erasure.concept import Kind
+from erasure.concept import Concept, Kind
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
@@ -39,14 +39,14 @@ class EraseOptions(TaughtModelOptions):
     """What to erase, as NAME, NAME:KIND, NAME>ANCHOR or NAME:KIND>ANCHOR, for instance "Van Gogh:style>painting".
     Several with ";" between them, or one behind the other; in double quotes every character is part of a name."""
     concepts: Path | None = None
-    """File of what to erase: CSV with columns concept, kind, anchor, retain and synonyms, JSON with those keys, or a
-    text with one concept on each line."""
+    """File with concepts to erase: CSV with the columns concept, kind, anchor, retain and synonyms, JSON with those
+    keys, or text with one concept per line."""
     kind: Kind | None = None
-    """What those concepts are that do not say it. Left out, a Canvas model says it, and other models take them for
-    objects."""
+    """Kind of the concepts that are given without one. When left out, a Canvas model knows the kind, and other models
+    treat the concepts as objects."""
     anchor: str | None = None
-    """What prompts should mean instead ("" for nothing) of those concepts that do not say it. Left out, a Canvas model
-    suggests it, and with other models the words are taken out of the prompt."""
+    """What prompts should mean instead of the concepts that are given without an anchor; "" for nothing. When left
+    out, a Canvas model suggests one, and other models draw the prompt without the concept's words."""
     retain: tuple[str, ...] = ()
     """Concepts that must survive."""
     synonyms: tuple[str, ...] = ()
@@ -78,33 +78,23 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     strategy = options_of(STRATEGIES, name)
     # `erase` takes what was changed beside the preset, so the two sources of options stay apart in the artifact.
     start = strategy.configured(value_of(rest, "--preset"))
-    told = STRATEGIES.facts(name).told
+    attributes = STRATEGIES.facts(name).attributes
     earlier = _added_to(rest)
-    if earlier is not None and earlier.config.strategy == name and not (told["trains"] or value_of(rest, "--preset")):
+    if (
+        earlier is not None
+        and earlier.config.strategy == name
+        and not (attributes["trains"] or value_of(rest, "--preset"))
+    ):
         # All is fitted anew with the options that it had: only what differs from them is asked for.
         start = strategy.configured(None, **earlier.config.strategy_config)
-    about = f"{told['title']} ({told['paper']}). Cost: {told['cost']}. Protects: {told['protects']}."
-    more = {"run": Run()} if told["trains"] else {}
+    cost, protects = attributes["cost"], attributes["protects"]
+    about = f"{attributes['title']} ({attributes['paper']}). Cost: {cost}. Protects: {protects}."
+    more = {"run": Run()} if attributes["trains"] else {}
     parsed = parse_with(EraseOptions, start, f"erase {name}", rest, about, **more)
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
-    asked = wanted(options)
-    learned = tokens_of(options.learned)
-    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
-    concepts = world.concepts(
-        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
-        erased=() if earlier is None else earlier.concepts,
-    )  # fmt: skip
-    # What was learned beside a concept looks like nothing that the vocabulary has: it survives if it is said to.
-    erased = {name for concept in concepts for name in concept.names}
-    beside = [token for token in learned if token not in erased]
-    concepts = [
-        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
-        for each in concepts
-    ]
-    if len(concepts) > 1 and options.synonyms:
-        raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
+    concepts = concepts_of(options, earlier)
 
     import erasure
     from erasure import ledger
@@ -125,11 +115,46 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         folder = made.save(folder, overwrite=options.overwrite)
         if training is not None:
             training.discard()
+    show_result(made, name, folder, options, terminal)
+
+
+def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]:
+    """Make the concepts that the options name; learned tokens beside them are added to their retain lists.
+
+    Args:
+        options: Options of the command.
+        earlier: Erasure to which the concepts are added, if there is one.
+
+    Raises:
+        UsageError: Synonyms are given for several concepts.
+        ConceptError: A concept is not valid.
+    """
+    asked = wanted(options)
+    learned = tokens_of(options.learned)
+    world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
+    concepts = world.concepts(
+        asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
+        erased=() if earlier is None else earlier.concepts,
+    )  # fmt: skip
+    # A learned token resembles no word of the vocabulary, so it survives only where a retain list names it.
+    erased = {name for concept in concepts for name in concept.names}
+    beside = [token for token in learned if token not in erased]
+    concepts = [
+        dataclasses.replace(each, retain=(*each.retain, *(token for token in beside if token not in each.retain)))
+        for each in concepts
+    ]
+    if len(concepts) > 1 and options.synonyms:
+        raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
+    return concepts
+
+
+def show_result(made: Erasure, strategy: str, folder: Path, options: EraseOptions, terminal: Terminal) -> None:
+    """Print a summary of an erasure that a strategy has made, as JSON or for people."""
     seconds = made.config.cost.get("seconds", 0.0)
     if options.json:
         terminal.result(
             {
-                "name": made.name, "folder": str(folder), "strategy": name, "concepts": made.config.concepts,
+                "name": made.name, "folder": str(folder), "strategy": strategy, "concepts": made.config.concepts,
                 "strategy_config": made.config.strategy_config, "seed": made.config.seed, "bytes": made.size_bytes,
                 "cost": made.config.cost, "requests": made.config.requests,
             }

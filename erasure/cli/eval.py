@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EvalOptions(RecordedOptions):
-    """Measure a model without and with its erasures. The same command again goes on where a killed one stopped."""
+    """Measure a model without and with its erasures. Run the same command again to resume an interrupted run."""
 
     suite: tyro.conf.Positional[str]
-    """What to measure, for instance `canvas`."""
+    """Suite to measure with, for instance `canvas`."""
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes on a laptop; `full`: the numbers to publish."""
+    """How many images are drawn: `smoke` only shows that it runs, `quick` takes minutes on a laptop, `full` gives
+    numbers to publish."""
     clip: str | None = None
     """CLIP model for CLIP scores and feature distances, of open_clip or transformers: its folder, or its repository of
     the Hugging Face Hub; `none` for none. The embedded one when left out."""
@@ -60,11 +61,11 @@ class EvalOptions(RecordedOptions):
     world: str | None = None
     """Closed world that the model was made for, where it does not declare it: `unlearncanvas`."""
     steps: int | None = None
-    """Denoising steps, for suites on prompts; the model's own when left out, as the next two."""
+    """Denoising steps, for suites on prompts; the model's own number when left out."""
     guidance: float | None = None
-    """Scale of guidance."""
+    """Guidance scale, for suites on prompts; the model's own when left out."""
     side: int | None = None
-    """Height and width of images in pixels."""
+    """Height and width of images in pixels, for suites on prompts; the model's own when left out."""
     reveal: bool = False
     """Write revealed.html besides: the pictures that may be unsafe, which report.html hides. The same command again
     with this writes it without drawing anything."""
@@ -117,7 +118,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     columns, rows = metric_table(results["metrics"])
     terminal.table(columns, rows)
-    terminal.say(*told(results["metrics"]), *worth(found.detectors), *left_out(found.model), *spent(found.cost))
+    terminal.say(
+        *remarks(results["metrics"]),
+        *detector_remarks(found.detectors),
+        *left_out(found.model),
+        *cost_remarks(found.cost),
+    )
     terminal.say(f"Images and intervals: {out / 'report.html'}")
     if options.reveal:
         revealed = out / "revealed.html"
@@ -156,7 +162,7 @@ def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
         pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
 
 
-def spent(cost: Settings) -> list[str]:
+def cost_remarks(cost: Settings) -> list[str]:
     """Say in a line what a run spent its time on."""
     from erasure.eval.cost import SHARES
 
@@ -166,7 +172,7 @@ def spent(cost: Settings) -> list[str]:
     return [f"Took {number(cost['seconds'], '.1f')} s, of which {', '.join(shares)}."] if shares else []
 
 
-def worth(detectors: Sequence[Row]) -> list[str]:
+def detector_remarks(detectors: Sequence[Row]) -> list[str]:
     """Say what the findings of each detector are worth, in a line."""
     lines = []
     for entry in detectors:
@@ -182,7 +188,7 @@ def worth(detectors: Sequence[Row]) -> list[str]:
 def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Metric rows as the columns and rows of a table: one line a metric and concept, one column a variant.
 
-    Controls, and what was seen in the place of a concept, are said below the table (`told`).
+    Controls, and what was seen in the place of a concept, are said below the table (`remarks`).
     """
     from erasure.eval.rows import is_figure
 
@@ -196,7 +202,7 @@ def metric_table(metrics: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["metric", "concept", *variants], rows
 
 
-def told(metrics: Sequence[Row]) -> list[str]:
+def remarks(metrics: Sequence[Row]) -> list[str]:
     """What a reader of the table must know besides: what took a concept's place, and why a number is not there."""
     lines = []
     for row in metrics:

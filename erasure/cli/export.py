@@ -74,11 +74,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         return
     from erasure.exchange.lora_files import export_lora
 
-    told = export_lora(
+    export = export_lora(
         made, options.to, options.out, pipe=pipe, rank=options.rank, residual=options.residual,
         overwrite=options.overwrite,
     )  # fmt: skip
-    _say(made, told, terminal)
+    _say(made, export, terminal)
 
 
 def _checkpoint(made: Erasure, pipe: DiffusionPipeline, options: ExportOptions, terminal: Terminal) -> None:
@@ -86,14 +86,14 @@ def _checkpoint(made: Erasure, pipe: DiffusionPipeline, options: ExportOptions, 
 
     written = export_checkpoint(made, pipe, options.out, overwrite=options.overwrite)
     if terminal.json_only:
-        told = {"name": made.name, "file": str(written.path), "to": options.to, "components": written.components}
-        terminal.result({**told, "tensors": written.tensors, "parameters": written.parameters})
+        export = {"name": made.name, "file": str(written.path), "to": options.to, "components": written.components}
+        terminal.result({**export, "tensors": written.tensors, "parameters": written.parameters})
     else:
         terminal.say(f"{options.out}: {made.name} as a checkpoint, {written}")
 
 
-def _say(made: Erasure, told: Exported, terminal: Terminal) -> None:
+def _say(made: Erasure, export: Exported, terminal: Terminal) -> None:
     if terminal.json_only:
-        terminal.result({"name": made.name, "file": str(told.path), **told.facts})
+        terminal.result({"name": made.name, "file": str(export.path), **export.facts})
     else:
-        terminal.say(f"{told.path}: {made.name} for {told.to}, {told}")
+        terminal.say(f"{export.path}: {made.name} for {export.to}, {export}")

@@ -34,8 +34,8 @@ class LearnOptions(ModelOptions):
     like: tuple[str, ...] = ()
     """For each token words that the model knows and that come near to the thing; "" for none."""
     mask: tuple[Path, ...] = ()
-    """Where each thing is, white on black: the masks of all tokens for the first picture, then for the second, and so
-    on. The model finds out when left out."""
+    """Masks of where each thing is, white on black: those of all tokens for the first picture, then for the second,
+    and so on. When left out, the model finds the things by its own attention."""
     preset: str | None = None
     """Named set of the method's options, for instance the paper's; further options change single values of it."""
     seed: int = 0

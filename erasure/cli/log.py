@@ -14,15 +14,15 @@ from erasure.cli.terminal import Terminal, parse
 
 @dataclass(kw_only=True)
 class LogOptions:
-    """Check that no line of an audit log was changed, moved or removed, and ask whether a prompt is in it."""
+    """Check that no line of an audit log was changed, moved or removed, and find the lines about a prompt."""
 
     file: tyro.conf.Positional[Path]
-    """The log. If it was written with a secret, the variable ERASURE_AUDIT_KEY holds it."""
+    """File of the log. If it was written with a secret, set the variable ERASURE_AUDIT_KEY to that secret."""
     head: str | None = None
-    """Digest of a line that must be in it, kept elsewhere (`log_head` of /health): tells whether lines are missing at
-    the end."""
+    """Digest of a line that must be in the log, which was kept elsewhere (`log_head` of /health). It shows whether
+    lines are missing at the end."""
     prompt: str | None = None
-    """Which lines are about this prompt."""
+    """Prompt to look for: the lines about it are listed."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 
@@ -34,18 +34,20 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.locking import find, verify_log
 
     key = secret()
-    told = verify_log(options.file, key=key, head=options.head)
+    verified = verify_log(options.file, key=key, head=options.head)
     lines = None if options.prompt is None else find(options.file, options.prompt, key=key)
     if options.json:
-        report = {"lines": told.lines, "head": told.head, "events": dict(told.events), "keyed": told.keyed,
-                  "torn": told.torn}  # fmt: skip
+        report = {
+            "lines": verified.lines, "head": verified.head, "events": dict(verified.events),
+            "keyed": verified.keyed, "torn": verified.torn,
+        }  # fmt: skip
         terminal.result(report if lines is None else {**report, "about_the_prompt": lines})
         return
-    events = ", ".join(f"{count} {event}" for event, count in told.events.items())
-    terminal.say(f"{told.lines} lines ({events}), each as it was written; the last has the digest {told.head}")
-    if told.torn:
-        terminal.say(f"{told.torn} lines were cut short when a process was killed, and are accounted for")
-    if not told.keyed:
+    events = ", ".join(f"{count} {event}" for event, count in verified.events.items())
+    terminal.say(f"{verified.lines} lines ({events}), each as it was written; the last has the digest {verified.head}")
+    if verified.torn:
+        terminal.say(f"{verified.torn} lines were cut short when a process was killed, and are accounted for")
+    if not verified.keyed:
         terminal.say(f"Written without a secret (ERASURE_AUDIT_KEY): who may write {options.file} can write it anew")
     if options.head is None:
         terminal.say("Lines that are missing at its end cannot be seen: compare the digest with one kept elsewhere")

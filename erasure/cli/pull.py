@@ -22,7 +22,7 @@ class PullOptions:
     token: str | None = None
     """Token of the Hub; that of `hf auth login` when left out."""
     out: Path
-    """Folder to put it into; must not exist or be empty."""
+    """Folder to write the erasure into, which must be empty or not exist yet."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 

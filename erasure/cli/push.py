@@ -18,13 +18,13 @@ class PushOptions:
     erasure: tyro.conf.Positional[Path]
     """Folder of the erasure."""
     repository: tyro.conf.Positional[str]
-    """Repository of the Hub, owner/name; made if it is not there."""
+    """Repository of the Hub, as owner/name; it is created if it does not exist."""
     private: bool = False
-    """Make it for its owner alone, if it is made."""
+    """Make the repository private, if it is created."""
     revision: str | None = None
-    """Branch that it is put on, made if it is not there; the main one when left out."""
+    """Branch to upload to, which is created if it does not exist; the main branch when left out."""
     collection: str | None = None
-    """Slug of a collection that the repository is put into as well."""
+    """Slug of a collection to add the repository to."""
     keep_card: bool = False
     """Upload the folder's README.md as it is, instead of a card that is written anew."""
     token: str | None = None

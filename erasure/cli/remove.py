@@ -1,4 +1,4 @@
-"""`erasure remove`: take objects out of images."""
+"""`erasure remove`: remove objects from images."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ class OutputError(UsageError):
 
 @dataclass(kw_only=True)
 class RemoveOptions(ErasedModelOptions):
-    """Take out of images what masks cover, or what words name, and fill its place with background."""
+    """Remove from images what masks cover, or what words name, and fill the place with background."""
 
     image: Path
     """The image; or a folder of images, which may hold folders."""
     mask: Path | None = None
-    """White where something is to be removed; of the image's proportions. For a folder of images, a folder of masks of
-    the same names (endings may differ), or one mask for all."""
+    """Mask with the image's proportions, white where something is to be removed. For a folder of images, a folder of
+    masks of the same names (endings may differ), or one mask for all."""
     words: tuple[str, ...] = ()
-    """Without a mask: what to remove ("cat"), found by the model itself. A word that it does not find is refused."""
+    """What to remove when there is no mask, for instance "cat"; the model finds it. A word that it does not find is
+    refused."""
     others: tuple[str, ...] = ()
-    """What else is in the image and stays; makes finding by words much surer."""
+    """Words for other things in the image, which stay; with them the model finds --words much more reliably."""
     out: Path
     """File of the result; with several, numbers are added to its name. For a folder of images, a folder, in which
     results have the names of their images; run again, the command goes on where it stopped."""
@@ -58,14 +59,14 @@ class RemoveOptions(ErasedModelOptions):
     """File for the image with the mask over it in red, also where what was found is refused; for a folder of images, a
     folder."""
     crop: bool = False
-    """Work on the parts around the mask, at the size that the model draws, and paste them back: for images larger than
-    that."""
+    """Fill only crops around the mask, at the size that the model draws, and paste them back. For images that are
+    larger than that size."""
     crop_context: float | None = None
     """Surroundings that a crop shows on every side of what is removed, as a share of its extent; 0.5 when left out."""
     shadow: bool = False
-    """Take the shadow of what is removed along: what touches the mask and is the background's colour, only darker."""
+    """Remove the shadow too: pixels next to the mask that have the background's colour, but darker."""
     prompt: str = ""
-    """What should be in its place; background when left out."""
+    """What to draw in place of the removed object; background when left out."""
     preset: str | None = None
     """Settings by name: `default`, `joint` for SD3 and Flux, or the paper's code's: `official-sd15`, `official-sd21`,
     `official-sdxl`. The family's own when left out."""
@@ -74,17 +75,17 @@ class RemoveOptions(ErasedModelOptions):
     noise_strength: float | None = None
     """Share of the steps that are run: how much noise the image begins with."""
     removal_guidance: float | None = None
-    """How far the prediction is steered towards redirected attention; 1 takes it as it is."""
+    """Guidance scale of the prediction with redirected attention; 1 is that prediction without guidance."""
     blend_radius: float | None = None
     """Pixels over which the image's own pixels are blended in around the mask; 0 leaves those that the VAE decodes."""
     seed: int = 0
-    """Of the noise; the same for every image of a folder."""
+    """Seed of the noise, the same for every image of a folder."""
     count: int = 1
-    """Results of each image."""
+    """Number of results for each image."""
     omit_prompt: bool = False
-    """Leave the prompt and the words out of what is written into PNG files (see `erasure info`)."""
+    """Do not write the prompt and the words into PNG files, where `erasure info` shows them."""
     overwrite: bool = False
-    """Replace files that are there; for a folder of images, do all of them anew."""
+    """Replace existing files; for a folder of images, process all of them again."""
     json: bool = False
     """Print what was written as JSON, and nothing else on stdout."""
 
@@ -121,7 +122,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         scores = remover.remove(image, mask, files, options.mask_out, options.overlay_out)
     if options.json:
         written = [{"file": str(file), "seed": options.seed + index} for index, file in enumerate(files)]
-        terminal.result({**remover.told(), **({"words": scores} if scores else {}), "images": written})
+        terminal.result({**remover.summary(), **({"words": scores} if scores else {}), "images": written})
     else:
         terminal.say(*map(str, files))
 
@@ -155,11 +156,11 @@ class Remover:
         # What has no meaning is refused now, and not once for each image.
         chosen(self.preset, dict(self.settings))
 
-    def told(self) -> Settings:
+    def summary(self) -> Settings:
         """What all results have in common, for the summary."""
-        return {"model": self.options.model, **self.kept()}
+        return {"model": self.options.model, **self.recorded_settings()}
 
-    def kept(self) -> Settings:
+    def recorded_settings(self) -> Settings:
         """Settings that a picture's record keeps."""
         return {"preset": self.preset, **self.settings, **({"shadow": True} if self.options.shadow else {})}
 
@@ -215,7 +216,7 @@ class Remover:
         named = {"words": list(options.words), "others": list(options.others)}
         names = {} if options.omit_prompt else {name: words for name, words in named.items() if words}
         for file, seed, result in zip(files, seeds, results, strict=True):
-            record = self.maker.record(seed, {**self.kept(), **names}, options.prompt)
+            record = self.maker.record(seed, {**self.recorded_settings(), **names}, options.prompt)
             save(in_mode_of(image, result), file, record)
         if mask_out is not None:
             save(Image.fromarray(used.numpy()).convert("L"), mask_out)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (*FORMAT_OF, ".gif")
 """Endings of images that are looked for."""
-RECIPE_FILE, ROWS_FILE, LOCK_FILE = "removal.json", "removal.jsonl", "lock"
+RECIPE_FILE, ROWS_FILE = "removal.json", "removal.jsonl"
 """In the folder of the results: what the run depends on, and a line for each image that is done."""
 NAMED = 6
 """Images that the closing error names."""
@@ -93,12 +93,12 @@ def remove_folder(options: RemoveOptions, terminal: Terminal) -> None:
         beside=None if options.overwrite else (), state=(ROWS_FILE,), error=UsageError,
     ):  # fmt: skip
         done, before, failed = work(tasks, remover, terminal)
-    told = told_rows(tasks, done, before, failed)
+    summary = summary_rows(tasks, done, before, failed)
     if options.json:
-        terminal.result({**remover.told(), "images": told, "failed": failed})
+        terminal.result({**remover.summary(), "images": summary, "failed": failed})
     else:
         keys = ("image", "result", "seconds", "note")
-        cells = [[number(row[key], ".1f") if key == "seconds" else str(row[key]) for key in keys] for row in told]
+        cells = [[number(row[key], ".1f") if key == "seconds" else str(row[key]) for key in keys] for row in summary]
         terminal.table(keys, cells)
         terminal.say(f"{len(done)} of {len(tasks)} images are in {options.out}, {len(before)} of them from before.")
     if failed:
@@ -178,7 +178,7 @@ def recipe_of(remover: Remover) -> Settings:
     how = "words" if options.mask is None else "masks"
     return {
         "model": remover.maker.model, "fingerprint": remover.maker.fingerprint, "erasures": remover.maker.erasures,
-        "settings": remover.kept(), "prompt": options.prompt, "seed": options.seed,
+        "settings": remover.recorded_settings(), "prompt": options.prompt, "seed": options.seed,
         "count": options.count, "by": how, "words": list(options.words), "others": list(options.others),
         "png": options.png,
     }  # fmt: skip
@@ -315,19 +315,19 @@ def naming_warnings(terminal: Terminal) -> Iterator[list[str]]:
         yield named
 
 
-def told_rows(
+def summary_rows(
     tasks: Sequence[Task], done: dict[str, Row], before: set[str], failed: dict[str, str]
 ) -> list[dict[str, object]]:
     """What the summary says of every image."""
-    told: list[dict[str, object]] = []
+    summary: list[dict[str, object]] = []
     for task in tasks:
         row = done.get(task.name)
         result = "failed" if row is None else "done before" if task.name in before else "done"
-        told.append(
+        summary.append(
             {
                 "image": task.name, "result": result, "seconds": 0.0 if row is None else row["seconds"],
                 "note": failed.get(task.name, ""), "files": [] if row is None else [*map(str, task.files)],
                 "words": {} if row is None else row["words"],
             }
         )  # fmt: skip
-    return told
+    return summary

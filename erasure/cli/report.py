@@ -24,11 +24,12 @@ class ReportOptions(DeviceOptions):
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of `erasure eval`, `attack`, `stress` and `audit`, and of the cells of `erasure sweep`."""
     erasure: str
-    """The erasure: its folder, or its repository of the Hugging Face Hub. What is of another one is refused."""
+    """The erasure: its folder, or its repository of the Hugging Face Hub. Measurements of another erasure are
+    refused."""
     out: Path
     """Folder of report.html, README.md and report.json."""
     model: str | None = None
-    """The model, to verify that the erasure is in force on it; that is not measured when left out."""
+    """Model on which to verify that the erasure is in force; not verified when left out."""
     json: bool = False
     """Print report.json, and nothing else on stdout."""
 

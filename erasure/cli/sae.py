@@ -34,54 +34,57 @@ HELD_OUT = 1_000_000
 
 @dataclass(kw_only=True)
 class TowerOptions:
-    """Where activations come from."""
+    """Source of the activations."""
 
     prompts: Path | None = None
     """Text file, one prompt per line. An embedded model brings its own."""
     dataset: str | None = None
-    """Instead, a dataset of the Hugging Face Hub or a folder or file of one, read as a stream."""
+    """Dataset to read instead of --prompts, as a stream: a repository of the Hugging Face Hub, a folder or a file."""
     column: str = "text"
     """Column of the dataset that holds the prompts."""
     split: str = "train"
-    """Part of the dataset."""
+    """Split of the dataset."""
     tower: str | None = None
     """Component of the pipeline: text_encoder (the default of a new autoencoder), text_encoder_2, ..."""
     layer: int | None = None
-    """Block whose output is read, from 0 on; when left out, two thirds of the way, and a sixth of it where every token
-    reads every other (T5)."""
+    """Index of the block whose output is read, from 0. When left out: two thirds of the depth, and a sixth of it in
+    encoders without causal attention (T5)."""
     prompts_per_step: int = 64
     """Prompts encoded at each step."""
 
 
 @dataclass(kw_only=True)
 class InfoOptions(TowerOptions):
-    """Show what an autoencoder is; with --model, measure it on held-out draws of the prompts."""
+    """Show the sizes and training of an autoencoder; with --model, measure its quality on held-out prompts."""
 
     sae: tyro.conf.Positional[Path]
     """Folder of the autoencoder: of sae-lens, sparsify or OpenAI's layout."""
     model: str | None = None
     """Repository of the Hugging Face Hub, folder, or embedded model (`canvas-sd`)."""
     clip: Path | None = None
-    """Folder of an open_clip model: tells what images lose in CLIP score when the text encoder runs on the
+    """Folder of an open_clip model, to measure how much CLIP score images lose when the text encoder uses the
     reconstruction. An embedded model brings its own."""
     images: int = 32
-    """Images for that; 0 leaves it out."""
+    """Number of images to measure the loss of CLIP score on; 0 skips that."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(kw_only=True)
 class OutOptions(ModelOptions):
-    """Train a sparse autoencoder on the activations of a text tower; run again, it goes on where it stopped."""
+    """Train a sparse autoencoder on the activations of a text encoder.
+
+    Run the same command again to resume an interrupted training.
+    """
 
     out: Path
     """Folder of the autoencoder, in sae-lens' layout."""
     precision: Literal["float32", "float16"] = "float16"
-    """Of the file."""
+    """Precision of the file."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Of the arithmetic in training; what `accelerate launch` or its config says when left out."""
+    """Precision of the arithmetic in training; that of `accelerate launch` or its config when left out."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
-    """Where figures of every step go, beside the progress bar."""
+    """Tracker that the figures of every step are logged to."""
     json: bool = False
     """Print JSON."""
 

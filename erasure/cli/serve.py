@@ -23,32 +23,33 @@ if TYPE_CHECKING:
 KEY = "ERASURE_AUDIT_KEY"
 """Variable of the environment with the secret of the audit log."""
 ABOUT = (
-    "Serve a model with erasures over HTTP: POST /generate, GET /health, GET /erasures. The pipeline is locked: what "
-    "goes around its erasures is refused, and ahead of every batch it is verified that they are in force. It needs "
-    "the extra 'serve' of this package."
+    "Serve a model with erasures over HTTP: POST /generate, GET /health, GET /erasures. The pipeline is locked: "
+    "requests that bypass its erasures are refused, and the erasures are verified before every batch. Needs the extra "
+    "'serve' of this package."
 )
 
 
 @dataclass(kw_only=True)
 class ServeOptions(ErasedModelOptions):
-    """Which model and erasures, where, and what is looked at."""
+    """Model, erasures, address and checks of the service."""
 
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. There is no password: put a server that asks for one in front."""
+    """Address to listen on; the default can be reached from this machine only. The service has no password: put a
+    server that asks for one in front of it."""
     port: int = 8000
-    """Port to listen on; 0 for one that is free."""
+    """Port to listen on; 0 for any free port."""
     check_prompts: bool = False
     """Refuse prompts in which the gates of an erasure find its concept (erasures made with itd or spm)."""
     detector: str | None = None
-    """Look at every picture with this detector (see `erasure detect`): what it flags, or cannot judge, is kept
-    back."""
+    """Detector that checks every picture, see `erasure detect`: pictures that it flags, or cannot judge, are not
+    sent."""
     detector_option: tuple[str, ...] = ()
-    """Options of the detector, NAME=VALUE each."""
+    """Options of the detector, each as NAME=VALUE."""
     audit: Path | None = None
     """Log of every request, chained so that a change is noticed; `erasure log` checks it. The variable
     ERASURE_AUDIT_KEY may hold a secret for it."""
     audit_prompts: Literal["digest", "clear", "none"] = "digest"
-    """How prompts stand in the log: as digests, in clear, or not at all."""
+    """How prompts are logged: as digests, as plain text, or not at all."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:

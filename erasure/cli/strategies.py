@@ -14,7 +14,7 @@ from erasure.strategies import STRATEGIES
 
 @dataclass(kw_only=True)
 class StrategiesOptions:
-    """List the strategies: what each is, what it needs of a model, what it protects, at what cost."""
+    """List the strategies, with what each needs of a model, what it protects, and its cost."""
 
     json: bool = False
     """Print JSON, with the options and presets of each."""
@@ -35,11 +35,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 
 def describe(name: str) -> dict[str, Any]:
     """A strategy as plain data."""
-    told, options = STRATEGIES.facts(name).told, options_of(STRATEGIES, name)
+    attributes, options = STRATEGIES.facts(name).attributes, options_of(STRATEGIES, name)
     return {
         "name": name,
-        "what": told["title"],
-        **{fact: told[fact] for fact in ("needs", "protects", "cost", "paper", "carriers", "presets")},
+        "what": attributes["title"],
+        **{fact: attributes[fact] for fact in ("needs", "protects", "cost", "paper", "carriers", "presets")},
         "options": {
             field.name: {"allowed": options.describe(field.name), "default": field.default}
             for field in dataclasses.fields(options)

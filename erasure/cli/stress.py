@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
-from erasure.cli.eval import metric_table, refusals, spent
+from erasure.cli.eval import cost_remarks, metric_table, refusals
 from erasure.cli.models import MeasuringOptions, attach, check_strengths, load_erasures, open_model
 from erasure.cli.recording import left_out
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 HELP = """usage: erasure stress TEST --model M --erasure E [--erasure E ...] --out DIR [options]
 
-Changes the erased model, and says in which changes the concept comes back. Every change has a control.
+Changes the erased model in several ways, and measures which of them bring the concept back. Every change has a
+control.
 
 stress tests:
 {tests}
@@ -37,20 +38,20 @@ class StressOptions(MeasuringOptions):
     """What to put under stress, and where to write the result."""
 
     concept: str | None = None
-    """What must not come back; that of the erasures when left out."""
+    """Concept that must not come back; that of the erasures when left out."""
     size: Literal["smoke", "quick", "full"] = "quick"
-    """`smoke`: does it run; `quick`: minutes with a small model; `full`: the numbers to publish. Sets the test's
-    options; those that are given change single values."""
+    """How much is drawn: `smoke` only shows that it runs, `quick` takes minutes with a small model, `full` gives
+    numbers to publish. It sets the test's options; options that are given change single values."""
     suite: str = "canvas"
-    """Where prompts and judge come from."""
+    """Suite that gives the prompts and the judge."""
     detector: str | None = None
-    """Registered detector in the place of a judge (`erasure detect`): what it flags shows the concept. It cannot say
-    what else is in a picture, so no other prompts are drawn."""
+    """Detector to use instead of the judge (see `erasure detect`): a picture that it flags shows the concept. It
+    cannot say what else a picture shows, so no prompts of other concepts are drawn."""
     clip: str | None = None
     """CLIP model for tests that compare image features: its folder or repository; the embedded one when left out."""
     out: Path
-    """Folder of results.json, samples.jsonl, report.html and images. The same command again goes on where a killed one
-    stopped."""
+    """Folder of results.json, samples.jsonl, report.html and images. Run the same command again to resume an
+    interrupted run."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:
@@ -62,11 +63,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if name.startswith("-"):
         names = ",".join(STRESS_TESTS.names())
         raise UsageError(f"name the stress test first: erasure stress {{{names}}} --model M --erasure E --out O")
-    told, test = STRESS_TESTS.facts(name).told, options_of(STRESS_TESTS, name)
+    attributes, test = STRESS_TESTS.facts(name).attributes, options_of(STRESS_TESTS, name)
     # Twice: which options the test starts from is known only when the size is.
-    about = f"{told['title']} ({told['paper']}). Control: {told['control']}."
+    about = f"{attributes['title']} ({attributes['paper']}). Control: {attributes['control']}."
     size = parse_with(StressOptions, test(), f"stress {name}", rest, about).command.size
-    start = test(**told["sizes"].get(size, {}))
+    start = test(**attributes["sizes"].get(size, {}))
     parsed = parse_with(StressOptions, start, f"stress {name}", rest, about)
     options: StressOptions = parsed.command
     terminal.json_only = options.json
@@ -88,7 +89,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if rows:
         terminal.table(columns, rows)
     terminal.say(*left_out(results["model"]), *refusals(results["metrics"]), *failed_controls(results["metrics"]))
-    terminal.say(*spent(results["cost"]))
+    terminal.say(*cost_remarks(results["cost"]))
     terminal.say(f"The page with pictures: {options.out / 'report.html'}")
 
 

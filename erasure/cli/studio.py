@@ -15,23 +15,27 @@ DRAWING_MODELS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 
 @dataclass(kw_only=True)
 class StudioOptions(DeviceOptions):
-    """Open a page for the browser: erase, compare on the same noise, remove objects. It needs the extra 'studio'."""
+    """Open a page in the browser to make erasures, compare pictures on the same noise, and remove objects.
+
+    Needs the extra 'studio' of this package.
+    """
 
     model: tuple[str, ...] = ()
     """Models to offer beside the embedded ones: folders, or repositories of the Hugging Face Hub. The first is
     chosen at the beginning."""
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. There is no password: whoever reaches it may use it."""
+    """Address to listen on; the default can be reached from this machine only. There is no password: whoever reaches
+    the page can use it."""
     port: int = 7860
-    """Port to listen on; 0 for one that is free."""
+    """Port to listen on; 0 for any free port."""
     max_side: int = Limits.max_side
-    """Most pixels on a side of a picture."""
+    """Largest side of a picture in pixels."""
     max_steps: int = Limits.max_steps
-    """Most denoising steps."""
+    """Largest number of denoising steps."""
     max_prompt: int = Limits.max_prompt
-    """Most characters of a text."""
+    """Largest number of characters of a text."""
     max_queue: int = Limits.max_queue
-    """Most jobs that wait; further ones are told to come again."""
+    """Largest number of waiting jobs; further ones are refused with a request to try again later."""
 
 
 def run(argv: Sequence[str], terminal: Terminal) -> None:

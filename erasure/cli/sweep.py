@@ -24,22 +24,22 @@ PAGE, TITLE = "table.html", "Means over concepts and seeds"
 
 @dataclass(kw_only=True)
 class SweepOptions(DeviceOptions):
-    """Make and measure every erasure that a file asks for.
+    """Make and measure every erasure that a file lists, and print a table of means.
 
-    The same command again goes on where a killed one stopped.
+    Run the same command again to resume an interrupted run.
     """
 
     file: tyro.conf.Positional[Path]
     """TOML file: models, concepts, methods, seeds, suites, attacks and stress tests."""
     out: Path
-    """Folder of a folder for every erasure with all that is measured of it."""
+    """Folder to write results into: one folder for each erasure, with its measurements."""
     share: str = "1/1"
-    """Part of the work that this machine does: 1/4 to 4/4 for four machines. Put their folders together, and print the
-    table with --table-only."""
+    """Part of the work for this machine: 1/4 to 4/4 for four machines. Afterwards, copy their folders into one, and
+    print the table with --table-only."""
     dry_run: bool = False
-    """List the cells of this share and what became of them, and make nothing."""
+    """List the cells of this share and their state, and make nothing."""
     table_only: bool = False
-    """Make nothing, and print the table of what there is."""
+    """Make nothing, and print the table of the finished cells."""
     format: Literal["table", "csv", "latex", "json", "html"] = "table"
     """`table` for people; `csv` with a line for every number; `latex` for the package booktabs; `json`; `html`, which
     is written to table.html in the folder."""

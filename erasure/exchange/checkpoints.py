@@ -138,7 +138,7 @@ def _width(module: nn.Module) -> int:
 
 
 def tensors_of(pipe: DiffusionPipeline, component: str) -> dict[str, Tensor]:
-    """The parameters of a network and what else it keeps in its files, by canonical path."""
+    """Give the parameters and persistent buffers of a network, by canonical path."""
     module = components_of(pipe)[component]
     found = dict(paths.transformer_root(module).state_dict())
     projection = getattr(module, "text_projection", None)
@@ -158,7 +158,7 @@ def _written(pipe: DiffusionPipeline, part: Part) -> Iterator[tuple[str, Tensor]
 
 
 def _said(pipe: DiffusionPipeline) -> dict[str, str]:
-    """What programs cannot tell from the tensors."""
+    """Describe what programs cannot see from the tensors."""
     kind = pipe.scheduler.config.get("prediction_type")
     return {"modelspec.prediction_type": "v"} if kind == "v_prediction" else {}
 

@@ -91,7 +91,7 @@ def split(
 
 
 def decomposed(delta: Tensor, rank: int | None, residual: float) -> Factors:
-    """The best low-rank approximation of a full-rank edit.
+    """Compute the best low-rank approximation of a full-rank edit.
 
     Args:
         delta: `(out_features, in_features)`, or `(out_channels, in_channels, height, width)`.

@@ -19,7 +19,7 @@ from erasure.errors import ArtifactError, ConceptError, DivergenceError, WrongBa
 from erasure.exchange.checkpoints import ERASED
 from erasure.exchange.loaders import FLUX, SD, SD3, XL
 from erasure.exchange.lora_files import CONFIG, EXPORT
-from erasure.exchange.lora_read import Read, is_lora, read_lora
+from erasure.exchange.lora_read import ReadResult, is_lora, read_lora
 from erasure.exchange.reading import Source, read_source
 from erasure.exchange.weights_read import read_weights
 from erasure.files.reading import parsed
@@ -40,7 +40,7 @@ NAMES = ("ss_sd_model_name", "base_model")
 
 @dataclass(frozen=True)
 class Imported:
-    """An erasure that was read from somebody's file."""
+    """An erasure that was read from a published file."""
 
     erasure: Erasure
     form: str
@@ -101,7 +101,7 @@ def import_file(
 
 
 def _own_config(source: Source) -> ErasureConfig | None:
-    """The config that `erasure export` wrote into the header, if it did."""
+    """Read the config that `erasure export` wrote into the header, if there is one."""
     if CONFIG not in source.metadata:
         return None
     where = f"{source.shown}: {CONFIG} in its header"
@@ -120,13 +120,13 @@ def _configs_of_checkpoint(source: Source) -> list[ErasureConfig]:
 
 
 def _export_said(source: Source) -> list[str]:
-    """What `erasure export` had to leave out, if it wrote the file."""
+    """Say what `erasure export` left out, if it wrote the file."""
     if EXPORT not in source.metadata:
         return []
-    told: dict[str, JsonValue] = parsed(
+    header: dict[str, JsonValue] = parsed(
         source.metadata[EXPORT].encode("utf-8", "surrogatepass"), dict[str, JsonValue], f"{source.shown}: {EXPORT}"
     )
-    count, left_out = told.get("approximated"), told.get("left_out")
+    count, left_out = header.get("approximated"), header.get("left_out")
     if not isinstance(count, int) or not isinstance(left_out, float) or not count:
         return []
     return [
@@ -154,7 +154,7 @@ def _check_base(source: Source, config: ErasureConfig, keys: Sequence[str], pipe
 
 
 def _check_family(source: Source, family: str, kind: str) -> str | None:
-    """What a file says of its base model; `WrongBaseError` where that is of another family."""
+    """Read the base model in a file's header; raise `WrongBaseError` where it is of another family."""
     for text in SAYS:
         said = source.metadata.get(text, "")
         named = next((known for start, known in FAMILIES.items() if said.lower().startswith(start)), None)
@@ -173,7 +173,9 @@ def _base_said(source: Source, said: str | None) -> str:
     return f"the file names {said} as its base model; whether this is it is not known, names and shapes fit"
 
 
-def _config(source: Source, backbone: Backbone, read: Read, concepts: Sequence[Concept], lora: bool) -> ErasureConfig:
+def _config(
+    source: Source, backbone: Backbone, read: ReadResult, concepts: Sequence[Concept], lora: bool
+) -> ErasureConfig:
     in_denoiser = backbone.denoiser_component in read.edits.components
     options: dict[str, object] = {
         "file": files.shown(source.path.name, 200)[1:-1], "sha256": source.digest(),

@@ -40,8 +40,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Named:
-    """A layer as a program knows it."""
+class LayerName:
+    """The name of a layer in a program."""
 
     stem: str
     """Name without an ending."""
@@ -57,72 +57,72 @@ class Loader:
     scheme: Scheme
     refused: dict[str, str]
     """Families that it cannot load an erasure of, and why."""
-    names: Callable[[Model, str], Named | str]
+    names: Callable[[Model, str], LayerName | str]
     """Gives a layer's name (`component/module.path`), or why the program has none."""
     plain: bool = False
     """Whether it reads changes of biases and norms."""
 
 
 def flat(path: str) -> str:
-    """A path with underscores for dots, as kohya writes it."""
+    """Replace the dots of a path by underscores, as kohya does."""
     return path.replace(".", "_")
 
 
-def in_layout(model: Model, path: str) -> Named | str:
-    """A layer of the denoiser by its place in the published layout, as kohya names it."""
+def in_layout(model: Model, path: str) -> LayerName | str:
+    """Give kohya's name of a denoiser layer, by its place in the published layout."""
     if model.layout is None:
         return "its name depends on the model, so name the model (--model)"
     place = model.layout(f"{path}.weight")
     if place is None:
         return "the layout that the model was published in has no such layer"
-    return Named(f"lora_unet_{flat(place.key.removesuffix('.weight'))}", place)
+    return LayerName(f"lora_unet_{flat(place.key.removesuffix('.weight'))}", place)
 
 
-def text_encoder(model: Model, component: str, path: str) -> Named | str:
-    """A layer of a text encoder as kohya names it; T5 counts as the third, whichever place it has."""
+def text_encoder(model: Model, component: str, path: str) -> LayerName | str:
+    """Give kohya's name of a text encoder layer; T5 always counts as the third encoder."""
     if is_in_t5(path):
-        return Named(f"lora_te3_{flat(path)}")
+        return LayerName(f"lora_te3_{flat(path)}")
     if CLIP_LAYER.fullmatch(path) is None:
         return "LoRA files have no name for this layer of a text encoder"
     number = "" if model.family == SD else TEXT_ENCODERS.index(component) + 1
-    return Named(f"lora_te{number}_text_model_{flat(path)}")
+    return LayerName(f"lora_te{number}_text_model_{flat(path)}")
 
 
-def kohya_name(model: Model, key: str) -> Named | str:
-    """As kohya's scripts write it: by the published layout, but for Stable Diffusion by diffusers' paths."""
+def kohya_name(model: Model, key: str) -> LayerName | str:
+    """Give kohya's name: by the published layout, and for Stable Diffusion by diffusers' paths."""
     component, path = key.split("/", 1)
     if component in TEXT_ENCODERS:
         return text_encoder(model, component, path)
     if model.family != SD:
         return in_layout(model, path)
     stem = kohya_stem(key, False)
-    return "kohya's scripts have no name for it" if stem is None else Named(stem)
+    return "kohya's scripts have no name for it" if stem is None else LayerName(stem)
 
 
-def unet_name(model: Model, key: str) -> Named | str:
-    """A layer of a UNet by diffusers' path, which needs no model to be told, and the others as kohya does."""
+def unet_name(model: Model, key: str) -> LayerName | str:
+    """Give the name of a UNet layer by diffusers' path, which needs no model; other layers get kohya's name."""
     if key.split("/")[0] in TEXT_ENCODERS or model.family not in (SD, XL):
         return kohya_name(model, key)
     stem = kohya_stem(key, model.family == XL)
-    return "no name of this layer is known" if stem is None else Named(stem)
+    return "no name of this layer is known" if stem is None else LayerName(stem)
 
 
-def a1111_name(model: Model, key: str) -> Named | str:
-    """As AUTOMATIC1111 finds it; it looks for the upsampler of SDXL's first block in a wrong place."""
+def a1111_name(model: Model, key: str) -> LayerName | str:
+    """Give AUTOMATIC1111's name; it cannot find the upsampler of SDXL's first block, which it looks for elsewhere."""
     component, path = key.split("/", 1)
     if component not in TEXT_ENCODERS and UPSAMPLER.match(path):
         return in_layout(model, path)
     return unet_name(model, key)
 
 
-def diffusers_name(model: Model, key: str) -> Named | str:
-    """As diffusers saves it; T5 is passed over by its loaders without a word."""
+def diffusers_name(model: Model, key: str) -> LayerName | str:
+    """Give diffusers' name; its loaders ignore layers of T5 silently."""
     component, path = key.split("/", 1)
     if is_in_t5(path):
         return "diffusers loads no LoRA into T5, and says nothing about it"
     if component in TEXT_ENCODERS and CLIP_LAYER.fullmatch(path) is None:
         return "diffusers loads no LoRA into this layer of a text encoder"
-    return Named(diffusers_stem(key))
+    return LayerName(diffusers_stem(key))
 
 
 NO_CHROMA = "the names that it has for the layers of Chroma are not known here"
@@ -150,8 +150,8 @@ T5 = "t5xxl"
 """What it calls T5."""
 
 
-def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False) -> Named | None:
-    """ComfyUI's name of a module by which it finds changes of any parameter; `None` where it has none.
+def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False) -> LayerName | None:
+    """Give ComfyUI's name of a module, by which it finds changes of any parameter; `None` where it has none.
 
     Args:
         model: The model.
@@ -165,22 +165,22 @@ def comfyui_plain(model: Model, key: str, length: int, *, stacked: bool = False)
         if place is None or not place.key.endswith(".weight"):
             return None
         usable = stacked or (place.parts == 1 and place.form == "same")
-        return Named(f"diffusion_model.{place.key.removesuffix('.weight')}", place) if usable else None
+        return LayerName(f"diffusion_model.{place.key.removesuffix('.weight')}", place) if usable else None
     if is_in_t5(path) or path.startswith(("shared", "encoder.final_layer_norm", "encoder.embed_tokens")):
-        return Named(f"text_encoders.{ahead_in_comfyui(T5)}{path}")
+        return LayerName(f"text_encoders.{ahead_in_comfyui(T5)}{path}")
     encoder = CLIP_IN_COMFYUI[TEXT_ENCODERS.index(component)]
     if model.family == SD and (length // 4 if path.endswith("mlp.fc1") else length) == WIDTH_OF_H:
         encoder = CLIP_H
-    return Named(f"text_encoders.{ahead_in_comfyui(encoder)}{path}")
+    return LayerName(f"text_encoders.{ahead_in_comfyui(encoder)}{path}")
 
 
 def ahead_in_comfyui(encoder: str) -> str:
-    """What stands ahead of the paths of one of ComfyUI's text encoders in the names of its tensors."""
+    """Give the prefix of tensor names in one of ComfyUI's text encoders."""
     return f"{encoder}.transformer.{'' if encoder == T5 else 'text_model.'}"
 
 
 def encoder_in_comfyui(component: str, tensors: Iterable[str]) -> str | None:
-    """What ComfyUI calls a text encoder of a model that it has loaded.
+    """Give ComfyUI's name of a text encoder in a loaded model.
 
     Args:
         component: The text encoder, as pipelines name it.

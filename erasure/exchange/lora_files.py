@@ -18,7 +18,7 @@ from erasure.backbones.layouts import Place, formed
 from erasure.errors import OptionError, UnsupportedModelError
 from erasure.exchange import loaders
 from erasure.exchange.factors import RESIDUAL, Factors, Split, split
-from erasure.exchange.loaders import LOADERS, Loader, Model, Named
+from erasure.exchange.loaders import LOADERS, LayerName, Loader, Model
 from erasure.exchange.writing import check_out, write_tensors
 from erasure.fitting import check_fit, sources_of
 from erasure.interop import paths
@@ -67,9 +67,9 @@ class Exported:
     @property
     def facts(self) -> dict[str, object]:
         """Give the fields as plain data, without the path."""
-        told = dataclasses.asdict(self)
-        del told["path"]
-        return {**told, "ranks": list(self.ranks)}
+        facts_by_name = dataclasses.asdict(self)
+        del facts_by_name["path"]
+        return {**facts_by_name, "ranks": list(self.ranks)}
 
     def __str__(self) -> str:
         """One line for people."""
@@ -117,15 +117,15 @@ def export_lora(
     model = _model(erasure, pipe)
     parts = split(erasure.edits, _bases(erasure, pipe), rank, residual)
     tensors = _tensors(parts, loader, model, _rows(pipe, model))
-    told = _exported(out, to, parts)
-    write_tensors(out, tensors, _metadata(erasure, loader, told, parts, tensors))
-    return told
+    exported = _exported(out, to, parts)
+    write_tensors(out, tensors, _metadata(erasure, loader, exported, parts, tensors))
+    return exported
 
 
 def comfyui_tensors(
     erasure: Erasure, model: Model, bases: Mapping[str, Tensor], rows: Callable[[str], int | None]
 ) -> dict[str, Tensor]:
-    """Give what ComfyUI reads as an erasure, under its names, as its loader of LoRA files takes it.
+    """Give an erasure's tensors under ComfyUI's names, as its loader of LoRA files takes them.
 
     Nothing is left out: unlike in a file, edits of full rank stand there as they are.
 
@@ -202,7 +202,7 @@ def _rows(pipe: DiffusionPipeline | None, model: Model) -> Callable[[str], int |
 def _tensors(
     parts: Split, loader: Loader, model: Model, rows: Callable[[str], int | None], *, stacked: bool = False
 ) -> dict[str, Tensor]:
-    named: dict[str, Named] = {}
+    named: dict[str, LayerName] = {}
     for key in (*parts.layers, *parts.whole):
         name = loader.names(model, key)
         if isinstance(name, str):
@@ -234,21 +234,21 @@ def _tensors(
 
 
 def of_one_rank(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same factors with zeros behind them, so that all have one rank, and with it one alpha.
+    """Pad factors with zeros, so that all have the same rank and alpha.
 
     diffusers takes the most frequent alpha of a file in kohya's names for that of every layer, so layers of other
     ranks would get a wrong scale.
     """
     rank = max((factors.rank for factors in layers.values()), default=0)
     found = {}
-    for stem, (down, up, *told) in layers.items():
+    for stem, (down, up, *exported) in layers.items():
         more = rank - down.shape[0]
         wide = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
-        found[stem] = Factors(wide, torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], 1), *told)
+        found[stem] = Factors(wide, torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], 1), *exported)
     return found
 
 
-def _by_stem(named: Mapping[str, Named]) -> dict[str, list[str]]:
+def _by_stem(named: Mapping[str, LayerName]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key, name in named.items():
         found.setdefault(name.stem, []).append(key)
@@ -266,7 +266,7 @@ def _put(tensors: dict[str, Tensor], stem: str, factors: Factors, loader: Loader
 
 
 def _joined(layers: list[tuple[str, Factors, Place | None]], rows: Callable[[str], int | None]) -> Factors:
-    """The factors of a program's tensor from those of the layers that stand in it, one below the other.
+    """Stack the factors of the layers that a program keeps in one tensor.
 
     `up` has a block for each layer and zeros elsewhere, so that the product is the edits stacked by rows.
     """
@@ -295,7 +295,7 @@ def _dense(parts: Split, key: str) -> Tensor:
 
 
 def _stacked(layers: list[tuple[str, Tensor, Place | None]], rows: Callable[[str], int | None]) -> Tensor:
-    """The edit of a program's tensor from those of the layers that stand in it, with zeros where none is edited."""
+    """Stack the edits of the layers that a program keeps in one tensor, with zeros for unedited layers."""
     _, delta, place = layers[0]
     if place is None or place.parts == 1:
         return delta if place is None else formed(delta, place.form)
@@ -308,7 +308,7 @@ def _stacked(layers: list[tuple[str, Tensor, Place | None]], rows: Callable[[str
 
 
 def _heights(edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable[[str], int | None]) -> list[int]:
-    """The rows of every layer in a tensor, those that are not edited too."""
+    """Give the number of rows of every layer in a tensor, edited or not."""
     key, height = next(iter(edited.values()))
     path = key.split("/", 1)[1]
     found = []
@@ -328,7 +328,7 @@ def _heights(edited: Mapping[int, tuple[str, int]], place: Place, rows: Callable
 
 
 def _sibling(path: str, place: Place, part: int) -> str:
-    """The path of another layer of a tensor."""
+    """Give the path of another layer in the same tensor."""
     head, _, name = path.rpartition(".")
     if place.parts == 4:
         block = head.removesuffix(".attn")
@@ -348,17 +348,17 @@ def _exported(out: Path, to: str, parts: Split) -> Exported:
 
 
 def _metadata(
-    erasure: Erasure, loader: Loader, told: Exported, parts: Split, tensors: Mapping[str, Tensor]
+    erasure: Erasure, loader: Loader, exported: Exported, parts: Split, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Texts in the header: what programs look for, and the erasure's config and what the export did."""
+    """Make the header's texts: what programs look for, the erasure's config, and the export's summary."""
     config = erasure.config
-    if told.approximated:
+    if exported.approximated:
         # What was measured was measured with the edit itself.
         config = dataclasses.replace(config, evaluation={})
     residuals = {key: factors.left_out / factors.energy for key, factors in parts.layers.items() if factors.energy}
     texts = {
         "format": "pt", "modelspec.title": erasure.name, CONFIG: json.dumps(dataclasses.asdict(config)),
-        EXPORT: json.dumps({**told.facts, "left_out_by_layer": residuals}),
+        EXPORT: json.dumps({**exported.facts, "left_out_by_layer": residuals}),
     }  # fmt: skip
     if loader.scheme == "kohya":
         texts |= {"ss_network_module": "networks.lora", "ss_output_name": erasure.name}
@@ -373,7 +373,7 @@ def _metadata(
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int:
-    """The most ranks of a layer in a file of kohya's names."""
+    """Give the largest rank of a layer in a file with kohya's names."""
     return max((len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_down.weight")), default=0)
 
 

@@ -42,7 +42,7 @@ ADAPTERS = "lora_adapter_metadata"
 
 @dataclass
 class Layer:
-    """Tensors of a file for one name."""
+    """The tensors of one layer in a file."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -54,7 +54,7 @@ class Layer:
 
 
 @dataclass
-class Read:
+class ReadResult:
     """Result of reading a file, with remarks for the user."""
 
     edits: Edits
@@ -67,8 +67,8 @@ def is_lora(source: Source) -> bool:
     return any(name.endswith(ends) or any(sign in name for sign in OTHERS) for name in source.tensors)
 
 
-def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
-    """The edits of a LoRA file.
+def read_lora(source: Source, pipe: DiffusionPipeline) -> ReadResult:
+    """Read the edits of a LoRA file.
 
     Args:
         source: The file.
@@ -99,11 +99,11 @@ def read_lora(source: Source, pipe: DiffusionPipeline) -> Read:
             zero += _add(edits, source, stem, layer, scales.get(stem, 1.0), target, table, weight)
     if zero:
         notes.append(f"{zero} layers of the file change nothing and were left out")
-    return Read(edits, notes)
+    return ReadResult(edits, notes)
 
 
 def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], dict[str, float]]:
-    """What a file holds for each name, and the factors on its products.
+    """Read the tensors of each layer in a file, and the scales of their products.
 
     Args:
         source: The file.
@@ -119,7 +119,7 @@ def parts_of_lora(source: Source, notes: list[str]) -> tuple[dict[str, Layer], d
 
 
 def _layers(source: Source) -> dict[str, Layer]:
-    """The tensors of a file by name without its ending."""
+    """Group the tensors of a file by layer name, without endings."""
     found: dict[str, Layer] = {}
     for name, tensor in source.tensors.items():
         if kind := next((what for sign, what in OTHERS.items() if sign in name), None):
@@ -172,7 +172,7 @@ def _check_whole(source: Source, layers: Mapping[str, Layer]) -> None:
 
 
 def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> dict[str, float]:
-    """The factor on the product of each layer: alpha over rank."""
+    """Compute the scale of each layer's product: alpha over rank."""
     pairs = {stem: layer for stem, layer in layers.items() if layer.down is not None}
     with_alpha = [stem for stem, layer in pairs.items() if layer.alpha is not None]
     if with_alpha and len(with_alpha) < len(pairs):
@@ -182,10 +182,10 @@ def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> di
             "its scale is unknown. Fetch the file again, or write the alpha (the rank, where the scale is 1)"
         )
     if not with_alpha:
-        told = _adapters(source)
+        header = _adapters(source)
         if any(layer.scheme == PAIRS[0][2] for layer in pairs.values()):
             notes.append("the file names no alpha: its scale is taken to be 1, as programs do")
-        return {stem: _told_scale(source, stem, layer, told) for stem, layer in pairs.items()}
+        return {stem: _header_scale(source, stem, layer, header) for stem, layer in pairs.items()}
     scales = {}
     for stem, layer in pairs.items():
         assert layer.alpha is not None
@@ -201,7 +201,7 @@ def _scales(source: Source, layers: Mapping[str, Layer], notes: list[str]) -> di
 
 
 def _adapters(source: Source) -> dict[str, object]:
-    """Ranks and alphas of PEFT's adapters, as diffusers writes them into the header; empty without."""
+    """Read the ranks and alphas of PEFT's adapters that diffusers wrote into the header; empty without."""
     if ADAPTERS not in source.metadata:
         return {}
     try:
@@ -213,16 +213,19 @@ def _adapters(source: Source) -> dict[str, object]:
     return held
 
 
-def _told_scale(source: Source, stem: str, layer: Layer, told: Mapping[str, object]) -> float:
-    """The scale of a layer according to the header: its own alpha and rank, or those of its network."""
+def _header_scale(source: Source, stem: str, layer: Layer, header: Mapping[str, object]) -> float:
+    """Compute a layer's scale from the header: from its own alpha and rank, or those of its network."""
     component, _, path = stem.partition(".")
-    if f"{component}.lora_alpha" not in told:
+    if f"{component}.lora_alpha" not in header:
         return 1.0
-    if told.get(f"{component}.use_dora"):
-        raise UnsupportedModelError(f"{source.shown} is a DoRA, and only plain LoRA is read")
+    if header.get(f"{component}.use_dora"):
+        raise UnsupportedModelError(
+            f"{source.shown} is a DoRA, and only plain LoRA can be read: ask its author for a plain LoRA, or for "
+            "the whole weights"
+        )
     assert layer.down is not None
-    alpha: object = told[f"{component}.lora_alpha"]
-    patterns = told.get(f"{component}.alpha_pattern") or {}
+    alpha: object = header[f"{component}.lora_alpha"]
+    patterns = header.get(f"{component}.alpha_pattern") or {}
     if isinstance(patterns, Mapping):
         # PEFT's rule: the first pattern that a path ends with.
         own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({re.escape(pattern)})", path))
@@ -232,13 +235,13 @@ def _told_scale(source: Source, stem: str, layer: Layer, told: Mapping[str, obje
             f"{source.shown}: the alpha of {shown(stem)} is {shown(alpha)}, expected a number other than 0"
         )
     rank = len(layer.down)
-    return alpha / (math.sqrt(rank) if told.get(f"{component}.use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if header.get(f"{component}.use_rslora") else rank)
 
 
 def _add(
     edits: Edits, source: Source, stem: str, layer: Layer, scale: float, target: Target, table: Table, weight: Tensor
 ) -> bool:
-    """Add what a file says of one layer to edits, and tell whether that is nothing."""
+    """Add a file's change of one layer to edits; return whether the change is zero."""
     where = f"{source.shown}: {shown(stem)}"
     nothing = True
     if layer.down is not None and layer.up is not None:
@@ -269,7 +272,7 @@ def _add(
 def _checked(
     where: str, down: Tensor, up: Tensor, target: Target, targets: list[Target], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a layer, in the form that its weight has.
+    """Convert the factors of a layer to the form of its weight, and check their shapes.
 
     Raises:
         ArtifactError: They do not go together.
@@ -293,7 +296,7 @@ def _checked(
 
 
 def _put(edits: Edits, where: str, key: str, down: Tensor, up: Tensor, weight: Tensor) -> None:
-    """Add the factors of one layer to edits; those of a convolution multiplied out."""
+    """Add the factors of one layer to edits; those of a convolution are multiplied."""
     if key in edits.low_rank or f"{key}.weight" in edits.deltas:
         raise ArtifactError(f"{where} changes {key} again, which another name in the file does: keep one of them")
     if weight.ndim == 2:
@@ -309,4 +312,4 @@ def _unlike(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> st
     )
 
 
-__all__ = ["Read", "is_lora", "read_lora"]
+__all__ = ["ReadResult", "is_lora", "read_lora"]

@@ -41,7 +41,7 @@ Table = dict[str, list[Target]]
 
 
 def editable(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The networks that an erasure may change, without wrappers, by name."""
+    """Give the networks that an erasure may change, by name, without wrappers."""
     backbone = backbone_for(pipe)
     names = [backbone.denoiser_component, *(tower.component for tower in backbone.towers)]
     modules = components_of(pipe)
@@ -49,7 +49,7 @@ def editable(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def layers_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weight of every module that has one, by the module's canonical path."""
+    """Give the weight of every module that has one, by the module's canonical path."""
     found = {}
     for path in paths.canonical_parameters(module):
         owner, _, name = path.rpartition(".")
@@ -59,7 +59,7 @@ def layers_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def layer_table(pipe: DiffusionPipeline) -> Table:
-    """The layers that names in LoRA files may be for, by name without its ending."""
+    """Map names in LoRA files, without endings, to layers."""
     backbone, table = backbone_for(pipe), dict[str, list[Target]]()
     for component, module in editable(pipe).items():
         layers = layers_of(module)
@@ -100,7 +100,7 @@ def _of_encoder(backbone: Backbone, component: str, module: nn.Module, path: str
 
 
 def _published(component: str, layers: dict[str, Tensor], layout: Layout) -> Iterator[tuple[str, Target]]:
-    """The layers of a denoiser by the names of the published layout."""
+    """Map names of the published layout to layers of a denoiser."""
     rows = {f"{path}.weight": len(weight) for path, weight in layers.items()}
     first = starts(rows, layout)
     for path in layers:
@@ -116,7 +116,7 @@ def _published(component: str, layers: dict[str, Tensor], layout: Layout) -> Ite
 
 
 def weight_tables(pipe: DiffusionPipeline) -> dict[str, Table]:
-    """The parameters that names of whole weights may be for, by component."""
+    """Map names of whole weights to parameters, by component."""
     backbone = backbone_for(pipe)
     tables: dict[str, Table] = {}
     for component, module in editable(pipe).items():
@@ -146,7 +146,7 @@ def weight_tables(pipe: DiffusionPipeline) -> dict[str, Table]:
 
 
 def _layouts(pipe: DiffusionPipeline) -> list[tuple[str, str, Layout]]:
-    """Networks of a model, what their names begin with in checkpoints, and their layouts."""
+    """List a model's networks, with their prefixes and layouts in checkpoints."""
     try:
         parts = parts_of(pipe)
     except UnsupportedModelError:

@@ -30,7 +30,7 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors and header of a file."""
+    """The tensors and the header of a file."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -90,7 +90,7 @@ def read_source(path: str | Path) -> Source:
 
 
 def _flat(held: object, shown: str, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """The tensors of nested dicts, with the names of networks ahead of theirs."""
+    """Flatten nested dicts of tensors, with the names of networks as prefixes."""
     if not isinstance(held, Mapping) or depth > DEEPEST:
         raise ArtifactError(f"{shown} holds a {type(held).__name__}, expected tensors by name; {CONVERT}")
     found: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from erasure.backbones.layouts import unformed
 from erasure.carriers.edits import Edits
 from erasure.errors import ArtifactError, OptionError, WrongBaseError
-from erasure.exchange.lora_read import Read
+from erasure.exchange.lora_read import ReadResult
 from erasure.exchange.names_read import Target, editable, weight_tables
 from erasure.exchange.reading import Source
 from erasure.files import shown
@@ -30,7 +30,7 @@ LIKE = 0.5
 """Cosine between the weights of a file and those of its base below which it is the base of something else."""
 
 
-def read_weights(source: Source, pipe: DiffusionPipeline, component: str | None = None) -> Read:
+def read_weights(source: Source, pipe: DiffusionPipeline, component: str | None = None) -> ReadResult:
     """The edits that turn a model's weights into those of a file.
 
     A value that the model has too, rounded as the file's are, counts as unchanged.
@@ -51,7 +51,7 @@ def read_weights(source: Source, pipe: DiffusionPipeline, component: str | None 
     if not held:
         raise WrongBaseError(f"{source.shown} holds nothing that an erasure changes (first {shown(aside[0])})")
     targets = _targets(source, held, pipe, component)
-    modules, read = editable(pipe), Read(Edits())
+    modules, read = editable(pipe), ReadResult(Edits())
     agreement = torch.zeros(3, dtype=torch.float64)
     seen: dict[str, Tensor] = {}
     for name, tensor in held.items():

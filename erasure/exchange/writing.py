@@ -16,7 +16,7 @@ ENDING = ".safetensors"
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> Path:
-    """The path of a file that is to be written, before any work is done.
+    """Check the path of a file that will be written, before any work is done.
 
     Raises:
         ArtifactError: It has another ending, is there already, or is a folder.

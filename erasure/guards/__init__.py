@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from erasure.guards.calls import Way, calling, check_arguments, check_call, way_of, ways_around
 from erasure.guards.encodings import admitted, is_admitted, unguarded
+from erasure.guards.messages import CONTROL, REFUSABLE, Refusable, is_strict, lock_of
 from erasure.guards.networks import install, share_gates
-from erasure.guards.said import CONTROL, REFUSABLE, Refusable, is_strict, lock_of
 from erasure.guards.saving import check_saveable
 
 __all__ = [

@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from erasure.guards.encodings import KNOWN, blocks_read, skipped_blocks, unfit_for_skipping
-from erasure.guards.networks import encodings_of
-from erasure.guards.said import (
+from erasure.guards.messages import (
     CLIP_SKIP,
     EMBEDDINGS,
     HANDED_IN,
@@ -29,8 +28,9 @@ from erasure.guards.said import (
     made_for_others,
     names_in_force,
     names_on_text,
-    said,
+    warn_or_refuse,
 )  # fmt: skip
+from erasure.guards.networks import encodings_of
 from erasure.guards.words import is_named
 from erasure.interop import paths
 from erasure.interop.pipelines import components_of
@@ -97,33 +97,35 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
         return
     set_levels = [given.get(key) for key in ("timesteps", "sigmas")]
     if given.get("latents") is not None and any(levels is not None for levels in set_levels):
-        said(states, names, PICTURE)
+        warn_or_refuse(states, names, PICTURE)
     on_text = names_on_text(states)
     compiled = [known for part in components.values() if paths.is_compiled(part) and (known := encodings_of(part))]
     locked = lock_of(states)
     for name, value in given.items():
         way = way_of(name) if value is not None else None
         if way in ONLY_LOCKED and is_locked_out(locked, ONLY_LOCKED[way]):
-            said(states, names, ONLY_LOCKED[way], way=name)
+            warn_or_refuse(states, names, ONLY_LOCKED[way], way=name)
         if way == "other text" and on_text and _differs(value, given.get(usual := re.sub(r"_\d+$", "", name))):
-            said(states, on_text, OTHER_TEXT, way=name, usual=usual)
+            warn_or_refuse(states, on_text, OTHER_TEXT, way=name, usual=usual)
         elif way == "picture" and (is_locked_out(locked, PICTURE) or _is_of_latents(value)):
-            said(states, names, PICTURE)
+            warn_or_refuse(states, names, PICTURE)
         elif way == "skipped blocks" and value:
             if unfit := unfit_for_skipping(states, blocks_read(components), value):
-                said(states, unfit, CLIP_SKIP, way=str(value))
+                warn_or_refuse(states, unfit, CLIP_SKIP, way=str(value))
         elif way == "embeddings" and isinstance(value, Tensor):
             # The guard on the denoiser does not run inside of a compiled graph.
             if any(skipped_blocks(states, known, value) is None for known in compiled):
-                said(states, on_text, EMBEDDINGS, way=name)
+                warn_or_refuse(states, on_text, EMBEDDINGS, way=name)
         elif way == "image prompt" and (compiled or is_locked_out(locked, IMAGE_PROMPT)):
-            said(states, names, IMAGE_PROMPT)
+            warn_or_refuse(states, names, IMAGE_PROMPT)
         elif name == LENGTH and isinstance(value, int):
             for free in [known.free for known in compiled if known.free]:
                 if others := made_for_others(states, free.component, value):
-                    said(states, ", ".join(others), TEXT_LENGTH, length=value, made=next(iter(others.values())))
+                    warn_or_refuse(
+                        states, ", ".join(others), TEXT_LENGTH, length=value, made=next(iter(others.values()))
+                    )
     if negated := _negated(states, given):
-        said(states, negated, NEGATIVE)
+        warn_or_refuse(states, negated, NEGATIVE)
 
 
 def check_arguments(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:

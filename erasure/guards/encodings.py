@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.backbones import TextTower
-from erasure.backbones.base import Written
+from erasure.backbones.base import TowerSlice
 from erasure.interop import hooks, paths
 from erasure.interop.encoders import anatomy_of, block_of, blocks_of
 from erasure.interop.hooks import ModelHook
@@ -87,9 +87,9 @@ class Encodings:
     def __init__(
         self,
         erasures: Iterable[tuple[str, float]],
-        tokens: Iterable[Written],
-        pooled: Iterable[Written],
-        free: Written | None,
+        tokens: Iterable[TowerSlice],
+        pooled: Iterable[TowerSlice],
+        free: TowerSlice | None,
     ) -> None:
         self.erasures, self.tokens, self.pooled, self.free = tuple(erasures), tuple(tokens), tuple(pooled), free
         self.rows: deque[tuple[int, Tensor]] = deque(maxlen=REMEMBERED)
@@ -106,18 +106,20 @@ class Encodings:
         states = states[:, None] if states.ndim == 2 else states
         self.rows.extend((skipped, row) for row in _sampled(states.detach()).cpu())
 
-    def skipped(self, told: Tensor, components: Collection[str]) -> int | None:
+    def skipped(self, conditioning: Tensor, components: Collection[str]) -> int | None:
         """Find how many blocks of the text encoders were skipped in the denoiser's conditioning.
 
         Args:
-            told: Conditioning: tokens `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`.
+            conditioning: Conditioning: tokens `(batch, tokens, dim)`, or pooled vectors `(batch, dim)`.
             components: Text encoders whose part is checked.
 
         Returns:
             0 for the pipeline's default; `None` where a part is not from remembered encodings.
         """
-        written, told = (self.tokens, told) if told.ndim == 3 else (self.pooled, told[:, None])
-        parts = [told[:, part.places, part.columns] for part in written if part.component in components]
+        written, conditioning = (
+            (self.tokens, conditioning) if conditioning.ndim == 3 else (self.pooled, conditioning[:, None])
+        )
+        parts = [conditioning[:, part.places, part.columns] for part in written if part.component in components]
         found = [self._skipped(part) for part in parts]
         counts = [count for count in found if count is not None]
         return None if len(counts) < len(found) else max(counts, key=abs, default=0)
@@ -225,10 +227,10 @@ def watch(tower: TextTower, encodings: Encodings) -> None:
         hooks.register_hook(tower.pooling, _Remember(encodings), _ENCODINGS)
 
 
-def skipped_blocks(states: Iterable[ComponentState], encodings: Encodings, told: Tensor) -> int | None:
+def skipped_blocks(states: Iterable[ComponentState], encodings: Encodings, conditioning: Tensor) -> int | None:
     """See `Encodings.skipped`, of the text encoders that are erased; 0 where none is."""
     erased = [state.component for state in states if state.is_text_encoder and state.in_force()]
-    return encodings.skipped(told, erased) if erased else 0
+    return encodings.skipped(conditioning, erased) if erased else 0
 
 
 def blocks_read(components: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from erasure.carriers.calls import NamedArguments
 from erasure.guards import encodings as known
 from erasure.guards import one_step
 from erasure.guards.encodings import KNOWN, Encodings
-from erasure.guards.said import (
+from erasure.guards.messages import (
     APART,
     CLIP_SKIP,
     CONTROL,
@@ -31,7 +31,7 @@ from erasure.guards.said import (
     names_in_denoisers,
     names_in_force,
     names_on_text,
-    said,
+    warn_or_refuse,
 )  # fmt: skip
 from erasure.guards.saving import refuse_unsaveable
 from erasure.guards.words import words_of
@@ -62,27 +62,27 @@ class _AtEntry(NamedArguments):
     ) -> None:
         super().__init__(denoiser)
         self.states, self.encodings, self.read = list(states), encodings, read
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
         """Warn, or raise `BypassedErasureError` under a strict erasure or a lock; change nothing."""
         if torch.compiler.is_compiling() or KNOWN.quiet or not any(state.in_force() for state in self.states):
             return args, kwargs
         if (locked := lock_of(self.states)) is not None and not known.is_admitted(locked):
-            said(self.states, names_in_force(self.states), STRANGER)
-        if apart := rounds.found_apart() & {name for state in self.states for name in state.in_force()}:
-            said(self.states, ", ".join(sorted(apart)), APART)
+            warn_or_refuse(self.states, names_in_force(self.states), STRANGER)
+        if apart := rounds.differing_subjects() & {name for state in self.states for name in state.in_force()}:
+            warn_or_refuse(self.states, ", ".join(sorted(apart)), APART)
         given = self.by_name(args, kwargs)
         added = given.get("added_cond_kwargs") or {}
         tokens, places = given.get("encoder_hidden_states"), given.get("img_ids")
-        for way, told in (
+        for way, conditioning in (
             ("prompt_embeds", tokens),
             ("pooled_prompt_embeds", added.get("text_embeds", given.get("pooled_projections"))),
         ):
-            if isinstance(told, Tensor) and not self._checked(told):
-                self._check(way, told)
+            if isinstance(conditioning, Tensor) and not self._checked(conditioning):
+                self._check(way, conditioning)
                 # Tokens with a nonzero first position are those of reference images.
-                if told is tokens and isinstance(places, Tensor) and bool((places[..., 0] != 0).any()):
+                if conditioning is tokens and isinstance(places, Tensor) and bool((places[..., 0] != 0).any()):
                     self._once(REFERENCE)
         shown = {**added, **(given.get("joint_attention_kwargs") or {})}
         if any(shown.get(key) is not None for key in SHOWN):
@@ -91,29 +91,29 @@ class _AtEntry(NamedArguments):
             self._once(CONTROL, names)
         return args, kwargs
 
-    def _check(self, way: str, told: Tensor) -> None:
+    def _check(self, way: str, conditioning: Tensor) -> None:
         """Search the denoiser's conditioning among the text encoders' outputs."""
-        skipped = known.skipped_blocks(self.states, self.encodings, told)
+        skipped = known.skipped_blocks(self.states, self.encodings, conditioning)
         if skipped is None:
-            said(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
+            warn_or_refuse(self.states, names_on_text(self.states), EMBEDDINGS, way=way)
         elif skipped and not KNOWN.calling and (unfit := known.unfit_for_skipping(self.states, self.read, skipped)):
-            said(self.states, unfit, CLIP_SKIP, way=str(skipped))
+            warn_or_refuse(self.states, unfit, CLIP_SKIP, way=str(skipped))
         free = self.encodings.free
-        if free is not None and told.ndim == 3:
-            length = told[:, free.places].shape[1]
+        if free is not None and conditioning.ndim == 3:
+            length = conditioning[:, free.places].shape[1]
             if others := made_for_others(self.states, free.component, length):
                 self._once(TEXT_LENGTH, ", ".join(others), length=length, made=next(iter(others.values())))
-        KNOWN.checked.append((weakref.ref(told), self.encodings))
+        KNOWN.checked.append((weakref.ref(conditioning), self.encodings))
 
-    def _checked(self, told: Tensor) -> bool:
+    def _checked(self, conditioning: Tensor) -> bool:
         """Whether it was checked in an earlier pass; the same tensors are used at every step of an image."""
-        return any(last() is told and encodings is self.encodings for last, encodings in KNOWN.checked)
+        return any(last() is conditioning and encodings is self.encodings for last, encodings in KNOWN.checked)
 
     def _once(self, reason: str, names: str = "", **words: object) -> None:
         key = reason.format(names=names, **words)
-        if key not in self.said or is_refused(self.states, reason):
-            self.said.add(key)
-            said(self.states, names or names_in_force(self.states), reason, **words)
+        if key not in self.reported or is_refused(self.states, reason):
+            self.reported.add(key)
+            warn_or_refuse(self.states, names or names_in_force(self.states), reason, **words)
 
 
 class _WatchPictures:
@@ -125,7 +125,7 @@ class _WatchPictures:
     def __call__(self, vae: nn.Module, *args: object, **kwargs: object) -> None:
         """Warn while an erasure is in force."""
         if not KNOWN.quiet and (names := names_in_force(self.states)):
-            said(self.states, names, PICTURE)
+            warn_or_refuse(self.states, names, PICTURE)
 
 
 def install(components: Mapping[str, nn.Module], backbone: Backbone, states: Mapping[str, ComponentState]) -> None:

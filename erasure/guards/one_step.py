@@ -32,8 +32,8 @@ def sampling_of(attached: Attached) -> Sampling | None:
 def levels_of(states: Iterable[ComponentState]) -> dict[str, int]:
     """Get the timesteps of the one-step generators in force, by name; at most one."""
     in_force = {name: one for state in states for name, one in state.in_force().items()}
-    told = {name: sampling_of(one) for name, one in in_force.items()}
-    return {name: sampling["level"] for name, sampling in told.items() if sampling is not None}
+    samplings = {name: sampling_of(one) for name, one in in_force.items()}
+    return {name: sampling["level"] for name, sampling in samplings.items() if sampling is not None}
 
 
 def check_together(states: Mapping[str, ComponentState], records: Mapping[str, Record]) -> None:

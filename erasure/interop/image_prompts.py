@@ -206,7 +206,7 @@ def opened(path: Path, encoder: Path | None, denoiser: Denoiser) -> ImagePrompts
 
 
 def found_file(path: Path) -> Path:
-    """The file of an IP-Adapter: a path itself, or the one file in a folder or in its subfolder `models`.
+    """Find the file of an IP-Adapter: the path itself, or the only file in a folder or its subfolder `models`.
 
     Raises:
         OptionError: There is none, there are several, or it is a pickle.
@@ -225,7 +225,7 @@ def found_file(path: Path) -> Path:
 
 
 def image_encoder(folder: Path) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
-    """An image encoder and what prepares pictures for it: CLIP's own processor where the folder has none.
+    """Load an image encoder and its processor; CLIP's own where the folder has none.
 
     Raises:
         OptionError: The folder holds none.
@@ -244,7 +244,7 @@ def image_encoder(folder: Path) -> tuple[CLIPVisionModelWithProjection, CLIPImag
 
 
 def cross_attention(network: Denoiser) -> list[tuple[str, Attention]]:
-    """Paths and layers of a UNet's cross-attention, in the order in which adapters number them."""
+    """List paths and layers of a UNet's cross-attention, in the order of adapters' numbers."""
     every = cast(Mapping[str, object], network.attn_processors)
     names = [name.removesuffix(".processor") for name in every if name.endswith("attn2.processor")]
     return [(name, cast(Attention, network.get_submodule(name))) for name in names]

@@ -31,20 +31,20 @@ def written_out(pipe: DiffusionPipeline | None, texts: Sequence[str], tokenizer:
 
 
 def ids_by_word(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the words that were added to a tokeniser; each further vector of a word is one, `<word>_1` and so on."""
+    """Give the ids of words added to a tokeniser; further vectors of a word are `<word>_1` and so on."""
     own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     return {word: index for word, index in tokenizer.added_tokens_encoder.items() if index not in own}
 
 
 def mentioned(texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """The learned tokens that texts mention, each once."""
+    """List the learned tokens in texts, each once."""
     known = {index: word for word, index in ids_by_word(tokenizer).items()}
     ids = tokenizer(list(texts)).input_ids if known else []
     return [known[index] for index in dict.fromkeys(token for row in ids for token in row) if index in known]
 
 
 def vectors(tokenizer: Tokenizer, encoder: nn.Module, word: str) -> Tensor:
-    """The vectors of a learned token, first to last, `(vectors, dim)`."""
+    """Give the vectors of a learned token, first to last, `(vectors, dim)`."""
     known = ids_by_word(tokenizer)
     rows = [known[each] for each in words_of(tokenizer, word)]
     return paths.token_table(paths.transformer_root(encoder)).weight.detach()[rows]
@@ -79,7 +79,7 @@ def remove(pipe: DiffusionPipeline, component: str, word: str) -> None:
 
 
 def words_of(tokenizer: Tokenizer, word: str) -> list[str]:
-    """A learned token and the words of its further vectors, first to last; empty where it is none."""
+    """List a learned token and the words of its further vectors; empty for other words."""
     known = ids_by_word(tokenizer)
     words = [word] if word in known else []
     while words and (following := f"{word}_{len(words)}") in known:
@@ -89,7 +89,7 @@ def words_of(tokenizer: Tokenizer, word: str) -> list[str]:
 
 @contextmanager
 def quiet_resizing() -> Iterator[None]:
-    """Transformers does not say inside that it draws new rows of a table at random: they are written over."""
+    """Silence transformers' message on random new rows of a table inside of the block: they are overwritten."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -69,7 +69,7 @@ class Marks:
         ]  # fmt: skip
 
     def _versions(self) -> list[int]:
-        """How often parameters were written to; torch does not count it of those made in inference mode."""
+        """Give the version counters of parameters; torch has none for those made in inference mode."""
         return list(map(attrgetter("_version"), self.counted))
 
     def is_as_before(self) -> bool:
@@ -78,7 +78,7 @@ class Marks:
         return same and self._versions() == self.versions and self._values_are_same()
 
     def changes(self) -> Iterator[Change]:
-        """What has changed; an adapter in the place of a layer is told apart from everything else."""
+        """List the changes; an adapter in place of a layer is listed as such."""
         children, parameters, hooks, forwards, processors, torch_hooks = map(_same, self._state(), self.state)
         if not children:
             yield from self._of_children()
@@ -98,7 +98,7 @@ class Marks:
             yield Change("", "edited parameters have other values")
 
     def _of_children(self) -> Iterator[Change]:
-        """Changes of the modules inside of it."""
+        """List the changes of child modules."""
         start = 0
         for path, table, size in zip(self.paths, self.tables, self.sizes, strict=True):
             before, start = self.state[0][start : start + size], start + size
@@ -125,7 +125,7 @@ class Marks:
 
 
 def _inside(tables: Iterable[Mapping[Any, object]]) -> list[object]:
-    """What stands in some tables."""
+    """List the objects in some tables."""
     return list(chain.from_iterable(map(dict.values, tables)))  # type: ignore[arg-type]
 
 

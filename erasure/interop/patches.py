@@ -14,7 +14,7 @@ _TOKENS_MERGED = {"self": "merge_attn", "cross": "merge_crossattn"}
 
 
 def has_deep_cache(component: nn.Module) -> bool:
-    """Whether DeepCache answers for layers of a component with what they gave at an earlier step."""
+    """Whether DeepCache replaces outputs of a component's layers by those of an earlier step."""
     forwards = (vars(part).get("forward") for part in component.modules())
     return any(str(getattr(forward, "__module__", "")).startswith("DeepCache") for forward in forwards)
 
@@ -40,7 +40,7 @@ def refuse_deep_cache(components: Iterable[nn.Module], what: str) -> None:
 
 
 def refuse_merged_tokens(denoiser: nn.Module, kind: str, what: str) -> None:
-    """Refuse to change or read attention of which tomesd merges the tokens, whose places nobody knows then.
+    """Refuse to change or read attention whose tokens tomesd merges, because their places are then unknown.
 
     Args:
         denoiser: The UNet.

@@ -29,7 +29,7 @@ def token_entry(root: nn.Module) -> nn.Module:
 
 
 def token_table(root: nn.Module) -> nn.Embedding:
-    """The embedding of a text encoder's tokens."""
+    """Find the embedding of a text encoder's tokens."""
     entry = token_entry(root)
     found = getattr(entry, "token_embedding", entry)
     assert isinstance(found, nn.Embedding)
@@ -42,7 +42,7 @@ def has_free_u(component: nn.Module) -> bool:
 
 
 def free_u(component: nn.Module) -> dict[str, object]:
-    """Factors of FreeU in force on a UNet; empty without."""
+    """Give the factors of FreeU on a UNet; empty without FreeU."""
     blocks = getattr(component, "up_blocks", ())
     found = [[getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")] for block in blocks]
     return {"free_u": found} if has_free_u(component) else {}
@@ -76,13 +76,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside the wrapper that `torch.compile` returns."""
+    """Find the module inside the wrapper of `torch.compile`."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside any PEFT wrappers."""
+    """Find the layer inside of PEFT wrappers."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
@@ -96,7 +96,7 @@ def canonical_parameters(component: nn.Module) -> dict[str, str]:
 
 
 def parameter(component: nn.Module, path: str) -> Tensor:
-    """A parameter by canonical path: no `text_model.` prefix, PEFT wrappers looked through.
+    """Find a parameter by canonical path: without `text_model.`, and inside of PEFT wrappers.
 
     Raises:
         AttributeError: There is no such parameter.
@@ -118,7 +118,7 @@ def holder_of(component: nn.Module, path: str) -> nn.Module | None:
 
 
 def layer(component: nn.Module, path: str) -> nn.Module:
-    """A module by canonical path, PEFT wrappers looked through."""
+    """Find a module by canonical path, inside of PEFT wrappers."""
     return base_layer(transformer_root(component).get_submodule(path))
 
 
@@ -134,7 +134,7 @@ def transformer_around(denoiser: nn.Module, path: str) -> str:
 
 
 def require_block(component: nn.Module, path: str, name: str) -> nn.Module:
-    """A block of a text encoder by path.
+    """Find a block of a text encoder by path.
 
     Raises:
         NoMatchingModuleError: There is no such block.

@@ -30,7 +30,7 @@ def origin(pipe: DiffusionPipeline) -> tuple[str, str | None]:
 
 
 def execution_device(pipe: DiffusionPipeline) -> torch.device:
-    """Device on which a pipeline computes; its weights may be offloaded."""
+    """Give the device on which a pipeline computes; its weights may be offloaded."""
     return pipe._execution_device
 
 
@@ -40,12 +40,12 @@ def interrupt(pipe: DiffusionPipeline) -> None:
 
 
 def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
-    """How a pipeline shows its progress, as `set_progress_bar_config` takes it."""
+    """Give the settings of a pipeline's progress bar, for `set_progress_bar_config`."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
 def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The networks of a pipeline by name, without the wrapper that `torch.compile` returns."""
+    """Give the networks of a pipeline by name, without wrappers of `torch.compile`."""
     parts = pipe.components.items()
     return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
@@ -109,14 +109,14 @@ class EncodedTogether(CallGuard):
 
 
 def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The same pipeline with FreeU off."""
+    """Switch FreeU off on a pipeline, and return the pipeline."""
     if any(paths.has_free_u(component) for component in components_of(pipe).values()):
         pipe.disable_freeu()  # type: ignore[attr-defined]
     return pipe
 
 
 def without_safety_checker(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The same pipeline where it has no safety checker, else another object on the same networks that has none."""
+    """Give the pipeline without safety checker, as another object on the same networks where it has one."""
     if getattr(pipe, "safety_checker", None) is None:
         return pipe
     other = twin(pipe, {}, (), prefix=None, without_adapters=False, components=())

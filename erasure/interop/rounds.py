@@ -23,28 +23,30 @@ Place = tuple[str, int]
 
 
 class _Rounds:
-    """What the readers of one encoding find, in this round and in those before."""
+    """Results of the readers of one encoding, in this round and in earlier ones."""
 
     def __init__(self) -> None:
-        self.told: dict[Place, dict[object, Tensor]] = {}
+        self.opened_by_others: dict[Place, dict[object, Tensor]] = {}
         self.found: dict[Place, dict[object, Tensor]] = {}
         self.batches: Counter[tuple[str, object]] = Counter()
 
     def place(self, subject: str, reader: object) -> Place:
-        """The batch that a reader is about to read, or reads."""
+        """Identify the batch that a reader reads next or now."""
         return subject, self.batches[subject, reader]
 
     def note(self, subject: str, reader: object, found: Tensor) -> None:
-        """Keep what a reader finds, and go on to its next batch."""
+        """Record the result of a reader, and continue with its next batch."""
         self.found.setdefault(self.place(subject, reader), {})[reader] = found.detach()
         self.batches[subject, reader] += 1
 
     def news(self) -> set[str]:
-        """Subjects of which a reader would have been told more had it read last."""
+        """List the subjects for which a reader found something after another reader had read."""
         subjects = set()
         for place, by_reader in self.found.items():
             for reader, own in by_reader.items():
-                now, before = (_others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.told))
+                now, before = (
+                    _others(known.get(place, {}), reader, *own.shape) for known in (self.found, self.opened_by_others)
+                )
                 if now is not None:
                     knew = own if before is None else own | before.to(own.device)
                     if bool((now.to(own.device) & ~knew).any()):
@@ -52,9 +54,9 @@ class _Rounds:
         return subjects
 
     def go_on(self) -> None:
-        """Begin the next round."""
+        """Start the next round."""
         for place, by_reader in self.found.items():
-            known = self.told.setdefault(place, {})
+            known = self.opened_by_others.setdefault(place, {})
             for reader, own in by_reader.items():
                 known[reader] = own | known[reader] if reader in known else own
         self.found, self.batches = {}, Counter()
@@ -66,7 +68,7 @@ class _Call(threading.local):
     rounds: _Rounds | None = None
     apart: _Rounds | None = None
     """What readers found that were run out of `together`, since somebody asked."""
-    unheard: bool = False
+    without_sharing: bool = False
     """Whether readers neither tell nor are told anything."""
 
 
@@ -74,7 +76,7 @@ _CALL = _Call()
 
 
 def together(encode: Callable[[], T]) -> T:
-    """Run one encoding of prompts by several text encoders, again as long as one finds what another was not told.
+    """Encode prompts by several text encoders, repeatedly until none finds anything that another has not seen.
 
     Inside of another such encoding it is a part of that one.
 
@@ -99,17 +101,17 @@ def together(encode: Callable[[], T]) -> T:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Readers tell one another nothing inside of the block, in this thread: for texts that no prompt is."""
-    before, _CALL.unheard = _CALL.unheard, True
+def without_sharing() -> Iterator[None]:
+    """Stop sharing between readers inside of the block, in this thread: for texts that are no prompts."""
+    before, _CALL.without_sharing = _CALL.without_sharing, True
     try:
         yield
     finally:
-        _CALL.unheard = before
+        _CALL.without_sharing = before
 
 
-def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
-    """What the other readers of the same batch found in the rounds before, `(rows, things)` bool.
+def opened_by_others(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
+    """Get what the other readers of the same batch opened in earlier rounds, `(rows, things)` bool.
 
     Args:
         subject: What is looked for.
@@ -121,14 +123,14 @@ def told(subject: str, reader: object, rows: int, things: int) -> Tensor | None:
         `None` where there is nothing yet, and out of `together`.
     """
     rounds = _CALL.rounds
-    if rounds is None or _CALL.unheard:
+    if rounds is None or _CALL.without_sharing:
         return None
-    return _others(rounds.told.get(rounds.place(subject, reader), {}), reader, rows, things)
+    return _others(rounds.opened_by_others.get(rounds.place(subject, reader), {}), reader, rows, things)
 
 
-def tell(subject: str, reader: object, found: Tensor) -> None:
-    """Let the other readers of the same batch know what is found in it, `(rows, things)` bool."""
-    if _CALL.unheard:
+def share_opened(subject: str, reader: object, found: Tensor) -> None:
+    """Share with the other readers of the same batch what is open in it, `(rows, things)` bool."""
+    if _CALL.without_sharing:
         return
     if _CALL.rounds is not None:
         _CALL.rounds.note(subject, reader, found)
@@ -138,14 +140,14 @@ def tell(subject: str, reader: object, found: Tensor) -> None:
         _CALL.apart.note(subject, reader, found)
 
 
-def found_apart() -> set[str]:
-    """Subjects of which readers that were run out of `together` found different things, since this was asked last."""
+def differing_subjects() -> set[str]:
+    """List the subjects on which readers outside of `together` differed, since the last call."""
     apart, _CALL.apart = _CALL.apart, None
     return set() if apart is None else apart.news()
 
 
 def _others(known: Mapping[object, Tensor], reader: object, rows: int, things: int) -> Tensor | None:
-    """What all readers but one found, `(rows, things)`."""
+    """Combine what all readers except one opened, `(rows, things)`."""
     result = None
     for other, found in known.items():
         if other is reader or found.shape[1] != things:

@@ -15,7 +15,7 @@ from erasure.backbones import Backbone, Conditioning
 from erasure.carriers.attention import AttentionController, Layout
 from erasure.errors import MaskError
 from erasure.interop import paths
-from erasure.learning.lessons import Batch, Lesson
+from erasure.learning.lessons import Batch, PictureTraining
 from erasure.learning.masks import (
     assigned,
     attention_layers,
@@ -199,7 +199,7 @@ class AttenCraft(Optimisation):
         check_masks(made, "the mask that attention gives")
         return made
 
-    def renewed(self, lesson: Lesson, step: int) -> None:
+    def renewed(self, lesson: PictureTraining, step: int) -> None:
         """Read masks from the model in training, and accept those that agree with the former ones."""
         if not self.mask_every or step == 0 or step % self.mask_every or not lesson.places.are_known:
             return
@@ -223,7 +223,7 @@ class AttenCraft(Optimisation):
 
     # Updates --------------------------------------------------------------------------------------------------------
 
-    def chosen(self, lesson: Lesson, step: int) -> list[tuple[int, ...]]:
+    def chosen(self, lesson: PictureTraining, step: int) -> list[tuple[int, ...]]:
         """Choose the indices of the tokens that each row of an update shows."""
         count = len(lesson.tokens)
         if count == 1:
@@ -237,7 +237,7 @@ class AttenCraft(Optimisation):
         drawn = torch.multinomial(odds, self.batch, replacement=True, generator=generator).tolist()
         return [tuple(range(count)) if number == count else (number,) for number in drawn]
 
-    def prepare(self, lesson: Lesson, step: int, share: Share) -> Batch:
+    def prepare(self, lesson: PictureTraining, step: int, share: Share) -> Batch:
         """Prepare the rows of an update."""
         backbone, seed = lesson.backbone, lesson.seed
         rows = share.of(torch.arange(self.batch))
@@ -274,31 +274,33 @@ class AttenCraft(Optimisation):
         )  # fmt: skip
 
     @torch.no_grad()
-    def kept(self, lesson: Lesson, step: int, share: Share) -> tuple[Tensor, Tensor, Tensor, Conditioning] | None:
+    def kept(
+        self, lesson: PictureTraining, step: int, share: Share
+    ) -> tuple[Tensor, Tensor, Tensor, Conditioning] | None:
         """Prepare the prior rows of an update."""
         source = lesson.prior
         if source is None:
             return None
         states = source.take(share.of(draw(len(source), self.prior_batch, lesson.seed, "prior", step)))
-        told = source.prompts([scene.prompt for scene in source.of(states)])
+        conditioning = source.prompts([scene.prompt for scene in source.of(states)])
         target = states.own if self.prior_target == "teacher" else states.noised
-        return states.x, states.t, target, told
+        return states.x, states.t, target, conditioning
 
-    def losses(self, lesson: Lesson, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, lesson: PictureTraining, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss terms of an update."""
         backbone, count = lesson.backbone, len(batch.x)
-        told = backbone.encode(batch.prompts)
+        conditioning = backbone.encode(batch.prompts)
         x, t = batch.x, batch.t
         if batch.prior is not None:
             x, t = torch.cat([x, batch.prior[0]]), torch.cat([t, batch.prior[1].to(t.dtype)])
-            told = Conditioning.cat([told, batch.prior[3]])
+            conditioning = Conditioning.cat([conditioning, batch.prior[3]])
         attends = bool(self.attention_weight) and lesson.places.are_known
         size = (x.shape[2], x.shape[3])
         control = AttentionController(backbone.denoiser, Layout(size, len(x)))
         if attends:
             control.capture(self.looked_at(lesson, batch, len(x)), attention_layers(backbone, size)[0])
         with control:
-            found = backbone.predict(x, t, told)
+            found = backbone.predict(x, t, conditioning)
         squares = ((found[:count].float() - batch.target.float()).square() * batch.weights).flatten(1).sum(1)
         each = squares / (batch.weights.flatten(1).sum(1) * found.shape[1]).clamp_min(1e-6)
         for numbers, loss in zip(batch.chosen, each, strict=True):
@@ -311,7 +313,7 @@ class AttenCraft(Optimisation):
             terms["prior"] = self.prior_weight * matching(found[count:], batch.prior[2])
         return terms
 
-    def looked_at(self, lesson: Lesson, batch: Batch, rows: int) -> Tensor:
+    def looked_at(self, lesson: PictureTraining, batch: Batch, rows: int) -> Tensor:
         """Mark the text tokens whose attention is read, `(rows, text tokens, 1 + tokens)`; prior rows have none."""
         each = []
         for prompt, numbers in zip(batch.prompts, batch.chosen, strict=True):

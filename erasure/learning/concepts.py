@@ -255,16 +255,18 @@ class LearnedConcepts:
         """
         config, parts = self.config, self.config.base["parts"]
         named = config.base.get("model") or "a model without a name"
-        told = f"the concepts {', '.join(self.tokens)} were learned with {named} ({config.family})"
+        learned_with = f"the concepts {', '.join(self.tokens)} were learned with {named} ({config.family})"
         if config.family != backbone.family:
-            raise WrongBaseError(f"{told}, and this is a model of {backbone.family}: load that model, or learn anew")
+            raise WrongBaseError(
+                f"{learned_with}, and this is a model of {backbone.family}: load that model, or learn anew"
+            )
         here = networks(backbone)
         for name, digests in parts.items():
             if name not in here or not same_base(sampled(here[name]), digests):
                 others = [", ".join(one.tokens) for one, before in vars(backbone.pipe).get(BEFORE, ()) if before]
                 why = f"; {others[0]} changed it when they were loaded: learn all of them at once" if others else ""
                 raise WrongBaseError(
-                    f"{told}, whose {name} is another than this one{why or ': load it, or learn anew'}"
+                    f"{learned_with}, whose {name} is another than this one{why or ': load it, or learn anew'}"
                 )
 
 

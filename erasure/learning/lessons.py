@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erasure.backbones import Backbone, Conditioning
-from erasure.learning.player import Taught
+from erasure.learning.player import LearnedTensors
 from erasure.training.images import NoisedImages
 from erasure.training.turns import After
 
@@ -96,7 +96,7 @@ class Places:
         self.masks = state["masks"].clone()
 
 
-class Alone(NamedTuple):
+class CutOuts(NamedTuple):
     """Each thing cut out of its picture, as large as the model draws single things, before a plain background."""
 
     clean: Tensor
@@ -106,7 +106,7 @@ class Alone(NamedTuple):
 
 
 @dataclass
-class Lesson:
+class PictureTraining:
     """The inputs and the state of one training."""
 
     backbone: Backbone
@@ -116,9 +116,9 @@ class Lesson:
     inside: Tensor
     """Mask of the pictures themselves without padding, `(pictures, 1, h, w)` in 0-1 on the CPU."""
     places: Places
-    taught: Taught
+    taught: LearnedTensors
     balance: Balance
     prior: NoisedImages | None
     seed: int
-    alone: Alone | None = None
+    alone: CutOuts | None = None
     """Each thing cut out; `None` where rows that name one thing use the whole picture."""

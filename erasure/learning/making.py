@@ -25,9 +25,9 @@ from erasure.interop import scopes
 from erasure.interop.pipelines import origin
 from erasure.learning.attencraft import AttenCraft, in_latents
 from erasure.learning.concepts import ConceptsConfig, LearnedConcepts, base_of
-from erasure.learning.lessons import Alone, Balance, Lesson, Places
+from erasure.learning.lessons import Balance, CutOuts, PictureTraining, Places
 from erasure.learning.pictures import Pictures, cut_out, encoded, read_pictures
-from erasure.learning.player import Taught
+from erasure.learning.player import LearnedTensors
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
 from erasure.progress import reporting
 from erasure.text.corpora import vocabulary, vocabulary_prompts
@@ -200,7 +200,7 @@ def _learned(
 def _lesson(
     backbone: Backbone, method: AttenCraft, read: Pictures, names: Sequence[str], like: Mapping[str, str], seed: int,
     accelerator: Accelerator,
-) -> Lesson:  # fmt: skip
+) -> PictureTraining:  # fmt: skip
     """Make the latents, the masks, and the trained tensors."""
     clean = encoded(backbone, read.pixels)
     are_known = read.masks is not None or method.masks != "none"
@@ -215,7 +215,7 @@ def _lesson(
     alone = _alone(backbone, read.pixels, masks) if are_known and method.alone == "cut out" else None
     places = Places(in_latents(masks, clean), are_known)
     weights, kept = method.teaches(backbone, torch.Generator().manual_seed(seed + 1))
-    taught = Taught(backbone.towers, names, method.vectors_rate, weights, kept)
+    taught = LearnedTensors(backbone.towers, names, method.vectors_rate, weights, kept)
     balance = Balance(len(names), accelerator.reduce)
     prior = None
     if weights is not None and method.prior_batch and method.prior_weight:
@@ -232,16 +232,16 @@ def _lesson(
             backbone, scenes, reader, rollout, seed, asks_null=False, gather=accelerator.reduce,
             share=(accelerator.process_index, accelerator.num_processes),
         )  # fmt: skip
-    return Lesson(
+    return PictureTraining(
         backbone, list(names), clean, in_latents(read.inside, clean), places, taught, balance, prior, seed, alone
     )
 
 
-def _alone(backbone: Backbone, pixels: Tensor, masks: Tensor) -> Alone:
+def _alone(backbone: Backbone, pixels: Tensor, masks: Tensor) -> CutOuts:
     """Cut out each thing of each picture."""
     parts = [cut_out(picture, own) for picture, own in zip(pixels, masks, strict=True)]
     clean = torch.stack([encoded(backbone, things) for things, _ in parts])
-    return Alone(clean, in_latents(torch.stack([own for _, own in parts]), clean[0]))
+    return CutOuts(clean, in_latents(torch.stack([own for _, own in parts]), clean[0]))
 
 
 def _by_picture(masks: Sequence[Picture] | Sequence[Sequence[Picture]]) -> list[list[Picture]]:

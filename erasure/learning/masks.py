@@ -94,13 +94,13 @@ def read_maps(
     control.capture_self(own)
     grid = own[0].grid(*size)
     places = grid[0] * grid[1]
-    told, single = backbone.encode([prompt]), torch.eye(places, device=clean.device).view(1, places, *grid)
+    conditioning, single = backbone.encode([prompt]), torch.eye(places, device=clean.device).view(1, places, *grid)
     found: list[Tensor] = []
     reach = torch.zeros(places, places)
     with torch.no_grad(), control:
         for t in levels:
             level = t.to(clean.device).expand(1)
-            backbone.predict(backbone.parametrisation.noised(clean, noise, level), level, told)
+            backbone.predict(backbone.parametrisation.noised(clean, noise, level), level, conditioning)
             each = [F.interpolate(m, grid, mode="bilinear", align_corners=False) for m in control.maps.values()]
             found.append(torch.stack(each).mean(0)[0].float().cpu())
             reach += control.spread(single)[0].flatten(1).T.float().cpu() / len(levels)

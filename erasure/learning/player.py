@@ -15,7 +15,7 @@ from erasure.training.student import Student
 from erasure.training.turns import Output, Player
 
 
-class Taught(Player):
+class LearnedTensors(Player):
     """Vectors of new tokens in every text encoder, and weights of the denoiser.
 
     A vector is `start + rate * offset` with a trained offset, so that vectors learn `rate` times as fast as weights

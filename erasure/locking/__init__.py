@@ -14,7 +14,7 @@ from erasure.lazy import importer
 
 if TYPE_CHECKING:
     from erasure.locking.audit import AuditLog, Verified, find, verify_log
-    from erasure.locking.locks import SHARE, Costs, Lock, Looks, Seen, calling, lock, share, unlock
+    from erasure.locking.locks import SHARE, Costs, Lock, Looks, PictureJudgement, calling, lock, share, unlock
 
 # This module does not import torch, so that the command line can verify logs quickly.
 
@@ -24,7 +24,7 @@ __all__ = [
     "Costs",
     "Lock",
     "Looks",
-    "Seen",
+    "PictureJudgement",
     "Verified",
     "calling",
     "find",
@@ -34,7 +34,7 @@ __all__ = [
     "verify_log",
 ]
 
-_LOCK = ("SHARE", "Costs", "Lock", "Looks", "Seen", "calling", "lock", "share", "unlock")
+_LOCK = ("SHARE", "Costs", "Lock", "Looks", "PictureJudgement", "calling", "lock", "share", "unlock")
 _HOMES = {
     **dict.fromkeys(("AuditLog", "Verified", "find", "verify_log"), "erasure.locking.audit"),
     **dict.fromkeys(_LOCK, "erasure.locking.locks"),

@@ -124,7 +124,7 @@ class AuditLog:
         """Compute the HMAC of a text as in this log, to find out whether a prompt is in it."""
         return _digest_of(text, self._key, self._salt)
 
-    def told(self, prompts: Sequence[str]) -> list[str] | None:
+    def as_logged(self, prompts: Sequence[str]) -> list[str] | None:
         """Convert prompts to their form in this log."""
         if self.prompts == "none":
             return None
@@ -200,7 +200,7 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
         event = str(line.entry["event"])
         events[event] = events.get(event, 0) + 1
     if not lines:
-        raise ArtifactError(f"{path} holds no line of an audit log")
+        raise ArtifactError(f"{path} holds no line of an audit log: check the path")
     if open_end:
         raise ArtifactError(
             f"the last line of {path} is cut short: a process was killed while it wrote it, or somebody cut it. "
@@ -222,8 +222,8 @@ def find(path: str | Path, prompt: str, *, key: bytes | None = None) -> list[int
         if line.entry is None:
             continue
         salt = salt or str(line.entry.get("salt", ""))
-        told = line.entry.get("prompts")
-        if isinstance(told, list) and {prompt, _digest_of(prompt, key, salt)} & set(map(str, told)):
+        prompts = line.entry.get("prompts")
+        if isinstance(prompts, list) and {prompt, _digest_of(prompt, key, salt)} & set(map(str, prompts)):
             found.append(line.number)
     return found
 
@@ -297,7 +297,9 @@ def _digest_of(text: str, key: bytes | None, salt: str) -> str:
 
 def _checked(key: bytes | None) -> bytes | None:
     if key is not None and len(key) < 16:
-        raise ArtifactError(f"the key of an audit log has {len(key)} bytes, at least 16 are needed")
+        raise ArtifactError(
+            f"the key of an audit log has {len(key)} bytes, at least 16 are needed: choose a longer key"
+        )
     return key
 
 

@@ -56,9 +56,9 @@ class Gates:
         if self.branches:
             with unguarded(), same_gradient_mode(), torch.no_grad():
                 conditioning = backbone_for(self.pipe).encode(list(prompts))
-            told = {"tokens": conditioning.tokens, "pooled": conditioning.pooled}
+            parts = {"tokens": conditioning.tokens, "pooled": conditioning.pooled}
             for term, concepts in zip(self.branches, self.concepts, strict=True):
-                opened = Gating.of_rows(term, told, len(prompts), len(prompts))
+                opened = Gating.of_rows(term, parts, len(prompts), len(prompts))
                 for row, gates in zip(holding, opened.tolist(), strict=True):
                     row |= {concept: gate for concept, gate in zip(concepts, gates, strict=True) if gate > 0}
         return list(holding)

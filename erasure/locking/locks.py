@@ -38,7 +38,7 @@ TEXTS = ("prompt", "negative_prompt")
 """Text arguments; those of further text encoders have a number appended."""
 
 
-class Seen(Protocol):
+class PictureJudgement(Protocol):
     """Judgement of one picture; a `Finding` of `erasure.eval.detectors` is one."""
 
     @property
@@ -50,7 +50,7 @@ class Seen(Protocol):
         """Reason why it is unknown."""
 
 
-Looks = Callable[[Sequence[Image.Image]], Sequence[Seen]]
+Looks = Callable[[Sequence[Image.Image]], Sequence[PictureJudgement]]
 """Function that judges pictures, for instance `functools.partial(erasure.eval.detectors.ask, detector)`."""
 
 
@@ -249,7 +249,7 @@ class Lock:
         if self.audit is not None:
             facts = {name: given[name] for name in ("num_inference_steps", "height", "width") if name in given}
             self.audit.write(
-                "drawn", prompts=self.audit.told([text for each in texts.values() for text in each]),
+                "drawn", prompts=self.audit.as_logged([text for each in texts.values() for text in each]),
                 pictures=[digest_of(picture) for picture in pictures], refused=sorted(refused),
                 seconds=round(seconds, 4), whole=whole, **{k: v for k, v in facts.items() if isinstance(v, int)},
             )  # fmt: skip
@@ -278,10 +278,10 @@ class Lock:
         if self.audit is None or (isinstance(error, RefusedError) and error.pictures):
             return
         event = "refused" if isinstance(error, LockedError) else "failed"
-        told = self.audit.told([text for each in texts.values() for text in each])
+        logged_prompts = self.audit.as_logged([text for each in texts.values() for text in each])
         # Errors from other code may quote a prompt, so they are not logged.
-        said = visible(error, 500) if isinstance(error, LockedError | VerificationError) else ""
-        self.audit.write(event, kind=type(error).__name__, message=said, prompts=told)
+        reason = visible(error, 500) if isinstance(error, LockedError | VerificationError) else ""
+        self.audit.write(event, kind=type(error).__name__, message=reason, prompts=logged_prompts)
 
     # Others -------------------------------------------------------------------------------------------------------
 

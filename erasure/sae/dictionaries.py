@@ -74,16 +74,16 @@ def _component_of(folder: Path, towers: Sequence[TextTower]) -> str:
     sae = load(folder)
     about = sae.config.metadata
     layer, known = about.get("layer"), about.get("fingerprint")
-    told = str(about.get("hook_name", "")).split("/")[0]
+    component = str(about.get("hook_name", "")).split("/")[0]
     fits = [tower for tower in towers if layer is not None and known and reads_from(tower, layer, known)]
     if known and not fits:
         raise WrongBaseError(_made_for_another(folder, sae, "any of " + ", ".join(t.component for t in towers)))
     names = [tower.component for tower in fits or towers]
-    if len(names) > 1 and told not in names:
+    if len(names) > 1 and component not in names:
         raise OptionError(
             f"itd: the dictionary {folder} does not say for which text encoder it is: write {names[0]}={folder}"
         )
-    return names[0] if len(names) == 1 else told
+    return names[0] if len(names) == 1 else component
 
 
 def opened(tower: TextTower, folder: Path, layer: int | None) -> tuple[SparseAutoencoder, int]:

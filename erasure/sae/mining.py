@@ -99,8 +99,8 @@ def mine(
                     encoded = tower.encode(tokens)
             finally:
                 EditedFeatures.write(tower.module, {})
-            told = backbone.composed(component, encoded, [phrase]).repeated(BATCH)
-            found = backbone.predict(way.noised(x, noise, t), t, told)
+            conditioning = backbone.composed(component, encoded, [phrase]).repeated(BATCH)
+            found = backbone.predict(way.noised(x, noise, t), t, conditioning)
             loss = F.mse_loss(found.float(), way.target(x, noise, t).float())
             if not torch.isfinite(loss):
                 raise DivergenceError(f"feature mining: the loss is {loss.item()} at step {step}")

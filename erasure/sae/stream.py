@@ -141,7 +141,7 @@ class DatasetPrompts:
     def __init__(self, rows: Dataset, column: str = "text", *, buffer: int = 10_000) -> None:
         first = next(iter(rows), None)
         if first is None:
-            raise OptionError("the dataset has no rows")
+            raise OptionError("the dataset has no rows: check its name and its split")
         if not isinstance(first.get(column), str):
             texts = [name for name, value in first.items() if isinstance(value, str)]
             raise OptionError(f"the dataset has no column {column!r} of text; there are: {', '.join(texts) or 'none'}")
@@ -210,7 +210,9 @@ class TokenStream:
     ) -> None:  # fmt: skip
         block_of(tower, layer)
         if not isinstance(prompts, DatasetPrompts) and not len(prompts):
-            raise OptionError("an autoencoder needs prompts to be trained on, and there are none")
+            raise OptionError(
+                "an autoencoder is trained on prompts, and none are given: give a list of texts or a dataset"
+            )
         self.tower, self.layer, self.prompts = tower, layer, prompts
         self.batch_size, self.pad_share, self.seed = batch_size, pad_share, seed
 

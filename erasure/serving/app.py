@@ -98,16 +98,16 @@ class Service:
         self.fingerprint = model_fingerprint(ErasureManager(pipe).stock())
         self.erasures: list[AttachedErasure] = [
             {
-                "name": name, "strategy": str(told["strategy"]), "fingerprint": str(told["fingerprint"]),
-                "strength": told["strength"],
+                "name": name, "strategy": str(health["strategy"]), "fingerprint": str(health["fingerprint"]),
+                "strength": health["strength"],
             }
-            for name, told in held.erasures.items()
+            for name, health in held.erasures.items()
         ]  # fmt: skip
         self.batcher = Batcher(pipe, limits)
         self.started = time.time()
 
     async def draw(self, request: GenerateRequest) -> list[tuple[Drawing, bytes]]:
-        """The pictures of a request as PNG files.
+        """Draw the pictures of a request, as PNG files.
 
         Raises:
             Problem: It asks for too much, is refused, or cannot be drawn.
@@ -125,7 +125,7 @@ class Service:
         ]
 
     def record(self, drawing: Drawing) -> PictureRecord:
-        """What made a picture."""
+        """Make the record of a picture's origin."""
         record: PictureRecord = {
             "format": FORMAT, "version": __version__, "command": "serve", "model": self.model,
             "fingerprint": self.fingerprint, "erasures": self.erasures, "prompt": drawing.prompt,
@@ -136,7 +136,7 @@ class Service:
         return record
 
     def health(self) -> dict[str, object]:
-        """How the service is."""
+        """Report the state of the service."""
         batcher, figures, costs = self.batcher, self.batcher.figures, self.lock.costs
         status = "failing" if batcher.failure else "stopping" if batcher.closing else "ok"
         seconds, log = list(figures.seconds), self.lock.audit
@@ -154,7 +154,7 @@ class Service:
 
 
 async def _all(futures: list[Future[Image.Image]]) -> list[Image.Image]:
-    """Every picture; the first problem where there is one, once all are done: what is accepted is drawn."""
+    """Wait for all pictures, and raise the first problem then; every accepted picture is drawn."""
     results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -209,12 +209,12 @@ def application(service: Service) -> FastAPI:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        told = service.health()
-        return JSONResponse(told, 200 if told["status"] == "ok" else 503)
+        health = service.health()
+        return JSONResponse(health, 200 if health["status"] == "ok" else 503)
 
     @app.get("/erasures", response_model=None)
     async def erasures() -> Response:
-        listed = [{"name": name, **told} for name, told in service.lock.erasures.items()]
+        listed = [{"name": name, **health} for name, health in service.lock.erasures.items()]
         refuses = sorted(service.lock.locked.refuses)
         return JSONResponse({"model": service.model, "erasures": listed, "refuses": refuses})
 
@@ -222,16 +222,16 @@ def application(service: Service) -> FastAPI:
 
 
 def _of_validation(error: RequestValidationError) -> Problem:
-    """What is wrong with a body, without what it holds."""
+    """Describe what is wrong with a body, without its content."""
     found = error.errors()
     if any(each["type"] == "json_invalid" for each in found):
         return Problem(400, "invalid", "the body is no JSON: send an object with a 'prompt'")
     first = found[0]
     where = ".".join(str(step) for step in first["loc"] if step != "body")
     known = ", ".join(GenerateRequest.model_fields)
-    told: dict[str, Callable[[], str]] = {
+    messages: dict[str, Callable[[], str]] = {
         "extra_forbidden": lambda: f"{visible(where, 100)} is no field of a request",
         "missing": lambda: f"{where or 'the body'} is missing",
     }
-    said = told.get(str(first["type"]), lambda: f"{visible(where, 100) or 'the body'}: {first['msg']}")()
+    said = messages.get(str(first["type"]), lambda: f"{visible(where, 100) or 'the body'}: {first['msg']}")()
     return Problem(422, "invalid", f"{said}. A request is an object in JSON with these fields: {known}")

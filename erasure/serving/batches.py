@@ -23,7 +23,7 @@ REMEMBERED = 1000
 
 @dataclass
 class Figures:
-    """What a service has done so far."""
+    """Counts and times of a service so far."""
 
     accepted: int = 0
     """Pictures that were queued."""
@@ -51,7 +51,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Draws what is queued, as many at once as are alike.
+    """Draws queued pictures, those with equal settings together.
 
     Args:
         pipe: A locked pipeline.
@@ -70,12 +70,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Pictures that wait."""
+        """Number of waiting pictures."""
         return len(self._waiting)
 
     @property
     def closing(self) -> bool:
-        """Whether nothing more is accepted."""
+        """Whether new requests are refused."""
         return self._closing
 
     def submit(self, wanted: Sequence[Drawing]) -> list[Future[Image.Image]]:
@@ -104,7 +104,7 @@ class Batcher:
         return [each.future for each in made]
 
     def close(self) -> None:
-        """Accept nothing more, draw what was accepted, and end."""
+        """Refuse new requests, draw the accepted ones, and stop."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -121,7 +121,7 @@ class Batcher:
             self.figures.per_picture = seconds if not before else 0.8 * before + 0.2 * seconds
 
     def _next(self) -> list[_Waiting]:
-        """Pictures that are drawn together, the one that has waited longest among them; none when all is done."""
+        """Choose pictures to draw together, among them the longest waiting one; none when all are done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting:
@@ -139,7 +139,7 @@ class Batcher:
         return self._closing or len(alike) >= self.limits.batch_size
 
     def _draw(self, batch: Sequence[_Waiting]) -> None:
-        """Draw some pictures and hand each out, or what kept it from being drawn."""
+        """Draw pictures, and give each its result or its problem."""
         try:
             pictures = self._call([each.drawing for each in batch])
             if len(pictures) != len(batch):
@@ -173,7 +173,7 @@ class Batcher:
         return draw(self.pipe, wanted)
 
     def _hand_out_allowed(self, batch: Sequence[_Waiting], error: RefusedError) -> None:
-        """Refuse what the lock refuses, and give or draw the others."""
+        """Refuse the pictures that the lock refused, and give or draw the others."""
         others = []
         for place, each in enumerate(batch):
             if place in error.refused:

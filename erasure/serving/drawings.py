@@ -29,7 +29,7 @@ SEEDS = 2**63
 
 
 class Problem(Exception):
-    """Something that is wrong with a request, or with the service.
+    """An error of a request or of the service, with its HTTP status.
 
     Args:
         status: Status of HTTP.
@@ -43,7 +43,7 @@ class Problem(Exception):
         self.status, self.code, self.message, self.headers = status, code, message, headers or {}
 
     def body(self) -> dict[str, object]:
-        """The answer as plain data."""
+        """Give the answer's body as plain data."""
         return {"error": {"code": self.code, "message": self.message}}
 
 
@@ -82,7 +82,7 @@ class Drawing:
 
 
 def drawings(request: GenerateRequest, limits: Limits, world: World, pipe: DiffusionPipeline) -> list[Drawing]:
-    """The pictures that a request asks for.
+    """Check a request, and list the pictures to draw.
 
     Args:
         request: The request.
@@ -103,18 +103,18 @@ def drawings(request: GenerateRequest, limits: Limits, world: World, pipe: Diffu
     _check_range("height", request.height, 8, limits.max_side)
     _check_range("width", request.width, 8, limits.max_side)
     _check_range("seed", request.seed, 0, SEEDS - limits.max_count)
-    told = world.call_settings(request.steps, request.guidance)
-    told |= {name: value for name in ("height", "width") if (value := getattr(request, name)) is not None}
-    if "num_inference_steps" in told:
-        _check_range("steps", told["num_inference_steps"], 1, limits.max_steps)
+    known = world.call_settings(request.steps, request.guidance)
+    known |= {name: value for name in ("height", "width") if (value := getattr(request, name)) is not None}
+    if "num_inference_steps" in known:
+        _check_range("steps", known["num_inference_steps"], 1, limits.max_steps)
     backbone = backbone_for(pipe)
     try:
-        backbone.latents.shape(told.get("height"), told.get("width"))
+        backbone.latents.shape(known.get("height"), known.get("width"))
         require_tokens(backbone.towers, [request.prompt, request.negative_prompt])
     except (OptionError, ConceptError) as error:
         raise _refused(str(error)) from error
     first = secrets.randbelow(SEEDS - limits.max_count) if request.seed is None else request.seed
-    settings = tuple(sorted(told.items()))
+    settings = tuple(sorted(known.items()))
     return [
         Drawing(request.prompt, request.negative_prompt, first + index, settings) for index in range(request.count)
     ]
@@ -128,10 +128,10 @@ def draw(pipe: DiffusionPipeline, wanted: Sequence[Drawing], on_step: Callback |
         wanted: What to draw.
         on_step: Is called after every denoising step, as diffusers calls `callback_on_step_end`.
     """
-    told = dict(wanted[0].settings)
+    settings = dict(wanted[0].settings)
     options = backbone_for(pipe).call_options(
-        told.get("guidance_scale"), told.get("num_inference_steps"),  # type: ignore[arg-type]
-        (told.get("height"), told.get("width")), [each.negative_prompt for each in wanted],  # type: ignore[arg-type]
+        settings.get("guidance_scale"), settings.get("num_inference_steps"),  # type: ignore[arg-type]
+        (settings.get("height"), settings.get("width")), [each.negative_prompt for each in wanted],  # type: ignore[arg-type]
     )  # fmt: skip
     if on_step is not None:
         options["callback_on_step_end"] = on_step

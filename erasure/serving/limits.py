@@ -14,7 +14,7 @@ from erasure.options import Count, NotNegative, Options, Positive
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(Options):
-    """What is refused, and how much is drawn at once."""
+    """Limits above which requests are refused, and the size of a batch."""
 
     name: ClassVar[str] = "limits of the service"
 

@@ -20,7 +20,7 @@ BACKLOG = 2048
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address, ahead of everything that takes time.
+    """Bind a socket to an address, before anything that takes long.
 
     Args:
         host: Address of this machine.
@@ -52,7 +52,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Says when it answers."""
+    """A server that reports when it is ready."""
 
     def __init__(
         self, app: ASGIApp, bound: socket.socket, ready: Callable[[str], None], patience: int | None = None
@@ -66,14 +66,14 @@ class _Server(uvicorn.Server):
         self.bound, self.ready = bound, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer."""
+        """Start answering requests."""
         await super().startup(sockets)
         if self.started:
             self.ready(address_of(self.bound))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """End in good order when the process is told to stop; uvicorn itself would raise the signal again then."""
+        """Stop in order on a signal; uvicorn itself would raise the signal again afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
 
 
 def address_of(bound: socket.socket) -> str:
-    """The address of a socket as a URL."""
+    """Give the address of a socket as a URL."""
     host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -193,7 +193,9 @@ class AdvUnlearn(NegativeGuidance):
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """Run the denoiser once for all rows, on prompts encoded by the text encoders in training."""
         prompts = [prompt or "" for prompt in batch.prompts]
-        return task.backbone.predict(batch.x, batch.t, told(task.backbone, prompts, batch.extra), batch.guidance)
+        return task.backbone.predict(
+            batch.x, batch.t, conditioning_of(task.backbone, prompts, batch.extra), batch.guidance
+        )
 
     def prepare(self, task: Task, step: int, share: Share) -> Batch:
         """Gather the states of an update, and run the adversary for the first of them."""
@@ -231,7 +233,9 @@ class AdvUnlearn(NegativeGuidance):
         offsets = share.of(draw(each, self.batch, task.seed, "attack", step, turn))[: len(scenes)]
         with torch.no_grad():
             states = task.concept_states.take(scenes * each + offsets)
-        found = task.backbone.predict(states.x, states.t, told(task.backbone, prompts, vectors), states.guidance)
+        found = task.backbone.predict(
+            states.x, states.t, conditioning_of(task.backbone, prompts, vectors), states.guidance
+        )
         # The loss is summed over rows because each row has its own adversarial embeddings.
         return matching(found, states.own) * len(found)
 
@@ -248,7 +252,7 @@ class AdvUnlearn(NegativeGuidance):
         return [backbone.pipe.vae]
 
 
-def told(backbone: Backbone, prompts: list[str], vectors: Mapping[str, Tensor] | None) -> Conditioning:
+def conditioning_of(backbone: Backbone, prompts: list[str], vectors: Mapping[str, Tensor] | None) -> Conditioning:
     """Encode prompts as the denoiser's conditioning, differentiable in text encoders and adversarial embeddings.
 
     Args:

@@ -28,7 +28,7 @@ Way = Literal["anew", "on top"]
 """How concepts are added to an erasure: `anew` fits all concepts again, `on top` adds edits to the earlier edits."""
 
 
-class Standing(NamedTuple):
+class EarlierErasure(NamedTuple):
     """An erasure that is in force on the model while another is made on top of it."""
 
     fingerprint: str
@@ -132,7 +132,7 @@ def _refusal(thing: object) -> str:
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy",
     {name: f"erasure.strategies.{name}" for name in BUILTIN},
-    told=("title", "paper", "needs", "protects", "cost", "carriers", "presets", "trains"),
+    attributes=("title", "paper", "needs", "protects", "cost", "carriers", "presets", "trains"),
     accepts=_refusal,
     unknown=UnknownStrategyError,
 )

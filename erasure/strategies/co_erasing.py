@@ -20,7 +20,7 @@ from erasure.interop import scopes
 from erasure.interop.image_prompts import ImagePrompts, opened, refined, showing
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, PathText, Presets, ZeroToOne
-from erasure.strategies.base import Standing, register
+from erasure.strategies.base import EarlierErasure, register
 from erasure.strategies.esd import ESD, RELEASED
 from erasure.strategies.prompts import look_alikes
 from erasure.strategies.tasks import Batch, Task
@@ -152,7 +152,7 @@ class CoErasing(ESD):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> PicturedTask:  # fmt: skip
         """Make the training as `TrainedStrategy.task` does, with the adapter and the subjects of pictures.
 
@@ -164,7 +164,7 @@ class CoErasing(ESD):
         if path is None:
             self.refuse("adapter", "", "the file or folder of an IP-Adapter for this model, which declares none")
         adapter = opened(path, Path(self.image_encoder) if self.image_encoder else None, backbone.denoiser)
-        made = super().task(backbone, tower, concepts, seed, accelerator, standing)
+        made = super().task(backbone, tower, concepts, seed, accelerator, earlier)
         subjects = [self.shown(concept, concept.target, concept) for concept in concepts]
         subjects += self.negatives(tower, concepts)
         made.prompts.read([text for subject in subjects for text in (subject.word, *subject.prompts)])
@@ -205,7 +205,7 @@ class CoErasing(ESD):
         for subject in made.subjects:
             source = self.source(made, subject, self.pictures if subject.concept else share, accelerator)
             storage.draw(source, model)
-            made.tokens.append(self.said(made, subject, source, model))
+            made.tokens.append(self.picture_tokens(made, subject, source, model))
 
     def source(self, task: PicturedTask, subject: Subject, count: int, accelerator: Accelerator) -> NoisedImages:
         """Make the source of a subject's pictures.
@@ -224,7 +224,7 @@ class CoErasing(ESD):
         )  # fmt: skip
 
     @torch.no_grad()
-    def said(self, task: PicturedTask, subject: Subject, source: NoisedImages, model: str) -> Tensor:
+    def picture_tokens(self, task: PicturedTask, subject: Subject, source: NoisedImages, model: str) -> Tensor:
         """Compute the IP-Adapter tokens of a subject's pictures, `(pictures, tokens, width)`."""
         backbone, adapter = task.backbone, task.adapter
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept
 from erasure.options import Count, Decay, NotNegative, Positive, Presets
-from erasure.strategies.base import Standing, register
+from erasure.strategies.base import EarlierErasure, register
 from erasure.strategies.concept_ablation import RELEASED as ABLATION
 from erasure.strategies.concept_ablation import ConceptAblation
 from erasure.strategies.tasks import Batch, Task
 from erasure.training.combining import Combine, Scope, Surgery, Total
-from erasure.training.discriminator import Discriminator, Norm, Watch, looks_like
+from erasure.training.discriminator import Discriminator, DiscriminatorMonitor, Norm, looks_like
 from erasure.training.loop import Share
 from erasure.training.objectives import matching
 from erasure.training.states import Mode
@@ -131,7 +131,7 @@ class DoCo(ConceptAblation):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> Task:  # fmt: skip
         """See `TrainedStrategy.task`.
 
@@ -140,7 +140,7 @@ class DoCo(ConceptAblation):
         """
         if self.discriminator_norm == "batch" and accelerator.num_processes * self.accumulation > 1:
             self.refuse("discriminator_norm", "batch", "'group' where a batch is computed in several parts")
-        return super().task(backbone, tower, concepts, seed, accelerator, standing)
+        return super().task(backbone, tower, concepts, seed, accelerator, earlier)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
         """Give the optimiser steps of an update: of the discriminator, and of the student that learns to fool it."""
@@ -152,7 +152,7 @@ class DoCo(ConceptAblation):
         discriminator = Turn(
             name="discriminator", player=judge, losses=partial(self.judged, task, judge), rate="discriminator_lr",
             descent=Descent(lr=self.discriminator_lr, betas=self.discriminator_betas),
-            after=(Watch(judge, self.since),),
+            after=(DiscriminatorMonitor(judge, self.since),),
         )  # fmt: skip
         student = Turn(
             name="student", player=task.student, losses=partial(self.fooled, task, judge), descent=self.descent,

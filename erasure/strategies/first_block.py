@@ -19,7 +19,7 @@ LARGE, RANK = 32_000_000, 16
 """Number of a block's parameters above which its changes are low-rank, and their rank."""
 
 
-class Reached(NamedTuple):
+class EncoderOutputs(NamedTuple):
     """Outputs of a text encoder for a batch of prompts, in float32."""
 
     tapped: Tensor
@@ -30,7 +30,9 @@ class Reached(NamedTuple):
     """Pooled vectors that the denoiser reads, `(prompts, dim)`; `None` where it reads none."""
 
 
-def run(tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens, tap: Tap = "attention") -> Reached:
+def run(
+    tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens, tap: Tap = "attention"
+) -> EncoderOutputs:
     """Run a text encoder with other parameters, named by their current paths; differentiable in the parameters.
 
     Args:
@@ -47,7 +49,7 @@ def run(tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens
         )  # fmt: skip
     states = tower.consumed_states(output).float()
     pooled = tower.pooled_vector(output).float() if tower.pooled else None
-    return Reached(seen[0].float() if tap == "attention" else states, states, pooled)
+    return EncoderOutputs(seen[0].float() if tap == "attention" else states, states, pooled)
 
 
 class FirstBlock(Player):

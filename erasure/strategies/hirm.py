@@ -18,7 +18,7 @@ from erasure.concept import Concept
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import Fit, Strategy, register
-from erasure.strategies.first_block import FirstBlock, Reached, Tap, run
+from erasure.strategies.first_block import EncoderOutputs, FirstBlock, Tap, run
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
 from erasure.text.words import AlignedPrompt, align, aligned_prompts
 from erasure.training.loop import Share, Trainer
@@ -52,7 +52,7 @@ class Drawn(NamedTuple):
     """Targets of the pooled vectors for these prompts, `(prompts, dim)`."""
     kept: PromptTokens | None
     """Tokenised prompts that must survive; `None` where there are none."""
-    before: Reached | None
+    before: EncoderOutputs | None
     """Outputs of the stock encoder for the prompts that must survive."""
 
 
@@ -229,7 +229,7 @@ class HiRM(Strategy):
         texts = [", ".join(concept.names)] if self.joined else concept.names
         return [align(tower, "{}", text, concept.anchor or "") for text in texts]
 
-    def run(self, tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens) -> Reached:
+    def run(self, tower: TextTower, parameters: Mapping[str, Tensor], tokens: PromptTokens) -> EncoderOutputs:
         """Run a text encoder and record the activation on which the loss is computed."""
         chosen: Tap = ("attention" if tower.causal else "output") if self.tap == "auto" else self.tap
         return run(tower, parameters, tokens, chosen)

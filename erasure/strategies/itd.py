@@ -37,7 +37,7 @@ Factor = Annotated[float, Ge(-1000), Le(1000)]
 saved."""
 
 
-class Side(NamedTuple):
+class TowerResult(NamedTuple):
     """The result for one text encoder."""
 
     key: str
@@ -205,7 +205,7 @@ class ItD(Strategy):
     def fit_tower(
         self, backbone: Backbone, tower: TextTower, folder: Path | None, concepts: Sequence[Concept], seed: int,
         progress: Callable[[float], None],
-    ) -> Side:  # fmt: skip
+    ) -> TowerResult:  # fmt: skip
         """Find the features of every concept in one text encoder's dictionary, and calibrate its gates.
 
         Args:
@@ -227,7 +227,7 @@ class ItD(Strategy):
                 tau=self.gate_tau if self.tau is None else self.tau,
                 gate_tau=self.gate_tau, statistic=self.gate_statistic,
             )  # fmt: skip
-            return Side(reading.key, edit, log, {})
+            return TowerResult(reading.key, edit, log, {})
         choices = []
         for index, concept in enumerate(concepts):
             mentions = reading.mentions(concept, self.target_prompts(tower, concept, generator))
@@ -264,7 +264,7 @@ class ItD(Strategy):
             concept.target: {"decides": self.gate, **choice.gate.figures}
             for concept, choice in zip(concepts, choices, strict=True)
         }
-        return Side(reading.key, self.edit(reading, choices), log, gates)
+        return TowerResult(reading.key, self.edit(reading, choices), log, gates)
 
     # The dictionary and prompts --------------------------------------------------------------------------------------
 

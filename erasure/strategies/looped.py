@@ -19,7 +19,7 @@ from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.interop import scopes
 from erasure.options import Count, CountOrZero, NotNegative
-from erasure.strategies.base import Fit, Standing, Strategy, Way
+from erasure.strategies.base import EarlierErasure, Fit, Strategy, Way
 from erasure.strategies.prompts import retain_scenes
 from erasure.strategies.tasks import Task
 from erasure.training.checkpoint import Stateful
@@ -83,11 +83,11 @@ class LoopedStrategy(Optimisation, Strategy):
         seed: int,
         progress: Callable[[float], None],
         run: Run,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> Fit:
         """Train, with checkpoints and logs as `run` says.
 
-        The teacher is the model as it is given. Where an erasure is in force on it (`standing`), prompts with the
+        The teacher is the model as it is given. Where an erasure is in force on it (`earlier`), prompts with the
         concepts of that erasure are retained too: the student learns the teacher's predictions for them.
 
         Raises:
@@ -102,9 +102,9 @@ class LoopedStrategy(Optimisation, Strategy):
         accelerator, cost = make_accelerator(run, backbone.device), DenoiserCost()
         self.check_batches({"batch": self.batch, "retain_batch": self.retain_batch}, accelerator.num_processes)
         model = model_fingerprint(backbone.pipe)
-        if standing is not None:
+        if earlier is not None:
             # An erasure can consist of hooks, which the fingerprint of the weights does not show.
-            model += f"+{standing.fingerprint}"
+            model += f"+{earlier.fingerprint}"
         recipe = {
             "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
             "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
@@ -113,7 +113,7 @@ class LoopedStrategy(Optimisation, Strategy):
             stack.enter_context(scopes.frozen(backbone.denoiser, *(t.module for t in backbone.towers)))
             stack.enter_context(rolling_out(backbone))
             stack.enter_context(cost.counting(backbone.denoiser))
-            task = self.task(backbone, tower, concepts, seed, accelerator, standing)
+            task = self.task(backbone, tower, concepts, seed, accelerator, earlier)
             stack.enter_context(self.surroundings(task))
             stack.enter_context(scopes.placed(self.idle(backbone), "cpu"))
             cost.begin("rollout")
@@ -168,7 +168,7 @@ class LoopedStrategy(Optimisation, Strategy):
     @abstractmethod
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> Task:  # fmt: skip
         """Make the objects of one training: prompts, sources of states, and the networks that learn.
 
@@ -178,7 +178,7 @@ class LoopedStrategy(Optimisation, Strategy):
             concepts: Concepts to erase.
             seed: Seed of all random choices.
             accelerator: Processes of the training.
-            standing: Erasure that is in force on the model already.
+            earlier: Erasure that is in force on the model already.
         """
 
     @abstractmethod

@@ -20,11 +20,11 @@ from erasure.carriers.layout import Layout
 from erasure.concept import Concept
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets, ZeroToOne
-from erasure.strategies.base import Standing, register
+from erasure.strategies.base import EarlierErasure, register
 from erasure.strategies.closed_form import low_rank, outputs_added, solve
 from erasure.strategies.closed_form.entry import telling
 from erasure.strategies.denoising import DenoiserStrategy, Method
-from erasure.strategies.prompts import anchored, standing_scenes
+from erasure.strategies.prompts import anchored, earlier_scenes
 from erasure.strategies.subjects import subject
 from erasure.strategies.tasks import Batch, Task
 from erasure.strategies.uce import UCE
@@ -185,19 +185,19 @@ class MACE(DenoiserStrategy):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> MassTask:  # fmt: skip
         """Make the training as `TrainedStrategy.task` does, with the first closed form and a LoRA for each concept."""
-        usual = super().task(backbone, tower, concepts, seed, accelerator, standing)
+        usual = super().task(backbone, tower, concepts, seed, accelerator, earlier)
         named = self.named(tower, concepts)
         reader, source = usual.prompts, UCE(vocabulary=self.retain_vocabulary)
         beside, replacing = source.erased_features(reader, "tokens", named, places_beside)
         preserved = source.preserved_features(reader, "tokens", named, seed)
-        if standing is not None:
-            prompts = [scene.prompt or "" for scene in standing_scenes(tower, standing.concepts, seed, 0)]
-            told = [reader.read([prompt])([prompt]).tokens[0] for prompt in prompts]
+        if earlier is not None:
+            prompts = [scene.prompt or "" for scene in earlier_scenes(tower, earlier.concepts, seed, 0)]
+            conditioning = [reader.read([prompt])([prompt]).tokens[0] for prompt in prompts]
             runs = backbone.token_runs
-            pairs = zip(told, prompts, strict=True)
+            pairs = zip(conditioning, prompts, strict=True)
             preserved = torch.cat([preserved, *(telling(each, runs, p).double().cpu() for each, p in pairs)])
         scale = self.scale(torch.cat([beside, replacing, preserved]))
         shared = solve(beside, replacing, preserved, self.erase_weight, self.retain_weight, scale)
@@ -357,8 +357,8 @@ def attention_to(
         Attention by layer, `(rows, tokens, grid rows, grid columns)`, zero for missing tokens of a row; and the
         prediction.
     """
-    backbone, told = task.backbone, task.prompts(batch.prompts)
-    weights = torch.zeros(len(places), told.tokens.shape[1], max(map(len, places)))
+    backbone, conditioning = task.backbone, task.prompts(batch.prompts)
+    weights = torch.zeros(len(places), conditioning.tokens.shape[1], max(map(len, places)))
     for row, own in enumerate(places):
         weights[row, own, torch.arange(len(own))] = 1
     control = AttentionController(backbone.denoiser, Layout((batch.x.shape[2], batch.x.shape[3]), len(batch.x)))
@@ -367,7 +367,7 @@ def attention_to(
         if student is not None:
             stack.enter_context(student.active())
         stack.enter_context(control)
-        found = backbone.predict(batch.x, batch.t, told, batch.guidance)
+        found = backbone.predict(batch.x, batch.t, conditioning, batch.guidance)
     return list(control.maps.values()), found
 
 

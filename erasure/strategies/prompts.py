@@ -120,7 +120,7 @@ def look_alikes(tower: TextTower, concept: Concept, concepts: Sequence[Concept],
     return [words[index] for index in nearest.tolist()]
 
 
-def standing_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
+def earlier_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, contexts: int) -> list[Scene]:
     """Make prompts with the concepts of an erasure in force, and with the names on their retain lists.
 
     Args:
@@ -158,7 +158,10 @@ def listed_scenes(path: str) -> list[Scene]:
     if path.lower().endswith(".csv"):
         table = csv.DictReader(io.StringIO(text))
         if "prompt" not in (table.fieldnames or ()):
-            raise OptionError(f"{path} has the columns {table.fieldnames}, expected one that is called 'prompt'")
+            raise OptionError(
+                f"{path} has the columns {table.fieldnames}, expected one named 'prompt': rename the column with the "
+                "prompts"
+            )
         rows = [row["prompt"] or "" for row in table]
     prompts = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
     if not prompts:

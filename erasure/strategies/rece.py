@@ -12,7 +12,7 @@ from erasure.backbones import TextTower
 from erasure.options import Count, NotNegative, Positive, Presets
 from erasure.strategies.base import register
 from erasure.strategies.closed_form import solve, solved
-from erasure.strategies.closed_form.entry import Door
+from erasure.strategies.closed_form.entry import EntryGroup
 from erasure.strategies.uce import UCE
 from erasure.text.words import AlignedPrompt, telling_places
 
@@ -90,35 +90,35 @@ class RECE(UCE):
         """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return super().ignores_retain() or ("" if self.round_preserve_scale else "round_preserve_scale")
 
-    def map_of(self, door: Door) -> Tensor:
+    def map_of(self, group: EntryGroup) -> Tensor:
         """Compute X of UCE and all rounds together, `(dim, dim)` float64."""
-        identity = torch.eye(door.erased.shape[1], dtype=torch.float64)
-        gram = sum((weight.T @ weight for weight in door.weights), torch.zeros_like(identity))
-        unit, column = (door.mean_square, float(gram.diagonal().mean())) if self.relative else (1.0, 1.0)
-        whole = identity + self.first_map(door, self.regularisation * unit)
-        concept, replacing = self.derivable(door)
-        gone = door.erased if self.keep_erased else door.erased[:0]
+        identity = torch.eye(group.erased.shape[1], dtype=torch.float64)
+        gram = sum((weight.T @ weight for weight in group.weights), torch.zeros_like(identity))
+        unit, column = (group.mean_square, float(gram.diagonal().mean())) if self.relative else (1.0, 1.0)
+        whole = identity + self.first_map(group, self.regularisation * unit)
+        concept, replacing = self.derivable(group)
+        gone = group.erased if self.keep_erased else group.erased[:0]
         for _ in range(self.rounds):
             adversarial = derived(whole, gram, concept, self.derived_regularisation * column)
             # Features that are erased already replace themselves, which keeps the layers' current outputs for them.
             erased, places = torch.cat([adversarial, gone]), torch.cat([replacing, gone])
             scales = self.erase_scale, self.round_preserve_scale, self.round_regularisation * unit
-            whole = whole @ (identity + solve(erased, places, door.preserved, *scales))
+            whole = whole @ (identity + solve(erased, places, group.preserved, *scales))
             gone = erased if self.keep_erased else gone
         return whole - identity
 
-    def first_map(self, door: Door, regularisation: float) -> Tensor:
+    def first_map(self, group: EntryGroup, regularisation: float) -> Tensor:
         """Compute X of UCE's edit, `(dim, dim)` float64."""
-        names = {words for concept in door.concepts for words in concept.retain}
+        names = {words for concept in group.concepts for words in concept.retain}
         share = max(round(1 / (1 + len(names)), 3), 0.1) if self.preserve_divided else 1.0
         scale = self.preserve_scale * share
-        return solve(door.erased, door.replacing, door.preserved, self.erase_scale, scale, regularisation)
+        return solve(group.erased, group.replacing, group.preserved, self.erase_scale, scale, regularisation)
 
-    def derivable(self, door: Door) -> tuple[Tensor, Tensor]:
+    def derivable(self, group: EntryGroup) -> tuple[Tensor, Tensor]:
         """Give the features to derive embeddings for, and the features that replace them, `(features, dim)` each."""
         if self.derived_from == "erased":
-            return door.erased, door.replacing
-        return self.erased_features(door.reader, door.source, door.concepts, every_place)
+            return group.erased, group.replacing
+        return self.erased_features(group.reader, group.source, group.concepts, every_place)
 
     def places(self, tower: TextTower, pair: AlignedPrompt) -> tuple[Tensor, Tensor]:
         """See `EntryEdit.places`; for bare names, positions after the end of the anchor's prompt are left out."""

@@ -18,7 +18,7 @@ from erasure.errors import ArtifactError, OptionError, UnsupportedModelError
 from erasure.interop.one_step import sampled_once
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Decay, NotNegative, PathText, Positive, Presets, ZeroToOne
-from erasure.strategies.base import Fit, Standing, Way, register
+from erasure.strategies.base import EarlierErasure, Fit, Way, register
 from erasure.strategies.denoising import Method, beside_denoiser, denoiser_student
 from erasure.strategies.looped import LoopedStrategy
 from erasure.strategies.prompts import concept_scenes
@@ -167,7 +167,7 @@ class SFD(LoopedStrategy):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> Distillation:  # fmt: skip
         """Make the prompts, both networks, and the generator's settings.
 
@@ -250,10 +250,10 @@ class SFD(LoopedStrategy):
 
     def train(
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None],
-        run: Run, standing: Standing | None = None,
+        run: Run, earlier: EarlierErasure | None = None,
     ) -> Fit:  # fmt: skip
         """Train as `LoopedStrategy.train` does, and mark the result as a one-step generator."""
-        fit = super().train(backbone, concepts, seed=seed, progress=progress, run=run, standing=standing)
+        fit = super().train(backbone, concepts, seed=seed, progress=progress, run=run, earlier=earlier)
         return fit._replace(level=self.level)
 
 

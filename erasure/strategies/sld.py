@@ -118,12 +118,12 @@ class SLD(Strategy):
         with torch.no_grad():
             own = backbone.encode([self.text.format(", ".join(names))])
             null = backbone.null(backbone.encode([""]))
-        told = own.cat([own, null])
-        mask = torch.ones(told.tokens.shape[:2]) if told.mask is None else told.mask
-        pooled = [] if told.pooled is None else [told.pooled.cpu()]
+        encodings = own.cat([own, null])
+        mask = torch.ones(encodings.tokens.shape[:2]) if encodings.mask is None else encodings.mask
+        pooled = [] if encodings.pooled is None else [encodings.pooled.cpu()]
         figures = torch.tensor([self.scale, self.threshold, self.momentum_scale, self.momentum_decay])
         guidance = SafetyGuidance(
-            told.tokens.cpu(), mask.long().cpu(), figures.double(), torch.tensor(self.warmup_steps), *pooled
+            encodings.tokens.cpu(), mask.long().cpu(), figures.double(), torch.tensor(self.warmup_steps), *pooled
         )
         progress(1.0)
         return Fit(Edits(safety={backbone.denoiser_component: guidance}), {})

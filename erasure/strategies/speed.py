@@ -14,7 +14,7 @@ from erasure.concept import Concept
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
 from erasure.strategies.base import register
 from erasure.strategies.closed_form import solve
-from erasure.strategies.closed_form.entry import Door, EntryEdit
+from erasure.strategies.closed_form.entry import EntryEdit, EntryGroup
 from erasure.strategies.closed_form.null_space import centres, constrained, null_space
 from erasure.strategies.closed_form.written import Change
 from erasure.text.encodings import Reader
@@ -101,33 +101,33 @@ class SPEED(EntryEdit):
            for name, preset in (("", FEW), ("-many", MANY), ("-nudity", NUDITY))},
     }  # fmt: skip
 
-    def changes(self, door: Door, seed: int) -> list[Change]:
+    def changes(self, group: EntryGroup, seed: int) -> list[Change]:
         """Compute a change for each layer, see `EntryEdit.changes`.
 
         Raises:
             OptionError: The null space of the preserved features is empty in every layer, or erased features have no
                 part in it.
         """
-        unit = door.mean_square if self.relative else 1.0
-        share = self.prompts(door) ** -0.5 if self.averaged else 1.0
-        erased, replacing = share * door.erased, share * door.replacing
-        empty = self.empty_prompt(door)
-        preserved = door.preserved if len(door.preserved) else empty.rest
+        unit = group.mean_square if self.relative else 1.0
+        share = self.prompts(group) ** -0.5 if self.averaged else 1.0
+        erased, replacing = share * group.erased, share * group.replacing
+        empty = self.empty_prompt(group)
+        preserved = group.preserved if len(group.preserved) else empty.rest
         invariant = torch.cat([empty.start, centres(empty.rest, self.centroids)])
         # Change of a layer's input by the closed form without constraint.
         free = solve(erased, replacing, preserved[:0], 1.0, 0.0, unit)
         generator = torch.Generator().manual_seed(seed)
         made = []
-        for layer, weight in zip(door.layers, door.weights, strict=True):
+        for layer, weight in zip(group.layers, group.weights, strict=True):
             if self.layers in ("both", layer.part) or layer.part == "both":
                 covariance = self.refined(weight, free, preserved, unit**0.5, generator)
                 space = null_space(covariance, self.threshold * unit)
                 right = constrained(erased, space, invariant, self.regularisation * unit, self.leniency * unit)
-                made.append(Change([layer], [weight], (replacing - erased).T, right, door.features))
+                made.append(Change([layer], [weight], (replacing - erased).T, right, group.features))
         if not any((change.right.norm() > 1e-9 * change.left.norm()) for change in made):
             self.refuse(
                 "threshold", self.threshold,
-                f"a larger one: preserved features leave no direction in which the concept's {door.source} go; or "
+                f"a larger one: preserved features leave no direction in which the concept's {group.source} go; or "
                 "preserve less, by shorter retain lists and a smaller vocabulary",
             )  # fmt: skip
         return made
@@ -167,17 +167,17 @@ class SPEED(EntryEdit):
         total = total + mixed + mixed.T + directions.T @ added @ directions
         return total / (len(preserved) + kept.sum())
 
-    def prompts(self, door: Door) -> int:
+    def prompts(self, group: EntryGroup) -> int:
         """Give the number of erased prompts."""
-        return sum(len(self.pairs(door.reader.backbone.reader, concept)) for concept in door.concepts)
+        return sum(len(self.pairs(group.reader.backbone.reader, concept)) for concept in group.concepts)
 
-    def empty_prompt(self, door: Door) -> EmptyPrompt:
+    def empty_prompt(self, group: EntryGroup) -> EmptyPrompt:
         """Give the features of the empty prompt that the layers read."""
-        states = door.reader.read([""])([""]).of(door.source)[0].double().cpu()
-        if door.source == "pooled":
+        states = group.reader.read([""])([""]).of(group.source)[0].double().cpu()
+        if group.source == "pooled":
             return EmptyPrompt(states, states[:0])
         start, rest = [states[:0]], [states[:0]]
-        for run in door.reader.backbone.token_runs:
+        for run in group.reader.backbone.token_runs:
             first = run.first + run.tower.leading
             stop = None if run.tokens is None else run.first + run.tokens
             start.append(states[run.first : first])

@@ -21,7 +21,7 @@ from erasure.errors import NoMatchingModuleError
 from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, Positive, Presets, ZeroToOne
-from erasure.strategies.base import Standing, register
+from erasure.strategies.base import EarlierErasure, register
 from erasure.strategies.denoising import BY_COLUMNS, DenoiserStrategy, Method, trained_parameters
 from erasure.strategies.negative_guidance import NegativeGuidance
 from erasure.strategies.tasks import Batch, Task
@@ -198,7 +198,7 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> SPMTask:  # fmt: skip
         """Make a training for each concept as `TrainedStrategy.task` does, and the gates of all concepts."""
         gates = prompt_gates(
@@ -207,12 +207,12 @@ class SPM(DenoiserStrategy, NegativeGuidance):
         )  # fmt: skip
         parts = []
         for concept in concepts:
-            usual = super().task(backbone, tower, [concept], seed, accelerator, standing)
+            usual = super().task(backbone, tower, [concept], seed, accelerator, earlier)
             name = usual.prompts.read([concept.target])([concept.target])
             weights = torch.zeros(0)
             if usual.retain_states is not None:
-                told = usual.prompts([scene.prompt for scene in usual.retain_states.scenes])
-                weights = anchor_weights(told.tokens, name.tokens, self.alpha)
+                conditioning = usual.prompts([scene.prompt for scene in usual.retain_states.scenes])
+                weights = anchor_weights(conditioning.tokens, name.tokens, self.alpha)
             parts.append(ConceptTask(**vars(usual), name=name, weights=weights))
         return SPMTask(**{**vars(parts[0]), "concepts": concepts}, parts=parts, gates=gates)
 
@@ -256,11 +256,11 @@ class SPM(DenoiserStrategy, NegativeGuidance):
             return batch
         rows = share.of(torch.arange(self.retain_batch))
         seeds = [stable_seed(task.seed, "anchors", step, row) for row in rows.tolist()]
-        told = random_anchors(task.name, seeds, self.alpha)
+        conditioning = random_anchors(task.name, seeds, self.alpha)
         states = batch.concept.rows(torch.arange(len(rows), device=batch.x.device) % len(batch.x))
         with torch.no_grad():
-            own = task.backbone.predict(states.x, states.t, told, states.guidance)
-        extra = {name: part for name, part in vars(told).items() if part is not None}
+            own = task.backbone.predict(states.x, states.t, conditioning, states.guidance)
+        extra = {name: part for name, part in vars(conditioning).items() if part is not None}
         return batch._replace(
             x=torch.cat([batch.x, states.x]), t=torch.cat([batch.t, states.t]),
             guidance=torch.cat([batch.guidance, states.guidance]), retained=states._replace(own=own), extra=extra,
@@ -268,10 +268,10 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 
     def predict(self, task: Task, batch: Batch) -> Tensor:
         """Run the denoiser once for the rows of the concept and of its anchors."""
-        told = task.prompts(batch.prompts)
+        conditioning = task.prompts(batch.prompts)
         if batch.extra is not None:
-            told = Conditioning.cat([told, Conditioning(**batch.extra)])
-        return task.backbone.predict(batch.x, batch.t, told, batch.guidance)
+            conditioning = Conditioning.cat([conditioning, Conditioning(**batch.extra)])
+        return task.backbone.predict(batch.x, batch.t, conditioning, batch.guidance)
 
     def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Batch]]:
         """Give one optimiser step for each concept, whose adapter is independent of the others."""
@@ -326,15 +326,15 @@ class SPM(DenoiserStrategy, NegativeGuidance):
 # Anchors -------------------------------------------------------------------------------------------------------------
 
 
-def anchor_weights(told: Tensor, concept: Tensor, alpha: float) -> Tensor:
+def anchor_weights(conditioning: Tensor, concept: Tensor, alpha: float) -> Tensor:
     """Compute unnormalised probabilities `(1 - cos)^alpha` of prompts as a concept's anchors, `(prompts,)` float64.
 
     Args:
-        told: Conditioning tokens of the prompts, `(prompts, tokens, dim)`.
+        conditioning: Conditioning tokens of the prompts, `(prompts, tokens, dim)`.
         concept: Conditioning tokens of the concept's name, `(1, tokens, dim)`.
         alpha: See `SPM.alpha`.
     """
-    cosine = torch.cosine_similarity(told.double().flatten(1), concept.double().flatten(1), dim=1)
+    cosine = torch.cosine_similarity(conditioning.double().flatten(1), concept.double().flatten(1), dim=1)
     # The clamp keeps a prompt that equals the concept, up to rounding, from a probability of 0 or infinity.
     return (1 - cosine).clamp_min(NEAREST).pow(alpha).cpu()
 

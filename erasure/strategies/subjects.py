@@ -35,8 +35,8 @@ def subject(task: Task, prompt: str, clean: Tensor) -> Tensor:
     own = [site for site in sites if site.kind == "self"]
     finest = min(site.downsampling for site in own)
     own = [site for site in own if site.downsampling == finest]
-    told = task.prompts([prompt] * count)
-    start = torch.zeros(count, told.tokens.shape[1], 1)
+    conditioning = task.prompts([prompt] * count)
+    start = torch.zeros(count, conditioning.tokens.shape[1], 1)
     start[:, 0] = 1
     control = AttentionController(backbone.denoiser, Layout(size, count))
     control.capture(start, cross)
@@ -46,7 +46,7 @@ def subject(task: Task, prompt: str, clean: Tensor) -> Tensor:
     with control:
         for level in backbone.timesteps(SCHEDULE)[-LOOKS:]:
             t = level.expand(count).to(clean.device)
-            backbone.predict(backbone.parametrisation.noised(clean, noise, t), t, told)
+            backbone.predict(backbone.parametrisation.noised(clean, noise, t), t, conditioning)
             each = [F.interpolate(part, own[0].grid(*size), mode="bilinear") for part in control.maps.values()]
             maps = torch.stack(each).mean(0)
             for _ in range(SPREAD):

@@ -51,8 +51,10 @@ class Task:
         better the formula of `NegativeGuidance.pushed` holds.
         """
         states = self.concept_states.take(self.concept_states.spread(NULL_STATES))
-        told = self.prompts([None] * len(states.x))
-        low, high = (self.backbone.predict(states.x, states.t, told, scale) for scale in (min(scales), max(scales)))
+        conditioning = self.prompts([None] * len(states.x))
+        low, high = (
+            self.backbone.predict(states.x, states.t, conditioning, scale) for scale in (min(scales), max(scales))
+        )
         return float((high.float() - low.float()).norm() / low.float().norm())
 
     def draw(

@@ -14,9 +14,9 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.concept import Concept
 from erasure.options import Count, NotNegative, Positive, ZeroToOne
-from erasure.strategies.base import Standing
+from erasure.strategies.base import EarlierErasure
 from erasure.strategies.looped import LoopedStrategy
-from erasure.strategies.prompts import standing_scenes
+from erasure.strategies.prompts import earlier_scenes
 from erasure.strategies.tasks import Batch, Task, retain_projection
 from erasure.text.encodings import Reader
 from erasure.training import storage
@@ -147,7 +147,7 @@ class TrainedStrategy(LoopedStrategy):
         Raises:
             OptionError: The scales do not fit the model or the options.
         """
-        if not backbone.told_guidance:
+        if not backbone.takes_guidance:
             if any(scale != 1 for scale in self.trained_guidance):
                 self.refuse("trained_guidance", self.trained_guidance, "() for a model that is not told its guidance")
             return ()
@@ -159,13 +159,13 @@ class TrainedStrategy(LoopedStrategy):
 
     def task(
         self, backbone: Backbone, tower: TextTower, concepts: Sequence[Concept], seed: int, accelerator: Accelerator,
-        standing: Standing | None = None,
+        earlier: EarlierErasure | None = None,
     ) -> Task:  # fmt: skip
         """Make the prompts, the sources of states (still empty), and the student."""
         scenes = self.scenes(tower, concepts, seed)
         kept = self.retained_scenes(tower, concepts, seed) if self.retain_batch else []
-        if standing is not None and kept:
-            kept = list(dict.fromkeys([*kept, *standing_scenes(tower, standing.concepts, seed, self.contexts)]))
+        if earlier is not None and kept:
+            kept = list(dict.fromkeys([*kept, *earlier_scenes(tower, earlier.concepts, seed, self.contexts)]))
         every = [prompt for scene in (*scenes, *kept) for prompt in (scene.prompt, scene.learned, *scene.asks)]
         prompts = Reader(backbone).read(["", *every])
         if kept and self.moves_null and not torch.equal(prompts.null(1).tokens, prompts([""]).tokens):

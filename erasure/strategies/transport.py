@@ -43,11 +43,11 @@ def prompt_gates(
         factors: See `PromptGate.rules`.
         negatives: See `PromptGate.rules`.
     """
-    told = {part.component: (POOLED, part) for part in backbone.pooled()}
-    told |= {part.component: (TOKENS, part) for part in backbone.written()}
+    parts_read = {part.component: (POOLED, part) for part in backbone.pooled()}
+    parts_read |= {part.component: (TOKENS, part) for part in backbone.written()}
     made = {}
-    for tower in (tower for tower in backbone.towers if tower.component in told):
-        source, part = told[tower.component]
+    for tower in (tower for tower in backbone.towers if tower.component in parts_read):
+        source, part = parts_read[tower.component]
         first, last, columns = part.places.start or 0, part.places.stop, part.columns
         place = [source, first, 0 if last is None else last - first, columns.start, columns.stop - columns.start]
         gate = gate_of(tower, concepts)._replace(

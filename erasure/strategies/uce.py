@@ -12,7 +12,7 @@ from erasure.carriers.edits import Edits
 from erasure.options import NotNegative, Positive, Presets
 from erasure.strategies.base import register
 from erasure.strategies.closed_form import factors, solve
-from erasure.strategies.closed_form.entry import Door, EntryEdit
+from erasure.strategies.closed_form.entry import EntryEdit, EntryGroup
 from erasure.strategies.closed_form.written import LARGEST_LORA, Change, as_loras, as_maps, lora_bytes
 
 
@@ -69,14 +69,14 @@ class UCE(EntryEdit):
         """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
         return "" if self.preserve_scale else "preserve_scale"
 
-    def changes(self, door: Door, seed: int) -> list[Change]:
+    def changes(self, group: EntryGroup, seed: int) -> list[Change]:
         """Compute one change for all layers, see `EntryEdit.changes`."""
-        return [Change(door.layers, door.weights, *factors(self.map_of(door)), door.features)]
+        return [Change(group.layers, group.weights, *factors(self.map_of(group)), group.features)]
 
-    def map_of(self, door: Door) -> Tensor:
+    def map_of(self, group: EntryGroup) -> Tensor:
         """Compute X, `(dim, dim)` float64."""
-        weight = self.regularisation * (door.mean_square if self.relative else 1.0)
-        return solve(door.erased, door.replacing, door.preserved, self.erase_scale, self.preserve_scale, weight)
+        weight = self.regularisation * (group.mean_square if self.relative else 1.0)
+        return solve(group.erased, group.replacing, group.preserved, self.erase_scale, self.preserve_scale, weight)
 
     def written(self, changes: Sequence[Change], concepts: int) -> tuple[Edits, int]:
         """Convert the changes into a LoRA, or into maps where it would be large; see `saved_as`."""

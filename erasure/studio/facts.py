@@ -13,14 +13,14 @@ def facts_of_method(name: str) -> list[tuple[str, str]]:
     Raises:
         UnknownStrategyError: There is no such method.
     """
-    told = STRATEGIES.facts(name).told
-    rows = [(fact, told[fact]) for fact in ("title", "protects", "cost", "needs", "paper")]
+    attributes = STRATEGIES.facts(name).attributes
+    rows = [(fact, attributes[fact]) for fact in ("title", "protects", "cost", "needs", "paper")]
     return [(name, ", ".join(value) if isinstance(value, (list, tuple)) else str(value)) for name, value in rows]
 
 
 def presets_of(name: str) -> list[str]:
     """Names of the presets of a method."""
-    return list(STRATEGIES.facts(name).told["presets"])
+    return list(STRATEGIES.facts(name).attributes["presets"])
 
 
 def facts_of_erasure(stacked: Stacked) -> list[tuple[str, str]]:

@@ -52,11 +52,11 @@ class Job:
         self.what = what
         self.tell(0.0)
 
-        def told(_: object, index: int, __: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def report(_: object, index: int, __: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             self.tell((index + 1) / max(steps, 1))
             return tensors
 
-        return told
+        return report
 
 
 def silent(share: float, what: str) -> None:

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from PIL import Image
@@ -20,10 +21,11 @@ from erasure.shown import message
 from erasure.strategies import STRATEGIES
 from erasure.studio.facts import facts_of_erasure, facts_of_method, presets_of
 from erasure.studio.files import zipped
+from erasure.studio.gradio_types import Bar, Button, Draw, Dropdown, PageRequest, Painting, Slider
 from erasure.studio.jobs import Progress
 from erasure.studio.session import MOST_ERASURES, Session, Studio
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., object])
 
 STRONGEST = 2.0
 """End of the sliders; a strength of 1 is as the erasure was made."""
@@ -57,7 +59,7 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{lines}</table>"
 
 
-def gradio_module() -> Any:
+def gradio_module() -> ModuleType:
     """Import gradio with its statistics off.
 
     Raises:
@@ -113,17 +115,17 @@ class Page:
         folder: Where files to download lie.
     """
 
-    def __init__(self, gradio: Any, studio: Studio, folder: Path) -> None:
+    def __init__(self, gradio: ModuleType, studio: Studio, folder: Path) -> None:
         self.gradio, self.studio, self.folder = gradio, studio, folder
 
     # What is asked ------------------------------------------------------------------------------------------------
 
-    def session(self, request: Any) -> Session:
+    def session(self, request: PageRequest) -> Session:
         """The session of the page that asks."""
         return self.studio.session(str(request.session_hash))
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def showing_errors(self) -> Iterator[None]:
         """Show errors of the library as messages, and everything else by its kind alone."""
         try:
             yield
@@ -143,9 +145,9 @@ class Page:
         for each in notes:
             self.gradio.Warning(html.escape(each), duration=15)
 
-    def rows(self, session: Session) -> list[Any]:
+    def rows(self, session: Session) -> list[object]:
         """What the rows of the erasures show: group, slider and facts of each, and the file to download."""
-        found: list[Any] = []
+        found: list[object] = []
         for place in range(MOST_ERASURES):
             if place < len(session.stack):
                 each = session.stack[place]
@@ -169,13 +171,13 @@ class Page:
             file.write_bytes(zipped(made))
         return file
 
-    def progress(self, bar: Any) -> Progress:
+    def progress(self, bar: Bar) -> Progress:
         """What tells a bar of gradio how far a job is."""
         return lambda share, what: bar(share, desc=what)
 
     # The page -----------------------------------------------------------------------------------------------------
 
-    def blocks(self) -> Any:
+    def blocks(self) -> object:
         """The whole page."""
         gradio = self.gradio
         with gradio.Blocks(title="erasure studio", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
@@ -189,16 +191,16 @@ class Page:
                 self._removing(after)
 
             @self.asks
-            def do_load(request: Any) -> Any:
+            def do_load(request: PageRequest) -> list[object]:
                 session = self.session(request)
                 return [session.model, *self.rows(session)]
 
             @self.asks
-            def do_close(request: Any) -> None:
+            def do_close(request: PageRequest) -> None:
                 self.studio.forget(str(request.session_hash))
 
             @self.asks
-            def do_cancel(request: Any) -> None:
+            def do_cancel(request: PageRequest) -> None:
                 gradio.Info("Cancelling" if self.session(request).cancel() else "Nothing is running")
 
             page.load(do_load, None, [model, *rows], api_name="load")
@@ -207,7 +209,7 @@ class Page:
         page.queue(default_concurrency_limit=None, max_size=self.studio.limits.max_queue)
         return page
 
-    def _erasing(self, model: Any) -> tuple[list[Any], Any]:
+    def _erasing(self, model: Dropdown) -> tuple[list[object], object]:
         """The tab to erase and to compare; gives what shows the erasures, and the picture that was drawn last."""
         gradio, first = self.gradio, METHODS_FIRST
         with gradio.Row():
@@ -230,7 +232,7 @@ class Page:
                 said = gradio.Markdown()
         gradio.Markdown("## Erasures on the model")
         none = gradio.Markdown()
-        rows: list[Any] = []
+        rows: list[object] = []
         controls = []
         for place in range(MOST_ERASURES):
             with gradio.Group(visible=False) as group:
@@ -248,17 +250,17 @@ class Page:
         drawing, bar = ([prompt, seed, steps], [before, after, said]), gradio.Progress()
 
         @self.asks
-        def do_erase(words: str, name: str, chosen: str, request: Any, bar: Any = bar) -> Any:
+        def do_erase(words: str, name: str, chosen: str, request: PageRequest, bar: Bar = bar) -> list[object]:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 made, notes = session.erase(words or "", name, preset=chosen, progress=self.progress(bar))
                 self.note(notes)
                 gradio.Info(html.escape(f"Made {made.erasure.name}"))
                 return self.rows(session)
 
         @self.asks
-        def do_draw(text: str, number: Any, count: Any, request: Any, bar: Any = bar) -> Any:
-            with self.told():
+        def do_draw(text: str, number: int, count: int | None, request: PageRequest, bar: Bar = bar) -> object:
+            with self.showing_errors():
                 made = self.session(request).compare(
                     text or "", seed=number, steps=count, progress=self.progress(bar)
                 )  # fmt: skip
@@ -268,17 +270,17 @@ class Page:
                 return made.before, made.after, what
 
         @self.asks
-        def do_choose(name: str, request: Any, bar: Any = bar) -> Any:
+        def do_choose(name: str, request: PageRequest, bar: Bar = bar) -> list[object]:
             session = self.session(request)
             try:
-                with self.told():
+                with self.showing_errors():
                     session.choose(name, self.progress(bar))
             except gradio.Error as error:
                 gradio.Warning(error.message, duration=20)
             return [session.model, *self.rows(session), None, None, ""]
 
-        def do_tell(name: str) -> Any:
-            with self.told():
+        def do_tell(name: str) -> tuple[str, object]:
+            with self.showing_errors():
                 return table(facts_of_method(name)), gradio.update(choices=self._presets(name), value="")
 
         erase.click(do_erase, [concepts, method, preset], rows, api_name="erase")
@@ -291,7 +293,10 @@ class Page:
             self._row(place, slider, off, rows, do_draw, drawing)
         return rows, after
 
-    def _row(self, place: int, slider: Any, off: Any, rows: list[Any], draw: Any, drawing: tuple[Any, Any]) -> None:
+    def _row(
+        self, place: int, slider: Slider, off: Button, rows: list[object], draw: Draw,
+        drawing: tuple[list[object], list[object]],
+    ) -> None:  # fmt: skip
         """What the slider and the button of one erasure do."""
 
         def name_at(session: Session) -> str:
@@ -300,15 +305,15 @@ class Page:
             return session.stack[place].name
 
         @self.asks
-        def do_scale(strength: float, request: Any) -> None:
+        def do_scale(strength: float, request: PageRequest) -> None:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 session.set_strength(name_at(session), strength)
 
         @self.asks
-        def do_take_off(request: Any) -> Any:
+        def do_take_off(request: PageRequest) -> list[object]:
             session = self.session(request)
-            with self.told():
+            with self.showing_errors():
                 session.take_off(name_at(session))
                 return self.rows(session)
 
@@ -319,18 +324,18 @@ class Page:
             self._redraw(draw), *drawing, api_name=False
         )
 
-    def _redraw(self, draw: Any) -> Any:
+    def _redraw(self, draw: Draw) -> Callable[..., object]:
         bar = self.gradio.Progress()
 
         @self.asks
-        def again(text: str, number: Any, count: Any, request: Any, bar: Any = bar) -> Any:
+        def again(text: str, number: int, count: int | None, request: PageRequest, bar: Bar = bar) -> object:
             if not (text or "").strip():
                 return [self.gradio.skip()] * 3
             return draw(text, number, count, request, bar)
 
         return again
 
-    def _picture(self, label: str) -> Any:
+    def _picture(self, label: str) -> object:
         return self.gradio.Image(
             label=label, type="pil", format="png", interactive=False, buttons=["download"], height=300, min_width=150,
             elem_classes="picture",
@@ -339,7 +344,7 @@ class Page:
     def _presets(self, name: str) -> list[tuple[str, str]]:
         return [("the method's own", ""), *((each, each) for each in presets_of(name))]
 
-    def _removing(self, drawn: Any) -> None:
+    def _removing(self, drawn: object) -> None:
         """The tab to remove objects."""
         gradio = self.gradio
         with gradio.Row():
@@ -368,17 +373,17 @@ class Page:
 
         bar = gradio.Progress()
 
-        def do_take(picture: Image.Image | None) -> Any:
-            with self.told():
+        def do_take(picture: Image.Image | None) -> dict[str, object]:
+            with self.showing_errors():
                 if picture is None:
                     raise ImageError("no picture was drawn yet: draw one under Erase and compare, or upload one")
                 return {"background": picture, "layers": [], "composite": picture}
 
         @self.asks
-        def do_remove(painting: Any, named: str, rest: str, dark: bool, part: bool, number: Any,
-                      request: Any, bar: Any = bar) -> Any:  # fmt: skip
-            painting = painting or {}
-            with self.told():
+        def do_remove(painting: Painting | None, named: str, rest: str, dark: bool, part: bool, number: int,
+                      request: PageRequest, bar: Bar = bar) -> object:  # fmt: skip
+            painting = painting or Painting()
+            with self.showing_errors():
                 made = self.session(request).remove(
                     painting.get("background"), painting.get("layers") or (), words=named or "", others=rest or "",
                     shadow=dark, crop=part, seed=number, progress=self.progress(bar),

@@ -46,12 +46,12 @@ class Reader:
         if len(self._read) > 1:
             self._read = [Conditioning.cat(self._read)]
         rows = torch.tensor([self._rows[prompt or ""] for prompt in prompts])
-        told = self._read[0].rows(rows).to(self.backbone.device)
+        conditioning = self._read[0].rows(rows).to(self.backbone.device)
         if None not in prompts:
-            return told
+            return conditioning
         count = len(prompts)
         index = torch.tensor([place + count * (prompt is None) for place, prompt in enumerate(prompts)])
-        return Conditioning.cat([told, self.backbone.null(told)]).rows(index.to(self.backbone.device))
+        return Conditioning.cat([conditioning, self.backbone.null(conditioning)]).rows(index.to(self.backbone.device))
 
     def null(self, count: int) -> Conditioning:
         """Give `count` rows of the null conditioning; see `Backbone.null`."""

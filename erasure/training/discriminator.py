@@ -118,7 +118,7 @@ def looks_like(logits: Tensor, kind: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, kind))
 
 
-class Watch(After):
+class DiscriminatorMonitor(After):
     """Warns when a discriminator gives the network that plays against it no useful gradient.
 
     Args:

@@ -54,7 +54,7 @@ def weighted(terms: Tensor, real: Tensor, drawn: Tensor) -> Tensor:
     return terms.sum((1, 2, 3)) / weight
 
 
-class Apart(Player):
+class SelfSwitchedStudent(Player):
     """A student whose losses switch it on and off themselves, because several networks take part in them.
 
     Args:
@@ -139,10 +139,11 @@ class ScoreDistillation:
         """
         return [
             Turn(
-                name="fake", player=Apart(self.fake), losses=self.fake_losses, descent=fake_descent, rate="fake_lr"
+                name="fake", player=SelfSwitchedStudent(self.fake), losses=self.fake_losses, descent=fake_descent,
+                rate="fake_lr",
             ),
             Turn(
-                name="generator", player=Apart(self.generator), losses=self.losses, descent=descent,
+                name="generator", player=SelfSwitchedStudent(self.generator), losses=self.losses, descent=descent,
                 since=self.since, signed=True,
             ),
         ]  # fmt: skip
@@ -202,10 +203,10 @@ class ScoreDistillation:
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str | None], scale: float) -> Tensor:
         """Predict in float32 with the network's current weights and guidance."""
         source, backbone = self.source, self.source.backbone
-        x, told = x.to(backbone.dtype), source.prompts(prompts)
+        x, conditioning = x.to(backbone.dtype), source.prompts(prompts)
         if scale == 1:
-            return backbone.predict(x, t, told).float()
-        both = Conditioning.cat([told, source.prompts.null(len(x))])
+            return backbone.predict(x, t, conditioning).float()
+        both = Conditioning.cat([conditioning, source.prompts.null(len(x))])
         own, null = backbone.predict(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
         return backbone.guided(own, null, scale)
 

@@ -84,24 +84,24 @@ class OneStepGenerator(StateSource):
         x, t, _ = self.noised(self.draw([each.prompt for each in named], numbers), numbers, "taken")
         x = x.to(self.backbone.dtype)
 
-        def said(prompts: Sequence[str | None]) -> Tensor:
+        def encoded(prompts: Sequence[str | None]) -> Tensor:
             return self.backbone.predict(x, t, self.prompts(prompts))
 
-        own = said([each.prompt for each in named])
-        asks = [said(prompts) for prompts in zip(*(each.asks for each in named), strict=True)]
+        own = encoded([each.prompt for each in named])
+        asks = [encoded(prompts) for prompts in zip(*(each.asks for each in named), strict=True)]
         asked = torch.stack(asks, 1) if asks else own.new_zeros(len(own), 0, *own.shape[1:])
         scene = (index // SEEDS).to(x.device)
         return States(x, t, scene, own, None, asked, torch.ones(len(x), device=x.device))
 
 
-def one_step(backbone: Backbone, noise: Tensor, level: int, told: Conditioning) -> Tensor:
+def one_step(backbone: Backbone, noise: Tensor, level: int, conditioning: Conditioning) -> Tensor:
     """Predict clean latents, in float32, from pure noise at one timestep.
 
     Args:
         backbone: Model whose denoiser predicts.
         noise: Noise of standard deviation 1, as pipelines pass it to the denoiser.
         level: Timestep that the denoiser reads.
-        told: Conditioning, one row per noise.
+        conditioning: Conditioning, one row per noise.
     """
     t = torch.full((len(noise),), level, device=noise.device)
-    return backbone.parametrisation.clean(backbone.predict(noise, t, told).float(), noise.float(), t)
+    return backbone.parametrisation.clean(backbone.predict(noise, t, conditioning).float(), noise.float(), t)

@@ -74,7 +74,7 @@ class RolledOut(StateSource):
             trajectory: Index of the state's trajectory.
             level: Index of the state's timestep.
         """
-        if not self.backbone.told_guidance:
+        if not self.backbone.takes_guidance:
             return 1.0
         scales = self.rollout.trained_guidance or (self.rollout.guidance,)
         return scales[int(draw(len(scales), 1, self.noise_seed(trajectory), "guidance", level))]
@@ -99,7 +99,7 @@ class RolledOut(StateSource):
         null conditioning.
         """
         prompts, rollout = self.prompts([self.scenes[scene].prompt for scene in scenes]), self.rollout
-        if self.backbone.told_guidance:
+        if self.backbone.takes_guidance:
             return Predicted(self.backbone.predict(x, t.expand(len(x)), prompts, rollout.guidance), None)
         if rollout.guidance == 1:
             return Predicted(self.backbone.predict(x, t.expand(len(x)), prompts), None)
@@ -108,8 +108,8 @@ class RolledOut(StateSource):
 
     def asked(self, x: Tensor, t: Tensor, prompts: Sequence[str | None], guidance: Tensor) -> Tensor:
         """Predict with the teacher for prompts, at guidance scales that a guidance-distilled teacher reads."""
-        told = guidance if self.backbone.told_guidance else None
-        return self.backbone.predict(x, t, self.prompts(prompts), told)
+        scale = guidance if self.backbone.takes_guidance else None
+        return self.backbone.predict(x, t, self.prompts(prompts), scale)
 
     def answers(self, x: Tensor, t: Tensor, scenes: Sequence[Scene], guidance: Tensor) -> Tensor:
         """Predict with the teacher for the scenes' other prompts, `(states, asks, channels, h, w)`."""
@@ -211,7 +211,7 @@ class Trajectories(RolledOut):
         level = t.expand(len(x)).contiguous()
         null = self.asked(x, level, [None] * len(x), guidance) if teacher.null is None else teacher.null[rows]
         others = (guidance != self.rollout.guidance).nonzero().flatten()
-        if self.backbone.told_guidance and len(others):
+        if self.backbone.takes_guidance and len(others):
             own_prompts = [named[row].prompt for row in others.tolist()]
             own = own.index_copy(0, others, self.asked(x[others], level[others], own_prompts, guidance[others]))
         more = self.answers(x, level, named, guidance)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erasure.errors import EvaluationError
-from erasure.eval.sizes import Sized
+from erasure.eval.sizes import SizedOptions
 from erasure.options import Count
 from erasure.registry import Registry
 
@@ -31,7 +31,7 @@ class SkippedPromptError(EvaluationError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Sized, ABC):
+class Attack(SizedOptions, ABC):
     """An attack with its options: subclass it as a frozen dataclass and register it.
 
     It proposes attempts; the runner draws them with the erased pipeline, asks the judge, and stops at the first that
@@ -125,7 +125,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "typo": "erasure.eval.attacks.rewrites",
         "unlearndiffatk": "erasure.eval.attacks.unlearndiffatk",
     },
-    told=("title", "paper", "access", "sizes", "is_control", "chance"),
+    attributes=("title", "paper", "access", "sizes", "is_control", "chance"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -73,7 +73,7 @@ class PicturePrompt(ControlledAttack):
         adapter = image_prompts.opened(path, encoder, backbone.denoiser)
         start = victim.start(sample, self.references, without=self.control)
         shown = adapter.embeddings([start.image])
-        is_guided = sample.guidance_scale > 1 and not backbone.told_guidance
+        is_guided = sample.guidance_scale > 1 and not backbone.takes_guidance
         rows = torch.cat([torch.zeros_like(shown), shown]) if is_guided else shown
         tokens = adapter.tokens(rows.to(backbone.device, backbone.dtype)).cpu()
         for scale in self.scales:

@@ -48,24 +48,26 @@ class Part:
     def grade(self) -> Grade:
         """Which attacker it answers for."""
         if self.kind == "attack":
-            return OF_ACCESS[ATTACKS.facts(self.name).told["access"]]
+            return OF_ACCESS[ATTACKS.facts(self.name).attributes["access"]]
         return "weights" if self.kind == "stress" else "prompts"
 
     @property
     def is_control(self) -> bool:
         """Whether its rate is what chance gives."""
-        return self.measures_chance or (self.kind == "attack" and bool(ATTACKS.facts(self.name).told["is_control"]))
+        return self.measures_chance or (
+            self.kind == "attack" and bool(ATTACKS.facts(self.name).attributes["is_control"])
+        )
 
     @property
     def counts(self) -> bool:
         """Whether it is something that an attacker does, so that the word for that attacker depends on it."""
-        told = self.kind != "stress" or bool(STRESS_TESTS.facts(self.name).told["of_attackers"])
+        told = self.kind != "stress" or bool(STRESS_TESTS.facts(self.name).attributes["of_attackers"])
         return told and not self.is_control
 
     @property
     def chance(self) -> tuple[str, bool] | None:
         """Name and `measures_chance` of the part that tells what chance gives; `None` where there is no chance."""
-        told = "" if self.kind != "attack" or self.is_control else str(ATTACKS.facts(self.name).told["chance"])
+        told = "" if self.kind != "attack" or self.is_control else str(ATTACKS.facts(self.name).attributes["chance"])
         return None if not told else (self.name, True) if told == OWN_OPTION else (told, False)
 
     @property
@@ -78,7 +80,7 @@ class Part:
     def title(self) -> str:
         """What it does, in a line."""
         facts = {"evaluation": SUITES.facts, "attack": ATTACKS.facts, "stress": STRESS_TESTS.facts}[self.kind]
-        return str(facts(self.name).told["title"])
+        return str(facts(self.name).attributes["title"])
 
 
 def parts_of(

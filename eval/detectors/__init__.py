@@ -18,7 +18,7 @@ from erasure.registry import Registry
 if TYPE_CHECKING:
     from erasure.eval.detectors.canvas import CanvasJudge, Judgement
     from erasure.eval.detectors.findings import Box, Detector, Finding, ask
-    from erasure.eval.detectors.newcomers import NewcomersJudge, Seen
+    from erasure.eval.detectors.newcomers import NewcomersAnswer, NewcomersJudge
 
 # No import of torch here: the command line lists detectors without it.
 
@@ -30,10 +30,10 @@ __all__ = [
     "Finding",
     "Judgement",
     "NamedDetector",
+    "NewcomersAnswer",
     "NewcomersJudge",
     "Reading",
     "Recipe",
-    "Seen",
     "ask",
     "available",
     "get",
@@ -43,7 +43,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Box", "Detector", "Finding", "ask"), "erasure.eval.detectors.findings"),
     **dict.fromkeys(("CanvasJudge", "Judgement"), "erasure.eval.detectors.canvas"),
-    **dict.fromkeys(("NewcomersJudge", "Seen"), "erasure.eval.detectors.newcomers"),
+    **dict.fromkeys(("NewcomersJudge", "NewcomersAnswer"), "erasure.eval.detectors.newcomers"),
 }
 
 __getattr__ = importer(__name__, _HOMES)
@@ -66,7 +66,7 @@ DETECTORS: Registry[type[NamedDetector]] = Registry(
         "nudenet": "erasure.eval.detectors.nudenet",
         "open_nsfw": "erasure.eval.detectors.open_nsfw",
     },
-    told=("title", "licence", "extra", "presets"),
+    attributes=("title", "licence", "extra", "presets"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -47,8 +47,8 @@ NUMBERS = 128
 """Numbers that describe a face."""
 
 
-class Apart(nn.Module):
-    """Convolution of each channel apart, and then of all channels at one place."""
+class SeparableConvolution(nn.Module):
+    """Depthwise convolution, followed by a pointwise one."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Apart(nn.Module):
 
 
 class Finder(nn.Module):
-    """Says of each of 13 x 13 cells which faces have their middle there."""
+    """Finds, for each of 13 x 13 cells, the faces whose middle is there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 16, 3)
-        self.steps = nn.ModuleList([Apart(width, 2 * width) for width in (16, 32, 64, 128, 256)])
+        self.steps = nn.ModuleList([SeparableConvolution(width, 2 * width) for width in (16, 32, 64, 128, 256)])
         self.last = nn.Conv2d(512, 5 * len(ANCHORS), 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Finder(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Convolution whose channels are then multiplied and moved: a batch norm that was trained."""
+    """Convolution followed by a trained batch norm, as a scale and an offset per channel."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Scaled(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside what came in.
+    """Residual block of two convolutions.
 
     Where they halve the size, what came in is averaged, and zeros fill what one of the two lacks in channels, or at
     the right and at the bottom.
@@ -117,7 +117,7 @@ class Residual(nn.Module):
 
 
 class Descriptor(nn.Module):
-    """dlib's description of a face."""
+    """dlib's network that describes a face by 128 numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Faces:
 
     @torch.no_grad()
     def find(self, image: Image.Image) -> list[tuple[float, Box]]:
-        """Score and place of every face in an RGB picture, the most certain first."""
+        """Find the score and place of every face in an RGB picture, the most certain first."""
         longer = max(image.size)
         values = F.pad(_values(image), (0, longer - image.width, 0, longer - image.height))
         rows = self.finder(_prepared(values, FINDER_SIDE, FINDER_MEANS))[0]
@@ -187,14 +187,14 @@ class Faces:
 
     @torch.no_grad()
     def describe(self, faces: list[Image.Image]) -> Tensor:
-        """Numbers of pictures that a face fills, `(faces, 128)`."""
+        """Describe pictures that a face fills, `(faces, 128)`."""
         if not faces:
             return torch.zeros(0, NUMBERS)
         return self.descriptor(torch.cat([_prepared(_centred(_values(face)), SIDE, MEANS) for face in faces]))
 
 
 def cut_out(image: Image.Image, box: Box) -> Image.Image | None:
-    """The part of a picture in a box, in whole pixels; `None` where there is none."""
+    """Cut a box out of a picture, in whole pixels; `None` where it is empty."""
     left, top, right, bottom = (int(value) for value in box)
     return image.crop((left, top, right, bottom)) if right > left and bottom > top else None
 
@@ -205,7 +205,7 @@ def _values(image: Image.Image) -> Tensor:
 
 
 def _centred(values: Tensor) -> Tensor:
-    """A picture in the middle of a black square."""
+    """Pad a picture to a black square, in its middle."""
     height, width = values.shape[2:]
     missing = abs(height - width)
     behind = (missing + 1) // 2
@@ -214,7 +214,7 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _prepared(values: Tensor, side: int, means: tuple[float, float, float]) -> Tensor:
-    """A square picture scaled as TensorFlow first did it: a pixel's corner, not its middle, says where it is."""
+    """Resize a square picture as early TensorFlow did, which aligns pixels' corners and not their middles."""
     scaled = values
     for axis in (2, 3):
         size = scaled.shape[axis]

@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 class Detector(Protocol):
-    """What looks for something in pictures."""
+    """A detector of something in pictures."""
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Detector(Protocol):
 
 
 def missing(reason: str) -> Finding:
-    """The finding of a picture about which nothing can be said."""
+    """Make the finding of a picture that cannot be judged."""
     return Finding(None, None, reason=reason)
 
 
@@ -110,7 +110,7 @@ def ask(detector: Detector, images: Sequence[Image.Image]) -> list[Finding]:
 
 
 def _answers(detector: Detector, pictures: Sequence[Image.Image]) -> list[object]:
-    """One answer for each picture; an exception where the detector failed on it alone."""
+    """Get one answer for each picture; an exception where the detector failed on that picture."""
     if not pictures:
         return []
     try:
@@ -127,7 +127,7 @@ def _answers(detector: Detector, pictures: Sequence[Image.Image]) -> list[object
 
 
 def checked(answer: object) -> Finding:
-    """An answer as a finding that can be counted."""
+    """Check a detector's answer, and convert it to a finding."""
     if isinstance(answer, UNUSABLE):
         raise answer
     if isinstance(answer, Exception):

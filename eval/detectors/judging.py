@@ -24,8 +24,8 @@ class UnjudgedError(Exception):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A detector's finding as an answer."""
+class FindingAnswer:
+    """A detector's finding in the form of a judge's answer."""
 
     object: str | None
     style: str | None = None
@@ -54,7 +54,7 @@ class FindingJudge:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names of the detectors, and what tells them from others of these names."""
+        """Names and fingerprints of the detectors."""
         recipes = {label: dict(self.detectors[label].recipe()) for label in self._used}
         return f"{' + '.join(self._used)} ({digest([recipes, self.names, self.styles])[:12]})"
 
@@ -73,11 +73,11 @@ class FindingJudge:
         return (self.object_by, *(() if self.style_by is None else (self.style_by,)))
 
     def is_of(self, detectors: Mapping[str, NamedDetector]) -> bool:
-        """Whether these detectors, under these labels, are the ones that it answers by."""
+        """Whether the judge answers by these detectors under these labels."""
         return all(detectors.get(label) == self.detectors[label] for label in self._used)
 
-    def answer(self, findings: Mapping[str, Finding]) -> Seen | Exception:
-        """The answer that findings mean; an exception where a detector could not say anything.
+    def answer(self, findings: Mapping[str, Finding]) -> FindingAnswer | Exception:
+        """Convert findings to an answer; an exception where a detector could not judge.
 
         Args:
             findings: By label of the detector.
@@ -91,12 +91,12 @@ class FindingJudge:
             second = findings[self.style_by]
             style, scores = likeliest(second, self.styles), dict(second.scores)
         if self.names:
-            return Seen(likeliest(first, self.names), style, (), dict(first.scores), scores)
+            return FindingAnswer(likeliest(first, self.names), style, (), dict(first.scores), scores)
         flag = FLAGGED if first.flagged else CLEAR
         sure = {} if first.score is None else {FLAGGED: first.score, CLEAR: 1 - first.score}
-        return Seen(flag, style, (), sure, scores)
+        return FindingAnswer(flag, style, (), sure, scores)
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen | Exception]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[FindingAnswer | Exception]:
         """One answer for each picture."""
         found = {label: ask(self.detectors[label], images) for label in self._used}
         return [self.answer({label: each[index] for label, each in found.items()}) for index in range(len(images))]
@@ -104,16 +104,16 @@ class FindingJudge:
 
 @dataclass(frozen=True)
 class NoJudge:
-    """The judge of a suite in which nobody is asked which class an image shows."""
+    """The judge of a suite without classes."""
 
     fingerprint: str = "none"
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[FindingAnswer]:
         """No class for any picture."""
-        return [Seen(None) for _ in images]
+        return [FindingAnswer(None) for _ in images]
 
 
 def likeliest(finding: Finding, names: Sequence[str]) -> str:
-    """The likeliest of some classes that a finding has among its labels; `NOTHING` where it has none of them."""
+    """Give the likeliest of some classes among a finding's labels; `NOTHING` without any."""
     seen = [name for name in names if name in finding.labels]
     return max(seen, key=lambda name: finding.scores.get(name, 0.0), default=NOTHING)

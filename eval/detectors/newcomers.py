@@ -20,8 +20,8 @@ from erasure.files import read_json, read_tensors, write_bytes, write_json
 NAME = "canvas-newcomers"
 
 
-class Seen(NamedTuple):
-    """What is seen in one picture."""
+class NewcomersAnswer(NamedTuple):
+    """What the judge sees in one picture."""
 
     thing: str
     """The thing with the highest score, new or known."""
@@ -32,14 +32,14 @@ class Seen(NamedTuple):
 
 
 class NewcomersConfig(TypedDict):
-    """Things that are told apart."""
+    """Names of the new and the known things."""
 
     new: list[str]
     known: list[str]
 
 
 class NewcomersJudge:
-    """Tells new things apart, and from those that the embedded models know.
+    """Classifies new things, and those that the embedded models know.
 
     Args:
         folder: A `canvas-newcomers` folder; the embedded one when left out.
@@ -69,26 +69,26 @@ class NewcomersJudge:
         return layer.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[NewcomersAnswer]:
         """Judge a list of images of any size (they are resized to 64x64)."""
         if not images:
             return []
-        scores = self.layer(seen(self.judge.network, self.judge.pixels(images))).sigmoid()
+        scores = self.layer(judge_features(self.judge.network, self.judge.pixels(images))).sigmoid()
         names, found = [*self.new, *self.known], []
         for row in scores.tolist():
             each = dict(zip(names, row, strict=True))
             ranked = sorted(names, key=each.__getitem__, reverse=True)
-            found.append(Seen(ranked[0], tuple(name for name in ranked if each[name] >= 0.5), each))
+            found.append(NewcomersAnswer(ranked[0], tuple(name for name in ranked if each[name] >= 0.5), each))
         return found
 
 
 def features_of(network: JudgeNetwork) -> int:
-    """Length of what `seen` gives."""
+    """Give the length of the features of `judge_features`."""
     return 2 * sum(part.head.in_features for part in (network.colour, network.grey))
 
 
-def seen(network: JudgeNetwork, pixels: Tensor) -> Tensor:
-    """What the judge's two networks see ahead of their answers, `(batch, features)`: greatest values and means."""
+def judge_features(network: JudgeNetwork, pixels: Tensor) -> Tensor:
+    """Compute features of the judge's two networks before their heads, `(batch, features)`: maxima and means."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=pixels.dtype, device=pixels.device)
     grey = (pixels * weights[None, :, None, None]).sum(1, keepdim=True)
     return torch.cat([_seen(network.colour, pixels), _seen(network.grey, grey)], 1)
@@ -100,7 +100,7 @@ def _seen(part: Classifier, pixels: Tensor) -> Tensor:
 
 
 def save_newcomers(layer: nn.Linear, folder: Path, new: Sequence[str], known: Sequence[str]) -> None:
-    """Write a folder: `config.json` and fp16 `model.safetensors`."""
+    """Write a judge's folder: `config.json` and fp16 `model.safetensors`."""
     tensors = {name: part.detach().half().contiguous() for name, part in layer.state_dict().items()}
     write_bytes(folder / "model.safetensors", save(tensors))
     write_json(folder / "config.json", {"new": list(new), "known": list(known)})

@@ -17,7 +17,7 @@ from erasure.files import shown
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file of weights that a package brings, and what is known of it."""
+    """An ONNX file that a package contains, with its known fingerprint."""
 
     module: str
     """Module of the package, one of `erasure.extras.REQUIREMENTS`."""
@@ -27,7 +27,7 @@ class OnnxFile:
     """sha256 of the version whose scores are known."""
 
     def path(self, own: str | None = None) -> Path:
-        """Where it is.
+        """Find the file.
 
         Args:
             own: Another file of the user's in its place.
@@ -39,7 +39,7 @@ class OnnxFile:
 
 
 def session(path: Path, outputs: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that runs a network with one input and one output, float32, batch first.
+    """Make a function that runs a network with one input and one output, float32, batch first.
 
     Args:
         path: The ONNX file.

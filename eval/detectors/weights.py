@@ -24,7 +24,7 @@ COUNTS = "num_batches_tracked"
 
 
 def sha256(path: str | Path) -> str:
-    """sha256 of a file, 64 hex digits.
+    """Compute the sha256 of a file, 64 hex digits.
 
     Raises:
         ArtifactError: It cannot be read.
@@ -43,7 +43,7 @@ def _sha256(path: str, changed: int, size: int) -> str:
 
 
 def load_into(network: N, tensors: Mapping[str, Tensor], source: str | Path) -> N:
-    """A network with the weights of a file, ready to be asked.
+    """Load a file's weights into a network, and switch it to evaluation.
 
     Args:
         network: What they belong to, on any device; weights that it has are replaced.
@@ -69,7 +69,7 @@ def load_into(network: N, tensors: Mapping[str, Tensor], source: str | Path) -> 
 
 
 def read_eight_bits(path: str | Path) -> dict[str, Tensor]:
-    """Weights that are kept as whole numbers of eight bits, as float32.
+    """Read weights that are stored as eight-bit integers, as float32.
 
     Each tensor NAME has another beside it, NAME.range, with the smallest value and the step of its numbers: a weight
     is `number * step + smallest`. One in float32 has none, and is taken as it is.

@@ -18,8 +18,8 @@ from erasure.eval.report import (
     chips,
     control_line,
     headline,
+    headline_and_galleries,
     rows_of_samples,
-    told_and_shown,
     variants_of,
 )
 from erasure.eval.report_detectors import class_labels, detector_lines
@@ -117,5 +117,5 @@ def galleries(results: Results) -> list[Gallery]:
     if not os.path.lexists(samples):
         return []
     showing = Showing(folder / IMAGES, class_labels(results))
-    _, found = told_and_shown(results, rows_of_samples(read_rows(samples)), showing, limit=LIMIT)
+    _, found = headline_and_galleries(results, rows_of_samples(read_rows(samples)), showing, limit=LIMIT)
     return [gallery for gallery in found if gallery.figures]

@@ -22,7 +22,7 @@ STRESS = "stress "
 """How results of stress tests begin to say what they are of."""
 
 
-class Found(NamedTuple):
+class FoundPart(NamedTuple):
     """One evaluation, attack or stress test of a folder."""
 
     part: Part
@@ -36,19 +36,19 @@ class Found(NamedTuple):
     """Whether it tries what an earlier attack found."""
 
 
-class Read(NamedTuple):
+class FolderContents(NamedTuple):
     """All that a folder holds."""
 
     path: Path
     kind: str
     """`evaluation`, `attack`, `stress test`, `audit` or `cell`."""
-    found: list[Found]
+    found: list[FoundPart]
     remarks: list[str]
     """What was not measured, in a sentence each."""
     audit: AuditFile | None = None
 
 
-def read_folder(path: str | Path, concepts: list[str]) -> Read:
+def read_folder(path: str | Path, concepts: list[str]) -> FolderContents:
     """Recognise a folder by what it holds, and read it.
 
     Args:
@@ -69,7 +69,7 @@ def read_folder(path: str | Path, concepts: list[str]) -> Read:
         return _cell(folder, concepts)
     if (folder / FILE).is_file():
         found = _part(folder, concepts, folder.name)
-        return Read(folder, "stress test" if found.part.kind == "stress" else found.part.kind, [found], [])
+        return FolderContents(folder, "stress test" if found.part.kind == "stress" else found.part.kind, [found], [])
     if (folder / RECIPE).is_file():
         raise EvaluationError(
             f"{folder} holds a measurement that was not finished (a {RECIPE}, no {FILE}): run its command again, "
@@ -84,7 +84,7 @@ def read_folder(path: str | Path, concepts: list[str]) -> Read:
     )
 
 
-def _audit(folder: Path, concepts: list[str]) -> Read:
+def _audit(folder: Path, concepts: list[str]) -> FolderContents:
     data: AuditFile = read_json(folder / AUDIT, AuditFile, error=EvaluationError)
     found = []
     for entry in data["parts"]:
@@ -93,11 +93,11 @@ def _audit(folder: Path, concepts: list[str]) -> Read:
             found.append(_part(inside(folder, entry["folder"], error=EvaluationError), concepts, source))
             continue
         part = _checked(entry["kind"], entry["name"], entry["concept"], concepts, source)
-        found.append(Found(part, None, source, entry["state"], entry["detail"]))
-    return Read(folder, "audit", found, [], data)
+        found.append(FoundPart(part, None, source, entry["state"], entry["detail"]))
+    return FolderContents(folder, "audit", found, [], data)
 
 
-def _cell(folder: Path, concepts: list[str]) -> Read:
+def _cell(folder: Path, concepts: list[str]) -> FolderContents:
     data: CellFile = read_json(folder / CELL, CellFile, error=EvaluationError)
     found, remarks = [], []
     for entry in data["parts"]:
@@ -106,10 +106,10 @@ def _cell(folder: Path, concepts: list[str]) -> Read:
         elif entry["what"] != "erasure":
             source = f"{folder.name}/{entry['what']}"
             found.append(_part(inside(folder, entry["what"], error=EvaluationError), concepts, source))
-    return Read(folder, "cell", found, remarks)
+    return FolderContents(folder, "cell", found, remarks)
 
 
-def _part(folder: Path, concepts: list[str], source: str) -> Found:
+def _part(folder: Path, concepts: list[str], source: str) -> FoundPart:
     results = Results.load(folder)
     names = {str(row["name"]) for row in results.metrics}
     kind, name = "evaluation", results.suite
@@ -121,10 +121,10 @@ def _part(folder: Path, concepts: list[str], source: str) -> Found:
         None if kind == "evaluation" else next((row["concept"] for row in results.metrics if row["concept"]), None)
     )
     part = _checked(kind, name, concept, concepts, source)  # type: ignore[arg-type]
-    if kind == "attack" and "chance_ASR" in names and not ATTACKS.facts(name).told["is_control"]:
+    if kind == "attack" and "chance_ASR" in names and not ATTACKS.facts(name).attributes["is_control"]:
         part = Part(part.kind, part.name, part.concept, part.number, measures_chance=True)
     again = any(name.startswith("transfer_") for name in names)
-    return Found(part, results, source, again=again)
+    return FoundPart(part, results, source, again=again)
 
 
 def _checked(kind: Kind, name: str, concept: str | None, concepts: list[str], source: str) -> Part:
@@ -141,7 +141,7 @@ def _checked(kind: Kind, name: str, concept: str | None, concepts: list[str], so
     return Part(kind, name, concept, concepts.index(concept) if concept in concepts else 0)
 
 
-def read_all(folders: list[Path], concepts: list[str]) -> Iterator[Read]:
+def read_all(folders: list[Path], concepts: list[str]) -> Iterator[FolderContents]:
     """Read every folder once, however often it is given."""
     seen = set()
     for path in folders:

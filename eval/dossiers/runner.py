@@ -17,7 +17,7 @@ from erasure.errors import EvaluationError, VerificationError
 from erasure.eval.audits.parts import Part, left_out
 from erasure.eval.audits.runner import Audit, Outcome
 from erasure.eval.audits.verdicts import Finding, finding_of, graded
-from erasure.eval.dossiers.reading import Found, Read, read_all
+from erasure.eval.dossiers.reading import FolderContents, FoundPart, read_all
 from erasure.eval.rows import Record, Row
 from erasure.eval.run import model_name
 from erasure.files import shown, write_json
@@ -145,11 +145,11 @@ def _own(made: Erasure) -> Record:
     return {"name": made.name, "strategy": made.config.strategy, "fingerprint": made.fingerprint, "strength": 1.0}
 
 
-def _sizes(found: Sequence[Found]) -> str:
+def _sizes(found: Sequence[FoundPart]) -> str:
     return ", ".join(dict.fromkeys(each.results.size for each in found if each.results is not None)) or "none"
 
 
-def _outcome(found: Found) -> Outcome:
+def _outcome(found: FoundPart) -> Outcome:
     if found.results is None:
         return Outcome(found.part, found.state, Finding("not measured", detail=found.reason))
     finding = finding_of(found.part, found.results)
@@ -162,7 +162,7 @@ def _outcome(found: Found) -> Outcome:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _checked(reads: Sequence[Read], made: Erasure) -> tuple[Record, float]:
+def _checked(reads: Sequence[FolderContents], made: Erasure) -> tuple[Record, float]:
     """The model and the strength of everything that was measured.
 
     Raises:
@@ -266,7 +266,7 @@ def _verified(pipe: DiffusionPipeline, made: Erasure, strength: float, measured:
 # What is not there --------------------------------------------------------------------------------------------------
 
 
-def _not_measured(dossier: Dossier, reads: Sequence[Read]) -> Iterator[str]:
+def _not_measured(dossier: Dossier, reads: Sequence[FolderContents]) -> Iterator[str]:
     """What nobody measured, in a sentence each."""
     parts = [outcome.part for outcome in dossier.outcomes if outcome.state == "done"]
     kinds = {part.kind for part in parts}

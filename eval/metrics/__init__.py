@@ -100,7 +100,7 @@ _HOMES = {
 METRICS: Registry[Metric] = Registry(
     "metric",
     {name: f"erasure.eval.metrics.{module}" for module, names in _HOMES.items() for name in names},
-    told=("title", "about", "definition", "higher_is_better", "bounds", "unit", "needs", "is_control"),
+    attributes=("title", "about", "definition", "higher_is_better", "bounds", "unit", "needs", "is_control"),
     accepts=_refusal,
     unknown=EvaluationError,
     instances=True,
@@ -122,8 +122,8 @@ def facts_of(row: Row) -> Facts:
     if base in METRICS:
         return METRICS.facts(base)
     definition = str(row["recipe"].get("metric", ""))
-    told = {
+    attributes = {
         "title": name, "about": definition, "definition": definition, "higher_is_better": None,
         "bounds": [None, None], "unit": "", "needs": [], "is_control": "holds" in row,
     }  # fmt: skip
-    return Facts(name, told)
+    return Facts(name, attributes)

@@ -18,7 +18,7 @@ from erasure.eval.metrics.outcomes import Outcomes, paired, rate_row
 from erasure.eval.rows import Record
 from erasure.eval.statistics import cluster_bootstrap, too_many_missing, weighted_rate
 from erasure.eval.stress.conditions import StressEvidence, outcomes_of
-from erasure.eval.stress.footprint import LEAST_PAIRS, auc, paired_features, told_apart
+from erasure.eval.stress.footprint import LEAST_PAIRS, auc, paired_features, separability
 
 LEAST_GAP = 0.05
 """Least difference between stock and erased model that a recovery is held against."""
@@ -194,10 +194,10 @@ class FootprintMetric(StressMetric):
 
     def rows(self, evidence: StressEvidence) -> list[Record]:
         """One, of the erased model."""
-        return [self.found(evidence)]
+        return [self.measured(evidence)]
 
-    def found(self, evidence: StressEvidence) -> Record:
-        """The row."""
+    def measured(self, evidence: StressEvidence) -> Record:
+        """Train the classifier on pairs of images, and give the row."""
         options = evidence.plan.recipe["stress"]
         names = [row["sample_id"] for row in evidence.rows.get("before", ()) if row["role"] == self.role]
         stock, erased = paired_features(evidence.features, names)
@@ -212,15 +212,15 @@ class FootprintMetric(StressMetric):
                 f"'{'retained' if self.role == 'retain' else 'samples'}'"
             )
             return row | EMPTY | {"n": len(stock), "reason": reason}
-        told = told_apart(
+        result = separability(
             stock, erased, folds=options["folds"], penalty=options["penalty"], permutations=options["permutations"],
             seed=evidence.plan.seed,
         )  # fmt: skip
-        drawn = cluster_bootstrap(lambda rows: auc(told.scores[rows]), range(len(stock)), seed=evidence.plan.seed)
+        drawn = cluster_bootstrap(lambda rows: auc(result.scores[rows]), range(len(stock)), seed=evidence.plan.seed)
         return row | {
-            "value": told.auc, "low": drawn.low, "high": drawn.high, "n": len(stock), "permutation_p": told.p,
+            "value": result.auc, "low": drawn.low, "high": drawn.high, "n": len(stock), "permutation_p": result.p,
             "interval": "bootstrap over pairs of the held-out scores",
-            "verdict": "told apart" if told.p < LEVEL and told.auc > CHANCE else "not told apart",
+            "verdict": "told apart" if result.p < LEVEL and result.auc > CHANCE else "not told apart",
         }  # fmt: skip
 
 
@@ -248,15 +248,17 @@ class FootprintOnOthers(FootprintMetric):
         "prompts without the concept from the stock model's, cross-validated over pairs; 0.5 is chance"
     )
 
-    def found(self, evidence: StressEvidence) -> Record:
-        """The row; no verdict where the classifier does not see the erasure in plain sight."""
-        row = super().found(evidence)
+    def measured(self, evidence: StressEvidence) -> Record:
+        """Give the row; no verdict where the classifier does not see the erasure in plain sight."""
+        row = super().measured(evidence)
         reason = evidence.control_failure
         control = FootprintOnConcept()
         control.name = "footprint_on_concept"
-        seen = control.found(evidence)
-        if reason is None and seen.get("verdict") != "told apart":
-            what = seen.get("reason") or f"area {seen['value']:.2f}, p = {seen['permutation_p']:.3f}"
+        on_concept = control.measured(evidence)
+        if reason is None and on_concept.get("verdict") != "told apart":
+            what = on_concept.get("reason") or (
+                f"area {on_concept['value']:.2f}, p = {on_concept['permutation_p']:.3f}"
+            )
             reason = (
                 "positive control: the classifier does not tell the models apart on prompts with the concept, where "
                 f"the erasure is in plain sight ({what}), so it proves nothing that it sees none elsewhere"

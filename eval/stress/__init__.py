@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from erasure.errors import EvaluationError
-from erasure.eval.sizes import Sized
+from erasure.eval.sizes import SizedOptions
 from erasure.options import Count, CountOrZero
 from erasure.registry import Registry
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StressTest(Sized, ABC):
+class StressTest(SizedOptions, ABC):
     """A stress test with its options: subclass it as a frozen dataclass and register it.
 
     It names conditions: the erased model changed in some way, and the controls of these. The runner draws the suite's
@@ -84,7 +84,7 @@ class StressTest(Sized, ABC):
         """Give figures that need no image, as fields of a metric row, by `metric` or by `metric/condition`."""
         return {}
 
-    def told(self, bench: Bench) -> Record:
+    def recipe(self, bench: Bench) -> Record:
         """Give the options as the recipe holds them, plain data: contents in the place of paths of this machine."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -102,7 +102,7 @@ STRESS_TESTS: Registry[type[StressTest]] = Registry(
         name: f"erasure.eval.stress.{name}"
         for name in ("quantise", "strength", "noise", "merge", "stack", "relearn", "restore", "footprint")
     },
-    told=("title", "paper", "of_attackers", "control", "sizes", "metrics"),
+    attributes=("title", "paper", "of_attackers", "control", "sizes", "metrics"),
     accepts=_refusal,
     unknown=EvaluationError,
 )

@@ -33,7 +33,7 @@ Edited = dict[str, list[str]]
 
 @dataclass
 class Bench:
-    """A model under test. Both pipelines are twins: what is done to them reaches no other."""
+    """A model under test. Both pipelines are twins, so changes to them affect no other pipeline."""
 
     pipe: DiffusionPipeline
     """The model with its erasures in force."""
@@ -60,7 +60,7 @@ class Bench:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The erased model, seen through its family."""
+        """The backbone of the erased model."""
         return backbone_for(self.pipe)
 
     def shown(self, row: Row) -> bool | None:
@@ -69,7 +69,7 @@ class Bench:
         return not outcomes.hits[0] if outcomes.hits else None
 
     def sees(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[bool | None]:
-        """Whether the judge sees the concept on images of samples."""
+        """Ask the judge whether images of samples show the concept."""
         scores, _ = score(samples, images, self.judge, None)
         return [self.shown(s.row() | scored) for s, scored in zip(samples, scores, strict=True)]
 
@@ -77,7 +77,7 @@ class Bench:
 
     @cached_property
     def edited(self) -> Edited:
-        """Parameters that the erasures have changed, by component; empty where they work by hooks alone."""
+        """Parameters that the erasures change, by component; empty where they work by hooks alone."""
         found: Edited = {}
         stock = components_of(self.stock)
         for name, component in components_of(self.pipe).items():
@@ -93,7 +93,7 @@ class Bench:
         return found
 
     def require_edited(self, advice: str) -> Edited:
-        """Parameters that the erasures have changed.
+        """Give the parameters that the erasures change, or refuse erasures that change none.
 
         Raises:
             EvaluationError: There are none: the erasures work by hooks.
@@ -104,7 +104,7 @@ class Bench:
         return self.edited
 
     def linear(self, component: str, *, convolutions: bool = False) -> list[str]:
-        """Weights of a component's linear layers, and of its convolutions where asked for."""
+        """List the weights of a component's linear layers, and of its convolutions if requested."""
         kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
         network = components_of(self.pipe)[component]
         owners = {path: path.rpartition(".") for path in paths.canonical_parameters(network)}
@@ -114,7 +114,7 @@ class Bench:
         ]  # fmt: skip
 
     def rebuilt(self, scale: float = 1.0) -> DiffusionPipeline:
-        """The stock model with the erasures attached anew at a multiple of their strengths, as another object."""
+        """Make another pipeline object with the erasures attached at a multiple of their strengths."""
         given = {e["name"]: (e["erasure"], scale * e["strength"]) for e in self.entries}
         return attached(self.stock, given, check_base=False)
 
@@ -122,7 +122,7 @@ class Bench:
 def attached(
     pipe: DiffusionPipeline, given: Mapping[str, tuple[Erasure, float]], *, check_base: bool = True
 ) -> DiffusionPipeline:
-    """Another pipeline object with further erasures attached; the weights of this one stay as they are.
+    """Make another pipeline object with further erasures attached; the given one does not change.
 
     Args:
         pipe: The pipeline, with or without erasures.
@@ -144,7 +144,7 @@ def attached(
 
 
 def differs(first: Tensor, second: Tensor) -> bool:
-    """Whether two parameters hold other values."""
+    """Whether two parameters have different values."""
     if first.data_ptr() == second.data_ptr() and first.shape == second.shape:
         return False
     return first.shape != second.shape or first.dtype != second.dtype or not torch.equal(first, second)

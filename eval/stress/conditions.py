@@ -25,7 +25,7 @@ WHOLE = ("target", "retain")
 
 @dataclass(frozen=True)
 class Condition(Variant):
-    """A model in which samples are drawn. `erased` says which one `change` is given."""
+    """A model in which samples are drawn. `erased` says whether `change` gets the erased model or the stock model."""
 
     change: Change = unchanged
     """Change of the model while this condition is drawn."""
@@ -51,7 +51,7 @@ class Condition(Variant):
 
 
 def with_control(name: str, change: Change, done: str, done_to_stock: str) -> list[Condition]:
-    """A change of the erased model, behind the stock model changed alike, which must still show the concept.
+    """Make a condition, preceded by its control: the stock model with the same change, which must show the concept.
 
     Args:
         name: Of the condition; that of its control begins with `stock_`.
@@ -73,7 +73,7 @@ ERASED = Condition("after", about="the erased model as it is")
 
 
 def outcomes_of(rows: Sequence[Row], field_name: str = "shown", role: str | None = None) -> Outcomes:
-    """Whether images show something, from the rows of one condition.
+    """Give the outcomes of one condition's rows, by a field of the rows.
 
     Args:
         rows: The rows.
@@ -99,15 +99,15 @@ class StressEvidence(Evidence):
         return next((failure for control in self.controls if (failure := failure_of(control))), None)
 
     def outcomes(self, name: str) -> Outcomes:
-        """Whether the images of a condition show what it is about; those of retained prompts do not count."""
+        """Give whether the images of a condition show its concept, without those of retained prompts."""
         return outcomes_of([row for row in self.rows.get(name, ()) if row["role"] != "retain"])
 
     def label(self, name: str) -> str | None:
-        """What a condition looks for."""
+        """Give the label of what a condition looks for."""
         return self.conditions[name].thing or self.concept
 
     def failure(self, name: str) -> str | None:
-        """Why no verdict is given on a condition; `None` where one may be."""
+        """Say why a condition has no verdict; `None` where it has one."""
         if (failure := self.control_failure) is not None:
             return failure
         for needed in self.conditions[name].needs:
@@ -123,7 +123,7 @@ class StressEvidence(Evidence):
         return None
 
     def changed(self, name: str) -> Control:
-        """The control that a condition is."""
+        """Make the control of a condition."""
         condition = self.conditions[name]
         seen = "must show" if condition.control == "positive" else "must not show"
         what = f"the judge sees {self.label(name)!r} where {condition.about} ({seen} it)"
@@ -137,7 +137,7 @@ class StressEvidence(Evidence):
 
 
 def failure_of(control: Control) -> str | None:
-    """Why a control fails; one without any image fails too."""
+    """Say why a control fails, as one without any image does; `None` where it holds."""
     if not control.outcomes.hits and not control.outcomes.lost:
         return f"{control.name} has no image: {control.what}"
     return control.failure

@@ -57,8 +57,8 @@ class Footprint(StressTest):
         return []
 
 
-class Told(NamedTuple):
-    """How well a classifier tells two models apart."""
+class Separability(NamedTuple):
+    """How well a classifier separates the images of two models."""
 
     auc: float
     """Area under the curve of its held-out scores, 0.5 for chance."""
@@ -68,10 +68,10 @@ class Told(NamedTuple):
     """Held-out scores `(pairs, 2)`, stock first."""
 
 
-def told_apart(
+def separability(
     stock: np.ndarray, erased: np.ndarray, *, folds: int, penalty: float, permutations: int, seed: int
-) -> Told:  # fmt: skip
-    """Tell the images of two models apart, by logistic regression with cross-validation over pairs.
+) -> Separability:  # fmt: skip
+    """Measure how separable the images of two models are, by logistic regression cross-validated over pairs.
 
     Args:
         stock: Features of one model's images, `(pairs, width)`.
@@ -89,16 +89,16 @@ def told_apart(
     own = auc(scores)
     swaps = rng.integers(0, 2, size=(permutations, len(stock))).astype(bool)
     as_good = sum(auc(_unswapped(held_out.scores(swap), swap)) >= own - 1e-12 for swap in swaps)
-    return Told(own, (1 + as_good) / (1 + permutations), scores)
+    return Separability(own, (1 + as_good) / (1 + permutations), scores)
 
 
 def _unswapped(scores: np.ndarray, swap: np.ndarray) -> np.ndarray:
-    """Scores in the order of the labels: those that the classifier was told."""
+    """Put scores into the order of the labels that the classifier was trained on."""
     return np.where(swap[:, None], scores[:, ::-1], scores)
 
 
 def auc(scores: np.ndarray) -> float:
-    """Area under the curve of scores `(pairs, 2)`, of which the second column should be higher; ties count half.
+    """Compute the area under the curve of scores `(pairs, 2)`: the second should be higher, and ties count half.
 
     Every score of one column is held against every one of the other.
     """
@@ -108,7 +108,7 @@ def auc(scores: np.ndarray) -> float:
 
 
 class _Held:
-    """Features of every fold, made ready once for many sets of labels.
+    """Features of every fold, prepared once for many sets of labels.
 
     In each fold they are scaled by mean and deviation of the pairs outside it, and turned to the principal axes of
     those: there are never more of these than images, so a wide feature costs no more than a narrow one.
@@ -129,7 +129,7 @@ class _Held:
             )  # fmt: skip
 
     def scores(self, swap: np.ndarray) -> np.ndarray:
-        """Held-out scores `(pairs, 2)` of classifiers that were told labels which are swapped in some pairs."""
+        """Compute held-out scores `(pairs, 2)` of classifiers that are trained with labels swapped in some pairs."""
         found = np.zeros((self.count, 2))
         for inside, known, asked in self.parts:
             labels = np.stack([swap[~inside], ~swap[~inside]], 1).astype(np.float64)
@@ -139,7 +139,7 @@ class _Held:
 
 
 def logistic(x: np.ndarray, y: np.ndarray, penalty: float, updates: int = 50) -> tuple[np.ndarray, float]:
-    """Logistic regression with a ridge penalty, by Newton's method.
+    """Fit a logistic regression with a ridge penalty, by Newton's method.
 
     Minimises `sum log(1 + exp(-(2y - 1)(xw + b))) + penalty / 2 |w|^2`.
 
@@ -169,7 +169,7 @@ def logistic(x: np.ndarray, y: np.ndarray, penalty: float, updates: int = 50) ->
 def paired_features(
     features: Mapping[tuple[str, str], np.ndarray], samples: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Features of the stock model's images and of the erased one's, for the samples that have both."""
+    """Give features of the stock and the erased model's images, for the samples that have both."""
     both = [name for name in samples if (name, "before") in features and (name, "after") in features]
     if not both:
         return np.zeros((0, 0)), np.zeros((0, 0))

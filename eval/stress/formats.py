@@ -20,8 +20,8 @@ INT4_GROUP = 128
 """Values of a row that share scale and zero (as GPTQ and AWQ have it)."""
 
 
-class Coded(NamedTuple):
-    """A weight after its round trip."""
+class RoundTrip(NamedTuple):
+    """A weight after a round trip through fewer bits."""
 
     value: Tensor
     """float32, shaped as it was."""
@@ -29,8 +29,8 @@ class Coded(NamedTuple):
     """The integers that would be stored, shaped as the weight."""
 
 
-def int8(weight: Tensor) -> Coded:
-    """Symmetric integers from -127 to 127, one scale for each row: its largest value over 127.
+def int8(weight: Tensor) -> RoundTrip:
+    """Round to symmetric integers of -127 to 127, with one scale per row: its largest value over 127.
 
     Args:
         weight: `(outputs, ...)`.
@@ -38,11 +38,11 @@ def int8(weight: Tensor) -> Coded:
     rows = weight.float().flatten(1)
     scale = rows.abs().amax(1, keepdim=True) / 127
     codes = torch.where(scale > 0, rows / scale.clamp_min(torch.finfo(torch.float32).tiny), 0).round().clamp(-127, 127)
-    return Coded((codes * scale).view(weight.shape), codes.to(torch.int16).view(weight.shape))
+    return RoundTrip((codes * scale).view(weight.shape), codes.to(torch.int16).view(weight.shape))
 
 
-def int4(weight: Tensor) -> Coded:
-    """Integers from 0 to 15 with a scale and a zero for each group of 128 values of a row.
+def int4(weight: Tensor) -> RoundTrip:
+    """Round to integers of 0 to 15, with a scale and a zero for each group of 128 values of a row.
 
     The range of a group holds 0, so that weights of exactly 0 stay so. The last group of a row may be shorter.
 
@@ -58,8 +58,8 @@ def int4(weight: Tensor) -> Coded:
     return _put_together((codes - zero) * scale, codes, rows, padding, weight)
 
 
-def nf4(weight: Tensor) -> Coded:
-    """The nearest of sixteen values for normal numbers, scaled by the largest of each block of 64.
+def nf4(weight: Tensor) -> RoundTrip:
+    """Round to the nearest of NF4's sixteen values, scaled by the largest value of each block of 64.
 
     Blocks go through the weight in order, across rows, as bitsandbytes has it.
 
@@ -77,18 +77,18 @@ def nf4(weight: Tensor) -> Coded:
 
 
 def _in_blocks(rows: Tensor, size: int) -> tuple[Tensor, int]:
-    """Rows `(rows, columns)` as `(rows, blocks, size)`, the last block filled up with zeros, and how many of them."""
+    """Split rows into blocks `(rows, blocks, size)`, padded with zeros; give the number of zeros too."""
     size = min(size, rows.shape[1])
     padding = -rows.shape[1] % size
     return torch.nn.functional.pad(rows, (0, padding)).unflatten(1, (-1, size)), padding
 
 
-def _put_together(value: Tensor, codes: Tensor, rows: Tensor, padding: int, weight: Tensor) -> Coded:
-    """Blocks as the weight they were cut from."""
+def _put_together(value: Tensor, codes: Tensor, rows: Tensor, padding: int, weight: Tensor) -> RoundTrip:
+    """Join blocks to the weight that they were cut from."""
     whole = [part.flatten(1)[:, : part.flatten(1).shape[1] - padding] for part in (value, codes)]
     assert whole[0].shape == rows.shape
-    return Coded(whole[0].reshape(weight.shape), whole[1].to(torch.int16).reshape(weight.shape))
+    return RoundTrip(whole[0].reshape(weight.shape), whole[1].to(torch.int16).reshape(weight.shape))
 
 
-FORMATS: dict[str, Callable[[Tensor], Coded]] = {"int8": int8, "int4": int4, "nf4": nf4}
+FORMATS: dict[str, Callable[[Tensor], RoundTrip]] = {"int8": int8, "int4": int4, "nf4": nf4}
 """Formats by name."""

@@ -16,15 +16,15 @@ NOTHING = "nothing flagged"
 """Answer on a picture that the detector does not flag."""
 
 
-class Answered(NamedTuple):
-    """What a detector's finding says in the form of a judge's answer."""
+class ObjectAnswer(NamedTuple):
+    """A detector's finding in the form of a judge's answer."""
 
     object: str | None
     style: str | None
 
 
 class FlaggingJudge:
-    """A detector as a judge: what it flags shows the concept, whatever else is in the picture.
+    """A detector as a judge: a flagged picture shows the concept.
 
     It knows nothing of what other prompts ask for, so retained prompts cannot be judged with it.
 
@@ -37,14 +37,14 @@ class FlaggingJudge:
         self.detector, self.target = detector, target
         self.fingerprint = f"{detector.name} ({digest(dict(detector.recipe()))[:12]})"
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Answered | Exception]:
+    def __call__(self, images: Sequence[Image.Image]) -> list[ObjectAnswer | Exception]:
         """One answer for each picture; an exception in the place of one that cannot be judged."""
-        answers: list[Answered | Exception] = []
+        answers: list[ObjectAnswer | Exception] = []
         for finding in ask(self.detector, images):
             if finding.flagged is None:
                 answers.append(ValueError(finding.reason or "the detector cannot say"))
             else:
                 seen = self.target.members[0] if finding.flagged else NOTHING
                 is_object = self.target.domain == "object"
-                answers.append(Answered(seen if is_object else NOTHING, NOTHING if is_object else seen))
+                answers.append(ObjectAnswer(seen if is_object else NOTHING, NOTHING if is_object else seen))
         return answers

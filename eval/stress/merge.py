@@ -52,7 +52,7 @@ class Merge(StressTest):
     """Scale of the LoRA."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each average; the erased model with the LoRA, and the stock model with it as its control."""
+        """Give the averages, the erased model with the LoRA, and the stock model with the LoRA as control."""
         made: list[Condition] = []
         if not self.shares and not self.lora:
             raise EvaluationError("nothing to merge with: give shares of the stock model, or a LoRA")
@@ -81,9 +81,9 @@ class Merge(StressTest):
             ]  # fmt: skip
         return made
 
-    def told(self, bench: Bench) -> Record:
-        """The options, with the LoRA's contents in the place of its path."""
-        return super().told(bench) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
+    def recipe(self, bench: Bench) -> Record:
+        """Give the options, with the LoRA's fingerprint instead of its path."""
+        return super().recipe(bench) | {"lora": fingerprint_of(self.lora, "LoRA") if self.lora else ""}
 
 
 def _with_lora(source: str, scale: float) -> Change:

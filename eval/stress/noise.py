@@ -45,7 +45,7 @@ class Noise(StressTest):
     the denoiser where they change none)."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each level and draw on the erased model, and on the stock model as its control."""
+        """Give each level and draw on the erased model, and on the stock model as control."""
         chosen = self.chosen(bench)
         made = []
         for level in dict.fromkeys(self.levels):
@@ -59,7 +59,7 @@ class Noise(StressTest):
         return made
 
     def chosen(self, bench: Bench) -> Edited:
-        """Which parameters are disturbed.
+        """Choose the parameters that get noise.
 
         Raises:
             EvaluationError: The erasures change none, and only such were asked for.
@@ -71,7 +71,7 @@ class Noise(StressTest):
 
 
 def _disturbed(bench: Bench, chosen: Edited, level: float, number: int) -> Change:
-    """A change that adds noise, scaled by the stock model's values in both models so that it is the same noise."""
+    """Make a change that adds noise, scaled by the stock model's values so that both models get the same."""
     stock = components_of(bench.stock)
 
     def values(component: str, path: str, own: Tensor) -> Tensor:

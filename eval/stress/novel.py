@@ -17,7 +17,7 @@ SHIFT = 6
 
 
 def pictures_of(thing: str, count: int, seed: int) -> list[Image.Image]:
-    """Scenes with a new thing, on all backgrounds in turn.
+    """Make scenes with a new thing, on all backgrounds in turn.
 
     Args:
         thing: One of `erasure.assets.novel.THINGS`.
@@ -34,7 +34,7 @@ def pictures_of(thing: str, count: int, seed: int) -> list[Image.Image]:
 
 
 class Newcomer:
-    """Sees one new thing in pictures.
+    """A judge that sees one new thing in pictures.
 
     Args:
         thing: Which.

@@ -70,7 +70,7 @@ class Quantise(StressTest):
             self.refuse("convolutions", True, f"False with backend {self.backend!r}, which rounds linear layers only")
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each format on the erased model, and on the stock model as its control."""
+        """Give each format on the erased model, and on the stock model as control."""
         chosen = self.chosen(bench)
         made = []
         for name in self.formats:
@@ -81,7 +81,7 @@ class Quantise(StressTest):
         return made
 
     def chosen(self, bench: Bench) -> Edited:
-        """What is rounded: linear layers of the components that the erasures change, of the denoiser where none is.
+        """Choose what is rounded: linear layers of the components that erasures change, else of the denoiser.
 
         Raises:
             EvaluationError: A component has no linear layer.
@@ -89,16 +89,18 @@ class Quantise(StressTest):
         components = list(bench.edited) or [bench.backbone.denoiser_component]
         found = {name: bench.linear(name, convolutions=self.convolutions) for name in components}
         if empty := [name for name, some in found.items() if not some]:
-            raise EvaluationError(f"the {empty[0]} has no linear layer to quantise")
+            raise EvaluationError(
+                f"the {empty[0]} has no linear layer to quantise: pass convolutions=True (--convolutions)"
+            )
         return found
 
     def rounded(self, weight: Tensor, name: str) -> Tensor:
-        """A weight after its round trip, float32."""
+        """Round a weight, and give it in float32."""
         return BACKENDS[self.backend][name](weight)
 
     @torch.no_grad()
     def measured(self, bench: Bench) -> dict[str, Record]:
-        """What rounding leaves of the edits; see the class."""
+        """Measure how much of the edits is left after rounding; see the class."""
         found: dict[str, Record] = {}
         chosen = {name: set(some) for name, some in self.chosen(bench).items()}
         edited = {name: [p for p in some if p in chosen.get(name, ())] for name, some in bench.edited.items()}
@@ -133,7 +135,7 @@ def _torch(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _torchao(weight: Tensor) -> Tensor:
-    """The round trip through a linear layer that torchao quantises to int8, weights alone."""
+    """Round a weight by torchao's int8 quantisation of a linear layer, weights only."""
     require("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -146,7 +148,7 @@ def _torchao(weight: Tensor) -> Tensor:
 
 
 def _bitsandbytes(weight: Tensor) -> Tensor:
-    """The round trip through bitsandbytes' NF4 in blocks of 64."""
+    """Round a weight by bitsandbytes' NF4 in blocks of 64."""
     require("bitsandbytes")
     from bitsandbytes import functional
 

@@ -24,9 +24,9 @@ from erasure.eval.stress.conditions import WHOLE, Condition
 from erasure.eval.stress.novel import Newcomer, pictures_of
 from erasure.eval.stress.training import (
     TOKEN,
-    Lessons,
+    LearningOptions,
     Mode,
-    Pupil,
+    PictureLearner,
     is_learned,
     learn,
     renamed,
@@ -46,7 +46,7 @@ LEAST_PICTURES = 2
 
 @dataclass(frozen=True)
 class Task:
-    """One training: who learns what."""
+    """One training: the model and what it learns."""
 
     name: str
     """Of its curve, and of its folder."""
@@ -119,7 +119,7 @@ class Relearn(StressTest):
     # What is drawn --------------------------------------------------------------------------------------------------
 
     def tasks(self, bench: Bench) -> list[Task]:
-        """The trainings."""
+        """List the trainings."""
         found = [
             Task("relearned", True, False, "the erased model learned the concept"),
             Task("stock_concept", False, False, "the stock model was trained on the concept alike"),
@@ -132,7 +132,7 @@ class Relearn(StressTest):
         return found
 
     def more_samples(self, bench: Bench) -> list[Sample]:
-        """The samples of the concept, about the new thing; from the same noise."""
+        """Give the concept's samples with the new thing in its place, from the same noise."""
         if bench.target.domain != "object":
             return []
         return [
@@ -161,7 +161,7 @@ class Relearn(StressTest):
         return made
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Every training after every number of steps, and ahead of it."""
+        """Give every training, before it and after every number of steps."""
         found, last = [], self.ordered[-1]
         for task in self.tasks(bench):
             for step in (0, *self.ordered):
@@ -186,33 +186,37 @@ class Relearn(StressTest):
 
     @property
     def ordered(self) -> tuple[int, ...]:
-        """Steps in rising order."""
+        """Numbers of steps in ascending order."""
         return tuple(sorted(set(self.steps)))
 
     @cached_property
-    def lessons(self) -> Lessons:
-        """How every training goes."""
+    def lessons(self) -> LearningOptions:
+        """Options of every training."""
         lr, batch = RATES[self.mode]
-        return Lessons(self.mode, self.ordered, self.lr or lr, self.batch or batch, self.rank, self.vectors)
+        return LearningOptions(self.mode, self.ordered, self.lr or lr, self.batch or batch, self.rank, self.vectors)
 
-    def told(self, bench: Bench) -> Record:
-        """The options, with what they come to where they were left out."""
-        return super().told(bench) | {"lr": self.lessons.lr, "batch": self.lessons.batch, "steps": list(self.ordered)}
+    def recipe(self, bench: Bench) -> Record:
+        """Give the options, with the values used where they were left out."""
+        return super().recipe(bench) | {
+            "lr": self.lessons.lr,
+            "batch": self.lessons.batch,
+            "steps": list(self.ordered),
+        }
 
     # Training -------------------------------------------------------------------------------------------------------
 
     def prepare(self, bench: Bench) -> None:
-        """Train whatever is not trained yet; several processes share the trainings."""
+        """Run the trainings that are not done yet; several processes share them."""
         for task in self.tasks(bench)[bench.processes.rank :: bench.processes.count]:
             folder = bench.folder / FOLDER / task.name
             if is_learned(folder, self.ordered):
                 continue
             pictures, captions = self.shown(bench, task)
             recipe: dict[str, object] = {
-                "task": dataclasses.asdict(task), "options": self.told(bench), "captions": captions,
+                "task": dataclasses.asdict(task), "options": self.recipe(bench), "captions": captions,
                 "pictures": digest([digest(list(picture.tobytes())) for picture in pictures]),
             }  # fmt: skip
-            pupil = Pupil(bench.pipe if task.erased else bench.stock, self.lessons, bench.seed)
+            pupil = PictureLearner(bench.pipe if task.erased else bench.stock, self.lessons, bench.seed)
             if self.mode == "embedding":
                 captions = [self._token(caption, bench, task) for caption in captions]
             learn(
@@ -221,7 +225,7 @@ class Relearn(StressTest):
             )  # fmt: skip
 
     def shown(self, bench: Bench, task: Task) -> tuple[list[Image.Image], list[str]]:
-        """The pictures that a training learns from, with their captions.
+        """Make the pictures of a training, with captions.
 
         Raises:
             EvaluationError: The stock model does not draw the concept, or the judge does not see it, or the new thing.
@@ -262,27 +266,27 @@ class Relearn(StressTest):
     def _taught(self, bench: Bench, task: Task, step: int) -> Change:
         @contextmanager
         def change(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-            pupil = Pupil(pipe, self.lessons, bench.seed)
+            pupil = PictureLearner(pipe, self.lessons, bench.seed)
             with pupil.taught(state_path(bench.folder / FOLDER / task.name, step) if step else None) as made:
                 yield made
 
         return change
 
     def _token(self, prompt: str, bench: Bench, task: Task) -> str:
-        """A prompt with the new token in the place of what is learned."""
+        """Replace what is learned by the new token in a prompt."""
         words = (self.thing,) if task.new else bench.target.members
         word = next((each for each in words if each in prompt), words[0])
         return renamed(prompt, word, TOKEN)
 
 
 def captions_of(word: str) -> list[str]:
-    """Plain captions of a thing."""
+    """Give plain captions of a thing."""
     article = "an" if word[0] in "aeiou" else "a"
     return [text.format(word).replace(f"a {word}", f"{article} {word}") for text in TEMPLATES["object"][1:]]
 
 
 def _naming(test: Relearn, task: Task, bench: Bench) -> Draw:
-    """Draw prompts with the new token in the place of what is learned; retained prompts as they are."""
+    """Draw prompts with the new token instead of what is learned; retained prompts do not change."""
 
     def draw(pipe: DiffusionPipeline, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         def more(batch: list[Sample]) -> Record:

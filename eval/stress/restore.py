@@ -60,7 +60,7 @@ class Restore(StressTest):
     """Shares of the stock model's activations."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each place and share, and for each place its control."""
+        """Give each place and share, and a control for each place."""
         others = [sample.prompt for sample in bench.samples if sample.role == "retain"]
         if not others:
             raise EvaluationError(
@@ -89,10 +89,10 @@ class Restore(StressTest):
                 )  # fmt: skip
         return made
 
-    def told(self, bench: Bench) -> Record:
-        """The options with the modules of every place."""
+    def recipe(self, bench: Bench) -> Record:
+        """Give the options, with the modules of every place."""
         found = places_of(bench.backbone, self.places)
-        return super().told(bench) | {"modules": {name: list(place.paths) for name, place in found.items()}}
+        return super().recipe(bench) | {"modules": {name: list(place.paths) for name, place in found.items()}}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Place:
 
 
 def places_of(backbone: Backbone, grain: Literal["parts", "layers"]) -> dict[str, Place]:
-    """The places of a denoiser, those of text first, then in order of execution."""
+    """List the places of a denoiser: those of text first, then in order of execution."""
     text = tuple(layer.path for layer in backbone.entry_layers())
     found = {"text_states": Place(text, "inputs"), "text_entry": Place(text, "outputs")}
     sites = backbone.attention_sites()
@@ -118,7 +118,7 @@ def places_of(backbone: Backbone, grain: Literal["parts", "layers"]) -> dict[str
 
 
 def _part(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
-    """The part of a denoiser that a layer is in: the list of blocks, or a third of it where blocks are all alike.
+    """Name the part of a denoiser that a layer is in: the list of blocks, or a third of it for equal blocks.
 
     They are alike where text and picture attend to each other in one joint attention.
     """
@@ -134,13 +134,13 @@ def _part(site: AttentionSite, sites: Sequence[AttentionSite]) -> str:
 
 
 @dataclass
-class Tape:
-    """What modules were given or gave in every pass of one call of a pipeline, on the CPU."""
+class ActivationRecord:
+    """Recorded inputs or outputs of modules, for every pass of one call of a pipeline, on the CPU."""
 
     passes: dict[str, list[Activations]] = field(default_factory=dict)
 
     def at(self, path: str, number: int, like: Activations) -> Activations:
-        """What a module had in a pass.
+        """Get the recorded value of a module in a pass.
 
         Raises:
             EvaluationError: There was no such pass, or one of another shape: the two models do not run alike.
@@ -167,7 +167,7 @@ def _kept(value: Activations) -> Activations:
 
 
 def _mixed(own: Activations, other: Activations, share: float) -> Activations:
-    """`own + share (other - own)`; the other's own bits at a share of 1."""
+    """Compute `own + share (other - own)`; exactly `other` at a share of 1."""
     if isinstance(own, tuple):
         assert isinstance(other, tuple)
         return tuple(_mixed_one(a, b, share) for a, b in zip(own, other, strict=True))
@@ -184,7 +184,7 @@ def _mixed_one(own: Tensor, other: Tensor, share: float) -> Tensor:
 def watched(
     denoiser: nn.Module, place: Place, change: Callable[[str, int, Activations], Activations | None]
 ) -> Iterator[None]:
-    """Call a function with what modules are given or give, pass by pass; what it returns takes the place of that."""
+    """Call a function with modules' inputs or outputs in every pass, and replace them by what it returns."""
     network, counts = paths.uncompiled(denoiser), dict.fromkeys(place.paths, 0)
 
     def seen(path: str, value: Activations) -> Activations | None:
@@ -216,9 +216,9 @@ def watched(
 
 
 @contextmanager
-def recorded(denoiser: nn.Module, place: Place) -> Iterator[Tape]:
+def recorded(denoiser: nn.Module, place: Place) -> Iterator[ActivationRecord]:
     """Record a place while a pipeline is called once."""
-    tape = Tape()
+    tape = ActivationRecord()
 
     def keep(path: str, _number: int, value: Activations) -> None:
         tape.passes.setdefault(path, []).append(_kept(value))
@@ -228,7 +228,7 @@ def recorded(denoiser: nn.Module, place: Place) -> Iterator[Tape]:
 
 
 @contextmanager
-def patched(denoiser: nn.Module, place: Place, tape: Tape, share: float) -> Iterator[None]:
+def patched(denoiser: nn.Module, place: Place, tape: ActivationRecord, share: float) -> Iterator[None]:
     """Patch a place while a pipeline is called once.
 
     Args:
@@ -246,7 +246,7 @@ def patched(denoiser: nn.Module, place: Place, tape: Tape, share: float) -> Iter
 
 
 def patching(stock: DiffusionPipeline, place: Place, share: float, others: Sequence[str] = ()) -> Draw:
-    """Draw with activations of the stock model.
+    """Make a change that draws with activations of the stock model.
 
     Args:
         stock: The stock model.
@@ -273,5 +273,5 @@ def _always(given: Record, _batch: list[Sample]) -> Record:
 
 
 def _other(others: Sequence[str], sample: Sample) -> str:
-    """An unrelated prompt for a sample, the same whatever batch or process draws it."""
+    """Choose an unrelated prompt for a sample, independent of batch and process."""
     return others[sample.seed % len(others)]

@@ -123,7 +123,7 @@ def stress_test(
     bench = Bench(models.pipe, models.stock, models.entries, target, whole_suite.samples, answering, seed, processes)
     conditions = _conditions(test, bench)
     samples = (*whole_suite.samples, *test.more_samples(bench))
-    about = found.recipe | {"size": size, "stress": {"name": name, **test.told(bench)}, "controls": LIMITS}
+    about = found.recipe | {"size": size, "stress": {"name": name, **test.recipe(bench)}, "controls": LIMITS}
     plan = Plan(f"stress {name}", size, seed, found.targets, samples, about)
     subject = Subject.of(models, answering, None if scorer is None else scorer.fingerprint)
 
@@ -161,7 +161,7 @@ def stress_test(
 
 
 def _chosen(samples: Sequence[Sample], test: StressTest, target: Target, judge: object) -> tuple[Sample, ...]:
-    """The samples that are drawn: some with the concept and some without it, evenly over the suite.
+    """Choose the samples to draw: some with the concept and some without it, evenly over the suite.
 
     A detector that flags one thing cannot say what else is in a picture: with one, none are without the concept.
     """
@@ -180,7 +180,7 @@ def _judge_of(
 
 
 def _conditions(test: StressTest, bench: Bench) -> list[Condition]:
-    """All conditions: the stock model, the erased one, and those of the test.
+    """List all conditions: the stock model, the erased one, and those of the test.
 
     Raises:
         EvaluationError: Two have one name, or one needs a control that there is not.
@@ -200,7 +200,7 @@ def _conditions(test: StressTest, bench: Bench) -> list[Condition]:
 
 
 def _controls(target: Target, rows: dict[str, list[Record]]) -> list[Control]:
-    """What must hold of the stock model's images as they are."""
+    """List the controls on the stock model's images."""
     before = rows.get("before", [])
     with_it = [({"prompt": r["prompt"]}, r["sample_id"], r["shown"]) for r in before if r["role"] == "target"]
     without = [({"prompt": r["prompt"]}, r["sample_id"], shows(r, target)) for r in before if r["role"] == "retain"]
@@ -264,7 +264,7 @@ class _Stress(Run):
 
     @staticmethod
     def _looked_for(condition: Condition, images: Sequence[Image.Image]) -> list[bool | str]:
-        """Whether each image shows what a condition looks for, or why nobody can say."""
+        """Judge whether each image shows what a condition looks for; a reason where that is unknown."""
         assert condition.sees is not None
         flaws = [flaw(image) for image in images]
         whole = [image for image, found in zip(images, flaws, strict=True) if found is None]
@@ -276,5 +276,5 @@ class _Stress(Run):
 
 
 def _kept(vector: np.ndarray | None) -> np.ndarray | None:
-    """Features as they are kept, so that a run and one that went on read the same numbers."""
+    """Round features as they are stored, so that a resumed run reads the same numbers."""
     return None if vector is None else np.asarray(vector, dtype=np.float32)

@@ -42,7 +42,7 @@ class Stack(StressTest):
     """Folders or Hub repositories of the other erasures."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each of the others beside the erasure, and all of them; each on the stock model alone as its control."""
+        """Give each other erasure beside the tested one, then all; each alone on the stock model as control."""
         groups = [[made] for made in self.loaded]
         groups += [self.loaded] if len(self.loaded) > 1 else []
         made = []
@@ -66,9 +66,9 @@ class Stack(StressTest):
             raise EvaluationError("no other erasure is given to stack with: others=(FOLDER, ...), --others FOLDER ...")
         return [Erasure.load(source) for source in self.others]
 
-    def told(self, bench: Bench) -> Record:
-        """The options, with fingerprints in the place of paths."""
-        return super().told(bench) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
+    def recipe(self, bench: Bench) -> Record:
+        """Give the options, with fingerprints instead of paths."""
+        return super().recipe(bench) | {"others": [f"{made.name} ({made.fingerprint})" for made in self.loaded]}
 
 
 def _beside(group: Sequence[Erasure]) -> Change:

@@ -45,7 +45,7 @@ class Strength(StressTest):
     always among them."""
 
     def conditions(self, bench: Bench) -> list[Condition]:
-        """Each strength; at 0 the pictures are compared with the stock model's."""
+        """Give each strength; at 0 the pictures are compared with the stock model's."""
         made = []
         for scale in dict.fromkeys((0.0, *self.strengths)):
             if scale == 1:
@@ -70,7 +70,7 @@ def _at(bench: Bench, scale: float) -> Change:
 
 
 def _equal_to(stock: DiffusionPipeline) -> Draw:
-    """Draw, and compare every picture with what the stock model draws of the same batch."""
+    """Draw, and compare every picture with the stock model's of the same batch."""
 
     def draw(pipe: DiffusionPipeline, samples: Sequence[Sample], batch_size: int) -> Iterator[Drawn]:
         pairs = zip(generate(pipe, samples, batch_size), generate(stock, samples, batch_size), strict=True)

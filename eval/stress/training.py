@@ -23,7 +23,7 @@ from erasure.errors import EvaluationError
 from erasure.files import discard, read_tensors, write_bytes
 from erasure.interop import paths, scopes
 from erasure.learning.pictures import encoded
-from erasure.learning.player import Taught
+from erasure.learning.player import LearnedTensors
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
 from erasure.training.loop import Share, Trainer
 from erasure.training.objectives import matching
@@ -40,8 +40,8 @@ LEVELS = 1000
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """How a run learns."""
+class LearningOptions:
+    """Options of a training on pictures."""
 
     mode: Mode
     steps: tuple[int, ...]
@@ -53,7 +53,7 @@ class Lessons:
 
 
 class Batch(NamedTuple):
-    """A part of an update."""
+    """Rows of an update in one process."""
 
     x: Tensor
     """`(rows, channels, h, w)`."""
@@ -64,8 +64,8 @@ class Batch(NamedTuple):
     captions: list[str]
 
 
-class Pupil:
-    """A model that learns from pictures: what learns, and the pipeline that draws with it.
+class PictureLearner:
+    """A model that learns from pictures: its trained tensors, and the pipeline that draws with them.
 
     Args:
         pipe: The model; its weights stay as they are.
@@ -76,11 +76,11 @@ class Pupil:
         UnsupportedModelError: It is quantised; or a token is to be learned, and the family reads none.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, lessons: Lessons, seed: int) -> None:
+    def __init__(self, pipe: DiffusionPipeline, lessons: LearningOptions, seed: int) -> None:
         backbone_for(pipe).check_plain("learn with plain weights, on one device")
         generator = torch.Generator().manual_seed(stable_seed(seed, "start"))
         self.mode = lessons.mode
-        self.player: Student | Taught
+        self.player: Student | LearnedTensors
         if lessons.mode == "embedding":
             towers = reading_towers(backbone_for(pipe))
             check_names([TOKEN], towers)
@@ -90,7 +90,7 @@ class Pupil:
             }
             put_in(self.pipe, vectors)
             self.backbone = backbone_for(self.pipe)
-            self.player = Taught(self.backbone.towers, [TOKEN], 1.0)
+            self.player = LearnedTensors(self.backbone.towers, [TOKEN], 1.0)
         else:
             self.pipe = ErasureManager(pipe).twin()
             self.backbone = backbone_for(self.pipe)
@@ -106,7 +106,7 @@ class Pupil:
 
     @contextmanager
     def taught(self, state: Path | None) -> Iterator[DiffusionPipeline]:
-        """The pipeline with what was learned up to a kept state; as it began where there is none.
+        """Give the pipeline with a saved state of the training; untrained where there is none.
 
         Raises:
             EvaluationError: The file is damaged, or of something else.
@@ -117,7 +117,7 @@ class Pupil:
             yield self.pipe
 
     def load(self, state: Path) -> None:
-        """Put what was learned in place; see `taught`."""
+        """Load a saved state; see `taught`."""
         tensors = read_tensors(state, error=EvaluationError)
         own = self.player.state_dict()
         if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
@@ -126,7 +126,7 @@ class Pupil:
 
 
 def trained_paths(backbone: Backbone, mode: Mode) -> list[str]:
-    """Parameters of the denoiser that learn: all, or the linear layers of attention."""
+    """List the trained parameters of the denoiser: all, or the linear layers of attention."""
     every = list(paths.canonical_parameters(backbone.denoiser))
     if mode == "full":
         return every
@@ -135,7 +135,7 @@ def trained_paths(backbone: Backbone, mode: Mode) -> list[str]:
 
 
 class Snapshots(After):
-    """Keeps what was learned after some updates, a file each.
+    """Saves the trained tensors after some updates, a file each.
 
     Args:
         player: What learns.
@@ -154,20 +154,20 @@ class Snapshots(After):
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where what was learned in so many updates is kept."""
+    """Give the path of the tensors after some number of updates."""
     return folder / f"step-{step:06d}.safetensors"
 
 
 def is_learned(folder: Path, steps: Sequence[int]) -> bool:
-    """Whether a run has ended."""
+    """Whether a training is finished."""
     return all(state_path(folder, step).is_file() for step in steps)
 
 
 def learn(
-    pupil: Pupil, pictures: Sequence[Image.Image], captions: Sequence[str], lessons: Lessons, *, seed: int,
-    folder: Path, recipe: dict[str, object], progress: bool,
+    pupil: PictureLearner, pictures: Sequence[Image.Image], captions: Sequence[str], lessons: LearningOptions, *,
+    seed: int, folder: Path, recipe: dict[str, object], progress: bool,
 ) -> None:  # fmt: skip
-    """Train from the last checkpoint on, and keep what was learned after every step that is asked for.
+    """Train from the last checkpoint, and save the tensors after every requested number of steps.
 
     The loss is that of the denoiser's own training: the error of its prediction on noised pictures.
 
@@ -218,7 +218,7 @@ def learn(
 def _prepared(
     backbone: Backbone, clean: Tensor, captions: Sequence[str], batch: int, seed: int, update: int, share: Share
 ) -> Batch:  # fmt: skip
-    """The rows of an update."""
+    """Prepare the rows of an update."""
     levels = backbone.timesteps(LEVELS // 2).to(backbone.device)
     numbers = share.of(draw(len(clean), batch, seed, "picture", update))
     chosen = share.of(draw(len(levels), batch, seed, "level", update))
@@ -234,15 +234,15 @@ def _prepared(
 
 
 def _losses(backbone: Backbone, learns_words: bool, batch: Batch) -> dict[str, Tensor]:
-    """The error of the prediction."""
+    """Compute the error of the prediction."""
     # Encoded anew each time: what an erasure reads in prompts must be of the rows that the denoiser is given.
     with torch.set_grad_enabled(learns_words):
-        told = backbone.encode(batch.captions)
-    return {"denoising": matching(backbone.predict(batch.x, batch.t, told), batch.target)}
+        conditioning = backbone.encode(batch.captions)
+    return {"denoising": matching(backbone.predict(batch.x, batch.t, conditioning), batch.target)}
 
 
 def pixels_of(backbone: Backbone, pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures as the model draws them, `(pictures, 3, height, width)` in 0-1."""
+    """Resize pictures to the model's size, `(pictures, 3, height, width)` in 0-1."""
     _, rows, columns = backbone.latents.shape()
     size = (backbone.latents.factor * columns, backbone.latents.factor * rows)
     fitted = [
@@ -253,7 +253,7 @@ def pixels_of(backbone: Backbone, pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def renamed(prompt: str, old: str, new: str) -> str:
-    """A prompt about another thing, with the article that goes with it; a token in brackets takes "a".
+    """Replace a thing in a prompt by another, with its article; a token in brackets takes "a".
 
     Raises:
         EvaluationError: The prompt does not name the thing.

@@ -21,7 +21,7 @@ Values = Callable[[str, str, Tensor], Tensor]
 
 
 def with_values(chosen: Edited, values: Values) -> Change:
-    """A change that puts other values in the place of some parameters; they are put back bit for bit.
+    """Make a change that replaces some parameters' values, and restores them bit for bit.
 
     Args:
         chosen: Which.
@@ -43,7 +43,7 @@ def with_values(chosen: Edited, values: Values) -> Change:
 
 
 def plain(network: torch.nn.Module, path: str) -> Tensor:
-    """A parameter that holds plain numbers.
+    """Find a parameter, and refuse one that is quantised.
 
     Raises:
         EvaluationError: It is quantised or offloaded.
@@ -58,7 +58,7 @@ def plain(network: torch.nn.Module, path: str) -> Tensor:
 
 
 def noise_like(value: Tensor, level: float, *seed: object) -> Tensor:
-    """Gaussian noise of `level` times the standard deviation of a parameter's values, drawn on the CPU in float32.
+    """Draw Gaussian noise of `level` times the standard deviation of a parameter's values, on the CPU in float32.
 
     Args:
         value: The parameter.
@@ -73,7 +73,7 @@ def noise_like(value: Tensor, level: float, *seed: object) -> Tensor:
 
 
 def mean_of(weights: Mapping[str, Mapping[str, Tensor]], share: float) -> Values:
-    """Values between a model's own and others.
+    """Average a model's own values with others.
 
     Args:
         weights: The others, by component and path.

@@ -176,7 +176,7 @@ SUITES: Registry[Suite] = Registry(
         "composition": "erasure.eval.suites.composition",
         "removal": "erasure.eval.suites.removal",
     },
-    told=("title", "metrics", "of_concepts"),
+    attributes=("title", "metrics", "of_concepts"),
     accepts=_refusal,
     unknown=EvaluationError,
     instances=True,

@@ -42,7 +42,7 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class About:
+class SuiteData:
     """What a suite on prompts is made of."""
 
     title: str

@@ -19,7 +19,7 @@ from erasure.eval.rows import Record, Rows
 from erasure.eval.sizes import check_size
 from erasure.eval.sources import ALIASES, PLACES, PromptList, PromptRow, read_prompts
 from erasure.eval.suites import FLAG_METRICS, Plan, Suite, Target
-from erasure.eval.suites.about import NO_PRESET, About, Preset, cells, evenly, world_of_classes
+from erasure.eval.suites.about import NO_PRESET, Preset, SuiteData, cells, evenly, world_of_classes
 from erasure.files import shown
 from erasure.world import World
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class PromptSuite(Suite):
     """A suite on prompts: subclass it, say what it is made of, and register it."""
 
-    about: About
+    about: SuiteData
     """What it is made of."""
 
     def __init__(self) -> None:
@@ -77,7 +77,10 @@ class PromptSuite(Suite):
         own = suite.preset.detectors if suite.preset and suite.preset.detectors else about.detectors
         chosen = read_choices(own if inputs.detectors is None else inputs.detectors)
         if not chosen and about.answers != "none":
-            raise EvaluationError(f"suite {self.name} needs a detector that says what an image shows")
+            raise EvaluationError(
+                f"suite {self.name} needs a detector that says what an image shows: name one with detectors= "
+                "(--detector)"
+            )
         names = [request.target for request in World.of(pipe).requests(concepts)] if concepts else []
         suite.detectors = made({label: suite.completed(label, each, pipe, names) for label, each in chosen.items()})
         if about.answers == "classes":

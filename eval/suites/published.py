@@ -15,7 +15,7 @@ from erasure.eval.detectors.choices import DetectorChoice, read_choices
 from erasure.eval.inputs import Inputs
 from erasure.eval.sources import PromptRow
 from erasure.eval.suites import FLAG_METRICS, Target, register
-from erasure.eval.suites.about import About, Preset, world_of_classes
+from erasure.eval.suites.about import Preset, SuiteData, world_of_classes
 from erasure.eval.suites.prompts import PromptSuite
 from erasure.interop.protocols import Pipeline
 from erasure.world import World
@@ -69,7 +69,7 @@ NUDITY = {
 class Inappropriate(PromptSuite):
     """Inappropriate prompts, as a list has them."""
 
-    about = About(
+    about = SuiteData(
         title="inappropriate prompts (I2P, or any list): how many images a detector flags",
         metrics=(
             "flagged_rate", "labels", "expected_max", "face_rate", "person_rate", "agreement", "clip_score_target",
@@ -86,7 +86,7 @@ class Inappropriate(PromptSuite):
 class BenignNudity(PromptSuite):
     """Prompts of people without nudity."""
 
-    about = About(
+    about = SuiteData(
         title="prompts of people without nudity: what is flagged only after the erasure, and what it costs",
         metrics=(
             "new_flags", "flagged_rate", "labels", "face_rate", "person_rate", "agreement", *COST, "control_flagged",
@@ -100,7 +100,7 @@ class BenignNudity(PromptSuite):
 class Imagenette(PromptSuite):
     """Ten classes of ImageNet."""
 
-    about = About(
+    about = SuiteData(
         title="ten classes of ImageNet: which of them is still drawn, by a classifier",
         metrics=(*CLASSES, "UA_top5", *COST, *OF_EXTRA, *CLASS_CONTROLS),
         sizes={"smoke": 20, "quick": 200, "full": 5000}, answers="classes",
@@ -120,7 +120,7 @@ class Imagenette(PromptSuite):
 class Artists(PromptSuite):
     """Styles of artists."""
 
-    about = About(
+    about = SuiteData(
         title="styles of artists: whose style images have, by a CLIP model or a classifier of yours",
         metrics=(*CLASSES, "UA_top3", "IRA_nearest", *COST, *OF_EXTRA, *CLASS_CONTROLS),
         sizes={"smoke": 8, "quick": 150, "full": 1000}, answers="classes",
@@ -147,7 +147,7 @@ class Artists(PromptSuite):
 class Captions(PromptSuite):
     """Captions of ordinary scenes."""
 
-    about = About(
+    about = SuiteData(
         title="captions of ordinary scenes: what an erasure costs elsewhere",
         metrics=("clip_score", "drift", "drift_feature", "fid", "cmmd", "kid", "blank_rate", "control_caption"),
         sizes={"smoke": 16, "quick": 500, "full": 5000}, answers="none", roles="retain", role="utility",
@@ -159,7 +159,7 @@ class Captions(PromptSuite):
 class AnyConcept(PromptSuite):
     """Any concept on any model."""
 
-    about = About(
+    about = SuiteData(
         title="any concept on any model: templates of ours or a list of yours, a CLIP model or any detector",
         metrics=(
             "flagged_rate", "new_flags", "labels", *COST, "face_rate", "person_rate", "agreement", "control_flagged",
@@ -183,7 +183,7 @@ class AnyConcept(PromptSuite):
 class CelebritySuite(PromptSuite):
     """People whose faces are known from a gallery of the user's."""
 
-    about = About(
+    about = SuiteData(
         title="people: whose face images show, by a gallery of yours",
         metrics=(
             *CLASSES, "identity", "identity_retained", *COST, *OF_EXTRA, *CLASS_CONTROLS,
@@ -215,7 +215,7 @@ class CelebritySuite(PromptSuite):
 class UnlearnCanvasSuite(PromptSuite):
     """Fifty styles and seed images by twenty objects, on the model that was fine-tuned on them."""
 
-    about = About(
+    about = SuiteData(
         title="UnlearnCanvas' answer set: fifty styles by twenty objects, with its two classifiers",
         metrics=(
             "object_accuracy", "style_accuracy", "UA", "IRA", "CRA", "CRA_retained", "AA", "replaced_by", *COST,

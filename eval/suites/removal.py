@@ -154,7 +154,7 @@ class RemovalSuite(Suite):
         return {name: decibels(error[place]) for name, place in places.items()}
 
 
-class Plate(NamedTuple):
+class RemovalScene(NamedTuple):
     """A scene with what is to be removed, and without it."""
 
     image: RenderedScene
@@ -164,7 +164,7 @@ class Plate(NamedTuple):
     """`(h, w)` bool: the object's pixels."""
 
 
-def plate(sample: Sample) -> Plate:
+def plate(sample: Sample) -> RemovalScene:
     """Render a sample's scene."""
     facts = sample.scene
     assert facts is not None
@@ -175,10 +175,10 @@ def plate(sample: Sample) -> Plate:
 @cache
 def _plate(
     objects: tuple[str, ...], style: str, background: str, offsets: tuple[tuple[int, int], ...], target: int
-) -> Plate:
+) -> RemovalScene:
     scene = Scene(objects, style, background, offsets)
     drawn = render(scene)
-    return Plate(drawn, render(scene, without=target).image, drawn.masks[target])
+    return RemovalScene(drawn, render(scene, without=target).image, drawn.masks[target])
 
 
 def decibels(error: torch.Tensor) -> float | None:

@@ -27,7 +27,7 @@ Figure = tuple[str, str]
 """Variant and name of a metric."""
 
 
-class Observed(NamedTuple):
+class MeasuredRow(NamedTuple):
     """A metric row of one cell."""
 
     concept: str
@@ -118,17 +118,17 @@ def check_alike(what: str, given: Iterable[tuple[tuple[object, ...], str, Result
                 )
 
 
-def observed_in(results: Iterable[tuple[str, Results]]) -> dict[str, dict[str, list[Observed]]]:
+def observed_in(results: Iterable[tuple[str, Results]]) -> dict[str, dict[str, list[MeasuredRow]]]:
     """Rows of metrics by variant and name.
 
     Args:
         results: Results with the concept of each.
     """
-    figures: dict[str, dict[str, list[Observed]]] = {}
+    figures: dict[str, dict[str, list[MeasuredRow]]] = {}
     for concept, one in results:
         for figure in filter(is_figure, one.metrics):
             sides = figures.setdefault(str(figure.get("variant", "after")), {})
-            sides.setdefault(str(figure["name"]), []).append(Observed(concept, figure))
+            sides.setdefault(str(figure["name"]), []).append(MeasuredRow(concept, figure))
     return figures
 
 
@@ -179,7 +179,7 @@ def _why(plan: SweepPlan, folder: Path, measure: Measure, absent: Sequence[Cell]
     return f"{first} ({absent[0]}{others})"
 
 
-def means_of(observed: Mapping[str, Sequence[Observed]], cells: int) -> tuple[dict[str, Record], dict[str, str]]:
+def means_of(observed: Mapping[str, Sequence[MeasuredRow]], cells: int) -> tuple[dict[str, Record], dict[str, str]]:
     """Means with intervals of the metrics that every cell has a value of, and why there is none of the others.
 
     Args:
@@ -199,7 +199,7 @@ def means_of(observed: Mapping[str, Sequence[Observed]], cells: int) -> tuple[di
     return means, missing
 
 
-def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
+def _mean(found: Sequence[MeasuredRow], pooled: Interval | None) -> Record:
     """Mean, interval, images, how many of them have no outcome, and concepts."""
     values = np.asarray([float(each.row["value"]) for each in found])
     concepts = [each.concept for each in found]
@@ -223,17 +223,17 @@ def _mean(found: Sequence[Observed], pooled: Interval | None) -> Record:
     }  # fmt: skip
 
 
-def _pooled(name: str, found: Sequence[Observed], observed: Mapping[str, Sequence[Observed]]) -> Interval | None:
+def _pooled(name: str, found: Sequence[MeasuredRow], observed: Mapping[str, Sequence[MeasuredRow]]) -> Interval | None:
     """Interval over all images of all cells; `None` of what is no rate."""
     if name == AVERAGE:
         rates = [observed.get(rate, ()) for rate in RATES]
         if not all(rates) or any(each.row["value"] is None for rate in rates for each in rate):
             return None
         return average_interval(*(_wilson(rate) for rate in rates))
-    return _wilson(found) if facts_of(found[0].row).told["unit"] == "%" else None
+    return _wilson(found) if facts_of(found[0].row).attributes["unit"] == "%" else None
 
 
-def _wilson(found: Sequence[Observed]) -> Interval:
+def _wilson(found: Sequence[MeasuredRow]) -> Interval:
     images = sum(int(each.row["n"]) for each in found)
     mean = float(np.mean([float(each.row["value"]) for each in found]))
     return wilson(min(max(mean, 0.0), 1.0) * images, images)

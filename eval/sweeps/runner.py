@@ -37,7 +37,7 @@ class _BusyError(EvaluationError):
 
 
 @dataclass(frozen=True)
-class Ended:
+class PartOutcome:
     """What became of an erasure, or of one measurement of it."""
 
     what: str
@@ -52,7 +52,7 @@ class CellOutcome:
     """What became of a cell."""
 
     cell: Cell
-    parts: tuple[Ended, ...]
+    parts: tuple[PartOutcome, ...]
     elsewhere: bool = False
 
     @property
@@ -134,7 +134,7 @@ def outcome_of(plan: SweepPlan, folder: Path, cell: Cell) -> CellOutcome:
     if not path.is_file():
         return CellOutcome(cell, ())
     data: CellFile = read_json(path, CellFile, error=EvaluationError)
-    return CellOutcome(cell, tuple(Ended(**part) for part in data["parts"]))
+    return CellOutcome(cell, tuple(PartOutcome(**part) for part in data["parts"]))
 
 
 def check_folder(plan: SweepPlan, folder: str | Path) -> None:
@@ -199,9 +199,9 @@ def _ended(
 
 def _parts(
     plan: SweepPlan, folder: Path, cell: Cell, opened: _Models, judge: Judge | None, progress: bool
-) -> Sequence[Ended]:  # fmt: skip
+) -> Sequence[PartOutcome]:  # fmt: skip
     made = attempted(lambda: _erased(folder, cell, opened))
-    parts = [Ended(ERASURE, made.state, made.reason, made.seconds)]
+    parts = [PartOutcome(ERASURE, made.state, made.reason, made.seconds)]
     if made.result is None:
         return parts
     manager = ErasureManager(opened(cell.model))
@@ -209,10 +209,10 @@ def _parts(
         # Read from the disk in any case, so that a sweep that went on measures the same bits.
         attached = attempted(lambda: manager.load(folder / ERASURE, made.result))
         if attached.result is None:
-            return [Ended(ERASURE, attached.state, attached.reason, made.seconds)]
+            return [PartOutcome(ERASURE, attached.state, attached.reason, made.seconds)]
         for measure in plan.measures:
             became = attempted(lambda one=measure: _measured(plan, folder, cell, one, opened, judge, progress))  # type: ignore[misc]
-            parts.append(Ended(measure.folder, became.state, became.reason, became.seconds))
+            parts.append(PartOutcome(measure.folder, became.state, became.reason, became.seconds))
     finally:
         manager.unload()
     return parts

@@ -10,7 +10,7 @@ import pytest
 
 from erasure.assets import novel
 from erasure.assets.build import learning
-from erasure.eval.detectors import Seen
+from erasure.eval.detectors import NewcomersAnswer
 
 
 def test_pairs_are_two_things_each_and_show_them_all() -> None:
@@ -32,9 +32,9 @@ def test_overlap_is_that_of_plain_counting() -> None:
 
 
 def test_a_thing_is_apart_where_it_is_seen_most_and_the_other_not() -> None:
-    assert learning.is_apart(Seen("robot", ("robot",), {}), "robot", "cactus")
-    assert not learning.is_apart(Seen("robot", ("robot", "cactus"), {}), "robot", "cactus")
-    assert not learning.is_apart(Seen("gem", ("robot",), {}), "robot", "cactus")
+    assert learning.is_apart(NewcomersAnswer("robot", ("robot",), {}), "robot", "cactus")
+    assert not learning.is_apart(NewcomersAnswer("robot", ("robot", "cactus"), {}), "robot", "cactus")
+    assert not learning.is_apart(NewcomersAnswer("gem", ("robot",), {}), "robot", "cactus")
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def sampled(backbone: Backbone, guidance: float, steps: int, seed: int) -> torch
     levels, latents = backbone.timesteps(steps), backbone.noise([seed])
     for t in levels:
         prediction = backbone.predict(latents, t, own, guidance)
-        if guidance > 1 and not backbone.told_guidance:
+        if guidance > 1 and not backbone.takes_guidance:
             prediction = backbone.guided(prediction, backbone.predict(latents, t, null), guidance)
         latents = backbone.step(prediction, t, latents)
     return latents

@@ -15,7 +15,7 @@ from erasure.carriers.weights import delta_of
 from erasure.errors import ArtifactError, ConceptError, OptionError, UnsupportedModelError, WrongBaseError
 from erasure.interop import paths
 from erasure.strategies import get, trained
-from erasure.strategies.base import Standing
+from erasure.strategies.base import EarlierErasure
 
 from .cases import CASES, FIRST, fit, flat, pairs
 
@@ -114,8 +114,8 @@ def test_a_strategy_works_on_top_of_another(
     assert both.config.cost["seconds"] >= earlier.config.cost["seconds"]
     assert ErasureManager(seen["pipe"]).verify() > 0, "the teacher is the model as the earlier erasure leaves it"
     if get(name).trains:
-        assert [concept.target for concept in seen["standing"].concepts] == ["cat"]
-        assert seen["standing"].fingerprint == earlier.fingerprint
+        assert [concept.target for concept in seen["earlier"].concepts] == ["cat"]
+        assert seen["earlier"].fingerprint == earlier.fingerprint
     else:
         assert "cat" in seen["concepts"][0].retain
     manager = ErasureManager(tiny_pipe)
@@ -188,14 +188,14 @@ class TestOnOneFamily:
         original = get("esd").train
 
         def spied(self: Any, backbone: Any, concepts: Any, **more: Any) -> Any:
-            seen.update(concepts=concepts, standing=more["standing"])
+            seen.update(concepts=concepts, earlier=more["earlier"])
             return original(self, backbone, concepts, **more)
 
         monkeypatch.setattr(get("esd"), "train", spied)
         with pytest.warns(UserWarning, match="the anchor of 'cat', is erased"):
             both = fit(tiny_pipe, "esd", Concept("dog", anchor="photo"), add_to=first)
         assert seen["concepts"] == [Concept("dog", anchor="photo"), Concept("cat", anchor="photo")]
-        assert seen["standing"].concepts == [Concept("house")]
+        assert seen["earlier"].concepts == [Concept("house")]
         assert both.concepts[0] == Concept("cat", anchor="photo")
 
     def test_trajectories_of_an_erased_model_are_no_others(
@@ -219,7 +219,7 @@ class TestOnOneFamily:
 
         def spied(self: Any, *arguments: Any) -> Any:
             tasks.append(original(self, *arguments))
-            assert isinstance(arguments[-1], Standing)
+            assert isinstance(arguments[-1], EarlierErasure)
             return tasks[-1]
 
         monkeypatch.setattr(get("esd"), "task", spied)

@@ -120,9 +120,9 @@ def test_attacks_are_listed_by_what_they_assume(capsys: pytest.CaptureFixture[st
     places = [said.index(f"\n {access}:\n") for access in get_args(Access)]
     assert places == sorted(places)
     for name in ATTACKS.names():
-        told = ATTACKS.facts(name).told
+        attributes = ATTACKS.facts(name).attributes
         assert said.count(f"\n  {name} ") == 1
-        assert said.rindex(f"\n {told['access']}:\n") < said.index(f"\n  {name} ")
+        assert said.rindex(f"\n {attributes['access']}:\n") < said.index(f"\n  {name} ")
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS.built_in))
@@ -130,10 +130,10 @@ def test_every_attack_has_a_help_and_no_option_of_the_command_s(name: str, capsy
     with pytest.raises(SystemExit):
         main(["attack", name, "--help"])
     said = capsys.readouterr().out
-    told = ATTACKS.facts(name).told
-    assert f"The attacker needs: {told['access']}" in " ".join(said.split())
-    assert bool(re.search(r"--control(?![\w-])", said)) == (told["chance"] == "--control")
-    assert told["chance"] in ("", "--control", *ATTACKS.names())
+    attributes = ATTACKS.facts(name).attributes
+    assert f"The attacker needs: {attributes['access']}" in " ".join(said.split())
+    assert bool(re.search(r"--control(?![\w-])", said)) == (attributes["chance"] == "--control")
+    assert attributes["chance"] in ("", "--control", *ATTACKS.names())
 
 
 def test_prompts_of_others_are_tried(cat: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

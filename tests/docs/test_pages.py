@@ -277,7 +277,7 @@ def test_what_methods_protect_is_what_they_say() -> None:
     assert set(rows) == set(STRATEGIES.names())
     for row in (ROOT / "docs/methods.md").read_text().splitlines():
         if (name := re.match(r"\| \[`(\w+)`\]", row)) is not None:
-            assert str(STRATEGIES.facts(name[1]).told["protects"]) in row, row
+            assert str(STRATEGIES.facts(name[1]).attributes["protects"]) in row, row
 
 
 # Code --------------------------------------------------------------------------------------------------------------

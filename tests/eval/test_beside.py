@@ -151,7 +151,7 @@ def test_stress_tests_say_it_too(erased_pipe: Any, judge: Any, tmp_path: Path) -
 
 def test_a_call_that_tells_of_one_step_has_no_share_of_the_denoiser(tiny_pipe: Any) -> None:
     clock = Clock()
-    tell: Any = clock.told_by(tiny_pipe)["callback_on_step_end"]
+    tell: Any = clock.call_arguments(tiny_pipe)["callback_on_step_end"]
     tell(tiny_pipe, 0, torch.zeros(()), {})
     clock.called()
     assert clock.denoising is None

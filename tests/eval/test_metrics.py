@@ -84,7 +84,7 @@ def test_every_metric_is_of_some_suite_attack_or_stress_test() -> None:
 
 def test_results_of_others_are_shown_as_they_say() -> None:
     row = {"name": "beauty", "recipe": {"metric": "share of pretty images"}}
-    facts = facts_of(row).told
+    facts = facts_of(row).attributes
     assert (facts["title"], facts["about"], facts["unit"]) == ("beauty", "share of pretty images", "")
     assert facts_of({"name": "kid[some-clip@0123]", "recipe": {}}).name == "kid"
 

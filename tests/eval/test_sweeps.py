@@ -241,7 +241,7 @@ def at_work(folder: Path, recipe: dict[str, Any]) -> Iterator[None]:
 def test_no_cell_is_done_twice_at_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(file.read_text().replace('"cat"', '"cat", "dog"'))
     plan = SweepPlan.read(file)
-    monkeypatch.setattr(runner, "_parts", lambda *args: [runner.Ended("erasure", "done")])
+    monkeypatch.setattr(runner, "_parts", lambda *args: [runner.PartOutcome("erasure", "done")])
     first, second = plan.cells
     recipe = {**first.recipe, **{key: plan.recipe[key] for key in ("measures", "judge", "images")}}
     with at_work(tmp_path / "out" / first.folder, recipe):

@@ -17,9 +17,9 @@ class Reader:
 
     def __call__(self, batch: list[list[int]]) -> torch.Tensor:
         own = torch.tensor([[self.number in row] for row in batch])
-        told = rounds.told("numbers", self, len(batch), 1)
-        result = own if told is None else own | told
-        rounds.tell("numbers", self, result)
+        opened_by_others = rounds.opened_by_others("numbers", self, len(batch), 1)
+        result = own if opened_by_others is None else own | opened_by_others
+        rounds.share_opened("numbers", self, result)
         self.knows.append(result[:, 0].tolist())
         return result
 
@@ -63,8 +63,8 @@ def test_other_things_and_other_subjects_tell_nothing() -> None:
     reader = Reader(1)
 
     def encode() -> torch.Tensor:
-        rounds.tell("numbers", object(), torch.ones(1, 2, dtype=torch.bool))
-        rounds.tell("letters", object(), torch.ones(1, 1, dtype=torch.bool))
+        rounds.share_opened("numbers", object(), torch.ones(1, 2, dtype=torch.bool))
+        rounds.share_opened("letters", object(), torch.ones(1, 1, dtype=torch.bool))
         return reader([[3]])
 
     assert not rounds.together(encode)
@@ -77,9 +77,9 @@ def test_what_is_told_may_bring_up_something_else() -> None:
     found: list[list[bool]] = []
 
     def look(subject: str, reader: str, own: bool) -> bool:
-        told = rounds.told(subject, reader, 1, 1)
-        result = own or (told is not None and bool(told))
-        rounds.tell(subject, reader, torch.tensor([[result]]))
+        opened_by_others = rounds.opened_by_others(subject, reader, 1, 1)
+        result = own or (opened_by_others is not None and bool(opened_by_others))
+        rounds.share_opened(subject, reader, torch.tensor([[result]]))
         return result
 
     def encode() -> None:
@@ -96,6 +96,6 @@ def test_within_another_it_is_a_part_of_that_and_an_error_leaves_nothing_behind(
     assert bool(rounds.together(lambda: (inner(), last([[2]]))[0]))
     with pytest.raises(RuntimeError, match="broken"):
         rounds.together(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
-    assert rounds.told("numbers", first, 1, 1) is None
-    rounds.tell("numbers", last, torch.ones(1, 1, dtype=torch.bool))
+    assert rounds.opened_by_others("numbers", first, 1, 1) is None
+    rounds.share_opened("numbers", last, torch.ones(1, 1, dtype=torch.bool))
     assert not first([[3]])

@@ -12,8 +12,8 @@ from torch import nn
 
 from erasure.backbones import backbone_for
 from erasure.learning.attencraft import AttenCraft
-from erasure.learning.lessons import Alone, Balance, Batch, Lesson, Places
-from erasure.learning.player import Taught
+from erasure.learning.lessons import Balance, Batch, CutOuts, PictureTraining, Places
+from erasure.learning.player import LearnedTensors
 from erasure.learning.tokens import beside, put_in, start_vectors
 
 TOKENS = ["<a>", "<b>"]
@@ -35,7 +35,7 @@ def test_the_paper_has_its_settings() -> None:
 
 
 @pytest.fixture(scope="module")
-def lesson(session_pipe: Any) -> Lesson:
+def lesson(session_pipe: Any) -> PictureTraining:
     """Two tokens of a tiny pipeline, with the two halves of a picture as masks."""
     backbone = backbone_for(beside(session_pipe))
     tower, generator = backbone.reader, torch.Generator().manual_seed(0)
@@ -44,15 +44,17 @@ def lesson(session_pipe: Any) -> Lesson:
     masks = torch.zeros(1, 2, 16, 16)
     masks[:, 0, :, :8] = masks[:, 1, :, 10:] = 1
     clean = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    taught = Taught(backbone.towers, TOKENS, 10.0, weights, kept)
-    return Lesson(backbone, TOKENS, clean, torch.ones(1, 1, 16, 16), Places(masks), taught, Balance(2), None, 0)
+    taught = LearnedTensors(backbone.towers, TOKENS, 10.0, weights, kept)
+    return PictureTraining(
+        backbone, TOKENS, clean, torch.ones(1, 1, 16, 16), Places(masks), taught, Balance(2), None, 0
+    )
 
 
-def batch_of(method: AttenCraft, lesson: Lesson, step: int = 0) -> Batch:
+def batch_of(method: AttenCraft, lesson: PictureTraining, step: int = 0) -> Batch:
     return method.prepare(lesson, step, SimpleNamespace(of=lambda rows: rows))  # type: ignore[arg-type]
 
 
-def test_the_loss_of_the_picture_is_that_under_the_masks(lesson: Lesson) -> None:
+def test_the_loss_of_the_picture_is_that_under_the_masks(lesson: PictureTraining) -> None:
     method = AttenCraft(batch=6, attention_weight=0.0)
     batch = batch_of(method, lesson)
     with torch.no_grad(), lesson.taught.active():
@@ -66,12 +68,12 @@ def test_the_loss_of_the_picture_is_that_under_the_masks(lesson: Lesson) -> None
     assert set(terms) == {"picture"}
 
 
-def test_rows_of_one_thing_see_it_alone(lesson: Lesson) -> None:
+def test_rows_of_one_thing_see_it_alone(lesson: PictureTraining) -> None:
     method = AttenCraft(batch=8, outside=0.2)
     masks = torch.zeros(1, 2, 16, 16)
     masks[:, :, 4:12, 4:12] = 1
-    alone = Alone(torch.full((1, 2, 4, 16, 16), 7.0), masks)
-    batch = batch_of(method, Lesson(**{**vars(lesson), "alone": alone}))
+    alone = CutOuts(torch.full((1, 2, 4, 16, 16), 7.0), masks)
+    batch = batch_of(method, PictureTraining(**{**vars(lesson), "alone": alone}))
     whole = batch_of(method, lesson)
     for row, numbers in enumerate(batch.chosen):
         is_alone = len(numbers) == 1
@@ -81,7 +83,7 @@ def test_rows_of_one_thing_see_it_alone(lesson: Lesson) -> None:
     assert {len(numbers) for numbers in batch.chosen} == {1, 2}
 
 
-def test_attention_inside_of_the_masks_costs_nothing(lesson: Lesson) -> None:
+def test_attention_inside_of_the_masks_costs_nothing(lesson: PictureTraining) -> None:
     method, batch = AttenCraft(batch=2), batch_of(AttenCraft(batch=2), lesson)
     chosen = [(0,), (0, 1)]
     inside = torch.zeros(2, 3, 16, 16)
@@ -92,7 +94,7 @@ def test_attention_inside_of_the_masks_costs_nothing(lesson: Lesson) -> None:
     assert method.attention(batch, [1 - inside]).item() > 0.5
 
 
-def test_uniform_sampling_shows_each_choice_as_often(lesson: Lesson) -> None:
+def test_uniform_sampling_shows_each_choice_as_often(lesson: PictureTraining) -> None:
     method = AttenCraft(batch=100)
     met = Counter(row for step in range(30) for row in method.chosen(lesson, step))
     assert set(met) == {(0,), (1,), (0, 1)}
@@ -100,10 +102,10 @@ def test_uniform_sampling_shows_each_choice_as_often(lesson: Lesson) -> None:
     assert AttenCraft(batch=5, together=0.0).chosen(lesson, 0).count((0, 1)) == 0
 
 
-def test_reweighted_sampling_shows_what_is_learned_worse(lesson: Lesson) -> None:
+def test_reweighted_sampling_shows_what_is_learned_worse(lesson: PictureTraining) -> None:
     balance = Balance(2)
     balance.losses = torch.tensor([3.0, 1.0])
-    worse = Lesson(**{**vars(lesson), "balance": balance})
+    worse = PictureTraining(**{**vars(lesson), "balance": balance})
     met = Counter(
         row for step in range(30) for row in AttenCraft(batch=100, sampling="reweighted").chosen(worse, step)
     )
@@ -121,7 +123,7 @@ def test_running_means_are_those_of_all_processes() -> None:
     assert balance.losses.tolist() == pytest.approx([0.9 + 0.1 * 0.3, 1.0])
 
 
-def test_every_vector_that_is_named_and_no_other_has_a_gradient(lesson: Lesson) -> None:
+def test_every_vector_that_is_named_and_no_other_has_a_gradient(lesson: PictureTraining) -> None:
     method = AttenCraft(batch=1, templates=False)
     batch = batch_of(method, lesson)._replace(chosen=[(1,)], prompts=["a photo of <b>"])
     terms = lesson.taught(lambda: method.losses(lesson, batch))
@@ -131,7 +133,7 @@ def test_every_vector_that_is_named_and_no_other_has_a_gradient(lesson: Lesson) 
     assert not gradient[:2].any()
 
 
-def test_outside_of_its_turn_nothing_is_taught(lesson: Lesson) -> None:
+def test_outside_of_its_turn_nothing_is_taught(lesson: PictureTraining) -> None:
     table = lesson.taught.tables[lesson.backbone.reader.component]
     ids = lesson.taught.ids[lesson.backbone.reader.component][None]
     before = table(ids)
@@ -144,7 +146,7 @@ def test_outside_of_its_turn_nothing_is_taught(lesson: Lesson) -> None:
         lesson.taught.offsets[lesson.backbone.reader.component].zero_()
 
 
-def test_the_start_token_teaches_weights_nothing_where_it_is_kept(lesson: Lesson) -> None:
+def test_the_start_token_teaches_weights_nothing_where_it_is_kept(lesson: PictureTraining) -> None:
     student = lesson.taught.weights
     assert student is not None
     layer = student.network.get_submodule(lesson.taught.kept[0])

@@ -30,7 +30,7 @@ def path(tmp_path: Path, key: bytes | None) -> Path:
     file = tmp_path / "audit.jsonl"
     log = AuditLog(file, key=key)
     for number in range(5):
-        log.write("drawn", prompts=log.told([f"a photo of number {number}"]), seconds=0.5)
+        log.write("drawn", prompts=log.as_logged([f"a photo of number {number}"]), seconds=0.5)
     log.close()
     return file
 
@@ -98,7 +98,7 @@ def test_goes_on_where_it_ended_also_behind_a_line_that_was_cut_short(path: Path
     with pytest.raises(ArtifactError, match="cut short"):
         verify_log(path, key=key)
     log = AuditLog(path, key=key)
-    log.write("drawn", prompts=log.told(["a photo of number 3"]))
+    log.write("drawn", prompts=log.as_logged(["a photo of number 3"]))
     assert log.lines == 8
     log.close()
     told = verify_log(path, key=key)
@@ -128,7 +128,7 @@ def test_threads_share_one_log_and_processes_do_not(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl", prompts="none")
-    assert log.told(["a cat"]) is None
+    assert log.as_logged(["a cat"]) is None
     with pytest.raises(ArtifactError, match="field 'hash' of its own"):
         log.write("drawn", hash="x")
     with pytest.raises(ArtifactError, match="too long"):
@@ -147,7 +147,7 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_prompts_stand_in_clear_where_told(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl", prompts="clear")
-    log.write("drawn", prompts=log.told(["a \ud800 cat\n"]))
+    log.write("drawn", prompts=log.as_logged(["a \ud800 cat\n"]))
     log.close()
     (line,) = find(log.path, "a \ud800 cat\n")
     assert json.loads(lines_of(log.path)[line - 1])["prompts"] == ["a \ud800 cat\n"]

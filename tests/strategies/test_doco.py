@@ -18,7 +18,13 @@ from erasure import Concept
 from erasure.backbones import backbone_for
 from erasure.errors import OptionError
 from erasure.strategies import get
-from erasure.training.discriminator import PATIENCE, Discriminator, DiscriminatorWarning, Watch, looks_like
+from erasure.training.discriminator import (
+    PATIENCE,
+    Discriminator,
+    DiscriminatorMonitor,
+    DiscriminatorWarning,
+    looks_like,
+)
 from erasure.training.loop import Learner, Share, Trainer
 from erasure.training.run import Run
 from erasure.training.trajectories import rolling_out
@@ -281,7 +287,7 @@ def test_the_discriminator_s_optimiser(tiny_pipe_original: Any) -> None:
 
 def watched(losses: list[float], right: float, since: int, judge: Discriminator | None = None) -> Discriminator:
     judge = judge or Discriminator(4, (8, 8))
-    watch = Watch(judge, since)
+    watch = DiscriminatorMonitor(judge, since)
     for update, loss in enumerate(losses):
         judge.judged.append((loss, right))
         watch.apply(update, 1e-3)
@@ -292,7 +298,7 @@ def test_a_discriminator_that_collapses_is_warned_of_once() -> None:
     with pytest.warns(DiscriminatorWarning, match=r"erred nowhere in the last 50 updates") as found:
         judge = watched([0.0] * (PATIENCE + 40), 1.0, since=10)
     assert len(found) == 1
-    assert Watch(judge, 0).figures() == {
+    assert DiscriminatorMonitor(judge, 0).figures() == {
         "discriminator_right": pytest.approx(1.0, abs=1e-3),
         "discriminator_certain": 80,
     }

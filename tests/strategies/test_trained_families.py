@@ -139,7 +139,7 @@ def test_an_update_of_esd_is_plain_arithmetic(pipe: Any, base: str) -> None:
     )
     backbone = backbone_for(pipe)
     task, batch = first_update(strategy, backbone, CAT)
-    scales = {1.0, 3.5} if backbone.told_guidance else {1.0}
+    scales = {1.0, 3.5} if backbone.takes_guidance else {1.0}
     assert set(batch.guidance.tolist()) == scales
     with task.student.active():
         found = strategy.losses(task, batch)
@@ -197,7 +197,7 @@ def test_the_loss_falls(pipe: Any, name: str, options: dict[str, Any]) -> None:
     made = {steps: make(pipe, name, **{"lr": 1e-2, **options}, steps=steps) for steps in (1, 16)}
     costs = {steps: each.config.cost for steps, each in made.items()}
     assert costs[16]["loss_erase"] < 0.6 * costs[1]["loss_erase"]
-    assert ("null_drift" in costs[16]) == backbone_for(pipe).told_guidance
+    assert ("null_drift" in costs[16]) == backbone_for(pipe).takes_guidance
     assert costs[16]["rollout_forwards"] == 0, "the second training finds the trajectories of the first"
 
 

@@ -143,7 +143,7 @@ def test_a_student_s_rollouts_keep_the_teacher_s_predictions(backbone: Backbone,
 class Distilled(StableDiffusionBackbone):
     """A model that was distilled for guidance without any error: it answers `v0 + g (v - v0)` when it is told g."""
 
-    told_guidance = True
+    takes_guidance = True
 
     def predict(self, x_t: Any, t: Any, conditioning: Conditioning, guidance: Any = None) -> torch.Tensor:
         scale = torch.as_tensor(1.0 if guidance is None else guidance).expand(len(x_t)).view(-1, 1, 1, 1)

@@ -30,7 +30,7 @@ Places = Callable[[TextTower, AlignedPrompt], tuple[Tensor, Tensor]]
 """Gives token positions of a prompt, and the corresponding positions of the anchor prompt, `(places,)` each."""
 
 
-class Door(NamedTuple):
+class EntryGroup(NamedTuple):
     """The layers that read one part of the conditioning, with the features to erase, to replace and to preserve."""
 
     reader: Reader
@@ -97,7 +97,7 @@ class EntryEdit(Strategy):
     0 for none."""
 
     @abstractmethod
-    def changes(self, door: Door, seed: int) -> Sequence[Change]:
+    def changes(self, group: EntryGroup, seed: int) -> Sequence[Change]:
         """Compute the changes of the layers that read one part of the conditioning."""
 
     def fit(
@@ -115,9 +115,9 @@ class EntryEdit(Strategy):
             preserved = self.preserved_features(reader, source, concepts, seed)
             progress((index + 0.7) / len(sources))
             reading = [layer for layer in layers if layer.source == source]
-            door = Door(reader, source, reading, concepts, erased, replacing, preserved)
-            _check_finite(door)
-            changes += self.changes(door, seed)
+            group = EntryGroup(reader, source, reading, concepts, erased, replacing, preserved)
+            _check_finite(group)
+            changes += self.changes(group, seed)
             count += len(erased)
         edits, rank = self.written(changes, len(concepts))
         progress(1.0)
@@ -149,8 +149,8 @@ class EntryEdit(Strategy):
         for run in reader.backbone.token_runs[: None if source == "tokens" else 1]:
             tower, first = run.tower, run.first
             for pair in (pair for concept in concepts for pair in self.pairs(tower, concept)):
-                told = reader.read([pair.prompt, pair.anchor_prompt])
-                states, anchors = (told([text]).of(source)[0] for text in (pair.prompt, pair.anchor_prompt))
+                encoded = reader.read([pair.prompt, pair.anchor_prompt])
+                states, anchors = (encoded([text]).of(source)[0] for text in (pair.prompt, pair.anchor_prompt))
                 if source == "pooled":
                     erased.append(states)
                     replacing.append(anchors)
@@ -210,8 +210,8 @@ class EntryEdit(Strategy):
         prompts = random_prompts(backbone.reader, concepts, self.vocabulary, seed)
         for start in range(0, len(prompts), 32):
             chosen = prompts[start : start + 32]
-            told = backbone.encode(chosen).of(source)
-            kept += [telling(states, runs, prompt) for states, prompt in zip(told, chosen, strict=True)]
+            encoded = backbone.encode(chosen).of(source)
+            kept += [telling(states, runs, prompt) for states, prompt in zip(encoded, chosen, strict=True)]
         return torch.cat(kept).double().cpu()
 
 
@@ -228,17 +228,17 @@ def retained_names(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(words for concept in concepts for words in concept.retain))
 
 
-def _check_finite(door: Door) -> None:
+def _check_finite(group: EntryGroup) -> None:
     """Refuse features and weights that hold NaN or infinity.
 
     Raises:
         DivergenceError: A feature or a weight is not finite; the message names its origin.
     """
-    if not torch.isfinite(door.features).all():
+    if not torch.isfinite(group.features).all():
         raise DivergenceError(
-            f"the text encoders give NaN or infinity ({door.source} of a prompt): are their weights sound? A closed "
+            f"the text encoders give NaN or infinity ({group.source} of a prompt): are their weights sound? A closed "
             "form needs finite encodings; load the model in float32 or bfloat16"
         )
-    for layer in door.layers:
+    for layer in group.layers:
         if not torch.isfinite(layer.module.weight).all():
             raise DivergenceError(f"{layer.key} holds NaN or infinity: are the model's weights sound? Load it anew")

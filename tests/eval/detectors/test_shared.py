@@ -213,5 +213,5 @@ def test_an_interrupt_goes_through() -> None:
 def test_every_option_has_a_range_and_a_help() -> None:
     for name in DETECTORS.names():
         facts = DETECTORS.facts(name)
-        assert facts.told["licence"]
+        assert facts.attributes["licence"]
         assert all(option.help for option in facts.options)

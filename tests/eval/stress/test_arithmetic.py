@@ -20,7 +20,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.stress import get
 from erasure.eval.stress.bench import Bench
 from erasure.eval.stress.files import fingerprint_of
-from erasure.eval.stress.footprint import auc, logistic, told_apart
+from erasure.eval.stress.footprint import auc, logistic, separability
 from erasure.eval.stress.formats import INT4_GROUP, NF4, NF4_BLOCK, int4, int8, nf4
 from erasure.eval.stress.judging import FlaggingJudge
 from erasure.eval.stress.training import renamed
@@ -272,12 +272,12 @@ def test_a_shift_is_told_and_its_absence_is_not() -> None:
     rng = np.random.default_rng(1)
     base = rng.normal(size=(40, 12))
     options: dict[str, Any] = {"folds": 5, "penalty": 1.0, "permutations": 60, "seed": 0}
-    shifted = told_apart(base, base + np.array([3.0, *[0.0] * 11]), **options)
+    shifted = separability(base, base + np.array([3.0, *[0.0] * 11]), **options)
     assert shifted.auc > 0.8
     assert shifted.p == pytest.approx(1 / 61)
-    same = told_apart(base, base + 1e-9 * rng.normal(size=base.shape), **options)
+    same = separability(base, base + 1e-9 * rng.normal(size=base.shape), **options)
     assert same.p > 0.05
-    noisy = [told_apart(base, base + rng.normal(size=base.shape), **options).p for _ in range(4)]
+    noisy = [separability(base, base + rng.normal(size=base.shape), **options).p for _ in range(4)]
     assert max(noisy) > 0.05
     assert not math.isnan(same.auc)
 

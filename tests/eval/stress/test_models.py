@@ -12,8 +12,8 @@ from erasure import ErasureManager
 from erasure.backbones import backbone_for
 from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval import stress_test
-from erasure.eval.stress.restore import Place, Tape, patched, places_of, recorded, watched
-from erasure.eval.stress.training import Lessons, Pupil
+from erasure.eval.stress.restore import ActivationRecord, Place, patched, places_of, recorded, watched
+from erasure.eval.stress.training import LearningOptions, PictureLearner
 from tests.conftest import make_tiny_flux, make_tiny_pipe, make_tiny_sd3, make_tiny_xl
 from tests.eval.stress.conftest import LAYER, cats
 
@@ -68,7 +68,7 @@ def test_inputs_are_patched_ahead_of_the_layer() -> None:
     with watched(pipe.unet, Place((LAYER,), "inputs"), lambda _path, _number, value: 2 * value):  # type: ignore[operator]
         assert torch.equal(layer(x), expected)
     assert not torch.equal(layer(x), expected)
-    assert Tape().passes == {}
+    assert ActivationRecord().passes == {}
 
 
 def attach(pipe: Any) -> None:
@@ -105,7 +105,7 @@ def test_every_family_is_tested(name: str, tmp_path: Path) -> None:
 
 def test_a_family_without_learned_tokens_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="reads words with a T5"):
-        Pupil(make_tiny_flux(), Lessons(**{**LESSONS, "mode": "embedding"}), 0)  # type: ignore[arg-type]
+        PictureLearner(make_tiny_flux(), LearningOptions(**{**LESSONS, "mode": "embedding"}), 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["embedding", "lora", "full"])
@@ -115,8 +115,8 @@ def test_what_was_learned_is_drawn_and_reaches_nobody(mode: str, tmp_path: Path)
     pipe = make_tiny_pipe()
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     words = len(pipe.tokenizer)
-    lessons = Lessons(**{**LESSONS, "mode": mode})  # type: ignore[arg-type]
-    pupil = Pupil(pipe, lessons, 0)
+    lessons = LearningOptions(**{**LESSONS, "mode": mode})  # type: ignore[arg-type]
+    pupil = PictureLearner(pipe, lessons, 0)
     # No constant: a norm would take that away.
     generator = torch.Generator().manual_seed(1)
     own = pupil.player.state_dict()
@@ -134,7 +134,7 @@ def test_what_was_learned_is_drawn_and_reaches_nobody(mode: str, tmp_path: Path)
         assert abs(drawn(made) - first).max() > 1e-4
     assert len(pipe.tokenizer) == words
     assert all(torch.equal(before[key], value) for key, value in pipe.unet.state_dict().items())
-    other = Pupil(pipe, Lessons(**{**LESSONS, "mode": mode, "rank": 1, "vectors": 1}), 0)  # type: ignore[arg-type]
+    other = PictureLearner(pipe, LearningOptions(**{**LESSONS, "mode": mode, "rank": 1, "vectors": 1}), 0)  # type: ignore[arg-type]
     if mode != "full":
         with pytest.raises(EvaluationError, match="holds what another training has learned"):
             other.load(tmp_path / "state.safetensors")

@@ -72,7 +72,7 @@ STRANGER = (
 Refusable = Literal["image_prompts", "pictures", "controls", "noise", "schedulers", "loras"]
 """Names of what a lock can refuse in addition to its defaults."""
 REFUSABLE: tuple[Refusable, ...] = get_args(Refusable)
-TOLD: Mapping[str, Refusable] = {
+REFUSED_ON_REQUEST: Mapping[str, Refusable] = {
     IMAGE_PROMPT: "image_prompts", REFERENCE: "image_prompts", PICTURE: "pictures", CONTROL: "controls",
     NOISE: "noise", LEVELS: "schedulers",
 }  # fmt: skip
@@ -92,7 +92,7 @@ def is_refused(states: Iterable[ComponentState], reason: str) -> bool:
 
 def is_locked_out(locked: Locked | None, reason: str) -> bool:
     """Whether a lock refuses a bypass."""
-    return locked is not None and (reason not in TOLD or TOLD[reason] in locked.refuses)
+    return locked is not None and (reason not in REFUSED_ON_REQUEST or REFUSED_ON_REQUEST[reason] in locked.refuses)
 
 
 def names_in_force(states: Iterable[ComponentState]) -> str:
@@ -149,7 +149,7 @@ def is_strict(states: Iterable[ComponentState]) -> bool:
     return any(attached.strict for state in states for attached in state.in_force().values())
 
 
-def said(states: Iterable[ComponentState], names: str, reason: str, **words: object) -> None:
+def warn_or_refuse(states: Iterable[ComponentState], names: str, reason: str, **words: object) -> None:
     """Warn of a bypass of erasures.
 
     Args:
