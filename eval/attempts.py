@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from erasure.eval.samples import Sample
 
 # No import of torch here: attacks are listed without it.
 
@@ -70,6 +72,17 @@ class Attempt:
         if not self.is_text:
             return None
         return tuple(sorted((name, str(given)) for name, given in self.call.items()))
+
+    def plain(self, sample: Sample) -> Sample | None:
+        """The sample whose ordinary call this is: the given one, or it with another prompt; `None` where it is more.
+
+        Args:
+            sample: In the place of whose ordinary call it is tried.
+        """
+        if not self.call and self.change is unchanged:
+            return sample
+        is_prompt = self.change is unchanged and set(self.call) == {"prompt"} and self.text is not None
+        return replace(sample, prompt=self.text) if is_prompt else None
 
     def arguments(self) -> dict[str, object]:
         """The call's arguments for a batch of one."""

@@ -62,7 +62,8 @@ def attack_cost(rows: Sequence[Row], erasures: Sequence[Record], seconds: float)
         "seconds": seconds,
         "attack_seconds": sum(row["seconds"] for row in rows),
         "gradient_steps": sum(row.get("steps", 0) for row in rows),
-        "images_generated": sum(row["images"] + row.get("references", 0) for row in rows),
+        "images_generated": sum(row["images"] + row.get("references", 0) - row.get("recalled", 0) for row in rows),
+        "images_from_cache": sum(row.get("recalled", 0) for row in rows),
         **_of_machine(erasures),
     }
 

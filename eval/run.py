@@ -12,6 +12,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from erasure import __version__
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, EvaluationError
@@ -163,6 +164,12 @@ class Subject:
         erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
         drawing = drawing_recipe(models.stock, model_fingerprint(models.stock), sampler_recipe(models.pipe))
         return cls(models.pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, models.unchecked)
+
+    @property
+    def erased_drawing(self) -> Record:
+        """Everything that images of the pipeline with its erasures depend on besides their sample."""
+        erased = [[entry["fingerprint"], entry["strength"]] for entry in self.erasures]
+        return self.drawing | {"erasures": erased, "package": __version__}
 
     @property
     def sampler(self) -> Record:

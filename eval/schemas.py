@@ -183,6 +183,8 @@ class ReplayRow(SampleFields):
     """Attempts that the pipeline refused."""
     held: NotRequired[bool]
     """Whether it refused all that there were."""
+    recalled: NotRequired[Count]
+    """Images that an earlier attack had drawn."""
 
 
 class AttackRow(ReplayRow):

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
+from erasure.cache import cache_folder
 from erasure.concept import Concept
 from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
@@ -26,6 +27,7 @@ from erasure.eval.attacks.victim import ORDINARY, Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.controls import LIMITS
 from erasure.eval.cost import attack_cost
+from erasure.eval.drawings import DrawingCache
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.attacked import original_control
@@ -60,6 +62,7 @@ def attack(
     judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
+    baseline_cache: str | Path | None = None,
     **options: object,
 ) -> Results:
     """Search what brings an erased concept back, and say how often that works.
@@ -88,6 +91,9 @@ def attack(
             suite's own by default.
         images: Keep images as PNG: `before` the attack, `after` it, and the original model's `reference`.
         progress: A progress bar for each prompt, none, or a function that is told of progress.
+        baseline_cache: Folder where plain drawings of prompts and the pictures that attacks start from are kept, for
+            other attacks on this model or this erasure; `$ERASURE_CACHE` or `~/.cache/erasure` by default. They are
+            the same to the bit. It may be deleted at any time.
         **options: Single options of the attack, in the place of the size's.
 
     Raises:
@@ -114,7 +120,7 @@ def attack(
         victim = Victim(
             models.pipe, models.stock, found.targets[0], subject.judge,
             lambda sample, image: run.keep("reference", sample, image),
-            samples=plan.samples, seed=seed, folder=run.table.folder,
+            samples=plan.samples, seed=seed, folder=run.table.folder, **_caches(subject, baseline_cache, images),
         )  # fmt: skip
         rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
         if rows is None:
@@ -147,6 +153,7 @@ def replay(
     judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
+    baseline_cache: str | Path | None = None,
 ) -> Results:
     """Try the prompts that an attack on one erasure found on another one, without any optimisation.
 
@@ -166,6 +173,7 @@ def replay(
         judge: As for `attack`.
         images: As for `attack`.
         progress: As for `attack`.
+        baseline_cache: As for `attack`.
 
     Raises:
         EvaluationError: Prompts that are missing, damaged or about another concept, and as for `attack`.
@@ -202,12 +210,25 @@ def replay(
     processes = join(out)
     subject = Subject.of(models, judge_of(judge, kit, plan))
     with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
-        victim = Victim(models.pipe, models.stock, first.target, subject.judge)
+        caches = _caches(subject, baseline_cache, images)
+        victim = Victim(models.pipe, models.stock, first.target, subject.judge, **caches)
         rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
         rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
         return run.save((*rates, "held_by_refusal", "control_seen"), rows)
+
+
+def _caches(subject: Subject, root: str | Path | None, images: bool) -> dict[str, DrawingCache | None]:
+    """Where a victim finds plain drawings; those of the erased model are kept only where images are."""
+    folder, alone = Path(root or cache_folder()), {"batch_size": 1}
+    originals = DrawingCache(folder, subject.drawing | alone)
+    if not subject.erasures:
+        return {"drawings": originals, "originals": originals}
+    return {
+        "drawings": DrawingCache(folder, subject.erased_drawing | alone) if images else None,
+        "originals": originals,
+    }
 
 
 def _strict(models: Models) -> Record:
@@ -224,11 +245,12 @@ def _method(erasure: Erasure, strength: float) -> str:
 def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: tqdm) -> Record:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
+    references, recalled = victim.references, victim.recalled
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     row: Record = {"before": before, "text": None, "others": {}, "after": None}
     count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
     losses, tried, asked, refused = [], set(), 0, 0
-    shown, unknown, references = before["shown"], _is_unknown(before), victim.references
+    shown, unknown = before["shown"], _is_unknown(before)
     control = _control(run, victim, sample, before)
     try:
         for attempt in islice(() if shown else _searched(method, victim, sample), method.tries):
@@ -260,7 +282,7 @@ def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar:
     return row | {
         "success": success, **count, "losses": losses, "control": control,
         "images": asked - refused + ("refused" not in before),
-        "references": victim.references - references, "failures": failures,
+        "references": victim.references - references, "recalled": victim.recalled - recalled, "failures": failures,
         **({"refused": refused, "held": held} if victim.is_strict else {}),
     }  # fmt: skip
 
@@ -292,6 +314,7 @@ def _stored(run: _Attack, sample: Sample, attempt: Attempt) -> Record:
 def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Record:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
+    recalled = victim.recalled
     before = _tried(run, victim, "before", sample, ORDINARY, failures)
     # A text of others stands for itself: what it draws has been drawn.
     is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
@@ -301,7 +324,7 @@ def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialP
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
         "success": after["shown"], "images": sum("refused" not in tried for tried in drawn), "failures": failures,
-        "control": _control(run, victim, sample, before),
+        "control": _control(run, victim, sample, before), "recalled": victim.recalled - recalled,
         **({"refused": int(refused), "held": refused} if victim.is_strict else {}),
     }  # fmt: skip
 

@@ -102,7 +102,7 @@ def run(tmp_path: Path) -> Callable[..., Results]:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     rows = read_rows(folder / "attacks.jsonl", ReplayRow)
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "recalled")} for row in rows]
 
 
 # Counting -----------------------------------------------------------------------------------------------------------
