@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -37,6 +38,7 @@ from erasure.interop.pipelines import execution_device, without_safety_checker
 from erasure.twins import states_of
 
 RECIPE, WHAT = "recipe.json", "evaluation"
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with what is finished, how much of it, and how much there is in all."""
 
@@ -228,9 +230,9 @@ class Run:
         wanted = self.plan.samples if wanted is None else wanted
         return [sample for sample in wanted if (sample.sample_id, variant) not in self.table.rows]
 
-    def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those that fall to this process."""
-        return list(samples[self.processes.rank :: self.processes.count])
+    def share(self, work: Sequence[T]) -> list[T]:
+        """What falls to this process, of samples or batches."""
+        return list(work[self.processes.rank :: self.processes.count])
 
     def finish_drawn(
         self, pipe: DiffusionPipeline, draw: Draw | None, samples: Sequence[Sample], batch_size: int,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
-from erasure.errors import BypassedErasureWarning, EvaluationError
+from erasure.errors import BypassedErasureError, BypassedErasureWarning, EvaluationError
 from erasure.eval.attacks import SkippedPromptError
+from erasure.eval.attacks.together import Drawn, Wanted, merged
 from erasure.eval.attempts import Attempt
 from erasure.eval.drawings import DrawingCache
 from erasure.eval.generation import generate
@@ -107,18 +108,46 @@ class Victim:
             BypassedErasureError: An erasure that was attached with `strict=True` refuses the call, so that nothing is
                 drawn.
         """
+        (drawn,) = self.draw_alike([Wanted(sample, attempt, stock)])
         self.references += stock
-        cache, plain = self.originals if stock else self.drawings, attempt.plain(sample)
-        kept = None if cache is None or plain is None else cache.image(plain)
-        if kept is not None:
-            self.recalled += 1
-            return kept
-        guarded = self._guarded() if self.is_strict and not stock else unguarded()
-        with guarded, attempt.change(self.stock if stock else self.pipe) as pipe:
-            image = next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
-        if cache is not None and plain is not None:
-            cache.put_image(plain, png(image))
-        return image
+        self.recalled += drawn.recalled
+        if isinstance(drawn.image, BypassedErasureError):
+            raise drawn.image
+        return drawn.image
+
+    def draw_alike(self, wanted: Sequence[Wanted]) -> list[Drawn]:
+        """What comes of calls that are alike, made as one as far as no earlier attack has drawn them.
+
+        Args:
+            wanted: The calls; see `Wanted.alike`.
+        """
+        cache = self.originals if wanted[0].stock else self.drawings
+        plain = [each.attempt.plain(each.sample) for each in wanted]
+        found = [None if cache is None or sample is None else cache.image(sample) for sample in plain]
+        answers = {index: Drawn(image, recalled=True) for index, image in enumerate(found) if image is not None}
+        rest = [index for index in range(len(wanted)) if index not in answers]
+        try:
+            images: Sequence[Image.Image | BypassedErasureError] = self._called([wanted[index] for index in rest])
+        except BypassedErasureError as error:
+            if len(rest) > 1:  # which of them it refuses
+                return [answer for each in wanted for answer in self.draw_alike([each])]
+            images = [error]
+        for index, image in zip(rest, images, strict=True):
+            answers[index], sample = Drawn(image), plain[index]
+            if cache is not None and sample is not None and isinstance(image, Image.Image):
+                cache.put_image(sample, png(image))
+        return [answers[index] for index in range(len(wanted))]
+
+    def _called(self, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Images of calls that are alike, in one call."""
+        if not wanted:
+            return []
+        first, samples = wanted[0], [each.sample for each in wanted]
+        call = first.attempt.arguments() if len(wanted) == 1 else merged([each.attempt.call for each in wanted])
+        guarded = self._guarded() if self.is_strict and not first.stock else unguarded()
+        with guarded, first.attempt.change(self.stock if first.stock else self.pipe) as pipe:
+            ((_, images),) = generate(pipe, samples, len(samples), more=lambda _: call)
+        return images
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
