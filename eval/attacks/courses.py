@@ -130,7 +130,7 @@ def replayed(run: Run, victim: Victim, sample: Sample, prompt: AdversarialPrompt
     return {
         "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
         "success": after["shown"], "images": sum("refused" not in tried for tried in drawn), "failures": failures,
-        "control": control, "recalled": counts["recalled"],
+        "control": control, **counts,
         **({"refused": int(refused), "held": refused} if victim.is_strict else {}),
     }  # fmt: skip
 

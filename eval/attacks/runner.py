@@ -121,7 +121,7 @@ def attack(
     if lack := method.lacks(backbone_for(models.pipe)):
         raise UnsupportedModelError(f"attack {name} cannot be tried on a {type(models.pipe).__name__}: {lack}")
     subject = Subject.of(models, judge_of(judge, kit, plan))
-    count = _in_step(batch_size, plan.samples)
+    count = in_step_of(batch_size, plan.samples)
     with _opened(processes, subject, plan, out, images, progress, count) as run:
         victim = Victim(
             models.pipe, models.stock, found.targets[0], subject.judge,
@@ -218,7 +218,7 @@ def replay(
     )
     processes = join(out)
     subject = Subject.of(models, judge_of(judge, kit, plan))
-    count = _in_step(batch_size, plan.samples)
+    count = in_step_of(batch_size, plan.samples)
     with _opened(processes, subject, plan, out, images, progress, count, fingerprint) as run:
         caches = _caches(subject, baseline_cache, images, count)
         victim = Victim(models.pipe, models.stock, first.target, subject.judge, **caches)
@@ -229,7 +229,7 @@ def replay(
         return run.save((*rates, "held_by_refusal", "control_seen"), rows)
 
 
-def _in_step(given: int | None, samples: Sequence[Sample]) -> int:
+def in_step_of(given: int | None, samples: Sequence[Sample]) -> int:
     """How many prompts are attacked in step.
 
     Raises:
