@@ -81,8 +81,10 @@ class Attempt:
         """
         if not self.call and self.change is unchanged:
             return sample
-        is_prompt = self.change is unchanged and set(self.call) == {"prompt"} and self.text is not None
-        return replace(sample, prompt=self.text) if is_prompt else None
+        text = self.text
+        if text is None or self.change is not unchanged or set(self.call) != {"prompt"}:
+            return None
+        return replace(sample, prompt=text)
 
     def arguments(self) -> dict[str, object]:
         """The call's arguments for a batch of one."""
