@@ -93,8 +93,8 @@ def attack(
         images: Keep images as PNG: `before` the attack, `after` it, and the original model's `reference`.
         progress: A progress bar for each prompt, none, or a function that is told of progress.
         baseline_cache: Folder where plain drawings of prompts and the pictures that attacks start from are kept, for
-            other attacks on this model or this erasure; `$ERASURE_CACHE` or `~/.cache/erasure` by default. They are
-            the same to the bit. It may be deleted at any time.
+            other attacks on this model or this erasure; `$ERASURE_CACHE` or `~/.cache/erasure` by default. Those of
+            another batch size are kept apart. It may be deleted at any time.
         batch_size: Prompts that are attacked in step, so that what they draw and search at the same time is one batch.
             5 where pictures have at most 128x128 pixels, and else 1, when left out. The tries are the same; what is
             drawn and searched in a batch differs from what is alone by rounding. A run that is killed goes on behind
@@ -123,11 +123,11 @@ def attack(
     subject = Subject.of(models, judge_of(judge, kit, plan))
     count = in_step_of(batch_size, plan.samples)
     with _opened(processes, subject, plan, out, images, progress, count) as run:
+        drawings, originals = _caches(subject, baseline_cache, images, count)
         victim = Victim(
             models.pipe, models.stock, found.targets[0], subject.judge,
             lambda sample, image: run.keep("reference", sample, image),
-            samples=plan.samples, seed=seed, folder=run.table.folder,
-            **_caches(subject, baseline_cache, images, count),
+            samples=plan.samples, seed=seed, folder=run.table.folder, drawings=drawings, originals=originals,
         )  # fmt: skip
         rows = run.finish(victim, lambda sample, bar: attacked(run, victim, method, sample, bar), method.tries)
         if rows is None:
@@ -220,8 +220,10 @@ def replay(
     subject = Subject.of(models, judge_of(judge, kit, plan))
     count = in_step_of(batch_size, plan.samples)
     with _opened(processes, subject, plan, out, images, progress, count, fingerprint) as run:
-        caches = _caches(subject, baseline_cache, images, count)
-        victim = Victim(models.pipe, models.stock, first.target, subject.judge, **caches)
+        drawings, originals = _caches(subject, baseline_cache, images, count)
+        victim = Victim(
+            models.pipe, models.stock, first.target, subject.judge, drawings=drawings, originals=originals
+        )  # fmt: skip
         rows = run.finish(victim, lambda sample, bar: replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
@@ -244,16 +246,13 @@ def in_step_of(given: int | None, samples: Sequence[Sample]) -> int:
 
 def _caches(
     subject: Subject, root: str | Path | None, images: bool, batch_size: int
-) -> dict[str, DrawingCache | None]:
-    """Where a victim finds plain drawings; those of the erased model are kept only where images are."""
+) -> tuple[DrawingCache | None, DrawingCache]:
+    """Where plain drawings of the pipeline, kept only where images are, and of the original model are found."""
     folder, alone = Path(root or cache_folder()), {"batch_size": batch_size}
     originals = DrawingCache(folder, subject.drawing | alone)
     if not subject.erasures:
-        return {"drawings": originals, "originals": originals}
-    return {
-        "drawings": DrawingCache(folder, subject.erased_drawing | alone) if images else None,
-        "originals": originals,
-    }
+        return originals, originals
+    return DrawingCache(folder, subject.erased_drawing | alone) if images else None, originals
 
 
 def _strict(models: Models) -> Record:
