@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from erasure.eval.samples import Sample
 
 # No import of torch here: attacks are listed without it.
 
@@ -70,6 +72,19 @@ class Attempt:
         if not self.is_text:
             return None
         return tuple(sorted((name, str(given)) for name, given in self.call.items()))
+
+    def plain(self, sample: Sample) -> Sample | None:
+        """The sample whose ordinary call this is: the given one, or it with another prompt; `None` where it is more.
+
+        Args:
+            sample: In the place of whose ordinary call it is tried.
+        """
+        if not self.call and self.change is unchanged:
+            return sample
+        text = self.text
+        if text is None or self.change is not unchanged or set(self.call) != {"prompt"}:
+            return None
+        return replace(sample, prompt=text)
 
     def arguments(self) -> dict[str, object]:
         """The call's arguments for a batch of one."""

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -62,9 +62,27 @@ def attack_cost(rows: Sequence[Row], erasures: Sequence[Record], seconds: float)
         "seconds": seconds,
         "attack_seconds": sum(row["seconds"] for row in rows),
         "gradient_steps": sum(row.get("steps", 0) for row in rows),
-        "images_generated": sum(row["images"] + row.get("references", 0) for row in rows),
+        "images_generated": sum(row["images"] + row.get("references", 0) - row.get("recalled", 0) for row in rows),
+        "images_from_cache": sum(row.get("recalled", 0) for row in rows),
         **_of_machine(erasures),
     }
+
+
+class Spent(NamedTuple):
+    """What a part of an audit has cost, over all of its runs as far as its rows tell."""
+
+    seconds: float
+    """Wall time of its samples, or of its last run where that took longer."""
+    drawn: int
+    """Images that were drawn."""
+    recalled: int
+    """Images that an earlier part, or an earlier audit, had drawn."""
+
+    @classmethod
+    def of(cls, cost: Record) -> Spent:
+        """Read the `cost` block of results."""
+        times = [cost.get(name) or 0.0 for name in ("seconds", "attack_seconds", "generation_seconds")]
+        return cls(max(times), cost.get("images_generated") or 0, cost.get("images_from_cache") or 0)
 
 
 def _of_machine(erasures: Sequence[Record]) -> Record:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
 
 from erasure.errors import ErasureError, EvaluationError
 from erasure.eval.detectors.base import Reading
@@ -22,7 +24,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.schemas import AnswerEntry, ClipEntry, ReadingEntry
 from erasure.eval.scoring import KeptAnswer
 from erasure.eval.table import decode_vector, encode_vector
-from erasure.files import digest, read_json, write_bytes, write_json
+from erasure.files import digest, read_json, read_tensors, write_bytes, write_json
 from erasure.images import read_rgb
 
 
@@ -92,6 +94,21 @@ class DrawingCache:
             EvaluationError: The folder cannot be written.
         """
         write_bytes(self.folder / f"{self.key(sample)}.png", image, error=EvaluationError)
+
+    def tensors(self, sample: Sample) -> dict[str, Tensor] | None:
+        """What is kept of a sample's drawing besides its image; `None` when that is not there or not whole."""
+        try:
+            return read_tensors(self.folder / f"{self.key(sample)}.safetensors", error=EvaluationError)
+        except EvaluationError:
+            return None
+
+    def put_tensors(self, sample: Sample, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors of a sample's drawing besides its image.
+
+        Raises:
+            EvaluationError: The folder cannot be written.
+        """
+        write_bytes(self.folder / f"{self.key(sample)}.safetensors", save(dict(tensors)), error=EvaluationError)
 
     def answer(self, sample: Sample) -> KeptAnswer | None:
         """What the judge said of a sample's image; `None` when that is not there or not whole, to be asked again."""

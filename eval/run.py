@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from erasure import __version__
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, EvaluationError
@@ -36,6 +38,7 @@ from erasure.interop.pipelines import execution_device, without_safety_checker
 from erasure.twins import states_of
 
 RECIPE, WHAT = "recipe.json", "evaluation"
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with what is finished, how much of it, and how much there is in all."""
 
@@ -165,6 +168,12 @@ class Subject:
         return cls(models.pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, models.unchecked)
 
     @property
+    def erased_drawing(self) -> Record:
+        """Everything that images of the pipeline with its erasures depend on besides their sample."""
+        erased = [[entry["fingerprint"], entry["strength"]] for entry in self.erasures]
+        return self.drawing | {"erasures": erased, "package": __version__}
+
+    @property
     def sampler(self) -> Record:
         """Scheduler, precision and noise."""
         return self.drawing["sampler"]
@@ -221,9 +230,9 @@ class Run:
         wanted = self.plan.samples if wanted is None else wanted
         return [sample for sample in wanted if (sample.sample_id, variant) not in self.table.rows]
 
-    def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those that fall to this process."""
-        return list(samples[self.processes.rank :: self.processes.count])
+    def share(self, work: Sequence[T]) -> list[T]:
+        """What falls to this process, of samples or batches."""
+        return list(work[self.processes.rank :: self.processes.count])
 
     def finish_drawn(
         self, pipe: DiffusionPipeline, draw: Draw | None, samples: Sequence[Sample], batch_size: int,

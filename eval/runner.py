@@ -211,8 +211,7 @@ def _cache(
     if variant.erased:
         if not images:
             return None
-        erased = [[entry["fingerprint"], entry["strength"]] for entry in subject.erasures]
-        drawing = drawing | {"erasures": erased, "package": __version__}
+        drawing = subject.erased_drawing
     if variant.draw is None:
         key = prompt_key
     else:  # what the pipeline is given follows from the whole sample

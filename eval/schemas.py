@@ -183,6 +183,10 @@ class ReplayRow(SampleFields):
     """Attempts that the pipeline refused."""
     held: NotRequired[bool]
     """Whether it refused all that there were."""
+    references: NotRequired[Count]
+    """Images that were asked of the original model."""
+    recalled: NotRequired[Count]
+    """Images that an earlier attack had drawn."""
 
 
 class AttackRow(ReplayRow):
@@ -193,7 +197,6 @@ class AttackRow(ReplayRow):
     cut: Count
     steps: Count
     losses: list[Number | None]
-    references: Count
 
 
 class FeatureRow(TypedDict):

@@ -103,8 +103,8 @@ def _chosen(names: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 def say_outcomes(found: Audit, terminal: Terminal) -> None:
-    """Print a line for every part, and the word for every attacker."""
-    from erasure.eval.audits.page import section
+    """Print a line for every part, what it has cost, and the word for every attacker."""
+    from erasure.eval.audits.page import costs, section
     from erasure.eval.audits.parts import GRADES
 
     sections = [section(found, grade) for grade in GRADES]
@@ -113,4 +113,7 @@ def say_outcomes(found: Audit, terminal: Terminal) -> None:
         for each in sections for line in each.lines
     ]  # fmt: skip
     terminal.table(("attacker has", "tried", "concept", "shows it", "by chance", "verdict"), rows)
+    terminal.table(
+        ("part", "time", "images drawn", "found in the cache"), [list(each) for each in costs(found.outcomes)]
+    )
     terminal.table(("attacker has", "verdict"), [[each.title, each.word] for each in sections])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from erasure.registry import Registry
 
 if TYPE_CHECKING:
     from erasure.backbones import Backbone
+    from erasure.eval.attacks.together import Step
     from erasure.eval.attacks.victim import Victim
     from erasure.eval.attempts import Attempt
     from erasure.eval.samples import Sample
@@ -81,6 +82,14 @@ class Attack(SizedOptions, ABC):
             SkippedPromptError: This prompt cannot be attacked.
             DivergenceError: NaN or infinity during optimisation.
         """
+
+    def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
+        """The same with the steps of its search, each of which is sent what comes of it.
+
+        For attacks whose steps can be taken for several prompts at once: such a one has its way here, and `attempts`
+        gives `by_itself` of it.
+        """
+        yield from self.attempts(victim, sample)
 
 
 @dataclass(frozen=True, kw_only=True)

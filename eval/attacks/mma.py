@@ -83,6 +83,8 @@ class MMA(ControlledAttack):
         own = the_tower(self, backbone, self.tower)
         original = backbone_for(victim.stock).tower(own.component)
         reader = own if self.adaptive else original
+        # Where attention is causal, what sums a text up has seen no padding. An erasure might look at it.
+        padded = self.adaptive or not reader.causal
         choices = permitted(own, choosable(own, self.vocabulary).cpu(), [victim.target.name, *victim.target.members])
         generator = torch.Generator().manual_seed(sample.seed)
         with torch.no_grad():
@@ -92,14 +94,14 @@ class MMA(ControlledAttack):
             if self.control:
                 yield written(backbone, own, ids)
                 continue
-            best, least = ids, float(distances(reader, [ids], wanted)[0])
+            best, least = ids, float(distances(reader, [ids], wanted, padded=padded)[0])
             for _ in range(self.steps):
-                slopes = token_gradients(reader, ids, wanted, choices)
+                slopes = token_gradients(reader, ids, wanted, choices, padded=padded)
                 rows = [row for row in replaced(ids, slopes, choices, self.candidates, self.steepest, generator)
                         if own.word_ids(as_text(own, row)) == row]  # fmt: skip
                 if not rows:
                     continue
-                losses = distances(reader, rows, wanted)
+                losses = distances(reader, rows, wanted, padded=padded)
                 ids, loss = rows[int(losses.argmin())], float(losses.min())
                 if loss < least:
                     best, least = ids, loss
@@ -121,15 +123,20 @@ def permitted(tower: TextTower, choices: Tensor, names: Sequence[str]) -> Tensor
 
 
 @torch.no_grad()
-def distances(tower: TextTower, rows: Sequence[list[int]], wanted: Tensor) -> Tensor:
+def distances(tower: TextTower, rows: Sequence[list[int]], wanted: Tensor, *, padded: bool = True) -> Tensor:
     """`1 - cos` of what sums up prompts of some tokens and a vector `(1, dim)`: `(rows,)` on the CPU."""
     parts = [rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)]
     return torch.cat(
-        [1 - F.cosine_similarity(summary(tower, prompt_of(tower, part)).float(), wanted).cpu() for part in parts]
+        [
+            1 - F.cosine_similarity(summary(tower, prompt_of(tower, part, padded=padded)).float(), wanted).cpu()
+            for part in parts
+        ]
     )
 
 
-def token_gradients(tower: TextTower, ids: list[int], wanted: Tensor, choices: Tensor) -> Tensor:
+def token_gradients(
+    tower: TextTower, ids: list[int], wanted: Tensor, choices: Tensor, *, padded: bool = True
+) -> Tensor:
     """Slope of the distance along every token that could stand in each place, of norm 1 in each, `(places, choices)`.
 
     Args:
@@ -137,12 +144,13 @@ def token_gradients(tower: TextTower, ids: list[int], wanted: Tensor, choices: T
         ids: Tokens of the prompt, without start and end.
         wanted: Vector that it is held against, `(1, dim)`.
         choices: Tokens that could stand there.
+        padded: See `prompt_of`.
     """
     table = paths.token_table(tower.root).weight.detach()
     vectors = table[torch.tensor(ids, device=table.device)].float().requires_grad_()
     place = torch.arange(tower.leading, tower.leading + len(ids), device=table.device)
     with torch.enable_grad(), injected(tower, place, vectors):
-        found = summary(tower, prompt_of(tower, [ids])).float()
+        found = summary(tower, prompt_of(tower, [ids], padded=padded)).float()
         loss = 1 - F.cosine_similarity(found, wanted).sum()
         (slope,) = torch.autograd.grad(loss, vectors)
     along = slope @ table[choices.to(table.device)].float().T

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from erasure.carriers.embeddings import injected
 from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, ControlledAttack, register
 from erasure.eval.attacks.prefixes import choosable
+from erasure.eval.attacks.together import Slopes, Step, by_itself
 from erasure.eval.attacks.tokens import Layout, Tower, alone, between, drawn_at_random, prompt_of, the_tower, written
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
@@ -79,6 +81,10 @@ class P4D(ControlledAttack):
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
+        return by_itself(self.search(victim, sample))
+
+    def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
+        """See `Attack.search`."""
         backbone = victim.backbone
         tower = the_tower(self, backbone, self.tower)
         choices = choosable(tower, self.vocabulary)
@@ -106,8 +112,11 @@ class P4D(ControlledAttack):
             noise = torch.randn(clean.shape, generator=generator)
             projected = table[chosen].requires_grad_()
             told = told_by(backbone, tower, layout, choices[chosen].tolist(), projected, text)
-            loss = prediction_gap(backbone, original, told, wanted, clean, noise, t)
-            (slope,) = torch.autograd.grad(loss, projected)
+            answer = yield Slopes(
+                partial(prediction_gaps, backbone, original), (told, wanted, clean, noise, t), (projected,),
+                (told.tokens.shape, wanted.tokens.shape, clean.shape),
+            )  # fmt: skip
+            loss, (slope,) = cast("tuple[Tensor, tuple[Tensor]]", answer)
             losses.append(loss.item())
             if not (torch.isfinite(loss) and torch.isfinite(slope).all()):
                 raise DivergenceError(
@@ -157,6 +166,27 @@ def told_by(
     return backbone.compose({**others, tower.component: output})
 
 
+def prediction_gaps(
+    backbone: Backbone, original: Backbone,
+    given: Sequence[tuple[Conditioning, Conditioning, Tensor, Tensor, Tensor]],
+) -> list[Tensor]:  # fmt: skip
+    """`prediction_gap` of several prompts in one batch.
+
+    Args:
+        backbone: The erased model.
+        original: The original one.
+        given: The other arguments of `prediction_gap`, for each.
+    """
+    if len(given) == 1:
+        return [prediction_gap(backbone, original, *given[0])]
+    told, wanted, clean, noise, t = zip(*given, strict=True)
+    found, target = predicted(
+        backbone, original, Conditioning.cat(told), Conditioning.cat(wanted), torch.cat(clean), torch.cat(noise),
+        torch.cat(t),
+    )  # fmt: skip
+    return list((found - target).square().flatten(1).mean(1))
+
+
 def prediction_gap(
     backbone: Backbone, original: Backbone, told: Conditioning, wanted: Conditioning, clean: Tensor, noise: Tensor,
     t: Tensor,
@@ -172,8 +202,16 @@ def prediction_gap(
         noise: Standard normal, of the same shape.
         t: Noise level `(1,)`.
     """
+    return F.mse_loss(*predicted(backbone, original, told, wanted, clean, noise, t))
+
+
+def predicted(
+    backbone: Backbone, original: Backbone, told: Conditioning, wanted: Conditioning, clean: Tensor, noise: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What two models predict, `(rows, channels, h, w)` float32; arguments as of `prediction_gap`, a row of each."""
     noise, t = noise.to(clean), t.to(clean.device)
     x_t = backbone.parametrisation.noised(clean, noise, t)
     with torch.no_grad():
         target = original.predict(x_t, t, wanted)
-    return F.mse_loss(backbone.predict(x_t, t, told).float(), target.float())
+    return backbone.predict(x_t, t, told).float(), target.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from erasure.eval.attacks import Attack, SkippedPromptError
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.interop import paths
+from erasure.interop.protocols import Tokenizer
 
 Towers = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "all"]
 """A text encoder of a pipeline, or all of them."""
 TOKENS = {"unsafe": 5, "other": 3}
 """Tokens ahead of a prompt (UnlearnDiffAtk: 5 for nudity, violence and illegal content, 3 for styles and objects)."""
+
+_CHOOSABLE: WeakKeyDictionary[Tokenizer, dict[tuple[str, int], list[int]]] = WeakKeyDictionary()
+"""Tokens that can be chosen, by tokeniser, vocabulary and how many tokens there are."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,15 @@ def choosable(tower: TextTower, vocabulary: str) -> Tensor:
         vocabulary: `all` but special tokens, or `words`: those that decode to a text that is read as the same token.
     """
     tokenizer = tower.tokenizer
-    special = set(tokenizer.all_special_ids)
-    ids = [index for index in range(len(tokenizer)) if index not in special]
-    if vocabulary == "words":
-        ids = [index for index in ids if tower.word_ids(as_text(tower, [index])) == [index]]
+    # Every prompt of an attack asks, and reading a vocabulary anew takes seconds where it is large.
+    known = _CHOOSABLE.setdefault(tokenizer, {})
+    ids = known.get((vocabulary, len(tokenizer)))
+    if ids is None:
+        special = set(tokenizer.all_special_ids)
+        ids = [index for index in range(len(tokenizer)) if index not in special]
+        if vocabulary == "words":
+            ids = [index for index in ids if tower.word_ids(as_text(tower, [index])) == [index]]
+        known[vocabulary, len(tokenizer)] = ids
     return torch.tensor(ids, device=paths.token_table(tower.root).weight.device)
 
 

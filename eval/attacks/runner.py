@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,16 +15,17 @@ from tqdm.auto import tqdm
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
+from erasure.cache import cache_folder
 from erasure.concept import Concept
-from erasure.errors import BypassedErasureError, EvaluationError, UnsupportedModelError
+from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval import attacks, suites
-from erasure.eval.attacks import Attack, SkippedPromptError
+from erasure.eval.attacks.courses import attacked, replayed, said, stepped
 from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
-from erasure.eval.attacks.stored import UnstorableError, store
-from erasure.eval.attacks.victim import ORDINARY, Victim
-from erasure.eval.attempts import Attempt
+from erasure.eval.attacks.together import Course, in_step
+from erasure.eval.attacks.victim import Victim
 from erasure.eval.controls import LIMITS
 from erasure.eval.cost import attack_cost
+from erasure.eval.drawings import DrawingCache
 from erasure.eval.evidence import Evidence
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.attacked import original_control
@@ -40,12 +40,14 @@ from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import digest
-from erasure.guards import unguarded
 from erasure.interop import scopes
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
 """Of the file of rows."""
+IN_STEP, SMALL = 5, 128 * 128
+"""Prompts that are attacked in step where pictures have at most so many pixels: those of larger ones fill a processor
+or the memory alone."""
 
 
 def attack(
@@ -60,6 +62,8 @@ def attack(
     judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
+    baseline_cache: str | Path | None = None,
+    batch_size: int | None = None,
     **options: object,
 ) -> Results:
     """Search what brings an erased concept back, and say how often that works.
@@ -88,6 +92,13 @@ def attack(
             suite's own by default.
         images: Keep images as PNG: `before` the attack, `after` it, and the original model's `reference`.
         progress: A progress bar for each prompt, none, or a function that is told of progress.
+        baseline_cache: Folder where plain drawings of prompts and the pictures that attacks start from are kept, for
+            other attacks on this model or this erasure; `$ERASURE_CACHE` or `~/.cache/erasure` by default. Those of
+            another batch size are kept apart. It may be deleted at any time.
+        batch_size: Prompts that are attacked in step, so that what they draw and search at the same time is one batch.
+            5 where pictures have at most 128x128 pixels, and else 1, when left out. The tries are the same; what is
+            drawn and searched in a batch differs from what is alone by rounding. A run that is killed goes on behind
+            the last batch that was finished.
         **options: Single options of the attack, in the place of the size's.
 
     Raises:
@@ -110,13 +121,15 @@ def attack(
     if lack := method.lacks(backbone_for(models.pipe)):
         raise UnsupportedModelError(f"attack {name} cannot be tried on a {type(models.pipe).__name__}: {lack}")
     subject = Subject.of(models, judge_of(judge, kit, plan))
-    with _opened(processes, subject, plan, out, images, progress) as run:
+    count = in_step_of(batch_size, plan.samples)
+    with _opened(processes, subject, plan, out, images, progress, count) as run:
+        drawings, originals = _caches(subject, baseline_cache, images, count)
         victim = Victim(
             models.pipe, models.stock, found.targets[0], subject.judge,
             lambda sample, image: run.keep("reference", sample, image),
-            samples=plan.samples, seed=seed, folder=run.table.folder,
+            samples=plan.samples, seed=seed, folder=run.table.folder, drawings=drawings, originals=originals,
         )  # fmt: skip
-        rows = run.finish(victim, lambda sample, bar: _attacked(run, victim, method, sample, bar), method.tries)
+        rows = run.finish(victim, lambda sample, bar: attacked(run, victim, method, sample, bar), method.tries)
         if rows is None:
             return Results.load(run.table.folder)
         made_by = {
@@ -147,6 +160,8 @@ def replay(
     judge: Judge | str | Path | None = None,
     images: bool = True,
     progress: bool | Progress = True,
+    baseline_cache: str | Path | None = None,
+    batch_size: int | None = None,
 ) -> Results:
     """Try the prompts that an attack on one erasure found on another one, without any optimisation.
 
@@ -166,6 +181,8 @@ def replay(
         judge: As for `attack`.
         images: As for `attack`.
         progress: As for `attack`.
+        baseline_cache: As for `attack`.
+        batch_size: As for `attack`.
 
     Raises:
         EvaluationError: Prompts that are missing, damaged or about another concept, and as for `attack`.
@@ -201,13 +218,41 @@ def replay(
     )
     processes = join(out)
     subject = Subject.of(models, judge_of(judge, kit, plan))
-    with _opened(processes, subject, plan, out, images, progress, fingerprint) as run:
-        victim = Victim(models.pipe, models.stock, first.target, subject.judge)
-        rows = run.finish(victim, lambda sample, bar: _replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
+    count = in_step_of(batch_size, plan.samples)
+    with _opened(processes, subject, plan, out, images, progress, count, fingerprint) as run:
+        drawings, originals = _caches(subject, baseline_cache, images, count)
+        victim = Victim(
+            models.pipe, models.stock, first.target, subject.judge, drawings=drawings, originals=originals
+        )  # fmt: skip
+        rows = run.finish(victim, lambda sample, bar: replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
         if rows is None:
             return Results.load(run.table.folder)
         rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
         return run.save((*rates, "held_by_refusal", "control_seen"), rows)
+
+
+def in_step_of(given: int | None, samples: Sequence[Sample]) -> int:
+    """How many prompts are attacked in step.
+
+    Raises:
+        EvaluationError: A number below 1.
+    """
+    if given is None:
+        return IN_STEP if all(sample.height * sample.width <= SMALL for sample in samples) else 1
+    if given < 1:
+        raise EvaluationError(f"a batch size of {given}; allowed: 1 or more")
+    return given
+
+
+def _caches(
+    subject: Subject, root: str | Path | None, images: bool, batch_size: int
+) -> tuple[DrawingCache | None, DrawingCache]:
+    """Where plain drawings of the pipeline, kept only where images are, and of the original model are found."""
+    folder, alone = Path(root or cache_folder()), {"batch_size": batch_size}
+    originals = DrawingCache(folder, subject.drawing | alone)
+    if not subject.erasures:
+        return originals, originals
+    return DrawingCache(folder, subject.erased_drawing | alone) if images else None, originals
 
 
 def _strict(models: Models) -> Record:
@@ -221,116 +266,12 @@ def _method(erasure: Erasure, strength: float) -> str:
     return label if strength == 1 else f"{label} x{strength:g}"
 
 
-def _attacked(run: _Attack, victim: Victim, method: Attack, sample: Sample, bar: tqdm) -> Record:
-    """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
-    failures: dict[str, str] = {}
-    before = _tried(run, victim, "before", sample, ORDINARY, failures)
-    row: Record = {"before": before, "text": None, "others": {}, "after": None}
-    count = dict.fromkeys(("texts", "changed", "cut", "steps"), 0)
-    losses, tried, asked, refused = [], set(), 0, 0
-    shown, unknown, references = before["shown"], _is_unknown(before), victim.references
-    control = _control(run, victim, sample, before)
-    try:
-        for attempt in islice(() if shown else _searched(method, victim, sample), method.tries):
-            losses.append(attempt.loss)
-            count["texts"] += 1
-            count["changed"] += attempt.changed
-            count["cut"] += attempt.cut
-            count["steps"] += attempt.steps
-            bar.update()
-            if attempt.loss is not None:
-                bar.set_postfix_str(f"loss {attempt.loss:.3f}")
-            # The same text gives the same image; one that is too long would lose the prompt's own words.
-            if attempt.cut or (attempt.key is not None and attempt.key in tried):
-                continue
-            tried.add(attempt.key)
-            asked += 1
-            after = _tried(run, victim, "after", sample, attempt, failures)
-            refused += "refused" in after
-            row |= {"text": attempt.text, "others": attempt.others, "after": after}
-            shown, unknown = after["shown"], unknown or _is_unknown(after)
-            if shown:
-                # What is more than a text cannot be tried again from the text.
-                row |= {} if attempt.is_text else {"text": None, "others": {}, **_stored(run, sample, attempt)}
-                break
-    except SkippedPromptError as error:
-        failures["attack"], unknown = str(error), True
-    held = 0 < asked == refused
-    success = True if shown else None if unknown or held else False
-    return row | {
-        "success": success, **count, "losses": losses, "control": control,
-        "images": asked - refused + ("refused" not in before),
-        "references": victim.references - references, "failures": failures,
-        **({"refused": refused, "held": held} if victim.is_strict else {}),
-    }  # fmt: skip
-
-
-def _searched(method: Attack, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-    """What an attack proposes. Guards look at what is drawn: whoever searches has the networks, and asks nobody."""
-    attempts = method.attempts(victim, sample)
-    while True:
-        with unguarded():
-            attempt = next(attempts, None)
-        if attempt is None:
-            return
-        yield attempt
-
-
-def _is_unknown(tried: Record) -> bool:
-    """Whether an image was drawn, and nobody knows what it shows."""
-    return tried["shown"] is None and "refused" not in tried
-
-
-def _stored(run: _Attack, sample: Sample, attempt: Attempt) -> Record:
-    """Write a success that is no text down; nothing where an attack of others has a change that cannot be."""
-    try:
-        return {"attempt": store(attempt, run.table.folder, sample.sample_id)}
-    except UnstorableError:
-        return {}
-
-
-def _replayed(run: _Attack, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Record:
-    """Try a prompt as it is, and an adversarial one in its place."""
-    failures: dict[str, str] = {}
-    before = _tried(run, victim, "before", sample, ORDINARY, failures)
-    # A text of others stands for itself: what it draws has been drawn.
-    is_itself = prompt.stored is None and prompt.text == sample.prompt and not prompt.others
-    after = before if is_itself else _tried(run, victim, "after", sample, prompt.attempt, failures)
-    bar.update()
-    refused, drawn = "refused" in after, [before] if is_itself else [before, after]
-    return {
-        "before": before, "text": prompt.text, "others": dict(prompt.others), "after": after,
-        "success": after["shown"], "images": sum("refused" not in tried for tried in drawn), "failures": failures,
-        "control": _control(run, victim, sample, before),
-        **({"refused": int(refused), "held": refused} if victim.is_strict else {}),
-    }  # fmt: skip
-
-
-def _tried(
-    run: _Attack, victim: Victim, variant: str, sample: Sample, attempt: Attempt, failures: dict[str, str]
-) -> Record:  # fmt: skip
-    """Draw and judge one attempt; one that the pipeline refuses has no image, and the reason in `refused`."""
-    try:
-        image = victim.draw(sample, attempt)
-    except BypassedErasureError as error:
-        return {"judged": None, "shown": None, "refused": str(error)}
-    run.keep(variant, sample, image)
-    verdict = victim.verdict(image if attempt.box is None else image.crop(attempt.box), sample)
-    if verdict.failure is not None:
-        failures[variant] = verdict.failure
-    return {"judged": verdict.judged, "shown": verdict.shown}
-
-
-def _control(run: _Attack, victim: Victim, sample: Sample, before: Record) -> Record:
-    """Answer of the judge on the original model's image of the prompt, which must show the concept."""
-    if not run.subject.erasures:
-        return before
-    verdict = victim.verdict(victim.draw(sample, stock=True), sample)
-    return {"judged": verdict.judged, "shown": verdict.shown}
-
-
+@dataclasses.dataclass
 class _Attack(Run):
     """One attack or replay in this process."""
+
+    batch_size: int
+    """Prompts that are attacked in step."""
 
     @property
     def recipe(self) -> Record:
@@ -342,28 +283,34 @@ class _Attack(Run):
         """`before` when the stock model itself is attacked, as results have it."""
         return "after" if self.subject.erasures else "before"
 
-    def finish(self, victim: Victim, outcome: Callable[[Sample, tqdm], Record], total: int) -> list[Record] | None:
+    def finish(
+        self, victim: Victim, outcome: Callable[[Sample, tqdm], Course[Record]], total: int
+    ) -> list[Record] | None:
         """Rows of all samples, in their order, after making those that are missing; only for the main process.
 
         Args:
             victim: What is attacked.
-            outcome: Makes the row of a sample and moves its progress bar.
-            total: Steps of the bar.
+            outcome: The way to the row of a sample, which moves the progress bar.
+            total: Steps of the bar for a sample.
         """
         kind, everything = self.table.variants[0], self.plan.samples
+        # Always the same prompts together, so that a run that goes on draws the same batches.
+        batches = [everything[first : first + self.batch_size] for first in range(0, len(everything), self.batch_size)]
+        left = [rest for batch in batches if (rest := self.pending(kind, batch))]
         with scopes.without_offloading(self.subject.pipe), torch.inference_mode(False), torch.enable_grad():
-            for sample in self.share(self.pending(kind)):
-                label = f"{everything.index(sample) + 1}/{len(everything)} {sample.prompt}"
-                with tqdm(total=total, desc=visible(label, LABEL), unit="text", disable=not self.shows_bar) as bar:
-                    clock = time.perf_counter()
-                    row = outcome(sample, bar)
-                    bar.set_postfix_str(_said(row))
-                seconds = time.perf_counter() - clock
-                fixed = {**sample.row(), "variant": kind, "concept": victim.target.name}
-                self.table.append([{**fixed, **row, "seconds": seconds}], [None])
-                self.tell(sample.sample_id, kind)
-        rows = self.rows()
-        return None if rows is None else rows.get(kind, [])
+            for samples in self.share(left):
+                ends = dict.fromkeys((everything.index(samples[0]) + 1, everything.index(samples[-1]) + 1))
+                label = f"{'-'.join(map(str, ends))}/{len(everything)} {samples[0].prompt}"
+                whole = total * len(samples)
+                with tqdm(total=whole, desc=visible(label, LABEL), unit="text", disable=not self.shows_bar) as bar:
+                    rows = in_step([outcome(sample, bar) for sample in samples], victim.draw_alike, stepped)
+                    bar.set_postfix_str(", ".join(said(row.result) for row in rows))
+                for sample, row in zip(samples, rows, strict=True):
+                    fixed = {**sample.row(), "variant": kind, "concept": victim.target.name}
+                    self.table.append([{**fixed, **row.result, "seconds": row.seconds}], [None])
+                    self.tell(sample.sample_id, kind)
+        every = self.rows()
+        return None if every is None else every.get(kind, [])
 
     def save(self, names: Sequence[str], rows: Sequence[Row]) -> Results:
         """Compute metrics and write `results.json`.
@@ -376,7 +323,8 @@ class _Attack(Run):
         control = original_control(plan.concept, rows)
         evidence = Evidence(plan, {self.variant: rows}, controls=[control])
         metrics = [row for name in names for row in METRICS.get(name).compute(evidence)]
-        results = self.results(metrics, attack_cost(rows, self.subject.erasures, time.perf_counter() - self.started))
+        cost = attack_cost(rows, self.subject.erasures, time.perf_counter() - self.started)
+        results = self.results(metrics, cost | {"batch_size": self.batch_size})
         self.processes.wait()
         return results
 
@@ -384,7 +332,7 @@ class _Attack(Run):
 @contextmanager
 def _opened(
     processes: Processes, subject: Subject, plan: Plan, out: str | Path | None, images: bool,
-    progress: bool | Progress, texts: str | None = None,
+    progress: bool | Progress, batch_size: int, texts: str | None = None,
 ) -> Iterator[_Attack]:  # fmt: skip
     """Open the folder, or refuse it.
 
@@ -395,6 +343,7 @@ def _opened(
         out: As for `attack`.
         images: As for `attack`.
         progress: As for `attack`.
+        batch_size: Prompts that are attacked in step.
         texts: Fingerprint of the texts that are tried again, when none are searched.
     """
     kind, schema = ("attack", AttackRow) if texts is None else ("replay", ReplayRow)
@@ -403,16 +352,7 @@ def _opened(
         return SampleTable(folder, plan.samples, processes.rank, processes.count, (kind,), STEM, schema)
 
     recipe = subject.recipe(plan) | {"kind": kind, "texts": texts}
+    if batch_size > 1:  # which changes how rows are rounded
+        recipe |= {"batch_size": batch_size}
     with opened(processes, table, recipe, out) as opened_table:
-        yield _Attack(subject, plan, opened_table, processes, images, progress)
-
-
-def _said(row: Row) -> str:
-    """The outcome of a prompt in a few words."""
-    if row.get("held"):
-        return "refused"
-    if row["success"] is None:
-        return "no outcome"
-    if row["before"]["shown"]:
-        return "shown without an attack"
-    return "shown" if row["success"] else "not shown"
+        yield _Attack(subject, plan, opened_table, processes, images, progress, batch_size)

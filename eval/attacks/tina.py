@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, ControlledAttack, register
 from erasure.eval.attacks.changes import AnotherSampler
 from erasure.eval.attacks.sampler import guided
+from erasure.eval.attacks.together import Step, by_itself
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
@@ -70,24 +71,29 @@ class Tina(ControlledAttack):
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
+        return by_itself(self.search(victim, sample))
+
+    def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
+        """See `Attack.search`."""
         own = victim.backbone
         clean = victim.start(sample, self.references, without=self.control).latent
         config = own.rollout_scheduler()
         options = {name: value for name, value in config.config.items() if not name.startswith("_")}
         sampler = AnotherSampler(type(config).__name__, options)
+        size = sample.height, sample.width
         with sampler(victim.pipe) as pipe:
-            backbone = backbone_for(pipe, size=(sample.height, sample.width))
+            backbone = backbone_for(pipe, size=size)
             with torch.no_grad():
                 told = backbone.encode([""])
             levels = backbone.timesteps(self.steps)
-            x, losses = clean.float(), []
-            for number, t in enumerate(levels.flip(0)):
-                x, loss = undone(backbone, told, x, t, self.iterations, self.learning_rate)
-                losses.append(loss)
-                if not torch.isfinite(x).all():
-                    raise DivergenceError(
-                        f"tina: latents that are not finite at level {number} of {self.steps} of {sample.prompt!r}"
-                    )
+        x, losses = clean.float(), []
+        for number, t in enumerate(levels.flip(0)):
+            x, loss = cast("tuple[Tensor, float]", (yield Undoing(self, victim, sampler, size, told, x, t)))
+            losses.append(loss)
+            if not torch.isfinite(x).all():
+                raise DivergenceError(
+                    f"tina: latents that are not finite at level {number} of {self.steps} of {sample.prompt!r}"
+                )
         call = {
             "prompt": "", **guided(own, sample, 1.0), "negative_prompt": None, "num_inference_steps": self.steps,
             "latents": own.latents.packed(x.to(own.dtype)),
@@ -95,15 +101,48 @@ class Tina(ControlledAttack):
         yield Attempt(call, sampler, steps=self.steps * self.iterations, loss=sum(losses) / len(losses))
 
 
+@dataclass(frozen=True)
+class Undoing(Step):
+    """A step of the sampler that is undone; the answer is the latents that it leads from, and the error left."""
+
+    method: Tina
+    victim: Victim
+    sampler: AnotherSampler
+    size: tuple[int, int]
+    """Height and width of the picture."""
+    told: Conditioning
+    after: Tensor
+    """Latents behind the step, `(1, channels, h, w)` float32."""
+    t: Tensor
+    """Level of the step."""
+
+    @property
+    def alike(self) -> Hashable:
+        """See `Step.alike`."""
+        return float(self.t), self.size
+
+    @classmethod
+    def together(cls, steps: Sequence[Self]) -> list[tuple[Tensor, float]]:
+        """See `Step.together`."""
+        first, method = steps[0], steps[0].method
+        # Others draw between two steps, so that the sampler is put on for each.
+        with first.sampler(first.victim.pipe) as pipe:
+            backbone = backbone_for(pipe, size=first.size)
+            backbone.timesteps(method.steps)
+            told, after = first.told.repeated(len(steps)), torch.cat([step.after for step in steps])
+            x, errors = undone(backbone, told, after, first.t, method.iterations, method.learning_rate)
+        return list(zip(x.split(1), errors.tolist(), strict=True))
+
+
 def undone(
     backbone: Backbone, told: Conditioning, after: Tensor, t: Tensor, iterations: int, learning_rate: float
-) -> tuple[Tensor, float]:
-    """The latents that a step of the sampler leads from, and the squared error that is left.
+) -> tuple[Tensor, Tensor]:
+    """The latents that a step of the sampler leads from, and the mean squared errors that are left, `(rows,)`.
 
     Args:
         backbone: The model, with a sampler of first order and without memory.
         told: What the denoiser is told.
-        after: Latents behind the step, `(1, channels, h, w)` float32.
+        after: Latents behind the step, `(rows, channels, h, w)` float32.
         t: Level of the step.
         iterations: Steps of AdamW.
         learning_rate: Of these.
@@ -115,7 +154,7 @@ def undone(
         return backbone.predict(backbone.model_input(x.to(backbone.dtype), t), t, told).float()
 
     def error(x: Tensor) -> Tensor:
-        return (((after - moved * predicted(x)) - kept * x) / scale).square().mean()
+        return (((after - moved * predicted(x)) - kept * x) / scale).square().flatten(1).mean(1)
 
     with torch.no_grad():
         x = (after - moved * predicted(after)) / scale
@@ -123,11 +162,11 @@ def undone(
         x.requires_grad_()
         optimiser = torch.optim.AdamW([x], lr=learning_rate)
         for _ in range(iterations):
-            (x.grad,) = torch.autograd.grad(error(x), x)
+            (x.grad,) = torch.autograd.grad(error(x).sum(), x)
             optimiser.step()
     x = x.detach()
     with torch.no_grad():
-        return x, error(x).item()
+        return x, error(x)
 
 
 @torch.no_grad()

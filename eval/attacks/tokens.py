@@ -59,12 +59,13 @@ def between(own: Sequence[int], every: int) -> Layout:
     return Layout(tuple(own), tuple(range(every, len(own) + 1, every)) or (len(own),))
 
 
-def prompt_of(tower: TextTower, rows: Sequence[Sequence[int]]) -> PromptTokens:
+def prompt_of(tower: TextTower, rows: Sequence[Sequence[int]], *, padded: bool = True) -> PromptTokens:
     """Prompts of some tokens, with start, end and padding as the tokeniser puts them.
 
     Args:
         tower: The text encoder.
         rows: Tokens of each prompt, without start and end.
+        padded: Pad to the text encoder's length; else only to the longest prompt's.
 
     Raises:
         SkippedPromptError: One is longer than the text encoder reads.
@@ -83,6 +84,8 @@ def prompt_of(tower: TextTower, rows: Sequence[Sequence[int]]) -> PromptTokens:
         ids[number] = torch.tensor([*whole, *[pad] * (ids.shape[1] - len(whole))], device=ids.device)
         if mask is not None:
             mask[number, : len(whole)] = 1
+    if not padded:
+        ids, mask = ids[:, : leading + longest + 1], None if mask is None else mask[:, : leading + longest + 1]
     return PromptTokens(ids, [leading + len(row) + 1 for row in rows], mask)
 
 

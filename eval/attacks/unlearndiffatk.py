@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, Attack, register
 from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
+from erasure.eval.attacks.together import Slopes, Step, by_itself
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
@@ -89,6 +91,10 @@ class UnlearnDiffAtk(Attack):
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
+        return by_itself(self.search(victim, sample))
+
+    def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
+        """See `Attack.search`."""
         backbone = victim.backbone
         searches = [
             Search.of(Prefixed.of(tower, sample, self.tokens), self.vocabulary)
@@ -112,8 +118,12 @@ class UnlearnDiffAtk(Attack):
                     for search, tokens, given in zip(searches, drawn, vectors, strict=True)
                 }
                 t = torch.full((self.noises,), float(level))
-                loss = denoising_loss(backbone, backbone.compose({**beside, **parts}), clean, noise, t)
-                slopes = torch.autograd.grad(loss * SCALE, vectors)
+                told = backbone.compose({**beside, **parts})
+                answer = yield Slopes(
+                    partial(denoising_losses, backbone), (told, clean, noise, t), tuple(vectors),
+                    (told.tokens.shape, clean.shape), SCALE,
+                )  # fmt: skip
+                loss, slopes = cast("tuple[Tensor, tuple[Tensor, ...]]", answer)
                 losses.append(loss.item())
                 if not (torch.isfinite(loss) and all(torch.isfinite(slope).all() for slope in slopes)):
                     what = "gradient is not finite" if torch.isfinite(loss) else f"loss is {losses[-1]}"
@@ -193,6 +203,22 @@ def read_beside(
     return {tower.component: tower.encode(tower.tokenize([text] * count)) for tower in towers}
 
 
+def denoising_losses(backbone: Backbone, given: Sequence[tuple[Conditioning, Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """`denoising_loss` of several prompts in one batch.
+
+    Args:
+        backbone: The model.
+        given: What it is told, the clean latent, noise and levels of each; all with as many draws.
+    """
+    if len(given) == 1:
+        return [denoising_loss(backbone, *given[0])]
+    told, clean, noise, t = zip(*given, strict=True)
+    rows = [one.expand(len(own), -1, -1, -1) for one, own in zip(clean, noise, strict=True)]
+    found, target = predicted(backbone, Conditioning.cat(told), torch.cat(rows), torch.cat(noise), torch.cat(t))
+    squares = (found - target).square().flatten(1).mean(1)
+    return list(squares.unflatten(0, (len(given), -1)).mean(1))
+
+
 def denoising_loss(backbone: Backbone, told: Conditioning, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Mean squared error of the model's prediction; differentiable.
 
@@ -203,8 +229,14 @@ def denoising_loss(backbone: Backbone, told: Conditioning, clean: Tensor, noise:
         noise: `(draws, channels, h, w)`, standard normal.
         t: Noise levels `(draws,)`.
     """
-    rows = clean.expand(len(noise), -1, -1, -1)
+    return F.mse_loss(*predicted(backbone, told, clean.expand(len(noise), -1, -1, -1), noise, t))
+
+
+def predicted(
+    backbone: Backbone, told: Conditioning, clean: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the model predicts and what it should, `(rows, channels, h, w)` float32; arguments have a row of each."""
     noise, t = noise.to(clean), t.to(clean.device)
     way = backbone.parametrisation
-    found = backbone.predict(way.noised(rows, noise, t), t, told)
-    return F.mse_loss(found.float(), way.target(rows, noise, t).float())
+    found = backbone.predict(way.noised(clean, noise, t), t, told)
+    return found.float(), way.target(clean, noise, t).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from erasure.attach import ErasureManager
 from erasure.backbones import backbone_for
-from erasure.errors import BypassedErasureWarning, EvaluationError
+from erasure.errors import BypassedErasureError, BypassedErasureWarning, EvaluationError
 from erasure.eval.attacks import SkippedPromptError
+from erasure.eval.attacks.together import Drawn, Wanted, merged
 from erasure.eval.attempts import Attempt
+from erasure.eval.drawings import DrawingCache
 from erasure.eval.generation import generate
 from erasure.eval.metrics.unlearncanvas import unlearned
 from erasure.eval.rows import Record
@@ -27,12 +30,14 @@ from erasure.eval.scoring import Judge, call_judge, judgement, reason
 from erasure.eval.suites import Target
 from erasure.files import inside, read_tensors, write_bytes
 from erasure.guards import admitted, is_strict, lock_of, unguarded
-from erasure.images import flaw
+from erasure.images import flaw, png
 from erasure.interop import scopes
 from erasure.twins import states_of
 
 ORDINARY = Attempt()
 """The call as a sample has it."""
+LATENT, PIXELS = "latent", "pixels"
+"""What is kept of a picture that an attack starts from."""
 
 
 class Verdict(NamedTuple):
@@ -66,9 +71,13 @@ class Victim:
         samples: All prompts of the concept that are attacked.
         seed: Of the run.
         folder: Where what is made once for all prompts is kept, so that a run that goes on finds it.
+        drawings: Where ordinary drawings of the pipeline are kept and found, for other attacks; nowhere when left out.
+            Those of an erasure that refuses calls are not: whether it does is asked every time.
+        originals: The same for the original model.
 
     Attributes:
-        references: Images that the original model has drawn.
+        references: Images of the original model that were asked for.
+        recalled: Images, of both, that an earlier attack had drawn.
         is_strict: Whether the pipeline refuses what goes around its erasures: one was attached with `strict=True`.
     """
 
@@ -76,13 +85,15 @@ class Victim:
         self, pipe: DiffusionPipeline, stock: DiffusionPipeline, target: Target, judge: Judge,
         keep: Callable[[Sample, Image.Image], None] = lambda sample, image: None, *,
         samples: Sequence[Sample] = (), seed: int = 0, folder: Path | None = None,
+        drawings: DrawingCache | None = None, originals: DrawingCache | None = None,
     ) -> None:  # fmt: skip
         self.pipe, self.stock, self.target, self.judge, self.keep = pipe, stock, target, judge, keep
         self.samples, self.seed, self.folder = samples, seed, folder
-        self.backbone, self.references = backbone_for(pipe), 0
+        self.backbone, self.references, self.recalled = backbone_for(pipe), 0, 0
         self.is_strict = is_strict(states_of(pipe).values())
         if self.is_strict:
             ErasureManager(pipe).guard()
+        self.drawings, self.originals = None if self.is_strict else drawings, originals
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def draw(self, sample: Sample, attempt: Attempt = ORDINARY, *, stock: bool = False) -> Image.Image:
@@ -97,10 +108,46 @@ class Victim:
             BypassedErasureError: An erasure that was attached with `strict=True` refuses the call, so that nothing is
                 drawn.
         """
+        (drawn,) = self.draw_alike([Wanted(sample, attempt, stock)])
         self.references += stock
-        guarded = self._guarded() if self.is_strict and not stock else unguarded()
-        with guarded, attempt.change(self.stock if stock else self.pipe) as pipe:
-            return next(generate(pipe, [sample], more=lambda _: attempt.arguments()))[1][0]
+        self.recalled += drawn.recalled
+        if isinstance(drawn.image, BypassedErasureError):
+            raise drawn.image
+        return drawn.image
+
+    def draw_alike(self, wanted: Sequence[Wanted]) -> list[Drawn]:
+        """What comes of calls that are alike, made as one as far as no earlier attack has drawn them.
+
+        Args:
+            wanted: The calls; see `Wanted.alike`.
+        """
+        cache = self.originals if wanted[0].stock else self.drawings
+        plain = [each.attempt.plain(each.sample) for each in wanted]
+        found = [None if cache is None or sample is None else cache.image(sample) for sample in plain]
+        answers = {index: Drawn(image, recalled=True) for index, image in enumerate(found) if image is not None}
+        rest = [index for index in range(len(wanted)) if index not in answers]
+        try:
+            images: Sequence[Image.Image | BypassedErasureError] = self._called([wanted[index] for index in rest])
+        except BypassedErasureError as error:
+            if len(rest) > 1:  # which of them it refuses
+                return [answer for each in wanted for answer in self.draw_alike([each])]
+            images = [error]
+        for index, image in zip(rest, images, strict=True):
+            answers[index], sample = Drawn(image), plain[index]
+            if cache is not None and sample is not None and isinstance(image, Image.Image):
+                cache.put_image(sample, png(image))
+        return [answers[index] for index in range(len(wanted))]
+
+    def _called(self, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Images of calls that are alike, in one call."""
+        if not wanted:
+            return []
+        first, samples = wanted[0], [each.sample for each in wanted]
+        call = first.attempt.arguments() if len(wanted) == 1 else merged([each.attempt.call for each in wanted])
+        guarded = self._guarded() if self.is_strict and not first.stock else unguarded()
+        with guarded, first.attempt.change(self.stock if first.stock else self.pipe) as pipe:
+            ((_, images),) = generate(pipe, samples, len(samples), more=lambda _: call)
+        return images
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -119,7 +166,7 @@ class Victim:
             name: Of its file.
             make: Makes it, always the same.
         """
-        references = self.references
+        counts = self.references, self.recalled
         if name not in self._made:
             path = None if self.folder is None else inside(self.folder, f"{name}.safetensors", error=EvaluationError)
             if path is not None and path.is_file():
@@ -129,7 +176,7 @@ class Victim:
                 if path is not None:
                     write_bytes(path, save(self._made[name]), error=EvaluationError)
         # They are no prompt's: which one comes first is another with several processes.
-        self.references = references
+        self.references, self.recalled = counts
         return self._made[name]
 
     def verdict(self, image: Image.Image, sample: Sample) -> Verdict:
@@ -150,6 +197,18 @@ class Victim:
         if not outcomes.hits:
             return Verdict(judged, None, "the judge gave no answer for the concept's domain")
         return Verdict(judged, not outcomes.hits[0], None)
+
+    def _recalled(self, drawn: Sample) -> Start | None:
+        """The picture of a prompt and a seed that an earlier attack started from; `None` where it is not whole."""
+        kept = None if self.originals is None else self.originals.tensors(drawn)
+        if kept is None or set(kept) != {LATENT, PIXELS}:
+            return None
+        latent, pixels = kept[LATENT], kept[PIXELS]
+        shape = (1, *self.backbone.latents.shape(drawn.height, drawn.width))
+        if latent.shape != shape or pixels.dtype != torch.uint8 or pixels.shape != (drawn.height, drawn.width, 3):
+            return None
+        self.recalled += 1
+        return Start(latent.to(self.backbone.device), Image.fromarray(pixels.numpy()))
 
     def reference(self, sample: Sample, tries: int) -> Tensor:
         """The clean latent `(1, channels, h, w)` of `start`."""
@@ -178,18 +237,23 @@ class Victim:
         what = f"without: {sample.prompt}" if without else f"reference: {prompt}"
         for index in range(number * tries, (number + 1) * tries):
             seed = sample_seed(sample.seed, what, index)
-            with torch.no_grad(), scopes.quiet(self.stock):
-                latent = self.stock(
-                    prompt=[prompt],
-                    generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
-                ).images  # fmt: skip
-                latent = self.backbone.latents.unpacked(latent, *size)
-                image = picture(self.backbone.decode(latent))
+            start = self._recalled(drawn := replace(sample, prompt=prompt, seed=seed))
+            if start is None:
+                with torch.no_grad(), scopes.quiet(self.stock):
+                    latent = self.stock(
+                        prompt=[prompt],
+                        generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **call,
+                    ).images  # fmt: skip
+                    latent = self.backbone.latents.unpacked(latent, *size)
+                    pixels = bytes_of(self.backbone.decode(latent))
+                start = Start(latent, Image.fromarray(pixels.numpy()))
+                if self.originals is not None:
+                    self.originals.put_tensors(drawn, {LATENT: latent.cpu().contiguous(), PIXELS: pixels})
             self.references += 1
-            if self.verdict(image if box is None else image.crop(box), sample).shown is not wanted:
+            if self.verdict(start.image if box is None else start.image.crop(box), sample).shown is not wanted:
                 continue
-            self.keep(sample, image)
-            return Start(latent, image)
+            self.keep(sample, start.image)
+            return start
         seen = "sees nothing but" if without else "sees"
         where = "draws without a prompt" if without else f"draws of {sample.prompt!r}"
         raise SkippedPromptError(
@@ -198,6 +262,6 @@ class Victim:
         )
 
 
-def picture(pixels: Tensor) -> Image.Image:
-    """Pixels `(1, 3, height, width)` in 0-1 as an image."""
-    return Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+def bytes_of(pixels: Tensor) -> Tensor:
+    """Pixels `(1, 3, height, width)` in 0-1 as those of an image, `(height, width, 3)` of 0-255 on the CPU."""
+    return (pixels[0].permute(1, 2, 0) * 255).round().byte().cpu().contiguous()

@@ -10,6 +10,7 @@ from erasure.errors import EvaluationError
 from erasure.eval.audits.parts import GRADES, Grade
 from erasure.eval.audits.runner import Audit, Outcome
 from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word
+from erasure.eval.cost import Spent
 from erasure.eval.results import Results
 from erasure.eval.rows import is_figure
 from erasure.files import write_text
@@ -53,6 +54,16 @@ class Section(NamedTuple):
     lines: list[Line]
 
 
+class Cost(NamedTuple):
+    """What one part has cost."""
+
+    name: str
+    """Kind and name, and whether it measures chance."""
+    seconds: str
+    drawn: str
+    recalled: str
+
+
 class Kept(NamedTuple):
     """A figure of what was to stay."""
 
@@ -73,6 +84,7 @@ def write_pages(audit: Audit) -> None:
         "audit": audit,
         "sections": sections(audit),
         "kept": kept(audit.outcomes),
+        "costs": costs(audit.outcomes),
         "meaning": MEANING,
         "canvas": "canvas" in str(audit.model.get("name")),
     }
@@ -107,6 +119,18 @@ def line(audit: Audit, outcome: Outcome) -> Line:
         detail=finding.detail,
         link=link(audit.folder, part.folder) if outcome.state == "done" else None,
     )
+
+
+def costs(outcomes: Sequence[Outcome]) -> list[Cost]:
+    """What every part has cost, the dearest first, and all of them together."""
+    spent = [(outcome.part.folder, outcome.spent) for outcome in outcomes if outcome.spent is not None]
+    spent.sort(key=lambda each: -each[1].seconds)
+    if spent:
+        sums = zip(*(each for _, each in spent), strict=True)
+        spent.append(("all parts", Spent(*map(sum, sums))))
+    return [
+        Cost(name, f"{number(each.seconds, '.0f')} s", str(each.drawn), str(each.recalled)) for name, each in spent
+    ]
 
 
 def link(folder: Path, part: str) -> str | None:

@@ -16,6 +16,7 @@ from erasure.errors import EvaluationError
 from erasure.eval.attacks.runner import attack
 from erasure.eval.audits.parts import GRADES, Grade, Part, left_out, parts_of
 from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word, finding_of, graded
+from erasure.eval.cost import Spent
 from erasure.eval.judges import load_judge
 from erasure.eval.outcomes import State, attempted
 from erasure.eval.recipe import erasure_entry, judge_fingerprint
@@ -44,6 +45,11 @@ class Outcome:
     """`None` where it was refused or failed."""
     seconds: float = 0.0
     """Wall time of this run; of a part that was done before, what it takes to read it."""
+
+    @property
+    def spent(self) -> Spent | None:
+        """What it has cost, over all runs; `None` where it was refused or failed."""
+        return None if self.results is None else Spent.of(self.results.cost)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Audit:
             "parts": [
                 {"kind": o.part.kind, "name": o.part.name, "concept": o.part.concept, "grade": o.part.grade,
                  "control": o.part.is_control, "folder": o.part.folder, "state": o.state, "seconds": o.seconds,
-                 **asdict(o.finding)}
+                 "spent": None if o.spent is None else o.spent._asdict(), **asdict(o.finding)}
                 for o in self.outcomes
             ],
             "not_run": self.not_run,

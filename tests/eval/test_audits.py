@@ -148,7 +148,14 @@ def test_an_audit_puts_its_parts_together(erased_pipe: Any, judge: Any, tmp_path
     assert [part["folder"] for part in data["parts"]] == list(states)
     assert set(data["grades"]) == set(GRADES)
     page, card = ((tmp_path / "card" / name).read_text() for name in ("report.html", "README.md"))
+    for part in data["parts"]:
+        assert (part["spent"] is None) == (part["state"] == "refused")
+    totals = [sum(part["spent"][key] for part in data["parts"] if part["spent"]) for key in ("drawn", "recalled")]
+    assert totals[0] > 0
+    assert f"| {totals[0]} | {totals[1]} |" in card
+    assert f'<td data-head="Images drawn">{totals[0]}</td>' in page
     for text in (page, card):
+        assert "What it cost" in text
         for title, _ in GRADES.values():
             assert title in text
         assert "prompt" in text

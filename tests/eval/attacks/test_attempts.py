@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from erasure.errors import EvaluationError
 from erasure.eval import attack, attacks
 from erasure.eval.attacks import Attack
 from erasure.eval.attacks.prompts import read_prompts
+from erasure.eval.attacks.together import Drawn, Wanted
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
@@ -138,19 +139,20 @@ def test_a_success_that_is_no_text_is_counted_and_not_written_down(
     monkeypatch.setattr(attacks.ATTACKS, "_registered", dict(attacks.ATTACKS._registered))
     attacks.register("other_weights")(OtherWeights)
     drawn: list[Attempt] = []
-    draw = Victim.draw
+    draw = Victim.draw_alike
 
-    def seen(self: Victim, sample: Sample, *attempt: Attempt, stock: bool = False) -> Image.Image:
-        image = draw(self, sample, *attempt, stock=stock)
-        image.info["shows"] = stock or bool(attempt and attempt[0].change is noisy_weights and drawn[-1:])
-        drawn.extend(each for each in attempt if each.change is noisy_weights)
-        return image
+    def seen(self: Victim, wanted: Sequence[Wanted]) -> list[Drawn]:
+        (one,), (made,) = wanted, draw(self, wanted)
+        assert isinstance(made.image, Image.Image)
+        made.image.info["shows"] = one.stock or bool(one.attempt.change is noisy_weights and drawn)
+        drawn.extend(each.attempt for each in wanted if each.attempt.change is noisy_weights)
+        return [made]
 
     def judge(images: Any) -> list[Any]:
         return [SimpleNamespace(object=("dog", "cat")[image.info["shows"]], style="noto") for image in images]
 
     judge.version = "shown"  # type: ignore[attr-defined]
-    monkeypatch.setattr(Victim, "draw", seen)
+    monkeypatch.setattr(Victim, "draw_alike", seen)
     out = tmp_path / "out"
     results = attack(erased_pipe, "other_weights", "cat", samples=1, out=out, judge=judge, progress=False)
     (row,) = read_rows(out / "attacks.jsonl", AttackRow)
