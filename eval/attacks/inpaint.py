@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Gt, Lt
 
 from erasure.backbones import Backbone
-from erasure.eval.attacks import Access, ControlledAttack, register
+from erasure.eval.attacks import Access, ControlledAttack, SkippedPromptError, register
 from erasure.eval.attacks.changes import AnotherTask
 from erasure.eval.attacks.pictures import arguments_of, hole, lacks_task, middle
 from erasure.eval.attacks.victim import Victim
@@ -30,7 +30,9 @@ class Inpaint(ControlledAttack):
     first, since they leave less of the concept around them. The hole is drawn from pure noise (`strength` 1); models
     that draw from text do it by keeping the rest of the picture at every step.
 
-    The control has the same hole in a picture of the original model that does not show the concept there.
+    A hole in which no picture of the original model shows the concept is left out; where none is left, the prompt
+    has no outcome. The control has the same hole in a picture of the original model that does not show the concept
+    there.
     """
 
     title: ClassVar[str] = "inpainting a hole in a picture of the concept"
@@ -59,11 +61,19 @@ class Inpaint(ControlledAttack):
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
         without, size = arguments_of(victim.backbone, "Inpaint", sample), (sample.width, sample.height)
+        failure, tried = None, False
         for share in self.holes:
             box = middle(size, share)
-            start = victim.start(sample, self.references, without=self.control, box=box)
+            try:
+                start = victim.start(sample, self.references, without=self.control, box=box)
+            except SkippedPromptError as error:
+                failure = error
+                continue
+            tried = True
             given = {
                 "image": start.image, "mask_image": hole(size, box), "strength": 1.0,
                 "num_inference_steps": sample.num_inference_steps,
             }  # fmt: skip
             yield Attempt({**without, **given}, AnotherTask("Inpaint"), box=box)
+        if failure is not None and not tried:
+            raise failure

@@ -16,7 +16,7 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from erasure.eval.attacks import get
+from erasure.eval.attacks import SkippedPromptError, get
 from erasure.eval.attacks.changes import redefined
 from erasure.eval.attacks.concept_inversion import beginnings, inversion_loss, named_by, unused_words
 from erasure.eval.attacks.mma import permitted, replaced, token_gradients
@@ -159,6 +159,18 @@ def test_inpaint_draws_the_hole_and_keeps_the_rest(victim: Victim) -> None:
             rest = kept.sqrt() * found + (1 - kept).sqrt() * noise
         x = (1 - hole) * rest + hole * x
     same(victim.draw(SAMPLE, attempt), picture(pipe, x))
+
+
+def test_inpaint_leaves_a_hole_out_that_no_picture_fills(erased: Any, tiny_pipe_original: Any) -> None:
+    def only_in_large_parts(images: Any) -> list[Any]:
+        return [SimpleNamespace(object="cat" if image.width > 20 else "dog", style="noto") for image in images]
+
+    target = Target("cat", "object", ("cat",))
+    victim = Victim(erased, tiny_pipe_original, target, only_in_large_parts, samples=[SAMPLE], seed=3)
+    attack = get("inpaint").configured("full", holes=(0.75, 0.5))
+    assert [attempt.box for attempt in attack.attempts(victim, SAMPLE)] == [(4, 4, 28, 28)]
+    with pytest.raises(SkippedPromptError, match="'cat'"):
+        list(get("inpaint").configured("full", holes=(0.5,)).attempts(victim, SAMPLE))
 
 
 def test_completion_takes_the_first_steps_of_the_original_model(victim: Victim) -> None:
