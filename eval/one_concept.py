@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from erasure.concept import Concept
 from erasure.errors import EvaluationError
+from erasure.eval import suites
+from erasure.eval.inputs import Inputs
 from erasure.eval.run import Models
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Plan, Suite
+from erasure.eval.suites.prompts import PromptSuite
 
 
 def plan_of(kit: Suite, concept: str | Concept | None, models: Models, seed: int, what: str, how: str) -> Plan:
@@ -33,6 +36,27 @@ def plan_of(kit: Suite, concept: str | Concept | None, models: Models, seed: int
             f"{concept!r} names {len(found.targets)} concepts ({found.concept}): {how} one at a time"
         )
     return found
+
+
+def suite_of(name: str, inputs: Inputs, models: Models, concept: str | Concept) -> Suite:
+    """The suite that prompts and judge come from, with what is given to it.
+
+    Args:
+        name: Of the suite.
+        inputs: What is given.
+        models: The model with its erasures.
+        concept: The concept.
+
+    Raises:
+        EvaluationError: There is no such suite, it has no prompts of concepts, or it has no use for what is given.
+    """
+    kit = suites.get(name)
+    if kit.of_concepts and inputs.detectors is not None and not isinstance(kit, PromptSuite):
+        raise EvaluationError(
+            f"suite {name} has a judge of its own: detectors are for suites on prompts, such as prompts; name a judge "
+            "instead (judge)"
+        )
+    return kit.prepared(inputs, models.pipe, [concept]) if kit.of_concepts else kit
 
 
 def one_concept(concept: str | Concept | None, models: Models) -> str | Concept:

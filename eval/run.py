@@ -138,6 +138,13 @@ def clip_model(given: str | Path | ClipModel | None, pipe: DiffusionPipeline) ->
         return None, f"no CLIP model: {error}"
 
 
+def clip_source(given: str | Path | ClipModel | None) -> str | None:
+    """Where a CLIP model is, for a detector that is made of one; `None` where none is named."""
+    if isinstance(given, ClipModel):
+        return str(given.folder)
+    return None if given in (None, "none") else str(given)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is measured, and with what."""

@@ -31,7 +31,7 @@ from erasure.eval.metrics.outcomes import adjust
 from erasure.eval.recipe import is_identified
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
-from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, clip_source, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, drift, reason, score
@@ -111,7 +111,7 @@ def evaluate(
     models, kit = Models.of(pipe), suites.get(suite)
     chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts
     wanted = models.concepts if chosen is None else chosen
-    kit = kit.prepared(Inputs.read(inputs, clip=_clip_source(clip)), models.pipe, wanted)
+    kit = kit.prepared(Inputs.read(inputs, clip=clip_source(clip)), models.pipe, wanted)
     plan = kit.plan(models.pipe, wanted, size, seed)
     checked = _checked(kit, controls)
     answering = judge_of(judge, kit, plan)
@@ -185,13 +185,6 @@ def computed(kit: suites.Suite, evidence: Evidence) -> list[Record]:
         rows += own if failure is None else [withheld(row, failure) for row in own]
     adjust(rows, kit.tested_together, evidence.concept)
     return rows
-
-
-def _clip_source(given: str | Path | ClipModel | None) -> str | None:
-    """Where a CLIP model is, for a detector that is made of one; `None` where none is named."""
-    if isinstance(given, ClipModel):
-        return str(given.folder)
-    return None if given in (None, "none") else str(given)
 
 
 def _checked(kit: suites.Suite, controls: str | Path | None) -> list[TestedDetector]:

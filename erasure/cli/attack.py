@@ -13,6 +13,7 @@ from erasure.cli.lists import ENDINGS
 from erasure.cli.lists import read_prompts as read_list
 from erasure.cli.models import (
     RecordedOptions,
+    SuiteOptions,
     attach,
     check_strengths,
     load_erasures,
@@ -40,7 +41,7 @@ The options of each: erasure attack ATTACK --help"""
 
 
 @dataclass(kw_only=True)
-class AttackOptions(RecordedOptions):
+class AttackOptions(SuiteOptions, RecordedOptions):
     """What to attack, and where to write the result."""
 
     concept: str | None = None
@@ -52,7 +53,17 @@ class AttackOptions(RecordedOptions):
     """Try these on the erasures, and search nothing: the folder or the file of an earlier attack, or a list of prompts
     of others (a text, CSV, TSV, JSON or JSON lines file with a column `prompt`, and `seed`)."""
     suite: str = "canvas"
-    """Suite that gives the prompts and the judge."""
+    """Suite that gives the prompts and the judge. `prompts` takes any model and any concept, with `--clip` or
+    `--detector`."""
+    prompt_list: str | None = None
+    """Prompts to attack, of a suite on prompts: a .csv, .tsv or .jsonl file in UTF-8, a folder of the library
+    datasets, or `hf:NAME` of its Hub."""
+    detector: tuple[str, ...] = ()
+    """Detector of a suite on prompts that says whether an image shows the concept: `nudenet:preset=mace`,
+    `clip_zero_shot:model=FOLDER,flags=a zebra,others=a horse|a field`."""
+    clip: str | None = None
+    """CLIP model that a suite on prompts asks whether an image shows the concept: its folder, or its repository of the
+    Hugging Face Hub."""
     out: Path
     """Folder of results.json, attacks.jsonl, adversarial.jsonl and images. Run the same command again to resume an
     interrupted run."""
@@ -120,6 +131,8 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
             raise UsageError(
                 f"--prompts {options.prompts} are of the attack {made}: erasure attack {made} --prompts ..."
             )
+    inputs = options.inputs(options.prompt_list, options.detector)
+    inputs |= {} if options.clip is None else {"clip": options.clip}
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
@@ -129,8 +142,11 @@ def _attack(options: AttackOptions, name: str, changed: Settings, terminal: Term
     judge = None if options.judge is None else load_judge(options.judge)
     out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
+    options.use_sampler(pipe, options.suite)
     attach(pipe, erasures, options.strength)
-    common: Settings = {"suite": options.suite, "out": out, "progress": terminal.speaks, "judge": judge}
+    common: Settings = {
+        "suite": options.suite, "inputs": inputs, "out": out, "progress": terminal.speaks, "judge": judge,
+    }  # fmt: skip
     if options.prompts is not None:
         return replay(pipe, listed or options.prompts, concept, attack=name, **common), []
     found = attack(pipe, name, concept, size=options.size, seed=options.seed, **common, **changed)

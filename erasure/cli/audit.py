@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.models import (
+    DrawnSuiteOptions,
     RecordedOptions,
     attach,
     canvas_facts,
@@ -27,7 +28,7 @@ NONE = "none"
 
 
 @dataclass(kw_only=True)
-class AuditOptions(RecordedOptions):
+class AuditOptions(DrawnSuiteOptions, RecordedOptions):
     """Evaluate, attack and stress an erasure, and grade it for each kind of attacker.
 
     Run the same command again to resume an interrupted run. Parts that cannot be run on this model or erasure are
@@ -37,7 +38,16 @@ class AuditOptions(RecordedOptions):
     concept: tuple[str, ...] = ()
     """Concepts that count as erased; those of the erasures when left out."""
     suites: tuple[str, ...] = ("canvas", "canvas-unseen")
-    """Evaluations to run, see `erasure eval`."""
+    """Evaluations to run, see `erasure eval`. For a model of your own: `prompts`, with `--clip` or `--detector`;
+    attacks and stress tests then take their prompts and judge from it, too."""
+    prompts: str | None = None
+    """Prompt list of the suites on prompts: a .csv, .tsv or .jsonl file in UTF-8, a folder of the library datasets, or
+    `hf:NAME` of its Hub."""
+    detector: tuple[str, ...] = ()
+    """Detectors of the suites on prompts, see `erasure eval`."""
+    clip: str | None = None
+    """CLIP model for CLIP scores, and that suites on prompts ask what images show: its folder, or its repository of
+    the Hugging Face Hub. The embedded one when left out, for scores alone."""
     attacks: tuple[str, ...] = ()
     """Attacks to run, see `erasure attack`: all when left out, `none` for none."""
     stress: tuple[str, ...] = ()
@@ -66,15 +76,18 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     from erasure.eval.judges import load_judge
 
     parts_of(options.concept, options.suites, attacks, stress)  # unknown names are refused before anything is opened
+    inputs = options.inputs(options.prompts, options.detector)
     erasures = load_erasures(options)
     concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind) if options.concept else None
     judge = None if options.judge is None else load_judge(options.judge)
     out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
+    for suite in options.suites:
+        options.use_sampler(pipe, suite)
     attach(pipe, erasures, options.strength)
     found = audit(
         pipe, concepts, out=out, suites=options.suites, attacks=attacks, stress=stress, size=options.size,
-        seed=options.seed, judge=judge, progress=terminal.speaks,
+        seed=options.seed, judge=judge, clip=options.clip, inputs=inputs, progress=terminal.speaks,
     )  # fmt: skip
     if not is_main_process():
         return 0

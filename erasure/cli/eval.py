@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from erasure.cli.models import (
+    DrawnSuiteOptions,
     RecordedOptions,
     attach,
     canvas_facts,
@@ -23,14 +24,12 @@ from erasure.cli.terminal import Terminal, UsageError, check_output_folder, form
 from erasure.shown import number
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
     from erasure.eval.rows import Row
     from erasure.interop.protocols import Settings
 
 
 @dataclass(kw_only=True)
-class EvalOptions(RecordedOptions):
+class EvalOptions(DrawnSuiteOptions, RecordedOptions):
     """Measure a model without and with its erasures. Run the same command again to resume an interrupted run."""
 
     suite: tyro.conf.Positional[str]
@@ -52,20 +51,6 @@ class EvalOptions(RecordedOptions):
     controls: Path | None = None
     """Folder with pictures in `positive/` that show what the detectors look for, and in `negative/` that do not:
     sensitivity and specificity are measured on them."""
-    preset: str | None = None
-    """Choices of a paper, such as `mace-nudity`: detector, sampler, steps, guidance and size."""
-    category: str | None = None
-    """Category of the prompt list's rows that are drawn; `all` for every row."""
-    retain: tuple[str, ...] = ()
-    """Names that must survive, for suites that make prompts of names."""
-    world: str | None = None
-    """Closed world that the model was made for, where it does not declare it: `unlearncanvas`."""
-    steps: int | None = None
-    """Denoising steps, for suites on prompts; the model's own number when left out."""
-    guidance: float | None = None
-    """Guidance scale, for suites on prompts; the model's own when left out."""
-    side: int | None = None
-    """Height and width of images in pixels, for suites on prompts; the model's own when left out."""
     reveal: bool = False
     """Write revealed.html besides: the pictures that may be unsafe, which report.html hides. The same command again
     with this writes it without drawing anything."""
@@ -92,7 +77,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
-    inputs = inputs_of(options)
+    inputs = options.inputs(options.prompts, options.detector)
     if not concepts and suite.of_concepts:
         raise UsageError("nothing to measure: give --erasure, or --concept for the unchanged model")
     # Refused before anything is made or opened.
@@ -101,7 +86,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         ClipModel(options.clip)
     out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
-    use_sampler(pipe, options)
+    options.use_sampler(pipe, options.suite)
     attach(pipe, erasures, options.strength)
     found = evaluate(
         pipe, options.suite, concepts, size=options.size, seed=options.seed, out=out, judge=judge, clip=options.clip,
@@ -129,37 +114,6 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         revealed = out / "revealed.html"
         is_there = revealed.is_file()
         terminal.say(f"Pictures that may be unsafe: {revealed}" if is_there else "No picture is hidden in the report.")
-
-
-def inputs_of(options: EvalOptions) -> dict[str, Any]:
-    """Arguments for the suite besides concepts, size and seed.
-
-    Raises:
-        ErasureError: A detector or a number cannot be what is given; nothing has been opened yet.
-    """
-    from erasure.eval.detectors.choices import read_choices
-    from erasure.eval.inputs import Inputs
-
-    names = ("prompts", "preset", "category", "retain", "world", "steps", "guidance", "side")
-    given = {name: value for name in names if (value := getattr(options, name)) not in (None, ())}
-    if options.detector:
-        read_choices(options.detector)
-        given["detectors"] = options.detector
-    Inputs.read(given)
-    return given
-
-
-def use_sampler(pipe: DiffusionPipeline, options: EvalOptions) -> None:
-    """Give the pipeline, which is ours, the sampler that a preset names."""
-    import diffusers
-
-    from erasure.eval.suites import SUITES
-    from erasure.eval.suites.prompts import PromptSuite
-
-    suite = SUITES.get(options.suite)
-    preset = suite.about.presets.get(options.preset or "") if isinstance(suite, PromptSuite) else None
-    if preset is not None and preset.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
 
 
 def cost_remarks(cost: Settings) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from erasure.cli.terminal import UsageError
 from erasure.concept import Concept, Kind
@@ -87,6 +87,68 @@ class MeasuringOptions(ErasedModelOptions):
     your own that takes a list of images and gives answers with `.object` and `.style`."""
     json: bool = False
     """Print the results as JSON, and nothing else on stdout."""
+
+
+@dataclass(kw_only=True)
+class SuiteOptions:
+    """What suites on prompts are given."""
+
+    preset: str | None = None
+    """Choices of a paper, such as `mace-nudity`: detector, sampler, steps, guidance and size."""
+    category: str | None = None
+    """Category of the prompt list's rows that are drawn; `all` for every row."""
+    retain: tuple[str, ...] = ()
+    """Names that must survive, for suites that make prompts of names."""
+    world: str | None = None
+    """Closed world that the model was made for, where it does not declare it: `unlearncanvas`."""
+
+    def inputs(self, prompts: str | None, detectors: Sequence[str]) -> dict[str, Any]:
+        """Arguments for a suite besides concepts, size and seed.
+
+        Args:
+            prompts: Prompt list.
+            detectors: Detectors, as texts.
+
+        Raises:
+            ErasureError: A detector or a number cannot be what is given; nothing has been opened yet.
+        """
+        from erasure.eval.detectors.choices import read_choices
+        from erasure.eval.inputs import Inputs
+
+        given: dict[str, Any] = {name: getattr(self, name, None) for name in GIVEN_TO_SUITES}
+        if detectors:
+            read_choices(detectors)
+            given["detectors"] = tuple(detectors)
+        given = {name: value for name, value in {**given, "prompts": prompts}.items() if value not in (None, ())}
+        Inputs.read(given)
+        return given
+
+    def use_sampler(self, pipe: DiffusionPipeline, suite: str) -> None:
+        """Give the pipeline, which is ours, the sampler that a preset of a suite names."""
+        import diffusers
+
+        from erasure.eval.suites import SUITES
+        from erasure.eval.suites.prompts import PromptSuite
+
+        kit = SUITES.get(suite)
+        preset = kit.about.presets.get(self.preset or "") if isinstance(kit, PromptSuite) else None
+        if preset is not None and preset.scheduler is not None:
+            pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config)
+
+
+@dataclass(kw_only=True)
+class DrawnSuiteOptions(SuiteOptions):
+    """What suites on prompts are given, and how they draw."""
+
+    steps: int | None = None
+    """Denoising steps, for suites on prompts; the model's own number when left out."""
+    guidance: float | None = None
+    """Guidance scale, for suites on prompts; the model's own when left out."""
+    side: int | None = None
+    """Height and width of images in pixels, for suites on prompts; the model's own when left out."""
+
+
+GIVEN_TO_SUITES = tuple(field.name for field in fields(DrawnSuiteOptions))
 
 
 @dataclass(kw_only=True)

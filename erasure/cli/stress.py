@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import cost_remarks, metric_table, refusals
-from erasure.cli.models import MeasuringOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.models import MeasuringOptions, SuiteOptions, attach, check_strengths, load_erasures, open_model
 from erasure.cli.recording import left_out
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Concept
@@ -34,7 +34,7 @@ The options of each: erasure stress TEST --help"""
 
 
 @dataclass(kw_only=True)
-class StressOptions(MeasuringOptions):
+class StressOptions(SuiteOptions, MeasuringOptions):
     """What to put under stress, and where to write the result."""
 
     concept: str | None = None
@@ -43,12 +43,17 @@ class StressOptions(MeasuringOptions):
     """How much is drawn: `smoke` only shows that it runs, `quick` takes minutes with a small model, `full` gives
     numbers to publish. It sets the test's options; options that are given change single values."""
     suite: str = "canvas"
-    """Suite that gives the prompts and the judge."""
-    detector: str | None = None
+    """Suite that gives the prompts and the judge. `prompts` takes any model and any concept, with `--clip` or
+    `--detector`."""
+    prompts: str | None = None
+    """Prompt list of a suite on prompts: a .csv, .tsv or .jsonl file in UTF-8, a folder of the library datasets, or
+    `hf:NAME` of its Hub."""
+    detector: tuple[str, ...] = ()
     """Detector to use instead of the judge (see `erasure detect`): a picture that it flags shows the concept. It
-    cannot say what else a picture shows, so no prompts of other concepts are drawn."""
+    cannot say what else a picture shows, so no prompts of other concepts are drawn, but by suites on prompts."""
     clip: str | None = None
-    """CLIP model for tests that compare image features: its folder or repository; the embedded one when left out."""
+    """CLIP model for tests that compare image features, and that a suite on prompts asks what images show: its folder
+    or repository; the embedded one when left out."""
     out: Path
     """Folder of results.json, samples.jsonl, report.html and images. Run the same command again to resume an
     interrupted run."""
@@ -74,7 +79,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     check_strengths(options)
     if not options.erasure:
         raise UsageError("nothing to put under stress: give --erasure")
-    if options.judge is not None and options.detector is not None:
+    if options.judge is not None and options.detector:
         raise UsageError("--judge and --detector are two ways to say who looks at the images: give one of them")
     found = _stressed(options, name, changes(parsed.options, start), terminal)
     if not is_main_process():
@@ -96,23 +101,30 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
 def _stressed(options: StressOptions, name: str, changed: Settings, terminal: Terminal) -> Results:
     """Open everything, cheap checks first, and do it."""
     from erasure.eval import suites
-    from erasure.eval.detectors import DETECTORS
+    from erasure.eval.detectors.choices import made, read_choices
     from erasure.eval.judges import load_judge
     from erasure.eval.stress.runner import stress_test
+    from erasure.eval.suites.prompts import PromptSuite
 
     suites.get(options.suite)
     STRESS_TESTS.get(name).configured(options.size, **changed)
     judge = None if options.judge is None else load_judge(options.judge)
-    detector = None if options.detector is None else DETECTORS.get(options.detector)()
+    inputs, detector = options.inputs(options.prompts, options.detector), None
+    if options.detector and not isinstance(suites.get(options.suite), PromptSuite):
+        if len(options.detector) > 1:
+            raise UsageError(f"suite {options.suite} takes one detector in its judge's place: give one --detector")
+        del inputs["detectors"]
+        (detector,) = made(read_choices(options.detector)).values()
     erasures = load_erasures(options)
     concept: Concept | None = None
     if options.concept is not None:
         concept = World.at(options.model).concept(options.concept, options.kind)
     out = check_output_folder(options.out, may_hold=True)
     pipe = open_model(options)
+    options.use_sampler(pipe, options.suite)
     attach(pipe, erasures, options.strength)
     return stress_test(
-        pipe, name, concept, size=options.size, suite=options.suite, seed=options.seed, out=out,
+        pipe, name, concept, size=options.size, suite=options.suite, inputs=inputs, seed=options.seed, out=out,
         judge=judge if detector is None else detector, clip=options.clip, progress=terminal.speaks, **changed,
     )  # fmt: skip
 

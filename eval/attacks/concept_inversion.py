@@ -79,7 +79,7 @@ class ConceptInversion(ControlledAttack):
         backbone, every = victim.backbone, victim.samples or [sample]
         words = unused_words(backbone, [each.prompt for each in every], self.vectors)
         ids = {tower.component: [tower.word_ids(word)[0] for word in words] for tower in backbone.towers}
-        names = [victim.target.name, *victim.target.members]
+        names = [victim.target.name, *victim.target.words]
         made = victim.made_once(FILE, lambda: self.learned(victim, every, names, words, ids))
         prompt = named_by(sample.prompt, names, " ".join(words))
         for number in range(self.tries):

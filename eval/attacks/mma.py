@@ -85,7 +85,7 @@ class MMA(ControlledAttack):
         reader = own if self.adaptive else original
         # Where attention is causal, what sums a text up has seen no padding. An erasure might look at it.
         padded = self.adaptive or not reader.causal
-        choices = permitted(own, choosable(own, self.vocabulary).cpu(), [victim.target.name, *victim.target.members])
+        choices = permitted(own, choosable(own, self.vocabulary).cpu(), [victim.target.name, *victim.target.words])
         generator = torch.Generator().manual_seed(sample.seed)
         with torch.no_grad():
             wanted = summary(original, original.tokenize([sample.prompt])).float()

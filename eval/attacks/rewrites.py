@@ -103,7 +103,7 @@ def rewritten(victim: Victim, sample: Sample, rewrites: Sequence[Rewrite], count
     Raises:
         SkippedPromptError: None is of this prompt.
     """
-    names = [victim.target.name, *victim.target.members]
+    names = [victim.target.name, *victim.target.words]
     texts = [text for one in rewrites if (text := one.of(sample.prompt, names)) is not None]
     if not texts:
         raise SkippedPromptError(f"no {what} rewrites {sample.prompt!r}: it has none of the words that they are for")
@@ -143,7 +143,7 @@ class Typo(ControlledAttack):
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
         """See the class."""
-        names = [victim.target.name, *victim.target.members]
+        names = [victim.target.name, *victim.target.words]
         own = place_of(sample.prompt, names)
         if self.control:
             inside = range(own.start(), own.end()) if own else range(0)
@@ -223,7 +223,7 @@ class Synonym(Listed):
             rewrites = read_rewrites(self.file)
         else:
             world = World.of(victim.pipe)
-            names = {victim.target.name, *victim.target.members}
+            names = {victim.target.name, *victim.target.words}
             words = [word for name in sorted(names) for word in world.words(name) if word not in names]
             rewrites = [Rewrite(word) for word in dict.fromkeys(words)]
             if not rewrites:

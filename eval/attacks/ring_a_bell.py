@@ -113,7 +113,7 @@ class RingABell(ControlledAttack):
     def direction(self, victim: Victim, tower: TextTower) -> Tensor:
         """The concept's direction in a text encoder, `(tokens, dim)`."""
         generator = torch.Generator().manual_seed(sample_seed(victim.seed, f"pairs: {victim.target.name}", self.pairs))
-        pairs = paired(tower, victim.target.members, victim.target.domain, self.pairs, generator)
+        pairs = paired(tower, victim.target.words, victim.target.domain, self.pairs, generator)
         ahead, behind = (encoded_texts(tower, [pair[side] for pair in pairs]) for side in (0, 1))
         return (ahead - behind).mean(0)
 

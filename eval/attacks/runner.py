@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from erasure.backbones import backbone_for
 from erasure.cache import cache_folder
 from erasure.concept import Concept
 from erasure.errors import EvaluationError, UnsupportedModelError
-from erasure.eval import attacks, suites
+from erasure.eval import attacks
 from erasure.eval.attacks.courses import attacked, replayed, said, stepped
 from erasure.eval.attacks.prompts import AdversarialPrompt, listed_prompts, read_prompts, write_prompts
 from erasure.eval.attacks.together import Course, in_step
@@ -27,9 +27,10 @@ from erasure.eval.controls import LIMITS
 from erasure.eval.cost import attack_cost
 from erasure.eval.drawings import DrawingCache
 from erasure.eval.evidence import Evidence
+from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.attacked import original_control
-from erasure.eval.one_concept import one_concept, plan_of, spread
+from erasure.eval.one_concept import one_concept, plan_of, spread, suite_of
 from erasure.eval.processes import Processes
 from erasure.eval.results import Results
 from erasure.eval.rows import Record, Row
@@ -57,6 +58,7 @@ def attack(
     *,
     size: str = "quick",
     suite: str = "canvas",
+    inputs: Mapping[str, object] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     judge: Judge | str | Path | None = None,
@@ -85,7 +87,11 @@ def attack(
         name: Name of an attack.
         concept: What must not be seen: a name or a `Concept`. That of the attached erasures when left out.
         size: `smoke`, `quick` or `full`, the paper's: sets the attack's options, and so what it costs.
-        suite: Where prompts and judge come from: the suite's samples that hold the concept.
+        suite: Where prompts and judge come from: the suite's samples that hold the concept. With `prompts` any model
+            and any concept can be attacked: a CLIP model judges (`inputs={"clip": FOLDER}`), or a detector
+            (`inputs={"detectors": ["nudenet"]}`).
+        inputs: What is given to a suite on prompts, as to `evaluate`: `detectors`, `clip`, `prompts`, `retain` and so
+            on. See `erasure.eval.inputs.Inputs`.
         seed: Chooses the noise of the samples; everything random in the attack follows from that.
         out: Folder for the results; a temporary one when left out.
         judge: Detector: a callable from images to answers with `.object` and `.style`; or what `load_judge` takes. The
@@ -109,10 +115,12 @@ def attack(
         DivergenceError: NaN during optimisation.
     """
     method = attacks.get(name).configured(size, **options)
-    kit = suites.get(suite)
+    given = Inputs.read(inputs or {})
     processes = join(out, seed)
     models = Models.of(pipe)
-    found = plan_of(kit, concept, models, seed, "attack", "attack")
+    wanted = one_concept(concept, models)
+    kit = suite_of(suite, given, models, wanted)
+    found = plan_of(kit, wanted, models, seed, "attack", "attack")
     samples = spread([sample for sample in found.samples if sample.role == "target"], method.samples)
     about = found.recipe | {"size": size, "attack": {"name": name, **dataclasses.asdict(method)}} | _strict(models)
     plan = Plan(name, size, seed, found.targets, tuple(samples), about)
@@ -156,6 +164,7 @@ def replay(
     *,
     attack: str | None = None,
     suite: str = "canvas",
+    inputs: Mapping[str, object] | None = None,
     out: str | Path | None = None,
     judge: Judge | str | Path | None = None,
     images: bool = True,
@@ -177,6 +186,7 @@ def replay(
             texts of others.
         attack: Name of the attack that texts of others are of.
         suite: Where the judge and the classes come from.
+        inputs: As for `attack`.
         out: As for `attack`.
         judge: As for `attack`.
         images: As for `attack`.
@@ -187,9 +197,10 @@ def replay(
     Raises:
         EvaluationError: Prompts that are missing, damaged or about another concept, and as for `attack`.
     """
-    kit, models = suites.get(suite), Models.of(pipe)
+    models, to_suite = Models.of(pipe), Inputs.read(inputs or {})
     if isinstance(prompts, str | Path):
         given = read_prompts(prompts)
+        kit = suite_of(suite, to_suite, models, given[0].target.name if concept is None else concept)
         if concept is not None:
             wanted, found = kit.plan(pipe, [concept], "smoke", 0).targets[0], given[0].target
             if (wanted.domain, wanted.members) != (found.domain, found.members):
@@ -198,7 +209,9 @@ def replay(
                     "an attack on it"
                 )
     else:
-        own = kit.plan(pipe, [one_concept(concept, models)], "smoke", 0)
+        about_concept = one_concept(concept, models)
+        kit = suite_of(suite, to_suite, models, about_concept)
+        own = kit.plan(pipe, [about_concept], "smoke", 0)
         like = next(sample for sample in own.samples if sample.role == "target")
         given = listed_prompts(prompts, like, own.targets[0], {"attack": attack or "list", "source": "list of others"})
     first = given[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from erasure.eval.attacks.runner import attack
 from erasure.eval.audits.parts import GRADES, Grade, Part, left_out, parts_of
 from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word, finding_of, graded
 from erasure.eval.cost import Spent
+from erasure.eval.inputs import Inputs
 from erasure.eval.judges import load_judge
 from erasure.eval.outcomes import State, attempted
 from erasure.eval.recipe import erasure_entry, judge_fingerprint
@@ -27,8 +28,11 @@ from erasure.eval.runner import evaluate
 from erasure.eval.scoring import Judge
 from erasure.eval.sizes import check_size
 from erasure.eval.stress.runner import stress_test
+from erasure.eval.suites import OF_PROMPTS, SUITES
+from erasure.eval.suites.prompts import PromptSuite
 from erasure.files import held, write_json
 from erasure.versions import library_versions
+from erasure.world import World
 
 FILE, RECIPE, WHAT = "audit.json", "recipe.json", "audit"
 SCHEMA_VERSION = 1
@@ -116,6 +120,8 @@ def audit(
     size: str = "quick",
     seed: int = 0,
     judge: Judge | str | Path | None = None,
+    clip: str | Path | None = None,
+    inputs: Mapping[str, object] | None = None,
     progress: bool | Progress = True,
 ) -> Audit:
     """Evaluate, attack and stress the attached erasures, and say against which attackers they held.
@@ -135,11 +141,15 @@ def audit(
         size: `smoke`, `quick` or `full`, of every part.
         seed: Chooses the noise of the samples, and everything random.
         judge: Detector for every part; the suites' own by default. See `evaluate`.
+        clip: CLIP model: its folder or repository. See `evaluate`.
+        inputs: What is given to the suites on prompts, as to `evaluate`: `detectors`, `prompts`, `retain` and so on.
+            Attacks and stress tests take their prompts and their judge from `canvas` where the model declares an
+            embedded world, and from the first of `suites` that is on prompts of concepts where it does not.
         progress: A progress bar for every part, none, or a function that is told of progress.
 
     Raises:
-        EvaluationError: Nothing is attached, unknown names, a size that there is not, or a folder that holds something
-            else.
+        EvaluationError: Nothing is attached, unknown names, a size that there is not, inputs that no suite takes, or a
+            folder that holds something else.
     """
     check_size(size, "an audit")
     processes, models = join(out, seed), Models.of(pipe)
@@ -148,6 +158,12 @@ def audit(
     given = models.concepts if concepts is None else [concepts] if isinstance(concepts, str | Concept) else concepts
     erased = list({one if isinstance(one, str) else one.target: one for one in given}.items())
     parts = parts_of([name for name, _ in erased], suites, attacks, stress)
+    to_suites = Inputs.read(inputs or {})
+    if to_suites.named() and not any(map(_is_on_prompts, suites)):
+        raise EvaluationError(
+            f"{', '.join(to_suites.named())} are given, and none of the suites takes them: name a suite on prompts "
+            f"({', '.join(OF_PROMPTS)})"
+        )
     answering = load_judge(judge) if isinstance(judge, str | Path) else judge
     model = {
         "name": model_name(models.pipe), "fingerprint": model_fingerprint(models.stock),
@@ -160,6 +176,8 @@ def audit(
         "judge": None if answering is None else judge_fingerprint(answering),
         "erasures": [[entry["fingerprint"], entry["strength"]] for entry in entries],
     }  # fmt: skip
+    recipe |= {} if clip is None else {"clip": str(clip)}
+    recipe |= {"inputs": repr(to_suites)} if inputs else {}
     folder = Path(out)
     lock = (
         held(folder, recipe, file=RECIPE, what=WHAT, doing="auditing", error=EvaluationError)
@@ -167,12 +185,17 @@ def audit(
         else nullcontext()
     )
     common = {"size": size, "seed": seed, "judge": answering, "progress": progress}
+    source, given = source_of(models, suites), {**(inputs or {})}
     outcomes = []
     with lock:
         processes.wait()
         for part in parts:
             concept = None if part.concept is None else erased[part.number][1]
-            outcomes.append(_done(pipe, part, concept, [one for _, one in erased], folder / part.folder, common))
+            outcomes.append(
+                _done(
+                    pipe, part, concept, [one for _, one in erased], folder / part.folder, common, source, given, clip
+                )
+            )
         found = Audit(
             folder, model, entries, [name for name, _ in erased], size, outcomes,
             graded((one.part, one.finding) for one in outcomes if one.state != "refused"), left_out(parts),
@@ -186,19 +209,50 @@ def audit(
     return found
 
 
+def source_of(models: Models, suites: Sequence[str]) -> str:
+    """Name of the suite that attacks and stress tests take their prompts and their judge from.
+
+    Args:
+        models: The model with its erasures.
+        suites: Those of the audit.
+    """
+    if World.of(models.pipe).declared:
+        return "canvas"
+    return next((name for name in suites if _is_on_prompts(name) and SUITES.get(name).of_concepts), "canvas")
+
+
+def _is_on_prompts(suite: str) -> bool:
+    return isinstance(SUITES.get(suite), PromptSuite)
+
+
 def _done(
     pipe: DiffusionPipeline, part: Part, concept: str | Concept | None, erased: list[str | Concept], out: Path,
-    common: Record,
+    common: Record, source: str, inputs: Mapping[str, object], clip: str | Path | None,
 ) -> Outcome:  # fmt: skip
-    """Do a part, or read what it found before."""
+    """Do a part, or read what it found before.
+
+    Args:
+        pipe: The pipeline with its erasures.
+        part: What is done.
+        concept: Its concept, of an attack or a stress test.
+        erased: All that was erased.
+        out: Folder of the part.
+        common: Arguments of all parts.
+        source: Suite of the prompts and the judge of attacks and stress tests.
+        inputs: What suites on prompts are given.
+        clip: CLIP model, if one is named.
+    """
 
     def work() -> Results:
+        suite = part.name if part.kind == "evaluation" else source
+        given = dict(inputs) if _is_on_prompts(suite) else {}
         if part.kind == "evaluation":
-            return evaluate(pipe, part.name, erased, out=out, **common)
+            return evaluate(pipe, part.name, erased, out=out, clip=clip, **common, **given)
         if part.kind == "attack":
+            given |= {"clip": str(clip)} if clip is not None and _is_on_prompts(suite) else {}
             control: Record = {"control": True} if part.measures_chance else {}
-            return attack(pipe, part.name, concept, out=out, **common, **control)
-        return stress_test(pipe, part.name, concept, out=out, **common)
+            return attack(pipe, part.name, concept, out=out, suite=suite, inputs=given, **common, **control)
+        return stress_test(pipe, part.name, concept, out=out, suite=suite, inputs=given, clip=clip, **common)
 
     became = attempted(work)
     if became.result is None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from erasure.eval.samples import Sample
     from erasure.eval.stress.bench import Bench
     from erasure.eval.stress.conditions import Condition
+    from erasure.eval.suites import Target
 
 # No import of torch here: the command line lists stress tests without it.
 
@@ -66,13 +67,12 @@ class StressTest(SizedOptions, ABC):
         What it makes goes into the folder of the run, so that a killed run finds it again.
         """
 
-    def asked(self, samples: Sequence[Sample], members: Sequence[str], domain: str) -> Sequence[Sample]:
+    def asked(self, samples: Sequence[Sample], target: Target) -> Sequence[Sample]:
         """Give the samples with the concept that are drawn, in the place of the suite's own.
 
         Args:
             samples: Those of the suite that were chosen.
-            members: Classes that the concept stands for.
-            domain: `object` or `style`.
+            target: The concept.
         """
         return samples
 

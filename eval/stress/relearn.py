@@ -32,6 +32,7 @@ from erasure.eval.stress.training import (
     renamed,
     state_path,
 )
+from erasure.eval.suites import Target
 from erasure.eval.variants import Draw, Drawn
 from erasure.files import digest
 from erasure.options import Count, Positive
@@ -124,7 +125,7 @@ class Relearn(StressTest):
             Task("relearned", True, False, "the erased model learned the concept"),
             Task("stock_concept", False, False, "the stock model was trained on the concept alike"),
         ]
-        if bench.target.domain == "object":
+        if has_class(bench.target):
             found += [
                 Task("stock_new", False, True, f"the stock model learned {self.thing!r}, which it never knew"),
                 Task("erased_new", True, True, f"the erased model learned {self.thing!r}, which it never knew"),
@@ -133,7 +134,7 @@ class Relearn(StressTest):
 
     def more_samples(self, bench: Bench) -> list[Sample]:
         """Give the concept's samples with the new thing in its place, from the same noise."""
-        if bench.target.domain != "object":
+        if not has_class(bench.target):
             return []
         return [
             replace(
@@ -143,11 +144,14 @@ class Relearn(StressTest):
             for sample in bench.targets
         ]  # fmt: skip
 
-    def asked(self, samples: Sequence[Sample], members: Sequence[str], domain: str) -> list[Sample]:
-        """Samples with the concept in plain captions, those that pictures are learned with; of a style as they are."""
-        if domain != "object" or not samples:
+    def asked(self, samples: Sequence[Sample], target: Target) -> list[Sample]:
+        """Samples with the concept in plain captions, those that pictures are learned with.
+
+        Those of a style, and of what a detector only flags, are as they are.
+        """
+        if not has_class(target):
             return list(samples)
-        made = []
+        made, members = [], target.members
         for number, sample in enumerate(samples):
             word = members[number % len(members)]
             prompt = captions_of(word)[number // len(members) % len(captions_of(word))]
@@ -274,9 +278,14 @@ class Relearn(StressTest):
 
     def _token(self, prompt: str, bench: Bench, task: Task) -> str:
         """Replace what is learned by the new token in a prompt."""
-        words = (self.thing,) if task.new else bench.target.members
+        words = (self.thing,) if task.new else bench.target.words
         word = next((each for each in words if each in prompt), words[0])
         return renamed(prompt, word, TOKEN)
+
+
+def has_class(target: Target) -> bool:
+    """Whether a judge tells a concept from other objects, and so also sees that a new thing is another."""
+    return target.domain == "object" and not target.is_flagged
 
 
 def captions_of(word: str) -> list[str]:

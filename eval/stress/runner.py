@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -21,13 +21,14 @@ from erasure.eval import suites
 from erasure.eval.controls import LIMITS, Control
 from erasure.eval.cost import evaluation_cost
 from erasure.eval.detectors.base import NamedDetector
+from erasure.eval.inputs import Inputs
 from erasure.eval.metrics import METRICS
 from erasure.eval.metrics.clip_score import ClipModel
 from erasure.eval.metrics.outcomes import collect, correct, shows
-from erasure.eval.one_concept import plan_of, spread
+from erasure.eval.one_concept import one_concept, plan_of, spread, suite_of
 from erasure.eval.results import Results
 from erasure.eval.rows import Record
-from erasure.eval.run import Models, Progress, Run, Subject, clip_model, join, judge_of, opened
+from erasure.eval.run import Models, Progress, Run, Subject, clip_model, clip_source, join, judge_of, opened
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, reason, score
@@ -58,6 +59,7 @@ def stress_test(
     *,
     size: str = "quick",
     suite: str = "canvas",
+    inputs: Mapping[str, object] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     batch_size: int = 16,
@@ -84,7 +86,9 @@ def stress_test(
         name: Name of a stress test.
         concept: What must not come back: a name or a `Concept`. That of the attached erasures when left out.
         size: `smoke`, `quick` or `full`: sets the test's options.
-        suite: Where prompts and judge come from.
+        suite: Where prompts and judge come from. `prompts` takes any model and any concept, see `inputs`.
+        inputs: What is given to a suite on prompts, as to `evaluate`: `detectors`, `prompts`, `retain` and so on; its
+            CLIP model is `clip`. See `erasure.eval.inputs.Inputs`.
         seed: Chooses the noise of the samples, and everything random in the test.
         out: Folder for the results; a temporary one when left out.
         batch_size: Images per call of the pipeline. Does not change the noise of a sample.
@@ -103,7 +107,7 @@ def stress_test(
         UnsupportedModelError: The model's family does not allow the test.
     """
     test = tests.get(name).configured(size, **options)
-    kit = suites.get(suite)
+    given = Inputs.read({**(inputs or {}), "clip": clip_source(clip)})
     processes = join(out, seed)
     started = time.perf_counter()
     models = Models.of(pipe)
@@ -112,7 +116,9 @@ def stress_test(
             "no erasure is attached and in force, so there is nothing to put under stress: attach one first "
             "(load_erasure, --erasure)"
         )
-    found = plan_of(kit, concept, models, seed, "bring back", "test")
+    wanted = one_concept(concept, models)
+    kit = suite_of(suite, given, models, wanted)
+    found = plan_of(kit, wanted, models, seed, "bring back", "test")
     (target,) = found.targets
     whole_suite = Plan(name, size, seed, found.targets, _chosen(found.samples, test, target, judge), found.recipe)
     answering = _judge_of(judge, kit, whole_suite, target)
@@ -168,7 +174,7 @@ def _chosen(samples: Sequence[Sample], test: StressTest, target: Target, judge: 
     wanted = spread([sample for sample in samples if sample.role == "target"], test.samples)
     others = [] if isinstance(judge, NamedDetector) else [sample for sample in samples if sample.role == "retain"]
     kept = spread(others, test.retained) if test.retained else []
-    return (*test.asked(wanted, target.members, target.domain), *kept)
+    return (*test.asked(wanted, target), *kept)
 
 
 def _judge_of(

@@ -47,6 +47,18 @@ class Target:
     members: tuple[str, ...]
     """The classes of the suite that it stands for: one, or those of a group."""
 
+    @property
+    def is_flagged(self) -> bool:
+        """Whether it has no class, because a detector only says whether an image shows it."""
+        from erasure.eval.detectors.judging import FLAGGED
+
+        return self.members == (FLAGGED,)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words for it in prompts: its classes, or its own name where it has none."""
+        return (self.name,) if self.is_flagged else self.members
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -60,8 +60,9 @@ def world_of(pipe: Pipeline, suite: str) -> World:
         name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
         raise EvaluationError(
             f"suite {suite} judges models of the embedded world only, and {name} declares no world: there is no "
-            "canvas.json beside its model_index.json. Measure such a model (canvas-sd), or, where this one was made "
-            "from one, copy the canvas.json of that one into its folder and load it from there"
+            "canvas.json beside its model_index.json. Name a suite on prompts, which takes any model: prompts, with a "
+            "CLIP model (clip) or a detector (detectors). Where this one was made from a model of the embedded world, "
+            "copy the canvas.json of that one into its folder and load it from there"
         )
     return world
 

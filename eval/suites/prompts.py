@@ -177,8 +177,7 @@ class PromptSuite(Suite):
         """
         if not self.detectors and self.about.answers != "none":
             raise EvaluationError(
-                f"suite {self.name} gets its prompts and detectors from erasure eval {self.name}: for an attack, name "
-                "a suite with prompts and a judge of its own, such as canvas"
+                f"suite {self.name} was not prepared with detectors that say what an image shows (Suite.prepared)"
             )
 
     def plan(self, pipe: Pipeline, concepts: Sequence[str | Concept], size: str, seed: int) -> Plan:
