@@ -245,7 +245,7 @@ def _done(
 
     def work() -> Results:
         suite = part.name if part.kind == "evaluation" else source
-        given = dict(inputs) if _is_on_prompts(suite) else {}
+        given: Record = dict(inputs) if _is_on_prompts(suite) else {}
         if part.kind == "evaluation":
             return evaluate(pipe, part.name, erased, out=out, clip=clip, **common, **given)
         if part.kind == "attack":

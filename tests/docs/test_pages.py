@@ -71,7 +71,7 @@ ELSEWHERE = {
     "clip_zero_shot": "it needs a CLIP of one's own (tests/eval/detectors runs it)",
 }
 """Commands and options that are parsed here and not run; so is an attack with the prompts of another, which needs some
-that succeeded (tests/cli/test_attack.py runs it)."""
+that succeeded (tests/cli/test_attack.py runs it), and one of a model of one's own (tests/eval/test_own_models.py)."""
 SHORT_SWEEP = """
 models = [{model}]
 concepts = ["cat"]
@@ -349,7 +349,7 @@ class Shell:
         words = [self.model if word == "MODEL" else word for word in words]
         if words in (["--help"], ["--version"]):
             assert main(words) == 0
-        elif any(word in ELSEWHERE for word in words) or (words[0] == "attack" and "--prompts" in words):
+        elif not {*ELSEWHERE, *(("--prompts", "--suite") if words[0] == "attack" else ())}.isdisjoint(words):
             self.parses(words)
         else:
             assert main(self.shortened(words)) == 0, words
