@@ -185,7 +185,7 @@ def audit(
         else nullcontext()
     )
     common = {"size": size, "seed": seed, "judge": answering, "progress": progress}
-    source, given = source_of(models, suites), {**(inputs or {})}
+    source = source_of(models, suites)
     outcomes = []
     with lock:
         processes.wait()
@@ -193,7 +193,7 @@ def audit(
             concept = None if part.concept is None else erased[part.number][1]
             outcomes.append(
                 _done(
-                    pipe, part, concept, [one for _, one in erased], folder / part.folder, common, source, given, clip
+                    pipe, part, concept, [one for _, one in erased], folder / part.folder, common, source, inputs or {}, clip
                 )
             )
         found = Audit(
