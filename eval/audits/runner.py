@@ -193,7 +193,15 @@ def audit(
             concept = None if part.concept is None else erased[part.number][1]
             outcomes.append(
                 _done(
-                    pipe, part, concept, [one for _, one in erased], folder / part.folder, common, source, inputs or {}, clip
+                    pipe,
+                    part,
+                    concept,
+                    [one for _, one in erased],
+                    folder / part.folder,
+                    common,
+                    source,
+                    inputs or {},
+                    clip,
                 )
             )
         found = Audit(
