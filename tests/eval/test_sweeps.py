@@ -129,16 +129,16 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that does not tell the time."""
-    names = ("samples.jsonl", "attacks.jsonl")
+    """Everything that does not tell what it has cost: time, and images that were found where an earlier run drew them."""
+    names, cost = ("samples.jsonl", "attacks.jsonl"), ("seconds", "recalled")
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors" and path.parent.name == "erasure":
             found[str(path.relative_to(folder))] = path.read_bytes()
         elif path.name in names:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-            found[str(path.relative_to(folder))] = json.dumps(timeless, sort_keys=True).encode()
+            kept = [{key: value for key, value in row.items() if key not in cost} for row in rows]
+            found[str(path.relative_to(folder))] = json.dumps(kept, sort_keys=True).encode()
         elif path.name == "results.json":
             found[str(path.relative_to(folder))] = json.dumps(json.loads(path.read_text())["metrics"]).encode()
     return found
