@@ -129,7 +129,7 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that does not tell what it has cost: time, and images that were found where an earlier run drew them."""
+    """Everything but what it has cost: time, and images that were found where an earlier run drew them."""
     names, cost = ("samples.jsonl", "attacks.jsonl"), ("seconds", "recalled")
     found = {}
     for path in sorted(folder.rglob("*")):
