@@ -81,7 +81,7 @@ KNOWN: Mapping[str, KnownList] = {
 }
 """Lists by their hash. None comes with this package."""
 PLACES: Mapping[str, str] = {
-    "i2p": "I2P is the data set AIML-TUDA/i2p of the Hub (--prompts hf:AIML-TUDA/i2p), and "
+    "i2p": "I2P is the data set AIML-TUDA/i2p of the Hub (hf:AIML-TUDA/i2p), and "
     "data/unsafe-prompts4703.csv of github.com/rohitgandikota/erasing",
     "nudity-benign": "give prompts of people without nudity, with a column role (retain); rows with nudity (target) "
     "are the positive control. The dual version of Six-CD (github.com/Artanisax/Six-CD, MIT) has both of each scene",

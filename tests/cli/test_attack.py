@@ -169,7 +169,7 @@ def test_bad_usage_is_one_line(cat: str, prompts: Path, tmp_path: Path, stopped:
     other.write_text((prompts / "adversarial.jsonl").read_text().replace("unlearndiffatk", "p4d"))
     assert "are of the attack p4d" in stopped(*start, "--prompts", other)
     assert not out.exists()
-    assert "for an attack, name a suite" in stopped(*start, "--concept", "cat", "--suite", "i2p")
+    assert "needs a prompt list" in stopped(*start, "--concept", "cat", "--suite", "i2p")
     assert "no concept 'cow'" in stopped(*start, "--concept", "cow")
     assert "not about 'dog'" in stopped(*start, "--prompts", prompts, "--concept", "dog")
     (tmp_path / "mine").mkdir()

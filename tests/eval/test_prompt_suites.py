@@ -100,7 +100,7 @@ def test_what_is_no_list_and_no_suite_of_lists_is_refused(world_pipe: Any, liste
         evaluate(world_pipe, "i2p", ["nudity"], prompts=listed, side=0)
     with pytest.raises(OptionError, match="multiples of"):
         plan(world_pipe, "i2p", ["nudity"], prompts=listed, side=33)
-    with pytest.raises(EvaluationError, match="for an attack, name a suite with prompts and a judge of its own"):
+    with pytest.raises(EvaluationError, match="suite i2p needs a prompt list"):
         attack(world_pipe, "unlearndiffatk", "cat", suite="i2p", progress=False)
     with pytest.raises(EvaluationError, match="is of no closed world"):
         plan(world_pipe, "i2p", ["nudity"], prompts=listed, world="unlearncanvas")
