@@ -37,19 +37,6 @@ OF_UNET = {"cross-attention", "image prompts", "one step"}
 OF_TRANSFORMER = ("canvas-sd3", "canvas-flux")
 EVERY_METHOD = "docs/numbers.md#every-method"
 """Where the table of all methods on `canvas-sd` stands."""
-ELSEWHERE = {
-    "rece": "docs/methods.md#closed-forms",
-    "speed": "docs/methods.md#closed-forms",
-    "concept_ablation": "docs/methods.md#doco",
-    "doco": "docs/methods.md#doco",
-    "co_erasing": "docs/numbers.md#methods-to-compare-with",
-    "mace": "docs/methods.md#mace",
-    "sfd": "docs/methods.md#one-step",
-    "spm": "docs/numbers.md#methods-to-compare-with",
-    "sld": "docs/numbers.md#methods-to-compare-with",
-    "safree": "docs/numbers.md#methods-to-compare-with",
-}
-"""Where figures of other concepts or samples stand, of methods without a row on `canvas-sd`."""
 NOTES = {"sfd": "draws in one step"}
 
 
@@ -128,12 +115,12 @@ def marked_pages() -> list[Path]:
 
 
 def front() -> str:
-    """Every method by model: the mean rate (AA), why there is none, or where else to look."""
+    """Every method by model: the mean rate (AA), or why there is none."""
     measured = {(row.get("method"), row.get("model")): row for row in read(FAMILIES).rows}
-    of_all = {row.get("method") for row in read("methods").rows}
+    of_all = {row.get("method"): row for row in read("methods").rows}
     first = dict.fromkeys(method for method, _ in measured)
     lines = []
-    for name in [*first, *(n for n in ELSEWHERE if n not in first), *STRATEGIES.names()]:
+    for name in [*first, *of_all, *STRATEGIES.names()]:
         if any(f"/{name}.md" in line[0] for line in lines):
             continue
         told = STRATEGIES.facts(str(name)).attributes
@@ -144,8 +131,8 @@ def front() -> str:
                 cells.append(f"{Shown(row.get('AA')):3}" + ("" if size == "full" else f" ({size})"))
             elif model in OF_TRANSFORMER and OF_UNET & set(told["needs"]):
                 cells.append("refused")
-            elif model == COLUMNS[0] and (name in of_all or name in ELSEWHERE):
-                cells.append(f"[other]({EVERY_METHOD if name in of_all else ELSEWHERE[name]})")
+            elif model == COLUMNS[0] and name in of_all:
+                cells.append(f"[{Shown(of_all[name].get('AA')):3} of two]({EVERY_METHOD})")
             else:
                 cells.append(ABSENT)
         protects = told["protects"]
@@ -205,22 +192,25 @@ def page(facts: Facts, families: Measured, of_all: Measured) -> str:
 
 def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable[str]:
     """Rows of a method in the tables of families and of all methods, with what they mean; or where else to look."""
-    if any(row.get("method") == name for row in families.rows):
+    in_families, in_all = (any(row.get("method") == name for row in each.rows) for each in (families, of_all))
+    if in_families:
         yield (
             "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept "
             "that do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the "
             "other kind (CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
         )
         yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(families)
-    else:
+    elif not in_all:
         yield (
             "It has no row in [the table of families](../numbers.md#families). What else was measured of it, if "
             "anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
-    if any(row.get("method") == name for row in of_all.rows):
+    if in_all:
         yield (
-            "On `canvas-sd`, as [every method](../numbers.md#every-method): others of its kind that still do what was "
-            "asked for (IRA), the same of the other kind (CRA), and the mean of these and UA (AA)."
+            "Two objects erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method): images of "
+            "the concept that do not show it (UA), others of its kind that still do what was asked for (IRA), the "
+            "same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA (AA). What else was "
+            "measured stands in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
         all_columns = TABLES["methods"].columns[1:]
         yield Table("methods", all_columns, where={"method": (name,)}).markdown(of_all)

@@ -134,12 +134,12 @@ def test_all_methods_get_their_rows_once_they_are_measured(checkout: Path) -> No
     rate = {"value": 0.5, "low": 0.4, "high": 0.6}
     row: Row = {"method": "mace", **{name: rate for name in ("UA", "IRA", "CRA", "AA", "drift")}, "seconds": 1.0,
                 "IRA_group": {"value": None, "reason": "not asked"}, "kB": 2.0}  # type: ignore[dict-item]  # fmt: skip
-    rewrite(checkout / "docs/measured/methods.json", [row], size="quick", models=["canvas-sd"], seeds=[0])
+    rewrite(checkout / "docs/measured/methods.json", [row], size="full", models=["canvas-sd"], seeds=[0])
     reference.main()
     shown = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
     assert f"| `mace` {shown}" in (checkout / "docs/numbers.md").read_text()
     assert shown in (checkout / "docs/reference/mace.md").read_text()
-    assert f"| [other]({reference.EVERY_METHOD}) | - | refused |" in (checkout / "README.md").read_text()
+    assert f"| [0.500 of two]({reference.EVERY_METHOD}) | - | refused |" in (checkout / "README.md").read_text()
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
