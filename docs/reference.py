@@ -209,8 +209,8 @@ def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable
         yield (
             "Two objects erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method): images of "
             "the concept that do not show it (UA), others of its kind that still do what was asked for (IRA), the "
-            "same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA (AA). What else was "
-            "measured stands in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
+            "same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA (AA). What else "
+            "was measured stands in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
         all_columns = TABLES["methods"].columns[1:]
         yield Table("methods", all_columns, where={"method": (name,)}).markdown(of_all)
