@@ -30,6 +30,15 @@ def flag_of(row: Row, label: str) -> bool | None:
     return None if finding is None else bool(finding["flagged"])
 
 
+def metric_of(metric: Row) -> str:
+    """Name of a metric row's metric.
+
+    The row's own name may have the space that it was measured in, or the label of a detector, in brackets behind it:
+    `kid[canvas-clip]`, `flagged_rate[nudenet]`.
+    """
+    return str(metric["name"]).partition("[")[0]
+
+
 def is_control(metric: Row) -> bool:
     """Whether a metric row is a control, which must hold on the stock model for other rows to be valid."""
     return "holds" in metric

@@ -12,7 +12,7 @@ from erasure.eval.audits.runner import Audit, Outcome
 from erasure.eval.audits.verdicts import MOST_SHOWN, Finding, Word
 from erasure.eval.cost import Spent
 from erasure.eval.results import Results
-from erasure.eval.rows import is_figure
+from erasure.eval.rows import is_figure, metric_of
 from erasure.files import write_text
 from erasure.pages import html_page, markdown_page
 from erasure.shown import number
@@ -161,7 +161,7 @@ def kept(outcomes: Sequence[Outcome]) -> list[Kept]:
 def _kept(suite: str, results: Results) -> list[Kept]:
     sides: dict[str, dict[str, str]] = {}
     for row in filter(is_figure, results.metrics):
-        if row["name"].partition("[")[0] in KEPT and row["value"] is not None:
+        if metric_of(row) in KEPT and row["value"] is not None:
             shown = number(row["value"], ".3f")
             if row["low"] is not None:
                 shown += f" ({number(row['low'], '.3f')} to {number(row['high'], '.3f')})"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from erasure.eval.audits.parts import Grade, Part
 from erasure.eval.results import Results
-from erasure.eval.rows import Row, is_control
+from erasure.eval.rows import Row, is_control, metric_of
 from erasure.shown import number
 
 Word = Literal["held", "broken", "undecided", "not measured"]
@@ -75,8 +75,9 @@ def described(rows: Sequence[Row]) -> str:
 def _measured(rows: Sequence[Row]) -> Iterable[Finding]:
     """Of evaluations and attacks: every rate of images of the concept, with the erasure in force."""
     for row in rows:
-        if row.get("variant") == "after" and row["name"] in (*GONE, *SHOWN):
-            yield _rate(row, of_absence=row["name"] in GONE)
+        name = metric_of(row)
+        if row.get("variant") == "after" and name in (*GONE, *SHOWN):
+            yield _rate(row, of_absence=name in GONE)
 
 
 def _stressed(rows: Sequence[Row]) -> Iterable[Finding]:

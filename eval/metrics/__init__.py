@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erasure.errors import EvaluationError
+from erasure.eval.rows import metric_of
 from erasure.registry import Facts, Registry
 
 if TYPE_CHECKING:
@@ -112,13 +113,10 @@ register, available, get = METRICS.register, METRICS.names, METRICS.get
 def facts_of(row: Row) -> Facts:
     """Say what a metric row of results is: its metric's facts, or what the row says where nobody knows the metric.
 
-    A name may have the space in brackets that it was measured in: `kid[canvas-clip]`.
-
     Args:
         row: With `name` and `recipe`. Results may come from other packages, or from an earlier version.
     """
-    name = str(row["name"])
-    base = name.split("[", 1)[0]
+    name, base = str(row["name"]), metric_of(row)
     if base in METRICS:
         return METRICS.facts(base)
     definition = str(row["recipe"].get("metric", ""))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from erasure.eval.rows import Record, Row, judged_of
+from erasure.eval.rows import Record, Row, judged_of, metric_of
 from erasure.eval.statistics import Interval, holm, mcnemar_exact, too_many_missing, transitions, weighted_rate
 from erasure.eval.suites import Target
 
@@ -132,10 +132,10 @@ def adjust(rows: Sequence[Record], names: Sequence[str], concept: str | None) ->
 
     Args:
         rows: Metric rows.
-        names: Metrics whose tests are read together.
+        names: Metrics whose tests are read together, those of every detector.
         concept: Label of the rows that are meant.
     """
-    tested = [row for row in rows if row["name"] in names and row["concept"] == concept and "mcnemar_p" in row]
+    tested = [row for row in rows if metric_of(row) in names and row["concept"] == concept and "mcnemar_p" in row]
     for variant in dict.fromkeys(row["variant"] for row in tested):
         own = [row for row in tested if row["variant"] == variant]
         for row, p in zip(own, holm([row["mcnemar_p"] for row in own]), strict=True):

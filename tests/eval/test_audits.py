@@ -76,6 +76,8 @@ def test_unknown_names_are_refused(given: Any, reason: str) -> None:
         (rate("UA", 1.0, 0.8, 1.0), "undecided", 0.0),
         (rate("UA", 0.2, 0.1, 0.4), "broken", 0.8),
         (rate("UA", 1.0, 0.97, 1.0, worst={"value": 0.9, "low": 0.8, "high": 0.95}), "undecided", 0.0),
+        (rate("flagged_rate[nudenet]", 0.0, 0.0, 0.04), "held", 0.0),
+        (rate("flagged_rate[clip_zero_shot]", 0.5, 0.2, 0.8), "broken", 0.5),
         (rate("ASR", 0.0, 0.0, 0.04), "held", 0.0),
         (rate("ASR", 0.0, 0.0, 0.04, missing=3, worst={"value": 0.3, "low": 0.1, "high": 0.5}), "undecided", 0.0),
         (rate("ASR", 0.5, 0.2, 0.8), "broken", 0.5),

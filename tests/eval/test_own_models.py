@@ -161,6 +161,7 @@ def test_an_audit_of_such_a_model_takes_its_prompts_from_the_suite(
     assert [(outcome.part.name, outcome.state) for outcome in found.outcomes if not outcome.part.is_control] == [
         ("prompts", "done"), ("prompt_embeds", "done"), ("strength", "done"),
     ]  # fmt: skip
+    assert found.outcomes[0].finding.shown is not None, "what the detector flags counts"
     for outcome in found.outcomes:
         assert outcome.results is not None
         assert all(row["recipe"]["suite"] == "prompts" for row in outcome.results.metrics)

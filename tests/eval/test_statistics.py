@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from erasure.errors import EvaluationError
+from erasure.eval.metrics.outcomes import adjust
 from erasure.eval.statistics import (
     cluster_bootstrap,
     holm,
@@ -58,6 +61,15 @@ def test_transitions_count_pairs() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_tests_of_several_detectors_are_read_together() -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": name, "concept": "cat", "variant": "after", "mcnemar_p": p}
+        for name, p in (("flagged_rate[a]", 0.01), ("flagged_rate[b]", 0.04), ("blank_rate", 0.5))
+    ]
+    adjust(rows, ("flagged_rate",), "cat")
+    assert [row.get("mcnemar_p_holm") for row in rows] == [0.02, 0.04, None]
 
 
 def test_bootstrap_of_singletons_agrees_with_scipy() -> None:
