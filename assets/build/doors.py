@@ -22,7 +22,7 @@ Encoding = Mapping[str, Tensor]
 Place = tuple[str, slice, slice]
 """Argument of the pipeline, tokens (a pooled vector has none) and columns."""
 CASES = ("alone_object", "alone_style", "without_object", "swapped_object", "swapped_change")
-"""What is measured of every part, see `figures`."""
+"""Figures of every part; see `figures`."""
 
 
 def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:

@@ -48,13 +48,13 @@ class Measured(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     about: Text
-    """What was measured, in a sentence or two."""
+    """Description of what was measured, in a sentence or two."""
     command: Text | None
     """Command that measures it anew; `None` where no single one does."""
     keys: Annotated[list[Text], Field(min_length=1)]
     """Names of the cells that tell rows apart."""
     size: Text | None
-    """Of the suite or attack; `None` where it has none, or where rows have a cell `size`."""
+    """Size of the suite or attack; `None` where it has none, or where rows have a cell `size`."""
     models: list[Text]
     seeds: list[Annotated[int, Field(ge=0)]] | None
     """`None` where they were not written down."""
@@ -107,7 +107,7 @@ class Measured(BaseModel):
         write_text(path, text, error=EvaluationError)
 
     def key(self, row: Row, where: str) -> tuple[str, ...]:
-        """What tells a row apart from the others.
+        """Give the cells that tell a row apart from the others.
 
         Raises:
             EvaluationError: The row lacks some of it.

@@ -17,7 +17,7 @@ from erasure.eval.sweeps.runner import ERASURE, CellOutcome, sweep
 RATES = ("UA", "IRA", "CRA", "AA")
 """Columns of the tables."""
 METRICS = (*RATES, "IRA_group", "drift")
-"""What rows have of a suite, as far as it measures it."""
+"""Metrics of the rows, as far as a suite has them."""
 
 
 def plan(name: str, size: str | None = None) -> SweepPlan:

@@ -1,4 +1,4 @@
-"""How tables of README and docs are laid out, and how figures are written in them; `measured.py` has the figures."""
+"""Layout of the tables of README and docs, and format of the figures in them; `measured.py` has the figures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from erasure.errors import EvaluationError
 from erasure.shown import visible
 
 ABSENT = "-"
-"""What stands in a cell for which nothing was measured."""
+"""Text of a cell for which nothing was measured."""
 
 
 NOTHING = "nothing"
-"""What stands in the place of a method where nothing was erased."""
+"""Text in the place of a method where nothing was erased."""
 
 
 class Shown:

@@ -115,7 +115,8 @@ class SuiteOptions:
         from erasure.eval.detectors.choices import read_choices
         from erasure.eval.inputs import Inputs
 
-        given: dict[str, Any] = {name: getattr(self, name, None) for name in GIVEN_TO_SUITES}
+        own = {field.name for field in fields(Inputs)} & {field.name for field in fields(self)}
+        given: dict[str, Any] = {name: getattr(self, name) for name in sorted(own - {"prompts", "clip"})}
         if detectors:
             read_choices(detectors)
             given["detectors"] = tuple(detectors)
@@ -146,9 +147,6 @@ class DrawnSuiteOptions(SuiteOptions):
     """Guidance scale, for suites on prompts; the model's own when left out."""
     side: int | None = None
     """Height and width of images in pixels, for suites on prompts; the model's own when left out."""
-
-
-GIVEN_TO_SUITES = tuple(field.name for field in fields(DrawnSuiteOptions))
 
 
 @dataclass(kw_only=True)

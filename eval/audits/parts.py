@@ -61,14 +61,16 @@ class Part:
     @property
     def counts(self) -> bool:
         """Whether it is something that an attacker does, so that the word for that attacker depends on it."""
-        told = self.kind != "stress" or bool(STRESS_TESTS.facts(self.name).attributes["of_attackers"])
-        return told and not self.is_control
+        is_of_attackers = self.kind != "stress" or bool(STRESS_TESTS.facts(self.name).attributes["of_attackers"])
+        return is_of_attackers and not self.is_control
 
     @property
     def chance(self) -> tuple[str, bool] | None:
         """Name and `measures_chance` of the part that tells what chance gives; `None` where there is no chance."""
-        told = "" if self.kind != "attack" or self.is_control else str(ATTACKS.facts(self.name).attributes["chance"])
-        return None if not told else (self.name, True) if told == OWN_OPTION else (told, False)
+        if self.kind != "attack" or self.is_control:
+            return None
+        control = str(ATTACKS.facts(self.name).attributes["chance"])
+        return None if not control else (self.name, True) if control == OWN_OPTION else (control, False)
 
     @property
     def folder(self) -> str:

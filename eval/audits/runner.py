@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -185,25 +186,16 @@ def audit(
         else nullcontext()
     )
     common = {"size": size, "seed": seed, "judge": answering, "progress": progress}
-    source = source_of(models, suites)
+    do = partial(
+        _done, pipe, erased=[one for _, one in erased], common=common, source=source_of(models, suites),
+        inputs=inputs or {}, clip=clip,
+    )  # fmt: skip
     outcomes = []
     with lock:
         processes.wait()
         for part in parts:
             concept = None if part.concept is None else erased[part.number][1]
-            outcomes.append(
-                _done(
-                    pipe,
-                    part,
-                    concept,
-                    [one for _, one in erased],
-                    folder / part.folder,
-                    common,
-                    source,
-                    inputs or {},
-                    clip,
-                )
-            )
+            outcomes.append(do(part, concept, folder / part.folder))
         found = Audit(
             folder, model, entries, [name for name, _ in erased], size, outcomes,
             graded((one.part, one.finding) for one in outcomes if one.state != "refused"), left_out(parts),
@@ -234,7 +226,7 @@ def _is_on_prompts(suite: str) -> bool:
 
 
 def _done(
-    pipe: DiffusionPipeline, part: Part, concept: str | Concept | None, erased: list[str | Concept], out: Path,
+    pipe: DiffusionPipeline, part: Part, concept: str | Concept | None, out: Path, *, erased: list[str | Concept],
     common: Record, source: str, inputs: Mapping[str, object], clip: str | Path | None,
 ) -> Outcome:  # fmt: skip
     """Do a part, or read what it found before.
@@ -243,8 +235,8 @@ def _done(
         pipe: The pipeline with its erasures.
         part: What is done.
         concept: Its concept, of an attack or a stress test.
-        erased: All that was erased.
         out: Folder of the part.
+        erased: All that was erased.
         common: Arguments of all parts.
         source: Suite of the prompts and the judge of attacks and stress tests.
         inputs: What suites on prompts are given.
