@@ -21,8 +21,10 @@ from erasure.cli.terminal import Terminal, parse
 from erasure.errors import OptionError
 from erasure.versions import library_versions
 
-REMOVAL, REMOVED_WITH = "removal", "sdxl"
-"""The part that removes objects, and its model."""
+REMOVAL = "removal"
+"""The part that removes objects."""
+ONLY = {REMOVAL: ("sdxl",), "sfd": ("sd15", "sdxl")}
+"""Parts that are not measured of every model, with their models: SFD refuses those that flow."""
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,10 +32,11 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": t
 class FullSize:
     """Measure Stable Diffusion 1.5, XL and 3 and FLUX.1 dev at full size, with random weights.
 
-    For each: an image stock, attached and fused; one update of ESD and of HiRM; passes with compiled blocks. Besides,
-    the removal of an object at 1024 pixels against an implementation that forms all probabilities. The figures of each
-    part stand in one JSON as soon as it is done. The same command goes on after the last part that is done: one that
-    was killed or failed is measured again.
+    For each: an image stock, attached and fused; one update of ESD and of HiRM; passes with compiled blocks. Of the
+    first two, the memory of SFD's update with two LoRAs on one network and with three networks. Besides, the removal
+    of an object at 1024 pixels against an implementation that forms all probabilities. The figures of each part stand
+    in one JSON as soon as it is done. The same command goes on after the last part that is done: one that was killed
+    or failed is measured again.
     """
 
     out: Path = Path("full-size.json")
@@ -41,7 +44,8 @@ class FullSize:
     models: tuple[str, ...] = tuple(MODELS)
     """Names of the models that are measured."""
     parts: tuple[str, ...] = (*parts.PARTS, REMOVAL)
-    """Names of the parts that are measured of each model; objects are removed with one model only."""
+    """Names of the parts that are measured of each model; objects are removed with one model only, and `sfd` is
+    measured of the first two."""
     width: float = 1.0
     """Share of the real width and depth, to try the command out."""
     pixels: int | None = None
@@ -126,7 +130,7 @@ def names_of(options: FullSize) -> list[str]:
         f"{model}/{part}"
         for model in options.models
         for part in (REMOVAL, *parts.PARTS)
-        if part in options.parts and (part != REMOVAL or model == REMOVED_WITH)
+        if part in options.parts and model in ONLY.get(part, (model,))
     ]
 
 
@@ -144,6 +148,9 @@ class Workbench:
     def measure(self, name: str) -> Figures:
         """The figures of a part, on the model of the part before where it is the same."""
         model, part = name.split("/")
+        if part in parts.ALONE:
+            # Its own processes need the room.
+            self.clear()
         subject = self._subject(model)
         return parts.removal(subject) if part == REMOVAL else parts.PARTS[part](subject)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -24,13 +26,18 @@ from erasure import Concept, Erasure, ErasureManager
 from erasure.backbones import backbone_for
 from erasure.carriers import attention
 from erasure.carriers.projections import Rotary, finish, project
-from erasure.cli.bench import measure, peak_memory, timed
+from erasure.cli.bench import measure, peak_memory, process_mb, timed
+from erasure.errors import OptionError
 from erasure.files import write_json
 from erasure.interop.protocols import Settings
 from erasure.pipelines.removal import StableDiffusionXLObjectRemovalPipeline
 
 CONCEPT = Concept("cat", anchor="dog", retain=("house",))
 PROMPT = "a photo of a dog"
+LOW_RANK = 16
+"""Rank of SFD's LoRAs, its default."""
+FULL_UPDATES = 2
+"""Updates of SFD: the means of Adam exist from the end of the first one on."""
 FEW, MORE = 1, 3
 """Updates of two runs; their difference leaves out what is done once, and the first update, which warms up."""
 ONE_STATE: Settings = {
@@ -38,6 +45,11 @@ ONE_STATE: Settings = {
     "gradient_checkpointing": True,
 }  # fmt: skip
 """An update of ESD on one state of the concept and one that must survive."""
+BOTH_NETWORKS: Settings = {
+    "batch": 1, "retain_batch": 1, "templates": False, "contexts": 0, "retain_vocabulary": 0, "head_start": 0.0,
+    "gradient_checkpointing": True,
+}  # fmt: skip
+"""An update of SFD on one image of the concept and one that must survive, in which both networks learn."""
 UPDATES: Mapping[str, Settings] = {"esd": ONE_STATE, "hirm": {}}
 """Options of the strategies of which an update is measured; all others are their defaults."""
 
@@ -172,8 +184,68 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).float().norm() / wanted.float().norm())
 
 
-PARTS: Mapping[str, Callable[[Subject], Figures]] = {"images": images, "esd": esd, "hirm": hirm, "compile": compiled}
+def sfd(subject: Subject) -> Figures:
+    """Peak memory of updates of SFD: two LoRAs on one frozen network, against three whole copies of it.
+
+    With whole parameters, the generator and the fake-score network are copies in float32 of all linear and
+    convolution layers, each with gradients and both means of Adam, as in the released code. Each of the two trainings
+    has a process of its own.
+    """
+    low_rank, whole = (alone(distilling, subject, rank) for rank in (LOW_RANK, 0))
+    return {
+        "low_rank": low_rank, "whole": whole, "memory_ratio": whole["peak_mb"] / low_rank["peak_mb"],
+        "pixels": subject.pixels, "options": {**BOTH_NETWORKS, "rank": LOW_RANK, "steps": FULL_UPDATES},
+    }  # fmt: skip
+
+
+def alone(
+    measured: Callable[[Subject, int], Mapping[str, float]], subject: Subject, rank: int
+) -> Mapping[str, float]:
+    """Measure in a new process, with a model of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured, replace(subject), rank).result()
+
+
+def distilling(subject: Subject, rank: int) -> Mapping[str, float]:
+    """Memory of the model and peak memory of updates of SFD in MB, above what this process had before the model.
+
+    Args:
+        subject: The model, which is not made yet.
+        rank: Rank of both LoRAs; 0 trains two whole copies.
+
+    Raises:
+        OptionError: The system does not tell the memory of a process.
+    """
+    device = subject.size.device
+    before = used_mb(device)
+    pipe, peaks = subject.pipe, list[float]()
+    loaded = used_mb(device)
+    with empty_cache(), peak_memory(pipe, peaks):
+        made = erasure.erase(
+            pipe, CONCEPT, "sfd", attach=False, progress=False, rank=rank, steps=FULL_UPDATES, **BOTH_NETWORKS
+        )
+    if not peaks:
+        raise OptionError("this system does not tell the peak memory of a process: measure on Linux, or on a GPU")
+    return {
+        "model_mb": loaded - before, "peak_mb": peaks[0] - before,
+        "seconds_per_update": made.config.cost["update_seconds"] / FULL_UPDATES,
+        "million_parameters": parameters(pipe)["unet"],
+    }  # fmt: skip
+
+
+def used_mb(device: torch.device) -> float:
+    """Memory that is in use, in MB: of the device, or of this process where it runs on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e6
+    return process_mb("VmRSS") or 0.0
+
+
+PARTS: Mapping[str, Callable[[Subject], Figures]] = {
+    "images": images, "esd": esd, "hirm": hirm, "sfd": sfd, "compile": compiled,
+}  # fmt: skip
 """Parts that are measured of each model; the last one changes it for good."""
+ALONE = ("sfd",)
+"""Parts that are measured in processes of their own."""
 
 
 # Removal -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
     from erasure.interop.protocols import Pipeline, Settings
-    from erasure.strategies.trained import TrainedStrategy
+    from erasure.strategies.looped import LoopedStrategy
 
 
 RELEASED = {
@@ -26,6 +26,7 @@ RELEASED = {
     "co_erasing": (75_000, 2500),
     "mace": (950, 50),
     "spm": (216_000, 15_000),
+    "sfd": (4_400_000, 200_000),
 }
 """Passes of the denoiser over one sample in a whole run of the released recipes, images that they draw included, and
 the states that their students learn from. Counted from their code, a backward pass as two: ESD and the first stage of
@@ -33,7 +34,10 @@ Co-Erasing roll every state out (1000 updates of one state), AdvUnlearn for 30 s
 5 states that must survive; Concept Ablation draws 1000 images of 25 steps with guidance for 100 updates of 8, DoCo as
 many for 1000 updates of 16 rows, behind 1000 of the discriminator alone; MACE draws 8 images of 50 steps with guidance
 for 50 updates of one state; SPM rolls one state out in each of 3000 updates, for the concept and 4 anchors, and
-computes both halves of guidance in every pass."""
+computes both halves of guidance in every pass; SFD draws 8 images of the concept and
+8 that must survive for each network's step in 12,500 updates, and computes both halves of guidance in all but the
+generator's passes: 1 + 2 x 3 passes for a step of the fake-score network and (1 + 2 + 2) x 3 for one of the generator.
+The one-step generator that it starts from is not counted."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,8 @@ class BenchTrainingOptions(ModelOptions):
     anchor: str | None = None
     """What takes its place; as the model's world has it when left out."""
     strategies: tuple[str, ...] = tuple(RELEASED)
-    """Which. `co_erasing` needs a model with an IP-Adapter, as `canvas-sd` has one."""
+    """Which. `co_erasing` needs a model with an IP-Adapter, as `canvas-sd` has one. `sfd` has no trajectories to keep:
+    it draws its states in one step in each update, and is measured once."""
     updates: int = 6
     """Updates that are timed in each mode; what is kept is made for a whole run."""
     rollout_steps: int | None = None
@@ -63,31 +68,32 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if options.updates < 1 or (options.rollout_steps is not None and options.rollout_steps < 1):
         raise UsageError("--updates and --rollout-steps are at least 1")
     pipe = open_model(options)
-    with terminal.progress(2 * len(options.strategies)) as progress:
+    modes = {name: modes_of(name) for name in options.strategies}
+    with terminal.progress(sum(map(len, modes.values()))) as progress:
         rows = []
         for name in options.strategies:
             found = {}
-            for mode in ("kept", "online"):
+            for mode in modes[name]:
                 progress.stage(f"{name}, {mode}")
                 found[mode] = measure(pipe, name, mode, options)
                 progress.advance()
-            rows.append(compared(name, found["kept"], found["online"]))
+            rows.append(compared(name, found["kept"], found.get("online")))
     if options.json:
         terminal.result({"model": options.model, "device": str(pipe.device), "strategies": rows})
         return
     lines = {
         "updates of a whole run": lambda row: str(row["updates"]),
         "passes per training state, states kept": lambda row: f"{row['passes_per_state']['kept']:.1f}",
-        "passes per training state, online": lambda row: f"{row['passes_per_state']['online']:.1f}",
+        "passes per training state, online": lambda row: shown(row["passes_per_state"].get("online"), ".1f"),
         "passes per training state, released recipe": lambda row: released(row, "passes_per_state", ".1f"),
         "fewer than that, states kept": lambda row: released(row, "fewer_per_state", ".1f", "x"),
         "whole run, states kept": lambda row: f"{row['passes']['kept']:.0f} passes",
         "whole run, released recipe": lambda row: released(row, "passes", ".0f", " passes"),
         "seconds per update, states kept": lambda row: f"{row['seconds_per_update']['kept']:.2f}",
-        "seconds per update, online": lambda row: f"{row['seconds_per_update']['online']:.2f}",
+        "seconds per update, online": lambda row: shown(row["seconds_per_update"].get("online"), ".2f"),
         "seconds to make what is kept": lambda row: f"{row['fill_seconds']:.1f}",
-        "whole run with states kept, passes": lambda row: f"{row['passes_ratio']:.1f}x fewer",
-        "whole run with states kept, time": lambda row: f"{row['speedup']:.1f}x faster",
+        "whole run with states kept, passes": lambda row: shown(row.get("passes_ratio"), ".1f", "x fewer"),
+        "whole run with states kept, time": lambda row: shown(row.get("speedup"), ".1f", "x faster"),
     }
     steps = "each strategy's" if options.rollout_steps is None else options.rollout_steps
     title = f"{options.model} on {pipe.device}: trajectories of {steps} steps, kept or made anew"
@@ -95,17 +101,29 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
 
 
+def modes_of(name: str) -> tuple[str, ...]:
+    """List the ways in which a strategy can have its states: one without trajectories has nothing to keep."""
+    from erasure.strategies import get
+    from erasure.strategies.trained import TrainedStrategy
+
+    return ("kept", "online") if issubclass(get(name), TrainedStrategy) else ("kept",)
+
+
 def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions) -> dict[str, float]:
     """Passes and seconds of filling and of an update."""
     import erasure
     from erasure.strategies import get
+    from erasure.strategies.trained import TrainedStrategy
 
-    strategy = cast("type[TrainedStrategy]", get(name))
     concepts = make_concepts((options.concept,), canvas_facts(options.model), anchor=options.anchor)
-    whole = strategy.configured()
-    settings: Settings = {"steps": options.updates, "states": whole.states if mode == "kept" else mode}
-    if options.rollout_steps is not None:
-        settings["rollout_steps"] = options.rollout_steps
+    whole = cast("type[LoopedStrategy]", get(name)).configured()
+    settings: Settings = {"steps": options.updates}
+    if isinstance(whole, TrainedStrategy):
+        settings["states"] = whole.states if mode == "kept" else mode
+        if options.rollout_steps is not None:
+            settings["rollout_steps"] = options.rollout_steps
+    if name == "sfd":
+        settings["head_start"] = 0.0  # both networks learn in every update, as in four of five
     if name == "advunlearn":
         settings["attack_from"] = 0.0  # every update is attacked, as four in five are
     with empty_cache():
@@ -136,25 +154,32 @@ def empty_cache() -> Iterator[None]:
                 os.environ["ERASURE_CACHE"] = before
 
 
-def compared(name: str, kept: dict[str, float], online: dict[str, float]) -> Settings:
-    """A whole run of the strategy's default length with states kept, making them included, against one without."""
+def compared(name: str, kept: dict[str, float], online: dict[str, float] | None) -> Settings:
+    """A whole run of the strategy's default length with states kept, making them included, against one without.
+
+    Args:
+        name: Name of the strategy.
+        kept: What `measure` gave for states that are kept.
+        online: The same for states that are made anew; `None` for a strategy without trajectories.
+    """
     updates = kept["updates"]
 
     def whole(mode: dict[str, float], what: str) -> float:
         return mode[f"fill_{what}"] + updates * mode[what]
 
-    modes = (("kept", kept), ("online", online))
-    per_state = {mode: whole(found, "passes") / (updates * found["states"]) for mode, found in modes}
+    modes = {"kept": kept} if online is None else {"kept": kept, "online": online}
+    per_state = {mode: whole(found, "passes") / (updates * found["states"]) for mode, found in modes.items()}
     row: Settings = {
         "strategy": name,
         "updates": int(updates),
         "passes_per_state": per_state,
-        "passes": {mode: whole(found, "passes") for mode, found in modes},
-        "seconds_per_update": {mode: found["seconds"] for mode, found in modes},
+        "passes": {mode: whole(found, "passes") for mode, found in modes.items()},
+        "seconds_per_update": {mode: found["seconds"] for mode, found in modes.items()},
         "fill_seconds": kept["fill_seconds"],
-        "passes_ratio": whole(online, "passes") / whole(kept, "passes"),
-        "speedup": whole(online, "seconds") / whole(kept, "seconds"),
     }
+    if online is not None:
+        row["passes_ratio"] = whole(online, "passes") / whole(kept, "passes")
+        row["speedup"] = whole(online, "seconds") / whole(kept, "seconds")
     if name in RELEASED:
         passes, states = RELEASED[name]
         per = passes / states
@@ -164,4 +189,9 @@ def compared(name: str, kept: dict[str, float], online: dict[str, float]) -> Set
 
 def released(row: Settings, what: str, form: str, unit: str = "") -> str:
     """A figure of the released recipe; a dash for a strategy without one."""
-    return f"{row['released'][what]:{form}}{unit}" if "released" in row else "-"
+    return shown(row.get("released", {}).get(what), form, unit)
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A figure for people; a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"

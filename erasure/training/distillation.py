@@ -111,6 +111,8 @@ class Drawn(NamedTuple):
     """Indices of the images' initial noise."""
     counts: list[int]
     """Number of rows of each kind, in order."""
+    copying: bool = False
+    """Whether the generator learns from these images to draw as `ScoreDistillation.first` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,12 @@ class ScoreDistillation:
     guiding: Guiding
     seed: int
     since: int = 0
-    """First update in which the generator is trained."""
+    """First update in which the generator is trained by its score identity loss."""
+    copying: bool = False
+    """Whether the generator learns, in the updates before `since`, to draw from each noise what `first` draws from it
+    for the teacher's prompt."""
+    first: Student | None = None
+    """Generator that is copied; the frozen network when left out."""
 
     def turns(self, descent: Descent, fake_descent: Descent) -> list[Turn[Drawn]]:
         """Give the optimiser steps of an update: of the fake-score network, then of the generator.
@@ -144,7 +151,7 @@ class ScoreDistillation:
             ),
             Turn(
                 name="generator", player=SelfSwitchedStudent(self.generator), losses=self.losses, descent=descent,
-                since=self.since, signed=True,
+                since=0 if self.copying else self.since, signed=True,
             ),
         ]  # fmt: skip
 
@@ -161,9 +168,10 @@ class ScoreDistillation:
                 teachers.append(scene.asks[0] if scene.asks else scene.prompt)
             numbers += index.tolist()
             counts.append(len(index))
-        with torch.set_grad_enabled(update >= self.since):
+        copying = self.copying and update < self.since
+        with torch.set_grad_enabled(copying or update >= self.since):
             images = self.source.draw(prompts, numbers)
-        return Drawn(images, prompts, teachers, numbers, counts)
+        return Drawn(images, prompts, teachers, numbers, counts, copying)
 
     @property
     def source(self) -> OneStepGenerator:
@@ -188,7 +196,9 @@ class ScoreDistillation:
         )
 
     def losses(self, drawn: Drawn) -> dict[str, Tensor]:
-        """Compute the generator's loss, see `identity`; mean over rows of each kind."""
+        """Compute the generator's loss, see `identity` and `copied`; mean over rows of each kind."""
+        if drawn.copying:
+            return self.copied(drawn)
         clean = self.source.backbone.parametrisation.clean
         x, t, _ = self.source.noised(drawn.images, drawn.numbers, "real")
         real = clean(self.predict(x, t, drawn.teachers, self.guiding.teacher), x, t)
@@ -199,6 +209,13 @@ class ScoreDistillation:
         else:
             rows = identity(real, fake, drawn.images, self.alpha)
         return self.terms("", rows, drawn, [kind.weight for kind in self.kinds])
+
+    def copied(self, drawn: Drawn) -> dict[str, Tensor]:
+        """Compute the squared distance from what `first` draws from the same noise for the teacher's prompts."""
+        with torch.no_grad():
+            wanted = self.source.draw_as(self.first, drawn.teachers, drawn.numbers)
+        rows = (drawn.images - wanted).square().sum((1, 2, 3))
+        return self.terms("copied_", rows, drawn, [kind.weight for kind in self.kinds])
 
     def predict(self, x: Tensor, t: Tensor, prompts: Sequence[str | None], scale: float) -> Tensor:
         """Predict in float32 with the network's current weights and guidance."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -59,8 +60,12 @@ class OneStepGenerator(StateSource):
             prompts: Prompts of the images.
             numbers: Indices of the initial noise.
         """
+        return self.draw_as(self.student, prompts, numbers)
+
+    def draw_as(self, student: Student | None, prompts: Sequence[str | None], numbers: Sequence[int]) -> Tensor:
+        """Draw clean latents as `draw` does, with another student; with the stock model when it is `None`."""
         noise = self.backbone.noise([stable_seed(self.seed, "generator", number) for number in numbers])
-        with self.student.active():
+        with nullcontext() if student is None else student.active():
             return one_step(self.backbone, noise, self.level, self.prompts(prompts))
 
     def noised(self, clean: Tensor, numbers: Sequence[int], purpose: str) -> tuple[Tensor, Tensor, Tensor]:

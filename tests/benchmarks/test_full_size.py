@@ -22,7 +22,10 @@ SMALL = [
 NAMES = [
     f"{model}/{part}"
     for model in MODELS
-    for part in (*(("removal",) if model == "sdxl" else ()), "images", "esd", "hirm", "compile")
+    for part in (
+        *(("removal",) if model == "sdxl" else ()), "images", "esd", "hirm",
+        *(("sfd",) if model in ("sd15", "sdxl") else ()), "compile",
+    )  # fmt: skip
 ]
 PUBLISHED = {
     "sd15": {"text_encoder": 123.06, "unet": 859.52, "vae": 83.65},
@@ -48,7 +51,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts.erasure, "erase", quick)
-        for chosen in (["--parts", "images", "removal"], ["--models", "flux"]):
+        for chosen in (["--parts", "images", "removal"], ["--models", "flux"], ["--models", "sd15", "--parts", "sfd"]):
             done = main([*SMALL, "--out", str(out), *chosen])
             assert done == 0, {name: part.get("error") for name, part in parts_of(out).items()}
     return out
@@ -57,7 +60,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_part_gives_its_figures(file: Path) -> None:
     parts = parts_of(file)
     drawn = [f"{model}/images" for model in MODELS]
-    assert set(parts) == {*drawn, "sdxl/removal", "flux/esd", "flux/hirm", "flux/compile"}
+    assert set(parts) == {*drawn, "sdxl/removal", "flux/esd", "flux/hirm", "flux/compile", "sd15/sfd"}
     assert {part["state"] for part in parts.values()} == {"done"}
     for name in drawn:
         figures = parts[name]["figures"]
@@ -69,6 +72,17 @@ def test_every_part_gives_its_figures(file: Path) -> None:
     assert esd["rollout_seconds"] > 0
     assert compiled["verified"] > 0
     assert max(compiled["difference"], compiled["difference_detached"]) < 1e-4
+
+
+def test_two_loras_need_less_memory_than_two_whole_networks(file: Path) -> None:
+    """In float32: whole networks have values, gradients and two means of Adam each, LoRAs nearly nothing."""
+    figures = parts_of(file)["sd15/sfd"]["figures"]
+    low_rank, whole = figures["low_rank"], figures["whole"]
+    assert low_rank["million_parameters"] == whole["million_parameters"] > 1
+    assert all(each["peak_mb"] > each["model_mb"] > 0 for each in (low_rank, whole))
+    # The generator's gradients exist while the fake-score network has none.
+    assert whole["peak_mb"] - low_rank["peak_mb"] > 4 * 4 * whole["million_parameters"]
+    assert figures["memory_ratio"] == whole["peak_mb"] / low_rank["peak_mb"] > 1
 
 
 def test_removal_draws_what_forming_all_probabilities_draws(file: Path) -> None:
@@ -133,7 +147,7 @@ def test_a_failure_and_time_that_runs_out_are_told(
     ("options", "reason"),
     [
         (["--models", "sd9"], "known: sd15, sdxl, sd3, flux"),
-        (["--parts", "imagez"], "known: images, esd, hirm, compile, removal"),
+        (["--parts", "imagez"], "known: images, esd, hirm, sfd, compile, removal"),
         (["--width", "2"], "above 0, and 1 at most"),
         (["--repeats", "0"], "--repeats is at least 1"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),

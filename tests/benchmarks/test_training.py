@@ -11,7 +11,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.training import RELEASED, compared
 from erasure.strategies import available
-from erasure.strategies.trained import TrainedStrategy
+from erasure.strategies.looped import LoopedStrategy
 
 
 def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
@@ -31,6 +31,20 @@ def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
     assert main(["training", "--model", "canvas-sd", "--updates", "0"]) == 2
 
 
+def test_a_strategy_without_trajectories_is_measured_once(tiny_pipe_folder: Path, capsys: Any) -> None:
+    """Each image of SFD: the generator, the fake-score network twice and the teacher twice, all with gradients."""
+    command = [
+        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--strategies", "sfd",
+    ]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["strategies"]
+    assert row["passes_per_state"] == {"kept": 3 * (1 + 1 + 1 + 2)}
+    assert row["released"]["passes_per_state"] == (1 + 2 * 3) + (1 + 2 + 2) * 3
+    assert not {"passes_ratio", "speedup"} & set(row)
+    assert main(command) == 0
+    assert "passes per training state, online" in capsys.readouterr().out
+
+
 def test_a_whole_run_counts_the_filling() -> None:
     mode = {"updates": 10, "states": 4, "passes": 12.0, "seconds": 1.0, "fill_passes": 40.0, "fill_seconds": 5.0}
     online = mode | {"passes": 200.0, "seconds": 20.0, "fill_passes": 0.0, "fill_seconds": 0.0}
@@ -41,10 +55,13 @@ def test_a_whole_run_counts_the_filling() -> None:
     assert found["passes_ratio"] == pytest.approx(2000 / 160)
     assert found["speedup"] == pytest.approx(200 / 15)
     assert "released" not in compared("another", mode, online)
+    alone = compared("another", mode, None)
+    assert alone["passes"] == {"kept": 160.0}
+    assert not {"passes_ratio", "speedup"} & set(alone)
 
 
 def test_every_trained_strategy_is_measured() -> None:
-    assert set(RELEASED) == {name for name, strategy in available().items() if issubclass(strategy, TrainedStrategy)}
+    assert set(RELEASED) == {name for name, strategy in available().items() if issubclass(strategy, LoopedStrategy)}
     # DoCo: 1000 images of 25 steps with guidance; 1000 updates of 16 student and 8 teacher rows without a student's
     # step, and 1000 with two backward passes of all 16 rows.
     assert RELEASED["doco"][0] == 1000 * 25 * 2 + 1000 * (16 + 8) + 1000 * (16 + 8 + 2 * 2 * 16)

@@ -75,10 +75,38 @@ def test_checkpointing_runs_blocks_again_as_the_player_that_they_were(whole: Era
 
 
 def test_passes_of_an_image(whole: Erasure) -> None:
-    """Drawn and learned from: 3. The other model learns: 3. Both models of the generator's loss: 3 and, guided, 6."""
+    """Drawn and learned from: 3. The other model learns: 3. Both models of the generator's loss: 3 and, guided, 6.
+
+    In the head start the generator learns from one picture of the stock model.
+    """
     rows = QUICK["batch"] + QUICK["retain_batch"]
+    first, both = 3 + 1 + 3, 3 + 3 + 3 + 6
+    assert whole.config.cost["denoiser_forwards"] == rows * (1 * first + 5 * both)
+
+
+def test_a_generator_that_waits(tiny_pipe_original: Any) -> None:
+    made, rows = make(tiny_pipe_original, anchor_start=False), QUICK["batch"] + QUICK["retain_batch"]
     waiting, both = 1 + 3, 3 + 3 + 3 + 6
-    assert whole.config.cost["denoiser_forwards"] == rows * (1 * waiting + 5 * both)
+    assert made.config.cost["denoiser_forwards"] == rows * (1 * waiting + 5 * both)
+    assert "loss_copied_forget" not in made.config.cost
+
+
+def test_the_generator_learns_to_draw_the_anchor_before_it_learns_to_draw(
+    tiny_pipe_original: Any, tmp_path: Path
+) -> None:
+    """By copying what it starts as: the stock model, or another generator."""
+    save_file(lora(tiny_pipe_original, 2), tmp_path / LORA_FILE)
+    backbone = backbone_for(tiny_pipe_original)
+    for start in ("", str(tmp_path)):
+        strategy: Any = get("sfd").configured(**{**QUICK, "start": start})
+        with rolling_out(backbone), torch.no_grad():
+            task = strategy.task(backbone, backbone.reader, [CAT], 0, Accelerator(cpu=True))
+            source, method = task.concept_states, task.method
+            own = source.draw(["a house", "a dog"], [3, 4])
+            torch.testing.assert_close(source.draw_as(method.first, ["a house", "a dog"], [3, 4]), own)
+            method.generator.up[0].add_(0.1)
+            assert not torch.allclose(source.draw(["a house", "a dog"], [3, 4]), own)
+            torch.testing.assert_close(source.draw_as(method.first, ["a house", "a dog"], [3, 4]), own)
 
 
 def test_a_model_is_left_as_it_was(tiny_pipe: Any, tensors_of: Any, changed_tensors: Any) -> None:

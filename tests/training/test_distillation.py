@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -157,6 +158,29 @@ def test_the_generator_waits_while_the_other_learns(tiny_pipe: Any) -> None:
         assert all(map(torch.equal, before, method.generator.parameters()))
         Trainer(turns=turns, prepare=method.prepare, steps=3, seed=0).train(lambda _share: None)
         assert not any(map(torch.equal, before, method.generator.parameters()))
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["the frozen network", "another generator"])
+def test_in_the_head_start_the_generator_copies_a_first_one(other: bool, pipe: Any) -> None:
+    """From the same noise, asked about the teacher's prompt; afterwards its loss is that of the method."""
+    method = method_on(pipe)
+    first = method_on(pipe).fake if other else None
+    for name, value in {"since": 2, "copying": True, "first": first}.items():
+        object.__setattr__(method, name, value)
+    backbone, source = method.source.backbone, method.source
+    drawn = method.prepare(1, Share(0, 1))
+    assert drawn.teachers != drawn.prompts
+    found = method.losses(drawn)
+    noise = backbone.noise(seeds(method, drawn))
+    with torch.no_grad(), nullcontext() if first is None else first.active():
+        wanted = one_step(backbone, noise, LEVEL, source.prompts(drawn.teachers))
+    torch.testing.assert_close(found, {"copied_forget": (drawn.images - wanted).square().mean()})
+    before = found["copied_forget"].item()
+    turns = method.turns(Descent(lr=1e-2), Descent(lr=1e-2))
+    row = Trainer(turns=turns, prepare=method.prepare, steps=2, seed=0).train(lambda _share: None)
+    assert set(row) == {"fake_forget", "copied_forget"}
+    assert method.losses(method.prepare(1, Share(0, 1)))["copied_forget"] < before
+    assert set(method.losses(method.prepare(2, Share(0, 1)))) == {"forget"}
 
 
 def test_both_players_share_one_copy_of_the_network(tiny_pipe: Any) -> None:
