@@ -176,27 +176,30 @@ def requests(
 def attacks(
     out: Path = Path("results/attacks"),
     made: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn"),
+    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn", "co_erasing"),
     size: Literal["smoke", "quick", "full"] = "quick",
+    prompts: int = 20,
     share: tuple[int, int] = (0, 1),
     into: Path | None = None,
 ) -> None:
-    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print a table.
+    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print its tables.
 
     Args:
         out: Results, a folder for each attack.
         made: Results of step `table`.
         strategies: Whose erasures; `nothing` for the stock model.
         size: Of the attacks.
+        prompts: About each concept.
         share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
     from erasure.assets.build import attacks as step
     from erasure.assets.build.tables import report
 
-    step.measure(out, made, strategies, size, share)
+    step.measure(out, made, strategies, size, prompts, share)
     if share[1] == 1:
         report("attacks", step.rows(out, strategies), ("method",), into, size=size)
+        report("attack-pairs", step.pairs(out, strategies), ("method", "other"), into, size=size)
 
 
 def audited(folder: Path, concept: str = "dog", into: Path | None = None) -> None:

@@ -272,6 +272,14 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "attacks": Table("attacks", ATTACKED),
+    "attack-pairs": Table(
+        "attack-pairs",
+        (
+            METHOD, ("beside", "`{other}`"), ("prompts", "{prompts}"), ("succeed on the first alone", "{only_method}"),
+            ("on the second alone", "{only_other}"), ("p (McNemar)", "{p:4}"), ("adjusted (Holm)", "{p_adjusted:4}"),
+        ),
+        grouped=True,
+    ),
     "attacks-flux": Table("attacks-flux", ATTACKED),
     "audit": Table(
         "audit",
