@@ -198,9 +198,7 @@ def sfd(subject: Subject) -> Figures:
     }  # fmt: skip
 
 
-def alone(
-    measured: Callable[[Subject, int], Mapping[str, float]], subject: Subject, rank: int
-) -> Mapping[str, float]:
+def alone(measured: Callable[[Subject, int], Mapping[str, float]], subject: Subject, rank: int) -> Mapping[str, float]:
     """Measure in a new process, with a model of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measured, replace(subject), rank).result()

@@ -19,13 +19,13 @@ SMALL = [
     "full-size", "--width", "0.1", "--pixels", "64", "--steps", "2", "--tokens", "16", "--repeats", "1",
     "--device", "cpu", "--dtype", "float32", "--backend", "eager",
 ]  # fmt: skip
+OWN = {"sd15": ("sfd",), "sdxl": ("removal", "sfd")}
+"""Parts that not every model has."""
 NAMES = [
     f"{model}/{part}"
     for model in MODELS
-    for part in (
-        *(("removal",) if model == "sdxl" else ()), "images", "esd", "hirm",
-        *(("sfd",) if model in ("sd15", "sdxl") else ()), "compile",
-    )  # fmt: skip
+    for part in ("removal", "images", "esd", "hirm", "sfd", "compile")
+    if part not in ("removal", "sfd") or part in OWN.get(model, ())
 ]
 PUBLISHED = {
     "sd15": {"text_encoder": 123.06, "unet": 859.52, "vae": 83.65},
