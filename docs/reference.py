@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from erasure.assets.build.measured import Measured
-from erasure.assets.build.tables import ABSENT, FAMILIES, OF_FAMILY, TABLES, Shown, Table, markdown
+from erasure.assets.build.tables import (
+    ABSENT,
+    EVERY_METHOD,
+    FAMILIES,
+    OF_EVERY_METHOD,
+    OF_FAMILY,
+    TABLES,
+    Shown,
+    Table,
+    markdown,
+)
 from erasure.cli.described import options_of
 from erasure.errors import ErasureError, EvaluationError
 from erasure.registry import Facts
@@ -35,8 +45,8 @@ COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 OF_UNET = {"cross-attention", "image prompts", "one step"}
 """Needs that no model of `OF_TRANSFORMER` meets."""
 OF_TRANSFORMER = ("canvas-sd3", "canvas-flux")
-EVERY_METHOD = "docs/numbers.md#every-method"
-"""Where the table of all methods on `canvas-sd` stands."""
+OF_ALL = "docs/numbers.md#every-method"
+"""Where the tables of all methods on `canvas-sd` stand."""
 NOTES = {"sfd": "draws in one step"}
 
 
@@ -117,7 +127,7 @@ def marked_pages() -> list[Path]:
 def front() -> str:
     """Every method by model: the mean rate (AA), or why there is none."""
     measured = {(row.get("method"), row.get("model")): row for row in read(FAMILIES).rows}
-    of_all = {row.get("method"): row for row in read("methods").rows}
+    of_all = {row.get("method"): row for row in read(EVERY_METHOD).rows if row.get("group") == "objects"}
     first = dict.fromkeys(method for method, _ in measured)
     lines = []
     for name in [*first, *of_all, *STRATEGIES.names()]:
@@ -132,7 +142,8 @@ def front() -> str:
             elif model in OF_TRANSFORMER and OF_UNET & set(told["needs"]):
                 cells.append("refused")
             elif model == COLUMNS[0] and name in of_all:
-                cells.append(f"[{Shown(of_all[name].get('AA')):3} of two]({EVERY_METHOD})")
+                of_objects = of_all[name]
+                cells.append(f"[{Shown(of_objects.get('AA')):3} of {of_objects.get('concepts')} objects]({OF_ALL})")
             else:
                 cells.append(ABSENT)
         protects = told["protects"]
@@ -146,7 +157,7 @@ def front() -> str:
 
 def pages() -> dict[str, str]:
     """The text of every page, by the name of its method."""
-    families, of_all = read(FAMILIES), read("methods")
+    families, of_all = read(FAMILIES), read(EVERY_METHOD)
     return {name: page(STRATEGIES.facts(name), families, of_all) for name in STRATEGIES.names()}
 
 
@@ -207,13 +218,14 @@ def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable
         )
     if in_all:
         yield (
-            "Two objects erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method): images of "
-            "the concept that do not show it (UA), others of its kind that still do what was asked for (IRA), the "
-            "same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA (AA). What else "
-            "was measured stands in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
+            "Objects and styles erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method): "
+            "images of the concept that do not show it (UA), others of its kind that still do what was asked for "
+            "(IRA), the same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA "
+            "(AA). What else was measured stands in [numbers](../numbers.md#methods-to-compare-with) and in "
+            "[methods](../methods.md)."
         )
-        all_columns = TABLES["methods"].columns[1:]
-        yield Table("methods", all_columns, where={"method": (name,)}).markdown(of_all)
+        columns = [("", "{group}: {concepts}"), *OF_EVERY_METHOD[1:]]
+        yield Table(EVERY_METHOD, columns, where={"method": (name,)}).markdown(of_all)
 
 
 def options_table(facts: Facts) -> str:

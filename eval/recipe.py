@@ -130,20 +130,19 @@ def run_recipe(
     }
 
 
-def drawing_recipe(pipe: DiffusionPipeline, model: str, sampler: Record) -> Record:
+def drawing_recipe(pipe: DiffusionPipeline, model: str) -> Record:
     """Give all that an image of the stock model depends on, besides its sample.
 
     Args:
         pipe: The stock pipeline.
         model: Its fingerprint.
-        sampler: See `sampler_recipe`.
     """
     import diffusers
 
     besides = user_additions(pipe)
     return {
         "model": model,
-        "sampler": sampler,
+        "sampler": sampler_recipe(pipe),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         **({"besides": besides} if besides else {}),
     }

@@ -171,18 +171,19 @@ class Subject:
             clip: Fingerprint of the CLIP model.
         """
         erasures = [erasure_entry(entry["name"], entry["erasure"], entry["strength"]) for entry in models.entries]
-        drawing = drawing_recipe(models.stock, model_fingerprint(models.stock), sampler_recipe(models.pipe))
+        drawing = drawing_recipe(models.stock, model_fingerprint(models.stock))
         return cls(models.pipe, drawing, erasures, judge, judge_fingerprint(judge), clip, models.unchecked)
 
     @property
     def erased_drawing(self) -> Record:
         """Everything that images of the pipeline with its erasures depend on besides their sample."""
         erased = [[entry["fingerprint"], entry["strength"]] for entry in self.erasures]
-        return self.drawing | {"erasures": erased, "package": __version__}
+        # A one-step generator brings a sampler of its own.
+        return self.drawing | {"sampler": sampler_recipe(self.pipe), "erasures": erased, "package": __version__}
 
     @property
     def sampler(self) -> Record:
-        """Scheduler, precision and noise."""
+        """Scheduler of the stock model, precision and noise."""
         return self.drawing["sampler"]
 
     def recipe(self, plan: Plan) -> Record:

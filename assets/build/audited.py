@@ -1,57 +1,112 @@
-"""Rows of what an audit measured of one erasure: every attack, with its chance level."""
+"""Rows of what audits measured: every part with its chance level, the word for each attacker, and relearning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from erasure.assets.build.measured import Row, figure
+from erasure.assets.build.measured import Figure, Row, figure
 from erasure.errors import EvaluationError
-from erasure.eval.attacks import ATTACKS
 from erasure.eval.audits.parts import GRADES, Part
-from erasure.eval.results import FILE, Results
+from erasure.eval.audits.verdicts import finding_of, graded
+from erasure.eval.dossiers.reading import FoundPart, read_folder
 
-NO_CHANCE = "nothing is random"
+CURVES = {"relearned": "S50", "stock_new": "S50_new", "erased_new": "S50_new_erased"}
+"""Trainings of the stress test `relearn` whose number of steps has a column, and its name."""
+NOT_MEASURED, UNNAMED = "not measured", "unnamed"
 
 
-def rows(folder: Path, concept: str) -> list[Row]:
-    """A row for each attack that was tried, by what its attacker has.
+class Audited(NamedTuple):
+    """An audit of one erasure of one concept."""
 
-    Args:
-        folder: Where `erasure audit` left its results.
-        concept: What was erased.
+    about: Row
+    """Cells that tell its rows from those of others: `model` and `method`."""
+    parts: list[FoundPart]
+
+    @classmethod
+    def read(cls, folder: Path, concept: str) -> Audited:
+        """Read what `erasure audit` left.
+
+        Args:
+            folder: Where it is.
+            concept: What was erased.
+
+        Raises:
+            EvaluationError: It holds no audit that was finished, or one of another concept or of several erasures.
+        """
+        found = read_folder(folder, [concept])
+        if found.audit is None:
+            raise EvaluationError(f"{folder} holds one {found.kind}, and no audit")
+        erased = [
+            (entry.get("strategy", entry["name"]), entry.get("concepts", [])) for entry in found.audit["erasures"]
+        ]
+        if [names for _, names in erased] != [[concept]]:
+            what = "; ".join(f"{strategy} of {', '.join(names)}" for strategy, names in erased)
+            raise EvaluationError(f"{folder} is an audit of {what}: expected one erasure of {concept} alone")
+        return cls({"model": found.audit["model"].get("name", UNNAMED), "method": erased[0][0]}, found.found)
+
+    @property
+    def size(self) -> str:
+        """Of all its parts."""
+        return next(each.results.size for each in self.parts if each.results is not None)
+
+    def rows(self) -> list[Row]:
+        """A row for each part that an attacker could do, by what its attacker has."""
+        of_attackers = [each for each in self.parts if each.part.counts]
+        order = list(GRADES)
+        return [self._row(each) for each in sorted(of_attackers, key=lambda each: order.index(each.part.grade))]
+
+    def _row(self, found: FoundPart) -> Row:
+        part = found.part
+        row: Row = {**self.about, "grade": part.grade, "part": part.name, "shown": _share(found)}
+        if part.chance is None:
+            return row
+        name, measures_chance = part.chance
+        wanted = Part("attack", name, part.concept, measures_chance=measures_chance).folder
+        chance = next((each for each in self.parts if each.part.folder == wanted), None)
+        if chance is None:
+            raise EvaluationError(
+                f"the audit of {self.about['method']} has {part.folder}, and not {wanted}, its chance"
+            )
+        return {**row, "chance": _share(chance)}
+
+    def words(self) -> Row:
+        """The word for each attacker."""
+        measured = [
+            (each.part, finding_of(each.part, each.results)) for each in self.parts if each.results is not None
+        ]
+        words = graded(measured)
+        return {**self.about, **{grade: words.get(grade, NOT_MEASURED) for grade in GRADES}}
+
+    def relearning(self) -> list[Row]:
+        """How many steps bring the concept back, beside a thing never known; empty where it was not measured."""
+        tests = [each.results for each in self.parts if each.part.name == "relearn" and each.results is not None]
+        made: list[Row] = []
+        for results in tests:
+            row: Row = {**self.about, **{name: figure(results.get("S50", of)) for of, name in CURVES.items()}}
+            savings = results.get("savings", "relearned")
+            made.append({**row, "savings": figure(savings), "verdict": str(savings.get("verdict", NOT_MEASURED))})
+        return made
+
+
+def _share(found: FoundPart) -> Figure:
+    """Share of images that show the concept, or why there is none."""
+    if found.results is None:
+        return figure({"reason": found.state})
+    finding = finding_of(found.part, found.results)
+    return figure(
+        {"value": finding.shown, "low": finding.low, "high": finding.high, "reason": NOT_MEASURED}, finding.n
+    )
+
+
+def read(folders: Sequence[Path], concept: str) -> list[Audited]:
+    """Read several audits, which must be of one size.
 
     Raises:
-        EvaluationError: There is no attack, or an attack's chance level is missing.
+        EvaluationError: They are not, or see `Audited.read`.
     """
-    parts = [Part("attack", name, concept) for name in ATTACKS.names()]
-    tried = [part for part in parts if part.counts and (folder / part.folder / FILE).is_file()]
-    if not tried:
-        raise EvaluationError(f"{folder} holds no results of attacks: give the folder of an audit")
-    grades = list(GRADES)
-    return [_row(folder, part) for part in sorted(tried, key=lambda part: grades.index(part.grade))]
-
-
-def _row(folder: Path, part: Part) -> Row:
-    row: Row = {"grade": part.grade, "attack": part.name, "ASR": figure(_after(folder, part, "ASR"))}
-    if part.chance is None:
-        return row | {"chance_ASR": figure({"reason": NO_CHANCE})}
-    name, measures_chance = part.chance
-    chance = Part("attack", name, part.concept, measures_chance=measures_chance)
-    return row | {"chance_ASR": figure(_after(folder, chance, "chance_ASR"))}
-
-
-def _after(folder: Path, part: Part, rate: str) -> dict[str, object]:
-    """A rate of the erased model.
-
-    Raises:
-        EvaluationError: There are no results, or these are of something else.
-    """
-    results = Results.load(folder / part.folder)
-    if results.suite != part.name:
-        raise EvaluationError(f"{folder / part.folder} has results of {results.suite}, expected those of {part.name}")
-    return results.get(rate)
-
-
-def size_of(folder: Path) -> str:
-    """At which size the attacks of an audit were made."""
-    return next(Results.load(file).size for file in sorted(folder.glob(f"attack-*/{FILE}")))
+    found = [Audited.read(folder, concept) for folder in folders]
+    if len(sizes := sorted({each.size for each in found})) != 1:
+        raise EvaluationError(f"the audits are of several sizes ({', '.join(sizes)}): give those of one")
+    return found

@@ -48,7 +48,7 @@ def methods(
     folders: Path | None = None,
     into: Path | None = None,
 ) -> None:
-    """Run the sweep `methods.toml`, every method on canvas-sd (resumes), then print its table.
+    """Run the sweep `methods.toml`, every method on canvas-sd (resumes), then print its tables.
 
     Args:
         out: Results, a folder for each erasure, as `erasure sweep` leaves them, too.
@@ -66,10 +66,13 @@ def methods(
         measure(chosen, out, share)
     if share[1] == 1:
         labels = [method.label for method in chosen.methods]
-        made = rows(chosen, out) if folders is None else rows_of_folders(folders, chosen.concepts, labels)
-        found = chosen_cells(made, ("method", *METRICS, "seconds", "kB"))
+        made = rows(chosen, out) if folders is None else [
+            row | {"group": group}
+            for group, concepts in chosen.groups.items() for row in rows_of_folders(folders, concepts, labels)
+        ]  # fmt: skip
+        found = chosen_cells(made, ("method", "group", "concepts", *METRICS, "seconds", "kB"))
         size_of_all = chosen.measures[0].size
-        report("methods", found, ("method",), into, size=size_of_all, models=chosen.models, seeds=chosen.seeds)
+        report("methods", found, ("method", "group"), into, size=size_of_all, models=chosen.models, seeds=chosen.seeds)
 
 
 def across(
@@ -176,41 +179,51 @@ def requests(
 def attacks(
     out: Path = Path("results/attacks"),
     made: Path = Path("results/canvas"),
-    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn"),
+    strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn", "co_erasing"),
     size: Literal["smoke", "quick", "full"] = "quick",
+    prompts: int = 20,
     share: tuple[int, int] = (0, 1),
     into: Path | None = None,
 ) -> None:
-    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print a table.
+    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print its tables.
 
     Args:
         out: Results, a folder for each attack.
         made: Results of step `table`.
         strategies: Whose erasures; `nothing` for the stock model.
         size: Of the attacks.
+        prompts: About each concept.
         share: `i n` does every n-th concept from the i-th on, so that n processes share the work.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
     from erasure.assets.build import attacks as step
     from erasure.assets.build.tables import report
 
-    step.measure(out, made, strategies, size, share)
+    step.measure(out, made, strategies, size, prompts, share)
     if share[1] == 1:
         report("attacks", step.rows(out, strategies), ("method",), into, size=size)
+        report("attack-pairs", step.pairs(out, strategies), ("method", "other"), into, size=size)
 
 
-def audited(folder: Path, concept: str = "dog", into: Path | None = None) -> None:
-    """Print the table of all attacks of an audit (`erasure audit --model canvas-sd --erasure ERASURE --out FOLDER`).
+def audited(folders: tuple[Path, ...], concept: str = "dog", into: Path | None = None) -> None:
+    """Print the tables of audits (`erasure audit --model MODEL --erasure ERASURE --out FOLDER`).
 
     Args:
-        folder: Of the audit.
+        folders: Of audits of one erasure each.
         concept: What was erased.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
-    from erasure.assets.build.audited import rows, size_of
+    from erasure.assets.build import audited as step
     from erasure.assets.build.tables import report
 
-    report("audit", rows(folder, concept), ("attack",), into, size=size_of(folder))
+    audits = step.read(folders, concept)
+    size, models = audits[0].size, list(dict.fromkeys(str(audit.about["model"]) for audit in audits))
+    rows = [row for audit in audits for row in audit.rows()]
+    report("audit", rows, ("model", "part", "method"), into, size=size, models=models)
+    report("audit-words", [audit.words() for audit in audits], ("model", "method"), into, size=size, models=models)
+    curves = [row for audit in audits for row in audit.relearning()]
+    if curves:
+        report("relearning", curves, ("model", "method"), into, size=size, models=models)
 
 
 def suite(

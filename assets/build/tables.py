@@ -226,6 +226,17 @@ OF_CONCEPT = (
     ("AA", "{each[AA]:3/2}"),
 )
 PLAIN_RATES = tuple((rate, f"{{{rate}:3}}") for rate in ("UA", "IRA", "CRA", "AA"))
+EVERY_METHOD = "methods"
+"""File of all methods on one model, and table of its objects."""
+LOOK_ALIKES = "look-alikes kept"
+OF_EVERY_METHOD = (
+    METHOD, *RATES[:2], (LOOK_ALIKES, "{IRA_group:3/2}"), *RATES[2:], ("drift", "{drift:3/3}"), *COST,
+)  # fmt: skip
+OF_ATTACKER = {
+    "prompts": "prompts", "gradients": "the weights, to search with", "inputs": "other inputs",
+    "weights": "the weights, to change",
+}  # fmt: skip
+"""What an attacker has, by grade of an audit."""
 ATTACKED = (
     ("erased with", "{method:code}"),
     ("prompts as they are (`pre_ASR`)", "{pre_ASR:2/2}"),
@@ -265,21 +276,40 @@ TABLES: dict[str, Table] = {
             ("AUC, 4x4", "{word_auc_4:2}"), ("8x8", "{word_auc_8:2}"), ("16x16", "{word_auc_16:2}"),
         ),
     ),
-    "methods": Table(
-        "methods",
-        (
-            METHOD, *RATES[:2], ("look-alikes kept", "{IRA_group:3/2}"), *RATES[2:], ("drift", "{drift:3/3}"), *COST,
-        ),
+    EVERY_METHOD: Table(EVERY_METHOD, OF_EVERY_METHOD, where={"group": ("objects",)}),
+    "methods-styles": Table(
+        EVERY_METHOD, [column for column in OF_EVERY_METHOD if column[0] != LOOK_ALIKES], where={"group": ("styles",)}
     ),
     "attacks": Table("attacks", ATTACKED),
+    "attack-pairs": Table(
+        "attack-pairs",
+        (
+            METHOD, ("beside", "`{other}`"), ("prompts", "{prompts}"), ("succeed on the first alone", "{only_method}"),
+            ("on the second alone", "{only_other}"), ("p (McNemar)", "{p:4}"), ("adjusted (Holm)", "{p_adjusted:4}"),
+        ),
+        grouped=True,
+    ),
     "attacks-flux": Table("attacks-flux", ATTACKED),
     "audit": Table(
-        "audit",
+        "audit", (("an attacker has", "{grade}"), ("what is tried", "`{part}`")), where={"model": ("canvas-sd",)},
+        words=OF_ATTACKER, grouped=True, across="method",
+        each=(("`{value}`", "{each[shown]:2/2} / {each[chance]:2}"),),
+    ),
+    "audit-words": Table(
+        "audit-words",
         (
-            ("an attacker has", "{grade}"), ("attack", "`{attack}`"), ("with the attack (`ASR`)", "{ASR:2/2}"),
-            ("by chance (`chance_ASR`)", "{chance_ASR:2/2}"),
+            ("model", "`{model}`"), METHOD,
+            *((title, f"{{{grade}}}") for grade, title in OF_ATTACKER.items()),
         ),
-        words={"gradients": "the weights, to search with", "inputs": "other inputs"},
+        grouped=True,
+    ),
+    "relearning": Table(
+        "relearning",
+        (
+            ("model", "`{model}`"), METHOD, ("the concept, erased model (`S50`)", "{S50:0/0}"),
+            ("a new thing, stock model", "{S50_new:0/0}"), ("a new thing, erased model", "{S50_new_erased:0/0}"),
+            ("`savings`", "{savings:2/2}"), ("", "{verdict}"),
+        ),
         grouped=True,
     ),
     "co-erasing": Table(

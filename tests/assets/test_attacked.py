@@ -28,7 +28,8 @@ def test_what_is_attacked_chose_no_defaults() -> None:
 def test_an_attack_with_results_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def search(pipe, method, concept, *, out, **_: object) -> Results:
+    def search(pipe, method, concept, *, out, samples, **_: object) -> Results:
+        assert samples == 3
         asked.append((out.name, bool(ErasureManager(pipe).active_erasures())))
         metrics = [
             {"name": rate, "concept": None, "variant": "before", "value": 0.5} for rate in attacks.RATES[method]
@@ -41,8 +42,50 @@ def test_an_attack_with_results_is_not_made_again(tmp_path: Path, monkeypatch: p
             folder = tmp_path / f"{name}-{attacks.STOCK}-{method}"
             folder.mkdir()
             (folder / "results.json").write_text("{}")
-    attacks.measure(tmp_path, tmp_path, (attacks.STOCK,), "smoke", (0, 1))
+    attacks.measure(tmp_path, tmp_path, (attacks.STOCK,), "smoke", 3, (0, 1))
     assert asked == [(f"dog-{attacks.STOCK}-{method}", False) for method in attacks.RATES]
+
+
+def test_an_erasure_to_attack_is_made_where_it_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacked = []
+
+    def search(pipe, method, concept, *, out, **_: object) -> Results:
+        (entry,) = ErasureManager(pipe).erasures.values()
+        attacked.append((method, entry.config.strategy, [each.target for each in entry.concepts]))
+        metrics = [{"name": rate, "concept": None, "variant": "after", "value": 0.5} for rate in attacks.RATES[method]]
+        return Results(suite="canvas", size="smoke", model={}, erasures=[], metrics=metrics, cost={})
+
+    monkeypatch.setattr(attacks, "attack", search)
+    monkeypatch.setattr(attacks, "ATTACKED", ("turtle",))
+    for _ in range(2):  # and is taken from there the second time
+        attacks.measure(tmp_path, tmp_path, ("sld",), "smoke", 1, (0, 1))
+    assert attacked == 2 * [(method, "sld", ["turtle"]) for method in attacks.RATES]
+    assert (attacks.erasure_of(tmp_path, "sld", "turtle") / "erasure_config.json").is_file()
+
+
+def test_two_methods_are_compared_on_the_prompts_that_both_were_attacked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcomes(strategy: str, **succeeded: list[bool | None]) -> None:
+        for name, each in succeeded.items():
+            path = tmp_path / f"{name}-{strategy}-unlearndiffatk" / "attacks.jsonl"
+            rows[path] = [{"sample_id": f"{name}-{number}", "success": one} for number, one in enumerate(each)]
+
+    rows: dict[Path, list[dict[str, object]]] = {}
+    monkeypatch.setattr(attacks, "read_rows", lambda path, _schema: rows[path])
+    monkeypatch.setattr(attacks, "ATTACKED", ("dog", "turtle"))
+    outcomes("uce", dog=[True] * 5 + [None], turtle=[True, True, True, False])
+    outcomes("esd", dog=[False] * 5 + [True], turtle=[True, False, None, True])
+    outcomes("itd", dog=[False] * 6, turtle=[False] * 4)
+    first, second, third = attacks.pairs(tmp_path, (attacks.STOCK, "uce", "esd", "itd"))
+    # 8 prompts: on 6 uce alone, on 1 esd alone; 2 (1/2)^7 (1 + 7) = 1/8.
+    counts = {"prompts": 8, "only_method": 6, "only_other": 1}
+    assert first == {"method": "uce", "other": "esd", **counts, "p": 0.125, "p_adjusted": 0.25}
+    # 9 prompts, 8 and 0 of them: 2 (1/2)^8; the least of three p-values is tripled.
+    assert (second["only_method"], second["only_other"], second["p"]) == (8, 0, 2 / 2**8)
+    assert second["p_adjusted"] == 3 * 2 / 2**8
+    # 3 and 0: 2 (1/2)^3; the greatest is not adjusted below the one before it.
+    assert (third["method"], third["other"], third["p"], third["p_adjusted"]) == ("esd", "itd", 0.25, 0.25)
 
 
 def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,12 +114,15 @@ def test_a_style_is_kept_where_the_judge_sees_what_was_asked_for(swept: Path, pl
 
 def test_methods_and_families_have_the_same_means(swept: Path, folders: Path, plan: SweepPlan, into: Path) -> None:
     measuring.methods(out=swept, only_table=True, into=into)
-    (grouped, _) = (row for row in sweep.rows(plan, swept))
-    (row,) = (each for each in Measured.read(into / "methods.json").rows)
-    assert row["method"] == "uce"
-    assert value(row["drift"]) is not None
-    assert set(row) <= {"method", *sweep.METRICS, "seconds", "kB"}
-    assert grouped["group"] == "objects"
+    rows = Measured.read(into / "methods.json").rows
+    assert [(row["method"], row["group"], row["concepts"]) for row in rows] == [
+        ("uce", "objects", 1),
+        ("uce", "styles", 1),
+    ]
+    assert [row["group"] for row in sweep.rows(plan, swept)] == ["objects", "styles"]
+    for row in rows:
+        assert value(row["drift"]) is not None
+        assert set(row) <= {"method", "group", "concepts", *sweep.METRICS, "seconds", "kB"}
     measuring.across(folders=folders, into=into)
     (of_folders,) = Measured.read(into / "families.json").rows
     assert (of_folders["method"], of_folders["model"], of_folders["size"]) == ("uce", "canvas-sd", "smoke")
@@ -202,30 +205,74 @@ def test_suites_are_run_on_the_embedded_model(tmp_path: Path, monkeypatch: pytes
     assert asked == [("removal", "smoke")]
 
 
-def test_an_audit_has_a_row_for_each_attack_with_its_chance(tmp_path: Path, into: Path) -> None:
-    def attacked(name: str, folder: str, rate: str, share: float | None, **more: Any) -> None:
-        row = {"name": rate, "variant": "after", "value": share, **more}
-        results_of(name, tmp_path / folder, [row], "quick")
+def audit_of(folder: Path, method: str, shares: dict[str, float | None], size: str = "quick") -> Path:
+    """Write what an audit of the dog leaves, of parts by folder; `None` for one that was refused."""
+    erased = [{"name": "e", "strategy": method, "concepts": ["dog"]}]
+    parts = []
+    for name, share in shares.items():
+        kind, _, rest = name.partition("-")
+        about = {"kind": kind, "name": rest.removesuffix("-chance"), "concept": "dog", "folder": name, "detail": ""}
+        parts.append(about | {"state": "refused" if share is None else "done"})
+        if share is None:
+            continue
+        figures = {"value": share, "low": share / 2, "high": (1 + share) / 2, "n": 10, "concept": "dog"}
+        rate = {"name": "chance_ASR" if "chance" in name or "random" in name else "ASR", "variant": "after"} | figures
+        metrics = [rate]
+        if kind == "stress":
+            metrics = [
+                {"name": "concept_shown", "variant": "relearned_5"} | figures,
+                {"name": "recovered", "variant": "relearned_5", "verdict": "returns"} | figures,
+                *(
+                    {"name": "S50", "variant": variant, "value": 100 * share, "concept": "dog"}
+                    for variant in audited.CURVES
+                ),
+                {"name": "savings", "variant": "relearned", "verdict": "not told from new"} | figures,
+            ]
+        results_of(f"stress {about['name']}" if kind == "stress" else str(about["name"]), folder / name, metrics, size)
+    audit = {"schema_version": 1, "model": {"name": "canvas-sd"}, "erasures": erased, "parts": parts}
+    (folder / "audit.json").write_text(json.dumps(audit))
+    return folder
 
-    attacked("p4d", "attack-p4d", "ASR", 0.7)
-    with pytest.raises(EvaluationError, match="attack-p4d-chance"):
-        audited.rows(tmp_path, "dog")
-    attacked("p4d", "attack-p4d-chance", "chance_ASR", 0.1)
-    attacked("synonym", "attack-synonym", "ASR", 0.0)
-    attacked("random_prefix", "attack-random_prefix", "chance_ASR", 0.2)
-    attacked("unlearndiffatk", "attack-unlearndiffatk", "ASR", None, reason="few images")
-    measuring.audited(tmp_path, into=into)
+
+def test_audits_have_a_row_for_each_part_with_its_chance_level(tmp_path: Path, into: Path) -> None:
+    parts = {"attack-p4d": 0.7, "attack-p4d-chance": 0.1, "attack-synonym": 0.0, "attack-random_prefix": 0.2,
+             "attack-unlearndiffatk": None, "stress-relearn": 0.3}  # fmt: skip
+    first = audit_of(tmp_path / "uce", "uce", parts)
+    second = audit_of(tmp_path / "esd", "esd", {"attack-synonym": 0.4})
+    measuring.audited((first, second), into=into)
     found = Measured.read(into / "audit.json")
     assert found.size == "quick"
-    assert {row["attack"]: (row["grade"], value(row["ASR"]), value(row["chance_ASR"])) for row in found.rows} == {
-        "synonym": ("prompts", 0.0, None), "p4d": ("gradients", 0.7, 0.1), "unlearndiffatk": ("gradients", None, 0.2),
+    shares = {
+        (row["method"], row["part"]): (row["grade"], value(row["shown"]), value(row.get("chance", "no chance")))
+        for row in found.rows if row["method"] == "uce" or row["part"] == "synonym"
     }  # fmt: skip
-    assert "| prompts | `synonym` | 0.00 | nothing is random |" in TABLES["audit"].markdown(found)
-    attacked("mma", "attack-synonym", "ASR", 0.0)
-    with pytest.raises(EvaluationError, match="has results of mma, expected those of synonym"):
-        audited.rows(tmp_path, "dog")
-    with pytest.raises(EvaluationError, match="holds no results of attacks"):
-        audited.rows(tmp_path / "attack-p4d", "dog")
+    assert {
+        ("uce", "synonym"): ("prompts", 0.0, "no chance"), ("uce", "p4d"): ("gradients", 0.7, 0.1),
+        ("uce", "unlearndiffatk"): ("gradients", None, 0.2), ("uce", "relearn"): ("weights", 0.3, "no chance"),
+        ("esd", "synonym"): ("prompts", 0.4, "no chance"),
+    }.items() <= shares.items()  # fmt: skip
+    words = {row["method"]: row for row in Measured.read(into / "audit-words.json").rows}
+    assert (words["uce"]["gradients"], words["uce"]["weights"]) == ("broken", "broken")
+    assert (words["esd"]["prompts"], words["esd"]["weights"]) == ("broken", audited.NOT_MEASURED)
+    (curve,) = (row for row in Measured.read(into / "relearning.json").rows if value(row["S50"]) == 30)
+    assert (curve["method"], value(curve["savings"]), curve["verdict"]) == ("uce", 0.3, "not told from new")
+    lines = TABLES["audit"].markdown(
+        found.model_copy(update={"rows": [row for row in found.rows if row["part"] == "p4d"]})
+    )
+    assert "`p4d` | 0.70 (0.35-0.85) / 0.10 |" in lines
+
+
+def test_what_is_no_audit_of_the_concept_alone_is_refused(tmp_path: Path) -> None:
+    first = audit_of(tmp_path / "uce", "uce", {"attack-p4d": 0.7})
+    with pytest.raises(EvaluationError, match="has attack-p4d, and not attack-p4d-chance, its chance"):
+        audited.Audited.read(first, "dog").rows()
+    with pytest.raises(EvaluationError, match="is an audit of uce of dog: expected one erasure of cat alone"):
+        audited.read([first], "cat")
+    with pytest.raises(EvaluationError, match="holds one attack, and no audit"):
+        audited.read([first / "attack-p4d"], "dog")
+    other = audit_of(tmp_path / "full", "uce", {"attack-synonym": 0.0}, "full")
+    with pytest.raises(EvaluationError, match=r"several sizes \(full, quick\)"):
+        audited.read([first, other], "dog")
 
 
 def test_a_model_that_is_measured_has_its_rows() -> None:

@@ -21,6 +21,7 @@ from erasure.errors import (
     UnknownTokenWarning,
     UnsupportedModelError,
 )
+from erasure.eval.run import Models, Subject
 from erasure.strategies import available, get
 
 from .cases import (
@@ -183,6 +184,17 @@ class TestMakingOnOneFamily:
         monkeypatch.setattr(get(CASES[case][0]), "fit", lambda *_, **__: pytest.fail("the work was done"))
         with pytest.raises(AttachError, match="attached already"):
             fit(tiny_pipe, case, attach=True)
+
+    def test_recipes_of_measurements_are_those_of_the_stock_model(
+        self, case: str, tiny_pipe: Any, made: Erasure, manager: ErasureManager
+    ) -> None:
+        """Or no comparison and no mean could hold figures of one method beside those of another."""
+        without = Subject.of(Models.of(tiny_pipe), lambda _images: [])
+        manager.add(made)
+        erased = Subject.of(Models.of(tiny_pipe), lambda _images: [])
+        assert erased.drawing == without.drawing
+        assert erased.sampler == without.sampler
+        assert erased.erased_drawing != without.erased_drawing
 
     def test_unknown_options_and_values_are_refused(self, case: str, tiny_pipe_original: Any) -> None:
         with pytest.raises(OptionError, match="no option 'stepz'"):

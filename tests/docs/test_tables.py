@@ -135,15 +135,18 @@ def test_a_figure_that_changes_changes_on_every_page(checkout: Path) -> None:
 
 
 def test_all_methods_get_their_rows_once_they_are_measured(checkout: Path) -> None:
-    rate = {"value": 0.5, "low": 0.4, "high": 0.6}
-    row: Row = {"method": "mace", **{name: rate for name in ("UA", "IRA", "CRA", "AA", "drift")}, "seconds": 1.0,
-                "IRA_group": {"value": None, "reason": "not asked"}, "kB": 2.0}  # type: ignore[dict-item]  # fmt: skip
-    rewrite(checkout / "docs/measured/methods.json", [row], size="full", models=["canvas-sd"], seeds=[0])
+    rates = {name: {"value": 0.5, "low": 0.4, "high": 0.6} for name in ("UA", "IRA", "CRA", "AA", "drift")}
+    row: Row = {"method": "mace", "group": "objects", "concepts": 3, **rates, "seconds": 1.0, "kB": 2.0,
+                "IRA_group": {"value": None, "reason": "not asked"}}  # type: ignore[dict-item]  # fmt: skip
+    style = row | {"group": "styles", "concepts": 1, "AA": {"value": 0.25, "low": 0.2, "high": 0.3}}
+    rewrite(checkout / "docs/measured/methods.json", [row, style], size="full", models=["canvas-sd"], seeds=[0])
     reference.main()
     shown = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
     assert f"| `mace` {shown}" in (checkout / "docs/numbers.md").read_text()
     assert shown in (checkout / "docs/reference/mace.md").read_text()
-    assert f"| [0.500 of two]({reference.EVERY_METHOD}) | - | refused |" in (checkout / "README.md").read_text()
+    assert f"| [0.500 of 3 objects]({reference.OF_ALL}) | - | refused |" in (checkout / "README.md").read_text()
+    of_styles = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.250 (0.20-0.30) |"
+    assert f"| `mace` {of_styles}" in (checkout / "docs/numbers.md").read_text()
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
