@@ -15,6 +15,7 @@ COMMANDS = {
     "full-size": "images, memory and updates of models of the size that people use",
     "serving": "many requests at once to a service on loopback, every picture judged",
     "itd": "feature edits, and the training of dictionaries",
+    "eval-unlearn": "the same pictures, measured by the package eval-unlearn and by this one, side by side",
     "training": "trained strategies with trajectories kept, and with every state rolled out anew",
 }
 """Benchmarks by name, with what they measure; `benchmarks/NAME.py` holds each."""
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str], terminal: Terminal) -> int:
-    known = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    known = "\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items())
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} NAME [options]\n\n{known}")
         return 0

@@ -77,6 +77,10 @@ class EvaluationError(ErasureError, ValueError):
     """An evaluation cannot be run, resumed or compared."""
 
 
+class ResultsFolderError(EvaluationError):
+    """A folder of results is in use, holds something else, is damaged, or cannot be written."""
+
+
 class MissingExtraError(ErasureError, ImportError):
     """An optional dependency is not installed."""
 

@@ -12,6 +12,7 @@ from erasure.errors import (
     EvaluationError,
     NoMatchingModuleError,
     OptionError,
+    ResultsFolderError,
     UnsupportedModelError,
 )
 from erasure.eval.scoring import reason
@@ -19,7 +20,8 @@ from erasure.eval.scoring import reason
 T = TypeVar("T")
 State = Literal["done", "refused", "failed"]
 REFUSALS = (EvaluationError, OptionError, UnsupportedModelError, ConceptError, NoMatchingModuleError)
-"""What is raised where this model does not allow the work, or where something is lacking that the user must give."""
+"""What is raised where this model does not allow the work, or where something is lacking that the user must give; but
+`ResultsFolderError` says nothing of the model."""
 FAILURES = (ErasureError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, OSError)
 """What else may go wrong without that the rest need stop."""
 
@@ -45,6 +47,8 @@ def attempted(work: Callable[[], T]) -> Attempted[T]:
 
     try:
         return ended("done", work(), "")
+    except ResultsFolderError as error:
+        return ended("failed", None, str(error).split("\n")[0])
     except REFUSALS as error:
         return ended("refused", None, str(error).split("\n")[0])
     except FAILURES as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from erasure.errors import EvaluationError
+from erasure.errors import EvaluationError, ResultsFolderError
 from erasure.eval.rows import Record
 from erasure.eval.schemas import ResultsFile
 from erasure.files import read_json, validated, write_json
@@ -87,7 +87,7 @@ class Results:
         Raises:
             EvaluationError: It cannot be written.
         """
-        return write_json(Path(folder) / FILE, self.to_dict(), error=EvaluationError)
+        return write_json(Path(folder) / FILE, self.to_dict(), error=ResultsFolderError)
 
     @classmethod
     def load(cls, path: str | Path) -> Results:

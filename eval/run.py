@@ -16,7 +16,7 @@ from PIL import Image
 from erasure import __version__
 from erasure.cache import model_fingerprint
 from erasure.concept import Concept
-from erasure.errors import ArtifactError, EvaluationError
+from erasure.errors import ArtifactError, EvaluationError, ResultsFolderError
 from erasure.eval.beside import Clock, each
 from erasure.eval.generation import generate, timed
 from erasure.eval.judges import check_classes, load_judge
@@ -277,7 +277,7 @@ class Run:
         """
         if self.images:
             path = image_path(self.table.folder, variant, sample.sample_id)
-            write_bytes(path, png(image), error=EvaluationError)
+            write_bytes(path, png(image), error=ResultsFolderError)
 
     def rows(self) -> dict[str, list[Record]] | None:
         """Rows of all processes by variant, once all have finished; `None` unless this is the main process."""
@@ -324,7 +324,8 @@ def opened(
     folder = Path(tempfile.mkdtemp(prefix=f"erasure-{WHAT}-") if out is None else out)
     made = table(folder)
     # One process holds the folder for all.
-    lock = held(folder, recipe, file=RECIPE, what=WHAT, error=EvaluationError) if processes.is_main else nullcontext()
+    held_by_main = held(folder, recipe, file=RECIPE, what=WHAT, error=ResultsFolderError)
+    lock = held_by_main if processes.is_main else nullcontext()
     with scopes.same_gradient_mode(), lock:
         if processes.is_main:
             made.cut()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from erasure.errors import EvaluationError
+from erasure.errors import EvaluationError, ResultsFolderError
 from erasure.eval.rows import Record, Row
 from erasure.eval.samples import Sample
 from erasure.eval.schemas import EvaluationRow, FeatureRow, ReportRow
@@ -40,9 +40,9 @@ def read_rows(path: Path, schema: type = ReportRow) -> list[Record]:
     """
     rows: list[Record] = []
     try:
-        rows.extend(read_lines(path, schema, torn=True, limit=LIMIT, error=EvaluationError))
-    except EvaluationError as error:
-        raise EvaluationError(f"{error}. A line that is deleted is made again by the next run") from error
+        rows.extend(read_lines(path, schema, torn=True, limit=LIMIT, error=ResultsFolderError))
+    except ResultsFolderError as error:
+        raise ResultsFolderError(f"{error}. A line that is deleted is made again by the next run") from error
     return rows
 
 
@@ -52,7 +52,7 @@ def image_path(folder: Path, variant: str, sample_id: str) -> Path:
     Raises:
         EvaluationError: The names would lead out of the evaluation's folder.
     """
-    return inside(folder, IMAGES, variant, f"{sample_id}.png", error=EvaluationError)
+    return inside(folder, IMAGES, variant, f"{sample_id}.png", error=ResultsFolderError)
 
 
 def encode_vector(vector: np.ndarray) -> str:
@@ -108,7 +108,7 @@ class SampleTable:
 
     def _parts(self, stem: str) -> list[Path]:
         found = sorted([*self.folder.glob(f"{stem}.jsonl"), *self.folder.glob(f"{stem}-*.jsonl")])
-        return [inside(self.folder, path.name, error=EvaluationError) for path in found]
+        return [inside(self.folder, path.name, error=ResultsFolderError) for path in found]
 
     def cut(self) -> None:
         """Remove unfinished last lines, to which the next rows would be appended. Called by one process.
@@ -117,13 +117,13 @@ class SampleTable:
             EvaluationError: A file cannot be read or written.
         """
         for path in [*self._parts(FEATURES), *self._parts(self.stem)]:
-            content = read_bytes(path, LIMIT, error=EvaluationError)
+            content = read_bytes(path, LIMIT, error=ResultsFolderError)
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 try:
                     os.truncate(path, whole)
                 except OSError as error:
-                    raise EvaluationError(f"cannot write to {path}: {error.strerror or error}") from error
+                    raise ResultsFolderError(f"cannot write to {path}: {error.strerror or error}") from error
 
     def load(self) -> None:
         """Read the rows of all processes.
@@ -144,7 +144,7 @@ class SampleTable:
     def _key(self, row: Row, path: Path) -> Key:
         key = row["sample_id"], row["variant"]
         if key[0] not in self.samples or key[1] not in self.variants:
-            raise EvaluationError(
+            raise ResultsFolderError(
                 f"{path} has a row of sample {shown(key[0])}, variant {shown(key[1])}, which are not of this "
                 "evaluation: delete the line, or give another output folder"
             )
@@ -157,7 +157,7 @@ class SampleTable:
             if len(vector) != width:
                 raise EvaluationError(f"a vector of {len(vector)} values where others have {width}")
         except EvaluationError as error:
-            raise EvaluationError(
+            raise ResultsFolderError(
                 f"{path}, features of {shown(row['sample_id'])}: {error}; delete this file and the other "
                 f"*.jsonl of the folder to measure again"
             ) from error
@@ -167,12 +167,12 @@ class SampleTable:
         planned = self.samples[key[0]].row()
         there = {name: row.get(name) for name in planned}
         if there != planned and (changed := differences(there, planned)):
-            raise EvaluationError(
+            raise ResultsFolderError(
                 f"{path} has a row of {shown(key[0])} that is not of this evaluation; {'; '.join(changed[:3])}. "
                 "Delete the line to redo its sample"
             )
         if self.rows.get(key, row) != row:
-            raise EvaluationError(
+            raise ResultsFolderError(
                 f"{path} has a second row of {shown(key[0])} ({key[1]}) that says something else: delete one of them"
             )
 
@@ -202,7 +202,7 @@ class SampleTable:
         for stem, rows in ((FEATURES, features), (self.stem, [self.rows[key] for key in order if key in self.rows])):
             parts = self._parts(stem)
             if rows or parts:
-                write_bytes(self.folder / f"{stem}.jsonl", _lines(rows), error=EvaluationError)
+                write_bytes(self.folder / f"{stem}.jsonl", _lines(rows), error=ResultsFolderError)
             for part in parts:
                 if part.name != f"{stem}.jsonl":
                     part.unlink()
@@ -249,7 +249,7 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise EvaluationError(
+        raise ResultsFolderError(
             f"cannot write to {path} ({error.strerror or error}): nothing that was there is lost; make room, or make "
             "it a plain file, and run the same again"
         ) from error

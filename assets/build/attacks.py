@@ -118,7 +118,7 @@ def pairs(out: Path, strategies: tuple[str, ...], method: str = "unlearndiffatk"
 
 def _succeeded(out: Path, strategy: str, method: str) -> dict[tuple[str, str], bool]:
     """Whether each prompt succeeded, by concept and sample; prompts without an outcome are left out."""
-    found = {}
+    found: dict[tuple[str, str], bool] = {}
     for name in ATTACKED:
         rows = read_rows(out / f"{name}-{strategy}-{method}" / f"{STEM}.jsonl", AttackRow)
         found |= {(name, row["sample_id"]): row["success"] for row in rows if row["success"] is not None}

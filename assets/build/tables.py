@@ -417,5 +417,17 @@ TABLES: dict[str, Table] = {
             ("concepts at once", "{concepts}"), ("sets", "{sets}"), *RATES, ("least AA", "{least:3} ({least_of})"),
         ),
     ),
+    "peer": Table(
+        "peer",
+        (
+            ("", "{number}"), ("erased with", "{model:code}"), ("eval-unlearn", "{theirs:4}"), ("ours", "{ours:4/2}"),
+            ("ours by its arithmetic", "{derived:4}"), ("left", "{apart}"), ("what differs", "{why}"),
+        ),
+        where={"part": ("compared",)}, words={"stock": NOTHING}, grouped=True,
+    ),
+    "peer-steps": Table(
+        "peer", (("", "{number}"),), where={"part": ("steps",)}, across="model",
+        each=(("`{value}`: UA", "{each[UA]:2}"), ("IRA", "{each[IRA]:2}")),
+    ),
 }  # fmt: skip
 """Tables of README and docs by the name that stands in their marks."""

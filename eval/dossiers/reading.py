@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,8 @@ def _audit(folder: Path, concepts: list[str]) -> FolderContents:
             found.append(_part(inside(folder, entry["folder"], error=EvaluationError), concepts, source))
             continue
         part = _checked(entry["kind"], entry["name"], entry["concept"], concepts, source)
+        chance = replace(part, measures_chance=True)
+        part = chance if chance.folder == entry["folder"] else part
         found.append(FoundPart(part, None, source, entry["state"], entry["detail"]))
     return FolderContents(folder, "audit", found, [], data)
 

@@ -186,6 +186,23 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
     assert found.words["inputs"] == "not measured"
 
 
+def test_a_part_whose_folder_cannot_be_used_failed_and_was_not_refused(
+    erased_pipe: Any, judge: Any, tmp_path: Path
+) -> None:
+    """What is refused does not count, so that the word for an attacker would be that of the other parts alone."""
+    asked = {**ASKED, "suites": (), "attacks": ("prompt_embeds", "typo"), "stress": ()}
+    card = tmp_path / "card"
+    audit(erased_pipe, out=card, judge=judge, **asked)
+    recipe = card / "attack-prompt_embeds" / "recipe.json"
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "model": "another"}))
+    rows = card / "attack-typo" / "attacks.jsonl"
+    rows.write_text("{}\n" + rows.read_text())
+    found = audit(erased_pipe, out=card, judge=judge, **asked)
+    assert {outcome.part.folder for outcome in found.failures} == {"attack-prompt_embeds", "attack-typo"}
+    assert (found.words["inputs"], found.words["prompts"]) == ("not measured", "not measured")
+    assert "holds an evaluation of something else" in (card / "report.html").read_text()
+
+
 def test_a_killed_audit_goes_on(erased_pipe: Any, judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {**ASKED, "attacks": ("prompt_embeds",), "stress": ()}
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from erasure.attach import ErasureManager
 from erasure.cli.main import main
 from erasure.errors import EvaluationError
 from erasure.eval import Results, attack, audit, evaluate, report_on, stress_test
+from erasure.eval.dossiers.reading import read_folder
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -33,6 +34,15 @@ def saved(folder: Path, made: Erasure, *, suite: str = "canvas", model: str = "m
     folder.mkdir(parents=True, exist_ok=True)
     Results(suite, "quick", {"name": "tiny", "fingerprint": model}, entries, rows, {}).save(folder)
     return folder
+
+
+def test_parts_of_an_audit_that_were_not_done_are_those_that_were_to_be(tmp_path: Path) -> None:
+    about = {"kind": "attack", "concept": "cat", "state": "refused", "detail": "no"}
+    wanted = ["attack-img2img-chance", "attack-img2img", "attack-random_prefix"]
+    parts = [{**about, "folder": one, "name": one.removeprefix("attack-").removesuffix("-chance")} for one in wanted]
+    audited = {"schema_version": 1, "model": {}, "erasures": [], "parts": parts}
+    (tmp_path / "audit.json").write_text(json.dumps(audited))
+    assert [one.part.folder for one in read_folder(tmp_path, ["cat"]).found] == wanted
 
 
 def test_what_was_measured_is_on_one_page(erased_pipe: Any, made: Erasure, judge: Any, tmp_path: Path) -> None:
