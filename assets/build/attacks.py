@@ -15,7 +15,7 @@ from erasure.assets.build.sweep import erasure_of
 from erasure.assets.build.tables import NOTHING
 from erasure.attach import ErasureManager
 from erasure.eval.attacks.runner import STEM, attack
-from erasure.eval.results import Results
+from erasure.eval.results import FILE, Results
 from erasure.eval.schemas import AttackRow
 from erasure.eval.statistics import holm, mcnemar_exact, transitions, wilson
 from erasure.eval.table import read_rows
@@ -50,7 +50,7 @@ def measure(
         for strategy in strategies:
             for method, rates in RATES.items():
                 folder = out / f"{name}-{strategy}-{method}"
-                if (folder / "results.json").is_file():
+                if (folder / FILE).is_file():
                     continue
                 if strategy != STOCK:
                     manager.load(_erasure(pipe, made, strategy, name), name)
@@ -78,16 +78,24 @@ def variant(strategy: str) -> str:
 
 
 def rows(out: Path, strategies: tuple[str, ...]) -> list[Row]:
-    """One row for each strategy: rates of all prompts of all concepts, with Wilson's 95 % interval."""
+    """One row for each strategy: rates of all prompts of all concepts, with Wilson's 95 % interval.
+
+    A rate of an attack that was not made on every concept is missing.
+    """
     made: list[Row] = []
     for strategy in strategies:
         row: Row = {"method": strategy}
         for method, rates in RATES.items():
-            results = [Results.load(out / f"{name}-{strategy}-{method}" / "results.json") for name in ATTACKED]
+            files = [out / f"{name}-{strategy}-{method}" / FILE for name in ATTACKED]
+            if not all(file.is_file() for file in files):
+                row |= {rate: figure({"reason": "not measured"}) for rate in rates}
+                continue
+            results = [Results.load(file) for file in files]
             for rate in rates:
                 found = [result.get(rate, variant(strategy)) for result in results]
                 images = sum(each["n"] for each in found)
                 row[rate] = figure(wilson(sum(each["value"] * each["n"] for each in found), images), images)
+                row.setdefault("prompts", images)
         made.append(row)
     return made
 

@@ -239,7 +239,8 @@ OF_ATTACKER = {
 """What an attacker has, by grade of an audit."""
 ATTACKED = (
     ("erased with", "{method:code}"),
-    ("prompts as they are (`pre_ASR`)", "{pre_ASR:2/2}"),
+    ("prompts", "{prompts}"),
+    ("as they are (`pre_ASR`)", "{pre_ASR:2/2}"),
     ("with the attack (`ASR`)", "{ASR:2/2}"),
     ("with random words instead (`chance_ASR`)", "{chance_ASR:2/2}"),
 )

@@ -88,7 +88,7 @@ def test_two_methods_are_compared_on_the_prompts_that_both_were_attacked_on(
     assert (third["method"], third["other"], third["p"], third["p_adjusted"]) == ("esd", "itd", 0.25, 0.25)
 
 
-def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_attacks_pools_prompts_of_all_concepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured:
         def __init__(self, folder: str) -> None:
             self.n = 10 if folder.startswith("dog") else 5
@@ -97,8 +97,16 @@ def test_the_table_of_attacks_pools_prompts_of_all_concepts(monkeypatch: pytest.
             return {"value": 1.0 if self.n == 10 else 0.2, "n": self.n}
 
     monkeypatch.setattr(Results, "load", lambda path: Measured(path.parent.name))
-    (row,) = attacks.rows(Path("out"), ("uce",))
-    assert row == {"method": "uce", **dict.fromkeys(("pre_ASR", "ASR", "chance_ASR"), figure(wilson(14, 30), 30))}
+    for name in attacks.ATTACKED:
+        for method in attacks.RATES:
+            folder = tmp_path / f"{name}-uce-{method}"
+            folder.mkdir()
+            (folder / "results.json").write_text("{}")
+    rates = dict.fromkeys(("pre_ASR", "ASR", "chance_ASR"), figure(wilson(14, 30), 30))
+    assert attacks.rows(tmp_path, ("uce",)) == [{"method": "uce", "prompts": 30, **rates}]
+    (tmp_path / "dog-uce-random_prefix" / "results.json").unlink()
+    (row,) = attacks.rows(tmp_path, ("uce",))
+    assert row == {"method": "uce", "prompts": 30, **rates, "chance_ASR": figure({"reason": "not measured"})}
 
 
 def test_ways_around_a_text_side_erasure_bring_the_object_back(monkeypatch: pytest.MonkeyPatch) -> None:
