@@ -46,6 +46,8 @@ RELEASED: dict[str, object] = {
     "anchor_start": False, "contexts": 0, "clip": 0.0,
 }  # fmt: skip
 """Options of the released code for Stable Diffusion 1.5."""
+COPYING, WAITING = 0.8, 0.18
+"""Share of the updates of a head start in which the generator copies the anchor, and of one in which it waits."""
 
 
 @dataclass
@@ -72,11 +74,11 @@ class SFD(LoopedStrategy):
     between generated images for the concept and the model's images for the anchor.
 
     This loss alone takes so many updates to move from the concept to the anchor that other images lose their style
-    meanwhile. So in the head start, with G0 the generator as it starts, the generator first learns
+    meanwhile. So in the head start the generator first learns, with G0 the generator as it starts,
 
         copying:    |G(z, c) - G0(z, a)|^2, and |G(z, r) - G0(z, r)|^2 on prompts that must survive
 
-    which is our addition (`anchor_start`).
+    which is our addition (`anchor_start`), and left out where a concept is a style.
 
     The result is a one-step generator, and its config says so: attaching it gives the pipeline a sampler of one step
     at `level`, whatever number of steps a call asks for, and switches guidance off; taking it off restores the
@@ -99,7 +101,7 @@ class SFD(LoopedStrategy):
     protects: ClassVar[str] = "released weights"
     cost: ClassVar[str] = "minutes, about 9 denoiser passes an image"
 
-    steps: Count = 40
+    steps: Count = 50
     """Number of updates (released code: 12500)."""
     lr: Positive = 1e-3
     """Learning rate of the generator's Adam."""
@@ -126,13 +128,15 @@ class SFD(LoopedStrategy):
     """Learning rate of the fake-score network's Adam (released code: 3e-6)."""
     betas: tuple[Decay, Decay] = (0.0, 0.999)
     """Decay rates beta_1 and beta_2 of both Adam optimisers."""
-    head_start: Decay = 0.75
+    head_start: Decay | None = None
     """Share of the updates, at the start, in which the fake-score network is trained, and the generator is not yet
-    trained by its own loss, see `anchor_start` (released code: 0)."""
-    anchor_start: bool = True
+    trained by its own loss, see `anchor_start` (released code: 0). When left out, 0.8 where the generator copies the
+    anchor meanwhile, and 0.18 where it waits."""
+    anchor_start: bool | None = None
     """In the head start, train the generator to draw for the concept what it drew for the anchor at first, from the
     same noise, and for prompts that must survive what it drew for them. When off, the generator waits (released code:
-    there is no head start)."""
+    there is no head start). When left out, it is on unless a concept is a style: copies of an anchor have its things,
+    and not its style."""
     teacher_guidance: NotNegative = 2.0
     """Guidance scale of the frozen model, whose guided predictions the unguided generator learns (SD 1.5: 4.5)."""
     fake_guidance: NotNegative = 1.0
@@ -150,17 +154,22 @@ class SFD(LoopedStrategy):
         super().__post_init__()
         if self.levels[0] >= self.levels[1]:
             self.refuse("levels", self.levels, "a lower and a higher noise level")
-        if self.since >= self.steps:
+        if self.head_start is not None and int(self.head_start * self.steps) >= self.steps:
             self.refuse("head_start", self.head_start, "less: the generator would never learn")
         if not self.retain_batch:
             self.refuse("retain_batch", 0, "1 or more: a generator of one step has everything to learn")
         if self.start and not self.rank:
             self.refuse("start", self.start, "'' without a LoRA of its own: raise 'rank'")
 
-    @property
-    def since(self) -> int:
-        """First update in which the generator is trained."""
-        return int(self.head_start * self.steps)
+    def beginning(self, concepts: Sequence[Concept]) -> tuple[bool, int]:
+        """Give whether the generator copies the anchor first, and the first update of its own loss."""
+        copies = self.anchor_start
+        if copies is None:
+            copies = all(concept.kind != "style" for concept in concepts)
+        share = self.head_start
+        if share is None:
+            share = COPYING if copies else WAITING
+        return copies, int(share * self.steps)
 
     def ignores_retain(self) -> str:
         """Name of an option that makes retain lists ineffective, see `Strategy.ignores_retain`."""
@@ -198,11 +207,12 @@ class SFD(LoopedStrategy):
             denoiser_student(backbone, self.method, self.rank, torch.Generator().manual_seed(each))
             for each in (seed, seed + 1)
         )
+        copies, since = self.beginning(concepts)
         first = None
         if self.start:
             changes = read_lora(self.start)
             begin(generator, backbone, changes)
-            if self.anchor_start:
+            if copies:
                 first = denoiser_student(backbone, self.method, self.rank, torch.Generator()).requires_grad_(False)
                 begin(first, backbone, changes)
         concept, retained = (
@@ -214,8 +224,8 @@ class SFD(LoopedStrategy):
                 Kind("forget", concept, self.batch, self.forget_weight, self.forget_weight),
                 Kind("retain", retained, self.retain_batch, self.retain_weight, self.retain_weight),
             ],
-            generator=generator, fake=fake, alpha=self.alpha, seed=seed, since=self.since,
-            copying=self.anchor_start, first=first,
+            generator=generator, fake=fake, alpha=self.alpha, seed=seed, since=since,
+            copying=copies, first=first,
             guiding=Guiding(
                 teacher=self.teacher_guidance, fake=self.fake_guidance, learning=self.learning_guidance,
                 dropped=self.dropped,

@@ -91,6 +91,15 @@ def test_a_generator_that_waits(tiny_pipe_original: Any) -> None:
     assert "loss_copied_forget" not in made.config.cost
 
 
+def test_things_begin_as_copies_of_their_anchors_and_styles_do_not() -> None:
+    cat, ink = Concept("cat", anchor="dog"), Concept("ink", kind="style", anchor="noto")
+    strategy: Any = get("sfd")()
+    assert strategy.beginning([cat]) == (True, 40)
+    assert strategy.beginning([ink]) == strategy.beginning([cat, ink]) == (False, 9)
+    chosen: Any = get("sfd").configured(steps=10, head_start=0.5, anchor_start=True)
+    assert chosen.beginning([ink]) == (True, 5)
+
+
 def test_the_generator_learns_to_draw_the_anchor_before_it_learns_to_draw(
     tiny_pipe_original: Any, tmp_path: Path
 ) -> None:
