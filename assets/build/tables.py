@@ -29,11 +29,13 @@ class Shown:
     def __format__(self, layout: str) -> str:
         """Write it; whole numbers and texts as they are, and the reason in the place of a value that is missing.
 
-        `{method:code}` is a name as code, but for `NOTHING`.
+        `{method:code}` is a name as code, but for `NOTHING`; `{p:short}` has two digits, of however small a number.
         """
         cell = self.cell
         if cell is None:
             return ABSENT
+        if layout == "short" and isinstance(cell, int | float):
+            return f"{cell:.2g}"
         if layout == "code":
             return str(cell) if cell == NOTHING else f"`{cell}`"
         if not isinstance(cell, dict):
@@ -286,16 +288,20 @@ TABLES: dict[str, Table] = {
         "attack-pairs",
         (
             METHOD, ("beside", "`{other}`"), ("prompts", "{prompts}"), ("succeed on the first alone", "{only_method}"),
-            ("on the second alone", "{only_other}"), ("p (McNemar)", "{p:4}"), ("adjusted (Holm)", "{p_adjusted:4}"),
+            ("on the second alone", "{only_other}"), ("p (McNemar)", "{p:short}"),
+            ("adjusted (Holm)", "{p_adjusted:short}"),
         ),
         grouped=True,
     ),
     "attacks-flux": Table("attacks-flux", ATTACKED),
-    "audit": Table(
-        "audit", (("an attacker has", "{grade}"), ("what is tried", "`{part}`")), where={"model": ("canvas-sd",)},
-        words=OF_ATTACKER, grouped=True, across="method",
-        each=(("`{value}`", "{each[shown]:2/2} / {each[chance]:2}"),),
-    ),
+    **{
+        f"audit{ending}": Table(
+            "audit", (("an attacker has", "{grade}"), ("what is tried", "`{part}`")), where={"model": (model,)},
+            words=OF_ATTACKER, grouped=True, across="method",
+            each=(("`{value}`", "{each[shown]:2/2} / {each[chance]:2}"),),
+        )
+        for ending, model in (("", "canvas-sd"), ("-flux", "canvas-flux"))
+    },
     "audit-words": Table(
         "audit-words",
         (

@@ -83,6 +83,10 @@ def test_ways_into_the_denoiser_are_those_that_the_model_records(model: str) -> 
     )  # fmt: skip
 
 
+def test_numbers_of_any_size_are_shown_with_two_digits() -> None:
+    assert [f"{Shown(number):short}" for number in (2.4163e-10, 0.12499, 1.0, None)] == ["2.4e-10", "0.12", "1", "-"]
+
+
 def test_what_the_readme_calls_refused_is_refused() -> None:
     lines = [line.split("|") for line in reference.front().splitlines()[2:]]
     refused = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erasure.errors import ArtifactError, ErasureError, EvaluationError
+from erasure.errors import ArtifactError, ErasureError, EvaluationError, ResultsFolderError
 from erasure.eval import Results, attack, compare, evaluate, replay, write_report
 from erasure.eval.attacks.prompts import AdversarialPrompt, read_prompts, write_prompts
 from erasure.eval.detectors import CanvasJudge
@@ -229,7 +229,7 @@ def test_broken_rows(broken: str, tmp_path: Path) -> None:
         path = tmp_path / f"{schema.__name__}.jsonl"
         path.write_text(lines(each))
         assert read_rows(path, schema) == [each]
-        refused(lambda path=path, schema=schema: read_rows(path, schema), path, BROKEN[broken], EvaluationError)  # type: ignore[misc]
+        refused(lambda path=path, schema=schema: read_rows(path, schema), path, BROKEN[broken], ResultsFolderError)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -365,7 +365,7 @@ def test_a_broken_recipe_is_named(broken: str, tmp_path: Path) -> None:
         with opened(Processes(), table, {"seed": 0}, tmp_path):
             pass
 
-    refused(open_it, tmp_path / "recipe.json", BROKEN[broken], EvaluationError)
+    refused(open_it, tmp_path / "recipe.json", BROKEN[broken], ResultsFolderError)
     assert read_rows(tmp_path / "samples.jsonl") == [row()]
 
 
