@@ -39,7 +39,7 @@ KEYS = ("part", "number", "model")
 TOLERANCE = 1e-4
 """Largest difference that is left once its arithmetic was followed; features are float32."""
 ABSENT = "-"
-"""What is left where there is no number."""
+"""Text in the place of a difference where there is no number."""
 ROUNDING = 1e-12
 """Difference of sums in another order."""
 DATA = "peer"
@@ -76,7 +76,7 @@ class Pictures:
     model: str
     pictures: Sequence[Image.Image]
     targets: int
-    """How many are of target prompts."""
+    """Number of pictures of target prompts."""
     judged: Sequence[str]
     """The object that the judge of Canvas sees."""
     named: Sequence[Mapping[str, float]]
@@ -84,14 +84,14 @@ class Pictures:
     worded: Sequence[Mapping[str, float]]
     """The same with `WORDING` around it."""
     cosines: Sequence[float]
-    """Of picture and prompt."""
+    """Cosine of each picture and its prompt."""
     clip_score: tuple[Figure, Figure]
-    """Of target prompts and of retained ones."""
+    """CLIP score of target prompts and of retained ones."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What eval-unlearn says of the same pictures."""
+    """Answers of eval-unlearn on the same pictures."""
 
     in_batches: Rates
     """UA and IRA in its own batches."""

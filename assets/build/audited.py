@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from erasure.assets.build.measured import Figure, Row, figure
 from erasure.errors import EvaluationError
 from erasure.eval.audits.parts import GRADES, Part
-from erasure.eval.audits.verdicts import finding_of, graded
+from erasure.eval.audits.verdicts import Finding, finding_of, graded
 from erasure.eval.dossiers.reading import FoundPart, read_folder
 
 CURVES = {"relearned": "S50", "stock_new": "S50_new", "erased_new": "S50_new_erased"}
 """Trainings of the stress test `relearn` whose number of steps has a column, and its name."""
-NOT_MEASURED, UNNAMED = "not measured", "unnamed"
+NOT_MEASURED: Final = "not measured"
+UNNAMED = "unnamed"
 
 
 class Audited(NamedTuple):
@@ -48,7 +49,7 @@ class Audited(NamedTuple):
 
     @property
     def size(self) -> str:
-        """Of all its parts."""
+        """Size at which all parts were run: `smoke`, `quick` or `full`."""
         return next(each.results.size for each in self.parts if each.results is not None)
 
     def rows(self) -> list[Row]:
@@ -73,14 +74,11 @@ class Audited(NamedTuple):
 
     def words(self) -> Row:
         """The word for each attacker."""
-        measured = [
-            (each.part, finding_of(each.part, each.results)) for each in self.parts if each.results is not None
-        ]
-        words = graded(measured)
+        words = graded((each.part, _finding(each)) for each in self.parts if each.state != "refused")
         return {**self.about, **{grade: words.get(grade, NOT_MEASURED) for grade in GRADES}}
 
     def relearning(self) -> list[Row]:
-        """How many steps bring the concept back, beside a thing never known; empty where it was not measured."""
+        """Rows of steps that bring the concept back, beside a thing never known; none where it was not measured."""
         tests = [each.results for each in self.parts if each.part.name == "relearn" and each.results is not None]
         made: list[Row] = []
         for results in tests:
@@ -90,11 +88,16 @@ class Audited(NamedTuple):
         return made
 
 
+def _finding(found: FoundPart) -> Finding:
+    """The worst that a part found; a part that failed has measured nothing."""
+    return Finding(NOT_MEASURED) if found.results is None else finding_of(found.part, found.results)
+
+
 def _share(found: FoundPart) -> Figure:
     """Share of images that show the concept, or why there is none."""
     if found.results is None:
         return figure({"reason": found.state})
-    finding = finding_of(found.part, found.results)
+    finding = _finding(found)
     return figure(
         {"value": finding.shown, "low": finding.low, "high": finding.high, "reason": NOT_MEASURED}, finding.n
     )

@@ -238,7 +238,7 @@ OF_ATTACKER = {
     "prompts": "prompts", "gradients": "the weights, to search with", "inputs": "other inputs",
     "weights": "the weights, to change",
 }  # fmt: skip
-"""What an attacker has, by grade of an audit."""
+"""Names of what an attacker has, by grade of an audit."""
 ATTACKED = (
     ("erased with", "{method:code}"),
     ("prompts", "{prompts}"),

@@ -262,6 +262,22 @@ def test_audits_have_a_row_for_each_part_with_its_chance_level(tmp_path: Path, i
     assert "`p4d` | 0.70 (0.35-0.85) / 0.10 |" in lines
 
 
+def test_a_part_that_failed_keeps_an_attacker_from_being_held_off(tmp_path: Path) -> None:
+    shares: dict[str, float | None] = {
+        "attack-synonym": 0.0,
+        "attack-ring_a_bell": None,
+        "attack-ring_a_bell-chance": None,
+    }
+    folder = audit_of(tmp_path / "uce", "uce", shares)
+    results = Results.load(folder / "attack-synonym")
+    results.get("ASR", "after")["high"] = 0.01
+    results.save(folder / "attack-synonym")
+    assert audited.Audited.read(folder, "dog").words()["prompts"] == "held"
+    file = folder / "audit.json"
+    file.write_text(file.read_text().replace("refused", "failed"))
+    assert audited.Audited.read(folder, "dog").words()["prompts"] == "undecided"
+
+
 def test_what_is_no_audit_of_the_concept_alone_is_refused(tmp_path: Path) -> None:
     first = audit_of(tmp_path / "uce", "uce", {"attack-p4d": 0.7})
     with pytest.raises(EvaluationError, match="has attack-p4d, and not attack-p4d-chance, its chance"):
