@@ -7,7 +7,7 @@ import base64
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 import numpy as np
@@ -32,6 +32,10 @@ from erasure.shown import visible
 from erasure.world import World
 
 
+LINGER = 2.0
+"""Seconds in which a client may send the rest of a refused request, so that it comes to read the answer."""
+
+
 class _LimitedBody:
     """Refuses the bodies of requests that are too long, before they are read.
 
@@ -50,7 +54,7 @@ class _LimitedBody:
             return
         said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not said.isdigit() or int(said) > self.most:
-            await self._refused()(scope, receive, send)
+            await self._refuse(scope, receive, send)
             return
         # What is sent in pieces says no length. It is read here, since nothing can be answered half-way.
         content, ended = b"", False
@@ -61,7 +65,7 @@ class _LimitedBody:
             content += message.get("body", b"")
             ended = not message.get("more_body", False)
             if len(content) > self.most:
-                await self._refused()(scope, receive, send)
+                await self._refuse(scope, receive, send)
                 return
         given = False
 
@@ -74,10 +78,23 @@ class _LimitedBody:
 
         await self.app(scope, again, send)
 
-    def _refused(self) -> Response:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer at once, then throw away what still comes.
+
+        A connection that is closed while its client sends is lost to the client, with the answer in it.
+        """
         message = f"the request is longer than {self.most:,} bytes: shorten the prompt"
         problem = Problem(413, "too_large", message, {"Connection": "close"})
-        return JSONResponse(problem.body(), problem.status, problem.headers)
+
+        async def held_open(message: Message) -> None:
+            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+        await JSONResponse(problem.body(), problem.status, problem.headers)(scope, receive, held_open)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Service:

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,27 @@ def test_bodies_that_are_none_or_too_long(start: Any) -> None:
     elsewhere = client.ask("GET", "/docs")
     assert (elsewhere.status, elsewhere.code) == (404, "no_such_address")
     assert "POST /generate" in elsewhere.message
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_a_client_that_goes_on_sending_reads_why_it_was_refused(start: Any, in_pieces: bool) -> None:
+    """Megabytes do not fit into what a connection buffers: the client still sends when it is answered."""
+    _, client = start()
+    pieces = [b"x" * 100_000] * 160
+    body = iter(pieces) if in_pieces else b"".join(pieces)
+    for _ in range(4):
+        answer = client.ask("POST", "/generate", body, content_type="application/json")
+        assert (answer.status, answer.code) == (413, "too_large")
+        body = iter(pieces) if in_pieces else body
+
+
+def test_a_client_that_never_ends_is_given_up(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erasure.serving.app.LINGER", 0.2)
+    _, client = start()
+    with pytest.raises(OSError), ThreadPoolExecutor(1) as others:
+        endless = others.submit(client.ask, "POST", "/generate", repeat(b"x" * 100_000))  # type: ignore[arg-type]
+        assert client.generate().status == 200
+        endless.result(60)
 
 
 def test_an_upload_of_two_gigabytes_is_refused_before_it_is_read(start: Any) -> None:
