@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from benchmarks import PROGRAM
@@ -14,10 +15,12 @@ from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_m
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
+    from erasure.assets.build.measured import Row
     from erasure.interop.protocols import Pipeline, Settings
     from erasure.strategies.looped import LoopedStrategy
 
-
+DATA = "training"
+"""Name of the file of figures, without its ending."""
 RELEASED = {
     "esd": (54_000, 1000),
     "advunlearn": (1_600_000, 6000),
@@ -57,6 +60,8 @@ class BenchTrainingOptions(ModelOptions):
     """Updates that are timed in each mode; what is kept is made for a whole run."""
     rollout_steps: int | None = None
     """Denoising steps of a trajectory; those of each strategy when left out (papers: 25 to 50)."""
+    into: Path | None = None
+    """Folder of measured figures, `docs/measured` of a checkout, whose `training.json` gets the rows."""
     json: bool = False
     """Print JSON, and nothing else on stdout."""
 
@@ -78,6 +83,11 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
                 found[mode] = measure(pipe, name, mode, options)
                 progress.advance()
             rows.append(compared(name, found["kept"], found.get("online")))
+    if options.into is not None:
+        from erasure.assets.build.measured import rewrite
+
+        cells = [cells_of(row) for row in rows]
+        terminal.say(rewrite(options.into / f"{DATA}.json", cells, models=[options.model], seeds=[0]))
     if options.json:
         terminal.result({"model": options.model, "device": str(pipe.device), "strategies": rows})
         return
@@ -99,6 +109,24 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     title = f"{options.model} on {pipe.device}: trajectories of {steps} steps, kept or made anew"
     columns = ["", *(row["strategy"] for row in rows)]
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
+
+
+def cells_of(row: Settings) -> Row:
+    """The figures of a strategy that the table in docs has."""
+    cells: Row = {
+        "strategy": row["strategy"], "updates": row["updates"],
+        **{f"per_state_{mode}": round(passes, 2) for mode, passes in row["passes_per_state"].items()},
+        **{f"passes_{mode}": round(passes) for mode, passes in row["passes"].items()},
+    }  # fmt: skip
+    if "speedup" in row:
+        cells |= {"fewer_than_online": round(row["passes_ratio"], 2), "faster_than_online": round(row["speedup"], 2)}
+    if "released" in row:
+        told = row["released"]
+        cells |= {
+            "per_state_released": round(told["passes_per_state"], 2), "passes_released": told["passes"],
+            "fewer_than_released": round(told["fewer_per_state"], 2),
+        }  # fmt: skip
+    return cells
 
 
 def modes_of(name: str) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ def methods(
     share: tuple[int, int] = (1, 1),
     only_table: bool = False,
     folders: Path | None = None,
+    unseen: Path | None = None,
     into: Path | None = None,
 ) -> None:
     """Run the sweep `methods.toml`, every method on canvas-sd (resumes), then print its tables.
@@ -56,11 +57,14 @@ def methods(
         share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
         only_table: Make and measure nothing, and take what there is.
         folders: Measure nothing, and take evaluations that no sweep made: folders MODEL/CONCEPT-METHOD in this one.
+        unseen: Folder of such folders with results of `canvas-unseen`, as far as there are; with `folders`.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
-    from erasure.assets.build.sweep import METRICS, chosen_cells, measure, plan, rows, rows_of_folders
+    from erasure.assets.build.sweep import METRICS, UA_UNSEEN, chosen_cells, measure, plan, rows, rows_of_folders
     from erasure.assets.build.tables import report
 
+    if unseen is not None and folders is None:
+        raise SystemExit("--unseen goes beside the evaluations of --folders: give that, too")
     chosen = plan("methods", size)
     if folders is None and not only_table:
         measure(chosen, out, share)
@@ -68,9 +72,10 @@ def methods(
         labels = [method.label for method in chosen.methods]
         made = rows(chosen, out) if folders is None else [
             row | {"group": group}
-            for group, concepts in chosen.groups.items() for row in rows_of_folders(folders, concepts, labels)
+            for group, concepts in chosen.groups.items()
+            for row in rows_of_folders(folders, concepts, labels, unseen=unseen)
         ]  # fmt: skip
-        found = chosen_cells(made, ("method", "group", "concepts", *METRICS, "seconds", "kB"))
+        found = chosen_cells(made, ("method", "group", "concepts", *METRICS, UA_UNSEEN, "seconds", "kB"))
         size_of_all = chosen.measures[0].size
         report("methods", found, ("method", "group"), into, size=size_of_all, models=chosen.models, seeds=chosen.seeds)
 

@@ -18,6 +18,9 @@ RATES = ("UA", "IRA", "CRA", "AA")
 """Columns of the tables."""
 METRICS = (*RATES, "IRA_group", "drift")
 """Metrics of the rows, as far as a suite has them."""
+UNSEEN = "canvas-unseen"
+UA_UNSEEN = f"UA_{UNSEEN}"
+"""UA of phrasings that nothing was trained on, in rows of several suites."""
 
 
 def plan(name: str, size: str | None = None) -> SweepPlan:
@@ -59,7 +62,8 @@ def erasure_of(made: Path, strategy: str, concept: str) -> Path:
 def rows(chosen: SweepPlan, out: Path) -> list[Row]:
     """Means over concepts: a row for each method, model and group of concepts, with the figures of all suites.
 
-    A figure that several suites have is that of the first. Where cells have no results, every rate says why.
+    The figures of every suite but the first have its name behind theirs (`UA_canvas-unseen`). Where cells have no
+    results, every rate says why.
 
     Args:
         chosen: The sweep.
@@ -75,18 +79,25 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
             (mean["name"], mean["model"], group),
             {"method": mean["name"], "model": mean["model"], "size": mean["size"], "group": group, "concepts": count},
         )
-        for name, cell in _figures(mean).items():
-            row.setdefault(name, cell)
+        suite = "" if mean["suite"] == chosen.measures[0].label else mean["suite"]
+        row |= {**_figures(mean, suite), **row}
     return list(made.values())
 
 
-def _figures(mean: Mapping[str, Record]) -> Row:
-    """Figures of one row of means, the seconds that an erasure took, and its kB."""
+def _figures(mean: Mapping[str, Record], suite: str = "") -> Row:
+    """Figures of one row of means, the seconds that an erasure took, and its kB.
+
+    Args:
+        mean: The row.
+        suite: What stands behind the names of metrics.
+    """
     reasons = mean["missing"]
     if set(reasons) == {"results"}:
         reasons = dict.fromkeys(RATES, reasons["results"])
     made: Row = {name: figure(mean["cells"][name]) for name in METRICS if name in mean["cells"]}
     made |= {name: figure({"reason": reasons[name]}) for name in METRICS if name in reasons}
+    if suite:
+        made = {f"{name}_{suite}": cell for name, cell in made.items()}
     if "seconds" in mean:
         seconds, size = float(mean["seconds"]), float(mean["size_bytes"])  # type: ignore[arg-type]
         made |= {"seconds": round(seconds, DIGITS), "kB": round(size / 1000, DIGITS)}
@@ -94,8 +105,9 @@ def _figures(mean: Mapping[str, Record]) -> Row:
 
 
 def rows_of_folders(
-    out: Path, concepts: Sequence[str], methods: Iterable[str] = (), models: Iterable[str] = ()
-) -> list[Row]:
+    out: Path, concepts: Sequence[str], methods: Iterable[str] = (), models: Iterable[str] = (),
+    unseen: Path | None = None,
+) -> list[Row]:  # fmt: skip
     """The same rows, of evaluations that no sweep made: `MODEL/CONCEPT-METHOD/results.json`, with one erasure each.
 
     A method that lacks the results of a concept on a model has no row there, which is printed.
@@ -105,6 +117,7 @@ def rows_of_folders(
         concepts: What every mean is over.
         methods: Which have rows; all that there are when empty.
         models: On which.
+        unseen: Folder of such folders with results of `canvas-unseen`, as far as there are.
 
     Raises:
         EvaluationError: A folder holds results of something else, results of one method were measured in unlike ways,
@@ -121,8 +134,9 @@ def rows_of_folders(
                 if have or (wanted and on):
                     print(f"{method} on {model} has no row: no results of {', '.join(absent)}", flush=True)
                 continue
-            results = [_checked(out / model / f"{concept}-{method}", model, concept, method) for concept in concepts]
-            made.append(_mean_of_folders(model, method, dict(zip(concepts, results, strict=True))))
+            made.append(_mean_of_folders(out, model, method, concepts))
+            if unseen is not None and _has_all(unseen, model, method, concepts):
+                made[-1] |= {**_mean_of_folders(unseen, model, method, concepts, UNSEEN), **made[-1]}
     if not made:
         raise EvaluationError(
             f"{out} has results of all of {', '.join(concepts)} for no method: give a folder of folders "
@@ -131,7 +145,11 @@ def rows_of_folders(
     return made
 
 
-def _checked(folder: Path, model: str, concept: str, method: str) -> Results:
+def _has_all(out: Path, model: str, method: str, concepts: Sequence[str]) -> bool:
+    return all((out / model / f"{concept}-{method}" / FILE).is_file() for concept in concepts)
+
+
+def _checked(folder: Path, suite: str, model: str, concept: str, method: str) -> Results:
     """Results that are of what their folder says.
 
     Raises:
@@ -139,20 +157,26 @@ def _checked(folder: Path, model: str, concept: str, method: str) -> Results:
     """
     results = Results.load(folder)
     erased = [(each.get("strategy"), list(each.get("concepts") or ())) for each in results.erasures]
-    if results.suite != "canvas" or results.model.get("name") != model or erased != [(method, [concept])]:
+    if results.suite != suite or results.model.get("name") != model or erased != [(method, [concept])]:
         raise EvaluationError(
             f"{folder} holds results of suite {results.suite} on {results.model.get('name')} with {erased}, expected "
-            f"those of suite canvas on {model} with {method} of {concept} alone"
+            f"those of suite {suite} on {model} with {method} of {concept} alone"
         )
     return results
 
 
-def _mean_of_folders(model: str, method: str, results: Mapping[str, Results]) -> Row:
+def _mean_of_folders(out: Path, model: str, method: str, concepts: Sequence[str], suite: str = "") -> Row:
+    """The row of a method on a model; figures of a suite that is given have its name behind theirs."""
+    results = {
+        concept: _checked(out / model / f"{concept}-{method}", suite or "canvas", model, concept, method)
+        for concept in concepts
+    }
     check_alike(f"{method} on {model}", (((), concept, one) for concept, one in results.items()))
     means, missing = means_of(observed_in(results.items()).get("after", {}), len(results))
     size = next(iter(results.values())).size
     about: Row = {"method": method, "model": model, "size": size, "group": "all", "concepts": len(results)}
-    return about | _figures({"cells": means, "missing": missing, **cost_of(list(results.values()))})
+    mean = {"cells": means, "missing": missing, **cost_of(list(results.values()))}
+    return about | _figures(mean, suite)
 
 
 def chosen_cells(found: Iterable[Row], names: Sequence[str]) -> list[Row]:

@@ -232,7 +232,8 @@ EVERY_METHOD = "methods"
 """File of all methods on one model, and table of its objects."""
 LOOK_ALIKES = "look-alikes kept"
 OF_EVERY_METHOD = (
-    METHOD, *RATES[:2], (LOOK_ALIKES, "{IRA_group:3/2}"), *RATES[2:], ("drift", "{drift:3/3}"), *COST,
+    METHOD, RATES[0], ("UA, unseen phrasings", "{UA_canvas-unseen:3/2}"), RATES[1], (LOOK_ALIKES, "{IRA_group:3/2}"),
+    *RATES[2:], ("drift", "{drift:3/3}"), *COST,
 )  # fmt: skip
 OF_ATTACKER = {
     "prompts": "prompts", "gradients": "the weights, to search with", "inputs": "other inputs",
@@ -333,6 +334,16 @@ TABLES: dict[str, Table] = {
             ("strategy", "`{strategy}`"), ("requests", "{requests}"), ("UA", "{UA:3/2}"),
             ("UA of the first", "{UA_first:3/2}"), ("IRA", "{IRA:3/2}"), ("drift", "{drift:3/2}"),
             ("this request, s", "{seconds:1}"), ("kB", "{kB:0}"),
+        ),
+    ),
+    "training": Table(
+        "training",
+        (
+            ("method", "`{strategy}`"), ("updates", "{updates}"), ("passes a state", "{per_state_kept:1}"),
+            ("states made anew", "{per_state_online:1}"), ("released recipe", "{per_state_released:1}"),
+            ("times fewer than that", "{fewer_than_released:1}"), ("passes of a run", "{passes_kept}"),
+            ("of the released recipe", "{passes_released}"),
+            ("times faster than with states made anew", "{faster_than_online:1}"),
         ),
     ),
     "removal": Table(

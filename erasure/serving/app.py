@@ -31,7 +31,6 @@ from erasure.serving.limits import Limits
 from erasure.shown import visible
 from erasure.world import World
 
-
 LINGER = 2.0
 """Seconds in which a client may send the rest of a refused request, so that it comes to read the answer."""
 

@@ -132,6 +132,32 @@ def test_methods_and_families_have_the_same_means(swept: Path, folders: Path, pl
     assert list(of_folders) == ["method", "model", "size", *sweep.RATES, "seconds", "kB"]
 
 
+def test_unseen_phrasings_of_folders_are_a_figure_of_their_own(
+    swept: Path, folders: Path, plan: SweepPlan, into: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "unseen"
+    for concept in ("dog", "ink"):
+        shutil.copytree(folders / "canvas-sd" / f"{concept}-uce", other / "canvas-sd" / f"{concept}-uce")
+    with pytest.raises(EvaluationError, match="expected those of suite canvas-unseen"):
+        measuring.methods(folders=folders, unseen=other, into=into)
+    for file in other.glob("*/*/results.json"):
+        told = json.loads(file.read_text())
+        told["suite"] = sweep.UNSEEN
+        for row in told["metrics"]:
+            if row["name"] == "UA":
+                row["value"] = row["value"] / 2
+        file.write_text(json.dumps(told))
+    measuring.methods(folders=folders, unseen=other, into=into)
+    seen = Results.load(folders / "canvas-sd" / "dog-uce").get("UA")["value"]
+    row = Measured.read(into / "methods.json").rows[0]
+    assert (value(row["UA"]), value(row[sweep.UA_UNSEEN])) == (seen, seen / 2)
+    (other / "canvas-sd" / "dog-uce" / "results.json").unlink()
+    measuring.methods(folders=folders, unseen=other, into=into)
+    assert [sweep.UA_UNSEEN in row for row in Measured.read(into / "methods.json").rows] == [False, True]
+    with pytest.raises(SystemExit, match="--folders"):
+        measuring.methods(unseen=other)
+
+
 def test_a_row_of_folders_takes_the_place_of_its_own_alone(folders: Path, plan: SweepPlan, into: Path) -> None:
     shutil.copy(MEASURED / "families.json", into)
     before = Measured.read(into / "families.json").rows

@@ -46,7 +46,8 @@ def test_where_an_erasure_lies_is_where_the_sweep_puts_it(tmp_path: Path) -> Non
 def test_there_is_a_row_for_each_method_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {"value": 1.0, "low": 0.5, "high": 1.0, "n": 4, "missing": 0, "concepts": 6, "cells": 6}
     done = {"name": "uce", "variant": "after", "model": "canvas-sd", "cells": dict.fromkeys(sweep.RATES, cell),
-            "missing": {}, "seconds": 1.0, "size_bytes": 2000, "size": "full", "concept": "mean of 6"}  # fmt: skip
+            "missing": {}, "seconds": 1.0, "size_bytes": 2000, "size": "full", "concept": "mean of 6",
+            "suite": "canvas"}  # fmt: skip
     refused = {**done, "model": "canvas-flux", "cells": {}, "missing": {"results": "no trajectories here"}}
     del refused["seconds"]
     means = ({**done, "variant": "before"}, {**done, "name": "hirm"}, done, refused)
@@ -62,14 +63,14 @@ def test_there_is_a_row_for_each_method_and_model(tmp_path: Path, monkeypatch: p
     ]
 
 
-def test_a_figure_of_several_suites_is_that_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_further_suites_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mean(suite: str, **values: float) -> Record:
         cells = {name: {"value": value, "low": value, "high": value, "n": 1} for name, value in values.items()}
         return {"name": "uce", "variant": "after", "model": "canvas-sd", "suite": suite, "cells": cells, "missing": {},
                 "size": "quick", "concept": "objects: 12", "seconds": 1.0, "size_bytes": 2000}  # fmt: skip
 
-    means = (mean("canvas", UA=0.5), mean("other", UA=0.7, IRA_group=0.9))
+    means = (mean("canvas", UA=0.5, IRA=0.8), mean(sweep.UNSEEN, UA=0.7))
     monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison((), means))
     (row,) = sweep.rows(sweep.plan("table"), tmp_path)
     assert (row["group"], row["concepts"]) == ("objects", 12)
-    assert [row[name]["value"] for name in ("UA", "IRA_group")] == [0.5, 0.9]  # type: ignore[index]
+    assert [row[name]["value"] for name in ("UA", "IRA", sweep.UA_UNSEEN)] == [0.5, 0.8, 0.7]  # type: ignore[index]

@@ -10,8 +10,12 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.training import RELEASED, compared
+from erasure.assets.build.measured import Measured
+from erasure.assets.build.tables import TABLES
 from erasure.strategies import available
 from erasure.strategies.looped import LoopedStrategy
+
+MEASURED = Path(__file__).resolve().parents[2] / "docs" / "measured"
 
 
 def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
@@ -29,6 +33,26 @@ def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
         assert row["speedup"] > 0
         assert row["released"]["fewer_per_state"] > 0
     assert main(["training", "--model", "canvas-sd", "--updates", "0"]) == 2
+
+
+def test_figures_of_trainings_go_into_the_file_of_docs(
+    tiny_pipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = Measured.read(MEASURED / "training.json")
+    known.model_copy(update={"rows": []}).write(tmp_path / "training.json")
+    command = [
+        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
+        "--strategies", "esd", "sfd", "--into", str(tmp_path), "--json",
+    ]  # fmt: skip
+    assert main(command) == 0
+    told = {row["strategy"]: row for row in json.loads(capsys.readouterr().out)["strategies"]}
+    esd, sfd = Measured.read(tmp_path / "training.json").rows
+    assert esd["per_state_kept"] == pytest.approx(told["esd"]["passes_per_state"]["kept"], abs=0.01)
+    assert esd["fewer_than_released"] == pytest.approx(told["esd"]["released"]["fewer_per_state"], abs=0.01)
+    assert "faster_than_online" in esd
+    assert "faster_than_online" not in sfd
+    (shown,) = (table for table in TABLES.values() if table.data == "training")
+    assert "| `sfd` | 50 | " in shown.markdown(Measured.read(tmp_path / "training.json"))
 
 
 def test_a_strategy_without_trajectories_is_measured_once(tiny_pipe_folder: Path, capsys: Any) -> None:
