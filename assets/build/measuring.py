@@ -161,6 +161,7 @@ def requests(
     count: int = 20,
     measured: tuple[int, ...] = (1, 5, 10, 15, 20),
     size: Literal["smoke", "quick", "full"] = "smoke",
+    retain: bool = False,
     into: Path | None = None,
 ) -> None:
     """Erase one concept after another, each added to the erasure of those before (resumes), then print a table.
@@ -171,14 +172,15 @@ def requests(
         count: Requests.
         measured: Numbers of the requests after which it is measured.
         size: Of the suite.
+        retain: Name all of the same kind that was not asked for so far on the retain lists.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
     from erasure.assets.build import requests as step
     from erasure.assets.build.tables import report
 
-    step.measure(out, strategy, step.order(count), measured, size)
-    rows = step.rows(out, strategy, step.order(count), measured)
-    report("requests", rows, ("strategy", "requests"), into, size=size)
+    step.measure(out, strategy, step.order(count), measured, size, retain)
+    rows = step.rows(out, strategy, step.order(count), measured, retain)
+    report("requests", rows, ("strategy", "retained", "requests"), into, size=size)
 
 
 def attacks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from erasure.world import World
 
 FIRST = 5
 """Requests whose concepts are looked at again later: the first ones."""
+ALL, NONE = "all others", "nothing"
+"""What is on the retain lists."""
 
 
 def order(count: int, seed: int = 0) -> list[str]:
@@ -43,12 +46,30 @@ def order(count: int, seed: int = 0) -> list[str]:
     return [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
 
 
-def folder_of(out: Path, strategy: str, number: int) -> Path:
+def folder_of(out: Path, strategy: str, number: int, retain: bool = False) -> Path:
     """Folder of what there is after a request: the erasure in `erasure`, what was measured in `measured`."""
-    return out / strategy / f"{number:02d}"
+    return out / (f"{strategy}-retain" if retain else strategy) / f"{number:02d}"
 
 
-def measure(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int], size: str) -> None:
+def requested(names: Sequence[str], number: int, retain: bool) -> Concept:
+    """The concept of a request.
+
+    Args:
+        names: What is erased, one request each.
+        number: Of the request, from 1 on.
+        retain: Whether its retain list names what is of its kind and was not asked for so far.
+    """
+    world = World.at("canvas-sd")
+    concept = world.concept(names[number - 1])
+    if not retain:
+        return concept
+    alike = world.styles if concept.kind == "style" else world.objects
+    return replace(concept, retain=tuple(name for name in alike if name not in names[:number]))
+
+
+def measure(
+    out: Path, strategy: str, names: Sequence[str], measured: Sequence[int], size: str, retain: bool = False
+) -> None:
     """Carry the requests out and measure after some of them; what is on disk is not made again.
 
     Args:
@@ -57,17 +78,19 @@ def measure(out: Path, strategy: str, names: Sequence[str], measured: Sequence[i
         names: What is erased, one request each.
         measured: Numbers of the requests, from 1 on, after which it is measured.
         size: Of the suite.
+        retain: See `requested`.
     """
     torch.set_num_threads(1)
     pipe = erasure.load_pipeline("canvas-sd")
     pipe.set_progress_bar_config(disable=True)
     made: Erasure | None = None
-    for number, name in enumerate(names, 1):
-        folder = folder_of(out, strategy, number)
+    for number in range(1, len(names) + 1):
+        folder = folder_of(out, strategy, number, retain)
         if os.path.lexists(folder / "erasure" / CONFIG_FILE):
             made = Erasure.read(folder / "erasure")
         else:
-            made = erasure.erase(pipe, name, strategy, add_to=made, attach=False, progress=False)
+            concept = requested(names, number, retain)
+            made = erasure.erase(pipe, concept, strategy, add_to=made, attach=False, progress=False)
             made.save(folder / "erasure")
         if number not in measured or (folder / "measured" / "results.json").is_file():
             continue
@@ -92,14 +115,16 @@ def first_ones(folder: Path, names: Sequence[str]) -> Interval:
     return wilson(round(sum(row["value"] * row["n"] for row in rows)), count)
 
 
-def rows(out: Path, strategy: str, names: Sequence[str], measured: Sequence[int]) -> list[Row]:
+def rows(
+    out: Path, strategy: str, names: Sequence[str], measured: Sequence[int], retain: bool = False
+) -> list[Row]:  # fmt: skip
     """A row for each time that it was measured."""
     made: list[Row] = []
     for number in (number for number in measured if number <= len(names)):
-        folder = folder_of(out, strategy, number)
+        folder = folder_of(out, strategy, number, retain)
         results, erased = Results.load(folder / "measured" / "results.json"), Erasure.read(folder / "erasure")
         rates = {name: figure(results.get(name)) for name in ("UA", "IRA", "drift")}
-        row: Row = {"strategy": strategy, "requests": number, **rates}
+        row: Row = {"strategy": strategy, "retained": ALL if retain else NONE, "requests": number, **rates}
         row["UA_first"] = figure(first_ones(folder, names[:number]))
         row["seconds"] = round(float(erased.config.ledger[-1]["cost"].get("seconds", 0.0)), DIGITS)
         row["kB"] = round(erased.size_bytes / 1000, DIGITS)

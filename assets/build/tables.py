@@ -331,7 +331,8 @@ TABLES: dict[str, Table] = {
     "requests": Table(
         "requests",
         (
-            ("strategy", "`{strategy}`"), ("requests", "{requests}"), ("UA", "{UA:3/2}"),
+            ("strategy", "`{strategy}`"), ("retain lists", "{retained}"), ("requests", "{requests}"),
+            ("UA", "{UA:3/2}"),
             ("UA of the first", "{UA_first:3/2}"), ("IRA", "{IRA:3/2}"), ("drift", "{drift:3/2}"),
             ("this request, s", "{seconds:1}"), ("kB", "{kB:0}"),
         ),

@@ -26,6 +26,14 @@ def test_the_order_is_seeded_and_leaves_a_style() -> None:
         requests.order(most + 1)
 
 
+def test_retain_lists_name_what_was_not_asked_for_so_far() -> None:
+    names = ["house", "sepia", "dog"]
+    assert requests.requested(names, 1, False).retain == ()
+    assert set(requests.requested(names, 3, True).retain) == set(OBJECTS) - {"house", "dog"}
+    assert set(requests.requested(names, 2, True).retain) == set(STYLES) - {"sepia"}
+    assert requests.folder_of(Path(), "uce", 1) != requests.folder_of(Path(), "uce", 1, retain=True)
+
+
 def test_requests_are_added_measured_and_not_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +52,7 @@ def test_requests_are_added_measured_and_not_made_again(
     assert "3 requests" not in capsys.readouterr().out
     (row,) = requests.rows(tmp_path, "uce", names, [3, 20])
     measured, made = Results.load(folders[2] / "measured"), Erasure.read(folders[2] / "erasure")
-    assert (row["strategy"], row["requests"]) == ("uce", 3)
+    assert (row["strategy"], row["retained"], row["requests"]) == ("uce", "nothing", 3)
     for rate in ("UA", "IRA", "drift"):
         assert row[rate] == figure(measured.get(rate))
     assert row["UA_first"] == figure(requests.first_ones(folders[2], names))
