@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
@@ -14,7 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from erasure.cli.terminal import UsageError
-from erasure.files import is_line, read_text, shown
+from erasure.files import is_line, lines_of, read_table, read_text, shown
 from erasure.files.reading import parsed
 from erasure.parsing import KINDS, ConceptRequest
 
@@ -151,7 +149,7 @@ def _rows(path: str | Path, needed: Sequence[str]) -> Iterator[tuple[str, str | 
     Raises:
         UsageError: It cannot be read; a row that is none.
     """
-    content = read_text(path, error=UsageError).removeprefix("\ufeff")
+    content = read_text(path, error=UsageError)
     ending = Path(path).suffix.lower()
     if ending in (".csv", ".tsv"):
         yield from _table(str(path), content, needed)
@@ -160,7 +158,7 @@ def _rows(path: str | Path, needed: Sequence[str]) -> Iterator[tuple[str, str | 
         listed: list[JsonValue] = parsed(content.encode(), list[JsonValue], str(path), error=UsageError)
         items: Iterator[tuple[str, JsonValue]] = ((f"{path}, item {n}", item) for n, item in enumerate(listed, 1))
     else:
-        lines = ((f"{path}, line {n}", line.strip()) for n, line in enumerate(content.splitlines(), 1) if line.strip())
+        lines = ((f"{path}, line {n}", line.strip()) for n, line in enumerate(lines_of(content), 1) if line.strip())
         if ending != ".jsonl":
             yield from lines
             return
@@ -176,7 +174,7 @@ def _rows(path: str | Path, needed: Sequence[str]) -> Iterator[tuple[str, str | 
 
 def _table(path: str, content: str, needed: Sequence[str]) -> Iterator[tuple[str, Cells]]:
     """The rows of a CSV file below its header, whatever stands between its columns."""
-    header = content.lstrip("\r\n").partition("\n")[0]
+    header = next((line for line in lines_of(content) if line.strip()), "")
     columns = {mark: [_column(name.strip('"')) for name in header.split(mark)] for mark in DELIMITERS}
     mark = next((mark for mark, present in columns.items() if set(present) & set(needed)), None)
     if mark is None:
@@ -184,26 +182,9 @@ def _table(path: str, content: str, needed: Sequence[str]) -> Iterator[tuple[str
         raise UsageError(
             f"{path} has no column '{needed[0]}' (found: {shown(found)[1:-1]}): name the columns on the first line"
         )
-    table = csv.reader(io.StringIO(content, newline=""), delimiter=mark, strict=True)
-    names: list[str] = []
-    try:
-        for cells in table:
-            where = f"{path}, line {table.line_num}"
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not names:
-                names = [_column(cell) for cell in cells]
-                continue
-            if len(cells) != len(names):
-                raise UsageError(
-                    f"{where} has {len(cells)} cells, the first line {len(names)}: put texts with {mark!r} in double "
-                    "quotes"
-                )
-            yield where, {name: cell.strip() for name, cell in zip(names, cells, strict=True) if cell.strip()}
-    except csv.Error as reason:
-        raise UsageError(
-            f"{path}, line {table.line_num} cannot be read as CSV ({reason}): check its quotes"
-        ) from reason
+    _, rows = read_table(content, path, mark, error=UsageError, column=_column)
+    for line, cells in rows:
+        yield f"{path}, line {line}", {name: cell.strip() for name, cell in cells.items() if cell.strip()}
 
 
 def _column(name: str) -> str:

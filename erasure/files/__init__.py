@@ -13,6 +13,7 @@ from erasure.files.folders import differences, digest, discard, has_recipe, held
 from erasure.files.names import inside, is_line, shown, slug
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
 from erasure.files.recognise import advice, is_checkpoint
+from erasure.files.tables import lines_of, read_table, read_texts
 from erasure.files.writing import (
     json_bytes,
     new_folder,
@@ -48,14 +49,17 @@ __all__ = [
     "is_checkpoint",
     "is_line",
     "json_bytes",
+    "lines_of",
     "new_folder",
     "read_archive",
     "read_bytes",
     "read_json",
     "read_lines",
     "read_metadata",
+    "read_table",
     "read_tensors",
     "read_text",
+    "read_texts",
     "replace_files",
     "replacing",
     "settled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -34,6 +35,8 @@ KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
 )  # fmt: skip
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Byte order marks of texts in UTF-16, as spreadsheets and PowerShell write them."""
 DAMAGED = "the file is damaged; fetch or make it again"
 
 
@@ -103,15 +106,31 @@ def _advice(reason: OSError) -> str:
 
 
 def read_text(path: str | Path, limit: int = JSON_LIMIT, *, error: type[ErasureError] = ArtifactError) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file; a byte order mark at its start, as editors on Windows write it, is left out.
 
     Raises:
-        ErasureError: See `read_bytes`; or it is no UTF-8.
+        ErasureError: See `read_bytes`; or it is no UTF-8, or holds NUL characters.
     """
+    content = _unmarked(read_bytes(path, limit, error=error))
+    if content.startswith(WIDE_MARKS):
+        raise error(f"{path} cannot be read as text: it is UTF-16; save it as UTF-8")
     try:
-        return read_bytes(path, limit, error=error).decode()
+        text = content.decode()
     except UnicodeDecodeError as reason:
-        raise error(f"{path} cannot be read as text ({reason.reason} at byte {reason.start}): {DAMAGED}") from reason
+        line, byte = content.count(b"\n", 0, reason.start) + 1, content[reason.start]
+        raise error(
+            f"{path} cannot be read as text ({reason.reason} 0x{byte:02x} in line {line}): it is not UTF-8; save it "
+            "as UTF-8, or fetch it again"
+        ) from reason
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise error(f"{path} cannot be read as text: line {line} holds a NUL character; it is no text, or damaged")
+    return text
+
+
+def _unmarked(content: bytearray) -> bytearray:
+    """Take UTF-8's byte order mark off the start of a file."""
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def read_json(
@@ -132,7 +151,7 @@ def read_json(
     Raises:
         ErasureError: See `read_bytes`; or it is no JSON, or not of the schema.
     """
-    return parsed(bytes(read_bytes(path, limit, error=error)), schema, str(path), error=error)
+    return parsed(bytes(_unmarked(read_bytes(path, limit, error=error))), schema, str(path), error=error)
 
 
 def read_lines(
@@ -153,7 +172,7 @@ def read_lines(
     Raises:
         ErasureError: See `read_json`; the line is named.
     """
-    content = read_bytes(path, limit, error=error)
+    content = _unmarked(read_bytes(path, limit, error=error))
     start, number = 0, 0
     while start < len(content):
         end = content.find(b"\n", start)

@@ -155,7 +155,9 @@ def _config(source: Path, found: Mapping[str, Path], name: str, schema: type[Con
 
 
 def read_prompts(source: str | Path) -> list[str]:
-    """Read prompts from a text file, one per line, or those saved with the autoencoder in a folder, if any.
+    """Read prompts from a file, or those saved with the autoencoder in a folder, if any.
+
+    A file has one on each line, or is CSV or TSV with a column `prompt`.
 
     Raises:
         OptionError: The file cannot be read or contains no prompt.
@@ -165,8 +167,7 @@ def read_prompts(source: str | Path) -> list[str]:
         file /= PROMPTS_FILE
         if not file.is_file():
             return []
-    lines = files.read_text(file, PROMPTS_LIMIT, error=OptionError).splitlines()
-    found = [line.strip() for line in lines if line.strip()]
+    found = files.read_texts(file, PROMPTS_LIMIT, error=OptionError)
     if not found:
         raise OptionError(f"prompts {file}: the file holds no prompt")
     return found

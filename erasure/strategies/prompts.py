@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -148,22 +145,12 @@ def photo_scenes(tower: TextTower, concepts: Sequence[Concept], seed: int, count
 
 
 def listed_scenes(path: str) -> list[Scene]:
-    """Read prompts from a file: one per line, or the column `prompt` of a CSV file; each prompt once.
+    """Read prompts from a file: one per line, or the column `prompt` of a CSV or TSV file; each prompt once.
 
     Raises:
         OptionError: The file cannot be read, holds no prompt or has no such column.
     """
-    text = files.read_text(Path(path), LARGEST_LIST, error=OptionError)
-    rows = text.splitlines()
-    if path.lower().endswith(".csv"):
-        table = csv.DictReader(io.StringIO(text))
-        if "prompt" not in (table.fieldnames or ()):
-            raise OptionError(
-                f"{path} has the columns {table.fieldnames}, expected one named 'prompt': rename the column with the "
-                "prompts"
-            )
-        rows = [row["prompt"] or "" for row in table]
-    prompts = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
+    prompts = list(dict.fromkeys(files.read_texts(path, LARGEST_LIST, error=OptionError)))
     if not prompts:
         raise OptionError(f"{path} holds no prompt: write one on each line")
     return [Scene(prompt) for prompt in prompts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from erasure.eval.attacks import Access, Attack, ControlledAttack, SkippedPrompt
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample, sample_seed
-from erasure.files import read_lines, read_text, shown
+from erasure.files import lines_of, read_lines, read_table, read_text, shown
+from erasure.files.tables import SEPARATORS
 from erasure.options import Count, PathText
 from erasure.world import World
 
@@ -61,21 +60,23 @@ def read_rewrites(path: str | Path) -> list[Rewrite]:
         EvaluationError: It cannot be read, has other columns, an empty or repeated row, or none.
     """
     file = Path(path)
-    if file.suffix == ".jsonl":
+    ending = file.suffix.lower()
+    rows: list[tuple[int, Mapping[str, JsonValue]]]
+    if ending == ".jsonl":
         lines: Iterator[dict[str, JsonValue]] = read_lines(file, dict[str, JsonValue], error=EvaluationError)
-        rows = [(number, row) for number, row in enumerate(lines, 1)]
+        rows = list(enumerate(lines, 1))
     else:
-        text = read_text(file, LIMIT, error=EvaluationError).removeprefix("\ufeff")
-        if file.suffix in (".csv", ".tsv"):
-            reader = csv.DictReader(io.StringIO(text), delimiter="\t" if file.suffix == ".tsv" else ",")
-            if "rewrite" not in (reader.fieldnames or ()):
+        text = read_text(file, LIMIT, error=EvaluationError)
+        if ending in SEPARATORS:
+            columns, cells = read_table(text, str(file), SEPARATORS[ending], error=EvaluationError)
+            if "rewrite" not in columns:
                 raise EvaluationError(
-                    f"{file} has the columns {shown(reader.fieldnames)}; expected: rewrite, and word or prompt where "
-                    "it does not take the place of the concept's own word"
+                    f"{file} has the columns {shown(columns)}; expected: rewrite, and word or prompt where it does "
+                    "not take the place of the concept's own word"
                 )
-            rows = [(number, dict(row)) for number, row in enumerate(reader, 2)]
+            rows = list(cells)
         else:
-            rows = [(number, {"rewrite": line}) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            rows = [(number, {"rewrite": line}) for number, line in enumerate(lines_of(text), 1) if line.strip()]
     made: list[Rewrite] = []
     for number, row in rows:
         where = f"{file}, line {number}"
