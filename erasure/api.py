@@ -31,6 +31,7 @@ from erasure.errors import (
 )
 from erasure.files.recognise import MODEL_FILE
 from erasure.interop import scopes, single_files
+from erasure.options import check_seed
 from erasure.progress import reporting
 from erasure.strategies import Strategy, get
 from erasure.strategies.looped import LoopedStrategy
@@ -89,7 +90,7 @@ def erase(
         UnknownStrategyError: The strategy does not exist.
         ConceptError: A concept has no known token, or has a learned token that only one of two CLIP encoders knows; or
             a concept is erased already or contradicts one that is.
-        OptionError: The strategy does not have an option, or does not allow its value.
+        OptionError: The strategy does not have an option, or does not allow its value; or the seed is none.
         AttachError: The name is used by an attached erasure.
         UnsupportedModelError: The family or the state of the model does not allow it.
         DivergenceError: NaN or infinity occurred during optimisation.
@@ -99,6 +100,7 @@ def erase(
     if strategy is None:
         strategy = "hirm" if earlier is None else earlier.config.ledger[-1]["strategy"]
     method = get(strategy).configured(preset, **options)
+    seed = None if seed is None else check_seed(seed, strategy)
     if run is not None and not isinstance(method, LoopedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
     world = World.of(pipe)
@@ -137,7 +139,7 @@ def erase(
     backbone = method.session(backbone_for(base_pipe))
     if addition is not None:
         addition.check(backbone)
-    with scopes.same_gradient_mode(), reporting(progress, method.name) as report:
+    with scopes.same_gradient_mode(), scopes.plain_precision(), reporting(progress, method.name) as report:
         backbone.check_plain("make the erasure with the plain model and load the result here")
         # The caller may have switched gradients off for generation.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -208,11 +210,13 @@ def load_pipeline(
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
+        OptionError: The device cannot be used.
         UnsupportedModelError: The model's pipeline class is of a family that is not supported for the task.
     """
     from erasure.pipelines import base_of, pipeline_class
 
-    settings = _settings(dtype, device)
+    settings, model = _settings(dtype, device), os.path.expanduser(model)
+    config = None if config is None else os.path.expanduser(config)
     if files.is_checkpoint(model):
         with _clear_errors(model):
             return _from_single_file(model, task, settings[0], config).to(settings[1])
@@ -265,6 +269,7 @@ def load_text_encoders(
     """
     from erasure.pipelines import base_of
 
+    model = os.path.expanduser(model)
     _check_is_model(model)
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
@@ -291,7 +296,7 @@ def _source(model: str | Path) -> str:
 
 
 def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, torch.device]:
-    place = torch.device(device) if device is not None else best_device()
+    place = best_device() if device is None else usable_device(device)
     return dtype or (torch.float32 if place.type == "cpu" else torch.float16), place
 
 
@@ -313,6 +318,24 @@ def _clear_errors(model: str | Path) -> Iterator[None]:
             "save_pretrained, a single-file checkpoint (with config=FOLDER, or --config FOLDER, where the Hub cannot "
             f"be asked or does not describe its parts), or one of {embedded_names}"
         ) from error
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Give a device by its name.
+
+    Raises:
+        OptionError: There is no such device on this machine, or torch cannot use it.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise OptionError(
+            f"the device {files.shown(str(device))} cannot be used here ({files.shown(reason, 200)[1:-1]}): name "
+            f"another, such as cpu, or leave it out for {best_device()}"
+        ) from error
+    return place
 
 
 def best_device() -> torch.device:

@@ -133,7 +133,7 @@ class Erasure:
             ArtifactError: The folder is not empty or cannot be written; or the erasure is not valid.
             DivergenceError: A tensor has NaN or infinity.
         """
-        folder = Path(folder)
+        folder = files.at_home(folder)
         if os.path.exists(folder) and (not os.path.isdir(folder) or _listed(folder)):
             if not overwrite:
                 raise ArtifactError(f"{folder} is not empty: choose another folder, or overwrite (--overwrite)")
@@ -163,7 +163,7 @@ class Erasure:
         """
         if not is_local(source):
             return cls.read(hub.download(str(source), FILES, revision=revision, token=token))
-        folder = Path(os.path.expanduser(source))
+        folder = files.at_home(source)
         if not os.path.lexists(folder):
             raise ArtifactError(
                 f"{files.shown(str(source), 200)} is neither a folder nor the name of a Hub repository: check "
@@ -178,9 +178,12 @@ class Erasure:
         Raises:
             ArtifactError: The erasure is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
-        folder = Path(folder)
+        folder = files.at_home(folder)
         if not os.path.isdir(folder):
-            raise ArtifactError(f"{folder} is no erasure but {files.advice(folder) or 'no folder: check the path'}")
+            said = files.advice(folder)
+            raise ArtifactError(
+                f"{folder} is no erasure but {said}" if said else f"there is no erasure at {folder}: check the path"
+            )
         return files.steady(folder, FILES, lambda paths: cls._read(folder, paths))
 
     @classmethod
@@ -225,6 +228,7 @@ class Erasure:
             ArtifactError: The folder is not an erasure, the figures are not plain data, or the folder cannot be
                 written.
         """
+        folder = files.at_home(folder)
         made = cls.read(folder)
         card = made.card()
         made.config.evaluation = dict(figures)
@@ -280,7 +284,7 @@ class Erasure:
         """
         fetched = hub.download(repo_id, FILES, revision=revision, token=token)
         made = cls.read(fetched)
-        with files.new_folder(folder) as temporary:
+        with files.new_folder(files.at_home(folder)) as temporary:
             for name in FILES:
                 if (fetched / name).is_file():
                     (temporary / name).write_bytes(_whole(fetched / name))
@@ -318,7 +322,7 @@ def _whole(path: Path) -> bytearray:
 
 def is_local(source: str | Path) -> bool:
     """Whether a source is a local path, existing or not, and not the name of a repository."""
-    if isinstance(source, Path) or REPOSITORY.fullmatch(source) is None or ".." in source:
+    if isinstance(source, os.PathLike) or REPOSITORY.fullmatch(source) is None or ".." in source:
         return True
     return os.path.lexists(source.partition("/")[0])
 

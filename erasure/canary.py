@@ -20,7 +20,7 @@ from erasure.artifact import Erasure
 from erasure.backbones import Backbone, Conditioning, backbone_for
 from erasure.errors import VerificationError
 from erasure.guards import unguarded
-from erasure.interop import hooks, paths
+from erasure.interop import hooks, paths, scopes
 from erasure.interop.protocols import Denoiser
 
 SIDE = 8
@@ -140,6 +140,7 @@ def _left(stock: Tensor, erased: Tensor, now: Tensor) -> float:
     return float(effect @ found / (effect @ effect))
 
 
+@scopes.plain_precision()
 def answer(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Answer:
     """Encode prompts and run the denoiser once over fixed noise."""
     backbone = backbone_for(pipe)

@@ -9,10 +9,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from erasure import files
 from erasure.errors import ConceptError, ConceptWarning
+from erasure.files import shown
 
 Kind = Literal["object", "style", "unsafe"]
 
@@ -182,6 +183,32 @@ def _check_text(text: object) -> None:
         raise ConceptError(f"{text!r:.80} in a concept holds control characters or line breaks: take them out")
 
 
+T = TypeVar("T")
+
+
+def listed(given: T | Iterable[T], kinds: tuple[type[T], ...]) -> list[T]:
+    """Make a list of one or several texts or concepts.
+
+    Args:
+        given: One of them, or several.
+        kinds: What each may be.
+
+    Raises:
+        ConceptError: Something else is given, such as a table of anchors, whose values would be lost.
+    """
+    if isinstance(given, kinds):
+        return [given]
+    if isinstance(given, (Mapping, bytes)) or not isinstance(given, Iterable):
+        raise ConceptError(
+            f"{shown(given)} names no concept: give a text such as 'Van Gogh', or 'cat>dog' for a cat in whose place "
+            "there will be a dog, a Concept, or a list of these"
+        )
+    every = list(given)
+    if wrong := [item for item in every if not isinstance(item, kinds)]:
+        raise ConceptError(f"{shown(wrong[0])} in a list of concepts is no text and no Concept")
+    return every
+
+
 def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Concept]:
     """Make a list of one or several concepts; a word becomes an object without anchor.
 
@@ -190,7 +217,7 @@ def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Conce
     Raises:
         ConceptError: There is no concept, one is given twice, or one is both erased and retained.
     """
-    given = [concepts] if isinstance(concepts, (str, Concept)) else list(concepts)
+    given = listed(concepts, (str, Concept))
     if len(given) > MOST_CONCEPTS:
         raise ConceptError(
             f"an erasure of {len(given):,} concepts, at most {MOST_CONCEPTS:,} are allowed: make several"

@@ -7,8 +7,9 @@ import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 
+import numpy as np
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from erasure.artifact import Erasure
 from erasure.backbones import Backbone, backbone_for
@@ -24,6 +25,7 @@ from erasure.errors import (
     TwiceAttachedWarning,
     WrongBaseError,
 )  # fmt: skip
+from erasure.files.names import problem_of, shown
 from erasure.interop import paths
 from erasure.interop.pipelines import components_of
 from erasure.state import Attached, ComponentState
@@ -209,9 +211,11 @@ def check_told(pipe: DiffusionPipeline, name: str, guidance: SafetyGuidance) -> 
 
 
 def check_name(name: str, attached: Container[str]) -> None:
-    """Raise `AttachError` when a name is in use or invalid."""
-    if not re.fullmatch(r"[\w-]{1,200}", name):
-        raise AttachError(f"{name!r} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
+    """Raise `AttachError` when a name is in use, invalid, or cannot name a folder, as `save_erased_pipeline` does."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,200}", name):
+        raise AttachError(f"{shown(name)} cannot name an erasure: use letters, digits, '-' and '_', 200 at most")
+    if problem := problem_of(name):
+        raise AttachError(f"{shown(name)} cannot name an erasure, because it cannot name a folder: {problem}")
     if name in attached:
         raise AttachError(
             f"an erasure named {name!r} is attached already: pass another name, or delete_erasure({name!r}) first"
@@ -239,7 +243,10 @@ def strengths_of(names: Sequence[str], strengths: float | Sequence[float] | None
     Raises:
         AttachError: The numbers of strengths and names differ, or a strength is invalid.
     """
-    factors = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(names)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise AttachError(f"{twice!r} is named twice: name each erasure once, with one strength")
+    several = strengths.tolist() if isinstance(strengths, (np.ndarray, Tensor)) else strengths
+    factors = list(several) if isinstance(several, Sequence) else [several] * len(names)
     if len(factors) != len(names):
         raise AttachError(f"{len(factors)} strengths for {len(names)} erasures: give one for each, or a single number")
     return {name: 1.0 if f is None else check_strength(f) for name, f in zip(names, factors, strict=True)}

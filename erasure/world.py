@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from erasure.concept import PLACEHOLDER, Concept, Kind, as_concepts, key, singulars
+from erasure.concept import PLACEHOLDER, Concept, Kind, as_concepts, key, listed, singulars
 from erasure.errors import ConceptError, ConceptWarning
 from erasure.files import shown
 from erasure.parsing import ConceptRequest, parse_concepts, parse_names
@@ -252,7 +252,7 @@ class World:
         Raises:
             ConceptError: A text names no concept, or is ambiguous.
         """
-        items = [words] if isinstance(words, (str, Concept, ConceptRequest)) else words
+        items = listed(words, (str, Concept, ConceptRequest))
         found: list[ConceptRequest | Concept] = []
         for item in items:
             if isinstance(item, str):

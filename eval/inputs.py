@@ -46,9 +46,10 @@ class Inputs:
             EvaluationError: One is out of range.
         """
         for name, least, most in (("steps", 1, 10_000), ("guidance", 0, 1_000), ("side", 8, 8_192)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and least <= value <= most):
-                raise EvaluationError(f"{name} is {shown(value)}, allowed: a number from {least} to {most}")
+            value, kind = getattr(self, name), "number" if name == "guidance" else "whole number"
+            right = isinstance(value, (int, float) if name == "guidance" else int) and not isinstance(value, bool)
+            if value is not None and not (right and least <= value <= most):
+                raise EvaluationError(f"{name} is {shown(value)}, allowed: a {kind} from {least} to {most}")
 
     @classmethod
     def read(cls, given: Mapping[str, object], **more: object) -> Inputs:

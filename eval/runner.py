@@ -37,7 +37,9 @@ from erasure.eval.schemas import EvaluationRow
 from erasure.eval.scoring import Judge, drift, reason, score
 from erasure.eval.table import SampleTable, image_path
 from erasure.eval.variants import Variant
+from erasure.files import at_home
 from erasure.images import png, read_rgb
+from erasure.options import check_seed
 
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
@@ -106,6 +108,7 @@ def evaluate(
         EvaluationError: Unknown suite, size or concept; an output folder that holds something else; fused erasures,
             which leave no stock model to compare with; a judge that does not know the suite's classes.
     """
+    seed, out = check_seed(seed, "an evaluation"), None if out is None else at_home(out)
     processes = join(out, seed)
     started = time.perf_counter()
     models, kit = Models.of(pipe), suites.get(suite)

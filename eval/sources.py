@@ -165,7 +165,7 @@ def read_prompts(source: str | Path) -> PromptList:
             of, or no row can be drawn.
         MissingExtraError: It needs the library `datasets`, which is not installed.
     """
-    text = str(source)
+    text = os.path.expanduser(str(source))
     if text.startswith(HUB):
         return collect_rows(_data_set(text.removeprefix(HUB)), text)
     if os.path.isdir(text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -16,7 +17,7 @@ from erasure.backbones import Backbone, backbone_for
 from erasure.baked import leave_trace
 from erasure.concept import Concept
 from erasure.errors import ArtifactError, AttachError, UnsupportedModelError
-from erasure.files import inside, new_folder, read_json, write_json
+from erasure.files import at_home, inside, new_folder, read_json, write_json
 from erasure.files.recognise import MODEL_FILE
 from erasure.fitting import check_strength
 from erasure.guards import Refusable
@@ -343,7 +344,7 @@ class ErasureMixin(SharedModulesMixin):
                 `erased.json` and a model card in the folder list the erasures. `False` writes the base and the
                 erasures side by side (`erasures/NAME/`), to be loaded by `load_erased_pipeline`.
         """
-        folder = Path(folder)
+        folder = at_home(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError(f"{folder} is not empty: choose another folder")
         manager = self.erasure_manager
@@ -393,7 +394,8 @@ class ErasureMixin(SharedModulesMixin):
             ArtifactError: A folder of that kind lacks a file.
             UnsupportedModelError: The files are of a family with another drop-in class.
         """
-        folder = Path(str(pretrained_model_name_or_path))
+        pretrained_model_name_or_path = os.path.expanduser(pretrained_model_name_or_path)
+        folder = Path(pretrained_model_name_or_path)
         if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
             return cls.load_erased_pipeline(folder, **options)
         check_kind(cls, pretrained_model_name_or_path, options)  # type: ignore[arg-type]
@@ -412,7 +414,7 @@ class ErasureMixin(SharedModulesMixin):
             ArtifactError: It is another kind of folder, or a file is missing or damaged.
             WrongBaseError: An erasure was made for another model than the saved base.
         """
-        folder = Path(folder)
+        folder = at_home(folder)
         attached = read_attached(folder)
         # Folders of earlier versions have the base beside the erasures.
         base = base_of(folder)

@@ -16,6 +16,7 @@ from erasure.backbones.stable_diffusion_xl import StableDiffusionXLBackbone
 from erasure.backbones.towers import PromptTokens, TextTower, TowerOutput, text_towers
 from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
+from erasure.interop.pipelines import check_is_pipeline
 from erasure.world import World
 
 FAMILIES: tuple[type[Backbone], ...] = (
@@ -35,9 +36,11 @@ def backbone_for(
         length: See `Backbone`; what the model declares when left out.
 
     Raises:
-        UnsupportedModelError: No family matches, or a component is missing without which no prompt can be encoded.
+        UnsupportedModelError: It is no pipeline, no family matches, or a component is missing without which no prompt
+            can be encoded.
         ArtifactError: The model's `canvas.json` is damaged.
     """
+    check_is_pipeline(pipe)
     for family in FAMILIES:
         if family.matches(pipe):
             world = World.of(pipe)

@@ -109,9 +109,9 @@ class _Thread(threading.local):
         self.tokens: weakref.ref[Tensor] | None = None
         self.changes: list[tuple[float, readings.Change]] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Thread:
-        """Give a new one: a copy of a network is at no drawing."""
-        return _Thread()
+    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
+        """Copy and pickle it as a new one: a copy of a network is at no drawing."""
+        return _Thread, ()
 
 
 class _ExtraRows(NamedArguments):

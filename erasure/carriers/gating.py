@@ -46,9 +46,9 @@ class _Last(threading.local):
     rows: tuple[int, int] = (0, 0)
     gates: tuple[Tensor, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Last:
-        """Give a new one: a copy of a network is at no drawing."""
-        return _Last()
+    def __reduce__(self) -> tuple[type[_Last], tuple[()]]:
+        """Copy and pickle it as a new one: a copy of a network is at no drawing."""
+        return _Last, ()
 
 
 class Gating:

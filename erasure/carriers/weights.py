@@ -25,12 +25,14 @@ from erasure.errors import (
     WrongBaseError,
 )
 from erasure.interop import adapters, paths
+from erasure.interop.scopes import plain_precision
 
 SAMPLED = 32
 """Number of values of each parameter of a text encoder in its fingerprint."""
 FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+@plain_precision()
 def delta_of(edit: Edit, base: Tensor | None = None) -> Tensor:
     """Convert an edit to a dense float32 tensor on the CPU.
 

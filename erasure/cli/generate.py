@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from erasure.cli.lists import LONGEST_PROMPT, PromptRow, is_list_file, read_prompts
+from erasure.cli.lists import LONGEST_PROMPT, MOST_GUIDANCE, PromptRow, is_list_file, read_prompts
 from erasure.cli.models import (
     ErasedModelOptions,
     attach,
@@ -75,6 +75,8 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         raise UsageError("--prompt is empty: say what to draw")
     if options.count < 1 or options.batch_size < 1 or (options.steps is not None and options.steps < 1):
         raise UsageError("--count, --batch-size and --steps are at least 1")
+    if options.guidance is not None and not 0 <= options.guidance <= MOST_GUIDANCE:
+        raise UsageError(f"--guidance {options.guidance} is no scale: give a number from 0 to {MOST_GUIDANCE}")
     check_strengths(options)
     rows = prompt_rows(options)
     for row in rows:
@@ -86,6 +88,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     erasures = load_erasures(options)
     pipe = open_model(options, task="composition" if options.compose else "text-to-image")
     require_tokens(pipe, [text for row in rows for text in (row.prompt, row.negative_prompt or "")])
+    check_settings(pipe, rows)
     maker = Maker("generate", options.model, pipe, omit_prompt=options.omit_prompt)
     manager = attach(pipe, erasures, options.strength)
     maker.attached(pipe)
@@ -135,6 +138,21 @@ def prompt_rows(options: GenerateOptions) -> list[PromptRow]:
         found += read_prompts(text) if is_list_file(text) else [PromptRow(text)]
     own = {name: getattr(options, name) for name in ("negative_prompt", "seed", "steps", "guidance")}
     return [replace(row, **{name: value for name, value in own.items() if value is not None}) for row in found]
+
+
+def check_settings(pipe: DiffusionPipeline, rows: Sequence[PromptRow]) -> None:
+    """Refuse numbers of steps and sizes that the model cannot draw, before anything is drawn.
+
+    Raises:
+        ErasureError: There is one.
+    """
+    from erasure.backbones import backbone_for
+    from erasure.interop.pipelines import check_steps
+
+    latents = backbone_for(pipe).latents
+    for steps, height, width in {(row.steps, row.height, row.width) for row in rows}:
+        check_steps(pipe, steps)
+        latents.shape(height, width)
 
 
 def batches(images: Sequence[tuple[int, PromptRow]], size: int) -> Iterator[list[tuple[int, PromptRow]]]:

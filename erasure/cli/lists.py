@@ -22,6 +22,8 @@ DELIMITERS = ",;\t"
 LONGEST_PROMPT = 20_000
 """Characters of a prompt."""
 LONGEST_PATH = 4096
+MOST_GUIDANCE = 1000
+"""Largest guidance scale."""
 
 PROMPT = ("prompt", "prompts", "caption", "text")
 NEGATIVE = ("negative_prompt", "negative")
@@ -53,16 +55,24 @@ Cells = Mapping[str, JsonValue]
 
 
 def is_list_file(text: str) -> bool:
-    """Whether a text names a file that is there.
+    """Whether a text names a file that holds a list: one that is there, with an ending of such files.
+
+    A word that happens to be the name of another file is a word.
 
     Raises:
-        UsageError: It looks like the name of a file that is not there, or is the path of a folder.
+        UsageError: It looks like the name of a file that is not there, or is the path of a folder or of another file.
     """
     if len(text) > LONGEST_PATH or not is_line(text):
         return False
-    if os.path.isfile(text):
-        return True
     path = Path(text)
+    if os.path.isfile(text):
+        if path.suffix.lower() in ENDINGS:
+            return True
+        if path.suffix or os.path.basename(text) != text:
+            raise UsageError(
+                f"{shown(text)} is a file, and a list ends with {', '.join(ENDINGS)}: rename it, or write the text "
+                "otherwise"
+            )
     if os.path.isdir(text) and len(path.parts) > 1:
         raise UsageError(f"{text} is a folder: name a file in it ({', '.join(ENDINGS)})")
     in_a_folder = len(path.parts) > 1 and os.path.isdir(path.parent)
@@ -85,7 +95,7 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
                 prompt=_text(cells, PROMPT, where) or _missing(where, PROMPT[0]),
                 negative_prompt=_text(cells, NEGATIVE, where),
                 seed=_integer(cells, SEED, where, -(2**63), 2**64 - 1),
-                guidance=_number(cells, GUIDANCE, where, 0, 1000),
+                guidance=_number(cells, GUIDANCE, where, 0, MOST_GUIDANCE),
                 steps=_integer(cells, STEPS, where, 1, 10_000),
                 height=_integer(cells, HEIGHT, where, 8, 16_384),
                 width=_integer(cells, WIDTH, where, 8, 16_384),

@@ -70,7 +70,7 @@ def carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], in
         The exit code, as of `main`.
     """
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
     try:
         terminal = Terminal()
     except UsageError as error:  # of which process this is
@@ -91,6 +91,14 @@ def carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], in
             sys.excepthook = _show_traceback
             raise
         return _report(error, terminal)
+
+
+def _at_home(argument: str) -> str:
+    """Give an argument with the home folder for `~`, which shells leave as it is in `--out=~/made` and in quotes."""
+    flag, equals, value = argument.partition("=")
+    if argument.startswith("--") and equals and value.startswith("~/"):
+        return f"{flag}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
 def _dispatch(arguments: list[str], terminal: Terminal) -> int:

@@ -143,7 +143,10 @@ class Remover:
         if erasures:
             attach(self.pipe, erasures, options.strength)
         self.maker.attached(self.pipe)
+        from erasure.interop.pipelines import check_steps
         from erasure.pipelines.removal_settings import chosen
+
+        check_steps(self.pipe, options.steps)
 
         given = {
             "num_inference_steps": call_settings(options.model, options.steps).get("num_inference_steps"),

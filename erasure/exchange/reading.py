@@ -60,7 +60,7 @@ def read_source(path: str | Path) -> Source:
     Raises:
         ArtifactError: It is missing, damaged, no such file, holds more than tensors, or no tensor at all.
     """
-    path = Path(path)
+    path = files.at_home(path)
     shown = files.shown(str(path), 200)[1:-1]
     if os.path.isdir(path):
         if os.path.lexists(path / ERASURE_FILE):

@@ -21,7 +21,7 @@ def check_out(out: str | Path, *, overwrite: bool) -> Path:
     Raises:
         ArtifactError: It has another ending, is there already, or is a folder.
     """
-    out = Path(out)
+    out = files.at_home(out)
     if out.suffix != ENDING:
         raise ArtifactError(f"cannot write {files.shown(str(out), 200)}: give the file the ending {ENDING}")
     if os.path.isdir(out):

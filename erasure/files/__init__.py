@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from erasure.files.folders import differences, digest, discard, has_recipe, held
-from erasure.files.names import inside, is_line, shown, slug
+from erasure.files.names import at_home, inside, is_line, shown, slug
 from erasure.files.reading import read_bytes, read_json, read_lines, read_text, validated
 from erasure.files.recognise import advice, is_checkpoint
 from erasure.files.tables import lines_of, read_table, read_texts
@@ -40,6 +40,7 @@ __all__ = [
     "TENSORS_LIMIT",
     "TensorInfo",
     "advice",
+    "at_home",
     "differences",
     "digest",
     "discard",

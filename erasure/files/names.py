@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -18,6 +19,11 @@ UNSEEN = ("Cc", "Cs", "Co", "Zl", "Zp")
 DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 """Names of devices on Windows, with any ending."""
+
+
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """Make a path from what a user gives: `~` at its start is the home folder, as in a shell, which may not say so."""
+    return Path(os.path.expanduser(path))
 
 
 def is_line(text: str) -> bool:
@@ -71,7 +77,7 @@ def inside(folder: str | Path, *names: str, error: type[ErasureError] = Artifact
     """
     path = Path(folder)
     for name in names:
-        problem = _problem(name)
+        problem = problem_of(name)
         if problem is not None:
             raise error(
                 f"{shown(name)} cannot be the name of a file in {folder}: {problem}. Allowed: one plain name "
@@ -87,8 +93,8 @@ def inside(folder: str | Path, *names: str, error: type[ErasureError] = Artifact
     return path
 
 
-def _problem(name: object) -> str | None:
-    """Say why a name must not become a path; `None` when it may."""
+def problem_of(name: object) -> str | None:
+    """Say why a name must not become the name of a file; `None` when it may."""
     if not isinstance(name, str) or not name:
         return "it is empty or no text"
     if name in (".", ".."):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from erasure.errors import ArtifactError, ErasureError
-from erasure.files.names import shown
+from erasure.files.names import at_home, shown
 from erasure.files.reading import JSON_LIMIT, read_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -85,7 +85,8 @@ def read_texts(
     Raises:
         ErasureError: See `read_text` and `read_table`; or there is no such column, or the file is JSON.
     """
-    ending = Path(path).suffix.lower()
+    path = at_home(path)
+    ending = path.suffix.lower()
     if ending in (".json", ".jsonl"):
         raise error(f"{path} is JSON; expected one {column} on each line, or a .csv or .tsv file with '{column}'")
     text = read_text(path, limit, error=error)

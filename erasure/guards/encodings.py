@@ -169,6 +169,10 @@ class _Output(ModelHook):
         super().__init__()
         self.last: weakref.ref[Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the output, which belongs to a pass that no copy is in; and a reference cannot be pickled."""
+        return {**vars(self), "last": None}
+
     def post_forward(self, module: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Take note, but inside of a compiled graph."""
         if not torch.compiler.is_compiling():

@@ -88,9 +88,9 @@ class _Thread(threading.local):
     guided = False
     """Whether the pass under way is guided."""
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Thread:
-        """Give a new one: a copy of a network is in no pass."""
-        return _Thread()
+    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
+        """Copy and pickle it as a new one: a copy of a network is in no pass."""
+        return _Thread, ()
 
 
 class _OneStep(NamedArguments):

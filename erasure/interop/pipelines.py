@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from erasure.errors import OptionError, UnsupportedModelError
 from erasure.interop import adapters, hooks, paths, rounds
 from erasure.interop.one_step import own_scheduler
 
@@ -39,13 +40,54 @@ def interrupt(pipe: DiffusionPipeline) -> None:
     pipe._interrupt = True
 
 
+def check_steps(pipe: DiffusionPipeline, steps: int | None) -> None:
+    """Refuse more denoising steps than the sampler of a pipeline can make.
+
+    Args:
+        pipe: The pipeline.
+        steps: Number of steps; that of the pipeline, which is fine, when left out.
+
+    Raises:
+        OptionError: The sampler takes steps that the denoiser was trained on, and there are fewer of these.
+    """
+    most = pipe.scheduler.config.get("num_train_timesteps")  # type: ignore[attr-defined]
+    if steps is None or most is None or steps <= most:
+        return
+    try:
+        copy.deepcopy(pipe.scheduler).set_timesteps(steps)  # type: ignore[attr-defined]
+    except ValueError as error:
+        if "train" in str(error):
+            raise OptionError(
+                f"{steps} denoising steps; {type(pipe.scheduler).__name__} allows at most {most}: "  # type: ignore[attr-defined]
+                "ask for fewer"
+            ) from error
+
+
 def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
     """Give the settings of a pipeline's progress bar, for `set_progress_bar_config`."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
+def check_is_pipeline(pipe: object) -> None:
+    """Refuse what is no pipeline, such as one of its networks.
+
+    Raises:
+        UnsupportedModelError: It has no components.
+    """
+    if not isinstance(getattr(pipe, "components", None), Mapping):
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} is no pipeline of diffusers: pass the whole pipeline, as erasure.load_pipeline or "
+            "from_pretrained gives it, and none of its parts"
+        )
+
+
 def components_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Give the networks of a pipeline by name, without wrappers of `torch.compile`."""
+    """Give the networks of a pipeline by name, without wrappers of `torch.compile`.
+
+    Raises:
+        UnsupportedModelError: It is no pipeline.
+    """
+    check_is_pipeline(pipe)
     parts = pipe.components.items()
     return {name: paths.uncompiled(part) for name, part in parts if isinstance(part, nn.Module)}
 
@@ -89,6 +131,10 @@ class CallGuard:
             del vars(owner)[method]
 
 
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Check nothing; a function of the module, because a lambda cannot be pickled."""
+
+
 class EncodedTogether(CallGuard):
     """Guard of a pipeline's `encode_prompt` that lets its text encoders share open gates.
 
@@ -103,7 +149,7 @@ class EncodedTogether(CallGuard):
     def set(cls, pipe: DiffusionPipeline, wanted: bool) -> None:
         """Put it on a pipeline, or take it off."""
         if wanted:
-            cls.install(pipe, "encode_prompt", lambda *args, **kwargs: None)
+            cls.install(pipe, "encode_prompt", _nothing)
         else:
             cls.remove(pipe, "encode_prompt")
 

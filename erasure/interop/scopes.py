@@ -6,12 +6,20 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.hooks.group_offloading import (
+    _GROUP_OFFLOADING,
+    _LAYER_EXECUTION_TRACKER,
+    _LAZY_PREFETCH_GROUP_OFFLOADING,
+    GroupOffloadingConfig,
+    _get_top_level_group_offload_hook,
+    _is_group_offload_enabled,
+)
+from diffusers.hooks.hooks import HookRegistry
 from torch import Tensor, nn
 
 from erasure.interop.paths import layer, parameter
@@ -69,6 +77,19 @@ def same_gradient_mode() -> Iterator[None]:
 
 
 @contextmanager
+def plain_precision() -> Iterator[None]:
+    """Switch autocast off inside of the block; also a decorator.
+
+    Within a caller's `torch.autocast`, edits and comparisons would be computed in half precision.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def placed(components: Sequence[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Move components to a device inside of the block, and back afterwards."""
     before = [next(component.parameters()).device for component in components]
@@ -100,15 +121,16 @@ def gradient_checkpointing(component: nn.Module, run: Callable[..., object]) -> 
 
 @contextmanager
 def without_offloading(pipe: DiffusionPipeline) -> Iterator[Callable[[DiffusionPipeline], None]]:
-    """Suspend accelerate's offloading while modules are changed, as diffusers' LoRA loader does.
+    """Suspend offloading while modules are changed or copied, as diffusers' LoRA loader does.
 
     Yields a function that applies the same offloading to another pipeline.
     """
-    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+    from diffusers.hooks.group_offloading import _apply_group_offloading
     from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 
     device = getattr(pipe, "_offload_device", None)
-    model, sequential, group = _func_optionally_disable_offloading(pipe)
+    model, sequential, _ = _func_optionally_disable_offloading(pipe)
+    groups = _remove_groups(pipe)
 
     def put_back(target: DiffusionPipeline) -> None:
         arguments: dict[str, torch.device | str] = {} if device is None else {"device": device}
@@ -116,15 +138,29 @@ def without_offloading(pipe: DiffusionPipeline) -> Iterator[Callable[[DiffusionP
             target.enable_model_cpu_offload(**arguments)
         elif sequential:
             target.enable_sequential_cpu_offload(**arguments)
-        elif group:
-            for component in target.components.values():
-                if isinstance(component, nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(component)
+        for name, config in groups.items():
+            _apply_group_offloading(getattr(target, name), config)
 
     try:
         yield put_back
     finally:
         put_back(pipe)
+
+
+def _remove_groups(pipe: DiffusionPipeline) -> dict[str, GroupOffloadingConfig]:
+    """Take group offloading off a pipeline, and give its settings by component.
+
+    Its hooks hold streams and modules of torch, which cannot be copied. The weights are then where all others are: on
+    the device to which they are offloaded if every network is offloaded in groups, and else where they are run.
+    """
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    found = {name: hook.config for name, part in parts.items() if (hook := _get_top_level_group_offload_hook(part))}
+    for name, config in found.items():
+        registry = HookRegistry.check_if_exists_or_initialize(parts[name])
+        for kind in (_GROUP_OFFLOADING, _LAYER_EXECUTION_TRACKER, _LAZY_PREFETCH_GROUP_OFFLOADING):
+            registry.remove_hook(kind, recurse=True)
+        parts[name].to(config.offload_device if len(found) == len(parts) else config.onload_device)
+    return found
 
 
 def is_offloaded(pipe: DiffusionPipeline) -> bool:

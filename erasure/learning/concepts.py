@@ -142,7 +142,7 @@ class LearnedConcepts:
         Raises:
             ArtifactError: The folder is not empty, or cannot be written.
         """
-        folder = Path(folder)
+        folder = files.at_home(folder)
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             if not folder.is_dir() or CONFIG_FILE not in files.settled(folder, FILES):
                 raise ArtifactError(f"{folder} holds something that is no learned concept: choose another folder")
@@ -158,7 +158,7 @@ class LearnedConcepts:
         Raises:
             ArtifactError: The folder is missing, damaged, has unknown keys, or needs a newer version of this package.
         """
-        folder = Path(os.path.expanduser(folder))
+        folder = files.at_home(folder)
         if not folder.is_dir():
             raise ArtifactError(
                 f"{folder} is no folder of learned concepts but {files.advice(folder) or 'nothing: check the path'}"

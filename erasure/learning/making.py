@@ -29,6 +29,7 @@ from erasure.learning.lessons import Balance, CutOuts, PictureTraining, Places
 from erasure.learning.pictures import Pictures, cut_out, encoded, read_pictures
 from erasure.learning.player import LearnedTensors
 from erasure.learning.tokens import beside, check_names, put_in, reading_towers, start_vectors
+from erasure.options import check_seed
 from erasure.progress import reporting
 from erasure.text.corpora import vocabulary, vocabulary_prompts
 from erasure.text.encodings import Reader
@@ -94,6 +95,7 @@ def learn_concepts(
         TrainingError: The run's folder is in use, holds something else, or cannot be written.
     """
     method = AttenCraft.configured(preset, **options)
+    seed = check_seed(seed, "learning concepts")
     names = [tokens] if isinstance(tokens, str) else list(tokens)
     shown = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     placed = _by_picture(masks)
@@ -118,6 +120,7 @@ def learn_concepts(
     stock = ErasureManager(pipe).stock(without_adapters=True)
     with ExitStack() as stack:
         stack.enter_context(scopes.same_gradient_mode())
+        stack.enter_context(scopes.plain_precision())
         report = stack.enter_context(reporting(progress, "learning"))
         # The caller may have switched gradients off for generation.
         stack.enter_context(torch.inference_mode(False))

@@ -24,7 +24,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from erasure.errors import ArtifactError
-from erasure.files import shown
+from erasure.files import at_home, shown
 
 Prompts = Literal["digest", "clear", "none"]
 """How prompts are stored in a log."""
@@ -66,7 +66,7 @@ class AuditLog:
     """
 
     def __init__(self, path: str | Path, *, key: bytes | None = None, prompts: Prompts = "digest") -> None:
-        self.path, self.prompts, self._key = Path(path), prompts, _checked(key)
+        self.path, self.prompts, self._key = at_home(path), prompts, _checked(key)
         self._turn = threading.Lock()
         self._owner = FileLock(f"{self.path}.lock")
         try:
@@ -189,7 +189,7 @@ def verify_log(path: str | Path, *, key: bytes | None = None, head: str | None =
     key, last, seen, torn, keyed = _checked(key), START, False, 0, False
     events: dict[str, int] = {}
     lines, open_end = 0, False
-    for line in _read(Path(path), key):
+    for line in _read(at_home(path), key):
         if line.entry is None:
             torn, open_end = torn + 1, True
             continue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -126,6 +126,17 @@ class Lock:
     def __deepcopy__(self, memo: dict[int, object]) -> Lock:
         """Give the same object: a copy of the pipeline is another one, and refused."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: what another process made of it would be locked by nobody.
+
+        Raises:
+            LockedError: Always.
+        """
+        raise LockedError(
+            "this pipeline is locked, and a locked pipeline cannot be pickled or sent to another process: "
+            "unlock_erasures(key) first, and lock it again there"
+        )
 
     @staticmethod
     def of(pipe: object) -> Lock | None:

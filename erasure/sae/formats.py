@@ -92,7 +92,7 @@ def save(
     Raises:
         ArtifactError: The folder cannot be written.
     """
-    target = Path(folder)
+    target = files.at_home(folder)
     config = sae.config
     described = {
         "architecture": config.architecture, "d_in": config.d_in, "d_sae": config.d_sae, "k": config.k,
@@ -126,7 +126,7 @@ def load(folder: str | Path) -> SparseAutoencoder:
     Raises:
         ArtifactError: The layout is unknown, a tensor is missing, or shapes do not fit.
     """
-    source = Path(folder)
+    source = files.at_home(folder)
     try:
         return files.steady(
             source, (*FILES, SPARSIFY_FILE, OPENAI_CONFIG, OPENAI_FILE), lambda found: _load(source, found)
@@ -162,7 +162,7 @@ def read_prompts(source: str | Path) -> list[str]:
     Raises:
         OptionError: The file cannot be read or contains no prompt.
     """
-    file = Path(source)
+    file = files.at_home(source)
     if file.is_dir():
         file /= PROMPTS_FILE
         if not file.is_file():

@@ -18,7 +18,7 @@ from erasure.eval.attacks import Access, Attack, ControlledAttack, SkippedPrompt
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample, sample_seed
-from erasure.files import lines_of, read_lines, read_table, read_text, shown
+from erasure.files import at_home, lines_of, read_lines, read_table, read_text, shown
 from erasure.files.tables import SEPARATORS
 from erasure.options import Count, PathText
 from erasure.world import World
@@ -59,7 +59,7 @@ def read_rewrites(path: str | Path) -> list[Rewrite]:
     Raises:
         EvaluationError: It cannot be read, has other columns, an empty or repeated row, or none.
     """
-    file = Path(path)
+    file = at_home(path)
     ending = file.suffix.lower()
     rows: list[tuple[int, Mapping[str, JsonValue]]]
     if ending == ".jsonl":

@@ -40,8 +40,9 @@ from erasure.eval.schemas import AttackRow, ReplayRow
 from erasure.eval.scoring import Judge
 from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
-from erasure.files import digest
+from erasure.files import at_home, digest
 from erasure.interop import scopes
+from erasure.options import check_seed
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
@@ -116,6 +117,7 @@ def attack(
     """
     method = attacks.get(name).configured(size, **options)
     given = Inputs.read(inputs or {})
+    seed, out = check_seed(seed, "an attack"), None if out is None else at_home(out)
     processes = join(out, seed)
     models = Models.of(pipe)
     wanted = one_concept(concept, models)
@@ -229,6 +231,7 @@ def replay(
             for name, prompt in sorted(texts.items())
         ]
     )
+    out = None if out is None else at_home(out)
     processes = join(out)
     subject = Subject.of(models, judge_of(judge, kit, plan))
     count = in_step_of(batch_size, plan.samples)

@@ -31,7 +31,8 @@ from erasure.eval.sizes import check_size
 from erasure.eval.stress.runner import stress_test
 from erasure.eval.suites import OF_PROMPTS, SUITES
 from erasure.eval.suites.prompts import PromptSuite
-from erasure.files import held, write_json
+from erasure.files import at_home, held, write_json
+from erasure.options import check_seed
 from erasure.versions import library_versions
 from erasure.world import World
 
@@ -153,6 +154,7 @@ def audit(
             folder that holds something else.
     """
     check_size(size, "an audit")
+    seed, out = check_seed(seed, "an audit"), at_home(out)
     processes, models = join(out, seed), Models.of(pipe)
     if not models.entries:
         raise EvaluationError("no erasure is attached and in force, so there is nothing to audit: attach one first")

@@ -20,7 +20,7 @@ from erasure.eval.audits.verdicts import Finding, finding_of, graded
 from erasure.eval.dossiers.reading import FolderContents, FoundPart, read_all
 from erasure.eval.rows import Record, Row
 from erasure.eval.run import model_name
-from erasure.files import shown, write_json
+from erasure.files import at_home, shown, write_json
 from erasure.shown import number
 
 JSON = "report.json"
@@ -102,7 +102,7 @@ def report_on(
         ArtifactError: The erasure is missing or damaged, or is not of the pipeline's model.
     """
     made = erasure if isinstance(erasure, Erasure) else Erasure.load(erasure)
-    page = Path(out)
+    page = at_home(out)
     _check_out(page)
     concepts = [concept.target for concept in made.concepts]
     given = [folders] if isinstance(folders, str | Path) else list(folders)

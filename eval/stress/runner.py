@@ -38,9 +38,11 @@ from erasure.eval.stress.conditions import ERASED, STOCK, Condition, StressEvide
 from erasure.eval.stress.judging import FlaggingJudge
 from erasure.eval.suites import Plan, Target
 from erasure.eval.table import SampleTable
+from erasure.files import at_home
 from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
+from erasure.options import check_seed
 
 
 class StressRow(EvaluationRow):
@@ -108,6 +110,7 @@ def stress_test(
     """
     test = tests.get(name).configured(size, **options)
     given = Inputs.read({**(inputs or {}), "clip": clip_source(clip)})
+    seed, out = check_seed(seed, "a stress test"), None if out is None else at_home(out)
     processes = join(out, seed)
     started = time.perf_counter()
     models = Models.of(pipe)

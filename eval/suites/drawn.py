@@ -47,6 +47,8 @@ class Drawing:
             inputs: What the caller gives.
             preset: Choices of a paper.
         """
+        from erasure.interop.pipelines import check_steps
+
         backbone = backbone_that_draws(cast("DiffusionPipeline", pipe))
         world = World.of(pipe)
         usual = {
@@ -65,6 +67,7 @@ class Drawing:
         height, width = (side, side) if side else own_size
         latents.shape(height, width)
         steps = inputs.steps or (preset.steps if preset else None) or own_steps
+        check_steps(backbone.pipe, steps)
         chosen = inputs.guidance if inputs.guidance is not None else preset.guidance if preset else None
         guidance = own_guidance if chosen is None else chosen
         taken = preset.per_row if preset else ()

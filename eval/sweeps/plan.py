@@ -19,7 +19,7 @@ from erasure.eval.rows import Record
 from erasure.eval.sizes import check_size
 from erasure.eval.stress import STRESS_TESTS
 from erasure.eval.suites import SUITES
-from erasure.files import digest, read_text, slug
+from erasure.files import at_home, digest, read_text, slug
 from erasure.shown import did_you_mean, visible
 from erasure.strategies import STRATEGIES
 from erasure.world import World
@@ -121,7 +121,7 @@ class SweepPlan:
                 names something that there is not. The message says where.
         """
         try:
-            data = tomllib.loads(read_text(Path(path), LARGEST, error=EvaluationError))
+            data = tomllib.loads(read_text(at_home(path), LARGEST, error=EvaluationError))
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise EvaluationError(f"{path} is no TOML ({error}): see docs/sweep.md for an example") from error
         return cls.of(data, str(path), size=size)

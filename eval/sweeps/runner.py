@@ -23,7 +23,7 @@ from erasure.eval.schemas import CellFile
 from erasure.eval.scoring import Judge
 from erasure.eval.stress.runner import stress_test
 from erasure.eval.sweeps.plan import Cell, Measure, SweepPlan
-from erasure.files import has_recipe, held, read_json, write_json
+from erasure.files import at_home, has_recipe, held, read_json, write_json
 from erasure.training.run import Run
 
 FILE, RECIPE, CELL, ERASURE, TRAINING = "sweep.json", "recipe.json", "cell.json", "erasure", "training"
@@ -107,7 +107,7 @@ def sweep(
             "(--share 1/4, share=(1, 4))"
         )
     plan = plan if isinstance(plan, SweepPlan) else SweepPlan.read(plan)
-    folder = Path(out)
+    folder = at_home(out)
     cells = plan.share(*share)
     with held(folder, plan.recipe, file=RECIPE, what=WHAT, wait=True, error=EvaluationError):
         pass  # the folder is this sweep's from now on, for all processes

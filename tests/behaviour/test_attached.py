@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 import erasure
 from erasure import Erasure, ErasureManager
@@ -203,6 +205,26 @@ class TestPipelines:
         tiny_pipe.remove_all_hooks()
         assert changed_tensors(base, tiny_pipe) == set()
 
+    @pytest.mark.parametrize("first", ["offload", "attach"])
+    def test_survives_group_offload(
+        self, tiny_pipe: Any, erased_image: Any, made: Erasure, manager: ErasureManager, base_image: Any, draw: Any,
+        first: str,
+    ) -> None:  # fmt: skip
+        """Its hooks hold what cannot be copied, so they are taken off while an erasure is attached."""
+        parts = [part for part in tiny_pipe.components.values() if isinstance(part, torch.nn.Module)]
+        if first == "attach":
+            manager.add(made)
+        cpu = torch.device("cpu")
+        tiny_pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        if first == "offload":
+            manager.add(made)
+        assert torch.equal(draw(tiny_pipe), erased_image)
+        assert manager.verify() > 0
+        assert torch.equal(draw(manager.stock()), base_image)
+        manager.unload()
+        assert torch.equal(draw(tiny_pipe), base_image)
+        assert all(_is_group_offload_enabled(part) for part in parts), "attaching took the offloading off for good"
+
     def test_from_pipe_keeps_it(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, draw: Any, changed_tensors: Any,
         stock_class: Any, drop_in: Any, erased_image: Any,
@@ -234,13 +256,14 @@ class TestPipelines:
             component, path = key.split("/")
             assert torch.equal(paths.parameter(tiny_pipe.components[component], path), base[key]), key
 
-    def test_deepcopy_keeps_it_and_is_independent(
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+    def test_a_copy_keeps_it_and_is_independent(
         self, tiny_pipe: Any, made: Erasure, manager: ErasureManager, base: dict, base_image: Any, draw: Any,
-        changed_tensors: Any,
+        changed_tensors: Any, copied: Any,
     ) -> None:  # fmt: skip
         manager.add(made, "cat")
         erased = draw(tiny_pipe)
-        twin = copy.deepcopy(tiny_pipe)
+        twin = copied(tiny_pipe)
         theirs = ErasureManager(twin)
         assert torch.equal(draw(twin), erased)
         assert theirs.verify() == manager.verify()

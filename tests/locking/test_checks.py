@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -274,6 +275,8 @@ def test_copies_and_twins(erased: Any) -> None:
     assert copy.copy(erased)("a dog", **SMALL).images
     with pytest.raises(VerificationError, match="is another one than when the pipeline was locked"):
         copy.deepcopy(erased)("a dog", **SMALL)
+    with pytest.raises(LockedError, match="cannot be pickled or sent to another process"):
+        pickle.dumps(erased)
     # Another object, and not erased: evaluations compare with it.
     stock = ErasureManager(erased).stock()
     assert Lock.of(stock) is None
