@@ -77,10 +77,10 @@ class RECE(UCE):
     presets: ClassVar[Presets] = {
         source + recipe: {
             "tokens": "from_last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
-            "relative": False, "erase_scale": 1.0, "preserve_scale": preserve_scale, "preserve_per_concept": False,
-            "regularisation": regularisation, "preserve_divided": divided, "rounds": rounds,
-            "derived_regularisation": derived, "derived_from": "prompt", "round_preserve_scale": 0.1,
-            "round_regularisation": 0.1, "keep_erased": False, "tolerance": 0.0,
+            "relative": False, "erase_scale": 1.0, "preserve_scale": preserve_scale, "regularisation": regularisation,
+            "preserve_divided": divided, "rounds": rounds, "derived_regularisation": derived,
+            "derived_from": "prompt", "round_preserve_scale": 0.1, "round_regularisation": 0.1, "keep_erased": False,
+            "tolerance": 0.0,
         }
         for source, (preserve_scale, divided, regularisation) in SOURCES.items()
         for recipe, (derived, rounds) in RECIPES.items()
@@ -102,9 +102,7 @@ class RECE(UCE):
             adversarial = derived(whole, gram, concept, self.derived_regularisation * column)
             # Features that are erased already replace themselves, which keeps the layers' current outputs for them.
             erased, places = torch.cat([adversarial, gone]), torch.cat([replacing, gone])
-            scales = (
-                self.erase_scale, self.round_preserve_scale * self.share_of(group), self.round_regularisation * unit
-            )  # fmt: skip
+            scales = self.erase_scale, self.round_preserve_scale, self.round_regularisation * unit
             whole = whole @ (identity + solve(erased, places, group.preserved, *scales))
             gone = erased if self.keep_erased else gone
         return whole - identity
@@ -113,7 +111,7 @@ class RECE(UCE):
         """Compute X of UCE's edit, `(dim, dim)` float64."""
         names = {words for concept in group.concepts for words in concept.retain}
         share = max(round(1 / (1 + len(names)), 3), 0.1) if self.preserve_divided else 1.0
-        scale = self.preserve_scale * share * self.share_of(group)
+        scale = self.preserve_scale * share
         return solve(group.erased, group.replacing, group.preserved, self.erase_scale, scale, regularisation)
 
     def derivable(self, group: EntryGroup) -> tuple[Tensor, Tensor]:

@@ -48,10 +48,6 @@ class UCE(EntryEdit):
     """Weight s_e of an erased feature (released code: 1, with far fewer preserved features)."""
     preserve_scale: NotNegative = 1.0
     """Weight s_p of a preserved feature (released code: 1)."""
-    preserve_per_concept: bool = True
-    """Multiply s_p by the number of erased concepts. Each concept brings features of its own to erase, beside which
-    the preserved ones, as many for one concept as for fifty, would weigh less and less. When off, s_p is the same for
-    any number (paper and released code)."""
     regularisation: Positive = 0.5
     """Weight lambda of the squared change (released code: 0.5)."""
     relative: bool = True
@@ -65,8 +61,7 @@ class UCE(EntryEdit):
     presets: ClassVar[Presets] = {
         "released": {
             "tokens": "last", "templates": False, "style_anchor": "art", "preserve_start": False, "vocabulary": 0,
-            "regularisation": 0.5, "relative": False, "erase_scale": 1.0, "preserve_scale": 1.0,
-            "preserve_per_concept": False, "tolerance": 0.0,
+            "regularisation": 0.5, "relative": False, "erase_scale": 1.0, "preserve_scale": 1.0, "tolerance": 0.0,
         },
     }  # fmt: skip
 
@@ -80,13 +75,8 @@ class UCE(EntryEdit):
 
     def map_of(self, group: EntryGroup) -> Tensor:
         """Compute X, `(dim, dim)` float64."""
-        scales = self.erase_scale, self.preserve_scale * self.share_of(group)
         weight = self.regularisation * (group.mean_square if self.relative else 1.0)
-        return solve(group.erased, group.replacing, group.preserved, *scales, weight)
-
-    def share_of(self, group: EntryGroup) -> int:
-        """What the weight of preserved features is multiplied by, see `preserve_per_concept`."""
-        return len(group.concepts) if self.preserve_per_concept else 1
+        return solve(group.erased, group.replacing, group.preserved, self.erase_scale, self.preserve_scale, weight)
 
     def written(self, changes: Sequence[Change], concepts: int) -> tuple[Edits, int]:
         """Convert the changes into a LoRA, or into maps where it would be large; see `saved_as`."""

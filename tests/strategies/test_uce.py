@@ -145,26 +145,6 @@ def test_several_concepts_share_one_solve(tiny_pipe_original: Any) -> None:
     assert all(edit.down.shape[0] <= 2 for edit in fit.edits.maps.values())
 
 
-@pytest.mark.parametrize(("each", "scale"), [(True, 2 * 0.7), (False, 0.7)])
-def test_what_is_preserved_weighs_as_much_for_several_concepts_as_for_one(
-    tiny_pipe_original: Any, each: bool, scale: float
-) -> None:
-    """Against plain arithmetic with UCE's objective, of two concepts."""
-    backbone = backbone_for(tiny_pipe_original)
-    concepts = [Concept("cat", anchor="car", retain=("bird",)), Concept("dog", anchor="car", retain=("bird",))]
-    strategy = UCE(vocabulary=3, preserve_scale=0.7, preserve_per_concept=each, tolerance=0.0, saved_as="lora")
-    fit = strategy.fit(backbone, concepts, seed=0, progress=lambda share: None)
-    erased, replacing = strategy.erased_features(Reader(backbone, 1), "tokens", concepts)
-    preserved = strategy.preserved_features(Reader(backbone, 1), "tokens", concepts, 0)
-    unit = torch.cat([erased, replacing, preserved]).square().mean()
-    gram = 10 * erased.T @ erased + scale * preserved.T @ preserved + 0.5 * unit * torch.eye(32).double()
-    change = 10 * (replacing - erased).T @ erased @ torch.linalg.inv(gram)
-    layer = backbone.entry_layers()[0]
-    wanted = layer.module.weight.detach().double() @ change
-    made = delta_of(fit.edits.low_rank[layer.key])
-    torch.testing.assert_close(made.double(), wanted, rtol=1e-4, atol=1e-6)
-
-
 def test_fused_projections_are_refused(tiny_pipe: Any) -> None:
     tiny_pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
