@@ -231,14 +231,20 @@ def everything(
         print(f"{name:28} {hours:.2f} h")
 
 
-def main() -> None:
-    """Run one step of the build."""
-    steps = (
+STEPS = {
+    step.__name__: step
+    for step in (
         sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, methods, across, several, requests,
         attacks, audited, suite, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl,
         sd3, families, ip_adapter, turbo, newcomers, learning, detectors,
-    )  # fmt: skip
-    tyro.extras.subcommand_cli_from_dict({step.__name__: step for step in steps}, description=__doc__)
+    )
+}  # fmt: skip
+"""Every step by its name."""
+
+
+def main() -> None:
+    """Run one step of the build."""
+    tyro.extras.subcommand_cli_from_dict(STEPS, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from erasure import files
+from erasure.assets.build.sweep import erasure_of
 
-TIMED = (["itd"], ["attention"], ["training", "--updates", "2"])
-"""Arguments of the benchmarks that `erasure bench` runs besides its own, which times an image of each strategy."""
+TIMED = ("itd", "attention", "training")
+"""Benchmarks of a checkout that are run besides `erasure bench`, which times an image of each strategy."""
+AUDITED = {"canvas-sd": ("uce", "hirm", "itd", "esd", "advunlearn"), "canvas-flux": ("uce", "esd")}
+"""Strategies by model whose erasures of a dog are audited."""
 
 SHARES = 4
 """Processes among which the step `table` is split."""
@@ -31,6 +34,8 @@ class Step(NamedTuple):
 
 def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
     """List the commands in groups: those of one group may run at once, and come after those of the groups before.
+
+    The benchmarks of a checkout are found where the commands run in its folder.
 
     Args:
         out: Folder of all results.
@@ -49,8 +54,34 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
     def suite(name: str) -> Step:
         return build(name, name, "--out", str(out / name), *given, step="suite")
 
+    def requests(strategy: str, *arguments: str, name: str = "") -> Step:
+        asked = ("--strategy", strategy, "--size", "quick", "--out", str(out / "requests"), *arguments)
+        return build(f"requests-{name or strategy}", *asked, *given, step="requests")
+
+    def doors(model: str) -> Step:
+        return build(f"evaluate-{model}", "--model", model, *given, step="evaluate")
+
+    def audit(model: str, strategy: str) -> Step:
+        made = out / "canvas" if model == "canvas-sd" else out / "across"
+        erased = erasure_of(made, strategy, "dog", model)
+        # What is erased from the larger models is attacked alone: their stress tests take many hours.
+        less = () if model == "canvas-sd" else ("--suites", "canvas", "--stress", "none")
+        asked = (
+            "--model",
+            model,
+            "--erasure",
+            str(erased),
+            "--size",
+            "quick",
+            "--out",
+            str(audits / model / strategy),
+        )
+        return Step(f"audit-{model}-{strategy}", ("erasure", "audit", *asked, "--no-record", *less))
+
     several = ("--out", str(out / "several"), "--count")
     unseen = ("--out", str(out / "unseen"), "--sweep", "unseen")
+    audits, audited = out / "audits", [(model, strategy) for model, names in AUDITED.items() for strategy in names]
+    # Steps of one group write into files of their own, so those of requests and of ways in are in several groups.
     return [
         [build("evaluate", *given), build("words", "--picture", str(out / "words.png"))],
         [
@@ -58,6 +89,10 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
             build("several-5", *several, "5", "--draws", "20", *given, step="several"),
             *map(table, range(1, SHARES + 1)),
             build("unseen", *unseen, step="table"),
+            build("methods", "--out", str(out / "methods"), *given),
+            build("across", "--out", str(out / "across"), *given),
+            requests("uce"),
+            doors("canvas-sdxl"),
             build("gates", *given),
             build("gates-untold", "--no-told", step="gates"),
             build("controls", *given),
@@ -67,13 +102,22 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
         ],
         [
             build("table", "--out", str(out / "canvas"), *given),
-            # Not beside the other one, which writes into the same file of figures.
             build("several-14", *several, "14", "--draws", "1", *given, step="several"),
             build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas"), *given),
             build("ways", "--made", str(out / "canvas"), *given),
+            requests("uce", "--retain", name="uce-retain"),
+            doors("canvas-sd3"),
+            *(audit(*each) for each in audited),
         ],
+        [
+            build("audited", "--folders", *(str(audits / model / strategy) for model, strategy in audited), *given),
+            requests("hirm", "--count", "15", "--measured", "1", "5", "10", "15"),
+            doors("canvas-flux"),
+        ],
+        [requests("itd"), build("learning", "--out", str(out / "learning"))],
         # Each in a group of its own, because nothing else may run beside what is timed.
-        *([Step("-".join(("bench", *what)), ("erasure", "bench", *what))] for what in ([], *TIMED)),
+        [Step("bench", ("erasure", "bench"))],
+        *([Step(f"bench-{name}", ("benchmarks", name, *(given if name == "training" else ())))] for name in TIMED),
     ]
 
 

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 
 def table(
     out: Path = Path("results/canvas"),
@@ -234,7 +236,7 @@ def audited(folders: tuple[Path, ...], concept: str = "dog", into: Path | None =
 
 
 def suite(
-    name: Literal["removal", "composition"],
+    name: tyro.conf.Positional[Literal["removal", "composition"]],
     out: Path | None = None,
     size: Literal["smoke", "quick", "full"] = "full",
     into: Path | None = None,

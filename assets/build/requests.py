@@ -51,16 +51,18 @@ def folder_of(out: Path, strategy: str, number: int, retain: bool = False) -> Pa
     return out / (f"{strategy}-retain" if retain else strategy) / f"{number:02d}"
 
 
-def requested(names: Sequence[str], number: int, retain: bool) -> Concept:
-    """The concept of a request.
+def requested(names: Sequence[str], number: int, retain: bool, made: Erasure | None = None) -> Concept:
+    """The concept of a request, with an anchor that is not erased.
 
     Args:
         names: What is erased, one request each.
         number: Of the request, from 1 on.
         retain: Whether its retain list names what is of its kind and was not asked for so far.
+        made: The erasure of the requests before.
     """
     world = World.at("canvas-sd")
-    concept = world.concept(names[number - 1])
+    erased = () if made is None else made.concepts
+    (concept,) = world.concepts(names[number - 1], erased=erased)
     if not retain:
         return concept
     alike = world.styles if concept.kind == "style" else world.objects
@@ -89,7 +91,7 @@ def measure(
         if os.path.lexists(folder / "erasure" / CONFIG_FILE):
             made = Erasure.read(folder / "erasure")
         else:
-            concept = requested(names, number, retain)
+            concept = requested(names, number, retain, made)
             made = erasure.erase(pipe, concept, strategy, add_to=made, attach=False, progress=False)
             made.save(folder / "erasure")
         if number not in measured or (folder / "measured" / "results.json").is_file():

@@ -48,15 +48,16 @@ def _tell(outcome: CellOutcome, ended: int, count: int) -> None:
     print(f"[{ended}/{count}] {outcome.cell}: {outcome.state}", *outcome.reasons, sep="\n  ", flush=True)
 
 
-def erasure_of(made: Path, strategy: str, concept: str) -> Path:
-    """Folder of the erasure that the step `table` makes with a strategy as it comes.
+def erasure_of(made: Path, strategy: str, concept: str, model: str = "canvas-sd") -> Path:
+    """Folder of the erasure that a sweep of this folder makes with a strategy as it comes.
 
     Args:
         made: Folder of the step.
         strategy: Its name.
         concept: What is erased.
+        model: From which.
     """
-    return made / Cell("canvas-sd", Method(strategy, strategy), concept, 0).folder / ERASURE
+    return made / Cell(model, Method(strategy, strategy), concept, 0).folder / ERASURE
 
 
 def rows(chosen: SweepPlan, out: Path) -> list[Row]:

@@ -320,14 +320,6 @@ TABLES: dict[str, Table] = {
         ),
         grouped=True,
     ),
-    "co-erasing": Table(
-        "smoke", (CONCEPT, METHOD, *PLAIN_RATES, ("drift", "{drift:3}")), where={"method": ("co_erasing", "esd")}
-    ),
-    "spm": Table(
-        "smoke",
-        (CONCEPT, METHOD, *PLAIN_RATES, ("drift", "{drift:3}"), ("drawn in its place", "{drawn}"), ("kB", "{kB:0}")),
-        where={"method": ("spm",)},
-    ),
     "requests": Table(
         "requests",
         (
@@ -402,14 +394,6 @@ TABLES: dict[str, Table] = {
         (
             CONCEPT, METHOD, *PLAIN_RATES, ("look-alikes kept", "{lookalikes:3}"), ("kB", "{kB:0}"),
             ("rank", "{rank}"),
-        ),
-    ),
-    "doco": Table(
-        "doco",
-        (
-            CONCEPT, METHOD, ("UA", "{UA:1}"), ("of unseen phrasings", "{UA_unseen:1}"),
-            ("object and style kept", "{kept:1}"), ("drift", "{drift:3}"), ("CPU seconds", "{seconds:0}"),
-            ("kB", "{kB:0}"),
         ),
     ),
     "gates": Table(

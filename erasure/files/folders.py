@@ -47,7 +47,7 @@ def _cut(text: str, limit: int = 200) -> str:
 @contextmanager
 def held(
     folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, doing: str = "",
-    beside: Collection[str] | None = (), state: Collection[str] = (), wait: bool = False,
+    beside: Collection[str] | None = (), state: Collection[str] = (), grows: Collection[str] = (), wait: bool = False,
     error: type[ErasureError] = TrainingError, busy: type[ErasureError] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Lock a folder of resumable work, for one process at a time and the same work as before.
@@ -62,6 +62,7 @@ def held(
         doing: Activity of a process that works there, for messages: `training`.
         beside: Names that are allowed in a folder without a recipe; `None` allows any.
         state: Names of files of the work, which mean nothing without the recipe.
+        grows: Names of lists in the recipe that may have more items than they had. The file then gets those, too.
         wait: Wait for another process that works there, instead of raising.
         error: Class of the errors that are raised.
         busy: Class of the error where another process works there; `error` when left out.
@@ -89,7 +90,7 @@ def held(
         raise error(f"cannot write to {folder}: {told}; give another folder") from reason
     try:
         sweep(folder)
-        _check(folder, recipe, file, what, beside, state, error)
+        _check(folder, recipe, file, what, beside, state, grows, error)
         yield
     except ErasureError:
         # Whoever waits for the lock would wait for that of a folder that is gone.
@@ -105,7 +106,8 @@ def held(
 
 
 def has_recipe(
-    folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, error: type[ErasureError]
+    folder: str | Path, recipe: Mapping[str, object], *, file: str, what: str, error: type[ErasureError],
+    grows: Collection[str] = (),
 ) -> bool:  # fmt: skip
     """Tell whether a folder is that of a piece of work; see `held`.
 
@@ -115,6 +117,7 @@ def has_recipe(
         file: File name of the recipe.
         what: Kind of the work, for messages: `training`.
         error: Class of the errors that are raised.
+        grows: See `held`.
 
     Returns:
         False where the folder has no recipe.
@@ -129,8 +132,18 @@ def has_recipe(
         known: dict[str, JsonValue] = read_json(path, dict[str, JsonValue], error=error)
     except error as reason:
         raise error(f"{reason}. Or delete {folder} to start anew") from reason
-    if changed := differences(known, json.loads(json.dumps(recipe))):
-        article = "an" if what[0] in "aeiou" else "a"
+    article = "an" if what[0] in "aeiou" else "a"
+    wanted = json.loads(json.dumps(recipe))
+    for name in grows:
+        before = known.get(name)
+        if not isinstance(before, list):
+            continue
+        if lost := [str(item) for item in before if item not in wanted[name]]:
+            raise error(
+                f"{folder} holds {article} {what} with other {name} ({shown(lost)}): give those too, or another folder"
+            )
+        known[name] = wanted[name]
+    if changed := differences(known, wanted):
         raise error(
             f"{folder} holds {article} {what} of something else and cannot go on; {'; '.join(changed[:5])}. Give "
             "the same options, or another folder"
@@ -140,9 +153,11 @@ def has_recipe(
 
 def _check(
     folder: Path, recipe: Mapping[str, object], file: str, what: str, beside: Collection[str] | None,
-    state: Collection[str], error: type[ErasureError],
+    state: Collection[str], grows: Collection[str], error: type[ErasureError],
 ) -> None:  # fmt: skip
-    if has_recipe(folder, recipe, file=file, what=what, error=error):
+    if has_recipe(folder, recipe, file=file, what=what, error=error, grows=grows):
+        if grows:
+            write_json(folder / file, json.loads(json.dumps(recipe)), error=error)
         return
     present = sorted(name for name in os.listdir(folder) if name != LOCK)
     if orphans := [name for name in present if name in state]:

@@ -131,7 +131,8 @@ def audit(
     Every part goes into a folder of its own under `out`, with its `results.json`, samples and pictures; `audit.json`,
     `report.html` and `README.md` put them together. A part that this model or this erasure does not allow is
     written down as refused, with the reason, and one that fails as failed; the others go on. Run it again with the
-    same arguments to resume. Under `accelerate launch` every part is split over the processes.
+    same arguments to resume, or with more suites, attacks and stress tests to add those. Under `accelerate launch`
+    every part is split over the processes.
 
     Args:
         pipe: A diffusers pipeline with erasures attached and in force.
@@ -183,7 +184,7 @@ def audit(
     recipe |= {"inputs": repr(to_suites)} if inputs else {}
     folder = Path(out)
     lock = (
-        held(folder, recipe, file=RECIPE, what=WHAT, doing="auditing", error=EvaluationError)
+        held(folder, recipe, file=RECIPE, what=WHAT, doing="auditing", grows=("parts",), error=EvaluationError)
         if processes.is_main
         else nullcontext()
     )

@@ -34,6 +34,18 @@ def test_retain_lists_name_what_was_not_asked_for_so_far() -> None:
     assert requests.folder_of(Path(), "uce", 1) != requests.folder_of(Path(), "uce", 1, retain=True)
 
 
+def test_what_was_asked_for_before_is_no_anchor() -> None:
+    names = requests.order(20)
+    world = World.at("canvas-sd")
+    for number in range(2, len(names) + 1):
+
+        class Made:
+            concepts = tuple(world.concept(name) for name in names[: number - 1])
+
+        for retain in (False, True):
+            assert requests.requested(names, number, retain, Made()).anchor not in names[:number]  # type: ignore[arg-type]
+
+
 def test_requests_are_added_measured_and_not_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

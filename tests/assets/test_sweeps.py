@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tyro
 
+from erasure.assets.build import __main__ as build
 from erasure.assets.build import across, everything, sweep, table
+from erasure.assets.build.measured import Measured
 from erasure.assets.world import STYLES
+from erasure.cli.terminal import parse
 from erasure.eval.comparison import Comparison
 from erasure.eval.rows import Record
 from erasure.strategies import STRATEGIES
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_what_is_reported_is_what_chose_no_defaults() -> None:
@@ -37,10 +47,75 @@ def test_shares_of_the_table_are_run_ahead_of_it(tmp_path: Path) -> None:
     assert "table" in names[2]
 
 
+def understand(program: str, name: str, arguments: Sequence[str]) -> None:
+    """Parse the options of a command with what reads them, and carry nothing out.
+
+    Args:
+        program: What `python -m` runs.
+        name: Of the command.
+        arguments: Its options.
+    """
+    if program == "erasure.assets.build":
+        stub = functools.wraps(build.STEPS[name])(lambda **options: None)
+        tyro.extras.subcommand_cli_from_dict({name: stub, "another": stub}, args=[name, *arguments])
+        return
+    module = importlib.import_module(f"{'benchmarks' if program == 'benchmarks' else 'erasure.cli'}.{name}")
+    (options,) = (
+        each for each in vars(module).values()
+        if isinstance(each, type) and each.__module__ == module.__name__ and each.__name__.endswith("Options")
+    )  # fmt: skip
+    parse(options, name, arguments)
+
+
+@pytest.mark.parametrize("into", [None, Path("measured")])
+def test_every_command_of_everything_is_understood(tmp_path: Path, into: Path | None) -> None:
+    found = [step for group in everything.steps(tmp_path, into) for step in group]
+    assert len({step.name for step in found}) == len(found)
+    for program, name, *arguments in (step.arguments for step in found):
+        understand(program, name, arguments)
+
+
+def test_every_command_that_docs_give_for_figures_is_understood() -> None:
+    pages = [*(CHECKOUT / "docs").glob("*.md"), *(CHECKOUT / "docs" / "measured").iterdir(), *CHECKOUT.glob("*.md")]
+    texts = [page.read_text() for page in pages]
+    ends = r"[`\"\n]"
+    found = {
+        command for text in texts for command in re.findall(rf"python\s-m\s(erasure\.assets\.build.*?){ends}", text)
+    }
+    assert len(found) > 20
+    for command in sorted(found):
+        words = [word for word in command.split("#")[0].split() if word != "..."]
+        # A page may name the program alone, or its help.
+        if len(words) > 1 and words[-1] != "--help":
+            understand(*words[:2], words[2:])
+
+
+def test_everything_makes_all_figures_that_have_a_command() -> None:
+    steps = [step.arguments for group in everything.steps(Path(), Path("docs/measured")) for step in group]
+    made = {" ".join(["python", "-m", *arguments[:2]]) for arguments in steps}
+    commands = {str(Measured.read(file).command) for file in (CHECKOUT / "docs" / "measured").iterdir()}
+    wanted = {" ".join(command.split()[:4]) for command in commands if command.startswith("python")}
+    # It takes another package, which this one does not bring.
+    assert wanted - made == {"python -m benchmarks eval-unlearn"}
+
+
+def test_no_two_commands_of_a_group_write_one_file(tmp_path: Path) -> None:
+    files = {"table": "means", "several": "several", "requests": "requests", "evaluate": "doors", "suite": ""}
+    for group in everything.steps(tmp_path, Path("docs/measured")):
+        writing = [step for step in group if "--into" in step.arguments]
+        named = [files.get(step.arguments[1], step.arguments[1]) or step.arguments[2] for step in writing]
+        assert len(set(named)) == len(named)
+
+
 def test_where_an_erasure_lies_is_where_the_sweep_puts_it(tmp_path: Path) -> None:
     cells = sweep.plan("table").cells
     found = sweep.erasure_of(tmp_path, "itd", "dog")
     assert found in {tmp_path / cell.folder / sweep.ERASURE for cell in cells}
+    for model, strategies in everything.AUDITED.items():
+        cells = sweep.plan("table" if model == "canvas-sd" else "across").cells
+        for strategy in strategies:
+            found = sweep.erasure_of(tmp_path, strategy, "dog", model)
+            assert found in {tmp_path / cell.folder / sweep.ERASURE for cell in cells}
 
 
 def test_there_is_a_row_for_each_method_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

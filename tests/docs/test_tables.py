@@ -145,11 +145,11 @@ def test_all_methods_get_their_rows_once_they_are_measured(checkout: Path) -> No
     style = row | {"group": "styles", "concepts": 1, "AA": {"value": 0.25, "low": 0.2, "high": 0.3}}
     rewrite(checkout / "docs/measured/methods.json", [row, style], size="full", models=["canvas-sd"], seeds=[0])
     reference.main()
-    shown = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
+    shown = "| 0.500 (0.40-0.60) | - | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
     assert f"| `mace` {shown}" in (checkout / "docs/numbers.md").read_text()
     assert shown in (checkout / "docs/reference/mace.md").read_text()
     assert f"| [0.500 of 3 objects]({reference.OF_ALL}) | - | refused |" in (checkout / "README.md").read_text()
-    of_styles = "| 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.250 (0.20-0.30) |"
+    of_styles = "| 0.500 (0.40-0.60) | - | 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.250 (0.20-0.30) |"
     assert f"| `mace` {of_styles}" in (checkout / "docs/numbers.md").read_text()
 
 

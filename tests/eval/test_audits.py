@@ -203,6 +203,20 @@ def test_a_part_whose_folder_cannot_be_used_failed_and_was_not_refused(
     assert "holds an evaluation of something else" in (card / "report.html").read_text()
 
 
+def test_parts_are_added_to_an_audit_and_none_is_dropped(erased_pipe: Any, judge: Any, tmp_path: Path) -> None:
+    card, fewer = tmp_path / "card", {**ASKED, "attacks": ("translation",), "stress": ()}
+    audit(erased_pipe, out=card, judge=judge, **fewer)
+    before = (card / "evaluation-canvas" / "samples.jsonl").read_bytes()
+    found = audit(erased_pipe, out=card, judge=judge, **{**fewer, "stress": ("strength",)})
+    assert [outcome.part.name for outcome in found.outcomes] == ["canvas", "translation", "strength"]
+    assert (card / "evaluation-canvas" / "samples.jsonl").read_bytes() == before
+    assert [part["name"] for part in json.loads((card / "audit.json").read_text())["parts"]][-1] == "strength"
+    recipe = (card / "recipe.json").read_bytes()
+    with pytest.raises(EvaluationError, match=r"with other parts .*stress-strength.*: give those too"):
+        audit(erased_pipe, out=card, judge=judge, **fewer)
+    assert (card / "recipe.json").read_bytes() == recipe
+
+
 def test_a_killed_audit_goes_on(erased_pipe: Any, judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {**ASKED, "attacks": ("prompt_embeds",), "stress": ()}
     with monkeypatch.context() as patch:
