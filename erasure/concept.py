@@ -217,7 +217,7 @@ def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Conce
     Raises:
         ConceptError: There is no concept, one is given twice, or one is both erased and retained.
     """
-    given = listed(concepts, (str, Concept))
+    given: list[str | Concept] = listed(concepts, (str, Concept))
     if len(given) > MOST_CONCEPTS:
         raise ConceptError(
             f"an erasure of {len(given):,} concepts, at most {MOST_CONCEPTS:,} are allowed: make several"

@@ -252,7 +252,7 @@ class World:
         Raises:
             ConceptError: A text names no concept, or is ambiguous.
         """
-        items = listed(words, (str, Concept, ConceptRequest))
+        items: list[Wanted] = listed(words, (str, Concept, ConceptRequest))
         found: list[ConceptRequest | Concept] = []
         for item in items:
             if isinstance(item, str):
