@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from benchmarks import PROGRAM
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
 from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.errors import OptionError
 
 if TYPE_CHECKING:
     from erasure.assets.build.measured import Row
@@ -130,11 +131,18 @@ def cells_of(row: Settings) -> Row:
 
 
 def modes_of(name: str) -> tuple[str, ...]:
-    """List the ways in which a strategy can have its states: one without trajectories has nothing to keep."""
+    """List the ways in which a strategy can have its states; where it has but one, nothing can be made anew."""
     from erasure.strategies import get
     from erasure.strategies.trained import TrainedStrategy
 
-    return ("kept", "online") if issubclass(get(name), TrainedStrategy) else ("kept",)
+    strategy = get(name)
+    if not issubclass(strategy, TrainedStrategy):
+        return ("kept",)
+    try:
+        strategy.configured(states="online")
+    except OptionError:
+        return ("kept",)
+    return ("kept", "online")
 
 
 def measure(pipe: Pipeline, name: str, mode: str, options: BenchTrainingOptions) -> dict[str, float]:

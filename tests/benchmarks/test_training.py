@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.training import RELEASED, compared
+from benchmarks.training import RELEASED, compared, modes_of
 from erasure.assets.build.measured import Measured
 from erasure.assets.build.tables import TABLES
-from erasure.strategies import available
+from erasure.strategies import available, get
 from erasure.strategies.looped import LoopedStrategy
 
 MEASURED = Path(__file__).resolve().parents[2] / "docs" / "measured"
@@ -82,6 +82,16 @@ def test_a_whole_run_counts_the_filling() -> None:
     alone = compared("another", mode, None)
     assert alone["passes"] == {"kept": 160.0}
     assert not {"passes_ratio", "speedup"} & set(alone)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_strategy_takes_its_states_in_the_ways_that_are_measured(name: str) -> None:
+    """A way that its options refuse would end the whole benchmark."""
+    modes = modes_of(name)
+    assert modes[0] == "kept"
+    for mode in modes[1:]:
+        get(name).configured(states=mode)
+    assert ("online" in modes) == (name not in {"mace", "sfd"})
 
 
 def test_every_trained_strategy_is_measured() -> None:
