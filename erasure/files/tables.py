@@ -93,6 +93,10 @@ def read_texts(
     texts = lines_of(text)
     if ending in SEPARATORS:
         names, rows = read_table(text, str(path), SEPARATORS[ending], error=error)
+        if not any(names):
+            raise error(
+                f"{path} is empty; expected a first line with the names of the columns, one of them '{column}'"
+            )
         if column not in names:
             raise error(
                 f"{path} has the columns {shown(names)}, expected one named '{column}': rename the column with the "

@@ -67,7 +67,7 @@ def test_eval_measures_what_the_erasure_erases(
         (["--detector", "nfswjs"], "unknown detector 'nfswjs'"),
         (["--detector", "nsfwjs:threshold=2"], "option 'threshold' is"),
         (["--detector", "nsfwjs", "--detector", "nsfwjs"], "two detectors are called 'nsfwjs'"),
-        (["--side", "4"], "side is 4, allowed: a number from 8"),
+        (["--side", "4"], "side is 4, allowed: a whole number from 8"),
     ],
 )
 def test_eval_refuses_what_a_suite_cannot_take_before_a_model_is_opened(

@@ -69,7 +69,7 @@ def test_prompts_of_a_file_are_retained_instead(tiny_pipe: Any, tmp_path: Path) 
     ("name", "text", "said"),
     [
         ("a.csv", "case,text\n1,a\n", "columns .*'case', 'text'.* 'prompt'"),
-        ("a.csv", "", "columns None"),
+        ("a.csv", "", "a.csv is empty; expected a first line"),
         ("a.csv", "prompt\n\n", "holds no prompt"),
         ("a.txt", " \n", "holds no prompt"),
         ("a.txt", None, "a.txt"),
