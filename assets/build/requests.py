@@ -24,7 +24,7 @@ from erasure.world import World
 FIRST = 5
 """Requests whose concepts are looked at again later: the first ones."""
 ALL, NONE = "all others", "nothing"
-"""What is on the retain lists."""
+"""Words of the tables for what the retain lists name."""
 
 
 def order(count: int, seed: int = 0) -> list[str]:
