@@ -84,11 +84,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
                 found[mode] = measure(pipe, name, mode, options)
                 progress.advance()
             rows.append(compared(name, found["kept"], found.get("online")))
-    if options.into is not None:
-        from erasure.assets.build.measured import rewrite
-
-        cells = [cells_of(row) for row in rows]
-        terminal.say(rewrite(options.into / f"{DATA}.json", cells, models=[options.model], seeds=[0]))
+            if options.into is not None:
+                # After each, so that one that fails loses nothing of the others.
+                terminal.say(write(rows[-1], options.into, options.model))
     if options.json:
         terminal.result({"model": options.model, "device": str(pipe.device), "strategies": rows})
         return
@@ -110,6 +108,13 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     title = f"{options.model} on {pipe.device}: trajectories of {steps} steps, kept or made anew"
     columns = ["", *(row["strategy"] for row in rows)]
     terminal.table(columns, [[what, *map(show, rows)] for what, show in lines.items()], title=title)
+
+
+def write(row: Settings, into: Path, model: str) -> str:
+    """Put the figures of a strategy into the file of docs, and give a sentence that says so."""
+    from erasure.assets.build.measured import rewrite
+
+    return rewrite(into / f"{DATA}.json", [cells_of(row)], models=[model], seeds=[0])
 
 
 def cells_of(row: Settings) -> Row:

@@ -12,6 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.training import RELEASED, compared, modes_of
 from erasure.assets.build.measured import Measured
 from erasure.assets.build.tables import TABLES
+from erasure.errors import OptionError
 from erasure.strategies import available, get
 from erasure.strategies.looped import LoopedStrategy
 
@@ -82,6 +83,23 @@ def test_a_whole_run_counts_the_filling() -> None:
     alone = compared("another", mode, None)
     assert alone["passes"] == {"kept": 160.0}
     assert not {"passes_ratio", "speedup"} & set(alone)
+
+
+def test_a_training_that_fails_loses_no_figures_of_those_before(
+    tiny_pipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Measured.read(MEASURED / "training.json").model_copy(update={"rows": []}).write(tmp_path / "training.json")
+    mode = {"updates": 10, "states": 4, "passes": 12.0, "seconds": 1.0, "fill_passes": 40.0, "fill_seconds": 5.0}
+
+    def measure(pipe: object, name: str, *_: object) -> dict[str, float]:
+        if name == "doco":
+            raise OptionError("not this one")
+        return mode
+
+    monkeypatch.setattr("benchmarks.training.measure", measure)
+    asked = ["training", "--model", str(tiny_pipe_folder), "--strategies", "sfd", "doco", "--into", str(tmp_path)]
+    assert main(asked) != 0
+    assert [row["strategy"] for row in Measured.read(tmp_path / "training.json").rows] == ["sfd"]
 
 
 @pytest.mark.parametrize("name", RELEASED)
