@@ -32,24 +32,27 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 """Decay of a running mean, 0 to below 1."""
 Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
 """A seed for torch's random generators."""
+RunSeed = Annotated[int, Ge(0), Lt(2**63)]
+"""A seed of a run, from which seeds of its samples are made."""
 PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A path or a name as text; a `Path` is converted to text, so that options are plain data."""
 
 
-def check_seed(seed: object, what: str) -> int:
+def check_seed(seed: object, what: str, kind: Any = Seed) -> int:
     """Give a seed as a plain whole number; a number of numpy becomes one.
 
     Args:
         seed: The seed.
         what: What it is for, for the message.
+        kind: Which seeds are allowed: `Seed` or `RunSeed`.
 
     Raises:
-        OptionError: It is no whole number, or has more than 64 bits.
+        OptionError: It is no whole number, or outside the range of `kind`.
     """
     try:
-        return int(_SEED.validate_python(_plain(seed)))
+        return int(TypeAdapter(kind, config=STRICT).validate_python(_plain(seed)))
     except (ValidationError, TypeError, OverflowError):
-        raise OptionError(f"{what}: the seed is {_shown(seed)}; allowed: {allowed(Seed)}") from None
+        raise OptionError(f"{what}: the seed is {_shown(seed)}; allowed: {allowed(kind)}") from None
 
 
 Presets = Mapping[str, Mapping[str, object]]
@@ -58,7 +61,6 @@ Presets = Mapping[str, Mapping[str, object]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 BOUNDS = {Ge: ("ge", "{} or more"), Gt: ("gt", "above {}"), Le: ("le", "at most {}"), Lt: ("lt", "below {}")}
 """Attribute of each bound of `annotated_types`, and how messages call it."""
-_SEED: TypeAdapter[int] = TypeAdapter(Seed, config=STRICT)
 LONGEST = 100
 """Largest number of characters of a value in messages."""
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", Path: "a path",

@@ -43,18 +43,15 @@ Progress = Callable[[str, int, int], None]
 """Called with what is finished, how much of it, and how much there is in all."""
 
 
-def join(out: str | Path | None, seed: int = 0) -> Processes:
+def join(out: str | Path | None) -> Processes:
     """The processes that take part.
 
     Args:
         out: The folder that all write to.
-        seed: Of the run.
 
     Raises:
-        EvaluationError: There are several, and no folder; or a seed that no generator takes.
+        EvaluationError: There are several, and no folder.
     """
-    if not 0 <= seed < 2**63:
-        raise EvaluationError("the seed is negative or has more than 63 bits: give a whole number from 0 to 2^63 - 1")
     processes = Processes()
     if out is None and processes.count > 1:
         raise EvaluationError("several processes need a common output folder: pass out=")

@@ -39,7 +39,7 @@ from erasure.eval.table import SampleTable, image_path
 from erasure.eval.variants import Variant
 from erasure.files import at_home
 from erasure.images import png, read_rgb
-from erasure.options import check_seed
+from erasure.options import RunSeed, check_seed
 
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
@@ -107,9 +107,10 @@ def evaluate(
     Raises:
         EvaluationError: Unknown suite, size or concept; an output folder that holds something else; fused erasures,
             which leave no stock model to compare with; a judge that does not know the suite's classes.
+        OptionError: A seed that is negative or has more than 63 bits.
     """
-    seed, out = check_seed(seed, "an evaluation"), None if out is None else at_home(out)
-    processes = join(out, seed)
+    seed, out = check_seed(seed, "an evaluation", RunSeed), None if out is None else at_home(out)
+    processes = join(out)
     started = time.perf_counter()
     models, kit = Models.of(pipe), suites.get(suite)
     chosen = [concepts] if isinstance(concepts, (str, Concept)) else concepts

@@ -42,7 +42,7 @@ from erasure.eval.suites import Plan
 from erasure.eval.table import SampleTable
 from erasure.files import at_home, digest
 from erasure.interop import scopes
-from erasure.options import check_seed
+from erasure.options import RunSeed, check_seed
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
@@ -111,14 +111,15 @@ def attack(
     Raises:
         EvaluationError: Unknown attack, suite, size or concept; a folder that holds something else; fused erasures,
             which leave no original model; a judge that does not know the suite's classes.
-        OptionError: An option that the attack does not have, or a value that it does not allow.
+        OptionError: An option that the attack does not have, or a value that it does not allow; a seed that
+            is negative or has more than 63 bits.
         UnsupportedModelError: The attack is not possible on such a model.
         DivergenceError: NaN during optimisation.
     """
     method = attacks.get(name).configured(size, **options)
     given = Inputs.read(inputs or {})
-    seed, out = check_seed(seed, "an attack"), None if out is None else at_home(out)
-    processes = join(out, seed)
+    seed, out = check_seed(seed, "an attack", RunSeed), None if out is None else at_home(out)
+    processes = join(out)
     models = Models.of(pipe)
     wanted = one_concept(concept, models)
     kit = suite_of(suite, given, models, wanted)

@@ -32,7 +32,7 @@ from erasure.eval.stress.runner import stress_test
 from erasure.eval.suites import OF_PROMPTS, SUITES
 from erasure.eval.suites.prompts import PromptSuite
 from erasure.files import at_home, held, write_json
-from erasure.options import check_seed
+from erasure.options import RunSeed, check_seed
 from erasure.versions import library_versions
 from erasure.world import World
 
@@ -153,10 +153,11 @@ def audit(
     Raises:
         EvaluationError: Nothing is attached, unknown names, a size that there is not, inputs that no suite takes, or a
             folder that holds something else.
+        OptionError: A seed that is negative or has more than 63 bits.
     """
     check_size(size, "an audit")
-    seed, out = check_seed(seed, "an audit"), at_home(out)
-    processes, models = join(out, seed), Models.of(pipe)
+    seed, out = check_seed(seed, "an audit", RunSeed), at_home(out)
+    processes, models = join(out), Models.of(pipe)
     if not models.entries:
         raise EvaluationError("no erasure is attached and in force, so there is nothing to audit: attach one first")
     given = models.concepts if concepts is None else [concepts] if isinstance(concepts, str | Concept) else concepts

@@ -42,7 +42,7 @@ from erasure.files import at_home
 from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
-from erasure.options import check_seed
+from erasure.options import RunSeed, check_seed
 
 
 class StressRow(EvaluationRow):
@@ -105,13 +105,14 @@ def stress_test(
     Raises:
         EvaluationError: Unknown test, suite, size or concept; no erasure is attached; one that cannot be tested this
             way; a folder that holds something else; a test whose sanity check fails.
-        OptionError: An option that the test does not have, or a value that it does not allow.
+        OptionError: An option that the test does not have, or a value that it does not allow; a seed that
+            is negative or has more than 63 bits.
         UnsupportedModelError: The model's family does not allow the test.
     """
     test = tests.get(name).configured(size, **options)
     given = Inputs.read({**(inputs or {}), "clip": clip_source(clip)})
-    seed, out = check_seed(seed, "a stress test"), None if out is None else at_home(out)
-    processes = join(out, seed)
+    seed, out = check_seed(seed, "a stress test", RunSeed), None if out is None else at_home(out)
+    processes = join(out)
     started = time.perf_counter()
     models = Models.of(pipe)
     if not models.entries:

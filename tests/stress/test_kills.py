@@ -127,6 +127,11 @@ def names(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir())
 
 
+def test_a_process_that_is_killed_at_its_progress_bar_stops_no_other(nursery: Nursery, tiny_pipe_folder: Path) -> None:
+    assert nursery.run("bar", ready=[tiny_pipe_folder], die=True)
+    assert not nursery.run("bar", die=False)
+
+
 # Artifacts -----------------------------------------------------------------------------------------------------------
 
 

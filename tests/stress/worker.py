@@ -7,12 +7,14 @@ each: everything is imported once, and a child that is killed costs milliseconds
 from __future__ import annotations
 
 import copy
+import faulthandler
 import functools
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,11 +24,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from tqdm import tqdm
 
 import erasure
 from erasure import Erasure
 from stress.lines import Lines, kill
 from stress.looks import colour_judge, differing, drop_in, give_world, look
+
+LIMIT = 300
+"""Seconds after which a job that hangs says where, and ends."""
 
 
 def load(model: str) -> Any:
@@ -116,6 +122,14 @@ def save_pipeline(model: str, erasures: list[str], out: str, fuse: bool) -> None
     pipe.save_erased_pipeline(out, fuse=fuse)
 
 
+def bar(die: bool) -> None:
+    """Draw a progress bar, to its end or killed in the middle of it."""
+    for _ in tqdm(range(3), mininterval=0):
+        if die:
+            tqdm.get_lock().acquire()
+            kill()
+
+
 def command(arguments: list[str]) -> None:
     """A command as a user gives it."""
     from erasure.cli.main import main
@@ -146,6 +160,7 @@ def ready(folder: str) -> Any:
 
 JOBS: dict[str, Callable[..., Any]] = {
     "signals": signals, "overwrite": overwrite, "save_pipeline": save_pipeline, "command": command, "measure": measure,
+    "bar": bar,
 }  # fmt: skip
 
 
@@ -155,6 +170,9 @@ def serve() -> None:
     import erasure.eval.report
     import erasure.strategies  # noqa: F401
 
+    # Processes share the lock that tqdm makes: one that is killed while it draws a bar would stop all others.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     for line in sys.stdin:
         job = json.loads(line)
         at, log = job.pop("kill at line", None), job.pop("log")
@@ -167,6 +185,7 @@ def serve() -> None:
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
+                faulthandler.dump_traceback_later(LIMIT, exit=True)
                 if at is None:
                     run(job)
                 else:
