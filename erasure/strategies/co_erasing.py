@@ -29,7 +29,7 @@ from erasure.training import storage
 from erasure.training.images import NoisedImages
 from erasure.training.loop import Share
 from erasure.training.states import Scene, StateSource, draw
-from erasure.training.trajectories import Rollout
+from erasure.training.trajectories import Rollout, TrajectoryBuffer
 from erasure.world import World
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class CoErasing(ESD):
         return pictured(task).adapter.listening(task.backbone.denoiser)
 
     def fill(self, task: Task, model: str, accelerator: Accelerator) -> None:
-        """Fill the sources as `TrainedStrategy.fill` does, and draw the pictures unless they are on disk."""
+        """Fill the sources as `TrainedStrategy.fill` does, and draw the pictures that are not stored already."""
         super().fill(task, model, accelerator)
         made = pictured(task)
         concepts = sum(subject.concept is not None for subject in made.subjects)
@@ -220,6 +220,7 @@ class CoErasing(ESD):
         rollout = Rollout(seeds=count // phrasings, steps=self.rollout_steps, guidance=self.rollout_guidance)
         return NoisedImages(
             task.backbone, [Scene(prompt) for prompt in subject.prompts[:phrasings]], task.prompts, rollout, task.seed,
+            stored=[source for source in task.sources() if isinstance(source, TrajectoryBuffer)],
             gather=accelerator.reduce, share=(accelerator.process_index, accelerator.num_processes),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erasure.training.states import States, stable_seed
-from erasure.training.trajectories import RolledOut, chunks
+from erasure.training.trajectories import RolledOut, TrajectoryBuffer, chunks
 
 LEVELS = 500
 """Number of timesteps to which images are noised, those of a schedule of so many steps."""
@@ -27,16 +27,17 @@ class NoisedImages(RolledOut):
     Args:
         *args: See `RolledOut`.
         asks_null: Whether targets need the prediction for the empty prompt.
+        stored: Filled buffers; images at which their trajectories end are not drawn again.
         gather: Sums a tensor over all processes.
         share: Index of this process, and number of processes.
     """
 
     def __init__(
-        self, *args: Any, asks_null: bool = True, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        share: tuple[int, int] = (0, 1),
+        self, *args: Any, asks_null: bool = True, stored: Sequence[TrajectoryBuffer] = (),
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor, share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         super().__init__(*args)
-        self.asks_null, self.gather, self.share = asks_null, gather, share
+        self.asks_null, self.stored, self.gather, self.share = asks_null, stored, gather, share
         self.levels = self.backbone.timesteps(LEVELS)
         self.clean: Tensor | None = None
 
@@ -62,13 +63,24 @@ class NoisedImages(RolledOut):
 
     @torch.no_grad()
     def drawn(self, trajectories: Sequence[int]) -> Tensor:
-        """Sample trajectories and give their final latents, `(trajectories, channels, h, w)`."""
+        """Give the final latents of trajectories, `(trajectories, channels, h, w)`, and sample what is not stored."""
+        seeds = {trajectory: self.noise_seed(trajectory) for trajectory in trajectories}
+        found: dict[int, Tensor] = {}
+        for buffer in self.stored:
+            found |= buffer.finished(list(seeds.values()), self.rollout)
+        absent = [trajectory for trajectory, seed in seeds.items() if seed not in found]
+        if absent:
+            found |= zip([seeds[trajectory] for trajectory in absent], self.sampled(absent), strict=True)
+        return torch.stack([found[seed] for seed in seeds.values()])
+
+    def sampled(self, trajectories: Sequence[int]) -> Tensor:
+        """Sample trajectories together and give their final latents, `(trajectories, channels, h, w)`."""
         backbone = self.backbone
         x = backbone.noise([self.noise_seed(trajectory) for trajectory in trajectories])
         scenes = [trajectory // self.rollout.seeds for trajectory in trajectories]
         for t in backbone.timesteps(self.rollout.steps):
-            found = self.predicted(backbone.model_input(x, t), t, scenes)
-            x = backbone.step(found.guided(backbone, self.rollout.guidance), t, x)
+            predicted = self.predicted(backbone.model_input(x, t), t, scenes)
+            x = backbone.step(predicted.guided(backbone, self.rollout.guidance), t, x)
         return x
 
     def mixed(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

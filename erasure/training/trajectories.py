@@ -267,6 +267,31 @@ class TrajectoryBuffer(Trajectories):
         assert self.states is not None, "fill the buffer first"
         return self.states.rows(index).to(self.backbone.device)
 
+    @torch.no_grad()
+    def finished(self, seeds: Sequence[int], rollout: Rollout) -> dict[int, Tensor]:
+        """Compute where stored trajectories end; their predictions are stored, so it costs no pass.
+
+        Args:
+            seeds: Seeds of the initial noise, see `noise_seed`.
+            rollout: How trajectories are to be sampled.
+
+        Returns:
+            Clean latents `(channels, h, w)` by seed, of the trajectories that are stored and were sampled that way.
+        """
+        backbone, own = self.backbone, self.rollout
+        alike = (own.steps, own.guidance) == (rollout.steps, rollout.guidance)
+        # A student ends elsewhere, and models with a guidance input predict at other scales than that of the rollout.
+        if self.states is None or self.student is not None or backbone.takes_guidance or not alike:
+            return {}
+        wanted = set(seeds)
+        stored = {seed: number for number in range(self.trajectories) if (seed := self.noise_seed(number)) in wanted}
+        if not stored:
+            return {}
+        last = self.take(torch.tensor([(number + 1) * own.steps - 1 for number in stored.values()]))
+        found = Predicted(last.own, None if own.guidance == 1 else last.unprompted)
+        ends = backbone.step(found.guided(backbone, own.guidance), backbone.timesteps(own.steps)[-1], last.x)
+        return dict(zip(stored, ends, strict=True))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Give the stored states for files and checkpoints."""
         return {} if self.states is None else self.states.parts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from erasure.training import storage
 from erasure.training.cost import DenoiserCost
 from erasure.training.images import LEVELS, NoisedImages
 from erasure.training.states import Scene, stable_seed
-from erasure.training.trajectories import Rollout, rolling_out
+from erasure.training.trajectories import Rollout, TrajectoryBuffer, rolling_out
 
 SCENES = [Scene("a photo of a dog", ("a dog", None), instead="a photo of a cat"), Scene("a cat", ("a", "a dog"))]
 ROLLOUT = Rollout(seeds=2, steps=3, guidance=3.0)
@@ -96,6 +97,42 @@ def test_images_cost_their_rollout_once_and_states_what_they_ask(backbone: Backb
         states = source.take(torch.tensor([1, 2, 3]))
     assert states.null is None
     assert cost.forwards == 24 + 3 * (1 + 2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_at_which_stored_trajectories_end_are_not_drawn_again(
+    tiny_models: Any, family: str, guidance: float
+) -> None:
+    backbone, cost = backbone_for(tiny_models[family]()), DenoiserCost()
+    rollout = Rollout(seeds=2, steps=3, guidance=guidance)
+    alone = images_of(backbone, rollout=rollout)
+    less = Rollout(seeds=1, steps=3, guidance=guidance)
+    with rolling_out(backbone):
+        alone.fill()
+        known = TrajectoryBuffer(backbone, SCENES[1:], alone.prompts, less, 0)
+        known.fill()
+        source = images_of(backbone, rollout=rollout, stored=[known])
+        with cost.counting(backbone.denoiser):
+            source.fill()
+    torch.testing.assert_close(source.clean, alone.clean, rtol=1e-4, atol=1e-4)
+    # A model that is told its guidance stores predictions at other scales, from which no trajectory goes on.
+    drawn = 4 if backbone.takes_guidance else 3
+    assert cost.forwards == drawn * 3 * (1 if guidance == 1 or backbone.takes_guidance else 2)
+
+
+@pytest.mark.parametrize("changed", [{"steps": 4}, {"guidance": 2.0}])
+def test_trajectories_that_were_sampled_otherwise_are_not_taken(backbone: Backbone, changed: dict[str, Any]) -> None:
+    source = images_of(backbone)
+    with rolling_out(backbone):
+        known = TrajectoryBuffer(backbone, SCENES, source.prompts, dataclasses.replace(ROLLOUT, **changed), 0)
+        seeds = [known.noise_seed(0)]
+        assert known.finished(seeds, known.rollout) == {}, "nothing is stored yet"
+        known.fill()
+        assert list(known.finished(seeds, known.rollout)) == seeds
+        assert known.finished(seeds, ROLLOUT) == {}
+        known.student = object()  # type: ignore[assignment]
+        assert known.finished(seeds, known.rollout) == {}
 
 
 def test_two_processes_share_the_work(backbone: Backbone) -> None:
