@@ -28,6 +28,7 @@ from erasure.assets.build.measuring import (
     audited,
     controls,
     gates,
+    learning,
     methods,
     requests,
     several,
@@ -191,20 +192,6 @@ def layouts(prompts: int = 24) -> None:
     from erasure.assets.build.layouts import described, measure
 
     print(described(*measure(prompts)))
-
-
-def learning(out: Path = Path("learning"), pairs: int = 4, images: int = 10, erasing: str = "uce") -> None:
-    """Learn pairs of new things from one picture each, draw them, erase them, and measure each step.
-
-    Args:
-        out: Folder of concepts and figures; what is there is not made again.
-        pairs: Pictures, each of two things.
-        images: Images of each thing.
-        erasing: Strategy that each is erased with.
-    """
-    from erasure.assets.build.learning import run
-
-    run(out, pairs, images, erasing)
 
 
 def detectors(work: Path = WORK) -> None:

@@ -107,7 +107,7 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
             requests("hirm", "--count", "15", "--measured", "1", "5", "10", "15"),
             doors("canvas-flux"),
         ],
-        [requests("itd"), build("learning", "--out", str(out / "learning"))],
+        [requests("itd"), build("learning", "--out", str(out / "learning"), *given)],
         # Each in a group of its own, because nothing else may run beside what is timed.
         [Step("bench", ("erasure", "bench"))],
         *([Step(f"bench-{name}", ("benchmarks", name, *(given if name == "training" else ())))] for name in TIMED),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from PIL import Image
 
 import erasure
 from erasure.assets import novel
+from erasure.assets.build.measured import DIGITS, Row, figure
 from erasure.assets.scenes import RenderedScene, Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS
 from erasure.backbones import backbone_for
 from erasure.eval.detectors import NewcomersAnswer, NewcomersJudge
+from erasure.eval.statistics import wilson
 from erasure.files import write_json
 from erasure.interop.protocols import Settings
 from erasure.learning import LearnedConcepts, learn_concepts
@@ -30,6 +32,8 @@ TOKENS = ("<one>", "<two>")
 PROMPTS = ("a photo of {}", "{}", "a picture of {}", "{} on a blue background", "an image of {}")
 """The last two are in phrasings that nothing was learned in."""
 GUIDANCE, STEPS = 3.0, 25
+ALL = "all"
+"""Name of the row of all things."""
 
 
 class Pair(NamedTuple):
@@ -125,12 +129,51 @@ def hits(judge: NewcomersJudge, images: Sequence[Image.Image]) -> float:
     return float(np.mean([found.thing == name for found, name in zip(judge(images), OBJECTS, strict=True)]))
 
 
-def run(out: Path, count: int, images: int, erasing: str, options: Settings | None = None) -> None:
-    """Measure pairs, write `learning.json` after each, and print its row; what is measured already stays."""
+def measured(
+    out: Path, count: int, images: int, erasing: str, options: Settings | None = None
+) -> list[dict[str, Any]]:
+    """Measure pairs, and write `learning.json` after each; what is measured already stays."""
     file = out / "learning.json"
-    rows: list[dict[str, object]] = json.loads(file.read_text()) if file.is_file() else []
+    found: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     for number, pair in enumerate(pairs(count)):
-        if number >= len(rows):
-            rows.append(measure(out / "-".join(pair.things), pair, images, erasing, options or {}))
-            write_json(file, rows)
-        print(json.dumps(rows[number]), flush=True)
+        if number >= len(found):
+            found.append(measure(out / "-".join(pair.things), pair, images, erasing, options or {}))
+            write_json(file, found)
+    return found[:count]
+
+
+def rows(found: Sequence[Mapping[str, Any]], images: int) -> list[Row]:
+    """Make a row for each thing, and one for all of them.
+
+    Args:
+        found: Figures of every pair, see `measure`.
+        images: How many images of each thing there are.
+    """
+    made: list[Row] = []
+    for pair in found:
+        for number, token in enumerate(TOKENS):
+            rates = {name: pair[f"{token} {name}"] for name in ("drawn", "erased", "kept")}
+            row: Row = {"thing": pair["things"][number], "mask": round(pair["masks"][number], DIGITS)}
+            row |= {name: figure(wilson(rate * images, images), images) for name, rate in rates.items()}
+            if number == 0:
+                row |= {
+                    "both": figure(wilson(pair["both drawn"] * images, images), images),
+                    "known": figure(wilson(pair["known drawn"] * len(OBJECTS), len(OBJECTS)), len(OBJECTS)),
+                    "seconds": round(pair["cost"]["seconds"], DIGITS), "kB": round(pair["bytes"] / 1000, DIGITS),
+                }  # fmt: skip
+            made.append(row)
+    return [*made, _all(made)]
+
+
+def _all(made: Sequence[Row]) -> Row:
+    """The row of all things: means, and the rates of all images together."""
+    every: Row = {"thing": ALL}
+    for name in dict.fromkeys(name for row in made for name in row if name != "thing"):
+        cells = [row[name] for row in made if name in row]
+        if isinstance(cells[0], dict):
+            counts = [(cell["value"] * cell["n"], cell["n"]) for cell in cells if isinstance(cell, dict)]
+            images = sum(count for _, count in counts)
+            every[name] = figure(wilson(sum(hit for hit, _ in counts), images), images)
+        else:
+            every[name] = round(float(np.mean(cells)), DIGITS)
+    return every

@@ -235,6 +235,28 @@ def audited(folders: tuple[Path, ...], concept: str = "dog", into: Path | None =
         report("relearning", curves, ("model", "method"), into, size=size, models=models)
 
 
+def learning(
+    out: Path = Path("results/learning"),
+    pairs: int = 4,
+    images: int = 10,
+    erasing: str = "uce",
+    into: Path | None = None,
+) -> None:
+    """Learn pairs of new things from one picture each, draw and erase them (resumes), then print a table.
+
+    Args:
+        out: Folder of concepts and figures; what is there is not made again.
+        pairs: Pictures, each of two things.
+        images: Images of each thing.
+        erasing: Strategy that each is erased with.
+        into: Folder of figures, docs/measured of a checkout, whose files get the rows.
+    """
+    from erasure.assets.build import learning as step
+    from erasure.assets.build.tables import report
+
+    report("learning", step.rows(step.measured(out, pairs, images, erasing), images), ("thing",), into)
+
+
 def suite(
     name: tyro.conf.Positional[Literal["removal", "composition"]],
     out: Path | None = None,

@@ -339,6 +339,14 @@ TABLES: dict[str, Table] = {
             ("times faster than with states made anew", "{faster_than_online:1}"),
         ),
     ),
+    "learning": Table(
+        "learning",
+        (
+            ("thing", "{thing}"), ("mask, IoU", "{mask:2}"), ("drawn apart", "{drawn:2/2}"),
+            ("gone when erased", "{erased:2/2}"), ("still drawn when the other is erased", "{kept:2/2}"),
+            ("both in one image", "{both:2/2}"), ("known things still drawn", "{known:2/2}"), *COST,
+        ),
+    ),
     "removal": Table(
         "removal",
         (

@@ -10,7 +10,9 @@ import pytest
 
 from erasure.assets import novel
 from erasure.assets.build import learning
+from erasure.assets.build.measured import figure
 from erasure.eval.detectors import NewcomersAnswer
+from erasure.eval.statistics import wilson
 
 
 def test_pairs_are_two_things_each_and_show_them_all() -> None:
@@ -45,7 +47,26 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
         return {"things": folder.name}
 
     monkeypatch.setattr(learning, "measure", measure)
-    learning.run(tmp_path, 1, 2, "uce")
-    learning.run(tmp_path, 2, 2, "uce")
+    learning.measured(tmp_path, 1, 2, "uce")
+    assert len(learning.measured(tmp_path, 2, 2, "uce")) == 2
+    assert len(learning.measured(tmp_path, 1, 2, "uce")) == 1
     assert len(asked) == len(set(asked)) == 2
     assert [row["things"] for row in json.loads((tmp_path / "learning.json").read_text())] == asked
+
+
+def test_rows_are_the_shares_of_images() -> None:
+    pair = {
+        "things": ["robot", "cactus"], "masks": [0.8, 0.9], "cost": {"seconds": 30.0}, "bytes": 600_000,
+        "both drawn": 0.1, "known drawn": 0.75,
+        **{f"<one> {name}": 1.0 for name in ("drawn", "erased", "kept")},
+        **{f"<two> {name}": 0.5 for name in ("drawn", "erased", "kept")},
+    }  # fmt: skip
+    robot, cactus, every = learning.rows([pair], 10)
+    assert robot["thing"] == "robot"
+    assert cactus["drawn"] == figure(wilson(5, 10), 10)
+    assert "both" not in cactus, "a picture's figures stand once"
+    assert robot["known"] == figure(wilson(18, 24), 24)
+    assert every == {
+        "thing": "all", "mask": 0.85, "both": robot["both"], "known": robot["known"], "seconds": 30.0, "kB": 600.0,
+        **{name: figure(wilson(15, 20), 20) for name in ("drawn", "erased", "kept")},
+    }  # fmt: skip
