@@ -70,7 +70,7 @@ class EraseOptions(TaughtModelOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(strategies=list_of(STRATEGIES)))
+        terminal.whole(f"{HELP.format(strategies=list_of(STRATEGIES))}\n")
         return
     name, *rest = argv
     if name.startswith("-"):
