@@ -15,6 +15,7 @@ from erasure.cli.terminal import Terminal, UsageError, parse
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from erasure.artifact import Erasure
     from erasure.exchange.lora_files import Exported
 
 Program = Literal["kohya", "comfyui", "a1111", "diffusers", "single-file"]
