@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,10 @@ from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.pipelines import Task
+
+PART = r"(-\d+-of-\d+)?"
+WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{PART}(\.(?P<variant>[A-Za-z]\w*))?{PART}\.safetensors")
+"""Names of a component's files of weights, whole or in parts: `model.fp16-00001-of-00002.safetensors`."""
 
 
 def erase(
@@ -193,6 +198,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     task: Task = "text-to-image",
     config: str | Path | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a model as a pipeline with the erasure methods, of the drop-in class for its own class.
 
@@ -207,6 +213,8 @@ def load_pipeline(
         config: For a single-file checkpoint: Hub id, folder or embedded model with the configs of its components,
             tokenisers, and components that the file lacks. When left out, diffusers' config of this kind of model,
             from the Hub.
+        variant: Which of several files of weights is read, such as `fp16`. When left out, the one without such a
+            word in its name, or the only one that a folder has.
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
@@ -218,6 +226,8 @@ def load_pipeline(
     settings, model = _settings(dtype, device), os.path.expanduser(model)
     config = None if config is None else os.path.expanduser(config)
     if files.is_checkpoint(model):
+        if variant is not None:
+            raise OptionError(f"variant={variant!r} is for folders and repositories, and {str(model)!r} is one file")
         with _clear_errors(model):
             return _from_single_file(model, task, settings[0], config).to(settings[1])
     if config is not None:
@@ -227,7 +237,7 @@ def load_pipeline(
     with _clear_errors(model):
         index = DiffusionPipeline.load_config(base_of(source))
         kind = pipeline_class(index.get("_class_name", ""), task)
-        pipe = kind.from_pretrained(source, dtype=settings[0])
+        pipe = kind.from_pretrained(source, dtype=settings[0], variant=variant or _variant_of(base_of(source)))
     return pipe.to(settings[1])
 
 
@@ -248,7 +258,7 @@ def _from_single_file(
     if missing:
         held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
         left_out = dict.fromkeys(name for name in held if name not in missing)
-        loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, **left_out)
+        loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=_variant_of(source), **left_out)
         parts = {name: getattr(loaded, name) for name in missing}
     pipe = kind.from_single_file(str(model), dtype=dtype, config=source, **parts)
     if lost := single_files.missing_tensors(pipe.components):
@@ -277,7 +287,9 @@ def load_text_encoders(
         config = DiffusionPipeline.load_config(source)
         parts = [name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == 2]
         left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=settings[0], **dict.fromkeys(left_out))
+        pipe = DiffusionPipeline.from_pretrained(
+            source, dtype=settings[0], variant=_variant_of(source), **dict.fromkeys(left_out)
+        )
     return pipe.to(settings[1])
 
 
@@ -293,6 +305,17 @@ def _source(model: str | Path) -> str:
 
     embedded = None if Path(model).is_dir() else assets.find(str(model))
     return str(embedded or model)
+
+
+def _variant_of(source: str | Path) -> str | None:
+    """The one variant of weights in a model's folder where a component has no others; `None` for the usual ones."""
+    weights: dict[str, set[str]] = {}
+    for path in Path(source).glob("*/*"):
+        if named := WEIGHTS.fullmatch(path.name):
+            weights.setdefault(path.parent.name, set()).add(named["variant"] or "")
+    special = [found for found in weights.values() if "" not in found]
+    shared = set.intersection(*special) if special else set()
+    return shared.pop() if len(shared) == 1 else None
 
 
 def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, torch.device]:

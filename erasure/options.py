@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
 """A seed for torch's random generators."""
 RunSeed = Annotated[int, Ge(0), Lt(2**63)]
 """A seed of a run, from which seeds of its samples are made."""
-PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""A path or a name as text; a `Path` is converted to text, so that options are plain data."""
+PathText = Annotated[
+    str, BeforeValidator(lambda value: os.path.expanduser(str(value)) if isinstance(value, str | Path) else value)
+]
+"""A path or a name as text, so that options are plain data; `~` at its start is the home folder."""
 
 
 def check_seed(seed: object, what: str, kind: Any = Seed) -> int:

@@ -326,6 +326,7 @@ def opened(
     with scopes.same_gradient_mode(), lock:
         if processes.is_main:
             made.cut()
+            made.drop_incomplete()
         processes.wait()
         made.load()
         processes.wait()

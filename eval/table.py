@@ -125,6 +125,23 @@ class SampleTable:
                 except OSError as error:
                     raise ResultsFolderError(f"cannot write to {path}: {error.strerror or error}") from error
 
+    def drop_incomplete(self) -> None:
+        """Take out rows whose image features are lost with their file, so that both are made again.
+
+        Called by one process.
+
+        Raises:
+            EvaluationError: As `load`, or a file cannot be written.
+        """
+        self.load()
+        lost = [
+            key for key, row in self.rows.items() if row.get("clip_score") is not None and key not in self.features
+        ]
+        if lost:
+            for key in lost:
+                del self.rows[key]
+            self.merge()
+
     def load(self) -> None:
         """Read the rows of all processes.
 

@@ -36,7 +36,7 @@ def read_picture(path: Path) -> Image.Image | None:
     if not os.path.lexists(path):
         return None
     if not bytes(read_bytes(path, LARGEST, error=EvaluationError)).startswith(PNG):
-        raise EvaluationError(f"{visible(path, 200)} is no PNG: delete it, or run the evaluation again")
+        raise EvaluationError(f"{visible(path, 200)} is no PNG: delete it, pages go without; or give another folder")
     return read_rgb(path, formats=("PNG",), error=EvaluationError)
 
 

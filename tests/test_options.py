@@ -136,6 +136,7 @@ def test_a_list_that_holds_itself_is_refused() -> None:
         ("levels", [np.int32(2)], (2,)),
         ("size", [2, 3], (2, 3.0)),
         ("kernel", Path("folder"), "folder"),
+        ("kernel", "~/folder", str(Path.home() / "folder")),
         ("folder", Path("folder"), Path("folder")),
         ("seed", None, None),
         ("curve", {0: 1}, {0.0: 1.0}),

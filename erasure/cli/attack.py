@@ -72,7 +72,7 @@ class AttackOptions(SuiteOptions, RecordedOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(attacks=by_access()))
+        terminal.whole(f"{HELP.format(attacks=by_access())}\n")
         return
     name, *rest = argv
     if name.startswith("-"):

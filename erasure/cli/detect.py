@@ -51,7 +51,7 @@ class DetectOptions:
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(detectors=list_of(DETECTORS)))
+        terminal.whole(f"{HELP.format(detectors=list_of(DETECTORS))}\n")
         return
     name, *rest = argv
     if name.startswith("-"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from erasure.cli.described import changes, list_of, options_of, parse_with, value_of
 from erasure.cli.lists import is_list_file, read_concepts
-from erasure.cli.models import TaughtModelOptions, open_model, require_tokens
+from erasure.cli.models import TaughtModelOptions, open_model, read_erasure, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Concept, Kind
 from erasure.parsing import ConceptRequest
@@ -70,7 +70,7 @@ class EraseOptions(TaughtModelOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(strategies=list_of(STRATEGIES)))
+        terminal.whole(f"{HELP.format(strategies=list_of(STRATEGIES))}\n")
         return
     name, *rest = argv
     if name.startswith("-"):
@@ -203,6 +203,4 @@ def _added_to(argv: Sequence[str]) -> Erasure | None:
     source = value_of(argv, "--add-to")
     if source is None or {"-h", "--help"} & set(argv):
         return None
-    from erasure.artifact import Erasure
-
-    return Erasure.load(source)
+    return read_erasure(source)

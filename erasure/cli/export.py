@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from erasure.cli.models import ModelOptions, open_model
+from erasure.cli.models import ModelOptions, open_model, read_erasure
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
@@ -59,11 +59,10 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.to == "single-file" and options.model is None:
         raise UsageError("--to single-file writes the whole model: name it with --model")
-    from erasure.artifact import Erasure
     from erasure.exchange.writing import check_out
 
     check_out(options.out, overwrite=options.overwrite)
-    made = Erasure.load(options.erasure)
+    made = read_erasure(options.erasure)
     pipe = None
     if options.model is not None:
         precision = options.dtype if options.to == "single-file" else "float32"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 import tyro
 
 from erasure.cards import figure
+from erasure.cli.models import read_erasure
 from erasure.cli.records import show_record
 from erasure.cli.terminal import Terminal, UsageError, parse
 from erasure.picture_record import is_png
@@ -72,9 +73,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
                 f"{folder} holds a pipeline and no word of what was erased in it ({TRACE_FILE} is missing): a stock "
                 "model, or one that was saved by an earlier version"
             )
-    from erasure.artifact import Erasure
-
-    made = Erasure.load(options.erasure)
+    made = read_erasure(options.erasure)
     if options.json:
         terminal.result(described(made))
     else:

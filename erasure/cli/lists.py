@@ -127,7 +127,7 @@ def read_concepts(path: str | Path) -> list[ConceptRequest | str]:
                 made.append(target)
             continue
         kind, anchor = _text(cells, ("kind",), where), cells.get("anchor")
-        if kind is not None and kind not in KINDS:
+        if kind is not None and (kind := kind.lower()) not in KINDS:
             raise UsageError(f"{where} has the kind {shown(kind)}; allowed: {', '.join(KINDS)}")
         if anchor is not None and anchor != "":
             anchor = _text(cells, ("anchor",), where)

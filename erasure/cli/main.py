@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import os
 import sys
@@ -10,8 +11,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import TracebackType
+from typing import TextIO, cast
 
-from erasure.cli.terminal import Terminal, UsageError
+from erasure.cli.terminal import OutputError, Remarks, Terminal, UsageError, drop
 from erasure.errors import ErasureError
 from erasure.shown import did_you_mean, message, visible
 
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process when left out.
 
     Returns:
-        The exit code: 0, 1 for an unexpected failure, 2 for bad usage or an `ErasureError`, 130 after Ctrl-C.
+        The exit code: 0, 1 for an unexpected failure or where nobody can read what is printed, 2 for bad usage or an
+        `ErasureError`, 130 after Ctrl-C.
     """
     return carry_out(list(sys.argv[1:] if argv is None else argv), _dispatch)
 
@@ -69,6 +72,12 @@ def carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], in
     Returns:
         The exit code, as of `main`.
     """
+    # Python prints to the standard output what is for an error stream that is closed.
+    with contextlib.redirect_stderr(cast(TextIO, Remarks(sys.stderr))):
+        return _carry_out(arguments, dispatch)
+
+
+def _carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], int]) -> int:
     debug = "--debug" in arguments
     arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
     try:
@@ -85,7 +94,14 @@ def carry_out(arguments: list[str], dispatch: Callable[[list[str], Terminal], in
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.showwarning = terminal.warn
-            return dispatch(arguments, terminal)
+            # Flushed here, where a fault has a message: Python's own flush at exit has none.
+            try:
+                code = dispatch(arguments, terminal)
+            except SystemExit:  # a help was printed
+                terminal.flush()
+                raise
+            terminal.flush()
+            return code
     except (ErasureError, KeyboardInterrupt, BrokenPipeError, Exception) as error:
         if debug:
             sys.excepthook = _show_traceback
@@ -103,12 +119,12 @@ def _at_home(argument: str) -> str:
 
 def _dispatch(arguments: list[str], terminal: Terminal) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        terminal.whole(f"{_help()}\n")
         return 0
     if arguments[0] in ("-V", "--version"):
         from erasure import __version__
 
-        print(f"erasure {__version__}")
+        terminal.whole(f"erasure {__version__}\n")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
@@ -146,13 +162,13 @@ def _report(error: BaseException, terminal: Terminal) -> int:
             print("erasure: interrupted; nothing half-written is left, run the same command to go on", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # The reader of a pipe (`| head`) has gone: not a failure, and Python must not flush into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of a pipe (`| head`) has gone: not a failure.
+        drop(sys.stdout)
         return 1
     if isinstance(error, ErasureError):
         if terminal.speaks:
             terminal.complain("error", error)
-        return 2
+        return 1 if isinstance(error, OutputError) else 2
     text = f"{type(error).__name__}: {error}"
     terminal.complain("error", text, " (unexpected; --debug shows where it happened)")
     return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -236,17 +237,29 @@ def check_seeds(seed: int, count: int = 1) -> None:
         raise UsageError("--seed has more than 64 bits: give a whole number from -2^63 to 2^64 - 1")
 
 
+def read_erasure(source: str) -> Erasure:
+    """Read an erasure that the user has named.
+
+    Raises:
+        ErasureError: There is none, or it cannot be read.
+    """
+    from erasure import assets
+    from erasure.artifact import Erasure
+
+    if source in assets.models() and not os.path.lexists(source):
+        raise UsageError(f"{source!r} is no erasure, but an embedded model: name it as --model")
+    return Erasure.load(source)
+
+
 def load_erasures(options: ErasedModelOptions) -> dict[str, Erasure]:
     """Read the erasures, by the names under which they will be attached.
 
     Raises:
         ErasureError: One cannot be read.
     """
-    from erasure.artifact import Erasure
-
     found: dict[str, Erasure] = {}
     for source in options.erasure:
-        made = Erasure.load(source)
+        made = read_erasure(source)
         name, copy = made.name, 2
         while name in found:
             name, copy = f"{made.name}-{copy}", copy + 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from erasure.cli.audit import say_outcomes
-from erasure.cli.models import DeviceOptions, open_model
+from erasure.cli.models import DeviceOptions, open_model, read_erasure
 from erasure.cli.terminal import Terminal, UsageError, parse
 
 if TYPE_CHECKING:
@@ -44,10 +44,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> int:
     terminal.json_only = options.json
     if not options.folders:
         raise UsageError("nothing to report: erasure report FOLDER ... --erasure E --out page")
-    from erasure.artifact import Erasure
     from erasure.eval.dossiers.runner import report_on
 
-    made = Erasure.load(options.erasure)
+    made = read_erasure(options.erasure)
     pipe: DiffusionPipeline | None = None
     if options.model is not None:
         pipe = open_model(options.of(options.model))

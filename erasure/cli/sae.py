@@ -94,7 +94,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<6} {what}" for name, what in ACTIONS.items())
         usage = "usage: erasure sae ACTION [options]"
-        print(f"{usage}\n\nactions:\n{rows}\n\nThe options of each: erasure sae ACTION --help")
+        terminal.whole(f"{usage}\n\nactions:\n{rows}\n\nThe options of each: erasure sae ACTION --help\n")
         return
     action, *rest = argv
     if action not in ACTIONS:

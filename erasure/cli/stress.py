@@ -62,7 +62,7 @@ class StressOptions(SuiteOptions, MeasuringOptions):
 def run(argv: Sequence[str], terminal: Terminal) -> None:
     """Carry out the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP.format(tests=list_of(STRESS_TESTS)))
+        terminal.whole(f"{HELP.format(tests=list_of(STRESS_TESTS))}\n")
         return
     name, *rest = argv
     if name.startswith("-"):

@@ -12,13 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
 from erasure.shown import LABEL, did_you_mean, message, number, visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -48,6 +48,78 @@ WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 class UsageError(ErasureError, ValueError):
     """The command line cannot be carried out as given."""
+
+
+class OutputError(ErasureError, OSError):
+    """What a command has to say cannot be written to its standard output."""
+
+
+class Remarks:
+    """The standard error stream of a command, which goes on with its work where nobody can read that any more."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Take a stream; `None` is one that was closed before the program began (`2>&-`)."""
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it where it cannot be written."""
+        with self._or_drop():
+            if self.stream is not None:
+                self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Have everything written, or drop what cannot be."""
+        with self._or_drop():
+            if self.stream is not None:
+                self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether people read it."""
+        return self.stream is not None and self.stream.isatty()
+
+    @contextlib.contextmanager
+    def _or_drop(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            if self.stream is not None:
+                drop(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's own."""
+        return getattr(self.stream, name)
+
+
+def drop(stream: TextIO | None) -> None:
+    """Let what is still written to a stream go nowhere: Python would fail once more when it flushes it at exit."""
+    if stream is None:
+        return
+    with contextlib.suppress(OSError):  # a stream in memory has no number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """A block that writes to the standard output.
+
+    Raises:
+        BrokenPipeError: Whoever read it has gone.
+        OutputError: It cannot be written for another reason, such as a full disk.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        drop(sys.stdout)
+        raise
+    except OSError as reason:
+        drop(sys.stdout)
+        raise OutputError(
+            f"cannot write to the standard output ({reason.strerror or reason}): write it to another place, or make "
+            "room; files that were written are whole"
+        ) from reason
 
 
 def process() -> tuple[int, int]:
@@ -112,10 +184,12 @@ def parse(
     given = merge_repeated(argv, lists)
     called = f"{program} {command}"
     _check_flags(given, options, called, ("", "no-") if negatable else ("",))
-    said, shown = io.StringIO(), io.StringIO() if os.environ.get("NO_COLOR") else sys.stdout
+    _check_once(given, options, called)
+    plain = bool(os.environ.get("NO_COLOR")) or sys.stdout is None
+    said, shown = io.StringIO(), io.StringIO() if plain else sys.stdout
     try:
         # The parser knows nothing of NO_COLOR, and leaves colours out where it does not write to a terminal.
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+        with printing(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
             return tyro.cli(
                 options,
                 prog=called,
@@ -126,7 +200,8 @@ def parse(
     except SystemExit as end:
         if not end.code:
             if isinstance(shown, io.StringIO):
-                print(shown.getvalue(), end="")
+                with printing():
+                    print(shown.getvalue(), end="")
             raise
         text = " ".join(BOX.sub(" ", said.getvalue()).split())
         text = re.sub(r"\s*For full helptext.*$|^Value error Error parsing \w+: ", "", text)
@@ -142,6 +217,27 @@ def _check_flags(argv: Sequence[str], options: type, called: str, prefixes: Sequ
         if token.startswith("--") and flag not in known:
             hint = did_you_mean(flag, sorted(known))
             raise UsageError(f"unknown option {flag}.{hint} See: {called} --help")
+
+
+def _check_once(argv: Sequence[str], options: type, called: str) -> None:
+    """Raise `UsageError` for an option with two values, of which the parser would take the last without a word."""
+    hints = [hint for part in _parts(options) for hint in get_type_hints(part).items()]
+    switches = {f"--{field}".replace("_", "-") for field, kind in hints if kind is bool}
+    given: dict[str, list[list[str]]] = {}
+    words: list[str] = []
+    for token in argv:
+        if not token.startswith("--"):
+            words.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        words = [value] if equals else []
+        given.setdefault(flag.replace("_", "-"), []).append(words)
+    for flag, values in given.items():
+        if flag in switches and flag.replace("--", "--no-", 1) in given:
+            raise UsageError(f"{flag} is given, and its opposite: give one of them. See: {called} --help")
+        if flag.replace("--no-", "--", 1) not in switches and any(value != values[0] for value in values):
+            texts = " and ".join(f"{' '.join(value)!r:.60}" for value in values[:2])
+            raise UsageError(f"{flag} is given twice, as {texts}: give it once. See: {called} --help")
 
 
 def _parts(options: type) -> Iterator[type]:
@@ -186,7 +282,7 @@ class Terminal:
     def __init__(self) -> None:
         self.speaks = is_main_process()
         self.json_only = False
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr.stream if isinstance(sys.stderr, Remarks) else sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # What the terminal's encoding lacks is escaped as well.
                 stream.reconfigure(errors="backslashreplace")
@@ -198,13 +294,26 @@ class Terminal:
     def whole(self, text: str) -> None:
         """Print a text that programs read, whole; whoever made it has made its control characters visible."""
         if self.speaks:
-            print(text, end="")
+            with printing():
+                print(text, end="")
 
     def say(self, *lines: str) -> None:
         """Lines for people: on stdout, or on stderr when stdout is for JSON."""
         if self.speaks:
-            for line in lines:
-                print(visible(line), file=sys.stderr if self.json_only else sys.stdout, flush=True)
+            with printing():
+                for line in lines:
+                    print(visible(line), file=sys.stderr if self.json_only else sys.stdout, flush=True)
+
+    def flush(self) -> None:
+        """Have everything written that was printed.
+
+        Raises:
+            BrokenPipeError: Whoever read it has gone.
+            OutputError: It cannot be written for another reason.
+        """
+        if sys.stdout is not None:
+            with printing():
+                sys.stdout.flush()
 
     def complain(self, kind: str, text: object, remark: str = "") -> None:
         """A line on stderr about what went wrong.
@@ -261,8 +370,7 @@ class Terminal:
         sizes = itertools.accumulate(sum(map(len, row)) for row in cells)
         cells = [row for row, size in zip(cells, sizes, strict=True) if size <= LARGEST]
         console = self._console()
-        if title:
-            console.print(Text(visible(title)))
+        parts: list[RenderableType] = [Text(visible(title))] if title else []
         if _readable_width([heads, *cells]) > console.width:
             for first, *others in cells:
                 block = Table.grid(padding=(0, 2))
@@ -270,7 +378,7 @@ class Terminal:
                 block.add_column(overflow="fold")
                 for head, cell in zip(heads[1:], others, strict=True):
                     block.add_row(Text(f"  {head}"), Text(cell))
-                console.print(Text(first), block, Text(), sep="\n")
+                parts += [Text(first), block, Text()]
         else:
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
             for index, head in enumerate(heads):
@@ -278,7 +386,10 @@ class Terminal:
                 table.add_column(Text(head), justify="right" if numeric else "left", overflow="fold")
             for row in cells:
                 table.add_row(*map(Text, row))
-            console.print(table)
+            parts.append(table)
+        with printing():
+            for part in parts:
+                console.print(part)
         if len(cells) < len(rows) or len(heads) < len(columns):
             shown = f"{len(cells)} of {len(rows)} rows and {len(heads)} of {len(columns)} columns"
             self.say(f"… {shown} are shown; --json gives all.")

@@ -153,6 +153,17 @@ def test_info_of_a_damaged_erasure(cat: Path, tmp_path: Path, stopped):
     assert "damaged" in stopped("info", str(broken))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "canvas-sd"], ["generate", "--model", "m", "--prompt", "p", "--erasure", "canvas-sd", "--out", "o"],
+        ["export", "canvas-sd", "--to", "kohya", "--out", "o.safetensors"],
+    ],
+)  # fmt: skip
+def test_an_embedded_model_is_no_erasure(command: list[str], stopped) -> None:
+    assert "'canvas-sd' is no erasure, but an embedded model: name it as --model" in stopped(*command)
+
+
 def test_generate(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, capsys):
     arguments = ["generate", "--model", str(tiny_pipe_folder), "--prompt", "a cat", "a dog", "--count", "2"]
     arguments += ["--steps", "2", "--guidance", "2", "--seed", "7"]

@@ -219,3 +219,75 @@ def test_processes_that_cannot_be_counted(name: str, value: str, capsys, monkeyp
     said = capsys.readouterr().err
     assert said.startswith(f"erasure: error: the environment variable {name} is")
     assert said.count("\n") == 1
+
+
+WORKING = """
+import os, sys, warnings
+from erasure.cli import strategies
+from erasure.cli.main import main
+from erasure.errors import ErasureError
+
+def run(argv, terminal):
+    terminal.json_only = "--json" in argv
+    warnings.warn("a remark", ErasureWarning)
+    with terminal.progress(1) as bar:
+        bar.stage("at work")
+    open(argv[0], "w").close()
+    if terminal.json_only:
+        terminal.result({"found": 1})
+    terminal.table(("name", "value"), [["a", "1"]])
+    terminal.say("a line")
+
+class ErasureWarning(UserWarning):
+    __module__ = "erasure.warnings"
+
+strategies.run = run
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command with a warning, a progress bar, a finished file, and something to say."""
+
+
+def in_a_shell(script: str, *arguments: str, unbuffered: bool) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell in which `$0 $1 $2` begins a call of Python."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
+    command = ["bash", "-c", script, sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("arguments", ["--help", "--version", "strategies", "strategies --json", "info --help"])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_output_that_cannot_be_written(arguments: str, unbuffered: bool) -> None:
+    call = f"$0 -m erasure {arguments}"
+    done = in_a_shell(f"{call} | true; exit ${{PIPESTATUS[0]}}", unbuffered=unbuffered)
+    assert (done.stderr, done.returncode) == ("", 1)
+    done = in_a_shell(f"{call} > /dev/full", unbuffered=unbuffered)
+    assert done.stderr.startswith("erasure: error: cannot write to the standard output (No space left on device)")
+    assert (done.stderr.count("\n"), done.returncode) == (1, 1)
+    assert in_a_shell(f"{call} > /dev/full 2>&1", unbuffered=unbuffered).returncode == 1
+    done = in_a_shell(f"{call} >&-", unbuffered=unbuffered)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+@pytest.mark.parametrize("mode", ["", "--json"])
+@pytest.mark.parametrize(
+    ("where", "code"), [("2> /dev/full", 0), ("2>&-", 0), ("2> >(true)", 0), ("2>&1 | true", 1), ("> /dev/full", 1)]
+)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_work_goes_on_where_nobody_can_read_remarks(where: str, code: int, mode: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    done = in_a_shell(
+        f'$0 -c "$1" strategies {made} {mode} {where}; exit ${{PIPESTATUS[0]}}', WORKING, unbuffered=False
+    )
+    assert done.returncode == code
+    assert made.is_file()
+    if code == 0:
+        assert "a remark" not in done.stdout
+        assert not mode or json.loads(done.stdout) == {"found": 1}
+
+
+def test_an_error_is_not_printed_where_results_go() -> None:
+    done = in_a_shell("$0 -m erasure paint 2>&-", unbuffered=False)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert in_a_shell("$0 -m erasure paint 2> /dev/full", unbuffered=False).returncode == 2

@@ -103,7 +103,7 @@ def test_a_prompt_is_no_file_and_a_missing_file_no_prompt(write: Any, tmp_path: 
         ),
         (
             "a.json",
-            '["cat", {"concept": "gun", "kind": "unsafe", "anchor": "", "synonyms": ["pistol"], "retain": null}]',
+            '["cat", {"concept": "gun", "kind": "Unsafe", "anchor": "", "synonyms": ["pistol"], "retain": null}]',
             ["cat", ConceptRequest("gun", "unsafe", "", None, ("pistol",))],
         ),
         ("a.jsonl", '{"target": "cat", "templates": ["a {}"]}\n', [ConceptRequest("cat", templates=("a {}",))]),

@@ -95,12 +95,31 @@ def test_broken_features_are_named(features: str, tmp_path: Path) -> None:
         table(tmp_path).load()
 
 
+def test_rows_whose_features_are_lost_are_made_again(tmp_path: Path) -> None:
+    # Rows of images that CLIP was not asked about have no features.
+    rows = [row(), row(OTHER), row(variant="after"), row(OTHER, "after") | {"clip_score": None}]
+    features = [np.ones(4), np.ones(4), np.ones(4), None]
+    with opened(Processes(), table, {}, tmp_path) as found:
+        found.append(rows, features)
+    lost = tmp_path / "features.jsonl"
+    lost.write_text("".join(lost.read_text().splitlines(keepends=True)[1:]))
+    with opened(Processes(), table, {}, tmp_path) as found:
+        assert list(found.rows) == [("cat-1", "before"), ("cat-0", "after"), ("cat-1", "after")]
+        found.append(rows[:1], features[:1])
+    lost.unlink()
+    with opened(Processes(), table, {}, tmp_path) as found:
+        assert list(found.rows) == [("cat-1", "after")]
+        found.append(rows[:3], features[:3])
+    with opened(Processes(), table, {}, tmp_path) as found:
+        assert len(found.rows) == 4
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     def open_it(recipe: dict[str, Any]) -> Any:
         return opened(Processes(), table, recipe, tmp_path / "out")
 
     with open_it({"seed": 0}) as first:
-        first.append([row()], [None])
+        first.append([row()], [np.ones(4)])
         with pytest.raises(EvaluationError, match="another process"), open_it({"seed": 0}):
             pass
     with pytest.raises(EvaluationError, match="seed: 0 in the first, 1 in the second"), open_it({"seed": 1}):
