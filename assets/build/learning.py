@@ -169,11 +169,10 @@ def _all(made: Sequence[Row]) -> Row:
     """The row of all things: means, and the rates of all images together."""
     every: Row = {"thing": ALL}
     for name in dict.fromkeys(name for row in made for name in row if name != "thing"):
-        cells = [row[name] for row in made if name in row]
+        cells: list[Any] = [row[name] for row in made if name in row]
         if isinstance(cells[0], dict):
-            counts = [(cell["value"] * cell["n"], cell["n"]) for cell in cells if isinstance(cell, dict)]
-            images = sum(count for _, count in counts)
-            every[name] = figure(wilson(sum(hit for hit, _ in counts), images), images)
+            images = sum(cell["n"] for cell in cells)
+            every[name] = figure(wilson(sum(cell["value"] * cell["n"] for cell in cells), images), images)
         else:
             every[name] = round(float(np.mean(cells)), DIGITS)
     return every

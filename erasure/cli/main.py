@@ -141,7 +141,7 @@ def _help() -> str:
         [
             "usage: erasure COMMAND [options]",
             "",
-            "Makes a diffusers pipeline unable to draw something, and measures it.",
+            "Erases concepts from diffusers pipelines, and measures what is left of them.",
             "",
             "commands:",
             *rows,

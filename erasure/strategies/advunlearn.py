@@ -78,7 +78,7 @@ class AdvUnlearn(NegativeGuidance):
     paper: ClassVar[str] = "AdvUnlearn, Zhang et al. 2024, arXiv 2405.15234"
     needs: ClassVar[tuple[Need, ...]] = ("trajectories",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "minutes, about 10 denoiser passes a training state"
+    cost: ClassVar[str] = "minutes, about 11 denoiser passes a training state"
     moves_null: ClassVar[bool] = False
 
     steps: Count = 150

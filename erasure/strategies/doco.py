@@ -73,7 +73,7 @@ class DoCo(ConceptAblation):
 
     title: ClassVar[str] = "adversarial fine-tuning of the denoiser to draw the anchor"
     paper: ClassVar[str] = "DoCo, Wu et al. 2025, arXiv 2405.15304"
-    cost: ClassVar[str] = "minutes, about 4 denoiser passes a training state"
+    cost: ClassVar[str] = "minutes, about 3 denoiser passes a training state"
 
     steps: Count = 300
     """Number of updates (released code: 2000). The discriminator is trained in all of them, the student after

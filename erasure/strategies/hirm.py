@@ -87,7 +87,7 @@ class HiRM(Strategy):
     paper: ClassVar[str] = "HiRM, ICLR 2026, arXiv 2602.19631"
     needs: ClassVar[tuple[Need, ...]] = ("word states",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "seconds to a minute, text encoder only"
+    cost: ClassVar[str] = "seconds to minutes, text encoder only"
 
     variant: Literal["random", "semantic"] = "semantic"
     """Target direction: random (HiRM-R), or towards the anchor or super-category (HiRM-S)."""

@@ -75,7 +75,7 @@ class SAFREE(Strategy):
     paper: ClassVar[str] = "Yoon et al. 2024, arXiv 2410.12761"
     needs: ClassVar[tuple[Need, ...]] = ("word states",)
     protects: ClassVar[str] = "hosted pipeline"
-    cost: ClassVar[str] = "under a second; filtered steps take up to 1.5 times as long"
+    cost: ClassVar[str] = "under a second; calls take up to 1.3 times as long"
     carriers: ClassVar[tuple[str, ...]] = ("activations",)
 
     alpha: Annotated[float, Ge(-1), Le(10)] = 0.1
