@@ -184,7 +184,6 @@ def parse(
     given = merge_repeated(argv, lists)
     called = f"{program} {command}"
     _check_flags(given, options, called, ("", "no-") if negatable else ("",))
-    _check_once(given, options, called)
     plain = bool(os.environ.get("NO_COLOR")) or sys.stdout is None
     said, shown = io.StringIO(), io.StringIO() if plain else sys.stdout
     try:
@@ -217,27 +216,6 @@ def _check_flags(argv: Sequence[str], options: type, called: str, prefixes: Sequ
         if token.startswith("--") and flag not in known:
             hint = did_you_mean(flag, sorted(known))
             raise UsageError(f"unknown option {flag}.{hint} See: {called} --help")
-
-
-def _check_once(argv: Sequence[str], options: type, called: str) -> None:
-    """Raise `UsageError` for an option with two values, of which the parser would take the last without a word."""
-    hints = [hint for part in _parts(options) for hint in get_type_hints(part).items()]
-    switches = {f"--{field}".replace("_", "-") for field, kind in hints if kind is bool}
-    given: dict[str, list[list[str]]] = {}
-    words: list[str] = []
-    for token in argv:
-        if not token.startswith("--"):
-            words.append(token)
-            continue
-        flag, equals, value = token.partition("=")
-        words = [value] if equals else []
-        given.setdefault(flag.replace("_", "-"), []).append(words)
-    for flag, values in given.items():
-        if flag in switches and flag.replace("--", "--no-", 1) in given:
-            raise UsageError(f"{flag} is given, and its opposite: give one of them. See: {called} --help")
-        if flag.replace("--no-", "--", 1) not in switches and any(value != values[0] for value in values):
-            texts = " and ".join(f"{' '.join(value)!r:.60}" for value in values[:2])
-            raise UsageError(f"{flag} is given twice, as {texts}: give it once. See: {called} --help")
 
 
 def _parts(options: type) -> Iterator[type]:

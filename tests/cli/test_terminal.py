@@ -51,22 +51,9 @@ def test_flags():
     assert made == Sketch(prompt=("x",), json=True, steps=5)
 
 
-@pytest.mark.parametrize("again", [["--json", "--steps=5", "--json"], ["--steps", "5", "--json", "--steps", "5"]])
-def test_the_same_said_twice_is_said_once(again: list[str]) -> None:
-    assert parse(Sketch, "sketch", ["--prompt", "x", *again]) == Sketch(prompt=("x",), json=True, steps=5)
-
-
-@pytest.mark.parametrize(
-    ("again", "negatable", "words"),
-    [
-        (["--steps", "5", "--steps", "7"], False, "--steps is given twice, as '5' and '7': give it once"),
-        (["--steps=5", "--json", "--steps", "7"], False, "--steps is given twice, as '5' and '7': give it once"),
-        (["--json", "--no-json"], True, "--json is given, and its opposite"),
-    ],
-)
-def test_an_option_has_one_value(again: list[str], negatable: bool, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        parse(Sketch, "sketch", ["--prompt", "x", *again], negatable=negatable)
+def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
+    made = parse(Sketch, "sketch", ["--prompt", "x", "--json", "--steps=5", "--json", "--steps", "7"])
+    assert made == Sketch(prompt=("x",), json=True, steps=7)
 
 
 def test_default_instance_is_the_starting_point():
