@@ -16,10 +16,14 @@ from tests.eval.pinned import ATTACKS as KEPT_ATTACKS
 from tests.eval.pinned import FILE, prepare, runs
 
 KEPT: dict[str, Any] = json.loads(FILE.read_text())
-NEAR = {"rel": 2e-3, "abs": 2e-3}
+NEAR = {
+    "metrics": {"rel": 2e-3, "abs": 2e-3},
+    # A pixel that is rounded the other way moves the likelihood of a class the more, the less sure a judge is.
+    "rows": {"rel": 2e-3, "abs": 2e-2},
+    # The mean colour of a part of a picture, in steps of 256.
+    "images": {"rel": 0, "abs": 1.0},
+}
 """How far a number may be from the one that is kept: processors round differently."""
-COLOUR = 1.0
-"""The same for the mean colour of a part of a picture, in steps of 256."""
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +65,7 @@ def test_what_is_said_of_the_embedded_model_stays_what_it_was(name: str, part: s
     wanted, got = KEPT[name][part], found[name][part]
     assert wanted
     assert set(wanted) == set(got)
-    near = {"rel": 0, "abs": COLOUR} if part == "images" else NEAR
-    assert not list(compared(wanted, got, name, near))
+    assert not list(compared(wanted, got, name, NEAR[part]))
 
 
 def test_every_suite_is_kept() -> None:
