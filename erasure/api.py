@@ -218,7 +218,7 @@ def load_pipeline(
 
     Raises:
         ArtifactError: There is no such model, or its files are damaged.
-        OptionError: The device cannot be used.
+        OptionError: The device cannot be used, or `variant` is given for a single file.
         UnsupportedModelError: The model's pipeline class is of a family that is not supported for the task.
     """
     from erasure.pipelines import base_of, pipeline_class

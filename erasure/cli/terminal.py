@@ -51,7 +51,7 @@ class UsageError(ErasureError, ValueError):
 
 
 class OutputError(ErasureError, OSError):
-    """What a command has to say cannot be written to its standard output."""
+    """The standard output of a command cannot be written to."""
 
 
 class Remarks:

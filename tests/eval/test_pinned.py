@@ -19,7 +19,7 @@ KEPT: dict[str, Any] = json.loads(FILE.read_text())
 NEAR = {
     "metrics": {"rel": 2e-3, "abs": 2e-3},
     # A pixel that is rounded the other way moves the likelihood of a class the more, the less sure a judge is.
-    "rows": {"rel": 2e-3, "abs": 2e-2},
+    "rows": {"rel": 2e-3, "abs": 1e-2},
     # The mean colour of a part of a picture, in steps of 256.
     "images": {"rel": 0, "abs": 1.0},
 }

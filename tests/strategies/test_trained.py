@@ -372,8 +372,8 @@ def test_two_processes_train_what_one_does(
         if name == "mace":
             torch.testing.assert_close(products(both), products(made), rtol=1e-3, atol=1e-3)
         else:
-            # SFD amplifies rounding, and a few of its values then differ by more than the last digit of a float16.
-            close(both, made, 5e-4 if name == "sfd" else 1e-5)
+            # SFD amplifies rounding: on some processors one value of a thousand is 2.4e-4 away.
+            close(both, made, 3e-4 if name == "sfd" else 1e-5)
 
 
 # Plug-ins ------------------------------------------------------------------------------------------------------------
