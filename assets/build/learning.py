@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +10,18 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 
 import erasure
 from erasure.assets import novel
-from erasure.assets.build.measured import DIGITS, Row, figure
+from erasure.assets.build.measured import DIGITS, Figure, Row, figure
 from erasure.assets.scenes import RenderedScene, Scene, render
 from erasure.assets.world import BACKGROUNDS, OBJECTS
 from erasure.backbones import backbone_for
+from erasure.errors import EvaluationError
 from erasure.eval.detectors import NewcomersAnswer, NewcomersJudge
 from erasure.eval.statistics import wilson
-from erasure.files import write_json
+from erasure.files import read_json, write_json
 from erasure.interop.protocols import Settings
 from erasure.learning import LearnedConcepts, learn_concepts
 from erasure.learning.attencraft import AttenCraft
@@ -41,6 +42,36 @@ class Pair(NamedTuple):
 
     things: tuple[str, str]
     scene: RenderedScene
+
+
+class ThingFigures(BaseModel):
+    """What was measured of a thing; shares are of its images."""
+
+    model_config = ConfigDict(extra="forbid")
+    thing: str
+    mask: float
+    """Intersection over union with the truth of the mask that learning starts from."""
+    drawn: float
+    """Share of images of its token that show it, and not the other thing of its picture."""
+    erased: float = 0.0
+    """Share of such images without it when it is erased."""
+    kept: float = 0.0
+    """`drawn` when the other thing of its picture is erased."""
+
+
+class PairFigures(BaseModel):
+    """What was measured of a picture of two things."""
+
+    model_config = ConfigDict(extra="forbid")
+    things: tuple[ThingFigures, ThingFigures]
+    both: float
+    """Share of images of a prompt with both tokens that show both things."""
+    known: float
+    """Share of the objects that the model knew before which it still draws."""
+    seconds: float
+    """What learning took."""
+    size_bytes: int
+    """Of the folder of concepts."""
 
 
 def pairs(count: int, seed: int = 5) -> list[Pair]:
@@ -82,21 +113,16 @@ def drawn(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int = 0) -> lis
     return images
 
 
-def shows(judge: NewcomersJudge, images: Sequence[Image.Image], wanted: str, other: str) -> list[bool]:
-    """Whether each image shows the wanted thing and not the other."""
-    return [is_apart(found, wanted, other) for found in judge(images)]
-
-
 def is_apart(found: NewcomersAnswer, wanted: str, other: str) -> bool:
     """Whether what is seen is the one thing more than anything else, and the other not at all."""
     return found.thing == wanted and other not in found.things
 
 
-def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settings) -> dict[str, object]:
+def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settings) -> PairFigures:
     """One pair: masks, how often each token draws its thing, and how often it still does when it is erased."""
     pipe, judge = erasure.load_pipeline("canvas-sd", device="cpu"), NewcomersJudge()
     pipe.set_progress_bar_config(disable=True)
-    figures: dict[str, object] = {"things": pair.things, "masks": masks_of(pipe, pair, AttenCraft(**options))}
+    masks = masks_of(pipe, pair, AttenCraft(**options))
     if folder.is_dir():
         concepts = LearnedConcepts.read(folder)
     else:
@@ -105,21 +131,29 @@ def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settin
         concepts.save(folder)
         run.discard()
     concepts.load_into(pipe)
-    figures |= {"cost": concepts.config.cost, "bytes": concepts.size_bytes}
-    prompts = {token: [PROMPTS[i % len(PROMPTS)].format(token) for i in range(images)] for token in TOKENS}
-    known = [f"a photo of a {name}" for name in OBJECTS]
-    for token, (wanted, other) in zip(TOKENS, (pair.things, pair.things[::-1]), strict=True):
-        figures[f"{token} drawn"] = float(np.mean(shows(judge, drawn(pipe, prompts[token]), wanted, other)))
+    prompts = [[PROMPTS[i % len(PROMPTS)].format(token) for i in range(images)] for token in TOKENS]
+
+    def shown(number: int) -> float:
+        """Share of the images of a token that show its thing, and not the other one."""
+        wanted, other = pair.things[number], pair.things[1 - number]
+        return float(np.mean([is_apart(found, wanted, other) for found in judge(drawn(pipe, prompts[number]))]))
+
+    first, second = (
+        ThingFigures(thing=thing, mask=masks[number], drawn=shown(number)) for number, thing in enumerate(pair.things)
+    )
     both = judge(drawn(pipe, [f"a photo of {TOKENS[0]} and {TOKENS[1]}"] * images))
-    figures["both drawn"] = float(np.mean([set(pair.things) <= set(found.things) for found in both]))
-    figures["known drawn"] = hits(judge, drawn(pipe, known))
-    for token, (wanted, other) in zip(TOKENS, (pair.things, pair.things[::-1]), strict=True):
-        rest = next(name for name in TOKENS if name != token)
-        concept = erasure.Concept(token, retain=(rest,))
-        erasure.erase(pipe, concept, erasing, progress=False)
-        gone = [wanted not in found.things for found in judge(drawn(pipe, prompts[token]))]
-        figures[f"{token} erased"] = float(np.mean(gone))
-        figures[f"{rest} kept"] = float(np.mean(shows(judge, drawn(pipe, prompts[rest]), other, wanted)))
+    known = [f"a photo of a {name}" for name in OBJECTS]
+    figures = PairFigures(
+        things=(first, second),
+        both=float(np.mean([set(pair.things) <= set(found.things) for found in both])),
+        known=hits(judge, drawn(pipe, known)),
+        seconds=concepts.config.cost["seconds"],
+        size_bytes=concepts.size_bytes,
+    )
+    for number, (one, other) in enumerate(((first, second), (second, first))):
+        erasure.erase(pipe, erasure.Concept(TOKENS[number], retain=(TOKENS[1 - number],)), erasing, progress=False)
+        one.erased = float(np.mean([one.thing not in found.things for found in judge(drawn(pipe, prompts[number]))]))
+        other.kept = shown(1 - number)
         pipe.unload_erasures()
     return figures
 
@@ -129,39 +163,40 @@ def hits(judge: NewcomersJudge, images: Sequence[Image.Image]) -> float:
     return float(np.mean([found.thing == name for found, name in zip(judge(images), OBJECTS, strict=True)]))
 
 
-def measured(
-    out: Path, count: int, images: int, erasing: str, options: Settings | None = None
-) -> list[dict[str, Any]]:
+def measured(out: Path, count: int, images: int, erasing: str, options: Settings | None = None) -> list[PairFigures]:
     """Measure pairs, and write `learning.json` after each; what is measured already stays."""
     file = out / "learning.json"
-    found: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    found: list[PairFigures] = []
+    if file.is_file():
+        found = read_json(file, list[PairFigures], error=EvaluationError)
     for number, pair in enumerate(pairs(count)):
         if number >= len(found):
             found.append(measure(out / "-".join(pair.things), pair, images, erasing, options or {}))
-            write_json(file, found)
+            write_json(file, [each.model_dump() for each in found])
     return found[:count]
 
 
-def rows(found: Sequence[Mapping[str, Any]], images: int) -> list[Row]:
+def rows(found: Sequence[PairFigures], images: int) -> list[Row]:
     """Make a row for each thing, and one for all of them.
 
     Args:
-        found: Figures of every pair, see `measure`.
+        found: Figures of every pair.
         images: How many images of each thing there are.
     """
+
+    def share(rate: float, of: int = images) -> Figure:
+        return figure(wilson(rate * of, of), of)
+
     made: list[Row] = []
     for pair in found:
-        for number, token in enumerate(TOKENS):
-            rates = {name: pair[f"{token} {name}"] for name in ("drawn", "erased", "kept")}
-            row: Row = {"thing": pair["things"][number], "mask": round(pair["masks"][number], DIGITS)}
-            row |= {name: figure(wilson(rate * images, images), images) for name, rate in rates.items()}
-            if number == 0:
-                row |= {
-                    "both": figure(wilson(pair["both drawn"] * images, images), images),
-                    "known": figure(wilson(pair["known drawn"] * len(OBJECTS), len(OBJECTS)), len(OBJECTS)),
-                    "seconds": round(pair["cost"]["seconds"], DIGITS), "kB": round(pair["bytes"] / 1000, DIGITS),
-                }  # fmt: skip
-            made.append(row)
+        own: Row = {"both": share(pair.both), "known": share(pair.known, len(OBJECTS)),
+                    "seconds": round(pair.seconds, DIGITS), "kB": round(pair.size_bytes / 1000, DIGITS)}  # fmt: skip
+        for each in pair.things:
+            row: Row = {
+                "thing": each.thing, "mask": round(each.mask, DIGITS), "drawn": share(each.drawn),
+                "erased": share(each.erased), "kept": share(each.kept),
+            }  # fmt: skip
+            made.append(row | (own if each is pair.things[0] else {}))
     return [*made, _all(made)]
 
 

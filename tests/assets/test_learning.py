@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from erasure.assets import novel
 from erasure.assets.build import learning
 from erasure.assets.build.measured import figure
+from erasure.errors import EvaluationError
 from erasure.eval.detectors import NewcomersAnswer
 from erasure.eval.statistics import wilson
 
@@ -39,28 +39,37 @@ def test_a_thing_is_apart_where_it_is_seen_most_and_the_other_not() -> None:
     assert not learning.is_apart(NewcomersAnswer("gem", ("robot",), {}), "robot", "cactus")
 
 
+def figures(first: str, second: str) -> learning.PairFigures:
+    things = (
+        learning.ThingFigures(thing=first, mask=0.8, drawn=1.0, erased=1.0, kept=1.0),
+        learning.ThingFigures(thing=second, mask=0.9, drawn=0.5, erased=0.5, kept=0.5),
+    )
+    return learning.PairFigures(things=things, both=0.1, known=0.75, seconds=30.0, size_bytes=600_000)
+
+
 def test_what_is_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measure(folder: Path, *_: object) -> dict[str, object]:
+    def measure(folder: Path, *_: object) -> learning.PairFigures:
         asked.append(folder.name)
-        return {"things": folder.name}
+        return figures(*folder.name.split("-"))
 
     monkeypatch.setattr(learning, "measure", measure)
     learning.measured(tmp_path, 1, 2, "uce")
-    assert len(learning.measured(tmp_path, 2, 2, "uce")) == 2
-    assert len(learning.measured(tmp_path, 1, 2, "uce")) == 1
+    found = learning.measured(tmp_path, 2, 2, "uce")
+    assert learning.measured(tmp_path, 1, 2, "uce") == found[:1]
     assert len(asked) == len(set(asked)) == 2
-    assert [row["things"] for row in json.loads((tmp_path / "learning.json").read_text())] == asked
+    assert ["-".join(each.thing for each in pair.things) for pair in found] == asked
+
+
+def test_figures_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "learning.json").write_text('[{"things": ["robot", "cactus"]}]')
+    with pytest.raises(EvaluationError, match=r"learning.json"):
+        learning.measured(tmp_path, 1, 2, "uce")
 
 
 def test_rows_are_the_shares_of_images() -> None:
-    pair = {
-        "things": ["robot", "cactus"], "masks": [0.8, 0.9], "cost": {"seconds": 30.0}, "bytes": 600_000,
-        "both drawn": 0.1, "known drawn": 0.75,
-        **{f"<one> {name}": 1.0 for name in ("drawn", "erased", "kept")},
-        **{f"<two> {name}": 0.5 for name in ("drawn", "erased", "kept")},
-    }  # fmt: skip
+    pair = figures("robot", "cactus")
     robot, cactus, every = learning.rows([pair], 10)
     assert robot["thing"] == "robot"
     assert cactus["drawn"] == figure(wilson(5, 10), 10)
