@@ -64,8 +64,8 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
     def audit(model: str, strategy: str) -> Step:
         made = out / "canvas" if model == "canvas-sd" else out / "across"
         erased = erasure_of(made, strategy, "dog", model)
-        # Stress tests that train are left out on the larger models, where they take long.
-        less = () if model == "canvas-sd" else ("--suites", "canvas", "--stress", "quantise", "merge", "noise")
+        stress = ("quantise", "merge", "noise", "relearn", "restore")
+        less = () if model == "canvas-sd" else ("--suites", "canvas", "--stress", *stress)
         asked = (
             "--model", model, "--erasure", str(erased), "--size", "quick", "--out", str(audits / model / strategy),
         )  # fmt: skip
