@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from erasure.errors import (
     UnsupportedModelError,
 )
 from erasure.files.recognise import MODEL_FILE
-from erasure.interop import scopes, single_files
+from erasure.interop import scopes, single_files, variants
 from erasure.options import check_seed
 from erasure.progress import reporting
 from erasure.strategies import Strategy, get
@@ -42,10 +41,6 @@ from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.pipelines import Task
-
-PART = r"(-\d+-of-\d+)?"
-WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{PART}(\.(?P<variant>[A-Za-z]\w*))?{PART}\.safetensors")
-"""Names of a component's files of weights, whole or in parts: `model.fp16-00001-of-00002.safetensors`."""
 
 
 def erase(
@@ -237,7 +232,8 @@ def load_pipeline(
     with _clear_errors(model):
         index = DiffusionPipeline.load_config(base_of(source))
         kind = pipeline_class(index.get("_class_name", ""), task)
-        pipe = kind.from_pretrained(source, dtype=settings[0], variant=variant or _variant_of(base_of(source)))
+        variant = variant or variants.only_variant(base_of(source))
+        pipe = kind.from_pretrained(source, dtype=settings[0], variant=variant)
     return pipe.to(settings[1])
 
 
@@ -256,9 +252,7 @@ def _from_single_file(
     missing = single_files.missing_parts(model, index)
     parts = {}
     if missing:
-        held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
-        left_out = dict.fromkeys(name for name in held if name not in missing)
-        loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=_variant_of(source), **left_out)
+        loaded = _load_parts(source, index, missing, dtype)
         parts = {name: getattr(loaded, name) for name in missing}
     pipe = kind.from_single_file(str(model), dtype=dtype, config=source, **parts)
     if lost := single_files.missing_tensors(pipe.components):
@@ -284,13 +278,26 @@ def load_text_encoders(
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
         source = base_of(source)
-        config = DiffusionPipeline.load_config(source)
-        parts = [name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == 2]
-        left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]
-        pipe = DiffusionPipeline.from_pretrained(
-            source, dtype=settings[0], variant=_variant_of(source), **dict.fromkeys(left_out)
-        )
+        index = DiffusionPipeline.load_config(source)
+        wanted = [name for name in index if name.startswith(("text_encoder", "tokenizer", "scheduler"))]
+        pipe = _load_parts(source, index, wanted, settings[0])
     return pipe.to(settings[1])
+
+
+def _load_parts(
+    source: str, index: Mapping[str, object], wanted: Collection[str], dtype: torch.dtype
+) -> DiffusionPipeline:
+    """Load some components of a model as a stock pipeline, which has nothing for the others.
+
+    Args:
+        source: Folder or Hub id of the model.
+        index: Content of its `model_index.json`.
+        wanted: Names of the components.
+        dtype: Precision.
+    """
+    held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
+    left_out = dict.fromkeys(name for name in held if name not in wanted)
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variants.only_variant(source), **left_out)
 
 
 def _check_is_model(model: str | Path) -> None:
@@ -301,21 +308,11 @@ def _check_is_model(model: str | Path) -> None:
 
 
 def _source(model: str | Path) -> str:
+    """Give the folder of an embedded model, and other names as they are."""
     from erasure import assets
 
     embedded = None if Path(model).is_dir() else assets.find(str(model))
     return str(embedded or model)
-
-
-def _variant_of(source: str | Path) -> str | None:
-    """The one variant of weights in a model's folder where a component has no others; `None` for the usual ones."""
-    weights: dict[str, set[str]] = {}
-    for path in Path(source).glob("*/*"):
-        if named := WEIGHTS.fullmatch(path.name):
-            weights.setdefault(path.parent.name, set()).add(named["variant"] or "")
-    special = [found for found in weights.values() if "" not in found]
-    shared = set.intersection(*special) if special else set()
-    return shared.pop() if len(shared) == 1 else None
 
 
 def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, torch.device]:
