@@ -19,7 +19,7 @@ from erasure.backbones.layouts import flux_layout, from_original, to_original
 from erasure.errors import ArtifactError, UnsupportedModelError
 from erasure.exchange import checkpoints
 from erasure.exchange.checkpoints import export_checkpoint, parts_of, tensors_of
-from tests.conftest import copied
+from tests.copies import copied
 
 FAMILIES = {
     "stable-diffusion": ["unet", "vae", "text_encoder"],

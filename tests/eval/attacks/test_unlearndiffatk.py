@@ -25,7 +25,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
 from erasure.interop import hooks, paths
 from erasure.strategies import available, get
-from tests.conftest import copied
+from tests.copies import copied
 
 PROMPT = "a cat image in noto style"
 ADAPTER = Path(__file__).parents[2] / "tiny" / "ip-adapter" / "stable-diffusion.safetensors"
