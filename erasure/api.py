@@ -18,7 +18,7 @@ from erasure import bases, files, ledger
 from erasure.adding import Addition
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
-from erasure.backbones import backbone_for
+from erasure.backbones import Backbone, TextTower, backbone_for
 from erasure.carriers.embeddings import refuse_half_learned, require_tokens
 from erasure.concept import Concept
 from erasure.errors import (
@@ -33,7 +33,7 @@ from erasure.files.recognise import MODEL_FILE
 from erasure.interop import scopes, single_files, variants
 from erasure.options import check_seed
 from erasure.progress import reporting
-from erasure.strategies import Strategy, get
+from erasure.strategies import Fit, Strategy, get
 from erasure.strategies.looped import LoopedStrategy
 from erasure.training.run import Run
 from erasure.versions import library_versions
@@ -103,9 +103,8 @@ def erase(
     seed = None if seed is None else check_seed(seed, strategy)
     if run is not None and not isinstance(method, LoopedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
-    world = World.of(pipe)
+    world, backbone = World.of(pipe), backbone_for(pipe)
     wanted = world.concepts(concepts, erased=() if earlier is None else earlier.concepts)
-    backbone = backbone_for(pipe)
     for need in method.needs:
         if reason := backbone.lacks(need):
             raise UnsupportedModelError(
@@ -128,32 +127,13 @@ def erase(
         replaced = None if addition is None else addition.attached_as(manager)
         label = method.name if addition is None else addition.strategy
         manager.check_name(name or default_name(wanted, label), replaced)
-    texts = [text for concept in wanted for text in concept.texts()]
-    require_tokens(backbone.towers, texts)
-    refuse_half_learned(backbone.towers, texts)
-    for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
-        for tower in backbone.towers:
-            tower.check_words(words)
+    _check_words(backbone.towers, wanted)
     started = time.perf_counter()
-    base_pipe = manager.stock(without_adapters=True)
-    backbone = method.session(backbone_for(base_pipe))
+    backbone = method.session(backbone_for(manager.stock(without_adapters=True)))
     if addition is not None:
         addition.check(backbone)
-    with scopes.same_gradient_mode(), scopes.plain_precision(), reporting(progress, method.name) as report:
-        backbone.check_plain("make the erasure with the plain model and load the result here")
-        # The caller may have switched gradients off for generation.
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if addition is not None:
-                fit = addition.fit(backbone, report, run)
-            elif run is not None and isinstance(method, LoopedStrategy):
-                fit = method.train(backbone, wanted, seed=seed, progress=report, run=run)
-            else:
-                fit = method.fit(backbone, wanted, seed=seed, progress=report)
-        fit.edits.check_finite()
-        if not len(fit.edits):
-            raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
-        base = bases.base_of(backbone, fit.edits, wanted)
+    with reporting(progress, method.name) as report:
+        fit, base = _fitted(backbone, method, wanted, addition, seed, report, run)
     # A resumed training also costs what its earlier sessions took.
     seconds = time.perf_counter() - started + fit.log.get("earlier_seconds", 0.0)
     config = ErasureConfig(
@@ -179,6 +159,48 @@ def erase(
         strength = 1.0 if replaced is None else manager.strengths[replaced]
         manager.add(made, name, strength, strict=strict, controlnet=controlnet, replaces=replaced)
     return made
+
+
+def _check_words(towers: Sequence[TextTower], concepts: Sequence[Concept]) -> None:
+    """Refuse concepts, anchors and retained words that a text encoder cannot read.
+
+    Raises:
+        ConceptError: A text has no known token, or has a learned token that only one of two CLIP encoders knows.
+    """
+    texts = [text for concept in concepts for text in concept.texts()]
+    require_tokens(towers, texts)
+    refuse_half_learned(towers, texts)
+    for words in dict.fromkeys(words for concept in concepts for words in (concept.anchor, *concept.retain) if words):
+        for tower in towers:
+            tower.check_words(words)
+
+
+def _fitted(
+    backbone: Backbone, method: Strategy, concepts: Sequence[Concept], addition: Addition | None, seed: int,
+    progress: Callable[[float], None], run: Run | None,
+) -> tuple[Fit, dict[str, Any]]:  # fmt: skip
+    """Let a method compute its edits of the base model; give them with the description of that base.
+
+    Raises:
+        DivergenceError: The edits hold NaN or infinity.
+        NoMatchingModuleError: There are no edits.
+        UnsupportedModelError: The model is not plain: quantised or offloaded.
+    """
+    with scopes.same_gradient_mode(), scopes.plain_precision():
+        backbone.check_plain("make the erasure with the plain model and load the result here")
+        # The caller may have switched gradients off for generation.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if addition is not None:
+                fit = addition.fit(backbone, progress, run)
+            elif run is not None and isinstance(method, LoopedStrategy):
+                fit = method.train(backbone, concepts, seed=seed, progress=progress, run=run)
+            else:
+                fit = method.fit(backbone, concepts, seed=seed, progress=progress)
+        fit.edits.check_finite()
+        if not len(fit.edits):
+            raise NoMatchingModuleError(f"{method.name} found nothing to change in {type(backbone.pipe).__name__}")
+        return fit, bases.base_of(backbone, fit.edits, concepts)
 
 
 def load(pipe: DiffusionPipeline, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:

@@ -126,7 +126,7 @@ def warn_that_nothing_is_retained(strategy: str, concepts: Sequence[Concept]) ->
             f"{strategy} keeps nothing on purpose, so what is to survive has no effect: take it off the retain list, "
             "or use a method that fits a model to it (uce, itd, esd)",
             IgnoredRetainWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
