@@ -30,6 +30,7 @@ from erasure.carriers.latents import alike, fired, product
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
 from erasure.carriers.remembered import Edited
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
+from erasure.carriers.terms import same_terms
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths, rounds
 from erasure.interop.hooks import ModelHook
@@ -377,11 +378,10 @@ class EditedFeatures:
             return False
         for module in hooked:
             hook, edits = hooks.find_hook(module, _EDIT), [Term(*term) for term in blocks[id(module)]]
-            if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT) or len(hook.terms) != len(edits):
+            if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT):
                 return False
-            for one, other in zip(hook.terms, edits, strict=True):
-                if one.strength != other.strength or one.edit is not other.edit or one.shared != other.shared:
-                    return False
+            if not same_terms(hook.terms, edits):
+                return False
         return True
 
     @staticmethod
