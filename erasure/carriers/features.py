@@ -65,15 +65,15 @@ class FeatureEdit(NamedTuple):
     weight: Tensor
     """Weights of these pairs, `(n,)`. The score of a token is `sum weight z + bias`, a logit."""
     bias: Tensor
-    """`(concepts,)`."""
+    """Bias of each concept's score, `(concepts,)`."""
     gate: Tensor
     """Smallest score, as a logit, that opens a concept's gate, `(concepts,)`."""
     probe: Tensor
     """Weights of a linear probe of the activations, whose score is `x @ probe + probe_bias`, `(dim, concepts)`."""
     probe_bias: Tensor
-    """`(concepts,)`."""
+    """Bias of each concept's probe, `(concepts,)`."""
     probe_gate: Tensor
-    """`(concepts,)`."""
+    """Smallest score of the probe, as a logit, that opens a concept's gate, `(concepts,)`."""
     filler: Tensor
     """States that replace tokens whose own score opens the gate, and the end token and padding after them, instead
     of a change of latents, `(tokens, dim)`; `(0, dim)` when latents are changed."""
@@ -148,12 +148,15 @@ class GatedEdit:
         self.filler = e.filler if len(e.filler) else None
 
     def latents(self, x: Tensor) -> Tensor:
-        """`(..., latents)` of activations `(..., dim)`."""
+        """Compute the latents `(..., latents)` of activations `(..., dim)`."""
         before = self.before(x)
         return torch.where(before > self.level, before, torch.zeros_like(before))
 
     def before(self, x: Tensor) -> Tensor:
-        """`(..., latents)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
+        """Compute the pre-activations `(..., latents)` of activations `(..., dim)`.
+
+        A latent is its pre-activation where that is above its threshold, else 0.
+        """
         return x @ self.w_enc + self.b_enc
 
     def logits(self, x: Tensor, latents: Tensor, by_probe: bool, which: Tensor | None = None) -> Tensor:
@@ -161,7 +164,7 @@ class GatedEdit:
 
         Args:
             x: Activations.
-            latents: Of the activations.
+            latents: Latents of the activations, `(batch, tokens, given)`.
             by_probe: Use the probe instead of the latents.
             which: Places of those latents among all; they are all of them when left out.
         """

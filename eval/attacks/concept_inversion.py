@@ -76,7 +76,7 @@ class ConceptInversion(ControlledAttack):
         return min(self.checkpoints, self.steps)
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone, every = victim.backbone, victim.samples or [sample]
         words = unused_words(backbone, [each.prompt for each in every], self.vectors)
         ids = {tower.component: [tower.word_ids(word)[0] for word in words] for tower in backbone.towers}
