@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from erasure.files import read_json
@@ -19,20 +19,20 @@ Words = Annotated[list[Word], Field(max_length=500)]
 Side = Annotated[int, Field(ge=8, le=8_192)]
 
 
+@with_config(OPEN)
 class Generation(TypedDict, total=False):
-    """Name of the class of the model's pipeline."""
+    """How images of the model are drawn where a call does not say otherwise."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
     guidance_scale: Annotated[float, Field(ge=0, le=1_000)]
     height: Side
     width: Side
 
 
+@with_config(OPEN)
 class CanvasFacts(TypedDict, total=False):
-    """Classes of the world, and how they go together."""
+    """What a model declares of its world: classes, how prompts name them, and how images are drawn."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     objects: Annotated[Words, Field(min_length=1)]
     styles: Annotated[Words, Field(min_length=1)]
     backgrounds: Words

@@ -173,7 +173,7 @@ def extra_memory(action: Callable[[], object], device: str) -> float | None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         action()
     held = most = 0
-    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in found.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from erasure import bases, files, ledger
 from erasure.adding import Addition
 from erasure.artifact import Erasure, ErasureConfig, default_name
 from erasure.attach import ErasureManager
-from erasure.backbones import backbone_for
+from erasure.backbones import Backbone, TextTower, backbone_for
 from erasure.carriers.embeddings import refuse_half_learned, require_tokens
 from erasure.concept import Concept
 from erasure.errors import (
@@ -31,10 +30,10 @@ from erasure.errors import (
     UnsupportedModelError,
 )
 from erasure.files.recognise import MODEL_FILE
-from erasure.interop import scopes, single_files
+from erasure.interop import scopes, single_files, variants
 from erasure.options import check_seed
 from erasure.progress import reporting
-from erasure.strategies import Strategy, get
+from erasure.strategies import Fit, Strategy, get
 from erasure.strategies.looped import LoopedStrategy
 from erasure.training.run import Run
 from erasure.versions import library_versions
@@ -42,10 +41,6 @@ from erasure.world import World
 
 if TYPE_CHECKING:
     from erasure.pipelines import Task
-
-PART = r"(-\d+-of-\d+)?"
-WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{PART}(\.(?P<variant>[A-Za-z]\w*))?{PART}\.safetensors")
-"""Names of a component's files of weights, whole or in parts: `model.fp16-00001-of-00002.safetensors`."""
 
 
 def erase(
@@ -108,9 +103,8 @@ def erase(
     seed = None if seed is None else check_seed(seed, strategy)
     if run is not None and not isinstance(method, LoopedStrategy):
         raise OptionError(f"{strategy} does not train on trajectories, so there is nothing to resume: leave out 'run'")
-    world = World.of(pipe)
+    world, backbone = World.of(pipe), backbone_for(pipe)
     wanted = world.concepts(concepts, erased=() if earlier is None else earlier.concepts)
-    backbone = backbone_for(pipe)
     for need in method.needs:
         if reason := backbone.lacks(need):
             raise UnsupportedModelError(
@@ -133,32 +127,13 @@ def erase(
         replaced = None if addition is None else addition.attached_as(manager)
         label = method.name if addition is None else addition.strategy
         manager.check_name(name or default_name(wanted, label), replaced)
-    texts = [text for concept in wanted for text in concept.texts()]
-    require_tokens(backbone.towers, texts)
-    refuse_half_learned(backbone.towers, texts)
-    for words in dict.fromkeys(words for concept in wanted for words in (concept.anchor, *concept.retain) if words):
-        for tower in backbone.towers:
-            tower.check_words(words)
+    _check_words(backbone.towers, wanted)
     started = time.perf_counter()
-    base_pipe = manager.stock(without_adapters=True)
-    backbone = method.session(backbone_for(base_pipe))
+    backbone = method.session(backbone_for(manager.stock(without_adapters=True)))
     if addition is not None:
         addition.check(backbone)
-    with scopes.same_gradient_mode(), scopes.plain_precision(), reporting(progress, method.name) as report:
-        backbone.check_plain("make the erasure with the plain model and load the result here")
-        # The caller may have switched gradients off for generation.
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if addition is not None:
-                fit = addition.fit(backbone, report, run)
-            elif run is not None and isinstance(method, LoopedStrategy):
-                fit = method.train(backbone, wanted, seed=seed, progress=report, run=run)
-            else:
-                fit = method.fit(backbone, wanted, seed=seed, progress=report)
-        fit.edits.check_finite()
-        if not len(fit.edits):
-            raise NoMatchingModuleError(f"{strategy} found nothing to change in {type(pipe).__name__}")
-        base = bases.base_of(backbone, fit.edits, wanted)
+    with reporting(progress, method.name) as report:
+        fit, base = _fitted(backbone, method, wanted, addition, seed, report, run)
     # A resumed training also costs what its earlier sessions took.
     seconds = time.perf_counter() - started + fit.log.get("earlier_seconds", 0.0)
     config = ErasureConfig(
@@ -184,6 +159,48 @@ def erase(
         strength = 1.0 if replaced is None else manager.strengths[replaced]
         manager.add(made, name, strength, strict=strict, controlnet=controlnet, replaces=replaced)
     return made
+
+
+def _check_words(towers: Sequence[TextTower], concepts: Sequence[Concept]) -> None:
+    """Refuse concepts, anchors and retained words that a text encoder cannot read.
+
+    Raises:
+        ConceptError: A text has no known token, or has a learned token that only one of two CLIP encoders knows.
+    """
+    texts = [text for concept in concepts for text in concept.texts()]
+    require_tokens(towers, texts)
+    refuse_half_learned(towers, texts)
+    for words in dict.fromkeys(words for concept in concepts for words in (concept.anchor, *concept.retain) if words):
+        for tower in towers:
+            tower.check_words(words)
+
+
+def _fitted(
+    backbone: Backbone, method: Strategy, concepts: Sequence[Concept], addition: Addition | None, seed: int,
+    progress: Callable[[float], None], run: Run | None,
+) -> tuple[Fit, dict[str, Any]]:  # fmt: skip
+    """Let a method compute its edits of the base model; give them with the description of that base.
+
+    Raises:
+        DivergenceError: The edits hold NaN or infinity.
+        NoMatchingModuleError: There are no edits.
+        UnsupportedModelError: The model is not plain: quantised or offloaded.
+    """
+    with scopes.same_gradient_mode(), scopes.plain_precision():
+        backbone.check_plain("make the erasure with the plain model and load the result here")
+        # The caller may have switched gradients off for generation.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if addition is not None:
+                fit = addition.fit(backbone, progress, run)
+            elif run is not None and isinstance(method, LoopedStrategy):
+                fit = method.train(backbone, concepts, seed=seed, progress=progress, run=run)
+            else:
+                fit = method.fit(backbone, concepts, seed=seed, progress=progress)
+        fit.edits.check_finite()
+        if not len(fit.edits):
+            raise NoMatchingModuleError(f"{method.name} found nothing to change in {type(backbone.pipe).__name__}")
+        return fit, bases.base_of(backbone, fit.edits, concepts)
 
 
 def load(pipe: DiffusionPipeline, source: str | Path | Erasure, name: str | None = None, **options: Any) -> Erasure:
@@ -237,7 +254,8 @@ def load_pipeline(
     with _clear_errors(model):
         index = DiffusionPipeline.load_config(base_of(source))
         kind = pipeline_class(index.get("_class_name", ""), task)
-        pipe = kind.from_pretrained(source, dtype=settings[0], variant=variant or _variant_of(base_of(source)))
+        variant = variant or variants.only_variant(base_of(source))
+        pipe = kind.from_pretrained(source, dtype=settings[0], variant=variant)
     return pipe.to(settings[1])
 
 
@@ -256,9 +274,7 @@ def _from_single_file(
     missing = single_files.missing_parts(model, index)
     parts = {}
     if missing:
-        held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
-        left_out = dict.fromkeys(name for name in held if name not in missing)
-        loaded = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=_variant_of(source), **left_out)
+        loaded = _load_parts(source, index, missing, dtype)
         parts = {name: getattr(loaded, name) for name in missing}
     pipe = kind.from_single_file(str(model), dtype=dtype, config=source, **parts)
     if lost := single_files.missing_tensors(pipe.components):
@@ -284,13 +300,26 @@ def load_text_encoders(
     source, settings = _source(model), _settings(dtype, device)
     with _clear_errors(model):
         source = base_of(source)
-        config = DiffusionPipeline.load_config(source)
-        parts = [name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == 2]
-        left_out = [name for name in parts if not name.startswith(("text_encoder", "tokenizer", "scheduler"))]
-        pipe = DiffusionPipeline.from_pretrained(
-            source, dtype=settings[0], variant=_variant_of(source), **dict.fromkeys(left_out)
-        )
+        index = DiffusionPipeline.load_config(source)
+        wanted = [name for name in index if name.startswith(("text_encoder", "tokenizer", "scheduler"))]
+        pipe = _load_parts(source, index, wanted, settings[0])
     return pipe.to(settings[1])
+
+
+def _load_parts(
+    source: str, index: Mapping[str, object], wanted: Collection[str], dtype: torch.dtype
+) -> DiffusionPipeline:
+    """Load some components of a model as a stock pipeline, which has nothing for the others.
+
+    Args:
+        source: Folder or Hub id of the model.
+        index: Content of its `model_index.json`.
+        wanted: Names of the components.
+        dtype: Precision.
+    """
+    held = [name for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2]
+    left_out = dict.fromkeys(name for name in held if name not in wanted)
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=variants.only_variant(source), **left_out)
 
 
 def _check_is_model(model: str | Path) -> None:
@@ -301,21 +330,11 @@ def _check_is_model(model: str | Path) -> None:
 
 
 def _source(model: str | Path) -> str:
+    """Give the folder of an embedded model, and other names as they are."""
     from erasure import assets
 
     embedded = None if Path(model).is_dir() else assets.find(str(model))
     return str(embedded or model)
-
-
-def _variant_of(source: str | Path) -> str | None:
-    """The one variant of weights in a model's folder where a component has no others; `None` for the usual ones."""
-    weights: dict[str, set[str]] = {}
-    for path in Path(source).glob("*/*"):
-        if named := WEIGHTS.fullmatch(path.name):
-            weights.setdefault(path.parent.name, set()).add(named["variant"] or "")
-    special = [found for found in weights.values() if "" not in found]
-    shared = set.intersection(*special) if special else set()
-    return shared.pop() if len(shared) == 1 else None
 
 
 def _settings(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, torch.device]:

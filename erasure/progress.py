@@ -6,6 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def between(progress: Callable[[float], None], start: float, stop: float) -> Callable[[float], None]:
+    """Give the progress of one part of a work: a function of the share of that part that is done, 0 to 1.
+
+    Args:
+        progress: Progress of the whole work.
+        start: Share of the whole work that is done when the part begins.
+        stop: Share of the whole work that is done when the part ends.
+    """
+    return lambda share: progress(start + (stop - start) * share)
+
+
 @contextmanager
 def reporting(progress: bool | Callable[[float], None], label: str) -> Iterator[Callable[[float], None]]:
     """Give a function to call with the share of the work that is done, 0 to 1.

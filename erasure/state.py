@@ -262,6 +262,18 @@ class ComponentState:
             raise VerificationError(
                 f"{idle[0]!r} is attached to {self.component} but switched off: enable_erasures() or set_erasures()"
             )
+        compared = self._verify_weights(module) + self._verify_hooks(module)
+        compared += self._verify_text_encoder(module) if self.is_text_encoder else self._verify_denoiser(module)
+        for path, value in self.record.reads.items():
+            if path not in self.record.written.originals and not weights.is_still(module, path, value):
+                raise VerificationError(
+                    f"{self.component}/{path} was overwritten, quantised or moved away since the erasure was "
+                    "attached, which no longer knows what comes out of that block: load the model again"
+                )
+        return compared
+
+    def _verify_weights(self, module: nn.Module) -> int:
+        """Compare the edited weights; give their number."""
         written = self.record.written
         for path in written.terms:
             where = f"{self.component}/{path}"
@@ -280,7 +292,11 @@ class ComponentState:
                 f"{self.component}/{taken_back} is edited, but a LoRA or another erasure takes the edit back: "
                 "unload it"
             )
-        run_beside = self._beside(module)
+        return len(written.terms)
+
+    def _verify_hooks(self, module: nn.Module) -> int:
+        """Compare the hooks that text encoders and denoisers can have; give the number of their edits."""
+        run_beside, features = self._beside(module), self.features()
         if not beside.is_written(module, run_beside):
             raise VerificationError(
                 f"the edits beside the layers of {self.component} do not run: their hooks are gone"
@@ -289,37 +305,37 @@ class ComponentState:
             raise VerificationError(
                 f"the pinned prompts of {self.component} are not in force: something removed their hooks"
             )
-        if not EditedFeatures.is_written(module, self.features()):
+        if not EditedFeatures.is_written(module, features):
             raise VerificationError(
                 f"the feature edits of {self.component} are not in force: something removed their hooks"
             )
+        return sum(map(len, run_beside.values())) + sum(map(len, features.values()))
+
+    def _verify_text_encoder(self, module: nn.Module) -> int:
+        """Compare the hook that reads prompts; give the number of its filters and gates."""
         filtering, gating = self.filters(), self.gates()
-        if self.is_text_encoder and not Readings.is_written(module, self._read(filtering, gating)):
+        if not Readings.is_written(module, self._read(filtering, gating)):
             what = "prompt filters" if filtering else "prompt gates"
             raise VerificationError(f"the {what} of {self.component} are not in force: something removed their hook")
-        on_denoiser = not self.is_text_encoder
-        if on_denoiser and not membranes.is_written(module, self.membranes()):
+        return len(filtering) + len(gating)
+
+    def _verify_denoiser(self, module: nn.Module) -> int:
+        """Compare branches and the hook that adds rows; give the number of branches, filters, gates and guides."""
+        branches, safety, filtering, gating = self.membranes(), self.safety(), self.filters(), self.gates()
+        if not membranes.is_written(module, branches):
             raise VerificationError(
                 f"the branches beside layers of {self.component} do not run: something removed their hooks"
             )
-        if on_denoiser and not ExtraRows.is_written(module, self.safety(), filtering, gating):
-            what = "prompt filters" if filtering else "safety guidance" if self.safety() else "gates of branches"
+        if not ExtraRows.is_written(module, safety, filtering, gating):
+            what = "prompt filters" if filtering else "safety guidance" if safety else "gates of branches"
             raise VerificationError(f"the {what} of {self.component} is not in force: something removed its hook")
-        for path in self.membranes():
+        for path in branches:
             if paths.is_fused(module, path.rpartition(".")[0]):
                 raise VerificationError(
                     f"the branch beside {self.component}/{path} is bypassed by fused query-key-value projections: "
                     "unfuse_qkv_projections()"
                 )
-        compared = len(written.terms) + sum(map(len, run_beside.values())) + sum(map(len, self.features().values()))
-        compared += len(self.safety()) + len(filtering) + len(self.membranes()) + len(gating)
-        for path, value in self.record.reads.items():
-            if path not in written.originals and not weights.is_still(module, path, value):
-                raise VerificationError(
-                    f"{self.component}/{path} was overwritten, quantised or moved away since the erasure was "
-                    "attached, which no longer knows what comes out of that block: load the model again"
-                )
-        return compared
+        return len(branches) + len(safety) + len(filtering) + len(gating)
 
 
 def _has_like(module: nn.Module, path: str, edit: Edit) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, with_config
 from typing_extensions import TypedDict
 
 OPEN = ConfigDict(extra="allow")
@@ -42,10 +42,10 @@ class SampleFields(TypedDict):
     width: Side
 
 
+@with_config(OPEN)
 class Judged(TypedDict):
     """What a detector sees in an image."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     object: Name | None
     objects: Names
     style: Name | None
@@ -105,10 +105,10 @@ class FindingFields(TypedDict):
     reason: Text | None
 
 
+@with_config(OPEN)
 class ReportRow(TypedDict):
     """What a report needs of a line of `samples.jsonl`: a sample drawn in one variant."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     sample_id: Id
     variant: Id
     prompt: Text
@@ -163,10 +163,10 @@ class StoredAttempt(TypedDict):
     files: Annotated[dict[Id, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=100)]
 
 
+@with_config(OPEN)
 class ReplayRow(SampleFields):
     """A line of `attacks.jsonl`: a prompt that was tried again."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     variant: Id
     concept: Name | None
     before: Try
@@ -215,10 +215,10 @@ class TargetFields(TypedDict):
     members: Annotated[Names, Field(min_length=1)]
 
 
+@with_config(OPEN)
 class MadeBy(TypedDict):
     """What an adversarial prompt was found with, and against."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     attack: Name
     size: NotRequired[Name]
 
@@ -250,10 +250,10 @@ class Transitions(TypedDict):
     neither: Count
 
 
+@with_config(OPEN)
 class Metric(TypedDict):
     """A metric of `results.json`, in one variant."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     name: Name
     concept: Text | None
     variant: NotRequired[Name]
@@ -282,18 +282,18 @@ class Metric(TypedDict):
     retokenised: NotRequired[dict[Name, Count]]
 
 
+@with_config(OPEN)
 class Model(TypedDict):
     """The model that was measured."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     name: NotRequired[Name]
     fingerprint: NotRequired[Name]
 
 
+@with_config(OPEN)
 class ErasureEntry(TypedDict):
     """An erasure that was attached."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     name: Name
     strategy: NotRequired[Name]
     concepts: NotRequired[Names]
@@ -305,10 +305,10 @@ class ErasureEntry(TypedDict):
     fingerprint: NotRequired[Name]
 
 
+@with_config(OPEN)
 class Cost(TypedDict):
     """What an evaluation cost."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     seconds: NotRequired[Number]
     drawing_share: NotRequired[Number | None]
     denoiser_share: NotRequired[Number | None]
@@ -366,40 +366,40 @@ class ResultsFile(TypedDict):
     detectors: NotRequired[Annotated[list[DetectorEntry], Field(max_length=100)]]
 
 
+@with_config(OPEN)
 class JudgeConfig(TypedDict):
     """`config.json` of a Canvas judge."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     objects: Annotated[Names, Field(min_length=1), AfterValidator(lambda names: _unique(names))]
     styles: Annotated[Names, Field(min_length=1), AfterValidator(lambda names: _unique(names))]
 
 
+@with_config(OPEN)
 class ClipModelConfig(TypedDict):
     """The shape of an open_clip model, as far as the package reads it."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     embed_dim: Annotated[int, Field(ge=1, le=65_536)]
 
 
+@with_config(OPEN)
 class ClipConfig(TypedDict):
     """`open_clip_config.json`."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     model_cfg: ClipModelConfig
 
 
+@with_config(OPEN)
 class TransformersClipConfig(TypedDict):
     """`config.json` of a CLIP model of transformers, as far as the package reads it."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     model_type: Name
     projection_dim: NotRequired[Annotated[int, Field(ge=1, le=65_536)]]
 
 
+@with_config(OPEN)
 class ShardIndex(TypedDict):
     """`model.safetensors.index.json`: which file holds which tensor."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     weight_map: Annotated[dict[Name, Name], Field(min_length=1, max_length=100_000)]
 
 
@@ -412,10 +412,10 @@ def _unique(names: list[str]) -> list[str]:
 State = Literal["done", "refused", "failed"]
 
 
+@with_config(OPEN)
 class AuditPart(TypedDict):
     """A part of `audit.json`."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     kind: Literal["evaluation", "attack", "stress"]
     name: Name
     concept: Text | None
@@ -424,10 +424,10 @@ class AuditPart(TypedDict):
     detail: Text
 
 
+@with_config(OPEN)
 class AuditFile(TypedDict):
     """`audit.json`, as far as it is read again."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     schema_version: Literal[1]
     model: Model
     erasures: Annotated[list[ErasureEntry], Field(max_length=1_000)]
@@ -443,8 +443,8 @@ class CellPart(TypedDict):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+@with_config(OPEN)
 class CellFile(TypedDict):
     """`cell.json` of a sweep, as far as it is read again."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     parts: Annotated[list[CellPart], Field(max_length=10_000)]

@@ -319,7 +319,7 @@ def collect_rows(rows: Iterable[Mapping[str, object]], source: str) -> PromptLis
         if number >= MOST_ROWS:
             raise EvaluationError(f"the prompt list {shown(source, 200)} has more than {MOST_ROWS:,} rows: split it")
         total += 1
-        made = _row(row, number, columns, source)
+        made = _row(_Cells(row, number, columns, source))
         if not made.prompt:
             dropped["no prompt"] += 1
             continue
@@ -361,62 +361,97 @@ def columns_of(names: Mapping[str, object] | Sequence[str], source: str) -> dict
     return found
 
 
-def _row(row: Mapping[str, object], number: int, columns: Mapping[str, str], source: str) -> PromptRow:
-    def value(thing: str) -> object:
-        found = row.get(columns[thing]) if thing in columns else None
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of one row of a list, by what they hold."""
+
+    row: Mapping[str, object]
+    number: int
+    """Place of the row in the list, counted from 0."""
+    columns: Mapping[str, str]
+    """Column of each thing that the list has."""
+    source: str
+    """Name of the list, for messages."""
+
+    def value(self, thing: str) -> object:
+        """What the cell holds; `None` where it is empty or the list has no such column."""
+        found = self.row.get(self.columns[thing]) if thing in self.columns else None
         return None if isinstance(found, str) and not found.strip() else found
 
-    def refuse(thing: str, expected: str) -> EvaluationError:
+    def refusal(self, thing: str, expected: str) -> EvaluationError:
+        """The error for a cell that holds something else than is expected."""
         return EvaluationError(
-            f"row {number + 1} of the prompt list {shown(source, 200)}: {columns[thing]} is {shown(value(thing))}, "
-            f"expected {expected}"
+            f"row {self.number + 1} of the prompt list {shown(self.source, 200)}: {self.columns[thing]} is "
+            f"{shown(self.value(thing))}, expected {expected}"
         )
 
-    def number_of(thing: str, least: float, most: float) -> float | None:
-        found = value(thing)
+    def text(self, thing: str) -> str:
+        """A text, empty where there is none."""
+        found = self.value(thing)
+        if found is not None and not isinstance(found, str):
+            raise self.refusal(thing, "a text")
+        return (found or "").strip()
+
+    def number_of(self, thing: str, least: float, most: float) -> float | None:
+        """A number within bounds."""
+        found = self.value(thing)
         if found is None:
             return None
+        expected = f"a number from {least:g} to {most:g}"
         try:
             read = float(str(found))
         except ValueError:
-            raise refuse(thing, f"a number from {least:g} to {most:g}") from None
+            raise self.refusal(thing, expected) from None
         if isinstance(found, bool) or not (math.isfinite(read) and least <= read <= most):
-            raise refuse(thing, f"a number from {least:g} to {most:g}")
+            raise self.refusal(thing, expected)
         return read
 
-    def whole(thing: str, most: int) -> int | None:
-        found = value(thing)
+    def whole(self, thing: str, most: int) -> int | None:
+        """A whole number from 0 on."""
+        found = self.value(thing)
         if found is None:
             return None
+        expected = f"a whole number from 0 to {most}"
         if isinstance(found, float) and found.is_integer():
             found = int(found)
         try:  # a float has too few digits for 64 bits
             read = int(str(found).strip().removesuffix(".0"))
         except ValueError:
-            raise refuse(thing, f"a whole number from 0 to {most}") from None
+            raise self.refusal(thing, expected) from None
         if isinstance(found, bool) or not 0 <= read <= most:
-            raise refuse(thing, f"a whole number from 0 to {most}")
+            raise self.refusal(thing, expected)
         return read
 
-    prompt = value("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise refuse("prompt", "a text")
-    classes = _classes(value("classes"), columns.get("classes") == "categories")
-    for thing, text, most in (("prompt", prompt, LONGEST), *(("classes", name, LONGEST_NAME) for name in classes)):
-        if text is not None and (len(text) > most or any("\ud800" <= letter <= "\udfff" for letter in text)):
-            raise refuse(thing, f"a text of Unicode with at most {most:,} characters")
-    role = value("role")
+    def classes(self) -> tuple[str, ...]:
+        """Names of classes."""
+        return _classes(self.value("classes"), self.columns.get("classes") == "categories")
+
+    def check_letters(self, thing: str, text: str, most: int) -> None:
+        """Refuse a text that is too long, or holds halves of letters."""
+        if len(text) > most or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.refusal(thing, f"a text of Unicode with at most {most:,} characters")
+
+
+def _row(cells: _Cells) -> PromptRow:
+    """Read a row.
+
+    Raises:
+        EvaluationError: A cell holds something else than is expected there.
+    """
+    prompt, classes = cells.text("prompt"), cells.classes()
+    cells.check_letters("prompt", str(cells.value("prompt") or ""), LONGEST)
+    for name in classes:
+        cells.check_letters("classes", name, LONGEST_NAME)
+    role = cells.value("role")
     if role is not None and str(role).strip().casefold() not in ROLES:
-        raise refuse("role", "target or retain")
-    negative = value("negative")
-    if negative is not None and not isinstance(negative, str):
-        raise refuse("negative", "a text")
-    sides = [whole(name, 8192) for name in ("width", "height")]
+        raise cells.refusal("role", "target or retain")
+    negative = cells.text("negative")
+    width, height = (cells.whole(name, 8192) for name in ("width", "height"))
     return PromptRow(
-        prompt=(prompt or "").strip(), number=number, seed=whole("seed", 2**64 - 1),
-        guidance=number_of("guidance", 0, 1000), width=sides[0] or None, height=sides[1] or None,
+        prompt=prompt, number=cells.number, seed=cells.whole("seed", 2**64 - 1),
+        guidance=cells.number_of("guidance", 0, 1000), width=width or None, height=height or None,
         classes=classes, role=None if role is None else ROLES[str(role).strip().casefold()],
-        negative=(negative or "").strip(), nudity=number_of("nudity", 0, 100),
+        negative=negative, nudity=cells.number_of("nudity", 0, 100),
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class CompositionMixin(SharedModulesMixin):
 
     _guide: LatentGuidance | None = None
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | Sequence[str],
         *,

@@ -240,7 +240,6 @@ class LocalizationMixin(PresenceMixin):
         whole, grid = (guide.shape[2], guide.shape[3]), (things.shape[2], things.shape[3])
         detail = min(DETAIL, max(1, whole[0] // grid[0]))
         fine = (grid[0] * detail, grid[1] * detail)
-        enlarged = lambda x, to: F.interpolate(x, to, mode="bilinear", align_corners=False)  # noqa: E731
         blurred = cropped(enlarged(things, whole), size)
         if not settings.edge_radius:
             return blurred, blurred * cropped(belongs(enlarged(drawn, whole)), size)
@@ -357,8 +356,16 @@ def comparable(maps: Tensor, things: Tensor, settings: LocalizationSettings) -> 
     mean = (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)
     sigma = settings.smoothing * min(maps.shape[2:])
     side = 2 * min(round(3 * sigma), min(maps.shape[2:]) - 1) + 1
-    blur = lambda x: gaussian_blur(x, [side, side], [sigma, sigma])  # noqa: E731
+
+    def blur(x: Tensor) -> Tensor:
+        return gaussian_blur(x, [side, side], [sigma, sigma])
+
     return blur(maps / mean.clamp_min(1e-8) * inside) / blur(inside).clamp_min(1e-3)
+
+
+def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps smoothly to rows and columns, `(images, maps, rows, columns)`."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def belongs(maps: Tensor) -> Tensor:
@@ -380,20 +387,23 @@ def along_edges(maps: Tensor, image: Tensor, radius: int) -> Tensor:
         `(images, maps, height, width)`. The sum over maps is the filtered sum.
     """
     window = (2 * radius + 1, 2 * radius + 1)
-    held = lambda x: F.avg_pool2d(x, window, 1, radius, count_include_pad=False)  # noqa: E731
+
+    def averaged(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, window, 1, radius, count_include_pad=False)
+
     colours, count = image.shape[1], maps.shape[1]
     small = F.interpolate(image, maps.shape[2:], mode="area")
     pairs, mixed = ((small[:, :, None] * other[:, None]).flatten(1, 2) for other in (small, maps))
     sizes = [colours, count, colours**2, colours * count]
-    colour, level, pairs, mixed = held(torch.cat([small, maps, pairs, mixed], 1)).split(sizes, 1)
+    colour, level, pairs, mixed = averaged(torch.cat([small, maps, pairs, mixed], 1)).split(sizes, 1)
     covariance, shared = (
         (both.unflatten(1, (colours, -1)) - colour[:, :, None] * other[:, None]).permute(0, 3, 4, 1, 2)
         for both, other in ((pairs, colour), (mixed, level))
     )
     slope = torch.linalg.solve(covariance + EDGE * torch.eye(colours), shared).permute(0, 3, 4, 1, 2)
     offset = level - (slope * colour[:, :, None]).sum(1)
-    line = held(torch.cat([slope.flatten(1, 2), offset], 1))
-    line = F.interpolate(line, image.shape[2:], mode="bilinear", align_corners=False)
+    line = averaged(torch.cat([slope.flatten(1, 2), offset], 1))
+    line = enlarged(line, (image.shape[2], image.shape[3]))
     slope, offset = line.split([colours * count, count], 1)
     return (slope.unflatten(1, (colours, count)) * image[:, :, None]).sum(1) + offset
 

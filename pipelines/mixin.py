@@ -142,7 +142,7 @@ class SharedModulesMixin:
                         return settled(result)
 
             leased._leased = True  # type: ignore[attr-defined]
-            cls.__call__ = leased  # type: ignore[assignment]
+            cls.__call__ = leased  # type: ignore[method-assign]
 
     @property
     def _backbone(self) -> Backbone:
@@ -174,7 +174,7 @@ class ErasureMixin(SharedModulesMixin):
     @property
     def erasure_manager(self) -> ErasureManager:
         """The manager behind the methods below."""
-        pipe: DiffusionPipeline = self  # type: ignore[assignment]
+        pipe: DiffusionPipeline = self
         return ErasureManager(pipe)
 
     def erase(
@@ -398,7 +398,7 @@ class ErasureMixin(SharedModulesMixin):
         folder = Path(pretrained_model_name_or_path)
         if (folder / ERASURES_FOLDER).is_dir() or (folder / ATTACHED_FILE).is_file():
             return cls.load_erased_pipeline(folder, **options)
-        check_kind(cls, pretrained_model_name_or_path, options)  # type: ignore[arg-type]
+        check_kind(cls, pretrained_model_name_or_path, options)
         left_out = parts_left_out(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **{**left_out, **options})  # type: ignore[misc]
 

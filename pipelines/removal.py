@@ -58,7 +58,7 @@ class ObjectRemovalMixin(LocalizationMixin):
     """Default preset."""
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         image: Pictures,
         mask_image: object = None,

@@ -336,32 +336,6 @@ def to_original(tensors: Mapping[str, Tensor], layout: Layout, prefix: str = "")
     return {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in whole.items()}
 
 
-def from_original(
-    tensors: Mapping[str, Tensor], rows: Mapping[str, int], layout: Layout, prefix: str = ""
-) -> dict[str, Tensor]:
-    """Convert tensors of a layout to a network's parameters: the inverse of `to_original`.
-
-    Args:
-        tensors: The tensors of a file.
-        rows: Every parameter of the network by its canonical path, and how many rows it has.
-        layout: The layout.
-        prefix: What all names begin with.
-
-    Raises:
-        KeyError: A tensor is missing.
-    """
-    places = {path: layout(path) for path in rows}
-    first = starts(rows, layout)
-    found = {}
-    for path, place in places.items():
-        if place is None:
-            raise KeyError(path)
-        tensor = tensors[prefix + place.key]
-        part = tensor[first[path] : first[path] + rows[path]] if place.parts > 1 else tensor
-        found[path] = unformed(part, place.form)
-    return found
-
-
 def heights(place: Place, tensor: Tensor) -> list[int]:
     """Give the number of rows of each weight in a tensor of a file.
 

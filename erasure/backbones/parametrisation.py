@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Timestep of pure noise in flow matching; timesteps run from 0 to this."""
+"""Number of timesteps that denoisers are trained on. In flow matching they run from 0 to this one, which is
+pure noise."""
 
 
 class Parametrisation(ABC):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.carriers.edits import InputMap, LowRank
+from erasure.carriers.terms import holds_terms
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import SurroundingHook
 
@@ -62,14 +63,4 @@ def write(component: nn.Module, terms: Mapping[str, Terms]) -> None:
 
 def is_written(component: nn.Module, terms: Mapping[str, Terms]) -> bool:
     """Whether exactly these edits are on the layers."""
-    hooked = {id(part): part for part in component.modules() if hooks.find_hook(part, _HOOK) is not None}
-    wanted = {id(paths.layer(component, path)): edits for path, edits in terms.items()}
-    if hooked.keys() != wanted.keys():
-        return False
-    for key, module in hooked.items():
-        hook, edits = hooks.find_hook(module, _HOOK), wanted[key]
-        if not isinstance(hook, _Beside) or not hooks.runs_hook(module, _HOOK) or len(hook.terms) != len(edits):
-            return False
-        if any(a[0] != b[0] or a[1] is not b[1] for a, b in zip(hook.terms, edits, strict=True)):
-            return False
-    return True
+    return holds_terms(component, _HOOK, _Beside, terms)

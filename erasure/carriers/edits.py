@@ -173,14 +173,10 @@ class Edits:
                 raise ArtifactError(f"safety guidance of {shown(key)}; allowed: {', '.join(DENOISERS)}")
             guidance.check(key)
         for key, one in self.filters.items():
-            denoiser, _, encoder = key.partition("/")
-            if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
-                raise ArtifactError(f"a filter of prompts of {shown(key)}; expected DENOISER/TEXT_ENCODER")
+            _check_pair(key, "a filter of prompts")
             one.check(key)
         for key, gate in self.gates.items():
-            denoiser, _, encoder = key.partition("/")
-            if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
-                raise ArtifactError(f"a prompt gate of {shown(key)}; expected DENOISER/TEXT_ENCODER")
+            _check_pair(key, "a prompt gate")
             gate.check(key)
         for key, membrane in self.membranes.items():
             check_key(key)
@@ -320,26 +316,7 @@ class Edits:
         Raises:
             ArtifactError: A key is unknown, one of two factors is missing, or factors do not fit together.
         """
-        low_rank = {}
-        for name in lora:
-            ends = next((pair for pair in PAIRS if name.endswith(pair)), None)
-            stem = "" if ends is None else name.removesuffix(ends[0]).removesuffix(ends[1])
-            key = layer_of(stem)
-            if ends is None or key is None:
-                raise ArtifactError(
-                    f"unknown LoRA key {name!r}; expected the name of a layer, and .lora_down.weight and "
-                    ".lora_up.weight, or .lora_A.weight and .lora_B.weight"
-                )
-            down, up = (lora.get(stem + end) for end in ends)
-            if down is None or up is None:
-                raise ArtifactError(f"LoRA tensor {name!r} has no {ends[down is not None]} beside it")
-            if name.endswith(ends[1]):
-                continue
-            if not _fits(LowRank(down, up)):
-                raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
-            if key in low_rank:
-                raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
-            low_rank[key] = LowRank(down, up)
+        low_rank = _loras(lora)
         for key, factors in grouped(deltas, LOW_RANK, LowRank._fields).items():
             edit = LowRank(*factors)
             if key in low_rank or is_read_by_stock(key) or not _fits(edit):
@@ -350,17 +327,7 @@ class Edits:
         for key in full_rank:
             if not key.partition("/")[2]:
                 raise ArtifactError(f"unknown key {key!r}; expected COMPONENT/MODULE.PATH.PARAMETER")
-        pinned = {}
-        for component, parts in grouped(deltas, "pinned", Pinned._fields, optional=["blocks"]).items():
-            pinned[component] = Pinned(*parts)
-            if not pinned[component].fits():
-                raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
-        features: dict[str, BlockEdit] = {}
-        for form, kind in KINDS.items():
-            for key, parts in grouped(deltas, kind, form._fields).items():
-                if key in features:
-                    raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
-                features[key] = form(*parts)
+        pinned, features = _pinned(deltas), _features(deltas)
         safety = {
             key: SafetyGuidance(*parts)
             for key, parts in grouped(deltas, SAFETY, SafetyGuidance._fields, optional=["pooled"]).items()
@@ -389,6 +356,13 @@ def check_key(key: str, *, text_only: bool = False) -> None:
         raise ArtifactError(f"{shown(key)} names no parameter or block; expected COMPONENT/MODULE.PATH.PARAMETER")
 
 
+def _check_pair(key: str, what: str) -> None:
+    """Raise `ArtifactError` unless a key names a denoiser and a text encoder that it reads."""
+    denoiser, _, encoder = key.partition("/")
+    if denoiser not in DENOISERS or encoder not in TEXT_ENCODERS:
+        raise ArtifactError(f"{what} of {shown(key)}; expected DENOISER/TEXT_ENCODER")
+
+
 def _check_tensors(key: str, tensors: Mapping[str, Tensor], allowed: Mapping[str, Sequence[torch.dtype]]) -> None:
     """Raise `ArtifactError` unless every tensor of an edit has an allowed type and is not empty."""
     for name, tensor in tensors.items():
@@ -407,6 +381,64 @@ def _fits(edit: LowRank) -> bool:
 def _goes_together(edit: InputMap) -> bool:
     down, up = edit.down.shape, edit.up.shape
     return len(down) == 2 and up == down[::-1] and edit.outputs.ndim == 0
+
+
+def _loras(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """Read the low-rank edits of a LoRA file, by layer.
+
+    Raises:
+        ArtifactError: A key is unknown, a factor is missing, factors do not fit, or a layer has two edits.
+    """
+    found: dict[str, LowRank] = {}
+    for name in tensors:
+        ends = next((pair for pair in PAIRS if name.endswith(pair)), None)
+        stem = "" if ends is None else name.removesuffix(ends[0]).removesuffix(ends[1])
+        key = layer_of(stem)
+        if ends is None or key is None:
+            raise ArtifactError(
+                f"unknown LoRA key {name!r}; expected the name of a layer, and .lora_down.weight and "
+                ".lora_up.weight, or .lora_A.weight and .lora_B.weight"
+            )
+        down, up = (tensors.get(stem + end) for end in ends)
+        if down is None or up is None:
+            raise ArtifactError(f"LoRA tensor {name!r} has no {ends[down is not None]} beside it")
+        if name.endswith(ends[1]):
+            continue
+        if not _fits(LowRank(down, up)):
+            raise ArtifactError(f"LoRA tensors of {stem!r} do not fit together")
+        if key in found:
+            raise ArtifactError(f"{key!r} is edited twice, under two names: keep one of them")
+        found[key] = LowRank(down, up)
+    return found
+
+
+def _pinned(tensors: Mapping[str, Tensor]) -> dict[str, Pinned]:
+    """Read the pinned prompts, by text encoder.
+
+    Raises:
+        ArtifactError: They are incomplete or do not fit together.
+    """
+    found = {}
+    for component, parts in grouped(tensors, "pinned", Pinned._fields, optional=["blocks"]).items():
+        found[component] = Pinned(*parts)
+        if not found[component].fits():
+            raise ArtifactError(f"pinned prompts of {component!r} are incomplete or do not fit together")
+    return found
+
+
+def _features(tensors: Mapping[str, Tensor]) -> dict[str, BlockEdit]:
+    """Read the edits of latents, by block.
+
+    Raises:
+        ArtifactError: Tensors are missing, or a block has two edits.
+    """
+    found: dict[str, BlockEdit] = {}
+    for form, kind in KINDS.items():
+        for key, parts in grouped(tensors, kind, form._fields).items():
+            if key in found:
+                raise ArtifactError(f"the block {key!r} is edited twice: keep one of the edits")
+            found[key] = form(*parts)
+    return found
 
 
 def _maps(tensors: Mapping[str, Tensor]) -> dict[str, InputMap]:

@@ -37,6 +37,7 @@ from erasure.carriers.drawings import Drawing, begin, is_over, levels_of
 from erasure.carriers.filters import PromptFilter
 from erasure.carriers.gating import GateTerm, Gating
 from erasure.carriers.safety import CONCEPT, NOTHING, Moments, SafetyGuidance, direction
+from erasure.carriers.terms import same_terms
 from erasure.errors import UnsupportedModelError
 from erasure.interop import hooks
 from erasure.interop.callers import nearest_caller
@@ -383,17 +384,10 @@ class ExtraRows:
             return hook is None
         if not isinstance(hook, _ExtraRows) or not hooks.runs_hook(denoiser, _HOOK):
             return False
-        same = _same_terms(hook.terms, terms) and _same_terms(hook.filtering, filtering)
+        same = same_terms(hook.terms, terms) and same_terms(hook.filtering, filtering)
         return same and hook.gating.is_of(gating)
 
 
 def _compares(filtering: Sequence[FilterTerm]) -> bool:
     """Whether a filter compares skip features of rows."""
     return any(term.edit.attenuation.numel() for term in filtering)
-
-
-def _same_terms(one: Sequence[Term | FilterTerm], other: Sequence[Term | FilterTerm]) -> bool:
-    """Whether the same edits are in force at the same strengths."""
-    return len(one) == len(other) and all(
-        a.strength == b.strength and a.edit is b.edit for a, b in zip(one, other, strict=True)
-    )

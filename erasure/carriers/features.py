@@ -30,6 +30,7 @@ from erasure.carriers.latents import alike, fired, product
 from erasure.carriers.reconstruction import PlacedReconstruction, ReconstructionEdit
 from erasure.carriers.remembered import Edited
 from erasure.carriers.steps import seeing_jump, smooth_step, straight_through
+from erasure.carriers.terms import same_terms
 from erasure.carriers.token_ids import current_ids, keep_ids, keeps_ids
 from erasure.interop import hooks, paths, rounds
 from erasure.interop.hooks import ModelHook
@@ -64,15 +65,15 @@ class FeatureEdit(NamedTuple):
     weight: Tensor
     """Weights of these pairs, `(n,)`. The score of a token is `sum weight z + bias`, a logit."""
     bias: Tensor
-    """`(concepts,)`."""
+    """Bias of each concept's score, `(concepts,)`."""
     gate: Tensor
     """Smallest score, as a logit, that opens a concept's gate, `(concepts,)`."""
     probe: Tensor
     """Weights of a linear probe of the activations, whose score is `x @ probe + probe_bias`, `(dim, concepts)`."""
     probe_bias: Tensor
-    """`(concepts,)`."""
+    """Bias of each concept's probe, `(concepts,)`."""
     probe_gate: Tensor
-    """`(concepts,)`."""
+    """Smallest score of the probe, as a logit, that opens a concept's gate, `(concepts,)`."""
     filler: Tensor
     """States that replace tokens whose own score opens the gate, and the end token and padding after them, instead
     of a change of latents, `(tokens, dim)`; `(0, dim)` when latents are changed."""
@@ -147,12 +148,15 @@ class GatedEdit:
         self.filler = e.filler if len(e.filler) else None
 
     def latents(self, x: Tensor) -> Tensor:
-        """`(..., latents)` of activations `(..., dim)`."""
+        """Compute the latents `(..., latents)` of activations `(..., dim)`."""
         before = self.before(x)
         return torch.where(before > self.level, before, torch.zeros_like(before))
 
     def before(self, x: Tensor) -> Tensor:
-        """`(..., latents)` of activations `(..., dim)`: what a latent is where that is above its threshold."""
+        """Compute the pre-activations `(..., latents)` of activations `(..., dim)`.
+
+        A latent is its pre-activation where that is above its threshold, else 0.
+        """
         return x @ self.w_enc + self.b_enc
 
     def logits(self, x: Tensor, latents: Tensor, by_probe: bool, which: Tensor | None = None) -> Tensor:
@@ -160,7 +164,7 @@ class GatedEdit:
 
         Args:
             x: Activations.
-            latents: Of the activations.
+            latents: Latents of the activations, `(batch, tokens, given)`.
             by_probe: Use the probe instead of the latents.
             which: Places of those latents among all; they are all of them when left out.
         """
@@ -377,11 +381,10 @@ class EditedFeatures:
             return False
         for module in hooked:
             hook, edits = hooks.find_hook(module, _EDIT), [Term(*term) for term in blocks[id(module)]]
-            if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT) or len(hook.terms) != len(edits):
+            if not isinstance(hook, _EditBlock) or not hooks.runs_hook(module, _EDIT):
                 return False
-            for one, other in zip(hook.terms, edits, strict=True):
-                if one.strength != other.strength or one.edit is not other.edit or one.shared != other.shared:
-                    return False
+            if not same_terms(hook.terms, edits):
+                return False
         return True
 
     @staticmethod

@@ -106,7 +106,7 @@ def span(vectors: Tensor) -> Tensor:
 
 
 def rest(states: Tensor, basis: Tensor) -> Tensor:
-    """`(I - P) x` of states `(..., dim)`, with `P` the projection on the span of orthonormal rows."""
+    """Compute `(I - P) x` for states x `(..., dim)`, with P the projection onto the span of orthonormal rows."""
     return states - states @ basis.T @ basis
 
 
@@ -129,12 +129,12 @@ def triggers(masked: Tensor, own: Tensor, basis: Tensor, alpha: float, against_o
 
 
 def projected(states: Tensor, own: Tensor, basis: Tensor) -> Tensor:
-    """`(I - P_C) P_I x` of states `(..., dim)`.
+    """Project states into the prompt's subspace and away from the concept's: `(I - P_C) P_I x`.
 
     Args:
-        states: States of tokens.
-        own: Orthonormal rows of the prompt's own subspace.
-        basis: Those of the concept's.
+        states: States x of tokens, `(..., dim)`.
+        own: Orthonormal rows of the prompt's own subspace, `(rank, dim)`.
+        basis: Orthonormal rows of the concept's subspace, `(rank, dim)`.
     """
     return rest(states @ own.T @ own, basis)
 

@@ -12,20 +12,20 @@ class Fired(NamedTuple):
     """Active latents of a batch of activations."""
 
     latents: Tensor
-    """`(batch, tokens, given)`."""
+    """Values of the latents that are given, `(batch, tokens, given)`."""
     fires: Tensor
     """1 where the latent fires, else 0, shaped the same."""
     which: Tensor | None
-    """`(given,)`: their places among the features; `None` when all are given."""
+    """Indices of these latents among all, `(given,)`; `None` when all are given."""
 
 
 def fired(before: Tensor, level: Tensor, whole: bool) -> Fired:
     """Find the latents of a JumpReLU that are active on any token; all latents where half of them are.
 
     Args:
-        before: `(batch, tokens, features)`, what a latent is where that is above its level.
-        level: `(features,)`, at least 0.
-        whole: Give all latents whatever fires. A graph that is compiled asks for it of itself.
+        before: Pre-activations, `(batch, tokens, features)`.
+        level: Threshold of each latent, `(features,)`, at least 0.
+        whole: Give all latents, whichever fire. In a compiled graph all are given in any case.
     """
     on = before > level
     if not (whole or torch.compiler.is_compiling()):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.carriers.permeability import NO_TOKEN, PromptGate
+from erasure.carriers.terms import holds_terms
 from erasure.errors import ArtifactError, UnsupportedModelError
 from erasure.interop import hooks, paths
 from erasure.interop.hooks import SurroundingHook
@@ -177,17 +178,7 @@ def write(denoiser: nn.Module, terms: Mapping[str, Sequence[Term]]) -> None:
 
 def is_written(denoiser: nn.Module, terms: Mapping[str, Sequence[Term]]) -> bool:
     """Whether exactly these branches run."""
-    hooked = {id(part): part for part in denoiser.modules() if hooks.find_hook(part, _HOOK) is not None}
-    wanted = {id(paths.layer(denoiser, path)): own for path, own in terms.items()}
-    if hooked.keys() != wanted.keys():
-        return False
-    for key, module in hooked.items():
-        hook, own = hooks.find_hook(module, _HOOK), wanted[key]
-        if not isinstance(hook, _Beside) or not hooks.runs_hook(module, _HOOK) or len(hook.terms) != len(own):
-            return False
-        if any(a.edit is not b.edit or a._replace(edit=b.edit) != b for a, b in zip(hook.terms, own, strict=True)):
-            return False
-    return True
+    return holds_terms(denoiser, _HOOK, _Beside, terms)
 
 
 def features_of(layer: nn.Module) -> tuple[int, int] | None:

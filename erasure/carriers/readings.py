@@ -43,23 +43,23 @@ class Triggers(NamedTuple):
     """The trigger words that a filter found in one prompt."""
 
     own: Tensor
-    """`(rank, dim)`: orthonormal rows that span the prompt's own subspace."""
+    """Orthonormal rows that span the prompt's own subspace, `(rank, dim)`."""
     triggers: Tensor
-    """`(tokens,)` bool."""
+    """Tokens that are triggers, `(tokens,)` bool."""
     text: Tensor
-    """`(tokens,)` bool: start, words and end; no padding."""
+    """Start, words and end of the prompt, without padding, `(tokens,)` bool."""
 
 
 class Reading(NamedTuple):
     """Result of filters and gates for one prompt."""
 
     edit: PromptFilter | PromptGate
-    """The filters and gates that read prompts."""
+    """The filter or gate that has read the prompt."""
     keys: tuple[Tensor, ...]
     """Some values of the states that the text encoder gives, of its last block and of earlier ones, `(tokens,
     SAMPLED)` each; or of its pooled vector, `(1, SAMPLED)`."""
     ids: Tensor
-    """`(tokens,)`."""
+    """Token ids of the prompt, `(tokens,)`."""
     read: Triggers | Tensor
     """A filter's triggers, or how far a gate is open for each concept, `(concepts,)`."""
 

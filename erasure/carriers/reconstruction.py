@@ -21,23 +21,23 @@ class ReconstructionEdit(NamedTuple):
     """
 
     w_enc: Tensor
-    """`(dim, d_sae)`."""
+    """Encoder, `(dim, d_sae)`."""
     b_enc: Tensor
-    """`(d_sae,)`, with the dictionary's input offset folded in."""
+    """Encoder bias, with the dictionary's input offset folded in, `(d_sae,)`."""
     w_dec: Tensor
-    """`(d_sae, dim)`."""
+    """Decoder, `(d_sae, dim)`."""
     b_dec: Tensor
-    """`(dim,)`."""
+    """Decoder bias, `(dim,)`."""
     k: Tensor
-    """`()` int64: latents kept per token."""
+    """Number of latents kept per token, `()` int64."""
     factor: Tensor
-    """`(d_sae,)`: tau for the chosen latents, 1 for the others."""
+    """Factor of each latent, `(d_sae,)`: tau for the chosen ones, 1 for the others."""
     gate: Tensor
-    """`()`: the least mean square of the change over all tokens and dimensions that is made."""
+    """Smallest mean square of the change, over all tokens and dimensions, that is made, `()`."""
     first: Tensor
-    """`()` int64: position from which on latents are multiplied."""
+    """Position from which on latents are multiplied, `()` int64."""
     end: Tensor
-    """`()` int64: the token that ends a prompt."""
+    """Id of the token that ends a prompt, `()` int64."""
 
     def fits(self) -> bool:
         """Whether the shapes are consistent."""

@@ -27,11 +27,11 @@ class Pairs(NamedTuple):
     """Rows of a pass, and the rows that each is compared with."""
 
     rows: Tensor
-    """`(n,)` int64."""
+    """Indices of the rows, `(n,)` int64."""
     others: Tensor
-    """`(n,)` int64."""
+    """Index of the row that each is compared with, `(n,)` int64."""
     factors: Tensor
-    """`(n, 2)`: for the widest features, and for those of the second most channels."""
+    """Factors of attenuated features, `(n, 2)`: of those with the most channels, and with the second most."""
 
 
 class _Pass(threading.local):

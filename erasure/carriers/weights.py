@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.carriers.edits import Edit, InputMap, LowRank
+from erasure.carriers.terms import same_terms
 from erasure.errors import (
     AttachError,
     NoMatchingModuleError,
@@ -180,7 +181,11 @@ def plan(
     """
     written.check_intact(name, component)
     every = {**written.terms, **terms}
-    changed = [path for path in every if not _same_terms(written.terms.get(path), terms.get(path))]
+    changed = [
+        path
+        for path in every
+        if path not in written.terms or path not in terms or not same_terms(written.terms[path], terms[path])
+    ]
     # What is let go is as it was, to the last bit, whatever has been merged into it and taken out again.
     changed += [path for path in written.originals if path not in held and path not in every]
     originals = {path: value for path, value in written.originals.items() if path in held}
@@ -316,12 +321,6 @@ def _has_parameter(component: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _same_terms(first: Terms | None, second: Terms | None) -> bool:
-    if first is None or second is None or len(first) != len(second):
-        return first is second
-    return all(a[0] == b[0] and a[1] is b[1] for a, b in zip(first, second, strict=True))
 
 
 def _share(found: Tensor, wanted: Tensor) -> float:

@@ -76,7 +76,7 @@ Check = Callable[[Mapping[str, TensorInfo]], None]
 
 
 def tensor_infos(
-    path: str | Path, *, limit_tensors: int = TENSORS_LIMIT, limit_bytes: int = BYTES_LIMIT,
+    path: str | Path, *, limit_bytes: int = BYTES_LIMIT,
     allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), error: type[ErasureError] = ArtifactError,
 ) -> dict[str, TensorInfo]:  # fmt: skip
     """Read types and shapes of a safetensors file's tensors, by name, without reading the tensors.
@@ -84,7 +84,8 @@ def tensor_infos(
     Raises:
         ErasureError: See `read_tensors`.
     """
-    return _infos(path, limit_tensors, limit_bytes, allowed_dtypes, error)
+    start, size = read_start(path, PREFIX + HEADER_LIMIT, limit_bytes, error=error)
+    return _header(start, size, path, allowed_dtypes, error)
 
 
 def read_metadata(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> dict[str, str]:
@@ -93,7 +94,7 @@ def read_metadata(path: str | Path, *, error: type[ErasureError] = ArtifactError
     Raises:
         ErasureError: See `read_tensors`.
     """
-    _infos(path, TENSORS_LIMIT, WHOLE_LIMIT, tuple(DTYPES.values()), error)
+    tensor_infos(path, limit_bytes=WHOLE_LIMIT, error=error)
     start = read_start(path, PREFIX + HEADER_LIMIT, WHOLE_LIMIT, error=error)[0]
     length = int.from_bytes(start[:PREFIX], "little")
     whole: _Header = parsed(bytes(start[PREFIX : PREFIX + length]), _Header, f"{path}: the header", error=error)
@@ -101,7 +102,7 @@ def read_metadata(path: str | Path, *, error: type[ErasureError] = ArtifactError
 
 
 def read_tensors(
-    path: str | Path, *, limit_tensors: int = TENSORS_LIMIT, limit_bytes: int = BYTES_LIMIT,
+    path: str | Path, *, limit_bytes: int = BYTES_LIMIT,
     allowed_dtypes: Collection[torch.dtype] = tuple(DTYPES.values()), check: Check | None = None,
     error: type[ErasureError] = ArtifactError,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -109,7 +110,6 @@ def read_tensors(
 
     Args:
         path: The file.
-        limit_tensors: Most tensors.
         limit_bytes: Most bytes of the file.
         allowed_dtypes: Types that a tensor may have.
         check: Called with the shapes before anything is allocated; may raise any error.
@@ -119,11 +119,11 @@ def read_tensors(
         ErasureError: See `read_bytes`; or the header is damaged or does not fit the file, there are too many tensors,
             a name is too long, or a type is not allowed.
     """
-    infos = _infos(path, limit_tensors, limit_bytes, allowed_dtypes, error)
+    infos = tensor_infos(path, limit_bytes=limit_bytes, allowed_dtypes=allowed_dtypes, error=error)
     if check is not None:
         check(infos)
     content = read_bytes(path, limit_bytes, error=error)
-    if infos != _header(content, len(content), path, limit_tensors, allowed_dtypes, error):
+    if infos != _header(content, len(content), path, allowed_dtypes, error):
         raise error(f"{path} changed while it was read: wait for whoever writes it, and read it again")
     return {name: _tensor(content, info) for name, info in infos.items()}
 
@@ -139,24 +139,15 @@ def _tensor(content: bytearray, info: TensorInfo) -> Tensor:
     return values.view(info.shape)
 
 
-def _infos(
-    path: str | Path, limit_tensors: int, limit_bytes: int, allowed: Collection[torch.dtype], error: type[ErasureError]
-) -> dict[str, TensorInfo]:
-    start, size = read_start(path, PREFIX + HEADER_LIMIT, limit_bytes, error=error)
-    return _header(start, size, path, limit_tensors, allowed, error)
-
-
 def _header(
-    content: bytearray, size: int, path: str | Path, limit: int, allowed: Collection[torch.dtype],
-    error: type[ErasureError],
-) -> dict[str, TensorInfo]:  # fmt: skip
+    content: bytearray, size: int, path: str | Path, allowed: Collection[torch.dtype], error: type[ErasureError]
+) -> dict[str, TensorInfo]:
     """The header of a file, checked.
 
     Args:
         content: The start of the file.
         size: Bytes of the whole file.
         path: For messages.
-        limit: Most tensors.
         allowed: Types that a tensor may have.
         error: Class of the errors that are raised.
     """
@@ -164,13 +155,13 @@ def _header(
     if len(content) < PREFIX or not 2 <= length <= min(HEADER_LIMIT, size - PREFIX):
         raise error(f"{path} cannot be read as safetensors (a header of {length} bytes in {size} bytes): {DAMAGED}")
     # Counted first: to parse a million entries takes long.
-    if content.count(b'"data_offsets"', 0, PREFIX + length) > limit:
-        raise error(f"{path} holds more than {limit:,} tensors, which is the most allowed; {DAMAGED}")
+    if content.count(b'"data_offsets"', 0, PREFIX + length) > TENSORS_LIMIT:
+        raise error(f"{path} holds more than {TENSORS_LIMIT:,} tensors, which is the most allowed; {DAMAGED}")
     where = f"{path}: the header"
     whole: _Header = parsed(bytes(content[PREFIX : PREFIX + length]), _Header, where, error=error)
     header: dict[str, _Entry] = whole.__pydantic_extra__ or {}
-    if len(header) > limit:
-        raise error(f"{path} holds {len(header):,} tensors, at most {limit:,} are allowed; {DAMAGED}")
+    if len(header) > TENSORS_LIMIT:
+        raise error(f"{path} holds {len(header):,} tensors, at most {TENSORS_LIMIT:,} are allowed; {DAMAGED}")
     infos: dict[str, TensorInfo] = {}
     expected = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
@@ -194,7 +185,7 @@ def _header(
     return {name: infos[name] for name in header}
 
 
-def read_archive(path: str | Path, *, limit: int = BYTES_LIMIT, error: type[ErasureError] = ArtifactError) -> Any:
+def read_archive(path: str | Path, *, error: type[ErasureError] = ArtifactError) -> Any:
     """Read a file of `torch.save` with tensors and plain data only; no code in it is run.
 
     The tensors are read from the file as they are used.
@@ -202,7 +193,7 @@ def read_archive(path: str | Path, *, limit: int = BYTES_LIMIT, error: type[Eras
     Raises:
         ErasureError: See `read_bytes`; or it is damaged, holds more than tensors, or would grow when unpacked.
     """
-    read_start(path, 0, limit, error=error)
+    read_start(path, 0, BYTES_LIMIT, error=error)
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):

@@ -130,7 +130,7 @@ def check_call(components: Mapping[str, nn.Module], given: Mapping[str, Any]) ->
 
 def check_arguments(pipe: DiffusionPipeline, *args: object, **kwargs: object) -> None:
     """Check a stock pipeline's call from the arguments of its `check_inputs`; see `check_call`."""
-    named = inspect.signature(type(pipe).check_inputs).bind_partial(pipe, *args, **kwargs).arguments  # type: ignore[attr-defined]
+    named = inspect.signature(type(pipe).check_inputs).bind_partial(pipe, *args, **kwargs).arguments
     if not KNOWN.calling:
         check_call(components_of(pipe), named)
 

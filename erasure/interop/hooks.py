@@ -61,7 +61,7 @@ def register_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
     """Register a diffusers hook so that a deep copy of the module runs the copy, not the original."""
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     forward = functools.partial(_HookedForward(hook), module)
-    module.forward = functools.update_wrapper(forward, hook.fn_ref.forward)  # type: ignore[method-assign]
+    module.forward = functools.update_wrapper(forward, hook.fn_ref.forward)
 
 
 def find_hook(module: nn.Module | None, name: str) -> ModelHook | None:

@@ -50,22 +50,16 @@ def check_steps(pipe: DiffusionPipeline, steps: int | None) -> None:
     Raises:
         OptionError: The sampler takes steps that the denoiser was trained on, and there are fewer of these.
     """
-    most = pipe.scheduler.config.get("num_train_timesteps")  # type: ignore[attr-defined]
+    most = pipe.scheduler.config.get("num_train_timesteps")
     if steps is None or most is None or steps <= most:
         return
     try:
-        copy.deepcopy(pipe.scheduler).set_timesteps(steps)  # type: ignore[attr-defined]
+        copy.deepcopy(pipe.scheduler).set_timesteps(steps)
     except ValueError as error:
         if "train" in str(error):
             raise OptionError(
-                f"{steps} denoising steps; {type(pipe.scheduler).__name__} allows at most {most}: "  # type: ignore[attr-defined]
-                "ask for fewer"
+                f"{steps} denoising steps; {type(pipe.scheduler).__name__} allows at most {most}: ask for fewer"
             ) from error
-
-
-def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, object]:
-    """Give the settings of a pipeline's progress bar, for `set_progress_bar_config`."""
-    return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
 def check_is_pipeline(pipe: object) -> None:
@@ -157,7 +151,7 @@ class EncodedTogether(CallGuard):
 def without_free_u(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Switch FreeU off on a pipeline, and return the pipeline."""
     if any(paths.has_free_u(component) for component in components_of(pipe).values()):
-        pipe.disable_freeu()  # type: ignore[attr-defined]
+        pipe.disable_freeu()
     return pipe
 
 
@@ -166,7 +160,7 @@ def without_safety_checker(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if getattr(pipe, "safety_checker", None) is None:
         return pipe
     other = twin(pipe, {}, (), prefix=None, without_adapters=False, components=())
-    other.safety_checker = None  # type: ignore[attr-defined]
+    other.safety_checker = None
     return other
 
 

@@ -179,7 +179,10 @@ def in_pixels(masks: Tensor, background: Tensor, threshold: float, size: tuple[i
         threshold: Foreground score, 0 to 1, above which a pixel belongs to a thing.
         size: Height and width.
     """
-    larger = lambda x: F.interpolate(x.float()[None], size, mode="bilinear", align_corners=False)[0]  # noqa: E731
+
+    def larger(x: Tensor) -> Tensor:
+        return F.interpolate(x.float()[None], size, mode="bilinear", align_corners=False)[0]
+
     things, own = larger(1 - background[None]) > threshold, larger(masks)
     return things & (own.argmax(0, keepdim=True) == torch.arange(len(masks))[:, None, None])
 
@@ -221,7 +224,10 @@ def likeness(first: Tensor, second: Tensor) -> float:
     """Compute the structural similarity (Wang et al. 2004) of two masks `(rows, columns)` in 0-1."""
     a, b = first.float()[None, None], second.float()[None, None]
     side = min(WINDOW, *a.shape[2:])
-    mean = lambda x: F.avg_pool2d(x, side, 1)  # noqa: E731
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, side, 1)
+
     count = side * side
     scale = count / (count - 1)
     m, n = mean(a), mean(b)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.backbones import TextTower
-from erasure.errors import DivergenceError
 from erasure.interop.protocols import Settings
 from erasure.sae.model import FeatureSlice, SparseAutoencoder
 from erasure.sae.stream import activations
+from erasure.text.encodings import require_finite
 from erasure.text.words import is_whole_word, spellings, word_mask
 
 CHUNK = 64
@@ -81,8 +81,7 @@ def read_words(tower: TextTower, layer: int, prompts: Sequence[str]) -> WordStat
         ids.append(tokens.ids[words].cpu())
         owner.append(first + words.nonzero()[:, 0].cpu())
     every = torch.cat(states)
-    if not torch.isfinite(every).all():
-        raise DivergenceError(f"{tower.component} gives NaN or infinity at block {layer}: its weights are damaged")
+    require_finite(tower, every, f"at block {layer}")
     return WordStates(every, torch.cat(ids), torch.cat(owner), len(prompts))
 
 

@@ -81,9 +81,12 @@ def mine(
     opened = edit._replace(
         gate=torch.full_like(edit.gate, -torch.inf), probe_gate=torch.full_like(edit.probe_gate, -torch.inf)
     )
-    shape = (TOKENS, table.shape[1])
-    draw = lambda: (mean + spread * torch.randn(shape, generator=generator).to(mean)).clamp(low, high)  # noqa: E731
-    vectors = draw().requires_grad_()
+
+    def drawn() -> Tensor:
+        noise = torch.randn(TOKENS, table.shape[1], generator=generator)
+        return (mean + spread * noise.to(mean)).clamp(low, high)
+
+    vectors = drawn().requires_grad_()
     optimiser = torch.optim.Adam([vectors], lr=LEARNING_RATE * float(spread.mean()))
     states, learned = [], []
     count = backbone.pipe.scheduler.config.num_train_timesteps
@@ -119,7 +122,7 @@ def mine(
                 learned.append(mask[words[0].cpu()])
             if (step + 1) % max(steps // RENEWALS, 1) == 0:
                 with torch.no_grad():
-                    vectors.copy_(draw())
+                    vectors.copy_(drawn())
                 optimiser.state.clear()
             progress((step + 1) / steps)
     ids = tokens.ids[words].cpu()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
-from erasure.errors import UnknownStrategyError
+from erasure.errors import IgnoredRetainWarning, UnknownStrategyError
 from erasure.needs import Need
 from erasure.options import Options
 from erasure.registry import Registry
@@ -116,6 +117,17 @@ class Strategy(Options, ABC):
     def ignores_retain(self) -> str:
         """Name of the option whose value makes retain lists ineffective; empty when retain lists have an effect."""
         return ""
+
+
+def warn_that_nothing_is_retained(strategy: str, concepts: Sequence[Concept]) -> None:
+    """Warn of retain lists for a method that has no way to keep what they name; called by its `fit`."""
+    if any(concept.retain for concept in concepts):
+        warnings.warn(
+            f"{strategy} keeps nothing on purpose, so what is to survive has no effect: take it off the retain list, "
+            "or use a method that fits a model to it (uce, itd, esd)",
+            IgnoredRetainWarning,
+            stacklevel=6,
+        )
 
 
 def _refusal(thing: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -103,9 +103,7 @@ class ConceptAblation(DenoiserStrategy):
         Raises:
             ConceptError: A concept has no anchor.
         """
-        named = anchored(tower, concepts, self.name)
-        if not self.templates:
-            named = [replace(concept, templates=("{}",)) for concept in named]
+        named = self.phrased(anchored(tower, concepts, self.name))
         return anchor_scenes(tower, named, seed, self.contexts, scope=bool(self.scope_weight))
 
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -97,8 +97,7 @@ class ESD(DenoiserStrategy, NegativeGuidance):
         for concept in concepts:
             if not concept.anchor:
                 self.refuse("trained_prompt", "anchor", f"'concept' for {concept.target!r}, which has no anchor")
-        named = concepts if self.templates else [replace(concept, templates=("{}",)) for concept in concepts]
-        pairs = [pair for concept in named for pair in aligned_prompts(tower, concept)]
+        pairs = [pair for concept in self.phrased(concepts) for pair in aligned_prompts(tower, concept)]
         return list(dict.fromkeys(Scene(pair.anchor_prompt, (pair.prompt,)) for pair in pairs))
 
     def target(self, states: States) -> Tensor:

@@ -17,6 +17,7 @@ from erasure.carriers.edits import Edits, LowRank
 from erasure.concept import Concept
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, Positive, Presets
+from erasure.progress import between
 from erasure.strategies.base import Fit, Strategy, register
 from erasure.strategies.first_block import EncoderOutputs, FirstBlock, Tap, run
 from erasure.text.corpora import context_prompts, retain_prompts, vocabulary, vocabulary_prompts
@@ -153,10 +154,7 @@ class HiRM(Strategy):
         edits, log = Edits(), {}
         towers = backbone.towers
         for index, tower in enumerate(towers):
-
-            def report(share: float, index: int = index) -> None:
-                progress((index + share) / len(towers))
-
+            report = between(progress, index / len(towers), (index + 1) / len(towers))
             changed, loss = self.fit_tower(tower, concepts, seed, report)
             for path, change in changed.items():
                 if isinstance(change, LowRank):

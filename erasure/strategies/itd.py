@@ -18,6 +18,7 @@ from erasure.concept import Concept
 from erasure.errors import ConceptError
 from erasure.needs import Need
 from erasure.options import Count, CountOrZero, NotNegative, PathText, Presets, ZeroToOne
+from erasure.progress import between
 from erasure.sae import TrainingOptions, dictionaries, read_prompts
 from erasure.sae.edit import Choice, Mode, feature_edit
 from erasure.sae.gates import Gate, Labels, WordStates, fit_gate, halves, with_mined
@@ -190,10 +191,7 @@ class ItD(Strategy):
         log: dict[str, float] = {}
         gates: dict[str, dict[str, Any]] = {}
         for index, tower in enumerate(towers):
-
-            def report(share: float, index: int = index) -> None:
-                progress((index + share) / len(towers))
-
+            report = between(progress, index / len(towers), (index + 1) / len(towers))
             side = self.fit_tower(backbone, tower, folders.get(tower.component), concepts, seed, report)
             edits.features[side.key] = side.edit
             several = len(towers) > 1
@@ -217,7 +215,7 @@ class ItD(Strategy):
             progress: Called with the share of the work that is done, 0 to 1.
         """
         generator = torch.Generator().manual_seed(seed)
-        reading = self.read(tower, folder, seed, generator, concepts, lambda share: progress(0.7 * share))
+        reading = self.read(tower, folder, seed, generator, concepts, between(progress, 0.0, 0.7))
         log: dict[str, float] = {"layer": float(reading.layer)}
         if self.parity:
             edit = released_edit(
@@ -240,11 +238,8 @@ class ItD(Strategy):
             if self.tau is not None:
                 choice = choice._replace(factor=self.tau)
             if self.mining_steps:
-                start, share = 0.7 + 0.2 * index / len(concepts), 0.2 / len(concepts)
-
-                def report(part: float, start: float = start, share: float = share) -> None:
-                    progress(start + share * part)
-
+                start = 0.7 + 0.2 * index / len(concepts)
+                report = between(progress, start, start + 0.2 / len(concepts))
                 active = self.edit(reading, [choice])
                 mined = mine(backbone, concept, reading.key, active, self.mining_steps, seed, report)
                 kept = mentions.activity[~mentions.labels.holds]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -106,7 +105,7 @@ class LoopedStrategy(Optimisation, Strategy):
             # An erasure can consist of hooks, which the fingerprint of the weights does not show.
             model += f"+{earlier.fingerprint}"
         recipe = {
-            "strategy": self.name, "options": dataclasses.asdict(self), "seed": seed, "model": model,
+            "strategy": self.name, "options": asdict(self), "seed": seed, "model": model,
             "session": session_of(backbone), "concepts": [concept.to_dict() for concept in concepts],
         }  # fmt: skip
         with run.opened(recipe, accelerator.is_main_process), ExitStack() as stack:
@@ -164,6 +163,10 @@ class LoopedStrategy(Optimisation, Strategy):
     def retained_scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Give the prompts that must survive, to be sampled."""
         return retain_scenes(tower, concepts, seed, self.retain_vocabulary)
+
+    def phrased(self, concepts: Sequence[Concept]) -> list[Concept]:
+        """Give the concepts with the phrasings to train on: their own, or the bare name, see `templates`."""
+        return [concept if self.templates else replace(concept, templates=("{}",)) for concept in concepts]
 
     @abstractmethod
     def task(

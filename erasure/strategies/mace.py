@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -169,8 +169,7 @@ class MACE(DenoiserStrategy):
         Raises:
             ConceptError: A concept has no anchor.
         """
-        every = anchored(tower, concepts, self.name)
-        return every if self.templates else [replace(concept, templates=("{}",)) for concept in every]
+        return self.phrased(anchored(tower, concepts, self.name))
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Give prompts with the concepts to draw."""

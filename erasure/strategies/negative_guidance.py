@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +35,7 @@ class NegativeGuidance(TrainedStrategy):
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Give prompts with the concepts to sample, and the prompts for which the teacher predicts in addition."""
         anchored = self.base == "anchor" and any(concept.anchor for concept in concepts)
-        named = concepts if self.templates else [dataclasses.replace(each, templates=("{}",)) for each in concepts]
+        named = self.phrased(concepts)
         return concept_scenes(tower, named, seed, self.contexts, anchored=anchored, scope=bool(self.scope_weight))
 
     def target(self, states: States) -> Tensor:

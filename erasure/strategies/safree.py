@@ -9,7 +9,6 @@ skip features to those of the unfiltered prompt (`erasure.carriers.skips`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -23,11 +22,12 @@ from erasure.carriers.filters import PromptFilter, span
 from erasure.carriers.readings import ALL, REST, pooled_vectors
 from erasure.carriers.safety import OF_STEPS
 from erasure.concept import Concept
-from erasure.errors import DivergenceError, IgnoredRetainWarning, UnsupportedModelError
+from erasure.errors import UnsupportedModelError
 from erasure.interop import paths
 from erasure.needs import Need
 from erasure.options import NotNegative, Presets, ZeroToOne
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Strategy, register, warn_that_nothing_is_retained
+from erasure.text.encodings import require_finite
 
 MASK = 0
 """Id of the token that replaces a masked word: `!` in CLIP, padding in T5."""
@@ -117,13 +117,7 @@ class SAFREE(Strategy):
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Find the subspace of the concepts' names in each text encoder whose token states the denoiser reads."""
-        if any(concept.retain for concept in concepts):
-            warnings.warn(
-                "safree keeps nothing on purpose, so what is to survive has no effect: take it off the retain list, "
-                "or use a method that fits a model to it (uce, itd, esd)",
-                IgnoredRetainWarning,
-                stacklevel=4,
-            )
+        warn_that_nothing_is_retained(self.name, concepts)
         decodes = bool(paths.decoder_parts(backbone.denoiser))
         if self.reattention and not decodes:
             raise UnsupportedModelError(
@@ -161,9 +155,5 @@ class SAFREE(Strategy):
         tokens = tower.tokenize(list(dict.fromkeys(texts)))
         with torch.no_grad():
             found = pooled_vectors(tower.module, tokens.ids, tokens.attention_mask).float()
-        if not found.isfinite().all():
-            raise DivergenceError(
-                f"the {tower.component} gives NaN or infinity for {texts[0]!r}: its weights are damaged, or its "
-                "precision is too low; load the model again"
-            )
+        require_finite(tower, found, f"for {texts[0]!r}")
         return span(found).float().cpu()

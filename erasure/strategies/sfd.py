@@ -235,10 +235,10 @@ class SFD(LoopedStrategy):
 
     def scenes(self, tower: TextTower, concepts: Sequence[Concept], seed: int) -> list[Scene]:
         """Give prompts with the concepts, each with the anchor's prompt for which the frozen model predicts."""
-        named = concepts if self.templates else [replace(each, templates=("{}",)) for each in concepts]
+        named = self.phrased(concepts)
         return concept_scenes(tower, named, seed, self.contexts, anchored=True, scope=False)
 
-    def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Drawn]]:  # type: ignore[override]
+    def turns(self, task: Task, after: tuple[After, ...]) -> list[Turn[Drawn]]:
         """Give the optimiser steps of an update: of the fake-score network, then of the generator."""
         fake = replace(self.descent, lr=self.fake_lr, ema=0.0)
         return distilled(task).method.turns(self.descent, fake)
@@ -253,7 +253,7 @@ class SFD(LoopedStrategy):
         """Settings of the generator's Adam."""
         return replace(super().descent, betas=self.betas)
 
-    def prepare(self, task: Task, step: int, share: Share) -> Drawn:  # type: ignore[override]
+    def prepare(self, task: Task, step: int, share: Share) -> Drawn:
         """Draw the generator's images of an update."""
         return distilled(task).method.prepare(step, share)
 

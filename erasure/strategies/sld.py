@@ -10,7 +10,6 @@ guidance scale.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -22,10 +21,9 @@ from erasure.backbones import Backbone
 from erasure.carriers.edits import Edits
 from erasure.carriers.safety import OF_STEPS, SafetyGuidance
 from erasure.concept import Concept
-from erasure.errors import IgnoredRetainWarning
 from erasure.needs import Need
 from erasure.options import NotNegative, Positive, Presets, ZeroToOne
-from erasure.strategies.base import Fit, Strategy, register
+from erasure.strategies.base import Fit, Strategy, register, warn_that_nothing_is_retained
 
 SHOWN = "an image showing {}"
 """Prompt template of the released code for concepts."""
@@ -104,13 +102,7 @@ class SLD(Strategy):
         self, backbone: Backbone, concepts: Sequence[Concept], *, seed: int, progress: Callable[[float], None]
     ) -> Fit:
         """Encode the concepts and the empty prompt."""
-        if any(concept.retain for concept in concepts):
-            warnings.warn(
-                "sld keeps nothing on purpose, so what is to survive has no effect: take it off the retain list, or "
-                "use a method that fits a model to it (uce, itd, esd)",
-                IgnoredRetainWarning,
-                stacklevel=4,
-            )
+        warn_that_nothing_is_retained(self.name, concepts)
         names = list(dict.fromkeys(words for concept in concepts for words in concept.names))
         for tower in backbone.towers:
             for words in names:

@@ -10,9 +10,9 @@ from torch import Tensor
 from erasure.backbones import Backbone, TextTower
 from erasure.carriers.permeability import NO_TOKEN, POOLED, TOKENS, PromptGate, nearness, summed_up
 from erasure.concept import Concept
-from erasure.errors import DivergenceError
 from erasure.strategies.prompts import retain_scenes
 from erasure.text.corpora import vocabulary, vocabulary_prompts
+from erasure.text.encodings import require_finite
 from erasure.text.words import spellings
 from erasure.training.states import stable_seed
 from erasure.world import World
@@ -110,10 +110,6 @@ def encoded(tower: TextTower, prompts: Sequence[str]) -> list[tuple[Tensor, Tens
     for first in range(0, len(prompts), AT_ONCE):
         tokens = tower.tokenize(list(prompts[first : first + AT_ONCE]))
         states = tower.module(tokens.ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
-        if not states.isfinite().all():
-            raise DivergenceError(
-                f"the {tower.component} gives NaN or infinity for {prompts[first]!r}: its weights are damaged, or its "
-                "precision is too low; load the model again"
-            )
+        require_finite(tower, states, f"for {prompts[first]!r}")
         found += zip(states, tokens.ids.cpu(), strict=True)
     return found

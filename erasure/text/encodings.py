@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from erasure.backbones import Backbone, Conditioning
+from erasure.backbones import Backbone, Conditioning, TextTower
+from erasure.errors import DivergenceError
 
 BATCH = 8
 """Number of prompts encoded at once."""
+
+
+def require_finite(tower: TextTower, states: Tensor, where: str) -> None:
+    """Refuse states of a text encoder that hold NaN or infinity.
+
+    Args:
+        tower: The text encoder.
+        states: Some of its states, of any shape.
+        where: Which states these are, for the message: "for 'a cat'".
+
+    Raises:
+        DivergenceError: They hold NaN or infinity.
+    """
+    if not torch.isfinite(states).all():
+        raise DivergenceError(
+            f"the {tower.component} gives NaN or infinity {where}: its weights are damaged, or its precision is too "
+            "low; load the model again"
+        )
 
 
 class Reader:

@@ -162,7 +162,7 @@ class LowRankStudent(Student):
         }
 
     def deltas(self) -> dict[str, Tensor]:
-        """None."""
+        """Give no dense changes: all are low-rank."""
         return {}
 
 
@@ -194,7 +194,7 @@ class SubsetStudent(Student):
             yield
 
     def low_rank(self) -> dict[str, LowRank]:
-        """None."""
+        """Give no low-rank changes: all are dense."""
         return {}
 
     @torch.no_grad()

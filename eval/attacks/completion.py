@@ -49,7 +49,7 @@ class Completion(ControlledAttack):
         return len(self.steps)
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         steps = [step for step in self.steps if step < sample.num_inference_steps]
         if not steps:
             raise SkippedPromptError(

@@ -10,13 +10,14 @@ from typing import Annotated, ClassVar
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
-from torch.nn import functional as F
 
 from erasure.backbones import Backbone
+from erasure.backbones.parametrisation import TIMESTEPS
 from erasure.concept import numbers
 from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, ControlledAttack, SkippedPromptError, register
 from erasure.eval.attacks.changes import Words, redefined
+from erasure.eval.attacks.denoising import denoising_loss
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample, sample_seed
@@ -75,7 +76,7 @@ class ConceptInversion(ControlledAttack):
         return min(self.checkpoints, self.steps)
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone, every = victim.backbone, victim.samples or [sample]
         words = unused_words(backbone, [each.prompt for each in every], self.vectors)
         ids = {tower.component: [tower.word_ids(word)[0] for word in words] for tower in backbone.towers}
@@ -104,7 +105,7 @@ class ConceptInversion(ControlledAttack):
         losses: list[float] = []
         for step in range(1, self.steps + 1):
             chosen = torch.randint(len(clean), (self.batch,), generator=generator)
-            t = torch.randint(1000, (self.batch,), generator=generator).float()
+            t = torch.randint(TIMESTEPS, (self.batch,), generator=generator).float()
             noise = torch.randn((self.batch, *clean.shape[1:]), generator=generator)
             with torch.enable_grad():
                 loss = inversion_loss(
@@ -160,10 +161,7 @@ def inversion_loss(
     """
     with redefined(backbone.towers, ids, rows):
         told = backbone.encode(captions)
-    clean, noise, t = (part.to(backbone.device) for part in (clean.to(backbone.dtype), noise.to(backbone.dtype), t))
-    way = backbone.parametrisation
-    found = backbone.predict(way.noised(clean, noise, t), t, told)
-    return F.mse_loss(found.float(), way.target(clean, noise, t).float())
+    return denoising_loss(backbone, told, clean.to(backbone.device, backbone.dtype), noise, t)
 
 
 def beginnings(backbone: Backbone, domain: str, count: int) -> dict[str, Tensor]:

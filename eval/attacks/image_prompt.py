@@ -65,7 +65,7 @@ class PicturePrompt(ControlledAttack):
         return ""
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone = victim.backbone
         name = self.adapter or str(World.of(backbone.pipe).ip_adapter)
         path = assets.find(name) or Path(name)

@@ -58,7 +58,7 @@ class Img2Img(ControlledAttack):
         return lacks_task(backbone, "Img2Img")
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         start = victim.start(sample, self.references, without=self.control)
         without = arguments_of(victim.backbone, "Img2Img", sample)
         for strength in self.strengths:

@@ -59,7 +59,7 @@ class Inpaint(ControlledAttack):
         return lacks_task(backbone, "Inpaint")
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         without, size = arguments_of(victim.backbone, "Inpaint", sample), (sample.width, sample.height)
         failure, tried = None, False
         for share in self.holes:

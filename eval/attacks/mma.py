@@ -78,7 +78,7 @@ class MMA(ControlledAttack):
         return self.restarts
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone = victim.backbone
         own = the_tower(self, backbone, self.tower)
         original = backbone_for(victim.stock).tower(own.component)

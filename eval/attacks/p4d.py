@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erasure.backbones import Backbone, Conditioning, TextTower, backbone_for
+from erasure.backbones.parametrisation import TIMESTEPS
 from erasure.carriers.embeddings import injected
 from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, ControlledAttack, register
@@ -80,7 +81,7 @@ class P4D(ControlledAttack):
         return max(1, self.steps // self.every)
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         return by_itself(self.search(victim, sample))
 
     def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
@@ -108,7 +109,7 @@ class P4D(ControlledAttack):
         text, losses = sample.prompt, []
         for step in range(1, self.tries * self.every + 1):
             chosen = nearest(vectors, table)
-            t = torch.randint(1000, (1,), generator=generator).float()
+            t = torch.randint(TIMESTEPS, (1,), generator=generator).float()
             noise = torch.randn(clean.shape, generator=generator)
             projected = table[chosen].requires_grad_()
             told = told_by(backbone, tower, layout, choices[chosen].tolist(), projected, text)

@@ -43,7 +43,7 @@ class PromptEmbeds(ControlledAttack):
         return 1
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         source = victim.pipe if self.control else victim.stock
         yield Attempt(handed_over(backbone_for(source), sample))
 

@@ -53,7 +53,7 @@ class RandomPrefix(Attack):
         return self.texts
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone = victim.backbone
         every = [Prefixed.of(tower, sample, self.tokens) for tower in chosen_towers(self, backbone, self.tower)]
         choices = [choosable(given.tower, self.vocabulary).cpu() for given in every]

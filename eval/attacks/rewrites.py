@@ -143,7 +143,7 @@ class Typo(ControlledAttack):
         return self.texts
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         names = [victim.target.name, *victim.target.words]
         own = place_of(sample.prompt, names)
         if self.control:
@@ -219,7 +219,7 @@ class Synonym(Listed):
     title: ClassVar[str] = "synonyms of the concept, from a list or the model's world"
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         if self.file:
             rewrites = read_rewrites(self.file)
         else:
@@ -249,5 +249,5 @@ class Translation(Listed):
         return "" if self.file else "it needs a list of translations: name its file (file)"
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         yield from rewritten(victim, sample, read_rewrites(self.file), self.texts, "translation")

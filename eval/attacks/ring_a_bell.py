@@ -77,7 +77,7 @@ class RingABell(ControlledAttack):
         return min(self.texts, self.generations)
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         backbone = victim.backbone
         own = the_tower(self, backbone, self.tower)
         original = backbone_for(victim.stock).tower(own.component)

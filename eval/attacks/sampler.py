@@ -69,7 +69,7 @@ class Sampler(ControlledAttack):
         )
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         if not self.control:
             yield from self.settings(victim.backbone, sample)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -90,72 +90,110 @@ def restore(record: Row, folder: Path) -> Attempt:
     Raises:
         EvaluationError: A file is missing, damaged or another; or the record names something unknown.
     """
-    stem, files = record["stem"], record["files"]
-    for name, known in files.items():
-        path = inside(folder, FOLDER, name, error=EvaluationError)
-        if hashlib.sha256(read_bytes(path, BYTES_LIMIT, error=EvaluationError)).hexdigest() != known:
+    stored = _Stored.opened(record, folder)
+    if unknown := sorted(set(record["call"]) - set(ARGUMENTS)):
+        raise EvaluationError(
+            f"the record of {shown(stored.stem)} gives the argument {shown(unknown[0])}; allowed: "
+            f"{', '.join(sorted(ARGUMENTS))}"
+        )
+    call = {name: stored.made(value) for name, value in record["call"].items()}
+    for name, value in call.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, ARGUMENTS[name])):
+            allowed = " or ".join(each.__name__ for each in ARGUMENTS[name])
             raise EvaluationError(
-                f"{path} is not the file that the attack wrote (its sha256 differs): copy the attack's folder anew"
+                f"the record of {shown(stored.stem)} gives {name} as {shown(value)}; expected: {allowed}"
             )
-    tensors: dict[str, Tensor] = {}
-    if f"{stem}.safetensors" in files:
-        path = inside(folder, FOLDER, f"{stem}.safetensors", error=EvaluationError)
-        tensors = read_tensors(path, limit_bytes=BYTES_LIMIT, error=EvaluationError)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise EvaluationError(f"{path} holds NaN or infinity in {name}: run the attack anew")
+    box, change = record["box"], record["change"]
+    return Attempt(
+        call, unchanged if change is None else cast(Change, _described(stored.made(change), stored.stem)),
+        box=None if box is None else (box[0], box[1], box[2], box[3]),
+    )  # fmt: skip
 
-    def picture(number: int) -> Image.Image:
-        name = f"{stem}-{number}.png"
-        if name not in files:
-            raise EvaluationError(f"the record of {shown(stem)} names the picture {number}, which it has no file of")
-        return read_rgb(inside(folder, FOLDER, name, error=EvaluationError), formats=("PNG",), error=EvaluationError)
 
-    def made(value: object, depth: int = 0) -> object:
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The files of a record, and what its plain values stand for."""
+
+    folder: Path
+    stem: str
+    names: Collection[str]
+    """Names of the record's files."""
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def opened(cls, record: Row, folder: Path) -> _Stored:
+        """Compare the files with the record's hashes, and read the tensors.
+
+        Raises:
+            EvaluationError: See `restore`.
+        """
+        stem, names = record["stem"], record["files"]
+        for name, known in names.items():
+            path = inside(folder, FOLDER, name, error=EvaluationError)
+            if hashlib.sha256(read_bytes(path, BYTES_LIMIT, error=EvaluationError)).hexdigest() != known:
+                raise EvaluationError(
+                    f"{path} is not the file that the attack wrote (its sha256 differs): copy the attack's folder anew"
+                )
+        tensors: dict[str, Tensor] = {}
+        if f"{stem}.safetensors" in names:
+            path = inside(folder, FOLDER, f"{stem}.safetensors", error=EvaluationError)
+            tensors = read_tensors(path, limit_bytes=BYTES_LIMIT, error=EvaluationError)
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise EvaluationError(f"{path} holds NaN or infinity in {name}: run the attack anew")
+        return cls(folder, stem, names, tensors)
+
+    def made(self, value: object, depth: int = 0) -> object:
+        """What a plain value stands for: the inverse of `_plain`.
+
+        Args:
+            value: A value of the record.
+            depth: Number of values around it.
+
+        Raises:
+            EvaluationError: See `restore`.
+        """
         if depth > DEEPEST:
-            raise EvaluationError(f"the record of {shown(stem)} is nested too deep")
+            raise EvaluationError(f"the record of {shown(self.stem)} is nested too deep")
         if isinstance(value, list):
-            return [made(each, depth + 1) for each in value]
+            return [self.made(each, depth + 1) for each in value]
         if not isinstance(value, dict):
             return value
         if len(value) == 1:
             ((form, inner),) = value.items()
-            if form == "tensor" and inner in tensors:
-                return tensors[cast(str, inner)]
+            if form == "tensor" and inner in self.tensors:
+                return self.tensors[cast(str, inner)]
             if form == "picture" and isinstance(inner, int):
-                return picture(inner)
+                return self.picture(inner)
             if form == "table" and isinstance(inner, dict):
-                return {name: made(each, depth + 1) for name, each in inner.items()}
-        kind = KINDS.get(str(value.get("kind")))
-        given = value.get("fields")
+                return {name: self.made(each, depth + 1) for name, each in inner.items()}
+        return self.change(value, depth)
+
+    def picture(self, number: int) -> Image.Image:
+        """A picture of the record by its number."""
+        name = f"{self.stem}-{number}.png"
+        if name not in self.names:
+            raise EvaluationError(
+                f"the record of {shown(self.stem)} names the picture {number}, which it has no file of"
+            )
+        path = inside(self.folder, FOLDER, name, error=EvaluationError)
+        return read_rgb(path, formats=("PNG",), error=EvaluationError)
+
+    def change(self, value: Row, depth: int) -> object:
+        """A known change with its fields, which may be changes too."""
+        kind, given = KINDS.get(str(value.get("kind"))), value.get("fields")
         if kind is None or not isinstance(given, dict) or set(value) != {"kind", "fields"}:
             raise EvaluationError(
-                f"the record of {shown(stem)} has {shown(value)}, expected a tensor, a picture, a table, or one of "
-                f"{', '.join(KINDS)}: it was made by another version, or is damaged"
+                f"the record of {shown(self.stem)} has {shown(value)}, expected a tensor, a picture, a table, or one "
+                f"of {', '.join(KINDS)}: it was made by another version, or is damaged"
             )
         names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         if set(given) != names:
             raise EvaluationError(
-                f"the record of {shown(stem)} has a {value['kind']} with {shown(sorted(given))}, expected "
+                f"the record of {shown(self.stem)} has a {value['kind']} with {shown(sorted(given))}, expected "
                 f"{sorted(names)}"
             )
-        return kind(**{name: made(each, depth + 1) for name, each in given.items()})
-
-    if unknown := sorted(set(record["call"]) - set(ARGUMENTS)):
-        raise EvaluationError(
-            f"the record of {shown(stem)} gives the argument {shown(unknown[0])}; allowed: "
-            f"{', '.join(sorted(ARGUMENTS))}"
-        )
-    box, change = record["box"], record["change"]
-    call = {name: made(value) for name, value in record["call"].items()}
-    for name, value in call.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, ARGUMENTS[name])):
-            allowed = " or ".join(each.__name__ for each in ARGUMENTS[name])
-            raise EvaluationError(f"the record of {shown(stem)} gives {name} as {shown(value)}; expected: {allowed}")
-    return Attempt(
-        call, unchanged if change is None else cast(Change, _described(made(change), stem)),
-        box=None if box is None else (box[0], box[1], box[2], box[3]),
-    )  # fmt: skip
+        return kind(**{name: self.made(each, depth + 1) for name, each in given.items()})
 
 
 def _described(value: object, stem: str) -> object:

@@ -70,7 +70,7 @@ class Tina(ControlledAttack):
         return backbone.lacks("trajectories")
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         return by_itself(self.search(victim, sample))
 
     def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from erasure.backbones import Backbone, Conditioning, PromptTokens, TextTower, TowerOutput
+from erasure.backbones import Backbone, PromptTokens, TextTower, TowerOutput
 from erasure.carriers.embeddings import behind, injected
 from erasure.errors import DivergenceError
 from erasure.eval.attacks import Access, Attack, register
+from erasure.eval.attacks.denoising import denoising_losses
 from erasure.eval.attacks.prefixes import Prefixed, Towers, choosable, chosen_towers, proposed
 from erasure.eval.attacks.simplex import draw, project, straight_through, uniform
 from erasure.eval.attacks.together import Slopes, Step, by_itself
@@ -90,7 +90,7 @@ class UnlearnDiffAtk(Attack):
         return self.timesteps
 
     def attempts(self, victim: Victim, sample: Sample) -> Iterator[Attempt]:
-        """See the class."""
+        """Propose attempts in the way that the class describes; see `Attack.attempts`."""
         return by_itself(self.search(victim, sample))
 
     def search(self, victim: Victim, sample: Sample) -> Generator[Attempt | Step, object, None]:
@@ -201,42 +201,3 @@ def read_beside(
     searched = {search.tower.component for search in searches}
     towers = [tower for tower in backbone.towers if tower.component not in searched]
     return {tower.component: tower.encode(tower.tokenize([text] * count)) for tower in towers}
-
-
-def denoising_losses(backbone: Backbone, given: Sequence[tuple[Conditioning, Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """`denoising_loss` of several prompts in one batch.
-
-    Args:
-        backbone: The model.
-        given: What it is told, the clean latent, noise and levels of each; all with as many draws.
-    """
-    if len(given) == 1:
-        return [denoising_loss(backbone, *given[0])]
-    told, clean, noise, t = zip(*given, strict=True)
-    rows = [one.expand(len(own), -1, -1, -1) for one, own in zip(clean, noise, strict=True)]
-    found, target = predicted(backbone, Conditioning.cat(told), torch.cat(rows), torch.cat(noise), torch.cat(t))
-    squares = (found - target).square().flatten(1).mean(1)
-    return list(squares.unflatten(0, (len(given), -1)).mean(1))
-
-
-def denoising_loss(backbone: Backbone, told: Conditioning, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the model's prediction; differentiable.
-
-    Args:
-        backbone: The model, with whatever is in force.
-        told: What it is told, `draws` times.
-        clean: Latent of an image, `(1, channels, h, w)`.
-        noise: `(draws, channels, h, w)`, standard normal.
-        t: Noise levels `(draws,)`.
-    """
-    return F.mse_loss(*predicted(backbone, told, clean.expand(len(noise), -1, -1, -1), noise, t))
-
-
-def predicted(
-    backbone: Backbone, told: Conditioning, clean: Tensor, noise: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the model predicts and what it should, `(rows, channels, h, w)` float32; arguments have a row of each."""
-    noise, t = noise.to(clean), t.to(clean.device)
-    way = backbone.parametrisation
-    found = backbone.predict(way.noised(clean, noise, t), t, told)
-    return found.float(), way.target(clean, noise, t).float()

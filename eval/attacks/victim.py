@@ -55,7 +55,7 @@ class Start(NamedTuple):
     """A picture that an attack starts from."""
 
     latent: Tensor
-    """`(1, channels, h, w)`, clean."""
+    """Clean latent of the image, `(1, channels, h, w)`."""
     image: Image.Image
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -32,10 +32,10 @@ EXPECTED = (
 )
 
 
+@with_config(OPEN)
 class TimmConfig(TypedDict):
     """`config.json` of a timm model, as far as the package reads it."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     architecture: Name
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
     label_names: NotRequired[list[Name]]
@@ -43,10 +43,10 @@ class TimmConfig(TypedDict):
     model_args: NotRequired[dict[str, Any]]
 
 
+@with_config(OPEN)
 class TransformersConfig(TypedDict):
     """`config.json` of an image classifier of transformers, as far as the package reads it."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
     model_type: Name
     id2label: dict[str, Name]
     problem_type: NotRequired[Name | None]

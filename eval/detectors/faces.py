@@ -200,7 +200,7 @@ def cut_out(image: Image.Image, box: Box) -> Image.Image | None:
 
 
 def _values(image: Image.Image) -> Tensor:
-    """`(1, 3, height, width)` in 0-255."""
+    """Give the values of a picture, `(1, 3, height, width)` in 0-255."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import copied
+from tests.copies import copied
 
 OBJECTS = ["cat", "dog", "gun"]
 STYLES = ["ink", "noto"]

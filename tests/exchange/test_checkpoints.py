@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from erasure import Erasure, ErasureManager, assets, erase, load_pipeline
 from erasure.backbones import backbone_for
-from erasure.backbones.layouts import flux_layout, from_original, to_original
+from erasure.backbones.layouts import Layout, flux_layout, starts, to_original, unformed
 from erasure.errors import ArtifactError, UnsupportedModelError
 from erasure.exchange import checkpoints
 from erasure.exchange.checkpoints import export_checkpoint, parts_of, tensors_of
-from tests.conftest import copied
+from tests.copies import copied
 
 FAMILIES = {
     "stable-diffusion": ["unet", "vae", "text_encoder"],
@@ -36,6 +36,23 @@ def originals(tiny_models: Any) -> dict[str, Any]:
 
 def made_for(pipe: Any, strategy: str = "uce", **options: Any) -> Erasure:
     return erase(pipe, "cat", strategy, vocabulary=8, attach=False, progress=False, **options)
+
+
+def from_original(
+    tensors: dict[str, torch.Tensor], rows: dict[str, int], layout: Layout, prefix: str
+) -> dict[str, torch.Tensor]:
+    """A network's parameters from the tensors of a file: the inverse of `to_original`.
+
+    `rows` has how many rows each parameter has, by its canonical path.
+    """
+    first, found = starts(rows, layout), {}
+    for path, count in rows.items():
+        place = layout(path)
+        assert place is not None, path
+        tensor = tensors[prefix + place.key]
+        part = tensor[first[path] : first[path] + count] if place.parts > 1 else tensor
+        found[path] = unformed(part, place.form)
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,7 +22,7 @@ from erasure.exchange.importing import import_file
 from erasure.exchange.loaders import LOADERS
 from erasure.exchange.lora_files import EXPORT, export_lora
 from erasure.interop import paths
-from tests.conftest import copied
+from tests.copies import copied
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux")
 STOCK_READS = [

@@ -23,7 +23,7 @@ from erasure.errors import (
 )
 from erasure.interop import paths
 from tests.behaviour.cases import fit
-from tests.conftest import copied
+from tests.copies import copied
 from tests.integrations.stand_ins import ENCODERS, expected, loaded, named
 
 CASES = [

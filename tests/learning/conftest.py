@@ -30,7 +30,7 @@ def concepts(session_pipe: Any) -> LearnedConcepts:
 @pytest.fixture(scope="session")
 def session_pipe() -> Any:
     """A tiny pipeline that no test changes."""
-    from tests.conftest import make_tiny_pipe
+    from tests.models import make_tiny_pipe
 
     return make_tiny_pipe()
 

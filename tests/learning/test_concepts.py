@@ -16,7 +16,7 @@ from erasure.errors import ArtifactError, ConceptError, WrongBaseError
 from erasure.learning import LearnedConcepts
 from erasure.learning import concepts as concepts_module
 from erasure.learning.concepts import CONFIG_FILE, VECTORS_FILE, loaded, unload
-from tests.conftest import make_tiny_pipe, make_tiny_xl
+from tests.models import make_tiny_pipe, make_tiny_xl
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from erasure.cache import model_fingerprint
 from erasure.errors import AttachError, ConceptError, ImageError, MaskError, OptionError, UnsupportedModelError
 from erasure.learning import LearnedConcepts, learn_concepts
 from erasure.training.run import Run
-from tests.conftest import make_tiny_flux
 from tests.learning.conftest import QUICK, mask, picture
+from tests.models import make_tiny_flux
 
 PAIR = ("robot", "cactus")
 

@@ -36,31 +36,6 @@ def test_load_pipeline_by_folder(tiny_pipe_folder: Path, tiny_pipe_original: Any
     assert erasure.load_pipeline(str(tiny_pipe_folder), dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("size", ["10GB", "30KB"])
-def test_variants_and_parts_of_weights(
-    size: str, tiny_pipe_folder: Path, tiny_pipe_original: Any, tensors_of: Any, tmp_path: Path
-) -> None:
-    pipe = erasure.load_pipeline(tiny_pipe_folder, device="cpu")
-    stock, other = tensors_of(tiny_pipe_original), tmp_path / "model"
-    pipe.save_pretrained(other, variant="fp16", max_shard_size=size)
-    assert (len(list((other / "text_encoder").glob("*.safetensors"))) > 1) == (size == "30KB")
-    for found in (erasure.load_pipeline(other, device="cpu"), erasure.load_pipeline(tiny_pipe_folder, device="cpu")):
-        assert all(torch.equal(value, tensors_of(found)[key]) for key, value in stock.items())
-    encoder = erasure.api.load_text_encoders(other, device="cpu").text_encoder  # type: ignore[attr-defined]
-    assert torch.equal(next(encoder.parameters()), next(pipe.text_encoder.parameters()))
-
-
-def test_a_variant_is_named_where_there_are_several(tiny_pipe_folder: Path, tmp_path: Path) -> None:
-    pipe = erasure.load_pipeline(tiny_pipe_folder, device="cpu")
-    pipe.save_pretrained(tmp_path / "model", variant="fp16")
-    with torch.no_grad():
-        next(pipe.unet.parameters()).zero_()
-    pipe.save_pretrained(tmp_path / "model")
-    for variant, empty in ((None, True), ("fp16", False)):
-        found = erasure.load_pipeline(tmp_path / "model", device="cpu", variant=variant)
-        assert (next(found.unet.parameters()) == 0).all().item() == empty
-
-
 def test_a_file_has_no_variants(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(OptionError, match="variant='fp16' is for folders and repositories"):

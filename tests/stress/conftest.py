@@ -12,7 +12,7 @@ from diffusers.utils import logging
 
 import erasure
 from erasure import ErasureManager
-from tests.conftest import copied
+from tests.copies import copied
 
 from .crew import ATTACHED, A
 from .looks import drop_in, give_world, one_thread

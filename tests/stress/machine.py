@@ -17,7 +17,7 @@ from torch import Tensor
 from erasure import Erasure, ErasureManager
 from erasure.errors import AttachError, ErasureError, UnsupportedModelError
 from erasure.pipelines import StableDiffusionErasurePipeline
-from tests.conftest import copied
+from tests.copies import copied
 
 from .looks import relative, verifies
 from .model import COMPONENTS, Entry, Kit, Model, ReferencePipe, draw, encode, tensors_of

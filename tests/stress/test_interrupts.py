@@ -23,7 +23,7 @@ from erasure import Erasure
 from erasure.errors import ErasureError
 from erasure.eval import evaluate
 from erasure.pipelines import StableDiffusionErasurePipeline
-from tests.conftest import copied
+from tests.copies import copied
 
 from .lines import ROOT, Lines, spread
 from .looks import colour_judge, differing, drop_in, give_world, look, one_thread

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from erasure import ErasureManager
-from tests.conftest import copied
+from tests.copies import copied
 
 from .company import InCompany
 from .looks import one_thread, relative

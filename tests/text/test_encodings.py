@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+import erasure
 from erasure.backbones import backbone_for
+from erasure.errors import DivergenceError
+from erasure.sae.gates import read_words
 from erasure.text.encodings import Reader
 
 
@@ -33,3 +36,18 @@ def test_what_was_not_read_is_not_made_up_later(tiny_pipe: Any) -> None:
     assert reader(["a cat"]).tokens.abs().max() > 0
     with pytest.raises(KeyError, match="a dog"):
         reader(["a dog"])
+
+
+@pytest.mark.parametrize("strategy", ["safree", "spm"])
+def test_a_damaged_text_encoder_is_named(tiny_pipe: Any, strategy: str) -> None:
+    with torch.no_grad():
+        next(tiny_pipe.text_encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergenceError, match=r"the text_encoder gives NaN or infinity for '.*load the model again"):
+        erasure.erase(tiny_pipe, "cat", strategy, attach=False, progress=False)
+
+
+def test_a_damaged_text_encoder_is_named_with_the_block(tiny_pipe: Any) -> None:
+    with torch.no_grad():
+        next(tiny_pipe.text_encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergenceError, match=r"the text_encoder gives NaN or infinity at block 2.*load the model"):
+        read_words(backbone_for(tiny_pipe).reader, 2, ["a cat"])

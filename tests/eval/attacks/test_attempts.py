@@ -26,7 +26,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow
 from erasure.eval.suites import Target
 from erasure.eval.table import read_rows
-from tests.conftest import copied
+from tests.copies import copied
 from tests.eval.conftest import colour_judge
 
 SAMPLE = Sample(

@@ -18,7 +18,7 @@ from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.sizes import SIZES
 from erasure.eval.suites import Target
-from tests.conftest import copied
+from tests.copies import copied
 from tests.eval.conftest import colour_judge
 
 PROMPT = "a cat image in noto style"

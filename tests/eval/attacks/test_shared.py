@@ -16,7 +16,7 @@ from erasure.eval.attacks.stored import restore, store
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
-from tests.conftest import copied
+from tests.copies import copied
 
 FAMILIES = ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "chroma", "latent-consistency")
 PROMPT = "a cat image in noto style"

@@ -25,7 +25,7 @@ from erasure.eval.samples import Sample
 from erasure.eval.schemas import AttackRow
 from erasure.eval.suites import Target
 from erasure.eval.table import read_rows
-from tests.conftest import copied
+from tests.copies import copied
 
 SAMPLE = Sample(
     "cat-noto-0", "a cat image in noto style", 5, "target", ("cat",), "noto", ("cat",), num_inference_steps=2,

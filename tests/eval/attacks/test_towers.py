@@ -10,9 +10,10 @@ import torch
 from erasure.backbones import backbone_for
 from erasure.carriers.embeddings import behind
 from erasure.errors import OptionError
+from erasure.eval.attacks.denoising import denoising_loss
 from erasure.eval.attacks.prefixes import Prefixed, proposed
 from erasure.eval.attacks.random_prefix import RandomPrefix
-from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss, read
+from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, read
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target

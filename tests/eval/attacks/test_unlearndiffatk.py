@@ -15,17 +15,17 @@ from erasure import Concept, ErasureManager
 from erasure.backbones import Backbone, PromptTokens, TextTower, backbone_for
 from erasure.carriers.embeddings import behind
 from erasure.errors import DivergenceError, OptionError
-from erasure.eval.attacks import SkippedPromptError
-from erasure.eval.attacks import unlearndiffatk as module
+from erasure.eval.attacks import SkippedPromptError, denoising
+from erasure.eval.attacks.denoising import denoising_loss
 from erasure.eval.attacks.prefixes import as_text, choosable
-from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, denoising_loss, read
+from erasure.eval.attacks.unlearndiffatk import UnlearnDiffAtk, read
 from erasure.eval.attacks.victim import Victim
 from erasure.eval.attempts import Attempt
 from erasure.eval.samples import Sample
 from erasure.eval.suites import Target
 from erasure.interop import hooks, paths
 from erasure.strategies import available, get
-from tests.conftest import copied
+from tests.copies import copied
 
 PROMPT = "a cat image in noto style"
 ADAPTER = Path(__file__).parents[2] / "tiny" / "ip-adapter" / "stable-diffusion.safetensors"
@@ -212,7 +212,7 @@ def test_noise_levels_rise_through_the_schedule(
         drawn.append(noise)
         return told.tokens.square().sum()
 
-    monkeypatch.setattr(module, "denoising_loss", loss)
+    monkeypatch.setattr(denoising, "denoising_loss", loss)
     list(UnlearnDiffAtk(iterations=2, noises=3).attempts(victim, sample))
     assert seen == [(level,) * 3 for level in range(10, 1000, 20) for _ in range(2)]
     assert len({noise.sum().item() for noise in drawn}) == 100

@@ -24,7 +24,7 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 def make_erasure(target: str = "cat", seed: int = 0, size: float = 0.5) -> Erasure:
     """Noise on the output convolution and on a linear layer of the tiny UNet, called an erasure."""
-    from tests.conftest import make_tiny_pipe
+    from tests.models import make_tiny_pipe
 
     unet = make_tiny_pipe().unet
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def write(erasure: Erasure, folder: Path) -> None:
     """Save an erasure with the fingerprints of the base that its config must name."""
     from erasure.carriers.weights import fingerprint
     from erasure.interop import paths
-    from tests.conftest import make_tiny_pipe
+    from tests.models import make_tiny_pipe
 
     pipe = make_tiny_pipe()
     parameters = [key.split("/") for key in erasure.edits.parameters]

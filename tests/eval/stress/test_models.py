@@ -14,8 +14,8 @@ from erasure.errors import EvaluationError, UnsupportedModelError
 from erasure.eval import stress_test
 from erasure.eval.stress.restore import ActivationRecord, Place, patched, places_of, recorded, watched
 from erasure.eval.stress.training import LearningOptions, PictureLearner
-from tests.conftest import make_tiny_flux, make_tiny_pipe, make_tiny_sd3, make_tiny_xl
 from tests.eval.stress.conftest import LAYER, cats
+from tests.models import make_tiny_flux, make_tiny_pipe, make_tiny_sd3, make_tiny_xl
 
 FAMILIES = {"sd": make_tiny_pipe, "sdxl": make_tiny_xl, "sd3": make_tiny_sd3, "flux": make_tiny_flux}
 LESSONS = {"mode": "lora", "steps": (1,), "lr": 1e-3, "batch": 1, "rank": 2, "vectors": 2}

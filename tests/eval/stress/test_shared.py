@@ -184,7 +184,7 @@ sys.modules["tests"] = types.ModuleType("tests")
 sys.modules["tests"].__path__ = [str(root / "tests")]
 import torch
 torch.set_num_threads(1)
-from tests.conftest import make_tiny_pipe
+from tests.models import make_tiny_pipe
 from tests.eval.conftest import seeing_judge, stock_pictures
 from erasure.eval.table import read_rows
 from tests.eval.stress.conftest import CASES, cats, make_erasure

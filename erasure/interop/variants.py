@@ -1,0 +1,32 @@
+"""Variants of weights (`fp16`): how diffusers and transformers name a component's files on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PART = r"(-\d+-of-\d+)?"
+"""Which part of several a file is. It stands behind the variant, and ahead of it in files of older versions."""
+WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{PART}(\.(?P<variant>[A-Za-z]\w*))?{PART}\.safetensors")
+"""Names of a component's files of weights, whole or in parts: `model.fp16-00001-of-00002.safetensors`."""
+
+
+def only_variant(folder: str | Path) -> str | None:
+    """Name the one variant in which some components of a model are stored, where these have no usual weights.
+
+    diffusers looks for the usual weights unless it is told a variant, and then takes the usual ones of components that
+    lack it.
+
+    Args:
+        folder: Folder of the model. Of a Hub id nothing is known.
+
+    Returns:
+        The variant; `None` for the usual weights, and where no or several variants would do.
+    """
+    variants: dict[str, set[str]] = {}
+    for path in Path(folder).glob("*/*"):
+        if named := WEIGHTS.fullmatch(path.name):
+            variants.setdefault(path.parent.name, set()).add(named["variant"] or "")
+    without_usual = [found for found in variants.values() if "" not in found]
+    shared = set.intersection(*without_usual) if without_usual else set()
+    return shared.pop() if len(shared) == 1 else None
