@@ -29,6 +29,16 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what was imported: it would go through it again with every copied pipeline."""
     gc.collect()
     gc.freeze()
+    # It comes after every 700 new objects by itself, which is several times for each copied pipeline.
+    gc.set_threshold(20_000, 10, 10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disk() -> Iterator[None]:
+    """Files of tests need to outlast no power cut: nobody waits for the disk, though a closed file is still refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
