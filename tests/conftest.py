@@ -27,6 +27,16 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what was imported: it would go through it again with every copied pipeline."""
     gc.collect()
     gc.freeze()
+    # It comes after every 700 new objects by itself, which is several times for each copied pipeline.
+    gc.set_threshold(20_000, 10, 10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disk() -> Iterator[None]:
+    """Do not wait for the disk: files of tests outlast no power cut. A file that is closed is still refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

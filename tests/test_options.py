@@ -239,9 +239,14 @@ def cases() -> list[Case]:
     """Every option of every class, those that it inherits too."""
     found = []
     for cls in classes():
-        hints = get_type_hints(cls, include_extras=True)
-        found += [Case(cls, item.name, hints[item.name]) for item in dataclasses.fields(cls)]
+        found += [Case(cls, item.name, hints_of(cls)[item.name]) for item in dataclasses.fields(cls)]
     return found
+
+
+@cache
+def hints_of(cls: type[Options]) -> dict[str, Any]:
+    """The annotations of a class, which take longer to look up than an option to be checked."""
+    return get_type_hints(cls, include_extras=True)
 
 
 def parts(hint: Any) -> tuple[Any, ...]:
@@ -320,7 +325,7 @@ def allowed(hint: Any) -> Any:
 
 def complete(cls: type[Options], **options: Any) -> dict[str, Any]:
     """Options for an instance of a class: what must be given, and some."""
-    hints = get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     needed = [f.name for f in dataclasses.fields(cls)
               if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]  # fmt: skip
     return {**{name: allowed(hints[name]) for name in needed}, **options}

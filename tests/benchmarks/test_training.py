@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,24 @@ from erasure.errors import OptionError
 from erasure.strategies import available, get
 from erasure.strategies.looped import LoopedStrategy
 
+SMALL = {"generation": {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}}
+"""The least that the tiny pipeline draws, as its `canvas.json` declares it."""
 MEASURED = Path(__file__).resolve().parents[2] / "docs" / "measured"
 
 
-def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
+@pytest.fixture(scope="module")
+def small(tiny_pipe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as a folder, which declares that it draws pictures of `SMALL` size."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(tiny_pipe_folder, folder)
+    (folder / "canvas.json").write_text(json.dumps(SMALL))
+    return folder
+
+
+def test_bench_training(small: Path, capsys: Any) -> None:
     names = ["advunlearn", "esd", "concept_ablation", "doco"]
     command = [
-        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
+        "training", "--model", str(small), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
         "--strategies", *names,
     ]  # fmt: skip
     assert main([*command, "--json"]) == 0
@@ -37,12 +49,12 @@ def test_bench_training(tiny_pipe_folder: Path, capsys: Any) -> None:
 
 
 def test_figures_of_trainings_go_into_the_file_of_docs(
-    tiny_pipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = Measured.read(MEASURED / "training.json")
     known.model_copy(update={"rows": []}).write(tmp_path / "training.json")
     command = [
-        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
+        "training", "--model", str(small), "--anchor", "dog", "--updates", "1", "--rollout-steps", "3",
         "--strategies", "esd", "sfd", "--into", str(tmp_path), "--json",
     ]  # fmt: skip
     assert main(command) == 0
@@ -56,10 +68,10 @@ def test_figures_of_trainings_go_into_the_file_of_docs(
     assert "| `sfd` | 50 | " in shown.markdown(Measured.read(tmp_path / "training.json"))
 
 
-def test_a_strategy_without_trajectories_is_measured_once(tiny_pipe_folder: Path, capsys: Any) -> None:
+def test_a_strategy_without_trajectories_is_measured_once(small: Path, capsys: Any) -> None:
     """Each image of SFD: the generator, the fake-score network twice and the teacher twice, all with gradients."""
     command = [
-        "training", "--model", str(tiny_pipe_folder), "--anchor", "dog", "--updates", "1", "--strategies", "sfd",
+        "training", "--model", str(small), "--anchor", "dog", "--updates", "1", "--strategies", "sfd",
     ]  # fmt: skip
     assert main([*command, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["strategies"]
@@ -86,7 +98,7 @@ def test_a_whole_run_counts_the_filling() -> None:
 
 
 def test_a_training_that_fails_loses_no_figures_of_those_before(
-    tiny_pipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Measured.read(MEASURED / "training.json").model_copy(update={"rows": []}).write(tmp_path / "training.json")
     mode = {"updates": 10, "states": 4, "passes": 12.0, "seconds": 1.0, "fill_passes": 40.0, "fill_seconds": 5.0}
@@ -97,7 +109,7 @@ def test_a_training_that_fails_loses_no_figures_of_those_before(
         return mode
 
     monkeypatch.setattr("benchmarks.training.measure", measure)
-    asked = ["training", "--model", str(tiny_pipe_folder), "--strategies", "sfd", "doco", "--into", str(tmp_path)]
+    asked = ["training", "--model", str(small), "--strategies", "sfd", "doco", "--into", str(tmp_path)]
     assert main(asked) != 0
     assert [row["strategy"] for row in Measured.read(tmp_path / "training.json").rows] == ["sfd"]
 

@@ -23,7 +23,7 @@ from tests.strategies.updates import first_update
 CAT = Concept("cat", anchor="dog")
 QUICK: dict[str, Any] = {
     "steps": 4, "batch": 2, "retain_batch": 2, "rollout_steps": 3, "contexts": 0, "retain_vocabulary": 2,
-    "attack_steps": 2, "attack_from": 0.0,
+    "attack_steps": 2, "attack_from": 0.0, "resolution": 16,
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_the_denoiser_is_untouched(tiny_pipe_original: Any) -> None:
 def test_presets_run(preset: str, tiny_pipe_original: Any) -> None:
     made = erasure.erase(
         tiny_pipe_original, CAT, "advunlearn", preset=preset, steps=1, rollout_steps=2, rollouts=1, attack_from=0.0,
-        retain_vocabulary=0, attach=False, progress=False,
+        retain_vocabulary=0, resolution=16, attach=False, progress=False,
     )  # fmt: skip
     assert len(made.edits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +18,21 @@ from erasure.carriers.edits import Edits
 from erasure.concept import Concept
 from erasure.eval import Results, stress_test
 from erasure.eval.table import read_rows
+from tests.models import make_tiny_pipe
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 """A linear layer of the tiny UNet."""
 
 
+@cache
+def tiny_pipe() -> Any:
+    """The tiny pipeline, made once: read it, never change it."""
+    return make_tiny_pipe()
+
+
 def make_erasure(target: str = "cat", seed: int = 0, size: float = 0.5) -> Erasure:
     """Noise on the output convolution and on a linear layer of the tiny UNet, called an erasure."""
-    from tests.models import make_tiny_pipe
-
-    unet = make_tiny_pipe().unet
+    unet = tiny_pipe().unet
     generator = torch.Generator().manual_seed(seed)
     deltas = {
         f"unet/{path}.weight": size * torch.randn(unet.get_submodule(path).weight.shape, generator=generator)
@@ -99,9 +105,8 @@ def write(erasure: Erasure, folder: Path) -> None:
     """Save an erasure with the fingerprints of the base that its config must name."""
     from erasure.carriers.weights import fingerprint
     from erasure.interop import paths
-    from tests.models import make_tiny_pipe
 
-    pipe = make_tiny_pipe()
+    pipe = tiny_pipe()
     parameters = [key.split("/") for key in erasure.edits.parameters]
     known = {f"{part}/{path}": fingerprint(paths.parameter(getattr(pipe, part), path)) for part, path in parameters}
     config = replace(erasure.config, base={"tensors": known}, carriers=erasure.edits.carriers)
