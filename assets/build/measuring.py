@@ -47,39 +47,34 @@ def methods(
     size: Literal["smoke", "quick", "full"] | None = None,
     share: tuple[int, int] = (1, 1),
     only_table: bool = False,
-    folders: Path | None = None,
-    unseen: Path | None = None,
     into: Path | None = None,
 ) -> None:
     """Run the sweep `methods.toml`, every method on canvas-sd (resumes), then print its tables.
 
+    Figures of concepts go into one file, so that several machines or days may measure some concepts each; the means
+    are of all in that file.
+
     Args:
         out: Results, a folder for each erasure, as `erasure sweep` leaves them, too.
-        size: Of the suite; the file's when left out.
+        size: Of the suites; the file's when left out.
         share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
         only_table: Make and measure nothing, and take what there is.
-        folders: Measure nothing, and take evaluations that no sweep made: folders MODEL/CONCEPT-METHOD in this one.
-        unseen: Folder of such folders with results of `canvas-unseen`, as far as there are; with `folders`.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """
-    from erasure.assets.build.sweep import METRICS, UA_UNSEEN, chosen_cells, measure, plan, rows, rows_of_folders
-    from erasure.assets.build.tables import report
+    from erasure.assets.build import each
+    from erasure.assets.build.measured import Measured
+    from erasure.assets.build.sweep import measure, plan
+    from erasure.assets.build.tables import EACH_CONCEPT, EVERY_METHOD, report
 
-    if unseen is not None and folders is None:
-        raise SystemExit("--unseen goes beside the evaluations of --folders: give that, too")
     chosen = plan("methods", size)
-    if folders is None and not only_table:
+    if not only_table:
         measure(chosen, out, share)
     if share[1] == 1:
-        labels = [method.label for method in chosen.methods]
-        made = rows(chosen, out) if folders is None else [
-            row | {"group": group}
-            for group, concepts in chosen.groups.items()
-            for row in rows_of_folders(folders, concepts, labels, unseen=unseen)
-        ]  # fmt: skip
-        found = chosen_cells(made, ("method", "group", "concepts", *METRICS, UA_UNSEEN, "seconds", "kB"))
-        size_of_all = chosen.measures[0].size
-        report("methods", found, ("method", "group"), into, size=size_of_all, models=chosen.models, seeds=chosen.seeds)
+        write = partial(report, into=into, size=chosen.measures[0].size, models=chosen.models, seeds=chosen.seeds)
+        found = each.rows(chosen, out)
+        write(EACH_CONCEPT, found, ("method", "concept"))
+        all_found = found if into is None else Measured.read(into / f"{EACH_CONCEPT}.json").rows
+        write(EVERY_METHOD, each.means(all_found, chosen.groups), ("method", "group"))
 
 
 def across(

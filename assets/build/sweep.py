@@ -81,11 +81,11 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
             {"method": mean["name"], "model": mean["model"], "size": mean["size"], "group": group, "concepts": count},
         )
         suite = "" if mean["suite"] == chosen.measures[0].label else mean["suite"]
-        row |= {**_figures(mean, suite), **row}
+        row |= {**figures_of(mean, suite), **row}
     return list(made.values())
 
 
-def _figures(mean: Mapping[str, Record], suite: str = "") -> Row:
+def figures_of(mean: Mapping[str, Record], suite: str = "") -> Row:
     """Figures of one row of means, the seconds that an erasure took, and its kB.
 
     Args:
@@ -106,9 +106,8 @@ def _figures(mean: Mapping[str, Record], suite: str = "") -> Row:
 
 
 def rows_of_folders(
-    out: Path, concepts: Sequence[str], methods: Iterable[str] = (), models: Iterable[str] = (),
-    unseen: Path | None = None,
-) -> list[Row]:  # fmt: skip
+    out: Path, concepts: Sequence[str], methods: Iterable[str] = (), models: Iterable[str] = ()
+) -> list[Row]:
     """The same rows, of evaluations that no sweep made: `MODEL/CONCEPT-METHOD/results.json`, with one erasure each.
 
     A method that lacks the results of a concept on a model has no row there, which is printed.
@@ -118,7 +117,6 @@ def rows_of_folders(
         concepts: What every mean is over.
         methods: Which have rows; all that there are when empty.
         models: On which.
-        unseen: Folder of such folders with results of `canvas-unseen`, as far as there are.
 
     Raises:
         EvaluationError: A folder holds results of something else, results of one method were measured in unlike ways,
@@ -136,8 +134,6 @@ def rows_of_folders(
                     print(f"{method} on {model} has no row: no results of {', '.join(absent)}", flush=True)
                 continue
             made.append(_mean_of_folders(out, model, method, concepts))
-            if unseen is not None and _has_all(unseen, model, method, concepts):
-                made[-1] |= {**_mean_of_folders(unseen, model, method, concepts, UNSEEN), **made[-1]}
     if not made:
         raise EvaluationError(
             f"{out} has results of all of {', '.join(concepts)} for no method: give a folder of folders "
@@ -146,11 +142,7 @@ def rows_of_folders(
     return made
 
 
-def _has_all(out: Path, model: str, method: str, concepts: Sequence[str]) -> bool:
-    return all((out / model / f"{concept}-{method}" / FILE).is_file() for concept in concepts)
-
-
-def _checked(folder: Path, suite: str, model: str, concept: str, method: str) -> Results:
+def _checked(folder: Path, model: str, concept: str, method: str) -> Results:
     """Results that are of what their folder says.
 
     Raises:
@@ -158,26 +150,23 @@ def _checked(folder: Path, suite: str, model: str, concept: str, method: str) ->
     """
     results = Results.load(folder)
     erased = [(each.get("strategy"), list(each.get("concepts") or ())) for each in results.erasures]
-    if results.suite != suite or results.model.get("name") != model or erased != [(method, [concept])]:
+    if results.suite != "canvas" or results.model.get("name") != model or erased != [(method, [concept])]:
         raise EvaluationError(
             f"{folder} holds results of suite {results.suite} on {results.model.get('name')} with {erased}, expected "
-            f"those of suite {suite} on {model} with {method} of {concept} alone"
+            f"those of suite canvas on {model} with {method} of {concept} alone"
         )
     return results
 
 
-def _mean_of_folders(out: Path, model: str, method: str, concepts: Sequence[str], suite: str = "") -> Row:
-    """The row of a method on a model; figures of a suite that is given have its name behind theirs."""
-    results = {
-        concept: _checked(out / model / f"{concept}-{method}", suite or "canvas", model, concept, method)
-        for concept in concepts
-    }
+def _mean_of_folders(out: Path, model: str, method: str, concepts: Sequence[str]) -> Row:
+    """The row of a method on a model."""
+    results = {concept: _checked(out / model / f"{concept}-{method}", model, concept, method) for concept in concepts}
     check_alike(f"{method} on {model}", (((), concept, one) for concept, one in results.items()))
     means, missing = means_of(observed_in(results.items()).get("after", {}), len(results))
     size = next(iter(results.values())).size
     about: Row = {"method": method, "model": model, "size": size, "group": "all", "concepts": len(results)}
     mean = {"cells": means, "missing": missing, **cost_of(list(results.values()))}
-    return about | _figures(mean, suite)
+    return about | figures_of(mean)
 
 
 def chosen_cells(found: Iterable[Row], names: Sequence[str]) -> list[Row]:

@@ -230,6 +230,8 @@ OF_CONCEPT = (
 PLAIN_RATES = tuple((rate, f"{{{rate}:3}}") for rate in ("UA", "IRA", "CRA", "AA"))
 EVERY_METHOD = "methods"
 """File of all methods on one model, and table of its objects."""
+EACH_CONCEPT = "methods-concepts"
+"""File of the figures of each concept, of which those of `EVERY_METHOD` are the means."""
 LOOK_ALIKES = "look-alikes kept"
 OF_EVERY_METHOD = (
     METHOD, RATES[0], ("UA, unseen phrasings", "{UA_canvas-unseen:3/2}"), RATES[1], (LOOK_ALIKES, "{IRA_group:3/2}"),
@@ -284,6 +286,12 @@ TABLES: dict[str, Table] = {
     "methods-styles": Table(
         EVERY_METHOD, [column for column in OF_EVERY_METHOD if column[0] != LOOK_ALIKES], where={"group": ("styles",)}
     ),
+    **{
+        f"methods-{rate}": Table(
+            EACH_CONCEPT, (METHOD,), across="concept", each=(("{value}", f"{{each[{rate}]:2}}"),)
+        )
+        for rate in ("UA", "AA")
+    },
     "attacks": Table("attacks", ATTACKED),
     "attack-pairs": Table(
         "attack-pairs",

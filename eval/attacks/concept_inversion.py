@@ -49,7 +49,7 @@ class ConceptInversion(ControlledAttack):
     access: ClassVar[Access] = "weights"
     sizes: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "smoke": {"samples": 1, "pictures": 2, "steps": 3, "batch": 1},
-        "quick": {"samples": 10, "pictures": 8, "steps": 200, "batch": 4, "checkpoints": 2},
+        "quick": {"samples": 10, "pictures": 8, "steps": 200, "batch": 4, "learning_rate": 1.0, "checkpoints": 2},
         "full": {},
     }
 
@@ -60,7 +60,8 @@ class ConceptInversion(ControlledAttack):
     batch: Count = 16
     """Pictures in each update (released code: 4, accumulated over 4)."""
     learning_rate: Positive = 0.08
-    """Of AdamW (released code: 5e-3, scaled by 16)."""
+    """Of AdamW (released code: 5e-3, scaled by 16). Size `quick`, with few updates, has the rate that found
+    most of two Canvas concepts erased with `esd`."""
     weight_decay: NotNegative = 0.01
     """Of AdamW (released code: 0.01)."""
     vectors: Annotated[int, Ge(1), Le(8)] = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from erasure.assets.build import audited, doors, measuring, suites, sweep, table, words
+from erasure.assets.build import audited, doors, each, measuring, suites, sweep, table, words
 from erasure.assets.build.measured import Cell, Measured, figure
 from erasure.assets.build.tables import TABLES
 from erasure.errors import EvaluationError
@@ -74,6 +74,11 @@ def value(cell: Cell) -> object:
     return cell["value"] if isinstance(cell, dict) else cell
 
 
+def bounds(cell: Cell) -> tuple[float, float]:
+    assert isinstance(cell, dict)
+    return cell["low"], cell["high"]
+
+
 def test_means_and_concepts_are_written_from_the_folder_of_a_sweep(
     swept: Path, plan: SweepPlan, into: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,17 +117,10 @@ def test_a_style_is_kept_where_the_judge_sees_what_was_asked_for(swept: Path, pl
     assert table.own_style(plan, tmp_path / "nowhere", "uce")["reason"] == "no image of an erased object was judged"
 
 
-def test_methods_and_families_have_the_same_means(swept: Path, folders: Path, plan: SweepPlan, into: Path) -> None:
-    measuring.methods(out=swept, only_table=True, into=into)
-    rows = Measured.read(into / "methods.json").rows
-    assert [(row["method"], row["group"], row["concepts"]) for row in rows] == [
-        ("uce", "objects", 1),
-        ("uce", "styles", 1),
-    ]
+def test_families_have_the_same_means_from_folders_and_sweeps(
+    swept: Path, folders: Path, plan: SweepPlan, into: Path
+) -> None:
     assert [row["group"] for row in sweep.rows(plan, swept)] == ["objects", "styles"]
-    for row in rows:
-        assert value(row["drift"]) is not None
-        assert set(row) <= {"method", "group", "concepts", *sweep.METRICS, "seconds", "kB"}
     measuring.across(folders=folders, into=into)
     (of_folders,) = Measured.read(into / "families.json").rows
     assert (of_folders["method"], of_folders["model"], of_folders["size"]) == ("uce", "canvas-sd", "smoke")
@@ -132,30 +130,60 @@ def test_methods_and_families_have_the_same_means(swept: Path, folders: Path, pl
     assert list(of_folders) == ["method", "model", "size", *sweep.RATES, "seconds", "kB"]
 
 
-def test_unseen_phrasings_of_folders_are_a_figure_of_their_own(
-    swept: Path, folders: Path, plan: SweepPlan, into: Path, tmp_path: Path
+def test_means_of_methods_are_those_of_the_sweep(swept: Path, plan: SweepPlan, into: Path) -> None:
+    measuring.methods(out=swept, only_table=True, into=into)
+    concepts = Measured.read(into / "methods-concepts.json").rows
+    assert [(row["method"], row["concept"]) for row in concepts] == [("uce", "dog"), ("uce", "ink")]
+    seen = Results.load(swept / "cells/canvas-sd/uce/dog-0/evaluation-canvas").get("UA")
+    assert concepts[0]["UA"] == figure(seen)
+    found = Measured.read(into / "methods.json").rows
+    assert [(row["method"], row["group"], row["concepts"]) for row in found] == [
+        ("uce", "objects", 1), ("uce", "styles", 1),
+    ]  # fmt: skip
+    both = SweepPlan.of({**TINY, "groups": {"both": ["dog", "ink"]}})
+    (of_sweep,) = sweep.rows(both, swept)
+    (made,) = each.means(concepts, both.groups)
+    assert set(made) == {"method", "group", "concepts", *sweep.METRICS, "seconds", "kB"}
+    for name in (*sweep.RATES, "drift", "seconds", "kB"):
+        assert value(made[name]) == pytest.approx(value(of_sweep[name]), abs=1e-5), name
+    for name in (*sweep.RATES, "drift"):
+        assert bounds(made[name]) == pytest.approx(bounds(of_sweep[name]), abs=1e-5), name
+
+
+def test_concepts_that_were_measured_elsewhere_count_in_the_means(
+    swept: Path, plan: SweepPlan, into: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "unseen"
-    for concept in ("dog", "ink"):
-        shutil.copytree(folders / "canvas-sd" / f"{concept}-uce", other / "canvas-sd" / f"{concept}-uce")
-    with pytest.raises(EvaluationError, match="expected those of suite canvas-unseen"):
-        measuring.methods(folders=folders, unseen=other, into=into)
-    for file in other.glob("*/*/results.json"):
-        told = json.loads(file.read_text())
-        told["suite"] = sweep.UNSEEN
-        for row in told["metrics"]:
-            if row["name"] == "UA":
-                row["value"] = row["value"] / 2
-        file.write_text(json.dumps(told))
-    measuring.methods(folders=folders, unseen=other, into=into)
-    seen = Results.load(folders / "canvas-sd" / "dog-uce").get("UA")["value"]
-    row = Measured.read(into / "methods.json").rows[0]
-    assert (value(row["UA"]), value(row[sweep.UA_UNSEEN])) == (seen, seen / 2)
-    (other / "canvas-sd" / "dog-uce" / "results.json").unlink()
-    measuring.methods(folders=folders, unseen=other, into=into)
-    assert [sweep.UA_UNSEEN in row for row in Measured.read(into / "methods.json").rows] == [False, True]
-    with pytest.raises(SystemExit, match="--folders"):
-        measuring.methods(unseen=other)
+    file = into / "methods-concepts.json"
+    measuring.methods(out=swept, only_table=True, into=into)
+    dog, ink = Measured.read(file).rows
+    unlike = {**dog, "UA": {"value": 0.5, "low": 0.2, "high": 0.8, "n": 8}, sweep.UA_UNSEEN: {"value": 0.25, "n": 4}}
+    Measured.read(file).model_copy(update={"rows": [{**unlike, "concept": "cat"}]}).write(file)
+    groups = {"objects": ["dog", "cat"], "styles": ["ink"]}
+    both = SweepPlan.of({**TINY, "concepts": ["dog", "cat", "ink"], "groups": groups})
+    (made, _) = each.means([dog, {**unlike, "concept": "cat"}, ink], both.groups)
+    assert made["concepts"] == 2
+    assert value(made["UA"]) == (value(dog["UA"]) + 0.5) / 2  # type: ignore[operator]
+    assert made["UA"]["n"] == dog["UA"]["n"] + 8  # type: ignore[index,call-overload]
+    # One concept has no figure of unseen phrasings, so there is no mean of two.
+    assert value(made[sweep.UA_UNSEEN]) is None
+    assert "a cell does not have it" in made[sweep.UA_UNSEEN]["reason"]  # type: ignore[index,call-overload]
+    capsys.readouterr()
+    found = each.means([dog, {**unlike, "concept": "cat"}, {**dog, "method": "hirm"}], both.groups)
+    assert [(row["method"], row["group"], row["concepts"]) for row in found] == [
+        ("uce", "objects", 1), ("hirm", "objects", 1),
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "no mean of objects has cat: not measured with every method" in printed
+    assert "no mean of styles has ink" in printed
+    measuring.methods(out=swept, only_table=True, into=into)
+    assert [row["concept"] for row in Measured.read(file).rows] == ["cat", "dog", "ink"]
+
+
+def test_a_concept_that_is_not_measured_to_its_end_has_no_row(swept: Path, plan: SweepPlan, tmp_path: Path) -> None:
+    out = tmp_path / "swept"
+    shutil.copytree(swept, out)
+    (out / "cells/canvas-sd/uce/dog-0/cell.json").unlink()
+    assert [row["concept"] for row in each.rows(plan, out)] == ["ink"]
 
 
 def test_a_row_of_folders_takes_the_place_of_its_own_alone(folders: Path, plan: SweepPlan, into: Path) -> None:
