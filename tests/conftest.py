@@ -35,7 +35,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def disk() -> Iterator[None]:
-    """Files of tests need to outlast no power cut: nobody waits for the disk, though a closed file is still refused."""
+    """Files of tests need to outlast no power cut: nobody waits for the disk, but a closed file is still refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
         yield

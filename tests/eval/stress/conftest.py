@@ -105,6 +105,7 @@ def write(erasure: Erasure, folder: Path) -> None:
     """Save an erasure with the fingerprints of the base that its config must name."""
     from erasure.carriers.weights import fingerprint
     from erasure.interop import paths
+
     pipe = tiny_pipe()
     parameters = [key.split("/") for key in erasure.edits.parameters]
     known = {f"{part}/{path}": fingerprint(paths.parameter(getattr(pipe, part), path)) for part, path in parameters}
