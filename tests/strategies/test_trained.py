@@ -350,7 +350,7 @@ def test_two_processes_train_what_one_does(
 ) -> None:
     single, commands = {}, []
     for name in (name for name, strategy in available().items() if strategy.trains):
-        options = {"steps": 3, "lr": 1e-3, **PLAIN.get(name, {})}
+        options = {"steps": 3, "lr": 1e-3, "resolution": 32, **PLAIN.get(name, {})}
         with monkeypatch.context() as patch:
             if name in PLAIN:
                 patch.setattr(torch.optim, "AdamW", plain_steps)

@@ -31,8 +31,9 @@ from erasure import Erasure
 from stress.lines import Lines, kill
 from stress.looks import colour_judge, differing, drop_in, give_world, look
 
-# A file that was written outlasts the kill of a process, wherever the disk is.
+# What a process has written outlasts its kill, whether or not the disk has it.
 os.fsync = os.fstat
+
 LIMIT = 300
 """Seconds after which a job that hangs says where, and ends."""
 
