@@ -269,6 +269,7 @@ class World:
         anchor: str | None = None,
         retain: Sequence[str] = (),
         synonyms: Sequence[str] = (),
+        templates: Sequence[str] = (),
         erased: Sequence[Concept] = (),
     ) -> list[Concept]:
         """Make the concepts that texts name; a `Concept` among them is used as it is.
@@ -282,6 +283,7 @@ class World:
             anchor: Anchor of the concepts ("" for no replacement).
             retain: Names of what must survive. A group stands for its members that are not erased.
             synonyms: Other words for the concept, which are erased too.
+            templates: Phrasings of the concepts, with one `{}` each; those of the kind when empty.
             erased: Concepts that are erased already, which the world does not suggest as anchors or to be retained.
 
         Raises:
@@ -290,7 +292,7 @@ class World:
         """
         entries = self._expanded(self.requests(given))
         gone = frozenset([*(entry.target for entry in entries), *(name for each in erased for name in each.names)])
-        common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None)
+        common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None, tuple(templates))
         made = as_concepts(
             [entry if isinstance(entry, Concept) else self._concept(entry, common, gone) for entry in entries]
         )
@@ -335,7 +337,7 @@ class World:
             anchor=chosen,
             retain=self._suggested(word, erased) if kept is None else self._kept(kept, erased),
             synonyms=self.synonyms.get(word, ()) if others is None else parse_names(others, self.knows),
-            templates=own.templates,
+            templates=own.templates or common.templates,
         )
 
     def _suggested(self, word: str, erased: Collection[str]) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from erasure import __version__
 from erasure.cache import cache_folder
@@ -40,6 +39,7 @@ from erasure.eval.variants import Variant
 from erasure.files import at_home
 from erasure.images import png, read_rgb
 from erasure.options import RunSeed, check_seed
+from erasure.progress import Bar, bar
 
 CAPTION = "control_caption"
 """Control of the CLIP model, of suites whose numbers come from it alone."""
@@ -244,20 +244,19 @@ class _Evaluation(Run):
         name, pending = variant.name, self.pending(variant.name)
         mine = self.share(pending)
         done = len(self.plan.samples) - len(pending)
-        bar = tqdm(total=done + len(mine), initial=done, desc=name, unit="image", disable=not self.shows_bar)
-        with bar:
-            mine = self._from_cache(variant, mine, bar)
+        with bar(name, done + len(mine), done=done, unit="image", shown=self.shows_bar) as shown:
+            mine = self._from_cache(variant, mine, shown)
 
             def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(variant, batch, images, seconds)
 
             def finished(count: int) -> None:
-                bar.update(count)
+                shown.update(count)
                 self.tell(name, name)
 
             self.finish_drawn(pipe, variant.draw, mine, self.batch_size, finish, finished, self.beside)
 
-    def _from_cache(self, variant: Variant, samples: Sequence[Sample], bar: tqdm) -> list[Sample]:
+    def _from_cache(self, variant: Variant, samples: Sequence[Sample], shown: Bar) -> list[Sample]:
         """Take what an earlier evaluation has drawn; returns the samples that are left to draw."""
         name, cache = variant.name, self.caches[variant.name]
         if cache is None:
@@ -268,7 +267,7 @@ class _Evaluation(Run):
         def finish() -> None:
             if ready:
                 self._finish(variant, [sample for sample, _ in ready], [image for _, image in ready], None)
-                bar.update(len(ready))
+                shown.update(len(ready))
                 self.tell(name, name)
                 ready.clear()
 

@@ -12,7 +12,8 @@ from erasure.cli.described import changes, list_of, options_of, parse_with, valu
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, read_erasure, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
-from erasure.concept import Concept, Kind
+from erasure.concept import TEMPLATES, Concept, Kind
+from erasure.files import shown
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
@@ -39,8 +40,8 @@ class EraseOptions(TaughtModelOptions):
     """What to erase, as NAME, NAME:KIND, NAME>ANCHOR or NAME:KIND>ANCHOR, for instance "Van Gogh:style>painting".
     Several with ";" between them, or one behind the other; in double quotes every character is part of a name."""
     concepts: Path | None = None
-    """File with concepts to erase: CSV with the columns concept, kind, anchor, retain and synonyms, JSON with those
-    keys, or text with one concept per line."""
+    """File with concepts to erase: CSV with the columns concept, kind, anchor, retain, synonyms and templates, JSON
+    with those keys, or text with one concept per line. In a cell, several words or templates have ";" between them."""
     kind: Kind | None = None
     """Kind of the concepts that are given without one. When left out, a Canvas model knows the kind, and other models
     treat the concepts as objects."""
@@ -51,6 +52,9 @@ class EraseOptions(TaughtModelOptions):
     """Concepts that must survive."""
     synonyms: tuple[str, ...] = ()
     """Other words for the concept, erased along with it."""
+    concept_templates: tuple[str, ...] = ()
+    """Phrasings of the concepts that are given without their own, each with {} in the concept's place, for instance
+    "{}" "a photo of {}" of a person. When left out, those of the kind, such as "a photo of a {}" of objects."""
     preset: str | None = None
     """Named set of the strategy's options, for instance the paper's; further options change single values of it."""
     seed: int | None = None
@@ -94,7 +98,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
-    concepts = concepts_of(options, earlier)
+    concepts = concepts_of(options, earlier, terminal)
 
     import erasure
     from erasure import ledger
@@ -118,23 +122,24 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     show_result(made, name, folder, options, terminal)
 
 
-def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]:
+def concepts_of(options: EraseOptions, earlier: Erasure | None, terminal: Terminal) -> list[Concept]:
     """Make the concepts that the options name; learned tokens beside them are added to their retain lists.
 
     Args:
         options: Options of the command.
         earlier: Erasure to which the concepts are added, if there is one.
+        terminal: Is told which concepts are taken for objects.
 
     Raises:
         UsageError: Synonyms are given for several concepts.
         ConceptError: A concept is not valid.
     """
-    asked = wanted(options)
     learned = tokens_of(options.learned)
     world = dataclasses.replace(World.at(options.model), learned=frozenset(learned))
+    asked = world.requests(wanted(options))
     concepts = world.concepts(
         asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
-        erased=() if earlier is None else earlier.concepts,
+        templates=options.concept_templates, erased=() if earlier is None else earlier.concepts,
     )  # fmt: skip
     # A learned token resembles no word of the vocabulary, so it survives only where a retain list names it.
     erased = {name for concept in concepts for name in concept.names}
@@ -145,7 +150,26 @@ def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]
     ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
+    if not (options.kind or options.concept_templates):
+        say_assumed_objects(asked, world, terminal)
     return concepts
+
+
+def say_assumed_objects(asked: Sequence[ConceptRequest | Concept], world: World, terminal: Terminal) -> None:
+    """Say which concepts are taken for objects where neither the user nor the model says what they are."""
+    assumed = [
+        one.target
+        for one in asked
+        if not (world.declared or world.knows(one.target) or isinstance(one, Concept) or one.kind or one.templates)
+    ]
+    if not assumed:
+        return
+    names = ", ".join(map(shown, assumed[:5])) + (f" and {len(assumed) - 5} more" if len(assumed) > 5 else "")
+    example = TEMPLATES["object"][2].format(assumed[0])
+    terminal.say(
+        f"{names}: taken for {'objects' if len(assumed) > 1 else 'an object'}, with prompts such as {shown(example)}. "
+        "For a style add --kind style; for other prompts, as of a person, --concept-templates."
+    )
 
 
 def show_result(made: Erasure, strategy: str, folder: Path, options: EraseOptions, terminal: Terminal) -> None:

@@ -110,8 +110,9 @@ def read_concepts(path: str | Path) -> list[ConceptRequest | str]:
     """The concepts of a file: texts as on the command line, or rows with the fields of a concept.
 
     Lines of a text file that begin with `#` are remarks. The columns of a CSV file are `concept`, `kind`, `anchor`,
-    `retain` and `synonyms`, the last two with `;` between words; an empty cell leaves the choice to the model's world,
-    and `-` as an anchor stands for nothing. A file with no other column than `concept` holds texts.
+    `retain`, `synonyms` and `templates`, the last three with `;` between words or templates; an empty cell leaves the
+    choice to the model's world, and `-` as an anchor stands for nothing. A file with no other column than `concept`
+    holds texts.
 
     Raises:
         UsageError: It cannot be read, or has no concepts; a row that cannot be one, with its line.

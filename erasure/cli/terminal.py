@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_origin, get_type_hints
 
 from erasure.errors import ErasureError
+from erasure.progress import Lines, is_watched
 from erasure.shown import LABEL, did_you_mean, message, number, visible
 
 if TYPE_CHECKING:
@@ -374,7 +375,10 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Progress]:
-        """A progress bar of `total` steps on stderr."""
+        """A progress bar of `total` steps on stderr; where that is no terminal, a line now and then."""
+        if not is_watched():
+            yield Progress(Lines("", total, shown=self.speaks))
+            return
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
@@ -384,7 +388,7 @@ class Terminal:
             TimeElapsedColumn(), console=Console(stderr=True), disable=not self.speaks, transient=False,
         )  # fmt: skip
         with bar:
-            yield Progress(bar, bar.add_task("", total=total))
+            yield Progress(Moving(bar, bar.add_task("", total=total)))
 
 
 def _readable_width(rows: Sequence[Sequence[str]]) -> int:
@@ -394,19 +398,39 @@ def _readable_width(rows: Sequence[Sequence[str]]) -> int:
     return sum(max(word, min(text, NARROW)) + 3 for word, text in zip(words, longest, strict=True))
 
 
-class Progress:
-    """Handle of a running progress bar."""
+class Moving:
+    """The task of a bar in a terminal, handled like `Lines`."""
 
     def __init__(self, bar: Bar, task: TaskID) -> None:
         self.bar, self.task = bar, task
 
+    @property
+    def label(self) -> str:
+        """What is done."""
+        return self.bar.tasks[0].description
+
+    @label.setter
+    def label(self, text: str) -> None:
+        self.bar.update(self.task, description=visible(text, LABEL))
+
+    def update(self, n: float = 1) -> None:
+        """Go on by so many steps."""
+        self.bar.advance(self.task, n)
+
+
+class Progress:
+    """Handle of a running progress bar."""
+
+    def __init__(self, bar: Moving | Lines) -> None:
+        self.bar = bar
+
     def stage(self, text: str) -> None:
         """Say what is being done now."""
-        self.bar.update(self.task, description=visible(text, LABEL))
+        self.bar.label = text
 
     def advance(self, steps: float = 1) -> None:
         """Go on by so many steps."""
-        self.bar.advance(self.task, steps)
+        self.bar.update(steps)
 
     @contextlib.contextmanager
     def part(self) -> Iterator[Callable[[float], None]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from erasure.errors import BypassedErasureError
 from erasure.eval.attacks import Attack, SkippedPromptError
@@ -18,9 +17,10 @@ from erasure.eval.rows import Record, Row
 from erasure.eval.run import Run
 from erasure.eval.samples import Sample
 from erasure.guards import unguarded
+from erasure.progress import Bar
 
 
-def attacked(run: Run, victim: Victim, method: Attack, sample: Sample, bar: tqdm) -> Course[Record]:
+def attacked(run: Run, victim: Victim, method: Attack, sample: Sample, bar: Bar) -> Course[Record]:
     """Try a prompt as it is, then what the attack proposes, until the judge sees the concept."""
     failures: dict[str, str] = {}
     counts = dict.fromkeys(("references", "recalled"), 0)
@@ -114,7 +114,7 @@ def _stored(run: Run, sample: Sample, attempt: Attempt) -> Record:
         return {}
 
 
-def replayed(run: Run, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: tqdm) -> Course[Record]:
+def replayed(run: Run, victim: Victim, sample: Sample, prompt: AdversarialPrompt, bar: Bar) -> Course[Record]:
     """Try a prompt as it is, and an adversarial one in its place."""
     failures: dict[str, str] = {}
     counts = dict.fromkeys(("references", "recalled"), 0)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 from erasure.artifact import Erasure
 from erasure.attach import ErasureManager
@@ -43,6 +42,7 @@ from erasure.eval.table import SampleTable
 from erasure.files import at_home, digest
 from erasure.interop import scopes
 from erasure.options import RunSeed, check_seed
+from erasure.progress import Bar, bar
 from erasure.shown import LABEL, visible
 
 STEM = "attacks"
@@ -140,7 +140,7 @@ def attack(
             lambda sample, image: run.keep("reference", sample, image),
             samples=plan.samples, seed=seed, folder=run.table.folder, drawings=drawings, originals=originals,
         )  # fmt: skip
-        rows = run.finish(victim, lambda sample, bar: attacked(run, victim, method, sample, bar), method.tries)
+        rows = run.finish(victim, lambda sample, shown: attacked(run, victim, method, sample, shown), method.tries)
         if rows is None:
             return Results.load(run.table.folder)
         made_by = {
@@ -241,7 +241,9 @@ def replay(
         victim = Victim(
             models.pipe, models.stock, first.target, subject.judge, drawings=drawings, originals=originals
         )  # fmt: skip
-        rows = run.finish(victim, lambda sample, bar: replayed(run, victim, sample, texts[sample.sample_id], bar), 1)
+        rows = run.finish(
+            victim, lambda sample, shown: replayed(run, victim, sample, texts[sample.sample_id], shown), 1
+        )
         if rows is None:
             return Results.load(run.table.folder)
         rates = ("transfer_ASR",) if "source" in first.made_by else ("transfer_pre_ASR", "transfer_ASR")
@@ -301,7 +303,7 @@ class _Attack(Run):
         return "after" if self.subject.erasures else "before"
 
     def finish(
-        self, victim: Victim, outcome: Callable[[Sample, tqdm], Course[Record]], total: int
+        self, victim: Victim, outcome: Callable[[Sample, Bar], Course[Record]], total: int
     ) -> list[Record] | None:
         """Rows of all samples, in their order, after making those that are missing; only for the main process.
 
@@ -319,9 +321,9 @@ class _Attack(Run):
                 ends = dict.fromkeys((everything.index(samples[0]) + 1, everything.index(samples[-1]) + 1))
                 label = f"{'-'.join(map(str, ends))}/{len(everything)} {samples[0].prompt}"
                 whole = total * len(samples)
-                with tqdm(total=whole, desc=visible(label, LABEL), unit="text", disable=not self.shows_bar) as bar:
-                    rows = in_step([outcome(sample, bar) for sample in samples], victim.draw_alike, stepped)
-                    bar.set_postfix_str(", ".join(said(row.result) for row in rows))
+                with bar(visible(label, LABEL), whole, unit="text", shown=self.shows_bar) as shown:
+                    rows = in_step([outcome(sample, shown) for sample in samples], victim.draw_alike, stepped)
+                    shown.set_postfix_str(", ".join(said(row.result) for row in rows))
                 for sample, row in zip(samples, rows, strict=True):
                     fixed = {**sample.row(), "variant": kind, "concept": victim.target.name}
                     self.table.append([{**fixed, **row.result, "seconds": row.seconds}], [None])

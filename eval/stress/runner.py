@@ -11,7 +11,6 @@ from typing import cast
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from erasure.attach import ErasureManager
 from erasure.concept import Concept
@@ -43,6 +42,7 @@ from erasure.guards import unguarded
 from erasure.images import flaw
 from erasure.interop import scopes
 from erasure.options import RunSeed, check_seed
+from erasure.progress import bar
 
 
 class StressRow(EvaluationRow):
@@ -236,14 +236,14 @@ class _Stress(Run):
         mine, done = self.share(pending), len(wanted) - len(pending)
         if not mine:
             return
-        bar = tqdm(total=done + len(mine), initial=done, desc=condition.name, unit="image", disable=not self.shows_bar)
-        with bar, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
+        shown = bar(condition.name, done + len(mine), done=done, unit="image", shown=self.shows_bar)
+        with shown, condition.change(self.bench.pipe if condition.erased else self.bench.stock) as pipe:
 
             def finish(batch: list[Sample], images: list[Image.Image], seconds: float) -> None:
                 self._finish(condition, batch, images, seconds)
 
             def finished(count: int) -> None:
-                bar.update(count)
+                shown.update(count)
                 self.tell(condition.name, condition.name, wanted)
 
             self.finish_drawn(pipe, condition.draw, mine, self.batch_size, finish, finished)

@@ -113,6 +113,37 @@ def test_erase_several_concepts(tiny_pipe_folder: Path, tmp_path: Path, capsys):
     assert [concept["target"] for concept in summary["concepts"]] == ["cat", "dog", "car"]
 
 
+def test_erase_says_what_it_takes_for_an_object(tiny_pipe_folder: Path, tmp_path: Path, capsys) -> None:
+    erase = ["erase", "uce", "--model", str(tiny_pipe_folder), "--vocabulary", "4", "--overwrite"]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("concept,kind,templates\nmug,,\nink,style,\nAda,,{};a photo of {}\n")
+    for given, said in (
+        (["--concept", "Van Gogh"], "'Van Gogh': taken for an object, with prompts such as 'a photo of a Van Gogh'. "),
+        (["--concept", "café", "tall trees"], "'café', 'tall trees': taken for objects, with prompts such as "),
+        (["--concepts", str(rows)], "'mug': taken for an object"),
+        (["--concepts", str(rows), "--kind", "object"], ""),
+        (["--concept", "Van Gogh:style"], ""),
+        (["--concept", "Van Gogh", "--kind", "style"], ""),
+        (["--concept", "Ada Lovelace", "--concept-templates", "{}", "a photo of {}"], ""),
+    ):
+        assert main([*erase, *given, "--out", str(tmp_path / "made")]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(said)
+        assert ("taken for" in out) == ("--kind style; for other prompts" in out) == bool(said)
+
+
+def test_erase_with_templates(tiny_pipe_folder: Path, tmp_path: Path, capsys, stopped) -> None:
+    erase = ["erase", "uce", "--model", str(tiny_pipe_folder), "--vocabulary", "4", "--concept", "Ada Lovelace", "mug"]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("concept,templates\nGrace Hopper,the face of {}\n")
+    own = ["--concepts", str(rows), "--concept-templates", "{}", "a photo of {}", "--anchor", ""]
+    concepts = run_json([*erase, *own, "--out", str(tmp_path / "made")], capsys)["concepts"]
+    given = ["{}", "a photo of {}"]
+    assert [concept["templates"] for concept in concepts] == [given, given, ["the face of {}"]]
+    assert [concept["anchor"] for concept in concepts] == ["", "", ""]
+    assert "needs exactly one {}" in stopped(*erase, "--concept-templates", "a photo", "--out", str(tmp_path / "two"))
+
+
 def test_erase_keeps_what_is_there(tiny_pipe_folder: Path, cat: Path, tmp_path: Path, stopped):
     arguments = ["erase", "uce", "--model", str(tiny_pipe_folder), "--concept", "dog"]
     before = {file.name: file.read_bytes() for file in cat.iterdir()}

@@ -120,12 +120,14 @@ def test_the_stock_pipeline_draws_the_same_from_the_file(model: str, tmp_path: P
         assert torch.equal(draw(again), draw(pipe))
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_file_of_the_transformer_alone_draws_with_the_other_parts_of_its_model(
-    originals: dict[str, Any], tmp_path: Path, draw: Any, same_picture: Any
+    originals: dict[str, Any], tmp_path: Path, draw: Any, same_picture: Any, variant: str | None
 ) -> None:
     """Of SD3 the transformer is published alone: the configs, text encoders and autoencoder are the folder's."""
     pipe = copied(originals["stable-diffusion-3"])
-    pipe.save_pretrained(tmp_path / "model")
+    pipe.save_pretrained(tmp_path / "model", variant=variant)
+    assert (tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors").exists() == (variant is None)
     erasure, path = made_for(pipe), tmp_path / "erased.safetensors"
     export_checkpoint(erasure, pipe, path)
     again = load_pipeline(path, device="cpu", config=tmp_path / "model")

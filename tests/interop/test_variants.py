@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import erasure
+from erasure.cli.main import main
 from erasure.interop.variants import only_variant
 
 
@@ -62,3 +63,19 @@ def test_a_variant_is_named_where_there_are_several(tiny_pipe_folder: Path, tmp_
     for variant, empty in ((None, True), ("fp16", False)):
         found = erasure.load_pipeline(tmp_path / "model", device="cpu", variant=variant)
         assert (next(found.unet.parameters()) == 0).all().item() == empty
+
+
+def test_commands_open_a_folder_with_one_variant_alone(
+    tiny_pipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = erasure.load_pipeline(tiny_pipe_folder, device="cpu", dtype=torch.float16)
+    pipe.save_pretrained("model", variant="fp16")
+    assert all(".fp16." in file.name for file in Path("model").rglob("*.safetensors"))
+    model = ["--model", "model", "--device", "cpu"]
+    assert main(["erase", "uce", *model, "--concept", "cat", "--vocabulary", "4", "--out", "cat"]) == 0
+    drawing = ["generate", *model, "--erasure", "cat", "--prompt", "a cat", "--steps", "1"]
+    assert main([*drawing, "--out", "drawn"]) == 0
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    training = ["sae", "train", "--prompts", "prompts.txt", "--steps", "1", "--d-sae", "64", "--k", "4"]
+    assert main([*training, *model, "--out", "sae"]) == 0  # the text encoders alone
