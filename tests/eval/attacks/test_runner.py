@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erasure import ErasureManager
+from erasure import ErasureManager, progress
 from erasure.errors import DivergenceError, EvaluationError
 from erasure.eval import Results, attack, attacks, compare, replay
 from erasure.eval.attacks import Attack, SkippedPromptError
@@ -351,9 +351,13 @@ def test_replay_tries_texts_on_another_erasure(
         replay(erased_pipe, tmp_path / "fewer.jsonl", out=tmp_path / "a", judge=judge, progress=False)
 
 
+@pytest.mark.parametrize("watched", [True, False])
 def test_progress_says_prompts_without_what_steers_a_terminal(
-    erased_pipe: Any, found: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    erased_pipe: Any, found: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, watched: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(progress, "is_watched", lambda: watched)
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     rows = [json.loads(line) for line in (found / "adversarial.jsonl").read_text().splitlines()]
     rows[0]["prompt"] = "{bar}\x1b[2J\x9b\u202e\x07" + "z" * 50_000
     file = tmp_path / "hostile.jsonl"
