@@ -98,7 +98,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
-    concepts = concepts_of(options, earlier, terminal)
+    concepts = concepts_of(options, earlier)
 
     import erasure
     from erasure import ledger
@@ -111,6 +111,9 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
     require_tokens(pipe, [text for concept in concepts for text in concept.texts()])
+    if not (options.kind or options.concept_templates):
+        world = World.at(options.model)
+        say_assumed_objects(world.requests(wanted(options)), world, terminal)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
         progress=terminal.speaks, run=training, add_to=earlier, **changes(parsed.options, start),
@@ -122,13 +125,12 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     show_result(made, name, folder, options, terminal)
 
 
-def concepts_of(options: EraseOptions, earlier: Erasure | None, terminal: Terminal) -> list[Concept]:
+def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]:
     """Make the concepts that the options name; learned tokens beside them are added to their retain lists.
 
     Args:
         options: Options of the command.
         earlier: Erasure to which the concepts are added, if there is one.
-        terminal: Is told which concepts are taken for objects.
 
     Raises:
         UsageError: Synonyms are given for several concepts.
@@ -150,8 +152,6 @@ def concepts_of(options: EraseOptions, earlier: Erasure | None, terminal: Termin
     ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
-    if not (options.kind or options.concept_templates):
-        say_assumed_objects(asked, world, terminal)
     return concepts
 
 
