@@ -112,7 +112,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     pipe = open_model(options)
     require_tokens(pipe, [text for concept in concepts for text in concept.texts()])
     if not (options.kind or options.concept_templates):
-        world = World.at(options.model)
+        world = dataclasses.replace(World.at(options.model), learned=frozenset(tokens_of(options.learned)))
         say_assumed_objects(world.requests(wanted(options)), world, terminal)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
