@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 
 
 class ThingFigures(BaseModel):
-    """What was measured of a thing; shares are of its images."""
+    """Figures of one new thing; every share is one of the images that were drawn of it."""
 
     model_config = ConfigDict(extra="forbid")
     thing: str
@@ -53,14 +53,14 @@ class ThingFigures(BaseModel):
     """Intersection over union with the truth of the mask that learning starts from."""
     drawn: float
     """Share of images of its token that show it, and not the other thing of its picture."""
-    erased: float = 0.0
-    """Share of such images without it when it is erased."""
-    kept: float = 0.0
-    """`drawn` when the other thing of its picture is erased."""
+    erased: float
+    """Share of images of its token that do not show it once it is erased."""
+    kept: float
+    """Share of images that show it, as `drawn`, once the other thing of its picture is erased."""
 
 
 class PairFigures(BaseModel):
-    """What was measured of a picture of two things."""
+    """Figures of one picture of two new things."""
 
     model_config = ConfigDict(extra="forbid")
     things: tuple[ThingFigures, ThingFigures]
@@ -69,9 +69,9 @@ class PairFigures(BaseModel):
     known: float
     """Share of the objects that the model knew before which it still draws."""
     seconds: float
-    """What learning took."""
+    """Duration of the learning."""
     size_bytes: int
-    """Of the folder of concepts."""
+    """Size of the folder of learned concepts."""
 
 
 def pairs(count: int, seed: int = 5) -> list[Pair]:
@@ -138,24 +138,26 @@ def measure(folder: Path, pair: Pair, images: int, erasing: str, options: Settin
         wanted, other = pair.things[number], pair.things[1 - number]
         return float(np.mean([is_apart(found, wanted, other) for found in judge(drawn(pipe, prompts[number]))]))
 
-    first, second = (
-        ThingFigures(thing=thing, mask=masks[number], drawn=shown(number)) for number, thing in enumerate(pair.things)
-    )
+    apart = [shown(number) for number in range(len(TOKENS))]
     both = judge(drawn(pipe, [f"a photo of {TOKENS[0]} and {TOKENS[1]}"] * images))
-    known = [f"a photo of a {name}" for name in OBJECTS]
-    figures = PairFigures(
+    known = hits(judge, drawn(pipe, [f"a photo of a {name}" for name in OBJECTS]))
+    gone, kept = [], []
+    for number, thing in enumerate(pair.things):
+        erasure.erase(pipe, erasure.Concept(TOKENS[number], retain=(TOKENS[1 - number],)), erasing, progress=False)
+        gone.append(float(np.mean([thing not in found.things for found in judge(drawn(pipe, prompts[number]))])))
+        kept.append(shown(1 - number))
+        pipe.unload_erasures()
+    first, second = (
+        ThingFigures(thing=thing, mask=masks[i], drawn=apart[i], erased=gone[i], kept=kept[1 - i])
+        for i, thing in enumerate(pair.things)
+    )
+    return PairFigures(
         things=(first, second),
         both=float(np.mean([set(pair.things) <= set(found.things) for found in both])),
-        known=hits(judge, drawn(pipe, known)),
+        known=known,
         seconds=concepts.config.cost["seconds"],
         size_bytes=concepts.size_bytes,
     )
-    for number, (one, other) in enumerate(((first, second), (second, first))):
-        erasure.erase(pipe, erasure.Concept(TOKENS[number], retain=(TOKENS[1 - number],)), erasing, progress=False)
-        one.erased = float(np.mean([one.thing not in found.things for found in judge(drawn(pipe, prompts[number]))]))
-        other.kept = shown(1 - number)
-        pipe.unload_erasures()
-    return figures
 
 
 def hits(judge: NewcomersJudge, images: Sequence[Image.Image]) -> float:

@@ -12,7 +12,7 @@ from erasure.cli.described import changes, list_of, options_of, parse_with, valu
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, read_erasure, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
-from erasure.concept import TEMPLATES, Concept, Kind
+from erasure.concept import Concept, Kind
 from erasure.files import shown
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
@@ -98,7 +98,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     options: EraseOptions = parsed.command
     training: Run | None = getattr(parsed, "run", None)
     terminal.json_only = options.json
-    concepts = concepts_of(options, earlier)
+    concepts, assumed = concepts_of(options, earlier)
 
     import erasure
     from erasure import ledger
@@ -111,9 +111,7 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
         training = dataclasses.replace(training, checkpoints=folder.with_name(f"{folder.name}.training"))
     pipe = open_model(options)
     require_tokens(pipe, [text for concept in concepts for text in concept.texts()])
-    if not (options.kind or options.concept_templates):
-        world = dataclasses.replace(World.at(options.model), learned=frozenset(tokens_of(options.learned)))
-        say_assumed_objects(world.requests(wanted(options)), world, terminal)
+    say_assumed_objects(assumed, terminal)
     made = erasure.erase(
         pipe, concepts, strategy=name, seed=options.seed, attach=False, preset=options.preset,
         progress=terminal.speaks, run=training, add_to=earlier, **changes(parsed.options, start),
@@ -125,12 +123,16 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     show_result(made, name, folder, options, terminal)
 
 
-def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]:
+def concepts_of(options: EraseOptions, earlier: Erasure | None) -> tuple[list[Concept], list[str]]:
     """Make the concepts that the options name; learned tokens beside them are added to their retain lists.
 
     Args:
         options: Options of the command.
         earlier: Erasure to which the concepts are added, if there is one.
+
+    Returns:
+        The concepts, and the names of those that are taken for objects because neither the user nor the model says
+        what they are.
 
     Raises:
         UsageError: Synonyms are given for several concepts.
@@ -152,23 +154,20 @@ def concepts_of(options: EraseOptions, earlier: Erasure | None) -> list[Concept]
     ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
-    return concepts
+    is_said = world.declared or options.kind or options.concept_templates
+    unsaid = [] if is_said else [each for each in asked if isinstance(each, ConceptRequest) and not each.kind]
+    return concepts, [each.target for each in unsaid if not (each.templates or world.knows(each.target))]
 
 
-def say_assumed_objects(asked: Sequence[ConceptRequest | Concept], world: World, terminal: Terminal) -> None:
-    """Say which concepts are taken for objects where neither the user nor the model says what they are."""
-    assumed = [
-        one.target
-        for one in asked
-        if not (world.declared or world.knows(one.target) or isinstance(one, Concept) or one.kind or one.templates)
-    ]
-    if not assumed:
+def say_assumed_objects(names: Sequence[str], terminal: Terminal) -> None:
+    """Say which concepts are taken for objects, with a prompt of theirs, and how to say what else they are."""
+    if not names:
         return
-    names = ", ".join(map(shown, assumed[:5])) + (f" and {len(assumed) - 5} more" if len(assumed) > 5 else "")
-    example = TEMPLATES["object"][2].format(assumed[0])
+    listed = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     terminal.say(
-        f"{names}: taken for {'objects' if len(assumed) > 1 else 'an object'}, with prompts such as {shown(example)}. "
-        "For a style add --kind style; for other prompts, as of a person, --concept-templates."
+        f"{listed}: taken for {'objects' if len(names) > 1 else 'an object'}, with prompts such as "
+        f"{shown(Concept(names[0]).prompts()[2])}. For a style add --kind style; for other prompts, as of a person, "
+        "--concept-templates."
     )
 
 

@@ -406,7 +406,7 @@ class Moving:
 
     @property
     def label(self) -> str:
-        """What is done."""
+        """Description of the work's present stage, in front of the bar."""
         return self.bar.tasks[0].description
 
     @label.setter

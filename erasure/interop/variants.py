@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 PART = r"(-\d+-of-\d+)?"
-"""Which part of several a file is. It stands behind the variant, and ahead of it in files of older versions."""
+"""Number of a file among those that hold one component's weights: behind the variant in the file's name, and ahead of
+it in names that older versions wrote."""
 WEIGHTS = re.compile(rf"(diffusion_pytorch_)?model{PART}(\.(?P<variant>[A-Za-z]\w*))?{PART}\.safetensors")
 """Names of a component's files of weights, whole or in parts: `model.fp16-00001-of-00002.safetensors`."""
 

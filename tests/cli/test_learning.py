@@ -46,7 +46,9 @@ def test_learned_tokens_are_drawn_and_erased(tiny_pipe_folder: Path, both: Path,
     model = ["--model", str(tiny_pipe_folder), "--device", "cpu", "--learned", str(both)]
     out = tmp_path / "no-a"
     assert main(["erase", "uce", *model, "--concept", "<a>", "--vocabulary", "4", "--out", str(out), "--json"]) == 0
-    (concept,) = json.loads(capsys.readouterr().out)["concepts"]
+    said = capsys.readouterr()
+    assert "taken for" not in said.err, "what was learned is known"
+    (concept,) = json.loads(said.out)["concepts"]
     assert (concept["target"], concept["retain"]) == ("<a>", ["<b>"])
     draw = [
         "generate",
