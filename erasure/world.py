@@ -271,11 +271,12 @@ class World:
         synonyms: Sequence[str] = (),
         templates: Sequence[str] = (),
         erased: Sequence[Concept] = (),
+        tell: bool = True,
     ) -> list[Concept]:
         """Make the concepts that texts name; a `Concept` among them is used as it is.
 
         Properties that a text does not give are taken from the arguments, and otherwise from the world. Unknown words
-        give a warning where the model declares a world.
+        give a warning where the model declares a world, and elsewhere one that they are taken for objects.
 
         Args:
             given: One text or several, see `erasure.parsing` for the syntax. A group stands for its members.
@@ -285,12 +286,14 @@ class World:
             synonyms: Other words for the concept, which are erased too.
             templates: Phrasings of the concepts, with one `{}` each; those of the kind when empty.
             erased: Concepts that are erased already, which the world does not suggest as anchors or to be retained.
+            tell: Whether to warn of words that are taken for objects because nobody says what they are.
 
         Raises:
             ConceptError: There is no concept, one is given twice, the texts are ambiguous or contradict each other, or
                 an anchor equals its concept.
         """
-        entries = self._expanded(self.requests(given))
+        requests = self.requests(given)
+        entries = self._expanded(requests)
         gone = frozenset([*(entry.target for entry in entries), *(name for each in erased for name in each.names)])
         common = ConceptRequest("", kind, anchor, tuple(retain) or None, tuple(synonyms) or None, tuple(templates))
         made = as_concepts(
@@ -300,7 +303,24 @@ class World:
             self._check(concept)
         told = [concept for concept, entry in zip(made, entries, strict=True) if entry is not concept]
         self._warn(word for concept in told for word in (concept.target, concept.anchor, *concept.retain) if word)
+        if tell and not (kind or templates):
+            self.tell_assumed(requests)
         return made
+
+    def assumed(self, requests: Sequence[ConceptRequest | Concept]) -> list[str]:
+        """List names that are taken for objects because neither the request nor the model says what they are."""
+        unsaid = [each for each in requests if isinstance(each, ConceptRequest) and not (each.kind or each.templates)]
+        return [] if self.declared else [each.target for each in unsaid if not self.knows(each.target)]
+
+    def tell_assumed(self, requests: Sequence[ConceptRequest | Concept]) -> None:
+        """Give one warning for all names that are `assumed` to be objects, with how to say what they are."""
+        if names := self.assumed(requests):
+            warnings.warn(
+                f"{taken_for_objects(names)} Write NAME:style for a style, and NAME:object for an object; for other "
+                "prompts, as of a person, give templates",
+                ConceptWarning,
+                stacklevel=4,
+            )
 
     def knows(self, word: str) -> bool:
         """Whether a word is declared by the world, or is one learned token of the pipeline."""
@@ -397,6 +417,15 @@ class World:
                 f"{same[0]!r}, which is to be retained, is another word for {concept.target!r}, which is to be "
                 "erased, in the model's world: take it off the list"
             )
+
+
+def taken_for_objects(names: Sequence[str]) -> str:
+    """Say that names are taken for objects, with a prompt of theirs."""
+    listed = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"{listed}: taken for {'objects' if len(names) > 1 else 'an object'}, with prompts such as "
+        f"{shown(Concept(names[0]).prompts()[2])}."
+    )
 
 
 Wanted = str | Concept | ConceptRequest

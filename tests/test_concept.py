@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,20 @@ def test_one_concept_cannot_keep_what_another_erases() -> None:
             as_concepts([Concept("cat"), Concept("dog", retain=(kept,))])
     with pytest.raises(ConceptError, match="retained by 'dog'"):
         as_concepts([Concept("dog", retain=("kitten",)), Concept("cat", synonyms=("kitten",))])
+
+
+def test_another_form_of_what_is_erased_is_told_where_it_is_retained() -> None:
+    for concepts in (
+        [Concept("cat", retain=("Cats",))],
+        [Concept("knives", retain=("a knife",))],
+        [Concept("dog", synonyms=("puppy",), retain=("cat", "puppies"))],
+        [Concept("cat"), Concept("dog", retain=("cats",))],
+    ):
+        with pytest.warns(ConceptWarning, match="may be another form of '.*', which is erased"):
+            as_concepts(concepts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_concepts([Concept("cat", retain=("dog", "catfish")), Concept("bus", retain=("bush",))])
 
 
 def test_an_anchor_that_is_erased_too_is_told() -> None:

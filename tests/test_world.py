@@ -19,6 +19,7 @@ from erasure.assets.build import table
 from erasure.cli.main import main
 from erasure.errors import ArtifactError, ConceptError, ConceptWarning
 from erasure.eval import suites
+from erasure.parsing import ConceptRequest
 from erasure.world import Classes, World
 
 FACTS = {
@@ -186,8 +187,35 @@ def test_words_that_a_declared_world_does_not_have_are_told(world: World) -> Non
         world.concepts("cat", retain=["Inkk"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        World().concepts("caat")
+        World().concepts("caat:object")
         world.concepts([Concept("caat"), "<my-pet>", "kittens>", "weapons>dog"])
+
+
+def test_words_that_are_taken_for_objects_are_told_once() -> None:
+    for given, said in (
+        (
+            "Van Gogh",
+            "'Van Gogh': taken for an object, with prompts such as 'a photo of a Van Gogh'. Write NAME:style",
+        ),
+        (["mug", "ink:style", "sky"], "'mug', 'sky': taken for objects"),
+    ):
+        with pytest.warns(ConceptWarning) as told:
+            World().concepts(given)
+        assert len(told) == 1
+        assert str(told[0].message).startswith(said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        World().concepts(["Van Gogh:style", Concept("mug"), ConceptRequest("Ada", templates=("{}",))])
+        World().concepts("Van Gogh", kind="object")
+        World().concepts("Ada", templates=["{}"])
+        World().concepts("Van Gogh", tell=False)
+        World(learned=frozenset({"<pet>"})).concepts("<pet>")
+
+
+def test_making_an_erasure_tells_what_is_taken_for_an_object(tiny_pipe: Any) -> None:
+    with pytest.warns(ConceptWarning, match="'Van Gogh': taken for an object") as told:
+        erasure.erase(tiny_pipe, "Van Gogh", "uce", attach=False, progress=False, vocabulary=4)
+    assert len([each for each in told if each.category is ConceptWarning]) == 1
 
 
 def test_learned_tokens_are_words(canvas: Any, teach: Any) -> None:

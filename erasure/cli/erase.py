@@ -13,11 +13,10 @@ from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, read_erasure, require_tokens
 from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
 from erasure.concept import Concept, Kind
-from erasure.files import shown
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES
 from erasure.training.run import Run
-from erasure.world import World
+from erasure.world import World, taken_for_objects
 
 if TYPE_CHECKING:
     from erasure.artifact import Erasure
@@ -143,7 +142,7 @@ def concepts_of(options: EraseOptions, earlier: Erasure | None) -> tuple[list[Co
     asked = world.requests(wanted(options))
     concepts = world.concepts(
         asked, kind=options.kind, anchor=options.anchor, retain=options.retain, synonyms=options.synonyms,
-        templates=options.concept_templates, erased=() if earlier is None else earlier.concepts,
+        templates=options.concept_templates, erased=() if earlier is None else earlier.concepts, tell=False,
     )  # fmt: skip
     # A learned token resembles no word of the vocabulary, so it survives only where a retain list names it.
     erased = {name for concept in concepts for name in concept.names}
@@ -154,19 +153,15 @@ def concepts_of(options: EraseOptions, earlier: Erasure | None) -> tuple[list[Co
     ]
     if len(concepts) > 1 and options.synonyms:
         raise UsageError("--synonyms go with one concept: make one erasure for each concept, or leave them out")
-    is_said = world.declared or options.kind or options.concept_templates
-    unsaid = [] if is_said else [each for each in asked if isinstance(each, ConceptRequest) and not each.kind]
-    return concepts, [each.target for each in unsaid if not (each.templates or world.knows(each.target))]
+    return concepts, [] if options.kind or options.concept_templates else world.assumed(asked)
 
 
 def say_assumed_objects(names: Sequence[str], terminal: Terminal) -> None:
     """Say which concepts are taken for objects, with a prompt of theirs, and how to say what else they are."""
     if not names:
         return
-    listed = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     terminal.say(
-        f"{listed}: taken for {'objects' if len(names) > 1 else 'an object'}, with prompts such as "
-        f"{shown(Concept(names[0]).prompts()[2])}. For a style add --kind style; for other prompts, as of a person, "
+        f"{taken_for_objects(names)} For a style add --kind style; for other prompts, as of a person, "
         "--concept-templates."
     )
 

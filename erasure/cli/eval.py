@@ -70,11 +70,14 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     from erasure.eval import evaluate
     from erasure.eval.judges import load_judge
     from erasure.eval.metrics.clip_score import ClipModel
+    from erasure.eval.suites.prompts import PromptSuite
 
     suite = SUITES.get(options.suite)
     erasures = load_erasures(options)
     if options.concept:
-        concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind)
+        # Where the kind of a concept says how it is drawn.
+        tell = options.prompts is None and isinstance(suite, PromptSuite) and bool(suite.about.style_templates)
+        concepts = make_concepts(options.concept, canvas_facts(options.model), options.kind, tell=tell)
     else:
         concepts = list({concept.target: concept for made in erasures.values() for concept in made.concepts}.values())
     inputs = options.inputs(options.prompts, options.detector)

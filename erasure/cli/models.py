@@ -293,7 +293,7 @@ def canvas_facts(model: str) -> CanvasFacts:
 
 
 def make_concepts(
-    words: Sequence[str], facts: CanvasFacts, kind: Kind | None = None, anchor: str | None = None
+    words: Sequence[str], facts: CanvasFacts, kind: Kind | None = None, anchor: str | None = None, tell: bool = True
 ) -> list[Concept]:
     """The concepts of words in the world that a `canvas.json` describes; see `erasure.world.World.concepts`."""
-    return World.from_facts(facts).concepts(words, kind=kind, anchor=anchor)
+    return World.from_facts(facts).concepts(words, kind=kind, anchor=anchor, tell=tell)

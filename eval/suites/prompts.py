@@ -193,6 +193,8 @@ class PromptSuite(Suite):
             raise EvaluationError(f"suite {self.name} needs a concept: name what is erased")
         is_style = any(request.kind == "style" or world.kind(request.target) == "style" for request in requests)
         listed, targets = self.listed(), self.targets(names)
+        if listed is None and self.about.style_templates:
+            world.tell_assumed(requests)
         if self.about.answers == "classes":  # as the suite spells them
             names = [name for target in targets for name in target.members]
         rows = self.of_templates(pipe, names, is_style, size) if listed is None else self.of_list(listed, size)

@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from erasure.concept import Concept
 from erasure.errors import ConceptError, ConceptWarning, ErasureError, EvaluationError
 from erasure.eval.attacks import ATTACKS
 from erasure.eval.audits.parts import Kind
@@ -20,6 +22,7 @@ from erasure.eval.sizes import check_size
 from erasure.eval.stress import STRESS_TESTS
 from erasure.eval.suites import SUITES
 from erasure.files import at_home, digest, read_text, slug
+from erasure.parsing import ConceptRequest
 from erasure.shown import did_you_mean, visible
 from erasure.strategies import STRATEGIES
 from erasure.world import World
@@ -224,10 +227,17 @@ def _known(data: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
             )
 
 
+def _in_words(value: object) -> str:
+    """What a value is, in words; TOML has dates and times besides, and a table of Python may hold anything."""
+    if isinstance(value, (date, time)):
+        return "a time" if isinstance(value, time) else "a date"
+    return "nothing" if value is None else KINDS.get(type(value), f"a value of type {type(value).__name__}")
+
+
 def _typed(data: Mapping[str, Any], key: str, kind: type, where: str, default: Any) -> Any:
     value = data.get(key, default)
     if key in data and type(value) is not kind:
-        raise EvaluationError(f"{where}: {key} is {KINDS.get(type(value), 'a date')}, expected {KINDS[kind]}")
+        raise EvaluationError(f"{where}: {key} is {_in_words(value)}, expected {KINDS[kind]}")
     return value
 
 
@@ -244,7 +254,7 @@ def _texts(data: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     found = _list(data, key, where)
     for value in found:
         if type(value) is not str or not value.strip():
-            shown = repr(value) if type(value) is str else KINDS.get(type(value), "a date")
+            shown = repr(value) if type(value) is str else _in_words(value)
             raise EvaluationError(f"{where}: {key} has {shown}, expected texts")
     return tuple(found)
 
@@ -254,7 +264,7 @@ def _entry(entry: object, keys: Sequence[str], where: str) -> Mapping[str, Any]:
     if type(entry) is str:
         return {keys[0]: entry}
     if type(entry) is not dict:
-        raise EvaluationError(f"{where} has {KINDS.get(type(entry), 'a date')}, expected a text or a table")
+        raise EvaluationError(f"{where} has {_in_words(entry)}, expected a text or a table")
     _known(entry, keys, f"{where}: a table")
     if keys[0] not in entry:
         raise EvaluationError(f"{where}: a table says no {keys[0]}: add {keys[0]} = ...")
@@ -315,16 +325,19 @@ def _check_concepts(model: str, concepts: Sequence[str], where: str) -> None:
     """Refuse what is no concept, and what a closed world does not have."""
     world = World.at(model)
     names = [*world.objects, *world.styles, *world.groups]
+    asked: list[ConceptRequest | Concept] = []
     for text in concepts:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConceptWarning)
-                made = world.concepts(text)
+                made, requests = world.concepts(text), world.requests(text)
         except ConceptError as error:
             raise EvaluationError(f"{where}: concepts: {error}") from error
+        asked += requests
         for concept in made:
             if world.declared and not world.knows(concept.target):
                 raise EvaluationError(
                     f"{where}: concepts has {visible(concept.target, 100)!r}, which {visible(model, 100)} does not "
                     f"have; there are: {', '.join(names)}.{did_you_mean(concept.target, names)}"
                 )
+    world.tell_assumed(asked)

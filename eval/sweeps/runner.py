@@ -25,6 +25,7 @@ from erasure.eval.stress.runner import stress_test
 from erasure.eval.sweeps.plan import Cell, Measure, SweepPlan
 from erasure.files import at_home, has_recipe, held, read_json, write_json
 from erasure.training.run import Run
+from erasure.world import World
 
 FILE, RECIPE, CELL, ERASURE, TRAINING = "sweep.json", "recipe.json", "cell.json", "erasure", "training"
 WHAT = "sweep"
@@ -231,8 +232,10 @@ def _erased(folder: Path, cell: Cell, opened: _Models) -> str:
         if run is not None:
             run.discard()
         return Erasure.load(path).name
+    pipe = opened(cell.model)
+    concepts = World.of(pipe).concepts(cell.concept, tell=False)  # the plan has told it
     made = erasure.erase(
-        opened(cell.model), cell.concept, method.strategy, preset=method.preset, seed=cell.seed, attach=False,
+        pipe, concepts, method.strategy, preset=method.preset, seed=cell.seed, attach=False,
         progress=False, run=run, **method.options,
     )  # fmt: skip
     made.save(path, overwrite=True)

@@ -50,6 +50,18 @@ def test_there_and_back(to: str, cat: Path, tiny_pipe_folder: Path, tmp_path: Pa
     assert main(["info", str(tmp_path / "back")]) == 0
 
 
+def test_import_says_what_it_takes_for_an_object(
+    cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "cat.safetensors"
+    assert main(["export", str(cat), "--to", "diffusers", "--out", str(out)]) == 0
+    back = ["import", str(out), "--model", str(tiny_pipe_folder), "--out", str(tmp_path / "back"), "--overwrite"]
+    for given, times in ((["--concept", "Van Gogh"], 1), (["--concept", "Van Gogh", "--kind", "style"], 0)):
+        capsys.readouterr()
+        assert main([*back, *given]) == 0
+        assert capsys.readouterr().err.count("taken for an object") == times
+
+
 def test_a_checkpoint(cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "erased.safetensors"
     arguments = ["export", str(cat), "--to", "single-file", "--model", str(tiny_pipe_folder), "--out", str(out)]

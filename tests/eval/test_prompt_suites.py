@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 
 from erasure.backbones import backbone_for
 from erasure.concept import Concept
-from erasure.errors import EvaluationError, OptionError
+from erasure.errors import ConceptWarning, EvaluationError, OptionError
 from erasure.eval import attack, evaluate, suites
 from erasure.eval.inputs import Inputs
 from erasure.eval.suites.published import OBJECTS, SEEDS, STYLES
@@ -119,7 +119,9 @@ def test_any_concept_on_any_model_needs_a_clip_model_to_judge(
 ) -> None:
     with pytest.raises(EvaluationError, match="asks a CLIP model what images show: name one"):
         plan(tiny_pipe, "prompts", ["zebra"])
-    found = plan(tiny_pipe, "prompts", ["zebra"], clip=str(clip_folder), side=32, retain=("a horse", "a zebra"))
+    with pytest.warns(ConceptWarning, match="'zebra': taken for an object") as told:
+        found = plan(tiny_pipe, "prompts", ["zebra"], clip=str(clip_folder), side=32, retain=("a horse", "a zebra"))
+    assert len([each for each in told if each.category is ConceptWarning]) == 1
     target = [sample.prompt for sample in found.samples if sample.role == "target"]
     kept = [sample.prompt for sample in found.samples if sample.role != "target"]
     assert len(target) == len(kept) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from erasure.cli.main import main
-from erasure.errors import EvaluationError
+from erasure.errors import ConceptWarning, EvaluationError
 from erasure.eval import Results
 from erasure.eval.statistics import cluster_bootstrap, wilson
 from erasure.eval.sweeps import runner
@@ -83,6 +84,12 @@ DATA: dict[str, Any] = {
         ({"seeds": [0, True]}, "seeds has True"),
         ({"seeds": [-1]}, "seeds has -1"),
         ({"images": 1}, "images is a whole number, expected true or false"),
+        ({"images": None}, "images is nothing, expected true or false"),
+        ({"size": datetime.date(2025, 1, 1)}, "size is a date, expected a text"),
+        ({"size": datetime.time(1)}, "size is a time, expected a text"),
+        ({"concepts": ("dog",)}, "concepts is a value of type tuple, expected a list"),
+        ({"concepts": [b"dog"]}, "concepts has a value of type bytes, expected texts"),
+        ({"methods": [Path("uce")]}, r"methods has a value of type \w*Path, expected a text or a table"),
         ({"judge": "nowhere:judge"}, "nowhere"),
         ({"groups": {"pets": ["dog", "gat"]}}, "'gat', which is none of the concepts.*mean 'cat'"),
         ({"groups": {"pets": []}}, "pets is empty"),
@@ -91,6 +98,13 @@ DATA: dict[str, Any] = {
 def test_what_a_file_may_not_say_is_refused_before_anything_is_made(change: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         SweepPlan.of({**DATA, **change})
+
+
+def test_what_is_taken_for_an_object_is_told_once(tiny_pipe_folder: Path) -> None:
+    data = {**DATA, "models": [str(tiny_pipe_folder)], "concepts": ["Van Gogh", "ink:style", "sky"]}
+    with pytest.warns(ConceptWarning, match="'Van Gogh', 'sky': taken for objects") as told:
+        SweepPlan.of(data)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("key", ["models", "concepts", "methods", "suites"])

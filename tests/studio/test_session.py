@@ -223,6 +223,12 @@ def test_warnings_become_notes(session: Session) -> None:
     assert any("same" in note or "equal" in note or "twice" in note for note in notes), notes
 
 
+def test_what_is_taken_for_an_object_becomes_a_note(session: Session) -> None:
+    _, notes = session.erase("Van Gogh", "uce", options=QUICK)
+    assert ["'Van Gogh': taken for an object" in note for note in notes] == [True]
+    assert not session.erase("ink:style", "uce", options=QUICK)[1]
+
+
 def test_facts_and_files_of_erasures(session: Session, tmp_path: Path) -> None:
     from erasure.studio.files import zipped
 
