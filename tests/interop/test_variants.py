@@ -10,6 +10,7 @@ import torch
 
 import erasure
 from erasure.cli.main import main
+from erasure.errors import ArtifactError
 from erasure.interop.variants import only_variant
 
 
@@ -34,6 +35,24 @@ def test_the_only_variant_of_a_folder(tmp_path: Path, files: list[str], expected
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert only_variant(tmp_path) == expected
+
+
+def test_several_variants_are_named(
+    tiny_pipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = erasure.load_pipeline(tiny_pipe_folder, device="cpu")
+    model = tmp_path / "model"
+    for variant in ("fp16", "bf16"):
+        pipe.save_pretrained(model, variant=variant)
+    for load in (erasure.load_pipeline, erasure.api.load_text_encoders):  # type: ignore[attr-defined]
+        with pytest.raises(ArtifactError, match=r"variants bf16 and fp16 and no usual ones.*variant='bf16'"):
+            load(model, device="cpu")
+    drawing = ["generate", "--device", "cpu", "--prompt", "a cat", "--steps", "1", "--out", str(tmp_path / "drawn")]
+    assert main([*drawing, "--model", str(model)]) != 0
+    assert "bf16 and fp16" in capsys.readouterr().err
+    chosen = erasure.load_pipeline(model, device="cpu", variant="bf16")
+    chosen.save_pretrained(tmp_path / "other")
+    assert main([*drawing, "--model", str(tmp_path / "other")]) == 0
 
 
 def test_nothing_is_known_of_a_hub_id() -> None:
