@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from erasure.assets.build.measured import Measured
+from erasure.assets.build.measured import Measured, Row
 from erasure.assets.build.tables import (
     ABSENT,
     EVERY_METHOD,
     FAMILIES,
     OF_EVERY_METHOD,
     OF_FAMILY,
+    SHARED,
     TABLES,
     Shown,
     Table,
@@ -45,8 +46,6 @@ COLUMNS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")
 OF_UNET = {"cross-attention", "image prompts", "one step"}
 """Needs that no model of `OF_TRANSFORMER` meets."""
 OF_TRANSFORMER = ("canvas-sd3", "canvas-flux")
-OF_ALL = "docs/numbers.md#every-method"
-"""Where the tables of all methods on `canvas-sd` stand."""
 NOTES = {"sfd": "draws in one step"}
 
 
@@ -126,14 +125,13 @@ def marked_pages() -> list[Path]:
 
 def front() -> str:
     """Every method by model: the mean rate (AA), or why there is none."""
-    measured = {(row.get("method"), row.get("model")): row for row in read(FAMILIES).rows}
-    of_all = {row.get("method"): row for row in read(EVERY_METHOD).rows if row.get("group") == "objects"}
-    first = dict.fromkeys(method for method, _ in measured)
+    of_all = read(EVERY_METHOD)
+    shared: list[Row] = [row | {"model": COLUMNS[0], "size": str(of_all.size)} for row in of_all.rows]
+    rows = [*read(FAMILIES).rows, *(row for row in shared if row["group"] == SHARED)]
+    measured = {(row["method"], row["model"]): row for row in rows}
     lines = []
-    for name in [*first, *of_all, *STRATEGIES.names()]:
-        if any(f"/{name}.md" in line[0] for line in lines):
-            continue
-        told = STRATEGIES.facts(str(name)).attributes
+    for name in dict.fromkeys([*(str(row["method"]) for row in of_all.rows), *STRATEGIES.names()]):
+        told = STRATEGIES.facts(name).attributes
         cells = [f"[`{name}`](docs/reference/{name}.md)" + (f" ({NOTES[name]})" if name in NOTES else "")]
         for model in COLUMNS:
             if (row := measured.get((name, model))) is not None:
@@ -141,9 +139,6 @@ def front() -> str:
                 cells.append(f"{Shown(row.get('AA')):3}" + ("" if size == "full" else f" ({size})"))
             elif model in OF_TRANSFORMER and OF_UNET & set(told["needs"]):
                 cells.append("refused")
-            elif model == COLUMNS[0] and name in of_all:
-                of_objects = of_all[name]
-                cells.append(f"[{Shown(of_objects.get('AA')):3} of {of_objects.get('concepts')} objects]({OF_ALL})")
             else:
                 cells.append(ABSENT)
         protects = told["protects"]
@@ -204,28 +199,24 @@ def page(facts: Facts, families: Measured, of_all: Measured) -> str:
 def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable[str]:
     """Rows of a method in the tables of families and of all methods, with what they mean; or where else to look."""
     in_families, in_all = (any(row.get("method") == name for row in each.rows) for each in (families, of_all))
-    if in_families:
-        yield (
-            "Means over six concepts of the embedded models, with 95 % intervals: the share of images of the concept "
-            "that do not show it (UA), of others of its kind that still do what was asked for (IRA), the same of the "
-            "other kind (CRA), and the mean of the three (AA). [How they were measured](../numbers.md#families)."
-        )
-        yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(families)
-    elif not in_all:
-        yield (
-            "It has no row in [the table of families](../numbers.md#families). What else was measured of it, if "
-            "anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
-        )
     if in_all:
         yield (
-            "Objects and styles erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method): "
-            "images of the concept that do not show it (UA), others of its kind that still do what was asked for "
-            "(IRA), the same of its own group alone and of the other kind (CRA), and the mean of UA, IRA and CRA "
-            "(AA). What else was measured stands in [numbers](../numbers.md#methods-to-compare-with) and in "
-            "[methods](../methods.md)."
+            "Objects and styles erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method), "
+            "means with 95 % intervals: the share of images of the concept that do not show it (UA), of others of "
+            "its kind that still do what was asked for (IRA), the same of its own group alone and of the other kind "
+            "(CRA), and the mean of UA, IRA and CRA (AA). What else was measured stands in "
+            "[numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
         columns = [("", "{group}: {concepts}"), *OF_EVERY_METHOD[1:]]
         yield Table(EVERY_METHOD, columns, where={"method": (name,)}).markdown(of_all)
+    if in_families:
+        yield "On the larger families, means over [the six concepts](../numbers.md#families) that all have in common:"
+        yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(families)
+    if not (in_families or in_all):
+        yield (
+            "It has no row in [the tables of all methods](../numbers.md#every-method). What else was measured of it, "
+            "if anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
+        )
 
 
 def options_table(facts: Facts) -> str:

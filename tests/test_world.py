@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 import erasure
 from erasure import Concept, Erasure, assets
-from erasure.assets.build import table
+from erasure.assets.build import concepts
 from erasure.cli.main import main
 from erasure.errors import ArtifactError, ConceptError, ConceptWarning
 from erasure.eval import suites
@@ -256,7 +256,7 @@ def test_a_word_is_one_erasure_by_every_way_in(canvas: Any, word: str, tmp_path:
 
 def test_what_builds_the_table_asks_the_same_place(canvas: Any) -> None:
     world = World.of(canvas)
-    assert table.concepts() == [world.concept(name) for name in (*world.objects, *world.styles)]
+    assert concepts.concepts() == [world.concept(name) for name in (*world.objects, *world.styles)]
 
 
 def test_the_evaluation_counts_the_classes_that_are_erased(canvas: Any) -> None:

@@ -1,7 +1,7 @@
 """`python -m erasure.assets.build STEP`: make the embedded world from artwork to exported models.
 
 Every step resumes where it was stopped and is seeded. The order is: sprites, vae, clip, judge, denoiser, export, sae,
-evaluate, words, table, methods, several, requests, attacks, audited, suite, ways, gates, controls, localiser, layouts;
+evaluate, words, methods, several, requests, attacks, audited, suite, ways, gates, controls, localiser, layouts;
 `everything` measures all of it. With `--into docs/measured` a step writes the figures of docs anew, and
 `python docs/reference.py` then writes the pages.
 
@@ -33,7 +33,6 @@ from erasure.assets.build.measuring import (
     requests,
     several,
     suite,
-    table,
     ways,
 )
 
@@ -221,7 +220,7 @@ def everything(
 STEPS = {
     step.__name__: step
     for step in (
-        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, table, methods, across, several, requests,
+        sprites, vae, clip, judge, denoiser, export, sae, evaluate, words, methods, across, several, requests,
         attacks, audited, suite, ways, gates, controls, localiser, layouts, everything, t5, flux, distil, towers, sdxl,
         sd3, families, ip_adapter, turbo, newcomers, learning, detectors,
     )

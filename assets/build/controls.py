@@ -12,8 +12,8 @@ from torch import Tensor
 import erasure
 from erasure import assets
 from erasure.artifact import Erasure
+from erasure.assets.build.concepts import concepts
 from erasure.assets.build.measured import Row, figure
-from erasure.assets.build.table import concepts
 from erasure.attach import ErasureManager
 from erasure.backbones import text_towers
 from erasure.carriers.edits import Edits

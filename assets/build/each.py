@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
-from erasure.assets.build.measured import DIGITS, Row
+from erasure.assets.build.measured import DIGITS, Figure, Row, figure
 from erasure.assets.build.sweep import METRICS, UA_UNSEEN, UNSEEN, chosen_cells, figures_of
+from erasure.assets.world import OBJECTS
 from erasure.eval.results import Results
+from erasure.eval.statistics import wilson
 from erasure.eval.sweeps.means import MeasuredRow, check_alike, cost_of, means_of, observed_in
 from erasure.eval.sweeps.plan import SweepPlan
 from erasure.eval.sweeps.runner import check_folder, outcome_of
+from erasure.eval.table import SAMPLES, read_rows
 
 COST = ("seconds", "kB")
-COLUMNS = (*METRICS, UA_UNSEEN, *COST)
+OWN_STYLE = "own_style"
+"""Share of the images of an erased object that are in the style that their prompt names."""
+COLUMNS = (*METRICS, UA_UNSEEN, OWN_STYLE, *COST)
 """Figures of a row, as far as there are."""
 
 
 def rows(chosen: SweepPlan, out: Path) -> list[Row]:
     """A row for each method and concept that is measured to its end, with the figures of all suites.
+
+    Concepts are in the order of the sweep's groups.
 
     Args:
         chosen: The sweep, of one model and seed.
@@ -29,7 +37,8 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
     """
     check_folder(chosen, out)
     done = [cell for cell in chosen.cells if outcome_of(chosen, out, cell).state == "done"]
-    order = [method.label for method in chosen.methods]
+    methods = [method.label for method in chosen.methods]
+    concepts = dict.fromkeys(chain(*chosen.groups.values(), chosen.concepts))
     made: list[Row] = [{"method": cell.method.label, "concept": cell.concept} for cell in done]
     for measure in chosen.measures:
         found = [Results.load(out / cell.folder / measure.folder) for cell in done]
@@ -39,7 +48,29 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
             observed = observed_in([(str(row["concept"]), results)])["after"]
             cells = {name: first.row for name, (first, *_) in observed.items()}
             row |= {**figures_of({"cells": cells, "missing": {}, **cost_of([results])}, suite), **row}
-    return sorted(chosen_cells(made, ("method", "concept", *COLUMNS)), key=lambda row: order.index(str(row["method"])))
+    for row, cell in zip(made, done, strict=True):
+        if cell.concept in OBJECTS:
+            row[OWN_STYLE] = own_style(out / cell.folder / chosen.measures[0].folder)
+    return sorted(
+        chosen_cells(made, ("method", "concept", *COLUMNS)),
+        key=lambda row: (methods.index(str(row["method"])), list(concepts).index(str(row["concept"]))),
+    )
+
+
+def own_style(folder: Path) -> Figure:
+    """How many images of an erased object are in the style that their prompt names, with Wilson's interval.
+
+    Args:
+        folder: Of the evaluation.
+    """
+    kept = [
+        sample["judged"]["style"] == sample["style"]
+        for sample in read_rows(folder / f"{SAMPLES}.jsonl")
+        if (sample["variant"], sample["role"]) == ("after", "target") and sample.get("style") and sample.get("judged")
+    ]
+    if not kept:
+        return figure({"reason": "no image of an erased object was judged"})
+    return figure(wilson(sum(kept), len(kept)), len(kept))
 
 
 def means(found: Sequence[Row], groups: Mapping[str, Sequence[str]]) -> list[Row]:
@@ -76,4 +107,8 @@ def _mean(of: Sequence[Row]) -> Row:
                     observed.setdefault(plain, []).append(MeasuredRow(str(row["concept"]), known))
         cells, missing = means_of(observed, len(of))
         made |= figures_of({"cells": cells, "missing": missing}, suite)
+    styles = [cell for row in of if isinstance(cell := row.get(OWN_STYLE), dict)]
+    if images := sum(cell.get("n", 0) for cell in styles):
+        kept = sum((cell["value"] or 0) * cell.get("n", 0) for cell in styles)
+        made[OWN_STYLE] = figure(wilson(min(kept, images), images), images)
     return made | {name: round(value, DIGITS) for name, value in cost.items()}

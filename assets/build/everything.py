@@ -21,7 +21,7 @@ AUDITED = {"canvas-sd": ("uce", "hirm", "itd", "esd", "advunlearn"), "canvas-flu
 """Strategies by model whose erasures of a dog are audited."""
 
 SHARES = 4
-"""Processes among which the step `table` is split."""
+"""Processes among which the step `methods` is split."""
 
 
 class Step(NamedTuple):
@@ -46,10 +46,9 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
     def build(name: str, *arguments: str, step: str = "") -> Step:
         return Step(name, ("erasure.assets.build", step or name, *arguments))
 
-    def table(number: int) -> Step:
-        return build(
-            f"table-{number}", "--out", str(out / "canvas"), "--share", str(number), str(SHARES), step="table"
-        )
+    def share(number: int) -> Step:
+        asked = ("--out", str(out / "methods"), "--share", str(number), str(SHARES))
+        return build(f"methods-{number}", *asked, step="methods")
 
     def suite(name: str) -> Step:
         return build(name, name, "--out", str(out / name), *given, step="suite")
@@ -62,7 +61,7 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
         return build(f"evaluate-{model}", "--model", model, *given, step="evaluate")
 
     def audit(model: str, strategy: str) -> Step:
-        made = out / "canvas" if model == "canvas-sd" else out / "across"
+        made = out / "methods" if model == "canvas-sd" else out / "across"
         erased = erasure_of(made, strategy, "dog", model)
         stress = ("quantise", "merge", "noise", "relearn", "restore")
         less = () if model == "canvas-sd" else ("--suites", "canvas", "--stress", *stress)
@@ -72,7 +71,6 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
         return Step(f"audit-{model}-{strategy}", ("erasure", "audit", *asked, "--no-record", *less))
 
     several = ("--out", str(out / "several"), "--count")
-    unseen = ("--out", str(out / "unseen"), "--sweep", "unseen")
     audits, audited = out / "audits", [(model, strategy) for model, names in AUDITED.items() for strategy in names]
     # Steps of one group write into files of their own, so those of requests and of ways in are in several groups.
     return [
@@ -80,9 +78,7 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
         [
             suite("composition"),
             build("several-5", *several, "5", "--draws", "20", *given, step="several"),
-            *map(table, range(1, SHARES + 1)),
-            build("unseen", *unseen, step="table"),
-            build("methods", "--out", str(out / "methods"), *given),
+            *map(share, range(1, SHARES + 1)),
             build("across", "--out", str(out / "across"), *given),
             requests("uce"),
             doors("canvas-sdxl"),
@@ -94,10 +90,10 @@ def steps(out: Path, into: Path | None = None) -> list[list[Step]]:
             suite("removal"),
         ],
         [
-            build("table", "--out", str(out / "canvas"), *given),
+            build("methods", "--out", str(out / "methods"), *given),
             build("several-14", *several, "14", "--draws", "1", *given, step="several"),
-            build("attacks", "--out", str(out / "attacks"), "--made", str(out / "canvas"), *given),
-            build("ways", "--made", str(out / "canvas"), *given),
+            build("attacks", "--out", str(out / "attacks"), "--made", str(out / "methods"), *given),
+            build("ways", "--made", str(out / "methods"), *given),
             requests("uce", "--retain", name="uce-retain"),
             doors("canvas-sd3"),
             *(audit(*each) for each in audited),

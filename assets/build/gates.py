@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import erasure
+from erasure.assets.build.concepts import concepts
 from erasure.assets.build.measured import Figure, Row, figure
-from erasure.assets.build.table import concepts
 from erasure.assets.world import (
     BACKGROUNDS,
     HELD_OUT_TEMPLATES,

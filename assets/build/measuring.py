@@ -9,39 +9,6 @@ from typing import Literal
 import tyro
 
 
-def table(
-    out: Path = Path("results/canvas"),
-    size: Literal["smoke", "quick", "full"] | None = None,
-    share: tuple[int, int] = (1, 1),
-    sweep: Literal["table", "unseen"] = "table",
-    only_table: bool = False,
-    into: Path | None = None,
-) -> None:
-    """Run the sweep `table.toml`, every second concept with every strategy (resumes), then print the tables of docs.
-
-    Args:
-        out: Results, a folder for each erasure.
-        size: Of the suite; the file's when left out.
-        share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
-        sweep: `unseen` for phrasings that nothing was trained on, of which no page has a table.
-        only_table: Make and measure nothing, and take what there is.
-        into: Folder of figures, docs/measured of a checkout, whose files get the rows.
-    """
-    from erasure.assets.build.sweep import measure, plan
-    from erasure.assets.build.table import means, per_concept
-    from erasure.assets.build.tables import report
-
-    if into is not None and sweep != "table":
-        raise SystemExit(f"no page has a table of the sweep {sweep}: leave --into out")
-    chosen = plan(sweep, size)
-    if not only_table:
-        measure(chosen, out, share)
-    if share[1] == 1:
-        write = partial(report, into=into, size=chosen.measures[0].size, models=chosen.models, seeds=chosen.seeds)
-        write("means", means(chosen, out), ("method", "group"))
-        write("concepts", per_concept(chosen, out), ("concept", "method"))
-
-
 def methods(
     out: Path = Path("results/methods"),
     size: Literal["smoke", "quick", "full"] | None = None,
@@ -89,13 +56,13 @@ def across(
     models: tuple[str, ...] = (),
     into: Path | None = None,
 ) -> None:
-    """Run the sweep `across.toml`, six concepts with every strategy on every family (resumes), then print its table.
+    """Run the sweep `across.toml`, six concepts on the larger families (resumes), then print its table.
 
     Args:
         out: Results, a folder for each erasure.
         size: Of the suite; the file's when left out.
         share: `i n` does the i-th of n shares, from 1 on, so that n processes share the work.
-        picture: Where a picture of what every model draws is written.
+        picture: Where a picture of what every model draws is written, that of canvas-sd too.
         only_picture: Draw that, and measure nothing.
         only_table: Make and measure nothing, and take what there is.
         folders: Measure nothing, and take evaluations that no sweep made: folders MODEL/CONCEPT-METHOD in this one.
@@ -111,7 +78,7 @@ def across(
         raise SystemExit("--methods and --models choose among the evaluations of --folders: give that, too")
     chosen = plan("across", size)
     if picture is not None:
-        draw(chosen.models).save(picture)
+        draw(("canvas-sd", *chosen.models)).save(picture)
     if only_picture:
         return
     if folders is None and not only_table:
@@ -182,18 +149,18 @@ def requests(
 
 def attacks(
     out: Path = Path("results/attacks"),
-    made: Path = Path("results/canvas"),
+    made: Path = Path("results/methods"),
     strategies: tuple[str, ...] = ("nothing", "hirm", "uce", "itd", "esd", "advunlearn", "co_erasing"),
     size: Literal["smoke", "quick", "full"] = "quick",
     prompts: int = 20,
     share: tuple[int, int] = (0, 1),
     into: Path | None = None,
 ) -> None:
-    """Attack the erasures of step `table`, with gradients and by chance (resumes), then print its tables.
+    """Attack the erasures of step `methods`, with gradients and by chance (resumes), then print its tables.
 
     Args:
         out: Results, a folder for each attack.
-        made: Results of step `table`.
+        made: Results of step `methods`.
         strategies: Whose erasures; `nothing` for the stock model.
         size: Of the attacks.
         prompts: About each concept.
@@ -275,14 +242,14 @@ def suite(
 
 
 def ways(
-    made: Path = Path("results/canvas"),
+    made: Path = Path("results/methods"),
     strategies: tuple[str, ...] = ("hirm", "uce", "itd", "diff_quickfix", "esd", "advunlearn"),
     into: Path | None = None,
 ) -> None:
     """Print what else than a prompt brings an erased dog back.
 
     Args:
-        made: Results of step `table`, for erasures that are there already.
+        made: Results of step `methods`, for erasures that are there already.
         strategies: What erases.
         into: Folder of figures, docs/measured of a checkout, whose files get the rows.
     """

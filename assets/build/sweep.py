@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from erasure.assets.build.measured import DIGITS, Row, figure
@@ -172,8 +171,3 @@ def _mean_of_folders(out: Path, model: str, method: str, concepts: Sequence[str]
 def chosen_cells(found: Iterable[Row], names: Sequence[str]) -> list[Row]:
     """Rows with these cells alone, in this order, as far as they have them."""
     return [{name: row[name] for name in names if name in row} for row in found]
-
-
-def with_all(chosen: SweepPlan) -> SweepPlan:
-    """The sweep with a group `all` of every concept besides its own."""
-    return replace(chosen, groups={**chosen.groups, "all": tuple(chosen.concepts)})

@@ -214,29 +214,24 @@ def report(
 RATES = (("UA", "{UA:3/2}"), ("IRA", "{IRA:3/2}"), ("CRA", "{CRA:3/2}"), ("AA", "{AA:3/2}"))
 COST = (("seconds", "{seconds:1}"), ("kB", "{kB:0}"))
 METHOD = ("method", "`{method}`")
-GROUPS = ("objects", "styles")
-HEADLINE = (
-    METHOD,
-    ("objects ({objects[concepts]}): UA, AA", "{objects[UA]:3/2}, {objects[AA]:3/2}"),
-    ("styles ({styles[concepts]}): UA, AA", "{styles[UA]:3/2}, {styles[AA]:3/2}"),
-)
-HEADLINE_COST = (("seconds", "{objects[seconds]:1}"), ("kB", "{objects[kB]:0}"))
-MEANS = (METHOD, ("concepts", "{group}: {concepts}"), *RATES, *COST)
 CONCEPT = ("concept", "{concept}")
-OF_CONCEPT = (
-    ("`{value}` UA / IRA / CRA", "{each[UA]:2} / {each[IRA]:2} / {each[CRA]:2}"),
-    ("AA", "{each[AA]:3/2}"),
-)
 PLAIN_RATES = tuple((rate, f"{{{rate}:3}}") for rate in ("UA", "IRA", "CRA", "AA"))
 EVERY_METHOD = "methods"
 """File of all methods on one model, and table of its objects."""
 EACH_CONCEPT = "methods-concepts"
 """File of the figures of each concept, of which those of `EVERY_METHOD` are the means."""
 LOOK_ALIKES = "look-alikes kept"
+OWN_STYLE = "own style kept"
 OF_EVERY_METHOD = (
     METHOD, RATES[0], ("UA, unseen phrasings", "{UA_canvas-unseen:3/2}"), RATES[1], (LOOK_ALIKES, "{IRA_group:3/2}"),
-    *RATES[2:], ("drift", "{drift:3/3}"), *COST,
+    *RATES[2:], (OWN_STYLE, "{own_style:3}"), ("drift", "{drift:3/3}"), *COST,
 )  # fmt: skip
+WEAPONS = "weapons, counted above too"
+"""Group of the objects that are weapons."""
+SHARED = "measured on every family"
+"""Group of the concepts of the table of families."""
+COMPARED = ("uce", "hirm", "itd", "esd", "advunlearn")
+"""Methods of the README's table of rates."""
 OF_ATTACKER = {
     "prompts": "prompts", "gradients": "the weights, to search with", "inputs": "other inputs",
     "weights": "the weights, to change",
@@ -261,20 +256,6 @@ OF_FAMILY = (("model", "`{model}`"), ("size", "{size}"), *RATES, *COST)
 """Columns of the table of families besides the method."""
 
 TABLES: dict[str, Table] = {
-    "headline": Table(
-        "means",
-        (*HEADLINE, ("own style kept", "{objects[own_style]:3}"), ("drift", "{all[drift]:3}"), *HEADLINE_COST),
-        across="group",
-    ),
-    "headline-short": Table("means", (*HEADLINE, *HEADLINE_COST), across="group"),
-    "means": Table("means", MEANS, where={"group": GROUPS}),
-    "weapons": Table("means", MEANS, where={"group": ("weapons, counted above too",)}),
-    "concepts-hirm-uce": Table(
-        "concepts", (CONCEPT,), where={"method": ("hirm", "uce")}, across="method", each=OF_CONCEPT
-    ),
-    "concepts-itd-esd-advunlearn": Table(
-        "concepts", (CONCEPT,), where={"method": ("itd", "esd", "advunlearn")}, across="method", each=OF_CONCEPT
-    ),
     "words": Table(
         "words",
         (
@@ -284,7 +265,22 @@ TABLES: dict[str, Table] = {
     ),
     EVERY_METHOD: Table(EVERY_METHOD, OF_EVERY_METHOD, where={"group": ("objects",)}),
     "methods-styles": Table(
-        EVERY_METHOD, [column for column in OF_EVERY_METHOD if column[0] != LOOK_ALIKES], where={"group": ("styles",)}
+        EVERY_METHOD, [column for column in OF_EVERY_METHOD if column[0] not in (LOOK_ALIKES, OWN_STYLE)],
+        where={"group": ("styles",)},
+    ),
+    **{
+        f"methods-{ending}": Table(EVERY_METHOD, (METHOD, *RATES, *COST), where={"group": (group,)})
+        for ending, group in (("weapons", WEAPONS), ("shared", SHARED))
+    },
+    "methods-short": Table(
+        EVERY_METHOD,
+        (
+            METHOD,
+            ("objects ({objects[concepts]}): UA, AA", "{objects[UA]:3/2}, {objects[AA]:3/2}"),
+            ("styles ({styles[concepts]}): UA, AA", "{styles[UA]:3/2}, {styles[AA]:3/2}"),
+            ("seconds", "{objects[seconds]:1}"), ("kB", "{objects[kB]:0}"),
+        ),
+        where={"method": COMPARED, "group": ("objects", "styles")}, across="group",
     ),
     **{
         f"methods-{rate}": Table(

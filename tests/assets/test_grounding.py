@@ -160,7 +160,7 @@ def test_figures_are_written_by_every_step_of_everything_that_can(tmp_path) -> N
         if step.arguments[0] == "erasure.assets.build"
         and "into" in inspect.signature(getattr(build, step.arguments[1])).parameters
     }  # fmt: skip
-    assert able - writing == {"table-1", "table-2", "table-3", "table-4", "unseen", "gates-untold"}
+    assert able - writing == {"methods-1", "methods-2", "methods-3", "methods-4", "gates-untold"}
     assert not any("--into" in step.arguments for group in everything.steps(tmp_path) for step in group)
     for group in everything.steps(tmp_path, tmp_path / "measured"):
         # A suite's file is named after it.

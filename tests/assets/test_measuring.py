@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from erasure.assets.build import audited, doors, each, measuring, suites, sweep, table, words
+from erasure.assets.build import audited, doors, each, measuring, suites, sweep, words
 from erasure.assets.build.measured import Cell, Measured, figure
 from erasure.assets.build.tables import TABLES
 from erasure.errors import EvaluationError
 from erasure.eval.results import Results
 from erasure.eval.suites import canvas
-from erasure.eval.sweeps.means import table_of
 from erasure.eval.sweeps.plan import SweepPlan
 from erasure.world import World
 
@@ -79,42 +78,29 @@ def bounds(cell: Cell) -> tuple[float, float]:
     return cell["low"], cell["high"]
 
 
-def test_means_and_concepts_are_written_from_the_folder_of_a_sweep(
-    swept: Path, plan: SweepPlan, into: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measuring.table(out=swept, only_table=True, into=into)
-    printed = capsys.readouterr().out
-    means = {row["group"]: row for row in Measured.read(into / "means.json").rows}
-    assert list(means) == ["objects", "styles", "all"]
-    erased = [row for row in table_of(plan, swept).rows if row["variant"] == "after"]
-    (known,) = (row for row in erased if row["concept"] == "objects: 1")
-    for rate in (*sweep.RATES, "drift"):
-        assert means["objects"][rate] == figure(known["cells"][rate])
-    assert means["objects"]["kB"] == round(known["size_bytes"] / 1000, 6)
-    assert means["all"]["concepts"] == 2
-    found = Measured.read(into / "concepts.json")
-    assert [(row["concept"], row["method"]) for row in found.rows] == [("dog", "uce"), ("ink", "uce")]
-    assert (found.size, found.models, found.seeds) == ("smoke", ["canvas-sd"], [0])
-    results = Results.load(swept / "cells/canvas-sd/uce/dog-0/evaluation-canvas")
-    assert found.rows[0]["AA"] == figure(results.get("AA"))
-    assert "| `uce` | objects: 1 |" in printed
-    assert f"{into / 'means.json'}: 3 rows written, 0 left as they were" in printed
-
-
 def test_a_style_is_kept_where_the_judge_sees_what_was_asked_for(swept: Path, plan: SweepPlan, tmp_path: Path) -> None:
     out = tmp_path / "swept"
     shutil.copytree(swept, out)
-    file = out / "cells/canvas-sd/uce/dog-0/evaluation-canvas/samples.jsonl"
+    folder = out / "cells/canvas-sd/uce/dog-0/evaluation-canvas"
+    file = folder / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     asked = [row for row in rows if (row["variant"], row["role"]) == ("after", "target")]
+    assert len(asked) > 1
     for index, row in enumerate(asked):
         row["judged"]["style"] = row["style"] if index else "of another kind"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = table.own_style(plan, out, "uce")
-    assert len(asked) > 1
-    assert found["n"] == len(asked)
-    assert found["value"] == round((len(asked) - 1) / len(asked), 6)
-    assert table.own_style(plan, tmp_path / "nowhere", "uce")["reason"] == "no image of an erased object was judged"
+    kept = {"value": round((len(asked) - 1) / len(asked), 6), "n": len(asked)}
+    dog, ink = each.rows(plan, out)
+    assert dog["own_style"] | kept == dog["own_style"]  # type: ignore[operator]
+    assert "own_style" not in ink
+    (of_two, _) = each.means([dog, dog | {"concept": "cat", "own_style": {"value": 1.0, "n": 2 * len(asked)}}, ink],
+                             {"objects": ["dog", "cat"], "styles": ["ink"]})  # fmt: skip
+    assert value(of_two["own_style"]) == pytest.approx(1 - 1 / (3 * len(asked)), abs=1e-6)
+    assert of_two["own_style"]["n"] == 3 * len(asked)  # type: ignore[index,call-overload]
+    for row in asked:
+        row["judged"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert each.own_style(folder)["reason"] == "no image of an erased object was judged"
 
 
 def test_families_have_the_same_means_from_folders_and_sweeps(
@@ -143,7 +129,7 @@ def test_means_of_methods_are_those_of_the_sweep(swept: Path, plan: SweepPlan, i
     both = SweepPlan.of({**TINY, "groups": {"both": ["dog", "ink"]}})
     (of_sweep,) = sweep.rows(both, swept)
     (made,) = each.means(concepts, both.groups)
-    assert set(made) == {"method", "group", "concepts", *sweep.METRICS, "seconds", "kB"}
+    assert set(made) == {"method", "group", "concepts", *sweep.METRICS, "own_style", "seconds", "kB"}
     for name in (*sweep.RATES, "drift", "seconds", "kB"):
         assert value(made[name]) == pytest.approx(value(of_sweep[name]), abs=1e-5), name
     for name in (*sweep.RATES, "drift"):
@@ -187,10 +173,11 @@ def test_a_concept_that_is_not_measured_to_its_end_has_no_row(swept: Path, plan:
 
 
 def test_a_row_of_folders_takes_the_place_of_its_own_alone(folders: Path, plan: SweepPlan, into: Path) -> None:
-    shutil.copy(MEASURED / "families.json", into)
-    before = Measured.read(into / "families.json").rows
+    file = into / "families.json"
+    file.write_text((MEASURED / file.name).read_text().replace("canvas-sdxl", "canvas-sd"))
+    before = Measured.read(file).rows
     measuring.across(folders=folders, methods=("uce",), models=("canvas-sd",), into=into)
-    after = Measured.read(into / "families.json").rows
+    after = Measured.read(file).rows
     assert [(row["method"], row["model"]) for row in after] == [(row["method"], row["model"]) for row in before]
     changed = [row for row, old in zip(after, before, strict=True) if row != old]
     assert [(row["method"], row["model"], row["size"]) for row in changed] == [("uce", "canvas-sd", "smoke")]
@@ -224,9 +211,8 @@ def test_folders_of_something_else_are_refused(folders: Path, plan: SweepPlan) -
 
 
 def test_what_no_page_has_a_table_of_is_not_written(into: Path) -> None:
-    for call in (lambda: measuring.table(sweep="unseen", into=into), lambda: measuring.gates(told=False, into=into)):
-        with pytest.raises(SystemExit, match="no page has a table"):
-            call()
+    with pytest.raises(SystemExit, match="no page has a table"):
+        measuring.gates(told=False, into=into)
 
 
 def results_of(suite: str, folder: Path, metrics: list[dict[str, Any]], size: str = "full") -> None:

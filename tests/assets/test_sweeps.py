@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from erasure.assets.build import __main__ as build
-from erasure.assets.build import across, everything, sweep, table
+from erasure.assets.build import across, concepts, everything, sweep
 from erasure.assets.build.measured import Measured
 from erasure.assets.world import STYLES
 from erasure.cli.terminal import parse
@@ -24,13 +24,13 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_what_is_reported_is_what_chose_no_defaults() -> None:
-    measured = [concept.target for concept in table.measured()]
-    assert set(sweep.plan("methods").concepts) <= set(measured)
-    assert {method.strategy for method in sweep.plan("methods").methods} == set(STRATEGIES.names())
-    for name in ("table", "unseen"):
-        plan = sweep.plan(name)
-        assert list(plan.concepts) == measured
-        assert {group: list(names) for group, names in plan.groups.items()} == table.groups()
+    measured = [concept.target for concept in concepts.measured()]
+    plan = sweep.plan("methods")
+    assert set(plan.concepts) == set(measured)
+    assert {method.strategy for method in plan.methods} == set(STRATEGIES.names())
+    assert {group: set(names) for group, names in plan.groups.items()} == {
+        group: set(names) for group, names in concepts.groups().items()
+    }
     assert set(sweep.plan("across").concepts) <= set(measured)
     assert len(across.SHOWN) == 2 * len(STYLES)
 
@@ -40,11 +40,13 @@ def test_a_size_that_is_given_is_that_of_everything() -> None:
     assert {measure.size for measure in sweep.plan("across").measures} == {"full"}
 
 
-def test_shares_of_the_table_are_run_ahead_of_it(tmp_path: Path) -> None:
+def test_shares_of_all_methods_are_run_ahead_of_their_tables(tmp_path: Path) -> None:
     groups = everything.steps(tmp_path)
     names = [[step.name for step in group] for group in groups]
-    assert [f"table-{number}" in names[1] for number in range(1, everything.SHARES + 1)] == [True] * everything.SHARES
-    assert "table" in names[2]
+    assert [f"methods-{number}" in names[1] for number in range(1, everything.SHARES + 1)] == [
+        True
+    ] * everything.SHARES
+    assert "methods" in names[2]
 
 
 def understand(program: str, name: str, arguments: Sequence[str]) -> None:
@@ -100,7 +102,7 @@ def test_everything_makes_all_figures_that_have_a_command() -> None:
 
 
 def test_no_two_commands_of_a_group_write_one_file(tmp_path: Path) -> None:
-    files = {"table": "means", "several": "several", "requests": "requests", "evaluate": "doors", "suite": ""}
+    files = {"several": "several", "requests": "requests", "evaluate": "doors", "suite": ""}
     for group in everything.steps(tmp_path, Path("docs/measured")):
         writing = [step for step in group if "--into" in step.arguments]
         named = [files.get(step.arguments[1], step.arguments[1]) or step.arguments[2] for step in writing]
@@ -108,11 +110,11 @@ def test_no_two_commands_of_a_group_write_one_file(tmp_path: Path) -> None:
 
 
 def test_where_an_erasure_lies_is_where_the_sweep_puts_it(tmp_path: Path) -> None:
-    cells = sweep.plan("table").cells
+    cells = sweep.plan("methods").cells
     found = sweep.erasure_of(tmp_path, "itd", "dog")
     assert found in {tmp_path / cell.folder / sweep.ERASURE for cell in cells}
     for model, strategies in everything.AUDITED.items():
-        cells = sweep.plan("table" if model == "canvas-sd" else "across").cells
+        cells = sweep.plan("methods" if model == "canvas-sd" else "across").cells
         for strategy in strategies:
             found = sweep.erasure_of(tmp_path, strategy, "dog", model)
             assert found in {tmp_path / cell.folder / sweep.ERASURE for cell in cells}
@@ -146,6 +148,6 @@ def test_figures_of_further_suites_have_their_names(tmp_path: Path, monkeypatch:
 
     means = (mean("canvas", UA=0.5, IRA=0.8), mean(sweep.UNSEEN, UA=0.7))
     monkeypatch.setattr(sweep, "table_of", lambda plan, out: Comparison((), means))
-    (row,) = sweep.rows(sweep.plan("table"), tmp_path)
+    (row,) = sweep.rows(sweep.plan("methods"), tmp_path)
     assert (row["group"], row["concepts"]) == ("objects", 12)
     assert [row[name]["value"] for name in ("UA", "IRA", sweep.UA_UNSEEN)] == [0.5, 0.8, 0.7]  # type: ignore[index]
