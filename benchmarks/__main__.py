@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from benchmarks import PROGRAM
+from erasure.cli.arguments import UsageError
 from erasure.cli.main import carry_out
-from erasure.cli.terminal import Terminal, UsageError
+from erasure.cli.terminal import Terminal
 
 COMMANDS = {
     "attention": "redirected attention, shared trunks and early exits, against plain implementations",

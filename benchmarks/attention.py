@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks import PROGRAM
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.arguments import UsageError, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import PROGRAM
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.arguments import UsageError, parse
+from erasure.cli.terminal import Terminal
 from erasure.errors import ErasureError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from benchmarks import PROGRAM, parts
 from benchmarks.models import MODELS, Size
 from benchmarks.parts import Figures, Subject
 from benchmarks.record import Record
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.arguments import parse
+from erasure.cli.terminal import Terminal
 from erasure.errors import OptionError
 from erasure.versions import library_versions
 

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from benchmarks import PROGRAM
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.bench import draw, median_ratio, peak_memory, process_mb, timed
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch import Generator

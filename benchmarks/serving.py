@@ -22,7 +22,8 @@ from PIL import Image
 
 import erasure
 from benchmarks import PROGRAM
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.arguments import parse
+from erasure.cli.terminal import Terminal
 from erasure.errors import EvaluationError
 from erasure.eval.detectors import CanvasJudge
 from erasure.files import write_json

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from benchmarks import PROGRAM
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import ModelOptions, canvas_facts, make_concepts, open_model
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 from erasure.errors import OptionError
 
 if TYPE_CHECKING:

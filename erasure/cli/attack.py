@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import metric_table, refusals
 from erasure.cli.lists import ENDINGS
@@ -19,8 +20,10 @@ from erasure.cli.models import (
     load_erasures,
     open_model,
 )
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
+from erasure.cli.terminal import Terminal
 from erasure.concept import Concept
 from erasure.eval.attacks import ATTACKS, Access
 from erasure.world import World

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import (
     DrawnSuiteOptions,
     RecordedOptions,
@@ -17,8 +18,10 @@ from erasure.cli.models import (
     make_concepts,
     open_model,
 )
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
 from erasure.cli.recording import record
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from erasure.eval.audits.runner import Audit

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.generate import call_settings
 from erasure.cli.models import (
     ErasedModelOptions,
@@ -21,7 +22,7 @@ from erasure.cli.models import (
     make_concepts,
     open_model,
 )
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 from erasure.concept import Concept
 
 if TYPE_CHECKING:

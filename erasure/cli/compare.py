@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.formats import as_csv, as_latex
 from erasure.cli.page import Table, page_of
-from erasure.cli.terminal import Terminal, UsageError, format_metric, json_text, parse
+from erasure.cli.terminal import Terminal, format_metric, json_text
 from erasure.shown import number
 
 if TYPE_CHECKING:

@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ErasedModelOptions, ModelOptions, attach, open_model
+from erasure.cli.output import check_output_folder
 from erasure.cli.page import Table, write_page
+from erasure.cli.processes import is_main_process
+from erasure.cli.progress import Progress
 from erasure.cli.recording import record
 from erasure.cli.records import Maker
-from erasure.cli.terminal import (
-    Progress,
-    Terminal,
-    UsageError,
-    check_output_folder,
-    format_metric,
-    is_main_process,
-    parse,
-)
+from erasure.cli.terminal import Terminal, format_metric
 from erasure.concept import Concept
 from erasure.world import World
 

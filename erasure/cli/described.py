@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from erasure import options
-from erasure.cli.terminal import UsageError, parse
+from erasure.cli.arguments import UsageError, parse
 from erasure.options import Options
 from erasure.registry import Facts, Registry
 

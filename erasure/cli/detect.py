@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.described import list_of, options_of, parse_with, value_of
-from erasure.cli.terminal import Terminal, UsageError, format_metric
+from erasure.cli.terminal import Terminal, format_metric
 from erasure.eval.detectors import DETECTORS
 from erasure.shown import number
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.described import changes, list_of, options_of, parse_with, value_of
 from erasure.cli.lists import is_list_file, read_concepts
 from erasure.cli.models import TaughtModelOptions, open_model, read_erasure, require_tokens
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
+from erasure.cli.terminal import Terminal
 from erasure.concept import Concept, Kind
 from erasure.parsing import ConceptRequest
 from erasure.strategies import STRATEGIES

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import (
     DrawnSuiteOptions,
     RecordedOptions,
@@ -19,8 +20,10 @@ from erasure.cli.models import (
     make_concepts,
     open_model,
 )
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
 from erasure.cli.recording import left_out, record
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, format_metric, is_main_process, parse
+from erasure.cli.terminal import Terminal, format_metric
 from erasure.shown import number
 
 if TYPE_CHECKING:

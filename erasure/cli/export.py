@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import ModelOptions, open_model, read_erasure
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.lists import LONGEST_PROMPT, MOST_GUIDANCE, PromptRow, is_list_file, read_prompts
 from erasure.cli.models import (
     ErasedModelOptions,
@@ -19,8 +20,10 @@ from erasure.cli.models import (
     open_model,
     require_tokens,
 )
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import process
 from erasure.cli.records import Maker
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse, process
+from erasure.cli.terminal import Terminal
 from erasure.files import shown
 from erasure.world import World
 

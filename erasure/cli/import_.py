@@ -9,8 +9,10 @@ from pathlib import Path
 
 import tyro
 
+from erasure.cli.arguments import parse
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, check_output_folder, parse
+from erasure.cli.output import check_output_folder
+from erasure.cli.terminal import Terminal
 from erasure.concept import Kind
 from erasure.world import World
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, TypedDict
 import tyro
 
 from erasure.cards import figure
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import read_erasure
 from erasure.cli.records import show_record
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 from erasure.picture_record import is_png
 from erasure.shown import number
 

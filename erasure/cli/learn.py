@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.described import changes, parse_with, value_of
 from erasure.cli.models import ModelOptions, check_seeds, open_model
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
+from erasure.cli.terminal import Terminal
 from erasure.training.run import Run
 
 ABOUT = (

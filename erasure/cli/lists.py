@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from erasure.cli.terminal import UsageError
+from erasure.cli.arguments import UsageError
 from erasure.files import is_line, lines_of, read_table, read_text, shown
 from erasure.files.reading import parsed
 from erasure.parsing import KINDS, ConceptRequest

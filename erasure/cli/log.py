@@ -8,8 +8,9 @@ from pathlib import Path
 
 import tyro
 
+from erasure.cli.arguments import parse
 from erasure.cli.serve import secret
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.terminal import Terminal
 
 
 @dataclass(kw_only=True)

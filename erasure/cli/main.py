@@ -13,7 +13,9 @@ from importlib import import_module
 from types import TracebackType
 from typing import TextIO, cast
 
-from erasure.cli.terminal import OutputError, Remarks, Terminal, UsageError, drop
+from erasure.cli.arguments import UsageError
+from erasure.cli.streams import OutputError, Remarks, drop
+from erasure.cli.terminal import Terminal
 from erasure.errors import ErasureError
 from erasure.shown import did_you_mean, message, visible
 

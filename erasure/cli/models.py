@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from erasure.cli.terminal import UsageError
+from erasure.cli.arguments import UsageError
 from erasure.concept import Concept, Kind
 from erasure.world import World
 

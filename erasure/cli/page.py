@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from erasure.cli.terminal import UsageError
+from erasure.cli.arguments import UsageError
 
 MOST = 6
 """Columns of a table that fit beside one another; of one with more, each row is a block of lines."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import tyro
 
-from erasure.cli.terminal import Terminal, check_output_folder, parse
+from erasure.cli.arguments import parse
+from erasure.cli.output import check_output_folder
+from erasure.cli.terminal import Terminal
 
 
 @dataclass(kw_only=True)

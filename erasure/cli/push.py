@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.arguments import parse
+from erasure.cli.terminal import Terminal
 
 
 @dataclass(kw_only=True)

@@ -82,7 +82,7 @@ def show_record(picture: Path, terminal: Terminal) -> None:
     Raises:
         UsageError: It is damaged, or does not say.
     """
-    from erasure.cli.terminal import UsageError
+    from erasure.cli.arguments import UsageError
 
     record = read_record(picture, error=UsageError)
     if terminal.json_only:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ErasedModelOptions, attach, check_seeds, check_strengths, load_erasures, open_model
 from erasure.cli.records import Maker
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from erasure.interop.protocols import Settings

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from erasure.cli.arguments import UsageError
+from erasure.cli.output import check_output_folder
 from erasure.cli.remove import FORMAT_OF, OutputError, Remover, numbered
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder
+from erasure.cli.terminal import Terminal
 from erasure.errors import BypassedErasureWarning, ErasureError, ExperimentalWarning
 from erasure.shown import message, number
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.audit import say_outcomes
 from erasure.cli.models import DeviceOptions, open_model, read_erasure
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

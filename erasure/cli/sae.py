@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.generate import call_settings
 from erasure.cli.models import ModelOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process, parse, process
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process, process
+from erasure.cli.terminal import Terminal
 from erasure.shown import did_you_mean
 from erasure.world import World
 

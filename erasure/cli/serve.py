@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.described import parse_with
 from erasure.cli.models import ErasedModelOptions, attach, check_strengths, load_erasures, open_model
-from erasure.cli.terminal import Terminal, UsageError
+from erasure.cli.terminal import Terminal
 from erasure.picture_record import called
 from erasure.serving.limits import Limits
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from erasure.cli.arguments import parse
 from erasure.cli.described import options_of
-from erasure.cli.terminal import Terminal, parse
+from erasure.cli.terminal import Terminal
 from erasure.strategies import STRATEGIES
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.described import changes, list_of, options_of, parse_with
 from erasure.cli.eval import cost_remarks, metric_table, refusals
 from erasure.cli.models import MeasuringOptions, SuiteOptions, attach, check_strengths, load_erasures, open_model
+from erasure.cli.output import check_output_folder
+from erasure.cli.processes import is_main_process
 from erasure.cli.recording import left_out
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, is_main_process
+from erasure.cli.terminal import Terminal
 from erasure.concept import Concept
 from erasure.eval.stress import STRESS_TESTS
 from erasure.shown import number

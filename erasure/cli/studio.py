@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.models import DeviceOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, parse
+from erasure.cli.terminal import Terminal
 from erasure.serving.limits import Limits
 
 DRAWING_MODELS = ("canvas-sd", "canvas-sdxl", "canvas-sd3", "canvas-flux")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from erasure.cli.arguments import UsageError, parse
 from erasure.cli.compare import present, written
 from erasure.cli.models import DeviceOptions, open_model
-from erasure.cli.terminal import Terminal, UsageError, check_output_folder, parse
+from erasure.cli.output import check_output_folder
+from erasure.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from erasure.eval.sweeps.plan import SweepPlan

@@ -15,7 +15,7 @@ from erasure.assets.build import __main__ as build
 from erasure.assets.build import across, concepts, everything, sweep
 from erasure.assets.build.measured import Measured
 from erasure.assets.world import STYLES
-from erasure.cli.terminal import parse
+from erasure.cli.arguments import parse
 from erasure.eval.comparison import Comparison
 from erasure.eval.rows import Record
 from erasure.strategies import STRATEGIES

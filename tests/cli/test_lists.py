@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from erasure.cli.arguments import UsageError
 from erasure.cli.generate import GenerateOptions, draw
 from erasure.cli.lists import PromptRow, is_list_file, read_concepts, read_prompts
 from erasure.cli.main import main
-from erasure.cli.terminal import UsageError
 from erasure.parsing import ConceptRequest
 
 UCE = "case_number,prompt,class,evaluation_seed\n861,an image of a cat,cat,4188\n862,an image of a dog,dog,4189\n"

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from erasure import extras
+from erasure.cli.arguments import UsageError
 from erasure.cli.main import main
 from erasure.cli.serve import named_detector
-from erasure.cli.terminal import UsageError
 from erasure.errors import ErasureError, MissingExtraError
 from erasure.locking import verify_log
 

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from erasure.cli.arguments import UsageError, merge_repeated, parse
 from erasure.cli.main import main
-from erasure.cli.terminal import (
-    Terminal,
-    UsageError,
-    check_output_folder,
-    format_metric,
-    merge_repeated,
-    parse,
-)
+from erasure.cli.output import check_output_folder
+from erasure.cli.terminal import Terminal, format_metric
 
 
 @dataclass(kw_only=True)
