@@ -126,9 +126,7 @@ def marked_pages() -> list[Path]:
 def front() -> str:
     """Every method by model: the mean rate (AA), or why there is none."""
     of_all = read(EVERY_METHOD)
-    shared: list[Row] = [row | {"model": COLUMNS[0], "size": str(of_all.size)} for row in of_all.rows]
-    rows = [*read(FAMILIES).rows, *(row for row in shared if row["group"] == SHARED)]
-    measured = {(row["method"], row["model"]): row for row in rows}
+    measured = {(row["method"], row["model"]): row for row in on_every_model(read(FAMILIES), of_all).rows}
     lines = []
     for name in dict.fromkeys([*(str(row["method"]) for row in of_all.rows), *STRATEGIES.names()]):
         told = STRATEGIES.facts(name).attributes
@@ -145,6 +143,19 @@ def front() -> str:
         cost = re.split("[,;]", told["cost"])[0]
         lines.append([*cells, cost, protects if protects.endswith("s") else f"a {protects}"])
     return markdown(["method", *(f"`{model}`" for model in COLUMNS), "made in", "protects"], lines)
+
+
+def on_every_model(families: Measured, of_all: Measured) -> Measured:
+    """The rows of families, with those of the same concepts on `canvas-sd`.
+
+    Args:
+        families: Rows of methods on the larger models.
+        of_all: Rows of all methods on `canvas-sd`.
+    """
+    shared: list[Row] = [
+        row | {"model": COLUMNS[0], "size": str(of_all.size)} for row in of_all.rows if row["group"] == SHARED
+    ]
+    return families.model_copy(update={"rows": [*shared, *families.rows]})
 
 
 # Pages of methods ---------------------------------------------------------------------------------------------------
@@ -198,7 +209,8 @@ def page(facts: Facts, families: Measured, of_all: Measured) -> str:
 
 def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable[str]:
     """Rows of a method in the tables of families and of all methods, with what they mean; or where else to look."""
-    in_families, in_all = (any(row.get("method") == name for row in each.rows) for each in (families, of_all))
+    models = on_every_model(families, of_all)
+    in_models, in_all = (any(row.get("method") == name for row in each.rows) for each in (models, of_all))
     if in_all:
         yield (
             "Objects and styles erased one by one from `canvas-sd`, as [every method](../numbers.md#every-method), "
@@ -208,11 +220,12 @@ def measured_tables(name: str, families: Measured, of_all: Measured) -> Iterable
             "[numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."
         )
         columns = [("", "{group}: {concepts}"), *OF_EVERY_METHOD[1:]]
-        yield Table(EVERY_METHOD, columns, where={"method": (name,)}).markdown(of_all)
-    if in_families:
-        yield "On the larger families, means over [the six concepts](../numbers.md#families) that all have in common:"
-        yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(families)
-    if not (in_families or in_all):
+        groups = ("objects", "styles")
+        yield Table(EVERY_METHOD, columns, where={"method": (name,), "group": groups}).markdown(of_all)
+    if in_models:
+        yield "Means over [the six concepts](../numbers.md#families) that are measured on every family:"
+        yield Table(FAMILIES, OF_FAMILY, where={"method": (name,)}).markdown(models)
+    if not (in_models or in_all):
         yield (
             "It has no row in [the tables of all methods](../numbers.md#every-method). What else was measured of it, "
             "if anything, is in [numbers](../numbers.md#methods-to-compare-with) and in [methods](../methods.md)."

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from erasure.assets import path as embedded
 from erasure.assets.build.measured import Measured, Row, figure, rewrite
-from erasure.assets.build.tables import FAMILIES, TABLES, Shown, Table, markdown
+from erasure.assets.build.tables import FAMILIES, SHARED, TABLES, Shown, Table, markdown
 from erasure.assets.facts import FILE
 from erasure.errors import EvaluationError
 from erasure.eval.statistics import wilson
@@ -143,29 +143,31 @@ def test_all_methods_get_their_rows_once_they_are_measured(checkout: Path) -> No
     row: Row = {"method": "mace", "group": "objects", "concepts": 3, **rates, "seconds": 1.0, "kB": 2.0,
                 "IRA_group": {"value": None, "reason": "not asked"}}  # type: ignore[dict-item]  # fmt: skip
     style = row | {"group": "styles", "concepts": 1, "AA": {"value": 0.25, "low": 0.2, "high": 0.3}}
-    rewrite(checkout / "docs/measured/methods.json", [row, style], size="full", models=["canvas-sd"], seeds=[0])
+    six = row | {"group": SHARED, "concepts": 6, "AA": {"value": 0.125, "low": 0.1, "high": 0.2}}
+    rewrite(checkout / "docs/measured/methods.json", [row, style, six], size="full", models=["canvas-sd"], seeds=[0])
     reference.main()
     shown = "| 0.500 (0.40-0.60) | - | 0.500 (0.40-0.60) | not asked | 0.500 (0.40-0.60) |"
     assert f"| `mace` {shown}" in (checkout / "docs/numbers.md").read_text()
     assert shown in (checkout / "docs/reference/mace.md").read_text()
-    assert f"| [0.500 of 3 objects]({reference.OF_ALL}) | - | refused |" in (checkout / "README.md").read_text()
+    assert "(docs/reference/mace.md) | 0.125 | - | refused |" in (checkout / "README.md").read_text()
+    assert "| `canvas-sd` | full | 0.500 (0.40-0.60) |" in (checkout / "docs/reference/mace.md").read_text()
     of_styles = "| 0.500 (0.40-0.60) | - | 0.500 (0.40-0.60) | 0.500 (0.40-0.60) | 0.250 (0.20-0.30) |"
     assert f"| `mace` {of_styles}" in (checkout / "docs/numbers.md").read_text()
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
 
-TABLE = "<!-- table: means -->\n\n| a |\n\n<!-- end of table -->\n"
+TABLE = "<!-- table: words -->\n\n| a |\n\n<!-- end of table -->\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TABLE.replace("means", "no-such-table"), "names the table 'no-such-table'; there are: methods-and-families"),
-        (TABLE.replace("<!-- end of table -->", ""), "'<!-- table: means -->', which belongs to no table"),
-        (TABLE.replace("<!-- table: means -->", ""), "'<!-- end of table -->', which belongs to no table"),
+        (TABLE.replace("words", "no-such-table"), "names the table 'no-such-table'; there are: methods-and-families"),
+        (TABLE.replace("<!-- end of table -->", ""), "'<!-- table: words -->', which belongs to no table"),
+        (TABLE.replace("<!-- table: words -->", ""), "'<!-- end of table -->', which belongs to no table"),
         (TABLE.replace("table:", "table"), "which belongs to no table"),
-        (TABLE.replace("<!-- table: means -->", "<!--table: means-->"), "'<!--table: means-->', which belongs"),
+        (TABLE.replace("<!-- table: words -->", "<!--table: words-->"), "'<!--table: words-->', which belongs"),
         (f"text {TABLE}", "which belongs to no table"),
         (TABLE.replace("| a |", "<!-- table: words -->"), "'<!-- table: words -->', which belongs to no table"),
         (TABLE + TABLE[:22], "which belongs to no table"),
