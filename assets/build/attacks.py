@@ -36,7 +36,7 @@ def measure(
 
     Args:
         out: Results, a folder for each concept, strategy and attack.
-        made: Folder of step `table`, whose erasures are attacked; those that are not there are made and kept there.
+        made: Folder of step `methods`, whose erasures are attacked; those that are not there are made and kept there.
         strategies: Which erasures, `STOCK` for the model without any.
         size: Of the attacks.
         prompts: About each concept.

@@ -110,7 +110,7 @@ def measure(made: Path, strategies: tuple[str, ...], name: str = "dog") -> dict[
     """Count the images that show an erased object, by way and strategy.
 
     Args:
-        made: Folder of step `table`, whose erasure of the object is used where it is there.
+        made: Folder of step `methods`, whose erasure of the object is used where it is there.
         strategies: What erases.
         name: The object.
     """
