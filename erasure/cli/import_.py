@@ -54,13 +54,15 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.out is not None:
         check_output_folder(options.out, overwrite=options.overwrite)
-    concepts = []
+    concepts, world = [], World.at(options.model)
     if options.concept:
-        concepts = World.at(options.model).concepts(options.concept, kind=options.kind, anchor=options.anchor)
+        concepts = world.concepts(options.concept, kind=options.kind, anchor=options.anchor, tell=False)
     from erasure.exchange.importing import import_file
 
     pipe = open_model(ModelOptions(model=options.model, config=options.config, device="cpu", dtype="float32"))
     read = import_file(options.file, pipe, concepts, component=options.component)
+    if options.concept and not options.kind:
+        world.tell_assumed(world.requests(options.concept))
     made = read.erasure
     folder = made.save(options.out or Path(made.name), overwrite=options.overwrite)
     if options.json:
