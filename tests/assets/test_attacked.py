@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import erasure
-from erasure.assets.build import attacks, table, ways
+from erasure.assets.build import attacks, concepts, ways
 from erasure.assets.build.measured import figure
 from erasure.attach import ErasureManager
 from erasure.errors import BypassedErasureWarning
@@ -19,10 +19,10 @@ from erasure.world import World
 
 
 def test_what_is_attacked_chose_no_defaults() -> None:
-    measured = [concept.target for concept in table.measured()]
+    measured = [concept.target for concept in concepts.measured()]
     assert set(attacks.ATTACKED) <= set(measured)
-    assert sorted(measured) == sorted(table.groups()["objects"] + table.groups()["styles"])
-    assert 2 * len(measured) == len(table.concepts()) - len(table.concepts()) % 2
+    assert sorted(measured) == sorted(concepts.groups()["objects"] + concepts.groups()["styles"])
+    assert 2 * len(measured) == len(concepts.concepts()) - len(concepts.concepts()) % 2
 
 
 def test_an_attack_with_results_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
