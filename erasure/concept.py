@@ -235,11 +235,11 @@ def as_concepts(concepts: str | Concept | Sequence[str | Concept]) -> list[Conce
                 f"{clash[0]!r} is to be erased, and retained by {concept.target!r}, in one erasure: "
                 "take it off that list, or make two erasures"
             )
-        forms = {word: form for word in concept.retain for form in sorted(numbers(word)) if form in erased}
-        for word, form in list(forms.items())[:1]:
+        forms = ((word, erased[form]) for word in concept.retain for form in sorted(numbers(word)) if form in erased)
+        if kept := next(forms, None):
             warnings.warn(
-                f"{word!r}, which {concept.target!r} retains, may be another form of {form!r}, which is erased, and "
-                "then works against it: take it off the retain list unless it means something else",
+                f"{kept[0]!r}, which {concept.target!r} retains, may be another form of {kept[1]!r}, which is erased, "
+                "and then works against it: take it off the retain list unless it means something else",
                 ConceptWarning,
                 stacklevel=2,
             )

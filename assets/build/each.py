@@ -38,7 +38,7 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
     check_folder(chosen, out)
     done = [cell for cell in chosen.cells if outcome_of(chosen, out, cell).state == "done"]
     methods = [method.label for method in chosen.methods]
-    concepts = dict.fromkeys(chain(*chosen.groups.values(), chosen.concepts))
+    concepts = list(dict.fromkeys(chain(*chosen.groups.values(), chosen.concepts)))
     made: list[Row] = [{"method": cell.method.label, "concept": cell.concept} for cell in done]
     for measure in chosen.measures:
         found = [Results.load(out / cell.folder / measure.folder) for cell in done]
@@ -53,12 +53,12 @@ def rows(chosen: SweepPlan, out: Path) -> list[Row]:
             row[OWN_STYLE] = own_style(out / cell.folder / chosen.measures[0].folder)
     return sorted(
         chosen_cells(made, ("method", "concept", *COLUMNS)),
-        key=lambda row: (methods.index(str(row["method"])), list(concepts).index(str(row["concept"]))),
+        key=lambda row: (methods.index(str(row["method"])), concepts.index(str(row["concept"]))),
     )
 
 
 def own_style(folder: Path) -> Figure:
-    """How many images of an erased object are in the style that their prompt names, with Wilson's interval.
+    """Measure the share of images of an erased object that are in the style of their prompt, with Wilson's interval.
 
     Args:
         folder: Of the evaluation.

@@ -54,15 +54,15 @@ def run(argv: Sequence[str], terminal: Terminal) -> None:
     terminal.json_only = options.json
     if options.out is not None:
         check_output_folder(options.out, overwrite=options.overwrite)
-    concepts, world = [], World.at(options.model)
-    if options.concept:
-        concepts = world.concepts(options.concept, kind=options.kind, anchor=options.anchor, tell=False)
+    world = World.at(options.model)
+    asked = world.requests(options.concept)
+    concepts = world.concepts(asked, kind=options.kind, anchor=options.anchor, tell=False) if asked else []
     from erasure.exchange.importing import import_file
 
     pipe = open_model(ModelOptions(model=options.model, config=options.config, device="cpu", dtype="float32"))
     read = import_file(options.file, pipe, concepts, component=options.component)
-    if options.concept and not options.kind:
-        world.tell_assumed(world.requests(options.concept))
+    if not options.kind:
+        world.tell_assumed(asked)
     made = read.erasure
     folder = made.save(options.out or Path(made.name), overwrite=options.overwrite)
     if options.json:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from erasure.cli.arguments import UsageError
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Environment variables in which `accelerate launch` and its launchers say which process this is."""
 WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where `accelerate launch` and its launchers say which process this is, and of how many."""
+"""Environment variables in which they say how many processes there are."""
 
 
 def process() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How commands talk to people and programs: results, tables, JSON, remarks, progress."""
+"""Output of commands for people and programs: results, tables, JSON, remarks, progress."""
 
 from __future__ import annotations
 

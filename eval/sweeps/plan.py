@@ -228,7 +228,7 @@ def _known(data: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
 
 
 def _in_words(value: object) -> str:
-    """What a value is, in words; TOML has dates and times besides, and a table of Python may hold anything."""
+    """Name the type of a value for messages. Dates and times come from TOML, other types from plans made in Python."""
     if isinstance(value, (date, time)):
         return "a time" if isinstance(value, time) else "a date"
     return "nothing" if value is None else KINDS.get(type(value), f"a value of type {type(value).__name__}")
@@ -330,7 +330,8 @@ def _check_concepts(model: str, concepts: Sequence[str], where: str) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConceptWarning)
-                made, requests = world.concepts(text), world.requests(text)
+                requests = world.requests(text)
+                made = world.concepts(requests)
         except ConceptError as error:
             raise EvaluationError(f"{where}: concepts: {error}") from error
         asked += requests

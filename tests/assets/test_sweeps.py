@@ -14,7 +14,8 @@ import tyro
 from erasure.assets.build import __main__ as build
 from erasure.assets.build import across, concepts, everything, sweep
 from erasure.assets.build.measured import Measured
-from erasure.assets.world import STYLES
+from erasure.assets.build.tables import SHARED, WEAPONS
+from erasure.assets.world import OBJECTS, STYLES, UNSAFE
 from erasure.cli.arguments import parse
 from erasure.eval.comparison import Comparison
 from erasure.eval.rows import Record
@@ -24,14 +25,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_what_is_reported_is_what_chose_no_defaults() -> None:
-    measured = [concept.target for concept in concepts.measured()]
-    plan = sweep.plan("methods")
-    assert set(plan.concepts) == set(measured)
+    measured = {concept.target for concept in concepts.concepts()[1::2]}
+    plan, on_every_family = sweep.plan("methods"), sweep.plan("across").concepts
+    assert set(plan.concepts) == measured
     assert {method.strategy for method in plan.methods} == set(STRATEGIES.names())
     assert {group: set(names) for group, names in plan.groups.items()} == {
-        group: set(names) for group, names in concepts.groups().items()
-    }
-    assert set(sweep.plan("across").concepts) <= set(measured)
+        "objects": measured & set(OBJECTS), "styles": measured & set(STYLES), WEAPONS: measured & set(UNSAFE),
+        SHARED: set(on_every_family),
+    }  # fmt: skip
+    assert set(on_every_family) <= measured
     assert len(across.SHOWN) == 2 * len(STYLES)
 
 

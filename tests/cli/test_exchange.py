@@ -60,6 +60,8 @@ def test_import_says_what_it_takes_for_an_object(
         capsys.readouterr()
         assert main([*back, *given]) == 0
         assert capsys.readouterr().err.count("taken for an object") == times
+    assert main([*back, "--concept", "van_gogh"]) == 0
+    assert capsys.readouterr().err.count("is taken for 'van gogh'") == 1
 
 
 def test_a_checkpoint(cat: Path, tiny_pipe_folder: Path, tmp_path: Path, capsys: Any) -> None:

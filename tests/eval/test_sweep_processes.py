@@ -72,14 +72,14 @@ def until(true: Any, processes: list[subprocess.Popen[str]]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What counts in a sweep's folder, by file: rows and metrics as they are, weights as bytes."""
+    """Read what counts of a sweep's folder, by file: rows and metrics as data, weights as bytes."""
     return {
         name: data if name.endswith(".safetensors") else json.loads(data) for name, data in contents(folder).items()
     }
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Where two files' contents are not the same; numbers may differ by 1e-4, or by a thousandth of themselves."""
+    """List where contents of files are not the same; numbers may differ by 1e-4, or by a thousandth of themselves."""
     if isinstance(found, dict) and isinstance(wanted, dict) and found.keys() == wanted.keys():
         return [line for key in wanted for line in differences(found[key], wanted[key], f"{where}/{key}")]
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
